@@ -1,0 +1,110 @@
+"""One side of `benchmarks/sft.py`, in a process of its own: train on the prepared rows, print one JSON line.
+
+Both sides get the same token ids and labels, the same rows per optimizer step, learning rate, schedule, rank,
+alpha, targets and seed. What is timed is the training loop alone; the memory is the process's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+LEARNING_RATE = 1e-3
+RANK, ALPHA = 16, 32
+
+
+def deltaw_side(job: dict) -> dict:
+    from deltaw.data.example import Example
+    from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
+    from deltaw.models.forest import flat_rows
+    from deltaw.models.loading import load
+    from deltaw.training.loop import count_steps, train
+    from deltaw.training.objective import CausalObjective
+    from deltaw.training.portions import choose_portions
+
+    loaded = load(job["model"], precision=job["precision"], say=lambda line: None)
+    examples = [
+        Example(row, np.array(r["input_ids"], np.int32), np.array(r["labels"]) != -100, 0, None)
+        for row, r in enumerate(job["rows"], 1)
+    ]
+    portions, _ = choose_portions(loaded.model, examples, device="cpu", share=job["share"])
+    attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
+    steps = count_steps(len(examples), job["batch_size"], 1.0, None)
+    objective = CausalObjective(loaded.model)
+    with flat_rows(loaded.model):
+        outcome = train(
+            objective,
+            [p for _, p in adapter_parameters(loaded.model)],
+            examples,
+            portions,
+            learning_rate=LEARNING_RATE,
+            total_steps=steps,
+            batch_size=job["batch_size"],
+            schedule="linear",
+        )
+    save_adapter(loaded.model, job["output"], base_model=job["model"])
+    return {"seconds": outcome.seconds, "loss": outcome.loss}
+
+
+def trl_side(job: dict) -> dict:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(job["threads"])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, adapter, autocast_adapter_dtype=job["autocast_adapter_dtype"])
+    settings = SFTConfig(
+        output_dir=job["output"],
+        per_device_train_batch_size=job["batch_size"],
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="linear",
+        bf16=job["precision"] == "bf16" and job["mixed_precision"],
+        gradient_checkpointing=job["checkpointing"],
+        use_cpu=True,
+        seed=0,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=None,
+        dataloader_pin_memory=False,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(job["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(job["folder"]),
+    )
+    done = trainer.train()
+    model.save_pretrained(job["output"])
+    return {"seconds": done.metrics["train_runtime"], "loss": done.training_loss}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("job", type=Path)
+    job = json.loads(arguments.parse_args().job.read_text())
+    job["rows"] = json.loads(Path(job["rows"]).read_text())
+    measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
+
+    from deltaw.models.machine import peak_resident_bytes
+
+    measured["rows_per_second"] = len(job["rows"]) / measured["seconds"]
+    measured["peak_bytes"] = peak_resident_bytes()
+    print("RESULT " + json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()

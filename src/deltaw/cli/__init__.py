@@ -1,0 +1,63 @@
+"""The command line: one thin file a verb, no logic.
+
+A user's mistake ends with status 2 and one message; an interruption with 130; a fault of ours with 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from deltaw.errors import UserError
+from deltaw.version import __version__
+
+VERBS = {
+    "train": "fine-tune a model on a file of rows, and leave an adapter",
+    "eval": "loss, perplexity and exact match on a file",
+    "generate": "complete prompts",
+    "chat": "talk with a model and its adapter",
+    "inspect": "an adapter's rank, size, targets and norms on one page",
+}
+
+
+class _Verbs(click.Group):
+    """Imports a verb's module only when it is asked for, so that --help answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        return importlib.import_module(f"deltaw.cli.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="deltaw")
+def group() -> None:
+    """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the ``deltaw`` command."""
+    try:
+        status = group.main(args=arguments, standalone_mode=False)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        status = 2
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        status = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        status = 0
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,82 @@
+"""`deltaw chat`: talk with a model and its adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import click
+
+from deltaw.cli.options import console, model_flags
+from deltaw.data import encode_prompt
+from deltaw.errors import UserError
+from deltaw.models.generation import stream
+from deltaw.training.opened import Opened, open_run
+
+
+@click.command("chat")
+@click.argument("run")
+@click.option("--system", default=None, help="a system message at the start")
+@click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
+@click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token")
+@model_flags
+def command(
+    run: str,
+    system: str | None,
+    with_base: bool,
+    max_new_tokens: int,
+    temperature: float,
+    model: str | None,
+    precision: str,
+    device: str,
+) -> None:
+    """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D ends; /new starts over."""
+    notes = console(True)
+    opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
+    start = [{"role": "system", "content": system}] if system else []
+    talk = list(start)
+    while (line := _asked()) is not None:
+        if line == "/new":
+            talk = list(start)
+            continue
+        talk.append({"role": "user", "content": line})
+        try:
+            if with_base and opened.adapter:
+                _answer(opened, talk, "base", max_new_tokens, temperature, base=True)
+            name = "adapter" if opened.adapter else "model"
+            talk.append(
+                {"role": "assistant", "content": _answer(opened, talk, name, max_new_tokens, temperature)}
+            )
+        except UserError as error:
+            # A talk that has grown too long, say: the question is taken back and the talk goes on.
+            notes.print(str(error), markup=False)
+            talk.pop()
+
+
+def _asked() -> str | None:
+    """The next line of the user, None where there is none."""
+    if sys.stdin.isatty():
+        click.echo("you: ", nl=False)
+    line = sys.stdin.readline()
+    return line.strip() or None
+
+
+def _answer(
+    opened: Opened, talk: list[dict], name: str, max_new_tokens: int, temperature: float, *, base: bool = False
+) -> str:
+    prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
+    click.echo(f"{name}: ", nl=False)
+    pieces = []
+    with opened.base() if base else contextlib.nullcontext():
+        for piece in stream(
+            opened.model,
+            opened.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        ):
+            pieces.append(piece)
+            click.echo(piece, nl=False)
+    click.echo()
+    return "".join(pieces)

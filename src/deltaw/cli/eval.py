@@ -1,0 +1,86 @@
+"""`deltaw eval`: how well a run does on a file."""
+
+from __future__ import annotations
+
+import click
+from rich.progress import Progress
+
+from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.data import prepare, prepare_file
+from deltaw.data.prepare import DataSettings
+from deltaw.errors import UserError
+from deltaw.training.evaluate import Score, score
+from deltaw.training.opened import Opened, open_run
+from deltaw.training.portions import choose_portions
+
+
+@click.command("eval")
+@click.argument("run")
+@click.option("--data", default=None, help="a file, hub id or package member; by default the run's held-out rows")
+@click.option("--base", "with_base", is_flag=True, help="score the base model too")
+@click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows")
+@click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
+@click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
+@model_flags
+@json_flag
+def command(
+    run: str,
+    data: str | None,
+    with_base: bool,
+    rows: int | None,
+    max_new_tokens: int | None,
+    shown: int,
+    model: str | None,
+    precision: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Loss, perplexity and exact match of RUN: a run's folder, an adapter's, or a model."""
+    out = console(as_json)
+    opened = open_run(run, model=model, precision=precision, device=device, say=out.print)
+    if data is not None:
+        settings = opened.data or DataSettings(train=data)
+        examples, report = prepare_file(data, settings, opened.tokenizer)
+    elif opened.config is not None:
+        prepared = prepare(opened.config.data, opened.tokenizer, seed=opened.config.train.seed)
+        examples, report = prepared.held_out, prepared.report
+    else:
+        raise UserError("there is no data to evaluate on", where=run, mend="name a file with --data")
+    for line in report.lines():
+        out.print(line)
+    if not examples:
+        raise UserError("the run held no rows out", where=run, mend="name a file with --data")
+    examples = examples[:rows]
+    portions, _ = choose_portions(opened.model, examples, device=str(opened.loaded.choices["device"].value))
+
+    def scored() -> Score:
+        with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
+            task = bar.add_task("answering", total=len(examples))
+            return score(
+                opened.model,
+                opened.tokenizer,
+                examples,
+                portions,
+                max_new_tokens=max_new_tokens,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+
+    result: dict[str, object] = {"rows": len(examples)}
+    if with_base:
+        result["base"] = _said(out, opened, "base model", shown, scored, base=True)
+    result["eval"] = _said(out, opened, "with the adapter" if opened.adapter else "model", shown, scored)
+    if as_json:
+        print_json(result)
+
+
+def _said(out, opened: Opened, name: str, shown: int, scored, *, base: bool = False) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    if base:
+        with opened.base():
+            result: Score = scored()
+    else:
+        result = scored()
+    out.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
+    for answer in result.answers[:shown]:
+        mark = "right" if answer.exact else "wrong"
+        out.print(f"  row {answer.row}: wrote {answer.written!r}, expected {answer.expected!r}: {mark}", markup=False)
+    return result.metrics

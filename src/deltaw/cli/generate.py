@@ -1,0 +1,85 @@
+"""`deltaw generate`: complete prompts."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.data import encode_prompt
+from deltaw.errors import UserError
+from deltaw.models.generation import generate
+from deltaw.training.opened import open_run
+
+
+@click.command("generate")
+@click.argument("run")
+@click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
+@click.option("--system", default=None, help="a system message before each prompt")
+@click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--seed", default=0, show_default=True, type=int)
+@model_flags
+@json_flag
+def command(
+    run: str,
+    prompts: tuple[str, ...],
+    system: str | None,
+    with_base: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    model: str | None,
+    precision: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
+    standard input."""
+    notes = console(True)
+    asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not asked:
+        raise UserError("there is no prompt", mend="give --prompt, or lines on standard input")
+    opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
+    tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
+
+    def completed() -> list[str]:
+        return [
+            c.text
+            for c in generate(
+                opened.model,
+                opened.tokenizer,
+                tokens,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+        ]
+
+    base: list[str] | None = None
+    if with_base:
+        with opened.base():
+            base = completed()
+    written = completed()
+    if as_json:
+        rows = [{"prompt": p, "completion": c} for p, c in zip(asked, written, strict=True)]
+        if base is not None:
+            rows = [{**row, "base": b} for row, b in zip(rows, base, strict=True)]
+        print_json({"completions": rows})
+        return
+    for number, completion in enumerate(written):
+        if base is not None:
+            click.echo(f"base:    {base[number]}\nadapter: {completion}")
+        else:
+            click.echo(completion)
+
+
+def _messages(prompt: str, system: str | None) -> str | list[dict]:
+    if system is None:
+        return prompt
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]

@@ -1,0 +1,84 @@
+"""Flags made from the settings' one definition, and what all verbs share on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import click
+import yaml
+from rich.console import Console
+
+from deltaw.config import settings
+
+Command = TypeVar("Command", bound=Callable)
+
+
+def settings_flags(command: Command) -> Command:
+    """Give ``command`` a flag ``--key.sub VALUE`` for every setting; those given arrive as ``flags``."""
+    for setting in reversed(list(settings())):
+        default = "" if setting.default is ... else f"  [default: {_shown(setting.default)}]"
+        command = click.option(
+            f"--{setting.key}",
+            _argument_name(setting.key),
+            metavar="VALUE",
+            default=None,
+            help=setting.description + default,
+        )(command)
+    return command
+
+
+def nested(given: Mapping[str, object]) -> dict:
+    """The flags that were given, as nested settings; each value is read as YAML."""
+    keys = {_argument_name(s.key): s for s in settings()}
+    result: dict = {}
+    for argument, text in given.items():
+        if text is None or argument not in keys:
+            continue
+        *sections, leaf = keys[argument].key.split(".")
+        at = result
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[leaf] = _value(str(text))
+    return result
+
+
+def console(as_json: bool) -> Console:
+    """Where a person reads: standard output, or standard error where that belongs to the JSON."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """The one JSON object of a verb, on standard output."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
+
+
+def json_flag(command: Command) -> Command:
+    return click.option(
+        "--json", "as_json", is_flag=True, help="one JSON object on standard output, the rest on standard error"
+    )(command)
+
+
+def model_flags(command: Command) -> Command:
+    """Flags of the verbs that open a run: which base model, and how it is loaded."""
+    command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
+    command = click.option("--precision", default="auto", help="auto, bf16, fp32")(command)
+    return click.option("--model", default=None, help="the base model, where the folder does not name it")(command)
+
+
+def _argument_name(key: str) -> str:
+    return "setting_" + key.replace(".", "__")
+
+
+def _value(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(list(value)) if isinstance(value, tuple) else str(value)

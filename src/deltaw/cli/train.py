@@ -1,0 +1,33 @@
+"""`deltaw train`: from settings to an adapter."""
+
+from __future__ import annotations
+
+import click
+
+from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.config import RunConfig
+from deltaw.training.fit import fit
+
+
+@click.command("train")
+@click.argument("settings", required=False, type=click.Path())
+@settings_flags
+@json_flag
+def command(settings: str | None, as_json: bool, **given: str | None) -> int:
+    """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it."""
+    out = console(as_json)
+    result = fit(RunConfig.read(settings, nested(given)), console=out)
+    done = result.outcome
+    if result.interrupted:
+        out.print(f"interrupted after {done.steps} steps: the adapter is saved in {result.output}")
+    elif done.seconds:
+        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.items())
+        out.print(
+            f"{done.rows} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
+            f"{done.tokens / done.seconds:,.0f} tokens/s), peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+        )
+        out.print(f"training loss {done.loss:.4f}{held_out}")
+        out.print(f"the adapter is in {result.output}; talk with it: deltaw chat {result.output}")
+    if as_json:
+        print_json(result.as_dict())
+    return 130 if result.interrupted else 0

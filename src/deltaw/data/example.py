@@ -1,0 +1,39 @@
+"""One row of a data set as the model sees it: its tokens and which of them are labels.
+
+Knows no tokenizer, no file and no batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """The tokens of one row with its loss mask.
+
+    Attributes:
+        row: number of the row in its file, from 1 (in a JSON Lines file, the number of its line).
+        tokens: int32 (length,).
+        is_label: bool (length,); True where this token is predicted in the loss. Never True at position 0,
+            which nothing precedes.
+        prompt_length: tokens before the last completion; ``tokens[:prompt_length]`` is what a model is
+            given to generate it. 0 for plain text.
+        answer: text of the last completion without end marks; None for plain text.
+    """
+
+    row: int
+    tokens: np.ndarray
+    is_label: np.ndarray
+    prompt_length: int
+    answer: str | None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def label_count(self) -> int:
+        """How many tokens are labels."""
+        return int(self.is_label.sum())

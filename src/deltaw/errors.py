@@ -1,0 +1,46 @@
+"""What a user can get wrong, each with its mend.
+
+Everything in deltaw that refuses a user's input raises :class:`UserError`; the command line turns it into
+one message and exit status 2. A fault of deltaw's own is any other exception.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A user's input cannot be used.
+
+    Args:
+        what: what is wrong, in one sentence.
+        where: the file, row, key or module it concerns.
+        mend: what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.mend = mend
+        parts = [what]
+        if where:
+            parts.append(f"  where: {where}")
+        if mend:
+            parts.append(f"  mend:  {mend}")
+        super().__init__("\n".join(parts))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The entries of ``known`` that look most like ``name``, best first; empty where none is near."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"did you mean 'a' or 'b'?"``, or a list of what there is where nothing is near."""
+    known = list(known)
+    near = nearest(name, known)
+    if near:
+        return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+    shown = ", ".join(f"'{n}'" for n in known[:12])
+    return f"there is {shown}" + (", …" if len(known) > 12 else "") if shown else "there is none"

@@ -1,0 +1,286 @@
+"""Put an adapter on a model, and take it off again.
+
+``attach`` freezes the model and replaces the chosen layers by adapted ones over the same weights;
+``detach`` gives the model back as it was found, to the bit; within ``disabled`` it is the base model.
+Everything is checked before anything is changed. It knows no files and no training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deltaw.errors import UserError
+from deltaw.lora.attachment import (
+    Attachment,
+    Replacement,
+    TrainedBias,
+    attached,
+    attachment,
+    base_in_place,
+    set_attachment,
+    unwrapped,
+)
+from deltaw.lora.config import LoRAConfig
+from deltaw.lora.count import count_parameters
+from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.initialize import init_refusal, initialize
+from deltaw.lora.kinds import adapter_for
+from deltaw.lora.layers import LoRALayer
+from deltaw.lora.merge import shared_weights
+from deltaw.lora.select import Selection, Target, select
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`attach` did.
+
+    Attributes:
+        matches: each entry of the config, as ``"target_modules 'q_proj'"``, and the names it matched.
+        adapted: number of adapted layers.
+        trained: M, trained parameters.
+        total: N, the base model's parameters.
+        notes: what one should know, such as weights that were tied and are no longer.
+    """
+
+    matches: dict[str, tuple[str, ...]]
+    adapted: int
+    trained: int
+    total: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """M / N."""
+        return self.trained / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.adapted} adapted layers; {self.trained:,} of {self.total:,} parameters trained "
+            f"({self.share:.2%})"
+        ]
+        for entry, names in self.matches.items():
+            example = f", such as {names[0]}" if len(names) > 1 else f": {names[0]}" if names else ""
+            lines.append(f"  {entry}: {len(names)} module{'s' if len(names) != 1 else ''}{example}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def attach(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> Summary:
+    """Freeze ``model`` and put an adapter of ``config`` on it, in place.
+
+    A module that stands in several places is adapted once and stands in all of them. A weight that is tied
+    to another stays so: adapting one of the two leaves the other alone. A module of ``train_modules`` is
+    copied; the copy is trained and the original kept for :func:`disabled` and :func:`detach`.
+
+    Args:
+        model: any module; with an adapter it keeps its class and its names.
+        config: what to adapt, and how.
+        seed: of the factors; None draws from torch's own generator.
+
+    Raises:
+        UserError: an adapter is attached already, or ``config`` does not fit the model. The model is then
+            unchanged.
+    """
+    model = unwrapped(model)
+    refuse_adapted(model)
+    return attach_selected(model, config, select(model, config), seed=seed)
+
+
+def attach_selected(
+    model: nn.Module,
+    config: LoRAConfig,
+    selection: Selection,
+    *,
+    seed: int | None = None,
+    filled: bool = True,
+) -> Summary:
+    """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
+    record = Attachment(config, base_fingerprint(model))
+    record.trainable_before = [(p, p.requires_grad) for p in model.parameters()]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    notes: list[str] = []
+    try:
+        # PiSSA changes weights, so it comes last, when nothing else can be refused any more.
+        init = config.init if filled and config.init != "pissa" else None
+        for target in selection.targets:
+            layer = _adapted(target, config, init, generator)
+            record.layers.append(_replacement(model, target.names, target.module, layer))
+        if config.init == "pissa":
+            _refuse_pissa(model, record)
+        for parameter, _ in record.trainable_before:
+            parameter.requires_grad_(False)
+        _copy_wholes(model, selection, record, notes)
+        _train_biases(model, config, record)
+        _switch_fast_paths(model, record)
+        if config.init == "pissa":
+            for _, layer in record.adapted():
+                initialize(layer, "pissa")
+    except BaseException:
+        _restore(record)
+        raise
+    for replacement in (*record.layers, *record.wholes):
+        replacement.put(replacement.current)
+    set_attachment(model, record)
+    count = count_parameters(model)
+    return Summary(selection.matches, len(record.layers), count.trained, count.total, tuple(notes))
+
+
+def detach(model: nn.Module) -> None:
+    """Take the adapter off: the same module objects, flags and bits as before :func:`attach`.
+
+    After ``merge(model, keep_original=False)`` there are no weights from before to give back: then ΔW stays
+    in the weights, with trained biases and whole modules, and only the adapter's own parts go.
+
+    Raises:
+        UserError: no adapter is attached.
+    """
+    model = unwrapped(model)
+    record = attached(model)
+    keep_trained = any(not layer.base_is_known for _, layer in record.adapted())
+    _restore(record, keep_trained)
+    set_attachment(model, None)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` gives the base model's own outputs; gradients are not for here.
+
+    Raises:
+        UserError: no adapter is attached, or it was merged without keeping the weights before.
+    """
+    with base_in_place(unwrapped(model)):
+        yield
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise where ``model`` holds adapted layers already."""
+    if attachment(model) is not None or any(isinstance(m, LoRALayer) for m in model.modules()):
+        raise UserError("the model has an adapter already", mend="call detach on it first, or merge it")
+
+
+def _adapted(
+    target: Target, config: LoRAConfig, init: str | None, generator: torch.Generator | None
+) -> LoRALayer:
+    """The adapted layer over ``target``; a refusal names it."""
+    try:
+        layer = adapter_for(target.module)(
+            target.module,
+            target.rank,
+            target.alpha,
+            dropout=config.dropout,
+            rslora=config.rslora,
+            init=init,
+            generator=generator,
+        )
+    except UserError as error:
+        raise UserError(f"'{target.names[0]}': {error.what}", where=error.where, mend=error.mend) from error
+    return layer
+
+
+def _replacement(
+    model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module
+) -> Replacement:
+    places = []
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        places.append((model.get_submodule(parent), attribute))
+    return Replacement(names, places, original, current)
+
+
+def _refuse_pissa(model: nn.Module, record: Attachment) -> None:
+    """PiSSA changes W: it must suit every layer, and no other module may read that W."""
+    shared = shared_weights(model)
+    for name, layer in record.adapted():
+        reason = init_refusal(layer, "pissa")
+        if id(layer.weight) in shared:
+            reason = f"init 'pissa' changes its weight, which '{shared[id(layer.weight)][-1]}' uses as well"
+        if reason is not None:
+            raise UserError(f"'{name}': {reason}", where="init", mend="leave it out with exclude_modules")
+
+
+def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
+    """Copy what is trained whole; weights tied among the copies stay tied."""
+    shared = shared_weights(model)
+    memo: dict[int, object] = {}
+    for whole in selection.wholes:
+        trained = copy.deepcopy(whole.module, memo)
+        for parameter in trained.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        record.wholes.append(_replacement(model, whole.names, whole.module, trained))
+    copied = {id(m) for whole in selection.wholes for m in whole.module.modules()}
+    for whole in selection.wholes:
+        for parameter in whole.module.parameters():
+            others = [
+                name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied
+            ]
+            if others:
+                notes.append(
+                    f"the weight of '{whole.names[0]}' was tied to that of '{others[0]}'; "
+                    "its copy is trained, the other stays as it is"
+                )
+
+
+def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> None:
+    if config.bias == "none":
+        return
+    adapted = {id(replacement.original) for replacement in record.layers}
+    whole = {id(m) for replacement in record.wholes for m in replacement.original.modules()}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        bias = module._parameters.get("bias")
+        if bias is None or id(bias) in seen or id(module) in whole:
+            continue
+        if config.bias == "lora_only" and id(module) not in adapted:
+            continue
+        seen.add(id(bias))
+        record.biases.append(TrainedBias(f"{name}.bias".lstrip("."), bias, bias.detach().clone()))
+        bias.requires_grad_(True)
+    if not record.biases:
+        raise UserError(f"bias: '{config.bias}' finds no bias to train", where="bias", mend="use bias: none")
+
+
+def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
+    """torch's encoder layers read weights past their modules in eval mode: have them call the modules."""
+    replaced = {id(r.original) for r in (*record.layers, *record.wholes)}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            attribute, value = "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder):
+            attribute, value = "use_nested_tensor", False
+        else:
+            continue
+        if any(id(inner) in replaced for inner in module.modules()):
+            record.switched.append((module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, value)
+
+
+def _restore(record: Attachment, keep_trained: bool = False) -> None:
+    """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
+    for replacement in record.layers:
+        layer, original = replacement.current, replacement.original
+        if isinstance(layer, LoRALayer) and not keep_trained and (layer.merged or layer.pissa is not None):
+            layer.weight.data = layer.base_weight()
+        # The model may have been moved or cast meanwhile: the original takes what the layer has now.
+        for table in ("_parameters", "_buffers"):
+            for key in vars(original)[table]:
+                vars(original)[table][key] = vars(layer)[table][key]
+        original.training = layer.training
+        replacement.put(original)
+    for whole in record.wholes:
+        if not keep_trained:
+            first = next(whole.current.parameters())
+            whole.put(whole.original.to(first.device).train(whole.current.training))
+    for bias in record.biases:
+        bias.parameter.grad = None
+        if not keep_trained:
+            bias.parameter.data.copy_(bias.original)
+    for module, attribute, value in record.switched:
+        setattr(module, attribute, value)
+    for parameter, trainable in record.trainable_before:
+        parameter.requires_grad_(trainable)

@@ -1,0 +1,154 @@
+"""What a model carries while an adapter is attached: enough to give it back exactly as it was.
+
+The record hangs on the model as a plain attribute, so that it is copied with it and goes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from deltaw.errors import UserError
+from deltaw.lora.config import LoRAConfig
+from deltaw.lora.layers import LoRALayer
+
+_ATTRIBUTE = "_deltaw_attachment"
+
+
+@dataclass
+class Replacement:
+    """A module that another one stands in for, in every place where it stood.
+
+    Attributes:
+        names: all full names of the place; the first is the one that files use.
+        places: (parent, attribute) for each.
+        original: the module found there.
+        current: the adapted layer, or the trained copy.
+    """
+
+    names: tuple[str, ...]
+    places: list[tuple[nn.Module, str]]
+    original: nn.Module
+    current: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        """Let ``module`` stand in all the places."""
+        for parent, attribute in self.places:
+            parent._modules[attribute] = module
+
+
+@dataclass
+class TrainedBias:
+    """A bias that is trained in its place, and the values it had before."""
+
+    name: str
+    parameter: nn.Parameter
+    original: Tensor
+
+    def original_here(self) -> Tensor:
+        """The values before, where and as the bias is now."""
+        return self.original.to(device=self.parameter.device, dtype=self.parameter.dtype)
+
+
+@dataclass
+class Attachment:
+    """The record of one :func:`~deltaw.lora.adapt.attach`."""
+
+    config: LoRAConfig
+    fingerprint: str | None
+    layers: list[Replacement] = field(default_factory=list)
+    wholes: list[Replacement] = field(default_factory=list)
+    biases: list[TrainedBias] = field(default_factory=list)
+    trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    switched: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+
+    def adapted(self) -> Iterator[tuple[str, LoRALayer]]:
+        """(first name, layer) of every adapted layer, in the model's order."""
+        for replacement in self.layers:
+            if isinstance(replacement.current, LoRALayer):
+                yield replacement.names[0], replacement.current
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` or ``DistributedDataParallel``."""
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            return model
+        if inner is None:
+            return model
+        model = inner
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """The record on ``model``, or None."""
+    record = vars(model).get(_ATTRIBUTE)
+    return record if isinstance(record, Attachment) else None
+
+
+def attached(model: nn.Module) -> Attachment:
+    """The record on ``model``.
+
+    Raises:
+        UserError: there is none.
+    """
+    record = attachment(model)
+    if record is None:
+        raise UserError("the model has no adapter attached", mend="call attach or load_adapter on it first")
+    return record
+
+
+def set_attachment(model: nn.Module, record: Attachment | None) -> None:
+    """Hang ``record`` on ``model``, or take it off."""
+    if record is None:
+        vars(model).pop(_ATTRIBUTE, None)
+    else:
+        vars(model)[_ATTRIBUTE] = record
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
+    """(name, layer) of every adapted layer in ``model``, also of those put there by hand.
+
+    Raises:
+        UserError: there is none.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    if not layers:
+        raise UserError("the model has no adapter attached", mend="call attach or load_adapter on it first")
+    return layers
+
+
+@contextlib.contextmanager
+def base_in_place(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base model: weights, biases and whole modules.
+
+    Raises:
+        UserError: no adapter is attached, or it was merged without keeping the weights before.
+    """
+    layers = adapted_layers(model)
+    for name, layer in layers:
+        if not layer.base_is_known:
+            raise UserError(
+                "the base model's weights were not kept when the adapter was merged",
+                where=name,
+                mend="merge with keep_original=True",
+            )
+    record = attachment(model)
+    with contextlib.ExitStack() as stack:
+        for _, layer in layers:
+            stack.enter_context(layer.as_base())
+        for bias in record.biases if record else ():
+            stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
+            bias.parameter.data = bias.original_here()
+        for whole in record.wholes if record else ():
+            stack.callback(whole.put, whole.current)
+            first = next(whole.current.parameters())
+            whole.original.to(first.device)
+            whole.put(whole.original.train(whole.current.training))
+        yield

@@ -1,0 +1,265 @@
+"""The settings of an adapter: one dataclass, checked when it is made.
+
+It knows no model: whether a name matches a module is decided in ``select``. PEFT's names for the same
+settings are accepted by :meth:`LoRAConfig.from_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from deltaw.errors import UserError, did_you_mean
+
+INITS = ("uniform", "gaussian", "orthogonal", "pissa")
+BIASES = ("none", "all", "lora_only")
+KEYWORDS = ("all-linear", "attention", "mlp")
+
+PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "layers_to_transform": "layers",
+    "modules_to_save": "train_modules",
+}
+"""PEFT's name of a setting, and ours."""
+
+
+def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
+    """The factor of A·B in ΔW: alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732, eq. 4)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+@dataclass
+class LoRAConfig:
+    """What is adapted, and how.
+
+    Raises:
+        UserError: a value cannot be used; the message names the key.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    rank: int = field(default=16, metadata={"description": "rank r of ΔW = scaling · A·B"})
+    alpha: float = field(
+        default=32.0, metadata={"description": "scaling is alpha / rank, or alpha / √rank with rslora"}
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"description": "share of the adapter's inputs set to zero while training, 0 ≤ p < 1"},
+    )
+    target_modules: str | list[str] = field(
+        default="all-linear",
+        metadata={
+            "description": "'all-linear', 'attention', 'mlp', a list of name endings, or a regular "
+            "expression for full names"
+        },
+    )
+    exclude_modules: str | list[str] | None = field(
+        default=None,
+        metadata={"description": "name endings (with all below them) or a regular expression, left out"},
+    )
+    layers: str | list[int] | None = field(
+        default=None, metadata={"description": "layers to adapt, such as '16-', '0-7', '3' or [1, 2]"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"description": "other ranks, by an expression for the ending of a module's name"},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"description": "other alphas, by an expression for the ending of a module's name"},
+    )
+    init: str = field(
+        default="uniform",
+        metadata={"description": "how A and B start: uniform, gaussian, orthogonal or pissa"},
+    )
+    rslora: bool = field(
+        default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"}
+    )
+    dora: bool = field(default=False, metadata={"description": "weight-decomposed LoRA; not available"})
+    bias: str = field(
+        default="none", metadata={"description": "biases trained as well: none, all, or lora_only"}
+    )
+    train_modules: list[str] = field(
+        default_factory=list,
+        metadata={"description": "whole modules trained beside the adapter, by the ending of their name"},
+    )
+
+    def __post_init__(self) -> None:
+        self.rank = _whole_number("rank", self.rank)
+        self.alpha = _positive("alpha", self.alpha)
+        self.dropout = _number("dropout", self.dropout)
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}", where="dropout")
+        self.target_modules = _names("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            self.exclude_modules = _names("exclude_modules", self.exclude_modules) or None
+        if not self.target_modules:
+            raise UserError(
+                "target_modules names nothing",
+                where="target_modules",
+                mend="write 'all-linear', 'attention', 'mlp', or a list of module names",
+            )
+        self.layers = _layers(self.layers)
+        self.rank_pattern = {
+            _expression("rank_pattern", key): _whole_number(f"rank_pattern['{key}']", value)
+            for key, value in _mapping("rank_pattern", self.rank_pattern).items()
+        }
+        self.alpha_pattern = {
+            _expression("alpha_pattern", key): _positive(f"alpha_pattern['{key}']", value)
+            for key, value in _mapping("alpha_pattern", self.alpha_pattern).items()
+        }
+        _one_of("init", self.init, INITS)
+        _one_of("bias", self.bias, BIASES)
+        for key in ("rslora", "dora"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"{key} must be true or false, not {getattr(self, key)!r}", where=key)
+        if self.dora:
+            raise UserError(
+                "DoRA is not available: its magnitudes take a quarter more time for no measured gain",
+                where="dora",
+                mend="leave it out, or raise the rank",
+            )
+        odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
+        if self.init == "orthogonal" and odd:
+            raise UserError(
+                f"init 'orthogonal' needs an even rank, not {odd[0]}", where="rank", mend=f"use {odd[0] + 1}"
+            )
+        train = _names("train_modules", self.train_modules if self.train_modules is not None else [])
+        self.train_modules = [train] if isinstance(train, str) else train
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, object]) -> LoRAConfig:
+        """Make a config from our names or PEFT's (``r``, ``lora_alpha``, ``modules_to_save``, …).
+
+        ``init_lora_weights: true`` or ``false`` becomes ``uniform``: an adapter of ours always starts
+        with ΔW = 0. ``null`` stands for the default.
+
+        Raises:
+            UserError: a key is unknown (the nearest is named), is given twice under both names, or its
+                value cannot be used.
+        """
+        known = {f.name for f in fields(cls)}
+        values: dict[str, object] = {}
+        for key, value in mapping.items():
+            name = PEFT_NAMES.get(key, key)
+            if name not in known:
+                raise UserError(
+                    f"LoRA has no setting '{key}'",
+                    where=str(key),
+                    mend=did_you_mean(str(key), sorted(known | set(PEFT_NAMES))),
+                )
+            if name in values:
+                raise UserError(f"'{name}' is given twice, also under PEFT's name", where=str(key))
+            if name == "init" and isinstance(value, bool):
+                value = "uniform"
+            if name == "layers" and isinstance(value, int) and not isinstance(value, bool):
+                value = [value]
+            if value is not None:
+                values[name] = value
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
+    """Turn ``'0-3,8,16-'`` or ``[1, 2]`` into closed ranges (first, last); last None means "to the end".
+
+    Raises:
+        UserError: the text is no list of layers.
+    """
+    if isinstance(layers, list):
+        return [(index, index) for index in layers]
+    ranges: list[tuple[int, int | None]] = []
+    for part in layers.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*))?\s*", part)
+        if not match:
+            raise UserError(
+                f"'{layers}' is no list of layers",
+                where="layers",
+                mend="write '16-', '0-7', '3', '0-3,8' or [1, 2]",
+            )
+        first = int(match[1])
+        last = first if match[2] is None else (int(match[3]) if match[3] else None)
+        if last is not None and last < first:
+            raise UserError(f"layers '{part.strip()}' ends before it begins", where="layers")
+        ranges.append((first, last))
+    return ranges
+
+
+def _layers(value: object) -> str | list[int] | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, str):
+        parse_layers(value)
+        return value
+    numbers: list[int] = list(value) if isinstance(value, list | tuple | range) else [-1]
+    if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
+        return numbers or None
+    raise UserError(
+        f"layers cannot be {value!r}",
+        where="layers",
+        mend="write '16-', '0-7', '3', or a list of numbers from 0",
+    )
+
+
+def _names(key: str, value: object) -> str | list[str]:
+    if isinstance(value, str):
+        if value not in KEYWORDS:
+            _expression(key, value)
+        return value
+    if isinstance(value, list | tuple | set | frozenset) and all(isinstance(entry, str) for entry in value):
+        ordered = sorted(value) if isinstance(value, set | frozenset) else list(value)
+        if any(not entry for entry in ordered):
+            raise UserError(f"{key} holds an empty name", where=key)
+        return list(dict.fromkeys(ordered))
+    raise UserError(f"{key} must be a text or a list of texts, not {value!r}", where=key)
+
+
+def _expression(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{key} must hold texts, not {value!r}", where=key)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise UserError(f"'{value}' is no regular expression: {error}", where=key) from error
+    return value
+
+
+def _mapping(key: str, value: object) -> Mapping[str, object]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key} must map names to numbers, not {value!r}", where=key)
+    return value
+
+
+def _number(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{key} must be a number, not {value!r}", where=key)
+    return float(value)
+
+
+def _positive(key: str, value: object) -> float:
+    number = _number(key, value)
+    if number <= 0:
+        raise UserError(f"{key} must be above 0, not {value!r}", where=key)
+    return number
+
+
+def _whole_number(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{key} must be a whole number of at least 1, not {value!r}", where=key)
+    return value
+
+
+def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} cannot be {value!r}", where=key, mend=did_you_mean(str(value), choices))

@@ -1,0 +1,74 @@
+"""How many parameters a model has and how many of them are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltaw.lora.attachment import Attachment, adapted_layers, attachment, unwrapped
+from deltaw.lora.layers import LoRALayer
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Distinct parameters: one that is used in two places counts once.
+
+    Attributes:
+        total: N, the base model's own parameters; the adapter's are not among them.
+        trained: M, the parameters that ask for a gradient.
+        per_module: M by module, those with none left out.
+    """
+
+    total: int
+    trained: int
+    per_module: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """M / N; 0 for a model without parameters."""
+        return self.trained / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count ``model``'s parameters, adapted or not."""
+    model = unwrapped(model)
+    record = attachment(model)
+    added = _added(model, record)
+    base = {id(p): p.numel() for p in model.parameters() if id(p) not in added}
+    for whole in record.wholes if record else ():
+        base.update({id(p): p.numel() for p in whole.original.parameters()})
+    per_module: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [
+            p for p in module._parameters.values() if p is not None and p.requires_grad and id(p) not in seen
+        ]
+        seen.update(id(p) for p in own)
+        if own:
+            per_module[name] = sum(p.numel() for p in own)
+    return ParameterCount(sum(base.values()), sum(per_module.values()), per_module)
+
+
+def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of everything the adapter consists of: factors, trained biases, whole modules.
+
+    Raises:
+        UserError: no adapter is attached.
+    """
+    model = unwrapped(model)
+    adapted_layers(model)
+    record = attachment(model)
+    added = _added(model, record) | {id(b.parameter) for b in (record.biases if record else ())}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in added]
+
+
+def _added(model: nn.Module, record: Attachment | None) -> set[int]:
+    """The parameters that came with the adapter: factors, and the copies that are trained whole."""
+    added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in (m.lora_A, m.lora_B)}
+    for whole in record.wholes if record else ():
+        added.update(id(p) for p in whole.current.parameters())
+    return added

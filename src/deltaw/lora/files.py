@@ -1,0 +1,334 @@
+"""The adapter on disk, in PEFT's format, so that PEFT, vLLM and others load what is written here and the
+other way round. Safetensors only: nothing is unpickled, and no hub is asked.
+
+A file that does not fit, in any tensor, is refused before the model is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from deltaw import durable
+from deltaw.errors import UserError, did_you_mean
+from deltaw.lora import peft_format
+from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
+from deltaw.lora.attachment import Attachment, attached, unwrapped
+from deltaw.lora.config import LoRAConfig
+from deltaw.lora.count import adapter_parameters, count_parameters
+from deltaw.lora.select import Named, Selection, Target, Whole, modules_once, select, value_by_pattern
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+FINGERPRINT_KEY = "deltaw.base_fingerprint"
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class OtherBaseModelWarning(UserWarning):
+    """An adapter is loaded onto another base model than it was trained on."""
+
+
+class AdapterFile(NamedTuple):
+    """An adapter as it stands on disk.
+
+    Attributes:
+        config: its settings.
+        tensors: by the file's names, in the file's orientation.
+        metadata: the weights file's own, with ``base_model_name_or_path`` and ``task_type`` where given.
+    """
+
+    config: LoRAConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = "auto",
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
+
+    Args:
+        model: has an adapter attached.
+        folder: made if it is not there.
+        base_model: what to call the base model; None takes the model's own ``name_or_path``.
+        task_type: PEFT's name of the task (``CAUSAL_LM``, ``SEQ_CLS``, …) or None; "auto" tells it from the
+            model's class.
+
+    Raises:
+        UserError: no adapter is attached, the folder cannot be written, or a PiSSA start was merged for good.
+    """
+    model = unwrapped(model)
+    record = attached(model)
+    if base_model is None:
+        base_model = str(getattr(model, "name_or_path", "") or "") or None
+    if task_type == "auto":
+        task_type = _task_of(model, record)
+    if record.config.init == "pissa" and any(layer.pissa is None for _, layer in record.adapted()):
+        raise UserError(
+            "after a PiSSA start was merged without keeping the weights before, there is no adapter to save",
+            mend="merge with keep_original=True",
+        )
+    settings = peft_format.settings_of(model, record, base_model, task_type)
+    metadata = {"format": "pt"}
+    if record.fingerprint:
+        metadata[FINGERPRINT_KEY] = record.fingerprint
+    content = safetensors.torch.save(_tensors_of(record), metadata)
+    with durable.replacing(Path(folder) / WEIGHTS_NAME) as temporary:
+        temporary.write_bytes(content)
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Summary:
+    """Attach the adapter in ``folder`` to ``model``, in place.
+
+    The tensors decide which modules are adapted; the settings must agree with them.
+
+    Args:
+        model: the base model the adapter was trained on; on another one
+            :class:`OtherBaseModelWarning` is given where the file can tell.
+        folder: on this machine.
+        trainable: whether the adapter is to be trained further.
+
+    Raises:
+        UserError: files are missing or broken, a tensor does not fit (the first is named, with both shapes)
+            or is missing, or the adapter needs what is not available here. The model is then unchanged.
+    """
+    model = unwrapped(model)
+    refuse_adapted(model)
+    adapter = read_adapter(folder)
+    where = str(Path(folder) / WEIGHTS_NAME)
+    selection = _selection(model, adapter, where)
+    summary = attach_selected(model, adapter.config, selection, filled=False)
+    try:
+        record = attached(model)
+        _fill(model, record, adapter.tensors, where)
+    except BaseException:
+        detach(model)
+        raise
+    if not trainable:
+        for _, parameter in adapter_parameters(model):
+            parameter.requires_grad_(False)
+    theirs = adapter.metadata.get(FINGERPRINT_KEY)
+    if theirs and record.fingerprint and theirs != record.fingerprint:
+        named = adapter.metadata.get("base_model_name_or_path")
+        warnings.warn(
+            "the adapter was trained on another base model"
+            + (f" ({named})" if named else "")
+            + f": {folder}",
+            OtherBaseModelWarning,
+            stacklevel=2,
+        )
+    count = count_parameters(model)
+    return Summary(summary.matches, summary.adapted, count.trained, count.total, summary.notes)
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Read the adapter in ``folder`` without a model.
+
+    Raises:
+        UserError: files are missing or broken, or the adapter needs what is not available here.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no adapter folder '{folder}'",
+            where=str(folder),
+            mend="name a folder on this machine; an adapter on a hub must be downloaded first",
+        )
+    settings = _read_settings(folder / CONFIG_NAME)
+    config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
+    tensors, metadata = _read_tensors(folder)
+    for key in ("base_model_name_or_path", "task_type"):
+        if isinstance(value := settings.get(key), str):
+            metadata.setdefault(key, value)
+    return AdapterFile(config, tensors, metadata)
+
+
+def _read_settings(path: Path) -> Mapping[str, object]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent)) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{CONFIG_NAME} cannot be read: {error}", where=str(path)) from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path))
+    return settings
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        if (folder / PICKLED_NAME).exists():
+            raise UserError(
+                f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read",
+                where=str(folder / PICKLED_NAME),
+                mend=f"have whoever made it save it again as {WEIGHTS_NAME}",
+            )
+        raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder))
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{WEIGHTS_NAME} is cut off or damaged: {error}",
+            where=str(path),
+            mend="copy or download it again",
+        ) from error
+
+
+def _tensors_of(record: Attachment) -> dict[str, Tensor]:
+    """All that the file holds, by its names: factors, trained biases, whole modules."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in record.adapted():
+        tensors.update(peft_format.file_factors(name, layer))
+    adapted = {name for name, _ in record.adapted()}
+    for bias in record.biases:
+        owner = bias.name.removesuffix("bias").removesuffix(".")
+        tensors[peft_format.bias_name(bias.name, owner in adapted)] = bias.parameter.detach()
+    for whole in record.wholes:
+        for key, value in whole.current.state_dict().items():
+            # Copies whose weights are tied to each other must not share memory in the file.
+            tensors[f"{peft_format.PREFIX}{whole.names[0]}.{key}"] = value.detach().clone()
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
+    """What the file's tensors say is adapted and trained whole, checked against its settings."""
+    config, tensors = adapter.config, adapter.tensors
+    modules = modules_once(model)
+    by_name = {name: named for named in modules for name in named.names}
+    wholes = _wholes(config, tensors, modules)
+    targets: dict[str, Target] = {}
+    for tensor_name in tensors:
+        name = peft_format.factor_module(tensor_name)
+        if name is None or name in targets:
+            continue
+        if name not in by_name:
+            raise UserError(
+                f"tensor '{tensor_name}' fits no module of the model",
+                where=where,
+                mend=did_you_mean(name, by_name) + "; is it the base model that the adapter was trained on?",
+            )
+        named = by_name[name]
+        rank = int(value_by_pattern(config.rank_pattern, name, config.rank))
+        alpha = value_by_pattern(config.alpha_pattern, name, config.alpha)
+        targets[name] = Target((name, *(n for n in named.names if n != name)), named.module, rank, alpha)
+    if not targets:
+        raise UserError("the file holds no LoRA factors", where=where)
+    chosen = [targets[name] for named in modules for name in named.names if name in targets]
+    selection = select(model, config, strict=False)
+    whole_modules = {id(inner) for whole in wholes for inner in whole.module.modules()}
+    for target in selection.targets:
+        if not any(name in targets for name in target.names) and id(target.module) not in whole_modules:
+            missing = f"{peft_format.PREFIX}{target.names[0]}.lora_A.weight"
+            raise UserError(f"tensor '{missing}' is missing: the settings name its module", where=where)
+    return Selection(chosen, wholes, selection.matches)
+
+
+def _wholes(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]) -> list[Whole]:
+    """The whole modules that the file has tensors for; PEFT matches them by how the name ends."""
+    if not config.train_modules:
+        return []
+    stored = {name.removeprefix(peft_format.PREFIX) for name in tensors}
+    parents = {name[: match.start()] for name in stored for match in re.finditer(r"\.", name)}
+    found = [
+        named
+        for named in modules
+        if named.names[0] in parents and any(named.names[0].endswith(entry) for entry in config.train_modules)
+    ]
+    below = {id(inner) for named in found for inner in named.module.modules() if inner is not named.module}
+    return [Whole(named.names, named.module) for named in found if id(named.module) not in below]
+
+
+def _fill(model: nn.Module, record: Attachment, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy every tensor of the file to its place; every place must get one, and every tensor have one."""
+    left = dict(tensors)
+    adapted = dict(record.adapted())
+    with torch.no_grad():
+        for name, layer in adapted.items():
+            for key, factor in zip(
+                peft_format.factor_names(name, layer), (layer.lora_A, layer.lora_B), strict=True
+            ):
+                found = _take(left, key, peft_format.as_in_file(factor).shape, where)
+                factor.copy_(peft_format.as_in_file(found))
+        for bias in record.biases:
+            owner = bias.name.removesuffix("bias").removesuffix(".")
+            key = peft_format.bias_name(bias.name, owner in adapted)
+            bias.parameter.data = _take(left, key, bias.parameter.shape, where).to(bias.parameter)
+        for whole in record.wholes:
+            for key, value in whole.current.state_dict().items():
+                full = f"{peft_format.PREFIX}{whole.names[0]}.{key}"
+                value.copy_(_take(left, full, value.shape, where))
+    for key, tensor in left.items():
+        _refuse_leftover(model, record, key, tensor, where)
+
+
+def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> Tensor:
+    if key not in left:
+        raise UserError(f"tensor '{key}' is missing", where=where)
+    found = left.pop(key)
+    if found.shape != shape:
+        raise UserError(
+            f"tensor '{key}' does not fit: the model and the settings need {tuple(shape)}, the file has "
+            f"{tuple(found.shape)}",
+            where=where,
+            mend="is it the base model that the adapter was trained on?",
+        )
+    return found
+
+
+def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Tensor, where: str) -> None:
+    """PEFT writes some of the base model's own weights as well; they are passed over if they are the same."""
+    name = key.removeprefix(peft_format.PREFIX)
+    if any(name.startswith(f"{w.names[0]}.{part}.") for w in record.wholes for part in _WRAPPER_PARTS):
+        return
+    path, _, attribute = name.replace(".base_layer.", ".").rpartition(".")
+    own = None
+    if any(path == n for n, _ in model.named_modules()):
+        own = getattr(model.get_submodule(path), attribute, None)
+    if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(tensor.to(own), own):
+        return
+    if isinstance(own, Tensor):
+        raise UserError(
+            f"the file has its own copy of the base weight '{name}' {tuple(tensor.shape)}, which is not the "
+            f"model's {tuple(own.shape)}",
+            where=where,
+            mend="load it on the base model that it was trained on, with the vocabulary of the same size",
+        )
+    raise UserError(f"tensor '{key}' fits nothing in the model", where=where)
+
+
+_WRAPPER_PARTS = ("original_module", "modules_to_save")
+"""Under bias 'all' PEFT writes the biases of whole modules a second time under these names."""
+
+
+def _task_of(model: nn.Module, record: Attachment) -> str | None:
+    """PEFT's name of the task; a classifier's promises a trained head, so none is given without one."""
+    kind = type(model).__name__
+    task = next((name for ending, name in _TASKS.items() if kind.endswith(ending)), None)
+    return None if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not record.wholes else task

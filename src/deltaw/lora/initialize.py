@@ -1,0 +1,137 @@
+"""How A and B start, and with PiSSA also W.
+
+All random numbers are drawn on the CPU in fp32, in PEFT's order and in PEFT's layout, so that one seed
+gives the same factors on any device, and for linear and convolution layers the same as PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import UserError, did_you_mean
+from deltaw.lora.config import INITS
+
+if TYPE_CHECKING:
+    from deltaw.lora.layers import LoRALayer
+
+
+@torch.no_grad()
+def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None = None) -> None:
+    """Fill ``layer``'s factors; only ``pissa`` changes its weight, and keeps what it was.
+
+    Args:
+        layer: an adapted layer.
+        method: ``uniform``: A Kaiming-uniform with a = √5, so |A| ≤ 1/√in (an embedding's A is standard
+            normal instead, its input is one-hot); ``gaussian``: A normal with deviation 1/r; B = 0 for
+            both. ``orthogonal``: A and B random with A·B = 0, even rank. ``pissa``: A and B the r largest
+            singular directions of W, and W what is left (arXiv 2404.02948, eq. 2 to 4).
+        generator: of the CPU; None takes torch's own.
+
+    Raises:
+        UserError: the method is unknown or does not suit the layer.
+    """
+    if method not in INITS:
+        raise UserError(f"init cannot be {method!r}", where="init", mend=did_you_mean(method, INITS))
+    if refused := init_refusal(layer, method):
+        raise UserError(refused, where="init", mend="use init 'uniform', or leave this layer out")
+    if layer.weight.is_meta:
+        return
+    if method == "pissa":
+        _pissa(layer)
+    elif isinstance(layer, nn.Embedding):
+        _embedding(layer, method, generator)
+    else:
+        _linear_or_conv(layer, method, generator)
+
+
+def init_refusal(layer: LoRALayer, method: str) -> str | None:
+    """Why ``method`` does not suit ``layer``, or None where it does."""
+    matrix = layer.weight.dim() == 2
+    if method == "orthogonal":
+        if not matrix:
+            return "init 'orthogonal' is for linear layers and embeddings, not for convolutions"
+        if layer.rank % 2:
+            return f"init 'orthogonal' needs an even rank, not {layer.rank}"
+    if method == "pissa":
+        if not matrix or isinstance(layer, nn.Embedding):
+            return "init 'pissa' is for linear layers, not for embeddings or convolutions"
+        if layer.rank > min(layer.weight.shape):
+            return f"init 'pissa' needs a rank of at most {min(layer.weight.shape)}, not {layer.rank}"
+    return None
+
+
+def _linear_or_conv(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
+    """PEFT makes A and B as torch layers, which draw their own default start, and then draws A again.
+    The two first draws are thrown away here as there: the seed then stands where PEFT's does."""
+    matrix = layer.weight.dim() == 2
+    shape_A = tuple(reversed(layer.lora_A.shape)) if matrix else tuple(layer.lora_A.shape)
+    shape_B = tuple(reversed(layer.lora_B.shape)) if matrix else tuple(layer.lora_B.shape)
+    drawn = _empty(shape_A, generator)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    nn.init.kaiming_uniform_(_empty(shape_B, generator), a=math.sqrt(5), generator=generator)
+    if method == "orthogonal":
+        _orthogonal(layer, generator)
+        return
+    if method == "gaussian":
+        nn.init.normal_(drawn, std=1 / layer.rank, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    layer.lora_A.copy_(drawn.t() if matrix else drawn)
+    layer.lora_B.zero_()
+
+
+def _embedding(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
+    """A normal and B zero, where PEFT has it the other way round; as many numbers are drawn as there, so
+    that the layers after an embedding start as PEFT's do."""
+    drawn = _normal((layer.rank, layer.lora_A.shape[0]), generator)
+    _normal((layer.lora_B.shape[1], layer.rank), generator)
+    if method == "orthogonal":
+        _orthogonal(layer, generator)
+    else:
+        _normal((layer.lora_B.shape[1], layer.rank), generator)
+        layer.lora_A.copy_(drawn.t() / (layer.rank if method == "gaussian" else 1))
+        layer.lora_B.zero_()
+    padding_idx = getattr(layer, "padding_idx", None)
+    if padding_idx is not None:
+        layer.lora_A[padding_idx] = 0
+
+
+def _orthogonal(layer: LoRALayer, generator: torch.Generator | None) -> None:
+    """A from the odd and B from the even rows of one orthogonal matrix, so that A·B = 0 at the start."""
+    half = layer.rank // 2
+    rows, _ = torch.linalg.qr(_normal((layer.rank, layer.rank), generator))
+    wide_A = _normal((layer.lora_A.shape[0], half), generator)
+    wide_B = _normal((half, layer.lora_B.shape[1]), generator)
+    layer.lora_A.copy_(wide_A @ rows[0::2] / 10)
+    layer.lora_B.copy_(rows[1::2].t() @ wide_B / 10)
+
+
+def _pissa(layer: LoRALayer) -> None:
+    """W = U·S·Vᵀ: the r largest singular values go into A and B, W keeps the rest, rounded to its type."""
+    from deltaw.lora.layers import PissaStart
+
+    original = layer.weight.data
+    # nn.Linear's weight is (out, in); transformers' Conv1D already has (in, out).
+    wide = (original.t() if isinstance(layer, nn.Linear) else original).to(layer.lora_A.dtype)
+    if not torch.isfinite(wide).all():
+        raise UserError("init 'pissa' needs finite weights", where="init")
+    left, values, right = torch.linalg.svd(wide, full_matrices=False)
+    root = (values[: layer.rank] / layer.scaling).sqrt()
+    layer.lora_A.copy_(left[:, : layer.rank] * root)
+    layer.lora_B.copy_(root[:, None] * right[: layer.rank])
+    residual = original.to(wide.dtype) - layer.delta_weight()
+    layer.pissa = PissaStart(original, layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
+    layer.weight.data = residual.to(original.dtype)
+
+
+def _empty(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else "cpu"
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    return _empty(shape, generator).normal_(generator=generator)

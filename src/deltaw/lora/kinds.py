@@ -1,0 +1,117 @@
+"""Which adapted layer stands in for which module, and why some modules cannot be adapted.
+
+A module is adapted only where what it computes is known: its type is one of torch's, or a subclass that
+leaves ``forward`` alone, or one of a few whose own ``forward`` does the same. Everything else is refused by
+name, never passed over: an adapter that is silently not applied is worse than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+
+from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
+from deltaw.lora.layers_conv import LoRAConv
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
+"""Subclasses of nn.Linear that write x·Wᵀ + b out by hand, and do nothing else."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D``, told without importing transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in module._parameters
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether 'all-linear' means this module."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be adapted, or None where it can be."""
+    kind = type(module).__name__
+    if isinstance(module, LoRALayer):
+        return "it is adapted already"
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention computes with its weights directly, so an adapter would not be seen"
+    reason = _kind_refusal(module)
+    if reason is not None:
+        return reason
+    if "forward" in vars(module):
+        return f"the forward of this {kind} was replaced from outside, as device maps and offloading do"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"the weight of this {kind} is computed from other parameters (a parametrization)"
+    if isinstance(weight, UninitializedParameter):
+        return f"this {kind} has no size before its first forward"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
+    return None
+
+
+def _kind_refusal(module: nn.Module) -> str | None:
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        if kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_CLASSES:
+            return None
+        return f"{kind.__name__} has a forward of its own"
+    if is_conv1d(module):
+        return None
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "an embedding with max_norm rewrites its weight while it is read"
+        if kind.forward is nn.Embedding.forward or _only_scales(module):
+            return None
+        return f"{kind.__name__} has a forward of its own"
+    for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, plain):
+            inner = getattr(kind, "_conv_forward", None) is plain._conv_forward
+            same = inner and kind.forward is plain.forward
+            return None if same else f"{kind.__name__} has a forward of its own"
+    return f"it is a {kind.__name__}, neither linear nor embedding nor convolution"
+
+
+def _only_scales(module: nn.Embedding) -> bool:
+    """Whether an embedding's own forward does no more than multiply by its ``embed_scale``.
+
+    Told by trying: the row of one token against W's row times the scale, to the bit.
+    """
+    scale = getattr(module, "embed_scale", None)
+    scalar = isinstance(scale, int | float) or (isinstance(scale, torch.Tensor) and scale.numel() == 1)
+    weight = module._parameters.get("weight")
+    if not scalar or weight is None or weight.is_meta or not type(module).__name__.endswith("WordEmbedding"):
+        return False
+    token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    factor = scale.to(weight.dtype) if isinstance(scale, torch.Tensor) else float(scale or 0)
+    with torch.no_grad():
+        return torch.equal(module(token)[0, 0], weight[0] * factor)
+
+
+def adapter_for(module: nn.Module) -> Callable[..., LoRALayer]:
+    """The constructor of the adapted layer over ``module``, for which :func:`refusal` gave None."""
+    if isinstance(module, nn.Linear):
+        return LoRALinear.from_linear
+    if isinstance(module, nn.Embedding):
+        return _embedding
+    if isinstance(module, _ConvNd):
+        return LoRAConv.from_conv
+    return LoRAConv1D.from_conv1d
+
+
+def _embedding(
+    module: nn.Embedding,
+    rank: int,
+    alpha: float = 1.0,
+    *,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    init: str | None = "uniform",
+    generator: torch.Generator | None = None,
+) -> LoRALayer:
+    """An embedding has no adapter dropout; the setting is for the other layers."""
+    return LoRAEmbedding.from_embedding(module, rank, alpha, rslora=rslora, init=init, generator=generator)

@@ -1,0 +1,364 @@
+"""The adapted layers: a frozen layer that has its low-rank update beside its weight.
+
+``LoRALinear`` *is* an ``nn.Linear``: its ``weight`` and ``bias`` are the frozen ones, and ``lora_A`` and
+``lora_B`` stand beside them. There is no wrapper, so a model's code that looks at ``layer.weight`` finds
+what it looks for. ``LoRAConv1D`` is the same for transformers' layer of that name, whose weight is (in,
+out); ``LoRAEmbedding`` for embeddings; convolutions are in ``layers_conv``.
+
+A layer knows its own arithmetic, its merged weight and nothing of models, files or selection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaw.errors import UserError
+from deltaw.lora import math as closed_form
+from deltaw.lora.config import scaling as scaling_of
+from deltaw.lora.initialize import initialize
+
+_Layer = TypeVar("_Layer", bound="LoRALayer")
+
+
+@dataclass
+class PissaStart:
+    """What a PiSSA layer started from: the weight before, and the factors taken out of it."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class LoRALayer(nn.Module):
+    """What all adapted layers share: factors, scaling, and the two flags that ``forward`` looks at.
+
+    Attributes:
+        rank, alpha, scaling, dropout, rslora: as in :class:`~deltaw.lora.config.LoRAConfig`.
+        enabled: False lets ``forward`` give the base layer's own output.
+        merged: whether ``weight`` already holds W + ΔW.
+        pissa: set where the weight is the residual of a PiSSA start.
+    """
+
+    weight: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float
+    rslora: bool
+    enabled: bool
+    merged: bool
+    pissa: PissaStart | None
+    _unmerged_weight: Tensor | None
+
+    def _begin(
+        self,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        rank: int,
+        alpha: float,
+        dropout: float,
+        rslora: bool,
+        init: str | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Freeze what the layer has, and put factors of ``shapes`` beside it."""
+        if rank < 1:
+            raise UserError(f"rank must be a whole number of at least 1, not {rank}", where="rank")
+        if not 0.0 <= dropout < 1.0:
+            raise UserError(f"dropout must be at least 0 and below 1, not {dropout}", where="dropout")
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, float(alpha), float(dropout), rslora
+        self.scaling = scaling_of(rank, float(alpha), rslora)
+        self.enabled, self.merged = True, False
+        self.pissa, self._unmerged_weight = None, None
+        # Factors in half precision lose small updates, so they are fp32 whatever the weight is.
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.zeros(shapes[0], dtype=dtype, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(shapes[1], dtype=dtype, device=self.weight.device))
+        if init is not None:
+            initialize(self, init, generator)
+
+    @property
+    def adapting(self) -> bool:
+        """Whether ``forward`` adds ΔW itself."""
+        return self.enabled and not self.merged
+
+    def delta_weight(self) -> Tensor:
+        """ΔW in the layout of ``weight``, in fp32 (fp64 for an fp64 weight), without a graph."""
+        raise UserError(f"{type(self).__name__} has no ΔW of its own", mend="use one of its subclasses")
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + ΔW, summed in fp32 (fp64 for an fp64 weight) and rounded once to the weight's type."""
+        delta = self.delta_weight()
+        return delta.add_(self.weight.to(delta.dtype)).to(self.weight.dtype)
+
+    def merge_refusal(self) -> str | None:
+        """Why ΔW cannot be added to this weight, or None where it can."""
+        return None
+
+    def set_merged(self, weight: Tensor, keep_original: bool) -> None:
+        """Take ``weight`` as W + ΔW; the weight before is kept where it is to be restored later."""
+        if keep_original:
+            self._unmerged_weight = self.weight.data
+            self.weight.data = weight
+        else:
+            self.weight.data.copy_(weight)
+            self.pissa = None
+        self.merged = True
+
+    def unset_merged(self) -> None:
+        """Give back the very weight that :meth:`set_merged` kept."""
+        if self._unmerged_weight is None:
+            raise UserError(
+                "the weights from before the merge were not kept", mend="merge with keep_original=True"
+            )
+        self.weight.data = _like(self._unmerged_weight, self.weight)
+        self._unmerged_weight, self.merged = None, False
+
+    @property
+    def base_is_known(self) -> bool:
+        """Whether the base model's own weight can still be had."""
+        return not self.merged or self._unmerged_weight is not None or self.pissa is not None
+
+    def base_weight(self) -> Tensor:
+        """The base model's own weight: before a merge, and before PiSSA took its share out."""
+        if self.pissa is not None:
+            return _like(self.pissa.weight, self.weight)
+        return (
+            self.weight.data if self._unmerged_weight is None else _like(self._unmerged_weight, self.weight)
+        )
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Within the block the layer is the base model's own."""
+        enabled, weight = self.enabled, self.weight.data
+        self.enabled, self.weight.data = False, self.base_weight()
+        try:
+            yield
+        finally:
+            self.enabled, self.weight.data = enabled, weight
+
+    def extra_repr(self) -> str:
+        """The base layer's line with rank and alpha."""
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
+
+
+def adopt(cls: type[_Layer], module: nn.Module) -> _Layer:
+    """A new object of ``cls`` with all that ``module`` has: the same parameters, buffers, hooks, flags.
+
+    The tables of parameters, buffers and children are copied, so that what is added to the new layer does
+    not show in the old one; hooks stay shared, so that they go on running.
+    """
+    layer = cls.__new__(cls)
+    vars(layer).update(vars(module))
+    for table in ("_parameters", "_buffers", "_modules"):
+        vars(layer)[table] = dict(vars(module)[table])
+    return layer
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor`` where ``other`` is now, should the model have been moved or cast meanwhile."""
+    return tensor.to(device=other.device, dtype=other.dtype)
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """y = x·Wᵀ + b + scaling · dropout(x)·A·B, with W and b frozen (arXiv 2106.09685, eq. 3).
+
+    Args:
+        in_features, out_features: sizes of x and y.
+        rank: r.
+        alpha: scaling is alpha / rank, or alpha / √rank with ``rslora``.
+        bias: whether there is a b.
+        dropout: share of the adapter's inputs set to zero while training.
+        init: how the factors start (see ``initialize``); None leaves both zero, to be filled.
+
+    Raises:
+        UserError: rank, dropout or init cannot be used.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float = 1.0,
+        bias: bool = False,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str | None = "uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._begin(((in_features, rank), (rank, out_features)), rank, alpha, dropout, rslora, init, None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float = 1.0,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str | None = "uniform",
+        generator: torch.Generator | None = None,
+    ) -> LoRALinear:
+        """The adapted layer over ``linear``'s own weight and bias: the same Parameters, now frozen."""
+        layer = adopt(cls, linear)
+        shapes = ((linear.in_features, rank), (rank, linear.out_features))
+        layer._begin(shapes, rank, alpha, dropout, rslora, init, generator)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if not self.adapting:
+            return F.linear(input, self.weight, self.bias)
+        dropout = self.dropout if self.training else 0.0
+        return closed_form.linear(
+            input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout
+        )
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW = scaling · (A·B)ᵀ of shape (out, in)."""
+        return (self.lora_B.t() @ self.lora_A.t()).mul_(self.scaling)
+
+
+class LoRAConv1D(LoRALayer):
+    """The same over transformers' ``Conv1D``: a linear layer whose weight is (in, out), as in GPT-2."""
+
+    bias: nn.Parameter
+    nf: int
+    nx: int
+
+    @classmethod
+    def from_conv1d(
+        cls,
+        module: nn.Module,
+        rank: int,
+        alpha: float = 1.0,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str | None = "uniform",
+        generator: torch.Generator | None = None,
+    ) -> LoRAConv1D:
+        """The adapted layer over ``module``'s own weight (in, out) and bias (out)."""
+        layer = adopt(cls, module)
+        n_in, n_out = layer.weight.shape
+        layer._begin(((n_in, rank), (rank, n_out)), rank, alpha, dropout, rslora, init, generator)
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        """Size of x."""
+        return int(self.weight.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        """Size of y."""
+        return int(self.weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if not self.adapting:
+            flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+            return flat.view(*x.shape[:-1], self.out_features)
+        dropout = self.dropout if self.training else 0.0
+        return closed_form.linear(
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, weight_is_in_out=True
+        )
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW = scaling · A·B of shape (in, out)."""
+        return (self.lora_A @ self.lora_B).mul_(self.scaling)
+
+    def extra_repr(self) -> str:
+        """Sizes, rank and alpha."""
+        return f"nf={self.out_features}, nx={self.in_features}, rank={self.rank}, alpha={self.alpha:g}"
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """y = c · (W[ids] + scaling · A[ids]·B), with W frozen and c the base layer's own scale, or 1.
+
+    A row of A belongs to a token; the row of ``padding_idx`` is zero and stays so. There is no dropout on
+    an adapted embedding: its input is a token, not a number. ``sparse`` concerns the gradient of W, which
+    has none.
+
+    Raises:
+        UserError: ``max_norm`` is set (it rewrites W while reading it), or as in :class:`LoRALinear`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        alpha: float = 1.0,
+        padding_idx: int | None = None,
+        *,
+        rslora: bool = False,
+        init: str | None = "uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._begin(((num_embeddings, rank), (rank, embedding_dim)), rank, alpha, 0.0, rslora, init, None)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        rank: int,
+        alpha: float = 1.0,
+        *,
+        rslora: bool = False,
+        init: str | None = "uniform",
+        generator: torch.Generator | None = None,
+    ) -> LoRAEmbedding:
+        """The adapted layer over ``embedding``'s own weight; a scalar ``embed_scale`` is kept."""
+        if embedding.max_norm is not None:
+            raise UserError(
+                "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen",
+                mend="leave it out of target_modules",
+            )
+        layer = adopt(cls, embedding)
+        shapes = ((embedding.num_embeddings, rank), (rank, embedding.embedding_dim))
+        layer._begin(shapes, rank, alpha, 0.0, rslora, init, generator)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) of token ids to (..., embedding_dim)."""
+        scale: float | Tensor | None = getattr(self, "embed_scale", None)
+        if not self.adapting:
+            return closed_form.embedding_rows(
+                input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq
+            )
+        return closed_form.embedding(
+            input,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            scale,
+            self.padding_idx,
+            self.scale_grad_by_freq,
+        )
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW = scaling · A·B of shape (vocabulary, dim), before the base layer's own scale."""
+        return (self.lora_A @ self.lora_B).mul_(self.scaling)

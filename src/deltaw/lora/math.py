@@ -1,0 +1,295 @@
+"""Forward and backward of y = x·Wᵀ + b + s·(x·A)·B in closed form, and of an embedding alike.
+
+W and b are frozen, so a backward needs no gradient of W, and what must be kept for it is the input x,
+h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x in another precision. With
+adapter dropout one byte for each element of x is kept beside it, the mask. The derivation stands in
+``docs/method.md``. Each function has its plain twin beside it (``*_reference``), composed of torch's own
+operations: the tests hold the two together, and it serves where a closed form does not: when W itself is
+trained, and under ``torch.func`` transforms.
+
+It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers_conv``: their
+A·x is itself a convolution, whose backward torch already has in closed form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    weight_is_in_out: bool = False,
+) -> Tensor:
+    """y = x·Wᵀ + b + scaling · dropout(x)·A·B.
+
+    Under ``torch.autocast`` all of it is computed in the autocast type, as ``nn.Linear`` does; else in the
+    type of ``x``, which must be that of ``weight``. The factors are cast, their gradients are not.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) with ``weight_is_in_out``; frozen.
+        bias: (out) or None; gets a gradient if it asks for one.
+        lora_A: (in, r).
+        lora_B: (r, out).
+        scaling: alpha / r, or alpha / √r.
+        dropout: share p of the adapter's inputs set to 0, the rest scaled by 1 / (1 − p).
+
+    Returns:
+        (..., out).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = x.to(torch.get_autocast_dtype(device))
+    mask = None
+    if dropout > 0.0:
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
+        scaling = scaling / (1.0 - dropout)
+    if _needs_reference(weight):
+        return linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
+    return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    weight_is_in_out: bool = False,
+) -> Tensor:
+    """The plain twin of :func:`linear`; ``mask`` (like x, bool) says which inputs the adapter sees."""
+    base = F.linear(x, weight.t() if weight_is_in_out else weight, bias)
+    seen = x if mask is None else x * mask
+    return base + (seen @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """The closed form behind :func:`linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        weight_is_in_out: bool,
+    ) -> Tensor:
+        # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        base_weight = weight.to(x.dtype) if autocast else weight
+        base_bias = bias.to(x.dtype) if autocast and bias is not None else bias
+        flat = x.reshape(_rows(x), x.shape[-1])
+        y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
+        h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
+        # The scaling goes into the small (r, out) factor, so that no wide tensor is passed over for it.
+        y.addmm_(h, _scaled(lora_B, scaling, x.dtype))
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs[3] or needs[4] else None,
+            h if needs[4] else None,
+            lora_A,
+            lora_B,
+            weight if needs[0] else None,
+            mask,
+        )
+        ctx.scaling = scaling
+        ctx.weight_is_in_out = weight_is_in_out
+        ctx.bias_dtype = bias.dtype if bias is not None else None
+        return _shaped(y, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, lora_A, lora_B, weight, mask = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        grad = grads[0]
+        dtype = grad.dtype
+        rows = _rows(grad)
+        grad_y = grad.reshape(rows, grad.shape[-1])
+        grad_x = grad_bias = grad_A = grad_B = None
+        narrow = grad_y @ _scaled(lora_B, ctx.scaling, dtype).t() if needs_x or needs_A else None
+        if needs_A or (needs_B and torch.is_grad_enabled()):
+            seen = x if mask is None else x * mask
+            seen = seen.reshape(rows, seen.shape[-1])
+            if torch.is_grad_enabled():
+                # A gradient of this gradient is asked for: h must be a function of x and A again.
+                h = seen @ lora_A.to(dtype)
+        if needs_A and narrow is not None:
+            grad_A = (seen.t() @ narrow).to(lora_A.dtype)
+        if needs_B:
+            grad_B = (h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling
+        if needs_bias:
+            grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
+        if needs_x and narrow is not None:
+            base_weight = weight.to(dtype)
+            grad_x = grad_y @ (base_weight.t() if ctx.weight_is_in_out else base_weight)
+            factor = lora_A.to(dtype).t()
+            if mask is None:
+                grad_x = grad_x.addmm_(narrow, factor)
+            else:
+                grad_x = grad_x.add_((narrow @ factor) * mask.reshape(grad_x.shape))
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    embed_scale: float | Tensor | None = None,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """y = c · (W[ids] + scaling · A[ids]·B), with c = ``embed_scale`` or 1.
+
+    Args:
+        ids: (...) of whole numbers below the vocabulary's size.
+        weight: (vocabulary, dim); frozen.
+        lora_A: (vocabulary, r).
+        lora_B: (r, dim).
+        embed_scale: what the base layer multiplies its rows with (Gemma's √dim).
+        padding_idx: the row of A that gets no gradient.
+        scale_grad_by_freq: divide the gradient of a row of A by how often it stands in ``ids``.
+
+    Returns:
+        (..., dim) in the type of ``weight``.
+    """
+    if _needs_reference(weight):
+        return embedding_reference(
+            ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq
+        )
+    return _Embedding.apply(
+        ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq
+    )
+
+
+def embedding_reference(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    embed_scale: float | Tensor | None = None,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """The plain twin of :func:`embedding`."""
+    base = embedding_rows(ids, weight, embed_scale, padding_idx, scale_grad_by_freq)
+    h = F.embedding(ids, lora_A, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    delta = h.to(base.dtype) @ (lora_B * scaling).to(base.dtype)
+    return base + (delta if embed_scale is None else delta * embed_scale)
+
+
+def embedding_rows(
+    ids: Tensor,
+    weight: Tensor,
+    embed_scale: float | Tensor | None = None,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """The base layer's own output, c · W[ids]."""
+    rows = F.embedding(ids, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    if embed_scale is None:
+        return rows
+    # A tensor is cast to the weight's type and a plain number is not: so do the layers that have one.
+    return rows * (embed_scale.to(weight.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+
+
+class _Embedding(torch.autograd.Function):
+    """The closed form behind :func:`embedding`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        embed_scale: float | Tensor | None,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        flat = ids.reshape(-1)
+        y = embedding_rows(flat, weight, embed_scale)
+        factor = _with_scale(lora_B * scaling, embed_scale)
+        h = F.embedding(flat, lora_A).to(y.dtype)
+        y.addmm_(h, factor.to(y.dtype))
+        ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
+        ctx.scaling = scaling
+        ctx.embed_scale = embed_scale
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx
+        ctx.scale_grad_by_freq = scale_grad_by_freq
+        return _shaped(y, ids.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ids, h, lora_A, lora_B = ctx.saved_tensors
+        grad_y = grads[0].reshape(ids.numel(), grads[0].shape[-1])
+        grad_A = grad_B = None
+        flat = ids.reshape(-1)
+        if ctx.needs_input_grad[2]:
+            factor = _with_scale(lora_B * ctx.scaling, ctx.embed_scale)
+            narrow = (grad_y @ factor.to(grad_y.dtype).t()).to(lora_A.dtype)
+            grad_A = torch.ops.aten.embedding_dense_backward(
+                narrow, flat, lora_A.shape[0], ctx.padding_idx, ctx.scale_grad_by_freq
+            )
+        if ctx.needs_input_grad[3]:
+            if torch.is_grad_enabled():
+                # As in _Linear: a second gradient needs h as a function of A.
+                padding_idx = None if ctx.padding_idx < 0 else ctx.padding_idx
+                h = F.embedding(flat, lora_A, padding_idx).to(grad_y.dtype)
+            grad_B = _with_scale((h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling, ctx.embed_scale)
+        return None, None, grad_A, grad_B, None, None, None, None
+
+
+def _with_scale(small: Tensor, embed_scale: float | Tensor | None) -> Tensor:
+    """``small`` times the base layer's own scale, in the type of ``small``."""
+    if embed_scale is None:
+        return small
+    return small * (embed_scale.to(small.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
+
+
+def _scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """``scaling`` · ``factor``, rounded once to ``dtype``."""
+    return (factor * scaling).to(dtype)
+
+
+def _shaped(y: Tensor, leading: torch.Size) -> Tensor:
+    """(rows, out) as (*leading, out). A plain view returned by a Function could not be changed in place by
+    what follows (``ReLU(inplace=True)``), so this one is not recorded as a view."""
+    return y if len(leading) == 1 else torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1]))
+
+
+def _rows(x: Tensor) -> int:
+    """Product of all sizes but the last; stated, since view(-1) is ambiguous for no rows at all."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _needs_reference(weight: Tensor) -> bool:
+    """Whether the plain twin must serve: W is trained too, or a torch.func transform looks on."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active())

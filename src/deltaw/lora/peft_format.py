@@ -1,0 +1,268 @@
+"""PEFT's adapter format: how its settings and its tensors' names stand for ours.
+
+It maps both ways between dictionaries and touches no file and no model's weights. Orientation differs: our
+A is (in, r) and B (r, out); the file has them transposed, except for convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import UserError
+from deltaw.lora.attachment import Attachment
+from deltaw.lora.config import LoRAConfig
+from deltaw.lora.layers import LoRAConv1D, LoRALayer
+
+PREFIX = "base_model.model."
+PEFT_FORMAT = "0.21.2"
+"""The version of PEFT whose files these are."""
+
+DEFAULTS: dict[str, object] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": PEFT_FORMAT,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+"""Every key of PEFT's own file, and the value that it has there where nothing was set."""
+
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    }
+)
+_NO_MATHEMATICS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+"""Keys that say where an adapter comes from, or how it started, and not what it computes."""
+
+_READABLE_INITS = ("gaussian", "orthogonal", "eva", "pissa")
+"""Starts that leave W alone, and PiSSA, whose W can be made again."""
+
+
+def settings_of(
+    model: nn.Module, record: Attachment, base_model: str | None, task_type: str | None
+) -> dict[str, object]:
+    """The content of ``adapter_config.json`` for the adapter on ``model``.
+
+    A PiSSA adapter is written as a plain one of twice the rank (see :func:`file_factors`), with alpha such
+    that the scaling stays: 2·alpha, or √2·alpha under rsLoRA.
+    """
+    config = record.config
+    pissa = any(layer.pissa is not None for _, layer in record.adapted())
+    more_rank = 2 if pissa else 1
+    more_alpha = (math.sqrt(2) if config.rslora else 2) if pissa else 1
+    names = [name for name, _ in model.named_modules() if name]
+    whole = [replacement.names[0] for replacement in record.wholes]
+    settings = dict(DEFAULTS)
+    settings |= {
+        "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
+        "base_model_name_or_path": base_model,
+        "bias": config.bias,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for _, layer in record.adapted()),
+        "init_lora_weights": config.init if config.init in ("gaussian", "orthogonal") else True,
+        "lora_alpha": _plain(config.alpha * more_alpha),
+        "lora_dropout": config.dropout,
+        "modules_to_save": _whole_entries(names, whole) or None,
+        "r": config.rank * more_rank,
+        "rank_pattern": {key: value * more_rank for key, value in config.rank_pattern.items()},
+        "target_modules": target_entries(names, [name for name, _ in record.adapted()]),
+        "task_type": task_type,
+        "use_rslora": config.rslora,
+    }
+    if task_type is None:
+        kind = type(model)
+        settings["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return settings
+
+
+def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
+    """The config that an ``adapter_config.json`` stands for.
+
+    Raises:
+        UserError: it is no LoRA adapter, or a setting changes what is computed and is not known here.
+    """
+    if settings.get("peft_type") != "LORA":
+        raise UserError(
+            f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read", where=where
+        )
+    for key, value in settings.items():
+        if key not in _READ and key not in _NO_MATHEMATICS and value and value != DEFAULTS.get(key):
+            raise UserError(
+                f"the adapter was made with '{key}', which changes its mathematics and is not available",
+                where=f"{where}: {key}",
+                mend="use an adapter without it, or have the program that made it merge it",
+            )
+    known = {key: settings.get(key, DEFAULTS[key]) for key in _READ}
+    init = known.pop("init_lora_weights")
+    if isinstance(init, str) and init not in _READABLE_INITS:
+        raise UserError(
+            f"the adapter started with '{init}', which changed its base model's weights too",
+            where=f"{where}: init_lora_weights",
+            mend="have the program that made it convert it to a plain LoRA adapter",
+        )
+    for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
+        known[key] = known[key] or None
+    try:
+        return LoRAConfig.from_dict({**known, "init": "pissa" if init == "pissa" else "uniform"})
+    except UserError as error:
+        raise UserError(error.what, where=f"{where}: {error.where}", mend=error.mend) from error
+
+
+def file_factors(name: str, layer: LoRALayer) -> Iterator[tuple[str, Tensor]]:
+    """(tensor name, tensor in the file's orientation) of a layer's two factors.
+
+    After a PiSSA start from A₀, B₀ the file holds [A, A₀] and [B; −B₀], of rank 2r: on the original base
+    model s·(A·B − A₀·B₀) gives what the layer computes now, whose weight lacks s·A₀·B₀.
+    """
+    factor_A, factor_B = layer.lora_A.detach(), layer.lora_B.detach()
+    if layer.pissa is not None:
+        factor_A = torch.cat([factor_A, layer.pissa.lora_A.to(factor_A)], dim=1)
+        factor_B = torch.cat([factor_B, -layer.pissa.lora_B.to(factor_B)], dim=0)
+    key_A, key_B = factor_names(name, layer)
+    yield key_A, as_in_file(factor_A)
+    yield key_B, as_in_file(factor_B)
+
+
+def factor_names(name: str, layer: LoRALayer) -> tuple[str, str]:
+    """The names under which a file has the factors of the layer ``name``."""
+    if isinstance(layer, nn.Embedding):
+        return f"{PREFIX}{name}.lora_embedding_A", f"{PREFIX}{name}.lora_embedding_B"
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+def as_in_file(factor: Tensor) -> Tensor:
+    """A factor in the file's orientation, or back: matrices transposed, convolutions as they are."""
+    return factor.t() if factor.dim() == 2 else factor
+
+
+def bias_name(name: str, adapted: bool) -> str:
+    """A file's name for the trained bias ``name`` (``path.bias``)."""
+    path = name.removesuffix("bias")
+    return f"{PREFIX}{path}base_layer.bias" if adapted else f"{PREFIX}{name}"
+
+
+def factor_module(tensor_name: str) -> str | None:
+    """The module that a factor's tensor belongs to; None for a tensor that is no factor."""
+    for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
+        if tensor_name.endswith(ending):
+            return tensor_name.removeprefix(PREFIX).removesuffix(ending)
+    return None
+
+
+def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | str:
+    """The shortest name endings that match exactly the ``adapted`` among ``names``, sorted.
+
+    Where no ending of a name can tell it from another (``lin`` beside ``block.lin``) a regular expression
+    for all full names is returned instead.
+    """
+    wanted = list(adapted)
+    inside, everywhere = _count_endings(wanted), _count_endings(names)
+    entries: set[str] = set()
+    for name in wanted:
+        exact = [end for end in _endings(name) if inside[end] == everywhere.get(end)]
+        if not exact:
+            return "|".join(_escaped(full) for full in sorted(wanted))
+        entries.add(exact[-1])
+    return sorted(entries)
+
+
+def _whole_entries(names: list[str], whole: list[str]) -> list[str]:
+    """Entries for whole modules; PEFT matches them by how the name ends, dot or no dot."""
+    entries = []
+    for name in whole:
+        ends = [end for end in _endings(name) if all(n in whole for n in names if n.endswith(end))]
+        entries.append(ends[-1] if ends else name)
+    return sorted(set(entries))
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The name, then without its first part, and so on: the shortest comes last."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        yield ".".join(parts[start:])
+
+
+def _count_endings(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in names:
+        for end in _endings(name):
+            counts[end] = counts.get(end, 0) + 1
+    return counts
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _plain(value: float) -> float | int:
+    """Whole numbers as JSON integers: some readers take no others for alpha."""
+    return int(value) if float(value).is_integer() else value

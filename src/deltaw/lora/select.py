@@ -1,0 +1,365 @@
+"""Which modules are adapted, and which are trained whole.
+
+Entries match by PEFT's rules: an entry of a list matches a module whose full name it is or ends with after
+a dot; a text is a regular expression for the full name; a key of a pattern is a regular expression for the
+ending of a name. Beyond those, 'all-linear', 'attention' and 'mlp' choose by kind and by usual names. An
+entry that matches nothing is an error that names the nearest modules: PEFT passes over it in silence.
+
+It looks at names and types only, and changes nothing. Everything is linear in the number of modules.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.lora.config import KEYWORDS, LoRAConfig, parse_layers
+from deltaw.lora.kinds import is_linear, refusal
+
+HEAD_NAMES = frozenset(
+    {"lm_head", "score", "classifier", "classification_head", "qa_outputs", "embed_out", "head"}
+)
+"""Output heads, by the first part of their name; asked only where the model itself names none."""
+
+_ATTENTION = """
+    q_proj k_proj v_proj o_proj qkv_proj out_proj query key value query_key_value qkv c_attn Wqkv
+    q_lin k_lin v_lin out_lin q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj
+"""
+_MLP = """
+    gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc dense_h_to_4h dense_4h_to_h
+    wi wi_0 wi_1 wo w1 w2 w3 lin1 lin2 linear1 linear2 ffn ffn_output
+"""
+ATTENTION_NAMES, MLP_NAMES = frozenset(_ATTENTION.split()), frozenset(_MLP.split())
+"""Last parts of names that mean attention or an MLP wherever they stand."""
+
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+"""Choose between experts; they are no part of what 'mlp' means."""
+
+READ_DIRECTLY = {"out_proj", "conv1d"}
+"""Modules of Mamba blocks whose weights fused kernels read without calling the module."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to adapt: all the names it stands under, and its rank and alpha."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A module to train whole, and all the names it stands under."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config means on one model; ``matches`` gives each entry of it the names that it matched."""
+
+    targets: list[Target] = field(default_factory=list)
+    wholes: list[Whole] = field(default_factory=list)
+    matches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module and all the names it stands under."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+
+def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selection:
+    """Find what ``config`` means on ``model``.
+
+    Args:
+        model: any module; it is not changed.
+        config: the settings.
+        strict: False passes over entries that match nothing, as files of other programs may hold some.
+
+    Raises:
+        UserError: an entry matches nothing, or a module that cannot be adapted.
+    """
+    modules = modules_once(model)
+    matches: dict[str, tuple[str, ...]] = {}
+    wholes = _match_wholes(config, modules, matches, strict)
+    inside = {id(m) for whole in wholes for m in whole.module.modules()}
+    chosen = _match_targets(model, config, modules, matches, strict)
+    excluded = _match_excluded(config, modules, matches, strict)
+    chosen = [m for m in chosen if id(m.module) not in excluded]
+    if not chosen and strict:
+        raise UserError("exclude_modules leaves nothing to adapt", where="exclude_modules")
+    kept = [m for m in chosen if id(m.module) not in inside]
+    if not kept and strict:
+        raise UserError("train_modules holds everything that target_modules matches", where="train_modules")
+    kept = _in_layers(config, kept, matches, strict)
+    _refuse_unsupported(model, kept, modules)
+    ranks = _match_patterns("rank_pattern", config.rank_pattern, kept, matches, strict)
+    alphas = _match_patterns("alpha_pattern", config.alpha_pattern, kept, matches, strict)
+    targets = [
+        Target(
+            m.names, m.module, int(ranks.get(m.names[0], config.rank)), alphas.get(m.names[0], config.alpha)
+        )
+        for m in kept
+    ]
+    return Selection(targets, wholes, matches)
+
+
+def modules_once(model: nn.Module) -> list[Named]:
+    """Every module once, with all its names, the root left out."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return [Named(tuple(names), module) for module, names in found.values()]
+
+
+def _match_targets(
+    model: nn.Module,
+    config: LoRAConfig,
+    modules: list[Named],
+    matches: dict[str, tuple[str, ...]],
+    strict: bool,
+) -> list[Named]:
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted in KEYWORDS:
+        found = [m for m in _all_linear(model, modules) if wanted == "all-linear" or _role(m) == wanted]
+        if not found and strict:
+            raise UserError(
+                f"target_modules: '{wanted}' matches no module",
+                where="target_modules",
+                mend=_linear_there(model, modules),
+            )
+        matches[f"target_modules '{wanted}'"] = tuple(m.names[0] for m in found)
+        return found
+    return _match_entries("target_modules", wanted, modules, matches, strict)
+
+
+def _linear_there(model: nn.Module, modules: list[Named]) -> str:
+    if is_linear(model):
+        return "the model is itself one linear layer: use LoRALinear.from_linear"
+    linear = [m.names[0] for m in modules if is_linear(m.module)]
+    return f"the linear modules are {_shown(linear)}" if linear else "the model has no linear module"
+
+
+def _all_linear(model: nn.Module, modules: list[Named]) -> list[Named]:
+    """All linear modules but the output head: the one the model names, else those of usual names."""
+    head = None
+    if callable(getter := getattr(model, "get_output_embeddings", None)):
+        head = getter()
+    linear = [m for m in modules if is_linear(m.module) and m.module is not head]
+    if head is not None:
+        return linear
+    return [m for m in linear if m.names[0].split(".")[0] not in HEAD_NAMES]
+
+
+def _role(named: Named) -> str | None:
+    """'attention' or 'mlp', by the module's own name and those above it; None for neither."""
+    parts = named.names[0].split(".")
+    last = parts[-1]
+    if any("attn" in part.lower() or "attention" in part.lower() for part in parts):
+        return "attention"
+    if last in ATTENTION_NAMES:
+        return "attention"
+    if last in ROUTER_NAMES:
+        return None
+    if last in MLP_NAMES or any(_is_mlp(part) for part in parts[:-1]):
+        return "mlp"
+    # BERT and its kin: layer.N.intermediate.dense and layer.N.output.dense are the two halves of the MLP.
+    bert = len(parts) >= 3 and last == "dense" and parts[-2] in ("intermediate", "output")
+    return "mlp" if bert and parts[-3].isdigit() else None
+
+
+def _is_mlp(part: str) -> bool:
+    part = part.lower()
+    return any(
+        word in part for word in ("mlp", "ffn", "feed_forward", "feedforward", "expert", "densereludense")
+    )
+
+
+def _match_entries(
+    key: str,
+    wanted: str | Iterable[str],
+    modules: list[Named],
+    matches: dict[str, tuple[str, ...]],
+    strict: bool,
+) -> list[Named]:
+    """The modules that a text (full expression) or a list (name endings) matches."""
+    if isinstance(wanted, str):
+        expression = re.compile(wanted)
+        found = [m for m in modules if any(expression.fullmatch(name) for name in m.names)]
+        if not found and strict:
+            raise _matches_nothing(key, wanted, modules, as_list=any(_ends(m, wanted) for m in modules))
+        matches[f"{key} '{wanted}'"] = tuple(m.names[0] for m in found)
+        return found
+    hits: dict[str, list[str]] = {entry: [] for entry in wanted}
+    found = []
+    for named in modules:
+        entries = {end for name in named.names for end in _endings(name) if end in hits}
+        for entry in entries:
+            hits[entry].append(named.names[0])
+        if entries:
+            found.append(named)
+    for entry, names in hits.items():
+        if not names and strict:
+            raise _matches_nothing(key, entry, modules)
+        matches[f"{key} '{entry}'"] = tuple(names)
+    return found
+
+
+def _endings(name: str) -> Iterator[str]:
+    """``a.b.c``, ``b.c``, ``c``."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
+
+
+def _ends(named: Named, entry: str) -> bool:
+    return any(entry in _endings(name) for name in named.names)
+
+
+def _match_excluded(
+    config: LoRAConfig, modules: list[Named], matches: dict[str, tuple[str, ...]], strict: bool
+) -> set[int]:
+    """What exclude_modules leaves out: the modules that it names, and for a list all below them."""
+    if config.exclude_modules is None:
+        return set()
+    found = _match_entries("exclude_modules", config.exclude_modules, modules, matches, strict)
+    if isinstance(config.exclude_modules, str):
+        return {id(m.module) for m in found}
+    return {id(below) for m in found for below in m.module.modules()}
+
+
+def _match_wholes(
+    config: LoRAConfig, modules: list[Named], matches: dict[str, tuple[str, ...]], strict: bool
+) -> list[Whole]:
+    """The outermost modules that train_modules names and that have parameters."""
+    if not config.train_modules:
+        return []
+    found = _match_entries("train_modules", config.train_modules, modules, matches, strict)
+    below = {id(inner) for m in found for inner in m.module.modules() if inner is not m.module}
+    outer = [m for m in found if id(m.module) not in below]
+    for named in outer:
+        if not any(p.is_floating_point() for p in named.module.parameters()):
+            raise UserError(f"'{named.names[0]}' has no parameters to train", where="train_modules")
+    return [Whole(m.names, m.module) for m in outer]
+
+
+def layer_index(name: str) -> int | None:
+    """The layer that a module belongs to: the first number in its name, as PEFT counts."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _in_layers(
+    config: LoRAConfig, chosen: list[Named], matches: dict[str, tuple[str, ...]], strict: bool
+) -> list[Named]:
+    if config.layers is None:
+        return chosen
+    by_index: dict[int, list[Named]] = {}
+    for named in chosen:
+        index = layer_index(named.names[0])
+        if index is not None:
+            by_index.setdefault(index, []).append(named)
+    kept: set[int] = set()
+    for first, last in parse_layers(config.layers):
+        entry = f"{first}-" if last is None else f"{first}" if first == last else f"{first}-{last}"
+        stop = max(by_index, default=-1) if last is None else last
+        inside = [index for index in by_index if first <= index <= stop]
+        if strict and (not inside or stop not in by_index):
+            there = f"0 to {max(by_index)}" if by_index else "none"
+            raise UserError(
+                f"layers '{entry}' names layers with nothing to adapt",
+                where="layers",
+                mend=f"the layers that target_modules matches in are {there}",
+            )
+        kept.update(inside)
+        matches[f"layers '{entry}'"] = tuple(m.names[0] for i in sorted(inside) for m in by_index[i])
+    return [m for m in chosen if layer_index(m.names[0]) in kept]
+
+
+def _match_patterns(
+    key: str,
+    pattern: Mapping[str, int] | Mapping[str, float],
+    chosen: list[Named],
+    matches: dict[str, tuple[str, ...]],
+    strict: bool,
+) -> dict[str, float]:
+    """A value for each name that a key of ``pattern`` matches; the first key that matches counts."""
+    values: dict[str, float] = {}
+    expressions = [(entry, _ending_expression(entry)) for entry in pattern]
+    hits: dict[str, list[str]] = {entry: [] for entry in pattern}
+    for named in chosen if pattern else ():
+        name = named.names[0]
+        for entry, expression in expressions:
+            if expression.match(name):
+                values.setdefault(name, pattern[entry])
+                hits[entry].append(name)
+    for entry, names in hits.items():
+        if not names and strict:
+            raise _matches_nothing(key, entry, chosen)
+        matches[f"{key} '{entry}'"] = tuple(names)
+    return values
+
+
+def value_by_pattern(pattern: Mapping[str, int] | Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first key of ``pattern`` that matches the ending of ``name``, else ``default``."""
+    return next((pattern[key] for key in pattern if _ending_expression(key).match(name)), default)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ending_expression(entry: str) -> re.Pattern[str]:
+    """PEFT's rule for the keys of patterns."""
+    return re.compile(rf"(.*\.)?({entry})$")
+
+
+def _refuse_unsupported(model: nn.Module, chosen: list[Named], modules: list[Named]) -> None:
+    by_name = {name: m.module for m in modules for name in m.names}
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    mamba = "mamba" in model_type or model_type in ("falcon_h1", "nemotron_h")
+    for named in chosen:
+        name = named.names[0]
+        parent, _, last = name.rpartition(".")
+        reason = refusal(named.module)
+        if isinstance(by_name.get(parent, model), nn.MultiheadAttention):
+            reason = "nn.MultiheadAttention reads this weight directly, so an adapter would not be seen"
+        elif mamba and last in READ_DIRECTLY:
+            reason = f"{model_type}'s fused kernels read this weight directly"
+        if reason is None:
+            continue
+        below = [f"{name}.{n}" for n, m in named.module.named_modules() if n and is_linear(m)]
+        mend = f"leave it out: exclude_modules: ['{last}']"
+        if below and not isinstance(named.module, nn.MultiheadAttention):
+            mend = f"name what is in it: {_shown(below)}"
+        raise UserError(f"'{name}' cannot be adapted: {reason}", where=name, mend=mend)
+
+
+def _matches_nothing(key: str, entry: str, modules: list[Named], as_list: bool = False) -> UserError:
+    """The error for an entry without a match, with the nearest names: last parts, else full names."""
+    names = [name for m in modules for name in m.names]
+    if as_list:
+        mend = f"a text must match full names; for all modules that end so write a list: ['{entry}']"
+    elif entry in KEYWORDS:
+        mend = f"write it without a list: {key}: {entry}"
+    else:
+        lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        lasts = [last for last in lasts if not last.isdigit()]
+        full = nearest(entry, names[:2000]) if "." in entry else []
+        mend = did_you_mean(entry, full or lasts)
+    return UserError(f"{key}: '{entry}' matches no module", where=key, mend=mend)
+
+
+def _shown(names: list[str], count: int = 6) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:count])
+    return shown + (f", … ({len(names)} in all)" if len(names) > count else "")

@@ -1,0 +1,34 @@
+"""The low-rank update ΔW = scaling · A·B of frozen weights, as a method."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from deltaw.lora import LoRAConfig, adapter_parameters, attach, load_adapter, save_adapter
+
+
+class LoRA:
+    """Train A and B beside the frozen weights, and whole modules where asked (``lora.train_modules``)."""
+
+    name = "lora"
+
+    def __init__(self, config: LoRAConfig) -> None:
+        self.config = config
+
+    def prepare(self, model: nn.Module, *, seed: int) -> str:
+        return str(attach(model, self.config, seed=seed))
+
+    def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return adapter_parameters(model)
+
+    def save(self, model: nn.Module, folder: str | os.PathLike[str], *, base_model: str) -> None:
+        save_adapter(model, folder, base_model=base_model)
+
+    def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
+        return str(load_adapter(model, folder))
+
+    def can_share_prefixes(self) -> bool:
+        """Dropout draws a mask for each token: rows that share tokens would share their masks too."""
+        return self.config.dropout == 0

@@ -1,0 +1,134 @@
+"""A transformers model run over a flat row of tokens: its own code, with the forest's attention.
+
+The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``);
+the mask interface answers that no mask is needed. Nothing of the model is patched. Whether a model can be run
+so is not read off a list of names: it is tried on a few tokens and compared with the padded run.
+
+Knows transformers' models and layouts; not data, losses or training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from deltaw.kernels.attention import forest_attention
+from deltaw.kernels.layout import Layout
+from deltaw.models.machine import Choice
+from deltaw.models.quiet import quiet
+
+ATTENTION = "deltaw_forest"
+# Ways of attending that are told apart only far from each other, where a short trial cannot see them.
+PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+TRIAL_TOKENS = 24
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    forest_layout: Layout | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query (1, heads, T, d) in, (1, T, heads, d) out."""
+    if forest_layout is None:
+        raise RuntimeError(f"{type(module).__name__} does not hand the layout down to its attention")
+    if query.shape[2] != forest_layout.length or key.shape[2] != forest_layout.length:
+        raise RuntimeError("attention over a cache cannot run on a flat row")
+    if dropout:
+        raise RuntimeError("attention dropout is not drawn on a flat row; put the model in eval mode")
+    out = forest_attention(
+        query[0],
+        key[0],
+        value[0],
+        forest_layout,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out.transpose(0, 1)[None], None
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    """The layout says who sees whom: no mask is made."""
+    return None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The part of the model below its output head."""
+    return model.base_model
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch to another attention implementation, and check that the whole model followed."""
+    with quiet():
+        model.set_attn_implementation(name)
+    if model.config.get_text_config()._attn_implementation != name:
+        raise RuntimeError(f"{type(model).__name__} does not take another attention implementation")
+
+
+@contextlib.contextmanager
+def flat_rows(model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model's attention runs over flat rows; afterwards it is what it was."""
+    before = model.config._attn_implementation
+    try:
+        set_attention(model, ATTENTION)
+        yield
+    finally:
+        with quiet():
+            model.set_attn_implementation(before)
+
+
+def can_pack(model: PreTrainedModel) -> Choice:
+    """Whether the model gives the same outputs on a flat row as on padded rows, and how that is known."""
+    name = type(model).__name__
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if types - PLAIN_LAYER_TYPES:
+        return Choice(False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
+    try:
+        difference = _trial(model)
+    except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
+        return Choice(False, f"{name} cannot run a flat row ({type(error).__name__}: {str(error)[:100]})")
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 6e-2
+    if not difference < tolerance:
+        return Choice(False, f"{name} gives other outputs on a flat row (relative difference {difference:.1e})")
+    return Choice(True, f"{name} gives the same outputs on a flat row (relative difference {difference:.1e})")
+
+
+def _trial(model: PreTrainedModel) -> float:
+    """Relative difference (of norms) between a small forest on a flat row and its rows run on their own."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    length = TRIAL_TOKENS + (window if window is not None and window <= 64 else 0)
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (length + 12,), generator=generator).to(model.device)
+    layout = Layout.of_lengths([length - 5, 5, 7, 5], [-1, 0, 0, -1])
+    layout.device = model.device
+    positions = torch.from_numpy(layout.positions()).to(model.device)
+    stem, left, right, alone = torch.split(tokens, [length - 5, 5, 7, 5])
+    backbone = backbone_of(model)
+    with torch.no_grad():
+        apart = [
+            backbone(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            for row in (torch.cat([stem, left]), torch.cat([stem, right]), alone)
+        ]
+        with flat_rows(model):
+            flat = backbone(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, forest_layout=layout
+            ).last_hidden_state[0]
+    expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]]).float()
+    return float((flat.float() - expected).norm() / expected.norm())

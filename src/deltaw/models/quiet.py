@@ -1,0 +1,29 @@
+"""Silence for the time of a call: no progress bars and no advice from the model library.
+
+What a person should know is said by deltaw itself, once and in its own words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from transformers.utils import logging
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block transformers reports errors only and draws no progress bar; then as before."""
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""The training of an adapter: loop, objective, optimizer, schedule."""

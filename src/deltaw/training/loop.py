@@ -1,0 +1,202 @@
+"""The training loop: from rows in an order to an adapter, readable from top to bottom.
+
+It is given a model with something to train, an objective, and examples; it knows nothing of files, folders,
+configuration or how progress is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.data.example import Example
+from deltaw.data.packing import Batch, epoch_order
+from deltaw.errors import UserError
+from deltaw.training.optimizer import adamw, learning_rate_factor, warmup_steps
+from deltaw.training.portions import Portions
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. ``loss`` is the mean over its label tokens, in nats."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    rows: int
+    tokens: int
+    computed_tokens: int
+    label_tokens: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass
+class Outcome:
+    """Sums over a training: ``loss`` is the mean over all label tokens seen."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+    label_tokens: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.label_tokens if self.label_tokens else float("nan")
+
+    def add(self, step: Step) -> None:
+        self.steps += 1
+        self.rows += step.rows
+        self.tokens += step.tokens
+        self.computed_tokens += step.computed_tokens
+        self.label_tokens += step.label_tokens
+        self.loss_sum += step.loss * step.label_tokens
+        self.seconds += step.seconds
+
+
+def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run: every epoch ends with a step of the rows that are left."""
+    per_epoch = math.ceil(rows / batch_size)
+    return max_steps if max_steps is not None else max(1, math.ceil(epochs * per_epoch))
+
+
+def rows_of_step(examples: Sequence[Example], step: int, batch_size: int, seed: int) -> list[Example]:
+    """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
+    per_epoch = math.ceil(len(examples) / batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = epoch_order(len(examples), epoch, seed)
+    return [examples[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+
+
+def train(
+    objective: Callable[[Batch], Tensor],
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    portions: Portions,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    schedule: str = "linear",
+    warmup: float = 0.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    max_grad_norm: float | None = 1.0,
+    on_step: Callable[[Step], None] | None = None,
+) -> Outcome:
+    """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
+
+    A step's loss is the sum of cross-entropies over all its passes, divided by the label tokens of the whole
+    step: how the rows are cut into passes changes nothing.
+
+    Args:
+        objective: the sum of a batch's cross-entropies (:class:`deltaw.training.objective.CausalObjective`).
+        on_step: told of each step after it; the time it takes is not counted.
+
+    Raises:
+        UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
+    """
+    optimizer = adamw(parameters, learning_rate, weight_decay=weight_decay, betas=betas)
+    warm = warmup_steps(warmup, total_steps)
+    outcome = Outcome()
+    with _stop_signals() as stopped:
+        for number in range(total_steps):
+            begun = time.perf_counter()
+            rows = rows_of_step(examples, number, batch_size, seed)
+            labels = sum(int(example.is_label[1:].sum()) for example in rows)
+            rate = learning_rate * learning_rate_factor(number, total_steps, warm, schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            loss_sum, tokens, computed = 0.0, 0, 0
+            for batch in portions.batches(rows):
+                loss = objective(batch)
+                (loss / labels).backward()
+                loss_sum += loss.item()
+                tokens += batch.row_tokens
+                computed += batch.tokens
+                if stopped():
+                    break
+            if stopped():
+                outcome.interrupted = True
+                break
+            norm = _gradient_norm(parameters, max_grad_norm)
+            if not math.isfinite(loss_sum) or not math.isfinite(norm):
+                raise UserError(
+                    f"training diverged: loss {loss_sum / labels:.3g}, gradient norm {norm:.3g}",
+                    where=f"step {number + 1} of {total_steps}",
+                    mend="lower train.learning_rate, or lengthen train.warmup",
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            per_epoch = math.ceil(len(examples) / batch_size)
+            step = Step(
+                step=number + 1,
+                epoch=(number + 1) / per_epoch,
+                loss=loss_sum / labels,
+                learning_rate=rate,
+                gradient_norm=norm,
+                rows=len(rows),
+                tokens=tokens,
+                computed_tokens=computed,
+                label_tokens=labels,
+                seconds=time.perf_counter() - begun,
+            )
+            outcome.add(step)
+            if on_step is not None:
+                on_step(step)
+    return outcome
+
+
+def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+    """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    return float(norm)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """While open, the first Ctrl-C or SIGTERM only asks the loop to stop; a second Ctrl-C stops at once.
+
+    Signals can be caught in the main thread alone; elsewhere nothing changes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def seeded(seed: int) -> None:
+    """Fix torch's random state: dropout and whatever else draws from it."""
+    torch.manual_seed(seed)

@@ -1,0 +1,159 @@
+"""The language-model objective: cross-entropy at the label positions and nowhere else.
+
+The output head is applied only to the outputs that predict a label, a chunk of them at a time, and each
+chunk's gradient is taken as soon as its loss is known: all logits never exist at once.
+
+Knows a model's backbone and head; not data files, optimizers or schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.data.packing import Batch
+from deltaw.models.forest import backbone_of
+
+# Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
+CHUNK_BYTES = 32 * 2**20
+
+
+class CausalObjective:
+    """Sum of cross-entropies over a batch's labels, with gradients for whatever is trained.
+
+    Args:
+        model: a causal language model of transformers, with or without an adapter.
+
+    Attributes:
+        chunked: whether the head is applied in chunks; False where the model does something between its
+            backbone and its logits that is not known here, and its own logits are taken instead.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.backbone = backbone_of(model)
+        head = model.get_output_embeddings()
+        self.chunked = head is not None and self.backbone is not model and _head_is_known(model, head)
+        self.head = head
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Sum over labels of weight · cross-entropy, a scalar in fp32."""
+        if not self.chunked:
+            logits = self.model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+            picked = logits.index_select(0, batch.predictors)
+            return _cross_entropy_sum(picked, batch.targets, batch.weights)
+        hidden = self.backbone(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        picked = hidden.index_select(0, batch.predictors)
+        return chunked_cross_entropy(
+            picked,
+            batch.targets,
+            batch.weights,
+            lambda rows: final_logits(self.model, self.head(rows)),
+            list(self.head.parameters()),
+        )
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """Σ weightᵢ · cross-entropy(head(hiddenᵢ), targetᵢ) without ever holding all logits.
+
+    Args:
+        hidden: (P, d). targets: (P,) class indices. weights: (P,).
+        head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
+        chunk: rows of ``hidden`` at a time; by default what keeps the logits within CHUNK_BYTES.
+
+    Returns:
+        a scalar in fp32, or fp64 for fp64 inputs.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    return _ChunkedCrossEntropy.apply(hidden, targets, weights, head, chunk, *trained)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient is taken in the forward, while a chunk's logits are there, and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, targets, weights, head, chunk, *trained):  # type: ignore[override]
+        wanted = [t for t in (hidden, *trained) if t.requires_grad]
+        total = hidden.new_zeros((), dtype=_loss_dtype(hidden))
+        sums = [torch.zeros_like(t) for t in trained]
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        size = chunk or _chunk_rows(hidden, head)
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            part = hidden[rows].detach().requires_grad_(hidden.requires_grad)
+            with torch.set_grad_enabled(bool(wanted)):
+                loss = _cross_entropy_sum(head(part), targets[rows], weights[rows])
+            total += loss.detach()
+            if wanted:
+                leaves = [t for t in (part, *trained) if t.requires_grad]
+                grads = list(torch.autograd.grad(loss, leaves))
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grads.pop(0)
+                for kept, new in zip(sums, grads, strict=True):
+                    kept += new
+        ctx.grad_hidden, ctx.sums = grad_hidden, sums
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        grad_hidden = None if ctx.grad_hidden is None else (ctx.grad_hidden * grad).to(ctx.grad_hidden.dtype)
+        return grad_hidden, None, None, None, None, *[(s * grad).to(s.dtype) for s in ctx.sums]
+
+
+def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What the model itself does to its head's outputs: a scale (Cohere, Granite), a soft cap (Gemma)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
+    """Try a few tokens: the head on the backbone's outputs must give the model's own logits."""
+    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        own = model(input_ids=tokens, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        if hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
+            return False
+        ours = final_logits(model, head(hidden)).float()
+    if own.shape != ours.shape:
+        return False
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((own - ours).norm() <= tolerance * own.norm())
+
+
+def _cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    losses = nn.functional.cross_entropy(logits.to(_loss_dtype(logits)), targets, reduction="none")
+    return (losses * weights.to(losses.dtype)).sum()
+
+
+def _loss_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _chunk_rows(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> int:
+    if hidden.shape[0] == 0:
+        return 1
+    with torch.no_grad():
+        classes = head(hidden[:1]).shape[-1]
+    return max(1, CHUNK_BYTES // (4 * classes))

@@ -1,0 +1,124 @@
+"""Batches: the prefix tree against the rows it was made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.data.example import Example
+from deltaw.data.packing import LEAST_SHARED, epoch_order, pack, pad, split_into_passes
+
+
+def example(tokens, labels=None, row=1):
+    tokens = np.asarray(tokens, np.int32)
+    if labels is None:
+        labels = np.zeros(len(tokens), bool)
+        labels[len(tokens) // 2 :] = True
+        labels[0] = False
+    return Example(row, tokens, np.asarray(labels, bool), 0, None)
+
+
+@st.composite
+def rows(draw):
+    """Rows that often begin alike: each continues a piece of an earlier one; few token ids, so they collide."""
+    made: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 8))):
+        start: list[int] = []
+        if made and draw(st.booleans()):
+            earlier = draw(st.sampled_from(made))
+            start = earlier[: draw(st.integers(0, len(earlier)))]
+        tail = draw(st.lists(st.integers(0, 2), min_size=0 if len(start) > 1 else 2, max_size=12))
+        made.append(start + tail)
+    return [
+        example(r, [False] + draw(st.lists(st.booleans(), min_size=len(r) - 1, max_size=len(r) - 1)), row=i)
+        for i, r in enumerate(made)
+    ]
+
+
+def seen_by_each_row(batch):
+    """From the batch alone: for each flat token, the tokens from its root down to itself."""
+    layout = batch.inputs["forest_layout"]
+    visible = layout.visible()
+    tokens = batch.inputs["input_ids"][0].numpy()
+    positions = batch.inputs["position_ids"][0].numpy()
+    assert (visible.sum(1) == positions + 1).all()
+    return [tuple(tokens[visible[i]]) for i in range(len(tokens))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows(), st.booleans())
+def test_each_label_is_predicted_from_exactly_the_tokens_before_it(given_rows, share):
+    batch = pack(given_rows, share=share)
+    context = seen_by_each_row(batch)
+    expected: dict = {}
+    for row in given_rows:
+        for at in np.flatnonzero(row.is_label):
+            key = (tuple(row.tokens[:at]), int(row.tokens[at]))
+            expected[key] = expected.get(key, 0) + 1
+    found: dict = {}
+    for predictor, target, weight in zip(batch.predictors, batch.targets, batch.weights, strict=True):
+        key = (context[predictor], int(target))
+        found[key] = found.get(key, 0) + float(weight)
+    assert found == expected
+    assert batch.label_tokens == sum(int(r.is_label.sum()) for r in given_rows)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows())
+def test_sharing_never_computes_more_tokens(given_rows):
+    shared, apart = pack(given_rows, share=True), pack(given_rows, share=False)
+    assert shared.tokens <= apart.tokens == apart.row_tokens == shared.row_tokens
+
+
+def test_common_beginnings_stand_once():
+    stem = list(range(10, 20))
+    batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
+    assert batch.tokens == 10 + 2 + 1 + 10
+    assert batch.row_tokens == 12 + 11 + 22
+
+
+def test_nested_beginnings_hang_under_one_another():
+    stem, middle = list(range(10, 20)), list(range(30, 36))
+    ends = [[1, 2], [3, 4], [5, 6]]
+    batch = pack([example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])])
+    assert batch.tokens == 10 + 6 + 6
+    assert max(batch.inputs["forest_layout"].offsets()) == 16
+
+
+def test_a_short_common_beginning_is_not_worth_a_segment():
+    assert LEAST_SHARED > 1
+    batch = pack([example([7, 1, 2]), example([7, 3, 4])])
+    assert batch.inputs["forest_layout"].parents.tolist() == [-1, -1]
+
+
+def test_equal_rows_count_their_labels_twice():
+    batch = pack([example([1, 2, 3, 4, 5, 6]), example([1, 2, 3, 4, 5, 6])])
+    assert batch.tokens == 6
+    assert batch.weights.tolist() == [2.0, 2.0, 2.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows(), st.integers(4, 40), st.booleans(), st.booleans())
+def test_passes_hold_every_row_once_and_keep_the_budget(given_rows, budget, share, padded):
+    passes = split_into_passes(given_rows, budget, share=share, padded=padded)
+    assert sorted(r.row for p in passes for r in p) == sorted(r.row for r in given_rows)
+    for part in passes:
+        tokens = pad(part).tokens if padded else pack(part, share=share).tokens
+        assert tokens <= budget or len(part) == 1
+
+
+def test_padding_is_masked_by_length_even_where_its_id_is_a_label():
+    batch = pad([example([5, 0, 0], [False, True, True]), example([5, 0], [False, True])])
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.targets.tolist() == [0, 0, 0]
+    assert batch.predictors.tolist() == [0, 1, 3]
+
+
+def test_an_epoch_is_a_permutation_that_its_seed_and_number_fix():
+    assert sorted(epoch_order(50, 3, 7)) == list(range(50))
+    assert (epoch_order(50, 3, 7) == epoch_order(50, 3, 7)).all()
+    assert (epoch_order(50, 3, 7) != epoch_order(50, 4, 7)).any()
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(epoch_order(50, 3, 7), epoch_order(50, 3, 8))

@@ -1,0 +1,83 @@
+"""Forest attention against its plain twin, and the layout against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.kernels.attention import forest_attention, forest_attention_reference
+from deltaw.kernels.layout import LARGEST_ATOM, Layout
+
+
+@st.composite
+def forests(draw):
+    count = draw(st.integers(1, 9))
+    lengths = [draw(st.sampled_from([1, 2, 3, 7, 20, LARGEST_ATOM + 3])) for _ in range(count)]
+    parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
+    return Layout.of_lengths(lengths, parents)
+
+
+def random_inputs(layout, heads=4, key_heads=2, size=8, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(heads, layout.length, size), (key_heads, layout.length, size), (key_heads, layout.length, size)]
+    return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+@settings(max_examples=40, deadline=None)
+@given(forests(), st.sampled_from([None, 1, 5, 40]))
+def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
+    covered = np.zeros((layout.length, layout.length), dtype=int)
+    for tile in layout.tiles(window):
+        keys = np.concatenate([np.arange(a, b) for a, b in tile.keys])
+        seen = np.ones((tile.stop - tile.start, len(keys)), bool)
+        if tile.hidden is not None:
+            seen = ~tile.hidden.numpy()
+        covered[np.ix_(np.arange(tile.start, tile.stop), keys)] += seen
+    assert (covered == layout.visible(window)).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(forests(), st.sampled_from([None, 4]), st.sampled_from([None, 2.0]), st.sampled_from([1, 2, 4]))
+def test_forward_and_backward_equal_the_plain_twin(layout, window, softcap, key_heads):
+    inputs = random_inputs(layout, key_heads=key_heads)
+    again = [t.detach().clone().requires_grad_() for t in inputs]
+    out = forest_attention(*inputs, layout, scaling=0.3, window=window, softcap=softcap)
+    expected = forest_attention_reference(*again, layout, scaling=0.3, window=window, softcap=softcap)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    weight = torch.randn_like(out)
+    out.backward(weight)
+    expected.backward(weight)
+    for ours, theirs in zip(inputs, again, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck():
+    layout = Layout.of_lengths([3, 2, 2, 1], [-1, 0, 1, 0])
+    inputs = random_inputs(layout, size=3)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: forest_attention(q, k, v, layout, scaling=0.7, window=4, softcap=3.0), inputs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lower_precision_stays_near_float64(dtype):
+    layout = Layout.of_lengths([30, 140, 3], [-1, 0, 0])
+    inputs = random_inputs(layout, size=16)
+    exact = forest_attention_reference(*inputs, layout, scaling=0.25)
+    low = forest_attention(*[t.detach().to(dtype) for t in inputs], layout, scaling=0.25)
+    assert low.dtype == dtype
+    tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
+    torch.testing.assert_close(low.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_positions_continue_from_the_parent():
+    layout = Layout.of_lengths([3, 2, 1, 2], [-1, 0, 1, -1])
+    assert layout.positions().tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
+def test_a_parent_after_its_child_is_refused():
+    with pytest.raises(ValueError, match="before"):
+        Layout.of_lengths([1, 1], [1, -1])

@@ -1,0 +1,76 @@
+"""Tiny random models of every family that the tests draw on: two blocks, 32 wide, from a configuration."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 97
+WINDOW = 6
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _gemma3() -> transformers.PretrainedConfig:
+    return transformers.Gemma3TextConfig(
+        **_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    )
+
+
+CAUSAL = {
+    "llama": lambda: transformers.LlamaConfig(**_SHAPE, **_IDS),
+    "gemma2": lambda: transformers.Gemma2Config(**_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW),
+    "gemma3": _gemma3,
+    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, **_IDS, head_dim=8),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+    ),
+    "neox": lambda: transformers.GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **_IDS,
+    ),
+    "phi": lambda: transformers.PhiConfig(**_SHAPE, **_IDS),
+    "phi3": lambda: transformers.Phi3Config(**_SHAPE, **_IDS),
+    "mistral": lambda: transformers.MistralConfig(**_SHAPE, **_IDS, sliding_window=WINDOW),
+    "mixtral": lambda: transformers.MixtralConfig(**_SHAPE, **_IDS, num_local_experts=4),
+    "cohere": lambda: transformers.CohereConfig(**_SHAPE, **_IDS, logit_scale=0.25),
+}
+# Models whose attention does not go through transformers' interface: they take the padded path.
+PADDED = {
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_IDS
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, **_IDS
+    ),
+}
+
+
+def causal_model(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A tiny causal language model in eval mode, fp32, the same for the same seed."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(seed)
+    config = {**CAUSAL, **PADDED}[family]()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        # Initial weights are so small that attention would hardly matter; make it matter.
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.mul_(3.0)
+    return model

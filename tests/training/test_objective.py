@@ -1,0 +1,149 @@
+"""The objective: the same loss and gradients however the rows are laid out, cut and chunked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deltaw.data.example import Example
+from deltaw.data.packing import batches
+from deltaw.models.forest import can_pack, flat_rows
+from deltaw.training import objective as objective_module
+from deltaw.training.objective import CausalObjective, chunked_cross_entropy
+from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
+
+
+def rows(seed=0):
+    """Shared, nested, equal and prefix rows among unrelated ones; labels on the later half of each."""
+    random = np.random.default_rng(seed)
+
+    def draw(count):
+        return random.integers(3, VOCABULARY, count).tolist()
+
+    stem, middle = draw(9), draw(6)
+    made = [
+        stem + draw(4),
+        stem + middle + draw(3),
+        stem + middle + draw(5),
+        stem + middle,
+        stem,
+        draw(17),
+        draw(2),
+    ]
+    made.append(list(made[0]))
+    examples = []
+    for number, tokens in enumerate(made, 1):
+        labels = np.zeros(len(tokens), bool)
+        labels[max(1, len(tokens) // 2) :] = True
+        examples.append(Example(number, np.asarray(tokens, np.int32), labels, 0, None))
+    return examples
+
+
+def row_by_row(model, examples):
+    """The definition: every row alone through the model, all its logits, cross-entropy at its labels."""
+    total = torch.zeros(())
+    for example in examples:
+        tokens = torch.from_numpy(example.tokens.astype(np.int64))
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+        labelled = torch.from_numpy(np.flatnonzero(example.is_label))
+        total = total + torch.nn.functional.cross_entropy(
+            logits[labelled - 1], tokens[labelled], reduction="sum"
+        )
+    return total
+
+
+def loss_and_gradients(model, compute):
+    model.zero_grad()
+    loss = compute()
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    scale = max(g.norm() for g in expected[1].values())
+    for name, gradient in expected[1].items():
+        difference = (found[1][name] - gradient).norm()
+        assert difference <= 1e-5 * max(gradient.norm(), 1e-2 * scale), name
+
+
+def in_passes(model, examples, tokens_per_pass, *, share, padded=False):
+    objective = CausalObjective(model)
+
+    def compute():
+        total = torch.zeros(())
+        for batch in batches(examples, tokens_per_pass, share=share, padded=padded):
+            total = total + objective(batch)
+        return total
+
+    if padded:
+        return loss_and_gradients(model, compute)
+    with flat_rows(model):
+        return loss_and_gradients(model, compute)
+
+
+@pytest.mark.parametrize("family", list(CAUSAL))
+def test_packed_shared_and_split_rows_give_the_loss_of_rows_alone(family):
+    model = causal_model(family)
+    assert can_pack(model).value, can_pack(model).why
+    examples = rows()
+    expected = loss_and_gradients(model, lambda: row_by_row(model, examples))
+    for share, budget in [(True, 10_000), (False, 10_000), (True, 30), (False, 20)]:
+        assert_same(in_passes(model, examples, budget, share=share), expected)
+
+
+@pytest.mark.parametrize("family", list(PADDED))
+def test_a_model_that_cannot_run_flat_rows_says_so_and_pads(family):
+    model = causal_model(family)
+    choice = can_pack(model)
+    assert not choice.value and type(model).__name__ in choice.why
+    examples = rows()
+    expected = loss_and_gradients(model, lambda: row_by_row(model, examples))
+    for budget in (10_000, 40):
+        assert_same(in_passes(model, examples, budget, share=False, padded=True), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_padded_rows_give_the_loss_of_rows_alone(family):
+    model = causal_model(family)
+    examples = rows()
+    expected = loss_and_gradients(model, lambda: row_by_row(model, examples))
+    assert_same(in_passes(model, examples, 60, share=False, padded=True), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 1000])
+def test_any_chunking_of_the_head_gives_the_same_loss_and_gradients(chunk):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 11).double()
+    hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(0, 11, (7,)), torch.rand(7, dtype=torch.float64)
+    expected = (torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
+    inputs = [hidden, *head.parameters()]
+    expected_grads = torch.autograd.grad(expected * 3, inputs)
+    found = chunked_cross_entropy(hidden, targets, weights, head, list(head.parameters()), chunk=chunk)
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(torch.autograd.grad(found * 3, inputs), expected_grads)
+
+
+def test_the_whole_models_loss_does_not_depend_on_the_chunk(monkeypatch):
+    model = causal_model("gemma2")
+    whole = in_passes(model, rows(), 10_000, share=True)
+    monkeypatch.setattr(objective_module, "CHUNK_BYTES", 4 * VOCABULARY * 3)
+    assert_same(in_passes(model, rows(), 10_000, share=True), whole)
+
+
+def test_a_head_that_does_something_unknown_is_noticed():
+    model = causal_model("llama")
+    assert CausalObjective(model).chunked
+    head = model.lm_head
+    forward = type(model).forward
+
+    def shifted(*args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        out.logits = out.logits + torch.arange(out.logits.shape[-1])
+        return out
+
+    model.forward = shifted
+    assert model.lm_head is head and not CausalObjective(model).chunked
