@@ -37,7 +37,12 @@ TRAINED, HELD_OUT = 400, 200
 SIDES: dict[str, dict] = {
     "deltaw": {"side": "deltaw", "share": True},
     "deltaw, sharing off": {"side": "deltaw", "share": False},
-    "TRL + PEFT": {"side": "trl", "checkpointing": False, "autocast_adapter_dtype": True, "mixed_precision": True},
+    "TRL + PEFT": {
+        "side": "trl",
+        "checkpointing": False,
+        "autocast_adapter_dtype": True,
+        "mixed_precision": True,
+    },
     "TRL + PEFT, bf16 adapter": {
         "side": "trl",
         "checkpointing": False,
@@ -77,8 +82,10 @@ def main() -> None:
         for e in data.train
     ]
     threads = choose_threads().value
-    print(f"{len(rows)} rows, {sum(len(r['input_ids']) for r in rows)} tokens, {threads} threads, "
-          f"torch {torch.__version__}, {platform.processor() or platform.machine()}")
+    print(
+        f"{len(rows)} rows, {sum(len(r['input_ids']) for r in rows)} tokens, {threads} threads, "
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}"
+    )
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -97,9 +104,14 @@ def main() -> None:
                         "output": str(work / f"{name}-{batch_size}-{repeat}".replace(" ", "_")),
                     }
                     measured = run(job, work)
-                    results.setdefault(f"{batch_size}|{name}", []).append({**measured, "output": job["output"]})
-                    print(f"{batch_size:3d} rows a step  {name:26s} {measured['rows_per_second']:6.2f} rows/s  "
-                          f"{measured['peak_bytes'] / 1e6:6.0f} MB  training loss {measured['loss']:.4f}", flush=True)
+                    results.setdefault(f"{batch_size}|{name}", []).append(
+                        {**measured, "output": job["output"]}
+                    )
+                    print(
+                        f"{batch_size:3d} rows a step  {name:26s} {measured['rows_per_second']:6.2f} rows/s  "
+                        f"{measured['peak_bytes'] / 1e6:6.0f} MB  training loss {measured['loss']:.4f}",
+                        flush=True,
+                    )
         del loaded
         final_losses(results, data.held_out)
     report(results, given.batch_sizes, given.sides)
@@ -153,8 +165,10 @@ def report(results: dict[str, list[dict]], batch_sizes: list[int], sides: list[s
         for name in sides:
             m = medians[name]
             ratio = f"{m['rows_per_second'] / best:.2f}" if best else ""
-            print(f"| {name} | {m['rows_per_second']:.2f} | {ratio} | {m['peak_bytes'] / 1e6:.0f} "
-                  f"| {m['final_loss']:.4f} |")
+            print(
+                f"| {name} | {m['rows_per_second']:.2f} | {ratio} | {m['peak_bytes'] / 1e6:.0f} "
+                f"| {m['final_loss']:.4f} |"
+            )
 
 
 if __name__ == "__main__":

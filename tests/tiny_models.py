@@ -25,7 +25,11 @@ _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 def _gemma3() -> transformers.PretrainedConfig:
     return transformers.Gemma3TextConfig(
-        **_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+        **_SHAPE,
+        **_IDS,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
     )
 
 

@@ -1,5 +1,68 @@
-"""deltaw: LoRA fine-tuning of any PyTorch model."""
+"""deltaw: LoRA fine-tuning of any PyTorch model.
 
+The public face: names only. What trains language models (``fit``, ``RunConfig``) is imported when it is first
+asked for, so that ``import deltaw`` for a layer in one's own loop needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from deltaw.errors import UserError
+from deltaw.lora import (
+    LoRAConfig,
+    LoRAConv1d,
+    LoRAConv1D,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAEmbedding,
+    LoRALinear,
+    OtherBaseModelWarning,
+    adapter_parameters,
+    attach,
+    count_parameters,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
 from deltaw.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from deltaw.config import RunConfig
+    from deltaw.training.fit import fit
+
+__all__ = [
+    "LoRAConfig",
+    "LoRAConv1D",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "OtherBaseModelWarning",
+    "RunConfig",
+    "UserError",
+    "__version__",
+    "adapter_parameters",
+    "attach",
+    "count_parameters",
+    "detach",
+    "disabled",
+    "fit",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "unmerge",
+]
+
+_LATER = {"fit": "deltaw.training.fit", "RunConfig": "deltaw.config"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'deltaw' has no attribute '{name}'")

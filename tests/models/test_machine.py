@@ -186,12 +186,12 @@ def test_group_outside_the_namespace_reads_the_mount(fake: FakeMachine) -> None:
 def test_this_machine_gives_sensible_answers() -> None:
     assert 1 <= machine.choose_threads().value <= (os.cpu_count() or 1) or "OMP_NUM_THREADS" in os.environ
     assert 0 < machine.memory_limit_bytes().value <= psutil.virtual_memory().total
-    assert 0 < machine.resident_bytes()
+    assert machine.resident_bytes() > 0
     # The kernel's counters are kept for each processor and summed now and then: a little slack.
     assert machine.peak_resident_bytes() >= machine.resident_bytes() * 0.9
 
 
 def test_peak_grows_with_an_allocation() -> None:
     block = bytearray(64 << 20)
-    block[:: 4096] = b"x" * len(block[:: 4096])
+    block[::4096] = b"x" * len(block[::4096])
     assert machine.peak_resident_bytes() > len(block)

@@ -19,7 +19,9 @@ from deltaw.training.opened import Opened, open_run
 @click.option("--system", default=None, help="a system message at the start")
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
 @click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token")
+@click.option(
+    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token"
+)
 @model_flags
 def command(
     run: str,
@@ -63,7 +65,13 @@ def _asked() -> str | None:
 
 
 def _answer(
-    opened: Opened, talk: list[dict], name: str, max_new_tokens: int, temperature: float, *, base: bool = False
+    opened: Opened,
+    talk: list[dict],
+    name: str,
+    max_new_tokens: int,
+    temperature: float,
+    *,
+    base: bool = False,
 ) -> str:
     prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
     click.echo(f"{name}: ", nl=False)

@@ -16,7 +16,9 @@ from deltaw.training.portions import choose_portions
 
 @click.command("eval")
 @click.argument("run")
-@click.option("--data", default=None, help="a file, hub id or package member; by default the run's held-out rows")
+@click.option(
+    "--data", default=None, help="a file, hub id or package member; by default the run's held-out rows"
+)
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
 @click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
@@ -82,5 +84,8 @@ def _said(out, opened: Opened, name: str, shown: int, scored, *, base: bool = Fa
     out.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
     for answer in result.answers[:shown]:
         mark = "right" if answer.exact else "wrong"
-        out.print(f"  row {answer.row}: wrote {answer.written!r}, expected {answer.expected!r}: {mark}", markup=False)
+        out.print(
+            f"  row {answer.row}: wrote {answer.written!r}, expected {answer.expected!r}: {mark}",
+            markup=False,
+        )
     return result.metrics

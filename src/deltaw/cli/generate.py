@@ -19,7 +19,9 @@ from deltaw.training.opened import open_run
 @click.option("--system", default=None, help="a system message before each prompt")
 @click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token")
+@click.option(
+    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token"
+)
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--seed", default=0, show_default=True, type=int)
 @model_flags

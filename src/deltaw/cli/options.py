@@ -56,7 +56,10 @@ def print_json(value: object) -> None:
 
 def json_flag(command: Command) -> Command:
     return click.option(
-        "--json", "as_json", is_flag=True, help="one JSON object on standard output, the rest on standard error"
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="one JSON object on standard output, the rest on standard error",
     )(command)
 
 
@@ -64,7 +67,9 @@ def model_flags(command: Command) -> Command:
     """Flags of the verbs that open a run: which base model, and how it is loaded."""
     command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
     command = click.option("--precision", default="auto", help="auto, bf16, fp32")(command)
-    return click.option("--model", default=None, help="the base model, where the folder does not name it")(command)
+    return click.option("--model", default=None, help="the base model, where the folder does not name it")(
+        command
+    )
 
 
 def _argument_name(key: str) -> str:

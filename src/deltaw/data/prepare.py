@@ -235,7 +235,7 @@ def _examples(
     if long and settings.long_rows == "error":
         raise _too_long(rows, long, settings.max_length)
     if not examples:
-        raise _nothing_left(rows, len(chosen), dropped, without_label)
+        raise _nothing_left(rows, dropped, without_label)
     return examples, Report(
         source=rows.name,
         form=form.name,
@@ -344,9 +344,9 @@ def _too_long(rows: Rows, long: list[tuple[int, int]], limit: int) -> UserError:
     )
 
 
-def _nothing_left(rows: Rows, count: int, dropped: int, without_label: int) -> UserError:
+def _nothing_left(rows: Rows, dropped: int, without_label: int) -> UserError:
     return UserError(
-        f"no row is left to learn from: {dropped:,} of {count:,} are too long, {without_label:,} lack a label",
+        f"no row is left to learn from: {dropped:,} are too long, and {without_label:,} have no label",
         where=rows.name,
         mend="raise data.max_length, or look at the answers: those that are empty or cut off teach nothing",
     )

@@ -16,9 +16,9 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from deltaw.errors import UserError, did_you_mean, nearest
 from deltaw.models import packages
@@ -174,7 +174,7 @@ def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
         raise UserError(f"the file cannot be read: {said}", where=name) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BinaryIO | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(path)
@@ -183,13 +183,13 @@ def _open(path: Path) -> IO[bytes]:
     return lzma.LZMAFile(path) if suffix == ".xz" else path.open("rb")
 
 
-def _read_jsonl(file: IO[bytes], name: str) -> tuple[list[int], list[Row]]:
+def _read_jsonl(file: Iterable[bytes], name: str) -> tuple[list[int], list[Row]]:
     numbers: list[int] = []
     rows: list[Row] = []
     for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
         text = _decode(line, name, first_line=number)
+        if not text.strip():
+            continue
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -302,9 +302,9 @@ def _read_hub(identity: str, split: str, reference: str) -> Rows:
             f"there is neither a file '{reference}' nor a data set of that id", where=reference, mend=mend
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        said = str(error).strip().splitlines()
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"there is no such file, and as a data set it cannot be loaded: {said[0] if said else error!r}",
+            f"there is no such file, and as a data set it cannot be loaded: {said}",
             where=reference,
             mend=mend,
         ) from error

@@ -101,8 +101,9 @@ def attach_selected(
     filled: bool = True,
 ) -> Summary:
     """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
-    record = Attachment(config, base_fingerprint(model))
-    record.trainable_before = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = list(model.named_parameters())
+    record = Attachment(config, base_fingerprint(parameters))
+    record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []
     try:
@@ -122,7 +123,7 @@ def attach_selected(
             for _, layer in record.adapted():
                 initialize(layer, "pissa")
     except BaseException:
-        _restore(record)
+        _restore(model, record)
         raise
     for replacement in (*record.layers, *record.wholes):
         replacement.put(replacement.current)
@@ -143,7 +144,7 @@ def detach(model: nn.Module) -> None:
     model = unwrapped(model)
     record = attached(model)
     keep_trained = any(not layer.base_is_known for _, layer in record.adapted())
-    _restore(record, keep_trained)
+    _restore(model, record, keep_trained)
     set_attachment(model, None)
 
 
@@ -198,14 +199,16 @@ def _refuse_pissa(model: nn.Module, record: Attachment) -> None:
     shared = shared_weights(model)
     for name, layer in record.adapted():
         reason = init_refusal(layer, "pissa")
-        if id(layer.weight) in shared:
-            reason = f"init 'pissa' changes its weight, which '{shared[id(layer.weight)][-1]}' uses as well"
+        if others := [other for other in shared.get(id(layer.weight), ()) if other != name]:
+            reason = f"init 'pissa' changes its weight, which '{others[0]}' uses as well"
         if reason is not None:
             raise UserError(f"'{name}': {reason}", where="init", mend="leave it out with exclude_modules")
 
 
 def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
     """Copy what is trained whole; weights tied among the copies stay tied."""
+    if not selection.wholes:
+        return
     shared = shared_weights(model)
     memo: dict[int, object] = {}
     for whole in selection.wholes:
@@ -260,7 +263,7 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
             setattr(module, attribute, value)
 
 
-def _restore(record: Attachment, keep_trained: bool = False) -> None:
+def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
     """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
     for replacement in record.layers:
         layer, original = replacement.current, replacement.original
@@ -272,10 +275,8 @@ def _restore(record: Attachment, keep_trained: bool = False) -> None:
                 vars(original)[table][key] = vars(layer)[table][key]
         original.training = layer.training
         replacement.put(original)
-    for whole in record.wholes:
-        if not keep_trained:
-            first = next(whole.current.parameters())
-            whole.put(whole.original.to(first.device).train(whole.current.training))
+    for whole in () if keep_trained else record.wholes:
+        whole.put_original(model)
     for bias in record.biases:
         bias.parameter.grad = None
         if not keep_trained:

@@ -39,6 +39,21 @@ class Replacement:
         for parent, attribute in self.places:
             parent._modules[attribute] = module
 
+    def put_original(self, model: nn.Module) -> None:
+        """Let the module found there stand in them again, where and as its stand-in in ``model`` is now.
+
+        The model may have been moved or cast meanwhile, and the original was not in it. A parameter that
+        it shares with a module that is in the model went along already.
+        """
+        present = {id(p) for p in model.parameters()}
+        mine, theirs = self.original, self.current
+        for own, now in zip(mine.parameters(), theirs.parameters(), strict=True):
+            if id(own) not in present:
+                own.data = own.data.to(device=now.device, dtype=now.dtype)
+        for own_buffer, buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
+            own_buffer.data = own_buffer.data.to(device=buffer.device, dtype=buffer.dtype)
+        self.put(mine.train(theirs.training))
+
 
 @dataclass
 class TrainedBias:
@@ -148,7 +163,5 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             bias.parameter.data = bias.original_here()
         for whole in record.wholes if record else ():
             stack.callback(whole.put, whole.current)
-            first = next(whole.current.parameters())
-            whole.original.to(first.device)
-            whole.put(whole.original.train(whole.current.training))
+            whole.put_original(model)
         yield

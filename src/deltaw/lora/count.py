@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltaw.lora.attachment import Attachment, adapted_layers, attachment, unwrapped
+from deltaw.lora.attachment import adapted_layers, attachment, unwrapped
 from deltaw.lora.layers import LoRALayer
 
 
@@ -37,19 +37,24 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count ``model``'s parameters, adapted or not."""
     model = unwrapped(model)
     record = attachment(model)
-    added = _added(model, record)
-    base = {id(p): p.numel() for p in model.parameters() if id(p) not in added}
+    base: dict[int, int] = {}
     for whole in record.wholes if record else ():
         base.update({id(p): p.numel() for p in whole.original.parameters()})
+    copies = {id(p) for whole in (record.wholes if record else ()) for p in whole.current.parameters()}
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        own = [
-            p for p in module._parameters.values() if p is not None and p.requires_grad and id(p) not in seen
-        ]
-        seen.update(id(p) for p in own)
-        if own:
-            per_module[name] = sum(p.numel() for p in own)
+        factors = ("lora_A", "lora_B") if isinstance(module, LoRALayer) else ()
+        trained = 0
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            trained += parameter.numel() if parameter.requires_grad else 0
+            if key not in factors and id(parameter) not in copies:
+                base[id(parameter)] = parameter.numel()
+        if trained:
+            per_module[name] = trained
     return ParameterCount(sum(base.values()), sum(per_module.values()), per_module)
 
 
@@ -62,13 +67,8 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     model = unwrapped(model)
     adapted_layers(model)
     record = attachment(model)
-    added = _added(model, record) | {id(b.parameter) for b in (record.biases if record else ())}
-    return [(name, p) for name, p in model.named_parameters() if id(p) in added]
-
-
-def _added(model: nn.Module, record: Attachment | None) -> set[int]:
-    """The parameters that came with the adapter: factors, and the copies that are trained whole."""
     added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in (m.lora_A, m.lora_B)}
-    for whole in record.wholes if record else ():
-        added.update(id(p) for p in whole.current.parameters())
-    return added
+    if record is not None:
+        added |= {id(bias.parameter) for bias in record.biases}
+        added |= {id(p) for whole in record.wholes for p in whole.current.parameters()}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in added]

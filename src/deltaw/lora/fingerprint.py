@@ -7,23 +7,24 @@ fp32 and the same one in bf16 agree. It is a check against mistakes, not against
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor
 
 SAMPLES = 8
 """Values looked at per parameter, evenly spread."""
 
 
 @torch.no_grad()
-def base_fingerprint(model: nn.Module) -> str | None:
-    """The fingerprint of ``model``, which must have no adapter, or be disabled; None without weights.
+def base_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The fingerprint of a base model's ``named_parameters()``; None without values to look at.
 
     Takes about ten microseconds for each parameter tensor, whatever its size.
     """
     digest = hashlib.sha256()
     values = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if parameter.is_meta:
             return None
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())

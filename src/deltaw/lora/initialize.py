@@ -66,13 +66,11 @@ def init_refusal(layer: LoRALayer, method: str) -> str | None:
 
 def _linear_or_conv(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
     """PEFT makes A and B as torch layers, which draw their own default start, and then draws A again.
-    The two first draws are thrown away here as there: the seed then stands where PEFT's does."""
+    As many numbers are thrown away here as there: the seed then stands where PEFT's does."""
     matrix = layer.weight.dim() == 2
     shape_A = tuple(reversed(layer.lora_A.shape)) if matrix else tuple(layer.lora_A.shape)
-    shape_B = tuple(reversed(layer.lora_B.shape)) if matrix else tuple(layer.lora_B.shape)
     drawn = _empty(shape_A, generator)
-    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-    nn.init.kaiming_uniform_(_empty(shape_B, generator), a=math.sqrt(5), generator=generator)
+    _empty((layer.lora_A.numel() + layer.lora_B.numel(),), generator).uniform_(generator=generator)
     if method == "orthogonal":
         _orthogonal(layer, generator)
         return

@@ -74,16 +74,26 @@ class LoRALayer(nn.Module):
             raise UserError(f"rank must be a whole number of at least 1, not {rank}", where="rank")
         if not 0.0 <= dropout < 1.0:
             raise UserError(f"dropout must be at least 0 and below 1, not {dropout}", where="dropout")
-        for parameter in self.parameters(recurse=False):
-            parameter.requires_grad_(False)
-        self.rank, self.alpha, self.dropout, self.rslora = rank, float(alpha), float(dropout), rslora
-        self.scaling = scaling_of(rank, float(alpha), rslora)
-        self.enabled, self.merged = True, False
-        self.pissa, self._unmerged_weight = None, None
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        # Plain attributes go past nn.Module's own bookkeeping, which takes its time over ten thousand layers.
+        vars(self).update(
+            rank=rank,
+            alpha=float(alpha),
+            dropout=float(dropout),
+            rslora=rslora,
+            scaling=scaling_of(rank, float(alpha), rslora),
+            enabled=True,
+            merged=False,
+            pissa=None,
+            _unmerged_weight=None,
+        )
+        weight = self.weight
         # Factors in half precision lose small updates, so they are fp32 whatever the weight is.
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.zeros(shapes[0], dtype=dtype, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(shapes[1], dtype=dtype, device=self.weight.device))
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.zeros(shapes[0], dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(shapes[1], dtype=dtype, device=weight.device))
         if init is not None:
             initialize(self, init, generator)
 

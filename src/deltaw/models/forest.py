@@ -98,14 +98,18 @@ def can_pack(model: PreTrainedModel) -> Choice:
     name = type(model).__name__
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     if types - PLAIN_LAYER_TYPES:
-        return Choice(False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
+        return Choice(
+            False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}"
+        )
     try:
         difference = _trial(model)
     except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
         return Choice(False, f"{name} cannot run a flat row ({type(error).__name__}: {str(error)[:100]})")
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 6e-2
     if not difference < tolerance:
-        return Choice(False, f"{name} gives other outputs on a flat row (relative difference {difference:.1e})")
+        return Choice(
+            False, f"{name} gives other outputs on a flat row (relative difference {difference:.1e})"
+        )
     return Choice(True, f"{name} gives the same outputs on a flat row (relative difference {difference:.1e})")
 
 

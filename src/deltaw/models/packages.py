@@ -135,6 +135,8 @@ def _installed(wanted: PackageReference) -> Path | None:
     if any("__editable__" in name for name in names):
         return None
     path = wanted.path or _own_folder(names)
+    if not path:  # it shares its folder with every other package, so that it is fetched to lie alone
+        return None
     _select(names, path, wanted)
     place = Path(str(distribution.locate_file(path)))
     return place if place.exists() else None

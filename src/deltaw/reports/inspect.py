@@ -18,7 +18,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.lora import LoRAConfig, read_adapter
 from deltaw.lora.config import scaling as scaling_of
+from deltaw.lora.select import value_by_pattern
 from deltaw.reports.adapter_math import effective_rank, frobenius_norm, singular_values, stable_rank
 
 _FACTOR = re.compile(
@@ -76,7 +78,6 @@ class AdapterReport:
     Attributes:
         folder: the adapter's.
         base_model: the name that the adapter gives it, or None.
-        method: ``peft_type`` of its configuration.
         alpha: its alpha; modules may have others, see their scaling.
         ranks: the ranks there are, ascending.
         scalings: the scalings there are, ascending.
@@ -91,8 +92,7 @@ class AdapterReport:
 
     folder: str
     base_model: str | None
-    method: str
-    alpha: float | None
+    alpha: float
     ranks: list[int]
     scalings: list[float]
     size_bytes: int
@@ -165,12 +165,10 @@ class AdapterReport:
         head = Table.grid(padding=(0, 2))
         head.add_row("adapter", self.folder)
         head.add_row("base model", self.base_model or "not named")
-        head.add_row("method", self.method)
         if self.modules:
             ranks = ", ".join(str(rank) for rank in self.ranks)
             scalings = ", ".join(f"{value:g}" for value in self.scalings)
-            alpha = "" if self.alpha is None else f"   alpha {self.alpha:g}"
-            head.add_row("rank", f"{ranks}{alpha}   scaling {scalings}")
+            head.add_row("rank", f"{ranks}   alpha {self.alpha:g}   scaling {scalings}")
             head.add_row("‖ΔW‖", f"{self.norm:.4g} over {len(self.modules)} modules")
         trained = f"{self.trained_parameters:,} parameters"
         if self.other_parameters:
@@ -208,21 +206,19 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     Raises:
         UserError: the folder holds no adapter, or a damaged one.
     """
-    from deltaw.lora import read_adapter
-
-    folder = Path(folder)
-    config, tensors, _ = read_adapter(folder)
-    return describe(config, tensors, folder)
+    config, tensors, metadata = read_adapter(folder)
+    return describe(config, tensors, metadata.get("base_model_name_or_path"), Path(folder))
 
 
 def describe(
-    config: Mapping[str, object], tensors: Mapping[str, torch.Tensor], folder: Path
+    config: LoRAConfig, tensors: Mapping[str, torch.Tensor], base_model: str | None, folder: Path
 ) -> AdapterReport:
     """Measure an adapter that has been read.
 
     Args:
-        config: the adapter's configuration, by PEFT's names.
-        tensors: its tensors, by the names in its file.
+        config: its settings.
+        tensors: by the names in its file, in the file's orientation: A (r, n), B (m, r).
+        base_model: the name that it gives its base model.
         folder: where it lies, for its size.
     """
     factors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -238,13 +234,10 @@ def describe(
         for module, pair in sorted(factors.items(), key=lambda entry: _natural(entry[0]))
         if len(pair) == 2
     ]
-    alpha = config.get("lora_alpha")
-    base = config.get("base_model_name_or_path")
     return AdapterReport(
         folder=str(folder),
-        base_model=str(base) if base else None,
-        method=str(config.get("peft_type") or "LORA"),
-        alpha=float(alpha) if isinstance(alpha, int | float) and modules else None,
+        base_model=base_model or None,
+        alpha=config.alpha,
         ranks=sorted({module.rank for module in modules}),
         scalings=sorted({module.scaling for module in modules}),
         size_bytes=sum(file.stat().st_size for file in folder.glob("adapter_*") if file.is_file()),
@@ -253,14 +246,14 @@ def describe(
         other_tensors=sorted(others, key=_natural),
         norm=_root_sum_of_squares(module.norm for module in modules),
         modules=modules,
-        warnings=_warnings(modules, factors, tensors, others),
+        warnings=_warnings(modules, factors, tensors),
     )
 
 
-def _update(module: str, a: torch.Tensor, b: torch.Tensor, config: Mapping[str, object]) -> ModuleUpdate:
+def _update(module: str, a: torch.Tensor, b: torch.Tensor, config: LoRAConfig) -> ModuleUpdate:
     rank = int(a.shape[0])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-    factor = scaling_of(rank, alpha, bool(config.get("use_rslora")))
+    alpha = value_by_pattern(config.alpha_pattern, module, config.alpha)
+    factor = scaling_of(rank, alpha, config.rslora)
     parameters = a.numel() + b.numel()
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
         nan = math.nan
@@ -279,20 +272,10 @@ def _update(module: str, a: torch.Tensor, b: torch.Tensor, config: Mapping[str, 
     )
 
 
-def _by_pattern(pattern: object, module: str, default: object) -> float:
-    """The value whose expression matches the end of the module's name, as PEFT reads such patterns."""
-    if isinstance(pattern, Mapping):
-        for key, value in pattern.items():
-            if re.fullmatch(rf"(.*\.)?({key})", module):
-                return float(value)
-    return float(default) if isinstance(default, int | float) else 1.0
-
-
 def _warnings(
     modules: list[ModuleUpdate],
     factors: Mapping[str, Mapping[str, torch.Tensor]],
     tensors: Mapping[str, torch.Tensor],
-    others: Mapping[str, int],
 ) -> list[str]:
     found = []
     untrained = [module.module for module in modules if module.untrained]
@@ -306,8 +289,6 @@ def _warnings(
     halves = [module for module, pair in factors.items() if len(pair) != 2]
     if halves:
         found.append(f"{len(halves)} modules have one factor without the other: {_shortened(halves)}")
-    if any("lora_magnitude_vector" in name for name in others):
-        found.append("the adapter is DoRA: the figures are those of A·B alone, without its magnitudes")
     return found
 
 

@@ -32,6 +32,7 @@ from deltaw.training.objective import CausalObjective
 from deltaw.training.progress import TrainingProgress
 from deltaw.training.run_folder import RunFolder, check_output
 
+
 @dataclass(frozen=True)
 class Result:
     """What a run came to; ``as_dict`` is what ``train --json`` prints."""
@@ -47,7 +48,7 @@ class Result:
 
     def as_dict(self) -> dict[str, object]:
         done = self.outcome
-        per_second = (lambda n: n / done.seconds if done.seconds else 0.0)
+        per_second = lambda n: n / done.seconds if done.seconds else 0.0
         return {
             "output": os.fspath(self.output),
             "rows": done.rows,
@@ -120,8 +121,12 @@ def _load(config: RunConfig, console: Console) -> LoadedModel:
         trust_remote_code=config.trust_remote_code,
         say=lambda line: console.print(line, highlight=False),
     )
+    for name, choice in loaded.choices.items():
+        console.print(f"{name}: {choice}", highlight=False)
     if loaded.tokenizer is None:
-        raise UserError("the model has no tokenizer", where=config.model, mend="copy its tokenizer.json there")
+        raise UserError(
+            "the model has no tokenizer", where=config.model, mend="copy its tokenizer.json there"
+        )
     return loaded
 
 

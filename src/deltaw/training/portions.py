@@ -49,7 +49,11 @@ def choose_portions(
     """
     packable = can_pack(model)
     if share == "auto":
-        why = "exact, and computes them once" if method_shares else "dropout would draw one mask for several rows"
+        why = (
+            "exact, and computes them once"
+            if method_shares
+            else "dropout would draw one mask for several rows"
+        )
         shared = Choice(method_shares, why)
     else:
         shared = Choice(bool(share), "as asked")

@@ -1,0 +1,232 @@
+"""References become rows, and what is wrong with a file is said with its place."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import zipfile
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from deltaw.data.sources import read_rows
+from deltaw.errors import UserError
+from deltaw.models import packages
+
+ROWS = [{"prompt": 'a,\n"b"', "completion": "é"}, {"prompt": "", "completion": "NA"}]
+
+
+def refusal(reference: object) -> UserError:
+    with pytest.raises(UserError) as refused:
+        read_rows(str(reference))
+    return refused.value
+
+
+def as_csv(path: Path, delimiter: str = ",") -> bytes:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path.read_bytes()
+
+
+NAMES = [
+    "r.jsonl",
+    "r.json",
+    "r.csv",
+    "r.tsv",
+    "r.parquet",
+    "r.csv.gz",
+    "r.jsonl.bz2",
+    "r.json.xz",
+    "R.TSV.GZ",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    lowered = name.lower()
+    if "parquet" in lowered:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        if ".csv" in lowered or ".tsv" in lowered:
+            data = as_csv(tmp_path / "plain", "\t" if ".tsv" in lowered else ",")
+        elif ".jsonl" in lowered or ".ndjson" in lowered:
+            data = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+        else:
+            data = json.dumps(ROWS).encode()
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(
+            path.suffix.lower(), bytes
+        )
+        path.write_bytes(pack(data))
+    rows = read_rows(str(path))
+    assert list(rows) == [(1, ROWS[0]), (2, ROWS[1])]
+    assert rows.columns == ["prompt", "completion"]
+    assert rows[1] == rows[-1] == (2, ROWS[1])
+    assert rows[0:2] == list(rows)
+
+
+def test_json_lines_count_lines_and_pass_over_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\r\n\n  \n{"text": "b", "more": 1}')
+    rows = read_rows(str(path))
+    assert list(rows) == [(2, {"text": "a"}), (5, {"text": "b", "more": 1})]
+    assert rows.columns == ["text", "more"]
+    assert rows.place(1) == f"{path}, row 5"
+
+
+def test_a_line_that_is_no_json_is_named_with_its_column(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"text": }\n')
+    error = refusal(path)
+    assert error.where == f"{path}, line 2"
+    assert "column 10" in error.what
+
+
+@pytest.mark.parametrize("line", ['["a"]', '"a"', "3", "null"])
+def test_a_line_that_is_no_object_is_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line)
+    assert "line 3 is no JSON object" in refusal(path).what
+
+
+def test_deeply_nested_json_is_refused_and_not_fatal(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("[" * 200_000)
+    assert "line 1 is no JSON" in refusal(path).what
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.json"])
+def test_bytes_that_are_not_utf8_are_named_by_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    error = refusal(path)
+    assert "line 2 is not UTF-8 (byte 0xe9)" in error.what
+    assert "UTF-8" in str(error.mend)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("d.jsonl", "\n\n"), ("d.json", ""), ("d.json", "[]"), ("d.csv", ""), ("d.csv", "text\n")],
+)
+def test_an_empty_file_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert "empty" in refusal(path).what
+
+
+def test_a_json_file_of_lines_is_told_to_be_named_so(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert ".jsonl" in str(refusal(path).mend)
+    path.write_text('{"data": [{"text": "a"}]}')
+    assert "'data'" in str(refusal(path).mend)
+    path.write_text('[{"text": "a"}, 3]')
+    assert refusal(path).where == f"{path}, row 2"
+
+
+def test_tables_with_uneven_rows_or_broken_quotes_are_refused_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('prompt,completion\n"a\nb",c\nd,e,f\n')
+    error = refusal(path)
+    assert "row 2 has 3 cells, the header has 2" in error.what
+    assert "line 4" in str(error.where)
+    path.write_text('prompt,completion\na,"b\n')
+    assert "row 1" in str(refusal(path).where)
+    path.write_text("text,text\na,b\n")
+    assert "'text' is there twice" in refusal(path).what
+
+
+@pytest.mark.parametrize("name", ["d.csv.gz", "d.jsonl.bz2", "d.jsonl.xz", "d.parquet"])
+def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"not what the name says")
+    error = refusal(path)
+    assert error.where == str(path)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(b"text\n" + b"a\n" * 999)[:-9])
+        refusal(path)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "headlines.jsonl").write_text("{}")
+    assert "headlines.jsonl" in str(refusal(tmp_path / "headline.jsonl").mend)
+    assert "headlines.jsonl" in str(refusal(tmp_path / "zzz").mend)
+    assert "folder" in refusal(tmp_path / "nowhere" / "x.jsonl").what
+
+
+def test_a_kind_of_file_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.xlsx"
+    path.write_text("x")
+    error = refusal(path)
+    assert "'.xlsx'" in error.what
+    assert "parquet" in str(error.mend)
+
+
+def test_a_folder_is_the_sum_of_its_files_in_order_of_name(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('\n{"text": "3"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{"text": "2"}\n')
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / ".hidden.jsonl").write_text("broken")
+    rows = read_rows(str(tmp_path))
+    assert [row["text"] for _, row in rows] == ["1", "2", "3"]
+    assert [number for number, _ in rows] == [1, 2, 2]
+    assert rows.place(2) == f"{tmp_path}/b.jsonl, row 2"
+
+
+def test_a_folder_of_nothing_of_several_kinds_or_with_test_data_is_refused(tmp_path: Path) -> None:
+    assert "no data file" in refusal(tmp_path).what
+    (tmp_path / "train.jsonl").write_text('{"text": "1"}\n')
+    (tmp_path / "test-00.jsonl").write_text('{"text": "1"}\n')
+    assert "evaluation data too ('test-00.jsonl')" in refusal(tmp_path).what
+    (tmp_path / "c.csv").write_text("text\na\n")
+    assert "several kinds (csv, jsonl)" in refusal(tmp_path).what
+
+
+def test_a_member_of_a_package_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n')
+    asked = []
+    monkeypatch.setattr(packages, "member", lambda reference: asked.append(reference) or path)
+    rows = read_rows("pypi:some==1.0/some/d.jsonl")
+    assert asked == [rows.name] == ["pypi:some==1.0/some/d.jsonl"]
+    assert rows.place(0) == "pypi:some==1.0/some/d.jsonl, row 1"
+
+
+def test_a_hub_id_is_loaded_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(identity: str, split: str) -> datasets.Dataset:
+        asked.append((identity, split))
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = read_rows("owner/name:test[:2]")
+    read_rows("owner/name")
+    assert asked == [("owner/name", "test[:2]"), ("owner/name", "train")]
+    assert list(rows) == [(1, {"text": "a", "label": 0}), (2, {"text": "b", "label": 1})]
+    assert rows.columns == ["text", "label"]
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(identity: str, split: str) -> datasets.Dataset:
+        raise ConnectionError("Couldn't reach the hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    error = refusal("owner/name")
+    assert error.what.endswith("Couldn't reach the hub")
+    assert "file" in str(error.mend)
+
+
+def test_an_archive_is_no_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "d.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("d.jsonl", "{}")
+    assert "'.zip'" in refusal(path).what

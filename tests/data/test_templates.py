@@ -1,0 +1,315 @@
+"""Rendering and loss masks, checked against the text's own offsets and against what must be refused."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltaw.data.formats import Conversation, Pair, Record, Text
+from deltaw.data.templates import Encoded, Encoder
+from deltaw.errors import UserError
+from tests.data.conftest import CHATML, make_tokenizer
+
+PHI = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
+)
+THINKS_LAST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRIPS_THOUGHT = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+STRIPS_HISTORY = CHATML.replace(
+    "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+ALWAYS_PROMPTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+WRITES_END = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} ###\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+HARMONY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<s>final{% endif %}\n"
+    "{{ m.content }}{% if loop.last and m.role == 'assistant' %}</s>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+def talk(*contents: str, system: str | None = None, learned: tuple[bool, ...] | None = None) -> Conversation:
+    """A conversation of user and assistant in turns."""
+    roles = ("user", "assistant")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages += [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    default = tuple(message["role"] == "assistant" for message in messages)
+    return Conversation(tuple(messages), learned or default)
+
+
+def encode(
+    record: Record, template: str | None = CHATML, labels: str = "all-turns", **kind: object
+) -> Encoded:
+    tokenizer = make_tokenizer(template, **kind)  # type: ignore[arg-type]
+    return Encoder(tokenizer, "auto", labels).encode([record], ["data.jsonl, row 7"])[0]  # type: ignore[arg-type]
+
+
+def labelled(encoded: Encoded) -> list[str]:
+    """The text of each span of labels."""
+    tokenizer = make_tokenizer()
+    return [tokenizer.decode(encoded.tokens[start:end]) for start, end in encoded.spans]
+
+
+def text_of(tokens: list[int]) -> str:
+    return make_tokenizer().decode(tokens)
+
+
+# Chat
+
+
+words = st.text(alphabet="ab é\n.1<|", max_size=8).map(lambda text: text + "x")
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.none() | words)
+def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(
+    turns: list[tuple[str, str]], system: str | None
+) -> None:
+    tokenizer = make_tokenizer()
+    conversation = talk(*(content for pair in turns for content in pair), system=system)
+    encoded = Encoder(tokenizer).encode([conversation], ["row 1"])[0]
+    # An independent way: find the answers in the text, and map characters to tokens.
+    text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
+    dressed = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
+    expected = [any(a <= left and right <= b for a, b in spans) for left, right in dressed["offset_mapping"]]
+    mask = np.zeros(len(encoded.tokens), dtype=bool)
+    for start, end in encoded.spans:
+        mask[start:end] = True
+    assert encoded.tokens == dressed["input_ids"][: len(encoded.tokens)]
+    assert not any(expected[len(encoded.tokens) :])
+    assert mask.tolist() == expected[: len(encoded.tokens)]
+    assert encoded.answer == turns[-1][1]
+
+
+def test_the_newline_after_the_end_of_turn_is_no_label() -> None:
+    encoded = encode(talk("hi", "yes"))
+    assert labelled(encoded) == ["yes<|im_end|>"]
+    assert text_of(encoded.tokens) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+
+
+def test_the_prompt_is_what_the_model_is_given_when_it_generates() -> None:
+    tokenizer = make_tokenizer()
+    conversation = talk("a", "b", "c", "d", system="s")
+    encoded = Encoder(tokenizer).encode([conversation], ["row 1"])[0]
+    given_prompt = Encoder(tokenizer).prompt(conversation.messages[:-1])
+    assert encoded.tokens[: encoded.prompt_length] == given_prompt
+
+
+def test_all_answers_are_learned_or_only_the_last() -> None:
+    conversation = talk("a", "b", "c", "d")
+    assert labelled(encode(conversation)) == ["b<|im_end|>", "d<|im_end|>"]
+    assert labelled(encode(conversation, labels="last")) == ["d<|im_end|>"]
+
+
+def test_answers_that_belong_to_the_prompt_are_not_learned() -> None:
+    assert labelled(encode(talk("a", "b", "c", "d", learned=(False, False, False, True)))) == ["d<|im_end|>"]
+
+
+def test_an_end_mark_that_the_answer_already_has_is_not_learned_twice() -> None:
+    encoded = encode(talk("hi", "yes<|im_end|>"))
+    assert labelled(encoded) == ["yes<|im_end|>"]
+    assert encoded.answer == "yes"
+
+
+def test_where_a_template_writes_two_end_marks_the_first_ends_the_turn() -> None:
+    assert labelled(encode(talk("a", "b", "c", "d"), PHI)) == ["b<|end|>", "d<|end|>"]
+
+
+def test_a_template_that_writes_bos_gives_it_once() -> None:
+    encoded = encode(talk("a", "b", "c", "d"), MISTRAL, bos=True, eos="</s>")
+    assert text_of(encoded.tokens) == "<s>[INST] a [/INST] b</s>[INST] c [/INST] d</s>"
+    assert labelled(encoded) == [" b</s>", " d</s>"]
+
+
+def test_a_default_system_prompt_is_part_of_the_prompt() -> None:
+    encoded = encode(talk("hi", "yes"), DEFAULT_SYSTEM)
+    assert text_of(encoded.tokens[: encoded.prompt_length]).startswith(
+        "<|im_start|>system\nBe good.<|im_end|>"
+    )
+    assert labelled(encoded) == ["yes<|im_end|>"]
+
+
+def test_without_an_end_mark_the_eos_token_is_appended_to_the_last_answer() -> None:
+    encoded = encode(talk("a", "b", "c", "d"), NO_END)
+    assert text_of(encoded.tokens) == "user: a\nassistant: b\nuser: c\nassistant: d<|im_end|>"
+    assert labelled(encoded) == [" b", " d<|im_end|>"]
+
+
+def test_an_end_written_in_plain_letters_is_learned() -> None:
+    assert labelled(encode(talk("a", "b"), WRITES_END)) == [" b ###<|im_end|>"]
+
+
+def test_thoughts_that_the_template_adds_to_a_single_answer_are_learned() -> None:
+    assert labelled(encode(talk("a", "b"), THINKS_LAST)) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [THINKS_LAST, HARMONY])
+def test_answers_that_are_rendered_otherwise_when_more_follows_are_refused_unless_only_the_last_is_learned(
+    template: str,
+) -> None:
+    conversation = talk("a", "final", "c", "final")
+    with pytest.raises(UserError, match="renders turn 2 otherwise") as refused:
+        encode(conversation, template)
+    assert refused.value.where == "data.jsonl, row 7"
+    assert "data.labels: last" in str(refused.value.mend)
+    assert labelled(encode(conversation, template, labels="last"))[0].rstrip("/s<>im_end|").endswith("final")
+
+
+def test_a_template_that_strips_the_thought_from_the_answer_is_refused() -> None:
+    with pytest.raises(UserError, match="does not render the answer in turn 2 as it stands"):
+        encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)
+
+
+def test_a_template_that_strips_thoughts_from_history_is_refused_unless_only_the_last_is_learned() -> None:
+    conversation = talk("a", "<think>hm</think>b", "c", "<think>oh</think>d")
+    with pytest.raises(UserError, match="renders turn 2 otherwise"):
+        encode(conversation, STRIPS_HISTORY)
+    encoded = encode(conversation, STRIPS_HISTORY, labels="last")
+    assert labelled(encoded) == ["<think>oh</think>d<|im_end|>"]
+    assert "hm" not in text_of(encoded.tokens)
+
+
+def test_a_template_that_prompts_when_it_is_not_asked_to_is_refused() -> None:
+    with pytest.raises(UserError, match="writes more after the answer"):
+        encode(talk("a", "b"), ALWAYS_PROMPTS)
+
+
+def test_a_template_that_leaves_the_system_message_out_is_refused() -> None:
+    deaf = CHATML.replace("messages %}", "messages if m.role != 'system' %}")
+    with pytest.raises(UserError, match=r"leaves out what turn 1 \('system'\) says"):
+        encode(talk("a", "b", system="Speak French."), deaf)
+
+
+def test_a_template_whose_prompt_is_no_prefix_of_the_text_is_refused() -> None:
+    counts = "{{ messages | length }}" + CHATML
+    with pytest.raises(UserError, match="renders another prompt"):
+        encode(talk("a", "b"), counts)
+
+
+def test_a_prompt_whose_tokens_merge_with_the_answer_is_refused() -> None:
+    newlines = [("Ċ", "Ċ")]
+    with pytest.raises(UserError, match="tokens of the prompt change"):
+        encode(talk("a", "\nb"), merges=newlines)
+    assert labelled(encode(talk("a", "b"), merges=newlines)) == ["b<|im_end|>"]
+
+
+def test_what_a_template_raises_is_said_with_the_row() -> None:
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(UserError, match="no system here") as refused:
+        encode(talk("a", "b", system="s"), strict)
+    assert refused.value.where == "data.jsonl, row 7"
+
+
+def test_empty_answers_are_not_learned() -> None:
+    encoded = encode(talk("a", " ", "c", ""))
+    assert encoded.spans == []
+    assert labelled(encode(talk("a", "", "c", "d"))) == ["d<|im_end|>"]
+
+
+def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+    messages = (
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": '{"now": 12}'},
+        {"role": "assistant", "content": "noon"},
+    )
+    conversation = Conversation(messages, (False, True, False, True))
+    renders = CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}",
+    )
+    first, last = labelled(encode(conversation, renders))
+    assert first.startswith('<call>{"name": "clock"')
+    assert last == "noon<|im_end|>"
+    with pytest.raises(UserError, match="does not render the answer in turn 2"):
+        encode(conversation, CHATML)
+
+
+def test_a_prompt_and_its_completion_become_a_question_and_its_answer() -> None:
+    assert encode(Pair("hi", "yes")) == encode(talk("hi", "yes"))
+    assert encode(Pair("hi", "yes", system="s")) == encode(talk("hi", "yes", system="s"))
+
+
+def test_a_chat_template_that_is_not_there_cannot_be_asked_for() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        Encoder(make_tokenizer(None), "chat")
+
+
+# Plain
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_pairs_are_tokenised_apart_with_bos_before_and_eos_after(bos: bool) -> None:
+    encoded = encode(Pair("ab", "cd"), None, bos=bos, merges=[("b", "c")])
+    assert text_of(encoded.tokens) == ("<s>" if bos else "") + "abcd<|im_end|>"
+    assert encoded.prompt_length == 2 + bos
+    assert encoded.spans == [(2 + bos, 5 + bos)]
+    assert encoded.answer == "cd"
+
+
+def test_plain_completions_that_end_with_eos_get_no_second_one() -> None:
+    encoded = encode(Pair("ab", "cd<|im_end|>"), None)
+    assert text_of(encoded.tokens) == "abcd<|im_end|>"
+    assert encoded.answer == "cd"
+
+
+def test_a_tokenizer_without_an_end_token_appends_none() -> None:
+    assert text_of(encode(Pair("ab", "cd"), None, eos=None).tokens) == "abcd"
+
+
+def test_the_first_token_is_never_a_label() -> None:
+    assert encode(Pair("", "cd"), None).spans == [(1, 3)]
+    assert encode(Pair("", "cd"), None, bos=True).spans == [(1, 4)]
+
+
+def test_of_plain_text_all_but_the_first_token_is_learned() -> None:
+    encoded = encode(Text("abc"))
+    assert (text_of(encoded.tokens), encoded.spans) == ("abc<|im_end|>", [(1, 4)])
+    assert (encoded.prompt_length, encoded.answer) == (0, None)
+    assert encode(Text("abc<|im_end|>")) == encoded
+    assert text_of(encode(Text("<s>abc"), bos=True).tokens) == "<s>abc<|im_end|>"
+    assert encode(Text(" \n")).spans == []
+
+
+def test_plain_conversations_end_each_answer_with_eos() -> None:
+    encoded = encode(talk("a", "b", "c", "d", system="s"), None)
+    assert text_of(encoded.tokens) == "s\na\nb<|im_end|>c\nd<|im_end|>"
+    assert labelled(encoded) == ["b<|im_end|>", "d<|im_end|>"]
+    assert labelled(encode(talk("a", "b", "c", "d"), None, labels="last")) == ["d<|im_end|>"]
+
+
+def test_chat_and_plain_rows_keep_their_places_in_a_batch() -> None:
+    records = [Text("one"), talk("a", "b"), Pair("c", "d"), Text("two")]
+    places = [f"row {i}" for i in range(4)]
+    tokenizer = make_tokenizer()
+    together = Encoder(tokenizer).encode(records, places)
+    assert together == [Encoder(tokenizer).encode([record], ["row"])[0] for record in records]

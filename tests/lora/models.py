@@ -1,0 +1,127 @@
+"""Tiny random models of the families that the tests of adapters draw on, and PEFT on the same weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from deltaw.lora import LoRALayer
+from tests.tiny_models import causal_model
+
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def _albert() -> nn.Module:
+    config = transformers.AlbertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        embedding_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    return transformers.AlbertForSequenceClassification(config)
+
+
+def _t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def _vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+OTHERS = {"bert": _bert, "albert": _albert, "t5": _t5, "vit": _vit}
+CAUSAL = ("llama", "gemma2", "gemma3", "qwen3", "gpt2", "neox", "phi3")
+FAMILIES = (*CAUSAL, *OTHERS)
+
+
+def tiny(family: str, seed: int = 0) -> nn.Module:
+    """A two-layer model of ``family`` in eval mode, fp32; the same for the same seed."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if family in OTHERS:
+        torch.manual_seed(seed)
+        return OTHERS[family]().eval()
+    return causal_model(family, seed=seed)
+
+
+def inputs(family: str, seed: int = 0) -> dict[str, Tensor]:
+    """A small batch for :func:`tiny`."""
+    draw = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=draw)}
+    ids = torch.randint(3, 97, (2, 9), generator=draw)
+    if family == "t5":
+        return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    return {"input_ids": ids}
+
+
+def with_peft(model: nn.Module, **settings: object) -> nn.Module:
+    """PEFT's adapter on a copy of ``model``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
+
+
+def randomise(model: nn.Module, seed: int = 5) -> None:
+    """Give every factor values that matter, so that ΔW is no longer zero."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoRALayer):
+                for factor in (module.lora_A, module.lora_B):
+                    factor.copy_(torch.randn(factor.shape, generator=draw) * 0.1)
+
+
+def peft_factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """PEFT's A and B by the module's name in the base model."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = name.removeprefix("base_model.model.")
+            if "default" in module.lora_A:
+                found[name] = (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            else:
+                found[name] = (module.lora_embedding_A["default"], module.lora_embedding_B["default"])
+    return found
+
+
+def ours_as_peft(factor: Tensor) -> Tensor:
+    """Our factor in PEFT's orientation."""
+    return factor.t() if factor.dim() == 2 else factor
+
+
+def copy_to_peft(model: nn.Module, peft_model: nn.Module) -> None:
+    """Give PEFT's adapter the factors of ours; both must adapt the same modules."""
+    theirs = peft_factors(peft_model)
+    ours = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, layer in ours.items():
+            theirs[name][0].copy_(ours_as_peft(layer.lora_A))
+            theirs[name][1].copy_(ours_as_peft(layer.lora_B))

@@ -1,0 +1,304 @@
+"""Putting an adapter on and taking it off: what changes, and above all what does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.errors import UserError
+from deltaw.lora import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_parameters,
+    attach,
+    count_parameters,
+    detach,
+    disabled,
+    merge,
+)
+from tests.lora.models import FAMILIES, inputs, randomise, tiny
+
+
+def _state(model: nn.Module) -> dict[str, object]:
+    """All that :func:`detach` must give back: objects, flags, bits."""
+    modules = {name: (id(m), m.training, type(m)) for name, m in model.named_modules(remove_duplicate=False)}
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    places = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {"modules": modules, "flags": flags, "places": places}
+
+
+def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _same_bits(model: nn.Module, bits: dict[str, torch.Tensor]) -> bool:
+    state = model.state_dict()
+    return state.keys() == bits.keys() and all(torch.equal(state[name], bits[name]) for name in bits)
+
+
+def _step(model: nn.Module, family: str, count: int = 3) -> None:
+    trained = [p for _, p in adapter_parameters(model)]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(**inputs(family)).logits.pow(2).mean().backward()
+        optimizer.step()
+
+
+_CONFIGS = {
+    "plain": {"rank": 4},
+    "dropout and rslora": {"rank": 4, "dropout": 0.2, "rslora": True},
+    "pissa": {"rank": 4, "init": "pissa"},
+    "all biases": {"rank": 4, "bias": "all", "target_modules": "attention"},
+    "whole head": {"rank": 4, "target_modules": "attention", "train_modules": ["lm_head"]},
+    "embedding": {"rank": 4, "target_modules": ["wte", "wpe", "c_attn"], "bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("settings", _CONFIGS.values(), ids=_CONFIGS.keys())
+def test_detach_after_training_leaves_the_model_exactly_as_found(settings):
+    model = tiny("gpt2")
+    next(model.parameters()).requires_grad_(False)
+    before, bits, logits = _state(model), _bits(model), model(**inputs("gpt2")).logits
+    attach(model, LoRAConfig(**settings), seed=0)
+    model.train()
+    _step(model, "gpt2")
+    model.eval()
+    with disabled(model):
+        assert torch.equal(model(**inputs("gpt2")).logits, logits)
+    assert not torch.equal(model(**inputs("gpt2")).logits, logits)
+    detach(model)
+    assert _state(model) == before and _same_bits(model, bits)
+    assert torch.equal(model(**inputs("gpt2")).logits, logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_changes_no_output(family):
+    model = tiny(family)
+    with torch.no_grad():
+        expected = model(**inputs(family)).logits
+        attach(model, LoRAConfig(rank=4))
+        torch.testing.assert_close(model(**inputs(family)).logits, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_frozen_weights_keep_every_bit_through_training():
+    model = tiny("llama").to(torch.bfloat16)
+    bits = _bits(model)
+    attach(model, LoRAConfig(rank=4), seed=0)
+    first = {name: p.detach().clone() for name, p in adapter_parameters(model)}
+    _step(model, "llama")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], bits[name]) for name in bits)
+    assert all(not torch.equal(p, first[name]) for name, p in adapter_parameters(model))
+    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
+
+
+def test_only_the_adapter_asks_for_gradients():
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in adapter_parameters(model)
+    }
+
+
+def test_attaching_twice_is_refused():
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4))
+    with pytest.raises(UserError, match="already"):
+        attach(model, LoRAConfig(rank=4))
+    detach(model)
+    with pytest.raises(UserError, match="no adapter"):
+        detach(model)
+    with pytest.raises(UserError, match="no adapter"), disabled(model):
+        pass
+
+
+def test_a_refusal_in_the_middle_leaves_the_model_alone():
+    model = nn.ModuleDict({"lin": nn.Linear(8, 8), "conv": nn.Conv1d(6, 6, 1, groups=3)})
+    before, bits = _state(model), _bits(model)
+    with pytest.raises(UserError, match="'conv'"):
+        attach(model, LoRAConfig(rank=4, target_modules=["lin", "conv"]))
+    with pytest.raises(UserError, match="'conv'"):
+        attach(model, LoRAConfig(rank=3, init="pissa", target_modules=["lin", "conv"]))
+    assert _state(model) == before and _same_bits(model, bits)
+
+
+def test_a_module_that_stands_twice_is_adapted_once_everywhere():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    summary = attach(model, LoRAConfig(rank=2))
+    assert summary.adapted == 1 and model[0] is model[2] and isinstance(model[0], LoRALinear)
+    detach(model)
+    assert model[0] is shared and model[2] is shared
+
+
+def test_albert_counts_its_shared_layers_once():
+    model = tiny("albert")
+    count = attach(model, LoRAConfig(rank=4, target_modules=["query"]))
+    assert count.adapted == 1 and count.trained == 4 * (32 + 32)
+
+
+def test_an_adapted_embedding_leaves_the_head_tied_to_it_alone():
+    model = tiny("gpt2")
+    hidden = torch.randn(2, 32)
+    before = model.lm_head(hidden)
+    attach(model, LoRAConfig(rank=4, target_modules=["wte"]))
+    randomise(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.lm_head(hidden), before)
+
+
+def test_training_a_copy_of_a_tied_embedding_is_said_and_leaves_the_head_alone():
+    model = tiny("gpt2")
+    head = model.lm_head.weight
+    summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn"], train_modules=["wte"]))
+    assert "tied" in str(summary) and "lm_head" in str(summary)
+    before = head.detach().clone()
+    _step(model, "gpt2")
+    assert model.lm_head.weight is head and torch.equal(head, before)
+    assert not torch.equal(model.transformer.wte.weight, head)
+
+
+def test_copies_of_modules_tied_to_each_other_stay_tied():
+    model = tiny("gpt2")
+    summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn"], train_modules=["wte", "lm_head"]))
+    assert model.lm_head.weight is model.transformer.wte.weight and not summary.notes
+
+
+def test_pissa_on_a_tied_weight_is_refused():
+    with pytest.raises(UserError, match="wte"):
+        attach(tiny("gpt2"), LoRAConfig(rank=4, target_modules=["lm_head"], init="pissa"))
+
+
+def test_pissa_starts_with_the_base_models_outputs_and_moves_both_factors():
+    model = tiny("llama")
+    with torch.no_grad():
+        logits = model(**inputs("llama")).logits
+    attach(model, LoRAConfig(rank=4, init="pissa"))
+    torch.testing.assert_close(model(**inputs("llama")).logits, logits, atol=1e-4, rtol=1e-4)
+    model(**inputs("llama")).logits.pow(2).mean().backward()
+    assert all(torch.count_nonzero(p.grad) for _, p in adapter_parameters(model))
+
+
+@pytest.mark.parametrize(("bias", "trained"), [("all", 2), ("lora_only", 1)])
+def test_biases_are_trained_where_asked(bias, trained):
+    model = nn.ModuleDict({"lin": nn.Linear(4, 3), "norm": nn.LayerNorm(3)})
+    attach(model, LoRAConfig(rank=2, target_modules=["lin"], bias=bias))
+    assert sum(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")) == trained
+    with pytest.raises(UserError, match="bias"):
+        attach(nn.Sequential(nn.Linear(4, 3, bias=False)), LoRAConfig(rank=2, bias=bias))
+
+
+def test_parameters_are_counted_once_and_the_adapter_is_not_part_of_the_base():
+    model = tiny("gpt2")
+    total = sum(p.numel() for p in model.parameters())
+    assert count_parameters(model).total == count_parameters(model).trained == total
+    summary = attach(
+        model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], train_modules=["ln_f"], bias="lora_only")
+    )
+    expected = 2 * (4 * (32 + 96) + 96) + 4 * (97 + 32) + 2 * 32
+    count = count_parameters(model)
+    assert (count.total, count.trained) == (total, expected) == (summary.total, summary.trained)
+    assert sum(count.per_module.values()) == expected and count.per_module["transformer.ln_f"] == 64
+    assert sum(p.numel() for _, p in adapter_parameters(model)) == expected
+    assert f"{total:,}" in str(summary) and f"{total:,}" in str(count)
+
+
+def test_an_attached_model_can_be_copied_whole():
+    model = tiny("gpt2")
+    attach(model, LoRAConfig(rank=4, init="pissa", train_modules=["ln_f"]))
+    twin = copy.deepcopy(model)
+    randomise(twin)
+    logits = model(**inputs("gpt2")).logits
+    detach(twin)
+    assert torch.equal(model(**inputs("gpt2")).logits, logits)
+    torch.testing.assert_close(twin(**inputs("gpt2")).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_detach_follows_a_model_that_was_cast_meanwhile():
+    model = tiny("gemma3")
+    attach(model, LoRAConfig(rank=4, target_modules=["embed_tokens", "q_proj"], train_modules=["norm"]))
+    model.to(torch.bfloat16)
+    with disabled(model), torch.no_grad():
+        model(**inputs("gemma3"))
+    detach(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_hooks_on_a_replaced_module_go_on_running():
+    model = nn.Sequential(nn.Linear(4, 4))
+    seen: list[int] = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    attach(model, LoRAConfig(rank=2))
+    model(torch.randn(2, 4))
+    assert seen == [1]
+
+
+def test_the_fast_path_of_torchs_encoder_does_not_pass_the_adapter_by():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 8)
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        base = model(x, src_key_padding_mask=padded)[~padded]
+    attach(model, LoRAConfig(rank=2, target_modules=["linear1", "linear2"]))
+    randomise(model)
+    slow = model(x, src_key_padding_mask=padded)[~padded].detach()
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padded)[~padded]
+    torch.testing.assert_close(fast, slow)
+    assert not torch.allclose(fast, base, atol=1e-3)
+    detach(model)
+    assert model.use_nested_tensor and model.layers[0].activation_relu_or_gelu == 1
+    with torch.no_grad():
+        assert torch.equal(model(x, src_key_padding_mask=padded)[~padded], base)
+
+
+def test_a_compiled_model_is_adapted_underneath():
+    model = nn.Sequential(nn.Linear(4, 4), Conv1D(3, 4))
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(2, 4)
+    compiled(x)
+    summary = attach(compiled, LoRAConfig(rank=2))
+    randomise(model)
+    assert summary.adapted == 2
+    torch.testing.assert_close(compiled(x), model(x))
+    with disabled(compiled):
+        torch.testing.assert_close(compiled(x), model(x))
+    detach(compiled)
+    assert type(model[0]) is nn.Linear
+
+
+def test_activation_checkpointing_of_a_whole_model_trains_the_adapter():
+    model = tiny("llama").train()
+    attach(model, LoRAConfig(rank=4), seed=0)
+    randomise(model)
+    grads = []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if options:
+            model.gradient_checkpointing_enable(options)
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(**inputs("llama"), use_cache=False).logits.pow(2).mean().backward()
+        grads.append([p.grad.clone() for _, p in adapter_parameters(model)])
+    for other in grads[1:]:
+        torch.testing.assert_close(grads[0], other)
+
+
+def test_after_a_final_merge_detach_leaves_a_plain_merged_model():
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4, train_modules=["norm"]))
+    randomise(model)
+    with torch.no_grad():
+        logits = model(**inputs("llama")).logits
+        merge(model, keep_original=False)
+        with pytest.raises(UserError, match="not kept"), disabled(model):
+            pass
+        detach(model)
+        assert not any(isinstance(m, LoRALinear) for m in model.modules())
+        torch.testing.assert_close(model(**inputs("llama")).logits, logits, atol=1e-5, rtol=1e-5)

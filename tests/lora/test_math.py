@@ -1,0 +1,305 @@
+"""The closed forms against their plain twins, and against what torch demands of a function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+from deltaw.lora import LoRAEmbedding, LoRALinear
+from deltaw.lora.math import embedding, embedding_reference, linear, linear_reference
+
+
+def _operands(
+    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    sizes = {"x": shape, "weight": (out, shape[-1]), "bias": (out,)}
+    made = {k: torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for k, s in sizes.items()}
+    factor = torch.float64 if dtype == torch.float64 else torch.float32
+    made["lora_A"] = torch.randn(shape[-1], rank, generator=draw, dtype=torch.float64).to(factor)
+    made["lora_B"] = torch.randn(rank, out, generator=draw, dtype=torch.float64).to(factor)
+    for name in ("x", "bias", "lora_A", "lora_B"):
+        made[name].requires_grad_(True)
+    return made
+
+
+def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
+    seed = torch.Generator().manual_seed(1)
+    towards = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y.dtype)
+    wanted = [t for t in operands.values() if t.requires_grad]
+    return list(torch.autograd.grad(y, wanted, towards))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    leading=st.lists(st.integers(0, 4), max_size=3),
+    n_in=st.integers(1, 9),
+    n_out=st.integers(1, 9),
+    rank=st.integers(1, 5),
+    in_out=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_linear_equals_its_twin_for_any_shape(leading, n_in, n_out, rank, in_out, seed):
+    operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed)
+    if in_out:
+        operands["weight"] = operands["weight"].t().contiguous()
+    y = linear(*operands.values(), 0.7, weight_is_in_out=in_out)
+    twin = linear_reference(*operands.values(), 0.7, None, in_out)
+    assert y.shape == (*leading, n_out)
+    torch.testing.assert_close(y, twin)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_linear_equals_its_twin_in_every_type(dtype):
+    operands = _operands((3, 5, 8), 6, 4, dtype)
+    y, twin = linear(*operands.values(), 0.5), linear_reference(*operands.values(), 0.5)
+    tolerance = {"atol": 0.15, "rtol": 0.05} if dtype in (torch.bfloat16, torch.float16) else {}
+    torch.testing.assert_close(y, twin, **tolerance)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+def test_linear_has_right_first_and_second_derivatives(in_out):
+    operands = _operands((2, 3, 4), 5, 2, torch.float64)
+    weight = operands.pop("weight")
+    weight = weight.t().contiguous() if in_out else weight
+
+    def call(x: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return linear(x, weight, bias, lora_A, lora_B, 1.3, weight_is_in_out=in_out)
+
+    assert torch.autograd.gradcheck(call, tuple(operands.values()))
+    assert torch.autograd.gradgradcheck(call, tuple(operands.values()))
+
+
+def test_dropout_uses_one_mask_forward_and_backward():
+    operands = _operands((2, 3, 4), 5, 2, torch.float64)
+    weight = operands.pop("weight")
+
+    def call(x: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return linear(x, weight, bias, lora_A, lora_B, 1.3, dropout=0.4)
+
+    assert torch.autograd.gradcheck(call, tuple(operands.values()))
+    assert torch.autograd.gradgradcheck(call, tuple(operands.values()))
+
+
+def test_dropout_keeps_the_expectation():
+    torch.manual_seed(0)
+    x = torch.ones(20000, 8)
+    lora_A, lora_B = torch.randn(8, 2), torch.randn(2, 3)
+    weight = torch.zeros(3, 8)
+    dropped = linear(x, weight, None, lora_A, lora_B, 1.0, dropout=0.3).mean(0)
+    torch.testing.assert_close(dropped, linear(x, weight, None, lora_A, lora_B, 1.0)[0], atol=0.05, rtol=0)
+
+
+def test_embedding_has_right_first_and_second_derivatives():
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
+    weight = torch.randn(6, 5, dtype=torch.float64)
+    factors = (
+        torch.randn(6, 2, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 5, dtype=torch.float64, requires_grad=True),
+    )
+
+    def call(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return embedding(ids, weight, lora_A, lora_B, 0.7, embed_scale=3.0)
+
+    assert torch.autograd.gradcheck(call, factors)
+    assert torch.autograd.gradgradcheck(call, factors)
+
+
+@pytest.mark.parametrize("scale", [None, 2.5, torch.tensor(5.7)])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("by_frequency", [False, True])
+def test_embedding_equals_its_twin(scale, padding_idx, by_frequency):
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
+    weight = torch.randn(6, 5)
+    lora_A, lora_B = torch.randn(6, 2, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    results = [
+        call(ids, weight, lora_A, lora_B, 0.7, scale, padding_idx, by_frequency)
+        for call in (embedding, embedding_reference)
+    ]
+    torch.testing.assert_close(*results)
+    grads = [torch.autograd.grad(y.pow(2).sum(), (lora_A, lora_B)) for y in results]
+    torch.testing.assert_close(*grads)
+
+
+def _layer(dtype: torch.dtype = torch.float32, **options: float) -> LoRALinear:
+    torch.manual_seed(0)
+    layer = LoRALinear(8, 6, 3, alpha=6, bias=True, dtype=dtype, **options)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def test_only_input_narrow_product_and_factors_are_kept_for_backward():
+    layer = _layer()
+    x = torch.randn(5, 7, 8, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    known = {t.data_ptr() for t in (x, layer.lora_A, layer.lora_B, layer.weight)}
+    others = [t for t in kept if t.data_ptr() not in known]
+    assert [tuple(t.shape) for t in others] == [(35, 3)]
+
+
+def test_gradients_that_nobody_asks_for_are_not_computed():
+    layer = _layer()
+    layer(torch.randn(4, 8)).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is None
+    layer.lora_A.requires_grad_(False)
+    layer.zero_grad()
+    layer(torch.randn(4, 8)).sum().backward()
+    assert layer.lora_A.grad is None and layer.lora_B.grad is not None
+
+
+def test_a_trained_base_weight_gets_its_gradient_too():
+    layer = _layer()
+    layer.weight.requires_grad_(True)
+    x = torch.randn(4, 8)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(6, 8))
+
+
+def test_bias_gradient_where_the_bias_is_trained():
+    layer = _layer(torch.bfloat16)
+    layer.bias.requires_grad_(True)
+    layer(torch.ones(4, 8, dtype=torch.bfloat16)).sum().backward()
+    assert layer.bias.grad.dtype == torch.bfloat16
+    assert torch.equal(layer.bias.grad, torch.full((6,), 4.0, dtype=torch.bfloat16))
+
+
+def test_non_contiguous_input_and_gradient():
+    layer = _layer(torch.float64)
+    x = torch.randn(8, 5, 3, dtype=torch.float64).permute(1, 2, 0).requires_grad_(True)
+    y = layer(x)
+    twin = linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    ours = torch.autograd.grad(y.transpose(0, 1).pow(2).sum(), x)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(twin.transpose(0, 1).pow(2).sum(), x)[0])
+
+
+def test_output_may_be_changed_in_place():
+    layer = _layer()
+    net = nn.Sequential(layer, nn.ReLU(inplace=True))
+    x = torch.randn(2, 3, 8)
+    net(x).sum().backward()
+    plain = _layer()
+    torch.relu(plain(x)).sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, plain.lora_A.grad)
+
+
+def test_a_type_that_does_not_fit_raises_as_in_nn_linear():
+    layer = _layer(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_autocast_type(dtype):
+    layer = _layer()
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        twin = linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), twin.float(), atol=0.1, rtol=0.05)
+    y.sum().backward()
+    assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant, dropout):
+    layer = _layer(dropout=dropout)
+    x = torch.randn(4, 8, requires_grad=True)
+    grads = []
+    for wrapped in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(1)
+        y = checkpoint(layer, x, use_reentrant=reentrant) if wrapped else layer(x)
+        y.pow(2).sum().backward()
+        grads.append((layer.lora_A.grad.clone(), layer.lora_B.grad.clone()))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+
+
+def test_one_layer_used_twice_in_a_graph():
+    torch.manual_seed(0)
+    layer = LoRALinear(6, 6, 2, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    factors = (layer.lora_A, layer.lora_B)
+    ours = torch.autograd.grad(layer(layer(x)).sum(), factors)
+    merged = (layer.weight, None, *factors, layer.scaling)
+    twin = linear_reference(linear_reference(x, *merged), *merged)
+    torch.testing.assert_close(ours, torch.autograd.grad(twin.sum(), factors))
+
+
+def test_a_kept_graph_can_be_gone_through_twice():
+    layer = _layer()
+    y = layer(torch.randn(4, 8)).sum()
+    y.backward(retain_graph=True)
+    once = layer.lora_A.grad.clone()
+    y.backward()
+    torch.testing.assert_close(layer.lora_A.grad, 2 * once)
+
+
+def test_torch_func_gives_gradients_per_example():
+    layer = _layer()
+    factors = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+    x = torch.randn(5, 8)
+
+    def loss(given: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(layer, given, (row,)).pow(2).sum()
+
+    each = vmap(grad(loss), (None, 0))(factors, x)
+    layer(x).pow(2).sum().backward()
+    torch.testing.assert_close(each["lora_A"].sum(0), layer.lora_A.grad)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_without_a_break_in_the_graph(dropout):
+    layer = _layer(dropout=dropout)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 8)
+    if dropout:
+        compiled(x).sum().backward()
+        assert layer.lora_A.grad.abs().sum() > 0
+        return
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).pow(2).sum().backward()
+    ours = layer.lora_B.grad.clone()
+    layer.zero_grad()
+    layer(x).pow(2).sum().backward()
+    torch.testing.assert_close(ours, layer.lora_B.grad)
+
+
+def test_a_compiled_embedding_equals_the_eager_one():
+    torch.manual_seed(0)
+    layer = LoRAEmbedding(9, 4, 2)
+    nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    ids = torch.tensor([[1, 2], [8, 0]])
+    torch.testing.assert_close(compiled(ids), layer(ids))
+    compiled(ids).sum().backward()
+    assert layer.lora_A.grad[8].abs().sum() > 0 and layer.lora_A.grad[5].abs().sum() == 0
+
+
+def test_first_step_moves_only_B_then_both():
+    torch.manual_seed(0)
+    layer = LoRALinear(8, 6, 3)
+    layer(torch.randn(4, 8)).pow(2).sum().backward()
+    assert torch.count_nonzero(layer.lora_A.grad) == 0 and torch.count_nonzero(layer.lora_B.grad) > 0
+    with torch.no_grad():
+        layer.lora_B -= 0.1 * layer.lora_B.grad
+    layer.zero_grad()
+    layer(torch.randn(4, 8)).pow(2).sum().backward()
+    assert torch.count_nonzero(layer.lora_A.grad) > 0 and torch.count_nonzero(layer.lora_B.grad) > 0

@@ -1,0 +1,118 @@
+"""Merging: one rounding, and back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig, LoRALinear, attach, disabled, merge, unmerge
+from tests.lora.models import FAMILIES, inputs, randomise, tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_keeps_the_outputs_and_unmerging_every_bit(family):
+    model = tiny(family)
+    with torch.no_grad():
+        base = model(**inputs(family)).logits
+        attach(model, LoRAConfig(rank=4, rslora=True))
+        randomise(model)
+        bits = {name: t.clone() for name, t in model.state_dict().items()}
+        adapted = model(**inputs(family)).logits
+        merge(model)
+        torch.testing.assert_close(model(**inputs(family)).logits, adapted, atol=1e-4, rtol=1e-4)
+        with disabled(model):
+            assert torch.equal(model(**inputs(family)).logits, base)
+        unmerge(model)
+        assert all(torch.equal(t, bits[name]) for name, t in model.state_dict().items())
+        assert torch.equal(model(**inputs(family)).logits, adapted)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n_in=st.integers(1, 40),
+    n_out=st.integers(1, 40),
+    rank=st.integers(1, 8),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    seed=st.integers(0, 9),
+)
+def test_the_merged_weight_is_rounded_once(n_in, n_out, rank, dtype, seed):
+    torch.manual_seed(seed)
+    layer = LoRALinear(n_in, n_out, rank, alpha=3.0, dtype=dtype)
+    nn.init.normal_(layer.lora_B)
+    exact = layer.weight.double() + layer.scaling * (layer.lora_A.double() @ layer.lora_B.double()).t()
+    merged = layer.merged_weight()
+    assert merged.dtype == dtype
+    # Half a unit in the last place of the type, and what fp32 sums may add to it.
+    unit = torch.finfo(dtype).eps / 2
+    slack = 1e-5 if dtype != torch.float64 else 1e-13
+    assert torch.all((merged.double() - exact).abs() <= unit * exact.abs() + slack * (1 + exact.abs()))
+    if dtype in (torch.bfloat16, torch.float16):
+        assert (merged == exact.to(dtype)).float().mean() > 0.98
+
+
+def test_a_grouped_convolution_is_refused_before_anything_changes():
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1, groups=2)})
+    attach(model, LoRAConfig(rank=2, target_modules=["lin", "conv"]))
+    randomise(model)
+    before = model["lin"].weight.detach().clone()
+    with pytest.raises(UserError, match="groups"):
+        merge(model)
+    assert torch.equal(model["lin"].weight, before) and not model["lin"].merged
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_a_tied_weight_is_refused_before_anything_changes(target):
+    model = tiny("gpt2")
+    attach(model, LoRAConfig(rank=2, target_modules=[target, "c_attn"]))
+    randomise(model)
+    with torch.no_grad():
+        logits = model(**inputs("gpt2")).logits
+        with pytest.raises(UserError, match="lm_head|wte"):
+            merge(model)
+        assert torch.equal(model(**inputs("gpt2")).logits, logits)
+
+
+@pytest.mark.parametrize("keep_original", [True, False])
+def test_a_sum_that_is_not_finite_is_refused_before_anything_changes(keep_original):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    attach(model, LoRAConfig(rank=2))
+    randomise(model)
+    with torch.no_grad():
+        model[1].lora_B.fill_(1e5)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(UserError, match="'1' is not finite"):
+        merge(model, keep_original)
+    assert torch.equal(model[0].weight, before) and not model[0].merged
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(UserError, match="no adapter"):
+        merge(model)
+    attach(model, LoRAConfig(rank=2))
+    with pytest.raises(UserError, match="not merged"):
+        unmerge(model)
+    merge(model)
+    with pytest.raises(UserError, match="already"):
+        merge(model)
+    unmerge(model)
+    merge(model, keep_original=False)
+    with pytest.raises(UserError, match="not kept"):
+        unmerge(model)
+
+
+def test_a_merged_pissa_model_still_knows_its_base():
+    model = tiny("llama")
+    with torch.no_grad():
+        base = model(**inputs("llama")).logits
+        attach(model, LoRAConfig(rank=4, init="pissa"))
+        residual = model.model.layers[0].mlp.up_proj.weight.clone()
+        merge(model)
+        with disabled(model):
+            assert torch.equal(model(**inputs("llama")).logits, base)
+        unmerge(model)
+        assert torch.equal(model.model.layers[0].mlp.up_proj.weight, residual)

@@ -1,0 +1,195 @@
+"""The same factors in PEFT 0.21 and here: outputs, gradients, training steps, starts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach
+from tests.lora.models import (
+    FAMILIES,
+    copy_to_peft,
+    inputs,
+    ours_as_peft,
+    peft_factors,
+    randomise,
+    tiny,
+    with_peft,
+)
+
+
+@torch.no_grad()
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits.float().pow(2).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_gradients_and_ten_steps_equal_pefts(family):
+    base = tiny(family)
+    targets = (
+        "all-linear" if family not in ("bert", "albert", "vit") else ["query", "value", "q_proj", "v_proj"]
+    )
+    if family in ("bert", "albert"):
+        targets = ["query", "value"]
+    if family == "vit":
+        targets = ["q_proj", "fc1"]
+    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0).eval()
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, alpha=8, target_modules=targets))
+    randomise(ours)
+    copy_to_peft(ours, theirs)
+    batch = inputs(family)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, atol=1e-5, rtol=1e-5)
+
+    _loss(ours, batch).backward()
+    _loss(theirs, batch).backward()
+    reference = peft_factors(theirs)
+    layers = {name: m for name, m in ours.named_modules() if isinstance(m, LoRALayer)}
+    for name, layer in layers.items():
+        for factor, other in zip((layer.lora_A, layer.lora_B), reference[name], strict=True):
+            scale = max(float(other.grad.norm()), 1e-6)
+            assert float((ours_as_peft(factor.grad) - other.grad).norm()) <= 1e-4 * scale, name
+
+    ours.zero_grad()
+    theirs.zero_grad()
+    # A larger epsilon than usual, or Adam would divide rounding errors by rounding errors.
+    options = {"lr": 1e-3, "eps": 1e-4}
+    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], **options)
+    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], **options)
+    for _ in range(10):
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            optimizer.zero_grad()
+            _loss(model, batch).backward()
+            optimizer.step()
+    for name, layer in layers.items():
+        for factor, their_factor in zip((layer.lora_A, layer.lora_B), reference[name], strict=True):
+            assert _relative(ours_as_peft(factor), their_factor) <= 1e-5, name
+
+
+class _Layers(nn.Module):
+    """One layer of each kind that has a counterpart in PEFT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=0)
+        self.wide = Conv1D(12, 8)
+        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
+        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
+        self.grouped = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.wide(self.embed(ids)))
+        x = torch.tanh(self.conv1(x.transpose(1, 2)))
+        x = self.grouped(torch.tanh(self.conv2(x[:, None].transpose(2, 3))))
+        return self.out(x)
+
+
+_EVERY = ["embed", "wide", "conv1", "conv2", "grouped", "out"]
+
+
+def test_every_kind_of_layer_equals_pefts_through_ten_steps():
+    torch.manual_seed(0)
+    base = _Layers()
+    ids = torch.randint(0, 11, (3, 9))
+    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=_EVERY)
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=_EVERY))
+    randomise(ours)
+    with torch.no_grad():
+        ours.embed.lora_A[0] = 0
+    copy_to_peft(ours, theirs)
+    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], lr=1e-2, eps=1e-4)
+    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    for _ in range(10):
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            optimizer.zero_grad()
+            model(ids).pow(2).mean().backward()
+            optimizer.step()
+    for name, (their_A, their_B) in peft_factors(theirs).items():
+        layer = ours.get_submodule(name)
+        assert _relative(ours_as_peft(layer.lora_A), their_A) <= 1e-5
+        assert _relative(ours_as_peft(layer.lora_B), their_B) <= 1e-5
+
+
+def test_gradient_of_the_input_equals_pefts():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6))
+    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=["0"])
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, alpha=8, target_modules=["0"]))
+    randomise(ours)
+    copy_to_peft(ours, theirs)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    grads = [torch.autograd.grad(model(x).pow(2).sum(), x)[0] for model in (ours, theirs)]
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("ours_init", "their_init"), [("uniform", True), ("gaussian", "gaussian")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
+def test_one_seed_starts_the_factors_as_pefts(family, ours_init, their_init):
+    base = tiny(family)
+    targets = ["q_proj", "fc1"] if family == "vit" else "all-linear"
+    torch.manual_seed(11)
+    theirs = with_peft(base, r=4, target_modules=targets, init_lora_weights=their_init)
+    torch.manual_seed(11)
+    attach(base, LoRAConfig(rank=4, target_modules=targets, init=ours_init))
+    for name, (their_A, their_B) in peft_factors(theirs).items():
+        layer = base.get_submodule(name)
+        assert torch.equal(layer.lora_A.t(), their_A) and torch.equal(layer.lora_B.t(), their_B)
+
+
+def test_the_seed_of_attach_is_torchs_seed():
+    first, second = tiny("llama"), tiny("llama")
+    torch.manual_seed(3)
+    attach(first, LoRAConfig(rank=4))
+    attach(second, LoRAConfig(rank=4), seed=3)
+    for (_, a), (_, b) in zip(adapter_parameters(first), adapter_parameters(second), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layers_after_convolutions_and_embeddings_start_as_pefts_too():
+    torch.manual_seed(0)
+    base = _Layers()
+    torch.manual_seed(4)
+    theirs = with_peft(base, r=4, target_modules=_EVERY)
+    torch.manual_seed(4)
+    attach(base, LoRAConfig(rank=4, target_modules=_EVERY))
+    for name, (their_A, _) in peft_factors(theirs).items():
+        if name != "embed":
+            assert torch.equal(ours_as_peft(base.get_submodule(name).lora_A), their_A), name
+
+
+def test_an_orthogonal_start_is_pefts_and_leaves_the_outputs():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6))
+    x = torch.randn(4, 8)
+    expected = base(x)
+    torch.manual_seed(2)
+    theirs = with_peft(base, r=4, target_modules=["0"], init_lora_weights="orthogonal")
+    torch.manual_seed(2)
+    attach(base, LoRAConfig(rank=4, target_modules=["0"], init="orthogonal"))
+    their_A, their_B = peft_factors(theirs)["0"]
+    assert torch.equal(base[0].lora_A.t(), their_A) and torch.equal(base[0].lora_B.t(), their_B)
+    torch.testing.assert_close(base(x), expected)
+
+
+def test_a_pissa_start_is_pefts_up_to_sign():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6))
+    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="pissa")
+    attach(base, LoRAConfig(rank=4, alpha=8, target_modules=["0"], init="pissa"))
+    their_A, their_B = peft_factors(theirs)["0"]
+    torch.testing.assert_close(base[0].lora_A @ base[0].lora_B, (their_B @ their_A).t(), atol=1e-5, rtol=1e-4)
+    residual = theirs.base_model.model[0].base_layer.weight
+    torch.testing.assert_close(base[0].weight, residual, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,170 @@
+"""Which modules a config means, and what is said where it means none."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig, attach
+from deltaw.lora.select import layer_index, select
+from tests.lora.models import FAMILIES, peft_factors, tiny, with_peft
+from tests.tiny_models import causal_model
+
+
+def _names(model: nn.Module, **settings: object) -> list[str]:
+    return [target.names[0] for target in select(model, LoRAConfig(**settings)).targets]
+
+
+def _lasts(model: nn.Module, **settings: object) -> set[str]:
+    return {name.rpartition(".")[2] for name in _names(model, **settings)}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("bert", "albert", "vit")])
+def test_all_linear_is_what_peft_takes(family):
+    model = tiny(family)
+    theirs = peft_factors(with_peft(model, r=2, target_modules="all-linear"))
+    assert _names(model) == list(theirs)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "vit"])
+def test_all_linear_leaves_a_classifier_out_as_peft_does(family):
+    model = tiny(family)
+    peft = with_peft(model, r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    assert _names(model) == list(peft_factors(peft))
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "mlp"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", {"c_attn", "c_proj"}, {"c_fc", "c_proj"}),
+        ("neox", {"query_key_value", "dense"}, {"dense_h_to_4h", "dense_4h_to_h"}),
+        ("phi3", {"qkv_proj", "o_proj"}, {"gate_up_proj", "down_proj"}),
+        ("bert", {"query", "key", "value", "dense"}, {"dense"}),
+        ("albert", {"query", "key", "value", "dense"}, {"ffn", "ffn_output"}),
+        ("t5", {"q", "k", "v", "o"}, {"wi", "wo"}),
+        ("vit", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"fc1", "fc2"}),
+    ],
+)
+def test_attention_and_mlp_are_known_by_name(family, attention, mlp):
+    model = tiny(family)
+    assert _lasts(model, target_modules="attention") == attention
+    assert _lasts(model, target_modules="mlp") == mlp
+    both = _names(model, target_modules="attention") + _names(model, target_modules="mlp")
+    assert len(both) == len(set(both))
+
+
+def test_fused_experts_are_no_linear_layers():
+    model = causal_model("mixtral")
+    assert _lasts(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(UserError, match="MixtralExperts"):
+        attach(model, LoRAConfig(target_modules=["experts"]))
+
+
+def test_a_list_matches_endings_after_a_dot_only():
+    model = tiny("llama")
+    assert len(_names(model, target_modules=["self_attn.q_proj", "model.layers.1.mlp.up_proj"])) == 3
+    with pytest.raises(UserError, match="matches no module"):
+        _names(model, target_modules=["proj"])
+
+
+def test_a_text_is_a_regular_expression_for_full_names():
+    model = tiny("llama")
+    assert _names(model, target_modules=r".*\.1\..*(q|v)_proj") == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    with pytest.raises(UserError, match=r"\['q_proj'\]"):
+        _names(model, target_modules="q_proj")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "nearest"),
+    [
+        ({"target_modules": ["q_proj", "v_porj"]}, "target_modules", "v_proj"),
+        ({"exclude_modules": ["up_prj"]}, "exclude_modules", "up_proj"),
+        ({"rank_pattern": {"k_prj": 2}}, "rank_pattern", "k_proj"),
+        ({"alpha_pattern": {"down": 2.0}}, "alpha_pattern", "down_proj"),
+        ({"train_modules": ["lm_heat"]}, "train_modules", "lm_head"),
+        ({"layers": "1-7"}, "layers", "0 to 1"),
+        ({"layers": [5]}, "layers", "0 to 1"),
+        ({"target_modules": ["all-linear"]}, "target_modules", "without a list"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"up_proj": 2}}, "rank_pattern", "q_proj"),
+    ],
+)
+def test_an_entry_that_matches_nothing_names_the_nearest(settings, key, nearest):
+    model = tiny("llama")
+    before = {n: (id(m), m.training) for n, m in model.named_modules()}
+    with pytest.raises(UserError) as caught:
+        attach(model, LoRAConfig(**settings))
+    assert key in str(caught.value) and nearest in str(caught.value)
+    assert before == {n: (id(m), m.training) for n, m in model.named_modules()}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_excluded_is_left_out_with_all_below_it():
+    model = tiny("llama")
+    assert _lasts(model, exclude_modules=["mlp"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "up_proj" not in _lasts(model, exclude_modules=["up_proj"])
+    assert all(".0." not in n for n in _names(model, exclude_modules=r".*layers\.0\..*"))
+    with pytest.raises(UserError, match="leaves nothing"):
+        _names(model, target_modules=["up_proj"], exclude_modules=["mlp"])
+
+
+def test_layers_choose_by_the_first_number_in_a_name():
+    model = tiny("llama")
+    assert all(".1." in n for n in _names(model, layers="1-"))
+    assert all(".0." in n for n in _names(model, layers=[0]))
+    assert layer_index("encoder.block.3.layer.0.SelfAttention.q") == 3
+    assert layer_index("lm_head") is None
+
+
+def test_layers_equal_pefts():
+    model = tiny("t5")
+    peft = with_peft(model, r=2, target_modules=["q", "wi"], layers_to_transform=[1])
+    assert _names(model, target_modules=["q", "wi"], layers=[1]) == list(peft_factors(peft))
+
+
+def test_the_first_key_of_a_pattern_that_matches_counts():
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4, rank_pattern={r"layers\.0\..*q_proj": 2, "q_proj": 3}))
+    ranks = [layer.self_attn.q_proj.rank for layer in model.model.layers]
+    assert ranks == [2, 3] and model.model.layers[0].mlp.up_proj.rank == 4
+
+
+def test_what_cannot_be_adapted_is_refused_by_name():
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "lin": nn.Linear(4, 4)})
+    with pytest.raises(UserError, match="LayerNorm"):
+        attach(model, LoRAConfig(target_modules=["norm"]))
+    with pytest.raises(UserError, match="gate_proj"):
+        attach(tiny("llama"), LoRAConfig(target_modules=["mlp"]))
+
+
+def test_a_weight_that_is_read_past_its_module_is_refused_with_the_mend():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(UserError, match=r"exclude_modules: \['out_proj'\]"):
+        attach(model, LoRAConfig(rank=2))
+    attach(model, LoRAConfig(rank=2, exclude_modules=["out_proj"]))
+    with pytest.raises(UserError, match="fused kernels"):
+        attach(causal_model("mamba"), LoRAConfig(target_modules=["out_proj"]))
+
+
+def test_a_model_that_is_one_layer_says_what_to_do():
+    with pytest.raises(UserError, match="from_linear"):
+        attach(nn.Linear(3, 3), LoRAConfig())
+
+
+def test_ten_thousand_layers_are_adapted_in_under_two_seconds():
+    layer = [nn.Linear(2, 2, bias=False) for _ in range(10_000)]
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict({"a": x, "b": nn.Identity()}) for x in layer)}
+    )
+    torch.manual_seed(0)
+    start = time.process_time()  # of this process alone: other work on the machine is no fault of ours
+    summary = attach(model, LoRAConfig(rank=1))
+    seconds = time.process_time() - start
+    assert summary.adapted == 10_000 and seconds < 2.0
