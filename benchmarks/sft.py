@@ -77,7 +77,7 @@ def main() -> None:
     rows = [
         {
             "input_ids": e.tokens.tolist(),
-            "labels": [int(t) if l else -100 for t, l in zip(e.tokens, e.is_label, strict=True)],
+            "labels": [int(t) if label else -100 for t, label in zip(e.tokens, e.is_label, strict=True)],
         }
         for e in data.train
     ]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from deltaw.errors import UserError
 from deltaw.lora import (
     LoRAConfig,
-    LoRAConv1d,
     LoRAConv1D,
+    LoRAConv1d,
     LoRAConv2d,
     LoRAConv3d,
     LoRAEmbedding,

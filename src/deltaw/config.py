@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,18 +23,22 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import LoRAConfig
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSettings(BaseModel):
     """The ``train:`` section: how long, how fast, in which portions."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
+    # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
+    learning_rate: float = Field(2e-4, gt=0, le=1e6, description="peak learning rate of AdamW")
     epochs: float = Field(1.0, gt=0, description="times that each row is seen; a part of an epoch is allowed")
     max_steps: int | None = Field(
         None, ge=1, description="end after so many optimizer steps, whatever epochs says"
     )
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
-    tokens_per_pass: int | Literal["auto"] = Field(
+    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="tokens that go through the model at once; more needs more memory"
     )
     share_prefixes: bool | Literal["auto"] = Field(
@@ -47,7 +52,7 @@ class TrainSettings(BaseModel):
         0.03, ge=0, description="steps of linear warm-up; a share of all steps where below 1"
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this norm; null: never"
     )
@@ -56,8 +61,19 @@ class TrainSettings(BaseModel):
         None, ge=1, description="evaluate after every so many steps; always at the end"
     )
     seed: int = Field(
-        0, ge=0, description="fixes the factors' start, the held-out rows and the order of rows"
+        0, ge=0, lt=2**63, description="fixes the factors' start, the held-out rows and the order of rows"
     )
+
+
+def _lora(value: object) -> object:
+    """Of a mapping, with PEFT's names allowed; what does not fit is reported under the section's name."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return LoRAConfig.from_dict(value)
+    except UserError as error:
+        key = f"lora.{error.where}" if error.where else "lora"
+        raise UserError(error.what, where=key, mend=error.mend) from error
 
 
 class RunConfig(BaseModel):
@@ -71,9 +87,7 @@ class RunConfig(BaseModel):
         Field(description="rows to train on and how to read them; a file's name alone stands for data.train")
     )
     method: Literal["lora"] = Field("lora", description="which parameters are trained")
-    lora: Annotated[
-        LoRAConfig, BeforeValidator(lambda v: LoRAConfig.from_dict(v) if isinstance(v, Mapping) else v)
-    ] = Field(default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update")
+    lora: Annotated[LoRAConfig, BeforeValidator(_lora)] = Field(default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update")
     train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="how long and how fast")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the frozen weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
@@ -101,11 +115,18 @@ class RunConfig(BaseModel):
             settings, where = dict(source), "the settings"
         else:
             settings, where = _read_yaml(Path(source)), os.fspath(source)
-        settings = _overlaid(settings, flags or {})
+        if flags:
+            where = where if source is None else f"{where} and the flags"
+            settings = _overlaid(settings, flags)
+        # A section whose lines are all commented out is null: it stands for the defaults.
+        settings = {key: value for key, value in settings.items() if value is not None}
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
             raise _as_user_error(error, where) from error
+        except UserError as error:
+            place = f"{where}: {error.where}" if error.where else where
+            raise UserError(error.what, where=place, mend=error.mend) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +168,27 @@ def _section_class(field: FieldInfo) -> type | None:
     return None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library, of YAML 1.1, wants ``1.0e-4``."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> object:
+    """What a file of settings, or the value of a flag, means.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:  # what looks like a date and is none
+        raise yaml.YAMLError(str(error)) from error
+
+
 def _read_yaml(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
@@ -161,7 +203,7 @@ def _read_yaml(path: Path) -> dict:
             "the settings are not UTF-8 text", where=str(path), mend="give a YAML file"
         ) from error
     try:
-        loaded = yaml.safe_load(text)
+        loaded = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
@@ -192,24 +234,35 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
     return merged
 
 
+def _what_fits(message: str) -> str:
+    """The validator's "Input should be …" without its subject, and without how its parsing failed."""
+    if not message.startswith("Input should "):
+        return f"be right: {message[:1].lower()}{message[1:]}"
+    return message.removeprefix("Input should ").partition(", unable")[0]
+
+
 def _as_user_error(error: ValidationError, where: str) -> UserError:
     problems, mends = [], []
+    fitting: dict[str, list[str]] = {}
     known = [setting.key for setting in settings()]
-    sections = {key.partition(".")[0] for key in known}
+    sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
     for problem in error.errors():
         parts = [str(p) for p in problem["loc"]]
         # Members of a union add their own names to the place; what the user wrote ends before them.
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             parent = key.rpartition(".")[0]
-            there = [k for k in [*known, *sections] if k.startswith(f"{parent}.") or not parent]
+            there = [k for k in known if k.startswith(f"{parent}.")] or [*known, *(s.strip(".") for s in sections)]
             problems.append(f"unknown key '{key}'")
             mends.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
-        elif problem["type"] == "missing":
+        elif problem["type"] == "missing" and key == ".".join(parts):
             problems.append(f"'{key}' is not given")
             mends.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"'{key}' is {problem['input']!r}: {message[:1].lower()}{message[1:]}")
-            mends.append(f"give '{key}' such a value")
+            problems.append(f"'{key}' cannot be {problem['input']!r}")
+            if f"{key}." in sections:
+                fitting[key] = ["be a section of keys and values"]
+            else:
+                fitting.setdefault(key, []).append(_what_fits(problem["msg"]))
+    mends += [f"'{key}' should {' or '.join(wanted)}" for key, wanted in fitting.items()]
     return UserError("; ".join(dict.fromkeys(problems)), where=where, mend="; ".join(dict.fromkeys(mends)))

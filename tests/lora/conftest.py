@@ -1,4 +1,4 @@
-"""One thread for all tests of adapters: their matrices are so small that more only get in each other's way."""
+"""One thread for all tests of adapters: their matrices are so small that more get in each other's way."""
 
 from __future__ import annotations
 

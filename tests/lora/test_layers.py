@@ -116,6 +116,13 @@ def test_a_scaled_embedding_scales_the_update_too():
     torch.testing.assert_close(layer(ids), F.embedding(ids, layer.merged_weight()) * 6.25)
 
 
+def test_a_scale_that_the_base_layer_does_not_use_is_not_used_either():
+    base = nn.Embedding(7, 4)
+    base.embed_scale = 5.0
+    ids = torch.tensor([1, 2])
+    assert torch.equal(adapter_for(base)(base, 2)(ids), base(ids))
+
+
 def test_an_embedding_of_unknown_forward_is_refused_by_name():
     class OddWordEmbedding(nn.Embedding):
         embed_scale = 2.0

@@ -15,7 +15,7 @@ from deltaw.errors import UserError
 from deltaw.models.generation import generate, stream
 from deltaw.models.terminators import terminators
 
-from .conftest import tiny_gpt2, tiny_llama
+from tests.byte_models import tiny_gpt2, tiny_llama
 
 Maker = Callable[[int], PreTrainedModel]
 

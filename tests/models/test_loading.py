@@ -15,7 +15,7 @@ from transformers.utils import logging
 from deltaw.errors import UserError
 from deltaw.models.loading import LoadedModel, attention_of, load, load_tokenizer
 
-from .conftest import tiny_gpt2, tiny_llama
+from tests.byte_models import tiny_gpt2, tiny_llama
 
 
 def quietly(reference: Path | str, **settings: object) -> LoadedModel:

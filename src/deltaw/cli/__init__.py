@@ -6,11 +6,13 @@ A user's mistake ends with status 2 and one message; an interruption with 130; a
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import warnings
 
 import click
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, did_you_mean
 from deltaw.version import __version__
 
 VERBS = {
@@ -33,6 +35,13 @@ class _Verbs(click.Group):
             return None
         return importlib.import_module(f"deltaw.cli.{name}").command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            raise UserError(f"there is no verb '{args[0]}'", mend=did_you_mean(args[0], VERBS))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
@@ -47,7 +56,9 @@ def group() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``deltaw`` command."""
     try:
-        status = group.main(args=arguments, standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = group.main(args=arguments, standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         status = 2
@@ -58,6 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo("interrupted", err=True)
         status = 130
     except BrokenPipeError:
-        sys.stderr.close()
+        # Whoever read has read enough; what is still buffered must go somewhere at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a person reads it, without the place in our code that gave it."""
+    click.echo(f"warning: {message}", err=True)

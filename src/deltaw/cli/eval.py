@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 from rich.progress import Progress
 
@@ -9,8 +11,9 @@ from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.data import prepare, prepare_file
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError
+from deltaw.reports.scores import answer_table, score_table
 from deltaw.training.evaluate import Score, score
-from deltaw.training.opened import Opened, open_run
+from deltaw.training.opened import open_run
 from deltaw.training.portions import choose_portions
 
 
@@ -67,25 +70,29 @@ def command(
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
 
-    result: dict[str, object] = {"rows": len(examples)}
+    scores: dict[str, Score] = {}
     if with_base:
-        result["base"] = _said(out, opened, "base model", shown, scored, base=True)
-    result["eval"] = _said(out, opened, "with the adapter" if opened.adapter else "model", shown, scored)
-    if as_json:
-        print_json(result)
-
-
-def _said(out, opened: Opened, name: str, shown: int, scored, *, base: bool = False) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    if base:
         with opened.base():
-            result: Score = scored()
-    else:
-        result = scored()
-    out.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
-    for answer in result.answers[:shown]:
-        mark = "right" if answer.exact else "wrong"
-        out.print(
-            f"  row {answer.row}: wrote {answer.written!r}, expected {answer.expected!r}: {mark}",
-            markup=False,
+            scores["base"] = scored()
+    scores["adapter" if opened.adapter else "model"] = scored()
+    out.print(score_table({name: s.metrics for name, s in scores.items()}))
+    if shown and any(s.answers for s in scores.values()):
+        out.print(answer_table(_side_by_side(scores, shown)))
+    if as_json:
+        result: dict[str, object] = {"eval": list(scores.values())[-1].metrics, "rows": len(examples)}
+        print_json({**result, "base": scores["base"].metrics} if with_base else result)
+
+
+def _side_by_side(
+    scores: Mapping[str, Score], count: int
+) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
+    """The first ``count`` questions with every model's answer."""
+    together = zip(*(s.answers[:count] for s in scores.values()), strict=True)
+    return [
+        (
+            answers[0].question,
+            answers[0].expected,
+            {name: (a.written, a.exact) for name, a in zip(scores, answers, strict=True)},
         )
-    return result.metrics
+        for answers in together
+    ]

@@ -10,7 +10,7 @@ import click
 import yaml
 from rich.console import Console
 
-from deltaw.config import settings
+from deltaw.config import parse_yaml, settings
 
 Command = TypeVar("Command", bound=Callable)
 
@@ -19,8 +19,11 @@ def settings_flags(command: Command) -> Command:
     """Give ``command`` a flag ``--key.sub VALUE`` for every setting; those given arrive as ``flags``."""
     for setting in reversed(list(settings())):
         default = "" if setting.default is ... else f"  [default: {_shown(setting.default)}]"
+        # As in the file, where `data: rows.jsonl` stands for `data: {train: rows.jsonl}`.
+        short = ["--data"] if setting.key == "data.train" else []
         command = click.option(
             f"--{setting.key}",
+            *short,
             _argument_name(setting.key),
             metavar="VALUE",
             default=None,
@@ -30,7 +33,7 @@ def settings_flags(command: Command) -> Command:
 
 
 def nested(given: Mapping[str, object]) -> dict:
-    """The flags that were given, as nested settings; each value is read as YAML."""
+    """The flags that were given, as nested settings; a value that is not to be a text is read as YAML."""
     keys = {_argument_name(s.key): s for s in settings()}
     result: dict = {}
     for argument, text in given.items():
@@ -40,13 +43,15 @@ def nested(given: Mapping[str, object]) -> dict:
         at = result
         for section in sections:
             at = at.setdefault(section, {})
-        at[leaf] = _value(str(text))
+        is_text = keys[argument].annotation in (str, "str")
+        at[leaf] = str(text) if is_text else _value(str(text))
     return result
 
 
 def console(as_json: bool) -> Console:
     """Where a person reads: standard output, or standard error where that belongs to the JSON."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+    # What is printed holds the user's own text, whose brackets and colons mean nothing here.
+    return Console(stderr=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_json(value: object) -> None:
@@ -78,7 +83,7 @@ def _argument_name(key: str) -> str:
 
 def _value(text: str) -> object:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text
 

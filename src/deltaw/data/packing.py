@@ -1,8 +1,8 @@
 """Examples become batches: flat rows without padding, what rows have in common standing there once.
 
 The rows of an optimizer step are sorted, cut into passes that fit a budget of tokens, and each pass is laid
-out as a prefix tree (:class:`deltaw.kernels.layout.Layout`): tokens that rows share at their beginning are one
-segment with the rest hanging under it. A padded batch, for models that cannot run a flat row, has the same
+out as a prefix tree (:class:`deltaw.kernels.layout.Layout`): tokens that rows share at their beginning are
+one segment with the rest hanging under it. A padded batch, for models that cannot run a flat row, has the same
 type and gives the same loss.
 
 Knows tokens and labels; not text, templates or models.
@@ -22,6 +22,9 @@ from deltaw.kernels.layout import Layout
 
 # Sharing fewer tokens than this saves less than the further segment costs.
 LEAST_SHARED = 4
+# Matrix libraries build a kernel for each shape that they meet, which takes about as long as a small product
+# and some 0.6 MB each: flat rows are filled up to lengths that come again, at most this share longer.
+FILL = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +84,20 @@ def split_into_passes(
 
 
 def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch.device = "cpu") -> Batch:
-    """One flat row of all examples as a prefix tree, or one segment a row where ``share`` is off."""
+    """One flat row of all examples as a prefix tree, or one segment a row where ``share`` is off.
+
+    A last segment of its own, which nothing sees and nothing is learned from, fills the row up to a length
+    that is likely to come again (see FILL).
+    """
     tree = _Tree()
     for example in sorted(examples, key=_sort_key):
         tree.insert(example, share)
     nodes = tree.depth_first()
     place = {id(node): i for i, node in enumerate(nodes)}
     parents = [place[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
-    layout = Layout.of_lengths([n.stop - n.start for n in nodes], parents)
+    lengths = [n.stop - n.start for n in nodes]
+    filler = _filler(sum(lengths))
+    layout = Layout.of_lengths([*lengths, filler], [*parents, -1]) if filler else Layout.of_lengths(lengths, parents)
     layout.device = torch.device(device)
     counts = [np.zeros(n.stop - n.start, np.float32) for n in nodes]
     for example, leaf in tree.ends:
@@ -96,11 +105,11 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
         while at is not None and at is not tree.root:
             counts[place[id(at)]] += example.is_label[at.start : at.stop]
             at = at.parent
-    tokens = np.concatenate([n.tokens for n in nodes])
+    tokens = np.concatenate([*(n.tokens for n in nodes), np.zeros(filler, np.int32)])
     before = np.arange(layout.length) - 1
     for start, parent in zip(layout.starts, layout.parents, strict=True):
         before[start] = layout.stops[parent] - 1 if parent >= 0 else -1
-    weights = np.concatenate(counts)
+    weights = np.concatenate([*counts, np.zeros(filler, np.float32)])
     labelled = np.flatnonzero((weights > 0) & (before >= 0))
     return Batch(
         inputs={
@@ -113,7 +122,7 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
         weights=torch.from_numpy(weights[labelled]).to(device),
         rows=len(examples),
         row_tokens=sum(len(e.tokens) for e in examples),
-        tokens=layout.length,
+        tokens=layout.length - filler,
     )
 
 
@@ -214,6 +223,12 @@ class _Tree:
             nodes.append(node)
             waiting.extend(reversed(node.children))
         return nodes
+
+
+def _filler(length: int) -> int:
+    """Tokens without a label that bring a flat row to a length that comes again (see FILL)."""
+    step = 1 << max(0, (length // FILL).bit_length() - 1)
+    return -length % max(FILL, step)
 
 
 def _sort_key(example: Example) -> bytes:

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -98,7 +99,7 @@ def read_rows(reference: str) -> Rows:
     """
     if packages.is_package_reference(reference):
         return _read_path(packages.member(reference), reference)
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if path.exists():
         return _read_path(path, reference)
     hub = _HUB.fullmatch(reference)

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from deltaw.kernels.layout import Layout, Tile
 
+# Up to so many (query, key) pairs a tile's products are computed in fp32 even for bf16 inputs: low-precision
+# libraries build a kernel for every shape, which for a small tile takes longer than it saves, and keep it.
+SMALL_TILE = 128 * 256
+
 
 def forest_attention(
     query: Tensor,
@@ -37,7 +41,7 @@ def forest_attention(
 
     Returns:
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
-        inputs), the products with the values in the inputs' own dtype.
+        inputs), the other products in the inputs' own dtype, or in fp32 too where a tile is small.
     """
     return _ForestAttention.apply(query, key, value, layout.tiles(window), scaling, softcap)
 
@@ -70,9 +74,10 @@ class _ForestAttention(torch.autograd.Function):
         heads, length, _ = query.shape
         out = value.new_empty(heads, length, value.shape[-1])
         for tile in tiles:
+            dtype = _product_dtype(query, tile)
             rows = _folded(query, key, tile)
             weights, _ = _weights(rows, _gathered(key, tile), tile, scaling, softcap)
-            product = torch.bmm(weights.to(value.dtype), _gathered(value, tile))
+            product = torch.bmm(weights.to(dtype), _gathered(value, tile).to(dtype))
             out[:, tile.start : tile.stop] = product.view(heads, tile.stop - tile.start, -1)
         ctx.save_for_backward(query, key, value)
         ctx.tiles, ctx.scaling, ctx.softcap = tiles, scaling, softcap
@@ -89,15 +94,17 @@ class _ForestAttention(torch.autograd.Function):
         grad_key = torch.zeros_like(key, dtype=wide)
         grad_value = torch.zeros_like(value, dtype=wide)
         for tile in ctx.tiles:
-            rows, keys, values = _folded(query, key, tile), _gathered(key, tile), _gathered(value, tile)
+            dtype = _product_dtype(query, tile)
+            rows = _folded(query, key, tile).to(dtype)
+            keys, values = _gathered(key, tile).to(dtype), _gathered(value, tile).to(dtype)
             weights, slope = _weights(rows, keys, tile, ctx.scaling, ctx.softcap)
-            grad = _folded(grad_out, key, tile)
-            _scatter(grad_value, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad), tile)
+            grad = _folded(grad_out, key, tile).to(dtype)
+            _scatter(grad_value, torch.bmm(weights.to(dtype).transpose(1, 2), grad), tile)
             grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)
             if slope is not None:
                 grad_scores.mul_(slope)
-            grad_scores = grad_scores.mul_(ctx.scaling).to(query.dtype)
+            grad_scores = grad_scores.mul_(ctx.scaling).to(dtype)
             grad_query[:, tile.start : tile.stop] = torch.bmm(grad_scores, keys).view(
                 heads, tile.stop - tile.start, -1
             )
@@ -107,6 +114,12 @@ class _ForestAttention(torch.autograd.Function):
 
 def _score_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(query: Tensor, tile: Tile) -> torch.dtype:
+    """What a tile's products are computed in (see SMALL_TILE)."""
+    small = (tile.stop - tile.start) * tile.key_count <= SMALL_TILE
+    return _score_dtype(query) if small and query.device.type == "cpu" else query.dtype
 
 
 def _folded(per_head: Tensor, key: Tensor, tile: Tile) -> Tensor:

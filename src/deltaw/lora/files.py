@@ -95,10 +95,25 @@ def save_adapter(
     if record.fingerprint:
         metadata[FINGERPRINT_KEY] = record.fingerprint
     content = safetensors.torch.save(_tensors_of(record), metadata)
-    with durable.replacing(Path(folder) / WEIGHTS_NAME) as temporary:
-        temporary.write_bytes(content)
+    header, body = _in_order(content)
+    with durable.replacing(Path(folder) / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        file.write(body)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
+
+
+def _in_order(content: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file's header and the rest, the header's metadata sorted by key.
+
+    The library writes them in an order of chance; sorted, the same adapter is the same file to the byte.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Summary:

@@ -312,6 +312,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         UserError: ``max_norm`` is set (it rewrites W while reading it), or as in :class:`LoRALinear`.
     """
 
+    multiplies: bool = False
+    """Whether the base layer multiplies its rows by its ``embed_scale``."""
+
     def __init__(
         self,
         num_embeddings: int,
@@ -339,20 +342,26 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         init: str | None = "uniform",
         generator: torch.Generator | None = None,
     ) -> LoRAEmbedding:
-        """The adapted layer over ``embedding``'s own weight; a scalar ``embed_scale`` is kept."""
+        """The adapted layer over ``embedding``'s own weight.
+
+        A subclass with a forward of its own is taken to multiply by its scalar ``embed_scale``; ``attach``
+        makes sure of that before.
+        """
         if embedding.max_norm is not None:
             raise UserError(
                 "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen",
                 mend="leave it out of target_modules",
             )
         layer = adopt(cls, embedding)
+        # The attribute alone says nothing: some models keep it there and scale elsewhere.
+        vars(layer)["multiplies"] = type(embedding).forward is not nn.Embedding.forward
         shapes = ((embedding.num_embeddings, rank), (rank, embedding.embedding_dim))
         layer._begin(shapes, rank, alpha, 0.0, rslora, init, generator)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) of token ids to (..., embedding_dim)."""
-        scale: float | Tensor | None = getattr(self, "embed_scale", None)
+        scale: float | Tensor | None = getattr(self, "embed_scale", None) if self.multiplies else None
         if not self.adapting:
             return closed_form.embedding_rows(
                 input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq

@@ -6,6 +6,7 @@ Training, planning and comparing know methods through this protocol alone.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import nn
@@ -17,7 +18,10 @@ class Method(Protocol):
     name: str
 
     def prepare(self, model: nn.Module, *, seed: int) -> str:
-        """Freeze the model, make what is trained, and answer with a few lines for a person."""
+        """Freeze the model, make what is trained, ready to be trained, and answer with a few lines."""
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While open, nothing is drawn at random: what is trained answers as it will when it is done."""
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """What is trained, by name."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from torch import nn
 
-from deltaw.lora import LoRAConfig, adapter_parameters, attach, load_adapter, save_adapter
+from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach, load_adapter, save_adapter
 
 
 class LoRA:
@@ -18,7 +20,18 @@ class LoRA:
         self.config = config
 
     def prepare(self, model: nn.Module, *, seed: int) -> str:
-        return str(attach(model, self.config, seed=seed))
+        summary = attach(model, self.config, seed=seed)
+        # The adapter alone: the model's own dropout is no part of the method and stays off.
+        _draw(model, True)
+        return str(summary)
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        _draw(model, False)
+        try:
+            yield
+        finally:
+            _draw(model, True)
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return adapter_parameters(model)
@@ -32,3 +45,10 @@ class LoRA:
     def can_share_prefixes(self) -> bool:
         """Dropout draws a mask for each token: rows that share tokens would share their masks too."""
         return self.config.dropout == 0
+
+
+def _draw(model: nn.Module, dropout: bool) -> None:
+    """Switch the adapter's dropout on or off."""
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.training = dropout

@@ -95,7 +95,7 @@ def generate(
     answers: list[Completion | None] = [None] * len(prompts)
     done = 0
     with _as_found(model, config, seed):
-        for batch in _batches(prompts, max_new_tokens, batch_tokens, _position_limit(model)):
+        for batch in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
             config.max_new_tokens = batch.allowance
             rows = [np.asarray(prompts[place], dtype=np.int64) for place in batch.places]
             ids, mask = _padded(rows, config.pad_token_id, model.device)
@@ -128,7 +128,7 @@ def stream(
         UserError: as :func:`generate` does.
     """
     config = _config(model, tokenizer, stop_ids, max_new_tokens, temperature, top_p, top_k)
-    (batch,) = _batches([prompt], max_new_tokens, 1, _position_limit(model))
+    (batch,) = _batches([prompt], max_new_tokens, 1, position_limit(model))
     config.max_new_tokens = batch.allowance
     ids, mask = _padded([np.asarray(prompt, dtype=np.int64)], config.pad_token_id, model.device)
     tokens = _Tokens()
@@ -228,7 +228,7 @@ def _decoder(model: PreTrainedModel) -> GenerationMixin:
     return model
 
 
-def _position_limit(model: PreTrainedModel) -> int | None:
+def position_limit(model: PreTrainedModel) -> int | None:
     """How many positions the model has, where its configuration says so."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limit = getattr(config, "max_position_embeddings", None)

@@ -10,6 +10,7 @@ It does not know which parameters will be trained, nor on what.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def load_tokenizer(
     Raises:
         UserError: the reference leads nowhere, or to a model without a tokenizer.
     """
-    given = Path(reference).expanduser()
+    given = Path(os.path.expanduser(reference))
     if given.is_dir() and any((given / name).is_file() for name in _TOKENIZER_FILES):
         folder = given  # a run's folder holds a tokenizer and no model
     else:

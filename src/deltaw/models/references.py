@@ -12,6 +12,7 @@ that would. What lies behind a hub id is not looked at.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def resolve(reference: str) -> Source:
     reference = str(reference).strip()
     if packages.is_package_reference(reference):
         return _inside_package(reference)
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if path.is_dir():
         return _folder(path, reference)
     if path.is_file():
@@ -150,7 +151,8 @@ def _what_is_near(path: Path) -> str:
     """Names beside ``path`` that look like it; empty where there are none."""
     parent = path.parent
     try:
-        beside = [entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+        entries = [entry for entry in parent.iterdir() if not entry.name.startswith(".")]
+        beside = [entry.name for entry in entries if entry.is_dir() or entry.suffix == ".gguf"]
     except OSError:
         return ""
     near = [name for name in nearest(path.name, beside) if name != path.name]

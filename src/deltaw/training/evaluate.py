@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import Example
 from deltaw.data.packing import Batch
+from deltaw.errors import UserError
 from deltaw.models.forest import flat_rows
 from deltaw.models.generation import generate
 from deltaw.training.objective import CausalObjective
@@ -24,7 +25,7 @@ class Answer:
     """What the model wrote where ``expected`` stands in the data."""
 
     row: int
-    prompt: str
+    question: str
     expected: str
     written: str
 
@@ -37,13 +38,22 @@ class Answer:
 def loss_and_perplexity(
     objective: Callable[[Batch], Tensor], examples: Sequence[Example], portions: Portions
 ) -> dict[str, float]:
-    """Mean cross-entropy over all label tokens (nats), and e to its power."""
+    """Mean cross-entropy over all label tokens (nats), and e to its power.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
     total, labels = 0.0, 0
     with torch.no_grad():
         for batch in portions.batches(examples):
             total += float(objective(batch))
             labels += batch.label_tokens
     loss = total / labels
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of the evaluated rows is {loss}",
+            mend="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -74,12 +84,18 @@ def answers(
     return [
         Answer(
             row=e.row,
-            prompt=tokenizer.decode(e.tokens[: e.prompt_length], skip_special_tokens=True),
+            question=_question(tokenizer, e),
             expected=e.answer or "",
             written=c.text,
         )
         for e, c in zip(asked, completions, strict=True)
     ]
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The end of the prompt as a person would read it, without special tokens and the answerer's name."""
+    text = tokenizer.decode(example.tokens[: example.prompt_length], skip_special_tokens=True).rstrip()
+    return text.removesuffix("assistant").rstrip()
 
 
 def exact_match(given: Sequence[Answer]) -> float:

@@ -24,11 +24,12 @@ from deltaw.methods import LoRA, Method
 from deltaw.models.forest import flat_rows
 from deltaw.models.loading import LoadedModel, load
 from deltaw.models.machine import Choice, peak_resident_bytes
+from deltaw.models.quiet import quiet
 from deltaw.reports.card import model_card
 from deltaw.training.evaluate import loss_and_perplexity
 from deltaw.training.loop import Outcome, Step, count_steps, seeded, train
-from deltaw.training.portions import Portions, choose_portions
 from deltaw.training.objective import CausalObjective
+from deltaw.training.portions import Portions, choose_portions
 from deltaw.training.progress import TrainingProgress
 from deltaw.training.run_folder import RunFolder, check_output
 
@@ -48,7 +49,7 @@ class Result:
 
     def as_dict(self) -> dict[str, object]:
         done = self.outcome
-        per_second = lambda n: n / done.seconds if done.seconds else 0.0
+        seconds = done.seconds or math.inf
         return {
             "output": os.fspath(self.output),
             "rows": done.rows,
@@ -57,8 +58,8 @@ class Result:
             "label_tokens": done.label_tokens,
             "steps": done.steps,
             "seconds": done.seconds,
-            "rows_per_second": per_second(done.rows),
-            "tokens_per_second": per_second(done.tokens),
+            "rows_per_second": done.rows / seconds,
+            "tokens_per_second": done.tokens / seconds,
             "train_loss": done.loss if done.steps else None,
             "eval": self.evaluation or None,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -81,7 +82,8 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     config = RunConfig.read(config)
     console = console or Console(quiet=True)
     method = LoRA(config.lora)
-    check_output(Path(config.output))
+    output = Path(os.path.expanduser(config.output))
+    check_output(output)
     loaded = _load(config, console)
     data = prepare(config.data, loaded.tokenizer, seed=config.train.seed)
     for line in data.report.lines():
@@ -89,21 +91,26 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     seeded(config.train.seed)
     portions, chosen = choose_portions(
         loaded.model,
-        data.train,
+        [*data.train, *data.held_out],
         device=str(loaded.choices["device"].value),
         tokens_per_pass=config.train.tokens_per_pass,
         share=config.train.share_prefixes,
         method_shares=method.can_share_prefixes(),
     )
     console.print(method.prepare(loaded.model, seed=config.train.seed), highlight=False)
+    if config.train.checkpointing:
+        recompute_blocks(loaded.model)
 
-    folder = RunFolder(config.output)
+    folder = RunFolder(output)
     if folder.moved is not None:
-        console.print(f"{config.output} held an earlier run: it is now {folder.moved}", highlight=False)
+        console.print(f"{output} held an earlier run: it is now {folder.moved}", highlight=False)
     folder.write_settings(config, {**_said(loaded.choices), **_said(chosen)})
     folder.write_tokenizer(loaded.tokenizer)
     try:
         outcome, evaluation = _train(config, loaded, method, data, portions, folder, console)
+    except UserError:
+        console.print(f"the adapter as it was before is in {folder.path}", highlight=False)
+        raise
     finally:
         folder.close()
     result = Result(folder.path, outcome, evaluation, _peak_bytes(portions.device))
@@ -142,12 +149,18 @@ def _train(
     """The training and its evaluations; the adapter is saved however it ends."""
     settings = config.train
     model = loaded.model
-    objective = CausalObjective(model)
+    with method.evaluating(model):
+        objective = CausalObjective(model)
     total = count_steps(len(data.train), settings.batch_size, settings.epochs, settings.max_steps)
     _say_how(console, portions, objective, total, settings.batch_size)
 
-    def evaluate() -> dict[str, float]:
-        return loss_and_perplexity(objective, data.held_out, portions) if data.held_out else {}
+    def evaluate(step: int) -> dict[str, float]:
+        if not data.held_out:
+            return {}
+        with method.evaluating(model):
+            measured = loss_and_perplexity(objective, data.held_out, portions)
+        folder.write_metrics({"step": step, "eval": measured})
+        return measured
 
     evaluation: dict[str, float] = {}
     attention = contextlib.nullcontext() if portions.padded else flat_rows(model)
@@ -157,10 +170,8 @@ def _train(
             folder.write_metrics(step.as_dict())
             progress.update(step)
             if settings.eval_every and step.step % settings.eval_every == 0 and step.step < total:
-                folder.write_metrics({"step": step.step, "eval": evaluate()})
+                evaluate(step.step)
 
-        if settings.checkpointing:
-            recompute_blocks(model)
         try:
             outcome = train(
                 objective,
@@ -181,8 +192,7 @@ def _train(
         finally:
             method.save(model, folder.path, base_model=config.model)
         if not outcome.interrupted:
-            evaluation = evaluate()
-            folder.write_metrics({"step": outcome.steps, "eval": evaluation})
+            evaluation = evaluate(outcome.steps)
     return outcome, evaluation
 
 
@@ -198,7 +208,8 @@ def recompute_blocks(model: PreTrainedModel) -> None:
             where="train.checkpointing",
             mend="set train.checkpointing to false, or lower train.tokens_per_pass",
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with quiet():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

@@ -90,7 +90,7 @@ def open_run(
     if loaded.tokenizer is None:
         raise UserError("the model has no tokenizer", where=base, mend="copy its tokenizer.json there")
     if adapter:
-        say(str(load_adapter(loaded.model, folder)))
+        say(f"{load_adapter(loaded.model, folder).adapted} layers are adapted by {folder}")
     return Opened(loaded, loaded.tokenizer, config, adapter)
 
 

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
 from deltaw.data.packing import Batch, batches
+from deltaw.errors import UserError
 from deltaw.models.forest import can_pack
+from deltaw.models.generation import position_limit
 from deltaw.models.machine import Choice
 
 # Tokens per pass where the user leaves it open: enough for matrix products to run at full speed, and on a
@@ -46,7 +48,18 @@ def choose_portions(
 
     Returns:
         the portions, and by setting the value chosen with its reason.
+
+    Raises:
+        UserError: a row is longer than the model has positions.
     """
+    longest = max(len(e.tokens) for e in examples)
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
+            where="data.max_length",
+            mend=f"set data.max_length: {limit}, with data.long_rows: cut or drop",
+        )
     packable = can_pack(model)
     if share == "auto":
         why = (
@@ -59,7 +72,6 @@ def choose_portions(
         shared = Choice(bool(share), "as asked")
     if shared.value and not packable.value:
         shared = Choice(False, packable.why)
-    longest = max(len(e.tokens) for e in examples)
     if tokens_per_pass == "auto":
         usual = TOKENS_PER_PASS.get(device.partition(":")[0], TOKENS_PER_PASS["cpu"])
         tokens = Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")

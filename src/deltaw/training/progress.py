@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one moving line on a terminal, a plain line now and then elsewhere."""
+"""What a person sees while a run trains: one moving line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -102,6 +102,12 @@ def check_output(path: Path) -> None:
             where=str(path),
             mend="set 'output' to a new or empty folder",
         )
+    if holds and path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(
+            "the output folder holds an earlier run, which cannot be moved aside from where you are",
+            where=str(path),
+            mend="set 'output' to a folder below this one",
+        )
 
 
 def _not_writable(path: Path, error: OSError) -> UserError:

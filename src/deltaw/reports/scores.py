@@ -1,0 +1,64 @@
+"""Scores and answers of one or more models side by side, as tables a person can read at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+# Characters of a question and of an answer that a table shows; the end of a question says the most.
+QUESTION, ANSWER = 72, 40
+
+
+def score_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a metric, one column a model.
+
+    Args:
+        scores: metrics by model name; metrics that a model lacks are left empty.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("")
+    for name in scores:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):
+        cells = [_number(metric, metrics.get(metric)) for metrics in scores.values()]
+        table.add_row(metric.replace("_", " "), *cells)
+    return table
+
+
+def answer_table(rows: list[tuple[str, str, Mapping[str, tuple[str, bool]]]]) -> Table:
+    """What each model wrote, green where it is what the data says.
+
+    Args:
+        rows: question, expected answer, and by model name what it wrote and whether that is right.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("question", ratio=3)
+    table.add_column("expected")
+    for name in rows[0][2] if rows else ():
+        table.add_column(name)
+    for question, expected, written in rows:
+        cells = [
+            Text(_shortened(text, ANSWER), style="green" if right else "red")
+            for text, right in written.values()
+        ]
+        table.add_row(Text(_tail(question, QUESTION)), Text(_shortened(expected, ANSWER)), *cells)
+    return table
+
+
+def _number(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if metric in ("exact_match", "accuracy") else f"{value:.4f}"
+
+
+def _shortened(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _tail(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else "…" + line[-(length - 1) :]

@@ -1,0 +1,87 @@
+"""What tests of whole runs share: a tiny model in a folder, rows in a file, and a run that is done.
+
+No test asks a network, and none touches the user's cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.byte_models import byte_tokenizer, tiny_llama
+
+Settings = Callable[..., dict]
+COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "teal", "cyan", "gold")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's cache, the network and all threads but one out of the tests."""
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two blocks with a tokenizer of bytes and a ChatML template; it has learned nothing yet."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_llama(initializer_range=0.3).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten questions that begin alike, each with its answer."""
+    path = tmp_path_factory.mktemp("rows") / "colours.jsonl"
+    write_rows(path, ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS))
+    return path
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    """Write rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def laid_over(below: Mapping[str, object], above: Mapping[str, object]) -> dict:
+    """``below`` with the sections and values of ``above`` in it."""
+    merged = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        known = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(known, Mapping)
+        merged[key] = laid_over(known, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+@pytest.fixture(scope="session")
+def settings(model_folder: Path, rows_file: Path) -> Settings:
+    """Settings of a short run in fp32; what is given is laid over them."""
+
+    def make(output: Path, **changes: object) -> dict:
+        plain = {
+            "model": str(model_folder),
+            "data": {"train": str(rows_file), "eval": 2},
+            "lora": {"rank": 4, "alpha": 8},
+            "train": {"learning_rate": 1e-2, "batch_size": 3, "epochs": 1},
+            "precision": "fp32",
+            "device": "cpu",
+            "threads": 1,
+            "output": str(output),
+        }
+        return laid_over(plain, changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is done. Tests read it; those that change something copy it first."""
+    from deltaw.training.fit import fit
+
+    return fit(settings(tmp_path_factory.mktemp("runs") / "done", train={"epochs": 4})).output

@@ -1,0 +1,57 @@
+"""The learning rate at each step against its closed form, and the optimizer against AdamW written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltaw.training.optimizer import SCHEDULES, adamw, learning_rate_factor, warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"), [(0.0, 10, 0), (0.03, 100, 3), (0.03, 10, 1), (0.5, 7, 4), (1, 10, 1), (5.0, 9, 5)]
+)
+def test_warmup_below_one_is_a_share_and_from_one_a_number(warmup, total, steps):
+    assert warmup_steps(warmup, total) == steps
+
+
+def test_the_rate_follows_its_closed_form():
+    assert [learning_rate_factor(s, 6, 2, "linear") for s in range(6)] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]
+    )
+    assert [learning_rate_factor(s, 4, 0, "cosine") for s in range(4)] == pytest.approx(
+        [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    )
+    assert [learning_rate_factor(s, 4, 1, "constant") for s in range(4)] == [0.5, 1, 1, 1]
+
+
+@given(total=st.integers(1, 200), warmup=st.integers(0, 250), schedule=st.sampled_from(SCHEDULES))
+def test_every_step_learns_and_the_rate_rises_then_never_rises_again(total, warmup, schedule):
+    rates = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
+    assert all(0 < rate <= 1 for rate in rates)
+    rising, after = rates[:warmup], rates[warmup:]
+    assert rising == sorted(rising)
+    assert after == sorted(after, reverse=True)
+    assert not after or after[0] == 1
+
+
+def test_two_steps_are_adamw_written_out():
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(3, 2))
+    expected = parameter.detach().double()
+    rate, decay, (first, second), tiny = 0.1, 0.2, (0.8, 0.95), 1e-8
+    optimizer = adamw([parameter], rate, weight_decay=decay, betas=(first, second))
+    mean, square = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    for step in (1, 2):
+        gradient = torch.randn(3, 2)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        mean = first * mean + (1 - first) * gradient
+        square = second * square + (1 - second) * gradient.double() ** 2
+        corrected = mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + tiny)
+        expected = expected * (1 - rate * decay) - rate * corrected
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
