@@ -22,7 +22,6 @@ from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import LoRAConfig
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -87,8 +86,12 @@ class RunConfig(BaseModel):
         Field(description="rows to train on and how to read them; a file's name alone stands for data.train")
     )
     method: Literal["lora"] = Field("lora", description="which parameters are trained")
-    lora: Annotated[LoRAConfig, BeforeValidator(_lora)] = Field(default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update")
-    train: TrainSettings = Field(default_factory=lambda: TrainSettings(), description="how long and how fast")
+    lora: Annotated[LoRAConfig, BeforeValidator(_lora)] = Field(
+        default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update"
+    )
+    train: TrainSettings = Field(
+        default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the frozen weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int | Literal["auto"] = Field("auto", description="processor threads")
@@ -149,7 +152,7 @@ def settings() -> Iterator[Setting]:
             for inner, inner_field in section.model_fields.items():
                 yield _setting(f"{name}.{inner}", inner_field)
         else:
-            for leaf in dataclasses.fields(section):
+            for leaf in dataclasses.fields(section):  # type: ignore[arg-type]
                 default: object = leaf.default
                 if default is dataclasses.MISSING:
                     default = ... if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
@@ -252,7 +255,10 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             parent = key.rpartition(".")[0]
-            there = [k for k in known if k.startswith(f"{parent}.")] or [*known, *(s.strip(".") for s in sections)]
+            there = [k for k in known if k.startswith(f"{parent}.")] or [
+                *known,
+                *(s.strip(".") for s in sections),
+            ]
             problems.append(f"unknown key '{key}'")
             mends.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
         elif problem["type"] == "missing" and key == ".".join(parts):

@@ -14,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from deltaw.errors import UserError
 from deltaw.models.generation import generate, stream
 from deltaw.models.terminators import terminators
-
 from tests.byte_models import tiny_gpt2, tiny_llama
 
 Maker = Callable[[int], PreTrainedModel]

@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 from deltaw.errors import UserError
 from deltaw.models.loading import LoadedModel, attention_of, load, load_tokenizer
-
 from tests.byte_models import tiny_gpt2, tiny_llama
 
 

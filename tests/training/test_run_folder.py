@@ -1,4 +1,4 @@
-"""A run's folder: what it says reads back, what lay there before is not lost, what is not ours is not touched."""
+"""A run's folder: what it says reads back, and nothing that lay there before is lost or touched."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_the_settings_read_back_as_the_same_configuration(model, output, lora, t
 
 def test_what_the_run_chose_stands_behind_the_setting():
     config = RunConfig.read({"model": "m", "data": "d"})
-    lines = settings_text(config, {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked")}).splitlines()
+    lines = settings_text(
+        config, {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked")}
+    ).splitlines()
     assert "  tokens_per_pass: auto  # 64: fits" in lines
     assert "device: auto  # cpu: asked" in lines
 

@@ -33,7 +33,8 @@ def command(
     precision: str,
     device: str,
 ) -> None:
-    """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D ends; /new starts over."""
+    """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D
+    ends; /new starts over."""
     notes = console(True)
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     start = [{"role": "system", "content": system}] if system else []

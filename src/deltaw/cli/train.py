@@ -24,7 +24,8 @@ def command(settings: str | None, as_json: bool, **given: str | None) -> int:
         held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.items())
         out.print(
             f"{done.rows} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
-            f"{done.tokens / done.seconds:,.0f} tokens/s), peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+            f"{done.tokens / done.seconds:,.0f} tokens/s), "
+            f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
         )
         out.print(f"training loss {done.loss:.4f}{held_out}")
         out.print(f"the adapter is in {result.output}; talk with it: deltaw chat {result.output}")

@@ -117,7 +117,9 @@ def _read_path(path: Path, name: str) -> Rows:
         parts.append((shown, numbers, rows))
     result = Rows(name, parts)
     if not len(result):
-        raise UserError("the file is empty: it holds no row", where=name)
+        raise UserError(
+            "the file is empty: it holds no row", where=name, mend="name the file that has the rows"
+        )
     return result
 
 
@@ -172,7 +174,8 @@ def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
         return _read_json(text, name) if kind == "json" else _read_csv(text, name, _delimiter(path))
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"the file cannot be read: {said}", where=name) from error
+        mend = "check that it is whole, and that you may read it"
+        raise UserError(f"the file cannot be read: {said}", where=name, mend=mend) from error
 
 
 def _open(path: Path) -> BinaryIO | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
@@ -237,7 +240,9 @@ def _read_json(text: str, name: str) -> tuple[Sequence[int], list[Row]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(
-                f"row {number} is no object but a {type(row).__name__}", where=f"{name}, row {number}"
+                f"row {number} is no object but a {type(row).__name__}",
+                where=f"{name}, row {number}",
+                mend='every row is an object, such as {"text": "…"}',
             )
     return range(1, len(rows) + 1), rows
 
@@ -278,7 +283,7 @@ def _read_csv(text: str, name: str, delimiter: str) -> tuple[Sequence[int], list
 def _check_header(header: list[str], name: str) -> None:
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
-        raise UserError(f"the column '{twice}' is there twice", where=f"{name}, line 1")
+        raise UserError(f"the column '{twice}' is there twice", where=f"{name}, line 1", mend="rename one")
 
 
 def _read_parquet(path: Path, name: str) -> tuple[Sequence[int], list[Row]]:
@@ -288,7 +293,8 @@ def _read_parquet(path: Path, name: str) -> tuple[Sequence[int], list[Row]]:
     try:
         rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"the file is no Parquet that can be read: {error}", where=name) from error
+        mend = "copy the file again, and check that its name ends as its content is"
+        raise UserError(f"the file is no Parquet that can be read: {error}", where=name, mend=mend) from error
     return range(1, len(rows) + 1), rows
 
 
@@ -310,14 +316,18 @@ def _read_hub(identity: str, split: str, reference: str) -> Rows:
             mend=mend,
         ) from error
     if not len(found):
-        raise UserError("the data set is empty: it holds no row", where=reference)
+        raise UserError("the data set is empty: it holds no row", where=reference, mend="name another split")
     return Rows(reference, [(reference, range(1, len(found) + 1), found)], columns=found.column_names)
 
 
 def _missing(path: Path, reference: str) -> UserError:
     folder = path.parent
     if not folder.is_dir():
-        return UserError(f"there is no file '{reference}', nor a folder '{folder}'", where=reference)
+        return UserError(
+            f"there is no file '{reference}', nor a folder '{folder}'",
+            where=reference,
+            mend="check the path; it is seen from where you run this",
+        )
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     near = nearest(path.name, names) or sorted(name for name in names if _kind(Path(name)))
     mend = did_you_mean(path.name, near) if near else "give the path of a file, seen from where you run this"

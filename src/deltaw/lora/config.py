@@ -97,7 +97,9 @@ class LoRAConfig:
         self.alpha = _positive("alpha", self.alpha)
         self.dropout = _number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout}", where="dropout")
+            raise UserError(
+                f"dropout cannot be {self.dropout}", where="dropout", mend="give a share from 0 to below 1"
+            )
         self.target_modules = _names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _names("exclude_modules", self.exclude_modules) or None
@@ -120,7 +122,9 @@ class LoRAConfig:
         _one_of("bias", self.bias, BIASES)
         for key in ("rslora", "dora"):
             if not isinstance(getattr(self, key), bool):
-                raise UserError(f"{key} must be true or false, not {getattr(self, key)!r}", where=key)
+                raise UserError(
+                    f"{key} cannot be {getattr(self, key)!r}", where=key, mend="give true or false"
+                )
         if self.dora:
             raise UserError(
                 "DoRA is not available: its magnitudes take a quarter more time for no measured gain",
@@ -157,7 +161,11 @@ class LoRAConfig:
                     mend=did_you_mean(str(key), sorted(known | set(PEFT_NAMES))),
                 )
             if name in values:
-                raise UserError(f"'{name}' is given twice, also under PEFT's name", where=str(key))
+                raise UserError(
+                    f"'{name}' is given twice, also under PEFT's name",
+                    where=str(key),
+                    mend="leave one of the two out",
+                )
             if name == "init" and isinstance(value, bool):
                 value = "uniform"
             if name == "layers" and isinstance(value, int) and not isinstance(value, bool):
@@ -187,7 +195,11 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
         first = int(match[1])
         last = first if match[2] is None else (int(match[3]) if match[3] else None)
         if last is not None and last < first:
-            raise UserError(f"layers '{part.strip()}' ends before it begins", where="layers")
+            raise UserError(
+                f"layers '{part.strip()}' ends before it begins",
+                where="layers",
+                mend=f"write '{last}-{first}'",
+            )
         ranges.append((first, last))
     return ranges
 
@@ -218,18 +230,22 @@ def _names(key: str, value: object) -> str | list[str]:
     if isinstance(value, list | tuple | set | frozenset) and all(isinstance(entry, str) for entry in value):
         ordered = sorted(value) if isinstance(value, set | frozenset) else list(value)
         if any(not entry for entry in ordered):
-            raise UserError(f"{key} holds an empty name", where=key)
+            raise UserError(f"{key} holds an empty name", where=key, mend="leave it out")
         return list(dict.fromkeys(ordered))
-    raise UserError(f"{key} must be a text or a list of texts, not {value!r}", where=key)
+    raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a text or a list of texts")
 
 
 def _expression(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{key} must hold texts, not {value!r}", where=key)
+        raise UserError(f"{key} cannot hold {value!r}", where=key, mend="put a text in quotes")
     try:
         re.compile(value)
     except re.error as error:
-        raise UserError(f"'{value}' is no regular expression: {error}", where=key) from error
+        raise UserError(
+            f"'{value}' is no regular expression: {error}",
+            where=key,
+            mend="close its brackets, and write \\ before a character that stands for itself",
+        ) from error
     return value
 
 
@@ -237,26 +253,26 @@ def _mapping(key: str, value: object) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise UserError(f"{key} must map names to numbers, not {value!r}", where=key)
+        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give names with numbers: {q_proj: 8}")
     return value
 
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{key} must be a number, not {value!r}", where=key)
+        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a number")
     return float(value)
 
 
 def _positive(key: str, value: object) -> float:
     number = _number(key, value)
     if number <= 0:
-        raise UserError(f"{key} must be above 0, not {value!r}", where=key)
+        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a number above 0")
     return number
 
 
 def _whole_number(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} must be a whole number of at least 1, not {value!r}", where=key)
+        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a whole number of at least 1")
     return value
 
 

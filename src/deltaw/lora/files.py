@@ -32,6 +32,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 FINGERPRINT_KEY = "deltaw.base_fingerprint"
 
+_COPY_AGAIN = "copy or download the adapter again"
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -186,11 +187,14 @@ def _read_settings(path: Path) -> Mapping[str, object]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent)) from error
+        mend = "name the folder that an adapter was saved in"
+        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent), mend=mend) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{CONFIG_NAME} cannot be read: {error}", where=str(path)) from error
+        raise UserError(
+            f"{CONFIG_NAME} cannot be read: {error}", where=str(path), mend=_COPY_AGAIN
+        ) from error
     if not isinstance(settings, dict):
-        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path))
+        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path), mend=_COPY_AGAIN)
     return settings
 
 
@@ -203,7 +207,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 where=str(folder / PICKLED_NAME),
                 mend=f"have whoever made it save it again as {WEIGHTS_NAME}",
             )
-        raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder))
+        raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder), mend=_COPY_AGAIN)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
@@ -212,7 +216,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{WEIGHTS_NAME} is cut off or damaged: {error}",
             where=str(path),
-            mend="copy or download it again",
+            mend=_COPY_AGAIN,
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 
@@ -37,10 +38,10 @@ class LoRA:
         return adapter_parameters(model)
 
     def save(self, model: nn.Module, folder: str | os.PathLike[str], *, base_model: str) -> None:
-        save_adapter(model, folder, base_model=base_model)
+        save_adapter(model, Path(folder), base_model=base_model)
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
-        return str(load_adapter(model, folder))
+        return str(load_adapter(model, Path(folder)))
 
     def can_share_prefixes(self) -> bool:
         """Dropout draws a mask for each token: rows that share tokens would share their masks too."""

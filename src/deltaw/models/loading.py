@@ -238,12 +238,14 @@ def _config(folder: Path, task: Task, num_labels: int | None, trust_remote_code:
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
             raise _asks_for_code(folder) from error
         mend = "a newer version of transformers may know the model, or config.json is damaged"
         raise UserError(
-            f"the model's config.json cannot be used: {_first_line(error)}", where=str(folder), mend=mend
+            f"the model's config.json cannot be used: {_first_line(_reason(error))}",
+            where=str(folder),
+            mend=mend,
         ) from error
 
 
@@ -275,8 +277,11 @@ def _weights(
             if used.value == "sdpa" and "scaled_dot_product_attention" in message:
                 used = Choice("eager", f"{config.model_type} has no fused attention in transformers")
                 continue
+            why = _first_line(error)
+            if "ignore_mismatched_sizes" in message:
+                why = "its weights have other shapes than its config.json says"
             raise UserError(
-                f"the model cannot be loaded: {_first_line(error)}",
+                f"the model cannot be loaded: {why}",
                 where=str(folder),
                 mend="fetch or copy the model again, or check that config.json belongs to the weights",
             ) from error
@@ -345,6 +350,12 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> BaseException:
+    """What a strict dataclass found, behind its report of where it looked; any other error itself."""
+    cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
+    return error if cause is None else cause
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -47,7 +47,7 @@ def model_card(
         f'deltaw generate {folder} --prompt "..."',
         "```",
         "",
-        "The folder holds the adapter in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.",
+        "The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.",
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -28,7 +28,7 @@ def score_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def answer_table(rows: list[tuple[str, str, Mapping[str, tuple[str, bool]]]]) -> Table:
+def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]) -> Table:
     """What each model wrote, green where it is what the data says.
 
     Args:

@@ -94,7 +94,7 @@ def answers(
 
 def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The end of the prompt as a person would read it, without special tokens and the answerer's name."""
-    text = tokenizer.decode(example.tokens[: example.prompt_length], skip_special_tokens=True).rstrip()
+    text = str(tokenizer.decode(example.tokens[: example.prompt_length], skip_special_tokens=True)).rstrip()
     return text.removesuffix("assistant").rstrip()
 
 

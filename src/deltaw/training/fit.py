@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
@@ -23,7 +23,7 @@ from deltaw.errors import UserError
 from deltaw.methods import LoRA, Method
 from deltaw.models.forest import flat_rows
 from deltaw.models.loading import LoadedModel, load
-from deltaw.models.machine import Choice, peak_resident_bytes
+from deltaw.models.machine import Choice, peak_resident_bytes, release_free_memory
 from deltaw.models.quiet import quiet
 from deltaw.reports.card import model_card
 from deltaw.training.evaluate import loss_and_perplexity
@@ -84,8 +84,8 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     method = LoRA(config.lora)
     output = Path(os.path.expanduser(config.output))
     check_output(output)
-    loaded = _load(config, console)
-    data = prepare(config.data, loaded.tokenizer, seed=config.train.seed)
+    loaded, tokenizer = _load(config, console)
+    data = prepare(config.data, tokenizer, seed=config.train.seed)
     for line in data.report.lines():
         console.print(line, highlight=False)
     seeded(config.train.seed)
@@ -105,7 +105,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     if folder.moved is not None:
         console.print(f"{output} held an earlier run: it is now {folder.moved}", highlight=False)
     folder.write_settings(config, {**_said(loaded.choices), **_said(chosen)})
-    folder.write_tokenizer(loaded.tokenizer)
+    folder.write_tokenizer(tokenizer)
     try:
         outcome, evaluation = _train(config, loaded, method, data, portions, folder, console)
     except UserError:
@@ -118,7 +118,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     return result
 
 
-def _load(config: RunConfig, console: Console) -> LoadedModel:
+def _load(config: RunConfig, console: Console) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     loaded = load(
         config.model,
         precision=config.precision,
@@ -134,7 +134,7 @@ def _load(config: RunConfig, console: Console) -> LoadedModel:
         raise UserError(
             "the model has no tokenizer", where=config.model, mend="copy its tokenizer.json there"
         )
-    return loaded
+    return loaded, loaded.tokenizer
 
 
 def _train(
@@ -153,6 +153,7 @@ def _train(
         objective = CausalObjective(model)
     total = count_steps(len(data.train), settings.batch_size, settings.epochs, settings.max_steps)
     _say_how(console, portions, objective, total, settings.batch_size)
+    release_free_memory()
 
     def evaluate(step: int) -> dict[str, float]:
         if not data.held_out:
@@ -222,8 +223,8 @@ def _say_how(
     shared = ", common beginnings computed once" if portions.share else ""
     head = "" if objective.chunked else ", all logits at once (the model's head is not known here)"
     console.print(
-        f"{total} steps of {batch_size} rows, in passes of up to {portions.tokens_per_pass} tokens: "
-        f"{rows}{shared}{head}",
+        f"{total} step{'s' if total != 1 else ''} of {batch_size} rows, "
+        f"in passes of up to {portions.tokens_per_pass} tokens: {rows}{shared}{head}",
         highlight=False,
     )
 

@@ -1,0 +1,80 @@
+"""The command line, called in this process, and in one of its own where signals and streams matter."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deltaw.cli import main
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Ended]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Call ``deltaw`` with arguments, in this process; anything but an exit is an error of the test."""
+
+    def run(*arguments: object, stdin: str = "") -> Ended:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def flags(model_folder: Path, rows_file: Path) -> Callable[..., list[str]]:
+    """The flags of a short training run into ``output``."""
+
+    def make(output: Path, **instead: object) -> list[str]:
+        given = {
+            "model": model_folder,
+            "data": rows_file,
+            "output": output,
+            "precision": "fp32",
+            "threads": 1,
+            "train.batch_size": 5,
+            **{key.replace("__", "."): value for key, value in instead.items()},
+        }
+        return [
+            part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))
+        ]
+
+    return make
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """``deltaw`` in a process of its own, its streams kept apart."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from deltaw.cli import main; main()", *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

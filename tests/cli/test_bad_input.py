@@ -1,0 +1,344 @@
+"""Whatever a user gets wrong ends with status 2 and one message, and leaves nothing behind.
+
+The message says what is wrong, where, and how to mend it; there is no traceback, no half-made folder, and an
+earlier run in the output folder is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.cli.conftest import tree
+from tests.conftest import write_rows
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def assert_refused(ended, *words):
+    assert ended.status == 2, ended
+    assert "Traceback" not in ended.err
+    assert ended.err.lower().count("error: ") == 1, ended.err
+    for word in words:
+        assert str(word) in ended.err, ended.err
+
+
+@pytest.fixture
+def refuses(call, flags, finished_run, tmp_path):
+    """``deltaw train`` refuses the flags, into a new folder and into one that holds an earlier run."""
+
+    def check(*words, settings=None, **instead):
+        earlier = tmp_path / "earlier"
+        if not earlier.exists():
+            shutil.copytree(finished_run, earlier)
+        before, around = tree(earlier), sorted(tmp_path.iterdir())
+        for output in (tmp_path / "new" / "run", earlier):
+            file = [] if settings is None else [settings]
+            ended = call("train", *file, *flags(output, **instead))
+            assert_refused(ended, *words)
+            assert "  mend:  " in ended.err
+        assert tree(earlier) == before
+        assert sorted(tmp_path.iterdir()) == around
+
+    return check
+
+
+def said(role, content="x"):
+    return {"role": role, "content": content}
+
+
+LINES = {
+    "a row that is no JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
+    "a row that is a list": ('{"text": "a"}\n\n[1]\n', ["line 3", "object"]),
+    "an empty file": ("", ["empty"]),
+    "columns that nobody knows": ('{"left": "a", "right": "b"}\n', ["left", "rows.jsonl"]),
+    "a value that is no text": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": 5, "completion": []}\n',
+        ["row 2"],
+    ),
+    "a column that is missing in one row": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
+        ["row 2", "completion"],
+    ),
+    "roles out of order": (
+        json.dumps({"messages": [said("user"), said("assistant"), said("assistant")]}),
+        ["row 1"],
+    ),
+    "a role that nobody knows": (
+        json.dumps({"messages": [said("user"), said("oracle")]}),
+        ["row 1", "oracle"],
+    ),
+    "no turn of an assistant": (json.dumps({"messages": [said("user")]}), ["row 1", "assistant"]),
+    "no answer at all": ('{"prompt": "a", "completion": ""}\n' * 2, []),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_rows_that_cannot_be_used(refuses, tmp_path, case):
+    text, words = LINES[case]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    refuses(*words, data=path)
+
+
+def test_files_that_are_not_there_or_no_data(refuses, tmp_path, rows_file):
+    refuses("colours.json", "did you mean 'colours.jsonl'", data=rows_file.with_name("colours.json"))
+    refuses(tmp_path / "none", data=tmp_path / "none" / "rows.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "ok"}\n{"text": "é"}'.encode("latin-1"))
+    refuses("UTF-8", "line 2", data=tmp_path / "latin.jsonl")
+    (tmp_path / "rows.docx").write_text("x")
+    refuses(".docx", "jsonl", data=tmp_path / "rows.docx")
+    (tmp_path / "folder").mkdir()
+    refuses("no data file", data=tmp_path / "folder")
+    refuses("eval.jsonl", data__eval=tmp_path / "eval.jsonl")
+
+
+def test_a_row_that_is_too_long_is_named_with_the_length_that_would_fit(refuses, tmp_path):
+    rows = write_rows(tmp_path / "long.jsonl", [{"text": "a"}, {"text": "b" * 90}])
+    refuses("long.jsonl, row 2", "data.max_length: 91", "long_rows", data=rows, data__max_length=20)
+    refuses("128 positions", "data.max_length: 128", data=write_rows(rows, [{"text": "b" * 200}] * 2))
+
+
+VALUES = [
+    ({"train__learning_rate": "fast"}, ["train.learning_rate", "fast", "number"]),
+    ({"train__learning_rate": "nan"}, ["train.learning_rate"]),
+    ({"train__learning_rate": ".inf"}, ["train.learning_rate", "finite"]),
+    ({"train__learning_rate": -1}, ["train.learning_rate", "greater than 0"]),
+    ({"lora__rank": 0}, ["lora.rank", "at least 1"]),
+    ({"lora__rank": 2.5}, ["lora.rank", "whole number"]),
+    ({"lora__alpha": -1}, ["lora.alpha", "above 0"]),
+    ({"lora__dropout": 1}, ["lora.dropout", "below 1"]),
+    ({"lora__init": "pisa"}, ["lora.init", "'pissa'"]),
+    ({"lora__target_modules": "q_prj"}, ["q_prj", "q_proj"]),
+    ({"lora__target_modules": "[q_proj, qq_proj]"}, ["qq_proj", "q_proj"]),
+    ({"lora__target_modules": "[q_proj"}, ["regular expression"]),
+    ({"lora__layers": "7"}, ["layers"]),
+    ({"data__eval": 1.5}, ["data.eval"]),
+    ({"data__eval": -1}, ["data.eval"]),
+    ({"data__eval": 10}, ["data.eval", "10"]),
+    ({"data__form": "novel"}, ["data.form", "'messages'"]),
+    ({"data__columns": "{promt: a}"}, ["promt", "'prompt'"]),
+    ({"train__batch_size": 0}, ["train.batch_size"]),
+    ({"train__epochs": 0}, ["train.epochs"]),
+    ({"train__max_steps": 0}, ["train.max_steps"]),
+    ({"train__tokens_per_pass": 0}, ["train.tokens_per_pass", "'auto'"]),
+    ({"train__betas": "[2, 0.9]"}, ["train.betas"]),
+    ({"train__schedule": "cosin"}, ["train.schedule", "'cosine'"]),
+    ({"train__seed": -1}, ["train.seed"]),
+    ({"train": "fast"}, []),
+    ({"threads": 0}, ["threads"]),
+    ({"precision": "fp16"}, ["precision", "'bf16'"]),
+    ({"device": "cude"}, ["device", "'cuda'"]),
+    ({"task": "image-classification"}, ["task", "'causal-lm'"]),
+    ({"method": "qlora"}, ["method", "'lora'"]),
+    ({"model": None}, ["model"]),
+    ({"data": None}, ["data.train"]),
+]
+
+
+@pytest.mark.parametrize(("flag", "words"), VALUES, ids=lambda value: str(value)[:40])
+def test_values_that_do_not_fit(refuses, call, flags, tmp_path, flag, words):
+    if "train" in flag:  # a section is no flag
+        ended = call("train", *flags(tmp_path / "run", **flag))
+        assert_refused(ended, "--train")
+        return
+    refuses(*words, **flag)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which this test wants absent")
+def test_a_device_that_is_not_there(refuses, call, finished_run):
+    refuses("CUDA", "cpu", device="cuda")
+    assert_refused(call("generate", finished_run, "--prompt", "x", "--device", "cuda"), "CUDA")
+
+
+FILES = {
+    "a key that is misspelt": (
+        "train: {learning_rat: 1}",
+        ["unknown key 'train.learning_rat'", "'train.learning_rate'"],
+    ),
+    "a section that is misspelt": ("trian: {epochs: 1}", ["unknown key 'trian'", "'train'"]),
+    "a key of lora that is misspelt": ("lora: {rnk: 4}", ["lora.rnk", "'rank'"]),
+    "a value of another type": (
+        "train:\n  learning_rate: fast\n",
+        ["'train.learning_rate' cannot be 'fast'", "number"],
+    ),
+    "a section that is a number": ("lora: 4", ["'lora'", "section"]),
+    "a list": ("- model: m\n", ["keys with values"]),
+    "no YAML": ("model: m\n  data: [\n", ["no YAML", "line 2"]),
+    "a date that is none": ("output: 2024-13-45", ["no YAML"]),
+    "keys that are numbers": ("1: 2", ["'1'"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_settings_that_cannot_be_used(refuses, tmp_path, case):
+    text, words = FILES[case]
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    refuses(path, *words, settings=path)
+
+
+def test_settings_that_are_not_there(refuses, tmp_path):
+    refuses("cannot read the settings", tmp_path / "no.yaml", settings=tmp_path / "no.yaml")
+    refuses("cannot read the settings", tmp_path, settings=tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    refuses("UTF-8", settings=tmp_path / "binary.yaml")
+
+
+def test_flags_and_verbs_that_are_misspelt_name_the_nearest(call, flags, tmp_path):
+    assert_refused(call("train", *flags(tmp_path / "run"), "--lora.rnk", "4"), "--lora.rank")
+    assert_refused(call("trian"), "trian", "'train'")
+    assert_refused(call("frobnicate"), "frobnicate", "'generate'")
+    assert_refused(call("eval"), "RUN")
+    assert not any(tmp_path.iterdir())
+
+
+def test_output_folders_that_cannot_be_written(call, flags, tmp_path, finished_run, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    places = [tmp_path / "file", tmp_path / "file" / "run"]
+    if os.path.isdir("/proc"):
+        places.append("/proc/deltaw-run")
+    for place in places:
+        assert_refused(call("train", *flags(place)), "cannot write into the output folder", place, "mend")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("kept")
+    assert_refused(call("train", *flags(foreign)), "thesis.tex", foreign, "mend")
+    assert tree(tmp_path) == {"file": b"kept", "foreign/thesis.tex": b"kept"}
+    shutil.copytree(finished_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    assert_refused(call("train", *flags(".")), "earlier run", "mend")
+    assert tree(tmp_path / "run") == tree(finished_run)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
+    refuses("no model", "did you mean", "/tiny'?", model=model_folder.with_name("tinny"))
+    refuses("no model", model=tmp_path / "no" / "such" / "model")
+    refuses("no-such-user", model="~no-such-user/model")
+    refuses("owner/no-such-model", model="owner/no-such-model")
+    (tmp_path / "empty").mkdir()
+    refuses("config.json", tmp_path / "empty", model=tmp_path / "empty")
+    shutil.copytree(model_folder, tmp_path / "cut")
+    truncated(tmp_path / "cut" / "model.safetensors")
+    refuses("damaged", "model.safetensors", model=tmp_path / "cut")
+    shutil.copytree(model_folder, tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "mute" / name).unlink()
+    refuses("tokenizer", model=tmp_path / "mute")
+    shutil.copytree(model_folder, tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    refuses("config.json", tmp_path / "odd", model=tmp_path / "odd")
+    whole = json.loads((model_folder / "config.json").read_text())
+    for changes, word in [
+        ({"num_attention_heads": 7}, "multiple"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+        ({"hidden_size": 64}, "shapes"),
+        ({"num_hidden_layers": 3}, "lack"),
+        ({"model_type": "nonsense"}, "nonsense"),
+    ]:
+        (tmp_path / "odd" / "config.json").write_text(json.dumps(whole | changes))
+        refuses(word, tmp_path / "odd", model=tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text("{")
+    refuses("config.json", tmp_path / "odd", model=tmp_path / "odd")
+    (tmp_path / "noise.gguf").write_bytes(b"\x00" * 100)
+    refuses("noise.gguf", "gguf", model=tmp_path / "noise.gguf")
+
+
+def test_a_gguf_file_that_only_begins_like_one(call, flags, tmp_path):
+    (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(range(7)) * 30)
+    ended = call("train", *flags(tmp_path / "run", model=tmp_path / "noise.gguf"))
+    assert_refused(ended, "noise.gguf", "mend")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def copied(finished_run, tmp_path):
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def test_adapters_that_cannot_be_read(call, copied):
+    def refused(*words):
+        for verb in (
+            ["eval", copied],
+            ["generate", copied, "--prompt", "x"],
+            ["chat", copied],
+            ["inspect", copied],
+        ):
+            assert_refused(call(*verb, stdin="x\n"), *words)
+
+    whole = (copied / WEIGHTS).read_bytes()
+    truncated(copied / WEIGHTS)
+    refused("damaged", WEIGHTS)
+    (copied / WEIGHTS).unlink()
+    refused(f"no {WEIGHTS}")
+    (copied / "adapter_model.bin").write_bytes(b"x")
+    refused("pickle", "safetensors")
+    (copied / WEIGHTS).write_bytes(whole)
+    (copied / "adapter_config.json").write_text("{")
+    refused("adapter_config.json")
+
+
+def test_a_run_without_an_adapter_says_so(call, copied):
+    (copied / "adapter_config.json").unlink()
+    for verb in (["eval", copied], ["generate", copied, "--prompt", "x"], ["chat", copied]):
+        assert_refused(call(*verb), "no adapter", "deltaw train")
+    assert_refused(call("inspect", copied), "adapter_config.json")
+
+
+def test_a_runs_settings_that_were_spoilt_name_their_file(call, copied):
+    settings = yaml.safe_load((copied / "run.yaml").read_text())
+    settings["data"]["form"] = "novel"
+    (copied / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert_refused(call("eval", copied), copied / "run.yaml", "data.form")
+
+
+def test_a_model_of_other_shapes_is_refused_and_one_of_other_weights_warned_of(call, finished_run, tmp_path):
+    wide, other = tmp_path / "wide", tmp_path / "other"
+    tiny_llama(hidden_size=64).save_pretrained(wide)
+    tiny_llama(seed=1).save_pretrained(other)
+    for folder in (wide, other):
+        byte_tokenizer().save_pretrained(folder)
+    generate = ["generate", finished_run, "--prompt", "x", "--max-new-tokens", 2]
+    for verb in (["eval", finished_run], generate):
+        assert_refused(call(*verb, "--model", wide), WEIGHTS, "trained on")
+    ended = call(*generate, "--model", other, "--json")
+    assert ended.status == 0
+    assert "warning: the adapter was trained on another base model" in ended.err
+    assert ".py:" not in ended.err
+    json.loads(ended.out)
+
+
+def test_verbs_that_are_given_too_little(call, finished_run, model_folder, copied, tmp_path):
+    assert_refused(call("generate", finished_run), "no prompt", "--prompt")
+    assert_refused(call("generate", finished_run, "--prompt", "x" * 500), "128 positions", "shorten")
+    assert_refused(call("eval", model_folder), "no data", "--data")
+    assert_refused(call("eval", finished_run, "--data", tmp_path / "no.jsonl"), "no.jsonl")
+    assert_refused(call("eval", finished_run, "--rows", 0), "--rows")
+    assert_refused(call("inspect", tmp_path / "none"), "none")
+    assert_refused(call("inspect", model_folder), "adapter_config.json")
+    assert_refused(call("generate", tmp_path / "none", "--prompt", "x"), "no model")
+    settings = yaml.safe_load((copied / "run.yaml").read_text())
+    settings["data"]["eval"] = None
+    (copied / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert_refused(call("eval", copied), "held no rows out", "--data")
+
+
+def test_a_loss_that_is_not_finite_is_no_result(call, model_folder, rows_file, tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "nan")
+    byte_tokenizer().save_pretrained(tmp_path / "nan")
+    assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "nan", "mend")

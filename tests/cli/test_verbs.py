@@ -1,0 +1,169 @@
+"""The verbs at work on a tiny model: what they print where, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from deltaw.config import settings as all_settings
+from tests.byte_models import byte_tokenizer
+from tests.cli.conftest import start, tree
+
+
+def finished(process, stdin=""):
+    out, err = process.communicate(stdin, timeout=120)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_from_training_to_talk(call, flags, tmp_path, rows_file):
+    run = tmp_path / "run"
+    ended = call("train", *flags(run, train__epochs=2))
+    assert ended.status == 0 and ended.err == ""
+    assert "training loss" in ended.out and f"deltaw chat {run}" in ended.out
+
+    ended = call("eval", run, "--base", "--answers", 1)
+    assert ended.status == 0
+    assert "perplexity" in ended.out and "exact match" in ended.out and "paint it" in ended.out
+
+    ended = call("generate", run, "-p", "paint it red", "-p", "paint it blue", "--max-new-tokens", 3)
+    assert ended.status == 0 and "adapted" in ended.err
+
+    ended = call("generate", run, "--base", "--max-new-tokens", 2, stdin="paint it red\n\npaint it blue\n")
+    assert ended.status == 0 and ended.out.count("base:") == ended.out.count("adapter:") == 2
+
+    ended = call("chat", run, "--max-new-tokens", 3, stdin="hello\n/new\nhello again\n\nnever read\n")
+    assert ended.status == 0 and ended.out.count("adapter: ") == 2
+
+    ended = call("inspect", run)
+    assert ended.status == 0 and "q_proj" in ended.out and "rank" in ended.out
+
+
+def test_a_chat_takes_back_a_question_that_is_too_long_and_goes_on(call, finished_run):
+    ended = call("chat", finished_run, "--max-new-tokens", 2, stdin=f"{'x' * 300}\nhello\n")
+    assert ended.status == 0
+    assert "128 positions" in ended.err and "Traceback" not in ended.err
+    assert ended.out.rstrip("\n").count("adapter: ") >= 1
+
+
+def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_path, rows_file):
+    done = call("train", *flags(tmp_path / "run"), "--json")
+    told = json.loads(done.out)
+    assert told["output"] == str(tmp_path / "run") and told["rows"] == 9
+    assert told.keys() >= {
+        "tokens",
+        "steps",
+        "seconds",
+        "rows_per_second",
+        "tokens_per_second",
+        "train_loss",
+        "eval",
+        "peak_memory_bytes",
+        "planned_memory_bytes",
+    }
+    assert told["eval"].keys() == {"loss", "perplexity"}
+    assert "10 rows read" in done.err
+
+    told = json.loads(call("eval", finished_run, "--data", rows_file, "--rows", 3, "--base", "--json").out)
+    assert told["rows"] == 3
+    assert told["eval"].keys() == told["base"].keys() == {"loss", "perplexity", "exact_match"}
+    assert told["eval"]["loss"] < told["base"]["loss"]
+
+    told = json.loads(call("generate", finished_run, "-p", "a [b] :cat:", "--base", "--json").out)
+    (completion,) = told["completions"]
+    assert completion.keys() == {"prompt", "completion", "base"} and completion["prompt"] == "a [b] :cat:"
+
+    told = json.loads(call("inspect", finished_run, "--json").out)
+    assert told
+
+
+def test_flags_stand_above_the_file(call, flags, settings, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings(tmp_path / "run", train={"epochs": 1, "learning_rate": 1e-3})))
+    given = ["--train.epochs", "2", "--lora.target_modules", "[q_proj, v_proj]", "--data.eval", "null"]
+    assert call("train", file, *given, "--train.learning_rate", "2e-3").status == 0
+    written = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert written["train"]["epochs"] == 2 and written["train"]["learning_rate"] == 2e-3
+    assert written["train"]["batch_size"] == 3 and written["lora"]["rank"] == 4
+    assert written["lora"]["target_modules"] == ["q_proj", "v_proj"]
+    assert written["data"]["eval"] is None
+
+
+def test_a_runs_own_settings_train_it_again_and_the_earlier_run_is_kept(call, settings, tmp_path, flags):
+    run = tmp_path / "run"
+    assert call("train", *flags(run)).status == 0
+    before = tree(run)
+    ended = call("train", run / "run.yaml")
+    assert ended.status == 0 and f"it is now {tmp_path / 'run.1'}" in ended.out
+    assert tree(tmp_path / "run.1") == before
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run.yaml", "tokenizer.json"):
+        assert (run / name).read_bytes() == before[name], name
+
+
+@pytest.mark.parametrize("name", ["2024", "no", "1e5", "null"])
+def test_a_text_that_looks_like_something_else_stays_a_text(call, flags, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert call("train", *flags(name)).status == 0
+    assert (tmp_path / name / "run.yaml").exists()
+
+
+def test_names_with_brackets_are_printed_as_they_are(call, flags, rows_file, tmp_path):
+    odd = tmp_path / "a[bold]:cat:.jsonl"
+    odd.write_bytes(rows_file.read_bytes())
+    ended = call("train", *flags(tmp_path / "[red]run", data=odd))
+    assert ended.status == 0
+    assert f"{odd}: 10 rows" in ended.out and f"is in {tmp_path / '[red]run'}" in ended.out
+
+
+def test_help_names_every_setting_with_its_default(call):
+    ended = call("train", "--help")
+    assert ended.status == 0
+    for setting in all_settings():
+        assert f"--{setting.key}" in ended.out
+        assert setting.description
+    for verb in ("eval", "generate", "chat", "inspect"):
+        assert verb in call("--help").out
+        assert call(verb, "--help").status == 0
+    assert re.search(r"\d+\.\d+", call("--version").out)
+    assert call().status == 2
+
+
+def test_help_does_not_wait_for_the_model_library():
+    script = (
+        "import sys\nfrom deltaw.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    )
+    script += "sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
+    """Streams as a shell sees them: no advice, progress bars or warnings of the libraries below."""
+    out, err = finished(start("train", *flags(tmp_path / "run", train__checkpointing="true"), "--json"))
+    json.loads(out)
+    known = (
+        "device: cpu",
+        "precision: fp32",
+        "threads: 1",
+        "attention: sdpa",
+        str(flags(tmp_path)[3]),
+        "9 rows kept",
+        "1 row held out",
+        "14 adapted layers",
+        "  target_modules",
+        "2 steps of 5 rows",
+        "step 1/2",
+        "step 2/2",
+        "9 rows in",
+        "training loss",
+        "the adapter is in",
+    )
+    assert [line for line in err.splitlines() if not line.startswith(known)] == []
+
+    out, err = finished(start("generate", tmp_path / "run", "--max-new-tokens", "2"), stdin="paint it red\n")
+    assert "Warning" not in err and "adapted" in err
+    assert byte_tokenizer().encode(out) is not None

@@ -1,0 +1,119 @@
+"""The settings: one definition, read from a file, a dictionary or flags; what does not fit has its mend."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from deltaw.config import RunConfig, parse_yaml, settings
+from deltaw.errors import UserError
+
+LEAST = {"model": "m", "data": "rows.jsonl"}
+
+
+def refusal(given, flags=None):
+    with pytest.raises(UserError) as refused:
+        RunConfig.read(given, flags)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-1E+3", -1000.0),
+        (".5e1", 5.0),
+        ("2.0e-4", 2e-4),
+        ("12", 12),
+        ("1e", "1e"),
+        ("a1e4", "a1e4"),
+        ("1e-4x", "1e-4x"),
+        ("[q_proj, 1e2]", ["q_proj", 100.0]),
+        ("null", None),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text, value):
+    assert parse_yaml(text) == value
+    assert type(parse_yaml(text)) is type(value)
+
+
+def test_what_looks_like_a_date_and_is_none_is_no_yaml():
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml("2024-13-45")
+
+
+def test_a_files_name_alone_stands_for_the_training_data():
+    config = RunConfig.read(LEAST, {"data": {"eval": 3}})
+    assert config.data.train == "rows.jsonl" and config.data.eval == 3
+
+
+def test_flags_are_laid_over_the_file_key_by_key(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: {train: d, eval: 5}\nlora: {rank: 2, alpha: 1e1}\ntrain: {epochs: 3}\n")
+    config = RunConfig.read(file, {"lora": {"rank": 8}, "train": {"seed": 4}, "model": "other"})
+    assert (config.model, config.data.eval, config.lora.rank, config.lora.alpha) == ("other", 5, 8, 10.0)
+    assert (config.train.epochs, config.train.seed) == (3, 4)
+
+
+def test_a_section_that_is_empty_stands_for_its_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\nlora:\n  # rank: 8\ntrain:\n")
+    assert RunConfig.read(file) == RunConfig.read({"model": "m", "data": "d"})
+
+
+def test_pefts_names_are_taken_in_the_lora_section():
+    config = RunConfig.read({**LEAST, "lora": {"r": 4, "lora_alpha": 8, "use_rslora": True}})
+    assert (config.lora.rank, config.lora.alpha, config.lora.rslora) == (4, 8, True)
+
+
+def test_every_fault_is_named_at_once_with_its_place_and_its_mend(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("modl: m\ndata: d\ntrain: {epochs: 0, learning_rat: 1, tokens_per_pass: none}\n")
+    refused = refusal(file)
+    assert refused.where == str(file)
+    for fault in ("'model' is not given", "unknown key 'modl'", "'train.epochs' cannot be 0"):
+        assert fault in refused.what
+    for mend in (
+        "'modl': did you mean 'model'",
+        "'train.learning_rat': did you mean 'train.learning_rate'",
+        "'train.epochs' should be greater than 0",
+        "'train.tokens_per_pass' should be a valid integer or be 'auto'",
+    ):
+        assert mend in (refused.mend or "")
+
+
+def test_the_place_says_whether_flags_were_given_too(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\n")
+    assert refusal(file, {"train": {"epochs": 0}}).where == f"{file} and the flags"
+    assert refusal(file, {"lora": {"rank": 0}}).where == f"{file} and the flags: lora.rank"
+    assert refusal(None, {"train": {"epochs": 1}}).where == "the flags"
+
+
+def test_numbers_that_no_training_can_use_are_refused():
+    inf, nan = float("inf"), float("nan")
+    for bad in (
+        {"learning_rate": inf},
+        {"learning_rate": nan},
+        {"learning_rate": 1e30},
+        {"epochs": inf},
+        {"warmup": inf},
+        {"weight_decay": -1},
+        {"betas": [0.9]},
+        {"betas": [1, 0.9]},
+        {"max_grad_norm": 0},
+        {"tokens_per_pass": 0},
+        {"seed": 2**64},
+    ):
+        assert f"'train.{next(iter(bad))}'" in refusal({**LEAST, "train": bad}).what
+
+
+def test_every_setting_is_described_and_its_default_is_one():
+    described = list(settings())
+    assert all(setting.description for setting in described)
+    assert [s.key for s in described if s.default is ...] == ["model", "data.train"]
+    plain = RunConfig.read(LEAST).model_dump()
+    for setting in described:
+        section, _, leaf = setting.key.rpartition(".")
+        if setting.default is not ...:
+            assert (plain[section][leaf] if section else plain[leaf]) == setting.default, setting.key

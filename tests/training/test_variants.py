@@ -1,0 +1,134 @@
+"""Every kind of adapter and of data through a whole run: what was trained is what is loaded again."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from deltaw.data import prepare
+from deltaw.models.forest import flat_rows
+from deltaw.training.evaluate import loss_and_perplexity
+from deltaw.training.fit import fit
+from deltaw.training.objective import CausalObjective
+from deltaw.training.opened import open_run
+from deltaw.training.portions import choose_portions
+from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
+from tests.conftest import write_rows
+
+
+def loss_when_opened(folder):
+    """The held-out loss of a run's folder, loaded from the disk as ``deltaw eval`` does."""
+    opened = open_run(str(folder), precision="fp32", device="cpu", say=lambda line: None)
+    assert opened.config is not None
+    held_out = prepare(opened.config.data, opened.tokenizer, seed=opened.config.train.seed).held_out
+    portions, _ = choose_portions(opened.model, held_out, device="cpu")
+    objective = CausalObjective(opened.model)
+    with contextlib.nullcontext() if portions.padded else flat_rows(opened.model):
+        return loss_and_perplexity(objective, held_out, portions)["loss"], opened
+
+
+ADAPTERS = {
+    "pissa": {"init": "pissa"},
+    "orthogonal": {"init": "orthogonal"},
+    "gaussian": {"init": "gaussian"},
+    "rslora": {"rslora": True},
+    "attention of the upper block": {"target_modules": "attention", "layers": "1-"},
+    "ranks of their own": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "an expression": {"target_modules": r"model\.layers\.\d\.mlp\..*_proj", "exclude_modules": ["up_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "whole head and norm": {"train_modules": ["lm_head", "norm"]},
+    "whole embedding": {"train_modules": ["embed_tokens"]},
+    "PEFT's names": {"r": 4, "lora_alpha": 4, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_of_any_kind_is_loaded_as_it_was_trained(settings, tmp_path, kind):
+    made = settings(tmp_path / "run", train={"epochs": 3})
+    made["lora"] = {"rank": 4, "alpha": 8} | ADAPTERS[kind] if "r" not in ADAPTERS[kind] else ADAPTERS[kind]
+    result = fit(made)
+    loss, opened = loss_when_opened(result.output)
+    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+    tokens = torch.arange(16)[None] + 3
+    with torch.no_grad():
+        ours = opened.model(tokens).logits
+        with opened.base():
+            base = opened.model(tokens).logits
+        plain = AutoModelForCausalLM.from_pretrained(made["model"], dtype=torch.float32)
+        torch.testing.assert_close(base, plain(tokens).logits)
+        theirs = PeftModel.from_pretrained(plain, str(result.output)).eval()(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("tied", ["llama whose head is its embedding", "gpt2"])
+def test_models_of_other_kinds_are_loaded_as_they_were_trained(settings, tmp_path, tied, share):
+    model = tiny_gpt2() if tied == "gpt2" else tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    changes = {"train": {"epochs": 3, "share_prefixes": share}, "model": str(tmp_path / "model")}
+    result = fit(settings(tmp_path / "run", **changes))
+    loss, _ = loss_when_opened(result.output)
+    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+
+
+CHAT = [
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": f"q{n}"},
+            {"role": "assistant", "content": f"a{n}"},
+            {"role": "user", "content": "more"},
+            {"role": "assistant", "content": f"b{n}"},
+        ]
+    }
+    for n in range(8)
+]
+DATA = {
+    "conversations": (CHAT, {}),
+    "last answers": (CHAT, {"labels": "last"}),
+    "bare text": ([{"text": f"once {n} upon"} for n in range(8)], {}),
+    "prompts without a template": (
+        [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)],
+        {"template": "plain"},
+    ),
+    "columns of other names": (
+        [{"question": f"{n}?", "answer": str(n)} for n in range(8)],
+        {"columns": {"prompt": "question", "completion": "answer"}},
+    ),
+    "long rows cut": (
+        [{"text": "x" * 10 * n + str(n)} for n in range(1, 9)],
+        {"long_rows": "cut", "max_length": 30},
+    ),
+    "duplicates": ([{"text": f"twice {n // 2}"} for n in range(8)], {"duplicates": "keep"}),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_of_any_kind_is_evaluated_as_it_was_in_the_run(settings, tmp_path, kind):
+    rows, how = DATA[kind]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    result = fit(settings(tmp_path / "run", data={"train": str(path), **how}, train={"epochs": 2}))
+    loss, _ = loss_when_opened(result.output)
+    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1},
+        {"schedule": "constant", "warmup": 0, "betas": [0.8, 0.9]},
+        {"max_grad_norm": None, "max_steps": 2, "epochs": 50},
+        {"checkpointing": True, "tokens_per_pass": 30},
+        {"batch_size": 100, "epochs": 0.5},
+    ],
+)
+def test_ways_to_train(settings, tmp_path, how):
+    result = fit(settings(tmp_path / "run", train=how))
+    loss, _ = loss_when_opened(result.output)
+    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
