@@ -11,7 +11,9 @@ BIN    := $(VENV)/bin
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/.run
-	$(BIN)/python examples/demo.py
+	$(BIN)/deltaw train examples/demo.yaml
+	$(BIN)/deltaw eval runs/demo --base --answers 6
+	@cat examples/next-steps.txt
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -49,12 +49,6 @@ SIDES: dict[str, dict] = {
         "autocast_adapter_dtype": False,
         "mixed_precision": True,
     },
-    "TRL + PEFT, no autocast": {
-        "side": "trl",
-        "checkpointing": False,
-        "autocast_adapter_dtype": False,
-        "mixed_precision": False,
-    },
     "TRL + PEFT, its defaults": {
         "side": "trl",
         "checkpointing": True,
