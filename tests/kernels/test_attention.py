@@ -34,12 +34,21 @@ def random_inputs(layout, heads=4, key_heads=2, size=8, dtype=torch.float64, see
 @given(forests(), st.sampled_from([None, 1, 5, 40]))
 def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
     covered = np.zeros((layout.length, layout.length), dtype=int)
-    for tile in layout.tiles(window):
-        keys = np.concatenate([np.arange(a, b) for a, b in tile.keys])
-        seen = np.ones((tile.stop - tile.start, len(keys)), bool)
-        if tile.hidden is not None:
-            seen = ~tile.hidden.numpy()
-        covered[np.ix_(np.arange(tile.start, tile.stop), keys)] += seen
+    tiles = layout.tiles(window)
+    gather, at = tiles.gather.numpy(), 0
+    assert (gather[tiles.slots.numpy()] == np.arange(layout.length)).all()
+    for batch in tiles.batches:
+        seen = np.ones((batch.count, batch.queries, batch.keys.shape[1]), bool)
+        width = batch.hidden.shape[-1]
+        seen[:, :, seen.shape[2] - width :] = ~batch.hidden.numpy()
+        places = gather[at : at + batch.count * batch.queries].reshape(batch.count, -1)
+        at += places.size
+        filling = np.zeros(places.size, bool)
+        filling[batch.filling.numpy()] = True
+        seen[filling.reshape(places.shape)] = False
+        for n in range(batch.count):
+            rows, columns = np.nonzero(seen[n])
+            np.add.at(covered, (places[n][rows], batch.keys[n].numpy()[columns]), 1)
     assert (covered == layout.visible(window)).all()
 
 

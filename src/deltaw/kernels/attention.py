@@ -1,24 +1,19 @@
 """Attention over a forest of segments, forward and backward, without padding and without a whole mask.
 
-Each tile of the layout is a few matrix products of its queries against its own keys. The heads that share a
-key (grouped-query attention) are folded into the rows of one product, so that nothing is expanded. Nothing is
-kept for the backward but queries, keys and values: the weights are computed again, tile by tile.
+Each tile of the layout is a few matrix products of its queries against its own keys; tiles of one shape are
+computed together. The heads that share a key (grouped-query attention) are folded into the rows of one
+product, so that nothing is expanded. Nothing is kept for the backward but queries, keys and values: the
+weights are computed again, batch by batch.
 
 Knows tensors and tiles; not models, tokens or caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from deltaw.kernels.layout import Layout, Tile
-
-# Up to so many (query, key) pairs a tile's products are computed in fp32 even for bf16 inputs: low-precision
-# libraries build a kernel for every shape, which for a small tile takes longer than it saves, and keep it.
-SMALL_TILE = 128 * 256
+from deltaw.kernels.layout import Layout, TileBatch, Tiles
 
 
 def forest_attention(
@@ -41,7 +36,7 @@ def forest_attention(
 
     Returns:
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
-        inputs), the other products in the inputs' own dtype, or in fp32 too where a tile is small.
+        inputs), the products with the values in the inputs' own dtype.
     """
     return _ForestAttention.apply(query, key, value, layout.tiles(window), scaling, softcap)
 
@@ -70,45 +65,51 @@ def forest_attention_reference(
 
 class _ForestAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, tiles: Sequence[Tile], scaling, softcap):  # type: ignore[override]
-        heads, length, _ = query.shape
-        out = value.new_empty(heads, length, value.shape[-1])
-        for tile in tiles:
-            dtype = _product_dtype(query, tile)
-            rows = _folded(query, key, tile)
-            weights, _ = _weights(rows, _gathered(key, tile), tile, scaling, softcap)
-            product = torch.bmm(weights.to(dtype), _gathered(value, tile).to(dtype))
-            out[:, tile.start : tile.stop] = product.view(heads, tile.stop - tile.start, -1)
+    def forward(ctx, query, key, value, tiles: Tiles, scaling, softcap):  # type: ignore[override]
+        key_heads = key.shape[0]
+        queries = query.index_select(1, tiles.gather)
+        products, at = [], 0
+        for batch in tiles.batches:
+            rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
+            weights, _ = _weights(rows, _gathered(key, batch), batch, scaling, softcap)
+            product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
+            products.append(_unfolded(product, key_heads, batch))
+            at += batch.count * batch.queries
         ctx.save_for_backward(query, key, value)
         ctx.tiles, ctx.scaling, ctx.softcap = tiles, scaling, softcap
-        return out
+        return torch.cat(products, dim=1).index_select(1, tiles.slots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[override]
         query, key, value = ctx.saved_tensors
-        heads = query.shape[0]
+        tiles: Tiles = ctx.tiles
+        key_heads = key.shape[0]
         wide = _score_dtype(query)
-        grad_query = torch.empty_like(query)
         # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
-        grad_key = torch.zeros_like(key, dtype=wide)
-        grad_value = torch.zeros_like(value, dtype=wide)
-        for tile in ctx.tiles:
-            dtype = _product_dtype(query, tile)
-            rows = _folded(query, key, tile).to(dtype)
-            keys, values = _gathered(key, tile).to(dtype), _gathered(value, tile).to(dtype)
-            weights, slope = _weights(rows, keys, tile, ctx.scaling, ctx.softcap)
-            grad = _folded(grad_out, key, tile).to(dtype)
-            _scatter(grad_value, torch.bmm(weights.to(dtype).transpose(1, 2), grad), tile)
+        grad_key, grad_value = (torch.zeros_like(t, dtype=wide).flatten(0, 1) for t in (key, value))
+        queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
+        grad_queries, at = [], 0
+        for batch in tiles.batches:
+            there = slice(at, at + batch.count * batch.queries)
+            at = there.stop
+            # What only fills a tile up must not reach the keys: its gradient is made zero.
+            grad = grads[:, there].index_fill_(1, batch.filling, 0)
+            grad = _folded(grad, key_heads, batch)
+            rows = _folded(queries[:, there], key_heads, batch)
+            keys, values = _gathered(key, batch), _gathered(value, batch)
+            weights, slope = _weights(rows, keys, batch, ctx.scaling, ctx.softcap)
+            places = _places(batch, key_heads, key.shape[1])
+            _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
             grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)
             if slope is not None:
                 grad_scores.mul_(slope)
-            grad_scores = grad_scores.mul_(ctx.scaling).to(dtype)
-            grad_query[:, tile.start : tile.stop] = torch.bmm(grad_scores, keys).view(
-                heads, tile.stop - tile.start, -1
-            )
-            _scatter(grad_key, torch.bmm(grad_scores.transpose(1, 2), rows), tile)
+            grad_scores = grad_scores.mul_(ctx.scaling).to(query.dtype)
+            _scatter(grad_key, places, torch.bmm(grad_scores.transpose(1, 2), rows))
+            grad_queries.append(_unfolded(torch.bmm(grad_scores, keys), key_heads, batch))
+        grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
+        grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
@@ -116,43 +117,48 @@ def _score_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _product_dtype(query: Tensor, tile: Tile) -> torch.dtype:
-    """What a tile's products are computed in (see SMALL_TILE)."""
-    small = (tile.stop - tile.start) * tile.key_count <= SMALL_TILE
-    return _score_dtype(query) if small and query.device.type == "cpu" else query.dtype
+def _folded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:
+    """(heads, n·L, d) as (key heads · n, group · L, d): heads that share a key laid below one another."""
+    size = rows.shape[-1]
+    by_tile = rows.view(key_heads, -1, batch.count, batch.queries, size).transpose(1, 2)
+    return by_tile.reshape(key_heads * batch.count, -1, size)
 
 
-def _folded(per_head: Tensor, key: Tensor, tile: Tile) -> Tensor:
-    """Rows of the tile with the heads of a group laid below one another: (key heads, group · rows, d)."""
-    rows = per_head[:, tile.start : tile.stop]
-    return rows.reshape(key.shape[0], -1, per_head.shape[-1])
+def _unfolded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:
+    """The reverse of :func:`_folded`."""
+    size = rows.shape[-1]
+    by_head = rows.view(key_heads, batch.count, -1, batch.queries, size).transpose(1, 2)
+    return by_head.reshape(-1, batch.count * batch.queries, size)
 
 
-def _gathered(per_key: Tensor, tile: Tile) -> Tensor:
-    """The tile's keys or values side by side: (key heads, keys, d); a view where they lie in one piece."""
-    if len(tile.keys) == 1:
-        return per_key[:, tile.keys[0][0] : tile.keys[0][1]]
-    return torch.cat([per_key[:, start:stop] for start, stop in tile.keys], dim=1)
+def _gathered(per_key: Tensor, batch: TileBatch) -> Tensor:
+    """The keys or values of each tile: (key heads · n, K, d)."""
+    picked = per_key.index_select(1, batch.keys.flatten())
+    return picked.view(-1, batch.keys.shape[1], per_key.shape[-1])
 
 
-def _scatter(into: Tensor, part: Tensor, tile: Tile) -> None:
-    at = 0
-    for start, stop in tile.keys:
-        into[:, start:stop] += part[:, at : at + stop - start]
-        at += stop - start
+def _places(batch: TileBatch, key_heads: int, length: int) -> Tensor:
+    """Where each gathered key stands in (key heads · T, d)."""
+    heads = torch.arange(key_heads, device=batch.keys.device)[:, None] * length
+    return (heads + batch.keys.flatten()).flatten()
+
+
+def _scatter(into: Tensor, places: Tensor, part: Tensor) -> None:
+    into.index_add_(0, places, part.flatten(0, 1).to(into.dtype))
 
 
 def _weights(
-    rows: Tensor, keys: Tensor, tile: Tile, scaling: float, softcap: float | None
+    rows: Tensor, keys: Tensor, batch: TileBatch, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention weights (key heads, group · rows, keys), and the soft cap's slope where there is one."""
+    """Attention weights (key heads · n, group · L, K), and the soft cap's slope where there is one."""
     wide = _score_dtype(rows)
     scores = torch.bmm(rows.to(wide) * scaling, keys.to(wide).transpose(1, 2))
     slope = None
     if softcap is not None:
         capped = torch.tanh_(scores / softcap)
         scores, slope = softcap * capped, 1 - capped * capped
-    if tile.hidden is not None:
-        height = tile.stop - tile.start
-        scores.view(scores.shape[0], -1, height, scores.shape[-1]).masked_fill_(tile.hidden, float("-inf"))
+    width = batch.hidden.shape[-1]
+    if width:
+        by_tile = scores.view(-1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2])
+        by_tile[..., -width:].masked_fill_(batch.hidden[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1), slope

@@ -8,37 +8,80 @@ This module knows positions and visibility only; not what the tokens are, nor an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# A tile costs a handful of kernel calls whatever its size; measured on a 2-core AVX-512 machine, that fixed
-# part equals the arithmetic of about this many (query, key) pairs over all heads of a small model.
-PAIRS_PER_CALL = 3000
+# A further tile in a batch costs about the arithmetic of this many (query, key) pairs over all heads of a small
+# model, measured on a 2-core AVX-512 machine; the pairs that filling up to a grid adds are counted as pairs.
+PAIRS_PER_TILE = 1500
 # Queries per tile at most: longer ones waste arithmetic above the diagonal and spill out of the cache.
 LARGEST_ATOM = 128
 LARGEST_TILE = 256
+# Tiles are filled up to multiples of these, so that many have the same shape and are computed together; and
+# so that shapes come again, since a CPU's matrix library builds and keeps a kernel for each that it meets.
+QUERY_GRID, KEY_GRID = 16, 32
+# Tiles with more pairs than this fill the machine alone; smaller ones are batched up to BATCH_PAIRS.
+LARGE_TILE = 128 * 256
+BATCH_PAIRS = 2**20
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries ``start:stop`` of the flat row against the keys in ``keys`` (ranges of the flat row, in order).
-
-    ``hidden`` is a bool tensor (stop - start, number of keys), True where a query must not see a key; None
-    where it sees them all.
-    """
+    """Queries ``start:stop`` of the flat row against the keys in ``ranges`` (of the flat row, in order)."""
 
     start: int
     stop: int
-    keys: tuple[tuple[int, int], ...]
-    hidden: Tensor | None
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys, filled up to the grid."""
+        return _on_grid(self.stop - self.start, QUERY_GRID), _on_grid(self.key_count, KEY_GRID)
 
     @property
     def key_count(self) -> int:
-        return sum(stop - start for start, stop in self.keys)
+        return sum(stop - start for start, stop in self.ranges)
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """n tiles of one shape, computed together: L queries against K keys each.
+
+    Args:
+        keys: (n, K) place of each key in the flat row; what fills a tile up is place 0, hidden.
+        hidden: (n, L, W) bool, True where a query must not see one of the **last** W keys; every query sees
+            those before. A query that fills a tile up sees at least the first key.
+        filling: queries, counted through the n·L of the batch, that only fill tiles up.
+        queries: L.
+    """
+
+    keys: Tensor
+    hidden: Tensor
+    filling: Tensor
+    queries: int
+
+    @property
+    def count(self) -> int:
+        return self.keys.shape[0]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A row cut into batches of tiles.
+
+    Args:
+        batches: in the order of their queries in ``gather``.
+        gather: (S,) place in the flat row of every query of every batch, one batch after another.
+        slots: (T,) where each place of the flat row stands in ``gather``.
+    """
+
+    batches: list[TileBatch]
+    gather: Tensor
+    slots: Tensor
 
 
 @dataclass(eq=False)
@@ -55,7 +98,7 @@ class Layout:
     stops: np.ndarray
     parents: np.ndarray
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _tiles: dict[int | None, list[Tile]] = field(default_factory=dict, repr=False)
+    _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Layout:
@@ -98,10 +141,10 @@ class Layout:
         segment = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
         return self._visible(self._ancestry(), segment, segment, *2 * (self.positions(),), window)
 
-    def tiles(self, window: int | None = None) -> list[Tile]:
+    def tiles(self, window: int | None = None) -> Tiles:
         """The row cut into tiles that cover every visible pair, at about the least cost; kept once made."""
         if window not in self._tiles:
-            self._tiles[window] = self._plan(window)
+            self._tiles[window] = self._batched(self._plan(window), window)
         return self._tiles[window]
 
     def _ancestry(self) -> np.ndarray:
@@ -127,34 +170,35 @@ class Layout:
         return seen & (back < window) if window is not None else seen
 
     def _plan(self, window: int | None) -> list[Tile]:
+        """Neighbouring atoms become one tile where that is cheaper: dynamic programming over the last cut."""
         atoms = self._atoms(window)
         best = [0.0] + [float("inf")] * len(atoms)
+        tiles: list[Tile | None] = [None] * (len(atoms) + 1)
         cut = [0] * (len(atoms) + 1)
         for first in range(len(atoms)):
             spans: dict[int, tuple[int, int]] = {}
             for last in range(first, len(atoms)):
-                queries = atoms[last].stop - atoms[first].start
-                if last > first and queries > LARGEST_TILE:
+                if last > first and atoms[last].stop - atoms[first].start > LARGEST_TILE:
                     break
                 for segment, (low, high) in atoms[last].spans.items():
                     known = spans.get(segment, (low, high))
                     spans[segment] = (min(low, known[0]), max(high, known[1]))
-                cost = best[first] + PAIRS_PER_CALL + queries * sum(b - a for a, b in spans.values())
+                tile = Tile(atoms[first].start, atoms[last].stop, _joined(spans.values()))
+                queries, keys = tile.shape
+                cost = best[first] + PAIRS_PER_TILE + queries * keys
                 if cost < best[last + 1]:
-                    best[last + 1], cut[last + 1] = cost, first
-        bounds, end = [], len(atoms)
+                    best[last + 1], cut[last + 1], tiles[last + 1] = cost, first, tile
+        chosen: list[Tile] = []
+        end = len(atoms)
         while end > 0:
-            bounds.append((cut[end], end))
+            tile_here = tiles[end]
+            assert tile_here is not None
+            chosen.append(tile_here)
             end = cut[end]
-        ancestry, positions = self._ancestry(), self.positions()
-        segments = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
-        return [
-            self._tile(atoms[first:end], ancestry, segments, positions, window)
-            for first, end in reversed(bounds)
-        ]
+        return chosen[::-1]
 
     def _atoms(self, window: int | None) -> list[_Atom]:
-        """Each segment in pieces of at most LARGEST_ATOM queries, with the key spans that each piece needs."""
+        """Each segment in pieces of at most LARGEST_ATOM queries, with the key spans that each needs."""
         atoms: list[_Atom] = []
         offsets = self.offsets()
         for segment, (start, stop) in enumerate(zip(self.starts, self.stops, strict=True)):
@@ -172,32 +216,73 @@ class Layout:
                 atoms.append(_Atom(low, high, spans))
         return atoms
 
-    def _tile(
-        self,
-        atoms: Sequence[_Atom],
-        ancestry: np.ndarray,
-        segments: np.ndarray,
-        positions: np.ndarray,
-        window: int | None,
-    ) -> Tile:
-        spans: dict[int, tuple[int, int]] = {}
-        for atom in atoms:
-            for segment, (low, high) in atom.spans.items():
-                known = spans.get(segment, (low, high))
-                spans[segment] = (min(low, known[0]), max(high, known[1]))
-        ranges: list[tuple[int, int]] = []
-        for low, high in sorted(spans.values()):
-            if ranges and ranges[-1][1] == low:
-                ranges[-1] = (ranges[-1][0], high)
-            else:
-                ranges.append((low, high))
-        queries = np.arange(atoms[0].start, atoms[-1].stop)
-        keys = np.concatenate([np.arange(low, high) for low, high in ranges])
-        seen = self._visible(
-            ancestry, segments[queries], segments[keys], positions[queries], positions[keys], window
+    def _batched(self, tiles: list[Tile], window: int | None) -> Tiles:
+        by_shape: dict[tuple[int, int], list[Tile]] = {}
+        for tile in tiles:
+            by_shape.setdefault(tile.shape, []).append(tile)
+        ancestry, positions = self._ancestry(), self.positions()
+        segments = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
+        batches, gather = [], []
+        slots = np.zeros(self.length, dtype=np.int64)
+        filled = 0
+        for (queries, keys), group in by_shape.items():
+            pairs = queries * keys
+            most = 1 if pairs > LARGE_TILE else max(1, BATCH_PAIRS // pairs)
+            for part in (group[i : i + most] for i in range(0, len(group), most)):
+                count = _on_grid(len(part), 1)
+                places = np.zeros((count, queries), dtype=np.int64)
+                key_places = np.zeros((count, keys), dtype=np.int64)
+                seen = np.zeros((count, queries, keys), dtype=bool)
+                seen[:, :, 0] = True
+                for n, tile in enumerate(part):
+                    height, width = tile.stop - tile.start, tile.key_count
+                    rows = np.arange(tile.start, tile.stop)
+                    columns = np.concatenate([np.arange(low, high) for low, high in tile.ranges])
+                    places[n, :height], key_places[n, :width] = rows, columns
+                    slots[rows] = filled + n * queries + np.arange(height)
+                    seen[n, :height, :width] = self._visible(
+                        ancestry, segments[rows], segments[columns], positions[rows], positions[columns], window
+                    )
+                    seen[n, :height, width:] = False
+                used = [t.stop - t.start for t in part] + [0] * (count - len(part))
+                filling = np.concatenate([n * queries + np.arange(u, queries) for n, u in enumerate(used)])
+                batches.append(self._batch(key_places, seen, filling))
+                gather.append(places.ravel())
+                filled += places.size
+        return Tiles(batches, self._tensor(np.concatenate(gather)), self._tensor(slots))
+
+    def _batch(self, keys: np.ndarray, seen: np.ndarray, filling: np.ndarray) -> TileBatch:
+        count, queries, _ = seen.shape
+        hidden_rows = ~seen
+        hidden_rows.reshape(count * queries, -1)[filling] = False
+        hidden_columns = hidden_rows.any(axis=(0, 1))
+        first = int(np.argmax(hidden_columns)) if hidden_columns.any() else seen.shape[2]
+        return TileBatch(
+            self._tensor(keys),
+            torch.from_numpy(np.ascontiguousarray(hidden_rows[:, :, first:])).to(self.device),
+            self._tensor(filling),
+            queries,
         )
-        hidden = None if seen.all() else torch.from_numpy(~seen).to(self.device)
-        return Tile(atoms[0].start, atoms[-1].stop, tuple(ranges), hidden)
+
+    def _tensor(self, places: np.ndarray) -> Tensor:
+        return torch.from_numpy(places).to(self.device)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges in order, those that touch made one."""
+    ranges: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if ranges and ranges[-1][1] == low:
+            ranges[-1] = (ranges[-1][0], high)
+        else:
+            ranges.append((low, high))
+    return tuple(ranges)
+
+
+def _on_grid(count: int, least: int) -> int:
+    """``count`` rounded up to a multiple of ``least``, or of an eighth of its power of two where that is more."""
+    step = max(least, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
