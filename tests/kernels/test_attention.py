@@ -36,16 +36,16 @@ def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
     covered = np.zeros((layout.length, layout.length), dtype=int)
     tiles = layout.tiles(window)
     gather, at = tiles.gather.numpy(), 0
+    filling = np.zeros(len(gather), bool)
+    filling[tiles.filling.numpy()] = True
     assert (gather[tiles.slots.numpy()] == np.arange(layout.length)).all()
     for batch in tiles.batches:
         seen = np.ones((batch.count, batch.queries, batch.keys.shape[1]), bool)
         width = batch.hidden.shape[-1]
         seen[:, :, seen.shape[2] - width :] = ~batch.hidden.numpy()
         places = gather[at : at + batch.count * batch.queries].reshape(batch.count, -1)
+        seen[filling[at : at + places.size].reshape(places.shape)] = False
         at += places.size
-        filling = np.zeros(places.size, bool)
-        filling[batch.filling.numpy()] = True
-        seen[filling.reshape(places.shape)] = False
         for n in range(batch.count):
             rows, columns = np.nonzero(seen[n])
             np.add.at(covered, (places[n][rows], batch.keys[n].numpy()[columns]), 1)

@@ -67,11 +67,13 @@ class _ForestAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, tiles: Tiles, scaling, softcap):  # type: ignore[override]
         key_heads = key.shape[0]
-        queries = query.index_select(1, tiles.gather)
+        wide = _score_dtype(query)
+        queries = query.to(wide).mul(scaling).index_select(1, tiles.gather)
+        wide_key = key.to(wide)
         products, at = [], 0
         for batch in tiles.batches:
             rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
-            weights, _ = _weights(rows, _gathered(key, batch), batch, scaling, softcap)
+            weights, _ = _weights(rows, _gathered(wide_key, batch), batch, softcap)
             product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
             products.append(_unfolded(product, key_heads, batch))
             at += batch.count * batch.queries
@@ -89,16 +91,15 @@ class _ForestAttention(torch.autograd.Function):
         # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
         grad_key, grad_value = (torch.zeros_like(t, dtype=wide).flatten(0, 1) for t in (key, value))
         queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
+        grads.index_fill_(1, tiles.filling, 0)  # what only fills a tile up must not reach the keys
         grad_queries, at = [], 0
         for batch in tiles.batches:
             there = slice(at, at + batch.count * batch.queries)
             at = there.stop
-            # What only fills a tile up must not reach the keys: its gradient is made zero.
-            grad = grads[:, there].index_fill_(1, batch.filling, 0)
-            grad = _folded(grad, key_heads, batch)
+            grad = _folded(grads[:, there], key_heads, batch)
             rows = _folded(queries[:, there], key_heads, batch)
             keys, values = _gathered(key, batch), _gathered(value, batch)
-            weights, slope = _weights(rows, keys, batch, ctx.scaling, ctx.softcap)
+            weights, slope = _weights(rows.to(wide).mul(ctx.scaling), keys.to(wide), batch, ctx.softcap)
             places = _places(batch, key_heads, key.shape[1])
             _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
             grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
@@ -148,11 +149,11 @@ def _scatter(into: Tensor, places: Tensor, part: Tensor) -> None:
 
 
 def _weights(
-    rows: Tensor, keys: Tensor, batch: TileBatch, scaling: float, softcap: float | None
+    rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention weights (key heads · n, group · L, K), and the soft cap's slope where there is one."""
-    wide = _score_dtype(rows)
-    scores = torch.bmm(rows.to(wide) * scaling, keys.to(wide).transpose(1, 2))
+    """Attention weights (key heads · n, group · L, K) of scaled queries, and the soft cap's slope where there
+    is one. Both inputs are wide already."""
+    scores = torch.bmm(rows, keys.transpose(1, 2))
     slope = None
     if softcap is not None:
         capped = torch.tanh_(scores / softcap)

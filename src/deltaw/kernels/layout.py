@@ -18,6 +18,8 @@ from torch import Tensor
 # A further tile in a batch costs about the arithmetic of this many (query, key) pairs over all heads of a small
 # model, measured on a 2-core AVX-512 machine; the pairs that filling up to a grid adds are counted as pairs.
 PAIRS_PER_TILE = 1500
+# A further batch of tiles costs some thirty kernel calls, which equals about this many pairs.
+PAIRS_PER_BATCH = 6000
 # Queries per tile at most: longer ones waste arithmetic above the diagonal and spill out of the cache.
 LARGEST_ATOM = 128
 LARGEST_TILE = 256
@@ -55,13 +57,11 @@ class TileBatch:
         keys: (n, K) place of each key in the flat row; what fills a tile up is place 0, hidden.
         hidden: (n, L, W) bool, True where a query must not see one of the **last** W keys; every query sees
             those before. A query that fills a tile up sees at least the first key.
-        filling: queries, counted through the n·L of the batch, that only fill tiles up.
         queries: L.
     """
 
     keys: Tensor
     hidden: Tensor
-    filling: Tensor
     queries: int
 
     @property
@@ -77,11 +77,13 @@ class Tiles:
         batches: in the order of their queries in ``gather``.
         gather: (S,) place in the flat row of every query of every batch, one batch after another.
         slots: (T,) where each place of the flat row stands in ``gather``.
+        filling: what of ``gather`` only fills tiles up.
     """
 
     batches: list[TileBatch]
     gather: Tensor
     slots: Tensor
+    filling: Tensor
 
 
 @dataclass(eq=False)
@@ -217,12 +219,10 @@ class Layout:
         return atoms
 
     def _batched(self, tiles: list[Tile], window: int | None) -> Tiles:
-        by_shape: dict[tuple[int, int], list[Tile]] = {}
-        for tile in tiles:
-            by_shape.setdefault(tile.shape, []).append(tile)
+        by_shape = _grouped(tiles)
         ancestry, positions = self._ancestry(), self.positions()
         segments = np.repeat(np.arange(len(self.starts)), self.stops - self.starts)
-        batches, gather = [], []
+        batches, gather, fillings = [], [], []
         slots = np.zeros(self.length, dtype=np.int64)
         filled = 0
         for (queries, keys), group in by_shape.items():
@@ -248,8 +248,9 @@ class Layout:
                 filling = np.concatenate([n * queries + np.arange(u, queries) for n, u in enumerate(used)])
                 batches.append(self._batch(key_places, seen, filling))
                 gather.append(places.ravel())
+                fillings.append(filled + filling)
                 filled += places.size
-        return Tiles(batches, self._tensor(np.concatenate(gather)), self._tensor(slots))
+        return Tiles(batches, *map(self._tensor, (np.concatenate(gather), slots, np.concatenate(fillings))))
 
     def _batch(self, keys: np.ndarray, seen: np.ndarray, filling: np.ndarray) -> TileBatch:
         count, queries, _ = seen.shape
@@ -260,12 +261,26 @@ class Layout:
         return TileBatch(
             self._tensor(keys),
             torch.from_numpy(np.ascontiguousarray(hidden_rows[:, :, first:])).to(self.device),
-            self._tensor(filling),
             queries,
         )
 
     def _tensor(self, places: np.ndarray) -> Tensor:
         return torch.from_numpy(places).to(self.device)
+
+
+def _grouped(tiles: Sequence[Tile]) -> dict[tuple[int, int], list[Tile]]:
+    """Tiles by shape; a few small ones are filled up to a larger shape where that saves a batch."""
+    groups: dict[tuple[int, int], list[Tile]] = {}
+    for tile in tiles:
+        groups.setdefault(tile.shape, []).append(tile)
+    for shape in sorted(groups, key=lambda s: s[0] * s[1]):
+        larger = [s for s in groups if s != shape and s[0] >= shape[0] and s[1] >= shape[1]]
+        if not larger:
+            continue
+        best = min(larger, key=lambda s: s[0] * s[1])
+        if len(groups[shape]) * (best[0] * best[1] - shape[0] * shape[1]) < PAIRS_PER_BATCH:
+            groups[best] = groups[best] + groups.pop(shape)
+    return groups
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
