@@ -16,7 +16,7 @@ demo: $(VENV)/.run
 	@cat examples/next-steps.txt
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,6 @@
 """LoRA in a loop of your own, on any torch module: here a small network that learns a new target.
 
-    python examples/own_loop.py
+python examples/own_loop.py
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def example(tokens, labels=None, row=1):
 
 @st.composite
 def rows(draw):
-    """Rows that often begin alike: each continues a piece of an earlier one; few token ids, so they collide."""
+    """Rows that often begin alike: each continues a piece of an earlier one, with few token ids."""
     made: list[list[int]] = []
     for _ in range(draw(st.integers(1, 8))):
         start: list[int] = []
@@ -32,7 +32,7 @@ def rows(draw):
         tail = draw(st.lists(st.integers(0, 2), min_size=0 if len(start) > 1 else 2, max_size=12))
         made.append(start + tail)
     return [
-        example(r, [False] + draw(st.lists(st.booleans(), min_size=len(r) - 1, max_size=len(r) - 1)), row=i)
+        example(r, [False, *draw(st.lists(st.booleans(), min_size=len(r) - 1, max_size=len(r) - 1))], row=i)
         for i, r in enumerate(made)
     ]
 

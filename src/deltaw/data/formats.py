@@ -182,7 +182,9 @@ def _string(value: object, key: str, where: str) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
-                f"'{key}' holds half of a surrogate pair, which is no text", where=where
+                f"'{key}' holds half of a surrogate pair, which is no text",
+                where=where,
+                mend="write the character whole, or leave it out",
             ) from error
     return value
 
@@ -253,12 +255,20 @@ _SHAREGPT_ROLES = {
 def _read_sharegpt(row: Row, where: str) -> Conversation:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        raise UserError(f"'conversations' must be a list but is a {type(turns).__name__}", where=where)
+        raise UserError(
+            f"'conversations' must be a list but is a {type(turns).__name__}",
+            where=where,
+            mend='write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]',
+        )
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise UserError("a turn must be an object with 'from' and 'value'", where=place)
+            raise UserError(
+                "a turn must be an object with 'from' and 'value'",
+                where=place,
+                mend='write it as {"from": "human", "value": "…"}',
+            )
         speaker = _string(turn["from"], "from", place)
         if speaker not in _SHAREGPT_ROLES:
             raise UserError(
@@ -278,7 +288,11 @@ _ROLES = ("system", "user", "assistant", "tool")
 def _messages(value: object, key: str, where: str) -> list[Message]:
     """A list of messages, each with a known role and text as content; keys that are null are left out."""
     if not isinstance(value, list):
-        raise UserError(f"'{key}' must be a list of messages but is a {type(value).__name__}", where=where)
+        raise UserError(
+            f"'{key}' must be a list of messages but is a {type(value).__name__}",
+            where=where,
+            mend='write it as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
+        )
     messages: list[Message] = []
     for number, turn in enumerate(value, start=1):
         place = f"{where}, turn {number}"

@@ -2,8 +2,8 @@
 
 The rows of an optimizer step are sorted, cut into passes that fit a budget of tokens, and each pass is laid
 out as a prefix tree (:class:`deltaw.kernels.layout.Layout`): tokens that rows share at their beginning are
-one segment with the rest hanging under it. A padded batch, for models that cannot run a flat row, has the same
-type and gives the same loss.
+one segment with the rest hanging under it. A padded batch, for models that cannot run a flat row, has the
+same type and gives the same loss.
 
 Knows tokens and labels; not text, templates or models.
 """
@@ -97,7 +97,11 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
     parents = [place[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
     lengths = [n.stop - n.start for n in nodes]
     filler = _filler(sum(lengths))
-    layout = Layout.of_lengths([*lengths, filler], [*parents, -1]) if filler else Layout.of_lengths(lengths, parents)
+    layout = (
+        Layout.of_lengths([*lengths, filler], [*parents, -1])
+        if filler
+        else Layout.of_lengths(lengths, parents)
+    )
     layout.device = torch.device(device)
     counts = [np.zeros(n.stop - n.start, np.float32) for n in nodes]
     for example, leaf in tree.ends:

@@ -160,6 +160,8 @@ def _weights(
         scores, slope = softcap * capped, 1 - capped * capped
     width = batch.hidden.shape[-1]
     if width:
-        by_tile = scores.view(-1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2])
+        by_tile = scores.view(
+            -1, batch.count, scores.shape[1] // batch.queries, batch.queries, scores.shape[2]
+        )
         by_tile[..., -width:].masked_fill_(batch.hidden[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1), slope

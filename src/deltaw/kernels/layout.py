@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A further tile in a batch costs about the arithmetic of this many (query, key) pairs over all heads of a small
-# model, measured on a 2-core AVX-512 machine; the pairs that filling up to a grid adds are counted as pairs.
+# A further tile in a batch costs about the arithmetic of this many (query, key) pairs over all heads of a
+# small model, measured on a 2-core AVX-512 machine; pairs that filling up to a grid adds count as pairs.
 PAIRS_PER_TILE = 1500
 # A further batch of tiles costs some thirty kernel calls, which equals about this many pairs.
 PAIRS_PER_BATCH = 6000
@@ -241,7 +241,12 @@ class Layout:
                     places[n, :height], key_places[n, :width] = rows, columns
                     slots[rows] = filled + n * queries + np.arange(height)
                     seen[n, :height, :width] = self._visible(
-                        ancestry, segments[rows], segments[columns], positions[rows], positions[columns], window
+                        ancestry,
+                        segments[rows],
+                        segments[columns],
+                        positions[rows],
+                        positions[columns],
+                        window,
                     )
                     seen[n, :height, width:] = False
                 used = [t.stop - t.start for t in part] + [0] * (count - len(part))
@@ -295,7 +300,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _on_grid(count: int, least: int) -> int:
-    """``count`` rounded up to a multiple of ``least``, or of an eighth of its power of two where that is more."""
+    """``count`` rounded up to a multiple of ``least``, or of an eighth of its power of two if more."""
     step = max(least, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 

@@ -258,14 +258,18 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
         alpha = value_by_pattern(config.alpha_pattern, name, config.alpha)
         targets[name] = Target((name, *(n for n in named.names if n != name)), named.module, rank, alpha)
     if not targets:
-        raise UserError("the file holds no LoRA factors", where=where)
+        raise UserError("the file holds no LoRA factors", where=where, mend="save the adapter again")
     chosen = [targets[name] for named in modules for name in named.names if name in targets]
     selection = select(model, config, strict=False)
     whole_modules = {id(inner) for whole in wholes for inner in whole.module.modules()}
     for target in selection.targets:
         if not any(name in targets for name in target.names) and id(target.module) not in whole_modules:
             missing = f"{peft_format.PREFIX}{target.names[0]}.lora_A.weight"
-            raise UserError(f"tensor '{missing}' is missing: the settings name its module", where=where)
+            raise UserError(
+                f"tensor '{missing}' is missing: the settings name its module",
+                where=where,
+                mend="load it on the base model that it was trained on, or save the adapter again",
+            )
     return Selection(chosen, wholes, selection.matches)
 
 
@@ -309,7 +313,11 @@ def _fill(model: nn.Module, record: Attachment, tensors: Mapping[str, Tensor], w
 
 def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> Tensor:
     if key not in left:
-        raise UserError(f"tensor '{key}' is missing", where=where)
+        raise UserError(
+            f"tensor '{key}' is missing",
+            where=where,
+            mend="load it on the base model that it was trained on, or save the adapter again",
+        )
     found = left.pop(key)
     if found.shape != shape:
         raise UserError(
@@ -339,7 +347,11 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
             where=where,
             mend="load it on the base model that it was trained on, with the vocabulary of the same size",
         )
-    raise UserError(f"tensor '{key}' fits nothing in the model", where=where)
+    raise UserError(
+        f"tensor '{key}' fits nothing in the model",
+        where=where,
+        mend="load it on the base model that it was trained on",
+    )
 
 
 _WRAPPER_PARTS = ("original_module", "modules_to_save")

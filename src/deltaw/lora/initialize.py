@@ -121,7 +121,7 @@ def _pissa(layer: LoRALayer) -> None:
     # nn.Linear's weight is (out, in); transformers' Conv1D already has (in, out).
     wide = (original.t() if isinstance(layer, nn.Linear) else original).to(layer.lora_A.dtype)
     if not torch.isfinite(wide).all():
-        raise UserError("init 'pissa' needs finite weights", where="init")
+        raise UserError("init 'pissa' needs finite weights", where="init", mend="use init 'uniform'")
     left, values, right = torch.linalg.svd(wide, full_matrices=False)
     root = (values[: layer.rank] / layer.scaling).sqrt()
     layer.lora_A.copy_(left[:, : layer.rank] * root)

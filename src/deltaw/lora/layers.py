@@ -71,9 +71,17 @@ class LoRALayer(nn.Module):
     ) -> None:
         """Freeze what the layer has, and put factors of ``shapes`` beside it."""
         if rank < 1:
-            raise UserError(f"rank must be a whole number of at least 1, not {rank}", where="rank")
+            raise UserError(
+                f"rank must be a whole number of at least 1, not {rank}",
+                where="rank",
+                mend="give rank 16, say",
+            )
         if not 0.0 <= dropout < 1.0:
-            raise UserError(f"dropout must be at least 0 and below 1, not {dropout}", where="dropout")
+            raise UserError(
+                f"dropout must be at least 0 and below 1, not {dropout}",
+                where="dropout",
+                mend="give 0.05, say",
+            )
         for parameter in self._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)

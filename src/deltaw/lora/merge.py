@@ -40,7 +40,9 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
                 mend="untie the two, or keep the adapter separate",
             )
         if reason := layer.merge_refusal():
-            raise UserError(f"'{name}' cannot be merged: {reason}", where=name)
+            raise UserError(
+                f"'{name}' cannot be merged: {reason}", where=name, mend="keep the adapter separate"
+            )
     # Without room for all sums at once, they are formed twice: to look at them, and to keep them.
     sums: dict[str, Tensor] = {}
     for name, layer in layers:

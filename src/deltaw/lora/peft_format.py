@@ -152,7 +152,9 @@ def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
     """
     if settings.get("peft_type") != "LORA":
         raise UserError(
-            f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read", where=where
+            f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read",
+            where=where,
+            mend="give a LoRA adapter's folder",
         )
     for key, value in settings.items():
         if key not in _READ and key not in _NO_MATHEMATICS and value and value != DEFAULTS.get(key):

@@ -98,10 +98,16 @@ def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selecti
     excluded = _match_excluded(config, modules, matches, strict)
     chosen = [m for m in chosen if id(m.module) not in excluded]
     if not chosen and strict:
-        raise UserError("exclude_modules leaves nothing to adapt", where="exclude_modules")
+        raise UserError(
+            "exclude_modules leaves nothing to adapt", where="exclude_modules", mend="exclude fewer modules"
+        )
     kept = [m for m in chosen if id(m.module) not in inside]
     if not kept and strict:
-        raise UserError("train_modules holds everything that target_modules matches", where="train_modules")
+        raise UserError(
+            "train_modules holds everything that target_modules matches",
+            where="train_modules",
+            mend="name the modules in one of the two",
+        )
     kept = _in_layers(config, kept, matches, strict)
     _refuse_unsupported(model, kept, modules)
     ranks = _match_patterns("rank_pattern", config.rank_pattern, kept, matches, strict)
@@ -253,7 +259,9 @@ def _match_wholes(
     outer = [m for m in found if id(m.module) not in below]
     for named in outer:
         if not any(p.is_floating_point() for p in named.module.parameters()):
-            raise UserError(f"'{named.names[0]}' has no parameters to train", where="train_modules")
+            raise UserError(
+                f"'{named.names[0]}' has no parameters to train", where="train_modules", mend="leave it out"
+            )
     return [Whole(m.names, m.module) for m in outer]
 
 

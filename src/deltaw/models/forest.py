@@ -68,6 +68,16 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
+def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
+    """The model's inputs for one row of ``tokens`` (1, T), whichever attention is set at the moment."""
+    if model.config._attn_implementation != ATTENTION:
+        return {"input_ids": tokens}
+    layout = Layout.of_lengths([tokens.shape[1]])
+    layout.device = tokens.device
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return {"input_ids": tokens, "position_ids": positions, "forest_layout": layout}
+
+
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of the model below its output head."""
     return model.base_model

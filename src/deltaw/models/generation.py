@@ -224,7 +224,11 @@ def _decoder(model: PreTrainedModel) -> GenerationMixin:
         UserError: the model does not generate.
     """
     if not isinstance(model, GenerationMixin):
-        raise UserError(f"a {type(model).__name__} does not generate text", where="model")
+        raise UserError(
+            f"a {type(model).__name__} does not generate text",
+            where="model",
+            mend="give a causal language model",
+        )
     return model
 
 

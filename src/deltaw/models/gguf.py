@@ -220,7 +220,11 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
             mend="give the model's safetensors folder instead",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError("the .gguf file's tokenizer is of a kind that cannot be saved", where=str(path))
+        raise UserError(
+            "the .gguf file's tokenizer is of a kind that cannot be saved",
+            where=str(path),
+            mend="give the model's safetensors folder instead",
+        )
     # How it was read just now is nobody's business later.
     for name in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(name, None)
@@ -250,7 +254,11 @@ def _require_gguf(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise UserError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise UserError(
+            f"the file cannot be read: {error.strerror or error}",
+            where=str(path),
+            mend="check its path and that you may read it",
+        ) from error
     if magic != b"GGUF":
         raise UserError(
             "the file does not begin as a .gguf file does", where=str(path), mend="fetch the file again"

@@ -199,7 +199,8 @@ def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> P
         mend = "accept its licence on the hub, and log in or set HF_TOKEN"
         raise UserError("access to the model is restricted", where=model_id, mend=mend) from error
     except hub_errors.RevisionNotFoundError as error:
-        raise UserError(f"the model has no revision '{revision}'", where=model_id) from error
+        mend = "give a branch, tag or commit that the model has, or none for the newest"
+        raise UserError(f"the model has no revision '{revision}'", where=model_id, mend=mend) from error
     except hub_errors.RepositoryNotFoundError as error:
         mend = "check the spelling; for a private model log in or set HF_TOKEN"
         raise UserError("the hub has no such model", where=model_id, mend=mend) from error

