@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-4
 RANK, ALPHA = 16, 32
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaw.kernels import attention
 from deltaw.kernels.attention import forest_attention, forest_attention_reference
 from deltaw.kernels.layout import LARGEST_ATOM, Layout
 
@@ -65,6 +66,19 @@ def test_forward_and_backward_equal_the_plain_twin(layout, window, softcap, key_
     expected.backward(weight)
     for ours, theirs in zip(inputs, again, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kept", [0.0, 1e9])
+def test_backward_is_the_same_with_weights_kept_or_computed_again(kept, monkeypatch):
+    monkeypatch.setattr(attention, "KEPT_WEIGHTS", kept)
+    layout = Layout.of_lengths([20, 7, 30, 5], [-1, 0, 0, 1])
+    inputs = random_inputs(layout)
+    again = [t.detach().clone().requires_grad_() for t in inputs]
+    out = forest_attention(*inputs, layout, scaling=0.3)
+    expected = forest_attention_reference(*again, layout, scaling=0.3)
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected.square().sum(), again), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_gradcheck():

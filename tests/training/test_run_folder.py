@@ -109,3 +109,11 @@ def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="moved aside"):
             RunFolder(place)
     assert (tmp_path / SETTINGS).exists()
+
+
+def test_a_folder_marked_read_only_is_refused_even_for_an_administrator(tmp_path):
+    (tmp_path / "kept").mkdir(mode=0o555)
+    for place in ("kept", "kept/run"):
+        with pytest.raises(UserError, match="read-only"):
+            check_output(tmp_path / place)
+    assert list((tmp_path / "kept").iterdir()) == []

@@ -2,8 +2,8 @@
 
 Each tile of the layout is a few matrix products of its queries against its own keys; tiles of one shape are
 computed together. The heads that share a key (grouped-query attention) are folded into the rows of one
-product, so that nothing is expanded. Nothing is kept for the backward but queries, keys and values: the
-weights are computed again, batch by batch.
+product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights are
+computed again, batch by batch, unless they take no more room than those (short segments do not).
 
 Knows tensors and tiles; not models, tokens or caches.
 """
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
+
+# Attention weights are kept for the backward where they take at most so many times the room of q, k and v.
+KEPT_WEIGHTS = 2.0
 
 
 def forest_attention(
@@ -70,21 +73,24 @@ class _ForestAttention(torch.autograd.Function):
         wide = _score_dtype(query)
         queries = query.to(wide).mul(scaling).index_select(1, tiles.gather)
         wide_key = key.to(wide)
-        products, at = [], 0
+        products, kept, at = [], [], 0
+        keep = softcap is None and _weights_bytes(query, tiles) <= KEPT_WEIGHTS * _nbytes(query, key, value)
         for batch in tiles.batches:
             rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
             weights, _ = _weights(rows, _gathered(wide_key, batch), batch, softcap)
             product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
             products.append(_unfolded(product, key_heads, batch))
+            if keep:
+                kept.append(weights)
             at += batch.count * batch.queries
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.tiles, ctx.scaling, ctx.softcap = tiles, scaling, softcap
         return torch.cat(products, dim=1).index_select(1, tiles.slots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[override]
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         tiles: Tiles = ctx.tiles
         key_heads = key.shape[0]
         wide = _score_dtype(query)
@@ -93,13 +99,16 @@ class _ForestAttention(torch.autograd.Function):
         queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
         grads.index_fill_(1, tiles.filling, 0)  # what only fills a tile up must not reach the keys
         grad_queries, at = [], 0
-        for batch in tiles.batches:
+        for number, batch in enumerate(tiles.batches):
             there = slice(at, at + batch.count * batch.queries)
             at = there.stop
             grad = _folded(grads[:, there], key_heads, batch)
             rows = _folded(queries[:, there], key_heads, batch)
             keys, values = _gathered(key, batch), _gathered(value, batch)
-            weights, slope = _weights(rows.to(wide).mul(ctx.scaling), keys.to(wide), batch, ctx.softcap)
+            if kept:
+                weights, slope = kept[number], None
+            else:
+                weights, slope = _weights(rows.to(wide).mul(ctx.scaling), keys.to(wide), batch, ctx.softcap)
             places = _places(batch, key_heads, key.shape[1])
             _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
             grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
@@ -112,6 +121,15 @@ class _ForestAttention(torch.autograd.Function):
         grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
         grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+
+
+def _weights_bytes(query: Tensor, tiles: Tiles) -> int:
+    pairs = sum(b.count * b.queries * b.keys.shape[1] for b in tiles.batches)
+    return pairs * query.shape[0] * _score_dtype(query).itemsize
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _score_dtype(query: Tensor) -> torch.dtype:

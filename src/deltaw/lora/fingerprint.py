@@ -33,8 +33,9 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
                 parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
             )
             step = max(1, flat.numel() // SAMPLES)
-            values.append(flat[::step][:SAMPLES].to(torch.bfloat16))
+            values.append(flat[::step][:SAMPLES])
     if not values:
         return None
-    digest.update(bytes(torch.cat([v.cpu() for v in values]).view(torch.uint8).tolist()))
+    rounded = torch.cat([v.cpu() for v in values]).to(torch.bfloat16)
+    digest.update(bytes(rounded.view(torch.uint8).tolist()))
     return digest.hexdigest()[:32]

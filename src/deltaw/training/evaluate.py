@@ -93,9 +93,11 @@ def answers(
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The end of the prompt as a person would read it, without special tokens and the answerer's name."""
+    """The last turn of the prompt as a person would read it: templates put each speaker's name on a line."""
     text = str(tokenizer.decode(example.tokens[: example.prompt_length], skip_special_tokens=True)).rstrip()
-    return text.removesuffix("assistant").rstrip()
+    lines = text.removesuffix("assistant").rstrip().splitlines()
+    speaker = max((n for n, line in enumerate(lines) if line.strip().lower() == "user"), default=-1)
+    return "\n".join(lines[speaker + 1 :])
 
 
 def exact_match(given: Sequence[Answer]) -> float:

@@ -5,6 +5,7 @@ An earlier run in the same folder is moved aside, never written over.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -92,6 +93,9 @@ def check_output(path: Path) -> None:
         there = path
         while not there.exists():
             there = there.parent
+        if not there.stat().st_mode & 0o222:
+            # The system lets its administrator write even here; who marked the folder meant that nobody does.
+            raise PermissionError(errno.EACCES, "it is marked read-only")
         with tempfile.TemporaryFile(dir=there):
             holds = sorted(p.name for p in path.iterdir()) if path.exists() else []
     except OSError as error:
