@@ -1,7 +1,7 @@
 """One side of `benchmarks/sft.py`, in a process of its own: train on the prepared rows, print one JSON line.
 
-Both sides get the same token ids and labels, the same rows per optimizer step, learning rate, schedule, rank,
-alpha, targets and seed. What is timed is the training loop alone; the memory is the process's peak.
+Both sides get the same token ids and labels, the same rows in the same order in every optimizer step, the
+same learning rate, schedule, rank, alpha, targets and factors at the start. What is timed is the training loop alone; the memory is the process's peak.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def trl_side(job: dict) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    from deltaw.data.packing import epoch_order
+
     torch.set_num_threads(job["threads"])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
@@ -80,11 +82,12 @@ def trl_side(job: dict) -> dict:
         disable_tqdm=True,
         max_length=None,
         dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
     )
     trainer = SFTTrainer(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list(job["rows"]),
+        train_dataset=Dataset.from_list([job["rows"][i] for i in epoch_order(len(job["rows"]), 0, seed=0)]),
         processing_class=AutoTokenizer.from_pretrained(job["folder"]),
     )
     done = trainer.train()
