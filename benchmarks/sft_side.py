@@ -1,7 +1,8 @@
 """One side of `benchmarks/sft.py`, in a process of its own: train on the prepared rows, print one JSON line.
 
 Both sides get the same token ids and labels, the same rows in the same order in every optimizer step, the
-same learning rate, schedule, rank, alpha, targets and factors at the start. What is timed is the training loop alone; the memory is the process's peak.
+same learning rate, schedule, rank, alpha, targets and factors at the start.
+What is timed is the training loop alone; the memory is the process's peak.
 """
 
 from __future__ import annotations
