@@ -3,7 +3,7 @@
 Each tile of the layout is a few matrix products of its queries against its own keys; tiles of one shape are
 computed together. The heads that share a key (grouped-query attention) are folded into the rows of one
 product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights are
-computed again, batch by batch, unless they take no more room than those (short segments do not).
+computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
 
 Knows tensors and tiles; not models, tokens or caches.
 """
