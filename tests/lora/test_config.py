@@ -26,7 +26,7 @@ from deltaw.lora.config import parse_layers, scaling
         ("init", "kaiming"),
         ("bias", "some"),
         ("rslora", "yes"),
-        ("dora", True),
+        ("dora", "yes"),
         ("target_modules", []),
         ("target_modules", ["q_proj", ""]),
         ("target_modules", "("),

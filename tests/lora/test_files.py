@@ -77,6 +77,9 @@ _SETTINGS = {
     "scaled embedding": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "whole modules": ("llama", {"train_modules": ["lm_head", "model.norm"]}),
     "pissa": ("llama", {"init": "pissa"}),
+    "olora": ("llama", {"init": "olora"}),
+    "olora Conv1D": ("gpt2", {"init": "olora", "rslora": True, "rank_pattern": {"c_fc": 2}}),
+    "eva": ("llama", {"init": "eva"}),
     "pissa rslora": ("llama", {"init": "pissa", "rslora": True, "rank_pattern": {"q_proj": 2}}),
     "classifier": ("bert", {"target_modules": ["query", "dense"], "train_modules": ["classifier"]}),
     "classifier left": ("bert", {"target_modules": ["query"]}),
@@ -121,6 +124,10 @@ _PEFT_SETTINGS = {
     "scaled embedding": ("gemma3", {"target_modules": ["embed_tokens"]}),
     "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "pissa": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
+    "olora": ("llama", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora"}),
+    "dora": ("qwen3", {"target_modules": "all-linear", "use_dora": True}),
+    "dora Conv1D": ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True, "fan_in_fan_out": True}),
+    "dora pissa": ("llama", {"target_modules": ["q_proj"], "use_dora": True, "init_lora_weights": "pissa"}),
     "classifier": ("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
     "albert": ("albert", {"target_modules": ["query", "ffn"]}),
     "t5": ("t5", {"target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}),
@@ -216,13 +223,14 @@ def test_target_entries_tell_modules_apart():
     assert target_entries(["a.x", "c.a.x", "b"], ["a.x", "b"]) == r"a\.x|b"
 
 
-def test_pissa_is_saved_as_a_plain_adapter_of_twice_the_rank(tmp_path):
-    model = _trained("llama", init="pissa", target_modules=["q_proj"], alpha=6.0)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changed_weights_is_saved_as_a_plain_adapter_of_twice_the_rank(init, tmp_path):
+    model = _trained("llama", init=init, target_modules=["q_proj"], alpha=6.0)
     save_adapter(model, tmp_path)
     adapter = read_adapter(tmp_path)
     assert (adapter.config.rank, adapter.config.alpha, adapter.config.init) == (8, 12.0, "uniform")
     merge(model, keep_original=False)
-    with pytest.raises(UserError, match="PiSSA"):
+    with pytest.raises(UserError, match=init):
         save_adapter(model, tmp_path)
 
 
@@ -288,7 +296,7 @@ def _refused(folder: Path, family: str = "llama") -> str:
     ("settings", "named"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector' is missing"),
         ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
@@ -297,7 +305,8 @@ def _refused(folder: Path, family: str = "llama") -> str:
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"use_qalora": True}, "use_qalora"),
         ({"of_tomorrow": 3}, "of_tomorrow"),
-        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "olora", "fan_in_fan_out": True}, "olora"),
         ({"r": 0}, "rank"),
         ({"r": 5}, "(5, 32)"),
     ],

@@ -105,11 +105,12 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
         unmerge(model)
 
 
-def test_a_merged_pissa_model_still_knows_its_base():
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_merged_model_whose_start_changed_weights_still_knows_its_base(init):
     model = tiny("llama")
     with torch.no_grad():
         base = model(**inputs("llama")).logits
-        attach(model, LoRAConfig(rank=4, init="pissa"))
+        attach(model, LoRAConfig(rank=4, init=init))
         residual = model.model.layers[0].mlp.up_proj.weight.clone()
         merge(model)
         with disabled(model):

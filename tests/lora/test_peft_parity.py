@@ -31,8 +31,18 @@ def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**batch).logits.float().pow(2).mean()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_gradients_and_ten_steps_equal_pefts(family):
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("llama", {"rslora": True}),
+        ("gpt2", {"rslora": True}),
+        ("llama", {"dora": True}),
+        ("gpt2", {"dora": True}),
+        ("bert", {"dora": True, "rslora": True}),
+    ],
+)
+def test_outputs_gradients_and_ten_steps_equal_pefts(family, variant):
     base = tiny(family)
     targets = (
         "all-linear" if family not in ("bert", "albert", "vit") else ["query", "value", "q_proj", "v_proj"]
@@ -41,9 +51,10 @@ def test_outputs_gradients_and_ten_steps_equal_pefts(family):
         targets = ["query", "value"]
     if family == "vit":
         targets = ["q_proj", "fc1"]
-    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0).eval()
+    settings = {f"use_{name}": value for name, value in variant.items()}
+    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0, **settings).eval()
     ours = copy.deepcopy(base)
-    attach(ours, LoRAConfig(rank=4, alpha=8, target_modules=targets))
+    attach(ours, LoRAConfig(rank=4, alpha=8, target_modules=targets, **variant))
     randomise(ours)
     copy_to_peft(ours, theirs)
     batch = inputs(family)
@@ -72,6 +83,30 @@ def test_outputs_gradients_and_ten_steps_equal_pefts(family):
             optimizer.step()
     for name, layer in layers.items():
         for factor, their_factor in zip((layer.lora_A, layer.lora_B), reference[name], strict=True):
+            assert _relative(ours_as_peft(factor), their_factor) <= 1e-5, name
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_ten_steps_from_a_start_that_changes_weights_equal_pefts(init):
+    base = tiny("llama")
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    theirs = with_peft(base, init_lora_weights=init, **settings).eval()
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, alpha=8, init=init))
+    batch = inputs("llama")
+    options = {"lr": 1e-3, "eps": 1e-4}
+    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], **options)
+    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], **options)
+    for _ in range(10):
+        with torch.no_grad():
+            assert _relative(ours(**batch).logits, theirs(**batch).logits) <= 1e-5
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            optimizer.zero_grad()
+            _loss(model, batch).backward()
+            optimizer.step()
+    for name, factors in peft_factors(theirs).items():
+        layer = ours.get_submodule(name)
+        for factor, their_factor in zip((layer.lora_A, layer.lora_B), factors, strict=True):
             assert _relative(ours_as_peft(factor), their_factor) <= 1e-5, name
 
 
@@ -193,3 +228,14 @@ def test_a_pissa_start_is_pefts_up_to_sign():
     torch.testing.assert_close(base[0].lora_A @ base[0].lora_B, (their_B @ their_A).t(), atol=1e-5, rtol=1e-4)
     residual = theirs.base_model.model[0].base_layer.weight
     torch.testing.assert_close(base[0].weight, residual, atol=1e-5, rtol=1e-4)
+
+
+def test_an_olora_start_is_pefts():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6))
+    theirs = with_peft(base, r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
+    attach(base, LoRAConfig(rank=4, alpha=8, target_modules=["0"], init="olora"))
+    their_A, their_B = peft_factors(theirs)["0"]
+    torch.testing.assert_close(base[0].lora_A.t(), their_A)
+    torch.testing.assert_close(base[0].lora_B.t(), their_B)
+    torch.testing.assert_close(base[0].weight, theirs.base_model.model[0].base_layer.weight)

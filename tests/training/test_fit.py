@@ -20,12 +20,13 @@ from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
-from deltaw.methods import LoRA
+from deltaw.methods.lora import LoRA
 from deltaw.models.forest import flat_rows
-from deltaw.training.fit import fit, recompute_blocks
+from deltaw.training.fit import fit
 from deltaw.training.objective import CausalObjective
 from deltaw.training.opened import open_run
 from deltaw.training.portions import Portions
+from deltaw.training.session import recompute_blocks
 from tests.byte_models import byte_tokenizer, tiny_gpt2
 from tests.conftest import write_rows
 from tests.tiny_models import causal_model
@@ -57,11 +58,12 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
         "tokenizer_config.json",
     }
     assert (result.outcome.steps, result.outcome.rows) == (6, 16)
-    assert {"loss", "perplexity"} == result.evaluation.keys()
-    assert result.evaluation["perplexity"] == pytest.approx(math.exp(result.evaluation["loss"]))
+    assert {"loss", "perplexity", "exact_match"} == result.evaluation.metrics.keys()
+    measured = result.evaluation.metrics
+    assert measured["perplexity"] == pytest.approx(math.exp(measured["loss"]))
     answer = result.as_dict()
     json.dumps(answer, allow_nan=False)
-    assert answer["eval"] == result.evaluation and answer["output"] == str(tmp_path / "run")
+    assert answer["eval"] == result.evaluation.as_dict() and answer["output"] == str(tmp_path / "run")
     assert "6 steps of 3 rows" in said and "flat rows without padding" in said
     assert "device: cpu (as asked)" in said and "10 rows read as prompt-completion" in said
     card = (result.output / "README.md").read_text()
@@ -83,7 +85,7 @@ def test_the_model_learns_its_rows(settings, tmp_path):
     result = fit(settings(tmp_path / "run", data={"eval": None}, train=changes))
     losses = [line["loss"] for line in metrics(result.output)]
     assert losses[-1] < 0.2 * losses[0]
-    assert result.evaluation == {} and result.as_dict()["eval"] is None
+    assert result.evaluation.metrics == {} and result.as_dict()["eval"] is None
 
 
 def test_the_same_seed_gives_the_same_adapter_to_the_byte(settings, tmp_path):
@@ -120,7 +122,7 @@ def test_evaluations_on_the_way_stand_among_the_steps(settings, tmp_path):
         (3, False),
         (3, True),
     ]
-    assert lines[-1]["eval"] == result.evaluation
+    assert lines[-1]["eval"] == result.evaluation.as_dict()
 
 
 def test_splits_into_passes_give_the_same_run(settings, tmp_path):
@@ -200,7 +202,7 @@ def test_a_run_that_recomputes_blocks_is_the_same_run(settings, tmp_path):
         fit(settings(tmp_path / str(on), train={"checkpointing": on})) for on in (False, True)
     )
     assert recomputed.outcome.loss == pytest.approx(plain.outcome.loss, abs=1e-5)
-    assert recomputed.evaluation["loss"] == pytest.approx(plain.evaluation["loss"], abs=1e-5)
+    assert recomputed.evaluation.metrics["loss"] == pytest.approx(plain.evaluation.metrics["loss"], abs=1e-5)
 
 
 def test_a_run_that_diverges_is_refused_and_keeps_a_finite_adapter(settings, tmp_path):

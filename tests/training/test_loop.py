@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
-from deltaw.methods import LoRA
+from deltaw.methods.lora import LoRA
 from deltaw.models.forest import flat_rows
 from deltaw.training.loop import count_steps, rows_of_step, train
 from deltaw.training.objective import CausalObjective

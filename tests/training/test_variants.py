@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.data import prepare
 from deltaw.models.forest import flat_rows
-from deltaw.training.evaluate import loss_and_perplexity
+from deltaw.training.evaluate import evaluate_causal
 from deltaw.training.fit import fit
 from deltaw.training.objective import CausalObjective
 from deltaw.training.opened import open_run
@@ -28,7 +28,7 @@ def loss_when_opened(folder):
     portions, _ = choose_portions(opened.model, held_out, device="cpu")
     objective = CausalObjective(opened.model)
     with contextlib.nullcontext() if portions.padded else flat_rows(opened.model):
-        return loss_and_perplexity(objective, held_out, portions)["loss"], opened
+        return evaluate_causal(objective, held_out, portions).metrics["loss"], opened
 
 
 ADAPTERS = {
@@ -53,7 +53,7 @@ def test_an_adapter_of_any_kind_is_loaded_as_it_was_trained(settings, tmp_path, 
     made["lora"] = {"rank": 4, "alpha": 8} | ADAPTERS[kind] if "r" not in ADAPTERS[kind] else ADAPTERS[kind]
     result = fit(made)
     loss, opened = loss_when_opened(result.output)
-    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+    assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
     tokens = torch.arange(16)[None] + 3
     with torch.no_grad():
         ours = opened.model(tokens).logits
@@ -74,7 +74,7 @@ def test_models_of_other_kinds_are_loaded_as_they_were_trained(settings, tmp_pat
     changes = {"train": {"epochs": 3, "share_prefixes": share}, "model": str(tmp_path / "model")}
     result = fit(settings(tmp_path / "run", **changes))
     loss, _ = loss_when_opened(result.output)
-    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+    assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
 
 
 CHAT = [
@@ -115,7 +115,7 @@ def test_data_of_any_kind_is_evaluated_as_it_was_in_the_run(settings, tmp_path, 
     path = write_rows(tmp_path / "rows.jsonl", rows)
     result = fit(settings(tmp_path / "run", data={"train": str(path), **how}, train={"epochs": 2}))
     loss, _ = loss_when_opened(result.output)
-    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+    assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,4 @@ def test_data_of_any_kind_is_evaluated_as_it_was_in_the_run(settings, tmp_path, 
 def test_ways_to_train(settings, tmp_path, how):
     result = fit(settings(tmp_path / "run", train=how))
     loss, _ = loss_when_opened(result.output)
-    assert loss == pytest.approx(result.evaluation["loss"], abs=1e-4)
+    assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)

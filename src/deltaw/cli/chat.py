@@ -37,6 +37,7 @@ def command(
     ends; /new starts over."""
     notes = console(True)
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
+    opened.require_generation()
     start = [{"role": "system", "content": system}] if system else []
     talk = list(start)
     while (line := _asked()) is not None:
@@ -78,6 +79,7 @@ def _answer(
     click.echo(f"{name}: ", nl=False)
     pieces = []
     with opened.base() if base else contextlib.nullcontext():
+        prompt = opened.prompt(prompt)
         for piece in stream(
             opened.model,
             opened.tokenizer,

@@ -8,13 +8,11 @@ import click
 from rich.progress import Progress
 
 from deltaw.cli.options import console, json_flag, model_flags, print_json
-from deltaw.data import prepare, prepare_file
-from deltaw.data.prepare import DataSettings
+from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.reports.scores import answer_table, score_table
-from deltaw.training.evaluate import Score, score
-from deltaw.training.opened import open_run
-from deltaw.training.portions import choose_portions
+from deltaw.reports.scores import answer_table, confusion_table, score_table
+from deltaw.training.evaluate import Score
+from deltaw.training.opened import open_run, score_run
 
 
 @click.command("eval")
@@ -26,6 +24,12 @@ from deltaw.training.portions import choose_portions
 @click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
+@click.option(
+    "--task",
+    default=None,
+    type=click.Choice(["causal-lm", "sequence-classification", "regression", "image-classification"]),
+    help="what a bare model is to do",
+)
 @model_flags
 @json_flag
 def command(
@@ -35,20 +39,21 @@ def command(
     rows: int | None,
     max_new_tokens: int | None,
     shown: int,
+    task: str | None,
     model: str | None,
     precision: str,
     device: str,
     as_json: bool,
 ) -> None:
-    """Loss, perplexity and exact match of RUN: a run's folder, an adapter's, or a model."""
+    """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
     out = console(as_json)
-    opened = open_run(run, model=model, precision=precision, device=device, say=out.print)
+    opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
     if data is not None:
         settings = opened.data or DataSettings(train=data)
-        examples, report = prepare_file(data, settings, opened.tokenizer)
+        examples, report = opened.task.read_file(data, settings, opened.classes)
     elif opened.config is not None:
-        prepared = prepare(opened.config.data, opened.tokenizer, seed=opened.config.train.seed)
-        examples, report = prepared.held_out, prepared.report
+        held_out = opened.task.read(opened.config.data, seed=opened.config.train.seed)
+        examples, report = held_out.held_out, held_out.report
     else:
         raise UserError("there is no data to evaluate on", where=run, mend="name a file with --data")
     for line in report.lines():
@@ -56,18 +61,15 @@ def command(
     if not examples:
         raise UserError("the run held no rows out", where=run, mend="name a file with --data")
     examples = examples[:rows]
-    portions, _ = choose_portions(opened.model, examples, device=str(opened.loaded.choices["device"].value))
 
     def scored() -> Score:
         with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
-            task = bar.add_task("answering", total=len(examples))
-            return score(
-                opened.model,
-                opened.tokenizer,
+            answering = bar.add_task("answering", total=len(examples))
+            return score_run(
+                opened,
                 examples,
-                portions,
                 max_new_tokens=max_new_tokens,
-                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                on_progress=lambda done, total: bar.update(answering, completed=done, total=total),
             )
 
     scores: dict[str, Score] = {}
@@ -76,10 +78,15 @@ def command(
             scores["base"] = scored()
     scores["adapter" if opened.adapter else "model"] = scored()
     out.print(score_table({name: s.metrics for name, s in scores.items()}))
+    last = list(scores.values())[-1].evaluation
+    if last.confusion is not None:
+        out.print(confusion_table(last.classes, last.confusion))
     if shown and any(s.answers for s in scores.values()):
         out.print(answer_table(_side_by_side(scores, shown)))
     if as_json:
         result: dict[str, object] = {"eval": list(scores.values())[-1].metrics, "rows": len(examples)}
+        if last.confusion is not None:
+            result |= {"classes": list(last.classes), "confusion": last.confusion.tolist()}
         print_json({**result, "base": scores["base"].metrics} if with_base else result)
 
 

@@ -47,6 +47,7 @@ def command(
     if not asked:
         raise UserError("there is no prompt", mend="give --prompt, or lines on standard input")
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
+    opened.require_generation()
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
 
     def completed() -> list[str]:
@@ -55,7 +56,7 @@ def command(
             for c in generate(
                 opened.model,
                 opened.tokenizer,
-                tokens,
+                [opened.prompt(t) for t in tokens],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,

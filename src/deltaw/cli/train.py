@@ -21,14 +21,15 @@ def command(settings: str | None, as_json: bool, **given: str | None) -> int:
     if result.interrupted:
         out.print(f"interrupted after {done.steps} steps: the adapter is saved in {result.output}")
     elif done.seconds:
-        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.items())
+        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.metrics.items())
         out.print(
             f"{done.rows} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
             f"{done.tokens / done.seconds:,.0f} tokens/s), "
             f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
         )
         out.print(f"training loss {done.loss:.4f}{held_out}")
-        out.print(f"the adapter is in {result.output}; talk with it: deltaw chat {result.output}")
+        use = "talk with it: deltaw chat" if result.writes_text else "judge it: deltaw eval"
+        out.print(f"the adapter is in {result.output}; {use} {result.output}")
     if as_json:
         print_json(result.as_dict())
     return 130 if result.interrupted else 0

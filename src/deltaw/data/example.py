@@ -5,7 +5,7 @@ Knows no tokenizer, no file and no batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,3 +37,16 @@ class Example:
     def label_count(self) -> int:
         """How many tokens are labels."""
         return int(self.is_label.sum())
+
+    def after(self, added: int, tokens: np.ndarray) -> Example:
+        """This row as ``tokens``, the first ``added`` of which were put before it and are no labels.
+
+        The labels stay the same ones: the row's first token is not predicted, though something precedes it
+        now.
+        """
+        return replace(
+            self,
+            tokens=tokens,
+            is_label=np.concatenate([np.zeros(added, bool), self.is_label]),
+            prompt_length=self.prompt_length + added if self.prompt_length else 0,
+        )

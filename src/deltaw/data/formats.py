@@ -14,6 +14,8 @@ from deltaw.errors import UserError, did_you_mean
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
 Message = dict[str, object]
+# What labelled rows consist of, beside 'text' (see deltaw.data.classes).
+LABELLED_COLUMNS = ("label", "text_pair", "image")
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,20 @@ def forms() -> tuple[Form, ...]:
 
 
 def known_columns() -> tuple[str, ...]:
-    """Every column name that some form reads."""
-    return tuple(dict.fromkeys(column for form in forms() for column in form.needs + form.can_use))
+    """Every column name that some form, or a task with labels, reads."""
+    of_forms = [column for form in forms() for column in form.needs + form.can_use]
+    return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS]))
+
+
+def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
+    """Raise a UserError where ``data.columns`` names a column that the file has not."""
+    for ours, theirs in columns.items():
+        if theirs not in rows.columns:
+            raise UserError(
+                f"the file has no column '{theirs}'",
+                where=f"data.columns.{ours} for {rows.name}",
+                mend=did_you_mean(theirs, rows.columns),
+            )
 
 
 def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
@@ -98,13 +112,7 @@ def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | Non
         UserError: a column is missing, or no form fits; the message lists the columns of the file.
     """
     columns = columns or {}
-    for ours, theirs in columns.items():
-        if theirs not in rows.columns:
-            raise UserError(
-                f"the file has no column '{theirs}'",
-                where=f"data.columns.{ours} for {rows.name}",
-                mend=did_you_mean(theirs, rows.columns),
-            )
+    check_columns(rows, columns)
     there = (set(rows.columns) - set(columns.values())) | set(columns)
     fitting = [candidate for candidate in forms() if there.issuperset(candidate.needs)]
     # Columns that someone took the trouble to name decide before the order of the forms does.

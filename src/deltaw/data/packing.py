@@ -28,6 +28,19 @@ FILL = 16
 
 
 @dataclass(frozen=True, eq=False)
+class Member:
+    """A row in a batch.
+
+    Args:
+        places: (tokens of the row,) index of each in the batch's flattened tokens. What rows share stands in
+            one place for all of them.
+    """
+
+    example: Example
+    places: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What one forward pass sees.
 
@@ -37,6 +50,7 @@ class Batch:
         predictors: (P,) index, in the flattened tokens, of the token whose output predicts each target.
         targets: (P,) token ids. weights: (P,) how many rows have this label here (fp32).
         rows: rows in it. row_tokens: tokens of all rows, before sharing. tokens: tokens computed.
+        members: the rows and where their tokens are.
     """
 
     inputs: dict[str, object]
@@ -46,6 +60,7 @@ class Batch:
     rows: int
     row_tokens: int
     tokens: int
+    members: tuple[Member, ...]
 
     @property
     def label_tokens(self) -> int:
@@ -83,6 +98,20 @@ def split_into_passes(
     return passes
 
 
+def pass_sizes(
+    examples: Sequence[Example], tokens_per_pass: int, *, share: bool = True, padded: bool = False
+) -> list[int]:
+    """Tokens that each pass of these rows computes, with what fills it up, without laying any out."""
+    sizes = []
+    for rows in split_into_passes(examples, tokens_per_pass, share=share, padded=padded):
+        if padded:
+            sizes.append(len(rows) * max(len(row.tokens) for row in rows))
+        else:
+            size = sum(_costs(rows, share))
+            sizes.append(size + _filler(size))
+    return sizes
+
+
 def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch.device = "cpu") -> Batch:
     """One flat row of all examples as a prefix tree, or one segment a row where ``share`` is off.
 
@@ -103,17 +132,18 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
         else Layout.of_lengths(lengths, parents)
     )
     layout.device = torch.device(device)
-    counts = [np.zeros(n.stop - n.start, np.float32) for n in nodes]
-    for example, leaf in tree.ends:
-        at: _Node | None = leaf
-        while at is not None and at is not tree.root:
-            counts[place[id(at)]] += example.is_label[at.start : at.stop]
-            at = at.parent
+    paths: list[np.ndarray] = []
+    for n, parent in enumerate(parents):
+        own = np.arange(layout.starts[n], layout.stops[n])
+        paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
+    members = tuple(Member(example, paths[place[id(leaf)]]) for example, leaf in tree.ends)
+    weights = np.zeros(layout.length, np.float32)
+    for member in members:
+        weights[member.places] += member.example.is_label
     tokens = np.concatenate([*(n.tokens for n in nodes), np.zeros(filler, np.int32)])
     before = np.arange(layout.length) - 1
     for start, parent in zip(layout.starts, layout.parents, strict=True):
         before[start] = layout.stops[parent] - 1 if parent >= 0 else -1
-    weights = np.concatenate([*counts, np.zeros(filler, np.float32)])
     labelled = np.flatnonzero((weights > 0) & (before >= 0))
     return Batch(
         inputs={
@@ -127,6 +157,7 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
         rows=len(examples),
         row_tokens=sum(len(e.tokens) for e in examples),
         tokens=layout.length - filler,
+        members=members,
     )
 
 
@@ -135,11 +166,12 @@ def pad(examples: Sequence[Example], *, device: str | torch.device = "cpu") -> B
     longest = max(len(e.tokens) for e in examples)
     tokens = np.zeros((len(examples), longest), np.int64)
     mask = np.zeros((len(examples), longest), np.int64)
-    predictors, targets = [], []
+    predictors, targets, members = [], [], []
     for row, example in enumerate(examples):
         length = len(example.tokens)
         tokens[row, :length] = example.tokens
         mask[row, :length] = 1
+        members.append(Member(example, np.arange(row * longest, row * longest + length)))
         labelled = np.flatnonzero(example.is_label[1:]) + 1
         predictors.append(row * longest + labelled - 1)
         targets.append(example.tokens[labelled])
@@ -152,6 +184,7 @@ def pad(examples: Sequence[Example], *, device: str | torch.device = "cpu") -> B
         rows=len(examples),
         row_tokens=int(mask.sum()),
         tokens=tokens.size,
+        members=tuple(members),
     )
 
 

@@ -33,9 +33,10 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
 COMPRESSED = (".gz", ".bz2", ".xz")
-_KNOWN = "jsonl, json, csv, tsv (also as .gz, .bz2, .xz) or parquet"
+_KNOWN = "jsonl, json, csv, tsv (also as .gz, .bz2, .xz), parquet or arrow"
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.+\[\]%:-]+))?")
 _HELD_OUT_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*)?", re.IGNORECASE)
 
@@ -79,11 +80,21 @@ class Rows(Sequence[tuple[int, Row]]):
         for _, numbers, rows in self._parts:
             yield from zip(numbers, rows, strict=True)
 
+    def number(self, index: int) -> int:
+        """The number of the row at ``index``."""
+        part, inside = self._find(index)
+        return self._parts[part][1][inside]
+
     def place(self, index: int) -> str:
         """Where the row at ``index`` lies, for a message: ``"data.jsonl, row 7"``."""
         part, inside = self._find(index)
         name, numbers, _ = self._parts[part]
         return f"{name}, row {numbers[inside]}"
+
+    def tables(self) -> list[Table] | None:
+        """The files as tables, where all of them are."""
+        tables = [rows for _, _, rows in self._parts if isinstance(rows, Table)]
+        return tables if len(tables) == len(self._parts) else None
 
     def _find(self, index: int) -> tuple[int, int]:
         part = bisect.bisect_right(self._starts, index) - 1
@@ -155,7 +166,7 @@ def _kind(path: Path) -> str | None:
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     kind = KINDS.get(suffixes[-1]) if suffixes else None
-    return kind if kind != "parquet" or path.suffix.lower() == ".parquet" else None
+    return kind if kind not in ("parquet", "arrow") or path.suffix.lower() == f".{kind}" else None
 
 
 def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
@@ -165,8 +176,8 @@ def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
             f"a file that ends in '{path.suffix}' cannot be read as data", where=name, mend=f"give {_KNOWN}"
         )
     try:
-        if kind == "parquet":
-            return _read_parquet(path, name)
+        if kind in ("parquet", "arrow"):
+            return _read_arrow(path, name, kind)
         with _open(path) as file:
             if kind == "jsonl":
                 return _read_jsonl(file, name)
@@ -251,33 +262,72 @@ def _delimiter(path: Path) -> str:
     return "\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]] else ","
 
 
-def _read_csv(text: str, name: str, delimiter: str) -> tuple[Sequence[int], list[Row]]:
-    """Every cell stays a string, as it stands: "1", "NA" and "" are answers like any other."""
+class Table(Sequence[Row]):
+    """The rows of a table in which all have the same columns: cells alone are kept, rows made when asked for.
+
+    Args:
+        header: names of the columns. rows: the cells of each row.
+        has_header: whether the names come from the file.
+    """
+
+    def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]], has_header: bool = True) -> None:
+        self.header = list(header)
+        self.has_header = has_header
+        self.cells = rows
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return dict(zip(self.header, self.cells[index], strict=True))
+
+
+def _read_csv(text: str, name: str, delimiter: str) -> tuple[Sequence[int], Table]:
+    """Every cell stays a string, as it stands: "1", "NA" and "" are answers like any other.
+
+    A first row of nothing but numbers is no header: the columns are then column_1, column_2, and so on.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    rows: list[list[str]] = []
+    once: dict[str, str] = {}  # tables of numbers repeat few strings
     try:
         header = next(reader, None)
         if header is None:
-            return [], []
+            return [], Table([], [])
+        bare = len(header) > 1 and all(map(_is_number, header))
+        if bare:
+            rows.append(header)
+            header = [f"column_{number}" for number in range(1, len(header) + 1)]
         _check_header(header, name)
         for cells in reader:
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise UserError(
-                    f"row {len(rows) + 1} has {len(cells)} cells, the header has {len(header)}",
+                    f"row {len(rows) + 1} has {len(cells)} cells, the "
+                    f"{'first row' if bare else 'header'} has {len(header)}",
                     where=f"{name}, row {len(rows) + 1} (ends in line {reader.line_num})",
                     mend=f"put cells that hold a {'tab' if delimiter != ',' else 'comma'} in quotes",
                 )
-            rows.append(dict(zip(header, cells, strict=True)))
+            rows.append([once.setdefault(cell, cell) for cell in cells] if bare else cells)
     except csv.Error as error:
         raise UserError(
             f"the table cannot be read: {error}",
             where=f"{name}, row {len(rows) + 1} (line {reader.line_num})",
             mend='a quote inside a quoted cell is written twice: ""',
         ) from error
-    return range(1, len(rows) + 1), rows
+    return range(1, len(rows) + 1), Table(header, rows, has_header=not bare)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_header(header: list[str], name: str) -> None:
@@ -286,15 +336,24 @@ def _check_header(header: list[str], name: str) -> None:
         raise UserError(f"the column '{twice}' is there twice", where=f"{name}, line 1", mend="rename one")
 
 
-def _read_parquet(path: Path, name: str) -> tuple[Sequence[int], list[Row]]:
+def _read_arrow(path: Path, name: str, kind: str) -> tuple[Sequence[int], list[Row]]:
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        if kind == "parquet":
+            table = pyarrow.parquet.ParquetFile(path).read()
+        else:
+            with pyarrow.memory_map(str(path)) as file:
+                is_file = file.read(6) == b"ARROW1"
+                file.seek(0)
+                table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
+        rows = table.to_pylist()
     except pyarrow.ArrowException as error:
         mend = "copy the file again, and check that its name ends as its content is"
-        raise UserError(f"the file is no Parquet that can be read: {error}", where=name, mend=mend) from error
+        shown = "Parquet" if kind == "parquet" else "Arrow file"
+        raise UserError(f"the file is no {shown} that can be read: {error}", where=name, mend=mend) from error
     return range(1, len(rows) + 1), rows
 
 
@@ -349,6 +408,9 @@ def _decode(data: bytes, name: str, first_line: int = 1) -> str:
 def _columns_of(parts: Sequence[tuple[str, Sequence[int], Sequence[Row]]]) -> list[str]:
     columns: dict[str, None] = {}
     for _, _, rows in parts:
+        if isinstance(rows, Table):
+            columns.update(dict.fromkeys(rows.header if len(rows) else ()))
+            continue
         for row in rows:
             if not columns.keys() >= row.keys():
                 columns.update(dict.fromkeys(row))

@@ -1,14 +1,34 @@
 """The heart of deltaw: ΔW = A·B on any torch module. It knows no text, no data and no training."""
 
+from deltaw.lora.activations import ActivationStart, initialize_from_activations
 from deltaw.lora.adapt import Summary, attach, detach, disabled
 from deltaw.lora.config import LoRAConfig
-from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters
+from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
 from deltaw.lora.files import OtherBaseModelWarning, load_adapter, read_adapter, save_adapter
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
+from deltaw.lora.layers_dora import (
+    DoRAConv,
+    DoRAConv1D,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAConv3d,
+    DoRAEmbedding,
+    DoRALayer,
+    DoRALinear,
+)
 from deltaw.lora.merge import merge, unmerge
 
 __all__ = [
+    "ActivationStart",
+    "DoRAConv",
+    "DoRAConv1D",
+    "DoRAConv1d",
+    "DoRAConv2d",
+    "DoRAConv3d",
+    "DoRAEmbedding",
+    "DoRALayer",
+    "DoRALinear",
     "LoRAConfig",
     "LoRAConv",
     "LoRAConv1D",
@@ -26,6 +46,8 @@ __all__ = [
     "count_parameters",
     "detach",
     "disabled",
+    "initialize_from_activations",
+    "is_factor_B",
     "load_adapter",
     "merge",
     "read_adapter",

@@ -27,9 +27,9 @@ from deltaw.lora.attachment import (
     set_attachment,
     unwrapped,
 )
-from deltaw.lora.config import LoRAConfig
+from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import count_parameters
-from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for
 from deltaw.lora.layers import LoRALayer
@@ -109,26 +109,29 @@ def attach_selected(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []
     try:
-        # PiSSA changes weights, so it comes last, when nothing else can be refused any more.
-        init = config.init if filled and config.init != "pissa" else None
+        # What changes weights comes last, when nothing else can be refused any more.
+        changing = config.init in CHANGING_INITS
+        init = config.init if filled and not changing else None
         for target in selection.targets:
             layer = _adapted(target, config, init, generator)
             record.layers.append(_replacement(model, target.names, target.module, layer))
-        if config.init == "pissa":
-            _refuse_pissa(model, record)
+        if changing:
+            _refuse_change(model, record)
         for parameter, _ in record.trainable_before:
             parameter.requires_grad_(False)
         _copy_wholes(model, selection, record, notes)
         _train_biases(model, config, record)
         _switch_fast_paths(model, record)
-        if config.init == "pissa":
+        if changing:
             for _, layer in record.adapted():
-                initialize(layer, "pissa")
+                initialize(layer, config.init)
     except BaseException:
         _restore(model, record)
         raise
     for replacement in (*record.layers, *record.wholes):
         replacement.put(replacement.current)
+    if filled and config.init == "eva":
+        notes.append("A takes its start from the first batches, by initialize_from_activations")
     set_attachment(model, record)
     count = count_parameters(model)
     return Summary(selection.matches, len(record.layers), count.trained, count.total, tuple(notes))
@@ -185,7 +188,7 @@ def _adapted(
 ) -> LoRALayer:
     """The adapted layer over ``target``; a refusal names it."""
     try:
-        layer = adapter_for(target.module)(
+        layer = adapter_for(target.module, config.dora)(
             target.module,
             target.rank,
             target.alpha,
@@ -209,13 +212,14 @@ def _replacement(
     return Replacement(names, places, original, current)
 
 
-def _refuse_pissa(model: nn.Module, record: Attachment) -> None:
-    """PiSSA changes W: it must suit every layer, and no other module may read that W."""
+def _refuse_change(model: nn.Module, record: Attachment) -> None:
+    """PiSSA and OLoRA change W: they must suit every layer, and no other module may read that W."""
+    init = record.config.init
     shared = shared_weights(model)
     for name, layer in record.adapted():
-        reason = init_refusal(layer, "pissa")
+        reason = init_refusal(layer, init)
         if others := [other for other in shared.get(id(layer.weight), ()) if other != name]:
-            reason = f"init 'pissa' changes its weight, which '{others[0]}' uses as well"
+            reason = f"init '{init}' changes its weight, which '{others[0]}' uses as well"
         if reason is not None:
             raise UserError(f"'{name}': {reason}", where="init", mend="leave it out with exclude_modules")
 
@@ -227,6 +231,11 @@ def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, not
     shared = shared_weights(model)
     memo: dict[int, object] = {}
     for whole in selection.wholes:
+        for tensor in (*whole.module.parameters(), *whole.module.buffers()):
+            if not has_values(tensor):
+                # deepcopy would copy the mode that such a tensor belongs to, and break it.
+                bare = tensor.detach().clone()
+                memo.setdefault(id(tensor), nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare)
         trained = copy.deepcopy(whole.module, memo)
         for parameter in trained.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -282,7 +291,11 @@ def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -
     """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
     for replacement in record.layers:
         layer, original = replacement.current, replacement.original
-        if isinstance(layer, LoRALayer) and not keep_trained and (layer.merged or layer.pissa is not None):
+        if (
+            isinstance(layer, LoRALayer)
+            and not keep_trained
+            and (layer.merged or layer.changed_start is not None)
+        ):
             layer.weight.data = layer.base_weight()
         # The model may have been moved or cast meanwhile: the original takes what the layer has now.
         for table in ("_parameters", "_buffers"):

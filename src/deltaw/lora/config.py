@@ -14,7 +14,10 @@ from typing import ClassVar
 
 from deltaw.errors import UserError, did_you_mean
 
-INITS = ("uniform", "gaussian", "orthogonal", "pissa")
+CHANGING_INITS = ("pissa", "olora")
+"""Starts that take a share out of W."""
+
+INITS = ("uniform", "gaussian", "orthogonal", *CHANGING_INITS, "eva")
 BIASES = ("none", "all", "lora_only")
 KEYWORDS = ("all-linear", "attention", "mlp")
 
@@ -78,12 +81,15 @@ class LoRAConfig:
     )
     init: str = field(
         default="uniform",
-        metadata={"description": "how A and B start: uniform, gaussian, orthogonal or pissa"},
+        metadata={"description": "how A and B start: uniform, gaussian, orthogonal, pissa, olora or eva"},
     )
     rslora: bool = field(
         default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"}
     )
-    dora: bool = field(default=False, metadata={"description": "weight-decomposed LoRA; not available"})
+    dora: bool = field(
+        default=False,
+        metadata={"description": "train the norm of every output's weights apart from their direction"},
+    )
     bias: str = field(
         default="none", metadata={"description": "biases trained as well: none, all, or lora_only"}
     )
@@ -125,12 +131,6 @@ class LoRAConfig:
                 raise UserError(
                     f"{key} cannot be {getattr(self, key)!r}", where=key, mend="give true or false"
                 )
-        if self.dora:
-            raise UserError(
-                "DoRA is not available: its magnitudes take a quarter more time for no measured gain",
-                where="dora",
-                mend="leave it out, or raise the rank",
-            )
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
         if self.init == "orthogonal" and odd:
             raise UserError(

@@ -44,7 +44,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        factors = ("lora_A", "lora_B") if isinstance(module, LoRALayer) else ()
+        factors = module.trained if isinstance(module, LoRALayer) else ()
         trained = 0
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
@@ -59,7 +59,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of everything the adapter consists of: factors, trained biases, whole modules.
+    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, whole modules.
 
     Raises:
         UserError: no adapter is attached.
@@ -67,8 +67,19 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     model = unwrapped(model)
     adapted_layers(model)
     record = attachment(model)
-    added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in (m.lora_A, m.lora_B)}
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    added = {id(layer._parameters[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}
         added |= {id(p) for whole in record.wholes for p in whole.current.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in added]
+
+
+def is_factor_B(name: str) -> bool:
+    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that starts at zero.
+
+    LoRA+ (arXiv 2402.12354) gives B a higher learning rate than all else. PEFT's LoRA+ gives it also to what
+    has one dimension (trained biases, magnitudes), and both factors of an embedding a rate of their own.
+    Here an embedding's B starts at zero as every other B does, where PEFT's A does.
+    """
+    return name.rpartition(".")[2] == "lora_B"

@@ -23,7 +23,7 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
 from deltaw.lora.attachment import Attachment, attached, unwrapped
-from deltaw.lora.config import LoRAConfig
+from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
 from deltaw.lora.select import Named, Selection, Target, Whole, modules_once, select, value_by_pattern
 
@@ -67,6 +67,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     task_type: str | None = "auto",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
 
@@ -76,9 +77,11 @@ def save_adapter(
         base_model: what to call the base model; None takes the model's own ``name_or_path``.
         task_type: PEFT's name of the task (``CAUSAL_LM``, ``SEQ_CLS``, …) or None; "auto" tells it from the
             model's class.
+        metadata: goes into the weights file's own.
 
     Raises:
-        UserError: no adapter is attached, the folder cannot be written, or a PiSSA start was merged for good.
+        UserError: no adapter is attached, the folder cannot be written, or the adapter was merged for good
+            after a start that changed W.
     """
     model = unwrapped(model)
     record = attached(model)
@@ -86,13 +89,15 @@ def save_adapter(
         base_model = str(getattr(model, "name_or_path", "") or "") or None
     if task_type == "auto":
         task_type = _task_of(model, record)
-    if record.config.init == "pissa" and any(layer.pissa is None for _, layer in record.adapted()):
+    init = record.config.init
+    if init in CHANGING_INITS and any(layer.changed_start is None for _, layer in record.adapted()):
         raise UserError(
-            "after a PiSSA start was merged without keeping the weights before, there is no adapter to save",
+            f"after a start by '{init}' was merged without keeping the weights before, there is no adapter "
+            "to save",
             mend="merge with keep_original=True",
         )
     settings = peft_format.settings_of(model, record, base_model, task_type)
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **(metadata or {})}
     if record.fingerprint:
         metadata[FINGERPRINT_KEY] = record.fingerprint
     content = safetensors.torch.save(_tensors_of(record), metadata)
@@ -224,7 +229,7 @@ def _tensors_of(record: Attachment) -> dict[str, Tensor]:
     """All that the file holds, by its names: factors, trained biases, whole modules."""
     tensors: dict[str, Tensor] = {}
     for name, layer in record.adapted():
-        tensors.update(peft_format.file_factors(name, layer))
+        tensors.update(peft_format.file_tensors(name, layer))
     adapted = {name for name, _ in record.adapted()}
     for bias in record.biases:
         owner = bias.name.removesuffix("bias").removesuffix(".")
@@ -294,11 +299,10 @@ def _fill(model: nn.Module, record: Attachment, tensors: Mapping[str, Tensor], w
     adapted = dict(record.adapted())
     with torch.no_grad():
         for name, layer in adapted.items():
-            for key, factor in zip(
-                peft_format.factor_names(name, layer), (layer.lora_A, layer.lora_B), strict=True
-            ):
-                found = _take(left, key, peft_format.as_in_file(factor).shape, where)
-                factor.copy_(peft_format.as_in_file(found))
+            for key, attribute in peft_format.places(name, layer):
+                parameter = getattr(layer, attribute)
+                found = _take(left, key, peft_format.as_in_file(parameter, layer).shape, where)
+                parameter.copy_(found.t() if found.dim() == 2 else found.view(parameter.shape))
         for bias in record.biases:
             owner = bias.name.removesuffix("bias").removesuffix(".")
             key = peft_format.bias_name(bias.name, owner in adapted)

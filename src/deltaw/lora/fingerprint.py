@@ -25,7 +25,7 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
     digest = hashlib.sha256()
     values = []
     for name, parameter in parameters:
-        if parameter.is_meta:
+        if not has_values(parameter):
             return None
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.numel() and parameter.is_floating_point():
@@ -39,3 +39,8 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
     rounded = torch.cat([v.cpu() for v in values]).to(torch.bfloat16)
     digest.update(bytes(rounded.view(torch.uint8).tolist()))
     return digest.hexdigest()[:32]
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device and under torch's FakeTensorMode, where tensors have shapes alone."""
+    return not (tensor.is_meta or type(tensor).__name__ == "FakeTensor")

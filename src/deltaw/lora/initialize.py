@@ -1,4 +1,4 @@
-"""How A and B start, and with PiSSA also W.
+"""How A and B start, and with PiSSA and OLoRA also W.
 
 All random numbers are drawn on the CPU in fp32, in PEFT's order and in PEFT's layout, so that one seed
 gives the same factors on any device, and for linear and convolution layers the same as PEFT's.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.lora.config import INITS
+from deltaw.lora.config import CHANGING_INITS, INITS
 
 if TYPE_CHECKING:
     from deltaw.lora.layers import LoRALayer
@@ -24,14 +24,16 @@ _SLOPE_GAIN = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
 
 @torch.no_grad()
 def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None = None) -> None:
-    """Fill ``layer``'s factors; only ``pissa`` changes its weight, and keeps what it was.
+    """Fill ``layer``'s factors; only ``pissa`` and ``olora`` change its weight, and keep what it was.
 
     Args:
         layer: an adapted layer.
         method: ``uniform``: A Kaiming-uniform with a = √5, so |A| ≤ 1/√in (an embedding's A is standard
             normal instead, its input is one-hot); ``gaussian``: A normal with deviation 1/r; B = 0 for
             both. ``orthogonal``: A and B random with A·B = 0, even rank. ``pissa``: A and B the r largest
-            singular directions of W, and W what is left (arXiv 2404.02948, eq. 2 to 4).
+            singular directions of W, and W what is left (arXiv 2404.02948, eq. 2 to 4). ``olora``: A and B
+            the first r rows and columns of W = Q·R, and W what is left (arXiv 2406.01775, algorithm 1).
+            ``eva``: as ``uniform``, until ``initialize_from_activations`` fills A.
         generator: of the CPU; None takes torch's own.
 
     Raises:
@@ -42,13 +44,14 @@ def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None 
     if refused := init_refusal(layer, method):
         raise UserError(refused, where="init", mend="use init 'uniform', or leave this layer out")
     if layer.weight.is_meta:
-        return
-    if method == "pissa":
-        _pissa(layer)
+        pass  # A model on the meta device has no values to start from.
+    elif method in CHANGING_INITS:
+        _change(layer, method)
     elif isinstance(layer, nn.Embedding):
         _embedding(layer, method, generator)
     else:
         _linear_or_conv(layer, method, generator)
+    layer.started()
 
 
 def init_refusal(layer: LoRALayer, method: str) -> str | None:
@@ -59,11 +62,11 @@ def init_refusal(layer: LoRALayer, method: str) -> str | None:
             return "init 'orthogonal' is for linear layers and embeddings, not for convolutions"
         if layer.rank % 2:
             return f"init 'orthogonal' needs an even rank, not {layer.rank}"
-    if method == "pissa":
+    if method in (*CHANGING_INITS, "eva"):
         if not matrix or isinstance(layer, nn.Embedding):
-            return "init 'pissa' is for linear layers, not for embeddings or convolutions"
-        if layer.rank > min(layer.weight.shape):
-            return f"init 'pissa' needs a rank of at most {min(layer.weight.shape)}, not {layer.rank}"
+            return f"init '{method}' is for linear layers, not for embeddings or convolutions"
+        if method != "eva" and layer.rank > min(layer.weight.shape):
+            return f"init '{method}' needs a rank of at most {min(layer.weight.shape)}, not {layer.rank}"
     return None
 
 
@@ -113,21 +116,26 @@ def _orthogonal(layer: LoRALayer, generator: torch.Generator | None) -> None:
     layer.lora_B.copy_(rows[1::2].t() @ wide_B / 10)
 
 
-def _pissa(layer: LoRALayer) -> None:
-    """W = U·S·Vᵀ: the r largest singular values go into A and B, W keeps the rest, rounded to its type."""
-    from deltaw.lora.layers import PissaStart
+def _change(layer: LoRALayer, method: str) -> None:
+    """Take the first r directions of W into A and B; W keeps the rest, rounded to its type."""
+    from deltaw.lora.layers import ChangedStart
 
     original = layer.weight.data
     # nn.Linear's weight is (out, in); transformers' Conv1D already has (in, out).
     wide = (original.t() if isinstance(layer, nn.Linear) else original).to(layer.lora_A.dtype)
     if not torch.isfinite(wide).all():
-        raise UserError("init 'pissa' needs finite weights", where="init", mend="use init 'uniform'")
-    left, values, right = torch.linalg.svd(wide, full_matrices=False)
-    root = (values[: layer.rank] / layer.scaling).sqrt()
-    layer.lora_A.copy_(left[:, : layer.rank] * root)
-    layer.lora_B.copy_(root[:, None] * right[: layer.rank])
+        raise UserError(f"init '{method}' needs finite weights", where="init", mend="use init 'uniform'")
+    if method == "pissa":
+        left, values, right = torch.linalg.svd(wide, full_matrices=False)
+        root = (values[: layer.rank] / layer.scaling).sqrt()
+        layer.lora_A.copy_(left[:, : layer.rank] * root)
+        layer.lora_B.copy_(root[:, None] * right[: layer.rank])
+    else:
+        columns, rows = torch.linalg.qr(wide.t())
+        layer.lora_A.copy_(rows[: layer.rank].t())
+        layer.lora_B.copy_(columns[:, : layer.rank].t())
     residual = original.to(wide.dtype) - layer.delta_weight()
-    layer.pissa = PissaStart(original, layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
+    layer.changed_start = ChangedStart(original, layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
     layer.weight.data = residual.to(original.dtype)
 
 

@@ -7,6 +7,7 @@ name, never passed over: an adapter that is silently not applied is worse than n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_conv import LoRAConv
+from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
@@ -89,21 +91,23 @@ def _only_scales(module: nn.Embedding) -> bool:
     token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
     factor = scale.to(weight.dtype) if isinstance(scale, torch.Tensor) else float(scale or 0)
     with torch.no_grad():
-        return torch.equal(module(token)[0, 0], weight[0] * factor)
+        # Not torch.equal: this may run on tensors without values, which answer bool() but not that.
+        return bool((module(token)[0, 0] == weight[0] * factor).all())
 
 
-def adapter_for(module: nn.Module) -> Callable[..., LoRALayer]:
+def adapter_for(module: nn.Module, dora: bool = False) -> Callable[..., LoRALayer]:
     """The constructor of the adapted layer over ``module``, for which :func:`refusal` gave None."""
     if isinstance(module, nn.Linear):
-        return LoRALinear.from_linear
+        return (DoRALinear if dora else LoRALinear).from_linear
     if isinstance(module, nn.Embedding):
-        return _embedding
+        return functools.partial(_embedding, DoRAEmbedding if dora else LoRAEmbedding)
     if isinstance(module, _ConvNd):
-        return LoRAConv.from_conv
-    return LoRAConv1D.from_conv1d
+        return (DoRAConv if dora else LoRAConv).from_conv
+    return (DoRAConv1D if dora else LoRAConv1D).from_conv1d
 
 
 def _embedding(
+    kind: type[LoRAEmbedding],
     module: nn.Embedding,
     rank: int,
     alpha: float = 1.0,
@@ -114,4 +118,4 @@ def _embedding(
     generator: torch.Generator | None = None,
 ) -> LoRALayer:
     """An embedding has no adapter dropout; the setting is for the other layers."""
-    return LoRAEmbedding.from_embedding(module, rank, alpha, rslora=rslora, init=init, generator=generator)
+    return kind.from_embedding(module, rank, alpha, rslora=rslora, init=init, generator=generator)

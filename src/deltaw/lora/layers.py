@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ _Layer = TypeVar("_Layer", bound="LoRALayer")
 
 
 @dataclass
-class PissaStart:
-    """What a PiSSA layer started from: the weight before, and the factors taken out of it."""
+class ChangedStart:
+    """What a layer started from whose start changed W: the weight before, and the factors taken out of it."""
 
     weight: Tensor
     lora_A: Tensor
@@ -43,8 +43,11 @@ class LoRALayer(nn.Module):
         rank, alpha, scaling, dropout, rslora: as in :class:`~deltaw.lora.config.LoRAConfig`.
         enabled: False lets ``forward`` give the base layer's own output.
         merged: whether ``weight`` already holds W + ΔW.
-        pissa: set where the weight is the residual of a PiSSA start.
+        changed_start: set where the start changed W, which then is a residual (PiSSA, OLoRA).
+        trained: the names of the layer's own trained parameters.
     """
+
+    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     weight: Tensor
     lora_A: nn.Parameter
@@ -56,7 +59,7 @@ class LoRALayer(nn.Module):
     rslora: bool
     enabled: bool
     merged: bool
-    pissa: PissaStart | None
+    changed_start: ChangedStart | None
     _unmerged_weight: Tensor | None
 
     def _begin(
@@ -94,7 +97,7 @@ class LoRALayer(nn.Module):
             scaling=scaling_of(rank, float(alpha), rslora),
             enabled=True,
             merged=False,
-            pissa=None,
+            changed_start=None,
             _unmerged_weight=None,
         )
         weight = self.weight
@@ -104,6 +107,9 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(shapes[1], dtype=dtype, device=weight.device))
         if init is not None:
             initialize(self, init, generator)
+
+    def started(self) -> None:
+        """Called when the factors (and the weight) have got the values that they start with."""
 
     @property
     def adapting(self) -> bool:
@@ -131,7 +137,7 @@ class LoRALayer(nn.Module):
             self.weight.data = weight
         else:
             self.weight.data.copy_(weight)
-            self.pissa = None
+            self.changed_start = None
         self.merged = True
 
     def unset_merged(self) -> None:
@@ -140,21 +146,19 @@ class LoRALayer(nn.Module):
             raise UserError(
                 "the weights from before the merge were not kept", mend="merge with keep_original=True"
             )
-        self.weight.data = _like(self._unmerged_weight, self.weight)
+        self.weight.data = like(self._unmerged_weight, self.weight)
         self._unmerged_weight, self.merged = None, False
 
     @property
     def base_is_known(self) -> bool:
         """Whether the base model's own weight can still be had."""
-        return not self.merged or self._unmerged_weight is not None or self.pissa is not None
+        return not self.merged or self._unmerged_weight is not None or self.changed_start is not None
 
     def base_weight(self) -> Tensor:
-        """The base model's own weight: before a merge, and before PiSSA took its share out."""
-        if self.pissa is not None:
-            return _like(self.pissa.weight, self.weight)
-        return (
-            self.weight.data if self._unmerged_weight is None else _like(self._unmerged_weight, self.weight)
-        )
+        """The base model's own weight: before a merge, and before its start took a share out."""
+        if self.changed_start is not None:
+            return like(self.changed_start.weight, self.weight)
+        return self.weight.data if self._unmerged_weight is None else like(self._unmerged_weight, self.weight)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
@@ -184,7 +188,7 @@ def adopt(cls: type[_Layer], module: nn.Module) -> _Layer:
     return layer
 
 
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
+def like(tensor: Tensor, other: Tensor) -> Tensor:
     """``tensor`` where ``other`` is now, should the model have been moved or cast meanwhile."""
     return tensor.to(device=other.device, dtype=other.dtype)
 

@@ -63,10 +63,13 @@ class LoRAConv(LoRALayer, _ConvNd):
         generator: torch.Generator | None = None,
     ) -> LoRAConv:
         """The adapted layer over ``conv``'s own weight and bias: the same Parameters, now frozen."""
-        kinds = {1: LoRAConv1d, 2: LoRAConv2d, 3: LoRAConv3d}
-        layer = adopt(kinds[conv.weight.dim() - 2], conv)
+        layer = adopt(cls._of_dimensions(conv.weight.dim() - 2), conv)
         layer._begin(layer._shapes(rank), rank, alpha, dropout, rslora, init, generator)
         return layer
+
+    @classmethod
+    def _of_dimensions(cls, dimensions: int) -> type[LoRAConv]:
+        return {1: LoRAConv1d, 2: LoRAConv2d, 3: LoRAConv3d}[dimensions]
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if rank % self.groups:
@@ -86,13 +89,16 @@ class LoRAConv(LoRALayer, _ConvNd):
         y = self._convolve(input, self.weight, self.bias, self.groups)
         if not self.adapting:
             return y
-        seen = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        return y + self._update(F.dropout(input, self.dropout, self.training) if self.dropout else input)
+
+    def _update(self, seen: Tensor) -> Tensor:
+        """scaling · conv1(conv(seen, A), B)."""
         # Autocast casts the factors itself; without it they take the input's type.
-        autocast = torch.is_autocast_enabled(input.device.type)
-        factor_A = self.lora_A if autocast else self.lora_A.to(input.dtype)
-        factor_B = self.lora_B if autocast else self.lora_B.to(input.dtype)
+        autocast = torch.is_autocast_enabled(seen.device.type)
+        factor_A = self.lora_A if autocast else self.lora_A.to(seen.dtype)
+        factor_B = self.lora_B if autocast else self.lora_B.to(seen.dtype)
         h = self._convolve(seen, factor_A, None, 1) * self.scaling
-        return y + _CONVOLVE[len(self.kernel_size)](h, factor_B, groups=self.groups)
+        return _CONVOLVE[len(self.kernel_size)](h, factor_B, groups=self.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """The base layer's convolution with another kernel."""

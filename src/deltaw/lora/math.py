@@ -54,7 +54,7 @@ def linear(
     if dropout > 0.0:
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
         scaling = scaling / (1.0 - dropout)
-    if _needs_reference(weight):
+    if needs_reference(weight):
         return linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
     return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
 
@@ -94,11 +94,11 @@ class _Linear(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(x.device.type)
         base_weight = weight.to(x.dtype) if autocast else weight
         base_bias = bias.to(x.dtype) if autocast and bias is not None else bias
-        flat = x.reshape(_rows(x), x.shape[-1])
+        flat = x.reshape(rows_of(x), x.shape[-1])
         y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
         h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
         # The scaling goes into the small (r, out) factor, so that no wide tensor is passed over for it.
-        y.addmm_(h, _scaled(lora_B, scaling, x.dtype))
+        y.addmm_(h, scaled(lora_B, scaling, x.dtype))
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs[3] or needs[4] else None,
@@ -111,7 +111,7 @@ class _Linear(torch.autograd.Function):
         ctx.scaling = scaling
         ctx.weight_is_in_out = weight_is_in_out
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        return _shaped(y, x.shape[:-1])
+        return shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,10 +119,10 @@ class _Linear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         grad = grads[0]
         dtype = grad.dtype
-        rows = _rows(grad)
+        rows = rows_of(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = None
-        narrow = grad_y @ _scaled(lora_B, ctx.scaling, dtype).t() if needs_x or needs_A else None
+        narrow = grad_y @ scaled(lora_B, ctx.scaling, dtype).t() if needs_x or needs_A else None
         if needs_A or (needs_B and torch.is_grad_enabled()):
             seen = x if mask is None else x * mask
             seen = seen.reshape(rows, seen.shape[-1])
@@ -171,7 +171,7 @@ def embedding(
     Returns:
         (..., dim) in the type of ``weight``.
     """
-    if _needs_reference(weight):
+    if needs_reference(weight):
         return embedding_reference(
             ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq
         )
@@ -237,7 +237,7 @@ class _Embedding(torch.autograd.Function):
         ctx.embed_scale = embed_scale
         ctx.padding_idx = -1 if padding_idx is None else padding_idx
         ctx.scale_grad_by_freq = scale_grad_by_freq
-        return _shaped(y, ids.shape)
+        return shaped(y, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -267,18 +267,18 @@ def _with_scale(small: Tensor, embed_scale: float | Tensor | None) -> Tensor:
     return small * (embed_scale.to(small.dtype) if isinstance(embed_scale, Tensor) else embed_scale)
 
 
-def _scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """``scaling`` · ``factor``, rounded once to ``dtype``."""
     return (factor * scaling).to(dtype)
 
 
-def _shaped(y: Tensor, leading: torch.Size) -> Tensor:
+def shaped(y: Tensor, leading: torch.Size) -> Tensor:
     """(rows, out) as (*leading, out). A plain view returned by a Function could not be changed in place by
     what follows (``ReLU(inplace=True)``), so this one is not recorded as a view."""
     return y if len(leading) == 1 else torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1]))
 
 
-def _rows(x: Tensor) -> int:
+def rows_of(x: Tensor) -> int:
     """Product of all sizes but the last; stated, since view(-1) is ambiguous for no rows at all."""
     rows = 1
     for size in x.shape[:-1]:
@@ -286,7 +286,7 @@ def _rows(x: Tensor) -> int:
     return rows
 
 
-def _needs_reference(weight: Tensor) -> bool:
+def needs_reference(weight: Tensor) -> bool:
     """Whether the plain twin must serve: W is trained too, or a torch.func transform looks on."""
     if weight.requires_grad and torch.is_grad_enabled():
         return True

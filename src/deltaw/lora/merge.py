@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.lora.attachment import adapted_layers, unwrapped
+from deltaw.lora.fingerprint import has_values
 
 
 def merge(model: nn.Module, keep_original: bool = True) -> None:
@@ -99,6 +100,6 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
 
 def _place(parameter: Tensor) -> object:
     """Where a parameter's numbers lie: two Parameters over the same memory are one weight."""
-    if parameter.is_meta or parameter.data_ptr() == 0:
+    if not has_values(parameter) or parameter.data_ptr() == 0:
         return id(parameter)
     return (parameter.device, parameter.data_ptr())

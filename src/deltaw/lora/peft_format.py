@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.lora.attachment import Attachment
-from deltaw.lora.config import LoRAConfig
+from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
 
 PREFIX = "base_model.model."
@@ -79,6 +79,7 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "use_dora",
         "use_rslora",
     }
 )
@@ -104,8 +105,8 @@ _NO_MATHEMATICS = frozenset(
 )
 """Keys that say where an adapter comes from, or how it started, and not what it computes."""
 
-_READABLE_INITS = ("gaussian", "orthogonal", "eva", "pissa")
-"""Starts that leave W alone, and PiSSA, whose W can be made again."""
+_READABLE_INITS = ("gaussian", "orthogonal", "eva", *CHANGING_INITS)
+"""Starts that leave W alone, and those whose W can be made again."""
 
 
 def settings_of(
@@ -113,13 +114,13 @@ def settings_of(
 ) -> dict[str, object]:
     """The content of ``adapter_config.json`` for the adapter on ``model``.
 
-    A PiSSA adapter is written as a plain one of twice the rank (see :func:`file_factors`), with alpha such
-    that the scaling stays: 2·alpha, or √2·alpha under rsLoRA.
+    An adapter whose start changed W is written as a plain one of twice the rank (see :func:`file_tensors`),
+    with alpha such that the scaling stays: 2·alpha, or √2·alpha under rsLoRA.
     """
     config = record.config
-    pissa = any(layer.pissa is not None for _, layer in record.adapted())
-    more_rank = 2 if pissa else 1
-    more_alpha = (math.sqrt(2) if config.rslora else 2) if pissa else 1
+    changed = any(layer.changed_start is not None for _, layer in record.adapted())
+    more_rank = 2 if changed else 1
+    more_alpha = (math.sqrt(2) if config.rslora else 2) if changed else 1
     names = [name for name, _ in model.named_modules() if name]
     whole = [replacement.names[0] for replacement in record.wholes]
     settings = dict(DEFAULTS)
@@ -136,6 +137,7 @@ def settings_of(
         "rank_pattern": {key: value * more_rank for key, value in config.rank_pattern.items()},
         "target_modules": target_entries(names, [name for name, _ in record.adapted()]),
         "task_type": task_type,
+        "use_dora": config.dora,
         "use_rslora": config.rslora,
     }
     if task_type is None:
@@ -171,39 +173,49 @@ def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
             where=f"{where}: init_lora_weights",
             mend="have the program that made it convert it to a plain LoRA adapter",
         )
+    if init == "olora" and settings.get("fan_in_fan_out"):
+        raise UserError(
+            "the adapter started with 'olora' on Conv1D layers, where PEFT takes the share of Wᵀ out of W",
+            where=f"{where}: init_lora_weights",
+            mend="have the program that made it merge it",
+        )
     for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
         known[key] = known[key] or None
     try:
-        return LoRAConfig.from_dict({**known, "init": "pissa" if init == "pissa" else "uniform"})
+        return LoRAConfig.from_dict({**known, "init": init if init in CHANGING_INITS else "uniform"})
     except UserError as error:
         raise UserError(error.what, where=f"{where}: {error.where}", mend=error.mend) from error
 
 
-def file_factors(name: str, layer: LoRALayer) -> Iterator[tuple[str, Tensor]]:
-    """(tensor name, tensor in the file's orientation) of a layer's two factors.
+def file_tensors(name: str, layer: LoRALayer) -> Iterator[tuple[str, Tensor]]:
+    """(tensor name, tensor in the file's orientation) of a layer's factors and magnitude.
 
-    After a PiSSA start from A₀, B₀ the file holds [A, A₀] and [B; −B₀], of rank 2r: on the original base
-    model s·(A·B − A₀·B₀) gives what the layer computes now, whose weight lacks s·A₀·B₀.
+    After a start from A₀, B₀ that changed W the file holds [A, A₀] and [B; −B₀], of rank 2r: on the original
+    base model s·(A·B − A₀·B₀) gives what the layer computes now, whose weight lacks s·A₀·B₀.
     """
-    factor_A, factor_B = layer.lora_A.detach(), layer.lora_B.detach()
-    if layer.pissa is not None:
-        factor_A = torch.cat([factor_A, layer.pissa.lora_A.to(factor_A)], dim=1)
-        factor_B = torch.cat([factor_B, -layer.pissa.lora_B.to(factor_B)], dim=0)
-    key_A, key_B = factor_names(name, layer)
-    yield key_A, as_in_file(factor_A)
-    yield key_B, as_in_file(factor_B)
+    tensors = {attribute: getattr(layer, attribute).detach() for attribute in layer.trained}
+    if (start := layer.changed_start) is not None:
+        factor_A, factor_B = tensors["lora_A"], tensors["lora_B"]
+        tensors["lora_A"] = torch.cat([factor_A, start.lora_A.to(factor_A)], dim=1)
+        tensors["lora_B"] = torch.cat([factor_B, -start.lora_B.to(factor_B)], dim=0)
+    for key, attribute in places(name, layer):
+        yield key, as_in_file(tensors[attribute], layer)
 
 
-def factor_names(name: str, layer: LoRALayer) -> tuple[str, str]:
-    """The names under which a file has the factors of the layer ``name``."""
-    if isinstance(layer, nn.Embedding):
-        return f"{PREFIX}{name}.lora_embedding_A", f"{PREFIX}{name}.lora_embedding_B"
-    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+def places(name: str, layer: LoRALayer) -> Iterator[tuple[str, str]]:
+    """What the layer ``name`` trains: the tensor's name in a file, and the layer's attribute."""
+    kind, ending = ("lora_embedding", "") if isinstance(layer, nn.Embedding) else ("lora", ".weight")
+    for attribute in layer.trained:
+        last = attribute.removeprefix("lora_")
+        key = f"{kind}_{last}{ending}" if last in ("A", "B") else f"lora_{last}_vector"
+        yield f"{PREFIX}{name}.{key}", attribute
 
 
-def as_in_file(factor: Tensor) -> Tensor:
-    """A factor in the file's orientation, or back: matrices transposed, convolutions as they are."""
-    return factor.t() if factor.dim() == 2 else factor
+def as_in_file(tensor: Tensor, layer: LoRALayer) -> Tensor:
+    """What a layer trains as a file has it: matrices transposed, a convolution's magnitude (1, out, 1…)."""
+    if tensor.dim() == 1 and layer.weight.dim() > 2:
+        return tensor.view(1, -1, *(1 for _ in layer.weight.shape[2:]))
+    return tensor.t() if tensor.dim() == 2 else tensor
 
 
 def bias_name(name: str, adapted: bool) -> str:

@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
-from deltaw.lora import LoRAConfig, LoRALayer, adapter_parameters, attach, load_adapter, save_adapter
+from deltaw.lora import (
+    LoRAConfig,
+    LoRALayer,
+    adapter_parameters,
+    attach,
+    disabled,
+    load_adapter,
+    save_adapter,
+)
 
 
 class LoRA:
-    """Train A and B beside the frozen weights, and whole modules where asked (``lora.train_modules``)."""
+    """Train A and B beside the frozen weights, and whole modules where asked (``lora.train_modules``).
+
+    Args:
+        config: rank, alpha, targets and the rest.
+        b_rate: what the learning rate of B is multiplied with (LoRA+, arXiv 2402.12354).
+    """
 
     name = "lora"
+    usual_rate = 2e-4
+    virtual_tokens = 0
 
-    def __init__(self, config: LoRAConfig) -> None:
+    def __init__(self, config: LoRAConfig, b_rate: float = 1.0) -> None:
         self.config = config
+        self.b_rate = b_rate
 
-    def prepare(self, model: nn.Module, *, seed: int) -> str:
-        summary = attach(model, self.config, seed=seed)
+    def prepare(
+        self,
+        model: nn.Module,
+        *,
+        seed: int,
+        beside: Sequence[str] = (),
+        look: Callable[[], None] | None = None,
+    ) -> str:
+        wholes = [name for name in beside if name not in (self.config.train_modules or ())]
+        config = self.config
+        if wholes:
+            config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *wholes])
+        summary = attach(model, config, seed=seed)
         # The adapter alone: the model's own dropout is no part of the method and stays off.
         _draw(model, True)
         return str(summary)
@@ -34,14 +63,33 @@ class LoRA:
         finally:
             _draw(model, True)
 
+    def without(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return disabled(model)
+
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return adapter_parameters(model)
 
-    def save(self, model: nn.Module, folder: str | os.PathLike[str], *, base_model: str) -> None:
-        save_adapter(model, Path(folder), base_model=base_model)
+    def rate_factor(self, name: str) -> float:
+        return self.b_rate if name.endswith("lora_B") else 1.0
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing: the layers compute with the very tensors that the optimizer changes."""
+
+    def dressed(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens
+
+    def save(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        base_model: str,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        save_adapter(model, Path(folder), base_model=base_model, metadata=metadata)
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
-        return str(load_adapter(model, Path(folder)))
+        return f"{load_adapter(model, Path(folder)).adapted} layers are adapted by {folder}"
 
     def can_share_prefixes(self) -> bool:
         """Dropout draws a mask for each token: rows that share tokens would share their masks too."""

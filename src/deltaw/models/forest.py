@@ -10,6 +10,7 @@ Knows transformers' models and layouts; not data, losses or training.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from deltaw.kernels.attention import forest_attention
-from deltaw.kernels.layout import Layout
+from deltaw.kernels.layout import Layout, Tiles
 from deltaw.models.machine import Choice
 from deltaw.models.quiet import quiet
+from deltaw.models.skeleton import has_values
 
 ATTENTION = "deltaw_forest"
 # Ways of attending that are told apart only far from each other, where a short trial cannot see them.
@@ -112,9 +114,11 @@ def can_pack(model: PreTrainedModel) -> Choice:
             False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}"
         )
     try:
-        difference = _trial(model)
+        difference, reached = _trial(model)
     except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
         return Choice(False, f"{name} cannot run a flat row ({type(error).__name__}: {str(error)[:100]})")
+    if not has_values(model):
+        return _by_structure(model, reached)
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 6e-2
     if not difference < tolerance:
         return Choice(
@@ -123,14 +127,40 @@ def can_pack(model: PreTrainedModel) -> Choice:
     return Choice(True, f"{name} gives the same outputs on a flat row (relative difference {difference:.1e})")
 
 
-def _trial(model: PreTrainedModel) -> float:
-    """Relative difference (of norms) between a small forest on a flat row and its rows run on their own."""
+def _by_structure(model: PreTrainedModel, reached: int) -> Choice:
+    """The answer for a model without values, whose outputs cannot be compared.
+
+    What is known is that a flat row ran. It means something if every layer attended over the layout, and the
+    model takes positions as they are given.
+    """
+    name = type(model).__name__
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    if reached < layers:
+        return Choice(False, f"{name} hands the layout to {reached} of its {layers} layers")
+    if "position_ids" not in inspect.signature(backbone_of(model).forward).parameters:
+        return Choice(False, f"{name} takes no positions")
+    return Choice(True, f"{name} attends over the layout in all its layers")
+
+
+class _WatchedLayout(Layout):
+    """A layout that counts how often attention asked it for its tiles."""
+
+    asked = 0
+
+    def tiles(self, window: int | None = None) -> Tiles:
+        self.asked += 1
+        return super().tiles(window)
+
+
+def _trial(model: PreTrainedModel) -> tuple[float, int]:
+    """A small forest on a flat row, and its rows run on their own: the relative difference (of norms) between
+    the two, and how many times attention ran over the forest."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     length = TRIAL_TOKENS + (window if window is not None and window <= 64 else 0)
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (length + 12,), generator=generator).to(model.device)
-    layout = Layout.of_lengths([length - 5, 5, 7, 5], [-1, 0, 0, -1])
+    layout = _WatchedLayout.of_lengths([length - 5, 5, 7, 5], [-1, 0, 0, -1])
     layout.device = model.device
     positions = torch.from_numpy(layout.positions()).to(model.device)
     stem, left, right, alone = torch.split(tokens, [length - 5, 5, 7, 5])
@@ -145,4 +175,4 @@ def _trial(model: PreTrainedModel) -> float:
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, forest_layout=layout
             ).last_hidden_state[0]
     expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]]).float()
-    return float((flat.float() - expected).norm() / expected.norm())
+    return float((flat.float() - expected).norm() / expected.norm()), layout.asked

@@ -34,7 +34,7 @@ from deltaw.models.references import Source, resolve
 Task = Literal["causal-lm", "sequence-classification", "regression", "image-classification", "features"]
 
 # The transformers class of each task, and what to call it in a message.
-_TASKS = {
+TASKS = {
     "causal-lm": ("AutoModelForCausalLM", "generate text"),
     "sequence-classification": ("AutoModelForSequenceClassification", "classify text"),
     "regression": ("AutoModelForSequenceClassification", "score text"),
@@ -114,8 +114,8 @@ def load(
         UserError: the reference leads nowhere, the weights are damaged or incomplete, the architecture does
             not fit the task, or the machine lacks what was asked for.
     """
-    if task not in _TASKS:
-        raise UserError(f"'{task}' is no task", where="task", mend=did_you_mean(task, _TASKS))
+    if task not in TASKS:
+        raise UserError(f"'{task}' is no task", where="task", mend=did_you_mean(task, TASKS))
     choices: dict[str, Choice[str] | Choice[int]] = {}
     choices["device"] = placed = choose_device(device)
     choices["precision"] = typed = choose_precision(placed.value, precision)
@@ -127,7 +127,7 @@ def load(
     folder = _folder(source, typed.value, say, trust_remote_code)
     _require_whole_files(folder)
     with quiet():
-        config = _config(folder, task, num_labels, trust_remote_code)
+        config = read_config(folder, task, num_labels, trust_remote_code)
         model, missing, used = _weights(folder, config, task, typed.value, attention, trust_remote_code)
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
@@ -229,7 +229,28 @@ def _require_whole_files(folder: Path) -> None:
             ) from error
 
 
-def _config(folder: Path, task: Task, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
+def config_folder(
+    reference: str, dtype: str, trust_remote_code: bool, *, say: Callable[[str], None] = say_on_stderr
+) -> Path:
+    """The local folder with the config.json of what ``reference`` means; it need not hold weights.
+
+    Raises:
+        UserError: the reference leads nowhere.
+    """
+    given = Path(os.path.expanduser(reference))
+    if (given / "config.json").is_file():
+        return given
+    return _folder(resolve(reference), dtype, say, trust_remote_code)
+
+
+def read_config(
+    folder: Path, task: Task, num_labels: int | None, trust_remote_code: bool
+) -> PretrainedConfig:
+    """The model's configuration, made for ``task``.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
     extra: dict[str, int | str] = {}
     if task in _WITH_NEW_HEAD and num_labels is not None:
         extra["num_labels"] = num_labels
@@ -244,7 +265,7 @@ def _config(folder: Path, task: Task, num_labels: int | None, trust_remote_code:
             raise _asks_for_code(folder) from error
         mend = "a newer version of transformers may know the model, or config.json is damaged"
         raise UserError(
-            f"the model's config.json cannot be used: {_first_line(_reason(error))}",
+            f"the model's config.json cannot be used: {first_line(_reason(error))}",
             where=str(folder),
             mend=mend,
         ) from error
@@ -254,7 +275,7 @@ def _weights(
     folder: Path, config: PretrainedConfig, task: Task, dtype: str, attention: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
     """The model, the names of the tensors that its files lack, and the attention it ended up with."""
-    auto = getattr(transformers, _TASKS[task][0])
+    auto = getattr(transformers, TASKS[task][0])
     used = Choice(attention, "as asked" if attention != "sdpa" else "torch's fused attention")
     while True:
         try:
@@ -274,11 +295,11 @@ def _weights(
             if "trust_remote_code" in message:
                 raise _asks_for_code(folder) from error
             if "Unrecognized configuration class" in message:
-                raise _does_not_fit(config, task, folder) from error
+                raise does_not_fit(config, task, folder) from error
             if used.value == "sdpa" and "scaled_dot_product_attention" in message:
                 used = Choice("eager", f"{config.model_type} has no fused attention in transformers")
                 continue
-            why = _first_line(error)
+            why = first_line(error)
             if "ignore_mismatched_sizes" in message:
                 why = "its weights have other shapes than its config.json says"
             raise UserError(
@@ -307,11 +328,20 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
     return sorted({name.rpartition(".")[0] for name in missing})
 
 
-def _does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserError:
-    does = _TASKS[task][1]
+def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> None:
+    """Raise a UserError where the model in ``folder`` cannot do ``task``; its weights are not looked at."""
+    with quiet():
+        config = read_config(folder, task, None, trust_remote_code)  # type: ignore[arg-type]
+    if not trust_remote_code and type(config) not in getattr(transformers, TASKS[task][0])._model_mapping:
+        raise does_not_fit(config, task, folder)  # type: ignore[arg-type]
+
+
+def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserError:
+    """The refusal of a model that is not made for ``task``; it names what it is made for."""
+    does = TASKS[task][1]
     fits = [
         other
-        for other, (auto, _) in _TASKS.items()
+        for other, (auto, _) in TASKS.items()
         if other != task and type(config) in getattr(transformers, auto)._model_mapping
     ]
     return UserError(
@@ -342,7 +372,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
         if "trust_remote_code" in str(error):
             raise _asks_for_code(folder) from error
         raise UserError(
-            f"the tokenizer cannot be read: {_first_line(error)}",
+            f"the tokenizer cannot be read: {first_line(error)}",
             where=str(folder),
             mend="fetch or copy the model again",
         ) from error
@@ -357,6 +387,7 @@ def _reason(error: Exception) -> BaseException:
     return error if cause is None else cause
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's own first line, for a refusal of ours."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +26,25 @@ def score_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
     for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):
         cells = [_number(metric, metrics.get(metric)) for metrics in scores.values()]
         table.add_row(metric.replace("_", " "), *cells)
+    return table
+
+
+def confusion_table(classes: Sequence[str], counts: np.ndarray) -> Table:
+    """How often rows of a class (down) were taken for a class (across); the right ones are green.
+
+    Args:
+        counts: (classes, classes).
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title="true class, down; predicted, across")
+    table.add_column("")
+    for name in classes:
+        table.add_column(_shortened(name, ANSWER), justify="right")
+    for row, name in enumerate(classes):
+        cells = [
+            Text(f"{count:,}", style="green" if row == column else "red" if count else "")
+            for column, count in enumerate(counts[row])
+        ]
+        table.add_row(_shortened(name, ANSWER), *cells)
     return table
 
 

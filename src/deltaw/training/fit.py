@@ -5,7 +5,7 @@ The order of a run stands in :func:`fit`; each step is somebody else's work.
 
 from __future__ import annotations
 
-import contextlib
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,24 +14,24 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
-from deltaw.data import Prepared, prepare
 from deltaw.errors import UserError
-from deltaw.methods import LoRA, Method
-from deltaw.models.forest import flat_rows
+from deltaw.methods.base import CLASSES_KEY
 from deltaw.models.loading import LoadedModel, load
-from deltaw.models.machine import Choice, peak_resident_bytes, release_free_memory
-from deltaw.models.quiet import quiet
+from deltaw.models.machine import (
+    choose_device,
+    choose_precision,
+    peak_resident_bytes,
+    release_free_memory,
+)
 from deltaw.reports.card import model_card
-from deltaw.training.evaluate import loss_and_perplexity
-from deltaw.training.loop import Outcome, Step, count_steps, seeded, train
-from deltaw.training.objective import CausalObjective
-from deltaw.training.portions import Portions, choose_portions
+from deltaw.training.evaluation import Evaluation
+from deltaw.training.loop import Outcome, Step
 from deltaw.training.progress import TrainingProgress
 from deltaw.training.run_folder import RunFolder, check_output
+from deltaw.training.session import Session, assemble
+from deltaw.training.tasks import RunData, Task, task_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,11 @@ class Result:
 
     output: Path
     outcome: Outcome
-    evaluation: dict[str, float]
+    evaluation: Evaluation
     peak_memory_bytes: int
+    planned_memory_bytes: int | None = None
+    trained_parameters: int = 0
+    writes_text: bool = True
 
     @property
     def interrupted(self) -> bool:
@@ -61,9 +64,11 @@ class Result:
             "rows_per_second": done.rows / seconds,
             "tokens_per_second": done.tokens / seconds,
             "train_loss": done.loss if done.steps else None,
-            "eval": self.evaluation or None,
+            "trained_parameters": self.trained_parameters,
+            "eval": self.evaluation.as_dict() or None,
+            "score": self.evaluation.score(),
             "peak_memory_bytes": self.peak_memory_bytes,
-            "planned_memory_bytes": None,
+            "planned_memory_bytes": self.planned_memory_bytes,
             "interrupted": done.interrupted,
         }
 
@@ -81,156 +86,119 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     """
     config = RunConfig.read(config)
     console = console or Console(quiet=True)
-    method = LoRA(config.lora)
     output = Path(os.path.expanduser(config.output))
     check_output(output)
-    loaded, tokenizer = _load(config, console)
-    data = prepare(config.data, tokenizer, seed=config.train.seed)
-    for line in data.report.lines():
-        console.print(line, highlight=False)
-    seeded(config.train.seed)
-    portions, chosen = choose_portions(
+    task, data = read_data(config, console)
+    loaded = load_for(config, task, data, console)
+    session = assemble(
+        config,
+        task,
+        data,
         loaded.model,
-        [*data.train, *data.held_out],
         device=str(loaded.choices["device"].value),
-        tokens_per_pass=config.train.tokens_per_pass,
-        share=config.train.share_prefixes,
-        method_shares=method.can_share_prefixes(),
+        new_modules=loaded.new_modules,
     )
-    console.print(method.prepare(loaded.model, seed=config.train.seed), highlight=False)
-    if config.train.checkpointing:
-        recompute_blocks(loaded.model)
+    for line in session.said:
+        console.print(line, highlight=False)
 
     folder = RunFolder(output)
     if folder.moved is not None:
         console.print(f"{output} held an earlier run: it is now {folder.moved}", highlight=False)
-    folder.write_settings(config, {**_said(loaded.choices), **_said(chosen)})
-    folder.write_tokenizer(tokenizer)
+    chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
+    folder.write_settings(config, chosen)
+    if task.tokenizer is not None:
+        folder.write_tokenizer(task.tokenizer)
     try:
-        outcome, evaluation = _train(config, loaded, method, data, portions, folder, console)
+        outcome, evaluation = _train(session, folder, console)
     except UserError:
         console.print(f"the adapter as it was before is in {folder.path}", highlight=False)
         raise
     finally:
         folder.close()
-    result = Result(folder.path, outcome, evaluation, _peak_bytes(portions.device))
-    _write_card(result, config, loaded, data)
+        session.close()
+    result = Result(
+        folder.path,
+        outcome,
+        evaluation,
+        _peak_bytes(str(loaded.choices["device"].value)),
+        trained_parameters=sum(p.numel() for _, p in session.method.parameters(session.model)),
+        writes_text=not task.has_labels,
+    )
+    _write_card(result, session)
     return result
 
 
-def _load(config: RunConfig, console: Console) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
+def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
+    """The task of a run and its rows, before any weight is read."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+    data = task.read(config.data, seed=config.train.seed)
+    for line in data.report.lines():
+        say(line)
+    return task, data
+
+
+def load_for(config: RunConfig, task: Task, data: RunData, console: Console) -> LoadedModel:
+    """The model of a run, with a head for the data's classes."""
     loaded = load(
         config.model,
         precision=config.precision,
         device=config.device,
         threads=config.threads,
         task=config.task,
+        num_labels=task.outputs(data),
         trust_remote_code=config.trust_remote_code,
         say=lambda line: console.print(line, highlight=False),
     )
     for name, choice in loaded.choices.items():
         console.print(f"{name}: {choice}", highlight=False)
-    if loaded.tokenizer is None:
-        raise UserError(
-            "the model has no tokenizer", where=config.model, mend="copy its tokenizer.json there"
-        )
-    return loaded, loaded.tokenizer
+    return loaded
 
 
-def _train(
-    config: RunConfig,
-    loaded: LoadedModel,
-    method: Method,
-    data: Prepared,
-    portions: Portions,
-    folder: RunFolder,
-    console: Console,
-) -> tuple[Outcome, dict[str, float]]:
+def _train(session: Session, folder: RunFolder, console: Console) -> tuple[Outcome, Evaluation]:
     """The training and its evaluations; the adapter is saved however it ends."""
-    settings = config.train
-    model = loaded.model
-    with method.evaluating(model):
-        objective = CausalObjective(model)
-    total = count_steps(len(data.train), settings.batch_size, settings.epochs, settings.max_steps)
-    _say_how(console, portions, objective, total, settings.batch_size)
+    total = session.total_steps
+    every = session.config.train.eval_every
+    for line in session.lines():
+        console.print(line, highlight=False)
     release_free_memory()
 
-    def evaluate(step: int) -> dict[str, float]:
-        if not data.held_out:
-            return {}
-        with method.evaluating(model):
-            measured = loss_and_perplexity(objective, data.held_out, portions)
-        folder.write_metrics({"step": step, "eval": measured})
+    def evaluate(step: int) -> Evaluation:
+        measured = session.evaluate()
+        if measured.metrics:
+            folder.write_metrics({"step": step, "eval": measured.as_dict()})
         return measured
 
-    evaluation: dict[str, float] = {}
-    attention = contextlib.nullcontext() if portions.padded else flat_rows(model)
-    with attention, TrainingProgress(console, total) as progress:
+    evaluation = Evaluation()
+    with session.running(), TrainingProgress(console, total) as progress:
 
         def on_step(step: Step) -> None:
             folder.write_metrics(step.as_dict())
             progress.update(step)
-            if settings.eval_every and step.step % settings.eval_every == 0 and step.step < total:
+            if every and step.step % every == 0 and step.step < total:
                 evaluate(step.step)
 
         try:
-            outcome = train(
-                objective,
-                [parameter for _, parameter in method.parameters(model)],
-                data.train,
-                portions,
-                learning_rate=settings.learning_rate,
-                total_steps=total,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                schedule=settings.schedule,
-                warmup=settings.warmup,
-                weight_decay=settings.weight_decay,
-                betas=settings.betas,
-                max_grad_norm=settings.max_grad_norm,
-                on_step=on_step,
-            )
+            outcome = session.train(on_step=on_step)
         finally:
-            method.save(model, folder.path, base_model=config.model)
+            session.method.save(
+                session.model,
+                folder.path,
+                base_model=session.config.model,
+                metadata=_metadata(session.data),
+            )
         if not outcome.interrupted:
             evaluation = evaluate(outcome.steps)
     return outcome, evaluation
 
 
-def recompute_blocks(model: PreTrainedModel) -> None:
-    """Keep only each block's input for the backward, and compute the rest of the block again.
-
-    The model stays in eval mode, so that its own dropout stays off; only the blocks that know how to be
-    recomputed are told that they train.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(model).__name__} cannot recompute its blocks",
-            where="train.checkpointing",
-            mend="set train.checkpointing to false, or lower train.tokens_per_pass",
-        )
-    with quiet():
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
-def _say_how(
-    console: Console, portions: Portions, objective: CausalObjective, total: int, batch_size: int
-) -> None:
-    rows = "padded rows" if portions.padded else "flat rows without padding"
-    shared = ", common beginnings computed once" if portions.share else ""
-    head = "" if objective.chunked else ", all logits at once (the model's head is not known here)"
-    console.print(
-        f"{total} step{'s' if total != 1 else ''} of {batch_size} rows, "
-        f"in passes of up to {portions.tokens_per_pass} tokens: {rows}{shared}{head}",
-        highlight=False,
-    )
-
-
-def _said(choices: Mapping[str, Choice]) -> dict[str, tuple[object, str]]:
-    return {key: (choice.value, choice.why) for key, choice in choices.items()}
+def _metadata(data: RunData) -> dict[str, str]:
+    """What goes into the weights file beside the weights: the names of the classes."""
+    return {} if data.classes is None else {CLASSES_KEY: json.dumps(list(data.classes))}
 
 
 def _peak_bytes(device: str) -> int:
@@ -239,17 +207,24 @@ def _peak_bytes(device: str) -> int:
     return peak_resident_bytes()
 
 
-def _write_card(result: Result, config: RunConfig, loaded: LoadedModel, data: Prepared) -> None:
-    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+def _write_card(result: Result, session: Session) -> None:
+    config = session.config
+    evaluation = result.evaluation
     facts = {
         "base model": config.model,
+        "task": config.task,
+        "method": config.method,
         "training data": config.data.train,
         "rows": str(result.outcome.rows),
         "optimizer steps": str(result.outcome.steps),
-        "trained parameters": f"{trained:,}",
-        "rank / alpha": f"{config.lora.rank} / {config.lora.alpha:g}",
-        "learning rate": f"{config.train.learning_rate:g}",
+        "trained parameters": f"{result.trained_parameters:,}",
+        "learning rate": f"{session.learning_rate:g}",
         "training loss": f"{result.outcome.loss:.4f}" if result.outcome.steps else "none",
-        **{f"held-out {k}": f"{v:.4f}" for k, v in result.evaluation.items() if math.isfinite(v)},
+        **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.metrics.items() if math.isfinite(v)},
     }
-    model_card(result.output, config.model, facts, data.report.lines(), interrupted=result.interrupted)
+    if config.method == "lora":
+        facts["rank / alpha"] = f"{config.lora.rank} / {config.lora.alpha:g}"
+    if session.data.classes is not None:
+        facts["classes"] = ", ".join(session.data.classes)
+    lines = session.data.report.lines()
+    model_card(result.output, config.model, facts, lines, interrupted=result.interrupted)

@@ -14,15 +14,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.data.example import Example
-from deltaw.data.packing import Batch, epoch_order
+from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
-from deltaw.training.optimizer import adamw, learning_rate_factor, warmup_steps
-from deltaw.training.portions import Portions
+from deltaw.training.masters import Masters
+from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps
+
+
+class Labelled(Protocol):
+    """What the loop asks of an example: how many labels it brings to the sum of losses."""
+
+    @property
+    def label_count(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=Labelled)
+
+
+Objective = Callable[[Any], Tensor]
+
+
+class Passes(Protocol):
+    """How the rows of a step go through the model: one batch after another."""
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]: ...
+
+    def sizes(self, rows: Sequence[Any]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None
     return max_steps if max_steps is not None else max(1, math.ceil(epochs * per_epoch))
 
 
-def rows_of_step(examples: Sequence[Example], step: int, batch_size: int, seed: int) -> list[Example]:
+def rows_of_step(examples: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
     """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
     per_epoch = math.ceil(len(examples) / batch_size)
     epoch, place = divmod(step, per_epoch)
@@ -86,13 +107,15 @@ def rows_of_step(examples: Sequence[Example], step: int, batch_size: int, seed: 
 
 
 def train(
-    objective: Callable[[Batch], Tensor],
+    objective: Objective,
     parameters: Sequence[nn.Parameter],
-    examples: Sequence[Example],
-    portions: Portions,
+    examples: Sequence[Row],
+    portions: Passes,
     *,
     learning_rate: float,
     total_steps: int,
+    rate_factors: Sequence[float] | None = None,
+    after_step: Callable[[], None] | None = None,
     batch_size: int = 16,
     seed: int = 0,
     schedule: str = "linear",
@@ -108,23 +131,28 @@ def train(
     step: how the rows are cut into passes changes nothing.
 
     Args:
-        objective: the sum of a batch's cross-entropies (:class:`deltaw.training.objective.CausalObjective`).
+        objective: the sum of a batch's losses, such as
+            :class:`deltaw.training.objective.CausalObjective`.
+        rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
+        after_step: called once the optimizer has changed the parameters.
         on_step: told of each step after it; the time it takes is not counted.
 
     Raises:
         UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
     """
-    optimizer = adamw(parameters, learning_rate, weight_decay=weight_decay, betas=betas)
+    masters = Masters(parameters)
+    optimizer = adamw(
+        masters.trained, learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
+    )
     warm = warmup_steps(warmup, total_steps)
     outcome = Outcome()
     with _stop_signals() as stopped:
         for number in range(total_steps):
             begun = time.perf_counter()
             rows = rows_of_step(examples, number, batch_size, seed)
-            labels = sum(int(example.is_label[1:].sum()) for example in rows)
+            labels = sum(example.label_count for example in rows)
             rate = learning_rate * learning_rate_factor(number, total_steps, warm, schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
 
             loss_sum, tokens, computed = 0.0, 0, 0
             for batch in portions.batches(rows):
@@ -138,7 +166,7 @@ def train(
             if stopped():
                 outcome.interrupted = True
                 break
-            norm = _gradient_norm(parameters, max_grad_norm)
+            norm = _gradient_norm(masters.trained, max_grad_norm)
             if not math.isfinite(loss_sum) or not math.isfinite(norm):
                 raise UserError(
                     f"training diverged: loss {loss_sum / labels:.3g}, gradient norm {norm:.3g}",
@@ -147,6 +175,9 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            masters.write_back()
+            if after_step is not None:
+                after_step()
 
             per_epoch = math.ceil(len(examples) / batch_size)
             step = Step(
@@ -164,6 +195,7 @@ def train(
             outcome.add(step)
             if on_step is not None:
                 on_step(step)
+    masters.close()
     return outcome
 
 

@@ -3,54 +3,106 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.config import RunConfig
-from deltaw.data.prepare import DataSettings
+from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.lora import disabled, load_adapter
+from deltaw.methods.base import ADAPTER_CONFIG, Method
+from deltaw.methods.choose import method_of_folder
+from deltaw.methods.files import classes_of, read_config
 from deltaw.models.loading import LoadedModel, load
+from deltaw.models.machine import choose_device, choose_precision
+from deltaw.training.evaluate import Score, score
 from deltaw.training.run_folder import SETTINGS
+from deltaw.training.session import dressed
+from deltaw.training.tasks import Task, task_of
 
-ADAPTER_CONFIG = "adapter_config.json"
+_TASK_TYPES = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Opened:
     """A model ready to answer.
 
     Attributes:
         config: the run's settings; None where the reference is not a run of deltaw's.
-        adapter: whether an adapter is on the model.
+        method: whose adapter is on the model; None where there is none.
+        task: what the model does. classes: the names that a classifier's outputs have.
     """
 
     loaded: LoadedModel
-    tokenizer: PreTrainedTokenizerBase
     config: RunConfig | None
-    adapter: bool
+    method: Method | None
+    task: Task
+    classes: tuple[str, ...] | None = None
+    _bare: bool = field(default=False, repr=False)
 
     @property
     def model(self) -> PreTrainedModel:
         return self.loaded.model
 
     @property
+    def adapter(self) -> bool:
+        """Whether an adapter is on the model."""
+        return self.method is not None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of a model that reads text.
+
+        Raises:
+            UserError: it reads images.
+        """
+        if self.task.tokenizer is None:
+            raise UserError("the model reads images, not text", where=self.loaded.reference, mend="use eval")
+        return self.task.tokenizer
+
+    @property
     def data(self) -> DataSettings | None:
         """How the run read its rows; None where it is not known."""
         return self.config.data if self.config is not None else None
 
+    def prompt(self, tokens: np.ndarray) -> np.ndarray:
+        """A prompt as the model is to see it."""
+        return tokens if self.method is None or self._bare else self.method.dressed(tokens)
+
+    def example(self, example: Any) -> Any:
+        """An example as the model is to see it."""
+        return example if self.method is None or self._bare else dressed(example, self.method)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+        return 0 if self.method is None or self._bare else self.method.virtual_tokens
+
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """While open, the model answers as it did before it was trained."""
-        if self.adapter:
-            with disabled(self.model):
-                yield
-        else:
+        if self.method is None:
             yield
+            return
+        with self.method.without(self.model):
+            self._bare = True
+            try:
+                yield
+            finally:
+                self._bare = False
+
+    def require_generation(self) -> None:
+        """Raise a UserError where the model does not write text."""
+        if self.task.name != "causal-lm":
+            raise UserError(
+                f"this is an adapter for {self.task.name}, which writes no text",
+                where=self.loaded.reference,
+                mend="use deltaw eval",
+            )
 
 
 def open_run(
@@ -59,6 +111,7 @@ def open_run(
     model: str | None = None,
     precision: str = "auto",
     device: str = "auto",
+    task: str | None = None,
     say: Callable[[str], None],
 ) -> Opened:
     """Load a run's folder (base model and adapter), an adapter of PEFT's, or a bare model.
@@ -66,6 +119,7 @@ def open_run(
     Args:
         reference: a folder with an adapter, else anything that names a model.
         model: the base model, where it is not the one that the folder names.
+        task: what a bare model is to do; an adapter says that itself.
     """
     folder = Path(reference)
     adapter = (folder / ADAPTER_CONFIG).is_file()
@@ -76,32 +130,66 @@ def open_run(
             mend=f"train it again: deltaw train {folder / SETTINGS}",
         )
     config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
-    if not adapter:
-        base = model or reference
-    else:
-        base = model or (config.model if config is not None else _base_of(folder))
+    kind, base, classes = task or "causal-lm", model or reference, None
+    if adapter:
+        settings = read_config(folder)
+        base = model or (config.model if config is not None else _base_of(settings, folder))
+        kind = config.task if config is not None else _TASK_TYPES.get(str(settings.get("task_type")), kind)
+        classes = classes_of(folder)
+    trust = config.trust_remote_code if config is not None else False
+    dtype = choose_precision(choose_device(device).value, precision).value
+    work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
+    outputs = len(classes) if classes is not None else 1 if kind == "regression" else None
     loaded = load(
         base,
         precision=precision,
         device=device,
-        trust_remote_code=config.trust_remote_code if config is not None else False,
-        say=say,
+        task=kind,  # type: ignore[arg-type]
+        num_labels=outputs,
+        trust_remote_code=trust,
+        say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
     )
-    if loaded.tokenizer is None:
-        raise UserError("the model has no tokenizer", where=base, mend="copy its tokenizer.json there")
+    method = None
     if adapter:
-        say(f"{load_adapter(loaded.model, folder).adapted} layers are adapted by {folder}")
-    return Opened(loaded, loaded.tokenizer, config, adapter)
+        method = method_of_folder(folder, work.tokenizer)
+        say(method.load(loaded.model, folder))
+    return Opened(loaded, config, method, work, classes)
 
 
-def _base_of(folder: Path) -> str:
-    try:
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(folder), mend="save the adapter again"
-        ) from error
-    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+def score_run(
+    opened: Opened,
+    examples: Sequence[Any],
+    *,
+    max_new_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Judge an opened model on examples, which are not dressed yet."""
+    rows = [opened.example(example) for example in examples]
+    portions, _ = opened.task.portions(
+        opened.model,
+        rows,
+        device=str(opened.loaded.choices["device"].value),
+        tokens_per_pass="auto",
+        share="auto",
+        method_shares=True,
+        virtual_tokens=0,
+    )
+    if opened.task.name == "causal-lm":
+        return score(
+            opened.model,
+            opened.tokenizer,
+            rows,
+            portions,
+            max_new_tokens=max_new_tokens,
+            on_progress=on_progress,
+        )
+    with opened.task.running(opened.model, portions):
+        objective = opened.task.objective(opened.model)
+        return Score(opened.task.evaluate(objective, rows, portions, opened.classes), [])
+
+
+def _base_of(settings: dict[str, object], folder: Path) -> str:
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise UserError(
             "the adapter does not say which model it belongs to",

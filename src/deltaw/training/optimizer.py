@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,14 +12,34 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter],
+    parameters: Sequence[nn.Parameter],
     learning_rate: float,
     *,
+    factors: Sequence[float] | None = None,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) in torch's fused form, which updates every tensor in one call."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True)
+    """AdamW (arXiv 1711.05101) in torch's fused form, which updates every tensor in one call.
+
+    Args:
+        factors: what each parameter's learning rate is multiplied with; parameters of one factor are a group.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, factor in zip(parameters, factors or [1.0] * len(parameters), strict=True):
+        groups.setdefault(factor, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        betas=betas,
+        fused=True,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The learning rate of the next step, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["factor"]
 
 
 def warmup_steps(warmup: float, total: int) -> int:

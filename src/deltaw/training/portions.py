@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
-from deltaw.data.packing import Batch, batches
+from deltaw.data.packing import Batch, batches, pass_sizes
 from deltaw.errors import UserError
 from deltaw.models.forest import can_pack
 from deltaw.models.generation import position_limit
@@ -28,8 +28,37 @@ class Portions:
     padded: bool
     device: str
 
+    def sizes(self, rows: Sequence[Example]) -> list[int]:
+        """Tokens computed in each pass of :meth:`batches`, without laying any out."""
+        return pass_sizes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
+
     def batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
         return batches(rows, self.tokens_per_pass, share=self.share, padded=self.padded, device=self.device)
+
+
+def longest_row(model: PreTrainedModel, examples: Sequence[Sized], virtual_tokens: int = 0) -> int:
+    """Tokens of the longest row as the model will see it.
+
+    Raises:
+        UserError: the model has fewer positions.
+    """
+    longest = max(len(e) for e in examples) + virtual_tokens
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
+            where="data.max_length",
+            mend=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
+        )
+    return longest
+
+
+def choose_tokens_per_pass(asked: int | str, longest: int, device: str) -> Choice:
+    """As asked, or as many tokens as fill the device, and the longest row at least."""
+    if asked != "auto":
+        return Choice(int(asked), "as asked")
+    usual = TOKENS_PER_PASS.get(device.partition(":")[0], TOKENS_PER_PASS["cpu"])
+    return Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")
 
 
 def choose_portions(
@@ -40,11 +69,13 @@ def choose_portions(
     tokens_per_pass: int | str = "auto",
     share: bool | str = "auto",
     method_shares: bool = True,
+    virtual_tokens: int = 0,
 ) -> tuple[Portions, dict[str, Choice]]:
     """Settle what the user left open.
 
     Args:
         method_shares: whether the method trains exactly the same with shared beginnings.
+        virtual_tokens: positions that the method will put before each row.
 
     Returns:
         the portions, and by setting the value chosen with its reason.
@@ -52,14 +83,7 @@ def choose_portions(
     Raises:
         UserError: a row is longer than the model has positions.
     """
-    longest = max(len(e.tokens) for e in examples)
-    limit = position_limit(model)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
-            where="data.max_length",
-            mend=f"set data.max_length: {limit}, with data.long_rows: cut or drop",
-        )
+    longest = longest_row(model, examples, virtual_tokens)
     packable = can_pack(model)
     if share == "auto":
         why = (
@@ -72,11 +96,7 @@ def choose_portions(
         shared = Choice(bool(share), "as asked")
     if shared.value and not packable.value:
         shared = Choice(False, packable.why)
-    if tokens_per_pass == "auto":
-        usual = TOKENS_PER_PASS.get(device.partition(":")[0], TOKENS_PER_PASS["cpu"])
-        tokens = Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")
-    else:
-        tokens = Choice(int(tokens_per_pass), "as asked")
+    tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
     return Portions(tokens.value, shared.value, not packable.value, device), {
         "train.share_prefixes": shared,
         "train.tokens_per_pass": tokens,

@@ -1,0 +1,5 @@
+"""`python -m deltaw`: the same as the `deltaw` command."""
+
+from deltaw.cli import main
+
+main()

@@ -1,0 +1,248 @@
+"""Which columns of a file hold text, image and label, and what a label means: a class, or a number.
+
+It knows rows; not tokens, pixels or splits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltaw.data.formats import check_columns
+from deltaw.data.settings import DataSettings
+from deltaw.data.sources import Rows
+from deltaw.errors import UserError, did_you_mean
+
+# Names that files give to such columns; where a file has several of a line, it must be told which.
+_TEXTS = ("sentence", "review", "content", "document", "question", "comment", "tweet", "headline", "body")
+_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
+_LABELS = ("labels", "target", "class", "category")
+_IMAGES = ("image", "img", "images", "picture")
+# Past so many classes, most of them with one row, a column is hardly one of classes.
+_MANY = 50
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """The file's columns. ``text``, or ``image``, or ``pixels``: one column for each."""
+
+    label: str
+    text: str | None = None
+    text_pair: str | None = None
+    image: str | None = None
+    pixels: tuple[str, ...] = ()
+
+    def used(self) -> set[str]:
+        named = (self.label, self.text, self.text_pair, self.image, *self.pixels)
+        return {column for column in named if column is not None}
+
+
+def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
+    """The columns by ``data.columns``, or by the names that such files usually give them.
+
+    Raises:
+        UserError: one cannot be told; the message lists the columns of the file.
+    """
+    columns = settings.columns
+    check_columns(rows, columns)
+    there = [column for column in rows.columns if column not in columns.values() and column != settings.group]
+    if task == "image-classification":
+        label = columns.get("label") or _named(rows, there, "label", ("label", *_LABELS), required=False)
+        image = columns.get("image") or _named(rows, there, "image", _IMAGES, required=False)
+        tables = rows.tables()
+        if label is None and tables and not tables[0].has_header:
+            label = rows.columns[-1]  # a table of bare numbers: pixels, then the label
+        if label is None:
+            raise _unknown(rows, "label", ("label", *_LABELS))
+        if image is not None:
+            return LabelColumns(label, image=image)
+        if not tables:
+            raise _unknown(rows, "image", _IMAGES)
+        return LabelColumns(label, pixels=tuple(column for column in there if column != label))
+    text, pair = columns.get("text"), columns.get("text_pair")
+    if text is None:
+        known = next((both for both in _PAIRS if set(both) <= set(there)), None)
+        if "text" in there or known is None:
+            text = _named(rows, there, "text", ("text", *_TEXTS))
+        else:
+            text, pair = known[0], pair or known[1]
+    if pair is None and "text_pair" in there:
+        pair = "text_pair"
+    there = [column for column in there if column not in (text, pair)]
+    usual = ("label", *_LABELS, *(("score",) if task == "regression" else ()))
+    label = columns.get("label") or _named(rows, there, "label", usual)
+    return LabelColumns(label or usual[0], text, pair)
+
+
+def class_name(value: object, column: str, where: str) -> str | None:
+    """A class's name as text; None where the cell is empty.
+
+    Raises:
+        UserError: the value is a list, an object or a fraction.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str | int):
+        return str(value)
+    if isinstance(value, float):
+        raise UserError(
+            f"'{column}' holds {value}, which names no class",
+            where=where,
+            mend="set task: regression to learn numbers, or data.columns: {label: …} to the right column",
+        )
+    raise UserError(
+        f"'{column}' holds a {type(value).__name__}, not one class",
+        where=where,
+        mend="give each row one class, as a text or a whole number",
+    )
+
+
+def number(value: object, column: str, where: str) -> float:
+    """A label of a regression.
+
+    Raises:
+        UserError: it is no finite number.
+    """
+    result = math.nan
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            result = float(value)
+        except (ValueError, OverflowError):
+            result = math.nan
+    if not math.isfinite(result):
+        shown = "empty" if value is None or value == "" else repr(value)
+        raise UserError(
+            f"'{column}' must be a finite number but is {shown}",
+            where=where,
+            mend="write a number, leave the row out, or name the right column by data.columns: {label: …}",
+        )
+    return result
+
+
+def class_numbers(
+    names: Sequence[str | None],
+    places: Sequence[str],
+    settings: DataSettings,
+    *,
+    source: str,
+    trained: Sequence[str] | None = None,
+) -> tuple[tuple[str, ...], list[int | None]]:
+    """The classes in the order of the model's outputs, and the number of each row's class.
+
+    Args:
+        names: the class of each row, None where it has none. places: where each row lies.
+        source: the file, for messages.
+        trained: the classes of a model that is trained already; they go before ``data.classes``.
+
+    Returns:
+        the classes, and for each row its class's index; None for a row to be left out (``other_classes``).
+
+    Raises:
+        UserError: a class is unknown, there is one class only, or the column is hardly one of classes.
+    """
+    given = tuple(trained) if trained is not None else tuple(settings.classes or ())
+    drop = bool(given) and settings.other_classes == "drop"
+    for name, where in zip(names, places, strict=True):
+        if drop or (name in given if given else name is not None):
+            continue
+        if name is None:
+            raise UserError("the label is empty", where=where, mend="write its class, or leave the row out")
+        known = f"the classes are {listed(given)}"
+        if trained is not None:
+            what = f"the label '{name}' was never seen in training"
+        else:
+            what = f"the label '{name}' is none of data.classes"
+        raise UserError(
+            what, where=where, mend=f"{known}; data.other_classes: drop leaves rows of others out"
+        )
+    classes = given or _sorted({name for name in names if name is not None})
+    if not given:
+        _check_found(classes, len(names), source)
+    numbers = {name: index for index, name in enumerate(classes)}
+    if drop and trained is None:
+        found = set(names)
+        lacking = [name for name in classes if name not in found]
+        if lacking:
+            others = _sorted({name for name in names if name is not None and name not in numbers})
+            raise UserError(
+                f"no row is of the class '{lacking[0]}'",
+                where=f"data.classes for {source}",
+                mend=did_you_mean(lacking[0], others),
+            )
+    return classes, [None if name is None else numbers.get(name) for name in names]
+
+
+def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
+    """Raise a UserError where a model's head has another number of outputs than there are classes.
+
+    Args:
+        num_labels: outputs of the head, as in the model's ``config.num_labels``.
+        where: the model, for the message.
+    """
+    if num_labels != len(classes):
+        raise UserError(
+            f"the model's head has {num_labels} outputs, and there are {len(classes)} classes: "
+            f"{listed(classes)}",
+            where=where,
+            mend="name the head's classes in its order by data.classes, or take a model without a head",
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, the first twenty of them."""
+    return ", ".join(f"'{name}'" for name in names[:20]) + (", …" if len(names) > 20 else "")
+
+
+def _check_found(classes: Sequence[str], rows: int, source: str) -> None:
+    if len(classes) < 2:
+        raise UserError(
+            f"all rows are of one class, '{classes[0]}'" if classes else "no row has a label",
+            where=source,
+            mend="rows of two classes at least are needed to tell them apart",
+        )
+    if len(classes) > max(_MANY, rows // 2):
+        raise UserError(
+            f"the labels have {len(classes):,} different values in {rows:,} rows",
+            where=source,
+            mend="if they are numbers, set task: regression; if another column has the classes, "
+            "data.columns: {label: …}; if they are classes all the same, name them by data.classes",
+        )
+
+
+def _sorted(names: set[str]) -> tuple[str, ...]:
+    """In alphabetical order, or by value where all are numbers."""
+    try:
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def _named(
+    rows: Rows, there: Sequence[str], ours: str, usual: Sequence[str], *, required: bool = True
+) -> str | None:
+    """The column of the first usual name, or of the only one among the others."""
+    if usual[0] in there:
+        return usual[0]
+    found = [name for name in usual[1:] if name in there]
+    if len(found) == 1 or not (found or required):
+        return found[0] if found else None
+    if found:
+        raise UserError(
+            f"several columns may be the {ours}: {listed(found)}",
+            where=rows.name,
+            mend=f"say which by data.columns: {{{ours}: {found[0]}}}",
+        )
+    raise _unknown(rows, ours, usual)
+
+
+def _unknown(rows: Rows, ours: str, usual: Sequence[str]) -> UserError:
+    return UserError(
+        f"no column is known to hold the {ours}",
+        where=f"{rows.name}, whose columns are {listed(rows.columns)}",
+        mend=f"name it by data.columns: {{{ours}: …}}; those called {listed(usual)} are found without",
+    )

@@ -1,0 +1,163 @@
+"""Images become what a model reads: by the preprocessor in its folder, or plainly where it has none.
+
+Images are decoded when their batch is made, and not before. It knows a model's files, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor
+
+from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
+from deltaw.data.pixels import ImageExample
+from deltaw.data.report import Report
+from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
+
+_TASK = "image-classification"
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+def prepare_images(
+    settings: DataSettings, encoder: ImageEncoder, *, seed: int = 0, classes: Sequence[str] | None = None
+) -> PreparedLabels:
+    """As :func:`deltaw.data.labels.prepare_labelled`, with a look whether ``encoder`` takes the images.
+
+    Raises:
+        UserError: the data cannot be used; the message names the file and the row.
+    """
+    prepared = prepare_labelled(settings, None, _TASK, seed=seed, classes=classes)
+    encoder.check(prepared.train, settings.train)
+    encoder.check(prepared.held_out, prepared.report.held_out_source or settings.train)
+    return prepared
+
+
+def prepare_image_file(
+    reference: str, settings: DataSettings, encoder: ImageEncoder, classes: Sequence[str] | None
+) -> tuple[list[ImageExample], Report]:
+    """As :func:`deltaw.data.labels.prepare_label_file`, with a look whether ``encoder`` takes the images.
+
+    Raises:
+        UserError: the data cannot be used, or a label was never seen in training; with file and row.
+    """
+    examples, report = prepare_label_file(reference, settings, None, _TASK, classes)
+    images = [example for example in examples if isinstance(example, ImageExample)]
+    encoder.check(images, reference)
+    return images, report
+
+
+class ImageEncoder:
+    """Decodes, resizes and normalises images as the model in ``folder`` wants them.
+
+    With a ``preprocessor_config.json`` transformers' own preprocessor does it, always by Pillow, so that the
+    result does not hang on which other libraries are installed. Without one, images are resized to the
+    model's ``image_size`` and brought from 0…255 to -1…1 (mean and standard deviation 0.5).
+
+    Args:
+        folder: of the model, with its ``config.json``.
+
+    Raises:
+        UserError: the folder does not say how large the model's images are, or its files are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processor = None
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if (folder / _PREPROCESSOR).is_file():
+                self._processor = AutoImageProcessor.from_pretrained(
+                    folder, local_files_only=True, backend="pil"
+                )
+        except Exception as error:  # a configuration's own checks raise whatever its values lead to
+            raise UserError(
+                f"how the model's images are prepared cannot be read: {str(error).splitlines()[0][:300]}",
+                where=str(folder),
+                mend="fetch or copy the model again",
+            ) from error
+        vision = getattr(config, "vision_config", config)
+        self._channels = int(getattr(vision, "num_channels", 3))
+        self._mode = "L" if self._channels == 1 else "RGB"
+        self._size = _pair(getattr(vision, "image_size", None))
+        self._patch = _pair(getattr(vision, "patch_size", None)) or (16, 16)
+        if self._processor is None and self._size is None:
+            raise UserError(
+                f"the model's folder has no {_PREPROCESSOR}, and its config.json no image_size",
+                where=str(folder),
+                mend=f"copy the model's {_PREPROCESSOR} there",
+            )
+        self._shapes: dict[tuple[int, int], tuple[int, int]] = {}
+        self.resizes = self._shape((30, 40)) == self._shape((110, 90))
+
+    def tokens(self, example: ImageExample) -> int:
+        """Patches of an image with one more for its class: what a batch of images is measured by."""
+        height, width = self._shape(example.size)
+        return max(1, height // self._patch[0]) * max(1, width // self._patch[1]) + 1
+
+    def check(self, examples: Sequence[object], source: str) -> None:
+        """Look whether images will be of one size.
+
+        Raises:
+            UserError: they will not, as the preprocessor leaves their size as it is.
+        """
+        images = [example for example in examples if isinstance(example, ImageExample)]
+        if self.resizes or not images:
+            return
+        first = images[0].size
+        for example in images:
+            if self._shape(example.size) != self._shape(first):
+                raise UserError(
+                    f"the image has {example.size[0]}×{example.size[1]} pixels, those before it "
+                    f"{first[0]}×{first[1]}, and the model's preprocessor does not make sizes equal",
+                    where=str(example.image)
+                    if isinstance(example.image, Path)
+                    else f"{source}, row {example.row}",
+                    mend=f"resize the images, or set do_resize and size in {self._folder / _PREPROCESSOR}",
+                )
+
+    def encode(self, examples: Sequence[ImageExample]) -> Tensor:
+        """fp32 (images, channels, height, width).
+
+        Raises:
+            UserError: an image has become unreadable, or they are of different sizes.
+        """
+        return self._encode([example.decoded().convert(self._mode) for example in examples])
+
+    def _shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width, as the model sees it, of an image of ``size``."""
+        if size not in self._shapes:
+            height, width = self._encode([Image.new(self._mode, (size[1], size[0]))]).shape[2:]
+            self._shapes[size] = (int(height), int(width))
+        return self._shapes[size]
+
+    def _encode(self, images: list[Image.Image]) -> Tensor:
+        if self._processor is None:
+            height, width = self._size or (0, 0)
+            images = [image.resize((width, height), Image.Resampling.BILINEAR) for image in images]
+        arrays = [np.asarray(image).reshape(image.height, image.width, self._channels) for image in images]
+        if self._processor is None:
+            stacked = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
+            return stacked.contiguous() / 127.5 - 1.0
+        try:
+            encoded = self._processor(arrays, return_tensors="pt", input_data_format="channels_last")
+            return encoded["pixel_values"].float()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"the model's preprocessor does not take the images: {str(error).splitlines()[0][:300]}",
+                where=str(self._folder / _PREPROCESSOR),
+                mend="look whether it belongs to the model; without the file, images are resized plainly",
+            ) from error
+
+
+def _pair(size: object) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None

@@ -1,0 +1,172 @@
+"""Labelled rows become batches: texts side by side, padded as little as pays, or images of one size.
+
+Knows tokens, pixels and labels; not files or models.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.data.images import ImageEncoder
+from deltaw.data.labels import AnyExample, LabelledExample
+from deltaw.data.pixels import ImageExample
+from deltaw.errors import UserError
+
+# Rows are padded to multiples of this: matrix libraries build a kernel for each new shape.
+GRID = 8
+# What one pass more costs, in tokens: passes are cut where that saves more padding.
+PASS_COST = {"cpu": 48, "cuda": 2048, "mps": 1024}
+
+
+@dataclass(frozen=True, eq=False)
+class LabelBatch:
+    """What one forward pass sees.
+
+    Attributes:
+        inputs: the model's keyword arguments: ``input_ids`` and ``attention_mask`` (rows, longest), with
+            ``token_type_ids`` for pairs; or ``pixel_values`` (rows, channels, height, width) in fp32.
+        targets: (rows,), int64 class indices, or fp32 numbers.
+        examples: the rows, in the order of the batch.
+        rows: rows in it. row_tokens: tokens of all rows. tokens: tokens computed, padding included.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    examples: tuple[AnyExample, ...]
+    rows: int
+    row_tokens: int
+    tokens: int
+
+    @property
+    def label_tokens(self) -> int:
+        """Labels in it: one a row."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class LabelPortions:
+    """How labelled rows go through a model.
+
+    Attributes:
+        tokens_per_pass: the most tokens at once, padding included, unless one row alone has more.
+        device: where batches are put.
+        pad_id: what rows are filled up with; it is masked by length, so that any token will do.
+        segments: whether ``token_type_ids`` go with pairs; False for a model that takes none.
+        encoder: of images. tokens_per_image: what an image counts.
+        limit: the most positions that the model has; padding does not go beyond.
+    """
+
+    tokens_per_pass: int
+    device: str
+    pad_id: int = 0
+    segments: bool = True
+    encoder: ImageEncoder | None = None
+    tokens_per_image: int = 1
+    limit: int | None = None
+
+    def batches(self, rows: Sequence[AnyExample]) -> Iterator[LabelBatch]:
+        """The passes of these rows, one after another, each laid out only when its turn comes."""
+        images = [row for row in rows if isinstance(row, ImageExample)]
+        if images:
+            at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
+            for part in np.array_split(np.arange(len(images)), -(-len(images) // at_once)):
+                yield self._images([images[index] for index in part])
+            return
+        texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
+        for start, stop, longest in self._cuts(texts):
+            yield self._texts(texts[start:stop], longest)
+
+    def sizes(self, rows: Sequence[AnyExample]) -> list[int]:
+        """Tokens computed in each pass of :meth:`batches`, without laying any out."""
+        images = sum(isinstance(row, ImageExample) for row in rows)
+        if images:
+            at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
+            return [min(images, at_once) * self.tokens_per_image]
+        texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
+        return [(stop - start) * longest for start, stop, longest in self._cuts(texts)]
+
+    def _cuts(self, texts: Sequence[LabelledExample]) -> Iterator[tuple[int, int, int]]:
+        """Where each pass begins and ends among rows sorted by length, and the length that they are padded to."""
+        lengths = [self._padded(len(row)) for row in texts]
+        cost = PASS_COST.get(self.device.partition(":")[0], PASS_COST["cpu"])
+        for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost):
+            yield start, stop, lengths[stop - 1]
+
+    def _padded(self, length: int) -> int:
+        whole = -(-length // GRID) * GRID
+        return max(length, min(whole, self.limit)) if self.limit is not None else whole
+
+    def _texts(self, rows: Sequence[LabelledExample], longest: int) -> LabelBatch:
+        tokens = np.full((len(rows), longest), self.pad_id, np.int64)
+        mask = np.zeros((len(rows), longest), np.int64)
+        segments = np.zeros((len(rows), longest), np.int64)
+        for place, row in enumerate(rows):
+            length = len(row)
+            tokens[place, :length] = row.tokens
+            mask[place, :length] = 1
+            if row.segments is not None:
+                # Tokens that a method puts before the row belong to its first text.
+                segments[place, length - len(row.segments) : length] = row.segments
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        if self.segments and any(row.segments is not None for row in rows):
+            inputs["token_type_ids"] = segments
+        return LabelBatch(
+            inputs={name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()},
+            targets=self._targets(rows),
+            examples=tuple(rows),
+            rows=len(rows),
+            row_tokens=int(mask.sum()),
+            tokens=tokens.size,
+        )
+
+    def _images(self, rows: Sequence[ImageExample]) -> LabelBatch:
+        if self.encoder is None:
+            raise UserError(
+                "images need the model's preprocessor", where="task", mend="task: image-classification"
+            )
+        return LabelBatch(
+            inputs={"pixel_values": self.encoder.encode(rows).to(self.device)},
+            targets=self._targets(rows),
+            examples=tuple(rows),
+            rows=len(rows),
+            row_tokens=len(rows) * self.tokens_per_image,
+            tokens=len(rows) * self.tokens_per_image,
+        )
+
+    def _targets(self, rows: Sequence[AnyExample]) -> Tensor:
+        labels = [row.label for row in rows]
+        dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
+        return torch.tensor(labels, dtype=dtype, device=self.device)
+
+
+def cut_by_length(lengths: Sequence[int], budget: int, pass_cost: int) -> list[tuple[int, int]]:
+    """Cut rows that are sorted by length into passes, so that padding and passes cost least together.
+
+    A pass costs its rows times the longest of them, and ``pass_cost``; the cheapest cut is found exactly, by
+    dynamic programming over where the last pass begins.
+
+    Args:
+        lengths: ascending. budget: the most that rows times longest may be, unless one row alone is more.
+
+    Returns:
+        half-open ranges that follow each other.
+    """
+    count = len(lengths)
+    best = np.zeros(count + 1, np.int64)
+    begins = np.zeros(count + 1, np.int64)
+    for stop in range(1, count + 1):
+        longest = lengths[stop - 1]
+        first = min(stop - 1, max(0, stop - budget // max(1, longest)))
+        costs = best[first:stop] + np.arange(stop - first, 0, -1) * longest
+        begins[stop] = first + costs.argmin()
+        best[stop] = costs.min() + pass_cost
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(int(begins[cuts[-1]]))
+    return [(start, stop) for stop, start in itertools.pairwise(cuts)][::-1]

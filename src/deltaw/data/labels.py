@@ -1,0 +1,320 @@
+"""Labelled rows become examples: text or images with a class, or text with a number.
+
+The same account, limits, duplicates and splits as for text to be generated (:mod:`deltaw.data.prepare`). It
+knows neither models nor batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltaw.data.classes import LabelColumns, class_name, class_numbers, find_columns, number
+from deltaw.data.pixels import ImageExample, image_rows, read_images
+from deltaw.data.prepare import too_long
+from deltaw.data.report import Report
+from deltaw.data.settings import DataSettings
+from deltaw.data.sources import Rows, read_rows
+from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
+from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 4096  # rows tokenised at once
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledExample:
+    """The tokens of one row, special tokens included, and its label.
+
+    Attributes:
+        row: number of the row in its file, from 1.
+        tokens: int32 (length,).
+        label: index of the class, or the number of a regression.
+        segments: int8 (length,), which of the two texts each token belongs to; None for one text, or where
+            the tokenizer does not tell.
+    """
+
+    row: int
+    tokens: np.ndarray
+    label: int | float
+    segments: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def label_count(self) -> int:
+        return 1
+
+    def key(self) -> bytes:
+        """What makes two rows the same: tokens, segments and label."""
+        digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=16)
+        digest.update(repr(self.label).encode())
+        if self.segments is not None:
+            digest.update(self.segments.tobytes())
+        return digest.digest()
+
+
+AnyExample = LabelledExample | ImageExample
+
+
+@dataclass(frozen=True)
+class PreparedLabels:
+    """Examples to train on, examples held out, the account of all rows, and the classes.
+
+    ``classes`` are in the order of the model's outputs; None for a regression.
+    """
+
+    train: list[AnyExample]
+    held_out: list[AnyExample]
+    report: Report
+    classes: tuple[str, ...] | None
+
+
+def prepare_labelled(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: str,
+    *,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+) -> PreparedLabels:
+    """Read the data of a run with labels.
+
+    Args:
+        settings: the ``data:`` section.
+        tokenizer: of the model to be trained; images need none.
+        task: ``sequence-classification``, ``regression`` or ``image-classification``.
+        seed: decides which rows are chosen (``rows``) and which are held out.
+        classes: of a model that is trained already, in the order of its outputs.
+
+    Raises:
+        UserError: the data cannot be used; the message names the file and the row.
+    """
+    reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
+    rows, others = reader.open(settings.train)
+    check_group(rows, settings.group)
+    examples, kept, report = reader.read(rows, choose(len(rows), settings.rows, seed))
+    found = reader.classes
+    train, held_out, report = divide(
+        examples,
+        groups_of(rows, kept, settings.group),
+        replace(report, other_files=others),
+        settings,
+        seed=seed,
+        key=_key,
+        read_apart=lambda name: prepare_label_file(name, settings, tokenizer, task, found),
+    )
+    _check_variety(train, found, settings.train)
+    return PreparedLabels(train, held_out, _with_counts(report, train, found), found)
+
+
+def prepare_label_file(
+    reference: str,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: str,
+    classes: Sequence[str] | None,
+) -> tuple[list[AnyExample], Report]:
+    """Read one file as evaluation data: every row counts, duplicates too.
+
+    Args:
+        classes: of the model that is evaluated, in the order of its outputs; None for a regression.
+
+    Raises:
+        UserError: the data cannot be used, or a label was never seen in training; with file and row.
+    """
+    reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
+    rows, others = reader.open(reference)
+    examples, _, report = reader.read(rows, range(len(rows)))
+    report = evaluated(examples, replace(report, other_files=others), _key)
+    return examples, _with_counts(report, examples, reader.classes)
+
+
+class _Reader:
+    """Reads files of one task; ``classes`` are those given or, after the first file, those found."""
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase | None,
+        task: str,
+        classes: tuple[str, ...] | None,
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.task = task
+        self.classes = classes
+
+    def open(self, reference: str) -> tuple[Rows, int]:
+        """The rows, and how many files of an image folder are no images."""
+        return image_rows(reference) if self.task == "image-classification" else (read_rows(reference), 0)
+
+    def read(self, rows: Rows, chosen: Sequence[int]) -> tuple[list[AnyExample], list[int], Report]:
+        """The usable rows among ``chosen`` as examples, where they lie among ``rows``, and the account."""
+        columns = find_columns(rows, self.settings, self.task)
+        labels = self._labels(rows, chosen, columns)
+        pairs = [(index, label) for index, label in zip(chosen, labels, strict=True) if label is not None]
+        if not pairs:
+            raise _nothing_left(rows, 0)
+        usable = [index for index, _ in pairs]
+        used = columns.used() | {self.settings.group}
+        report = Report(
+            source=rows.name,
+            form="labelled images",
+            template="",
+            rows_read=len(rows),
+            rows_kept=len(usable),
+            not_chosen=len(rows) - len(chosen),
+            other_classes=len(chosen) - len(usable),
+            unused_columns=tuple(column for column in rows.columns if column not in used),
+        )
+        if self.task != "image-classification":
+            return self._texts(rows, usable, [label for _, label in pairs], columns, report)
+        images = read_images(rows, usable, columns, [int(label) for _, label in pairs])
+        sizes = np.array([image.size for image in images])
+        if (sizes != sizes[0]).any():
+            low, high = sizes.min(0).tolist(), sizes.max(0).tolist()
+            report = replace(report, image_sizes=(low[0], low[1], high[0], high[1]))
+        return list(images), usable, report
+
+    def _labels(self, rows: Rows, chosen: Sequence[int], columns: LabelColumns) -> list[int | float | None]:
+        values = [rows[index][1].get(columns.label) for index in chosen]
+        places = [rows.place(index) for index in chosen]
+        if self.task == "regression":
+            return [number(v, columns.label, where) for v, where in zip(values, places, strict=True)]
+        names = [class_name(v, columns.label, where) for v, where in zip(values, places, strict=True)]
+        self.classes, numbers = class_numbers(
+            names, places, self.settings, source=rows.name, trained=self.classes
+        )
+        return list(numbers)
+
+    def _texts(
+        self,
+        rows: Rows,
+        usable: Sequence[int],
+        labels: Sequence[int | float],
+        columns: LabelColumns,
+        report: Report,
+    ) -> tuple[list[AnyExample], list[int], Report]:
+        limit, long_rows = self.settings.max_length, self.settings.long_rows
+        tokenize = _Tokenizing(self.tokenizer, limit, columns)
+        examples: list[AnyExample] = []
+        kept: list[int] = []
+        long: list[tuple[int, int]] = []
+        cut = tokens_cut = 0
+        for start in range(0, len(usable), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            texts = [tokenize.texts(rows, index) for index in usable[part]]
+            tokens = tokenize(texts)
+            for index, label, text, (ids, segments) in zip(
+                usable[part], labels[part], texts, tokens, strict=True
+            ):
+                if len(ids) > limit:
+                    long.append((index, len(ids)))
+                    if long_rows != "cut":
+                        continue
+                    cut, tokens_cut = cut + 1, tokens_cut + len(ids) - limit
+                    ids, segments = tokenize([text], cut=True)[0]
+                if not len(ids):
+                    raise UserError("the text is empty", where=rows.place(index), mend="leave the row out")
+                examples.append(LabelledExample(rows.number(index), ids, label, segments))
+                kept.append(index)
+        if long and long_rows == "error":
+            raise too_long(rows, long, limit)
+        if not examples:
+            raise _nothing_left(rows, len(long))
+        report = replace(
+            report,
+            form="labelled pairs of texts" if columns.text_pair else "labelled text",
+            rows_kept=len(examples),
+            cut=cut,
+            tokens_cut=tokens_cut,
+            dropped_long=len(long) if long_rows == "drop" else 0,
+        )
+        return examples, kept, report
+
+
+class _Tokenizing:
+    """Texts, or pairs of them, to tokens as the model expects them, with its special tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limit: int, columns: LabelColumns) -> None:
+        if tokenizer is None:
+            raise UserError(
+                "the model's folder holds no tokenizer", where="model", mend="copy its tokenizer.json there"
+            )
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._columns = [column for column in (columns.text, columns.text_pair) if column]
+        special = tokenizer.num_special_tokens_to_add(pair=len(self._columns) == 2)
+        if special >= limit:
+            raise UserError(
+                f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row",
+                where="data.max_length",
+                mend=f"set it to {special + 1} at least",
+            )
+
+    def texts(self, rows: Rows, index: int) -> tuple[str, ...]:
+        """The one or two texts of a row."""
+        row = rows[index][1]
+        for column in self._columns:
+            if not isinstance(row.get(column), str):
+                value = row.get(column)
+                kind = "null" if value is None else f"a {type(value).__name__}"
+                raise UserError(
+                    f"'{column}' must be text but is {kind}",
+                    where=rows.place(index),
+                    mend="write it as a string, or leave the row out",
+                )
+        return tuple(str(row[column]) for column in self._columns)
+
+    def __call__(
+        self, texts: Sequence[tuple[str, ...]], *, cut: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """For each row its token ids and, for pairs, which text each token belongs to."""
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        # The tokenizer cuts, so that its special tokens stay, and the longer text of a pair gives way.
+        limits = {"truncation": "longest_first", "max_length": self._limit} if cut else {}
+        encoded = self._tokenizer(*columns, return_attention_mask=False, verbose=False, **limits)  # type: ignore[arg-type]
+        segments = encoded.get("token_type_ids") if len(columns) == 2 else None
+        ids = [np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]
+        if segments is None:
+            return [(row, None) for row in ids]
+        return [(row, np.asarray(s, dtype=np.int8)) for row, s in zip(ids, segments, strict=True)]
+
+
+def _key(example: AnyExample) -> bytes:
+    return example.key()
+
+
+def _with_counts(report: Report, examples: Sequence[AnyExample], classes: tuple[str, ...] | None) -> Report:
+    if classes is None:
+        return report
+    counts = np.bincount([int(example.label) for example in examples], minlength=len(classes)).tolist()
+    return replace(report, class_counts=dict(zip(classes, counts, strict=True)))
+
+
+def _check_variety(train: Sequence[AnyExample], classes: tuple[str, ...] | None, source: str) -> None:
+    """Rows that all say the same teach nothing."""
+    if len({example.label for example in train}) < 2:
+        label = train[0].label
+        what = f"the number {label:g}" if classes is None else f"the class '{classes[int(label)]}'"
+        raise UserError(
+            f"all rows to train on have {what}",
+            where=source,
+            mend="add rows with other labels, or hold fewer rows out by data.eval",
+        )
+
+
+def _nothing_left(rows: Rows, dropped: int) -> UserError:
+    return UserError(
+        f"no row is left to learn from: {dropped:,} are too long, the others of no class in use",
+        where=rows.name,
+        mend="raise data.max_length, or look at data.classes",
+    )

@@ -1,0 +1,286 @@
+"""Rows with images: a folder for each class, encoded images in a column, arrays, or a table of pixels.
+
+Every image is looked at once when it is read, so that a broken one is found before training; what is kept is
+the path, the encoded bytes or 8-bit pixels. It knows no model and no preprocessor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from deltaw.data.classes import LabelColumns
+from deltaw.data.sources import KINDS, Rows, read_rows
+from deltaw.errors import UserError
+from deltaw.models import packages
+
+IMAGE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+)
+_PARTS = frozenset(("train", "training", "test", "val", "valid", "validation", "dev", "eval"))
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExample:
+    """One image with the number of its class.
+
+    Attributes:
+        row: number of the row in its file, or of the file in its folder, from 1.
+        image: uint8 (height, width) or (height, width, channels); or a file; or an encoded image.
+        label: index of the class.
+        size: height and width in pixels.
+        digest: of the content, equal for equal images.
+    """
+
+    row: int
+    image: np.ndarray | Path | bytes
+    label: int
+    size: tuple[int, int] = (0, 0)
+    digest: bytes = field(default=b"", repr=False)
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def label_count(self) -> int:
+        return 1
+
+    def key(self) -> bytes:
+        """What makes two rows the same: image and class."""
+        return self.digest + self.label.to_bytes(8, "little")
+
+    def decoded(self) -> Image.Image:
+        """The image, upright.
+
+        Raises:
+            UserError: it has become unreadable since it was looked at.
+        """
+        return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
+
+
+def image_rows(reference: str) -> tuple[Rows, int]:
+    """Read a folder with a subfolder for each class, or whatever :func:`read_rows` reads.
+
+    Returns:
+        the rows (of a folder: ``image`` is a path, ``label`` the subfolder), and the number of files in the
+        folder that are no images and were passed over.
+
+    Raises:
+        UserError: there is no such thing, a class's folder holds no image, or the data cannot be read.
+    """
+    is_package = packages.is_package_reference(reference)
+    path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
+    if not path.is_dir():
+        return read_rows(reference), 0
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    folders = [entry for entry in entries if entry.is_dir()]
+    if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
+        raise UserError(
+            "images lie in the folder itself, where nothing says their class",
+            where=reference,
+            mend="put the images of each class into a subfolder of its name",
+        )
+    if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
+        return read_rows(reference), 0
+    if _PARTS.issuperset(folder.name.lower() for folder in folders):
+        raise UserError(
+            f"the folder holds parts of a data set, not classes: {', '.join(f.name for f in folders)}",
+            where=reference,
+            mend=f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another",
+        )
+    rows: list[dict[str, object]] = []
+    others = sum(entry.is_file() for entry in entries)
+    for folder in folders:
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+        )
+        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not images:
+            raise UserError(
+                f"the folder of the class '{folder.name}' holds no image",
+                where=f"{reference.rstrip('/')}/{folder.name}",
+                mend="put its images there, or remove the folder; images end in "
+                + ", ".join(sorted(IMAGE_SUFFIXES)),
+            )
+        others += len(files) - len(images)
+        rows += [{"image": file, "label": folder.name} for file in images]
+    return Rows(reference, [(reference, range(1, len(rows) + 1), rows)], ["image", "label"]), others
+
+
+def read_images(
+    rows: Rows, indices: Sequence[int], columns: LabelColumns, labels: Sequence[int]
+) -> list[ImageExample]:
+    """The images of the rows at ``indices``, whose classes are ``labels``.
+
+    Raises:
+        UserError: an image cannot be read, or the arrays of a file differ in shape; with the row or path.
+    """
+    read = _TableReader(rows, columns) if columns.pixels else _ColumnReader(rows, str(columns.image))
+    examples = []
+    shape: tuple[int, ...] | None = None
+    for index, label in zip(indices, labels, strict=True):
+        image, is_array = read(index)
+        where = str(image) if isinstance(image, Path) else rows.place(index)
+        if isinstance(image, np.ndarray):
+            if is_array and shape is not None and image.shape != shape:
+                raise UserError(
+                    f"the image is {_by(image.shape)} and those before it {_by(shape)}",
+                    where=where,
+                    mend="arrays of one file are of one shape; give images of different sizes as files",
+                )
+            shape = image.shape if is_array else shape
+            size, content = (image.shape[0], image.shape[1]), image.tobytes()
+        else:
+            content = _content(image, where)
+            size = _looked_at(content, where)
+        digest = hashlib.blake2b(content, digest_size=16)
+        if isinstance(image, np.ndarray):
+            digest.update(repr(image.shape).encode())
+        examples.append(ImageExample(rows.number(index), image, label, size, digest.digest()))
+    return examples
+
+
+def decode(image: np.ndarray | Path | bytes, where: str) -> Image.Image:
+    """An image as RGB or as grey ("L"), upright as its camera was held.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
+    except _BROKEN as error:
+        raise _broken(error, where) from error
+
+
+def _content(image: Path | bytes, where: str) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"the image cannot be read: {error.strerror or error}", where=where, mend="check its path"
+        ) from error
+
+
+def _looked_at(content: bytes, where: str) -> tuple[int, int]:
+    """Height and width of an encoded image that has been decoded to its end."""
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            # A JPEG may be decoded at an eighth of its size, which reads all of it in a fraction of the time.
+            opened.draft(None, (max(1, width // 8), max(1, height // 8)))
+            opened.load()
+            turned = opened.getexif().get(0x0112, 1) >= 5
+    except _BROKEN as error:
+        raise _broken(error, where) from error
+    return (width, height) if turned else (height, width)
+
+
+class _ColumnReader:
+    """Images in one column: paths, encoded bytes, decoded images, or lists of numbers."""
+
+    def __init__(self, rows: Rows, column: str) -> None:
+        self._rows = rows
+        self._column = column
+        self._base = Path(os.path.expanduser(rows.name)).parent
+
+    def __call__(self, index: int) -> tuple[np.ndarray | Path | bytes, bool]:
+        """The image, and whether it is given as an array."""
+        value = self._rows[index][1].get(self._column)
+        where = self._rows.place(index)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, Path | bytes):
+            return value, False
+        if isinstance(value, str) and value:
+            return self._base / value, False
+        if isinstance(value, Image.Image):
+            return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB")), False
+        if isinstance(value, list | np.ndarray):
+            return _array(value, where), True
+        shown = "is empty" if value is None or value == "" else f"holds a {type(value).__name__}"
+        raise UserError(
+            f"'{self._column}' {shown}, which is no image",
+            where=where,
+            mend="give an encoded image, a path seen from the file's folder, or rows of numbers 0 to 255",
+        )
+
+
+class _TableReader:
+    """Images as rows of a table with a column for each pixel, row by row of a square grey image."""
+
+    def __init__(self, rows: Rows, columns: LabelColumns) -> None:
+        self._rows = rows
+        self._columns = columns.pixels
+        count = len(self._columns)
+        if math.isqrt(count) ** 2 != count:
+            raise UserError(
+                f"{count:,} columns beside the label '{columns.label}' make no square image",
+                where=rows.name,
+                mend="a table of pixels has height × width columns and the label's; name the label's by "
+                "data.columns: {label: …}, or a column of images by {image: …}",
+            )
+
+    def __call__(self, index: int) -> tuple[np.ndarray, bool]:
+        row, where = self._rows[index][1], self._rows.place(index)
+        try:
+            return _array([float(row.get(column)) for column in self._columns], where), True  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"a pixel is no number: {error}",
+                where=where,
+                mend="if a column is the label, name it by data.columns: {label: …}",
+            ) from error
+
+
+def _array(value: object, where: str) -> np.ndarray:
+    """8-bit pixels (height, width) or (height, width, channels) from nested or flat lists of numbers."""
+    try:
+        numbers = np.asarray(value).astype(np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"the pixels are no array of numbers: {error}", where=where, mend="give height × width numbers"
+        ) from error
+    pixels = np.nan_to_num(numbers, nan=-1.0).clip(-1, 256).astype(np.int16)
+    if numbers.size == 0 or pixels.min() < 0 or pixels.max() > 255 or (pixels != numbers).any():
+        raise UserError(
+            "the pixels are no whole numbers from 0 to 255",
+            where=where,
+            mend="give 8-bit pixels; if another column is the label, name it by data.columns: {label: …}",
+        )
+    if pixels.ndim == 1 and math.isqrt(pixels.size) ** 2 == pixels.size:
+        pixels = pixels.reshape(math.isqrt(pixels.size), -1)
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
+        raise UserError(
+            f"an array of {_by(pixels.shape)} is no image",
+            where=where,
+            mend="give height × width, or height × width × 3",
+        )
+    return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(str(side) for side in shape)
+
+
+def _broken(error: BaseException, where: str) -> UserError:
+    said = "it is of no known kind" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    return UserError(f"the image cannot be decoded: {said}", where=where, mend="replace or remove it")

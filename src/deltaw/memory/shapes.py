@@ -1,0 +1,172 @@
+"""What an operator answers for inputs of given shapes, remembered: models repeat themselves layer by layer.
+
+The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new, which
+are views of an input and which are an input changed in place. Whenever the same operator comes with inputs of
+the same shapes, strides and types, tensors of that kind are made at once, some ten times as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_CPU = torch.device("cpu")
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Change what a tensor is, not only what it holds.
+_RESHAPING = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "as_strided_", "swap")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    of: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    number: int
+
+
+_Output = _Fresh | _View | _Argument | None
+
+
+class Answers:
+    """Operators on tensors without values, with a memory."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        self._fake = fake
+        self._attributes: dict[str, Any] | None = None
+        self._known: dict[Hashable, tuple[type, list[_Output]] | None] = {}
+
+    def __call__(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The answer of ``func``; at least one argument is a fake tensor."""
+        parts: list[Hashable] = [func]
+        tensors: list[Tensor] = []
+        if not _describe(args, parts, tensors) or not _describe_named(kwargs, parts, tensors):
+            return func(*args, **kwargs)
+        key = tuple(parts)
+        known = self._known.get(key, False)
+        if known is None:
+            return func(*args, **kwargs)
+        if known is False:
+            result = func(*args, **kwargs)
+            self._known[key] = _outputs(func, result, tensors)
+            return result
+        kind, outputs = known
+        if kind is Tensor:
+            return self._made(outputs[0], tensors)
+        made = [self._made(output, tensors) for output in outputs]
+        return made if kind is list else tuple(made)
+
+    def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
+        if output is None:
+            return None
+        if type(output) is _Argument:
+            return tensors[output.number]
+        with torch._C._DisableTorchDispatch():
+            if type(output) is _Fresh:
+                meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+            else:
+                assert type(output) is _View
+                meta = torch.empty(0, dtype=output.dtype, device="meta")
+                storage = tensors[output.of].untyped_storage()
+                meta.set_(storage, output.offset, output.shape, output.stride)  # type: ignore[call-overload]
+            return self._dressed(meta)
+
+    def _dressed(self, meta: Tensor) -> Tensor:
+        """``meta`` as a fake tensor: what its own constructor does, without its checks of every call."""
+        if self._attributes is None:
+            self._attributes = dict(vars(FakeTensor(self._fake, meta, _CPU)))
+        made = Tensor._make_subclass(
+            FakeTensor,
+            meta,
+            False,
+            dispatch_device=True,
+            device_for_backend_keys=_CPU,
+        )
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        made.__dict__.update(self._attributes)
+        return made
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments, also those in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool:
+    """Append what an answer depends on; False where it depends on more than shapes."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if isinstance(value, FakeTensor):
+                if value.constant is not None:
+                    return False
+            elif value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
+                return False
+            parts += (value.dtype, value.shape, value.stride(), value.storage_offset())
+            tensors.append(value)
+        elif isinstance(value, _PLAIN):
+            # 1, 1.0 and True are equal, and lead to different types.
+            parts += (type(value), value)
+        elif isinstance(value, (list, tuple)):
+            parts.append(len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        else:
+            return False
+    return True
+
+
+def _describe_named(values: dict[str, Any], parts: list[Hashable], tensors: list[Tensor]) -> bool:
+    parts.extend(values)
+    return _describe(values.values(), parts, tensors)
+
+
+def _outputs(
+    func: Callable[..., Any], result: Any, tensors: list[Tensor]
+) -> tuple[type, list[_Output]] | None:
+    """How to make ``result`` again from ``tensors``; None where that is not possible."""
+    if func._schema.name.rpartition("::")[2] in _RESHAPING:  # type: ignore[attr-defined]
+        return None
+    single = isinstance(result, Tensor) or result is None
+    outputs: list[_Output] = []
+    for value in [result] if single else result:
+        if value is None:
+            outputs.append(None)
+        elif isinstance(value, FakeTensor) and value.constant is None and value.layout == torch.strided:
+            outputs.append(_output(value, tensors))
+        else:
+            return None
+    return (Tensor if single else type(result)), outputs
+
+
+def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
+    for number, tensor in enumerate(tensors):
+        if tensor is value:
+            return _Argument(number)
+    storage = value.untyped_storage()._cdata
+    for number, tensor in enumerate(tensors):
+        if tensor.untyped_storage()._cdata == storage:
+            return _View(number, value.shape, value.stride(), value.storage_offset(), value.dtype)
+    return _Fresh(value.shape, value.stride(), value.dtype)

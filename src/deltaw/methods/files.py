@@ -1,0 +1,145 @@
+"""What a method other than LoRA and soft prompts leaves on disk: trained tensors by the model's own names.
+
+``adapter_config.json`` says which method it is; PEFT has no format for these and does not read them. It knows
+no models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from deltaw import durable
+from deltaw.errors import UserError
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
+from deltaw.version import __version__
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The content of ``adapter_config.json``."""
+
+    method: str
+    base_model: str | None
+    settings: dict[str, object] = field(default_factory=dict)
+    tied: dict[str, list[str]] = field(default_factory=dict)
+
+
+def write_trained(
+    folder: Path,
+    method: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    settings: Mapping[str, object],
+    tied: Mapping[str, Sequence[str]],
+    base_model: str,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write both files, each whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    config = {
+        "method": method,
+        "base_model_name_or_path": base_model,
+        "settings": dict(settings),
+        "tied": {name: list(others) for name, others in tied.items()},
+        "deltaw_version": __version__,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with durable.replacing(folder / ADAPTER_WEIGHTS) as temporary:
+            kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            safetensors.torch.save_file(kept, temporary, metadata={"format": "pt", **metadata})
+        durable.write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the adapter cannot be written: {error.strerror or error}",
+            where=str(folder),
+            mend="choose a folder that you may write to",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """``adapter_config.json`` of any method, as it stands.
+
+    Raises:
+        UserError: it is missing or no JSON object.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(folder), mend="save the adapter again"
+        ) from error
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{ADAPTER_CONFIG} is no JSON object", where=str(folder), mend="save the adapter again"
+        )
+    return settings
+
+
+def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
+    """The tensors and settings that :func:`write_trained` wrote.
+
+    Raises:
+        UserError: a file is missing or damaged, or another method wrote it.
+    """
+    settings = read_config(folder)
+    if settings.get("method") != method:
+        raise UserError(
+            f"its method is {settings.get('method') or settings.get('peft_type')!r}, not '{method}'",
+            where=str(folder),
+            mend="name its own method",
+        )
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
+        ) from error
+    tied = _mapping(settings.get("tied"))
+    saved = Saved(
+        method,
+        _text(settings.get("base_model_name_or_path")),
+        dict(_mapping(settings.get("settings"))),
+        {name: [str(other) for other in others] for name, others in tied.items() if isinstance(others, list)},
+    )
+    return tensors, saved
+
+
+def classes_of(folder: Path) -> tuple[str, ...] | None:
+    """The names of the classes that were kept with an adapter; None where it is no classifier.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return None  # whoever loads the adapter says so
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(CLASSES_KEY)
+        names = None if text is None else json.loads(text)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
+        ) from error
+    return tuple(str(name) for name in names) if isinstance(names, list) else None
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

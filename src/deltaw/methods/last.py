@@ -1,0 +1,41 @@
+"""Train the last blocks, everything below them frozen: the backward ends at the lowest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from deltaw.errors import UserError
+from deltaw.methods.in_place import InPlace
+from deltaw.methods.places import inside, names_of
+from deltaw.methods.settings import LastSettings
+from deltaw.models.blocks import blocks_of
+
+
+class Last(InPlace):
+    """Train ``last.blocks`` blocks, counted from the top."""
+
+    name = "last"
+    usual_rate = 1e-4
+
+    def __init__(self, settings: LastSettings) -> None:
+        super().__init__(settings)
+        self.blocks = settings.blocks
+
+    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+        found = blocks_of(model)
+        if found is None:
+            raise UserError(
+                f"a {type(model).__name__} has no list of blocks",
+                where="method",
+                mend="choose another method",
+            )
+        name, blocks = found
+        if self.blocks > len(blocks):
+            raise UserError(
+                f"last.blocks asks for {self.blocks} blocks, and the model has {len(blocks)}",
+                where="last.blocks",
+                mend=f"give {len(blocks)} at most",
+            )
+        return inside([f"{name}.{i}" for i in range(len(blocks) - self.blocks, len(blocks))], names_of(model))

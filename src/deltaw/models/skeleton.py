@@ -1,0 +1,71 @@
+"""A model of the right shape without its weights: made from config.json alone, in no time and no memory.
+
+Within :func:`deltaw.memory.simulation.without_values` its tensors have no values, and what a run would take
+can be found by running it. Knows configurations and transformers' classes; reads no weights.
+"""
+
+from __future__ import annotations
+
+import os
+
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.models.loading import TASKS, Task, config_folder, does_not_fit, first_line, read_config
+from deltaw.models.machine import DTYPES
+from deltaw.models.quiet import quiet
+
+
+def skeleton(
+    reference: str | os.PathLike[str],
+    *,
+    dtype: str,
+    task: Task = "causal-lm",
+    num_labels: int | None = None,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model that :func:`deltaw.models.loading.load` would load, in evaluation mode and frozen, with
+    random weights; under a simulation, with none.
+
+    Args:
+        reference: as for ``load``; from a hub only the configuration is fetched.
+        dtype: a key of :data:`deltaw.models.machine.DTYPES`.
+        task, num_labels, attention, trust_remote_code: as for ``load``.
+
+    Raises:
+        UserError: the reference leads nowhere, or the architecture does not fit the task.
+    """
+    folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
+    with quiet():
+        config = read_config(folder, task, num_labels, trust_remote_code)
+        auto = getattr(transformers, TASKS[task][0])
+        while True:
+            try:
+                model = auto.from_config(
+                    config,
+                    dtype=DTYPES[dtype],
+                    attn_implementation=attention,
+                    trust_remote_code=trust_remote_code,
+                )
+                break
+            except (ValueError, OSError, RuntimeError, KeyError) as error:
+                if "Unrecognized configuration class" in str(error):
+                    raise does_not_fit(config, task, folder) from error
+                if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                    attention = "eager"
+                    continue
+                raise UserError(
+                    f"the model cannot be made: {first_line(error)}",
+                    where=str(folder),
+                    mend="check that config.json is whole",
+                ) from error
+    return model.requires_grad_(False).eval()
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether the model's tensors hold numbers; in a simulation they do not, and none can be compared."""
+    return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())

@@ -1,0 +1,193 @@
+"""Token ids beyond the vocabulary, whose embeddings are trained while the model stays as it is.
+
+A model with V rows in its input embedding gets k more ids, V to V + k - 1, and a table (k, d) of their own
+for them. To everything else (packing, padding, masks, caches) they are tokens like any other, so that a
+soft prompt in front of a row needs no code beside this. The embedding is replaced by an object over the very
+same weight; a tied output layer notices nothing and predicts the V real tokens only.
+
+It knows modules; not how such a table is started, trained or stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaw.errors import UserError
+
+_RECORD = "_deltaw_virtual_tokens"
+# Tables by which some models (Gemma 3n and 4) give each block embeddings of the very token ids.
+_SECOND_TABLES = ("embed_tokens_per_layer",)
+
+
+class VirtualTokens(nn.Module):
+    """What is added to an embedding's own class; objects are made by :func:`attach`.
+
+    Attributes:
+        prompt: (k, d), the embeddings of the ids from ``first_id`` on, in fp32 (fp64 beside an fp64 weight).
+        first_id: V, the rows of the embedding's own weight.
+    """
+
+    weight: Tensor
+    prompt: nn.Parameter
+    first_id: int
+
+    def forward(self, input: Tensor, *others: object, **named: object) -> Tensor:
+        """(...) of token ids to (..., d); whatever the embedding does to its rows, a scale say, it does to
+        real tokens only. No gradient of the size of the vocabulary is ever made.
+        """
+        real: Tensor = super().forward(input.clamp(max=self.first_id - 1), *others, **named)
+        virtual = F.embedding((input - self.first_id).clamp(min=0), self.prompt.to(real.dtype))
+        return torch.where((input >= self.first_id)[..., None], virtual, real)
+
+    def extra_repr(self) -> str:
+        """The embedding's own line, and how many virtual tokens there are."""
+        return f"{super().extra_repr()}, virtual_tokens={len(self.prompt)}"
+
+
+@dataclass
+class _Record:
+    """What stands where the model's embedding stood, and in which places."""
+
+    original: nn.Module
+    layer: VirtualTokens
+    places: list[tuple[nn.Module, str]]
+
+    def put(self, module: nn.Module) -> None:
+        for parent, attribute in self.places:
+            parent._modules[attribute] = module
+
+    def put_original(self) -> None:
+        """The weight is one and the same Parameter; buffers may have moved with the model meanwhile."""
+        for name in self.original._buffers:
+            self.original._buffers[name] = self.layer._buffers[name]
+        self.put(self.original.train(self.layer.training))
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The module that token ids enter.
+
+    Raises:
+        UserError: the model has none, or virtual tokens in front of its rows would not reach all of it.
+    """
+    name = type(model).__name__
+    mend = "choose another method; a soft prompt is for models that read one row of tokens"
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise UserError(f"a {name} does not read tokens", where="method", mend=mend)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"a {name} reads rows of tokens in two places", where="method", mend=mend)
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(embedding, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise UserError(
+            f"a {name} does not say which module is its token embedding", where="method", mend=mend
+        )
+    for other, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and other.rpartition(".")[2].startswith(_SECOND_TABLES):
+            raise UserError(
+                f"a {name} looks token ids up in '{other}' as well, which has no rows for a soft prompt",
+                where="method",
+                mend="choose another method",
+            )
+    return embedding
+
+
+def weight_of(embedding: nn.Module) -> Tensor:
+    """The table (V, d) of an embedding that :func:`input_embedding` found."""
+    weight = embedding.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a {type(embedding).__name__} has no weight")
+    return weight
+
+
+def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
+    """Give ``model`` as many virtual tokens as ``prompt`` (k, d) has rows, in place.
+
+    The table is trainable; nothing else of the model is changed, frozen or unfrozen.
+
+    Raises:
+        UserError: as :func:`input_embedding`, the widths differ, or there are virtual tokens already.
+    """
+    if attached(model) is not None:
+        raise UserError(
+            "the model has a soft prompt already", mend="take it off first, or load the model anew"
+        )
+    embedding = input_embedding(model)
+    weight = weight_of(embedding)
+    if prompt.dim() != 2 or prompt.shape[1] != weight.shape[1]:
+        raise UserError(
+            f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {weight.shape[1]} wide",
+            mend="is it the base model that the prompt was trained on?",
+        )
+    layer = _adopted(embedding)
+    # Updates are smaller than what half precision resolves, so the table is fp32 whatever the weight is.
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
+    layer.first_id = int(weight.shape[0])
+    places = [
+        (parent, attribute)
+        for parent in model.modules()
+        for attribute, child in parent._modules.items()
+        if child is embedding
+    ]
+    record = _Record(embedding, layer, places)
+    record.put(layer)
+    vars(model)[_RECORD] = record
+    return layer
+
+
+def detach(model: nn.Module) -> None:
+    """Give the model its own embedding back; nothing happens where there are no virtual tokens."""
+    record = vars(model).pop(_RECORD, None)
+    if isinstance(record, _Record):
+        record.put_original()
+
+
+def attached(model: nn.Module) -> VirtualTokens | None:
+    """The embedding with virtual tokens, or None."""
+    record = vars(model).get(_RECORD)
+    return record.layer if isinstance(record, _Record) else None
+
+
+@contextlib.contextmanager
+def own_embedding(model: nn.Module) -> Iterator[None]:
+    """While open, the model has its own embedding, which knows real tokens only."""
+    record = vars(model).get(_RECORD)
+    if not isinstance(record, _Record):
+        yield
+        return
+    record.put_original()
+    try:
+        yield
+    finally:
+        record.put(record.layer)
+
+
+def _adopted(embedding: nn.Module) -> VirtualTokens:
+    """A new object of the embedding's class with virtual tokens: the same parameters, buffers, hooks, flags.
+
+    The tables are copied, so that what is added to the new object does not show in the old one.
+    """
+    cls = _class_over(type(embedding))
+    layer = cls.__new__(cls)
+    vars(layer).update(vars(embedding))
+    for table in ("_parameters", "_buffers", "_modules"):
+        vars(layer)[table] = dict(vars(embedding)[table])
+    return layer
+
+
+_CLASSES: dict[type[nn.Module], type[VirtualTokens]] = {}
+
+
+def _class_over(base: type[nn.Module]) -> type[VirtualTokens]:
+    """The class that looks virtual tokens up itself and leaves real ones to ``base``."""
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"{base.__name__}WithVirtualTokens", (VirtualTokens, base), {})
+    return _CLASSES[base]

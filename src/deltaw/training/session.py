@@ -1,0 +1,247 @@
+"""Everything that a training needs, put together: model, method, rows, passes, objective.
+
+A run, its plan and a comparison all begin here, so that what is planned is what is run. It knows no folders
+and shows nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deltaw.config import RunConfig
+from deltaw.data.example import Example
+from deltaw.errors import UserError
+from deltaw.methods.base import Method
+from deltaw.methods.choose import choose_method
+from deltaw.models.machine import Choice
+from deltaw.models.quiet import quiet
+from deltaw.training.evaluation import Evaluation
+from deltaw.training.features import CachedPrefix
+from deltaw.training.label_objective import start_at_mean
+from deltaw.training.loop import Objective, Outcome, Passes, Step, count_steps, seeded, train
+from deltaw.training.prefix_cache import cached_prefix
+from deltaw.training.tasks import RunData, Task
+
+# Rows that a start which depends on the data looks at.
+ROWS_LOOKED_AT = 256
+
+
+@dataclass
+class Session:
+    """A model ready to be trained.
+
+    Attributes:
+        config: the settings.
+        model: with what is trained on it.
+        method, task, data, portions, objective: as named; ``data`` is dressed as the method wants it.
+        chosen: by dotted key, what the run chose itself and why.
+        said: lines about what is trained.
+        prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
+    """
+
+    config: RunConfig
+    model: PreTrainedModel
+    method: Method
+    task: Task
+    data: RunData
+    portions: Passes
+    objective: Objective
+    chosen: dict[str, Choice] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    prefix: CachedPrefix | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        return rate_of(self.config, self.method)
+
+    @property
+    def total_steps(self) -> int:
+        settings = self.config.train
+        return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
+
+    def lines(self) -> list[str]:
+        """How the rows go through the model, for a person."""
+        portions, objective = self.portions, self.objective
+        total, size = self.total_steps, self.config.train.batch_size
+        rows = "flat rows without padding"
+        if self.task.has_labels or getattr(portions, "padded", False):
+            rows = "padded rows"
+        shared = ", common beginnings computed once" if getattr(portions, "share", False) else ""
+        whole = not getattr(objective, "chunked", True)
+        head = ", all logits at once (the model's head is not known here)" if whole else ""
+        tokens = getattr(portions, "tokens_per_pass", None)
+        return [
+            f"{total} step{'s' if total != 1 else ''} of {size} rows, "
+            f"in passes of up to {tokens} tokens: {rows}{shared}{head}"
+        ]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While open, the model takes this session's batches."""
+        with self.task.running(self.model, self.portions):
+            yield
+
+    def close(self) -> None:
+        """Let go of what is kept on disk."""
+        if self.prefix is not None:
+            self.prefix.close()
+
+    def train(
+        self,
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        total_steps: int | None = None,
+        learning_rate: float | None = None,
+        rows: Sequence[Any] | None = None,
+        batch_size: int | None = None,
+    ) -> Outcome:
+        """Train as the settings say, or as the arguments do; call within :meth:`running`."""
+        settings = self.config.train
+        named = self.method.parameters(self.model)
+        way = self.prefix or self
+        return train(
+            way.objective,
+            [parameter for _, parameter in named],
+            self.data.train if rows is None else rows,
+            way.portions,
+            learning_rate=learning_rate or self.learning_rate,
+            total_steps=total_steps or self.total_steps,
+            rate_factors=[self.method.rate_factor(name) for name, _ in named],
+            after_step=lambda: self.method.after_step(self.model),
+            batch_size=batch_size or settings.batch_size,
+            seed=settings.seed,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            max_grad_norm=settings.max_grad_norm,
+            on_step=on_step,
+        )
+
+    def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
+        """Judge the model on examples, by default those held out; call within :meth:`running`."""
+        chosen = self.data.held_out if examples is None else examples
+        if not chosen:
+            return Evaluation()
+        way = self.prefix or self
+        with self.method.evaluating(self.model):
+            return self.task.evaluate(way.objective, chosen, way.portions, self.data.classes)
+
+
+def rate_of(config: RunConfig, method: Method) -> float:
+    """The peak learning rate: as set, or the method's usual one."""
+    rate = config.train.learning_rate
+    return method.usual_rate if rate == "auto" else float(rate)
+
+
+def assemble(
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    model: PreTrainedModel,
+    *,
+    device: str,
+    new_modules: Sequence[str] = (),
+) -> Session:
+    """Put a freshly loaded model, a method and rows together.
+
+    Args:
+        new_modules: names of modules that the model's files do not hold; every method trains them.
+
+    Raises:
+        UserError: the method does not fit the model, or a row is too long for it.
+    """
+    method = choose_method(config, task.tokenizer)
+    settings = config.train
+    seeded(settings.seed)
+    portions, chosen = task.portions(
+        model,
+        data.every,
+        device=device,
+        tokens_per_pass=settings.tokens_per_pass,
+        share=settings.share_prefixes,
+        method_shares=method.can_share_prefixes(),
+        virtual_tokens=method.virtual_tokens,
+    )
+    if task.name == "regression":
+        start_at_mean(model, new_modules, [example.label for example in data.train])
+    beside = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
+
+    def look() -> None:
+        with torch.no_grad(), task.running(model, portions):
+            objective = task.objective(model)
+            for batch in portions.batches(data.train[:ROWS_LOOKED_AT]):
+                objective(batch)
+
+    said = [method.prepare(model, seed=settings.seed, beside=beside, look=look)]
+    if settings.checkpointing:
+        recompute_blocks(model)
+    if settings.learning_rate == "auto":
+        chosen["train.learning_rate"] = Choice(method.usual_rate, f"usual for method {method.name}")
+    data = replace(
+        data,
+        train=[dressed(example, method) for example in data.train],
+        held_out=[dressed(example, method) for example in data.held_out],
+    )
+    with method.evaluating(model):
+        objective = task.objective(model)
+    session = Session(config, model, method, task, data, portions, objective, chosen, said)
+    seen_again = session.total_steps * settings.batch_size > len(data.train)
+    if settings.keep_features is True or (settings.keep_features == "auto" and seen_again):
+        with session.running(), method.evaluating(model):
+            session.prefix, kept = cached_prefix(model, objective, portions, data.every)
+        chosen["train.keep_features"] = kept
+        if session.prefix is not None:
+            said.append(f"computed once for each row and kept: {kept}")
+    return session
+
+
+def dressed(example: Any, method: Method) -> Any:
+    """The example as the model is to see it, with a method's virtual tokens before it."""
+    if method.virtual_tokens == 0:
+        return example
+    if isinstance(example, Example):
+        return example.after(method.virtual_tokens, method.dressed(example.tokens))
+    if hasattr(example, "tokens"):
+        return replace(example, tokens=method.dressed(example.tokens))
+    raise UserError(
+        f"method '{method.name}' puts tokens before a row, and images have none",
+        where="method",
+        mend="choose another method",
+    )
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The parts of a classifier above its backbone, and a pooler that its files do not hold."""
+    base = getattr(model, "base_model_prefix", "")
+    children = [(name, child) for name, child in model.named_children() if name != base]
+    return [name for name, child in children if any(True for _ in child.parameters())]
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Keep only each block's input for the backward, and compute the rest of the block again.
+
+    The model stays in eval mode, so that its own dropout stays off; only the blocks that know how to be
+    recomputed are told that they train.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot recompute its blocks",
+            where="train.checkpointing",
+            mend="set train.checkpointing to false, or lower train.tokens_per_pass",
+        )
+    with quiet():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Only reentrant checkpointing needs it; the backward would run through all that is frozen.
+        model.disable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

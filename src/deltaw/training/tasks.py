@@ -1,0 +1,261 @@
+"""What a model is trained to do: how its rows are read, what its loss is, how it is judged.
+
+Everything after this module treats tasks alike. It knows no methods and no files but those of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.data import prepare, prepare_file
+from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
+from deltaw.data.labels import prepare_label_file, prepare_labelled
+from deltaw.data.report import Report
+from deltaw.data.settings import DataSettings
+from deltaw.models.forest import flat_rows
+from deltaw.models.loading import check_architecture, config_folder, load_tokenizer, say_on_stderr
+from deltaw.models.machine import Choice
+from deltaw.training.evaluate import evaluate_causal
+from deltaw.training.evaluation import Evaluation
+from deltaw.training.label_evaluation import evaluate_labels
+from deltaw.training.label_objective import LabelObjective
+from deltaw.training.label_portions import choose_label_portions
+from deltaw.training.loop import Objective, Passes
+from deltaw.training.objective import CausalObjective
+from deltaw.training.portions import choose_portions
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run.
+
+    Attributes:
+        train, held_out: examples.
+        report: the account of all rows.
+        classes: names of the classes in the order of the model's outputs; None where there are none.
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    report: Report
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def every(self) -> list[Any]:
+        return [*self.train, *self.held_out]
+
+
+class Task(Protocol):
+    """One thing that a model can be trained to do.
+
+    Attributes:
+        name: as in the setting ``task``.
+        tokenizer: None for images.
+        has_labels: whether a row has one label, which a head of its own tells.
+    """
+
+    name: str
+    has_labels: bool
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        """The rows of a run."""
+
+    def read_file(
+        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
+    ) -> tuple[Sequence[Any], Report]:
+        """One file to evaluate on; ``classes`` are those of the trained adapter."""
+
+    def outputs(self, data: RunData) -> int | None:
+        """How many outputs the model's head must have; None where the model itself says so."""
+
+    def portions(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Any],
+        *,
+        device: str,
+        tokens_per_pass: int | str,
+        share: bool | str,
+        method_shares: bool,
+        virtual_tokens: int,
+    ) -> tuple[Passes, dict[str, Choice]]:
+        """How rows go through the model, and what was chosen for it and why."""
+
+    def objective(self, model: PreTrainedModel) -> Objective:
+        """The sum of a batch's losses."""
+
+    def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
+        """While open, the model takes batches of ``portions``."""
+
+    def evaluate(
+        self,
+        objective: Objective,
+        examples: Sequence[Any],
+        portions: Passes,
+        classes: Sequence[str] | None = None,
+    ) -> Evaluation:
+        """How well the model does on examples; ``classes`` are the names of its outputs."""
+
+
+class CausalTask:
+    """Predict the next token wherever a label is."""
+
+    name = "causal-lm"
+    has_labels = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer: PreTrainedTokenizerBase | None = tokenizer
+        self._tokenizer = tokenizer
+
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        prepared = prepare(settings, self._tokenizer, seed=seed)
+        return RunData(prepared.train, prepared.held_out, prepared.report)
+
+    def read_file(
+        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
+    ) -> tuple[Sequence[Any], Report]:
+        return prepare_file(reference, settings, self._tokenizer)
+
+    def outputs(self, data: RunData) -> int | None:
+        return None
+
+    def portions(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Any],
+        *,
+        device: str,
+        tokens_per_pass: int | str,
+        share: bool | str,
+        method_shares: bool,
+        virtual_tokens: int,
+    ) -> tuple[Passes, dict[str, Choice]]:
+        return choose_portions(
+            model,
+            examples,
+            device=device,
+            tokens_per_pass=tokens_per_pass,
+            share=share,
+            method_shares=method_shares,
+            virtual_tokens=virtual_tokens,
+        )
+
+    def objective(self, model: PreTrainedModel) -> CausalObjective:
+        return CausalObjective(model)
+
+    def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if getattr(portions, "padded", False) else flat_rows(model)
+
+    def evaluate(
+        self,
+        objective: Objective,
+        examples: Sequence[Any],
+        portions: Passes,
+        classes: Sequence[str] | None = None,
+    ) -> Evaluation:
+        return evaluate_causal(objective, examples, portions)  # type: ignore[arg-type]
+
+
+class LabelTask:
+    """Tell a text's class or number, or an image's class.
+
+    Args:
+        name: ``sequence-classification``, ``regression`` or ``image-classification``.
+        tokenizer: of a text's model. folder: of an image's model, which says how images are prepared.
+    """
+
+    has_labels = True
+
+    def __init__(
+        self, name: str, tokenizer: PreTrainedTokenizerBase | None = None, folder: Path | None = None
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.encoder = ImageEncoder(folder) if folder is not None else None
+
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        if self.encoder is not None:
+            prepared = prepare_images(settings, self.encoder, seed=seed)
+        else:
+            prepared = prepare_labelled(settings, self.tokenizer, self.name, seed=seed)
+        return RunData(prepared.train, prepared.held_out, prepared.report, prepared.classes)
+
+    def read_file(
+        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
+    ) -> tuple[Sequence[Any], Report]:
+        if self.encoder is not None:
+            return prepare_image_file(reference, settings, self.encoder, classes)
+        return prepare_label_file(reference, settings, self.tokenizer, self.name, classes)
+
+    def outputs(self, data: RunData) -> int | None:
+        return 1 if data.classes is None else len(data.classes)
+
+    def portions(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Any],
+        *,
+        device: str,
+        tokens_per_pass: int | str,
+        share: bool | str,
+        method_shares: bool,
+        virtual_tokens: int,
+    ) -> tuple[Passes, dict[str, Choice]]:
+        return choose_label_portions(
+            model,
+            examples,
+            device=device,
+            tokens_per_pass=tokens_per_pass,
+            virtual_tokens=virtual_tokens,
+            tokenizer=self.tokenizer,
+            encoder=self.encoder,
+        )
+
+    def objective(self, model: PreTrainedModel) -> LabelObjective:
+        return LabelObjective(model, self.name)
+
+    def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def evaluate(
+        self,
+        objective: Objective,
+        examples: Sequence[Any],
+        portions: Passes,
+        classes: Sequence[str] | None = None,
+    ) -> Evaluation:
+        return evaluate_labels(objective, examples, portions, classes or ())  # type: ignore[arg-type]
+
+
+def task_of(
+    name: str,
+    model: str,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Task:
+    """The task of this name for the model that the reference ``model`` means.
+
+    Args:
+        dtype: what the weights will be loaded as, such as ``bf16``: a file that must be converted is
+            converted to it.
+
+    Raises:
+        UserError: the reference leads nowhere, the architecture does not fit the task, or the model has no
+            tokenizer.
+    """
+    folder = config_folder(model, dtype, trust_remote_code, say=say)
+    check_architecture(folder, name, trust_remote_code)
+    if name == "image-classification":
+        return LabelTask(name, folder=folder)
+    tokenizer = load_tokenizer(str(folder), say=say, trust_remote_code=trust_remote_code)
+    return CausalTask(tokenizer) if name == "causal-lm" else LabelTask(name, tokenizer)

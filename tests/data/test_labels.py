@@ -1,0 +1,185 @@
+"""Labelled texts: which columns, which classes, what is refused, and that every row is accounted for."""
+
+from __future__ import annotations
+
+import bz2
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from deltaw.data import DataSettings
+from deltaw.data.classes import check_classes
+from deltaw.data.labels import prepare_label_file, prepare_labelled
+from deltaw.errors import UserError
+from tests.data.label_models import word_tokenizer
+
+TOKENIZER = word_tokenizer()
+CLASSIFY = "sequence-classification"
+
+
+def rows_of(*labels, column="label"):
+    words = ("good", "bad", "film", "a", "the", "plot", "very", "is", "it", "so")
+    return [{"text": f"{words[i % 10]} {words[i // 10]}", column: label} for i, label in enumerate(labels)]
+
+
+def prepared(train, task=CLASSIFY, **settings):
+    classes = settings.pop("trained", None)
+    chosen = DataSettings(train=train, **{"eval": None, **settings})
+    return prepare_labelled(chosen, TOKENIZER, task, classes=classes)
+
+
+def refusal(train, task=CLASSIFY, **settings) -> UserError:
+    with pytest.raises(UserError) as caught:
+        prepared(train, task, **settings)
+    return caught.value
+
+
+def test_texts_have_the_special_tokens_and_classes_are_numbered_in_order(write):
+    found = prepared(write(rows_of("rotten", "fresh", "fresh")))
+    assert found.classes == ("fresh", "rotten")
+    assert [example.label for example in found.train] == [1, 0, 0]
+    assert TOKENIZER.decode(found.train[1].tokens) == "[CLS] bad good [SEP]"
+    assert found.report.class_counts == {"fresh": 2, "rotten": 1}
+    assert "with one row or none to learn from: rotten" in found.report.lines()
+
+
+def test_numbers_that_name_classes_are_sorted_by_value(write):
+    assert prepared(write(rows_of(10, 2, 1, 2, 10))).classes == ("1", "2", "10")
+    assert prepared(write(rows_of(1.0, 0.0, 1.0))).classes == ("0", "1")
+    assert prepared(write(rows_of(True, False))).classes == ("false", "true")
+
+
+def test_given_classes_set_the_order_and_others_are_refused_or_counted(write):
+    path = write(rows_of("fresh", "plot", "rotten", None, "fresh"))
+    error = refusal(path, classes=["rotten", "fresh"])
+    assert "'plot'" in error.what and "row 2" in str(error.where) and "'rotten', 'fresh'" in str(error.mend)
+    found = prepared(path, classes=["rotten", "fresh"], other_classes="drop")
+    assert [example.label for example in found.train] == [1, 0, 1]
+    assert found.report.other_classes == 2
+    assert "2 rows left out, of a class that is none of data.classes" in found.report.lines()
+
+
+def test_a_misspelt_class_does_not_drop_all_its_rows_in_silence(write):
+    error = refusal(write(rows_of("fresh", "rotten")), classes=["frsh", "rotten"], other_classes="drop")
+    assert "no row is of the class 'frsh'" in error.what and "'fresh'" in str(error.mend)
+
+
+def test_a_label_never_seen_in_training_is_named_with_its_row(write):
+    path = write(rows_of("a", "c"), "test.jsonl")
+    with pytest.raises(UserError) as caught:
+        prepare_label_file(path, DataSettings(train="x"), TOKENIZER, CLASSIFY, ("a", "b"))
+    assert "'c' was never seen in training" in caught.value.what
+    assert "row 2" in str(caught.value.where) and "'a', 'b'" in str(caught.value.mend)
+    training = write(rows_of("a", "b", "a"), "train.jsonl")
+    assert "never seen" in refusal(training, eval=path).what
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (("a", None), "the label is empty"),
+        (("a", ""), "the label is empty"),
+        (("a", "a"), "all rows are of one class, 'a'"),
+        (("a", ["b"]), "holds a list"),
+        ((0.5, 1), "names no class"),
+    ],
+)
+def test_labels_that_cannot_be_classes_are_refused(write, labels, said):
+    assert said in refusal(write(rows_of(*labels))).what
+
+
+def test_a_column_of_numbers_is_not_taken_for_classes(write):
+    assert "task: regression" in str(refusal(write(rows_of(*range(80)))).mend)
+
+
+def test_usual_column_names_are_found_and_unclear_ones_asked_for(write):
+    assert prepared(write(rows_of("a", "b", column="category"))).classes == ("a", "b")
+    both = [{**row, "target": "x"} for row in rows_of("a", "b", column="category")]
+    assert "several columns may be the label: 'target', 'category'" in refusal(write(both)).what
+    assert prepared(write(both), columns={"label": "category"}).report.unused_columns == ("target",)
+    error = refusal(write([{"words": "a", "label": 1}]))
+    assert "no column is known to hold the text" in error.what and "'words', 'label'" in str(error.where)
+
+
+def test_pairs_have_segments_and_the_longer_text_is_cut(write):
+    rows = [
+        {"premise": "good film", "hypothesis": "bad plot", "label": "no"},
+        {"premise": "a " * 20, "hypothesis": "bad plot", "label": "yes"},
+    ]
+    found = prepared(write(rows), max_length=8, long_rows="cut")
+    assert found.report.form == "labelled pairs of texts"
+    assert TOKENIZER.decode(found.train[0].tokens) == "[CLS] good film [SEP] bad plot [SEP]"
+    assert found.train[0].segments.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert TOKENIZER.decode(found.train[1].tokens) == "[CLS] a a a [SEP] bad plot [SEP]"
+    assert (found.report.cut, found.report.tokens_cut) == (1, 25 - 8)
+
+
+def test_long_rows_are_refused_cut_or_dropped(write):
+    path = write([*rows_of("a", "b", "a", "b"), {"text": "so " * 9, "label": "a"}])
+    error = refusal(path, max_length=6)
+    assert "row 5" in str(error.where) and "data.max_length: 11" in str(error.mend)
+    cut = prepared(path, max_length=6, long_rows="cut")
+    assert TOKENIZER.decode(cut.train[-1].tokens) == "[CLS] so so so so [SEP]"
+    assert prepared(path, max_length=6, long_rows="drop").report.dropped_long == 1
+    assert "special tokens" in refusal(path, max_length=2).what
+
+
+def test_every_row_is_accounted_for(write):
+    rows = [*rows_of("a", "b", "a", "b", "c", "a"), *rows_of("a", "b"), {"text": "so " * 9, "label": "a"}]
+    report = prepared(
+        write(rows), classes=["a", "b"], other_classes="drop", max_length=6, long_rows="drop", eval=2, rows=8
+    ).report
+    assert report.rows_read == report.rows_kept + report.held_out + report.not_chosen + (
+        report.other_classes + report.dropped_long + report.duplicates
+    )
+
+
+def test_equal_texts_with_different_labels_are_no_duplicates(write):
+    rows = [{"text": "film", "label": "a"}, {"text": "film", "label": "b"}, {"text": "film", "label": "a"}]
+    assert prepared(write(rows)).report.duplicates == 1
+    assert len(prepared(write(rows), duplicates="keep").train) == 3
+
+
+def test_numbers_of_a_regression_stay_as_they_are(write):
+    found = prepared(write(rows_of("0.5", 3, -1e3)), "regression")
+    assert found.classes is None and [e.label for e in found.train] == [0.5, 3.0, -1000.0]
+    assert found.report.class_counts == {}
+
+
+@pytest.mark.parametrize("label", ["much", None, float("nan"), "inf", True, "1e999"])
+def test_a_label_that_is_no_finite_number_is_named_with_its_row(write, label):
+    error = refusal(write(rows_of(1.0, label)), "regression")
+    assert "finite number" in error.what and "row 2" in str(error.where)
+
+
+def test_equal_labels_throughout_teach_nothing(write):
+    assert "the number 2" in refusal(write(rows_of(2.0, 2.0)), "regression").what
+    assert "the class 'a'" in refusal(write(rows_of("a", "a", "a")), trained=("a", "b")).what
+
+
+def test_a_compressed_table_is_read_with_its_category_as_label(tmp_path: Path):
+    table = "category,text,movie_name\nfresh,a good film,x\nrotten,so bad,y\nplot,it is,z\n"
+    path = tmp_path / "reviews.csv.bz2"
+    path.write_bytes(bz2.compress(table.encode()))
+    found = prepared(str(path), classes=["rotten", "fresh"], other_classes="drop", group="movie_name")
+    assert [e.label for e in found.train] == [1, 0]
+    assert found.report.unused_columns == ()
+
+
+def test_the_head_must_have_as_many_outputs_as_there_are_classes():
+    check_classes(2, ("a", "b"), "model")
+    with pytest.raises(UserError, match="3 outputs, and there are 2 classes"):
+        check_classes(3, ("a", "b"), "model")
+
+
+@pytest.mark.parametrize("classes", [["a"], [], ["a", "b", "a"]])
+def test_settings_refuse_classes_that_tell_nothing_apart(classes):
+    with pytest.raises(UserError) as caught:
+        DataSettings(train="x", classes=classes)
+    assert caught.value.where == "data.classes"
+
+
+def test_classes_that_are_bare_numbers_in_yaml_are_names():
+    settings = TypeAdapter(DataSettings).validate_python({"train": "x", "classes": [1, 0], "eval": 3})
+    assert settings.classes == ["1", "0"] and settings.eval == 3.0

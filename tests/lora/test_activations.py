@@ -1,0 +1,228 @@
+"""A start from data: what A becomes, what stays as it was, and what is said where it cannot be done."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.errors import UserError
+from deltaw.lora import (
+    LoRAConfig,
+    attach,
+    count_parameters,
+    initialize_from_activations,
+    load_adapter,
+    save_adapter,
+)
+from tests.lora.models import inputs, peft_factors, tiny
+
+
+def _rows(count: int, size: int, seed: int) -> Tensor:
+    """Rows about a mean other than zero whose variance falls off along directions of chance."""
+    draw = torch.Generator().manual_seed(seed)
+    turned = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(7))).Q
+    falling = 1.0 / torch.arange(1, size + 1)
+    return torch.randn(count, size, generator=draw) * falling @ turned + 0.5
+
+
+def _top(rows: Tensor, rank: int) -> Tensor:
+    """The right-singular vectors of rows about their mean, (in, rank), in fp64."""
+    rows = rows.double()
+    return torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:rank].t()
+
+
+def _same_space(first: Tensor, second: Tensor) -> float:
+    """The cosine of the largest angle between the spans of two orthonormal bases."""
+    return float(torch.linalg.svdvals(first.double().t() @ second.double()).min())
+
+
+def _model(**settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), Conv1D(6, 8))
+    attach(model, LoRAConfig(**{"rank": 4, "init": "eva", **settings}))
+    return model
+
+
+@pytest.mark.parametrize("sizes", [[200], [60, 1, 90, 49], [3] * 40])
+def test_a_holds_the_top_right_singular_vectors_of_all_batches(sizes):
+    model = _model()
+    batches = [_rows(n, 24, seed) for seed, n in enumerate(sizes)]
+    x = batches[0]
+    before = model(x)
+    started = initialize_from_activations(model, lambda: [model(batch) for batch in batches] and None)
+    rows = torch.cat(batches)
+    for layer, seen in ((model[0], rows), (model[2], torch.tanh(model[0](rows)).detach())):
+        factor = layer.lora_A.detach()
+        torch.testing.assert_close(factor.t() @ factor, torch.eye(4), atol=1e-5, rtol=0)
+        assert _same_space(factor, _top(seen, 4)) > 0.999
+    assert torch.equal(model(x), before) and not model[0].lora_B.any()
+    assert started.started == 2 and started.tokens == (len(rows), len(rows)) and not started.short
+    share = torch.linalg.svdvals((rows - rows.mean(0)).double()).square()
+    assert 0 < started.explained <= 1 and float(share[:4].sum() / share.sum()) > 0.5
+    assert "2 layers" in str(started)
+
+
+def test_the_same_batches_give_the_same_start_and_the_seed_hardly_matters():
+    models = [_model() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        initialize_from_activations(model, lambda model=model: model(_rows(300, 24, 0)), seed=seed)
+    assert torch.equal(models[0][0].lora_A, models[1][0].lora_A)
+    assert _same_space(models[0][0].lora_A.detach(), models[2][0].lora_A.detach()) > 0.999
+
+
+def test_the_directions_are_those_that_peft_finds():
+    base = nn.Sequential(nn.Linear(24, 8))
+    rows = _rows(400, 24, 0)
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, init="eva"))
+    initialize_from_activations(ours, lambda: ours(rows))
+    config = LoraConfig(
+        r=4, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=0.999)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(copy.deepcopy(base), config)
+        initialize_lora_eva_weights(
+            theirs,
+            [{"input": rows}] * 4,
+            forward_fn=lambda model, batch: model(batch["input"]),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=None,
+            show_progress_bar=False,
+        )
+    assert _same_space(ours[0].lora_A.detach(), peft_factors(theirs)["0"][0].detach().t()) > 0.999
+
+
+def test_a_model_is_saved_as_a_plain_adapter(tmp_path):
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4, init="eva"))
+    logits = model(**inputs("llama")).logits
+    initialize_from_activations(model, lambda: model(**inputs("llama")))
+    assert torch.equal(model(**inputs("llama")).logits, logits)
+    with torch.no_grad():
+        for layer in model.modules():
+            if hasattr(layer, "lora_B"):
+                layer.lora_B.normal_(std=0.1)
+        expected = model(**inputs("llama")).logits
+        save_adapter(model, tmp_path)
+        again = tiny("llama")
+        load_adapter(again, tmp_path)
+        assert torch.equal(again(**inputs("llama")).logits, expected)
+
+
+def test_layers_that_see_the_same_input_share_the_work(monkeypatch):
+    from deltaw.lora import activations
+
+    merges: list[int] = []
+    plain = activations._Inputs.merge
+    monkeypatch.setattr(activations._Inputs, "merge", lambda self, x: merges.append(1) or plain(self, x))
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4, init="eva"))
+    initialize_from_activations(model, lambda: model(**inputs("llama")))
+    attention = model.model.layers[0].self_attn
+    assert len(merges) == 2 * 4  # of seven layers in a block: q k v, o, gate up, down
+    assert torch.equal(attention.q_proj.lora_A, attention.v_proj.lora_A)
+
+
+class _Branches(nn.Module):
+    """Two layers that see one input at first and their own later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(24, 4), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.left(x) + self.right(input=y)
+
+
+def test_layers_that_stop_sharing_their_input_go_their_own_ways():
+    model = _Branches()
+    attach(model, LoRAConfig(rank=4, init="eva"))
+    first, x, y = _rows(50, 24, 0), _rows(400, 24, 1), torch.randn(400, 24) * torch.arange(24)
+
+    def run() -> None:
+        model(first, first)
+        model(x, y)
+
+    initialize_from_activations(model, run)
+    assert _same_space(model.left.lora_A.detach(), _top(torch.cat([first, x]), 4)) > 0.999
+    assert _same_space(model.right.lora_A.detach(), _top(torch.cat([first, y]), 4)) > 0.99
+
+
+def test_an_input_changed_in_place_is_another_input():
+    model = _Branches()
+    attach(model, LoRAConfig(rank=4, init="eva"))
+    x = _rows(100, 24, 0)
+    later = x.clone() * torch.arange(24)
+
+    def run() -> None:
+        model.left(x)
+        model.right(x.mul_(torch.arange(24)))
+
+    initialize_from_activations(model, run)
+    assert _same_space(model.right.lora_A.detach(), _top(later, 4)) > 0.999
+
+
+def test_too_few_tokens_are_said_and_filled_up_with_orthogonal_directions():
+    model = _model(rank=6)
+    started = initialize_from_activations(model, lambda: model(_rows(3, 24, 0)))
+    factor = model[0].lora_A.detach()
+    torch.testing.assert_close(factor.t() @ factor, torch.eye(6), atol=1e-5, rtol=0)
+    assert _same_space(factor[:, :2], _top(_rows(3, 24, 0), 2)) > 0.999
+    assert started.short == ("0", "2") and "too few tokens" in str(started)
+
+
+def test_a_rank_above_the_input_leaves_the_other_columns_as_they_started():
+    model = nn.Sequential(nn.Linear(3, 8))
+    attach(model, LoRAConfig(rank=5, init="eva"), seed=0)
+    before = model[0].lora_A.detach().clone()
+    started = initialize_from_activations(model, lambda: model(_rows(50, 3, 0)))
+    factor = model[0].lora_A.detach()
+    torch.testing.assert_close(factor[:, :3].t() @ factor[:, :3], torch.eye(3), atol=1e-5, rtol=0)
+    assert torch.equal(factor[:, 3:], before[:, 3:]) and started.short == ("0",)
+
+
+def test_layers_that_are_not_run_keep_their_uniform_start():
+    model = _model()
+    before = model[2].lora_A.detach().clone()
+    started = initialize_from_activations(model, lambda: model[0](_rows(50, 24, 0)))
+    assert started.unseen == ("2",) and torch.equal(model[2].lora_A, before) and "not run" in str(started)
+
+
+def test_hooks_are_taken_off_again_whatever_happens():
+    model = _model()
+    with pytest.raises(ZeroDivisionError):
+        initialize_from_activations(model, lambda: 1 / 0)
+    assert not model[0]._forward_pre_hooks and not model[2]._forward_pre_hooks
+
+
+def test_what_cannot_be_started_is_refused_by_name():
+    model = _model()
+    with pytest.raises(UserError, match="none of the adapted layers"):
+        initialize_from_activations(model, lambda: None)
+    with pytest.raises(UserError, match="'0' are not finite"):
+        initialize_from_activations(model, lambda: model(torch.full((3, 24), float("inf"))))
+    with torch.no_grad():
+        model[0].lora_B.fill_(1.0)
+    with pytest.raises(UserError, match="'0' is trained already"):
+        initialize_from_activations(model, lambda: model(_rows(50, 24, 0)))
+    with pytest.raises(UserError, match=r"'wte'.*linear layers"):
+        attach(nn.ModuleDict({"wte": nn.Embedding(5, 4)}), LoRAConfig(init="eva", target_modules=["wte"]))
+
+
+def test_half_precision_inputs_and_magnitudes_go_along():
+    model = tiny("llama").to(torch.bfloat16)
+    note = str(attach(model, LoRAConfig(rank=4, init="eva", dora=True)))
+    assert "initialize_from_activations" in note
+    logits = model(**inputs("llama")).logits
+    with torch.inference_mode():
+        initialize_from_activations(model, lambda: model(**inputs("llama")))
+    torch.testing.assert_close(model(**inputs("llama")).logits, logits)
+    model(**inputs("llama")).logits.float().pow(2).mean().backward()
+    assert count_parameters(model).trained > 0

@@ -1,0 +1,486 @@
+"""Magnitude and direction apart: the closed form against its twin, the layers against PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.errors import UserError
+from deltaw.lora import (
+    DoRALinear,
+    LoRAConfig,
+    LoRALayer,
+    adapter_parameters,
+    attach,
+    count_parameters,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from deltaw.lora.layers_dora import DoRALayer
+from deltaw.lora.math_dora import base_squares, dora_linear, dora_linear_reference, weight_norm
+from tests.lora.models import copy_to_peft, inputs, ours_as_peft, peft_factors, randomise, tiny, with_peft
+
+
+def _operands(
+    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, kind: torch.dtype) -> Tensor:
+        return torch.randn(size, generator=draw, dtype=torch.float64).to(kind)
+
+    factor = torch.float64 if dtype == torch.float64 else torch.float32
+    made = {
+        "x": normal(*shape, kind=dtype),
+        "weight": normal(out, shape[-1], kind=dtype),
+        "bias": normal(out, kind=dtype),
+        "lora_A": normal(shape[-1], rank, kind=factor),
+        "lora_B": normal(rank, out, kind=factor),
+        "magnitude": normal(out, kind=factor),
+        "norm": normal(out, kind=factor).abs() + 0.5,
+    }
+    for name in ("x", "bias", "lora_A", "lora_B", "magnitude"):
+        made[name].requires_grad_(True)
+    return made
+
+
+def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return list(
+        torch.autograd.grad(y, [t for t in operands.values() if t.requires_grad], towards.to(y.dtype))
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    leading=st.lists(st.integers(0, 4), max_size=3),
+    n_in=st.integers(1, 9),
+    n_out=st.integers(1, 9),
+    rank=st.integers(1, 5),
+    in_out=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 99),
+)
+def test_dora_equals_its_twin_for_any_shape(leading, n_in, n_out, rank, in_out, dropout, seed):
+    operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed)
+    if in_out:
+        operands["weight"] = operands["weight"].t().contiguous()
+    torch.manual_seed(seed)
+    y = dora_linear(*operands.values(), 0.7, dropout, weight_is_in_out=in_out)
+    torch.manual_seed(seed)
+    mask = torch.empty_like(operands["x"], dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+    twin = dora_linear_reference(*operands.values(), 0.7, mask, 1 - dropout, in_out)
+    assert y.shape == (*leading, n_out)
+    torch.testing.assert_close(y, twin)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dora_equals_its_twin_in_every_type(dtype):
+    operands = _operands((3, 5, 8), 6, 4, dtype)
+    y, twin = dora_linear(*operands.values(), 0.5), dora_linear_reference(*operands.values(), 0.5)
+    tolerance = {"atol": 0.25, "rtol": 0.05} if dtype != torch.float32 else {}
+    torch.testing.assert_close(y, twin, **tolerance)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("in_out", [False, True])
+def test_dora_has_right_first_and_second_derivatives(in_out, dropout):
+    operands = _operands((2, 3, 4), 5, 2, torch.float64)
+    weight, norm = operands.pop("weight"), operands.pop("norm")
+    weight = weight.t().contiguous() if in_out else weight
+
+    def call(x: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return dora_linear(x, weight, bias, lora_A, lora_B, magnitude, norm, 1.3, dropout, in_out)
+
+    assert torch.autograd.gradcheck(call, tuple(operands.values()))
+    assert torch.autograd.gradgradcheck(call, tuple(operands.values()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(n_in=st.integers(1, 40), n_out=st.integers(1, 40), rank=st.integers(1, 8), seed=st.integers(0, 9))
+def test_the_norm_needs_no_dense_update(n_in, n_out, rank, seed):
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n_out, n_in, generator=draw)
+    lora_A, lora_B = torch.randn(n_in, rank, generator=draw), torch.randn(rank, n_out, generator=draw)
+    for stored in (weight, weight.bfloat16()):
+        dense = stored.double() + 0.3 * (lora_A.double() @ lora_B.double()).t()
+        norm = weight_norm(stored, base_squares(stored, torch.float32), lora_A, lora_B, 0.3)
+        torch.testing.assert_close(norm.double(), dense.norm(dim=1), rtol=1e-4, atol=2e-3)
+
+
+def test_norms_are_taken_block_by_block(monkeypatch):
+    weight = torch.randn(7, 5).bfloat16()
+    lora_A, lora_B = torch.randn(5, 2), torch.randn(2, 7)
+    whole = weight_norm(weight, base_squares(weight, torch.float32), lora_A, lora_B, 0.3)
+    monkeypatch.setattr("deltaw.lora.math_dora.BLOCK", 10)
+    parts = weight_norm(weight, base_squares(weight, torch.float32), lora_A, lora_B, 0.3)
+    torch.testing.assert_close(parts, whole)
+
+
+def _layer(dtype: torch.dtype = torch.float32, **options: float) -> DoRALinear:
+    torch.manual_seed(0)
+    layer = DoRALinear(8, 6, 3, alpha=6, bias=True, dtype=dtype, **options)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.lora_magnitude.mul_(torch.rand(6) + 0.5)
+    return layer
+
+
+def _by_hand(layer: DoRALinear, x: Tensor) -> Tensor:
+    """The paper's equation 5 with the norm a constant, all of it dense."""
+    total = layer.weight + layer.scaling * (layer.lora_A @ layer.lora_B).t()
+    norm = total.norm(dim=1, keepdim=True).detach()
+    return F.linear(x, layer.lora_magnitude[:, None] * total / norm, layer.bias)
+
+
+def test_a_layer_is_the_papers_equation():
+    layer = _layer()
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    torch.testing.assert_close(layer(x), _by_hand(layer, x))
+    wanted = (x, layer.lora_A, layer.lora_B, layer.lora_magnitude)
+    ours = torch.autograd.grad(layer(x).pow(2).sum(), wanted)
+    torch.testing.assert_close(ours, torch.autograd.grad(_by_hand(layer, x).pow(2).sum(), wanted))
+
+
+def test_a_new_layer_gives_the_base_layers_own_output():
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6)
+    x = torch.randn(5, 8)
+    layer = DoRALinear.from_linear(linear, 2)
+    torch.testing.assert_close(layer(x), linear(x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer.lora_magnitude.detach(), linear.weight.norm(dim=1))
+
+
+def test_only_the_output_is_kept_beside_what_plain_lora_keeps():
+    layer = _layer()
+    x = torch.randn(5, 7, 8, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    known = {t.data_ptr() for t in (x, y, *layer.parameters())}
+    assert sorted(tuple(t.shape) for t in kept if t.data_ptr() not in known) == [(6,), (35, 3)]
+
+
+def test_an_output_changed_in_place_is_noticed():
+    y = _layer()(torch.randn(2, 8))
+    y.relu_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+def test_a_row_that_is_zero_stays_zero():
+    linear = nn.Linear(4, 3)
+    with torch.no_grad():
+        linear.weight[1] = 0
+    layer = DoRALinear.from_linear(linear, 2)
+    x = torch.randn(5, 4, requires_grad=True)
+    torch.testing.assert_close(layer(x), linear(x))
+    layer(x).sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in (x, layer.lora_B, layer.lora_magnitude))
+
+
+def test_the_norm_follows_what_is_written_in_place_and_survives_a_cast():
+    layer = _layer().eval()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        layer(x)
+        for tensor in (layer.weight, layer.lora_A, layer.lora_B):
+            tensor.mul_(1.5)
+            torch.testing.assert_close(layer(x), _by_hand(layer, x))
+        twin = copy.deepcopy(layer)
+        for _ in range(3):
+            twin.lora_B.mul_(0.5)
+        torch.testing.assert_close(twin(x), _by_hand(twin, x))
+        layer.load_state_dict(_layer().state_dict())
+        torch.testing.assert_close(layer(x), _by_hand(layer, x))
+        layer.double()
+        torch.testing.assert_close(layer(x.double()), _by_hand(layer, x.double()))
+
+
+def test_the_norm_is_found_once_for_many_forwards_without_gradients(monkeypatch):
+    layer = _layer().eval()
+    calls: list[int] = []
+    monkeypatch.setattr("deltaw.lora.math_dora.weight_norm", lambda *a: calls.append(1) or weight_norm(*a))
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        layer(x), layer(x)
+    assert len(calls) == 1
+    layer(x).sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_autocast_type_and_the_norm_in_fp32(dtype):
+    layer = _layer()
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+        assert torch.equal(layer.weight_norm(), _layer().weight_norm())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), _by_hand(layer, x), atol=0.2, rtol=0.05)
+    y.sum().backward()
+    assert x.grad.dtype == layer.lora_A.grad.dtype == layer.lora_magnitude.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant, dropout):
+    layer = _layer(dropout=dropout)
+    x = torch.randn(4, 8, requires_grad=True)
+    grads = []
+    for wrapped in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(1)
+        y = checkpoint(layer, x, use_reentrant=reentrant) if wrapped else layer(x)
+        y.pow(2).sum().backward()
+        grads.append([getattr(layer, name).grad.clone() for name in layer.trained])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_torch_func_gives_gradients_per_example():
+    layer = _layer()
+    given = {name: getattr(layer, name).detach() for name in layer.trained}
+    x = torch.randn(5, 8)
+
+    def loss(given: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(layer, given, (row,)).pow(2).sum()
+
+    each = vmap(grad(loss), (None, 0))(given, x)
+    layer(x).pow(2).sum().backward()
+    for name in layer.trained:
+        torch.testing.assert_close(each[name].sum(0), getattr(layer, name).grad)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_without_a_break_in_the_graph(dropout):
+    layer = _layer(dropout=dropout)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 8)
+    if dropout:
+        compiled(x).sum().backward()
+        assert layer.lora_magnitude.grad.abs().sum() > 0
+        return
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).pow(2).sum().backward()
+    ours = [getattr(layer, name).grad.clone() for name in layer.trained]
+    layer.zero_grad()
+    layer(x).pow(2).sum().backward()
+    torch.testing.assert_close(ours, [getattr(layer, name).grad for name in layer.trained])
+
+
+class _Layers(nn.Module):
+    """One layer of each kind that PEFT has DoRA for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=0)
+        self.wide = Conv1D(12, 8)
+        self.conv1 = nn.Conv1d(12, 8, 3, padding=1, stride=2)
+        self.conv2 = nn.Conv2d(1, 6, (3, 2), padding=(1, 0))
+        self.conv3 = nn.Conv3d(1, 2, 3, padding=1)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.wide(self.embed(ids)))
+        x = torch.tanh(self.conv1(x.transpose(1, 2)))
+        x = torch.tanh(self.conv2(x[:, None].transpose(2, 3)))
+        return self.out(self.conv3(x[:, None])[:, 0])
+
+
+_EVERY = ["embed", "wide", "conv1", "conv2", "conv3", "out"]
+
+
+def _pair(dropout: float = 0.0) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Our adapter and PEFT's with the same values over all kinds of layers, and token ids."""
+    torch.manual_seed(0)
+    base = _Layers()
+    ids = torch.randint(0, 11, (3, 9))
+    theirs = with_peft(base, r=4, lora_alpha=6, target_modules=_EVERY, use_dora=True, lora_dropout=dropout)
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=4, alpha=6, target_modules=_EVERY, dora=True, dropout=dropout))
+    randomise(ours)
+    with torch.no_grad():
+        ours.embed.lora_A[0] = 0
+    copy_to_peft(ours, theirs)
+    return ours, theirs, ids
+
+
+def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("base_model.model.").partition(".lora_magnitude")[0]: parameter
+        for name, parameter in theirs.named_parameters()
+        if "lora_magnitude_vector" in name
+    }
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs.view(ours.shape)).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def test_every_kind_of_layer_equals_pefts_through_ten_steps():
+    ours, theirs, ids = _pair()
+    reference = _magnitudes(theirs)
+    assert reference.keys() == set(_EVERY)
+    for name, magnitude in reference.items():
+        assert _relative(ours.get_submodule(name).lora_magnitude.detach(), magnitude.detach()) <= 1e-6
+    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+    ours(ids).pow(2).mean().backward()
+    theirs(ids).pow(2).mean().backward()
+    for name, magnitude in reference.items():
+        assert _relative(ours.get_submodule(name).lora_magnitude.grad, magnitude.grad) <= 1e-4, name
+    _ten_steps_agree(ours, theirs, ids)
+
+
+def _ten_steps_agree(ours: nn.Module, theirs: nn.Module, ids: Tensor) -> None:
+    mine = torch.optim.AdamW([p for _, p in adapter_parameters(ours)], lr=1e-2, eps=1e-4)
+    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    for step in range(10):
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(ids).pow(2).mean().backward()
+            optimizer.step()
+    reference = _magnitudes(theirs)
+    for name, (their_A, their_B) in peft_factors(theirs).items():
+        layer = ours.get_submodule(name)
+        assert _relative(ours_as_peft(layer.lora_A).detach(), their_A.detach()) <= 1e-5, name
+        assert _relative(ours_as_peft(layer.lora_B).detach(), their_B.detach()) <= 1e-5, name
+        assert _relative(layer.lora_magnitude.detach(), reference[name].detach()) <= 1e-5, name
+
+
+def test_dropout_is_pefts(monkeypatch):
+    """PEFT sends the dropped input through W as well; both are given the same masks here."""
+
+    def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        kept = torch.arange(x.numel()).view(x.shape) % 3 != 0
+        return x * kept / (1 - p) if training else x
+
+    ours, theirs, ids = _pair(dropout=0.25)
+    monkeypatch.setattr(F, "dropout", dropped)
+
+    def mask(self: Tensor, p: float) -> Tensor:
+        return self.copy_(torch.arange(self.numel()).view(self.shape) % 3 != 0)
+
+    monkeypatch.setattr(Tensor, "bernoulli_", mask)
+    ours.train(), theirs.train()
+    torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+    _ten_steps_agree(ours, theirs, ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "vit"])
+@pytest.mark.parametrize("init", ["uniform", "pissa", "olora"])
+def test_a_model_goes_through_a_file_both_ways(family, init, tmp_path):
+    targets = ["q_proj", "fc1"] if family == "vit" else "all-linear"
+    if family == "gemma3" and init == "uniform":
+        targets = ["embed_tokens", "q_proj"]
+    model = tiny(family)
+    attach(model, LoRAConfig(rank=4, alpha=6, target_modules=targets, dora=True, init=init))
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+        expected = model(**inputs(family)).logits
+        save_adapter(model, tmp_path / "ours")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = PeftModel.from_pretrained(tiny(family), str(tmp_path / "ours")).eval()
+            torch.testing.assert_close(theirs(**inputs(family)).logits, expected, atol=1e-5, rtol=1e-4)
+            theirs.save_pretrained(str(tmp_path / "theirs"))
+        again = tiny(family)
+        load_adapter(again, tmp_path / "theirs")
+        torch.testing.assert_close(again(**inputs(family)).logits, expected, atol=1e-5, rtol=1e-4)
+        detach(again)
+        assert torch.equal(again(**inputs(family)).logits, tiny(family)(**inputs(family)).logits)
+
+
+def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
+    ours, theirs, ids = _pair()
+    base = copy.deepcopy(ours)
+    detach(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(str(tmp_path / "theirs"))
+        save_adapter(ours, tmp_path / "ours")
+        read = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+    torch.testing.assert_close(read(ids), ours(ids), atol=1e-5, rtol=1e-5)
+    load_adapter(base, tmp_path / "theirs")
+    torch.testing.assert_close(base(ids), ours(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_merging_keeps_the_outputs_and_unmerging_every_bit():
+    ours, _, ids = _pair()
+    with torch.no_grad():
+        for layer in ours.modules():
+            if isinstance(layer, DoRALayer):
+                layer.lora_magnitude.mul_(1.3)
+        adapted = ours(ids)
+        bits = {name: t.clone() for name, t in ours.state_dict().items()}
+        merge(ours)
+        torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
+        ours.double().float()
+        unmerge(ours)
+        assert all(torch.equal(t, bits[name]) for name, t in ours.state_dict().items())
+        torch.testing.assert_close(ours(ids), adapted)
+        merge(ours, keep_original=False)
+        detach(ours)
+        assert not any(isinstance(m, LoRALayer) for m in ours.modules())
+        torch.testing.assert_close(ours(ids), adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_magnitudes_are_counted_disabled_and_taken_off():
+    model = tiny("gpt2")
+    logits = model(**inputs("gpt2")).logits
+    total = sum(p.numel() for p in model.parameters())
+    summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], dora=True))
+    torch.testing.assert_close(model(**inputs("gpt2")).logits, logits, atol=1e-5, rtol=1e-5)
+    assert summary.trained == 2 * (4 * (32 + 96) + 96) + 4 * (97 + 32) + 32
+    assert count_parameters(model).total == total == summary.total
+    assert sum(name.endswith("lora_magnitude") for name, _ in adapter_parameters(model)) == 3
+    randomise(model)
+    model(**inputs("gpt2")).logits.pow(2).mean().backward()
+    assert all(torch.count_nonzero(p.grad) for _, p in adapter_parameters(model))
+    with disabled(model):
+        assert torch.equal(model(**inputs("gpt2")).logits, logits)
+    detach(model)
+    assert torch.equal(model(**inputs("gpt2")).logits, logits)
+
+
+def test_a_grouped_convolution_is_refused_by_name():
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1, groups=2)})
+    with pytest.raises(UserError, match=r"'conv'.*groups"):
+        attach(model, LoRAConfig(rank=2, target_modules=["lin", "conv"], dora=True))
+    assert type(model["lin"]) is nn.Linear
+
+
+def test_a_bf16_model_keeps_its_magnitudes_in_fp32():
+    model = tiny("llama").to(torch.bfloat16)
+    attach(model, LoRAConfig(rank=4, dora=True))
+    randomise(model)
+    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
+    wide = tiny("llama").to(torch.bfloat16).float()
+    attach(wide, LoRAConfig(rank=4, dora=True))
+    randomise(wide)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**inputs("llama")).logits.float(), wide(**inputs("llama")).logits, atol=0.05, rtol=0.05
+        )

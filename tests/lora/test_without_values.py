@@ -1,0 +1,82 @@
+"""Attaching and training on tensors that have shapes alone, as a memory plan does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.lora import LoRAConfig, adapter_parameters, attach, initialize_from_activations, merge
+from deltaw.lora.attachment import attached
+from tests.lora.models import tiny
+
+
+class _Answers(TorchDispatchMode):
+    """Answers bool() and item(), which tensors without values cannot."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype == torch.bool or 1.0
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def without_values() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+        yield
+
+
+_SETTINGS = {
+    "plain": {},
+    "dropout": {"dropout": 0.1},
+    "dora": {"dora": True},
+    "dora dropout": {"dora": True, "dropout": 0.1},
+    "pissa": {"init": "pissa"},
+    "olora dora": {"init": "olora", "dora": True},
+    "orthogonal": {"init": "orthogonal"},
+    "biases": {"bias": "lora_only", "target_modules": ["c_attn"]},
+    "whole": {"target_modules": ["c_attn", "wpe"], "train_modules": ["ln_f"], "dora": True},
+}
+
+
+@pytest.mark.parametrize("settings", _SETTINGS.values(), ids=_SETTINGS.keys())
+@pytest.mark.usefixtures("without_values")
+def test_a_step_runs(settings):
+    model = tiny("gpt2")
+    attach(model, LoRAConfig(rank=4, **settings), seed=0)
+    assert attached(model).fingerprint is None
+    model.train()
+    optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(model)])
+    ids = torch.zeros(2, 9, dtype=torch.long)
+    model(input_ids=ids).logits.pow(2).mean().backward()
+    optimizer.step()
+    assert all(p.grad is not None for _, p in adapter_parameters(model))
+
+
+@pytest.mark.usefixtures("without_values")
+def test_a_start_from_data_runs():
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4, init="eva"), seed=0)
+    started = initialize_from_activations(model, lambda: model(input_ids=torch.zeros(2, 9, dtype=torch.long)))
+    assert started.started == 14 and started.tokens == (18, 18)
+
+
+@pytest.mark.usefixtures("without_values")
+def test_merging_runs():
+    model = nn.Sequential(nn.Linear(4, 3), Conv1D(5, 3))
+    attach(model, LoRAConfig(rank=2, dora=True))
+    merge(model)
+    assert model(torch.zeros(2, 4)).shape == (2, 5)
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3), Conv1D(5, 3))
+    attach(model, LoRAConfig(rank=2, dora=True))
+    model(torch.zeros(2, 4, device="meta")).sum().backward()
+    assert attached(model).fingerprint is None and model[0].lora_magnitude.grad.shape == (3,)

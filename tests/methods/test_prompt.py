@@ -1,0 +1,403 @@
+"""Prompt tuning against PEFT's, and through the rest of the library: packing, generation, files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import peft
+import pydantic
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from deltaw.data.example import Example
+from deltaw.data.packing import batches, pack, pad
+from deltaw.errors import UserError
+from deltaw.methods.base import Method
+from deltaw.methods.prompt import Prompt, PromptSettings
+from deltaw.models.forest import flat_rows
+from deltaw.models.generation import generate, stream
+from deltaw.models.virtual_tokens import attached
+from deltaw.training.evaluate import answers
+from deltaw.training.objective import CausalObjective
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.tiny_models import VOCABULARY, causal_model
+
+K = 5
+FAMILIES = ("llama", "gpt2", "gemma3", "neox")
+# transformers 5 warns that PEFT hands it a mask of another type; PEFT warns of what it does not pass on.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def classifier(kind: str = "bert") -> PreTrainedModel:
+    """A tiny classifier of three classes, without dropout."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": VOCABULARY, "num_labels": 3, "pad_token_id": 0}
+    if kind == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shape, **sizes)).eval()
+    if kind == "distilbert":
+        config = transformers.DistilBertConfig(**shape, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+        return transformers.DistilBertForSequenceClassification(config).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "roberta":
+        config = transformers.RobertaConfig(**{**shape, "pad_token_id": 1}, **sizes)
+        return transformers.RobertaForSequenceClassification(config).eval()
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**shape, **sizes)).eval()
+
+
+def ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def dressed(method: Method, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.stack([method.dressed(row) for row in tokens.numpy()]))
+
+
+def prompt_of(model: nn.Module) -> nn.Parameter:
+    layer = attached(model)
+    assert layer is not None
+    return layer.prompt
+
+
+def ours_and_pefts(family: str, tmp_path: Path) -> tuple[PreTrainedModel, Prompt, peft.PeftModel]:
+    """A model under each, with the same prompt, both trainable."""
+    model, method = causal_model(family), Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=4)
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K)
+    theirs = peft.get_peft_model(causal_model(family), settings).eval()
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.copy_(prompt_of(model))
+    return model, method, theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family, tmp_path):
+    model, method, theirs = ours_and_pefts(family, tmp_path)
+    tokens = ids()
+    weight, other = prompt_of(model), theirs.prompt_encoder["default"].embedding.weight
+    assert [p for p in model.parameters() if p.requires_grad] == [weight]
+    optimizers = [torch.optim.AdamW([p], lr=0.01) for p in (weight, other)]
+    for step in range(10):
+        logits = model(input_ids=dressed(method, tokens)).logits
+        reference = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
+        logits.square().mean().backward()
+        reference.square().mean().backward()
+        if step == 0:
+            torch.testing.assert_close(weight.grad, other.grad, atol=1e-6, rtol=1e-4)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(weight, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
+    model, method, theirs = ours_and_pefts(family, tmp_path)
+    tokens = ids()
+    with torch.no_grad():
+        prompt_of(model).normal_()
+        expected = model(input_ids=dressed(method, tokens)).logits
+        method.save(model, tmp_path / "ours", base_model="a-base")
+        loaded = peft.PeftModel.from_pretrained(causal_model(family), tmp_path / "ours").eval()
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+        theirs.save_pretrained(tmp_path / "theirs")
+        again, ours = causal_model(family), Prompt()
+        assert f"{K} vectors" in ours.load(again, tmp_path / "theirs")
+        assert ours.virtual_tokens == K and not any(p.requires_grad for p in again.parameters())
+        torch.testing.assert_close(
+            again(input_ids=dressed(ours, tokens)).logits,
+            theirs(input_ids=tokens).logits,
+            atol=1e-5,
+            rtol=1e-5,
+        )
+
+
+def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
+    model, method, theirs = ours_and_pefts("llama", tmp_path)
+    method.save(model, tmp_path / "ours", base_model="a-base", metadata={"deltaw.classes": "[]"})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, reference = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")
+    )
+    differing = {key for key in ours.keys() | reference.keys() if ours.get(key) != reference.get(key)}
+    assert ours.keys() == reference.keys()
+    assert differing == {"base_model_name_or_path", "prompt_tuning_init"}
+    with safetensors.safe_open(tmp_path / "ours" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "deltaw.classes": "[]"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
+def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
+    model, method = classifier(kind), Prompt(PromptSettings(length=K))
+    heads = ["score"] if kind == "llama" else ["classifier"]
+    method.prepare(model, seed=0, beside=heads)
+    names = [name for name, _ in method.parameters(model)]
+    assert names[0] == "prompt" and all(n.startswith(heads[0]) for n in names[1:]) and len(names) > 1
+    tokens = ids()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        for _, parameter in method.parameters(model):
+            parameter.normal_()
+        expected = model(input_ids=dressed(method, tokens)).logits
+        method.save(model, tmp_path / "ours", base_model="a-base")
+        theirs = peft.PeftModel.from_pretrained(classifier(kind), tmp_path / "ours").eval()
+        torch.testing.assert_close(theirs(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+        theirs.save_pretrained(tmp_path / "theirs")
+        again, ours = classifier(kind), Prompt()
+        before = again(input_ids=tokens).logits
+        assert heads[0] in ours.load(again, tmp_path / "theirs")
+        torch.testing.assert_close(again(input_ids=dressed(ours, tokens)).logits, expected)
+        with ours.without(again):
+            assert torch.equal(again(input_ids=tokens).logits, before)
+        torch.testing.assert_close(again(input_ids=dressed(ours, tokens)).logits, expected)
+
+
+def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike(tmp_path):
+    model, method = classifier(), Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=0, beside=["classifier"])
+    method.save(model, tmp_path, base_model="a-base")
+    theirs = peft.get_peft_model(
+        classifier(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=K)
+    ).eval()
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.copy_(prompt_of(model))
+    tokens, mask = ids(), torch.ones(2, 9, dtype=torch.long)
+    tokens[1, 6:], mask[1, 6:] = 0, 0
+    longer = torch.cat([torch.ones(2, K, dtype=torch.long), mask], 1)
+    labels = torch.tensor([0, 2])
+    ours_loss = model(input_ids=dressed(method, tokens), attention_mask=longer, labels=labels).loss
+    their_loss = theirs(input_ids=tokens, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(ours_loss, their_loss, atol=1e-6, rtol=1e-6)
+    ours_loss.backward()
+    their_loss.backward()
+    torch.testing.assert_close(
+        prompt_of(model).grad, theirs.prompt_encoder["default"].embedding.weight.grad, atol=1e-6, rtol=1e-4
+    )
+    head = dict(theirs.named_parameters())["base_model.classifier.modules_to_save.default.weight"]
+    torch.testing.assert_close(model.classifier.weight.grad, head.grad, atol=1e-6, rtol=1e-4)
+
+
+def _examples() -> list[Example]:
+    generator = np.random.default_rng(0)
+    common = generator.integers(3, VOCABULARY, 6)
+    made = []
+    for row, length in enumerate((4, 7, 5)):
+        tokens = np.concatenate([common, generator.integers(3, VOCABULARY, length)]).astype(np.int32)
+        made.append(Example(row + 1, tokens, np.arange(len(tokens)) >= 8, 8, "answer"))
+    return made
+
+
+def test_a_dressed_example_has_the_same_labels_behind_the_virtual_tokens():
+    model, method = causal_model("llama"), Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=0)
+    (example, *_) = _examples()
+    behind = example.after(K, method.dressed(example.tokens))
+    assert behind.tokens.dtype == np.int32 and behind.prompt_length == 8 + K
+    assert behind.tokens[:K].tolist() == list(range(VOCABULARY, VOCABULARY + K))
+    assert behind.tokens[K:].tolist() == example.tokens.tolist()
+    assert not behind.is_label[:K].any() and behind.label_count == example.label_count
+    plain = Example(1, example.tokens, example.is_label, 0, None)
+    assert plain.after(K, method.dressed(plain.tokens)).prompt_length == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_that_share_the_prompt_train_as_rows_on_their_own(family):
+    model, method = causal_model(family), Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=0)
+    objective = CausalObjective(model)
+    rows = [e.after(K, method.dressed(e.tokens)) for e in _examples()]
+
+    def gradient(parts: list, flat: bool) -> tuple[float, torch.Tensor]:
+        prompt_of(model).grad = None
+        with flat_rows(model) if flat else contextlib.nullcontext():
+            losses = [objective(part) for part in parts]
+            sum(losses).backward()
+        return float(sum(losses)), prompt_of(model).grad
+
+    shared = pack(rows, share=True)
+    layout = shared.inputs["forest_layout"]
+    assert layout.parents[0] == -1 and layout.stops[0] >= K  # the prompt stands there once
+    assert shared.tokens < sum(len(row) for row in rows) - K
+    loss, wanted = gradient([pad([row]) for row in rows], flat=False)
+    for parts, flat in (([shared], True), (list(batches(rows, 64, share=False)), True), ([pad(rows)], False)):
+        other, found = gradient(parts, flat)
+        assert other == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    method = Prompt(PromptSettings(length=K), tokenizer)
+    method.prepare(model, seed=0)
+    prompts = [method.dressed(np.array(row, np.int32)) for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])]
+    together = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
+    for prompt, answer in zip(prompts, together, strict=True):
+        row = torch.from_numpy(prompt).long()[None]
+        with torch.no_grad():
+            for _ in range(8):
+                following = model(input_ids=row, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+                if following.item() == 0:
+                    break
+                row = torch.cat([row, following], 1)
+        assert answer.tokens.tolist() == row[0, len(prompt) :].tolist()
+        (alone,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[0])
+        assert alone.tokens.tolist() == answer.tokens.tolist()
+        assert "".join(stream(model, tokenizer, prompt, max_new_tokens=8, stop_ids=[0])) == answer.text
+
+
+def test_evaluation_asks_dressed_rows_and_shows_their_questions_without_the_prompt():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    method = Prompt(PromptSettings(length=K), tokenizer)
+    method.prepare(model, seed=0)
+    question = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
+    )
+    tokens = np.array([*question, 50, 51], np.int32)
+    example = Example(1, tokens, np.arange(len(tokens)) >= len(question), len(question), "x")
+    (answer,) = answers(model, tokenizer, [example.after(K, method.dressed(tokens))])
+    assert answer.question.splitlines()[0] == "hello"
+
+
+def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
+    starts = []
+    for seed in (0, 0, 1):
+        model = causal_model("gemma3")
+        Prompt(PromptSettings(length=K)).prepare(model, seed=seed)
+        starts.append(prompt_of(model).detach())
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    own = causal_model("gemma3").get_input_embeddings()
+    table = own(torch.arange(VOCABULARY)).detach()
+    assert all((table == row).all(1).any() for row in starts[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("abcde", "as prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
+)
+def test_the_start_from_a_text_equals_pefts(text, says, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny_llama()
+    said = Prompt(PromptSettings(length=5, init="text", text=text), tokenizer).prepare(model, seed=0)
+    settings = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=5,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=str(tmp_path),
+    )
+    theirs = peft.get_peft_model(tiny_llama(), settings)
+    assert torch.equal(prompt_of(model), theirs.prompt_encoder["default"].embedding.weight)
+    assert re.search(says, said)
+
+
+def test_a_prompt_started_from_a_text_goes_to_peft_and_back(tmp_path):
+    model, method = tiny_llama(), Prompt(PromptSettings(5, "text", "abc"), byte_tokenizer())
+    method.prepare(model, seed=0)
+    method.save(model, tmp_path / "ours", base_model="pypi:a-package==1.0")
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
+    assert torch.equal(theirs.prompt_encoder["default"].embedding.weight, prompt_of(model))
+    again = Prompt()
+    again.load(tiny_llama(), tmp_path / "ours")
+    assert again.settings == method.settings
+
+
+def test_without_it_the_model_answers_as_before(tmp_path):
+    model, tokens = causal_model("gemma3"), ids()
+    before = model(input_ids=tokens).logits
+    method = Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=0)
+    with method.without(model), method.evaluating(model):
+        assert torch.equal(model(input_ids=tokens).logits, before)
+    assert model(input_ids=dressed(method, tokens)).logits.shape[1] == 9 + K
+
+
+def test_it_is_prepared_on_tensors_without_values():
+    with FakeTensorMode():
+        model, method = classifier(), Prompt(PromptSettings(length=K))
+        method.prepare(model, seed=0, beside=["classifier"])
+        rows = torch.zeros(2, 8, dtype=torch.long)
+        model(input_ids=rows, labels=torch.zeros(2, dtype=torch.long)).loss.backward()
+        assert all(parameter.grad is not None for _, parameter in method.parameters(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"length": 0}, {"init": "text"}, {"text": "without init"}, {"init": "noise"}, {"lenght": 4}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises((UserError, pydantic.ValidationError)):
+        pydantic.TypeAdapter(PromptSettings).validate_python(settings)
+
+
+def _saved(folder: Path) -> Path:
+    model, method = causal_model("llama"), Prompt(PromptSettings(length=K))
+    method.prepare(model, seed=0)
+    method.save(model, folder, base_model="a-base")
+    return folder
+
+
+def _change(folder: Path, **settings: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"peft_type": "P_TUNING"}, "P_TUNING"),
+        ({"peft_type": "LORA"}, "LORA"),
+        ({"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}, "SEQ_2_SEQ_LM"),
+        ({"num_virtual_tokens": K + 1}, r"\(5, 32\).*\(6, 32\)"),
+    ],
+)
+def test_files_of_other_kinds_and_files_that_disagree_are_refused(settings, says, tmp_path):
+    _change(_saved(tmp_path), **settings)
+    model = causal_model("llama")
+    with pytest.raises(UserError, match=says):
+        Prompt().load(model, tmp_path)
+    assert attached(model) is None
+
+
+def test_tensors_that_do_not_fit_the_model_are_refused_and_leave_it_unchanged(tmp_path):
+    _saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    prompt = safetensors.torch.load_file(path)["prompt_embeddings"]
+    model = causal_model("llama")
+    for extra, says in (
+        ({"base_model.score.weight": torch.zeros(3, 32)}, "score.weight"),
+        ({"base_model.lm_head.weight": torch.zeros(3, 32)}, r"\(3, 32\)"),
+        ({"lm_head.weight": torch.zeros(3, 32)}, "no part of a soft prompt"),
+    ):
+        safetensors.torch.save_file({"prompt_embeddings": prompt, **extra}, path)
+        with pytest.raises(UserError, match=says):
+            Prompt().load(model, tmp_path)
+        assert attached(model) is None
+    safetensors.torch.save_file({"prompt_embeddings": prompt[:, :16].contiguous()}, path)
+    _change(tmp_path, token_dim=16)
+    with pytest.raises(UserError, match="32 wide"):
+        Prompt().load(model, tmp_path)
+
+
+def test_pickles_missing_and_damaged_files_are_refused(tmp_path):
+    _saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="cannot be read"):
+        Prompt().load(causal_model("llama"), tmp_path)
+    path.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickle"):
+        Prompt().load(causal_model("llama"), tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        Prompt().load(causal_model("llama"), tmp_path / "nowhere")

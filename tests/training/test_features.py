@@ -1,0 +1,412 @@
+"""The frozen prefix computed once: training with it and without it is the same training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deltaw.data.example import Example
+from deltaw.data.label_batches import LabelPortions
+from deltaw.data.labels import LabelledExample
+from deltaw.data.pixels import ImageExample
+from deltaw.lora import LoRAConfig, attach
+from deltaw.methods.places import train_places
+from deltaw.models.forest import flat_rows
+from deltaw.training import feature_store
+from deltaw.training.evaluate import evaluate_causal
+from deltaw.training.label_evaluation import evaluate_labels
+from deltaw.training.label_objective import LabelObjective
+from deltaw.training.loop import train
+from deltaw.training.objective import CausalObjective
+from deltaw.training.portions import Portions
+from deltaw.training.prefix_cache import cached_prefix
+from tests.tiny_models import VOCABULARY, causal_model
+
+STEM = list(range(20, 32))
+B = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+LABELLED = {
+    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+    "distilbert": (transformers.DistilBertConfig, transformers.DistilBertForSequenceClassification),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
+}
+
+
+def causal_rows(count=12):
+    """Rows of many lengths; half of them begin alike, and two are equal."""
+    rows = []
+    for n in range(count):
+        draw = np.random.default_rng(0 if n == 2 else n)
+        own = draw.integers(3, VOCABULARY, draw.integers(4, 20)).tolist()
+        tokens = np.array((STEM if n % 2 else []) + own, np.int32)
+        labels = np.zeros(len(tokens), bool)
+        labels[-3:] = True
+        rows.append(Example(n, tokens, labels, 0, None))
+    return rows
+
+
+def labelled_rows(count=12, kind=int):
+    draw = np.random.default_rng(0)
+    return [
+        LabelledExample(n, draw.integers(3, VOCABULARY, draw.integers(3, 20)).astype(np.int32), kind(n % 3))
+        for n in range(count)
+    ]
+
+
+def labelled_model(family, **more):
+    torch.manual_seed(0)
+    config, kind = LABELLED[family]
+    return kind(config(**B, num_hidden_layers=2, num_labels=3, pad_token_id=0, **more)).eval()
+
+
+def train_head(model, *modules):
+    """Train the named modules whole, as the method head does."""
+    prefixes = tuple(f"{m}." for m in modules)
+    train_places(
+        model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n.startswith(prefixes)]
+    )
+    return model
+
+
+def lora_above(model, block=1):
+    attach(model, LoRAConfig(rank=4, alpha=8, layers=f"{block}-", target_modules="all-linear"), seed=0)
+    return model
+
+
+def trained_of(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def run(model, objective, portions, rows, *, steps=9):
+    """Losses of each step, and the parameters after the last."""
+    losses = []
+    parameters = trained_of(model)
+    train(
+        objective,
+        parameters,
+        rows,
+        portions,
+        learning_rate=5e-3,
+        total_steps=steps,
+        batch_size=4,
+        on_step=lambda s: losses.append(s.loss),
+    )
+    return losses, [p.detach().clone() for p in parameters]
+
+
+def both_ways(model, objective_of, portions, rows, folder, attention=contextlib.nullcontext):
+    """The same training without and with the cache; the cached one's choice and store."""
+    twin = copy.deepcopy(model)
+    with attention(model):
+        usual = run(model, objective_of(model), portions, rows)
+    with attention(twin):
+        cached, choice = cached_prefix(twin, objective_of(twin), portions, rows, folder=folder)
+        assert cached is not None, choice
+        found = run(twin, cached.objective, cached.portions, rows)
+        cached.close()
+    assert usual[0][0] != usual[0][-1]
+    np.testing.assert_allclose(found[0], usual[0], rtol=1e-5)
+    for expected, parameter in zip(usual[1], found[1], strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
+    return cached, choice
+
+
+def forwards(model):
+    """Counts how often the first block runs its own code from here on."""
+    calls = []
+    block = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))[0]
+    inner = next(m for m in block.modules() if isinstance(m, nn.Linear) or "Conv1D" in type(m).__name__)
+    inner.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "cohere", "neox"])
+@pytest.mark.parametrize("way", ["shared", "flat", "padded"])
+def test_a_causal_head_trains_the_same(family, way, tmp_path):
+    model = train_head(causal_model(family), "lm_head")
+    portions = Portions(64, way == "shared", way == "padded", "cpu")
+    attention = contextlib.nullcontext if way == "padded" else flat_rows
+    _, choice = both_ways(model, CausalObjective, portions, causal_rows(), tmp_path, attention)
+    assert choice.value == "all but the output head"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3", "mixtral"])
+@pytest.mark.parametrize("way", ["shared", "flat", "padded"])
+def test_adapters_on_the_upper_blocks_train_the_same(family, way, tmp_path):
+    model = lora_above(causal_model(family))
+    portions = Portions(64, way == "shared", way == "padded", "cpu")
+    attention = contextlib.nullcontext if way == "padded" else flat_rows
+    _, choice = both_ways(model, CausalObjective, portions, causal_rows(), tmp_path, attention)
+    assert choice.value == "the lower 1 of 2 blocks"
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
+    model = causal_model(family)
+    name = "transformer.h.1" if family == "bloom" else "backbone.layers.1"
+    train_head(model, name)
+    both_ways(model, CausalObjective, Portions(64, False, True, "cpu"), causal_rows(), tmp_path)
+
+
+def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
+    from deltaw.training.session import recompute_blocks
+
+    model = lora_above(causal_model("llama"))
+    recompute_blocks(model)
+    model.disable_input_require_grads()
+    both_ways(model, CausalObjective, Portions(64, True, False, "cpu"), causal_rows(), tmp_path, flat_rows)
+
+
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("bert", ["classifier"]),
+        ("bert", ["classifier", "bert.pooler"]),
+        ("bert", ["classifier", "bert.encoder.layer.1"]),
+        ("roberta", ["classifier"]),
+        ("distilbert", ["pre_classifier", "classifier"]),
+        ("llama", ["score"]),
+        ("llama", ["score", "model.layers.1"]),
+    ],
+)
+def test_classifiers_train_the_same(family, modules, tmp_path):
+    model = train_head(labelled_model(family), *modules)
+    portions = LabelPortions(64, "cpu", segments=False)
+    rows = labelled_rows()
+    cached, _ = both_ways(
+        model, lambda m: LabelObjective(m, "sequence-classification"), portions, rows, tmp_path
+    )
+    assert cached.store.shape.units == (
+        12 if len(modules) == 1 or family == "distilbert" else sum(map(len, rows))
+    )
+
+
+def test_a_regression_trains_the_same(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**B, num_hidden_layers=2, num_labels=1)
+    model = train_head(transformers.BertForSequenceClassification(config).eval(), "classifier")
+    portions = LabelPortions(64, "cpu")
+    both_ways(model, lambda m: LabelObjective(m, "regression"), portions, labelled_rows(kind=float), tmp_path)
+
+
+class _Encoder:
+    """Pixels as they are."""
+
+    def encode(self, rows):
+        return torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.mark.parametrize("modules", [["classifier"], ["classifier", "vit.layers.1"]])
+def test_an_image_classifier_trains_the_same(modules, tmp_path):
+    torch.manual_seed(0)
+    shape = {k: v for k, v in B.items() if k != "vocab_size"}
+    config = transformers.ViTConfig(**shape, num_hidden_layers=2, image_size=16, patch_size=8, num_labels=3)
+    model = train_head(transformers.ViTForImageClassification(config).eval(), *modules)
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(12)]
+    rows = [ImageExample(n, image, n % 3, digest=bytes([n])) for n, image in enumerate(images)]
+    portions = LabelPortions(20, "cpu", encoder=_Encoder(), tokens_per_image=5)
+    cached, _ = both_ways(
+        model, lambda m: LabelObjective(m, "image-classification"), portions, rows, tmp_path
+    )
+    assert cached.store.shape.units == (12 if len(modules) == 1 else 12 * 5)
+
+
+def test_bf16_features_keep_their_bits(tmp_path):
+    model = lora_above(causal_model("llama").to(torch.bfloat16))
+    portions, rows = Portions(64, True, False, "cpu"), causal_rows()
+    with flat_rows(model):
+        cached, _ = cached_prefix(model, CausalObjective(model), portions, rows, folder=tmp_path)
+        assert cached.store.shape.dtype == "bfloat16"
+        losses = [
+            [cached.objective(batch).item() for batch in cached.portions.batches(rows)] for _ in range(2)
+        ]
+        usual = [cached.objective(batch).item() for batch in portions.batches(rows)]
+        cached.close()
+    assert losses[0] == losses[1] == usual
+
+
+def test_from_the_second_epoch_on_the_prefix_does_not_run(tmp_path):
+    rows = causal_rows()
+    for model in (train_head(causal_model("llama"), "lm_head"), lora_above(causal_model("llama"))):
+        with flat_rows(model):
+            cached, _ = cached_prefix(
+                model, CausalObjective(model), Portions(64, True, False, "cpu"), rows, folder=tmp_path
+            )
+            run(model, cached.objective, cached.portions, rows, steps=3)
+            calls = forwards(model)
+            run(model, cached.objective, cached.portions, rows, steps=6)
+            cached.close()
+        assert not calls
+
+
+def opened(model, rows, folder):
+    cached, choice = cached_prefix(
+        model, CausalObjective(model), Portions(64, True, False, "cpu"), rows, folder=folder
+    )
+    assert cached is not None, choice
+    return cached, choice
+
+
+def test_the_next_run_finds_the_features_whatever_the_order_of_its_rows(tmp_path):
+    model, rows = lora_above(causal_model("llama")), causal_rows()
+    with flat_rows(model):
+        cached, choice = opened(model, rows, tmp_path)
+        assert "there already" not in choice.why
+        run(model, cached.objective, cached.portions, rows, steps=3)
+        cached.close()
+        again, choice = opened(model, rows[::-1], tmp_path)
+        assert again.store.folder == cached.store.folder
+        assert again.store.done.all() and "11 of 11 rows there already" in choice.why
+        again.close()
+
+
+def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
+    model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
+    with flat_rows(model):
+        cached, _ = opened(model, rows, tmp_path)
+        for _ in cached.portions.batches(rows):
+            pass
+        expected = cached.store.read(np.arange(cached.rows.units)).clone()
+        cached.close()
+        # As if killed while the values of these rows were being written.
+        lost = [2, 5]
+        marks = np.memmap(cached.store.folder / feature_store.DONE, np.uint8, "r+")
+        marks[lost] = 0
+        values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
+        for slot in lost:
+            start = cached.rows.starts[slot] * 32
+            values[start : start + 32 * cached.rows.counts[slot]] = np.nan
+        del marks, values
+        again, _ = opened(model, rows, tmp_path)
+        assert np.flatnonzero(~again.store.done).tolist() == lost
+        for _ in again.portions.batches(rows):
+            pass
+        torch.testing.assert_close(again.store.read(np.arange(again.rows.units)), expected)
+        again.close()
+
+
+def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
+    rows = causal_rows()
+    folders = set()
+    other = causal_model("llama")
+    with torch.no_grad():
+        other.model.embed_tokens.weight[5, 3] += 1e-3
+    for model, chosen in [
+        (lora_above(causal_model("llama")), rows),
+        (lora_above(other), rows),
+        (lora_above(causal_model("llama")), rows[:-1]),
+        (train_head(causal_model("llama"), "lm_head"), rows),
+    ]:
+        with flat_rows(model):
+            cached, _ = opened(model, chosen, tmp_path)
+            folders.add(cached.store.folder)
+            cached.close()
+    assert len(folders) == 4
+
+
+def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):
+    model, rows = lora_above(causal_model("llama")), causal_rows()
+    with flat_rows(model):
+        cached, _ = opened(model, rows, tmp_path)
+        run(model, cached.objective, cached.portions, rows, steps=3)
+        cached.close()
+        values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
+        values *= 1.5
+        del values
+        again, _ = opened(model, rows, tmp_path)
+        assert not again.store.done.any()
+        again.close()
+
+
+def test_where_training_reaches_down_there_is_no_cache(tmp_path):
+    model = causal_model("llama")
+    attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
+    with flat_rows(model):
+        cached, choice = cached_prefix(
+            model, CausalObjective(model), Portions(64, True, False, "cpu"), causal_rows(), folder=tmp_path
+        )
+    assert cached is None and choice.value == "off"
+
+
+def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
+    model = lora_above(causal_model("llama"))
+    first, second = model.model.layers
+    seen = {}
+    first.register_forward_pre_hook(lambda m, args: seen.update(it=args[0]))
+    first.mlp.register_forward_hook(lambda m, args, out: seen.update(it=out))
+    second.register_forward_pre_hook(lambda m, args: (args[0] + seen.pop("it"), *args[1:]))
+    with flat_rows(model):
+        cached, choice = cached_prefix(
+            model, CausalObjective(model), Portions(64, True, False, "cpu"), causal_rows(), folder=tmp_path
+        )
+    assert cached is None and "entered there" in choice.why
+
+
+def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(tmp_path, monkeypatch):
+    model, rows = lora_above(causal_model("llama")), causal_rows()
+    portions = Portions(64, True, False, "cpu")
+    with flat_rows(model):
+        cached, choice = cached_prefix(
+            model, CausalObjective(model), portions, rows, folder=tmp_path, limit=100
+        )
+        assert cached is not None and "in memory" in choice.why
+        monkeypatch.setattr("deltaw.training.prefix_cache.MEMORY_BYTES", 100)
+        cached, choice = cached_prefix(
+            model, CausalObjective(model), portions, rows, folder=tmp_path, limit=100
+        )
+        assert cached is None and "KB" in choice.why
+
+
+def test_evaluations_are_the_same_with_and_without(tmp_path):
+    model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
+    with flat_rows(model):
+        usual = evaluate_causal(CausalObjective(model), rows, Portions(64, True, False, "cpu"))
+        cached, _ = opened(model, rows, tmp_path)
+        for _ in range(2):
+            found = evaluate_causal(cached.objective, rows, cached.portions)
+            assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
+            np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
+        cached.close()
+    model, rows = train_head(labelled_model("bert"), "classifier"), labelled_rows()
+    objective, portions = LabelObjective(model, "sequence-classification"), LabelPortions(64, "cpu")
+    cached, _ = cached_prefix(model, objective, portions, rows, folder=tmp_path)
+    usual = evaluate_labels(objective, rows, portions)
+    found = evaluate_labels(cached.objective, rows, cached.portions)
+    np.testing.assert_allclose(found.predictions, usual.predictions, rtol=1e-4, atol=1e-6)
+    cached.close()
+
+
+def test_rows_that_are_not_known_go_the_usual_way(tmp_path):
+    model, rows = lora_above(causal_model("llama")), causal_rows()
+    with flat_rows(model):
+        cached, _ = opened(model, rows[:8], tmp_path)
+        losses = [cached.objective(b).item() for b in cached.portions.batches(rows[8:])]
+        usual = [cached.objective.inner(b).item() for b in cached.portions.inner.batches(rows[8:])]
+        cached.close()
+    assert losses == usual
+
+
+@pytest.mark.parametrize("level", ["head", "block"])
+def test_without_values_the_same_steps_run_in_memory(level, tmp_path):
+    with FakeTensorMode():
+        model = causal_model("llama")
+        model = train_head(model, "lm_head") if level == "head" else lora_above(model)
+        objective = CausalObjective(model)
+        portions = Portions(64, True, False, "cpu")
+        rows = causal_rows()
+        with flat_rows(model):
+            cached, choice = cached_prefix(model, objective, portions, rows, folder=tmp_path)
+            assert cached is not None, choice
+            for _ in range(2):
+                for batch in cached.portions.batches(rows):
+                    cached.objective(batch).backward()
+    assert not list(Path(tmp_path).iterdir())

@@ -1,0 +1,256 @@
+"""The objective of labelled rows on encoders, decoders and image models, and how they are judged."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from deltaw.data.images import ImageEncoder
+from deltaw.data.label_batches import LabelBatch, LabelPortions
+from deltaw.data.labels import LabelledExample
+from deltaw.data.pixels import ImageExample
+from deltaw.errors import UserError
+from deltaw.memory.simulation import simulate, without_values
+from deltaw.training.label_evaluation import evaluate_labels
+from deltaw.training.label_objective import LabelObjective, start_at_mean
+from deltaw.training.label_portions import choose_label_portions
+from tests.tiny_models import CAUSAL
+
+_SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ENCODERS = {
+    "bert": lambda: transformers.BertConfig(**_SHAPE),
+    "roberta": lambda: transformers.RobertaConfig(**_SHAPE, pad_token_id=1),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48
+    ),
+}
+DECODERS = {name: CAUSAL[name] for name in ("llama", "qwen3", "gpt2", "gemma3")}
+LENGTHS = (5, 9, 14, 3, 9)
+
+
+def model_of(family: str, outputs: int = 3, dtype: torch.dtype = torch.float32, pad: int | None = None):
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = {**ENCODERS, **DECODERS}[family]()
+    config.num_labels = outputs
+    if family in DECODERS:
+        config.pad_token_id = pad
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+
+
+def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabelledExample]:
+    generator = np.random.default_rng(0)
+    return [
+        LabelledExample(
+            i + 1, generator.integers(3, 97, length).astype(np.int32), float(i) if number else i % 3
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+def alone(model, example: LabelledExample) -> torch.Tensor:
+    """The model's own logits of one row without padding."""
+    return model(input_ids=torch.from_numpy(example.tokens.astype(np.int64))[None]).logits[0]
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
+@pytest.mark.parametrize("budget", [1, 1000])
+def test_the_loss_is_the_sum_over_rows_seen_alone_without_padding(family: str, budget: int):
+    model = model_of(family)
+    objective = LabelObjective(model, "sequence-classification")
+    assert objective.pooled == (family in DECODERS)
+    rows = examples_of()
+    loss = sum(objective(batch) for batch in LabelPortions(budget, "cpu", segments=False).batches(rows))
+    each = [F.cross_entropy(alone(model, row)[None], torch.tensor([row.label])) for row in rows]
+    torch.testing.assert_close(loss, torch.stack(each).sum())
+    named = dict(model.named_parameters())
+    ours = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    theirs = torch.autograd.grad(torch.stack(each).sum(), list(named.values()), allow_unused=True)
+    for name, a, b in zip(named, ours, theirs, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_padding_id_that_is_a_real_token_too_changes_nothing(family: str):
+    model = model_of(family, pad=2)
+    objective = LabelObjective(model, "sequence-classification")
+    rows = [
+        LabelledExample(1, np.array([5, 2, 9, 2], np.int32), 0),
+        LabelledExample(2, np.array([7, 8, 9, 2, 2, 11], np.int32), 1),
+    ]
+    (batch,) = LabelPortions(100, "cpu", pad_id=2).batches(rows)
+    model.config.pad_token_id = None
+    for place, row in enumerate(rows):
+        torch.testing.assert_close(objective.predictions(batch)[place], alone(model, row))
+
+
+def test_squared_errors_of_numbers_are_summed():
+    model = model_of("bert", outputs=1)
+    objective = LabelObjective(model, "regression")
+    rows = examples_of(number=True)
+    loss = sum(objective(batch) for batch in LabelPortions(30, "cpu").batches(rows))
+    each = [(alone(model, row)[0] - row.label) ** 2 for row in rows]
+    torch.testing.assert_close(loss, torch.stack(each).sum())
+    with pytest.raises(UserError, match="a regression has one"):
+        LabelObjective(model_of("bert"), "regression")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_bf16_model_gives_an_fp32_loss_near_the_fp32_models(family: str):
+    rows = examples_of()
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        objective = LabelObjective(model_of(family, dtype=dtype), "sequence-classification")
+        (batch,) = (
+            LabelPortions(1000, "cpu", segments=False).batches(rows) if family == "x" else [whole(rows)]
+        )
+        losses.append(objective(batch))
+    assert losses[1].dtype == torch.float32
+    losses[1].backward()
+    torch.testing.assert_close(losses[0], losses[1].detach(), rtol=0.05, atol=0.05, check_dtype=False)
+
+
+def whole(rows: list[LabelledExample]) -> LabelBatch:
+    """All rows in one batch."""
+    return LabelPortions(1000, "cpu", segments=False)._texts(sorted(rows, key=len), 16)
+
+
+def test_a_model_that_sees_its_padding_is_refused():
+    config = transformers.XLNetConfig(
+        vocab_size=97, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=3
+    )
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with pytest.raises(UserError, match="answers otherwise when padding follows"):
+        LabelObjective(model, "sequence-classification")
+
+
+@pytest.mark.parametrize(("family", "has_bias"), [("bert", True), ("roberta", True), ("llama", False)])
+def test_a_regression_starts_at_the_mean_where_its_head_has_a_bias(family: str, has_bias: bool):
+    model = model_of(family, outputs=1)
+    head = {
+        "bert": ["classifier"],
+        "roberta": ["classifier.dense", "classifier.out_proj"],
+        "llama": ["score"],
+    }
+    assert start_at_mean(model, head[family], [70.0, 90.0]) == has_bias
+    if has_bias:
+        objective = LabelObjective(model, "regression")
+        predictions = objective.predictions(whole(examples_of(number=True)))
+        assert (predictions - 80).abs().max() < 2
+
+
+@pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("roberta", 62), ("llama", 256)])
+def test_rows_longer_than_the_models_positions_are_refused(family: str, limit: int):
+    model = model_of(family)
+    longest = examples_of([limit])
+    portions, chosen = choose_label_portions(model, longest, device="cpu")
+    assert chosen["train.tokens_per_pass"].value == 1024
+    (batch,) = portions.batches(longest)
+    LabelObjective(model, "sequence-classification")(batch)
+    with pytest.raises(UserError) as caught:
+        choose_label_portions(model, longest, device="cpu", virtual_tokens=4)
+    assert f"data.max_length: {limit - 4}" in str(caught.value.mend)
+
+
+def image_model(folder, **changes):
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+    )
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_config(config).eval()
+
+
+def images_of(count: int) -> list[ImageExample]:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return [ImageExample(i + 1, image, i % 3, (8, 8)) for i, image in enumerate(pixels)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_go_through_in_portions_of_the_budget(tmp_path, dtype):
+    model = image_model(tmp_path).to(dtype)
+    rows = images_of(7)
+    portions, _ = choose_label_portions(
+        model, rows, device="cpu", tokens_per_pass=16, encoder=ImageEncoder(tmp_path)
+    )
+    batches = list(portions.batches(rows))
+    assert [batch.rows for batch in batches] == [3, 2, 2]
+    objective = LabelObjective(model, "image-classification")
+    pixels = torch.from_numpy(np.stack([row.image for row in rows])).permute(0, 3, 1, 2) / 127.5 - 1
+    logits = model(pixel_values=pixels.to(dtype)).logits.float()
+    loss = F.cross_entropy(logits, torch.tensor([row.label for row in rows]), reduction="sum")
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(sum(map(objective, batches)), loss, rtol=tolerance, atol=tolerance)
+
+
+def test_images_of_another_size_than_the_models_are_refused_in_words(tmp_path):
+    model = image_model(tmp_path / "model")
+    transformers.ViTConfig(image_size=12, patch_size=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="does not take its images"):
+        choose_label_portions(model, images_of(2), device="cpu", encoder=ImageEncoder(tmp_path / "other"))
+
+
+def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut():
+    model = model_of("bert")
+    objective = LabelObjective(model, "sequence-classification")
+    rows = examples_of()
+    found = evaluate_labels(objective, rows, LabelPortions(20, "cpu"), ("a", "b", "c"))
+    expected = torch.stack([alone(model, row) for row in rows])
+    np.testing.assert_allclose(found.predictions, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+    labels = torch.tensor([row.label for row in rows])
+    assert found.metrics["loss"] == pytest.approx(float(F.cross_entropy(expected, labels).detach()), rel=1e-4)
+    assert found.per_row.tolist() == (expected.argmax(1) == labels).double().tolist()
+    assert found.confusion.sum() == len(rows) and found.confusion.trace() == found.per_row.sum()
+    assert (found.main, found.metrics["accuracy"]) == ("accuracy", found.per_row.mean())
+    assert found.interval[0] <= found.metrics["accuracy"] <= found.interval[1]
+
+
+def test_an_evaluation_of_numbers_counts_squared_errors():
+    model = model_of("bert", outputs=1)
+    rows = examples_of(number=True)
+    found = evaluate_labels(LabelObjective(model, "regression"), rows, LabelPortions(20, "cpu"))
+    assert found.metrics["rmse"] ** 2 == pytest.approx(found.per_row.mean())
+    assert found.metrics[found.main] == pytest.approx(found.per_row.mean()) and not found.higher_is_better
+
+
+def test_predictions_that_are_not_finite_are_refused():
+    model = model_of("bert")
+    objective = LabelObjective(model, "sequence-classification")
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        evaluate_labels(objective, examples_of(), LabelPortions(20, "cpu"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_step_runs_on_tensors_without_values(family: str):
+    with without_values():
+        model = model_of(family)
+
+    def step() -> None:
+        objective = LabelObjective(model, "sequence-classification")
+        assert objective.pooled == (family in DECODERS)
+        for batch in LabelPortions(1000, "cpu", segments=False).batches(examples_of()):
+            (objective(batch) / 5).backward()
+
+    assert simulate(step, models=[model]).peak_bytes > 0
