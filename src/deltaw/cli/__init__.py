@@ -17,9 +17,12 @@ from deltaw.version import __version__
 
 VERBS = {
     "train": "fine-tune a model on a file of rows, and leave an adapter",
+    "plan": "the memory that a run needs, before it starts, for every method",
     "eval": "loss, perplexity and exact match on a file",
     "generate": "complete prompts",
     "chat": "talk with a model and its adapter",
+    "compare": "train with several methods, and put cost and score side by side",
+    "tune": "search for settings that train best",
     "inspect": "an adapter's rank, size, targets and norms on one page",
 }
 

@@ -82,17 +82,18 @@ class LabelPortions:
         for start, stop, longest in self._cuts(texts):
             yield self._texts(texts[start:stop], longest)
 
-    def sizes(self, rows: Sequence[AnyExample]) -> list[int]:
-        """Tokens computed in each pass of :meth:`batches`, without laying any out."""
+    def shapes(self, rows: Sequence[AnyExample]) -> list[tuple[int, int]]:
+        """(rows, length) of each pass of :meth:`batches`, without laying any out."""
         images = sum(isinstance(row, ImageExample) for row in rows)
         if images:
             at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
-            return [min(images, at_once) * self.tokens_per_image]
+            parts = np.array_split(np.arange(images), -(-images // at_once))
+            return [(len(part), self.tokens_per_image) for part in parts]
         texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
-        return [(stop - start) * longest for start, stop, longest in self._cuts(texts)]
+        return [(stop - start, longest) for start, stop, longest in self._cuts(texts)]
 
     def _cuts(self, texts: Sequence[LabelledExample]) -> Iterator[tuple[int, int, int]]:
-        """Where each pass begins and ends among rows sorted by length, and the length that they are padded to."""
+        """Where each pass begins and ends among rows sorted by length, and the length it is padded to."""
         lengths = [self._padded(len(row)) for row in texts]
         cost = PASS_COST.get(self.device.partition(":")[0], PASS_COST["cpu"])
         for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost):

@@ -98,18 +98,18 @@ def split_into_passes(
     return passes
 
 
-def pass_sizes(
+def pass_shapes(
     examples: Sequence[Example], tokens_per_pass: int, *, share: bool = True, padded: bool = False
-) -> list[int]:
-    """Tokens that each pass of these rows computes, with what fills it up, without laying any out."""
-    sizes = []
+) -> list[tuple[int, int]]:
+    """(rows, length) of each pass of these rows, without laying any out; a flat pass is one row."""
+    shapes = []
     for rows in split_into_passes(examples, tokens_per_pass, share=share, padded=padded):
         if padded:
-            sizes.append(len(rows) * max(len(row.tokens) for row in rows))
+            shapes.append((len(rows), max(len(row.tokens) for row in rows)))
         else:
             size = sum(_costs(rows, share))
-            sizes.append(size + _filler(size))
-    return sizes
+            shapes.append((1, size + _filler(size)))
+    return shapes
 
 
 def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch.device = "cpu") -> Batch:

@@ -25,6 +25,7 @@ from deltaw.errors import UserError
 from deltaw.lora.attachment import adapted_layers, unwrapped
 from deltaw.lora.initialize import init_refusal
 from deltaw.lora.layers import LoRALayer
+from deltaw.lora.math_dora import without_autocast
 
 ROWS = 8192
 """Tokens that are merged at a time."""
@@ -223,7 +224,7 @@ class _Watch:
             found = replace(found)
         self.inputs[id(layer)] = found
         self.leads[id(found)] = id(layer)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for rows in x.detach().reshape(-1, x.shape[-1]).split(ROWS):
                 found.merge(rows.float())
         self._last = (x, version, found)

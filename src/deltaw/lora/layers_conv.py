@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from deltaw.errors import UserError
 from deltaw.lora.layers import LoRALayer, adopt
+from deltaw.lora.math import autocast_is_on
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -94,7 +95,7 @@ class LoRAConv(LoRALayer, _ConvNd):
     def _update(self, seen: Tensor) -> Tensor:
         """scaling · conv1(conv(seen, A), B)."""
         # Autocast casts the factors itself; without it they take the input's type.
-        autocast = torch.is_autocast_enabled(seen.device.type)
+        autocast = autocast_is_on(seen.device.type)
         factor_A = self.lora_A if autocast else self.lora_A.to(seen.dtype)
         factor_B = self.lora_B if autocast else self.lora_B.to(seen.dtype)
         h = self._convolve(seen, factor_A, None, 1) * self.scaling

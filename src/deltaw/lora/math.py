@@ -48,7 +48,7 @@ def linear(
         (..., out).
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = x.to(torch.get_autocast_dtype(device))
     mask = None
     if dropout > 0.0:
@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
         weight_is_in_out: bool,
     ) -> Tensor:
         # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_is_on(x.device.type)
         base_weight = weight.to(x.dtype) if autocast else weight
         base_bias = bias.to(x.dtype) if autocast and bias is not None else bias
         flat = x.reshape(rows_of(x), x.shape[-1])
@@ -284,6 +284,11 @@ def rows_of(x: Tensor) -> int:
     for size in x.shape[:-1]:
         rows *= size
     return rows
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether products on ``device`` are cast; torch cannot be asked for the meta device."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def needs_reference(weight: Tensor) -> bool:

@@ -12,13 +12,15 @@ It knows no modules; shapes only.
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.lora.math import needs_reference, rows_of, scaled, shaped
+from deltaw.lora.math import autocast_is_on, needs_reference, rows_of, scaled, shaped
 
 BLOCK = 1 << 20
 """Elements that are brought to another precision at a time."""
@@ -45,7 +47,7 @@ def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor,
         (out): √(‖wᵢ‖² + 2s·(W·A)ᵢ·bᵢ + s²·bᵢᵀ(AᵀA)bᵢ), without a graph.
     """
     factor_A, factor_B = lora_A.detach(), lora_B.detach()
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         if weight.dtype == factor_A.dtype:
             crossed = weight.detach() @ factor_A
         else:
@@ -53,6 +55,11 @@ def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor,
         slope = 2 * scaling * crossed.t() + scaling**2 * ((factor_A.t() @ factor_A) @ factor_B)
         square = squares + (slope * factor_B).sum(0)
     return square.clamp(min=0).sqrt()
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Within it products stay in the type of their operands; the meta device knows no autocast."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -90,7 +97,7 @@ def dora_linear(
         (..., out).
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = x.to(torch.get_autocast_dtype(device))
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout > 0.0 else None
     call = dora_linear_reference if needs_reference(weight) else _DoRALinear.apply
@@ -138,7 +145,7 @@ class _DoRALinear(torch.autograd.Function):
         keep: float,
         weight_is_in_out: bool,
     ) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_is_on(x.device.type)
         base_weight = weight.to(x.dtype) if autocast else weight
         matrix = base_weight.t() if weight_is_in_out else base_weight
         flat = x.reshape(rows_of(x), x.shape[-1])

@@ -32,13 +32,12 @@ def peak_tensor_bytes(run: Callable[[], object], *, alive: Iterable[Tensor] = ()
     Args:
         run: is called once. Keep it to a few steps: the profiler holds every event in memory.
         alive: tensors made before ``run`` that stay alive throughout; the profiler cannot see those. Memory
-            that torch did not allocate itself (a mapped file, a NumPy array) is seen only if it is named here.
+            that torch did not allocate itself (a mapped file, a NumPy array) counts only if it is named here.
 
     Returns:
         bytes, those of ``alive`` among them.
     """
     before = storage_bytes(alive)
-    # Without its own warm-up the first allocations would be lost while the profiler starts.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     now = peak = 0

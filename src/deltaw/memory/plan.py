@@ -14,8 +14,8 @@ from deltaw.memory.footprint import Footprint
 
 # What a thread of the matrix library and of torch's own pool holds beside the tensors.
 BYTES_PER_THREAD = 4 * 2**20
-# A kernel that the CPU's matrix library builds for a shape it has not met.
-BYTES_PER_KERNEL = 600 * 2**10
+# What libraries take when they are first used: their own code and tables, modules that a model imports.
+FIRST_USE = 32 * 2**20
 # Of what comes and goes within a step, the share that the allocator holds beside it.
 SLACK = 0.06
 
@@ -33,6 +33,8 @@ class Plan:
         activations: bytes by the module that made them, the largest first.
         tokens: of the largest pass. rows: of a step.
         timeline: (phase, bytes) along two steps.
+        precision: of the frozen weights.
+        operations: floating-point operations of a step, and ``operators`` that carry them out.
     """
 
     method: str
@@ -48,6 +50,9 @@ class Plan:
     tokens: int = 0
     rows: int = 0
     timeline: tuple[tuple[str, int], ...] = ()
+    precision: str = ""
+    operations: int = 0
+    operators: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -63,24 +68,52 @@ class Plan:
             "activations": dict(self.activations),
             "tokens_per_pass": self.tokens,
             "rows_per_step": self.rows,
+            "precision": self.precision,
+            "operations_per_step": self.operations,
         }
 
 
-def resident_parts(
-    footprint: Footprint, *, process_bytes: int, kernels: int, threads: int
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class Fitting:
+    """Settings that fit, what they need, and how long a step takes beside the fastest of them."""
+
+    method: str
+    rank: int | None
+    tokens_per_pass: int
+    checkpointing: bool
+    precision: str
+    plan: Plan
+    seconds: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return {
+            "method": self.method,
+            "rank": self.rank,
+            "tokens_per_pass": self.tokens_per_pass,
+            "checkpointing": self.checkpointing,
+            "precision": self.precision,
+            "peak_resident_bytes": self.plan.peak_resident_bytes,
+            "peak_bytes": self.plan.peak_bytes,
+            "trained_parameters": self.plan.trained_parameters,
+            "estimated_seconds_per_step": self.seconds,
+        }
+
+
+def resident_parts(footprint: Footprint, *, process_bytes: int, kernel_bytes: int, threads: int) -> dict[str, int]:
     """The parts of the process's main memory at its peak.
 
     Args:
         process_bytes: what the process holds before the model is loaded.
-        kernels: how many different shapes the matrix library will meet.
+        kernel_bytes: what the matrix library builds for the shapes that it meets.
     """
     lasting = sum(footprint.parts[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     passing = footprint.peak_bytes - lasting
     return {
         "process": process_bytes,
         "tensors": footprint.peak_bytes,
-        "kernels": kernels * BYTES_PER_KERNEL,
+        "kernels": kernel_bytes,
+        "libraries": FIRST_USE,
         "threads": threads * BYTES_PER_THREAD,
         "allocator": int(SLACK * passing),
     }

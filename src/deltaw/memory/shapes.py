@@ -1,8 +1,8 @@
 """What an operator answers for inputs of given shapes, remembered: models repeat themselves layer by layer.
 
-The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new, which
-are views of an input and which are an input changed in place. Whenever the same operator comes with inputs of
-the same shapes, strides and types, tensors of that kind are made at once, some ten times as fast.
+The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new,
+which are views of an input and which are an input changed in place. Whenever the same operator comes with
+inputs of the same shapes, strides and types, such tensors are made at once, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 _CPU = torch.device("cpu")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -23,7 +24,7 @@ _RESHAPING = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "
 
 @dataclass(frozen=True, slots=True)
 class _Fresh:
-    shape: tuple[int, ...]
+    shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
@@ -31,7 +32,7 @@ class _Fresh:
 @dataclass(frozen=True, slots=True)
 class _View:
     of: int
-    shape: tuple[int, ...]
+    shape: torch.Size
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
@@ -60,18 +61,33 @@ class Answers:
         if not _describe(args, parts, tensors) or not _describe_named(kwargs, parts, tensors):
             return func(*args, **kwargs)
         key = tuple(parts)
-        known = self._known.get(key, False)
+        if key not in self._known:
+            self._known[key] = self._asked(func, args, kwargs, tensors)
+        known = self._known[key]
         if known is None:
             return func(*args, **kwargs)
-        if known is False:
-            result = func(*args, **kwargs)
-            self._known[key] = _outputs(func, result, tensors)
-            return result
         kind, outputs = known
         if kind is Tensor:
             return self._made(outputs[0], tensors)
         made = [self._made(output, tensors) for output in outputs]
         return made if kind is list else tuple(made)
+
+    def _asked(
+        self, func: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]
+    ) -> tuple[type, list[_Output]] | None:
+        """Work an answer out on doubles of the fake tensors: torch leaves weak references on what it looks
+        at, and a parameter that has one can no longer be exchanged (``Module.to``)."""
+        doubles = {id(t): self._double(t) if isinstance(t, FakeTensor) else t for t in tensors}
+        args, kwargs = tree_map_only(Tensor, lambda t: doubles[id(t)], (args, kwargs))
+        return _outputs(func, func(*args, **kwargs), [doubles[id(t)] for t in tensors])
+
+    def _double(self, tensor: Tensor) -> Tensor:
+        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        count = tensor.storage_offset() + reach + 1
+        with torch._C._DisableTorchDispatch():
+            base = torch.empty(count, dtype=tensor.dtype, device="meta")
+            meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return self._dressed(meta.detach())
 
     def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
         if output is None:
@@ -128,7 +144,7 @@ def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool
             tensors.append(value)
         elif isinstance(value, _PLAIN):
             # 1, 1.0 and True are equal, and lead to different types.
-            parts += (type(value), value)
+            parts.append((type(value), value))
         elif isinstance(value, (list, tuple)):
             parts.append(len(value))
             if not _describe(value, parts, tensors):
@@ -150,6 +166,8 @@ def _outputs(
     if func._schema.name.rpartition("::")[2] in _RESHAPING:  # type: ignore[attr-defined]
         return None
     single = isinstance(result, Tensor) or result is None
+    if not single and not isinstance(result, (list, tuple)):
+        return None
     outputs: list[_Output] = []
     for value in [result] if single else result:
         if value is None:
@@ -168,5 +186,5 @@ def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
     storage = value.untyped_storage()._cdata
     for number, tensor in enumerate(tensors):
         if tensor.untyped_storage()._cdata == storage:
-            return _View(number, value.shape, value.stride(), value.storage_offset(), value.dtype)
+            return _View(number, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
     return _Fresh(value.shape, value.stride(), value.dtype)

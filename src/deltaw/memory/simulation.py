@@ -25,6 +25,8 @@ from deltaw.memory.shapes import Answers, tensors_in
 from deltaw.memory.tracker import MemoryTracker
 
 _aten = torch.ops.aten
+_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+_GROUPED: Any = getattr(getattr(_aten, "_grouped_mm", None), "default", None)
 # Made from another tensor's shape or size alone: of whole numbers they can be real though that tensor is not.
 _LIKE = {
     _aten.zeros_like.default,
@@ -38,7 +40,7 @@ _LIKE = {
     _aten.new_empty_strided.default,
 }
 # Operators that answer with places along a dimension, with the argument that names it and its default.
-_PLACES = {
+_PLACES: dict[Any, tuple[int, int | None]] = {
     _aten.topk.default: (2, -1),
     _aten.sort.default: (1, -1),
     _aten.argsort.default: (1, -1),
@@ -47,6 +49,28 @@ _PLACES = {
     _aten.max.dim: (1, -1),
     _aten.min.dim: (1, -1),
     _aten.multinomial.default: (-1, -1),
+}
+
+
+# Fill a tensor and change nothing else about it.
+_FILLS = {
+    getattr(getattr(_aten, name), overload)
+    for name, overload in (
+        ("normal_", "default"),
+        ("uniform_", "default"),
+        ("bernoulli_", "float"),
+        ("bernoulli_", "Tensor"),
+        ("exponential_", "default"),
+        ("zero_", "default"),
+        ("fill_", "Scalar"),
+    )
+}
+
+
+# What is asked of values that are not there: nothing unusual is among them.
+_ANSWERED = {
+    **{getattr(_aten.all, name): True for name in ("default", "dim", "dims")},
+    **{getattr(_aten.any, name): False for name in ("default", "dim", "dims")},
 }
 
 
@@ -72,6 +96,9 @@ class _WithoutValues(TorchDispatchMode):
             return _number(args[0])
         if func is _aten.equal.default and fake:
             return args[0].shape == args[1].shape
+        if func in _FILLS and isinstance(args[0], FakeTensor):
+            args[0].constant = None
+            return args[0]
         if fake:
             if func in _LIKE and _is_whole(kwargs.get("dtype")):
                 return self._real(func, (_stand_in(args[0]), *args[1:]), kwargs)
@@ -99,12 +126,48 @@ class _WithoutValues(TorchDispatchMode):
     def _faked(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         if isinstance(kwargs.get("generator"), torch.Generator):
             kwargs = {**kwargs, "generator": None}  # it belongs to the processor, and nothing is drawn
+        if func is _aten.nonzero.default or func is _aten.masked_select.default:
+            return self._chosen(func, args)
+        if func in _INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            args = (args[0], self._places_of_masks(args[1]), *args[2:])
+        if func is _GROUPED and args[0].dtype != torch.bfloat16:
+            return self._grouped(args, kwargs)
         result = self.answers(func, args, kwargs)
+        if func in _ANSWERED:
+            return self._real(
+                _aten.full.default, (list(result.shape), _ANSWERED[func]), {"dtype": torch.bool}
+            )
         if func in _PLACES:
             return tree_map_only(FakeTensor, lambda t: _places(func, args, kwargs, t), result)
         if isinstance(result, FakeTensor) and result.dtype != torch.bool and _is_whole(result.dtype):
             return self._real(_aten.zeros.default, (list(result.shape),), {"dtype": result.dtype})
         return result
+
+    def _chosen(self, func: Callable[..., Any], args: tuple) -> Tensor:
+        """What a mask picks; one without values picks everything."""
+        mask = args[-1]
+        if isinstance(mask, FakeTensor):
+            mask = self._real(_aten.ones.default, (list(mask.shape),), {"dtype": torch.bool})
+        if func is _aten.nonzero.default:
+            return self._real(func, (mask,), {})
+        count = self._real(_aten.sum.default, (mask.expand(args[0].shape),), {}).item()
+        return torch.empty(count, dtype=args[0].dtype)
+
+    def _places_of_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Each mask among the indices as the places that it picks: one index for each of its dimensions."""
+        places: list[Tensor | None] = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                places += self._chosen(_aten.nonzero.default, (index,)).unbind(1)
+            else:
+                places.append(index)
+        return places
+
+    def _grouped(self, args: tuple, kwargs: dict) -> Tensor:
+        """Experts' product: torch knows its shapes for bf16 alone, though the processor multiplies others."""
+        half = [t.to(torch.bfloat16) for t in args[:2]]
+        result = self.answers(_GROUPED, (*half, *args[2:]), kwargs)
+        return torch.empty_strided(result.shape, result.stride(), dtype=args[0].dtype)
 
     def _converted(self, result: Any) -> Any:
         """Floating tensors that came out of whole numbers, without their values."""

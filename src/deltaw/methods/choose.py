@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -38,7 +39,6 @@ class _Train(Protocol):
 class Sections(Protocol):
     """The settings that methods are made from."""
 
-    method: str
     lora: LoRAConfig
     head: HeadSettings
     input: InputSettings
@@ -47,12 +47,15 @@ class Sections(Protocol):
     last: LastSettings
 
     @property
+    def method(self) -> str: ...
+
+    @property
     def train(self) -> _Train: ...
 
 
 def choose_method(settings: Sections, tokenizer: PreTrainedTokenizerBase | None) -> Method:
     """The method that ``settings.method`` names, with its section."""
-    made = {
+    made: dict[str, Callable[[], Method]] = {
         "lora": lambda: LoRA(settings.lora, settings.train.b_rate),
         "head": lambda: Head(settings.head),
         "input": lambda: Input(settings.input, tokenizer),
@@ -77,7 +80,7 @@ def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
         return LoRA(LoRAConfig())
     if kind == "PROMPT_TUNING":
         return Prompt(PromptSettings(), tokenizer)
-    made = {
+    made: dict[str, Callable[[], Method]] = {
         "head": lambda: Head(HeadSettings()),
         "input": lambda: Input(InputSettings()),
         "bias": Bias,

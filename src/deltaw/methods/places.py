@@ -85,9 +85,12 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
     places: list[Place] = []
     for same in together.values():
         before = everywhere[same[0]]
-        now = nn.Parameter(before.detach().clone()) if id(before) in outside else before
+        now: nn.Parameter = before
+        if id(before) in outside:
+            now = nn.Parameter(before.detach().clone())
         place = Place(tuple(same), [_spot(model, name) for name in same], before, now)
-        place.put(now.requires_grad_(True))
+        now.requires_grad_(True)
+        place.put(now)
         places.append(place)
     return places
 

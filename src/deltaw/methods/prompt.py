@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.errors import UserError
 from deltaw.methods.places import Place, as_before, inside, names_of, put_loaded, train_places
 from deltaw.methods.prompt_file import ALWAYS_WHOLE, PromptFile, read_prompt, write_prompt
+from deltaw.methods.settings import PromptSettings
 from deltaw.models.virtual_tokens import (
     VirtualTokens,
     attach,
@@ -41,42 +40,6 @@ _ENDINGS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """The ``prompt:`` section.
-
-    Raises:
-        UserError: a value is out of its range, or the start and the text do not go together.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    length: int = field(default=20, metadata={"description": "virtual tokens in front of every row"})
-    init: Literal["random", "text"] = field(
-        default="random",
-        metadata={
-            "description": "the vectors start as the embeddings of tokens: drawn at random, or those of "
-            "prompt.text"
-        },
-    )
-    text: str | None = field(
-        default=None,
-        metadata={"description": "start of init text; repeated or cut until it has prompt.length tokens"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"prompt.length is {self.length}", mend="give 1 at least; 20 is usual")
-        if self.init not in ("random", "text"):
-            raise UserError(f"prompt.init is '{self.init}'", mend="give random or text")
-        if (self.init == "text") != bool(self.text):
-            raise UserError(
-                "prompt.init text and prompt.text belong together",
-                where="prompt.text",
-                mend="give both, or neither",
-            )
 
 
 class Prompt:
@@ -205,7 +168,11 @@ class Prompt:
         self._virtual_ids = np.arange(layer.first_id, layer.first_id + len(layer.prompt), dtype=np.int32)
 
     def _first_tokens(self, vocabulary: int, seed: int) -> tuple[Tensor, str]:
-        """The tokens (k,) whose embeddings the vectors start as, and a few words on them."""
+        """The tokens (k,) whose embeddings the vectors start as, and a few words on them.
+
+        Embeddings of tokens lie where the model knows its way; a start from noise of the same spread learned
+        more slowly, one from N(0, 1), PEFT's default, has many times their norm.
+        """
         length, text = self.settings.length, self.settings.text
         if text is None:
             generator = torch.Generator().manual_seed(seed)

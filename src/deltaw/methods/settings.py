@@ -75,18 +75,35 @@ class LastSettings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """The ``prompt:`` section."""
+    """The ``prompt:`` section.
+
+    Raises:
+        UserError: a value is out of its range, or the start and the text do not go together.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    length: int = field(default=20, metadata={"description": "trained vectors before each row"})
+    length: int = field(default=20, metadata={"description": "virtual tokens in front of every row"})
     init: Literal["random", "text"] = field(
-        default="random", metadata={"description": "start at random, or at the embeddings of prompt.text"}
+        default="random",
+        metadata={
+            "description": "the vectors start as the embeddings of tokens: drawn at random, or those of "
+            "prompt.text"
+        },
     )
-    text: str | None = field(default=None, metadata={"description": "the text of init: text"})
+    text: str | None = field(
+        default=None,
+        metadata={"description": "start of init text; repeated or cut until it has prompt.length tokens"},
+    )
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise UserError(f"prompt.length is {self.length}", mend="give 1 at least")
-        if self.init == "text" and not self.text:
-            raise UserError("prompt.init is 'text', and prompt.text is empty", mend="set prompt.text")
+            raise UserError(f"prompt.length is {self.length}", mend="give 1 at least; 20 is usual")
+        if self.init not in ("random", "text"):
+            raise UserError(f"prompt.init is '{self.init}'", mend="give random or text")
+        if (self.init == "text") != bool(self.text):
+            raise UserError(
+                "prompt.init text and prompt.text belong together",
+                where="prompt.text",
+                mend="give both, or neither",
+            )

@@ -160,7 +160,8 @@ def _trial(model: PreTrainedModel) -> tuple[float, int]:
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (length + 12,), generator=generator).to(model.device)
-    layout = _WatchedLayout.of_lengths([length - 5, 5, 7, 5], [-1, 0, 0, -1])
+    forest = Layout.of_lengths([length - 5, 5, 7, 5], [-1, 0, 0, -1])
+    layout = _WatchedLayout(forest.starts, forest.stops, forest.parents)
     layout.device = model.device
     positions = torch.from_numpy(layout.positions()).to(model.device)
     stem, left, right, alone = torch.split(tokens, [length - 5, 5, 7, 5])

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError
 from deltaw.models.loading import TASKS, Task, config_folder, does_not_fit, first_line, read_config
@@ -28,8 +29,8 @@ def skeleton(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model that :func:`deltaw.models.loading.load` would load, in evaluation mode and frozen, with
-    random weights; under a simulation, with none.
+    """The model that :func:`deltaw.models.loading.load` would load, in evaluation mode and frozen; its
+    weights are whatever stood in memory, and under a simulation there are none.
 
     Args:
         reference: as for ``load``; from a hub only the configuration is fetched.
@@ -45,12 +46,13 @@ def skeleton(
         auto = getattr(transformers, TASKS[task][0])
         while True:
             try:
-                model = auto.from_config(
-                    config,
-                    dtype=DTYPES[dtype],
-                    attn_implementation=attention,
-                    trust_remote_code=trust_remote_code,
-                )
+                with no_init_weights():
+                    model = auto.from_config(
+                        config,
+                        dtype=DTYPES[dtype],
+                        attn_implementation=attention,
+                        trust_remote_code=trust_remote_code,
+                    )
                 break
             except (ValueError, OSError, RuntimeError, KeyError) as error:
                 if "Unrecognized configuration class" in str(error):
@@ -63,6 +65,7 @@ def skeleton(
                     where=str(folder),
                     mend="check that config.json is whole",
                 ) from error
+        model.tie_weights()  # is left out together with the first values
     return model.requires_grad_(False).eval()
 
 

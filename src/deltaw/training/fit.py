@@ -17,17 +17,21 @@ from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.models.loading import LoadedModel, load
 from deltaw.models.machine import (
     choose_device,
     choose_precision,
+    memory_limit_bytes,
     peak_resident_bytes,
     release_free_memory,
 )
 from deltaw.reports.card import model_card
+from deltaw.reports.plan import plan_lines
 from deltaw.training.evaluation import Evaluation
-from deltaw.training.loop import Outcome, Step
+from deltaw.training.loop import Outcome, Step, seeded
+from deltaw.training.planning import plan_run
 from deltaw.training.progress import TrainingProgress
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble
@@ -42,9 +46,13 @@ class Result:
     outcome: Outcome
     evaluation: Evaluation
     peak_memory_bytes: int
-    planned_memory_bytes: int | None = None
+    plan: Plan | None = None
     trained_parameters: int = 0
     writes_text: bool = True
+
+    @property
+    def planned_memory_bytes(self) -> int | None:
+        return None if self.plan is None else self.plan.peak_resident_bytes
 
     @property
     def interrupted(self) -> bool:
@@ -89,6 +97,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     output = Path(os.path.expanduser(config.output))
     check_output(output)
     task, data = read_data(config, console)
+    plan = planned(config, task, data, console)
     loaded = load_for(config, task, data, console)
     session = assemble(
         config,
@@ -121,6 +130,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
         outcome,
         evaluation,
         _peak_bytes(str(loaded.choices["device"].value)),
+        plan=plan,
         trained_parameters=sum(p.numel() for _, p in session.method.parameters(session.model)),
         writes_text=not task.has_labels,
     )
@@ -142,8 +152,38 @@ def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
     return task, data
 
 
+def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> Plan | None:
+    """The run's plan, said; None where the model cannot be carried out without values.
+
+    Raises:
+        UserError: the memory that the machine gives does not suffice, and ``force`` is not set.
+    """
+    if choose_device(config.device).value != "cpu":
+        return None
+    limit = memory_limit_bytes().value
+    try:
+        plan = plan_run(config, task, data)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign model raises without values, it may well train
+        brief = f"{type(error).__name__}: {str(error)[:100]}"
+        console.print(f"no memory plan: the model cannot be run without values ({brief})", highlight=False)
+        return None
+    for line in plan_lines(plan, limit):
+        console.print(line, highlight=False)
+    if plan.peak_resident_bytes > limit and not config.force:
+        raise UserError(
+            f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
+            where="the plan",
+            mend="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
+            "train.checkpointing, or train all the same with --force true",
+        )
+    return plan
+
+
 def load_for(config: RunConfig, task: Task, data: RunData, console: Console) -> LoadedModel:
-    """The model of a run, with a head for the data's classes."""
+    """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
+    seeded(config.train.seed)
     loaded = load(
         config.model,
         precision=config.precision,

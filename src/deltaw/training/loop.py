@@ -43,7 +43,7 @@ class Passes(Protocol):
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]: ...
 
-    def sizes(self, rows: Sequence[Any]) -> list[int]: ...
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,12 @@ def train(
     Raises:
         UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
     """
-    masters = Masters(parameters)
-    optimizer = adamw(
-        masters.trained, learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
-    )
     warm = warmup_steps(warmup, total_steps)
     outcome = Outcome()
-    with _stop_signals() as stopped:
+    with Masters(parameters) as masters, _stop_signals() as stopped:
+        optimizer = adamw(
+            masters.trained, learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
+        )
         for number in range(total_steps):
             begun = time.perf_counter()
             rows = rows_of_step(examples, number, batch_size, seed)
@@ -195,7 +194,6 @@ def train(
             outcome.add(step)
             if on_step is not None:
                 on_step(step)
-    masters.close()
     return outcome
 
 

@@ -7,7 +7,7 @@ and none is kept twice; after the optimizer's step the parameter is the copy, ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Masters:
-    """The parameters as an optimizer sees them.
+    """The parameters as an optimizer sees them, while open.
 
     Attributes:
         trained: for each parameter itself, or its fp32 copy where it is of lower precision.
@@ -41,14 +41,17 @@ class Masters:
         for parameter, master in self._pairs:
             parameter.copy_(master)
 
-    def close(self) -> None:
+    def __enter__(self) -> Masters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Let the parameters have their own gradients again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
-def _into(master: nn.Parameter):
+def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
     def take(parameter: Tensor) -> None:
         grad = parameter.grad
         assert grad is not None

@@ -67,7 +67,7 @@ class CausalObjective:
         return torch.cat(losses), torch.cat(right)
 
     def _picked(self, batch: Batch) -> Tensor:
-        """(P, d) outputs of the backbone that predict the labels; (P, vocabulary) logits where not chunked."""
+        """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
         if self.chunked:
             outputs = self.backbone(**batch.inputs, use_cache=False).last_hidden_state
         else:

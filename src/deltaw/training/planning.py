@@ -6,13 +6,16 @@ the loop, a method or the packing changes the plan with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deltaw.config import RunConfig
-from deltaw.memory.footprint import Footprint
+from deltaw.errors import UserError, did_you_mean
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import simulate, without_values
+from deltaw.memory.work import WorkCounter, kernel_bytes
+from deltaw.methods.choose import NAMES
 from deltaw.models.machine import choose_device, choose_precision, choose_threads, resident_bytes
 from deltaw.models.skeleton import skeleton
 from deltaw.training.loop import rows_of_step
@@ -21,6 +24,22 @@ from deltaw.training.tasks import RunData, Task
 
 # Steps that are looked at for the largest pass; of a longer run, so many of them, spread evenly.
 STEPS_LOOKED_AT = 400
+# Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
+STEPS_CARRIED_OUT = 2
+
+
+@dataclass(frozen=True)
+class Heaviest:
+    """The step with the largest pass.
+
+    Attributes:
+        rows: of that step. shapes: (rows, length) of its passes.
+        every: the shapes of all steps that were looked at.
+    """
+
+    rows: Sequence[Any]
+    shapes: list[tuple[int, int]]
+    every: set[tuple[int, int]]
 
 
 def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
@@ -29,8 +48,8 @@ def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
     """
-    device = choose_device(config.device).value
-    dtype = choose_precision(device, config.precision).value
+    before = resident_bytes()
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with without_values():
         model = skeleton(
             config.model,
@@ -40,57 +59,28 @@ def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
             trust_remote_code=config.trust_remote_code,
         )
         total = sum(p.numel() for p in model.parameters())
-        vocabulary = model.config.get_text_config().vocab_size if task.tokenizer is not None else 0
-    made: list[Session] = []
-    sizes: list[int] = []
-    step_rows = 0
+    vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
+    made: list[tuple[Session, Heaviest, WorkCounter]] = []
 
     def run() -> None:
-        nonlocal step_rows
-        session = assemble(config, task, data, model, device="cpu", new_modules=())
-        made.append(session)
-        rows, found = heaviest_step(session)
-        sizes.extend(found)
-        step_rows = len(rows)
-        with session.running():
-            session.train(rows=rows, batch_size=len(rows), total_steps=2)
+        session = assemble(config, task, data, model, device="cpu")
+        heaviest = heaviest_step(session)
+        with session.running(), WorkCounter() as work:
+            session.train(rows=heaviest.rows, batch_size=len(heaviest.rows), total_steps=STEPS_CARRIED_OUT)
+        made.append((session, heaviest, work))
 
-    footprint = simulate(run, models=[model], vocabularies=[vocabulary] if vocabulary else [])
-    (session,) = made
+    footprint = simulate(run, models=[model], vocabularies=vocabularies)
+    ((session, heaviest, work),) = made
     with without_values():
         trained = sum(p.numel() for _, p in session.method.parameters(model))
-    return _plan(config, footprint, total, trained, sizes, step_rows)
-
-
-def heaviest_step(session: Session) -> tuple[Sequence[Any], list[int]]:
-    """The rows of the step with the largest pass, and the tokens of each pass that was looked at."""
-    settings = session.config.train
-    total = session.total_steps
-    stride = max(1, -(-total // STEPS_LOOKED_AT))
-    best: tuple[int, int, Sequence[Any]] = (-1, 0, ())
-    sizes: list[int] = []
-    for step in range(0, total, stride):
-        rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
-        found = session.portions.sizes(rows)
-        sizes += found
-        rank = (max(found), sum(row.label_count for row in rows))
-        if rank > best[:2]:
-            best = (*rank, rows)
-    return best[2], sizes
-
-
-def _plan(
-    config: RunConfig,
-    footprint: Footprint,
-    total: int,
-    trained: int,
-    sizes: Sequence[int],
-    rows: int,
-) -> Plan:
     resident = resident_parts(
         footprint,
-        process_bytes=resident_bytes(),
-        kernels=len(set(sizes)),
+        process_bytes=max(before, resident_bytes()),
+        kernel_bytes=kernel_bytes(
+            work,
+            shapes=len(_tokens(heaviest.every)) / max(1, len(_tokens(heaviest.shapes))),
+            lengths=len({length for _, length in heaviest.every}),
+        ),
         threads=choose_threads(config.threads).value,
     )
     return Plan(
@@ -104,7 +94,79 @@ def _plan(
         phase=footprint.phase,
         module=footprint.module,
         activations=footprint.activations_by_module,
-        tokens=max(sizes, default=0),
-        rows=rows,
+        tokens=max(_tokens(heaviest.shapes), default=0),
+        rows=len(heaviest.rows),
         timeline=footprint.timeline,
+        precision=dtype,
+        operations=work.operations // STEPS_CARRIED_OUT,
+        operators=work.operators // STEPS_CARRIED_OUT,
     )
+
+
+def chosen_methods(text: str, own: str) -> list[str]:
+    """The methods of a list such as ``lora,head``, or ``all`` of them; the run's ``own`` comes first.
+
+    Raises:
+        UserError: a name is no method.
+    """
+    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"'{name}' is no method", where="--methods", mend=did_you_mean(name, NAMES))
+    return list(dict.fromkeys([own, *names]))
+
+
+def plan_each(
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    methods: Sequence[str],
+    *,
+    refused: Callable[[str, UserError], None],
+) -> dict[str, Plan]:
+    """The plan of each method on the same model and rows; ``refused`` is told of those that do not fit."""
+    plans = {}
+    for method in methods:
+        try:
+            plans[method] = plan_run(config.model_copy(update={"method": method}), task, data)
+        except UserError as error:
+            if method == config.method:
+                raise
+            refused(method, error)
+    return plans
+
+
+def heaviest_step(session: Session) -> Heaviest:
+    """Find the step with the largest pass; among equals, the one with the most labels."""
+    settings = session.config.train
+    total = session.total_steps
+    best: tuple[int, int] = (-1, -1)
+    found: Sequence[Any] = ()
+    shapes: list[tuple[int, int]] = []
+    every: set[tuple[int, int]] = set()
+    for step in range(0, total, max(1, -(-total // STEPS_LOOKED_AT))):
+        rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+        passes = session.portions.shapes(rows)
+        every.update(passes)
+        rank = (max(_tokens(passes)), sum(row.label_count for row in rows))
+        if rank > best:
+            best, found, shapes = rank, rows, passes
+    return Heaviest(found, shapes, every)
+
+
+def longest_rows(session: Session) -> Sequence[Any]:
+    """Held-out rows that make up the largest pass of an evaluation."""
+    ordered = sorted(session.data.held_out, key=len, reverse=True)
+    most = getattr(session.portions, "tokens_per_pass", 0)
+    total, count = 0, 0
+    for row in ordered:
+        count += 1
+        total += len(row)
+        if total >= 2 * most:
+            break
+    return ordered[:count]
+
+
+def _tokens(shapes: Iterable[tuple[int, int]]) -> set[int]:
+    """Tokens of each pass: what matrix products have as their one size that changes."""
+    return {rows * length for rows, length in shapes}

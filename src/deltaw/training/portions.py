@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
-from deltaw.data.packing import Batch, batches, pass_sizes
+from deltaw.data.packing import Batch, batches, pass_shapes
 from deltaw.errors import UserError
 from deltaw.models.forest import can_pack
 from deltaw.models.generation import position_limit
@@ -28,9 +28,9 @@ class Portions:
     padded: bool
     device: str
 
-    def sizes(self, rows: Sequence[Example]) -> list[int]:
-        """Tokens computed in each pass of :meth:`batches`, without laying any out."""
-        return pass_sizes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
+    def shapes(self, rows: Sequence[Example]) -> list[tuple[int, int]]:
+        """(rows, length) of each pass of :meth:`batches`, without laying any out."""
+        return pass_shapes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
 
     def batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
         return batches(rows, self.tokens_per_pass, share=self.share, padded=self.padded, device=self.device)

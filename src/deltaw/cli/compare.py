@@ -1,0 +1,75 @@
+"""`deltaw compare`: methods side by side on the same rows."""
+
+from __future__ import annotations
+
+import click
+
+from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+
+
+@click.command("compare")
+@click.argument("settings", required=False, type=click.Path())
+@click.option(
+    "--methods", default=None, help="names of methods  [default: lora,head,prompt,bias,random,full]"
+)
+@click.option(
+    "--rates",
+    multiple=True,
+    metavar="METHOD=RATE,…",
+    help="learning rates to try for a method; one alone is taken as it is",
+)
+@click.option(
+    "--share",
+    default=None,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="part of a run's steps that a learning rate is tried for  [default: 0.3]",
+)
+@settings_flags
+@json_flag
+def command(
+    settings: str | None,
+    methods: str | None,
+    rates: tuple[str, ...],
+    share: float | None,
+    as_json: bool,
+    **given: str | None,
+) -> int:
+    """Train with each of several methods: SETTINGS is a YAML file, as for train.
+
+    A learning rate is found for each method, then each trains on the same rows in the same order, and all are
+    scored on the same held-out rows. The comparison is written to `output` with -compare behind it, or to
+    exactly the folder that --output names; the same command goes on with one that was interrupted.
+    """
+    from deltaw.config import RunConfig
+    from deltaw.reports.comparison import comparison_tables, failures, findings
+    from deltaw.studies.compare import DEFAULT_METHODS, SHARE, check_methods, compare
+    from deltaw.studies.rates import parse_rates
+
+    out = console(as_json)
+    flags = nested(given)
+    config = RunConfig.read(settings, flags)
+    named = DEFAULT_METHODS if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
+    chosen = check_methods(named)
+    folder = config.output if "output" in flags else f"{config.output}-compare"
+    try:
+        comparison = compare(
+            config,
+            chosen,
+            folder=folder,
+            rates=parse_rates(rates, chosen),
+            share=share or SHARE,
+            console=out,
+        )
+    except KeyboardInterrupt:
+        out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        return 130
+    for table in comparison_tables(comparison, out.width):
+        out.print()
+        out.print(table)
+    out.print()
+    for line in [*findings(comparison), *failures(comparison)]:
+        out.print(line)
+    out.print(f"table, numbers and figure are in {folder}: comparison.md, .json, .png")
+    if as_json:
+        print_json(comparison.as_dict())
+    return 0

@@ -1,0 +1,61 @@
+"""`deltaw plan`: what a run will need in memory, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.config import RunConfig
+from deltaw.reports.plan import budget_table, draw_plans, plan_report
+from deltaw.training.budget import fitting_settings, parse_bytes
+from deltaw.training.fit import read_data
+from deltaw.training.planning import chosen_methods, plan_each
+
+
+@click.command("plan")
+@click.argument("settings", required=False, type=click.Path())
+@click.option(
+    "--methods", default="all", show_default=True, help="methods to plan beside the run's own: a,b,c"
+)
+@click.option(
+    "--picture", default=None, type=click.Path(), help="draw stacked bars: a .png, .svg or .pdf file"
+)
+@click.option("--budget", default=None, help="turn it round: which settings fit into so much, such as 6GB")
+@settings_flags
+@json_flag
+def command(
+    settings: str | None,
+    methods: str,
+    picture: str | None,
+    budget: str | None,
+    as_json: bool,
+    **given: str | None,
+) -> None:
+    """The memory that a run needs, part by part, for every method on the same model. Reads the
+    model's configuration and the rows, no weights."""
+    out = console(as_json)
+    config = RunConfig.read(settings, nested(given))
+    names = chosen_methods(methods, config.method)
+    task, data = read_data(config, out)
+    if budget is not None:
+        size = parse_bytes(budget)
+        found = fitting_settings(config, task, data, size, names, console=out)
+        out.print(budget_table(found))
+        if as_json:
+            print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
+        return
+    plans = plan_each(
+        config,
+        task,
+        data,
+        names,
+        refused=lambda method, error: out.print(f"{method}: {error.what}", highlight=False),
+    )
+    out.print(plan_report(plans, config.method))
+    if picture is not None:
+        draw_plans(plans, Path(picture))
+        out.print(f"drawn to {picture}", highlight=False)
+    if as_json:
+        print_json({name: plan.as_dict() for name, plan in plans.items()})

@@ -1,0 +1,69 @@
+"""`deltaw tune`: a search for settings."""
+
+from __future__ import annotations
+
+import click
+
+from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+
+
+@click.command("tune")
+@click.argument("settings", required=False, type=click.Path())
+@click.option(
+    "--trials", default=20, show_default=True, type=click.IntRange(1), help="trials there shall be in the end"
+)
+@click.option(
+    "--search",
+    multiple=True,
+    metavar="KEY=…",
+    help="what may change: KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=[VALUE, VALUE]  [default: by method]",
+)
+@click.option("--storage", default=None, type=click.Path(), help="SQLite file that the trials are kept in")
+@click.option(
+    "--share",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="part of a run's steps that a trial takes",
+)
+@settings_flags
+@json_flag
+def command(
+    settings: str | None,
+    trials: int,
+    search: tuple[str, ...],
+    storage: str | None,
+    share: float,
+    as_json: bool,
+    **given: str | None,
+) -> int:
+    """Search for the settings that train best: SETTINGS is a YAML file, as for train.
+
+    Trials are judged by rows taken out of the training rows, and written to `output` with -tune behind it, or
+    to exactly the folder that --output names; the same command goes on with a search that was interrupted.
+    """
+    from deltaw.config import RunConfig
+    from deltaw.reports.tuning import best_yaml, lessons, tuning_table
+    from deltaw.studies.tune import tune
+
+    out = console(as_json)
+    flags = nested(given)
+    config = RunConfig.read(settings, flags)
+    folder = config.output if "output" in flags else f"{config.output}-tune"
+    try:
+        tuning = tune(
+            config, trials=trials, folder=folder, search=search, storage=storage, share=share, console=out
+        )
+    except KeyboardInterrupt:
+        out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        return 130
+    out.print()
+    out.print(tuning_table(tuning))
+    out.print()
+    for line in lessons(tuning):
+        out.print(line)
+    out.print(f"\nbest settings:\n{best_yaml(tuning)}\n")
+    out.print(f"train with them: deltaw train {folder}/best.yaml")
+    if as_json:
+        print_json(tuning.as_dict())
+    return 0

@@ -1,0 +1,84 @@
+"""What a run computes: operators, floating-point operations, and the kernels that the CPU's libraries build.
+
+A matrix library builds a kernel for every shape that it meets, and keeps it: that memory no tensor shows. The
+sizes here were measured with oneDNN, as torch 2.13 brings it, by the growth of the process over shapes.
+Knows operators alone; formulas of their operations are torch's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv}
+_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+HALF = (torch.bfloat16, torch.float16)
+
+# A product's kernel, by the precision of its factors; MKL, which takes fp32, builds next to nothing.
+HALF_PRODUCT = 575 * 2**10
+FULL_PRODUCT = 20 * 2**10
+# The kernels of torch's attention backward in half precision, for each length of rows, short or long.
+SHORT_ATTENTION, LONG_ATTENTION, SHORT = int(4.2e6), int(5.8e6), 64
+# As many kernels the matrix library keeps.
+KEPT = 1024
+
+
+class WorkCounter(TorchDispatchMode):
+    """While open, counts what passes.
+
+    Attributes:
+        operators: how many. operations: floating-point operations of products, convolutions, attention.
+        products: matrix products of different shapes, by whether they are in half precision.
+        lengths: lengths of rows that an attention backward in half precision has met.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.operations = 0
+        self.lengths: set[int] = set()
+        self._seen: set[tuple[object, ...]] = set()
+        self.products: Counter[bool] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.operators += 1
+        packet = func._overloadpacket
+        formula = flop_registry.get(packet)
+        if formula is None and packet in (_aten.addmm_, _aten.baddbmm_):
+            formula = flop_registry.get(_aten.addmm if packet is _aten.addmm_ else _aten.baddbmm)
+        if formula is not None:
+            self.operations += int(formula(*args, **kwargs, out_val=result))
+        if packet in _PRODUCTS or packet in (_aten.addmm_, _aten.baddbmm_):
+            self._note_product(packet, args)
+        elif packet is _ATTENTION_BACKWARD and args[1].dtype in HALF:
+            self.lengths.add(args[1].shape[-2])
+        return result
+
+    def _note_product(self, packet: object, args: Any) -> None:
+        tensors = [t for t in args if isinstance(t, torch.Tensor)]
+        key = (packet, *((t.dtype, tuple(t.shape), t.stride()) for t in tensors))
+        if key not in self._seen:
+            self._seen.add(key)
+            self.products[tensors[-1].dtype in HALF] += 1
+
+
+def kernel_bytes(work: WorkCounter, shapes: float, lengths: int) -> int:
+    """What the libraries keep over a run.
+
+    Args:
+        work: of one step.
+        shapes: shapes of passes in the run for each shape in that step.
+        lengths: different lengths of rows in the run.
+    """
+    half = min(KEPT, work.products[True] * shapes) * HALF_PRODUCT
+    full = min(KEPT, work.products[False] * shapes) * FULL_PRODUCT
+    longest = max(work.lengths, default=0)
+    attention = (LONG_ATTENTION if longest > SHORT else SHORT_ATTENTION) * (lengths if work.lengths else 0)
+    return int(half + full + attention)

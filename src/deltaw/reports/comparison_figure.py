@@ -1,0 +1,228 @@
+"""A comparison drawn: score over trained parameters, and peak memory by method.
+
+Colours are of Okabe and Ito's set, which colour-blind readers tell apart; each point has its name beside it,
+so that none is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deltaw.reports.comparison import SHARES, Comparison, MethodResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+SCORE, PLANNED, MEASURED = "#0072B2", "#E69F00", "#0072B2"
+INK, GREY, GRID = "#222222", "#666666", "#DDDDDD"
+_STYLE: dict[Any, object] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "white",
+}
+# Where a label may stand beside its point, in points, the nearest first.
+_PLACES: list[tuple[float, float]] = [
+    (distance * x, distance * y)
+    for distance in (8, 14, 22, 32, 44, 58)
+    for x, y in ((1, 0.35), (-1, 0.35), (1, -0.9), (-1, -0.9), (0, 1), (0, -1.4))
+]
+
+
+def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Write the figure to ``path`` as PNG, whatever its ending."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = comparison.scored
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(12, max(4.6, 1.6 + 0.52 * len(results))), dpi=150, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _draw_scores(left, comparison)
+        _draw_memory(right, results)
+        figure.align_titles()
+        _label_points(left, canvas, comparison)
+        figure.savefig(path, format="png")
+
+
+def _draw_scores(axes: Axes, comparison: Comparison) -> None:
+    """Score with its interval over M, on a logarithmic scale; the untrained model as a line."""
+    from matplotlib.ticker import FuncFormatter
+
+    for point in _points(comparison):
+        axes.errorbar(
+            point.x,
+            point.value,
+            yerr=[[point.value - point.low], [point.high - point.value]],
+            fmt="o",
+            color=SCORE,
+            markersize=7,
+            elinewidth=1.4,
+            capsize=3,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.16, y=0.12)
+    factor = 100 if comparison.metric in SHARES else 1
+    if comparison.base is not None and comparison.base.score is not None:
+        value = factor * comparison.base.score
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
+        axes.annotate(
+            "untrained",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color=GREY,
+        )
+    name = comparison.metric.replace("_", " ")
+    better = "higher is better" if comparison.higher_is_better else "lower is better"
+    axes.set_ylabel(f"{name}{', %' if factor == 100 else ''} ({better})")
+    axes.set_xlabel("trained parameters")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    axes.set_title(f"{name.capitalize()} on {comparison.held_out_rows} held-out rows, 95 % intervals")
+    axes.grid(True, which="major", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _draw_memory(axes: Axes, results: Sequence[MethodResult]) -> None:
+    """Horizontal bars, in the order of the table: planned above measured."""
+    largest = max((b for r in results for b in (r.planned_bytes, r.peak_bytes) if b is not None), default=1)
+    unit, factor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+    kinds = [
+        ("planned", PLANNED, [r.planned_bytes for r in results]),
+        ("measured", MEASURED, [r.peak_bytes for r in results]),
+    ]
+    kinds = [kind for kind in kinds if any(value is not None for value in kind[2])]
+    height = 0.76 / max(1, len(kinds))
+    for number, (name, colour, values) in enumerate(kinds):
+        offset = (number - (len(kinds) - 1) / 2) * height
+        places = [place + offset for place in range(len(results))]
+        lengths = [(value or 0) / factor for value in values]
+        axes.barh(places, lengths, height * 0.92, color=colour, label=name)
+        for place, value in zip(places, values, strict=True):
+            if value is not None:
+                axes.annotate(
+                    f"{value / factor:.2f}" if factor == 1e9 else f"{value / factor:.0f}",
+                    (value / factor, place),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                )
+    axes.set_yticks(range(len(results)), [result.method for result in results])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"peak memory, {unit}")
+    axes.set_title("Peak memory of a run")
+    axes.grid(True, axis="x", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    if len(kinds) > 1:
+        axes.figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False
+        )
+
+
+def _label_points(axes: Axes, canvas: FigureCanvasAgg, comparison: Comparison) -> None:
+    """Put each name where it covers no point, no interval and no other name."""
+    from matplotlib.transforms import Bbox
+
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    taken: list[Bbox] = []
+    points = _points(comparison)
+    for point in points:
+        (left, bottom), (_, top) = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
+        middle = axes.transData.transform((point.x, point.value))[1]
+        taken.append(Bbox([[left - 3, bottom - 3], [left + 3, top + 3]]))
+        taken.append(Bbox([[left - 9, middle - 9], [left + 9, middle + 9]]))
+    taken += [text.get_window_extent(renderer) for text in axes.texts]
+    inside = axes.get_window_extent(renderer)
+    for point in points:
+        at = (point.x, point.value)
+        best: tuple[float, tuple[float, float], Bbox | None] = (math.inf, _PLACES[0], None)
+        for place in _PLACES:
+            text = axes.annotate(point.name, at, xytext=place, textcoords="offset points", ha=_side(place))
+            box = text.get_window_extent(renderer).padded(2)
+            text.remove()
+            covered = sum(_shared(box, other) for other in taken) + _outside(box, inside)
+            if covered < best[0]:
+                best = (covered, place, box)
+            if covered == 0:
+                break
+        _, place, found = best
+        line = None
+        if max(abs(place[0]), abs(place[1])) > 14:
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+        axes.annotate(
+            point.name, at, xytext=place, textcoords="offset points", ha=_side(place), arrowprops=line
+        )
+        if found is not None:
+            taken.append(found)
+
+
+@dataclass(frozen=True)
+class _Point:
+    name: str
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+def _points(comparison: Comparison) -> list[_Point]:
+    """Where the methods stand; those with the same M side by side, so that both intervals are seen."""
+    factor = 100 if comparison.metric in SHARES else 1
+    placed = sorted(
+        (r for r in comparison.scored if r.trained_parameters), key=lambda r: r.trained_parameters or 0
+    )
+    logs = [math.log10(r.trained_parameters or 1) for r in placed]
+    gap = 0.02 * (max(logs, default=0.0) - min(logs, default=0.0))
+    points = []
+    last = -math.inf
+    for result, log in zip(placed, logs, strict=True):
+        last = max(log, last + gap)
+        value = factor * (result.score or 0.0)
+        low, high = result.interval or (result.score or 0.0, result.score or 0.0)
+        low, high = min(value, factor * low), max(value, factor * high)
+        points.append(_Point(result.method, 10**last, value, low, high))
+    return points
+
+
+def _side(place: tuple[float, float]) -> str:
+    return "center" if place[0] == 0 else "left" if place[0] > 0 else "right"
+
+
+def _shared(one: Bbox, other: Bbox) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def _outside(box: Bbox, frame: Bbox) -> float:
+    """How much of a name lies outside of the axes."""
+    return box.width * box.height - _shared(box, frame)
+
+
+def _count(value: float) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,193 @@
+"""What a run will need, for a person: a table of parts, bars side by side, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deltaw import durable
+from deltaw.memory.plan import Fitting, Plan
+
+# In the order in which they are stacked, with a colour for the terminal and one for the picture (both from a
+# palette that colour-blind readers can tell apart).
+PARTS = (
+    ("weights", "frozen weights", "blue", "#0072b2"),
+    ("trained", "trained parameters", "cyan", "#56b4e9"),
+    ("gradients", "gradients", "yellow", "#f0e442"),
+    ("optimizer", "optimizer state", "bright_red", "#d55e00"),
+    ("activations", "activations kept", "green", "#009e73"),
+    ("logits", "logits", "magenta", "#cc79a7"),
+    ("batch", "batch", "bright_black", "#999999"),
+    ("workspace", "workspace", "bright_yellow", "#e69f00"),
+    ("process", "process, rows, kernels", "white", "#dddddd"),
+)
+BAR = 56
+
+
+def parts_of(plan: Plan) -> dict[str, int]:
+    """The whole process's memory by part: the tensors' parts, and what is not tensors as ``process``."""
+    return {**plan.parts, "process": plan.peak_resident_bytes - plan.peak_bytes}
+
+
+def plan_report(plans: Mapping[str, Plan], own: str) -> RenderableType:
+    """The run's own method in detail, and all methods side by side.
+
+    Args:
+        plans: by method. own: the method that the settings name.
+    """
+    pieces: list[RenderableType] = []
+    if own in plans:
+        pieces += [plan_table(plans[own]), Text("")]
+    if len(plans) > 1:
+        pieces += [methods_table(plans, own), Text("")]
+    pieces.append(plan_bars(plans))
+    return Group(*pieces)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The parts of one plan, with where the peak falls."""
+    share = plan.trained_parameters / plan.total_parameters if plan.total_parameters else 0.0
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        title=f"method {plan.method}: {plan.trained_parameters:,} of {plan.total_parameters:,} parameters "
+        f"trained ({share:.2%})",
+        title_justify="left",
+    )
+    table.add_column("at the peak")
+    table.add_column("", justify="right")
+    for name, label, colour, _ in PARTS[:-1]:
+        if plan.parts.get(name):
+            table.add_row(Text(label, style=colour), gigabytes(plan.parts[name]))
+    table.add_row("tensors in all", gigabytes(plan.peak_bytes), style="bold")
+    for name, size in plan.resident.items():
+        if name != "tensors":
+            table.add_row(_RESIDENT[name], gigabytes(size))
+    table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
+    where = f"the peak falls in the {plan.phase}, at {plan.module or 'no module'}"
+    table.caption = f"{where}; passes of {plan.tokens:,} tokens"
+    table.caption_justify = "left"
+    return table
+
+
+_RESIDENT = {
+    "process": "interpreter, libraries, rows",
+    "kernels": "kernels of the matrix library",
+    "libraries": "libraries on their first use",
+    "threads": "threads",
+    "allocator": "held by the allocator",
+}
+
+
+def methods_table(plans: Mapping[str, Plan], own: str) -> Table:
+    """Methods side by side: what each trains and needs."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    headings = ("method", "trained", "share", "gradients", "optimizer", "activations", "tensors", "process")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, plan in plans.items():
+        table.add_row(
+            name,
+            f"{plan.trained_parameters:,}",
+            f"{plan.trained_parameters / plan.total_parameters:.3%}",
+            gigabytes(plan.parts["gradients"]),
+            gigabytes(plan.parts["optimizer"]),
+            gigabytes(plan.parts["activations"]),
+            gigabytes(plan.peak_bytes),
+            gigabytes(plan.peak_resident_bytes),
+            style="bold" if name == own else "",
+        )
+    return table
+
+
+def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
+    """One bar a method, its parts in colours, and what the colours mean."""
+    most = max(plan.peak_resident_bytes for plan in plans.values())
+    lines = []
+    for name, plan in plans.items():
+        bar = Text(f"{name:>8} ")
+        parts = parts_of(plan)
+        drawn, sofar = 0, 0
+        for part, _, colour, _ in PARTS:
+            sofar += parts.get(part, 0)
+            end = round(BAR * sofar / most)
+            bar.append("█" * (end - drawn), style=colour)
+            drawn = end
+        lines.append(bar.append(f" {gigabytes(plan.peak_resident_bytes)}"))
+    legend = Text("         ")
+    for part, label, colour, _ in PARTS:
+        if any(parts_of(plan).get(part, 0) > most / BAR / 2 for plan in plans.values()):
+            legend.append("█ ", style=colour).append(f"{label}  ")
+    return Group(*lines, legend)
+
+
+def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
+    """Stacked bars of every plan as a picture; its kind (png, svg, pdf) follows from the path's ending."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(8, 0.9 + 0.5 * len(plans)), layout="constrained")
+    axes = figure.subplots()
+    names = list(plans)
+    for row, name in enumerate(names):
+        left = 0.0
+        for part, _, _, colour in PARTS:
+            size = parts_of(plans[name]).get(part, 0) / 1e9
+            if size:
+                axes.barh(row, size, left=left, color=colour, edgecolor="white", linewidth=0.4)
+            left += size
+        axes.text(left, row, f" {left:.2f} GB", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory of the process, GB")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    shown = [p for p in PARTS if any(parts_of(plan).get(p[0], 0) for plan in plans.values())]
+    handles = [Patch(color=colour) for *_, colour in shown]
+    labels = [label for _, label, *_ in shown]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    with durable.replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
+def plan_lines(plan: Plan, limit: int | None) -> list[str]:
+    """A plan in two lines, as a run begins with it."""
+    parts = sorted(parts_of(plan).items(), key=lambda item: -item[1])
+    labels = {name: label for name, label, *_ in PARTS}
+    most = ", ".join(f"{labels[name]} {gigabytes(size)}" for name, size in parts[:4])
+    there = f" of {gigabytes(limit)}" if limit is not None else ""
+    return [
+        f"planned memory: {gigabytes(plan.peak_resident_bytes)}{there}, "
+        f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})",
+        f"  most of it: {most}",
+    ]
+
+
+def gigabytes(size: int) -> str:
+    """``1.23 GB`` or ``45 MB``, decimal."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def budget_table(found: Sequence[Fitting]) -> Table:
+    """Settings that fit a budget, the fastest first."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in found:
+        table.add_row(
+            row.method,
+            str(row.rank or ""),
+            f"{row.tokens_per_pass:,}",
+            "on" if row.checkpointing else "off",
+            row.precision,
+            gigabytes(row.plan.peak_resident_bytes),
+            f"{row.seconds / found[0].seconds:.2f} x",
+        )
+    return table

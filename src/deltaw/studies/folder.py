@@ -1,0 +1,183 @@
+"""A study's folder: what has been done of it so far, under which settings, and nobody else's files.
+
+Each piece of work is a JSON file that appears whole or not at all; a study that was ended in any way goes on
+from the pieces that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from deltaw.config import RunConfig
+from deltaw.data.settings import held_out_number, held_out_reference
+from deltaw.durable import write_text
+from deltaw.errors import UserError
+
+MARK = "study.json"
+PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
+# What no result depends on.
+_IRRELEVANT = ("output", "force")
+_METHOD_SECTIONS = ("lora", "head", "input", "prompt", "random", "last")
+
+
+class StudyFolder:
+    """The folder of one study, for this process alone while it is open.
+
+    Args:
+        path: made where it does not exist.
+        kind: ``comparison`` or ``tuning``.
+
+    Raises:
+        UserError: it cannot be written, holds something else, or another process works in it.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        check_folder(path, kind)
+        self.is_new = not (path / MARK).exists()
+        self._made = not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(path / LOCK)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"another process is at work on this {kind}",
+                where=str(path),
+                mend="wait for it, or set 'output' to another folder",
+            ) from error
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        if self.is_new:
+            write_text(path / MARK, json.dumps({"kind": kind}) + "\n")
+
+    def log(self, name: str) -> Path:
+        """Where a worker's output goes."""
+        return self.path / LOGS / f"{name}.log"
+
+    def piece(self, name: str) -> dict[str, object]:
+        """A piece of work, empty where it is not there or cannot be read."""
+        try:
+            found = json.loads((self.path / PIECES / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_piece(self, name: str, content: Mapping[str, object]) -> None:
+        """Keep a piece of work; it is on the disk when this returns."""
+        self.write_json(Path(PIECES) / f"{name}.json", content)
+
+    def write_json(self, name: str | Path, content: Mapping[str, object]) -> None:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2)
+        write_text(self.path / name, text + "\n")
+
+    def remove_unfinished(self, run: Path) -> None:
+        """Delete a run within this folder that did not get to its end."""
+        if run.is_dir() and run.parent == self.path:
+            shutil.rmtree(run)
+
+    def close(self, *, discard: bool = False) -> None:
+        """Let others in; with ``discard``, remove what this process has made where nothing came of it."""
+        self._lock.release()
+        if discard and self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def check_folder(path: Path, kind: str) -> None:
+    """Refuse a folder that holds anything but such a study; leaves no trace.
+
+    Raises:
+        UserError: it does, or cannot be read.
+    """
+    try:
+        holds = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
+        mark = json.loads((path / MARK).read_text(encoding="utf-8")) if MARK in holds else {}
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    except ValueError:
+        mark = {}
+    if holds and (not isinstance(mark, dict) or mark.get("kind") != kind):
+        raise UserError(
+            f"the output folder holds files that are not a {kind}'s, such as '{holds[0]}'",
+            where=str(path),
+            mend="set 'output' to a new or empty folder",
+        )
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write into the output folder: {error.strerror or error}",
+        where=str(path),
+        mend="set 'output' to a folder that you may write to",
+    )
+
+
+def require_held_out(config: RunConfig) -> None:
+    """Raise a UserError where the settings hold no rows out."""
+    if held_out_reference(config.data.eval) is None and held_out_number(config.data.eval) == 0:
+        raise UserError(
+            "no rows are held out, so that there is nothing to score methods by",
+            where="data.eval",
+            mend="set data.eval to a share, a number of rows or a file",
+        )
+
+
+def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str, object]:
+    """By dotted key, everything that a result depends on: settings, and the content of local files.
+
+    Args:
+        without: keys to leave out.
+    """
+    flat: dict[str, object] = {}
+    for name, value in config.model_dump(mode="json").items():
+        if name in _IRRELEVANT or (name in _METHOD_SECTIONS and name != config.method):
+            continue
+        entries = (
+            {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        )
+        flat |= {key: v for key, v in entries.items() if key not in without}
+    for key, reference in {
+        "the model's files": config.model,
+        "the file data.train": config.data.train,
+        "the file data.eval": held_out_reference(config.data.eval),
+    }.items():
+        if reference is not None and (content := content_of(reference)):
+            flat[key] = content
+    return json.loads(json.dumps(flat))
+
+
+def changed(before: object, now: Mapping[str, object]) -> list[str]:
+    """The keys that differ, each with both of its values."""
+    known = before if isinstance(before, Mapping) else {}
+    lines = []
+    for key in sorted({*known, *now}):
+        old, new = known.get(key), now.get(key)
+        if old != new:
+            lines.append(f"{key} has changed" if key.startswith("the ") else f"{key} was {old!r}, is {new!r}")
+    return lines
+
+
+def content_of(reference: str) -> str:
+    """What tells one content of a local file or folder from another; empty for anything else.
+
+    A file's bytes count; of a folder, the names and sizes of what is in it.
+    """
+    path = Path(os.path.expanduser(reference))
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+    elif path.is_file():
+        with path.open("rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    else:
+        return ""
+    return digest.hexdigest()[:32]

@@ -1,0 +1,111 @@
+"""The plan turned round: which settings fit into so much memory, and which of them is fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from deltaw.config import RunConfig
+from deltaw.errors import UserError
+from deltaw.memory.plan import Fitting, Plan
+from deltaw.training.planning import plan_run
+from deltaw.training.tasks import RunData, Task
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+TOKENS = (1024, 512, 256, 128)
+RANKS = (16, 8, 4)
+# What an operator costs before it computes anything, and what the machine computes in that time, roughly:
+# only the order of settings hangs on them.
+SECONDS_PER_OPERATOR = 12e-6
+OPERATIONS_PER_SECOND = {"bf16": 4e11, "fp16": 4e11, "fp32": 1.5e11}
+
+
+def parse_bytes(text: str) -> int:
+    """``6GB``, ``512 MiB`` or a plain number of bytes.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"'{text}' is no size", where="--budget", mend="write 6GB, 512MB or 8GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def fitting_settings(
+    config: RunConfig, task: Task, data: RunData, budget: int, methods: Sequence[str], *, console: Console
+) -> list[Fitting]:
+    """Settings whose process stays within ``budget`` bytes, the fastest first.
+
+    For each method (and, for LoRA, each rank) passes become shorter until one fits, without and with
+    activation checkpointing: what is shorter still would only be slower.
+
+    Raises:
+        UserError: nothing fits; the message says what the least would need.
+    """
+    found: list[Fitting] = []
+    smallest: list[Plan] = []
+
+    def try_out(settings: RunConfig) -> Fitting | None:
+        for tokens in TOKENS:
+            train = settings.train.model_copy(update={"tokens_per_pass": tokens})
+            trial = settings.model_copy(update={"train": train})
+            plan = plan_run(trial, task, data)
+            smallest.append(plan)
+            if plan.peak_resident_bytes <= budget:
+                return _fitting(trial, plan)
+        return None
+
+    for method in methods:
+        console.print(f"planning {method}", highlight=False)
+        try:
+            for rank in _ranks(config, method):
+                settings = config.model_copy(
+                    update={"method": method, "lora": dataclasses.replace(config.lora, rank=rank)}
+                )
+                plain = try_out(_with_checkpointing(settings, False))
+                found += [plain] if plain is not None else []
+                if plain is not None and plain.tokens_per_pass == TOKENS[0]:
+                    break  # recomputing blocks, or a smaller rank, saves memory that is there
+                recomputed = try_out(_with_checkpointing(settings, True))
+                found += [recomputed] if recomputed is not None else []
+                if plain is not None or recomputed is not None:
+                    break
+        except UserError as error:
+            console.print(f"{method}: {error.what}", highlight=False)
+    if not found:
+        least = min((plan.peak_resident_bytes for plan in smallest), default=None)
+        need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"
+        raise UserError(
+            f"no settings fit into {budget:,} bytes: {need}",
+            where="--budget",
+            mend="allow more memory, try other methods with --methods, or take a smaller model",
+        )
+    return sorted(found, key=lambda fitting: fitting.seconds)
+
+
+def _ranks(config: RunConfig, method: str) -> list[int]:
+    """The rank asked for, and smaller ones where the method has a rank."""
+    own = config.lora.rank
+    return [own, *(rank for rank in RANKS if rank < own)] if method == "lora" else [own]
+
+
+def _with_checkpointing(config: RunConfig, on: bool) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"checkpointing": on})})
+
+
+def _fitting(config: RunConfig, plan: Plan) -> Fitting:
+    rate = OPERATIONS_PER_SECOND.get(plan.precision, OPERATIONS_PER_SECOND["fp32"])
+    return Fitting(
+        method=config.method,
+        rank=config.lora.rank if config.method == "lora" else None,
+        tokens_per_pass=int(config.train.tokens_per_pass),
+        checkpointing=config.train.checkpointing,
+        precision=plan.precision,
+        plan=plan,
+        seconds=plan.operations / rate + plan.operators * SECONDS_PER_OPERATOR,
+    )

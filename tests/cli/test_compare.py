@@ -1,0 +1,112 @@
+"""`deltaw compare` and `deltaw tune` from the command line: killed and gone on with, refused, interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from tests.cli.conftest import start
+from tests.studies.conftest import use_worker_here
+
+
+@pytest.fixture
+def file(settings, tmp_path):
+    """A file of settings; its folder is the test's own."""
+    made = settings(tmp_path / "run", train={"learning_rate": "auto"})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(made))
+    return path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
+def test_a_killed_comparison_goes_on_where_it_was(call, file, tmp_path, monkeypatch):
+    flags = ["--methods", "lora,head", "--json"]
+    process = start("compare", file, *flags, "--train.epochs", "12", "--share", "1")
+    piece = tmp_path / "run-compare" / "pieces" / "lora.json"
+    until = time.monotonic() + 120
+    try:
+        while not (piece.exists() and json.loads(piece.read_text()).get("rates")):
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.02)
+        workers = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.communicate()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive, "a worker outlived its study"
+    known = json.loads(piece.read_text())["rates"]
+
+    asked = use_worker_here(monkeypatch).asked
+    ended = call("compare", file, *flags, "--train.epochs", "12", "--share", "1")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    rates = next(m["rates"] for m in told["methods"] if m["method"] == "lora")
+    assert [pair for pair in rates if pair in known] == known
+    opened = asked.index("open lora")
+    assert asked[opened + 1 : asked.index("open head")] == ["rate"] * (len(rates) - len(known))
+    assert not any(
+        line.startswith(f"lora: learning rate {known[0][0]:g}:") for line in ended.err.splitlines()
+    )
+
+
+def test_ctrl_c_says_how_to_go_on(call, file, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deltaw.studies.compare.compare", interrupted)
+    monkeypatch.setattr("deltaw.studies.tune.tune", interrupted)
+    for verb, folder in (("compare", "run-compare"), ("tune", "run-tune")):
+        ended = call(verb, file)
+        assert ended.status == 130 and folder in ended.out and "goes on" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "words"),
+    [
+        ("compare", ["--methods", "lora,hed"], ["'hed'", "did you mean 'head'"]),
+        ("compare", ["--methods", ","], ["no method is named"]),
+        ("compare", ["--methods", "lora", "--rates", "lora"], ["METHOD=RATE"]),
+        ("compare", ["--methods", "lora", "--rates", "head=1e-3"], ["'head'", "'lora'"]),
+        ("compare", ["--data.eval", "null"], ["no rows are held out", "data.eval"]),
+        ("compare", ["--share", "0"], ["--share"]),
+        ("tune", ["--search", "lora.rnk=[4]"], ["lora.rank"]),
+        ("tune", ["--search", "lora.rank=4"], ["neither a range nor a list"]),
+        ("tune", ["--trials", "0"], ["--trials"]),
+        ("tune", ["--train.epoch", "1"], ["--train.epochs"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(call, file, tmp_path, verb, flags, words):
+    ended = call(verb, file, *flags)
+    assert ended.status == 2 and "Traceback" not in ended.err
+    for word in words:
+        assert word in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_search_from_the_command_line(call, file, tmp_path, monkeypatch):
+    use_worker_here(monkeypatch)
+    ended = call("tune", file, "--trials", "2", "--search", "train.learning_rate=1e-4..1e-2:log", "--json")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert len(told["trials"]) == 2 and told["best"] in (0, 1)
+    assert "best settings:" in ended.err and "learning_rate:" in ended.err
+    assert (tmp_path / "run-tune" / "best.yaml").is_file()
+
+
+def test_help_does_not_wait_for_the_libraries():
+    script = (
+        "import sys\nfrom deltaw.cli import main\n"
+        "for verb in ('compare', 'tune'):\n"
+        "    try:\n        main([verb, '--help'])\n"
+        "    except SystemExit as ended:\n        assert not ended.code\n"
+        "sys.exit(bool({'transformers', 'matplotlib', 'optuna', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0

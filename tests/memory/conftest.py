@@ -1,0 +1,131 @@
+"""Small models whose peaks are megabytes, and a run of two training steps over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from deltaw.lora import LoRAConfig, LoRALayer, attach
+
+VOCABULARY = 2000
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+ENCODER = {**SHAPE, "num_labels": 5}
+
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, **IDS, num_key_value_heads=2),
+    "tied llama": lambda: transformers.LlamaConfig(**SHAPE, **IDS, tie_word_embeddings=True),
+    "gemma": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, **IDS, num_key_value_heads=2, head_dim=32, sliding_window=32
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "bert": lambda: transformers.BertConfig(**ENCODER),
+    "vit": lambda: transformers.ViTConfig(
+        image_size=64, patch_size=8, hidden_size=128, intermediate_size=320, num_hidden_layers=3,
+        num_attention_heads=4, num_labels=5,
+    ),
+}  # fmt: skip
+AUTO = {
+    "bert": transformers.AutoModelForSequenceClassification,
+    "vit": transformers.AutoModelForImageClassification,
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_of(family: str, dtype: str) -> PreTrainedModel:
+    """A random model, frozen and in evaluation mode; under a simulation one without values."""
+    torch.manual_seed(0)
+    auto = AUTO.get(family, transformers.AutoModelForCausalLM)
+    model = auto.from_config(CONFIGS[family](), dtype=DTYPES[dtype])
+    return model.eval().requires_grad_(False)
+
+
+def prepared(family: str, dtype: str, method: str, checkpointing: bool = False) -> PreTrainedModel:
+    model = model_of(family, dtype)
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        dropout = 0.1 if method == "lora with dropout" else 0.0
+        attach(model, LoRAConfig(rank=4, target_modules="all-linear", dropout=dropout), seed=0)
+        for module in model.modules():
+            module.training = isinstance(module, LoRALayer)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            module.training |= isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer)
+    return model
+
+
+def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callable[[], None]:
+    """Two steps of AdamW over padded rows or images; low-precision parameters have fp32 masters."""
+
+    def run() -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained]
+        optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+        generator = np.random.default_rng(0)
+        for _ in range(2):
+            loss = _loss(model, generator, rows, length)
+            loss.backward()
+            for parameter, master in zip(trained, masters, strict=True):
+                if parameter is not master and parameter.grad is not None:
+                    master.grad, parameter.grad = parameter.grad.float(), None
+            norm = float(nn.utils.clip_grad_norm_(masters, 1.0))
+            assert np.isfinite(loss.item()) and np.isfinite(norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for parameter, master in zip(trained, masters, strict=True):
+                    if parameter is not master:
+                        parameter.copy_(master)
+
+    return run
+
+
+def _loss(model: PreTrainedModel, generator: np.random.Generator, rows: int, length: int) -> Tensor:
+    if model.main_input_name == "pixel_values":
+        images = torch.from_numpy(generator.integers(0, 255, (rows, 64, 64, 3), dtype=np.uint8))
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
+        logits = model(pixel_values=pixels.to(model.dtype)).logits
+        return F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.long))
+    ids = torch.from_numpy(generator.integers(3, VOCABULARY, (rows, length)))
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    logits = model(**inputs).logits.flatten(0, -2)
+    targets = torch.zeros(len(logits), dtype=torch.long)
+    return F.cross_entropy(logits.float(), targets)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[str], Path]:
+    def save(family: str) -> Path:
+        folder = tmp_path / family.replace(" ", "_")
+        model_of(family, "fp32").save_pretrained(folder)
+        return folder
+
+    return save

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.memory.measure import peak_resident_bytes_of, peak_tensor_bytes, storage_bytes
+from deltaw.memory.tracker import MemoryTracker
+from tests.memory.conftest import prepared, two_steps
+
+
+def test_a_storage_counts_from_its_making_to_its_end_whatever_views_there_are() -> None:
+    with MemoryTracker() as tracker:
+        values = torch.zeros(1000)
+        assert tracker.current_bytes == 4000
+        view = values[3:].view(-1, 1)
+        assert tracker.current_bytes == 4000
+        del values
+        assert tracker.current_bytes == 4000
+        del view
+        assert tracker.current_bytes == 0
+        assert tracker.peak_bytes == 4000
+
+
+def test_tensors_from_before_count_once_they_are_made_known() -> None:
+    weight = torch.zeros(10, 10)
+    with MemoryTracker() as tracker:
+        tracker.track([weight, weight.t()], "weights")
+        assert tracker.current_bytes == 400
+        tracker.track([weight], "trained")
+    assert tracker.footprint().parts["weights"] == 0
+    with pytest.raises(ValueError, match="no kind"):
+        tracker.track([weight], "wieghts")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_on_real_tensors_its_peak_is_the_allocators(method: str) -> None:
+    model = prepared("llama", "fp32", method)
+    with MemoryTracker() as tracker:
+        tracker.track_model(model)
+        two_steps(model)()
+    model = prepared("llama", "fp32", method)
+    true = peak_tensor_bytes(two_steps(model), alive=[*model.parameters(), *model.buffers()])
+    assert tracker.peak_bytes == pytest.approx(true, rel=0.005)
+
+
+def test_gradients_summed_by_the_engine_do_not_count_twice() -> None:
+    """x + f(x): the engine adds the second gradient of x to the first in place."""
+
+    def run() -> None:
+        x = torch.ones(100_000, requires_grad=True)
+        y = x * 2
+        for _ in range(3):
+            y = y + y.sin()
+        y.sum().backward()
+
+    with MemoryTracker() as tracker:
+        run()
+    assert tracker.peak_bytes == pytest.approx(peak_tensor_bytes(run), rel=0.01)
+
+
+def test_the_peak_is_laid_to_its_phase_and_module() -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 5000))
+    with MemoryTracker() as tracker:
+        tracker.track_model(model)
+        with torch.no_grad():
+            model(torch.zeros(100, 10))
+    footprint = tracker.footprint()
+    assert (footprint.phase, footprint.module) == ("forward", "1")
+
+
+def test_gradients_and_optimizer_state_are_told_apart() -> None:
+    model = nn.Linear(200, 200, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    size = 200 * 200 * 4
+    with MemoryTracker() as tracker:
+        tracker.track_model(model)
+        model(torch.zeros(1, 200)).sum().backward()
+        optimizer.step()
+    parts = tracker.footprint().parts
+    assert parts["trained"] == size
+    assert parts["gradients"] == size
+    assert 2 * size <= parts["optimizer"] <= 2 * size + 64
+
+
+def test_activations_are_what_a_forward_leaves_for_its_backward() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    with MemoryTracker() as tracker:
+        tracker.track([x], "trained")
+        y = x.exp()  # keeps its result
+        y.sum().backward()
+    assert tracker.footprint().parts["activations"] >= 4000
+
+
+def test_the_allocators_peak_sees_what_lives_at_one_time() -> None:
+    def run() -> None:
+        first = torch.zeros(1000)
+        del first
+        torch.zeros(500), torch.zeros(700)
+
+    before = torch.zeros(25)
+    assert peak_tensor_bytes(run, alive=[before, before[1:]]) == 4800 + 100
+    assert storage_bytes([before, before[1:]]) == 100
+
+
+def test_resident_memory_is_measured_where_the_system_can() -> None:
+    peak = peak_resident_bytes_of(lambda: torch.zeros(10_000_000).sum())
+    if peak is None:
+        pytest.skip("this system does not let a process reset its peak")
+    assert peak > 40_000_000
