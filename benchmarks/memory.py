@@ -38,25 +38,27 @@ PRONUNCIATION = {
     "long_rows": "cut",
 }
 
+# Optimizer steps of each measurement: the profiler keeps every event, and kernels grow with the steps.
+STEPS = {"tensors": 6, "resident": 12}
 # model, method, settings
 RUNS: list[tuple[str, str, dict]] = [
     ("smollm2", "lora", {}),
-    ("smollm2", "lora", {"lora.rank": 64}),
-    ("smollm2", "lora", {"train.batch_size": 4}),
+    ("llama", "lora", {"lora.rank": 64}),
+    ("llama", "lora", {"train.batch_size": 4}),
     ("smollm2", "lora", {"train.checkpointing": True}),
-    ("smollm2", "lora", {"train.share_prefixes": False}),
+    ("llama", "lora", {"train.share_prefixes": False}),
     ("smollm2", "lora", {"precision": "fp32", "train.batch_size": 8}),
-    ("smollm2", "lora", {"data": "sql", "train.batch_size": 4}),
-    ("smollm2", "lora", {"data": "sql", "train.batch_size": 8, "train.checkpointing": True}),
-    ("smollm2", "lora", {"lora.target_modules": "attention", "lora.dropout": 0.1}),
-    ("smollm2", "lora", {"lora.layers": "20-", "train.epochs": 2}),
+    ("llama", "lora", {"data": "sql", "train.batch_size": 4}),
+    ("llama", "lora", {"data": "sql", "train.batch_size": 8, "train.checkpointing": True}),
+    ("llama", "lora", {"lora.target_modules": "attention", "lora.dropout": 0.1}),
+    ("llama", "lora", {"lora.layers": "6-", "train.epochs": 2}),
     ("smollm2", "prompt", {}),
-    ("smollm2", "bias", {}),
-    ("smollm2", "random", {}),
-    ("smollm2", "last", {}),
+    ("llama", "bias", {}),
+    ("llama", "random", {}),
+    ("llama", "last", {}),
     ("smollm2", "head", {"train.batch_size": 8}),
     ("smollm2", "full", {"train.batch_size": 8}),
-    ("smollm2", "full", {"precision": "fp32", "train.batch_size": 4}),
+    ("llama", "full", {"precision": "fp32", "train.batch_size": 4}),
     ("minilm", "lora", {}),
     ("minilm", "lora", {"precision": "fp32", "train.batch_size": 64}),
     ("minilm", "head", {}),
@@ -92,7 +94,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="runs whose line holds this text")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run")
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
     parser.add_argument("--child", choices=["tensors", "resident"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -108,8 +109,10 @@ def main() -> None:
             line = f"{model:8} {method:7} {shown(changes):52}"
             if arguments.only not in line:
                 continue
-            settings = settings_of(model, method, changes, made, arguments.steps, Path(scratch) / "run")
-            measured = {**child("tensors", settings), **child("resident", settings)}
+            measured = {}
+            for what, steps in STEPS.items():
+                settings = settings_of(model, method, changes, made, steps, Path(scratch) / "run")
+                measured |= child(what, settings)
             rows.append({"model": model, "method": method, "settings": changes, **measured})
             print(
                 f"{line} {compared(measured['planned_tensors'], measured['tensors'])}"
@@ -171,7 +174,7 @@ def settings_of(model: str, method: str, changes: dict, made: dict, steps: int, 
         place[leaf] = value
     if "epochs" in settings["train"]:
         settings["train"].pop("max_steps")
-        settings["data"]["rows"] = 16 * steps // 2 + 40
+        settings["data"]["rows"] = 8 * steps + 40
     return settings
 
 
@@ -189,7 +192,18 @@ def make_models(folder: Path) -> dict[str, str]:
             transformers.BertConfig(vocab_size=len(minilm), intermediate_size=2048, **size)
         ),
         "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=len(smol), n_embd=512, n_layer=8, n_head=8, n_positions=1024)
+            transformers.GPT2Config(
+                vocab_size=len(smol), n_embd=512, n_layer=8, n_head=8, bos_token_id=0, eos_token_id=0
+            )
+        ),
+        "llama": lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=len(smol),
+                intermediate_size=1536,
+                num_key_value_heads=4,
+                tie_word_embeddings=True,
+                **size,
+            )
         ),
         "gemma": lambda: transformers.Gemma2ForCausalLM(
             transformers.Gemma2Config(
@@ -237,9 +251,9 @@ def tensors(settings: dict) -> dict:
 
     from deltaw.config import RunConfig
     from deltaw.memory.measure import peak_tensor_bytes
-    from deltaw.training.fit import load_for, read_data
+    from deltaw.training.fit import load_for
     from deltaw.training.planning import plan_run
-    from deltaw.training.session import assemble
+    from deltaw.training.session import assemble, read_data
 
     config, console = RunConfig.read(settings), Console(quiet=True)
     task, data = read_data(config, console)

@@ -1,16 +1,26 @@
-"""The examples run as they stand."""
+"""The examples run as they stand, and the settings that the pages show are valid."""
 
 from __future__ import annotations
 
+import csv
+import re
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertModel
 
-from deltaw.config import RunConfig
+from deltaw.config import RunConfig, parse_yaml
+from deltaw.methods.choose import choose_method
+from deltaw.studies.compare import DEFAULT_METHODS
 from deltaw.training.fit import fit
+from tests.byte_models import byte_tokenizer
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,5 +46,74 @@ def test_train_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> 
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
+    config = RunConfig.read(
+        EXAMPLES / "reviews.yaml",
+        {
+            "model": str(_tiny_encoder(tmp_path / "encoder")),
+            "data": {"train": str(_reviews(tmp_path / "reviews.csv")), "rows": None},
+            "output": str(tmp_path / "run"),
+        },
+    )
+    result = fit(config)
+    # Of 6 films with 4 reviews each, one is held out whole; the plots are left out.
+    assert result.outcome.rows == 2 * 20
+    assert result.evaluation.classes == ("rotten", "fresh")
+    assert result.evaluation.confusion is not None and result.evaluation.confusion.sum() == 4
+
+
 def test_demo_settings_are_valid() -> None:
     assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 1e-3
+
+
+def test_compare_settings_are_valid_for_every_method() -> None:
+    config = RunConfig.read(EXAMPLES / "compare.yaml")
+    for method in DEFAULT_METHODS:
+        assert choose_method(config.model_copy(update={"method": method}), None).name == method
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_settings_on_a_page_are_valid(page: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        try:
+            settings = parse_yaml(block)
+        except yaml.YAMLError as error:
+            pytest.fail(f"{error}\n{block}")
+        assert isinstance(settings, dict), block
+        # A page that is about one section shows that section alone.
+        RunConfig.read({"model": "model", "data": "rows.jsonl", **settings})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_on_a_page_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def _tiny_encoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _reviews(path: Path) -> Path:
+    """A table of the same columns as the one that the example names."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])
+        for film in range(6):
+            table.writerow(["plot", f"What happens in film {film}.", f"film {film}", "True"])
+            for review in range(4):
+                words = ("dull", "fine")[review % 2]
+                category = ("rotten", "fresh")[review % 2]
+                table.writerow([category, f"{words} {film}.{review}", f"film {film}", "True"])
+    return path

@@ -1,7 +1,7 @@
 """deltaw: LoRA fine-tuning of any PyTorch model.
 
-The public face: names only. What trains language models (``fit``, ``RunConfig``) is imported when it is first
-asked for, so that ``import deltaw`` for a layer in one's own loop needs torch alone.
+The public face: names only. What trains whole runs (``fit``, ``plan``, ``RunConfig``) is imported when it is
+first asked for, so that ``import deltaw`` for a layer in one's own loop needs torch alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from deltaw.version import __version__
 if TYPE_CHECKING:
     from deltaw.config import RunConfig
     from deltaw.training.fit import fit
+    from deltaw.training.planning import plan
 
 __all__ = [
     "LoRAConfig",
@@ -55,11 +56,16 @@ __all__ = [
     "fit",
     "load_adapter",
     "merge",
+    "plan",
     "save_adapter",
     "unmerge",
 ]
 
-_LATER = {"fit": "deltaw.training.fit", "RunConfig": "deltaw.config"}
+_LATER = {
+    "fit": "deltaw.training.fit",
+    "plan": "deltaw.training.planning",
+    "RunConfig": "deltaw.config",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, ViTConfig, ViTModel
 
 from deltaw.errors import UserError
@@ -224,3 +225,34 @@ def test_peft_loads_the_adapter_with_its_head(
     with torch.no_grad():
         logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(ours.flatten(), logits.flatten(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"dora": True},
+        {"rslora": True},
+        {"init": "pissa"},
+        {"init": "olora"},
+        {"init": "eva"},
+        {"init": "orthogonal"},
+        {"dropout": 0.3},
+        {"layers": "1-"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_lora(lora, settings, tmp_path):
+    result, _, said = trains_and_opens_again(
+        settings(tmp_path / "run", lora=lora, train={"epochs": 2, "b_rate": 4.0})
+    )
+    assert "planned memory" in said
+    assert result.outcome.steps == 6
+
+
+def test_lora_plus_trains_b_faster(settings, tmp_path):
+    norms = []
+    for ratio in (1.0, 16.0):
+        result = fit(settings(tmp_path / str(ratio), train={"b_rate": ratio, "max_steps": 3}))
+        tensors = load_file(result.output / "adapter_model.safetensors")
+        norms.append(sum(float(t.norm()) for name, t in tensors.items() if "lora_B" in name))
+    assert norms[1] > 8 * norms[0]

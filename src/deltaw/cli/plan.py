@@ -7,11 +7,6 @@ from pathlib import Path
 import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
-from deltaw.config import RunConfig
-from deltaw.reports.plan import budget_table, draw_plans, plan_report
-from deltaw.training.budget import fitting_settings, parse_bytes
-from deltaw.training.fit import read_data
-from deltaw.training.planning import chosen_methods, plan_each
 
 
 @click.command("plan")
@@ -35,12 +30,20 @@ def command(
 ) -> None:
     """The memory that a run needs, part by part, for every method on the same model. Reads the
     model's configuration and the rows, no weights."""
+    from deltaw.config import RunConfig
+    from deltaw.reports.plan import budget_table, draw_plans, picture_kind, plan_report
+    from deltaw.training.budget import fitting_settings, parse_bytes
+    from deltaw.training.planning import chosen_methods, plan_each
+    from deltaw.training.session import read_data
+
     out = console(as_json)
     config = RunConfig.read(settings, nested(given))
     names = chosen_methods(methods, config.method)
+    size = None if budget is None else parse_bytes(budget)
+    if picture is not None:
+        picture_kind(Path(picture))
     task, data = read_data(config, out)
-    if budget is not None:
-        size = parse_bytes(budget)
+    if size is not None:
         found = fitting_settings(config, task, data, size, names, console=out)
         out.print(budget_table(found))
         if as_json:

@@ -104,7 +104,8 @@ def attach_selected(
 ) -> Summary:
     """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
     parameters = list(model.named_parameters())
-    record = Attachment(config, base_fingerprint(parameters))
+    replaced = [p for whole in selection.wholes for p in whole.module.parameters()]
+    record = Attachment(config, base_fingerprint(parameters, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []

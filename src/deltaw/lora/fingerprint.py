@@ -17,18 +17,24 @@ SAMPLES = 8
 
 
 @torch.no_grad()
-def base_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+def base_fingerprint(
+    parameters: Iterable[tuple[str, Tensor]], replaced: Iterable[Tensor] = ()
+) -> str | None:
     """The fingerprint of a base model's ``named_parameters()``; None without values to look at.
+
+    ``replaced`` are those whose values the adapter brings itself, such as a new classifier's, which start at
+    random each time: only their names and shapes count.
 
     Takes about ten microseconds for each parameter tensor, whatever its size.
     """
     digest = hashlib.sha256()
     values = []
+    without_value = {id(parameter) for parameter in replaced}
     for name, parameter in parameters:
         if not has_values(parameter):
             return None
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        if parameter.numel() and parameter.is_floating_point():
+        if parameter.numel() and parameter.is_floating_point() and id(parameter) not in without_value:
             flat = (
                 parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
             )

@@ -100,7 +100,9 @@ class Fitting:
         }
 
 
-def resident_parts(footprint: Footprint, *, process_bytes: int, kernel_bytes: int, threads: int) -> dict[str, int]:
+def resident_parts(
+    footprint: Footprint, *, process_bytes: int, kernel_bytes: int, threads: int
+) -> dict[str, int]:
     """The parts of the process's main memory at its peak.
 
     Args:

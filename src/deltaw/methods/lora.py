@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from deltaw.errors import UserError
 from deltaw.lora import (
     LoRAConfig,
     LoRALayer,
     adapter_parameters,
     attach,
     disabled,
+    initialize_from_activations,
+    is_factor_B,
     load_adapter,
     save_adapter,
 )
@@ -50,10 +53,16 @@ class LoRA:
         config = self.config
         if wholes:
             config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *wholes])
-        summary = attach(model, config, seed=seed)
+        said = str(attach(model, config, seed=seed))
+        if config.init == "eva":
+            if look is None:
+                raise UserError(
+                    "init 'eva' needs rows to look at", where="lora.init", mend="use init 'uniform'"
+                )
+            said += f"\n{initialize_from_activations(model, look, seed=seed)}"
         # The adapter alone: the model's own dropout is no part of the method and stays off.
         _draw(model, True)
-        return str(summary)
+        return said
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -70,7 +79,7 @@ class LoRA:
         return adapter_parameters(model)
 
     def rate_factor(self, name: str) -> float:
-        return self.b_rate if name.endswith("lora_B") else 1.0
+        return self.b_rate if is_factor_B(name) else 1.0
 
     def after_step(self, model: nn.Module) -> None:
         """Nothing: the layers compute with the very tensors that the optimizer changes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import transformers
+from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
@@ -72,3 +73,28 @@ def skeleton(
 def has_values(model: nn.Module) -> bool:
     """Whether the model's tensors hold numbers; in a simulation they do not, and none can be compared."""
     return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+
+
+def new_modules(
+    model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False
+) -> list[str]:
+    """Names of modules whose weights the model's files do not hold, told by the files' headers alone.
+
+    Empty where the files are not there to be looked at. The base model's part of a name may be missing in a
+    file, or stand there alone, as it does in files of other tasks.
+    """
+    folder = config_folder(reference, dtype, trust_remote_code)
+    known: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            known.update(file.keys())
+    if not known:
+        return []
+    prefix = f"{model.base_model_prefix}."
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if not {name, name.removeprefix(prefix), prefix + name} & known
+    ]
+    new = [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
+    return sorted({name.rpartition(".")[0] for name in new})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltaw import durable
+from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
 
 # In the order in which they are stacked, with a colour for the terminal and one for the picture (both from a
@@ -27,6 +28,9 @@ PARTS = (
     ("process", "process, rows, kernels", "white", "#dddddd"),
 )
 BAR = 56
+# A line of what is printed; a terminal has so many columns at least.
+WIDTH = 80
+PICTURES = ("png", "svg", "pdf")
 
 
 def parts_of(plan: Plan) -> dict[str, int]:
@@ -75,6 +79,8 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+# What the optimizer needs for what is trained.
+STATE = ("trained", "gradients", "optimizer")
 _RESIDENT = {
     "process": "interpreter, libraries, rows",
     "kernels": "kernels of the matrix library",
@@ -86,22 +92,29 @@ _RESIDENT = {
 
 def methods_table(plans: Mapping[str, Plan], own: str) -> Table:
     """Methods side by side: what each trains and needs."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    headings = ("method", "trained", "share", "gradients", "optimizer", "activations", "tensors", "process")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table = _side_by_side("method", "trained", "share", "state", "activations", "tensors", "process")
     for name, plan in plans.items():
         table.add_row(
             name,
             f"{plan.trained_parameters:,}",
-            f"{plan.trained_parameters / plan.total_parameters:.3%}",
-            gigabytes(plan.parts["gradients"]),
-            gigabytes(plan.parts["optimizer"]),
+            f"{plan.trained_parameters / plan.total_parameters:.2%}",
+            gigabytes(sum(plan.parts[part] for part in STATE)),
             gigabytes(plan.parts["activations"]),
             gigabytes(plan.peak_bytes),
             gigabytes(plan.peak_resident_bytes),
             style="bold" if name == own else "",
         )
+    table.caption = "state: trained parameters, their gradients and the optimizer's moments"
+    table.caption_justify = "left"
+    return table
+
+
+def _side_by_side(first: str, *others: str) -> Table:
+    """A table for one thing a line, whose numbers stand on the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -119,15 +132,46 @@ def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
             bar.append("█" * (end - drawn), style=colour)
             drawn = end
         lines.append(bar.append(f" {gigabytes(plan.peak_resident_bytes)}"))
-    legend = Text("         ")
+    return Group(*lines, *_legend(plans.values(), at_least=most / BAR / 2))
+
+
+def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
+    """What the colours of the parts mean that any plan has ``at_least`` so many bytes of."""
+    margin = " " * 9
+    lines = [Text(margin)]
     for part, label, colour, _ in PARTS:
-        if any(parts_of(plan).get(part, 0) > most / BAR / 2 for plan in plans.values()):
-            legend.append("█ ", style=colour).append(f"{label}  ")
-    return Group(*lines, legend)
+        if not any(parts_of(plan).get(part, 0) > at_least for plan in plans):
+            continue
+        entry = Text("█ ", style=colour).append(f"{label}  ", style="default")
+        if lines[-1].cell_len + entry.cell_len > WIDTH:
+            lines.append(Text(margin))
+        lines[-1].append_text(entry)
+    return lines
+
+
+def picture_kind(path: Path) -> str:
+    """The kind of picture that a path's ending asks for.
+
+    Raises:
+        UserError: it is none that can be drawn.
+    """
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in PICTURES:
+        raise UserError(
+            f"'{path.name}' names no picture that can be drawn",
+            where="--picture",
+            mend=f"let it end with {', '.join('.' + known for known in PICTURES)}",
+        )
+    return kind
 
 
 def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
-    """Stacked bars of every plan as a picture; its kind (png, svg, pdf) follows from the path's ending."""
+    """Stacked bars of every plan as a picture; its kind (:data:`PICTURES`) follows from the path's ending.
+
+    Raises:
+        UserError: the ending is another, or the folder cannot be written to.
+    """
+    kind = picture_kind(path)
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -152,7 +196,7 @@ def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
     labels = [label for _, label, *_ in shown]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     with durable.replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+        figure.savefig(temporary, format=kind, dpi=150)
 
 
 def plan_lines(plan: Plan, limit: int | None) -> list[str]:
@@ -169,17 +213,18 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
 
 
 def gigabytes(size: int) -> str:
-    """``1.23 GB`` or ``45 MB``, decimal."""
+    """``1.23 GB``, ``45.0 MB`` or ``6 kB``, decimal."""
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e6:.0f} MB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def budget_table(found: Sequence[Fitting]) -> Table:
     """Settings that fit a budget, the fastest first."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    headings = ("rank", "tokens per pass", "checkpointing", "precision", "process", "time")
+    table = _side_by_side("method", *headings)
     for row in found:
         table.add_row(
             row.method,

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.training.fit import load_for, read_data
+from deltaw.training.fit import load_for
 from deltaw.training.loop import Step, seeded
-from deltaw.training.session import Session, assemble
+from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks import RunData, Task
 
 VALIDATION_SHARE = 0.1

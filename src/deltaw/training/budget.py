@@ -50,15 +50,20 @@ def fitting_settings(
     found: list[Fitting] = []
     smallest: list[Plan] = []
 
+    def planned(settings: RunConfig, tokens: int) -> Fitting | None:
+        train = settings.train.model_copy(update={"tokens_per_pass": tokens})
+        trial = settings.model_copy(update={"train": train})
+        plan = plan_run(trial, task, data)
+        smallest.append(plan)
+        return _fitting(trial, plan) if plan.peak_resident_bytes <= budget else None
+
     def try_out(settings: RunConfig) -> Fitting | None:
-        for tokens in TOKENS:
-            train = settings.train.model_copy(update={"tokens_per_pass": tokens})
-            trial = settings.model_copy(update={"train": train})
-            plan = plan_run(trial, task, data)
-            smallest.append(plan)
-            if plan.peak_resident_bytes <= budget:
-                return _fitting(trial, plan)
-        return None
+        longest, *between, shortest = TOKENS
+        if (best := planned(settings, longest)) is not None:
+            return best
+        if (least := planned(settings, shortest)) is None:
+            return None  # nor would anything between
+        return next(filter(None, (planned(settings, tokens) for tokens in between)), least)
 
     for method in methods:
         console.print(f"planning {method}", highlight=False)

@@ -22,7 +22,6 @@ from deltaw.methods.base import CLASSES_KEY
 from deltaw.models.loading import LoadedModel, load
 from deltaw.models.machine import (
     choose_device,
-    choose_precision,
     memory_limit_bytes,
     peak_resident_bytes,
     release_free_memory,
@@ -34,8 +33,8 @@ from deltaw.training.loop import Outcome, Step, seeded
 from deltaw.training.planning import plan_run
 from deltaw.training.progress import TrainingProgress
 from deltaw.training.run_folder import RunFolder, check_output
-from deltaw.training.session import Session, assemble
-from deltaw.training.tasks import RunData, Task, task_of
+from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.tasks import RunData, Task
 
 
 @dataclass(frozen=True)
@@ -136,20 +135,6 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     )
     _write_card(result, session)
     return result
-
-
-def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
-    """The task of a run and its rows, before any weight is read."""
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False)
-
-    dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-    data = task.read(config.data, seed=config.train.seed)
-    for line in data.report.lines():
-        say(line)
-    return task, data
 
 
 def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> Plan | None:

@@ -6,9 +6,12 @@ the loop, a method or the packing changes the plan with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError, did_you_mean
@@ -17,9 +20,9 @@ from deltaw.memory.simulation import simulate, without_values
 from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.methods.choose import NAMES
 from deltaw.models.machine import choose_device, choose_precision, choose_threads, resident_bytes
-from deltaw.models.skeleton import skeleton
+from deltaw.models.skeleton import new_modules, skeleton
 from deltaw.training.loop import rows_of_step
-from deltaw.training.session import Session, assemble
+from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks import RunData, Task
 
 # Steps that are looked at for the largest pass; of a longer run, so many of them, spread evenly.
@@ -42,6 +45,21 @@ class Heaviest:
     every: set[tuple[int, int]]
 
 
+def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Plan:
+    """What a run will need, from the model's configuration and the rows alone.
+
+    Args:
+        config: settings, a dictionary of them, or the path of a YAML file.
+        console: where a person reads along; nothing is printed without one.
+
+    Raises:
+        UserError: something the user gave cannot be used.
+    """
+    settings = RunConfig.read(config)
+    task, data = read_data(settings, console or Console(quiet=True))
+    return plan_run(settings, task, data)
+
+
 def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
     """What a run of ``config`` on these rows will need.
 
@@ -59,11 +77,14 @@ def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
             trust_remote_code=config.trust_remote_code,
         )
         total = sum(p.numel() for p in model.parameters())
+    new: list[str] = []
+    if task.has_labels:
+        new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
     made: list[tuple[Session, Heaviest, WorkCounter]] = []
 
     def run() -> None:
-        session = assemble(config, task, data, model, device="cpu")
+        session = assemble(config, task, data, model, device="cpu", new_modules=new)
         heaviest = heaviest_step(session)
         with session.running(), WorkCounter() as work:
             session.train(rows=heaviest.rows, batch_size=len(heaviest.rows), total_steps=STEPS_CARRIED_OUT)

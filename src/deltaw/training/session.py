@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,14 +22,14 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
-from deltaw.models.machine import Choice
+from deltaw.models.machine import Choice, choose_device, choose_precision
 from deltaw.models.quiet import quiet
 from deltaw.training.evaluation import Evaluation
 from deltaw.training.features import CachedPrefix
 from deltaw.training.label_objective import start_at_mean
 from deltaw.training.loop import Objective, Outcome, Passes, Step, count_steps, seeded, train
 from deltaw.training.prefix_cache import cached_prefix
-from deltaw.training.tasks import RunData, Task
+from deltaw.training.tasks import RunData, Task, task_of
 
 # Rows that a start which depends on the data looks at.
 ROWS_LOOKED_AT = 256
@@ -134,6 +135,20 @@ class Session:
         way = self.prefix or self
         with self.method.evaluating(self.model):
             return self.task.evaluate(way.objective, chosen, way.portions, self.data.classes)
+
+
+def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
+    """The task of a run and its rows, before any weight is read."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+    data = task.read(config.data, seed=config.train.seed)
+    for line in data.report.lines():
+        say(line)
+    return task, data
 
 
 def rate_of(config: RunConfig, method: Method) -> float:
