@@ -6,7 +6,7 @@ profiler, whose allocator events give the peak of all tensors, and once as it is
 of resident memory.
 
     python benchmarks/memory.py                 # all runs, some 20 minutes on 2 cores
-    python benchmarks/memory.py --only gpt2     # runs whose line holds a text
+    python benchmarks/memory.py --only gpt2     # runs whose line matches an expression
     python benchmarks/memory.py --json out.json
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="runs whose line holds this text")
+    parser.add_argument("--only", default="", help="runs whose line matches this expression")
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
     parser.add_argument("--child", choices=["tensors", "resident"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -107,7 +108,7 @@ def main() -> None:
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
         for model, method, changes in RUNS:
             line = f"{model:8} {method:7} {shown(changes):52}"
-            if arguments.only not in line:
+            if not re.search(arguments.only, line):
                 continue
             measured = {}
             for what, steps in STEPS.items():

@@ -51,7 +51,8 @@ def test_the_merged_weight_is_rounded_once(n_in, n_out, rank, dtype, seed):
     slack = 1e-5 if dtype != torch.float64 else 1e-13
     assert torch.all((merged.double() - exact).abs() <= unit * exact.abs() + slack * (1 + exact.abs()))
     if dtype in (torch.bfloat16, torch.float16):
-        assert (merged == exact.to(dtype)).float().mean() > 0.98
+        # A sum that lies halfway between two numbers may go either way.
+        assert (merged != exact.to(dtype)).sum() <= max(2, 0.02 * exact.numel())
 
 
 def test_a_grouped_convolution_is_refused_before_anything_changes():

@@ -47,8 +47,7 @@ CASES = [
     ("llama", "bias", "bf16", False),
     ("llama", "random", "fp32", False),
     ("llama", "last", "bf16", False),
-    ("llama", "full", "fp32", False),
-    ("llama", "full", "bf16", True),
+    ("llama", "full", "bf16", False),
     ("bert", "lora", "fp32", False),
     ("bert", "lora", "bf16", True),
     ("bert", "head", "bf16", False),
@@ -185,13 +184,11 @@ def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_
     usual = planned(config_of("vit", "last", train={"max_steps": 6}))
     assert plan.operations < usual.operations and plan.trained_parameters == usual.trained_parameters
 
-    compared = compare(config)
+    plan, peak, *_ = compare(config)
     assert any((tmp_path / "cache").iterdir())
-    kept = 26 * (4 * 4 + 1) * SHAPE["hidden_size"] * 4  # a file here, of which a run reads what it needs
-    assert 0.97 * compared.peak < compared.plan.peak_bytes < 1.03 * compared.peak + kept
+    assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
 
 
-@pytest.mark.xfail(reason="of a run's passes, a plan carries out those of a step alone", strict=False)
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_an_evaluation_whose_passes_are_larger_than_a_steps_is_planned(family, config_of):
     config = config_of(family, "head", data={"eval": 18}, train={"batch_size": 1})
@@ -211,7 +208,9 @@ def test_lora_trains_the_ranks_times_both_sides_of_every_target(config_of):
         assert plan.trained_parameters == rank * sides
         assert plan.parts["optimizer"] == pytest.approx(2 * 4 * plan.trained_parameters, rel=0.01)
     assert plans[16].peak_bytes > plans[2].peak_bytes
-    assert plans[16].peak_resident_bytes > plans[2].peak_resident_bytes
+    # What the process held before is as this test's process happens to be.
+    small, large = (plans[rank].peak_resident_bytes - plans[rank].resident["process"] for rank in (2, 16))
+    assert large > small
 
 
 def test_memory_follows_passes_and_what_is_kept_of_them(config_of):
@@ -221,12 +220,12 @@ def test_memory_follows_passes_and_what_is_kept_of_them(config_of):
     assert recomputed.peak_bytes < plain.peak_bytes and recomputed.operations > plain.operations
 
     shorter = planned(config_of("llama", "lora", train={"tokens_per_pass": 128}))
-    smaller = planned(config_of("llama", "lora", train={"batch_size": 4}))
-    for less in (shorter, smaller):
-        assert less.tokens < plain.tokens and less.peak_bytes < plain.peak_bytes
-    assert (plain.rows, smaller.rows) == (8, 4)
+    assert shorter.tokens < plain.tokens and shorter.peak_bytes < plain.peak_bytes
+    smaller = planned(config_of("llama", "head", train={"batch_size": 4}))
 
     head = planned(config_of("llama", "head"))
+    assert smaller.tokens < head.tokens and smaller.peak_bytes < head.peak_bytes
+    assert (head.rows, smaller.rows) == (8, 4)
     assert head.parts["activations"] < 0.1 * plain.parts["activations"]
     assert head.parts["weights"] + head.parts["trained"] < plain.parts["weights"] + plain.parts["trained"]
 
@@ -273,7 +272,7 @@ class HeaderAlone:
         return [name for name in self._header if name != "__metadata__"]
 
 
-@pytest.mark.parametrize("family", TASKS)
+@pytest.mark.parametrize("family", ["llama", "bert"])
 def test_no_weight_is_read(family, config_of, folders, tmp_path, monkeypatch):
     for module in list(sys.modules.values()):
         if getattr(module, "safe_open", None) is safetensors.safe_open and module is not safetensors:

@@ -84,10 +84,10 @@ def command(
     if shown and any(s.answers for s in scores.values()):
         out.print(answer_table(_side_by_side(scores, shown)))
     if as_json:
-        result: dict[str, object] = {"eval": list(scores.values())[-1].metrics, "rows": len(examples)}
+        result: dict[str, object] = {"eval": last.as_dict(), "score": last.score(), "rows": len(examples)}
         if last.confusion is not None:
             result |= {"classes": list(last.classes), "confusion": last.confusion.tolist()}
-        print_json({**result, "base": scores["base"].metrics} if with_base else result)
+        print_json({**result, "base": scores["base"].evaluation.as_dict()} if with_base else result)
 
 
 def _side_by_side(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.errors import UserError
 
 
 @click.command("plan")
@@ -56,6 +57,12 @@ def command(
         names,
         refused=lambda method, error: out.print(f"{method}: {error.what}", highlight=False),
     )
+    if not plans:
+        raise UserError(
+            "no method can be planned",
+            where=config.model,
+            mend="train it all the same: deltaw train goes without a plan where none can be made",
+        )
     out.print(plan_report(plans, config.method))
     if picture is not None:
         draw_plans(plans, Path(picture))

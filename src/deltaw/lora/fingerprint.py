@@ -17,9 +17,7 @@ SAMPLES = 8
 
 
 @torch.no_grad()
-def base_fingerprint(
-    parameters: Iterable[tuple[str, Tensor]], replaced: Iterable[Tensor] = ()
-) -> str | None:
+def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterable[Tensor] = ()) -> str | None:
     """The fingerprint of a base model's ``named_parameters()``; None without values to look at.
 
     ``replaced`` are those whose values the adapter brings itself, such as a new classifier's, which start at

@@ -101,13 +101,14 @@ class Fitting:
 
 
 def resident_parts(
-    footprint: Footprint, *, process_bytes: int, kernel_bytes: int, threads: int
+    footprint: Footprint, *, process_bytes: int, kernel_bytes: int, threads: int, feature_bytes: int = 0
 ) -> dict[str, int]:
     """The parts of the process's main memory at its peak.
 
     Args:
         process_bytes: what the process holds before the model is loaded.
         kernel_bytes: what the matrix library builds for the shapes that it meets.
+        feature_bytes: of a mapped file that a run goes through; the system may take their memory back.
     """
     lasting = sum(footprint.parts[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     passing = footprint.peak_bytes - lasting
@@ -115,6 +116,7 @@ def resident_parts(
         "process": process_bytes,
         "tensors": footprint.peak_bytes,
         "kernels": kernel_bytes,
+        "features": feature_bytes,
         "libraries": FIRST_USE,
         "threads": threads * BYTES_PER_THREAD,
         "allocator": int(SLACK * passing),

@@ -36,11 +36,12 @@ class Bias(InPlace):
         chosen = [name for name in self.chosen(model, beside) if name not in heads]
         if chosen:
             return super().prepare(model, seed=seed, beside=beside)
+        total = sum(p.numel() for p in model.parameters())
         places: list[Place] = train_places(model, heads)
         bare = _linear_layers(model, beside)
         self._places = [*places, *add_biases(model, bare)]
         note = f"\n  note: the model has no biases; {len(bare)} linear layers were given one of zeros"
-        return self.summary(model) + note
+        return self.summary(model, total) + note
 
 
 def _linear_layers(model: nn.Module, beside: Sequence[str]) -> list[tuple[str, nn.Module]]:

@@ -52,13 +52,13 @@ class InPlace:
                 where="method",
                 mend="choose another method",
             )
-        self._places = train_places(model, names)
-        return self.summary(model)
-
-    def summary(self, model: nn.Module) -> str:
-        """What is trained, and how much of the model that is."""
-        trained = sum(p.numel() for _, p in self.parameters(model))
         total = sum(p.numel() for p in model.parameters())
+        self._places = train_places(model, names)
+        return self.summary(model, total)
+
+    def summary(self, model: nn.Module, total: int) -> str:
+        """What is trained, and how much of the model's ``total`` parameters that is."""
+        trained = sum(p.numel() for _, p in self.parameters(model))
         names = [place.name for place in self._places]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines = [f"{self.name}: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): {shown}"]

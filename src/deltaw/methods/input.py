@@ -1,7 +1,7 @@
 """Train the input layer, or another early part, with everything above it frozen.
 
-The gradient runs through the whole network to get there, so it costs as much time as training everything,
-and keeps every block's activations; what it saves is gradients and optimizer state.
+The gradient runs through the whole network to get there, and every block keeps its activations for it; what
+is saved is the products for the blocks' own gradients, those gradients, and their optimizer state.
 """
 
 from __future__ import annotations

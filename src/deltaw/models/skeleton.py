@@ -34,7 +34,7 @@ def skeleton(
     weights are whatever stood in memory, and under a simulation there are none.
 
     Args:
-        reference: as for ``load``; from a hub only the configuration is fetched.
+        reference: as for ``load``; a hub id is fetched whole.
         dtype: a key of :data:`deltaw.models.machine.DTYPES`.
         task, num_labels, attention, trust_remote_code: as for ``load``.
 

@@ -17,7 +17,7 @@ from deltaw.memory.plan import Fitting, Plan
 # In the order in which they are stacked, with a colour for the terminal and one for the picture (both from a
 # palette that colour-blind readers can tell apart).
 PARTS = (
-    ("weights", "frozen weights", "blue", "#0072b2"),
+    ("weights", "the model's weights", "blue", "#0072b2"),
     ("trained", "trained parameters", "cyan", "#56b4e9"),
     ("gradients", "gradients", "yellow", "#f0e442"),
     ("optimizer", "optimizer state", "bright_red", "#d55e00"),
@@ -70,7 +70,7 @@ def plan_table(plan: Plan) -> Table:
             table.add_row(Text(label, style=colour), gigabytes(plan.parts[name]))
     table.add_row("tensors in all", gigabytes(plan.peak_bytes), style="bold")
     for name, size in plan.resident.items():
-        if name != "tensors":
+        if name != "tensors" and size:
             table.add_row(_RESIDENT[name], gigabytes(size))
     table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
     where = f"the peak falls in the {plan.phase}, at {plan.module or 'no module'}"
@@ -84,6 +84,7 @@ STATE = ("trained", "gradients", "optimizer")
 _RESIDENT = {
     "process": "interpreter, libraries, rows",
     "kernels": "kernels of the matrix library",
+    "features": "features kept on disk, mapped",
     "libraries": "libraries on their first use",
     "threads": "threads",
     "allocator": "held by the allocator",

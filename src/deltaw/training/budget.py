@@ -82,6 +82,9 @@ def fitting_settings(
                     break
         except UserError as error:
             console.print(f"{method}: {error.what}", highlight=False)
+        except Exception as error:  # whatever a foreign model raises when it is run without values
+            brief = f"{type(error).__name__}: {str(error)[:100]}"
+            console.print(f"{method}: the model cannot be run without values ({brief})", highlight=False)
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"

@@ -89,7 +89,7 @@ class FeatureStore(Protocol):
 
 
 class MemoryStore:
-    """A store that is gone with the process; on tensors without values it keeps nothing but the shape."""
+    """A store that is gone with the process."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -101,6 +101,26 @@ class MemoryStore:
 
     def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
         self._values.index_copy_(0, torch.from_numpy(places), values.detach().cpu())
+        self.done[rows] = True
+
+    def forget(self) -> None:
+        self.done[:] = False
+
+    def close(self) -> None:
+        """Nobody else has it."""
+
+
+class ShapeStore:
+    """Stands in for a store where tensors have no values: what it reads has the right shape."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.done = np.zeros(shape.rows, bool)
+
+    def read(self, places: np.ndarray) -> Tensor:
+        return torch.zeros(len(places), self.shape.width, dtype=self.shape.torch_dtype)
+
+    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
         self.done[rows] = True
 
     def forget(self) -> None:

@@ -252,4 +252,12 @@ def _write_card(result: Result, session: Session) -> None:
     if session.data.classes is not None:
         facts["classes"] = ", ".join(session.data.classes)
     lines = session.data.report.lines()
-    model_card(result.output, config.model, facts, lines, interrupted=result.interrupted)
+    model_card(
+        result.output,
+        config.model,
+        facts,
+        lines,
+        method=config.method,
+        task=config.task,
+        interrupted=result.interrupted,
+    )

@@ -7,10 +7,11 @@ the loop, a method or the packing changes the plan with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from deltaw.config import RunConfig
@@ -37,12 +38,20 @@ class Heaviest:
 
     Attributes:
         rows: of that step. shapes: (rows, length) of its passes.
-        every: the shapes of all steps that were looked at.
+        every: the shapes of all steps that were looked at. judged: those of evaluations.
     """
 
     rows: Sequence[Any]
     shapes: list[tuple[int, int]]
     every: set[tuple[int, int]]
+    judged: set[tuple[int, int]]
+
+    @property
+    def kernel_shapes(self) -> float:
+        """Shapes of training passes for which kernels are built; an evaluation's, which has no backward,
+        counts a third."""
+        trained = _tokens(self.every)
+        return len(trained) + len(_tokens(self.judged) - trained) / 3
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Plan:
@@ -60,12 +69,17 @@ def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Conso
     return plan_run(settings, task, data)
 
 
-def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
+def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None) -> Plan:
     """What a run of ``config`` on these rows will need.
+
+    Args:
+        process_bytes: what the process holds before the model is loaded; None is what it holds now.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
     """
+    threads = choose_threads(config.threads).value
+    torch.set_num_threads(threads)  # what some operators take beside their results goes by it
     before = resident_bytes()
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with without_values():
@@ -81,28 +95,42 @@ def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
-    made: list[tuple[Session, Heaviest, WorkCounter]] = []
+    made: list[tuple[Session, Heaviest, WorkCounter, int, int]] = []
 
     def run() -> None:
         session = assemble(config, task, data, model, device="cpu", new_modules=new)
         heaviest = heaviest_step(session)
+        telling, marks = _Telling(session), [(0, 0)]
         with session.running(), WorkCounter() as work:
-            session.train(rows=heaviest.rows, batch_size=len(heaviest.rows), total_steps=STEPS_CARRIED_OUT)
-        made.append((session, heaviest, work))
+            session.train(
+                rows=heaviest.rows,
+                batch_size=len(heaviest.rows),
+                total_steps=STEPS_CARRIED_OUT,
+                portions=telling,
+                on_step=lambda step: marks.append((work.operations, work.operators)),
+            )
+        if session.data.held_out:
+            with session.running():
+                judge(session, longest_rows(session))
+        share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
+        made.append(
+            (session, heaviest, work, *(int((b - a) * share) for a, b in zip(*marks[-2:], strict=True)))
+        )
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
-    ((session, heaviest, work),) = made
+    ((session, heaviest, work, operations, operators),) = made
     with without_values():
         trained = sum(p.numel() for _, p in session.method.parameters(model))
     resident = resident_parts(
         footprint,
-        process_bytes=max(before, resident_bytes()),
+        process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=kernel_bytes(
             work,
-            shapes=len(_tokens(heaviest.every)) / max(1, len(_tokens(heaviest.shapes))),
+            shapes=heaviest.kernel_shapes / max(1, len(_tokens(heaviest.shapes))),
             lengths=len({length for _, length in heaviest.every}),
         ),
-        threads=choose_threads(config.threads).value,
+        feature_bytes=0 if session.prefix is None else session.prefix.store.shape.bytes,
+        threads=threads,
     )
     return Plan(
         method=config.method,
@@ -119,8 +147,8 @@ def plan_run(config: RunConfig, task: Task, data: RunData) -> Plan:
         rows=len(heaviest.rows),
         timeline=footprint.timeline,
         precision=dtype,
-        operations=work.operations // STEPS_CARRIED_OUT,
-        operators=work.operators // STEPS_CARRIED_OUT,
+        operations=operations,
+        operators=operators,
     )
 
 
@@ -146,15 +174,34 @@ def plan_each(
     refused: Callable[[str, UserError], None],
 ) -> dict[str, Plan]:
     """The plan of each method on the same model and rows; ``refused`` is told of those that do not fit."""
-    plans = {}
+    plans: dict[str, Plan] = {}
     for method in methods:
         try:
-            plans[method] = plan_run(config.model_copy(update={"method": method}), task, data)
+            first = next(iter(plans.values()), None)
+            plans[method] = plan_run(
+                config.model_copy(update={"method": method}),
+                task,
+                data,
+                # Each plan leaves something behind, which a run that makes one plan does not have.
+                process_bytes=None if first is None else first.resident["process"],
+            )
         except UserError as error:
             if method == config.method:
                 raise
             refused(method, error)
+        except Exception as error:  # whatever a foreign model raises when it is run without values
+            if method == config.method:
+                raise _not_without_values(error) from error
+            refused(method, _not_without_values(error))
     return plans
+
+
+def _not_without_values(error: Exception) -> UserError:
+    return UserError(
+        f"no plan: the model cannot be run without values ({type(error).__name__}: {str(error)[:100]})",
+        where="the plan",
+        mend="train it all the same: deltaw train goes without a plan then",
+    )
 
 
 def heaviest_step(session: Session) -> Heaviest:
@@ -172,7 +219,50 @@ def heaviest_step(session: Session) -> Heaviest:
         rank = (max(_tokens(passes)), sum(row.label_count for row in rows))
         if rank > best:
             best, found, shapes = rank, rows, passes
-    return Heaviest(found, shapes, every)
+    judged = set(session.portions.shapes(session.data.held_out)) if session.data.held_out else set()
+    return Heaviest(found, shapes, every, judged)
+
+
+class _Telling:
+    """Of a step's passes those that tell its peak: the smallest, which leaves gradients behind, and then the
+    largest. The first step, which is there for the optimizer's state alone, has the smallest only.
+
+    Attributes:
+        tokens: of the passes of the last step.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._inner = (session.prefix or session).portions
+        self._steps = 0
+        self.tokens = 0
+
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
+        return self._inner.shapes(rows)
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        self._steps += 1
+        sizes = [count * length for count, length in self._inner.shapes(rows)]
+        smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - sizes[::-1].index(max(sizes))
+        if self._steps == 1:
+            largest = smallest
+        self.tokens = sum(sizes[number] for number in {smallest, largest})
+        kept = None
+        for number, batch in enumerate(self._inner.batches(rows)):
+            if number == largest and number != smallest and smallest > largest:
+                kept = batch  # it comes last, when gradients are there
+            elif number in (smallest, largest) or number >= len(sizes):
+                yield batch
+        if kept is not None:
+            yield kept
+
+
+def judge(session: Session, rows: Sequence[Any]) -> None:
+    """What an evaluation of these rows computes, without the metrics, which need values."""
+    way: Any = session.prefix or session
+    outputs = way.objective.predictions if session.task.has_labels else way.objective.judge
+    with session.method.evaluating(session.model), torch.no_grad():
+        for batch in way.portions.batches(rows):
+            outputs(batch)
 
 
 def longest_rows(session: Session) -> Sequence[Any]:
@@ -182,7 +272,7 @@ def longest_rows(session: Session) -> Sequence[Any]:
     total, count = 0, 0
     for row in ordered:
         count += 1
-        total += len(row)
+        total += sum(_tokens(session.portions.shapes([row])))
         if total >= 2 * most:
             break
     return ordered[:count]

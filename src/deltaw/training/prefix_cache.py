@@ -29,7 +29,15 @@ from deltaw.models.prefix import (
     lowest_trained,
 )
 from deltaw.models.skeleton import has_values
-from deltaw.training.feature_store import LIMIT_BYTES, FeatureStore, MemoryStore, Shape, open_store, size_text
+from deltaw.training.feature_store import (
+    LIMIT_BYTES,
+    FeatureStore,
+    MemoryStore,
+    Shape,
+    ShapeStore,
+    open_store,
+    size_text,
+)
 from deltaw.training.features import CachedPrefix, Feed, RowIndex
 from deltaw.training.feeds import EveryToken, LabelTokens, WholeRows
 from deltaw.training.loop import Objective, Passes
@@ -194,7 +202,7 @@ def _opened(
     size = size_text(shape.bytes)
     store: FeatureStore
     if not has_values(model):
-        store, kept = MemoryStore(shape), f"{size} on the disk"
+        store, kept = ShapeStore(shape), f"{size} on the disk"
     else:
         try:
             key = _key(model, level, feed, rows, shape, portions)

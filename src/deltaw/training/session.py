@@ -103,6 +103,7 @@ class Session:
         learning_rate: float | None = None,
         rows: Sequence[Any] | None = None,
         batch_size: int | None = None,
+        portions: Passes | None = None,
     ) -> Outcome:
         """Train as the settings say, or as the arguments do; call within :meth:`running`."""
         settings = self.config.train
@@ -112,7 +113,7 @@ class Session:
             way.objective,
             [parameter for _, parameter in named],
             self.data.train if rows is None else rows,
-            way.portions,
+            portions or way.portions,
             learning_rate=learning_rate or self.learning_rate,
             total_steps=total_steps or self.total_steps,
             rate_factors=[self.method.rate_factor(name) for name, _ in named],

@@ -1,0 +1,172 @@
+"""`deltaw plan` from the command line: tables, one JSON object, pictures, budgets, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import ViTConfig, ViTModel
+
+from deltaw.memory.footprint import KINDS, PHASES
+from deltaw.methods.choose import NAMES
+
+SMALL = ("--prompt.length", 4, "--random.weights", 0.05, "--last.blocks", 1)
+
+
+@pytest.fixture
+def file(settings, tmp_path):
+    """A file of settings; its folder is the test's own."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(tmp_path / "run")))
+    return path
+
+
+@pytest.fixture
+def images(tmp_path_factory):
+    """Flags of a run on images."""
+    folder = tmp_path_factory.mktemp("images")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **size)).save_pretrained(folder / "vit")
+    rows = (",".join(map(str, [*range(n, n + 64), n % 2])) for n in range(12))
+    (folder / "pixels.csv").write_text("\n".join(rows) + "\n")
+    data = folder / "pixels.csv"
+    return [
+        "--model",
+        folder / "vit",
+        "--task",
+        "image-classification",
+        "--data",
+        data,
+        "--precision",
+        "fp32",
+    ]
+
+
+def assert_refused(ended, *words):
+    assert ended.status == 2 and ended.out == "", ended
+    assert "Traceback" not in ended.err
+    assert sum(line.lower().startswith("error: ") for line in ended.err.splitlines()) == 1
+    for word in words:
+        assert word in ended.err, ended.err
+
+
+def test_one_object_and_one_picture_hold_the_plan_of_every_method(call, file, tmp_path):
+    picture = tmp_path / "new" / "plans.png"
+    ended = call("plan", file, *SMALL, "--json", "--picture", picture)
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert set(told) == set(NAMES) and next(iter(told)) == "lora"
+    for plan in told.values():
+        assert set(plan["parts"]) == set(KINDS) and sum(plan["parts"].values()) == plan["peak_bytes"]
+        assert sum(plan["resident"].values()) == plan["peak_resident_bytes"] > plan["peak_bytes"]
+        assert plan["trained_parameters"] > 0 and plan["phase"] in PHASES
+    assert len({told[m]["total_parameters"] for m in told}) == 1
+    assert told["full"]["trained_parameters"] == told["full"]["total_parameters"]
+    assert told["full"]["parts"]["optimizer"] > told["lora"]["parts"]["optimizer"]
+    assert "planned" not in ended.out and "at the peak" in ended.err
+    assert f"drawn to {picture}" in ended.err
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["run.yaml", "plans.png"]
+
+
+def test_the_table_names_the_methods_asked_for_beside_the_runs_own(call, file):
+    ended = call("plan", file, "--methods", "head, bias,lora")
+    assert ended.status == 0 and ended.err == ""
+    assert "method lora: " in ended.out and "trained parameters" in ended.out
+    named = [line.split()[0] for line in ended.out.splitlines() if "%" in line and "method" not in line]
+    assert named == ["lora", "head", "bias"]
+    assert "…" not in ended.out
+    assert max(map(len, (line.rstrip() for line in ended.out.splitlines()))) <= 80 + len(str(file))
+
+    told = json.loads(call("plan", file, "--methods", "head", "--lora.rank", 8, "--json").out)
+    less = json.loads(call("plan", file, "--methods", "head", "--json").out)
+    assert list(told) == ["lora", "head"]
+    assert told["lora"]["trained_parameters"] == 2 * less["lora"]["trained_parameters"]
+    assert told["head"]["trained_parameters"] == less["head"]["trained_parameters"]
+
+
+def test_a_method_that_does_not_fit_is_named_and_left_out_unless_it_is_the_runs_own(call, images):
+    ended = call("plan", *images, "--method", "head", "--methods", "prompt,bias", "--json")
+    assert ended.status == 0 and list(json.loads(ended.out)) == ["head", "bias"]
+    assert "prompt: " in ended.err
+    ended = call("plan", *images, "--method", "prompt", "--methods", "head", "--json")
+    assert_refused(ended, "tokens", "method")
+
+
+@pytest.mark.parametrize("flags", [[], ["--budget", "6GB"]])
+def test_a_model_that_cannot_be_run_without_values_is_told_of(call, file, monkeypatch, flags):
+    def cannot(*_: object, **__: object) -> None:
+        raise RuntimeError("a kernel without a shape")
+
+    monkeypatch.setattr("deltaw.training.planning.plan_run", cannot)
+    monkeypatch.setattr("deltaw.training.budget.plan_run", cannot)
+    ended = call("plan", file, "--methods", "head", "--json", *flags)
+    assert_refused(ended, "can be planned", "lora: ", "head: ", "a kernel without a shape", "mend:")
+
+
+@pytest.fixture
+def no_planning(monkeypatch):
+    """A refusal must not wait for the rows or a plan."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("rows were read")
+
+    monkeypatch.setattr("deltaw.training.session.task_of", refuse)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "lora,hed"], ["'hed'", "did you mean 'head'", "--methods"]),
+        (["--budget", "much"], ["'much'", "--budget", "6GB"]),
+        (["--budget", "0GB"], ["'0GB'", "--budget"]),
+        (["--picture", "plans.xyz"], ["plans.xyz", "--picture", ".png"]),
+        (["--lora.rnk", "4"], ["--lora.rank"]),
+        (["--lora.rank", "0"], ["lora.rank"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_at_once(call, file, no_planning, flags, words):
+    assert_refused(call("plan", file, *flags, "--json"), *words)
+
+
+def test_a_target_that_the_model_does_not_have_is_refused(call, file):
+    assert_refused(call("plan", file, "--lora.target_modules", "[nosuch]", "--json"), "nosuch")
+
+
+def test_a_budget_gives_settings_within_it_the_fastest_first(call, file, tmp_path):
+    flags = ["--methods", "lora,head", "--json"]
+    ended = call("plan", file, *flags, "--budget", "900GB")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["budget_bytes"] == 900 * 10**9
+    assert {s["method"] for s in told["settings"]} == {"lora", "head"}
+    assert all(s["peak_resident_bytes"] <= told["budget_bytes"] for s in told["settings"])
+    seconds = [s["estimated_seconds_per_step"] for s in told["settings"]]
+    assert seconds == sorted(seconds)
+    assert "tokens per pass" in ended.err and "1.00 x" in ended.err
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_budget_that_nothing_fits_says_what_the_least_would_take(call, file):
+    ended = call("plan", file, "--method", "head", "--methods", "head", "--budget", "1MB", "--json")
+    assert_refused(ended, "1,000,000 bytes", "the least needs", "--budget", "mend:")
+
+
+def test_help_tells_the_flags_and_does_not_wait_for_the_libraries(call):
+    ended = call("plan", "--help")
+    for flag in ("--methods", "--picture", "--budget", "--json", "--train.tokens_per_pass"):
+        assert flag in ended.out
+    script = (
+        "import sys\nfrom deltaw.cli import main\n"
+        "try:\n    main(['plan', '--help'])\n"
+        "except SystemExit as ended:\n    assert not ended.code\n"
+        "sys.exit(bool({'transformers', 'matplotlib', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0

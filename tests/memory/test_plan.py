@@ -1,0 +1,86 @@
+"""A plan's numbers: the process beside its tensors, and what goes into JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltaw.memory.footprint import KINDS, Footprint
+from deltaw.memory.plan import Fitting, Plan, resident_parts
+
+MB = 10**6
+
+
+def footprint(**parts: int) -> Footprint:
+    sizes = {kind: parts.get(kind, 0) for kind in KINDS}
+    return Footprint(sum(sizes.values()), sizes, "backward", "layers.0")
+
+
+def resident(of: Footprint, *, process: int = 300 * MB, kernels: int = 0, threads: int = 1) -> dict[str, int]:
+    return resident_parts(of, process_bytes=process, kernel_bytes=kernels, threads=threads)
+
+
+def made() -> Plan:
+    of = footprint(weights=100 * MB, trained=10 * MB, activations=50 * MB)
+    parts = resident(of)
+    return Plan(
+        method="lora",
+        total_parameters=50 * MB,
+        trained_parameters=2 * MB,
+        peak_bytes=of.peak_bytes,
+        peak_resident_bytes=sum(parts.values()),
+        parts=of.parts,
+        resident=parts,
+        phase=of.phase,
+        module=of.module,
+        tokens=1024,
+        rows=16,
+        precision="bf16",
+        operations=10**12,
+    )
+
+
+def test_the_process_holds_all_tensors_and_more() -> None:
+    of = footprint(weights=100 * MB, workspace=20 * MB)
+    parts = resident(of)
+    assert parts["tensors"] == of.peak_bytes and parts["process"] == 300 * MB
+    assert sum(parts.values()) > of.peak_bytes + 300 * MB
+    assert all(size >= 0 for size in parts.values())
+
+
+def test_kernels_and_threads_are_added_as_they_are() -> None:
+    of = footprint(weights=100 * MB)
+    plain = resident(of)
+    assert resident(of, kernels=7 * MB)["kernels"] == plain["kernels"] + 7 * MB
+    assert resident(of, threads=8)["threads"] == 8 * plain["threads"] > 0
+
+
+def test_a_mapped_file_counts_for_the_process_and_not_for_its_tensors() -> None:
+    parts = resident_parts(
+        footprint(weights=MB), process_bytes=0, kernel_bytes=0, threads=1, feature_bytes=5 * MB
+    )
+    assert parts["tensors"] == MB and parts["features"] == 5 * MB
+
+
+def test_an_allocator_holds_of_what_comes_and_goes_not_of_what_stays() -> None:
+    assert resident(footprint(weights=MB, trained=MB, optimizer=MB, gradients=MB))["allocator"] == 0
+    less, more = (
+        resident(footprint(weights=MB, activations=size))["allocator"] for size in (10 * MB, 20 * MB)
+    )
+    assert 0 < less < 5 * MB and more == pytest.approx(2 * less)
+
+
+def test_a_plan_and_what_fits_go_into_json() -> None:
+    plan = made()
+    told = json.loads(json.dumps(plan.as_dict()))
+    assert told["total_parameters"] == 50 * MB and told["trained_parameters"] == 2 * MB
+    assert sum(told["parts"].values()) == told["peak_bytes"]
+    assert sum(told["resident"].values()) == told["peak_resident_bytes"]
+    assert told["tokens_per_pass"] == 1024 and told["phase"] == "backward"
+
+    fitting = Fitting("lora", 8, 512, True, "bf16", plan, 0.25)
+    told = json.loads(json.dumps(fitting.as_dict()))
+    assert told["rank"] == 8 and told["tokens_per_pass"] == 512 and told["checkpointing"] is True
+    assert told["peak_resident_bytes"] == plan.peak_resident_bytes
+    assert told["estimated_seconds_per_step"] == 0.25

@@ -1,0 +1,108 @@
+"""Counted work against closed forms, and how the libraries' kernels follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deltaw.memory.simulation import without_values
+from deltaw.memory.work import KEPT, WorkCounter, kernel_bytes
+
+
+def counted(run: Callable[[], object]) -> WorkCounter:
+    with WorkCounter() as work:
+        run()
+    return work
+
+
+PRODUCTS: dict[str, tuple[Callable[[], object], int]] = {
+    "mm": (lambda: torch.ones(3, 4) @ torch.ones(4, 5), 2 * 3 * 4 * 5),
+    "addmm": (lambda: torch.addmm(torch.ones(5), torch.ones(3, 4), torch.ones(4, 5)), 2 * 3 * 4 * 5),
+    "addmm_": (lambda: torch.ones(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5)), 2 * 3 * 4 * 5),
+    "bmm": (lambda: torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
+    "baddbmm_": (
+        lambda: torch.ones(2, 3, 5).baddbmm_(torch.ones(2, 3, 4), torch.ones(2, 4, 5)),
+        2 * 2 * 3 * 4 * 5,
+    ),
+    "linear": (lambda: F.linear(torch.ones(3, 4), torch.ones(5, 4)), 2 * 3 * 4 * 5),
+    "convolution": (
+        lambda: F.conv2d(torch.ones(1, 2, 8, 8), torch.ones(6, 2, 4, 4), stride=4),
+        2 * 4 * 6 * 32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_takes_two_operations_for_each_pair_of_factors(name: str) -> None:
+    run, operations = PRODUCTS[name]
+    assert counted(run).operations == operations
+
+
+def test_a_backward_takes_twice_the_forward() -> None:
+    weight = torch.ones(5, 4, requires_grad=True)
+    values = torch.ones(3, 4, requires_grad=True)
+    work = counted(lambda: F.linear(values, weight).sum().backward())
+    assert work.operations == 3 * (2 * 3 * 4 * 5)
+    assert work.operators > 3
+
+
+def test_elementwise_operators_count_but_are_no_operations() -> None:
+    work = counted(lambda: torch.ones(8).exp().sum())
+    assert work.operators >= 3 and work.operations == 0
+    assert work.products.total() == 0
+
+
+def test_each_shape_of_a_product_is_one_kernel_however_often_it_comes() -> None:
+    def run() -> None:
+        for rows in (2, 3, 3, 2):
+            for dtype in (torch.float32, torch.bfloat16):
+                torch.ones(rows, 4, dtype=dtype) @ torch.ones(4, 5, dtype=dtype)
+        torch.ones(2, 4) @ torch.ones(5, 4).t()  # laid out differently
+
+    assert counted(run).products == {True: 2, False: 3}
+
+
+@pytest.mark.parametrize(("dtype", "lengths"), [(torch.bfloat16, {7, 9}), (torch.float32, set())])
+def test_lengths_of_attention_are_noted_in_half_precision(dtype: torch.dtype, lengths: set[int]) -> None:
+    def run() -> None:
+        for length in (7, 9, 7):
+            q = torch.ones(1, 2, length, 8, dtype=dtype, requires_grad=True)
+            F.scaled_dot_product_attention(q, q, q).sum().backward()
+
+    assert counted(run).lengths == lengths
+
+
+def test_work_is_the_same_without_values() -> None:
+    def run() -> None:
+        q = torch.ones(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True)
+        rows = F.scaled_dot_product_attention(q, q, q).flatten(0, 2)
+        (rows @ torch.ones(8, 3, dtype=torch.bfloat16)).float().sum().backward()
+
+    real = counted(run)
+    with without_values():
+        planned = counted(run)
+    assert planned.operations == real.operations > 0
+    assert planned.products == real.products and planned.lengths == real.lengths == {6}
+
+
+def test_kernels_grow_with_shapes_up_to_as_many_as_are_kept() -> None:
+    half = counted(lambda: torch.ones(2, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16))
+    full = counted(lambda: torch.ones(2, 4) @ torch.ones(4, 5))
+    one, ten = (kernel_bytes(half, shapes, lengths=0) for shapes in (1, 10))
+    assert ten == pytest.approx(10 * one) and one > kernel_bytes(full, 1, lengths=0)
+    assert kernel_bytes(half, 2 * KEPT, lengths=0) == kernel_bytes(half, KEPT, lengths=0)
+    assert kernel_bytes(counted(lambda: None), 5, lengths=3) == 0
+
+
+def test_each_length_of_an_attention_brings_kernels_of_its_own() -> None:
+    def attend(length: int) -> WorkCounter:
+        q = torch.ones(1, 1, length, 8, dtype=torch.bfloat16, requires_grad=True)
+        return counted(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
+
+    short, long = (attend(length) for length in (16, 128))
+    per_length = kernel_bytes(short, 1, lengths=2) - kernel_bytes(short, 1, lengths=1)
+    assert per_length > 0
+    assert kernel_bytes(long, 1, lengths=2) - kernel_bytes(long, 1, lengths=1) > per_length

@@ -1,0 +1,177 @@
+"""Plans as a person reads them: whole numbers in 80 columns, bars to scale, pictures written at once."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console, RenderableType
+
+from deltaw.errors import UserError
+from deltaw.memory.footprint import KINDS
+from deltaw.memory.plan import Fitting, Plan
+from deltaw.reports.plan import (
+    BAR,
+    PARTS,
+    budget_table,
+    draw_plans,
+    gigabytes,
+    parts_of,
+    plan_bars,
+    plan_lines,
+    plan_report,
+)
+
+MB = 10**6
+SIZES = dict(zip(KINDS, (2698, 1234, 2345, 4680, 1912, 49, 1, 312), strict=True))
+
+
+def plan(method: str, trained: int, scale: float = 1.0) -> Plan:
+    parts = {kind: int(size * MB * scale) for kind, size in SIZES.items()}
+    peak = sum(parts.values())
+    resident = {
+        "process": 420 * MB,
+        "tensors": peak,
+        "kernels": 200 * MB,
+        "libraries": 33 * MB,
+        "threads": 8 * MB,
+        "allocator": 90 * MB,
+    }
+    return Plan(
+        method=method,
+        total_parameters=1_235_814_400,
+        trained_parameters=trained,
+        peak_bytes=peak,
+        peak_resident_bytes=sum(resident.values()),
+        parts=parts,
+        resident=resident,
+        phase="backward",
+        module="model.layers.12.mlp",
+        tokens=1024,
+        rows=16,
+        precision="bf16",
+    )
+
+
+PLANS = {
+    "lora": plan("lora", 11_272_192),
+    "prompt": plan("prompt", 40_960, 0.5),
+    "random": plan("random", 12_358_144, 1.1),
+    "full": plan("full", 1_235_814_400, 6.3),
+}
+
+
+def shown(what: RenderableType, *, soft_wrap: bool = True) -> list[str]:
+    """Lines of a terminal with 80 columns."""
+    console = Console(file=io.StringIO(), width=80, soft_wrap=soft_wrap, markup=False, highlight=False)
+    console.print(what)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("soft_wrap", [True, False])
+def test_every_number_of_a_report_is_whole_in_eighty_columns(soft_wrap):
+    lines = shown(plan_report(PLANS, "lora"), soft_wrap=soft_wrap)
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "…" not in text
+    for name, made in PLANS.items():
+        (line,) = (line for line in lines if re.match(rf"{name} +[\d,]+ ", line))
+        assert f"{made.trained_parameters:,}" in line
+        assert gigabytes(made.peak_bytes) in line and gigabytes(made.peak_resident_bytes) in line
+    assert "100.00%" in text and "11,272,192 of 1,235,814,400 parameters trained (0.91%)" in text
+    assert "backward, at model.layers.12.mlp" in text
+
+
+def test_the_parts_of_the_runs_own_method_add_up_to_the_process():
+    made = PLANS["lora"]
+    assert sum(parts_of(made).values()) == made.peak_resident_bytes
+    assert parts_of(made).keys() == {part for part, *_ in PARTS}
+    text = "\n".join(shown(plan_report({"lora": made}, "lora")))
+    for size in (*made.parts.values(), *made.resident.values(), made.peak_resident_bytes):
+        assert gigabytes(size) in text
+    assert "method  " not in text  # one method has none beside it
+
+
+def test_bars_are_to_scale_and_the_colours_are_named():
+    lines = shown(plan_bars(PLANS))
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    most = max(made.peak_resident_bytes for made in PLANS.values())
+    for (name, made), line in zip(PLANS.items(), lines, strict=False):
+        assert line.split()[0] == name and line.rstrip().endswith(gigabytes(made.peak_resident_bytes))
+        assert line.count("█") == round(BAR * made.peak_resident_bytes / most)
+    legend = " ".join(lines[len(PLANS) :])
+    labels = {part: label for part, label, *_ in PARTS}
+    assert all(labels[part] in legend for part in ("weights", "optimizer", "activations", "process"))
+    assert labels["batch"] not in legend  # too little to be seen
+
+
+def test_settings_that_fit_stand_in_eighty_columns_the_fastest_as_the_measure():
+    found = [
+        Fitting("lora", 16, 1024, False, "bf16", PLANS["lora"], 0.5),
+        Fitting("random", None, 128, True, "bf16", PLANS["full"], 1.25),
+    ]
+    for soft_wrap in (True, False):
+        lines = shown(budget_table(found), soft_wrap=soft_wrap)
+        assert max(len(line.rstrip()) for line in lines) <= 80
+        text = "\n".join(lines)
+        assert "…" not in text and "tokens per pass" in text
+        first, second = (next(line for line in lines if line.startswith(n)) for n in ("lora", "random"))
+        assert first.split()[1:5] == ["16", "1,024", "off", "bf16"] and first.rstrip().endswith("1.00 x")
+        assert second.split()[1:4] == ["128", "on", "bf16"] and second.rstrip().endswith("2.50 x")
+
+
+def test_a_run_begins_with_its_plan_in_two_lines():
+    made = PLANS["lora"]
+    first, second = plan_lines(made, 16 * 10**9)
+    assert gigabytes(made.peak_resident_bytes) + " of 16.00 GB" in first and "backward" in first
+    named = re.findall(r"[\d.]+ [GMk]B", second)
+    assert named[0] == gigabytes(max(parts_of(made).values())) and len(named) == 4
+    assert " of " not in plan_lines(made, None)[0].partition(",")[0]
+
+
+def test_sizes_have_three_digits_and_a_unit():
+    sizes = (0, 1000, 49_600, 1_200_000, 45_000_000, 257_000_000, 1_234_000_000, 123_400_000_000)
+    assert [gigabytes(size) for size in sizes] == [
+        "0 kB",
+        "1 kB",
+        "50 kB",
+        "1.2 MB",
+        "45.0 MB",
+        "257 MB",
+        "1.23 GB",
+        "123.40 GB",
+    ]
+
+
+def test_a_picture_is_of_the_kind_that_its_name_says(tmp_path):
+    draw_plans(PLANS, tmp_path / "plans.png")
+    with Image.open(tmp_path / "plans.png") as image:
+        assert image.format == "PNG"
+        assert len(set(image.convert("RGB").resize((200, 80)).getdata())) > len(PARTS)
+    draw_plans(PLANS, tmp_path / "new" / "plans.SVG")
+    assert "<svg" in (tmp_path / "new" / "plans.SVG").read_text()
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["plans.SVG", "plans.png"]
+
+
+@pytest.mark.parametrize("name", ["plans", "plans.xyz", "plans.gif"])
+def test_a_picture_that_nobody_can_draw_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="no picture") as refused:
+        draw_plans(PLANS, tmp_path / name)
+    assert ".png" in refused.value.mend and not list(tmp_path.iterdir())
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "plans.png"
+    path.write_bytes(b"the one before")
+
+    def stop(figure: object, target: Path, **_: object) -> None:
+        target.write_bytes(b"half of")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw_plans(PLANS, path)
+    assert path.read_bytes() == b"the one before" and list(tmp_path.iterdir()) == [path]
