@@ -155,6 +155,8 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         str(flags(tmp_path)[3]),
         "9 rows kept",
         "1 row held out",
+        "planned memory: ",
+        "  most of it: ",
         "14 adapted layers",
         "  target_modules",
         "2 steps of 5 rows",

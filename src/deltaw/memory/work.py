@@ -7,7 +7,7 @@ Knows operators alone; formulas of their operations are torch's own.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ HALF_PRODUCT = 575 * 2**10
 FULL_PRODUCT = 20 * 2**10
 # The kernels of torch's attention backward in half precision, for each length of rows, short or long.
 SHORT_ATTENTION, LONG_ATTENTION, SHORT = int(4.2e6), int(5.8e6), 64
-# As many kernels the matrix library keeps.
-KEPT = 1024
+# As many kernels stay in memory: 1,024 that the matrix library keeps, and what is left of those it let go.
+KEPT = 1150
 
 
 class WorkCounter(TorchDispatchMode):
@@ -33,7 +33,7 @@ class WorkCounter(TorchDispatchMode):
 
     Attributes:
         operators: how many. operations: floating-point operations of products, convolutions, attention.
-        products: matrix products of different shapes, by whether they are in half precision.
+        products: sizes of the matrix products of different shapes, and whether they are in half precision.
         lengths: lengths of rows that an attention backward in half precision has met.
     """
 
@@ -43,7 +43,7 @@ class WorkCounter(TorchDispatchMode):
         self.operations = 0
         self.lengths: set[int] = set()
         self._seen: set[tuple[object, ...]] = set()
-        self.products: Counter[bool] = Counter()
+        self.products: list[tuple[bool, frozenset[int]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,19 +66,25 @@ class WorkCounter(TorchDispatchMode):
         key = (packet, *((t.dtype, tuple(t.shape), t.stride()) for t in tensors))
         if key not in self._seen:
             self._seen.add(key)
-            self.products[tensors[-1].dtype in HALF] += 1
+            sizes = frozenset(size for t in tensors for size in t.shape)
+            self.products.append((tensors[-1].dtype in HALF, sizes))
 
 
-def kernel_bytes(work: WorkCounter, shapes: float, lengths: int) -> int:
+def kernel_bytes(work: WorkCounter, seen: Collection[int], tokens: float, lengths: int) -> int:
     """What the libraries keep over a run.
 
     Args:
-        work: of one step.
-        shapes: shapes of passes in the run for each shape in that step.
+        work: of some passes. seen: the numbers of tokens in them.
+        tokens: how many different numbers of tokens the passes of the whole run have. Products over tokens
+            come again in as many shapes; others (over rows, over weights) in few.
         lengths: different lengths of rows in the run.
     """
-    half = min(KEPT, work.products[True] * shapes) * HALF_PRODUCT
-    full = min(KEPT, work.products[False] * shapes) * FULL_PRODUCT
+    counts = {True: 0.0, False: 0.0}
+    for half_precision, sizes in work.products:
+        over_tokens = not sizes.isdisjoint(seen)
+        counts[half_precision] += tokens / max(1, len(seen)) if over_tokens else 1.0
+    half = min(KEPT, counts[True]) * HALF_PRODUCT
+    full = min(KEPT, counts[False]) * FULL_PRODUCT
     longest = max(work.lengths, default=0)
     attention = (LONG_ATTENTION if longest > SHORT else SHORT_ATTENTION) * (lengths if work.lengths else 0)
     return int(half + full + attention)

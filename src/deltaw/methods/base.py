@@ -24,12 +24,15 @@ class Method(Protocol):
 
     Attributes:
         name: as in the setting ``method``.
-        usual_rate: a learning rate of AdamW that works in most cases.
+        usual_rate: a learning rate of AdamW that works in most cases, for a model 4,096 wide where it
+            ``falls_with_width``.
+        falls_with_width: whether narrower models want a higher rate.
         virtual_tokens: how many positions it puts before each row.
     """
 
     name: str
     usual_rate: float
+    falls_with_width: bool
     virtual_tokens: int
 
     def prepare(

@@ -19,7 +19,7 @@ class Bias(InPlace):
     """Train every parameter named ``bias``."""
 
     name = "bias"
-    usual_rate = 1e-3
+    usual_rate = 5e-4
 
     def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
         return [name for name in names_of(model) if name.rpartition(".")[2] == "bias"]

@@ -20,6 +20,9 @@ from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
 from deltaw.version import __version__
 
+# How the last layers of classifiers are named.
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -135,6 +138,21 @@ def classes_of(folder: Path) -> tuple[str, ...] | None:
             f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
         ) from error
     return tuple(str(name) for name in names) if isinstance(names, list) else None
+
+
+def outputs_of(folder: Path) -> int | None:
+    """How many outputs the classifier in an adapter's folder has; None where the adapter holds none."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return None  # whoever loads the adapter says so
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118
+            return int(file.get_slice(names[-1]).get_shape()[0]) if names else None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
+        ) from error
 
 
 def _mapping(value: object) -> Mapping[str, object]:

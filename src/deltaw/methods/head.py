@@ -18,7 +18,7 @@ class Head(InPlace):
     """Train ``head.modules``, by default the layer that gives the model's outputs."""
 
     name = "head"
-    usual_rate = 3e-3
+    usual_rate = 1e-3
 
     def __init__(self, settings: HeadSettings) -> None:
         super().__init__(settings)

@@ -25,6 +25,7 @@ class InPlace:
 
     name = ""
     usual_rate = 1e-4
+    falls_with_width = True
     virtual_tokens = 0
 
     def __init__(self, settings: object = None) -> None:

@@ -24,7 +24,7 @@ class Input(InPlace):
     """Train ``input.modules``, by default the input layer; or only the rows of ``input.tokens`` in it."""
 
     name = "input"
-    usual_rate = 1e-3
+    usual_rate = 5e-4
 
     def __init__(self, settings: InputSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(settings)

@@ -17,7 +17,7 @@ class Last(InPlace):
     """Train ``last.blocks`` blocks, counted from the top."""
 
     name = "last"
-    usual_rate = 1e-4
+    usual_rate = 5e-5
 
     def __init__(self, settings: LastSettings) -> None:
         super().__init__(settings)

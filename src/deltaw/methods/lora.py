@@ -35,6 +35,7 @@ class LoRA:
 
     name = "lora"
     usual_rate = 2e-4
+    falls_with_width = True
     virtual_tokens = 0
 
     def __init__(self, config: LoRAConfig, b_rate: float = 1.0) -> None:

@@ -52,6 +52,7 @@ class Prompt:
 
     name = "prompt"
     usual_rate = 0.03
+    falls_with_width = False
 
     def __init__(
         self, settings: PromptSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None

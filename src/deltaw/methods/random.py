@@ -23,7 +23,7 @@ class Random(InPlace):
     """Train ``random.weights`` of the model's weights."""
 
     name = "random"
-    usual_rate = 1e-3
+    usual_rate = 5e-4
 
     def __init__(self, settings: RandomSettings) -> None:
         super().__init__(settings)

@@ -328,12 +328,17 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
     return sorted({name.rpartition(".")[0] for name in missing})
 
 
-def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> None:
-    """Raise a UserError where the model in ``folder`` cannot do ``task``; its weights are not looked at."""
+def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of the model in ``folder``, whose weights are not looked at.
+
+    Raises:
+        UserError: it cannot do ``task``.
+    """
     with quiet():
         config = read_config(folder, task, None, trust_remote_code)  # type: ignore[arg-type]
     if not trust_remote_code and type(config) not in getattr(transformers, TASKS[task][0])._model_mapping:
         raise does_not_fit(config, task, folder)  # type: ignore[arg-type]
+    return config
 
 
 def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserError:

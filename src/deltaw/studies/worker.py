@@ -24,11 +24,13 @@ from deltaw.errors import UserError
 from deltaw.memory.simulation import without_values
 from deltaw.methods.choose import choose_method
 from deltaw.methods.files import classes_of
+from deltaw.models.loading import check_architecture, config_folder
 from deltaw.models.machine import choose_device, choose_precision
 from deltaw.models.skeleton import skeleton
 from deltaw.studies.rehearsal import Rehearsal, Stopped
 from deltaw.training.evaluation import Evaluation
-from deltaw.training.fit import fit, load_for, read_data
+from deltaw.training.fit import fit, load_for
+from deltaw.training.session import read_data, usual_rate_of
 from deltaw.training.tasks import RunData, Task
 
 Message = Mapping[str, object]
@@ -62,12 +64,17 @@ class Worker:
 
     def usual(self, request: Message) -> Message:
         """The method's usual learning rate; nothing is loaded for it."""
-        return {"usual_rate": choose_method(_config(request), None).usual_rate}
+        config = _config(request)
+        dtype = choose_precision(choose_device(config.device).value, config.precision).value
+        folder = config_folder(config.model, dtype, config.trust_remote_code)
+        architecture = check_architecture(folder, config.task, config.trust_remote_code)
+        return {"usual_rate": usual_rate_of(choose_method(config, None), architecture)}
 
     def open(self, request: Message) -> Message:
         """Load model and rows for trainings at several learning rates."""
         rehearsal = self._opened(_config(request))
-        return {"usual_rate": rehearsal.session.method.usual_rate, **_rows_of(rehearsal)}
+        session = rehearsal.session
+        return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(rehearsal)}
 
     def rate(self, request: Message) -> Message:
         """Train what was opened at one learning rate."""

