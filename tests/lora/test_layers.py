@@ -33,7 +33,8 @@ def test_a_new_layer_gives_the_base_layers_own_output():
     linear = nn.Linear(4, 3)
     x = torch.randn(5, 4)
     expected = linear(x)
-    assert torch.equal(LoRALinear.from_linear(linear, 2)(x), expected)
+    # A compiled kernel may add up in another order.
+    torch.testing.assert_close(LoRALinear.from_linear(linear, 2)(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
@@ -86,7 +87,8 @@ def test_conv1d_of_transformers_keeps_its_layout():
     x = torch.randn(2, 3, 4)
     expected = module(x)
     layer = LoRAConv1D.from_conv1d(module, 2, 4.0)
-    assert torch.equal(layer(x), expected) and layer.weight is module.weight and layer.nf == 6
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+    assert layer.weight is module.weight and layer.nf == 6
     randomise(layer)
     merged = torch.addmm(module.bias, x.view(-1, 4), layer.merged_weight()).view(2, 3, 6)
     torch.testing.assert_close(layer(x), merged)

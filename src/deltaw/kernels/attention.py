@@ -1,7 +1,8 @@
 """Attention over a forest of segments, forward and backward, without padding and without a whole mask.
 
-Each tile of the layout is a few matrix products of its queries against its own keys; tiles of one shape are
-computed together. The heads that share a key (grouped-query attention) are folded into the rows of one
+Two ways give the same: a compiled kernel where it serves (``native/attention.cpp``), and tiles of torch's own
+products elsewhere. Of the latter, each tile of the layout is a few matrix products of its queries against its own keys;
+tiles of one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows of one
 product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights are
 computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
 
@@ -10,10 +11,14 @@ Knows tensors and tiles; not models, tokens or caches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from deltaw.kernels import native
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
+from deltaw.kernels.operators import define
 
 # Attention weights are kept for the backward where they take at most so many times the room of q, k and v.
 KEPT_WEIGHTS = 2.0
@@ -41,7 +46,10 @@ def forest_attention(
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
-    return _ForestAttention.apply(query, key, value, layout.tiles(window), scaling, softcap)
+    out = _ForestAttention.apply(
+        *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap
+    )
+    return out.transpose(0, 1)
 
 
 def forest_attention_reference(
@@ -68,59 +76,220 @@ def forest_attention_reference(
 
 class _ForestAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, tiles: Tiles, scaling, softcap):  # type: ignore[override]
-        key_heads = key.shape[0]
-        wide = _score_dtype(query)
-        queries = query.to(wide).mul(scaling).index_select(1, tiles.gather)
-        wide_key = key.to(wide)
-        products, kept, at = [], [], 0
-        keep = softcap is None and _weights_bytes(query, tiles) <= KEPT_WEIGHTS * _nbytes(query, key, value)
-        for batch in tiles.batches:
-            rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
-            weights, _ = _weights(rows, _gathered(wide_key, batch), batch, softcap)
-            product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
-            products.append(_unfolded(product, key_heads, batch))
-            if keep:
-                kept.append(weights)
-            at += batch.count * batch.queries
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.tiles, ctx.scaling, ctx.softcap = tiles, scaling, softcap
-        return torch.cat(products, dim=1).index_select(1, tiles.slots)
+    def forward(ctx, query, key, value, layout, scaling, window, softcap):  # type: ignore[override]
+        out, kept = attend(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
+        # The tiles need no outputs for their backward.
+        ctx.save_for_backward(query, key, value, out if _compiled(query, key, value) else None, *kept)
+        ctx.layout, ctx.scaling, ctx.window, ctx.softcap = layout, scaling, window, softcap
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[override]
-        query, key, value, *kept = ctx.saved_tensors
-        tiles: Tiles = ctx.tiles
-        key_heads = key.shape[0]
-        wide = _score_dtype(query)
-        # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
-        grad_key, grad_value = (torch.zeros_like(t, dtype=wide).flatten(0, 1) for t in (key, value))
-        queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
-        grads.index_fill_(1, tiles.filling, 0)  # what only fills a tile up must not reach the keys
-        grad_queries, at = [], 0
-        for number, batch in enumerate(tiles.batches):
-            there = slice(at, at + batch.count * batch.queries)
-            at = there.stop
-            grad = _folded(grads[:, there], key_heads, batch)
-            rows = _folded(queries[:, there], key_heads, batch)
-            keys, values = _gathered(key, batch), _gathered(value, batch)
-            if kept:
-                weights, slope = kept[number], None
-            else:
-                weights, slope = _weights(rows.to(wide).mul(ctx.scaling), keys.to(wide), batch, ctx.softcap)
-            places = _places(batch, key_heads, key.shape[1])
-            _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
-            grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)
-            if slope is not None:
-                grad_scores.mul_(slope)
-            grad_scores = grad_scores.mul_(ctx.scaling).to(query.dtype)
-            _scatter(grad_key, places, torch.bmm(grad_scores.transpose(1, 2), rows))
-            grad_queries.append(_unfolded(torch.bmm(grad_scores, keys), key_heads, batch))
-        grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
-        grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        query, key, value, out, *kept = ctx.saved_tensors
+        grads = attend_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            kept,
+            ctx.layout,
+            scaling=ctx.scaling,
+            window=ctx.window,
+            softcap=ctx.softcap,
+        )
+        return *grads, None, None, None, None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`forest_attention` of (T, heads, d) tensors, without a graph.
+
+    Returns:
+        (T, heads, d_v), and what :func:`attend_backward` wants of it.
+    """
+    if _compiled(query, key, value):
+        forest = layout.forest()
+        out, logs = _attention(query, key, value, forest, window or 0, True, scaling, softcap or 0.0)
+        return out, [logs]
+    heads_first = [t.transpose(0, 1) for t in (query, key, value)]
+    out, kept = _tiles_forward(*heads_first, layout.tiles(window), scaling, softcap)
+    return out.transpose(0, 1), kept
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    kept: Sequence[Tensor],
+    layout: Layout,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, like them, from what :func:`attend` gave."""
+    if out is not None and _compiled(query, key, value):
+        (logs,) = kept
+        return _attention_backward(
+            grad, query, key, value, out, logs, layout.forest(), window or 0, True, scaling, softcap or 0.0
+        )
+    heads_first = [t.transpose(0, 1) for t in (grad, query, key, value)]
+    grads = _tiles_backward(*heads_first, kept, layout.tiles(window), scaling, softcap)
+    return grads[0].transpose(0, 1), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+
+
+def _compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the compiled kernel takes these: heads of an even size whose numbers lie side by side."""
+    if not native.serves(query, key, value):
+        return False
+    even = query.shape[-1] % 2 == 0 and value.shape[-1] % 2 == 0
+    return even and query.shape[0] > 0 and all(t.stride(-1) == 1 for t in (query, key, value))
+
+
+def _strides(*tensors: Tensor) -> Tensor:
+    return torch.tensor([step for t in tensors for step in t.stride()[:2]], dtype=torch.int64)
+
+
+def _compute_attention(query, key, value, forest, window, causal, scaling, softcap):  # type: ignore[no-untyped-def]
+    length, heads, size = query.shape
+    key_heads, value_size = value.shape[1:]
+    out = query.new_empty(length, heads, value_size)
+    logs = torch.empty(heads, length)
+    strides = _strides(query, key, value, out)
+    native.library().dw_attention(
+        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads, key_heads,
+        size, value_size, scaling, softcap, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
+        strides.data_ptr(), logs.data_ptr(),
+    )  # fmt: skip
+    return out, logs
+
+
+def _compute_attention_backward(  # type: ignore[no-untyped-def]
+    grad, query, key, value, out, logs, forest, window, causal, scaling, softcap
+):
+    length, heads, size = query.shape
+    key_heads, value_size = value.shape[1:]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grads = [t.new_empty(t.shape) for t in (query, key, value)]
+    strides = _strides(query, key, value, out, grad, *grads)
+    native.library().dw_attention_backward(
+        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads, key_heads,
+        size, value_size, scaling, softcap, *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
+        strides.data_ptr(), logs.data_ptr(),
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _pairs(forest: Tensor, window: int, causal: bool) -> int:
+    """(query, key) pairs that are seen."""
+    starts, stops, parents, offsets = forest.tolist()
+    total = 0
+    for start, stop, offset in zip(starts, stops, offsets, strict=True):
+        size = stop - start
+        if window and offset + size > window:
+            total += sum(min(window, offset + at + 1) for at in range(size))
+        else:
+            total += size * offset + (size * (size + 1) // 2 if causal else size * size)
+    return total
+
+
+_attention = define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor forest, int window, bool causal, float scaling, "
+    "float softcap) -> (Tensor, Tensor)",
+    _compute_attention,
+    lambda query, key, value, *_: (
+        query.new_empty(*query.shape[:2], value.shape[-1]),
+        query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
+    ),
+    lambda query, key, value, forest, window, causal, *_: 2
+    * _pairs(forest, window, causal)
+    * query.shape[1]
+    * (query.shape[2] + value.shape[2]),
+)
+_attention_backward = define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, Tensor forest, "
+    "int window, bool causal, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
+    _compute_attention_backward,
+    lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
+    lambda grad, query, key, value, out, logs, forest, window, causal, *_: 2
+    * _pairs(forest, window, causal)
+    * query.shape[1]
+    * (3 * query.shape[2] + 2 * value.shape[2]),
+)
+
+
+def _tiles_forward(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scaling: float, softcap: float | None
+) -> tuple[Tensor, list[Tensor]]:
+    """(heads, T, d_v), and the weights of each batch of tiles where they are small enough to be kept."""
+    key_heads = key.shape[0]
+    wide = _score_dtype(query)
+    queries = query.to(wide).mul(scaling).index_select(1, tiles.gather)
+    wide_key = key.to(wide)
+    products, kept, at = [], [], 0
+    keep = softcap is None and _weights_bytes(query, tiles) <= KEPT_WEIGHTS * _nbytes(query, key, value)
+    for batch in tiles.batches:
+        rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
+        weights, _ = _weights(rows, _gathered(wide_key, batch), batch, softcap)
+        product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
+        products.append(_unfolded(product, key_heads, batch))
+        if keep:
+            kept.append(weights)
+        at += batch.count * batch.queries
+    return torch.cat(products, dim=1).index_select(1, tiles.slots), kept
+
+
+def _tiles_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Sequence[Tensor],
+    tiles: Tiles,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    key_heads = key.shape[0]
+    wide = _score_dtype(query)
+    # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
+    grad_key, grad_value = (torch.zeros(t.shape, dtype=wide, device=t.device).flatten(0, 1) for t in (key, value))
+    queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
+    grads.index_fill_(1, tiles.filling, 0)  # what only fills a tile up must not reach the keys
+    grad_queries, at = [], 0
+    for number, batch in enumerate(tiles.batches):
+        there = slice(at, at + batch.count * batch.queries)
+        at = there.stop
+        grad = _folded(grads[:, there], key_heads, batch)
+        rows = _folded(queries[:, there], key_heads, batch)
+        keys, values = _gathered(key, batch), _gathered(value, batch)
+        if kept:
+            weights, slope = kept[number], None
+        else:
+            weights, slope = _weights(rows.to(wide).mul(scaling), keys.to(wide), batch, softcap)
+        places = _places(batch, key_heads, key.shape[1])
+        _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
+        grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)
+        if slope is not None:
+            grad_scores.mul_(slope)
+        grad_scores = grad_scores.mul_(scaling).to(query.dtype)
+        _scatter(grad_key, places, torch.bmm(grad_scores.transpose(1, 2), rows))
+        grad_queries.append(_unfolded(torch.bmm(grad_scores, keys), key_heads, batch))
+    grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
+    grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def _weights_bytes(query: Tensor, tiles: Tiles) -> int:

@@ -101,6 +101,7 @@ class Layout:
     parents: np.ndarray
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
+    _forest: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Layout:
@@ -133,6 +134,13 @@ class Layout:
     def positions(self) -> np.ndarray:
         """Position of each token within its own example, counted from the root. Shape (T,)."""
         return np.arange(self.length) + np.repeat(self.offsets() - self.starts, self.stops - self.starts)
+
+    def forest(self) -> Tensor:
+        """Starts, stops, parents and offsets of the segments as one tensor (4, S) of int64, kept once made."""
+        if self._forest is None:
+            rows = np.stack([self.starts, self.stops, self.parents, self.offsets()])
+            self._forest = torch.from_numpy(rows.astype(np.int64))
+        return self._forest
 
     def visible(self, window: int | None = None) -> np.ndarray:
         """The whole visibility as a bool array (T, T): the plain twin of :meth:`tiles`.

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
+from deltaw.lora.layers_bytes import ByteLinear
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
 
@@ -51,7 +52,7 @@ def refusal(module: nn.Module) -> str | None:
         return f"the weight of this {kind} is computed from other parameters (a parametrization)"
     if isinstance(weight, UninitializedParameter):
         return f"this {kind} has no size before its first forward"
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in FLOATS and not isinstance(module, ByteLinear):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
     return None
 
@@ -59,7 +60,8 @@ def refusal(module: nn.Module) -> str | None:
 def _kind_refusal(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, nn.Linear):
-        if kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_CLASSES:
+        plain = kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_CLASSES
+        if plain or isinstance(module, ByteLinear):
             return None
         return f"{kind.__name__} has a forward of its own"
     if is_conv1d(module):

@@ -23,6 +23,7 @@ from deltaw.errors import UserError
 from deltaw.lora import math as closed_form
 from deltaw.lora.config import scaling as scaling_of
 from deltaw.lora.initialize import initialize
+from deltaw.lora.layers_bytes import frozen_linear, plain_weight, weight_scales
 
 _Layer = TypeVar("_Layer", bound="LoRALayer")
 
@@ -245,12 +246,21 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        scales = weight_scales(self)
         if not self.adapting:
+            if scales is not None:
+                return frozen_linear(input, self.weight, self.bias, scales)
             return F.linear(input, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         return closed_form.linear(
-            input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout
+            input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
         )
+
+    def merge_refusal(self) -> str | None:
+        """A sum with ΔW would have to be rounded to bytes again."""
+        if weight_scales(self) is None:
+            return None
+        return "its weight is kept in bytes; load the model with precision bf16 or fp32 to merge"
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

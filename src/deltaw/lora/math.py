@@ -2,7 +2,8 @@
 
 W and b are frozen, so a backward needs no gradient of W, and what must be kept for it is the input x,
 h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x in another precision. With
-adapter dropout one byte for each element of x is kept beside it, the mask. The derivation stands in
+adapter dropout one byte for each element of x is kept beside it, the mask. Where a compiled kernel serves
+(``kernels/linear.py``) product and update are one, and W may be bytes. The derivation stands in
 ``docs/method.md``. Each function has its plain twin beside it (``*_reference``), composed of torch's own
 operations: the tests hold the two together, and it serves where a closed form does not: when W itself is
 trained, and under ``torch.func`` transforms.
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaw.kernels import linear as kernels
+
 
 def linear(
     x: Tensor,
@@ -29,6 +32,7 @@ def linear(
     scaling: float,
     dropout: float = 0.0,
     weight_is_in_out: bool = False,
+    scales: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """y = x·Wᵀ + b + scaling · dropout(x)·A·B.
 
@@ -43,6 +47,8 @@ def linear(
         lora_B: (r, out).
         scaling: alpha / r, or alpha / √r.
         dropout: share p of the adapter's inputs set to 0, the rest scaled by 1 / (1 − p).
+        scales: of a weight in bytes: of its rows (out) and, or None, of its columns (in); see
+            :func:`deltaw.kernels.linear.linear`.
 
     Returns:
         (..., out).
@@ -56,7 +62,7 @@ def linear(
         scaling = scaling / (1.0 - dropout)
     if needs_reference(weight):
         return linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
-    return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
+    return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, scales)
 
 
 def linear_reference(
@@ -89,26 +95,41 @@ class _Linear(torch.autograd.Function):
         scaling: float,
         mask: Tensor | None,
         weight_is_in_out: bool,
+        scales: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor:
         # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
-        autocast = autocast_is_on(x.device.type)
+        autocast = autocast_is_on(x.device.type) and scales is None
         base_weight = weight.to(x.dtype) if autocast else weight
         base_bias = bias.to(x.dtype) if autocast and bias is not None else bias
         flat = x.reshape(rows_of(x), x.shape[-1])
-        y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
-        h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
-        # The scaling goes into the small (r, out) factor, so that no wide tensor is passed over for it.
-        y.addmm_(h, scaled(lora_B, scaling, x.dtype))
+        # A compiler has kernels of its own.
+        fused = mask is None and not torch.compiler.is_compiling()
+        fused = fused and kernels.can_multiply(flat, base_weight, lora_A)
+        scale, columns = scales or (None, None)
+        if fused:
+            y, h = kernels.linear(
+                flat, base_weight, not weight_is_in_out, scale, columns, base_bias, lora_A, lora_B, scaling
+            )
+        else:
+            if scale is not None:
+                y, _ = kernels.linear(flat, weight, True, scale, columns, base_bias)
+            else:
+                y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
+            h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
+            # The scaling goes into the small (r, out) factor, so that no wide tensor is passed over for it.
+            y.addmm_(h, scaled(lora_B, scaling, x.dtype))
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs[3] or needs[4] else None,
-            h if needs[4] else None,
+            h if needs[3] or needs[4] else None,
             lora_A,
             lora_B,
-            weight if needs[0] else None,
+            weight if needs[0] or fused else None,
             mask,
         )
+        ctx.fused = fused
         ctx.scaling = scaling
+        ctx.scales = scales
         ctx.weight_is_in_out = weight_is_in_out
         ctx.bias_dtype = bias.dtype if bias is not None else None
         return shaped(y, x.shape[:-1])
@@ -122,6 +143,20 @@ class _Linear(torch.autograd.Function):
         rows = rows_of(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = None
+        scale, columns = ctx.scales or (None, None)
+        if ctx.fused and not torch.is_grad_enabled():
+            if needs_bias:
+                grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
+            by_column = not ctx.weight_is_in_out
+            base_weight = weight if weight is None or scale is not None else weight.to(dtype)
+            grad_x, narrow = kernels.linear_backward(
+                grad_y, base_weight, by_column, scale, columns, lora_A, lora_B, ctx.scaling, None, needs_x
+            )
+            if needs_A or needs_B:
+                flat = x.reshape(rows, x.shape[-1])
+                grad_A, grad_B = kernels.factors_backward(flat, h, grad_y, narrow, ctx.scaling)
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1]) if needs_x else None
+            return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
         narrow = grad_y @ scaled(lora_B, ctx.scaling, dtype).t() if needs_x or needs_A else None
         if needs_A or (needs_B and torch.is_grad_enabled()):
             seen = x if mask is None else x * mask
@@ -136,15 +171,18 @@ class _Linear(torch.autograd.Function):
         if needs_bias:
             grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
         if needs_x and narrow is not None:
-            base_weight = weight.to(dtype)
-            grad_x = grad_y @ (base_weight.t() if ctx.weight_is_in_out else base_weight)
+            if scale is not None:
+                grad_x, _ = kernels.linear_backward(grad_y, weight, True, scale, columns)
+            else:
+                base_weight = weight.to(dtype)
+                grad_x = grad_y @ (base_weight.t() if ctx.weight_is_in_out else base_weight)
             factor = lora_A.to(dtype).t()
             if mask is None:
                 grad_x = grad_x.addmm_(narrow, factor)
             else:
                 grad_x = grad_x.add_((narrow @ factor) * mask.reshape(grad_x.shape))
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 def embedding(

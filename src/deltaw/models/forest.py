@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from deltaw.kernels.attention import forest_attention
 from deltaw.kernels.layout import Layout, Tiles
+from deltaw.models.lean import Lean, NotingLayout, recognise, try_blocks
 from deltaw.models.machine import Choice
 from deltaw.models.quiet import quiet
 from deltaw.models.skeleton import has_values
@@ -49,12 +51,15 @@ def _attend(
         raise RuntimeError("attention over a cache cannot run on a flat row")
     if dropout:
         raise RuntimeError("attention dropout is not drawn on a flat row; put the model in eval mode")
+    told = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(forest_layout, NotingLayout):
+        forest_layout.note(told, sliding_window, softcap)
     out = forest_attention(
         query[0],
         key[0],
         value[0],
         forest_layout,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=told,
         window=sliding_window,
         softcap=softcap,
     )
@@ -94,15 +99,53 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 @contextlib.contextmanager
-def flat_rows(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the model's attention runs over flat rows; afterwards it is what it was."""
+def flat_rows(model: PreTrainedModel, *, lean: bool = True) -> Iterator[None]:
+    """While open, the model's attention runs over flat rows, and with ``lean`` its blocks are lean where they
+    can be; afterwards all is what it was."""
     before = model.config._attn_implementation
     try:
         set_attention(model, ATTENTION)
-        yield
+        with lean_blocks(model).installed() if lean else contextlib.nullcontext():
+            yield
     finally:
         with quiet():
             model.set_attn_implementation(before)
+
+
+_LEAN: weakref.WeakKeyDictionary[PreTrainedModel, Lean] = weakref.WeakKeyDictionary()
+
+
+def lean_blocks(model: PreTrainedModel) -> Lean:
+    """The model's lean blocks, recognised and tried once; the model's attention runs over flat rows."""
+    known = _LEAN.get(model)
+    if known is None:
+        known = _LEAN[model] = _tried(model)
+    return known
+
+
+def _tried(model: PreTrainedModel) -> Lean:
+    if model.device.type != "cpu":
+        return Lean([], Choice(False, "on this device the model's own code runs"))
+    lean = recognise(backbone_of(model))
+    if not lean.choice.value:
+        return lean
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    lengths = [TRIAL_TOKENS + (window if window is not None and window <= 64 else 0), 5, 7]
+    plain = Layout.of_lengths(lengths, [-1, 0, 0])
+    layout = NotingLayout(plain.starts, plain.stops, plain.parents)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    inputs = {
+        "input_ids": torch.randint(0, vocabulary, (1, layout.length), generator=generator),
+        "position_ids": torch.from_numpy(layout.positions())[None],
+        "forest_layout": layout,
+        "use_cache": False,
+    }
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 6e-2
+    try:
+        return try_blocks(lean, lambda: backbone_of(model)(**inputs), layout, tolerance)
+    except Exception as error:  # whatever foreign code raises here, it runs itself
+        return Lean([], Choice(False, f"{type(error).__name__}: {str(error)[:100]}"))
 
 
 def can_pack(model: PreTrainedModel) -> Choice:
@@ -151,6 +194,10 @@ class _WatchedLayout(Layout):
         self.asked += 1
         return super().tiles(window)
 
+    def forest(self) -> Tensor:
+        self.asked += 1
+        return super().forest()
+
 
 def _trial(model: PreTrainedModel) -> tuple[float, int]:
     """A small forest on a flat row, and its rows run on their own: the relative difference (of norms) between
@@ -171,7 +218,7 @@ def _trial(model: PreTrainedModel) -> tuple[float, int]:
             backbone(input_ids=row[None], use_cache=False).last_hidden_state[0]
             for row in (torch.cat([stem, left]), torch.cat([stem, right]), alone)
         ]
-        with flat_rows(model):
+        with flat_rows(model, lean=False):
             flat = backbone(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, forest_layout=layout
             ).last_hidden_state[0]

@@ -12,14 +12,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.data.packing import Batch
+from deltaw.kernels import linear as products
+from deltaw.kernels.rows import cross_entropy_
 from deltaw.models.forest import backbone_of, one_row
 from deltaw.models.skeleton import has_values
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
+# Bytes of a frozen head's logits at a time, which become their own gradient: as many as a cache holds.
+FROZEN_CHUNK_BYTES = 12 * 2**20
 
 
 class CausalObjective:
@@ -45,6 +49,11 @@ class CausalObjective:
         picked = self._picked(batch)
         if not self.chunked:
             return _cross_entropy_sum(picked, batch.targets, batch.weights)
+        if self._head_is_frozen():
+            config = self.model.config.get_text_config()
+            return frozen_head_cross_entropy(
+                picked, batch.targets, batch.weights, self.head.weight, self.head.bias, *_logits_change(config)
+            )
         return chunked_cross_entropy(
             picked,
             batch.targets,
@@ -73,6 +82,12 @@ class CausalObjective:
         else:
             outputs = self.model(**batch.inputs, use_cache=False).logits
         return outputs.flatten(0, 1).index_select(0, batch.predictors)
+
+    def _head_is_frozen(self) -> bool:
+        """Whether the head is a plain matrix that nobody trains, on a processor."""
+        if type(self.head) is not nn.Linear or self.head.weight.device.type != "cpu":
+            return False
+        return not any(p.requires_grad for p in self.head.parameters()) and not torch.is_autocast_enabled("cpu")
 
     def _logits(self, rows: Tensor) -> Tensor:
         return final_logits(self.model, self.head(rows))
@@ -138,19 +153,67 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, None, None, None, None, *[(s * grad).to(s.dtype) for s in ctx.sums]
 
 
-def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What the model itself does to its head's outputs: a scale (Cohere, Granite), a soft cap (Gemma)."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is not None:
-        logits = logits * scale
+def frozen_head_cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    head: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Σ weightᵢ · cross-entropy of a frozen linear head, in chunks whose logits become their own gradient.
+
+    Args:
+        hidden: (P, d). targets: (P). weights: (P). head: (classes, d). bias: (classes) or None.
+        scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
+
+    Returns:
+        a scalar in fp32, or fp64 for fp64 inputs.
+    """
+    return _FrozenHead.apply(hidden, targets, weights, head, bias, scale, softcap)
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, targets, weights, head, bias, scale, softcap):  # type: ignore[override]
+        wanted = hidden.requires_grad
+        weights = weights.to(_loss_dtype(hidden))
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        total = hidden.new_zeros((), dtype=_loss_dtype(hidden))
+        chunk = max(1, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits, _ = products.linear(hidden[part], head, bias=bias)
+            losses = cross_entropy_(
+                logits, targets[part], weights[part], scale=scale, softcap=softcap, grad=wanted
+            )
+            total += (losses * weights[part]).sum()
+            if grad_hidden is not None:
+                grad_hidden[part] = products.linear_backward(logits, head)[0]
+        ctx.grad_hidden = grad_hidden
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        return ctx.grad_hidden.mul_(grad), None, None, None, None, None, None
+
+
+def _logits_change(config: PretrainedConfig) -> tuple[float, float]:
+    """What a model does to its head's outputs: a scale (Cohere, Granite), and a soft cap (Gemma) or 0."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None:
-        logits = logits / divisor
     cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    return scale / (1.0 if divisor is None else float(divisor)), 0.0 if cap is None else float(cap)
+
+
+def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """The model's logits from its head's outputs."""
+    scale, cap = _logits_change(model.config.get_text_config())
+    if scale != 1.0:
+        logits = logits * scale
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:

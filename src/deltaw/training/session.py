@@ -20,8 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.errors import UserError
+from deltaw.kernels import native
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
+from deltaw.models.forest import flat_rows, lean_blocks
 from deltaw.models.machine import Choice, choose_device, choose_precision
 from deltaw.models.quiet import quiet
 from deltaw.training.evaluation import Evaluation
@@ -83,9 +85,21 @@ class Session:
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(portions, "tokens_per_pass", None)
         return [
+            *self._blocks(),
             f"{total} step{'s' if total != 1 else ''} of {size} rows, "
             f"in passes of up to {tokens} tokens: {rows}{shared}{head}"
         ]
+
+    def _blocks(self) -> list[str]:
+        """Which code the model's blocks run, for a person."""
+        reason = native.why_not()
+        lines = [] if reason is None else [reason]
+        if self.task.has_labels or getattr(self.portions, "padded", False):
+            return lines
+        with flat_rows(self.model):
+            lean = lean_blocks(self.model)
+        kind = "lean" if lean.choice.value else "the model's own code"
+        return [*lines, f"blocks: {kind} ({lean.choice.why})"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

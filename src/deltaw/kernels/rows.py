@@ -1,0 +1,289 @@
+"""What is done to each row of tokens between the products: norms, activations, rotary positions, cross-entropy.
+
+Sums are in fp32 (fp64 for fp64 inputs) and results are rounded once. Each function has its plain twin.
+Knows tensors; not modules.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltaw.kernels import native
+from deltaw.kernels.operators import define
+
+# Activation functions of gated and plain MLPs, by the kernels' own numbers.
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """y = (x - mean)·rstd·(weight + offset) + bias over the last dimension, and (M, 2) mean and rstd.
+
+    Args:
+        x: (M, D). weight, bias: (D) or None.
+        centred: LayerNorm (arXiv 1607.06450); without it the mean is 0: RMSNorm (arXiv 1910.07467).
+        offset: 1 where the weight is kept as its difference from one (Gemma), else 0.
+    """
+    return _norm(x, weight, bias, offset, eps, centred)
+
+
+def norm_twin(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of :func:`norm`."""
+    wide = _wide(x)
+    mean = wide.mean(-1, keepdim=True) if centred else wide.new_zeros(*wide.shape[:-1], 1)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    y = (wide - mean) * rstd
+    if weight is not None:
+        y = y * (_wide(weight) + offset)
+    if bias is not None:
+        y = y + _wide(bias)
+    return y.to(x.dtype), torch.cat([mean, rstd], -1)
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    *,
+    offset: float,
+    centred: bool,
+    added: Tensor | None = None,
+) -> Tensor:
+    """∂L/∂x of :func:`norm` with a frozen weight, plus ``added``; (M, D)."""
+    return _norm_backward(grad, x, weight, stats, offset, centred, added)
+
+
+def norm_backward_twin(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    *,
+    offset: float,
+    centred: bool,
+    added: Tensor | None = None,
+) -> Tensor:
+    """The plain twin of :func:`norm_backward`."""
+    mean, rstd = stats.split(1, -1)
+    hat = (_wide(x) - mean) * rstd
+    g = _wide(grad) if weight is None else _wide(grad) * (_wide(weight) + offset)
+    dx = g - hat * (g * hat).mean(-1, keepdim=True)
+    if centred:
+        dx = dx - g.mean(-1, keepdim=True)
+    dx = dx * rstd
+    return (dx if added is None else dx + _wide(added)).to(x.dtype)
+
+
+def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """f(gate)·up, or f(gate) without ``up``; ``kind`` is one of :data:`ACTIVATIONS`."""
+    return _activation(gate, up, ACTIVATIONS.index(kind))
+
+
+def activation_twin(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """The plain twin of :func:`activation`."""
+    wide = _wide(gate)
+    f = {
+        "silu": F.silu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu": F.gelu,
+        "relu": F.relu,
+    }[kind](wide)
+    return (f if up is None else f * _wide(up)).to(gate.dtype)
+
+
+def activation_backward(
+    grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂L/∂gate, ∂L/∂up (empty without ``up``), and the activation's own output, computed again."""
+    return _activation_backward(grad, gate, up, ACTIVATIONS.index(kind))
+
+
+def activation_backward_twin(
+    grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain twin of :func:`activation_backward`."""
+    with torch.enable_grad():
+        wide = _wide(gate).detach().requires_grad_()
+        f = activation_twin(wide, None, kind)
+        (slope,) = torch.autograd.grad(f.sum(), wide)
+    f = f.detach()
+    g = _wide(grad)
+    if up is None:
+        return (g * slope).to(gate.dtype), gate.new_empty(0), f.to(gate.dtype)
+    u = _wide(up)
+    return (g * u * slope).to(gate.dtype), (g * f).to(gate.dtype), (f * u).to(gate.dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): the halves of each head's first numbers turned against each other.
+
+    Args:
+        x: (M, heads, d). cosine, sine: (M, n) in fp32, n ≤ d; the other d - n numbers stay.
+        backward: apply the transposed turn, as a gradient wants it.
+    """
+    return _rotate(x, cosine, sine, backward)
+
+
+def rotate_twin(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -> Tensor:
+    """The plain twin of :func:`rotate`."""
+    turned, rest = _wide(x).split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], -1)
+    c, s = _wide(cosine)[:, None], _wide(sine)[:, None]
+    if backward:
+        first, second = (turned * s).chunk(2, -1)
+        out = turned * c + torch.cat([second, -first], -1)
+    else:
+        first, second = turned.chunk(2, -1)
+        out = turned * c + torch.cat([-second, first], -1) * s
+    return torch.cat([out, rest], -1).to(x.dtype)
+
+
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
+) -> Tensor:
+    """Cross-entropy of each row (M), in fp32; with ``grad`` the logits become weightᵢ·∂lossᵢ/∂logits.
+
+    Args:
+        logits: (M, V), overwritten. targets: (M). weights: (M) in fp32.
+        scale, softcap: z = scale·logits, then softcap·tanh(z / softcap) where that is above 0.
+    """
+    return _cross_entropy(logits, targets, weights, scale, softcap, grad)
+
+
+def cross_entropy_twin_(
+    logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
+) -> Tensor:
+    """The plain twin of :func:`cross_entropy_`."""
+    with torch.enable_grad():
+        leaf = _wide(logits).detach().requires_grad_()
+        z = leaf * scale
+        if softcap > 0:
+            z = softcap * torch.tanh(z / softcap)
+        losses = F.cross_entropy(z, targets, reduction="none")
+        if grad:
+            (slope,) = torch.autograd.grad((losses * weights).sum(), leaf)
+            logits.copy_(slope)
+    return losses.detach()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _compute_norm(x, weight, bias, offset, eps, centred):  # type: ignore[no-untyped-def]
+    if not native.serves(x, weight, bias):
+        return norm_twin(x, weight, bias, offset=offset, eps=eps, centred=centred)
+    x = x.contiguous()
+    y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
+    native.library().dw_norm(
+        native.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), native.address(weight), native.address(bias),
+        offset, eps, centred, y.data_ptr(), stats.data_ptr(),
+    )  # fmt: skip
+    return y, stats
+
+
+def _compute_norm_backward(grad, x, weight, stats, offset, centred, added):  # type: ignore[no-untyped-def]
+    if not native.serves(grad, x, weight, added):
+        return norm_backward_twin(grad, x, weight, stats, offset=offset, centred=centred, added=added)
+    x, grad = x.contiguous(), grad.contiguous()
+    added = None if added is None else added.contiguous()
+    dx = torch.empty_like(x)
+    native.library().dw_norm_backward(
+        native.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), native.address(weight), offset,
+        centred, stats.data_ptr(), native.address(added), dx.data_ptr(),
+    )  # fmt: skip
+    return dx
+
+
+def _compute_activation(gate, up, kind):  # type: ignore[no-untyped-def]
+    if not native.serves(gate, up):
+        return activation_twin(gate, up, ACTIVATIONS[kind])
+    gate, up = gate.contiguous(), None if up is None else up.contiguous()
+    y = torch.empty_like(gate)
+    native.library().dw_activation(
+        native.number(gate.dtype), kind, *gate.shape, gate.data_ptr(), native.address(up), y.data_ptr()
+    )
+    return y
+
+
+def _compute_activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
+    if not native.serves(grad, gate, up):
+        return activation_backward_twin(grad, gate, up, ACTIVATIONS[kind])
+    grad, gate, up = grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous()
+    d_gate, y = torch.empty_like(gate), torch.empty_like(gate)
+    d_up = gate.new_empty(0) if up is None else torch.empty_like(gate)
+    native.library().dw_activation_backward(
+        native.number(gate.dtype), kind, *gate.shape, grad.data_ptr(), gate.data_ptr(), native.address(up),
+        d_gate.data_ptr(), None if up is None else d_up.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return d_gate, d_up, y
+
+
+def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
+    if not native.serves(x) or cosine.dtype != torch.float32 or cosine.shape[-1] % 2:
+        return rotate_twin(x, cosine, sine, backward=backward)
+    x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
+    out = torch.empty_like(x)
+    native.library().dw_rotate(
+        native.number(x.dtype), *x.shape, cosine.shape[-1], x.data_ptr(), x.stride(0), cosine.data_ptr(),
+        sine.data_ptr(), backward, out.data_ptr(), out.stride(0),
+    )  # fmt: skip
+    return out
+
+
+def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ignore[no-untyped-def]
+    if not native.serves(logits) or not logits.is_contiguous():
+        return cross_entropy_twin_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
+    targets, weights = targets.contiguous(), weights.float().contiguous()
+    losses = torch.empty(logits.shape[0])
+    native.library().dw_cross_entropy(
+        native.number(logits.dtype), *logits.shape, logits.data_ptr(), targets.data_ptr(), weights.data_ptr(), scale,
+        softcap, grad, losses.data_ptr(),
+    )  # fmt: skip
+    return losses
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+_norm = define(
+    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centred) -> (Tensor, Tensor)",
+    _compute_norm,
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=_stats_dtype(x))),
+)
+_norm_backward = define(
+    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, Tensor? added) "
+    "-> Tensor",
+    _compute_norm_backward,
+    lambda grad, x, *_: x.new_empty(x.shape),
+)
+_activation = define(
+    "activation(Tensor gate, Tensor? up, int kind) -> Tensor",
+    _compute_activation,
+    lambda gate, *_: gate.new_empty(gate.shape),
+)
+_activation_backward = define(
+    "activation_backward(Tensor grad, Tensor gate, Tensor? up, int kind) -> (Tensor, Tensor, Tensor)",
+    _compute_activation_backward,
+    lambda grad, gate, up, kind: (
+        gate.new_empty(gate.shape),
+        gate.new_empty(0 if up is None else gate.shape),
+        gate.new_empty(gate.shape),
+    ),
+)
+_rotate = define(
+    "rotate(Tensor x, Tensor cosine, Tensor sine, bool backward) -> Tensor",
+    _compute_rotate,
+    lambda x, *_: x.new_empty(x.shape),
+)
+_cross_entropy = define(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float softcap, bool grad) -> Tensor",
+    _compute_cross_entropy,
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=_stats_dtype(logits)),
+)

@@ -1,0 +1,93 @@
+"""A frozen linear layer whose weight is kept as signed bytes, one for each number, with a scale for each row.
+
+    W ≈ (bytes · scale) ∘ 1/columns,        y = (x ∘ columns)·(bytes · scale)ᵀ + b
+
+Both products of a training step, with Wᵀ and with W, read the same bytes. The inputs are rounded to bytes as
+they come, a scale for each row of tokens. ``columns`` moves size between inputs and weights before either is
+rounded.
+
+Knows its own arithmetic; which layers are kept so, and with what columns, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels import linear as kernels
+
+
+class ByteLinear(nn.Linear):
+    """y = x·Wᵀ + b with W (out, in) in bytes; frozen."""
+
+    weight_scale: Tensor
+    weight_columns: Tensor | None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, columns: Tensor | None = None) -> ByteLinear:
+        """The layer with ``linear``'s weight rounded to bytes and its own bias.
+
+        Args:
+            columns: (in) fp32, what each input is multiplied with before it is rounded; None for ones.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        with torch.no_grad():
+            weight = linear.weight if columns is None else linear.weight.float() / columns
+            steps, scale = kernels.quantised_rows(weight)
+        layer.weight = nn.Parameter(steps, requires_grad=False)
+        layer.register_parameter("bias", linear.bias)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+        layer.register_buffer("weight_scale", scale)
+        layer.register_buffer("weight_columns", columns)
+        layer.training = linear.training
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return frozen_linear(input, self.weight, self.bias, (self.weight_scale, self.weight_columns))
+
+    def plain_weight(self) -> Tensor:
+        """W (out, in) in fp32, as the bytes have it."""
+        return plain_weight(self.weight, self.weight_scale, self.weight_columns)
+
+
+def plain_weight(weight: Tensor, scale: Tensor, columns: Tensor | None) -> Tensor:
+    """A weight in bytes as fp32 numbers."""
+    wide = weight.float() * scale[:, None]
+    return wide if columns is None else wide * columns
+
+
+def weight_scales(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The scales of a layer whose weight is bytes; None where it is not."""
+    scale = module._buffers.get("weight_scale")
+    return None if scale is None else (scale, module._buffers.get("weight_columns"))
+
+
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor | None]
+) -> Tensor:
+    """x·Wᵀ + b for a weight in bytes; (..., in) to (..., out)."""
+    return _Frozen.apply(x, weight, bias, *scales)
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, columns: Tensor | None
+    ) -> Tensor:
+        y, _ = kernels.linear(x.reshape(-1, x.shape[-1]), weight, True, scale, columns, bias)
+        ctx.save_for_backward(weight, scale, columns)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, columns = ctx.saved_tensors
+        grad = grads[0]
+        dx, _ = kernels.linear_backward(grad.reshape(-1, grad.shape[-1]), weight, True, scale, columns)
+        return dx.view(*grad.shape[:-1], dx.shape[-1]), None, None, None, None
