@@ -143,18 +143,18 @@ def deltaw_side(job: dict) -> dict:
 
     from deltaw.data.example import Example
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.models.byte_weights import keep_in_bytes
     from deltaw.models.forest import flat_rows
     from deltaw.models.loading import load
-    from deltaw.models.machine import release_free_memory, resident_bytes
     from deltaw.training.loop import train
     from deltaw.training.objective import CausalObjective
     from deltaw.training.portions import choose_portions
     from deltaw.training.session import recompute_blocks
 
     model = load(MODEL, precision=job["precision"], say=lambda line: None).model
-    release_free_memory()
-    loaded = resident_bytes()
-    reset_peak()
+    if job["precision"] == "int8":
+        keep_in_bytes(model.base_model, lambda: model(tokens_of_step()[:1]))
+    loaded = loaded_bytes(model)
     labels = np.ones(LENGTH, bool)
     examples = [
         Example(n, tokens.numpy().astype(np.int32), labels, 0, None) for n, tokens in enumerate(tokens_of_step())
@@ -179,12 +179,18 @@ def deltaw_side(job: dict) -> dict:
     return {"tokens_per_second": speed, "first_step": seconds[0], "seconds": seconds, **memory_above(loaded)}
 
 
-def reset_peak() -> None:
-    """Let the system count the process's peak anew, where it can."""
+def loaded_bytes(model: object) -> int:
+    """What the process holds with all weights read, mapped ones too; the peak is counted anew from here."""
+    from deltaw.models.machine import release_free_memory, resident_bytes
+
+    for parameter in model.parameters():  # type: ignore[attr-defined]
+        parameter.detach().flatten()[::512].clone()
+    release_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         print("the peak of loading is part of the peak", file=sys.stderr)
+    return resident_bytes()
 
 
 def peft_side(job: dict) -> dict:
@@ -192,13 +198,9 @@ def peft_side(job: dict) -> dict:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from deltaw.models.machine import release_free_memory, resident_bytes
-
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
-    release_free_memory()
-    loaded = resident_bytes()
-    reset_peak()
+    loaded = loaded_bytes(model)
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, settings, autocast_adapter_dtype=False)
     if job.get("checkpointing"):

@@ -119,7 +119,9 @@ class RunConfig(BaseModel):
         default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
     )
     force: bool = Field(False, description="train although the plan says that the memory does not suffice")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the frozen weights")
+    precision: Literal["auto", "bf16", "fp32", "int8"] = Field(
+        "auto", description="of the frozen weights; int8: of the blocks' linear layers, bf16 elsewhere"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int | Literal["auto"] = Field("auto", description="processor threads")
     trust_remote_code: bool = Field(

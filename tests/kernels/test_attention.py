@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from deltaw.kernels import attention
 from deltaw.kernels.attention import forest_attention, forest_attention_reference
 from deltaw.kernels.layout import LARGEST_ATOM, Layout
+from tests.kernels.conftest import close
 
 
 @st.composite
@@ -98,6 +99,42 @@ def test_lower_precision_stays_near_float64(dtype):
     assert low.dtype == dtype
     tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
     torch.testing.assert_close(low.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    forests(),
+    st.sampled_from([None, 1, 5, 40]),
+    st.sampled_from([None, 20.0]),
+    st.sampled_from([(4, 2, 8), (9, 3, 20), (3, 3, 48), (5, 1, 6)]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_compiled_kernel_equals_the_plain_twin_in_float64(layout, window, softcap, sizes, dtype):
+    heads, key_heads, size = sizes
+    inputs = [t.detach().to(dtype) for t in random_inputs(layout, heads, key_heads, size)]
+    exact = [t.double().requires_grad_() for t in inputs]
+    leaves = [t.requires_grad_() for t in inputs]
+    how = {"scaling": 0.3, "window": window, "softcap": softcap}
+    out = forest_attention(*leaves, layout, **how)
+    expected = forest_attention_reference(*exact, layout, **how)
+    close(out.detach(), expected.detach(), dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in zip(leaves, exact, strict=True):
+        if theirs.grad.norm() > 1e-6:  # of one key alone the weights have no slope
+            error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+            assert error < (2e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_the_compiled_kernel_is_the_same_to_the_bit_each_time(compiled, threads):
+    layout = Layout.of_lengths([90, 40, 33, 200], [-1, 0, 0, -1])
+    found = []
+    for _ in range(2):
+        inputs = [t.detach().bfloat16().requires_grad_() for t in random_inputs(layout, size=16)]
+        forest_attention(*inputs, layout, scaling=0.25).sum().backward()
+        found.append([t.grad for t in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_positions_continue_from_the_parent():

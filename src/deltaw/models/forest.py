@@ -141,7 +141,8 @@ def _tried(model: PreTrainedModel) -> Lean:
         "forest_layout": layout,
         "use_cache": False,
     }
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 6e-2
+    # Of what a block adds to its input, which in bf16 is known to some per cent; another block is off by more.
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.15
     try:
         return try_blocks(lean, lambda: backbone_of(model)(**inputs), layout, tolerance)
     except Exception as error:  # whatever foreign code raises here, it runs itself

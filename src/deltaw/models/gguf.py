@@ -71,6 +71,7 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
     """
     _require_gguf(gguf_path)
     cache = packages.cache_folder() / "gguf"
+    dtype = "bf16" if dtype == "int8" else dtype  # bytes are made from bf16 once it is loaded
     target = cache / f"{_digest(gguf_path)[:16]}-{dtype}-v{_REVISION}"
     if target.is_dir():
         return target

@@ -28,7 +28,13 @@ from deltaw.models import cgroup
 
 T = TypeVar("T")
 
-DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a model is loaded as. Of int8 the blocks' weights become bytes afterwards; all else stays bf16.
+DTYPES: Mapping[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.bfloat16,
+}
 
 # Multiplying bf16 without one of these is emulated: 44 to 499 times slower than fp32 has been measured.
 _X86_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -88,7 +94,7 @@ def choose_precision(device: str, asked: str = "auto", root: Path = _ROOT) -> Ch
     ``amx_bf16`` or ``avx512_bf16``, ARM processors with ``bf16``, CUDA from compute capability 8.0.
 
     Raises:
-        UserError: an unknown precision, or fp16 on a processor.
+        UserError: an unknown precision, fp16 on a processor, or int8 anywhere else.
     """
     if asked not in ("auto", *DTYPES):
         mend = did_you_mean(asked, ("auto", *DTYPES))
@@ -100,7 +106,15 @@ def choose_precision(device: str, asked: str = "auto", root: Path = _ROOT) -> Ch
             where="precision",
             mend="use precision: auto, bf16 or fp32",
         )
+    if asked == "int8" and kind != "cpu":
+        raise UserError(
+            f"int8 is for processors, and the device is {kind}",
+            where="precision",
+            mend="use precision: auto or bf16",
+        )
     reason = _native_bf16(device, root)
+    if asked == "int8" and reason is None:
+        return Choice("int8", f"as asked, though {_lacks_bf16(kind)}: expect it to be slow")
     if asked == "bf16" and reason is None:
         return Choice("bf16", f"as asked, though {_lacks_bf16(kind)}: expect it to be slow")
     if asked != "auto":

@@ -22,8 +22,9 @@ from deltaw.models.skeleton import has_values
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
-# Bytes of a frozen head's logits at a time, which become their own gradient: as many as a cache holds.
-FROZEN_CHUNK_BYTES = 12 * 2**20
+# Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew for
+# each chunk, so that small ones are slow.
+FROZEN_CHUNK_BYTES = 24 * 2**20
 
 
 class CausalObjective:

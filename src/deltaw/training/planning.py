@@ -20,6 +20,7 @@ from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import simulate, without_values
 from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.methods.choose import NAMES
+from deltaw.models.byte_weights import keep_in_bytes
 from deltaw.models.machine import choose_device, choose_precision, choose_threads, resident_bytes
 from deltaw.models.skeleton import new_modules, skeleton
 from deltaw.training.loop import rows_of_step
@@ -91,6 +92,8 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
             trust_remote_code=config.trust_remote_code,
         )
         total = sum(p.numel() for p in model.parameters())
+        if config.precision == "int8":
+            keep_in_bytes(model.base_model)
     new: list[str] = []
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)

@@ -23,9 +23,11 @@ from deltaw.errors import UserError
 from deltaw.kernels import native
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
+from deltaw.models.byte_weights import keep_in_bytes
 from deltaw.models.forest import flat_rows, lean_blocks
-from deltaw.models.machine import Choice, choose_device, choose_precision
+from deltaw.models.machine import Choice, choose_device, choose_precision, release_free_memory
 from deltaw.models.quiet import quiet
+from deltaw.models.skeleton import has_values
 from deltaw.training.evaluation import Evaluation
 from deltaw.training.features import CachedPrefix
 from deltaw.training.label_objective import start_at_mean
@@ -35,6 +37,8 @@ from deltaw.training.tasks import RunData, Task, task_of
 
 # Rows that a start which depends on the data looks at.
 ROWS_LOOKED_AT = 256
+# Tokens of rows that are looked at before weights are put into bytes.
+BYTE_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
 
@@ -220,7 +224,10 @@ def assemble(
             for batch in portions.batches(data.train[:ROWS_LOOKED_AT]):
                 objective(batch)
 
-    said = [method.prepare(model, seed=settings.seed, beside=beside, look=look)]
+    said = []
+    if config.precision == "int8" and has_values(model):
+        said += _kept_in_bytes(task, model, portions, data.train)
+    said += [method.prepare(model, seed=settings.seed, beside=beside, look=look)]
     if settings.checkpointing:
         recompute_blocks(model)
     if settings.learning_rate == "auto":
@@ -242,6 +249,37 @@ def assemble(
         if session.prefix is not None:
             said.append(f"computed once for each row and kept: {kept}")
     return session
+
+
+def _kept_in_bytes(
+    task: Task, model: PreTrainedModel, portions: Passes, examples: Sequence[Any]
+) -> list[str]:
+    """Put the blocks' weights into bytes, looking at a few rows; what was done and what it costs, said."""
+    rows, tokens = [], 0
+    for example in examples:
+        rows.append(example)
+        tokens += len(example) if hasattr(example, "__len__") else BYTE_TOKENS // 8
+        if tokens >= BYTE_TOKENS:
+            break
+    labels = sum(example.label_count for example in rows)
+
+    def loss() -> float:
+        with torch.no_grad(), task.running(model, portions):
+            objective = task.objective(model)
+            return sum(float(objective(batch)) for batch in portions.batches(rows)) / max(1, labels)
+
+    with task.running(model, portions):
+        pass  # what is tried when the model first runs so must not count as rows looked at
+    before: list[float] = []
+    report = keep_in_bytes(model.base_model, lambda: before.append(loss()))
+    release_free_memory()
+    if not report.layers:
+        return [f"precision int8: {report}"]
+    after = loss()
+    return [
+        f"precision int8: {report}",
+        f"  on {len(rows)} training rows the loss goes from {before[0]:.4f} to {after:.4f}",
+    ]
 
 
 def dressed(example: Any, method: Method) -> Any:

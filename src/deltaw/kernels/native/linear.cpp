@@ -246,10 +246,11 @@ static void run(const Product &p, int type) {
     if (p.M <= 0 || p.N <= 0) return;
     if (type == F32) run<OpF32, OpF32>(p);
     else if (type == BF16) run<OpBF16, OpBF16>(p);
+    else if (p.out_type == F32) run<OpS8, OpF32>(p);
     else run<OpS8, OpBF16>(p);
 }
 
-// C (M, N) as at the head of this file. `type` is that of A; with bytes the low-rank part is bf16.
+// C (M, N) as at the head of this file. `type` is that of A; with bytes the low-rank part has the result's.
 // right_type: of B: that of A, or fp32 beside a bf16 A. by_column: B is kept as (N, K).
 extern "C" void dw_product(int type, int64_t M, int64_t N, int64_t K, const void *left, int64_t left_ld, const void *right,
                            int64_t right_ld, int right_type, int by_column, float right_scale, const float *row_scale,

@@ -1,0 +1,128 @@
+"""Products with their low-rank update against their twins in float64: forward, backward, odd sizes, bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.kernels import linear as products
+from tests.kernels.conftest import close
+
+DTYPES = [torch.float32, torch.bfloat16]
+sizes = st.tuples(st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n))
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def inputs(rows: int, n_in: int, n_out: int, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    made = {
+        "x": numbers(rows, n_in),
+        "weight": numbers(n_out, n_in, seed=1),
+        "bias": numbers(n_out, seed=2),
+        "added": numbers(rows, n_out, seed=3),
+        "grad": numbers(rows, n_out, seed=4),
+    }
+    factors = {"lora_A": numbers(n_in, rank, seed=5), "lora_B": numbers(rank, n_out, seed=6)}
+    rounded = {k: v.to(dtype) for k, v in made.items()}
+    return rounded | {k: v.to(dtype).float() for k, v in factors.items()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes, st.sampled_from(DTYPES), st.sampled_from([2, 4, 16, 18]), st.booleans())
+def test_forward_and_backward_equal_the_twin(size, dtype, rank, by_column):
+    t = inputs(*size, rank, dtype)
+    weight = t["weight"] if by_column else t["weight"].t().contiguous()
+    assert products.can_multiply(t["x"], weight, t["lora_A"]) or not products.native.library()
+    exact = {k: v.double() for k, v in t.items()}
+    wide = weight.double()
+    y, h = products.linear(
+        t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"]
+    )
+    y_exact, h_exact = products.linear_twin(
+        exact["x"], wide, by_column, None, None, exact["bias"], exact["lora_A"], exact["lora_B"], 0.5, exact["added"]
+    )
+    close(y, y_exact, dtype)
+    close(h, h_exact, dtype)
+    dx, narrow = products.linear_backward(
+        t["grad"], weight, by_column, None, None, t["lora_A"], t["lora_B"], 0.5, t["x"]
+    )
+    dx_exact, narrow_exact = products.linear_backward_twin(
+        exact["grad"], wide, by_column, None, None, exact["lora_A"], exact["lora_B"], 0.5, exact["x"]
+    )
+    close(dx, dx_exact, dtype)
+    close(narrow, narrow_exact, dtype)
+    of_A, of_B = products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)
+    A_exact, B_exact = products.factors_backward_twin(t["x"].double(), h.double(), exact["grad"], narrow.double(), 0.5)
+    assert of_A.dtype == of_B.dtype == torch.float32
+    close(of_A, A_exact, torch.float32)
+    close(of_B, B_exact, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deep_products_are_cut_and_summed(dtype, threads):
+    """More groups than are packed at once, and too few columns to share out without cutting rows."""
+    t = inputs(130, 4800, 36, 2, dtype)
+    y, _ = products.linear(t["x"], t["weight"])
+    close(y, t["x"].double() @ t["weight"].double().t(), dtype)
+
+
+@pytest.mark.parametrize("size", [(5, 7, 9), (3, 6, 10)])
+def test_sizes_that_fill_no_group_go_to_the_twin(size):
+    t = inputs(*size, 3, torch.bfloat16)
+    y, _ = products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])
+    exact, _ = products.linear_twin(
+        t["x"].double(), t["weight"].double(), lora_A=t["lora_A"].double(), lora_B=t["lora_B"].double()
+    )
+    close(y, exact, torch.bfloat16)
+
+
+def test_no_rows_at_all():
+    t = inputs(1, 8, 12, 2, torch.bfloat16)
+    y, h = products.linear(t["x"][:0], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])
+    assert y.shape == (0, 12) and h.shape == (0, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes, st.booleans(), st.sampled_from(DTYPES))
+def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_columns, dtype):
+    rows, n_in, n_out = size
+    t = inputs(rows, n_in, n_out, 4, dtype)
+    as_bytes, scale = products.quantised_rows(t["weight"])
+    columns = torch.rand(n_in, generator=torch.Generator().manual_seed(0)) + 0.5 if with_columns else None
+    steps, scales = products.quantised(t["x"], columns)
+    steps_twin, scales_twin = products.quantised_twin(t["x"], columns)
+    assert (steps.int() - steps_twin.int()).abs().max() <= 1  # a tie may go either way
+    torch.testing.assert_close(scales, scales_twin)
+    y, _ = products.linear(
+        t["x"], as_bytes, True, scale, columns, None, t["lora_A"], t["lora_B"], 2.0, x_bytes=steps, x_scales=scales
+    )
+    whole = (steps.double() - 128) @ as_bytes.double().t() * scales.double()[:, None] * scale.double()
+    low = (t["x"].double() @ t["lora_A"].double()) @ (2.0 * t["lora_B"].double())
+    close(y, whole + low, torch.bfloat16)
+    dx, _ = products.linear_backward(t["grad"], as_bytes, True, scale, columns)
+    g, g_scales = products.quantised(t["grad"], scale)
+    exact = (g.double() - 128) @ as_bytes.double() * g_scales.double()[:, None]
+    close(dx, exact if columns is None else exact * columns.double(), dtype)
+
+
+def test_bytes_stay_in_range_at_the_largest_value_and_for_rows_of_zeros():
+    """1 / scale rounds up for some rows: the largest value must still be 127 steps, not 128."""
+    x = (numbers(500, 16).abs() + 1e-3).to(torch.bfloat16)
+    x[3] = 0
+    steps, scales = products.quantised(x, None)
+    assert steps.min() >= 1 and steps.max() == 255 and scales[3] == 0 and (steps[3] == 128).all()
+    restored = (steps.float() - 128) * scales[:, None]
+    assert ((restored - x.float()).abs() <= 0.51 * scales[:, None]).all()
+
+
+def test_runs_are_the_same_to_the_bit(threads):
+    t = inputs(300, 192, 96, 16, torch.bfloat16)
+    one, other = (
+        products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])[0] for _ in range(2)
+    )
+    assert torch.equal(one, other)
