@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.cli.conftest import tree
@@ -104,6 +106,71 @@ def test_a_row_that_is_too_long_is_named_with_the_length_that_would_fit(refuses,
     rows = write_rows(tmp_path / "long.jsonl", [{"text": "a"}, {"text": "b" * 90}])
     refuses("long.jsonl, row 2", "data.max_length: 91", "long_rows", data=rows, data__max_length=20)
     refuses("128 positions", "data.max_length: 128", data=write_rows(rows, [{"text": "b" * 200}] * 2))
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A text model whose files hold a head of three outputs."""
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=3,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    byte_tokenizer().save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def labelled(path, *labels):
+    return write_rows(path, ({"text": f"row {n}", "label": label} for n, label in enumerate(labels)))
+
+
+def test_a_head_of_another_number_of_outputs_than_classes(refuses, tmp_path, classifier):
+    rows = labelled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
+    task = {"model": classifier, "data": rows, "task": "sequence-classification"}
+    refuses("3 outputs", "2 classes", "'bad', 'good'", classifier, **task)
+    refuses("3 outputs", "4 classes", data__classes="[a, bad, c, good]", **task)
+    numbers = labelled(tmp_path / "numbers.jsonl", *range(8))
+    refuses("3 outputs", "regression", classifier, **{**task, "data": numbers, "task": "regression"})
+
+
+def test_labels_that_training_has_never_seen(refuses, tmp_path, classifier):
+    rows = labelled(tmp_path / "rows.jsonl", *["a", "b", "c"] * 3)
+    other = labelled(tmp_path / "eval.jsonl", "a", "d")
+    task = {"model": classifier, "data": rows, "task": "sequence-classification"}
+    refuses("'d' was never seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
+
+
+@pytest.mark.parametrize("label", ["many", float("nan"), "", [1]])
+def test_labels_that_are_no_numbers(refuses, tmp_path, model_folder, label):
+    rows = labelled(tmp_path / "rows.jsonl", 0.5, 1, label, 2)
+    refuses("finite number", "rows.jsonl, row 3", data=rows, task="regression")
+
+
+@pytest.fixture
+def image_model(tmp_path):
+    """A model of images whose preprocessor leaves their size as it is."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **shape)).save_pretrained(tmp_path / "vit")
+    preprocessor = {"image_processor_type": "ViTImageProcessor", "do_resize": False}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return tmp_path / "vit"
+
+
+def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path, image_model):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for n in range(3):
+            Image.new("RGB", (16, 16), (n, 9, 9)).save(tmp_path / "pets" / name / f"{n}.png")
+    task = {"model": image_model, "data": tmp_path / "pets", "task": "image-classification"}
+    (tmp_path / "pets" / "emu").mkdir()
+    refuses("'emu' holds no image", tmp_path / "pets" / "emu", **task)
+    (tmp_path / "pets" / "emu").rmdir()
+    Image.new("RGB", (16, 24)).save(tmp_path / "pets" / "dog" / "3.png")
+    refuses("24×16", "16×16", "3.png", "resize", **task)
 
 
 VALUES = [

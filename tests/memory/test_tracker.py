@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from deltaw.memory.measure import peak_resident_bytes_of, peak_tensor_bytes, storage_bytes
 from deltaw.memory.tracker import MemoryTracker
+from deltaw.memory.work import WorkCounter
 from tests.memory.conftest import prepared, two_steps
 
 
@@ -108,3 +111,18 @@ def test_resident_memory_is_measured_where_the_system_can() -> None:
     if peak is None:
         pytest.skip("this system does not let a process reset its peak")
     assert peak > 40_000_000
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_two_gradients_of_one_tensor_are_summed_in_place_whoever_looks_on(watched):
+    """The engine adds the second gradient into the first, but not while a dispatch mode looks on."""
+    weight = torch.ones(1000, requires_grad=True)
+
+    def run():
+        ((weight * 2).sum() + (weight * 3).sum()).backward()
+
+    with MemoryTracker() as tracker, WorkCounter() if watched else nullcontext():
+        tracker.track([weight], "trained")
+        run()
+    weight.grad = None
+    assert tracker.peak_bytes <= peak_tensor_bytes(run, alive=[weight]) + 100

@@ -62,7 +62,7 @@ def test_each_shape_of_a_product_is_one_kernel_however_often_it_comes() -> None:
                 torch.ones(rows, 4, dtype=dtype) @ torch.ones(4, 5, dtype=dtype)
         torch.ones(2, 4) @ torch.ones(5, 4).t()  # laid out differently
 
-    assert [half for half, _ in counted(run).products].count(True) == 2
+    assert [product.half for product in counted(run).products].count(True) == 2
     assert len(counted(run).products) == 5
 
 
@@ -92,15 +92,32 @@ def test_work_is_the_same_without_values() -> None:
 def test_kernels_grow_with_numbers_of_tokens_up_to_as_many_as_are_kept() -> None:
     half = counted(lambda: torch.ones(2, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16))
     full = counted(lambda: torch.ones(2, 4) @ torch.ones(4, 5))
-    one, ten = (kernel_bytes(half, {2}, tokens, lengths=0) for tokens in (1, 10))
-    assert ten == pytest.approx(10 * one) and one > kernel_bytes(full, {2}, 1, lengths=0)
-    assert kernel_bytes(half, {2}, 2 * KEPT, lengths=0) == kernel_bytes(half, {2}, KEPT, lengths=0)
-    assert kernel_bytes(counted(lambda: None), {2}, 5, lengths=3) == 0
+    one, ten, most, more = (kernel_bytes(half, varying=[({2}, n)]) for n in (1, 10, KEPT, 2 * KEPT))
+    assert ten == pytest.approx(10 * one) and one > kernel_bytes(full, varying=[({2}, 1)])
+    assert more == most
+    assert kernel_bytes(counted(lambda: None), varying=[({2}, 5)], lengths=3) == 0
 
 
-def test_products_over_other_things_than_tokens_come_once() -> None:
-    half = counted(lambda: torch.ones(3, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16))
-    assert kernel_bytes(half, {2}, 10, lengths=0) == kernel_bytes(half, {2}, 1, lengths=0) > 0
+def test_products_over_rows_come_in_as_many_shapes_as_there_are_numbers_of_rows() -> None:
+    def product(rows: int) -> WorkCounter:
+        return counted(
+            lambda: torch.ones(rows, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16)
+        )
+
+    varying = [({2}, 10.0), ({3}, 7.0)]
+    tokens, rows, others = (kernel_bytes(product(n), varying=varying) for n in (2, 3, 9))
+    assert tokens == pytest.approx(10 * others) and rows == pytest.approx(7 * others)
+
+
+def test_batched_products_come_in_as_many_shapes_as_attentions_tiles() -> None:
+    work = counted(
+        lambda: torch.bmm(
+            torch.ones(3, 2, 4, dtype=torch.bfloat16), torch.ones(3, 4, 5, dtype=torch.bfloat16)
+        )
+    )
+    assert work.products[0].batched
+    one, six = (kernel_bytes(work, varying=[({9}, 4)], tiles=tiles) for tiles in (1.0, 6.0))
+    assert six == pytest.approx(6 * one)
 
 
 def test_each_length_of_an_attention_brings_kernels_of_its_own() -> None:
@@ -109,7 +126,7 @@ def test_each_length_of_an_attention_brings_kernels_of_its_own() -> None:
         return counted(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
 
     def grown(work: WorkCounter) -> int:
-        one, two = (kernel_bytes(work, {16, 128}, 1, lengths=lengths) for lengths in (1, 2))
+        one, two = (kernel_bytes(work, varying=[({16, 128}, 1)], lengths=lengths) for lengths in (1, 2))
         return two - one
 
     short, long = (attend(length) for length in (16, 128))

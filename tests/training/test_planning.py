@@ -246,6 +246,24 @@ def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
     assert plan.tokens == max(passes) > 100
 
 
+@pytest.fixture(scope="module")
+def wordy(folders):
+    """A model with a large vocabulary."""
+    tiny_llama(**SHAPE, vocab_size=6000).save_pretrained(folders / "wordy")
+    byte_tokenizer().save_pretrained(folders / "wordy")
+    return str(folders / "wordy")
+
+
+def test_a_shorter_pass_with_many_labels_may_be_the_peak(config_of, wordy, tmp_path):
+    long = [{"prompt": "p" * 90 + f"{n:03}", "completion": "z"} for n in range(20)]
+    answers = [{"prompt": f"{n:03}", "completion": "z" * 60} for n in range(20)]
+    file = write_rows(tmp_path / "rows.jsonl", [*long, *answers])
+    train = {"batch_size": 1, "max_steps": None, "epochs": 1, "checkpointing": True}
+    changes = {"data": {"train": str(file), "eval": None}, "train": train, "model": wordy}
+    plan, peak, *_ = compare(config_of("llama", "lora", **changes))
+    assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
+
+
 def test_the_classes_of_the_data_are_outputs_of_the_planned_head(config_of, tmp_path):
     counts = {}
     for classes in (2, 7):

@@ -295,7 +295,13 @@ def _tensors(result: object) -> Iterable[Tensor]:
 
 
 def _called_by_engine(frame: FrameType | None) -> bool:
-    """Whether an operator comes out of the autograd engine itself and not out of Python code it called."""
-    while frame is not None and frame.f_code.co_filename.endswith("_python_dispatch.py"):
+    """Whether an operator comes out of the autograd engine itself and not out of Python code it called.
+
+    Between the two may stand other dispatch modes that look on.
+    """
+    while frame is not None and (
+        frame.f_code.co_name == "__torch_dispatch__"
+        or frame.f_code.co_filename.endswith(("_python_dispatch.py", "_ops.py"))
+    ):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"

@@ -7,8 +7,8 @@ Knows operators alone; formulas of their operations are torch's own.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,12 +28,20 @@ SHORT_ATTENTION, LONG_ATTENTION, SHORT = int(4.2e6), int(5.8e6), 64
 KEPT = 1150
 
 
+class Product(NamedTuple):
+    """A matrix product: its precision, all its sizes, and whether it is many small ones at once."""
+
+    half: bool
+    sizes: frozenset[int]
+    batched: bool = False
+
+
 class WorkCounter(TorchDispatchMode):
     """While open, counts what passes.
 
     Attributes:
         operators: how many. operations: floating-point operations of products, convolutions, attention.
-        products: sizes of the matrix products of different shapes, and whether they are in half precision.
+        products: the matrix products of different shapes.
         lengths: lengths of rows that an attention backward in half precision has met.
     """
 
@@ -43,7 +51,11 @@ class WorkCounter(TorchDispatchMode):
         self.operations = 0
         self.lengths: set[int] = set()
         self._seen: set[tuple[object, ...]] = set()
-        self.products: list[tuple[bool, frozenset[int]]] = []
+        self.products: list[Product] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and guarding every call against it takes its time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,22 +79,32 @@ class WorkCounter(TorchDispatchMode):
         if key not in self._seen:
             self._seen.add(key)
             sizes = frozenset(size for t in tensors for size in t.shape)
-            self.products.append((tensors[-1].dtype in HALF, sizes))
+            batched = packet in (_aten.bmm, _aten.baddbmm, _aten.baddbmm_)
+            self.products.append(Product(tensors[-1].dtype in HALF, sizes, batched))
 
 
-def kernel_bytes(work: WorkCounter, seen: Collection[int], tokens: float, lengths: int) -> int:
+def kernel_bytes(
+    work: WorkCounter,
+    *,
+    varying: Sequence[tuple[Collection[int], float]],
+    lengths: int = 0,
+    tiles: float = 1.0,
+) -> int:
     """What the libraries keep over a run.
 
     Args:
-        work: of some passes. seen: the numbers of tokens in them.
-        tokens: how many different numbers of tokens the passes of the whole run have. Products over tokens
-            come again in as many shapes; others (over rows, over weights) in few.
+        work: of some passes.
+        varying: sizes that change from pass to pass (numbers of tokens, of rows): those that were met in
+            these passes, and how many different ones the whole run has. A product with one of the sizes comes
+            again in as many shapes; the first that is met counts. Others come in no further shape.
         lengths: different lengths of rows in the run.
+        tiles: shapes of attention's tiles in the run, for each in these passes: batched products come again
+            in as many.
     """
     counts = {True: 0.0, False: 0.0}
-    for half_precision, sizes in work.products:
-        over_tokens = not sizes.isdisjoint(seen)
-        counts[half_precision] += tokens / max(1, len(seen)) if over_tokens else 1.0
+    for product in work.products:
+        met = (n / max(1, len(seen)) for seen, n in varying if not product.sizes.isdisjoint(seen))
+        counts[product.half] += next(met, tiles if product.batched else 1.0)
     half = min(KEPT, counts[True]) * HALF_PRODUCT
     full = min(KEPT, counts[False]) * FULL_PRODUCT
     longest = max(work.lengths, default=0)

@@ -61,7 +61,7 @@ class CausalObjective:
             batch.weights,
             self._logits,
             list(self.head.parameters()),
-            chunk=self._chunk,
+            chunk=self.chunk,
         )
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class CausalObjective:
         """For each label its cross-entropy (P,), and whether it is the likeliest token (P,)."""
         losses, right = [], []
         for rows, targets in zip(
-            self._picked(batch).split(self._chunk), batch.targets.split(self._chunk), strict=True
+            self._picked(batch).split(self.chunk), batch.targets.split(self.chunk), strict=True
         ):
             logits = (self._logits(rows) if self.chunked else rows).float()
             losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
@@ -94,8 +94,8 @@ class CausalObjective:
         return final_logits(self.model, self.head(rows))
 
     @property
-    def _chunk(self) -> int:
-        """Rows of logits at a time."""
+    def chunk(self) -> int:
+        """Labels whose logits are there at a time."""
         return max(1, CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
 
 

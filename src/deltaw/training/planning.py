@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError, did_you_mean
+from deltaw.kernels.layout import Layout
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import simulate, without_values
 from deltaw.memory.work import WorkCounter, kernel_bytes
@@ -24,13 +25,21 @@ from deltaw.models.byte_weights import keep_in_bytes
 from deltaw.models.machine import choose_device, choose_precision, choose_threads, resident_bytes
 from deltaw.models.skeleton import new_modules, skeleton
 from deltaw.training.loop import rows_of_step
+from deltaw.training.portions import Portions
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks import RunData, Task
 
+# Tiles of one shape: how many, queries, keys.
+TileShape: TypeAlias = tuple[int, int, int]
 # Steps that are looked at for the largest pass; of a longer run, so many of them, spread evenly.
 STEPS_LOOKED_AT = 400
 # Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
 STEPS_CARRIED_OUT = 2
+# Steps whose passes are laid out, to see in how many shapes attention comes.
+STEPS_LAID_OUT = 100
+# Vectors of the model's width that a token keeps in each block, roughly; one where blocks are computed again.
+# Bytes for each entry of the logits beside the entry itself: two fp32 copies. Both only choose a step.
+KEPT_VECTORS, LOGIT_COPIES = 20, 8
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,34 @@ class Heaviest:
     Attributes:
         rows: of that step. shapes: (rows, length) of its passes.
         every: the shapes of all steps that were looked at. judged: those of evaluations.
+        labelled: rows of another step, which has a shorter pass with so many labels that it may take more;
+            none where there is no such step.
+        tiles, judged_tiles: as ``every`` and ``judged``, of attention's tiles.
     """
 
     rows: Sequence[Any]
     shapes: list[tuple[int, int]]
     every: set[tuple[int, int]]
     judged: set[tuple[int, int]]
+    labelled: Sequence[Any] = ()
+    tiles: set[TileShape] = field(default_factory=set)
+    judged_tiles: set[TileShape] = field(default_factory=set)
 
     @property
-    def kernel_shapes(self) -> float:
+    def token_counts(self) -> float:
         """Different numbers of tokens that kernels are built for; an evaluation's, which has no backward,
         counts a third."""
-        trained = _tokens(self.every)
-        return len(trained) + len(_tokens(self.judged) - trained) / 3
+        return _kinds(_tokens(self.every), _tokens(self.judged))
+
+    @property
+    def row_counts(self) -> float:
+        """The same of numbers of rows, which a classifier's head is applied to."""
+        return _kinds({rows for rows, _ in self.every}, {rows for rows, _ in self.judged})
+
+    @property
+    def tile_shapes(self) -> float:
+        """The same of the shapes of attention's tiles."""
+        return _kinds(self.tiles, self.judged_tiles)
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Plan:
@@ -103,12 +127,12 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     def run() -> None:
         session = assemble(config, task, data, model, device="cpu", new_modules=new)
         heaviest = heaviest_step(session)
-        telling, marks = _Telling(session), [(0, 0)]
+        telling, marks = _Telling(session, heaviest.labelled), [(0, 0)]
         with session.running(), WorkCounter() as work:
             session.train(
                 rows=heaviest.rows,
                 batch_size=len(heaviest.rows),
-                total_steps=STEPS_CARRIED_OUT,
+                total_steps=STEPS_CARRIED_OUT + (1 if heaviest.labelled else 0),
                 portions=telling,
                 on_step=lambda step: marks.append((work.operations, work.operators)),
             )
@@ -116,7 +140,7 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
             with session.running():
                 judge(session, longest_rows(session))
         share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
-        operations, operators = (int((b - a) * share) for a, b in zip(*marks[-2:], strict=True))
+        operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
         made.append((session, heaviest, work, telling, operations, operators))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
@@ -128,9 +152,9 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
         process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=kernel_bytes(
             work,
-            seen=telling.sizes,
-            tokens=heaviest.kernel_shapes,
+            varying=[(telling.sizes, heaviest.token_counts), (telling.rows, heaviest.row_counts)],
             lengths=len({length for _, length in heaviest.every}),
+            tiles=max(1.0, heaviest.tile_shapes / max(1, len(telling.tiles))),
         ),
         feature_bytes=0 if session.prefix is None else session.prefix.store.shape.bytes,
         threads=threads,
@@ -208,62 +232,137 @@ def _not_without_values(error: Exception) -> UserError:
 
 
 def heaviest_step(session: Session) -> Heaviest:
-    """Find the step with the largest pass; among equals, the one with the most labels."""
-    settings = session.config.train
+    """Find the step with the largest pass, among equals the one with the most labels; and another one where
+    labels may outweigh tokens."""
+    settings, portions = session.config.train, session.portions
     total = session.total_steps
-    best: tuple[int, int] = (-1, -1)
-    found: Sequence[Any] = ()
-    shapes: list[tuple[int, int]] = []
-    every: set[tuple[int, int]] = set()
     if session.prefix is not None:
         # What is kept is computed in the first epoch alone.
         total = min(total, -(-len(session.data.train) // settings.batch_size))
-    for step in range(0, total, max(1, -(-total // STEPS_LOOKED_AT))):
+    steps = range(0, total, max(1, -(-total // STEPS_LOOKED_AT)))
+    laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
+    every: set[tuple[int, int]] = set()
+    tiles: set[TileShape] = set()
+    passes: list[tuple[int, int, int]] = []
+    for step in steps:
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
-        passes = session.portions.shapes(rows)
-        every.update(passes)
-        rank = (max(_tokens(passes)), sum(row.label_count for row in rows))
-        if rank > best:
-            best, found, shapes = rank, rows, passes
-    judged: set[tuple[int, int]] = set()
-    if session.data.held_out:
-        judged.update(session.portions.shapes(session.data.held_out))
-    return Heaviest(found, shapes, every, judged)
+        shapes = portions.shapes(rows)
+        every.update(shapes)
+        labels = portions.labels(rows) if isinstance(portions, Portions) else [0] * len(shapes)
+        passes += [(c * n, many, step) for (c, n), many in zip(shapes, labels, strict=True)]
+        if step in laid_out:
+            tiles |= _tile_shapes(session, rows)
+
+    def rows_of(step: int) -> Sequence[Any]:
+        return rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+
+    largest = max(passes)
+    labelled: Sequence[Any] = ()
+    if isinstance(portions, Portions) and session.prefix is None:
+        weigh = _weigher(session)
+        heavy = max(passes, key=weigh)
+        if weigh(heavy) > 1.01 * weigh(largest):
+            labelled = rows_of(heavy[2])
+    held_out = session.data.held_out
+    return Heaviest(
+        rows_of(largest[2]),
+        portions.shapes(rows_of(largest[2])),
+        every,
+        set(portions.shapes(held_out)) if held_out else set(),
+        labelled,
+        tiles,
+        _tile_shapes(session, held_out) if held_out else set(),
+    )
+
+
+def _weigher(session: Session) -> Callable[[tuple[int, int, int]], float]:
+    """Roughly the bytes that come with the tokens and the labels of a pass."""
+    config = session.model.config.get_text_config()
+    size = session.model.dtype.itemsize
+    vectors = 1 if session.config.train.checkpointing else KEPT_VECTORS
+    blocks, width = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "hidden_size"))
+    token, label = vectors * blocks * width * size, config.vocab_size * (LOGIT_COPIES + size)
+    most = getattr(session.objective, "chunk", 1)
+
+    def weigh(one: tuple[int, int, int]) -> float:
+        return one[0] * token + min(one[1], most) * label
+
+    return weigh
+
+
+def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
+    """Shapes of attention's tiles in the passes of these rows."""
+    if not isinstance(session.portions, Portions):
+        return set()
+    return {shape for layout in session.portions.layouts(rows) for shape in _tiles_of(session, layout)}
+
+
+def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
+    window = getattr(session.model.config.get_text_config(), "sliding_window", None)
+    return {
+        (batch.count, batch.queries, batch.keys.shape[1])
+        for width in {None, window}
+        for batch in layout.tiles(width).batches
+    }
 
 
 class _Telling:
     """Of a step's passes those that tell its peak: the smallest, which leaves gradients behind, and then the
-    largest. The first step, which is there for the optimizer's state alone, has the smallest only.
+    largest. The first step, which is there for the optimizer's state alone, has the smallest only; a third is
+    made of the passes of ``labelled`` rows, its largest being the one with the most labels.
 
     Attributes:
-        tokens: of the passes of the last step. sizes: the different ones of all of them.
+        tokens: of the passes of the second step.
+        sizes, rows, tiles: different numbers of tokens, of rows, and shapes of attention's tiles in all of
+            them.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, labelled: Sequence[Any] = ()) -> None:
+        self._session = session
         self._inner = (session.prefix or session).portions
+        self._labelled = labelled
         self._steps = 0
         self.tokens = 0
         self.sizes: set[int] = set()
+        self.rows: set[int] = set()
+        self.tiles: set[TileShape] = set()
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         return self._inner.shapes(rows)
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         self._steps += 1
-        sizes = [count * length for count, length in self._inner.shapes(rows)]
-        smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - sizes[::-1].index(max(sizes))
+        rows = self._labelled if self._steps > STEPS_CARRIED_OUT else rows
+        shapes = self._inner.shapes(rows)
+        sizes = [count * length for count, length in shapes]
+        weights = sizes
+        if self._steps > STEPS_CARRIED_OUT and isinstance(self._inner, Portions):
+            weigh = _weigher(self._session)
+            weights = [
+                int(weigh((size, labels, 0)))
+                for size, labels in zip(sizes, self._inner.labels(rows), strict=True)
+            ]
+        smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:
             largest = smallest
-        self.tokens = sum(sizes[number] for number in {smallest, largest})
+        if self._steps <= STEPS_CARRIED_OUT:
+            self.tokens = sum(sizes[number] for number in {smallest, largest})
         self.sizes.update(sizes[number] for number in (smallest, largest))
+        self.rows.update(shapes[number][0] for number in (smallest, largest))
         kept = None
         for number, batch in enumerate(self._inner.batches(rows)):
             if number == largest and number != smallest and smallest > largest:
                 kept = batch  # it comes last, when gradients are there
             elif number in (smallest, largest) or number >= len(sizes):
-                yield batch
+                yield self._seen(batch)
         if kept is not None:
-            yield kept
+            yield self._seen(kept)
+
+    def _seen(self, batch: Any) -> Any:
+        layout = getattr(batch, "inputs", {}).get("forest_layout")
+        if isinstance(layout, Layout):
+            self.tiles |= _tiles_of(self._session, layout)
+        return batch
 
 
 def judge(session: Session, rows: Sequence[Any]) -> None:
@@ -286,6 +385,10 @@ def longest_rows(session: Session) -> Sequence[Any]:
         if total >= 2 * most:
             break
     return ordered[:count]
+
+
+def _kinds(trained: set[Any], judged: set[Any]) -> float:
+    return len(trained) + len(judged - trained) / 3
 
 
 def _tokens(shapes: Iterable[tuple[int, int]]) -> set[int]:

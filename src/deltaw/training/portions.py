@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
-from deltaw.data.packing import Batch, batches, pass_shapes
+from deltaw.data.packing import Batch, batches, pack, pass_shapes, split_into_passes
 from deltaw.errors import UserError
+from deltaw.kernels.layout import Layout
 from deltaw.models.forest import can_pack
 from deltaw.models.generation import position_limit
 from deltaw.models.machine import Choice
@@ -31,6 +32,20 @@ class Portions:
     def shapes(self, rows: Sequence[Example]) -> list[tuple[int, int]]:
         """(rows, length) of each pass of :meth:`batches`, without laying any out."""
         return pass_shapes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
+
+    def labels(self, rows: Sequence[Example]) -> list[int]:
+        """Labels in each pass."""
+        return [sum(row.label_count for row in part) for part in self._split(rows)]
+
+    def layouts(self, rows: Sequence[Example]) -> Iterator[Layout]:
+        """The layout of each pass; padded rows have none."""
+        for part in [] if self.padded else self._split(rows):
+            layout = pack(part, share=self.share).inputs["forest_layout"]
+            assert isinstance(layout, Layout)
+            yield layout
+
+    def _split(self, rows: Sequence[Example]) -> list[list[Example]]:
+        return split_into_passes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
 
     def batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
         return batches(rows, self.tokens_per_pass, share=self.share, padded=self.padded, device=self.device)

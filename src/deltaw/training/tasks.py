@@ -15,12 +15,20 @@ from typing import Any, Protocol
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data import prepare, prepare_file
+from deltaw.data.classes import check_classes
 from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
 from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
 from deltaw.models.forest import flat_rows
-from deltaw.models.loading import check_architecture, config_folder, load_tokenizer, say_on_stderr
+from deltaw.models.loading import (
+    check_architecture,
+    config_folder,
+    load_tokenizer,
+    read_config,
+    say_on_stderr,
+)
 from deltaw.models.machine import Choice
 from deltaw.training.evaluate import evaluate_causal
 from deltaw.training.evaluation import Evaluation
@@ -30,6 +38,9 @@ from deltaw.training.label_portions import choose_label_portions
 from deltaw.training.loop import Objective, Passes
 from deltaw.training.objective import CausalObjective
 from deltaw.training.portions import choose_portions
+
+# What the names of architectures end in whose files hold a classifier's head.
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,8 @@ class LabelTask:
         name: ``sequence-classification``, ``regression`` or ``image-classification``.
         tokenizer: of a text's model. folder: of an image's model, which says how images are prepared.
         named: the classes that the model's own head tells apart, in the order of its outputs.
+        own_outputs: how many outputs the head has that the model's files hold; None where they hold none.
+        model: its reference, for messages.
     """
 
     has_labels = True
@@ -181,9 +194,13 @@ class LabelTask:
         tokenizer: PreTrainedTokenizerBase | None = None,
         folder: Path | None = None,
         named: tuple[str, ...] | None = None,
+        own_outputs: int | None = None,
+        model: str = "",
     ) -> None:
         self.name = name
         self.named = named
+        self._own_outputs = own_outputs
+        self._model = model
         self.tokenizer = tokenizer
         self.encoder = ImageEncoder(folder) if folder is not None else None
 
@@ -194,7 +211,21 @@ class LabelTask:
         if unordered and self.named is not None and set(found or ()) == set(self.named):
             # A head that tells these very classes apart keeps the order of its outputs.
             prepared = self._prepare(settings, seed, self.named)
+        self._check_outputs(prepared.classes)
         return RunData(prepared.train, prepared.held_out, prepared.report, prepared.classes)
+
+    def _check_outputs(self, classes: Sequence[str] | None) -> None:
+        """Refuse rows that the model's own head is not made for, before its weights are read."""
+        if self._own_outputs is None:
+            return
+        if classes is not None:
+            check_classes(self._own_outputs, classes, self._model)
+        elif self._own_outputs != 1:
+            raise UserError(
+                f"the model's head has {self._own_outputs} outputs, and a regression has one",
+                where=self._model,
+                mend="set task: sequence-classification, or take a model without a head",
+            )
 
     def _prepare(self, settings: DataSettings, seed: int, classes: Sequence[str] | None) -> PreparedLabels:
         if self.encoder is not None:
@@ -270,9 +301,20 @@ def task_of(
     config = check_architecture(folder, name, trust_remote_code)
     named = named_classes(config)
     if name == "image-classification":
-        return LabelTask(name, folder=folder, named=named)
+        outputs = own_outputs(config)
+        return LabelTask(name, folder=folder, named=named, own_outputs=outputs, model=model)
     tokenizer = load_tokenizer(str(folder), say=say, trust_remote_code=trust_remote_code)
-    return CausalTask(tokenizer) if name == "causal-lm" else LabelTask(name, tokenizer, named=named)
+    if name == "causal-lm":
+        return CausalTask(tokenizer)
+    # A regression's configuration has one output whatever the files say.
+    outputs = own_outputs(read_config(folder, "sequence-classification", None, trust_remote_code))
+    return LabelTask(name, tokenizer, named=named, own_outputs=outputs, model=model)
+
+
+def own_outputs(config: PretrainedConfig) -> int | None:
+    """Outputs of the classifier's head that a model's files hold; None where they hold none."""
+    made_for = getattr(config, "architectures", None) or [""]
+    return config.num_labels if str(made_for[0]).endswith(_CLASSIFIERS) else None
 
 
 def named_classes(config: PretrainedConfig) -> tuple[str, ...] | None:
