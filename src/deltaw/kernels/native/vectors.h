@@ -163,7 +163,11 @@ struct OpBF16 {
     static Sum zero() { return _mm512_setzero_ps(); }
     static Sum load(const float *p) { return _mm512_loadu_ps(p); }
     static void store(float *p, Sum s) { _mm512_storeu_ps(p, s); }
-    static Sum add(Sum s, __m512i a, __m512i b) { return _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b); }
+    // As assembly, since the compiler would copy sums to and fro between registers around its own form.
+    static Sum add(Sum s, __m512i a, __m512i b) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(a), "v"(b));
+        return s;
+    }
 };
 struct OpS8 {  // unsigned bytes on the left, signed ones on the right; sums are whole numbers
     typedef int8_t Element;
@@ -172,7 +176,10 @@ struct OpS8 {  // unsigned bytes on the left, signed ones on the right; sums are
     static Sum zero() { return _mm512_setzero_si512(); }
     static Sum load(const float *p) { return _mm512_loadu_si512(p); }
     static void store(float *p, Sum s) { _mm512_storeu_si512(p, s); }
-    static Sum add(Sum s, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(s, a, b); }
+    static Sum add(Sum s, __m512i a, __m512i b) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(a), "v"(b));
+        return s;
+    }
 };
 
 // tile (ROWS, 16·VECS) = or += left (ROWS rows, `stride` bytes apart) · right (`groups` lines of 128 bytes).
