@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all sides")
     parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is told apart")
-    parser.add_argument("--only", default="", help="sides whose name holds this, the floor beside them")
+    parser.add_argument("--only", default="", help="sides whose name matches this expression, the floor beside them")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as deltaw would choose")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -59,7 +60,7 @@ def main() -> None:
     found: dict[str, list[dict]] = {}
     for round_number in range(arguments.repeats):
         for name, side in SIDES.items():
-            if arguments.only not in name and side["side"] != "floor":
+            if not re.search(arguments.only, name) and side["side"] != "floor":
                 continue
             job = {**side, "threads": threads, "steps": arguments.steps, "folder": folder}
             found.setdefault(name, []).append(run(job))

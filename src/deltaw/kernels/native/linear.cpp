@@ -19,7 +19,8 @@ extern "C" void dw_threads(void *parallel, void *number, void *team, void *count
 
 enum Type { F32 = 0, BF16 = 1, S8 = 2 };
 const int PANEL = 32;
-const int64_t GROUPS_AT_ONCE = 1024;  // 128 KiB of right side: stays in the second-level cache
+const int64_t GROUPS_AT_ONCE = 768;    // 96 KiB of right side, which stay in the second-level cache
+const int64_t LEFT_AT_ONCE = 448 << 10;  // bytes of left side that stay beside it while columns go by
 
 struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else at k·ld + n
     const void *data;
@@ -160,6 +161,38 @@ static void finish(const Product &p, const float *tile, int64_t ld, int64_t m0, 
     }
 }
 
+// 128 · the sums of a panel's columns: what the shift of the left bytes adds to each sum.
+static void sums_of_columns(const char *right, int64_t groups, int vecs, int32_t *sums) {
+    const __m512i ones = _mm512_set1_epi32(0x01010101);
+    for (int v = 0; v < vecs; v++) {
+        __m512i s = _mm512_setzero_si512();
+        for (int64_t g = 0; g < groups; g++) s = _mm512_dpbusd_epi32(s, ones, _mm512_load_si512(right + 128 * g + 64 * v));
+        _mm512_store_si512(sums + 16 * v, _mm512_slli_epi32(s, 7));
+    }
+}
+
+static void less_columns(float *tile, int rows, int vecs, const int32_t *sums) {
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) {
+            void *at = tile + i * PANEL + 16 * v;
+            _mm512_storeu_si512(at, _mm512_sub_epi32(_mm512_loadu_si512(at), _mm512_load_si512(sums + 16 * v)));
+        }
+}
+
+// Sums (whole numbers, of bytes) become fp32 times their row's and column's scale.
+static void rescale(const Product &p, float *tile, bool bytes, int64_t m, int rows, int64_t n0, int vecs) {
+    for (int v = 0; v < vecs; v++) {
+        const int64_t n = n0 + 16 * v;
+        const __m512 columns = p.column_scale ? load16(p.column_scale + n, first(p.N - n)) : _mm512_set1_ps(1.0f);
+        for (int i = 0; i < rows; i++) {
+            float *at = tile + i * PANEL + 16 * v;
+            const __m512 s = bytes ? _mm512_cvtepi32_ps(_mm512_loadu_si512(at)) : _mm512_loadu_ps(at);
+            const __m512 by = p.row_scale ? _mm512_mul_ps(columns, _mm512_set1_ps(p.row_scale[m + i])) : columns;
+            _mm512_storeu_ps(at, _mm512_mul_ps(s, by));
+        }
+    }
+}
+
 template <class Op, class LowOp>
 static void run(const Product &p) {
     const bool bytes = Op::PER_GROUP == 4;
@@ -183,62 +216,47 @@ static void run(const Product &p) {
         const int64_t line = std::min(groups, GROUPS_AT_ONCE);
         char *right = (char *)room(1, line * 128);
         char *low_right = (char *)room(2, std::max<int64_t>(1, low_groups) * 128);
-        const int64_t rows_most = (p.M + cuts - 1) / cuts + 1;
-        float *tiles = several ? (float *)room(3, (end - begin) * rows_most * PANEL * 4) : nullptr;
-        for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += GROUPS_AT_ONCE) {
-            const int64_t deep = std::min(groups - g0, GROUPS_AT_ONCE);
-            const bool last = g0 + GROUPS_AT_ONCE >= groups;
-            int64_t packed = -1;
-            alignas(64) int32_t sums[PANEL];
-            for (int64_t piece = begin; piece < end; piece++) {
-                const int64_t panel = piece / cuts, n0 = panel * PANEL;
-                const int vecs = p.N - n0 > 16 ? 2 : 1;
-                if (packed != panel) {
-                    pack<Op>(p.right, p.K, p.N, n0, g0, deep, right);
-                    if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
-                    packed = panel;
-                    if (bytes)
-                        for (int v = 0; v < vecs; v++) {  // 128 · the sums of columns, which the shift of A adds
-                            __m512i s = _mm512_setzero_si512(), ones = _mm512_set1_epi32(0x01010101);
-                            for (int64_t g = 0; g < deep; g++)
-                                s = _mm512_dpbusd_epi32(s, ones, _mm512_load_si512(right + 128 * g + 64 * v));
-                            _mm512_store_si512(sums + 16 * v, _mm512_slli_epi32(s, 7));
-                        }
-                }
-                int64_t m0, m1;
-                part_of(p.M, (int)(piece % cuts), (int)cuts, m0, m1);
-                alignas(64) float small[MOST_ROWS * PANEL];
-                for (int64_t m = m0; m < m1;) {
-                    const int rows = rows_at_once(m1 - m);
-                    float *tile = several ? tiles + ((piece - begin) * rows_most + m - m0) * PANEL : small;
-                    const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
-                    products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL, g0 > 0);
-                    if (bytes)
-                        for (int i = 0; i < rows; i++)
-                            for (int v = 0; v < vecs; v++) {
-                                __m512i *at = (__m512i *)(tile + i * PANEL + 16 * v);
-                                _mm512_storeu_si512(at, _mm512_sub_epi32(_mm512_loadu_si512(at), _mm512_load_si512(sums + 16 * v)));
-                            }
-                    if (last) {
-                        if (bytes || p.row_scale || p.column_scale)
-                            for (int v = 0; v < vecs; v++) {
-                                __m512 columns = p.column_scale ? load16(p.column_scale + n0 + 16 * v, first(p.N - n0 - 16 * v)) : _mm512_set1_ps(1.0f);
-                                for (int i = 0; i < rows; i++) {
-                                    float *at = tile + i * PANEL + 16 * v;
-                                    __m512 s = bytes ? _mm512_cvtepi32_ps(_mm512_loadu_si512(at)) : _mm512_loadu_ps(at);
-                                    __m512 by = p.row_scale ? _mm512_mul_ps(columns, _mm512_set1_ps(p.row_scale[m + i])) : columns;
-                                    _mm512_storeu_ps(at, _mm512_mul_ps(s, by));
-                                }
-                            }
-                        if (p.rank)
-                            products<LowOp>(rows, vecs, (const char *)p.low + m * p.rank * low_element, p.rank * low_element,
-                                            low_right, low_groups, tile, PANEL, true);
-                        finish(p, tile, PANEL, m, rows, n0);
+        const int64_t cut = (p.M + cuts - 1) / cuts + 1;
+        const int64_t block = std::min(cut, std::max<int64_t>(8, LEFT_AT_ONCE / (line * 4) / MOST_ROWS) * MOST_ROWS);
+        float *tiles = several ? (float *)room(3, (end - begin) * block * PANEL * 4) : nullptr;
+        alignas(64) float small[MOST_ROWS * PANEL];
+        for (int64_t b0 = 0; b0 < cut; b0 += block)
+            for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += GROUPS_AT_ONCE) {
+                const int64_t deep = std::min(groups - g0, GROUPS_AT_ONCE);
+                const bool last = g0 + GROUPS_AT_ONCE >= groups;
+                int64_t packed = -1;
+                alignas(64) int32_t sums[PANEL];
+                for (int64_t piece = begin; piece < end; piece++) {
+                    int64_t m0, m1;
+                    part_of(p.M, (int)(piece % cuts), (int)cuts, m0, m1);
+                    m0 += b0;
+                    m1 = std::min(m1, m0 + block);
+                    if (m0 >= m1) continue;
+                    const int64_t panel = piece / cuts, n0 = panel * PANEL;
+                    const int vecs = p.N - n0 > 16 ? 2 : 1;
+                    if (packed != panel) {
+                        pack<Op>(p.right, p.K, p.N, n0, g0, deep, right);
+                        if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
+                        packed = panel;
+                        if (bytes) sums_of_columns(right, deep, vecs, sums);
                     }
-                    m += rows;
+                    for (int64_t m = m0; m < m1;) {
+                        const int rows = rows_at_once(m1 - m);
+                        float *tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
+                        const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
+                        products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL, g0 > 0);
+                        if (bytes) less_columns(tile, rows, vecs, sums);
+                        if (last) {
+                            if (bytes || p.row_scale || p.column_scale) rescale(p, tile, bytes, m, rows, n0, vecs);
+                            if (p.rank)
+                                products<LowOp>(rows, vecs, (const char *)p.low + m * p.rank * low_element, p.rank * low_element,
+                                                low_right, low_groups, tile, PANEL, true);
+                            finish(p, tile, PANEL, m, rows, n0);
+                        }
+                        m += rows;
+                    }
                 }
             }
-        }
     });
 }
 
