@@ -13,7 +13,10 @@ FLAGS = [
     "-std=c++17",
     "-fno-math-errno",
     # Whether the processor has these is looked up before anything is called.
-    *(f"-m{name}" for name in ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni")),
+    *(
+        f"-m{name}"
+        for name in ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni")
+    ),
 ]
 
 x86 = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")

@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--repeats 3] [--only deltaw] [--json step.json]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 2 rows of 512 tokens with a label at each. Every side
-runs in a process of its own, the sides in turn, and prints the median of its steps; medians over the rounds are
-shown. The floor is what the same matrix products take alone, as torch computes them in this precision, with the
-attention's and the update's operations at the same rate; it is timed in each round too.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 2 rows of 512 tokens with a label at each. Every
+side runs in a process of its own, the sides in turn, and prints the median of its steps; medians over the
+rounds are shown. The floor is what the same matrix products take alone, as torch computes them in this
+precision, with the attention's and the update's operations at the same rate; it is timed in each round too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all sides")
     parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is told apart")
-    parser.add_argument("--only", default="", help="sides whose name matches this expression, the floor beside them")
+    parser.add_argument(
+        "--only", default="", help="sides whose name matches this expression, the floor beside them"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: as many as deltaw would choose")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -65,7 +67,9 @@ def main() -> None:
             job = {**side, "threads": threads, "steps": arguments.steps, "folder": folder}
             found.setdefault(name, []).append(run(job))
             last = found[name][-1]
-            print(f"round {round_number + 1}: {name:26} {last['tokens_per_second']:8.0f} tokens/s", flush=True)
+            print(
+                f"round {round_number + 1}: {name:26} {last['tokens_per_second']:8.0f} tokens/s", flush=True
+            )
     report(found)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
@@ -73,7 +77,9 @@ def main() -> None:
 
 def run(job: dict) -> dict:
     done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)], capture_output=True, text=True
+        [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)],
+        capture_output=True,
+        text=True,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -90,19 +96,27 @@ def report(found: dict[str, list[dict]]) -> None:
 
     floor = median("floor bf16", "tokens_per_second")
     peft = median("PEFT bf16", "tokens_per_second") if "PEFT bf16" in found else None
-    print("\n| | tokens/s | of the bf16 floor | times PEFT bf16 | peak resident | above the loaded weights | first step |")
+    print(
+        "\n| | tokens/s | of the bf16 floor | times PEFT bf16 "
+        "| peak resident | above the loaded weights | first step |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in found:
         speed = median(name, "tokens_per_second")
         row = f"| {name} | {speed:.0f} | {speed / floor:.0%} |"
         row += f" {speed / peft:.2f} |" if peft and name != "floor bf16" else " |"
         if "peak_bytes" in found[name][0]:
-            row += f" {median(name, 'peak_bytes') / 1e6:,.0f} MB | {median(name, 'above_bytes') / 1e6:,.0f} MB |"
+            row += (
+                f" {median(name, 'peak_bytes') / 1e6:,.0f} MB | {median(name, 'above_bytes') / 1e6:,.0f} MB |"
+            )
             row += f" {median(name, 'first_step'):.1f} s |"
         else:
             row += " | | |"
         print(row)
-    print(f"\ntorch {torch.__version__}, {platform.processor() or platform.machine()}, medians over {len(found['floor bf16'])} rounds")
+    print(
+        f"\ntorch {torch.__version__}, {platform.processor() or platform.machine()}, "
+        f"medians over {len(found['floor bf16'])} rounds"
+    )
 
 
 def child(job: dict) -> dict:
@@ -158,7 +172,8 @@ def deltaw_side(job: dict) -> dict:
     loaded = loaded_bytes(model)
     labels = np.ones(LENGTH, bool)
     examples = [
-        Example(n, tokens.numpy().astype(np.int32), labels, 0, None) for n, tokens in enumerate(tokens_of_step())
+        Example(n, tokens.numpy().astype(np.int32), labels, 0, None)
+        for n, tokens in enumerate(tokens_of_step())
     ]
     portions, _ = choose_portions(model, examples, device="cpu", share=False)
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
@@ -221,7 +236,7 @@ def peft_side(job: dict) -> dict:
 
 
 def floor_side(job: dict) -> dict:
-    """The model's products alone: each shape timed by itself, forward and backward, and the rest at their rate."""
+    """The model's products alone: each shape by itself, forward and backward, and the rest at their rate."""
     import torch
     from transformers import AutoConfig
 
@@ -229,7 +244,12 @@ def floor_side(job: dict) -> dict:
     rows, hidden, mlp = ROWS * LENGTH, config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * config.head_dim
     blocks = config.num_hidden_layers
-    shapes = {(hidden, hidden): 2 * blocks, (hidden, keys): 2 * blocks, (hidden, mlp): 2 * blocks, (mlp, hidden): blocks}
+    shapes = {
+        (hidden, hidden): 2 * blocks,
+        (hidden, keys): 2 * blocks,
+        (hidden, mlp): 2 * blocks,
+        (mlp, hidden): blocks,
+    }
     dtype = torch.bfloat16
 
     def median_of(run: object, times: int = 15) -> float:

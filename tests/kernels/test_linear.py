@@ -11,7 +11,9 @@ from deltaw.kernels import linear as products
 from tests.kernels.conftest import close
 
 DTYPES = [torch.float32, torch.bfloat16]
-sizes = st.tuples(st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n))
+sizes = st.tuples(
+    st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n)
+)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,7 +46,16 @@ def test_forward_and_backward_equal_the_twin(size, dtype, rank, by_column):
         t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"]
     )
     y_exact, h_exact = products.linear_twin(
-        exact["x"], wide, by_column, None, None, exact["bias"], exact["lora_A"], exact["lora_B"], 0.5, exact["added"]
+        exact["x"],
+        wide,
+        by_column,
+        None,
+        None,
+        exact["bias"],
+        exact["lora_A"],
+        exact["lora_B"],
+        0.5,
+        exact["added"],
     )
     close(y, y_exact, dtype)
     close(h, h_exact, dtype)
@@ -57,7 +68,9 @@ def test_forward_and_backward_equal_the_twin(size, dtype, rank, by_column):
     close(dx, dx_exact, dtype)
     close(narrow, narrow_exact, dtype)
     of_A, of_B = products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)
-    A_exact, B_exact = products.factors_backward_twin(t["x"].double(), h.double(), exact["grad"], narrow.double(), 0.5)
+    A_exact, B_exact = products.factors_backward_twin(
+        t["x"].double(), h.double(), exact["grad"], narrow.double(), 0.5
+    )
     assert of_A.dtype == of_B.dtype == torch.float32
     close(of_A, A_exact, torch.float32)
     close(of_B, B_exact, torch.float32)
@@ -99,7 +112,17 @@ def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_column
     assert (steps.int() - steps_twin.int()).abs().max() <= 1  # a tie may go either way
     torch.testing.assert_close(scales, scales_twin)
     y, _ = products.linear(
-        t["x"], as_bytes, True, scale, columns, None, t["lora_A"], t["lora_B"], 2.0, x_bytes=steps, x_scales=scales
+        t["x"],
+        as_bytes,
+        True,
+        scale,
+        columns,
+        None,
+        t["lora_A"],
+        t["lora_B"],
+        2.0,
+        x_bytes=steps,
+        x_scales=scales,
     )
     whole = (steps.double() - 128) @ as_bytes.double().t() * scales.double()[:, None] * scale.double()
     low = (t["x"].double() @ t["lora_A"].double()) @ (2.0 * t["lora_B"].double())

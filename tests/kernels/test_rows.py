@@ -19,7 +19,13 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 def test_a_norm_and_its_gradient(shape, dtype, centred, offset):
     count, size = shape
     x, weight, grad, added = (
-        t.to(dtype) for t in (numbers(count, size), numbers(size), numbers(count, size, seed=1), numbers(count, size, seed=2))
+        t.to(dtype)
+        for t in (
+            numbers(count, size),
+            numbers(size),
+            numbers(count, size, seed=1),
+            numbers(count, size, seed=2),
+        )
     )
     bias = numbers(size, seed=3).to(dtype) if centred else None
     how = {"offset": offset, "eps": 1e-2, "centred": centred}
@@ -73,7 +79,9 @@ def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)]))
+@given(
+    st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)])
+)
 def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
     scale, softcap = change
     logits = (4 * numbers(count, classes)).to(dtype)
@@ -96,5 +104,7 @@ def test_what_is_not_finite_stays_seen(bad):
     x = torch.ones(2, 32)
     x[1, 5] = bad
     assert not rows.norm(x, None, None, offset=0.0, eps=1e-6, centred=False)[0][1].isfinite().all()
-    losses = rows.cross_entropy_(x.clone(), torch.zeros(2, dtype=torch.long), torch.ones(2), scale=1.0, softcap=0.0, grad=False)
+    losses = rows.cross_entropy_(
+        x.clone(), torch.zeros(2, dtype=torch.long), torch.ones(2), scale=1.0, softcap=0.0, grad=False
+    )
     assert losses[0].isfinite() and not losses[1].isfinite()

@@ -122,9 +122,24 @@ def test_a_block_with_more_in_it_runs_its_own_code():
     plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     assert "no gated MLP" in _why(plain)
     changed = model_of("Llama")
-    own = changed.base_model.layers[0].self_attn.forward
-    changed.base_model.layers[0].self_attn.forward = lambda *a, **k: (2 * own(*a, **k)[0], None)
+    attention = changed.base_model.layers[0].self_attn
+
+    class Doubled(type(attention)):
+        def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
+            return 2 * super().forward(*args, **kwargs)[0], None
+
+    attention.__class__ = Doubled
     assert "differ from the model's own" in _why(changed)
+
+
+def test_a_block_that_was_changed_from_outside_runs_its_own_code():
+    model = adapted(model_of("Llama"))
+    attention = model.base_model.layers[0].self_attn
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: (2 * own(*args, **kwargs)[0], None)
+    expected, _ = outputs_and_gradients(model, lean=False)
+    out, _ = outputs_and_gradients(model, lean=True)
+    assert lean_blocks(model).choice.value and off(out, expected) < 1e-5
 
 
 def _why(model: nn.Module) -> str:

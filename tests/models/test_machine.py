@@ -69,7 +69,13 @@ def test_bf16_that_was_asked_for_is_kept_with_a_warning(fake: FakeMachine) -> No
     assert "slow" in chosen.why
 
 
-@pytest.mark.parametrize("asked", ["fp16", "bf61", "int8"])
+def test_int8_is_for_processors(fake: FakeMachine) -> None:
+    assert "slow" in machine.choose_precision("cpu", "int8", root=fake.root).why
+    with pytest.raises(UserError, match="cuda"):
+        machine.choose_precision("cuda", "int8", root=fake.root)
+
+
+@pytest.mark.parametrize("asked", ["fp16", "bf61"])
 def test_precision_that_cannot_be_is_refused(fake: FakeMachine, asked: str) -> None:
     with pytest.raises(UserError):
         machine.choose_precision("cpu", asked, root=fake.root)

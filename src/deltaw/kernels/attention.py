@@ -1,10 +1,11 @@
 """Attention over a forest of segments, forward and backward, without padding and without a whole mask.
 
-Two ways give the same: a compiled kernel where it serves (``native/attention.cpp``), and tiles of torch's own
-products elsewhere. Of the latter, each tile of the layout is a few matrix products of its queries against its own keys;
-tiles of one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows of one
-product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights are
-computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
+Two ways give the same: a compiled kernel where it serves (``native/attention.cpp``), and tiles of torch's
+own products elsewhere. Of the latter, each tile of the layout is a few matrix products of its queries against
+its own keys; tiles of one shape are computed together. The heads that share a key (grouped-query attention)
+are folded into the rows of one product, so that nothing is expanded. Kept for the backward are queries, keys
+and values; the weights are computed again, batch by batch, unless they are small beside those (see
+KEPT_WEIGHTS).
 
 Knows tensors and tiles; not models, tokens or caches.
 """
@@ -121,8 +122,8 @@ def attend(
         forest = layout.forest()
         out, logs = _attention(query, key, value, forest, window or 0, True, scaling, softcap or 0.0)
         return out, [logs]
-    heads_first = [t.transpose(0, 1) for t in (query, key, value)]
-    out, kept = _tiles_forward(*heads_first, layout.tiles(window), scaling, softcap)
+    q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+    out, kept = _tiles_forward(q, k, v, layout.tiles(window), scaling, softcap)
     return out.transpose(0, 1), kept
 
 
@@ -145,8 +146,8 @@ def attend_backward(
         return _attention_backward(
             grad, query, key, value, out, logs, layout.forest(), window or 0, True, scaling, softcap or 0.0
         )
-    heads_first = [t.transpose(0, 1) for t in (grad, query, key, value)]
-    grads = _tiles_backward(*heads_first, kept, layout.tiles(window), scaling, softcap)
+    d, q, k, v = (t.transpose(0, 1) for t in (grad, query, key, value))
+    grads = _tiles_backward(d, q, k, v, kept, layout.tiles(window), scaling, softcap)
     return grads[0].transpose(0, 1), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
 
 
@@ -168,10 +169,10 @@ def _compute_attention(query, key, value, forest, window, causal, scaling, softc
     out = query.new_empty(length, heads, value_size)
     logs = torch.empty(heads, length)
     strides = _strides(query, key, value, out)
-    native.library().dw_attention(
-        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads, key_heads,
-        size, value_size, scaling, softcap, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
-        strides.data_ptr(), logs.data_ptr(),
+    native.kernels().dw_attention(
+        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, query.data_ptr(), key.data_ptr(), value.data_ptr(),
+        out.data_ptr(), strides.data_ptr(), logs.data_ptr(),
     )  # fmt: skip
     return out, logs
 
@@ -184,9 +185,10 @@ def _compute_attention_backward(  # type: ignore[no-untyped-def]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     strides = _strides(query, key, value, out, grad, *grads)
-    native.library().dw_attention_backward(
-        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads, key_heads,
-        size, value_size, scaling, softcap, *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
+    native.kernels().dw_attention_backward(
+        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap,
+        *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
         strides.data_ptr(), logs.data_ptr(),
     )  # fmt: skip
     return tuple(grads)
@@ -194,7 +196,7 @@ def _compute_attention_backward(  # type: ignore[no-untyped-def]
 
 def _pairs(forest: Tensor, window: int, causal: bool) -> int:
     """(query, key) pairs that are seen."""
-    starts, stops, parents, offsets = forest.tolist()
+    starts, stops, _, offsets = forest.tolist()
     total = 0
     for start, stop, offset in zip(starts, stops, offsets, strict=True):
         size = stop - start
@@ -206,27 +208,25 @@ def _pairs(forest: Tensor, window: int, causal: bool) -> int:
 
 
 _attention = define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor forest, int window, bool causal, float scaling, "
-    "float softcap) -> (Tensor, Tensor)",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor forest, int window, bool causal, "
+    "float scaling, float softcap) -> (Tensor, Tensor)",
     _compute_attention,
     lambda query, key, value, *_: (
         query.new_empty(*query.shape[:2], value.shape[-1]),
         query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
     ),
-    lambda query, key, value, forest, window, causal, *_: 2
-    * _pairs(forest, window, causal)
-    * query.shape[1]
-    * (query.shape[2] + value.shape[2]),
+    lambda query, key, value, forest, window, causal, *_: (
+        2 * _pairs(forest, window, causal) * query.shape[1] * (query.shape[2] + value.shape[2])
+    ),
 )
 _attention_backward = define(
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, Tensor forest, "
-    "int window, bool causal, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, "
+    "Tensor forest, int window, bool causal, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
     _compute_attention_backward,
     lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
-    lambda grad, query, key, value, out, logs, forest, window, causal, *_: 2
-    * _pairs(forest, window, causal)
-    * query.shape[1]
-    * (3 * query.shape[2] + 2 * value.shape[2]),
+    lambda grad, query, key, value, out, logs, forest, window, causal, *_: (
+        2 * _pairs(forest, window, causal) * query.shape[1] * (3 * query.shape[2] + 2 * value.shape[2])
+    ),
 )
 
 
@@ -264,7 +264,9 @@ def _tiles_backward(
     key_heads = key.shape[0]
     wide = _score_dtype(query)
     # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
-    grad_key, grad_value = (torch.zeros(t.shape, dtype=wide, device=t.device).flatten(0, 1) for t in (key, value))
+    grad_key, grad_value = (
+        torch.zeros(t.shape, dtype=wide, device=t.device).flatten(0, 1) for t in (key, value)
+    )
     queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
     grads.index_fill_(1, tiles.filling, 0)  # what only fills a tile up must not reach the keys
     grad_queries, at = [], 0

@@ -136,7 +136,7 @@ class Layout:
         return np.arange(self.length) + np.repeat(self.offsets() - self.starts, self.stops - self.starts)
 
     def forest(self) -> Tensor:
-        """Starts, stops, parents and offsets of the segments as one tensor (4, S) of int64, kept once made."""
+        """Starts, stops, parents and offsets of the segments as one int64 tensor (4, S), kept once made."""
         if self._forest is None:
             rows = np.stack([self.starts, self.stops, self.parents, self.offsets()])
             self._forest = torch.from_numpy(rows.astype(np.int64))

@@ -38,7 +38,7 @@ def can_multiply(x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bo
 
 
 def quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows (M, K) as bytes around 128 (M, K) with a scale for each row (M): x·columns ≈ (byte - 128)·scale."""
+    """Rows (M, K) as bytes around 128 (M, K) with a scale per row (M): x·columns ≈ (byte - 128)·scale."""
     return _quantised(x, columns)
 
 
@@ -82,7 +82,9 @@ def linear(
         added: (M, out), such as the residual stream.
         x_bytes, x_scales: what :func:`quantised` made of x, where it was made before.
     """
-    return _linear(x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales)
+    return _linear(
+        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
+    )
 
 
 def linear_twin(
@@ -101,7 +103,11 @@ def linear_twin(
 ) -> tuple[Tensor, Tensor]:
     """The plain twin of :func:`linear`."""
     if scale is not None:
-        steps, by = (x_bytes, x_scales) if x_bytes is not None and x_scales is not None else quantised_twin(x, columns)
+        steps, by = (
+            (x_bytes, x_scales)
+            if x_bytes is not None and x_scales is not None
+            else quantised_twin(x, columns)
+        )
         sums = (steps.to(scale.dtype) - 128) @ weight.to(scale.dtype).t()
         y = (sums * by[:, None] * scale).to(x.dtype)
     else:
@@ -160,7 +166,9 @@ def linear_backward_twin(
     return (dx if added is None else dx + added), narrow
 
 
-def factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def factors_backward(
+    x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     """∂L/∂A = xᵀ·g (in, r) and ∂L/∂B = s·hᵀ·grad (r, out), both in fp32."""
     return _factors_backward(x, h, grad, narrow, scaling)
 
@@ -193,10 +201,8 @@ def _product(
     out_scale: float = 1.0,
 ) -> None:
     """out = left·right with what the kernel adds; (N, M) is written where ``transposed``."""
-    kernels = native.library()
-    assert kernels is not None
     rows, width = out.shape[::-1] if transposed else out.shape
-    kernels.dw_product(
+    native.kernels().dw_product(
         native.number(left.dtype),
         rows,
         width,
@@ -228,12 +234,11 @@ def _product(
 
 
 def _compute_quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernels = native.library()
-    if kernels is None or not native.serves(x):
+    if not native.serves(x):
         return quantised_twin(x, columns)
     steps, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
     x = x.contiguous()
-    kernels.dw_quantise(
+    native.kernels().dw_quantise(
         native.number(x.dtype),
         *x.shape,
         x.data_ptr(),
@@ -245,7 +250,9 @@ def _compute_quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tenso
     return steps, scales
 
 
-def _compute_linear(x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales):  # type: ignore[no-untyped-def]
+def _compute_linear(
+    x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
+):  # type: ignore[no-untyped-def]
     if not can_multiply(x, weight, lora_A, by_column):
         return linear_twin(
             x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
@@ -311,7 +318,9 @@ def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lo
     return dx, narrow
 
 
-def _compute_factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _compute_factors_backward(
+    x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     if not native.serves(x, h, grad, narrow):
         return factors_backward_twin(x, h, grad, narrow, scaling)
     x, grad = x.contiguous(), grad.contiguous()
@@ -324,12 +333,10 @@ def _compute_factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor
 
 def _across(rows: Tensor) -> Tensor:
     """(M, r) as (r, M), filled up with a zero where M is odd: what the kernel reads in pairs."""
-    kernels = native.library()
-    assert kernels is not None
     rows = rows.contiguous()
     count = rows.shape[0] + rows.shape[0] % 2
     across = torch.empty(rows.shape[1], count, dtype=rows.dtype)
-    kernels.dw_transpose(
+    native.kernels().dw_transpose(
         *rows.shape, rows.data_ptr(), rows.stride(0), across.data_ptr(), count, rows.dtype.itemsize
     )
     return across
@@ -346,22 +353,27 @@ def _no_update(x: Tensor, lora_A: Tensor | None) -> Tensor:
 _quantised = define(
     "quantised(Tensor x, Tensor? columns) -> (Tensor, Tensor)",
     _compute_quantised,
-    lambda x, columns: (x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)),
+    lambda x, columns: (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+    ),
 )
 _linear = define(
-    "linear(Tensor x, Tensor weight, bool by_column, Tensor? scale, Tensor? columns, Tensor? bias, Tensor? lora_A, "
-    "Tensor? lora_B, float scaling, Tensor? added, Tensor? x_bytes, Tensor? x_scales) -> (Tensor, Tensor)",
+    "linear(Tensor x, Tensor weight, bool by_column, Tensor? scale, Tensor? columns, Tensor? bias, "
+    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? added, Tensor? x_bytes, Tensor? x_scales) "
+    "-> (Tensor, Tensor)",
     _compute_linear,
     lambda x, weight, by_column, scale, columns, bias, lora_A, *_: (
         x.new_empty(x.shape[0], weight.shape[0] if by_column else weight.shape[1]),
         _no_update(x, lora_A),
     ),
-    lambda x, weight, by_column, scale, columns, bias, lora_A, lora_B, *_: 2 * x.shape[0] * weight.numel()
-    + _low_operations(x.shape[0], lora_A, lora_B),
+    lambda x, weight, by_column, scale, columns, bias, lora_A, lora_B, *_: (
+        2 * x.shape[0] * weight.numel() + _low_operations(x.shape[0], lora_A, lora_B)
+    ),
 )
 _linear_backward = define(
-    "linear_backward(Tensor grad, Tensor weight, bool by_column, Tensor? scale, Tensor? columns, Tensor? lora_A, "
-    "Tensor? lora_B, float scaling, Tensor? added, bool need_x) -> (Tensor, Tensor)",
+    "linear_backward(Tensor grad, Tensor weight, bool by_column, Tensor? scale, Tensor? columns, "
+    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? added, bool need_x) -> (Tensor, Tensor)",
     _compute_linear_backward,
     lambda grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x: (
         grad.new_empty(grad.shape[0], weight.shape[1] if by_column else weight.shape[0])
@@ -369,11 +381,10 @@ _linear_backward = define(
         else grad.new_empty(0),
         _no_update(grad, lora_A),
     ),
-    lambda grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x: 2
-    * grad.shape[0]
-    * weight.numel()
-    * need_x
-    + _low_operations(grad.shape[0], lora_A if need_x else None, lora_B),
+    lambda grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x: (
+        2 * grad.shape[0] * weight.numel() * need_x
+        + _low_operations(grad.shape[0], lora_A if need_x else None, lora_B)
+    ),
 )
 _factors_backward = define(
     "factors_backward(Tensor x, Tensor h, Tensor grad, Tensor narrow, float scaling) -> (Tensor, Tensor)",
@@ -382,5 +393,7 @@ _factors_backward = define(
         x.new_empty(x.shape[1], narrow.shape[1], dtype=torch.float32),
         x.new_empty(h.shape[1], grad.shape[1], dtype=torch.float32),
     ),
-    lambda x, h, grad, narrow, scaling: 2 * x.shape[0] * (narrow.shape[1] * x.shape[1] + h.shape[1] * grad.shape[1]),
+    lambda x, h, grad, narrow, scaling: (
+        2 * x.shape[0] * (narrow.shape[1] * x.shape[1] + h.shape[1] * grad.shape[1])
+    ),
 )

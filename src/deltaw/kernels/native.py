@@ -25,8 +25,11 @@ _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
     "dw_threads": [_P] * 4,
-    "dw_product": [_I, _L, _L, _L, _P, _L, _P, _L, _I, _I, _F, _P, _P, _P, _P, _L, _I, _L, _F, _P, _I, _P, _P, _L]
-    + [_I, _I, _F],
+    "dw_product": [
+        *(_I, _L, _L, _L, _P, _L, _P, _L, _I, _I, _F),
+        *(_P, _P, _P, _P, _L, _I, _L, _F, _P, _I, _P, _P, _L),
+        *(_I, _I, _F),
+    ],
     "dw_transpose": [_L, _L, _P, _L, _P, _L, _I],
     "dw_quantise": [_I, _L, _L, _P, _L, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
@@ -36,7 +39,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_rotate": [_I, _L, _L, _L, _L, _P, _L, _P, _P, _I, _P, _L],
     "dw_cross_entropy": [_I, _L, _L, _P, _P, _P, _F, _F, _I, _P],
     "dw_attention": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _P, _P, _P, _P, _P],
-    "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F] + [_P] * 10,
+    "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, *[_P] * 10],
 }
 
 
@@ -44,6 +47,14 @@ _SIGNATURES: dict[str, list[type]] = {
 def library() -> ctypes.CDLL | None:
     """The kernels, ready to be called; None where :func:`why_not` says why."""
     return _found()[0]
+
+
+def kernels() -> ctypes.CDLL:
+    """The kernels, for those who have asked :func:`serves`; an error where there are none."""
+    found = library()
+    if found is None:
+        raise RuntimeError(why_not())
+    return found
 
 
 def why_not() -> str | None:
@@ -82,7 +93,10 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("DELTAW_NATIVE", "1") == "0":
         return None, "compiled kernels are switched off (DELTAW_NATIVE=0)"
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return None, f"compiled kernels are for Linux on x86-64, not {platform.system()} on {platform.machine()}"
+        return (
+            None,
+            f"compiled kernels are for Linux on x86-64, not {platform.system()} on {platform.machine()}",
+        )
     lacking = [flag for flag in NEEDED if flag not in _processor_flags()]
     if lacking:
         return None, f"compiled kernels need a processor with {', '.join(lacking)}"

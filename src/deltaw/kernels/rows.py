@@ -1,4 +1,4 @@
-"""What is done to each row of tokens between the products: norms, activations, rotary positions, cross-entropy.
+"""What is done to each row of tokens between products: norms, activations, rotary positions, cross-entropy.
 
 Sums are in fp32 (fp64 for fp64 inputs) and results are rounded once. Each function has its plain twin.
 Knows tensors; not modules.
@@ -180,9 +180,9 @@ def _compute_norm(x, weight, bias, offset, eps, centred):  # type: ignore[no-unt
         return norm_twin(x, weight, bias, offset=offset, eps=eps, centred=centred)
     x = x.contiguous()
     y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
-    native.library().dw_norm(
-        native.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), native.address(weight), native.address(bias),
-        offset, eps, centred, y.data_ptr(), stats.data_ptr(),
+    native.kernels().dw_norm(
+        native.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), native.address(weight),
+        native.address(bias), offset, eps, centred, y.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return y, stats
 
@@ -193,9 +193,9 @@ def _compute_norm_backward(grad, x, weight, stats, offset, centred, added):  # t
     x, grad = x.contiguous(), grad.contiguous()
     added = None if added is None else added.contiguous()
     dx = torch.empty_like(x)
-    native.library().dw_norm_backward(
-        native.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), native.address(weight), offset,
-        centred, stats.data_ptr(), native.address(added), dx.data_ptr(),
+    native.kernels().dw_norm_backward(
+        native.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), native.address(weight),
+        offset, centred, stats.data_ptr(), native.address(added), dx.data_ptr(),
     )  # fmt: skip
     return dx
 
@@ -205,7 +205,7 @@ def _compute_activation(gate, up, kind):  # type: ignore[no-untyped-def]
         return activation_twin(gate, up, ACTIVATIONS[kind])
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
     y = torch.empty_like(gate)
-    native.library().dw_activation(
+    native.kernels().dw_activation(
         native.number(gate.dtype), kind, *gate.shape, gate.data_ptr(), native.address(up), y.data_ptr()
     )
     return y
@@ -217,7 +217,7 @@ def _compute_activation_backward(grad, gate, up, kind):  # type: ignore[no-untyp
     grad, gate, up = grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous()
     d_gate, y = torch.empty_like(gate), torch.empty_like(gate)
     d_up = gate.new_empty(0) if up is None else torch.empty_like(gate)
-    native.library().dw_activation_backward(
+    native.kernels().dw_activation_backward(
         native.number(gate.dtype), kind, *gate.shape, grad.data_ptr(), gate.data_ptr(), native.address(up),
         d_gate.data_ptr(), None if up is None else d_up.data_ptr(), y.data_ptr(),
     )  # fmt: skip
@@ -229,7 +229,7 @@ def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
         return rotate_twin(x, cosine, sine, backward=backward)
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
     out = torch.empty_like(x)
-    native.library().dw_rotate(
+    native.kernels().dw_rotate(
         native.number(x.dtype), *x.shape, cosine.shape[-1], x.data_ptr(), x.stride(0), cosine.data_ptr(),
         sine.data_ptr(), backward, out.data_ptr(), out.stride(0),
     )  # fmt: skip
@@ -241,9 +241,9 @@ def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # t
         return cross_entropy_twin_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
     targets, weights = targets.contiguous(), weights.float().contiguous()
     losses = torch.empty(logits.shape[0])
-    native.library().dw_cross_entropy(
-        native.number(logits.dtype), *logits.shape, logits.data_ptr(), targets.data_ptr(), weights.data_ptr(), scale,
-        softcap, grad, losses.data_ptr(),
+    native.kernels().dw_cross_entropy(
+        native.number(logits.dtype), *logits.shape, logits.data_ptr(), targets.data_ptr(), weights.data_ptr(),
+        scale, softcap, grad, losses.data_ptr(),
     )  # fmt: skip
     return losses
 
@@ -258,8 +258,8 @@ _norm = define(
     lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=_stats_dtype(x))),
 )
 _norm_backward = define(
-    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, Tensor? added) "
-    "-> Tensor",
+    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, "
+    "Tensor? added) -> Tensor",
     _compute_norm_backward,
     lambda grad, x, *_: x.new_empty(x.shape),
 )
@@ -283,7 +283,8 @@ _rotate = define(
     lambda x, *_: x.new_empty(x.shape),
 )
 _cross_entropy = define(
-    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float softcap, bool grad) -> Tensor",
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float softcap, "
+    "bool grad) -> Tensor",
     _compute_cross_entropy,
     lambda logits, *_: logits.new_empty(logits.shape[0], dtype=_stats_dtype(logits)),
 )

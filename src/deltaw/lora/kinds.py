@@ -72,10 +72,10 @@ def _kind_refusal(module: nn.Module) -> str | None:
         if kind.forward is nn.Embedding.forward or _only_scales(module):
             return None
         return f"{kind.__name__} has a forward of its own"
-    for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(module, plain):
-            inner = getattr(kind, "_conv_forward", None) is plain._conv_forward
-            same = inner and kind.forward is plain.forward
+    for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, convolution):
+            inner = getattr(kind, "_conv_forward", None) is convolution._conv_forward
+            same = inner and kind.forward is convolution.forward
             return None if same else f"{kind.__name__} has a forward of its own"
     return f"it is a {kind.__name__}, neither linear nor embedding nor convolution"
 

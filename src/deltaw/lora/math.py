@@ -144,6 +144,7 @@ class _Linear(torch.autograd.Function):
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = None
         scale, columns = ctx.scales or (None, None)
+        narrow: Tensor | None
         if ctx.fused and not torch.is_grad_enabled():
             if needs_bias:
                 grad_bias = grad_y.sum(0).to(ctx.bias_dtype)

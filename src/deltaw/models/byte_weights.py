@@ -1,10 +1,10 @@
 """Frozen weights kept as bytes: which layers, with what columns, and what it costs in loss.
 
 The model's blocks are gone through once, on rows of the user's own. While a block still has its weights, the
-inputs of its linear layers are seen; for each input the columns are chosen that round best (SmoothQuant, arXiv
-2211.10438: size moves from inputs with outliers into the weights), and a layer whose outputs would still be off
-by more than LARGEST_ERROR keeps its weights. Then the block's weights are given back and the next block is
-reached, so that a model never stands whole in both forms.
+inputs of its linear layers are seen; for each input the columns are chosen that round best (SmoothQuant,
+arXiv 2211.10438: size moves from inputs with outliers into the weights), and a layer whose outputs would
+still be off by more than LARGEST_ERROR keeps its weights. Then the block's weights are given back and the
+next block is reached, so that a model never stands whole in both forms.
 
 Knows modules; not data files or training.
 """
@@ -72,7 +72,7 @@ def keep_in_bytes(model: nn.Module, run: Callable[[], object] | None = None) -> 
         return report
     prefix, blocks = found
     if run is None:
-        for name, parent, child, linear in _layers(prefix, blocks):
+        for _, parent, child, linear in _layers(prefix, blocks):
             report.layers += 1
             setattr(parent, child, ByteLinear.from_linear(linear))
         return report

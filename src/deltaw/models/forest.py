@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from deltaw.kernels.attention import forest_attention
 from deltaw.kernels.layout import Layout, Tiles
-from deltaw.models.lean import Lean, NotingLayout, recognise, try_blocks
+from deltaw.models.lean_blocks import Lean, NotingLayout, recognise, try_blocks
 from deltaw.models.machine import Choice
 from deltaw.models.quiet import quiet
 from deltaw.models.skeleton import has_values
@@ -141,7 +141,7 @@ def _tried(model: PreTrainedModel) -> Lean:
         "forest_layout": layout,
         "use_cache": False,
     }
-    # Of what a block adds to its input, which in bf16 is known to some per cent; another block is off by more.
+    # Of what a block adds to its input, known to some per cent in bf16; another block is off by more.
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.15
     try:
         return try_blocks(lean, lambda: backbone_of(model)(**inputs), layout, tolerance)

@@ -22,8 +22,8 @@ from deltaw.models.skeleton import has_values
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
-# Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew for
-# each chunk, so that small ones are slow.
+# Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew
+# for each chunk, so that small ones are slow.
 FROZEN_CHUNK_BYTES = 24 * 2**20
 
 
@@ -53,7 +53,12 @@ class CausalObjective:
         if self._head_is_frozen():
             config = self.model.config.get_text_config()
             return frozen_head_cross_entropy(
-                picked, batch.targets, batch.weights, self.head.weight, self.head.bias, *_logits_change(config)
+                picked,
+                batch.targets,
+                batch.weights,
+                self.head.weight,
+                self.head.bias,
+                *_logits_change(config),
             )
         return chunked_cross_entropy(
             picked,
@@ -88,7 +93,9 @@ class CausalObjective:
         """Whether the head is a plain matrix that nobody trains, on a processor."""
         if type(self.head) is not nn.Linear or self.head.weight.device.type != "cpu":
             return False
-        return not any(p.requires_grad for p in self.head.parameters()) and not torch.is_autocast_enabled("cpu")
+        return not any(p.requires_grad for p in self.head.parameters()) and not torch.is_autocast_enabled(
+            "cpu"
+        )
 
     def _logits(self, rows: Tensor) -> Tensor:
         return final_logits(self.model, self.head(rows))

@@ -91,7 +91,7 @@ class Session:
         return [
             *self._blocks(),
             f"{total} step{'s' if total != 1 else ''} of {size} rows, "
-            f"in passes of up to {tokens} tokens: {rows}{shared}{head}"
+            f"in passes of up to {tokens} tokens: {rows}{shared}{head}",
         ]
 
     def _blocks(self) -> list[str]:
