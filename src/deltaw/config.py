@@ -72,7 +72,10 @@ class TrainSettings(BaseModel):
         description="compute what lies below the lowest trained module once for each row, and keep it on "
         "disk; auto: where rows are seen again",
     )
-    checkpointing: bool = Field(False, description="keep only each block's input and compute the rest again")
+    checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        False,
+        description="keep only each block's input and compute the rest again; a number: in so many blocks",
+    )
     eval_every: int | None = Field(
         None, ge=1, description="evaluate after every so many steps; always at the end"
     )
@@ -119,6 +122,10 @@ class RunConfig(BaseModel):
         default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
     )
     force: bool = Field(False, description="train although the plan says that the memory does not suffice")
+    memory: str | None = Field(
+        None,
+        description="what the process may take, such as 2GB: as many blocks as needed are computed again",
+    )
     precision: Literal["auto", "bf16", "fp32", "int8"] = Field(
         "auto", description="of the frozen weights; int8: of the blocks' linear layers, bf16 elsewhere"
     )

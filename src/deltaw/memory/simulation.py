@@ -67,6 +67,9 @@ _FILLS = {
 }
 
 
+# Whole numbers that are no places: masks, and weights and activations in bytes.
+_NO_PLACES = (torch.bool, torch.int8, torch.uint8)
+
 # What is asked of values that are not there: nothing unusual is among them.
 _ANSWERED = {
     **{getattr(_aten.all, name): True for name in ("default", "dim", "dims")},
@@ -139,7 +142,7 @@ class _WithoutValues(TorchDispatchMode):
             )
         if func in _PLACES:
             return tree_map_only(FakeTensor, lambda t: _places(func, args, kwargs, t), result)
-        if isinstance(result, FakeTensor) and result.dtype != torch.bool and _is_whole(result.dtype):
+        if isinstance(result, FakeTensor) and result.dtype not in _NO_PLACES and _is_whole(result.dtype):
             return self._real(_aten.zeros.default, (list(result.shape),), {"dtype": result.dtype})
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -21,10 +22,10 @@ RANKS = (16, 8, 4)
 # What an operator costs before it computes anything, and what the machine computes in that time, roughly:
 # only the order of settings hangs on them.
 SECONDS_PER_OPERATOR = 12e-6
-OPERATIONS_PER_SECOND = {"bf16": 4e11, "fp16": 4e11, "fp32": 1.5e11}
+OPERATIONS_PER_SECOND = {"bf16": 4e11, "fp16": 4e11, "fp32": 1.5e11, "int8": 6e11}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, where: str = "--budget") -> int:
     """``6GB``, ``512 MiB`` or a plain number of bytes.
 
     Raises:
@@ -32,7 +33,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is no size", where="--budget", mend="write 6GB, 512MB or 8GiB")
+        raise UserError(f"'{text}' is no size", where=where, mend="write 6GB, 512MB or 8GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -96,13 +97,48 @@ def fitting_settings(
     return sorted(found, key=lambda fitting: fitting.seconds)
 
 
+def within_memory(
+    config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int
+) -> tuple[RunConfig, Plan]:
+    """Settings under which the run stays within ``budget`` bytes: as few blocks computed again as will do.
+
+    Args:
+        plan: of the settings as they are. blocks: how many the model has.
+
+    Raises:
+        UserError: computing all of them again does not suffice.
+    """
+    if plan.peak_resident_bytes <= budget:
+        return config, plan
+
+    def planned(count: bool | int) -> tuple[RunConfig, Plan]:
+        settings = _with_checkpointing(config, count)
+        return settings, plan_run(settings, task, data)
+
+    least = planned(True)
+    if least[1].peak_resident_bytes > budget:
+        raise UserError(
+            f"the run needs {least[1].peak_resident_bytes:,} bytes with every block computed again, "
+            f"and memory allows {budget:,}",
+            where="memory",
+            mend="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
+        )
+    saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks
+    count = max(1, math.ceil((plan.peak_resident_bytes - budget) / max(1.0, saved)))
+    for more in range(count, blocks):
+        settings, plan = planned(more)
+        if plan.peak_resident_bytes <= budget:
+            return settings, plan
+    return least
+
+
 def _ranks(config: RunConfig, method: str) -> list[int]:
     """The rank asked for, and smaller ones where the method has a rank."""
     own = config.lora.rank
     return [own, *(rank for rank in RANKS if rank < own)] if method == "lora" else [own]
 
 
-def _with_checkpointing(config: RunConfig, on: bool) -> RunConfig:
+def _with_checkpointing(config: RunConfig, on: bool | int) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"checkpointing": on})})
 
 
@@ -112,7 +148,7 @@ def _fitting(config: RunConfig, plan: Plan) -> Fitting:
         method=config.method,
         rank=config.lora.rank if config.method == "lora" else None,
         tokens_per_pass=int(config.train.tokens_per_pass),
-        checkpointing=config.train.checkpointing,
+        checkpointing=bool(config.train.checkpointing),
         precision=plan.precision,
         plan=plan,
         seconds=plan.operations / rate + plan.operators * SECONDS_PER_OPERATOR,

@@ -19,15 +19,17 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
-from deltaw.models.loading import LoadedModel, load
+from deltaw.models.loading import LoadedModel, check_architecture, config_folder, load
 from deltaw.models.machine import (
     choose_device,
+    choose_precision,
     memory_limit_bytes,
     peak_resident_bytes,
     release_free_memory,
 )
 from deltaw.reports.card import model_card
 from deltaw.reports.plan import plan_lines
+from deltaw.training.budget import parse_bytes, within_memory
 from deltaw.training.evaluation import Evaluation
 from deltaw.training.loop import Outcome, Step, seeded
 from deltaw.training.planning import plan_run
@@ -96,7 +98,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     output = Path(os.path.expanduser(config.output))
     check_output(output)
     task, data = read_data(config, console)
-    plan = planned(config, task, data, console)
+    config, plan = planned(config, task, data, console)
     loaded = load_for(config, task, data, console)
     session = assemble(
         config,
@@ -137,23 +139,32 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
     return result
 
 
-def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> Plan | None:
-    """The run's plan, said; None where the model cannot be carried out without values.
+def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> tuple[RunConfig, Plan | None]:
+    """The run's plan, said; None where the model cannot be carried out without values. With it the settings,
+    which ``memory`` may have changed.
 
     Raises:
         UserError: the memory that the machine gives does not suffice, and ``force`` is not set.
     """
+    budget = None if config.memory is None else parse_bytes(config.memory, where="memory")
     if choose_device(config.device).value != "cpu":
-        return None
+        return config, None
     limit = memory_limit_bytes().value
     try:
         plan = plan_run(config, task, data)
+        if budget is not None:
+            blocks = count_blocks(config, task)
+            config, plan = within_memory(config, task, data, plan, budget, blocks)
+            again = config.train.checkpointing
+            if again:
+                shown = f"all {blocks}" if again is True else f"{again} of {blocks}"
+                console.print(f"memory {config.memory}: {shown} blocks are computed again", highlight=False)
     except UserError:
         raise
     except Exception as error:  # whatever a foreign model raises without values, it may well train
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         console.print(f"no memory plan: the model cannot be run without values ({brief})", highlight=False)
-        return None
+        return config, None
     for line in plan_lines(plan, limit):
         console.print(line, highlight=False)
     if plan.peak_resident_bytes > limit and not config.force:
@@ -163,7 +174,15 @@ def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> P
             mend="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
             "train.checkpointing, or train all the same with --force true",
         )
-    return plan
+    return config, plan
+
+
+def count_blocks(config: RunConfig, task: Task) -> int:
+    """How many blocks the run's model has, by its configuration."""
+    dtype = choose_precision("cpu", config.precision).value
+    folder = config_folder(config.model, dtype, config.trust_remote_code)
+    text = check_architecture(folder, task.name, config.trust_remote_code).get_text_config()
+    return int(getattr(text, "num_hidden_layers", 1))
 
 
 def load_for(config: RunConfig, task: Task, data: RunData, console: Console) -> LoadedModel:

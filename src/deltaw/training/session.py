@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,7 +25,9 @@ from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.models.byte_weights import keep_in_bytes
 from deltaw.models.forest import flat_rows, lean_blocks
+from deltaw.models.generation import position_limit
 from deltaw.models.machine import Choice, choose_device, choose_precision, release_free_memory
+from deltaw.models.prefix import lowest_trained
 from deltaw.models.quiet import quiet
 from deltaw.models.skeleton import has_values
 from deltaw.training.evaluation import Evaluation
@@ -205,6 +207,9 @@ def assemble(
     method = choose_method(config, task.tokenizer)
     settings = config.train
     seeded(settings.seed)
+    said: list[str] = []
+    if config.precision == "int8" and has_values(model):
+        said += _kept_in_bytes(model, data.train)
     portions, chosen = task.portions(
         model,
         data.every,
@@ -224,12 +229,10 @@ def assemble(
             for batch in portions.batches(data.train[:ROWS_LOOKED_AT]):
                 objective(batch)
 
-    said = []
-    if config.precision == "int8" and has_values(model):
-        said += _kept_in_bytes(task, model, portions, data.train)
     said += [method.prepare(model, seed=settings.seed, beside=beside, look=look)]
     if settings.checkpointing:
-        recompute_blocks(model)
+        trained = [parameter for _, parameter in method.parameters(model)]
+        recompute_blocks(model, settings.checkpointing, trained)
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
@@ -251,35 +254,37 @@ def assemble(
     return session
 
 
-def _kept_in_bytes(
-    task: Task, model: PreTrainedModel, portions: Passes, examples: Sequence[Any]
-) -> list[str]:
-    """Put the blocks' weights into bytes, looking at a few rows; what was done and what it costs, said."""
-    rows, tokens = [], 0
-    for example in examples:
-        rows.append(example)
-        tokens += len(example) if hasattr(example, "__len__") else BYTE_TOKENS // 8
-        if tokens >= BYTE_TOKENS:
-            break
-    labels = sum(example.label_count for example in rows)
+def _kept_in_bytes(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
+    """Put the blocks' weights into bytes, looking at a few rows; what was done and what it costs, said.
 
-    def loss() -> float:
-        with torch.no_grad(), task.running(model, portions):
-            objective = task.objective(model)
-            return sum(float(objective(batch)) for batch in portions.batches(rows)) / max(1, labels)
-
-    with task.running(model, portions):
-        pass  # what is tried when the model first runs so must not count as rows looked at
-    before: list[float] = []
-    report = keep_in_bytes(model.base_model, lambda: before.append(loss()))
+    Comes before anything else runs the model: each block's weights are read once, and given back.
+    """
+    with torch.no_grad():
+        if not all(hasattr(example, "tokens") for example in examples[:1]):
+            return [f"precision int8: {keep_in_bytes(model.base_model)}"]
+        length = min(BYTE_TOKENS, position_limit(model) or BYTE_TOKENS)
+        rows = examples[:BYTE_TOKENS]
+        tokens = torch.cat([torch.from_numpy(row.tokens) for row in rows])[:length].long()
+        labels = None
+        if all(isinstance(row, Example) for row in rows):
+            labels = torch.cat([torch.from_numpy(row.is_label) for row in rows])[:length].nonzero()[:, 0]
+        found: list[Tensor] = []
+        report = keep_in_bytes(
+            model.base_model, lambda: found.append(model.base_model(input_ids=tokens[None])[0][0])
+        )
+        said = [f"precision int8: {report}"]
+        head = model.get_output_embeddings()
+        if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
+            found.append(model.base_model(input_ids=tokens[None])[0][0])
+            before, after = (
+                float(nn.functional.cross_entropy(head(hidden[labels - 1]).float(), tokens[labels]))
+                for hidden in found
+            )
+            said.append(
+                f"  on the first {length} tokens of the rows the loss goes from {before:.4f} to {after:.4f}"
+            )
     release_free_memory()
-    if not report.layers:
-        return [f"precision int8: {report}"]
-    after = loss()
-    return [
-        f"precision int8: {report}",
-        f"  on {len(rows)} training rows the loss goes from {before[0]:.4f} to {after:.4f}",
-    ]
+    return said
 
 
 def dressed(example: Any, method: Method) -> Any:
@@ -304,11 +309,18 @@ def head_modules(model: nn.Module) -> list[str]:
     return [name for name, child in children if any(True for _ in child.parameters())]
 
 
-def recompute_blocks(model: PreTrainedModel) -> None:
+def recompute_blocks(
+    model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()
+) -> None:
     """Keep only each block's input for the backward, and compute the rest of the block again.
 
     The model stays in eval mode, so that its own dropout stays off; only the blocks that know how to be
     recomputed are told that they train.
+
+    Args:
+        blocks: True for all of them, or how many: the lowest that a backward reaches, since by the time they
+            are computed again what the upper ones kept is gone.
+        trained: the trained parameters; below the lowest of them no backward goes.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
@@ -320,6 +332,10 @@ def recompute_blocks(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Only reentrant checkpointing needs it; the backward would run through all that is frozen.
         model.disable_input_require_grads()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if blocks is not True:
+        level = lowest_trained(model, trained) if trained else None
+        begin = level.index if level is not None and level.kind == "block" else 0
+        found = found[begin : begin + int(blocks)]
+    for module in found:
+        module.training = True
