@@ -2,8 +2,8 @@
 
     python benchmarks/families.py [--repeats 5]
 
-Random weights of the families' small sizes, bf16, rank 16 on all linear layers. Both sides run in this process
-on the same tokens, a step each in turn; the medians of the pairs' ratios are printed.
+Random weights of the families' small sizes, bf16, rank 16 on all linear layers. Both sides run in this
+process on the same tokens, a step each in turn; the medians of the pairs' ratios are printed.
 """
 
 from __future__ import annotations
