@@ -25,6 +25,7 @@ from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
 from deltaw.models.forest import flat_rows
 from deltaw.models.machine import choose_threads
+from deltaw.models.padded import padded_rows
 from deltaw.training.objective import CausalObjective
 
 RANK, ALPHA = 16, 32
@@ -93,7 +94,12 @@ def ours(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if hasattr(model, "classifier"):
         labels = torch.zeros(len(tokens), dtype=torch.long)
-        return lambda: cleared(model(input_ids=tokens, labels=labels).loss, trained)
+
+        def classify() -> None:
+            with padded_rows(model):
+                cleared(model(input_ids=tokens, labels=labels).loss, trained)
+
+        return classify
     objective = CausalObjective(model)
     layout = Layout.of_lengths([tokens.shape[1]] * len(tokens))
     places = torch.arange(tokens.numel()).view(tokens.shape)

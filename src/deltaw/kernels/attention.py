@@ -34,6 +34,7 @@ def forest_attention(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """softmax(scaling · Q Kᵀ) V where each query sees what the layout lets it see.
 
@@ -41,6 +42,7 @@ def forest_attention(
         query: (heads, T, d). key, value: (key heads, T, d) and (key heads, T, d_v), where key heads divides
             heads and query heads ``i·g … i·g + g - 1`` share key head ``i``.
         window: sliding window in positions, as in :meth:`Layout.visible`.
+        causal: without it a query sees all of its own segment; by the compiled kernel alone.
         softcap: scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
@@ -48,7 +50,7 @@ def forest_attention(
         inputs), the products with the values in the inputs' own dtype.
     """
     out = _ForestAttention.apply(
-        *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap
+        *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap, causal
     )
     return out.transpose(0, 1)
 
@@ -77,11 +79,12 @@ def forest_attention_reference(
 
 class _ForestAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, layout, scaling, window, softcap):  # type: ignore[override]
-        out, kept = attend(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
+    def forward(ctx, query, key, value, layout, scaling, window, softcap, causal):  # type: ignore[override]
+        how = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal}
+        out, kept = attend(query, key, value, layout, **how)
         # The tiles need no outputs for their backward.
-        ctx.save_for_backward(query, key, value, out if _compiled(query, key, value) else None, *kept)
-        ctx.layout, ctx.scaling, ctx.window, ctx.softcap = layout, scaling, window, softcap
+        ctx.save_for_backward(query, key, value, out if is_compiled(query, key, value) else None, *kept)
+        ctx.layout, ctx.how = layout, how
         return out
 
     @staticmethod
@@ -96,11 +99,9 @@ class _ForestAttention(torch.autograd.Function):
             out,
             kept,
             ctx.layout,
-            scaling=ctx.scaling,
-            window=ctx.window,
-            softcap=ctx.softcap,
+            **ctx.how,
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def attend(
@@ -112,15 +113,16 @@ def attend(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """:func:`forest_attention` of (T, heads, d) tensors, without a graph.
 
     Returns:
         (T, heads, d_v), and what :func:`attend_backward` wants of it.
     """
-    if _compiled(query, key, value):
+    if is_compiled(query, key, value):
         forest = layout.forest()
-        out, logs = _attention(query, key, value, forest, window or 0, True, scaling, softcap or 0.0)
+        out, logs = _attention(query, key, value, forest, window or 0, causal, scaling, softcap or 0.0)
         return out, [logs]
     q, k, v = (t.transpose(0, 1) for t in (query, key, value))
     out, kept = _tiles_forward(q, k, v, layout.tiles(window), scaling, softcap)
@@ -139,19 +141,20 @@ def attend_backward(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, like them, from what :func:`attend` gave."""
-    if out is not None and _compiled(query, key, value):
+    if out is not None and is_compiled(query, key, value):
         (logs,) = kept
         return _attention_backward(
-            grad, query, key, value, out, logs, layout.forest(), window or 0, True, scaling, softcap or 0.0
+            grad, query, key, value, out, logs, layout.forest(), window or 0, causal, scaling, softcap or 0.0
         )
     d, q, k, v = (t.transpose(0, 1) for t in (grad, query, key, value))
     grads = _tiles_backward(d, q, k, v, kept, layout.tiles(window), scaling, softcap)
     return grads[0].transpose(0, 1), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
 
 
-def _compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the compiled kernel takes these: heads of an even size whose numbers lie side by side."""
     if not native.serves(query, key, value):
         return False

@@ -30,6 +30,7 @@ from deltaw.models.loading import (
     say_on_stderr,
 )
 from deltaw.models.machine import Choice
+from deltaw.models.padded import padded_rows
 from deltaw.training.evaluate import evaluate_causal
 from deltaw.training.evaluation import Evaluation
 from deltaw.training.label_evaluation import evaluate_labels
@@ -267,7 +268,7 @@ class LabelTask:
         return LabelObjective(model, self.name)
 
     def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return padded_rows(model)
 
     def evaluate(
         self,
