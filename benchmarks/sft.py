@@ -27,7 +27,7 @@ from deltaw.lora import detach, load_adapter
 from deltaw.models.forest import flat_rows
 from deltaw.models.loading import load
 from deltaw.models.machine import choose_threads
-from deltaw.training.evaluate import loss_and_perplexity
+from deltaw.training.evaluate import evaluate_causal
 from deltaw.training.objective import CausalObjective
 from deltaw.training.portions import choose_portions
 
@@ -151,9 +151,8 @@ def final_losses(results: dict[str, list[dict]], held_out: list) -> None:
         for measured in runs:
             load_adapter(loaded.model, measured["output"])
             with flat_rows(loaded.model):
-                measured["final_loss"] = loss_and_perplexity(
-                    CausalObjective(loaded.model), held_out, portions
-                )["loss"]
+                objective = CausalObjective(loaded.model)
+                measured["final_loss"] = evaluate_causal(objective, held_out, portions).metrics["loss"]
             detach(loaded.model)
 
 

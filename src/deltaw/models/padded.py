@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def _attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **others: object,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (rows, heads, length, d) in, (rows, length, heads, d) out."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -46,7 +47,7 @@ def _attend(
     if same and not causal and dropout == 0.0 and is_compiled(q, k, v):
         layout = _layout(attention_mask, query.shape[0], query.shape[2])
     if layout is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
         )
     out = forest_attention(
