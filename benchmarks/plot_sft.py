@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"deltaw": "#1b6e53", "deltaw, sharing off": "#7fb8a4"}
+COLOURS = {"deltaw": "#1b6e53", "deltaw int8": "#12503c", "deltaw, sharing off": "#7fb8a4"}
 PEER = "#b9b9c3"
 
 

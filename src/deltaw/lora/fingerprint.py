@@ -18,7 +18,8 @@ SAMPLES = 8
 
 @torch.no_grad()
 def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterable[Tensor] = ()) -> str | None:
-    """The fingerprint of a base model's ``named_parameters()``; None without values to look at.
+    """The fingerprint of a base model's ``named_parameters()``; None without the values it
+    came with.
 
     ``replaced`` are those whose values the adapter brings itself, such as a new classifier's, which start at
     random each time: only their names and shapes count.
@@ -29,8 +30,8 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterabl
     values = []
     without_value = {id(parameter) for parameter in replaced}
     for name, parameter in parameters:
-        if not has_values(parameter):
-            return None
+        if not has_values(parameter) or parameter.dtype == torch.int8:
+            return None  # weights in bytes are no longer the values that the model came with
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.numel() and parameter.is_floating_point() and id(parameter) not in without_value:
             flat = (
