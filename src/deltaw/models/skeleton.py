@@ -6,8 +6,10 @@ can be found by running it. Knows configurations and transformers' classes; read
 
 from __future__ import annotations
 
+import json
 import os
 
+import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
@@ -98,3 +100,20 @@ def new_modules(
     ]
     new = [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
     return sorted({name.rpartition(".")[0] for name in new})
+
+
+def converted_bytes(
+    model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False
+) -> int:
+    """Bytes of the model's files that hold weights of another type than they are loaded as: they are mapped
+    while they are read, beside the weights made of them."""
+    folder = config_folder(reference, dtype, trust_remote_code)
+    wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[DTYPES[dtype]]
+    mapped = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:  # a safetensors file begins with the length of its header, in JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        if any(entry["dtype"] not in (wanted, "I64") for entry in header.values()):
+            mapped += path.stat().st_size
+    return mapped

@@ -85,6 +85,7 @@ _RESIDENT = {
     "process": "interpreter, libraries, rows",
     "kernels": "kernels of the matrix library",
     "features": "features kept on disk, mapped",
+    "loading": "more than that while weights are converted",
     "libraries": "libraries on their first use",
     "threads": "threads",
     "allocator": "held by the allocator",

@@ -23,7 +23,7 @@ from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.methods.choose import NAMES
 from deltaw.models.byte_weights import keep_in_bytes
 from deltaw.models.machine import choose_device, choose_precision, choose_threads, resident_bytes
-from deltaw.models.skeleton import new_modules, skeleton
+from deltaw.models.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.training.loop import rows_of_step
 from deltaw.training.portions import Portions
 from deltaw.training.session import Session, assemble, read_data
@@ -159,6 +159,11 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
         feature_bytes=0 if session.prefix is None else session.prefix.store.shape.bytes,
         threads=threads,
     )
+    # Weights of another type are made from files that are mapped meanwhile: of a small run that is the most.
+    mapped = converted_bytes(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    if mapped:
+        loading = resident["process"] + footprint.parts["weights"] + mapped
+        resident["loading"] = max(0, loading - sum(resident.values()))
     return Plan(
         method=config.method,
         total_parameters=total,
