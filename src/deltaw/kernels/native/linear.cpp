@@ -20,7 +20,9 @@ extern "C" void dw_threads(void *parallel, void *number, void *team, void *count
 enum Type { F32 = 0, BF16 = 1, S8 = 2 };
 const int PANEL = 32;
 const int64_t GROUPS_AT_ONCE = 768;    // 96 KiB of right side, which stay in the second-level cache
+const int64_t GROUPS_OF_MANY = 256;    // where there are more than that: sums, left and right sides stay there together
 const int64_t LEFT_AT_ONCE = 448 << 10;  // bytes of left side that stay beside it while columns go by
+const int64_t ROWS_FOR_EACH = 384;     // rows of the left side from which each thread lays out all of the right side
 
 struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else at k·ld + n
     const void *data;
@@ -114,6 +116,31 @@ static void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
     }
 }
 
+// The lines of memory that the next panel will be packed from, fetched a few at a time while this one is worked on.
+struct Ahead {
+    const char *base = nullptr;
+    int64_t rows = 0, bytes = 0, stride = 0, row = 0, at = 0;
+
+    template <class Op>
+    void panel(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups) {
+        const int64_t size = b.type == F32 ? 4 : 4 / Op::PER_GROUP, k0 = g0 * Op::PER_GROUP;
+        const int64_t deep = std::min(K - k0, groups * Op::PER_GROUP), wide = std::min<int64_t>(N - n0, PANEL);
+        base = (const char *)b.data + (b.by_column ? n0 * b.ld + k0 : k0 * b.ld + n0) * size;
+        rows = b.by_column ? wide : deep;
+        bytes = (b.by_column ? deep : wide) * size;
+        stride = b.ld * size;
+        row = at = 0;
+    }
+    int64_t lines() const { return rows * ((bytes + 63) / 64); }
+    void fetch(int64_t count) {
+        for (; count > 0 && row < rows; count--) {
+            __builtin_prefetch(base + row * stride + at, 0, 2);
+            at += 64;
+            if (at >= bytes) at = 0, row++;
+        }
+    }
+};
+
 struct Product {
     int64_t M, N, K;
     const void *left;      // (M, K), `left_ld` elements from row to row
@@ -131,6 +158,17 @@ struct Product {
     int out_type, transposed, bias_f32;
     float out_scale;       // of the whole product, before bias and added
 };
+
+// The lines that `finish` is about to write come meanwhile.
+static inline void expect(const Product &p, int64_t m0, int64_t rows, int64_t n0) {
+    const int64_t size = p.out_type == F32 ? 4 : 2, bytes = std::min<int64_t>(p.N - n0, PANEL) * size;
+    if (p.transposed) return;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t b = 0; b < bytes; b += 64) {
+            __builtin_prefetch((char *)p.out + ((m0 + i) * p.out_ld + n0) * size + b, 1, 3);
+            if (p.added) __builtin_prefetch((const char *)p.added + ((m0 + i) * p.added_ld + n0) * size + b, 0, 3);
+        }
+}
 
 // A finished tile of sums goes out.
 static void finish(const Product &p, const float *tile, int64_t ld, int64_t m0, int64_t rows, int64_t n0) {
@@ -202,35 +240,42 @@ static void run(const Product &p) {
     const int64_t low_element = 4 / LowOp::PER_GROUP;
     const int64_t panels = (p.N + PANEL - 1) / PANEL;
     const bool several = groups > GROUPS_AT_ONCE;
+    const int64_t most_groups = several ? GROUPS_OF_MANY : GROUPS_AT_ONCE;
     in_parallel([&](int thread, int threads) {
-        // Pieces are (panel, range of rows); rows are cut only where panels alone would not share out evenly.
-        int64_t cuts = 1;
-        while (cuts * 2 * 24 <= p.M && cuts < 64) {
-            const int64_t pieces = panels * cuts, most = (pieces + threads - 1) / threads;
-            if (most * threads * 16 <= pieces * 17) break;
-            cuts *= 2;
+        // Many rows are shared out among the threads, so that each finds its rows in its own cache, where the norm or
+        // the product before has left them. Else pieces are (panel, range of rows), and rows are cut only where
+        // panels alone would not share out evenly.
+        const bool by_rows = p.M >= ROWS_FOR_EACH * threads;
+        int64_t row0 = 0, row1 = p.M, cuts = 1, begin = 0, end = panels;
+        if (by_rows) part_of(p.M, thread, threads, row0, row1);
+        else {
+            while (cuts * 2 * 24 <= p.M && cuts < 64) {
+                const int64_t pieces = panels * cuts, most = (pieces + threads - 1) / threads;
+                if (most * threads * 16 <= pieces * 17) break;
+                cuts *= 2;
+            }
+            part_of(panels * cuts, thread, threads, begin, end);
         }
-        int64_t begin, end;
-        part_of(panels * cuts, thread, threads, begin, end);
         if (begin == end) return;
-        const int64_t line = std::min(groups, GROUPS_AT_ONCE);
+        const int64_t line = std::min(groups, most_groups);
         char *right = (char *)room(1, line * 128);
         char *low_right = (char *)room(2, std::max<int64_t>(1, low_groups) * 128);
-        const int64_t cut = (p.M + cuts - 1) / cuts + 1;
+        const int64_t cut = (row1 - row0 + cuts - 1) / cuts + 1;
         const int64_t block = std::min(cut, std::max<int64_t>(8, LEFT_AT_ONCE / (line * 4) / MOST_ROWS) * MOST_ROWS);
         float *tiles = several ? (float *)room(3, (end - begin) * block * PANEL * 4) : nullptr;
         alignas(64) float small[MOST_ROWS * PANEL];
         for (int64_t b0 = 0; b0 < cut; b0 += block)
-            for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += GROUPS_AT_ONCE) {
-                const int64_t deep = std::min(groups - g0, GROUPS_AT_ONCE);
-                const bool last = g0 + GROUPS_AT_ONCE >= groups;
-                int64_t packed = -1;
+            for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) {
+                const int64_t deep = std::min(groups - g0, most_groups);
+                const bool last = g0 + most_groups >= groups;
+                int64_t packed = -1, share = 0;
+                Ahead ahead;
                 alignas(64) int32_t sums[PANEL];
                 for (int64_t piece = begin; piece < end; piece++) {
                     int64_t m0, m1;
-                    part_of(p.M, (int)(piece % cuts), (int)cuts, m0, m1);
-                    m0 += b0;
-                    m1 = std::min(m1, m0 + block);
+                    part_of(row1 - row0, (int)(piece % cuts), (int)cuts, m0, m1);
+                    m0 += row0 + b0;
+                    m1 = std::min(m1 + row0, m0 + block);
                     if (m0 >= m1) continue;
                     const int64_t panel = piece / cuts, n0 = panel * PANEL;
                     const int vecs = p.N - n0 > 16 ? 2 : 1;
@@ -238,12 +283,19 @@ static void run(const Product &p) {
                         pack<Op>(p.right, p.K, p.N, n0, g0, deep, right);
                         if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
                         packed = panel;
+                        const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : begin / cuts;
+                        const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
+                        ahead.rows = 0;
+                        if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
+                        share = ahead.lines() * MOST_ROWS / std::max<int64_t>(MOST_ROWS, (m1 - m0) / MOST_ROWS * MOST_ROWS) + 1;
                         if (bytes) sums_of_columns(right, deep, vecs, sums);
                     }
                     for (int64_t m = m0; m < m1;) {
                         const int rows = rows_at_once(m1 - m);
                         float *tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
                         const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
+                        if (last) expect(p, m, rows, n0);
+                        ahead.fetch(share);
                         products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL, g0 > 0);
                         if (bytes) less_columns(tile, rows, vecs, sums);
                         if (last) {
