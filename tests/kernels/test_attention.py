@@ -137,6 +137,28 @@ def test_the_compiled_kernel_is_the_same_to_the_bit_each_time(compiled, threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 6])
+def test_queries_at_some_places_give_what_all_give_there(dtype, window):
+    layout = Layout.of_lengths([40, 9, 1, 30, 12], [-1, 0, 0, 1, -1])
+    query, key, value = (t.detach().transpose(0, 1) for t in random_inputs(layout, dtype=dtype))
+    picked = torch.tensor([0, 3, 39, 40, 49, 50, 51, 79, 91])  # some segments ask nothing, some once
+    how = {"scaling": 0.3, "window": window}
+    exact = [t.double() for t in (query, key, value)]
+    out, kept = attention.attend(*exact, layout, **how)
+    ours, ours_kept = attention.attend(query[picked], key, value, layout, picked=picked, **how)
+    close(ours, out[picked], dtype)
+    grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    spread = torch.zeros_like(out).index_copy(0, picked, grad)
+    expected = attention.attend_backward(spread, *exact, out, kept, layout, **how)
+    found = attention.attend_backward(
+        grad.to(dtype), query[picked], key, value, ours, ours_kept, layout, picked=picked, **how
+    )
+    close(found[0], expected[0][picked], dtype)
+    close(found[1], expected[1], dtype)
+    close(found[2], expected[2], dtype)
+
+
 def test_positions_continue_from_the_parent():
     layout = Layout.of_lengths([3, 2, 1, 2], [-1, 0, 1, -1])
     assert layout.positions().tolist() == [0, 1, 2, 3, 4, 5, 0, 1]

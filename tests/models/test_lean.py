@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,7 @@ from torch import nn
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.models.byte_weights import keep_in_bytes
-from deltaw.models.forest import flat_rows, lean_blocks
+from deltaw.models.forest import flat_rows, lean_blocks, outputs_at
 
 SIZES = {
     "vocab_size": 120,
@@ -130,6 +132,35 @@ def test_a_block_with_more_in_it_runs_its_own_code():
 
     attention.__class__ = Doubled
     assert "differ from the model's own" in _why(changed)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
+def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, recompute):
+    model = adapted(model_of(family))
+    layout = Layout.of_lengths([20, 9, 6, 11], [-1, 0, 0, -1])
+    tokens = torch.randint(0, 120, (1, layout.length), generator=torch.Generator().manual_seed(1))
+    positions = torch.from_numpy(layout.positions())[None]
+    factors = [factor for _, factor in adapter_parameters(model)]
+    places = torch.tensor([2, 19, 20, 28, 45])
+    weights = torch.randn(len(places), 64, generator=torch.Generator().manual_seed(2))
+    for block in model.base_model.layers:
+        block.gradient_checkpointing = block.training = recompute
+    found = []
+    for asked in (contextlib.nullcontext(), outputs_at(model, places)):
+        with flat_rows(model), asked:
+            out = model.base_model(
+                input_ids=tokens, position_ids=positions, forest_layout=layout, use_cache=False
+            ).last_hidden_state[0]
+            zeros = int((out == 0).all(-1).sum())
+            grads = torch.autograd.grad((out[places] * weights).sum(), factors)
+        found.append((out[places].detach(), grads, zeros))
+    (expected, expected_grads, before), (out, grads, left_out) = found
+    assert before == 0 and left_out == layout.length - len(places)
+    assert off(out, expected) < 1e-5
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert off(ours, theirs) < 1e-5
+    assert lean_blocks(model).blocks[-1].picked is None
 
 
 def test_a_block_that_was_changed_from_outside_runs_its_own_code():

@@ -51,6 +51,7 @@ class Batch:
         targets: (P,) token ids. weights: (P,) how many rows have this label here (fp32).
         rows: rows in it. row_tokens: tokens of all rows, before sharing. tokens: tokens computed.
         members: the rows and where their tokens are.
+        asked: the places among ``predictors``, ascending and each once, on a flat row; None where padded.
     """
 
     inputs: dict[str, object]
@@ -61,6 +62,7 @@ class Batch:
     row_tokens: int
     tokens: int
     members: tuple[Member, ...]
+    asked: Tensor | None = None
 
     @property
     def label_tokens(self) -> int:
@@ -158,6 +160,7 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
         row_tokens=sum(len(e.tokens) for e in examples),
         tokens=layout.length - filler,
         members=members,
+        asked=_tensor(np.unique(before[labelled]), device),
     )
 
 

@@ -114,19 +114,26 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     causal: bool = True,
+    picked: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """:func:`forest_attention` of (T, heads, d) tensors, without a graph.
 
+    Args:
+        picked: (P), ascending: the places of the T at which the P queries stand; None where each one asks.
+
     Returns:
-        (T, heads, d_v), and what :func:`attend_backward` wants of it.
+        (P or T, heads, d_v), and what :func:`attend_backward` wants of it.
     """
     if is_compiled(query, key, value):
         forest = layout.forest()
-        out, logs = _attention(query, key, value, forest, window or 0, causal, scaling, softcap or 0.0)
+        out, logs = _attention(
+            query, key, value, forest, window or 0, causal, scaling, softcap or 0.0, picked
+        )
         return out, [logs]
-    q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+    q, k, v = (t.transpose(0, 1) for t in (_at_all_places(query, picked, len(key)), key, value))
     out, kept = _tiles_forward(q, k, v, layout.tiles(window), scaling, softcap)
-    return out.transpose(0, 1), kept
+    out = out.transpose(0, 1)
+    return (out if picked is None else out.index_select(0, picked)), kept
 
 
 def attend_backward(
@@ -142,16 +149,26 @@ def attend_backward(
     window: int | None = None,
     softcap: float | None = None,
     causal: bool = True,
+    picked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, like them, from what :func:`attend` gave."""
     if out is not None and is_compiled(query, key, value):
         (logs,) = kept
+        forest, cap = layout.forest(), softcap or 0.0
         return _attention_backward(
-            grad, query, key, value, out, logs, layout.forest(), window or 0, causal, scaling, softcap or 0.0
+            grad, query, key, value, out, logs, forest, window or 0, causal, scaling, cap, picked
         )
-    d, q, k, v = (t.transpose(0, 1) for t in (grad, query, key, value))
-    grads = _tiles_backward(d, q, k, v, kept, layout.tiles(window), scaling, softcap)
-    return grads[0].transpose(0, 1), grads[1].transpose(0, 1), grads[2].transpose(0, 1)
+    spread = (_at_all_places(t, picked, len(key)) for t in (grad, query))
+    d, q, k, v = (t.transpose(0, 1) for t in (*spread, key, value))
+    of_q, of_k, of_v = (
+        t.transpose(0, 1) for t in _tiles_backward(d, q, k, v, kept, layout.tiles(window), scaling, softcap)
+    )
+    return (of_q if picked is None else of_q.index_select(0, picked)), of_k, of_v
+
+
+def _at_all_places(rows: Tensor, picked: Tensor | None, length: int) -> Tensor:
+    """(P, …) rows at their places of ``length``, zeros elsewhere."""
+    return rows if picked is None else rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, picked, rows)
 
 
 def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -166,40 +183,45 @@ def _strides(*tensors: Tensor) -> Tensor:
     return torch.tensor([step for t in tensors for step in t.stride()[:2]], dtype=torch.int64)
 
 
-def _compute_attention(query, key, value, forest, window, causal, scaling, softcap):  # type: ignore[no-untyped-def]
-    length, heads, size = query.shape
-    key_heads, value_size = value.shape[1:]
-    out = query.new_empty(length, heads, value_size)
-    logs = torch.empty(heads, length)
+def _compute_attention(query, key, value, forest, window, causal, scaling, softcap, picked):  # type: ignore[no-untyped-def]
+    queries, heads, size = query.shape
+    length, key_heads, value_size = value.shape
+    out = query.new_empty(queries, heads, value_size)
+    logs = torch.empty(heads, queries)
     strides = _strides(query, key, value, out)
     native.kernels().dw_attention(
         native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, query.data_ptr(), key.data_ptr(), value.data_ptr(),
-        out.data_ptr(), strides.data_ptr(), logs.data_ptr(),
+        key_heads, size, value_size, scaling, softcap, native.address(picked), queries,
+        *(t.data_ptr() for t in (query, key, value, out, strides, logs)),
     )  # fmt: skip
     return out, logs
 
 
 def _compute_attention_backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, logs, forest, window, causal, scaling, softcap
+    grad, query, key, value, out, logs, forest, window, causal, scaling, softcap, picked
 ):
-    length, heads, size = query.shape
-    key_heads, value_size = value.shape[1:]
+    queries, heads, size = query.shape
+    length, key_heads, value_size = value.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     strides = _strides(query, key, value, out, grad, *grads)
     native.kernels().dw_attention_backward(
         native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap,
+        key_heads, size, value_size, scaling, softcap, native.address(picked), queries,
         *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
         strides.data_ptr(), logs.data_ptr(),
     )  # fmt: skip
     return tuple(grads)
 
 
-def _pairs(forest: Tensor, window: int, causal: bool) -> int:
+def _pairs(forest: Tensor, window: int, causal: bool, picked: Tensor | None) -> int:
     """(query, key) pairs that are seen."""
     starts, stops, _, offsets = forest.tolist()
+    if picked is not None and causal:
+        positions = [0] * stops[-1]
+        for start, stop, offset in zip(starts, stops, offsets, strict=True):
+            positions[start:stop] = range(offset + 1, offset + 1 + stop - start)
+        return sum(min(window, positions[at]) if window else positions[at] for at in picked.tolist())
     total = 0
     for start, stop, offset in zip(starts, stops, offsets, strict=True):
         size = stop - start
@@ -212,23 +234,27 @@ def _pairs(forest: Tensor, window: int, causal: bool) -> int:
 
 _attention = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor forest, int window, bool causal, "
-    "float scaling, float softcap) -> (Tensor, Tensor)",
+    "float scaling, float softcap, Tensor? picked) -> (Tensor, Tensor)",
     _compute_attention,
     lambda query, key, value, *_: (
         query.new_empty(*query.shape[:2], value.shape[-1]),
         query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
     ),
-    lambda query, key, value, forest, window, causal, *_: (
-        2 * _pairs(forest, window, causal) * query.shape[1] * (query.shape[2] + value.shape[2])
+    lambda query, key, value, forest, window, causal, scaling, softcap, picked: (
+        2 * _pairs(forest, window, causal, picked) * query.shape[1] * (query.shape[2] + value.shape[2])
     ),
 )
 _attention_backward = define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, "
-    "Tensor forest, int window, bool causal, float scaling, float softcap) -> (Tensor, Tensor, Tensor)",
+    "Tensor forest, int window, bool causal, float scaling, float softcap, Tensor? picked) "
+    "-> (Tensor, Tensor, Tensor)",
     _compute_attention_backward,
     lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
-    lambda grad, query, key, value, out, logs, forest, window, causal, *_: (
-        2 * _pairs(forest, window, causal) * query.shape[1] * (3 * query.shape[2] + 2 * value.shape[2])
+    lambda grad, query, key, value, out, logs, forest, window, causal, scaling, softcap, picked: (
+        2
+        * _pairs(forest, window, causal, picked)
+        * query.shape[1]
+        * (3 * query.shape[2] + 2 * value.shape[2])
     ),
 )
 

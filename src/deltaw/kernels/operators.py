@@ -1,8 +1,9 @@
 """How a kernel becomes an operator of torch: a schema, the kernel, its shapes without values, its operations.
 
 As operators the kernels are seen by everything that looks at what torch computes: plans that run without
-values, counters of operations, profilers. They have no derivative of their own; the functions that call them
-bring theirs.
+values, counters of operations, tracers. They have no derivative of their own; the functions that call them
+bring theirs. Where nobody looks they are called directly: the way through torch's dispatcher takes longer
+than a small kernel itself.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("deltaw", "DEF")
 
 
@@ -31,7 +34,7 @@ def define(
             own arguments.
 
     Returns:
-        the operator, to be called.
+        the operator, to be called with arguments in their places.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -44,4 +47,19 @@ def define(
             return operations(*args, **kwargs)
 
         flop_registry[operator] = formula
-    return operator.default
+    overload = operator.default
+
+    def call(*args: Any) -> Any:
+        return compute(*args) if _plain(args) else overload(*args)
+
+    return call
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether these are tensors with values on the processor, and nobody looks at what is done with them."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
+        return False
+    return (
+        all(type(a) in _ORDINARY and a.device.type == "cpu" for a in args if isinstance(a, Tensor))
+        and not torch.compiler.is_compiling()
+    )

@@ -123,6 +123,27 @@ def lean_blocks(model: PreTrainedModel) -> Lean:
     return known
 
 
+@contextlib.contextmanager
+def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
+    """While open, only these outputs of the backbone on flat rows are asked for; the others may be anything.
+
+    A lean last block computes no others.
+
+    Args:
+        places: (P), ascending, each once; None for all.
+    """
+    lean = _LEAN.get(model)
+    if lean is None or not lean.choice.value or not lean.blocks:
+        yield
+        return
+    last = lean.blocks[-1]
+    last.picked = places
+    try:
+        yield
+    finally:
+        last.picked = None
+
+
 def _tried(model: PreTrainedModel) -> Lean:
     if model.device.type != "cpu":
         return Lean([], Choice(False, "on this device the model's own code runs"))

@@ -7,6 +7,9 @@ Kept of the first half are its input, queries, keys, values and the attention's 
 input, gate and up. Norms and the activation are computed again in the backward. Inputs that layers share
 stand once, and with weights in bytes they are rounded once.
 
+Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
+attention's output and the second half are computed at these places alone, keys and values at all.
+
 A block with anything trained in it but low-rank factors, with dropout that is drawn, with hooks inside, or
 called without a layout, runs the model's own code.
 
@@ -16,7 +19,7 @@ Knows LoRA layers and kernels; not how a model's parts are called (``lean_blocks
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +32,9 @@ from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers import LoRALinear
 from deltaw.lora.layers_bytes import weight_scales
+
+# Outputs of a block are computed at the places that are asked for where these are at most this share of all.
+FEW = 0.9
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,11 @@ class AttentionHalf:
     def layers(self) -> list[nn.Linear]:
         return [getattr(self.holder, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What attention is told."""
+        return {"scaling": self.scaling, "window": self.window, "softcap": self.softcap}
+
 
 @dataclass
 class GatedHalf:
@@ -177,8 +188,15 @@ class Half:
     cosine: Tensor | None = None
     sine: Tensor | None = None
     layout: Layout | None = None
-    needs_input: bool = True
-    factors: list[Tensor] = field(default_factory=list)
+    picked: Tensor | None = None
+
+    @property
+    def rotary(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(cosine, sine) for queries and for keys; nothing without rotary positions."""
+        if self.cosine is None or self.sine is None:
+            return ()
+        of_keys = self.cosine, self.sine
+        return tuple(_at(t, self.picked) for t in of_keys), of_keys  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
@@ -190,7 +208,8 @@ class _Attention(torch.autograd.Function):
         query, key, value, output = half.projections
         steps = Steps()
         n, stats = parts.norm(x)
-        (q, h_q), (k, h_k), (v, h_v) = (layer(n, steps) for layer in (query, key, value))
+        (k, h_k), (v, h_v) = (layer(n, steps) for layer in (key, value))
+        q, h_q = query(n, steps) if half.picked is None else query(_at(n, half.picked), Steps())
         del n, steps
         q, k, v = (t.view(t.shape[0], -1, parts.head_size) for t in (q, k, v))
         raw_q = raw_k = stats_q = stats_k = None
@@ -198,18 +217,17 @@ class _Attention(torch.autograd.Function):
             raw_q, (q, stats_q) = q, _over_heads(parts.query_norm, q)
         if parts.key_norm is not None:
             raw_k, (k, stats_k) = k, _over_heads(parts.key_norm, k)
-        if half.cosine is not None and half.sine is not None:
-            q, k = (rows.rotate(t, half.cosine, half.sine) for t in (q, k))
+        if half.rotary:
+            q, k = (rows.rotate(t, *turn) for t, turn in zip((q, k), half.rotary, strict=True))
         assert half.layout is not None
-        out, kept = attend(
-            q, k, v, half.layout, scaling=parts.scaling, window=parts.window, softcap=parts.softcap
-        )
-        o, h_o = output(out.flatten(1), Steps(), x if parts.after is None else None)
+        out, kept = attend(q, k, v, half.layout, picked=half.picked, **parts.how)
+        stream = _at(x, half.picked)
+        o, h_o = output(out.flatten(1), Steps(), stream if parts.after is None else None)
         before_after = stats_after = None
         if parts.after is not None:
             before_after = o
             o, stats_after = parts.after(o)
-            o = x + o
+            o = stream + o
         ctx.half = half
         ctx.save_for_backward(
             x, stats, h_q, h_k, h_v, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k,
@@ -235,20 +253,13 @@ class _Attention(torch.autograd.Function):
         of_output = output.factors_backward(out.flatten(1), h_o, above, narrow)
         assert half.layout is not None
         d_q, d_k, d_v = attend_backward(
-            d_out.view_as(out),
-            q,
-            k,
-            v,
-            out,
-            kept,
-            half.layout,
-            scaling=parts.scaling,
-            window=parts.window,
-            softcap=parts.softcap,
+            d_out.view_as(out), q, k, v, out, kept, half.layout, picked=half.picked, **parts.how
         )
         del d_out
-        if half.cosine is not None and half.sine is not None:
-            d_q, d_k = (rows.rotate(t, half.cosine, half.sine, backward=True) for t in (d_q, d_k))
+        if half.rotary:
+            d_q, d_k = (
+                rows.rotate(t, *turn, backward=True) for t, turn in zip((d_q, d_k), half.rotary, strict=True)
+            )
         if parts.query_norm is not None:
             d_q = _over_heads_backward(parts.query_norm, d_q, raw_q, stats_q)
         if parts.key_norm is not None:
@@ -258,13 +269,20 @@ class _Attention(torch.autograd.Function):
             n, _ = parts.norm(x)
         needs_input = ctx.needs_input_grad[0]
         d_n: Tensor | None = None
-        of_inputs: list[Tensor | None] = []
-        for layer, h, d in zip((query, key, value), (h_q, h_k, h_v), (d_q, d_k, d_v), strict=True):
+        of_layers: list[tuple[Tensor | None, Tensor | None]] = []
+        for layer, h, d, places in (
+            (query, h_q, d_q, half.picked), (key, h_k, d_k, None), (value, h_v, d_v, None)
+        ):  # fmt: skip
             flat = d.reshape(d.shape[0], -1)
             d_n, narrow = layer.backward(flat, d_n, needs_input)
-            d_n = d_n if needs_input else None
-            of_inputs += layer.factors_backward(n, h, flat, narrow) if n is not None else (None, None)
-        d_x = parts.norm.backward(d_n, x, stats, grad) if d_n is not None else None
+            d_n = _spread(d_n, places, x.shape[0]) if needs_input else None
+            of_layers.append(
+                (None, None) if n is None else layer.factors_backward(_at(n, places), h, flat, narrow)
+            )
+        d_x = None
+        if d_n is not None:
+            d_x = parts.norm.backward(d_n, x, stats, _spread(grad, half.picked, x.shape[0]))
+        of_inputs = [grad for pair in of_layers for grad in pair]
         return d_x, None, *_of_adapted(half, [*of_inputs, *of_output])
 
 
@@ -319,6 +337,16 @@ class _Gated(torch.autograd.Function):
         return d_x, None, *_of_adapted(half, [*of_inputs, *of_down])
 
 
+def _at(x: Tensor, places: Tensor | None) -> Tensor:
+    """The rows of (T, …) at these places, or all."""
+    return x if places is None else x.index_select(0, places)
+
+
+def _spread(rows: Tensor, places: Tensor | None, length: int) -> Tensor:
+    """Rows (P, D) at their places of (T, D), zeros elsewhere; as they are where they stand at all."""
+    return rows if places is None else rows.new_zeros(length, rows.shape[1]).index_copy_(0, places, rows)
+
+
 def _over_heads(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
     """A norm of each head (M, heads, d)."""
     y, stats = norm(x.reshape(-1, x.shape[-1]))
@@ -340,12 +368,18 @@ def _of_adapted(half: Half, grads: Sequence[Tensor | None]) -> list[Tensor | Non
 
 
 class LeanBlock:
-    """A block's own forward with another inside; called as the block is."""
+    """A block's own forward with another inside; called as the block is.
+
+    Attributes:
+        picked: the outputs (P, ascending) that are asked for of it, or None for all. Where they are few, the
+            others become 0.
+    """
 
     def __init__(self, block: nn.Module, attention: AttentionHalf, gated: GatedHalf) -> None:
         self.block = block
         self.attention, self.gated = attention, gated
         self.own = block.forward
+        self.picked: Tensor | None = None
 
     @property
     def layers(self) -> list[nn.Linear]:
@@ -379,17 +413,21 @@ class LeanBlock:
         turns = kwargs.get("position_embeddings")
         if layout is None or turns is None or not self.serves(hidden_states, layout):
             return self.own(hidden_states, *args, **kwargs)
-        cosine, sine = (t[0].float().contiguous() for t in turns)
-        x = hidden_states[0]
+        cosine, sine = (t.squeeze(0).float().contiguous() for t in turns)
+        x = hidden_states.squeeze(0)
+        few = self.picked is not None and 0 < len(self.picked) <= FEW * len(x)
+        picked = self.picked if few else None
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, cosine, sine, layout, use_reentrant=False)[None]
-        return self._run(x, cosine, sine, layout)[None]
+            return checkpoint(self._run, x, cosine, sine, layout, picked, use_reentrant=False)[None]
+        return self._run(x, cosine, sine, layout, picked)[None]
 
-    def _run(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout) -> Tensor:
-        first = Half(self.attention, [Projection(m) for m in self.attention.layers], cosine, sine, layout)
+    def _run(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, picked: Tensor | None) -> Tensor:
+        attention = [Projection(m) for m in self.attention.layers]
+        first = Half(self.attention, attention, cosine, sine, layout, picked)
         second = Half(self.gated, [Projection(m) for m in self.gated.layers])
-        x = _Attention.apply(x, first, *_factors(first))
-        return _Gated.apply(x, second, *_factors(second))
+        y = _Attention.apply(x, first, *_factors(first))
+        y = _Gated.apply(y, second, *_factors(second))
+        return y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
 
 
 def _factors(half: Half) -> list[Tensor]:

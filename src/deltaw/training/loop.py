@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
+from deltaw.models.machine import keep_freed_memory
 from deltaw.training.masters import Masters
 from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps
 
@@ -140,6 +141,7 @@ def train(
     Raises:
         UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
     """
+    keep_freed_memory()
     warm = warmup_steps(warmup, total_steps)
     outcome = Outcome()
     with Masters(parameters) as masters, _stop_signals() as stopped:

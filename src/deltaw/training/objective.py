@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.data.packing import Batch
 from deltaw.kernels import linear as products
 from deltaw.kernels.rows import cross_entropy_
-from deltaw.models.forest import backbone_of, one_row
+from deltaw.models.forest import backbone_of, one_row, outputs_at
 from deltaw.models.skeleton import has_values
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
@@ -84,7 +84,8 @@ class CausalObjective:
     def _picked(self, batch: Batch) -> Tensor:
         """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
         if self.chunked:
-            outputs = self.backbone(**batch.inputs, use_cache=False).last_hidden_state
+            with outputs_at(self.model, batch.asked):
+                outputs = self.backbone(**batch.inputs, use_cache=False).last_hidden_state
         else:
             outputs = self.model(**batch.inputs, use_cache=False).logits
         return outputs.flatten(0, 1).index_select(0, batch.predictors)

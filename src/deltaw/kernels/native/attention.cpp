@@ -18,6 +18,23 @@ struct Forest {
     const int64_t *starts, *stops, *parents, *offsets;
     int64_t window;  // 0: none
     int causal;
+    // Where in the row the queries stand, in order; null where each token asks. Of segment s they are from[s] … from[s + 1].
+    const int64_t *picked;
+    std::vector<int64_t> from;
+    int64_t queries;
+
+    Forest(const int64_t *forest, int64_t segments, int64_t length, int64_t window, int causal, const int64_t *picked, int64_t picks)
+        : count(segments), length(length), starts(forest), stops(forest + segments), parents(forest + 2 * segments),
+          offsets(forest + 3 * segments), window(window), causal(causal), picked(picked), queries(picked ? picks : length) {
+        if (!picked) return;
+        for (int64_t s = 0; s < count; s++) from.push_back(std::lower_bound(picked, picked + picks, starts[s]) - picked);
+        from.push_back(picks);
+    }
+    int64_t asking(int64_t s) const {
+        return picked ? std::lower_bound(picked + from[s], picked + from.back(), stops[s]) - picked - from[s] : stops[s] - starts[s];
+    }
+    int64_t row(int64_t s, int64_t i) const { return (picked ? from[s] : starts[s]) + i; }    // among the queries
+    int64_t place(int64_t s, int64_t i) const { return picked ? picked[from[s] + i] : starts[s] + i; }  // among the keys
 };
 
 struct Sizes {
@@ -32,11 +49,11 @@ static std::vector<Block> blocks_of(const Forest &f, int64_t group) {
     std::vector<Block> blocks;
     std::vector<int64_t> above(f.count);
     for (int64_t s = 0; s < f.count; s++) {
-        int64_t p = f.parents[s], size = f.stops[s] - f.starts[s];
+        const int64_t p = f.parents[s], size = f.asking(s);
         above[s] = p < 0 ? 0 : above[p] + f.stops[p] - f.starts[p];
         for (int64_t x = 0; x < size * group; x += COLUMNS) {
             int64_t n = std::min<int64_t>(COLUMNS, size * group - x);
-            int64_t keys = f.causal ? (x + n - 1) / group + 1 : size;
+            int64_t keys = f.causal ? f.place(s, (x + n - 1) / group) - f.starts[s] + 1 : f.stops[s] - f.starts[s];
             keys += above[s];
             if (f.window) keys = std::min(keys, f.window + COLUMNS);
             blocks.push_back({s, x, n, keys + 24});
@@ -64,7 +81,7 @@ static std::vector<int64_t> shares(const std::vector<Block> &blocks, int64_t key
 // The keys that a block's columns see, the root's first.
 static int ranges_of(const Forest &f, const Block &b, int64_t group, std::vector<Range> &ranges) {
     ranges.clear();
-    const int64_t s = b.segment, low = f.starts[s] + b.first / group, high = f.starts[s] + (b.first + b.count - 1) / group;
+    const int64_t s = b.segment, low = f.place(s, b.first / group), high = f.place(s, (b.first + b.count - 1) / group);
     const int64_t earliest = f.window ? f.offsets[s] + low - f.starts[s] - f.window + 1 : 0;
     for (int64_t at = s; at >= 0; at = f.parents[at]) {
         const int64_t end = at != s ? f.stops[at] : f.causal ? high + 1 : f.stops[s];
@@ -77,22 +94,23 @@ static int ranges_of(const Forest &f, const Block &b, int64_t group, std::vector
 
 // What the columns of one block are: tokens, heads, and up to where each sees.
 struct Columns {
-    int64_t token[COLUMNS], head[COLUMNS];
+    int64_t token[COLUMNS], head[COLUMNS];  // rows of the queries
     alignas(64) int32_t last[COLUMNS];      // the last key (a place in the row) of the own segment
     alignas(64) int32_t earliest[COLUMNS];  // the first position seen
-    int64_t lowest_token, latest_earliest;
+    int64_t lowest_key, latest_earliest;
     int vecs;
 
     Columns(const Forest &f, const Block &b, int64_t key_head, int64_t group) {
-        const int64_t start = f.starts[b.segment];
+        const int64_t s = b.segment;
         for (int64_t c = 0; c < COLUMNS; c++) {
             const int64_t x = b.first + std::min(c, b.count - 1);
-            token[c] = start + x / group;
+            const int64_t place = f.place(s, x / group);
+            token[c] = f.row(s, x / group);
             head[c] = key_head * group + x % group;
-            last[c] = (int32_t)(f.causal ? token[c] : f.stops[b.segment] - 1);
-            earliest[c] = (int32_t)(f.window ? f.offsets[b.segment] + token[c] - start - f.window + 1 : INT32_MIN / 2);
+            last[c] = (int32_t)(f.causal ? place : f.stops[s] - 1);
+            earliest[c] = (int32_t)(f.window ? f.offsets[s] + place - f.starts[s] - f.window + 1 : INT32_MIN / 2);
         }
-        lowest_token = f.causal ? token[0] : f.stops[b.segment] - 1;
+        lowest_key = last[0];
         latest_earliest = earliest[COLUMNS - 1];
         vecs = b.count > 16 ? 2 : 1;
     }
@@ -100,7 +118,7 @@ struct Columns {
     // Which of 16 columns a key is hidden from.
     __mmask16 hidden(int v, const Range &r, int64_t key) const {
         __mmask16 m = 0;
-        if (r.own && key > lowest_token)
+        if (r.own && key > lowest_key)
             m |= _mm512_cmpgt_epi32_mask(_mm512_set1_epi32((int32_t)key), _mm512_load_si512(last + 16 * v));
         const int64_t position = r.position + key - r.begin;
         if (position < latest_earliest)
@@ -203,7 +221,7 @@ struct Kernel {
         for (const Range &r : ranges)
             for (int64_t k0 = r.begin; k0 < r.end; k0 += KEYS) {
                 const int64_t n = std::min<int64_t>(KEYS, r.end - k0);
-                products<Op>(n, c.vecs, (const char *)at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS, false);
+                products<Op>(n, c.vecs, (const char *)at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS);
                 __m512 most[2] = {top[0], top[1]};
                 for (int64_t i = 0; i < n; i++)
                     for (int v = 0; v < c.vecs; v++) {
@@ -231,14 +249,14 @@ struct Kernel {
                         store_pair(weights + i / PER * 128 + 64 * v, one, two);
                     }
                 }
-                products<Op>(z.dv, c.vecs, (const char *)(turned + k0), padded * sizeof(T), weights, (n + PER - 1) / PER, sums, COLUMNS, true);
+                products_onto<Op>(z.dv, c.vecs, (const char *)(turned + k0), padded * sizeof(T), weights, (n + PER - 1) / PER, sums, COLUMNS, sums, COLUMNS);
             }
         __m512 by[2];
         for (int v = 0; v < 2; v++) by[v] = _mm512_div_ps(_mm512_set1_ps(1.0f), total[v]);
         write_columns(sums, out, c, b, z.dv, by);
         alignas(64) float lanes[COLUMNS], tops[COLUMNS];
         for (int v = 0; v < 2; v++) _mm512_store_ps(lanes + 16 * v, total[v]), _mm512_store_ps(tops + 16 * v, top[v]);
-        for (int64_t x = 0; x < b.count; x++) logs[c.head[x] * f.length + c.token[x]] = tops[x] + __builtin_log2f(lanes[x]);
+        for (int64_t x = 0; x < b.count; x++) logs[c.head[x] * f.queries + c.token[x]] = tops[x] + __builtin_log2f(lanes[x]);
     }
 
     static void forward(const Forest &f, const Sizes &z, const Rows &q, const Rows &k, const Rows &v, const Rows &out, float *logs) {
@@ -286,7 +304,7 @@ struct Kernel {
         for (int64_t x = 0; x < COLUMNS; x++) {
             log[x] = INFINITY, delta[x] = 0;
             if (x >= b.count) continue;
-            log[x] = logs[c.head[x] * f.length + c.token[x]];
+            log[x] = logs[c.head[x] * f.queries + c.token[x]];
             __m512 dot = _mm512_setzero_ps();
             for (int64_t i = 0; i < z.dv; i += 16) {
                 __mmask16 m = first(z.dv - i);
@@ -300,8 +318,8 @@ struct Kernel {
         for (const Range &r : ranges)
             for (int64_t k0 = r.begin; k0 < r.end; k0 += KEYS) {
                 const int64_t n = std::min<int64_t>(KEYS, r.end - k0);
-                products<Op>(n, c.vecs, (const char *)at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS, false);
-                products<Op>(n, c.vecs, (const char *)at(v, k0, key_head), v.by_token * sizeof(T), grads, z.dv / PER, slopes, COLUMNS, false);
+                products<Op>(n, c.vecs, (const char *)at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS);
+                products<Op>(n, c.vecs, (const char *)at(v, k0, key_head), v.by_token * sizeof(T), grads, z.dv / PER, slopes, COLUMNS);
                 for (int l = 0; l < c.vecs; l++) {
                     const __m512 by = _mm512_load_ps(log + 16 * l), less = _mm512_load_ps(delta + 16 * l);
                     __m512 before = zero;
@@ -326,12 +344,12 @@ struct Kernel {
                     }
                 }
                 for (int64_t d0 = 0; d0 < z.dv; d0 += 32)
-                    products<Op>(n, z.dv - d0 > 16 ? 2 : 1, (const char *)weights, COLUMNS * sizeof(T), grads_along + d0 / 32 * panel, groups,
-                                 dv + k0 * wide_dv + d0, wide_dv, true);
+                    products_onto<Op>(n, z.dv - d0 > 16 ? 2 : 1, (const char *)weights, COLUMNS * sizeof(T), grads_along + d0 / 32 * panel, groups,
+                                 dv + k0 * wide_dv + d0, wide_dv, dv + k0 * wide_dv + d0, wide_dv);
                 for (int64_t d0 = 0; d0 < z.d; d0 += 32)
-                    products<Op>(n, z.d - d0 > 16 ? 2 : 1, (const char *)changes, COLUMNS * sizeof(T), queries_along + d0 / 32 * panel, groups,
-                                 dk + k0 * wide_d + d0, wide_d, true);
-                products<Op>(z.d, c.vecs, (const char *)(turned + k0), padded * sizeof(T), pairs, (n + PER - 1) / PER, sums, COLUMNS, true);
+                    products_onto<Op>(n, z.d - d0 > 16 ? 2 : 1, (const char *)changes, COLUMNS * sizeof(T), queries_along + d0 / 32 * panel, groups,
+                                 dk + k0 * wide_d + d0, wide_d, dk + k0 * wide_d + d0, wide_d);
+                products_onto<Op>(z.d, c.vecs, (const char *)(turned + k0), padded * sizeof(T), pairs, (n + PER - 1) / PER, sums, COLUMNS, sums, COLUMNS);
             }
         const __m512 by[2] = {_mm512_set1_ps(z.scaling), _mm512_set1_ps(z.scaling)};
         write_columns(sums, dq, c, b, z.d, by);
@@ -399,11 +417,12 @@ struct Kernel {
 
 static Rows rows(void *data, int64_t by_token, int64_t by_head) { return Rows{data, by_token, by_head}; }
 
-// strides: by token and by head, in elements, of q, k, v, out (then grad, dq, dk, dv). logs: (heads, T) fp32.
+// picked (picks): where the queries stand among the keys, ascending; null where each token asks.
+// strides: by token and by head, in elements, of q, k, v, out (then grad, dq, dk, dv). logs: (heads, queries) fp32.
 extern "C" void dw_attention(int type, const int64_t *forest, int64_t segments, int64_t length, int64_t window, int causal, int64_t heads,
-                             int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, void *q, void *k, void *v, void *out,
-                             const int64_t *strides, float *logs) {
-    Forest f{segments, length, forest, forest + segments, forest + 2 * segments, forest + 3 * segments, window, causal};
+                             int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *picked, int64_t picks, void *q, void *k,
+                             void *v, void *out, const int64_t *strides, float *logs) {
+    const Forest f(forest, segments, length, window, causal, picked, picks);
     Sizes z{heads, key_heads, d, dv, scaling, cap};
     const int64_t *s = strides;
     Rows rq = rows(q, s[0], s[1]), rk = rows(k, s[2], s[3]), rv = rows(v, s[4], s[5]), ro = rows(out, s[6], s[7]);
@@ -411,10 +430,10 @@ extern "C" void dw_attention(int type, const int64_t *forest, int64_t segments, 
     else Kernel<OpBF16>::forward(f, z, rq, rk, rv, ro, logs);
 }
 extern "C" void dw_attention_backward(int type, const int64_t *forest, int64_t segments, int64_t length, int64_t window, int causal,
-                                      int64_t heads, int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, void *q, void *k,
-                                      void *v, void *out, void *grad, void *dq, void *dk, void *dv_out, const int64_t *strides,
+                                      int64_t heads, int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *picked,
+                                      int64_t picks, void *q, void *k, void *v, void *out, void *grad, void *dq, void *dk, void *dv_out, const int64_t *strides,
                                       const float *logs) {
-    Forest f{segments, length, forest, forest + segments, forest + 2 * segments, forest + 3 * segments, window, causal};
+    const Forest f(forest, segments, length, window, causal, picked, picks);
     Sizes z{heads, key_heads, d, dv, scaling, cap};
     const int64_t *s = strides;
     Rows rq = rows(q, s[0], s[1]), rk = rows(k, s[2], s[3]), rv = rows(v, s[4], s[5]), ro = rows(out, s[6], s[7]);

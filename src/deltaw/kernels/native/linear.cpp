@@ -103,14 +103,17 @@ static void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
                 _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
         } else {
-            const int8_t *q = (const int8_t *)b.data;
-            for (int64_t g = 0; g < groups; g++, to += 128) {
-                __m512i word = _mm512_setzero_si512();
-                for (int j = 0; j < 4 && 4 * g + j < depth; j++) {
-                    __m128i bytes = _mm_maskz_loadu_epi8(m, q + (k0 + 4 * g + j) * b.ld + n);
-                    word = _mm512_or_si512(word, _mm512_sll_epi32(_mm512_cvtepu8_epi32(bytes), _mm_cvtsi32_si128(8 * j)));
-                }
-                _mm512_store_si512(to, word);
+            const int8_t *q = (const int8_t *)b.data + k0 * b.ld + n;
+            const __m128i none = _mm_setzero_si128();
+            for (int64_t g = 0; g < groups; g++, q += 4 * b.ld, to += 128) {
+                __m128i r[4];
+                for (int j = 0; j < 4; j++) r[j] = 4 * g + j < depth ? _mm_maskz_loadu_epi8(m, q + j * b.ld) : none;
+                const __m128i low = _mm_unpacklo_epi8(r[0], r[1]), high = _mm_unpackhi_epi8(r[0], r[1]);
+                const __m128i low2 = _mm_unpacklo_epi8(r[2], r[3]), high2 = _mm_unpackhi_epi8(r[2], r[3]);
+                _mm_store_si128((__m128i *)to, _mm_unpacklo_epi16(low, low2));
+                _mm_store_si128((__m128i *)to + 1, _mm_unpackhi_epi16(low, low2));
+                _mm_store_si128((__m128i *)to + 2, _mm_unpacklo_epi16(high, high2));
+                _mm_store_si128((__m128i *)to + 3, _mm_unpackhi_epi16(high, high2));
             }
         }
     }
@@ -159,76 +162,82 @@ struct Product {
     float out_scale;       // of the whole product, before bias and added
 };
 
-// The lines that `finish` is about to write come meanwhile.
-static inline void expect(const Product &p, int64_t m0, int64_t rows, int64_t n0) {
-    const int64_t size = p.out_type == F32 ? 4 : 2, bytes = std::min<int64_t>(p.N - n0, PANEL) * size;
-    if (p.transposed) return;
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t b = 0; b < bytes; b += 64) {
-            __builtin_prefetch((char *)p.out + ((m0 + i) * p.out_ld + n0) * size + b, 1, 3);
-            if (p.added) __builtin_prefetch((const char *)p.added + ((m0 + i) * p.added_ld + n0) * size + b, 0, 3);
-        }
-}
-
-// A finished tile of sums goes out.
-static void finish(const Product &p, const float *tile, int64_t ld, int64_t m0, int64_t rows, int64_t n0) {
-    for (int v = 0; v < 2; v++) {
+// A tile of sums goes out: whole numbers of bytes become fp32 times their row's and column's scale, the low-rank
+// part is added, then bias and `added`, all of it in registers.
+template <class LowOp, int ROWS, int VECS>
+static void finish(const Product &p, const float *tile, bool bytes, int64_t m, int64_t n0, const char *low_right, int64_t low_groups) {
+    __m512 s[ROWS][VECS];
+    for (int v = 0; v < VECS; v++) {
         const int64_t n = n0 + 16 * v;
-        if (n >= p.N) break;
-        const __mmask16 m = first(p.N - n);
+        for (int i = 0; i < ROWS; i++) {
+            const float *at = tile + i * PANEL + 16 * v;
+            s[i][v] = bytes ? _mm512_cvtepi32_ps(_mm512_loadu_si512(at)) : _mm512_loadu_ps(at);
+        }
+        if (p.column_scale) {
+            const __m512 by = load16(p.column_scale + n, first(p.N - n));
+            for (int i = 0; i < ROWS; i++) s[i][v] = _mm512_mul_ps(s[i][v], by);
+        }
+    }
+    if (p.row_scale)
+        for (int i = 0; i < ROWS; i++)
+            for (int v = 0; v < VECS; v++) s[i][v] = _mm512_mul_ps(s[i][v], _mm512_set1_ps(p.row_scale[m + i]));
+    if (low_groups) {
+        const int64_t stride = p.rank * (4 / LowOp::PER_GROUP);
+        add_products<LowOp, ROWS, VECS>((const char *)p.low + m * stride, stride, low_right, low_groups, s);
+    }
+    const __m512 scale = _mm512_set1_ps(p.out_scale);
+    for (int v = 0; v < VECS; v++) {
+        const int64_t n = n0 + 16 * v;
+        const __mmask16 mask = first(p.N - n);
         __m512 bias = _mm512_setzero_ps();
-        if (p.bias) bias = p.bias_f32 || p.out_type == F32 ? load16((const float *)p.bias + n, m) : load16((const bf16 *)p.bias + n, m);
-        const __m512 scale = _mm512_set1_ps(p.out_scale);
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t row = m0 + i;
-            __m512 s = _mm512_fmadd_ps(_mm512_loadu_ps(tile + i * ld + 16 * v), scale, bias);
+        if (p.bias) bias = p.bias_f32 || p.out_type == F32 ? load16((const float *)p.bias + n, mask) : load16((const bf16 *)p.bias + n, mask);
+        for (int i = 0; i < ROWS; i++) {
+            const int64_t row = m + i;
+            __m512 y = _mm512_fmadd_ps(s[i][v], scale, bias);
             if (p.transposed) {
                 alignas(64) float lanes[16];
-                _mm512_store_ps(lanes, s);
+                _mm512_store_ps(lanes, y);
                 float *out = (float *)p.out;
                 for (int j = 0; j < 16 && n + j < p.N; j++) out[(n + j) * p.out_ld + row] = lanes[j];
                 continue;
             }
             if (p.added) {
-                if (p.out_type == F32) s = _mm512_add_ps(s, load16((const float *)p.added + row * p.added_ld + n, m));
-                else s = _mm512_add_ps(s, load16((const bf16 *)p.added + row * p.added_ld + n, m));
+                if (p.out_type == F32) y = _mm512_add_ps(y, load16((const float *)p.added + row * p.added_ld + n, mask));
+                else y = _mm512_add_ps(y, load16((const bf16 *)p.added + row * p.added_ld + n, mask));
             }
-            if (p.out_type == F32) store16((float *)p.out + row * p.out_ld + n, s, m);
-            else store16((bf16 *)p.out + row * p.out_ld + n, s, m);
+            if (p.out_type == F32) store16((float *)p.out + row * p.out_ld + n, y, mask);
+            else store16((bf16 *)p.out + row * p.out_ld + n, y, mask);
         }
     }
 }
 
-// 128 · the sums of a panel's columns: what the shift of the left bytes adds to each sum.
-static void sums_of_columns(const char *right, int64_t groups, int vecs, int32_t *sums) {
+template <class LowOp, int VECS>
+static void finish_rows(int rows, const Product &p, const float *tile, bool bytes, int64_t m, int64_t n0, const char *low_right, int64_t low_groups) {
+    switch (rows) {
+        case 12: finish<LowOp, 12, VECS>(p, tile, bytes, m, n0, low_right, low_groups); break;
+        case 8: finish<LowOp, 8, VECS>(p, tile, bytes, m, n0, low_right, low_groups); break;
+        case 4: finish<LowOp, 4, VECS>(p, tile, bytes, m, n0, low_right, low_groups); break;
+        case 2: finish<LowOp, 2, VECS>(p, tile, bytes, m, n0, low_right, low_groups); break;
+        default: finish<LowOp, 1, VECS>(p, tile, bytes, m, n0, low_right, low_groups);
+    }
+}
+
+// Minus 128 times the sums of a panel's columns, where sums of bytes begin: left bytes stand around 128.
+static void starts_of_columns(const char *right, int64_t groups, int vecs, int32_t *starts) {
     const __m512i ones = _mm512_set1_epi32(0x01010101);
     for (int v = 0; v < vecs; v++) {
         __m512i s = _mm512_setzero_si512();
         for (int64_t g = 0; g < groups; g++) s = _mm512_dpbusd_epi32(s, ones, _mm512_load_si512(right + 128 * g + 64 * v));
-        _mm512_store_si512(sums + 16 * v, _mm512_slli_epi32(s, 7));
+        _mm512_store_si512(starts + 16 * v, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(s, 7)));
     }
 }
 
-static void less_columns(float *tile, int rows, int vecs, const int32_t *sums) {
+static void add_starts(float *tile, int rows, int vecs, const int32_t *starts) {
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < vecs; v++) {
             void *at = tile + i * PANEL + 16 * v;
-            _mm512_storeu_si512(at, _mm512_sub_epi32(_mm512_loadu_si512(at), _mm512_load_si512(sums + 16 * v)));
+            _mm512_storeu_si512(at, _mm512_add_epi32(_mm512_loadu_si512(at), _mm512_load_si512(starts + 16 * v)));
         }
-}
-
-// Sums (whole numbers, of bytes) become fp32 times their row's and column's scale.
-static void rescale(const Product &p, float *tile, bool bytes, int64_t m, int rows, int64_t n0, int vecs) {
-    for (int v = 0; v < vecs; v++) {
-        const int64_t n = n0 + 16 * v;
-        const __m512 columns = p.column_scale ? load16(p.column_scale + n, first(p.N - n)) : _mm512_set1_ps(1.0f);
-        for (int i = 0; i < rows; i++) {
-            float *at = tile + i * PANEL + 16 * v;
-            const __m512 s = bytes ? _mm512_cvtepi32_ps(_mm512_loadu_si512(at)) : _mm512_loadu_ps(at);
-            const __m512 by = p.row_scale ? _mm512_mul_ps(columns, _mm512_set1_ps(p.row_scale[m + i])) : columns;
-            _mm512_storeu_ps(at, _mm512_mul_ps(s, by));
-        }
-    }
 }
 
 template <class Op, class LowOp>
@@ -237,7 +246,6 @@ static void run(const Product &p) {
     const int64_t element = 4 / Op::PER_GROUP;
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
     const int64_t low_groups = (p.rank + LowOp::PER_GROUP - 1) / LowOp::PER_GROUP;
-    const int64_t low_element = 4 / LowOp::PER_GROUP;
     const int64_t panels = (p.N + PANEL - 1) / PANEL;
     const bool several = groups > GROUPS_AT_ONCE;
     const int64_t most_groups = several ? GROUPS_OF_MANY : GROUPS_AT_ONCE;
@@ -270,7 +278,7 @@ static void run(const Product &p) {
                 const bool last = g0 + most_groups >= groups;
                 int64_t packed = -1, share = 0;
                 Ahead ahead;
-                alignas(64) int32_t sums[PANEL];
+                alignas(64) int32_t starts[PANEL];
                 for (int64_t piece = begin; piece < end; piece++) {
                     int64_t m0, m1;
                     part_of(row1 - row0, (int)(piece % cuts), (int)cuts, m0, m1);
@@ -288,22 +296,23 @@ static void run(const Product &p) {
                         ahead.rows = 0;
                         if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
                         share = ahead.lines() * MOST_ROWS / std::max<int64_t>(MOST_ROWS, (m1 - m0) / MOST_ROWS * MOST_ROWS) + 1;
-                        if (bytes) sums_of_columns(right, deep, vecs, sums);
+                        if (bytes) starts_of_columns(right, deep, vecs, starts);
                     }
                     for (int64_t m = m0; m < m1;) {
                         const int rows = rows_at_once(m1 - m);
                         float *tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
                         const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
-                        if (last) expect(p, m, rows, n0);
                         ahead.fetch(share);
-                        products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL, g0 > 0);
-                        if (bytes) less_columns(tile, rows, vecs, sums);
+                        if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL);
+                        else {
+                            // Of bytes, each part's own start belongs to it.
+                            if (bytes && g0 > 0) add_starts(tile, rows, vecs, starts);
+                            const float *from = g0 > 0 ? tile : (const float *)starts;
+                            products_onto<Op>(rows, vecs, left, p.left_ld * element, right, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
+                        }
                         if (last) {
-                            if (bytes || p.row_scale || p.column_scale) rescale(p, tile, bytes, m, rows, n0, vecs);
-                            if (p.rank)
-                                products<LowOp>(rows, vecs, (const char *)p.low + m * p.rank * low_element, p.rank * low_element,
-                                                low_right, low_groups, tile, PANEL, true);
-                            finish(p, tile, PANEL, m, rows, n0);
+                            if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, bytes, m, n0, low_right, low_groups);
+                            else finish_rows<LowOp, 1>(rows, p, tile, bytes, m, n0, low_right, low_groups);
                         }
                         m += rows;
                     }

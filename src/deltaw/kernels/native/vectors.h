@@ -182,12 +182,9 @@ struct OpS8 {  // unsigned bytes on the left, signed ones on the right; sums are
     }
 };
 
-// tile (ROWS, 16·VECS) = or += left (ROWS rows, `stride` bytes apart) · right (`groups` lines of 128 bytes).
-template <class Op, int ROWS, int VECS, bool FROM_TILE>
-inline void product(const char *left, int64_t stride, const char *right, int64_t groups, float *tile, int64_t ld) {
-    typename Op::Sum s[ROWS][VECS];
-    for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < VECS; v++) s[i][v] = FROM_TILE ? Op::load(tile + i * ld + 16 * v) : Op::zero();
+// s (ROWS, 16·VECS) += left (ROWS rows, `stride` bytes apart) · right (`groups` lines of 128 bytes).
+template <class Op, int ROWS, int VECS>
+inline void add_products(const char *left, int64_t stride, const char *right, int64_t groups, typename Op::Sum (&s)[ROWS][VECS]) {
     for (int64_t g = 0; g < groups; g++) {
         __m512i b[VECS];
         for (int v = 0; v < VECS; v++) b[v] = _mm512_load_si512(right + 128 * g + 64 * v);
@@ -198,6 +195,15 @@ inline void product(const char *left, int64_t stride, const char *right, int64_t
             for (int v = 0; v < VECS; v++) s[i][v] = Op::add(s[i][v], a, b[v]);
         }
     }
+}
+
+// tile (ROWS, 16·VECS) = from + left · right; without ONTO, from nothing. `from_ld` 0: all rows begin alike.
+template <class Op, int ROWS, int VECS, bool ONTO>
+inline void product(const char *left, int64_t stride, const char *right, int64_t groups, const float *from, int64_t from_ld, float *tile, int64_t ld) {
+    typename Op::Sum s[ROWS][VECS];
+    for (int i = 0; i < ROWS; i++)
+        for (int v = 0; v < VECS; v++) s[i][v] = ONTO ? Op::load(from + i * from_ld + 16 * v) : Op::zero();
+    add_products<Op, ROWS, VECS>(left, stride, right, groups, s);
     for (int i = 0; i < ROWS; i++)
         for (int v = 0; v < VECS; v++) Op::store(tile + i * ld + 16 * v, s[i][v]);
 }
@@ -207,32 +213,38 @@ const int MOST_ROWS = 12;  // 12 x 2 sums, 2 right and a few left vectors fill t
 // The largest number of rows that `product` is made for and that is not above `rows`.
 inline int rows_at_once(int64_t rows) { return rows >= 12 ? 12 : rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
 
-template <class Op, int VECS, bool FROM_TILE>
-inline void product_of(int rows, const char *left, int64_t stride, const char *right, int64_t groups, float *tile, int64_t ld) {
+template <class Op, int VECS, bool ONTO>
+inline void product_of(int rows, const char *left, int64_t stride, const char *right, int64_t groups, const float *from, int64_t from_ld, float *tile, int64_t ld) {
     switch (rows) {
-        case 12: product<Op, 12, VECS, FROM_TILE>(left, stride, right, groups, tile, ld); break;
-        case 8: product<Op, 8, VECS, FROM_TILE>(left, stride, right, groups, tile, ld); break;
-        case 4: product<Op, 4, VECS, FROM_TILE>(left, stride, right, groups, tile, ld); break;
-        case 2: product<Op, 2, VECS, FROM_TILE>(left, stride, right, groups, tile, ld); break;
-        default: product<Op, 1, VECS, FROM_TILE>(left, stride, right, groups, tile, ld);
+        case 12: product<Op, 12, VECS, ONTO>(left, stride, right, groups, from, from_ld, tile, ld); break;
+        case 8: product<Op, 8, VECS, ONTO>(left, stride, right, groups, from, from_ld, tile, ld); break;
+        case 4: product<Op, 4, VECS, ONTO>(left, stride, right, groups, from, from_ld, tile, ld); break;
+        case 2: product<Op, 2, VECS, ONTO>(left, stride, right, groups, from, from_ld, tile, ld); break;
+        default: product<Op, 1, VECS, ONTO>(left, stride, right, groups, from, from_ld, tile, ld);
     }
 }
 
-// All rows: tile (rows, 16·vecs), `ld` floats from row to row.
-template <class Op>
-inline void products(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, float *tile,
-                     int64_t ld, bool from_tile) {
+template <class Op, bool ONTO>
+inline void products_from(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
+                          int64_t from_ld, float *tile, int64_t ld) {
     for (int64_t i = 0; i < rows;) {
-        int n = rows_at_once(rows - i);
+        const int n = rows_at_once(rows - i);
         const char *l = left + i * stride;
-        float *t = tile + i * ld;
-        if (vecs == 2) {
-            if (from_tile) product_of<Op, 2, true>(n, l, stride, right, groups, t, ld);
-            else product_of<Op, 2, false>(n, l, stride, right, groups, t, ld);
-        } else {
-            if (from_tile) product_of<Op, 1, true>(n, l, stride, right, groups, t, ld);
-            else product_of<Op, 1, false>(n, l, stride, right, groups, t, ld);
-        }
+        if (vecs == 2) product_of<Op, 2, ONTO>(n, l, stride, right, groups, from + i * from_ld, from_ld, tile + i * ld, ld);
+        else product_of<Op, 1, ONTO>(n, l, stride, right, groups, from + i * from_ld, from_ld, tile + i * ld, ld);
         i += n;
     }
+}
+
+// All rows: tile (rows, 16·vecs) = left · right, `ld` floats from row to row.
+template <class Op>
+inline void products(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, float *tile, int64_t ld) {
+    products_from<Op, false>(rows, vecs, left, stride, right, groups, tile, ld, tile, ld);
+}
+
+// The same, added to `from`, which may be the tile.
+template <class Op>
+inline void products_onto(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
+                          int64_t from_ld, float *tile, int64_t ld) {
+    products_from<Op, true>(rows, vecs, left, stride, right, groups, from, from_ld, tile, ld);
 }
