@@ -102,6 +102,8 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
     _forest: Tensor | None = field(default=None, repr=False)
+    # What others have made for this row once, by the id of what they made it from.
+    made_of: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Layout:

@@ -181,73 +181,20 @@ def factors_backward_twin(
     return (x.t() @ narrow).to(wide), (h.t() @ grad).to(wide) * scaling
 
 
-def _product(
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
-    depth: int,
-    *,
-    by_column: bool,
-    right_scale: float = 1.0,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    low: Tensor | None = None,
-    low_right: Tensor | None = None,
-    low_by_column: bool = False,
-    low_scale: float = 1.0,
-    bias: Tensor | None = None,
-    added: Tensor | None = None,
-    transposed: bool = False,
-    out_scale: float = 1.0,
-) -> None:
-    """out = left·right with what the kernel adds; (N, M) is written where ``transposed``."""
-    rows, width = out.shape[::-1] if transposed else out.shape
-    native.kernels().dw_product(
-        native.number(left.dtype),
-        rows,
-        width,
-        depth,
-        left.data_ptr(),
-        left.stride(0),
-        right.data_ptr(),
-        right.stride(0),
-        native.number(right.dtype),
-        by_column,
-        right_scale,
-        native.address(row_scale),
-        native.address(column_scale),
-        native.address(low),
-        native.address(low_right),
-        0 if low_right is None else low_right.stride(0),
-        low_by_column,
-        0 if low is None else low.shape[1],
-        low_scale,
-        native.address(bias),
-        bias is not None and bias.dtype == torch.float32,
-        native.address(added),
-        out.data_ptr(),
-        out.stride(0),
-        native.number(out.dtype),
-        transposed,
-        out_scale,
-    )
-
-
 def _compute_quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     if not native.serves(x):
         return quantised_twin(x, columns)
-    steps, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
     x = x.contiguous()
+    steps, scales = _room_for_steps(x)
     native.kernels().dw_quantise(
-        native.number(x.dtype),
-        *x.shape,
-        x.data_ptr(),
-        x.stride(0),
-        native.address(columns),
-        steps.data_ptr(),
+        native.number(x.dtype), *x.shape, x.data_ptr(), native.address(columns), steps.data_ptr(),
         scales.data_ptr(),
-    )
+    )  # fmt: skip
     return steps, scales
+
+
+def _room_for_steps(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
 
 
 def _compute_linear(
@@ -258,30 +205,24 @@ def _compute_linear(
             x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
         )
     x = x.contiguous()
-    width = weight.shape[0] if by_column else weight.shape[1]
-    y = torch.empty(x.shape[0], width, dtype=x.dtype)
-    h = torch.empty(0, dtype=x.dtype)
+    added = None if added is None else added.contiguous()
+    rows, width = x.shape
+    out, rank = weight.shape[0] if by_column else weight.shape[1], 0
+    y, h = torch.empty(rows, out, dtype=x.dtype), torch.empty(0, dtype=x.dtype)
     if lora_A is not None:
         lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-        h = torch.empty(x.shape[0], lora_A.shape[1], dtype=x.dtype)
-        _product(x, lora_A, h, x.shape[1], by_column=False)
-    left, row_scale = x, None
-    if scale is not None:
-        left, row_scale = (x_bytes, x_scales) if x_bytes is not None else _compute_quantised(x, columns)
-    _product(
-        left,
-        weight,
-        y,
-        x.shape[1],
-        by_column=by_column,
-        row_scale=row_scale,
-        column_scale=scale,
-        low=None if lora_A is None else h,
-        low_right=lora_B,
-        low_scale=scaling,
-        bias=bias,
-        added=None if added is None else added.contiguous(),
-    )
+        rank = lora_A.shape[1]
+        h = torch.empty(rows, rank, dtype=x.dtype)
+    make_steps = scale is not None and x_bytes is None
+    if make_steps:
+        x_bytes, x_scales = _room_for_steps(x)
+    native.kernels().dw_linear(
+        native.number(x.dtype), rows, out, width, x.data_ptr(), weight.data_ptr(), by_column,
+        native.address(scale), native.address(columns), native.address(bias),
+        bias is not None and bias.dtype == torch.float32, native.address(lora_A), native.address(lora_B),
+        rank, scaling, native.address(added), native.address(x_bytes), native.address(x_scales), make_steps,
+        y.data_ptr(), h.data_ptr(),
+    )  # fmt: skip
     return y, h
 
 
@@ -291,30 +232,23 @@ def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lo
             grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
         )
     grad = grad.contiguous()
-    narrow = torch.empty(0, dtype=grad.dtype)
+    added = None if added is None else added.contiguous()
+    rows, out = grad.shape
+    width, rank = weight.shape[1] if by_column else weight.shape[0], 0
+    narrow, dx = torch.empty(0, dtype=grad.dtype), torch.empty(0, dtype=grad.dtype)
     if lora_B is not None:
         lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-        narrow = torch.empty(grad.shape[0], lora_B.shape[0], dtype=grad.dtype)
-        _product(grad, lora_B, narrow, grad.shape[1], by_column=True, right_scale=scaling)
-    if not need_x:
-        return torch.empty(0, dtype=grad.dtype), narrow
-    left, row_scale = grad, None
-    if scale is not None:
-        left, row_scale = _compute_quantised(grad, scale)
-    dx = torch.empty(grad.shape[0], weight.shape[1] if by_column else weight.shape[0], dtype=grad.dtype)
-    _product(
-        left,
-        weight,
-        dx,
-        grad.shape[1],
-        by_column=not by_column,
-        row_scale=row_scale,
-        column_scale=columns,
-        low=None if lora_A is None else narrow,
-        low_right=lora_A,
-        low_by_column=True,
-        added=None if added is None else added.contiguous(),
-    )
+        rank = lora_B.shape[0]
+        narrow = torch.empty(rows, rank, dtype=grad.dtype)
+    if need_x:
+        dx = torch.empty(rows, width, dtype=grad.dtype)
+    steps, scales = (None, None) if scale is None or not need_x else _room_for_steps(grad)
+    native.kernels().dw_linear_backward(
+        native.number(grad.dtype), rows, out, width, grad.data_ptr(), weight.data_ptr(), by_column,
+        native.address(scale), native.address(columns), native.address(lora_A), native.address(lora_B), rank,
+        scaling, native.address(added), native.address(steps), native.address(scales),
+        dx.data_ptr() if need_x else None, narrow.data_ptr(),
+    )  # fmt: skip
     return dx, narrow
 
 
@@ -323,23 +257,14 @@ def _compute_factors_backward(
 ) -> tuple[Tensor, Tensor]:
     if not native.serves(x, h, grad, narrow):
         return factors_backward_twin(x, h, grad, narrow, scaling)
-    x, grad = x.contiguous(), grad.contiguous()
-    into_A = torch.empty(x.shape[1], narrow.shape[1])
-    into_B = torch.empty(h.shape[1], grad.shape[1])
-    _product(_across(narrow), x, into_A, x.shape[0], by_column=False, transposed=True)
-    _product(_across(h), grad, into_B, x.shape[0], by_column=False, out_scale=scaling)
-    return into_A, into_B
-
-
-def _across(rows: Tensor) -> Tensor:
-    """(M, r) as (r, M), filled up with a zero where M is odd: what the kernel reads in pairs."""
-    rows = rows.contiguous()
-    count = rows.shape[0] + rows.shape[0] % 2
-    across = torch.empty(rows.shape[1], count, dtype=rows.dtype)
-    native.kernels().dw_transpose(
-        *rows.shape, rows.data_ptr(), rows.stride(0), across.data_ptr(), count, rows.dtype.itemsize
-    )
-    return across
+    x, h, grad, narrow = x.contiguous(), h.contiguous(), grad.contiguous(), narrow.contiguous()
+    rows, width, out, rank = *x.shape, grad.shape[1], h.shape[1]
+    of_A, of_B = torch.empty(width, rank), torch.empty(rank, out)
+    native.kernels().dw_factors_backward(
+        native.number(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
+        narrow.data_ptr(), scaling, of_A.data_ptr(), of_B.data_ptr(),
+    )  # fmt: skip
+    return of_A, of_B
 
 
 def _low_operations(rows: int, lora_A: Tensor | None, lora_B: Tensor | None) -> int:

@@ -25,13 +25,13 @@ _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
     "dw_threads": [_P] * 4,
-    "dw_product": [
-        *(_I, _L, _L, _L, _P, _L, _P, _L, _I, _I, _F),
-        *(_P, _P, _P, _P, _L, _I, _L, _F, _P, _I, _P, _P, _L),
-        *(_I, _I, _F),
+    "dw_linear": [
+        *(_I, _L, _L, _L, _P, _P, _I, _P, _P, _P, _I),
+        *(_P, _P, _L, _F, _P, _P, _P, _I, _P, _P),
     ],
-    "dw_transpose": [_L, _L, _P, _L, _P, _L, _I],
-    "dw_quantise": [_I, _L, _L, _P, _L, _P, _P, _P],
+    "dw_linear_backward": [_I, _L, _L, _L, _P, _P, _I, _P, _P, _P, _P, _L, _F, *[_P] * 5],
+    "dw_factors_backward": [_I, _L, _L, _L, _L, _P, _P, _P, _P, _F, _P, _P],
+    "dw_quantise": [_I, _L, _L, _P, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
     "dw_activation": [_I, _I, _L, _L, _P, _P, _P],

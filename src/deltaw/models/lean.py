@@ -380,6 +380,8 @@ class LeanBlock:
         self.attention, self.gated = attention, gated
         self.own = block.forward
         self.picked: Tensor | None = None
+        self._inside: list[nn.Module] = []
+        self._inside_of: list[nn.Linear] = []
 
     @property
     def layers(self) -> list[nn.Linear]:
@@ -398,14 +400,17 @@ class LeanBlock:
             return False
         if self.attention.norm.weight is None or self.attention.norm.weight.dtype != hidden.dtype:
             return False
-        return all(layer_is_lean(layer) for layer in self.layers) and not self._watched()
+        layers = self.layers
+        return all(layer_is_lean(layer) for layer in layers) and not self._watched(layers)
 
-    def _watched(self) -> bool:
+    def _watched(self, layers: list[nn.Linear]) -> bool:
         """Whether somebody looks at, or has changed, what goes on inside the block."""
+        if layers != self._inside_of:  # looking through all modules takes longer than a small kernel
+            self._inside = [m for m in self.block.modules() if m is not self.block]
+            self._inside_of = layers
         return any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in vars(m)
-            for m in self.block.modules()
-            if m is not self.block
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__
+            for m in self._inside
         )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -413,7 +418,7 @@ class LeanBlock:
         turns = kwargs.get("position_embeddings")
         if layout is None or turns is None or not self.serves(hidden_states, layout):
             return self.own(hidden_states, *args, **kwargs)
-        cosine, sine = (t.squeeze(0).float().contiguous() for t in turns)
+        cosine, sine = _wide_turns(turns, layout)
         x = hidden_states.squeeze(0)
         few = self.picked is not None and 0 < len(self.picked) <= FEW * len(x)
         picked = self.picked if few else None
@@ -428,6 +433,15 @@ class LeanBlock:
         y = _Attention.apply(x, first, *_factors(first))
         y = _Gated.apply(y, second, *_factors(second))
         return y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
+
+
+def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, n) in fp32, made once for all blocks of a pass."""
+    made = layout.made_of.get(id(turns[0]))
+    if made is None or made[0] is not turns[0]:
+        wide = tuple(t.squeeze(0).float().contiguous() for t in turns)
+        made = layout.made_of[id(turns[0])] = (turns[0], *wide)
+    return made[1], made[2]
 
 
 def _factors(half: Half) -> list[Tensor]:

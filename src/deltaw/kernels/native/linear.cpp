@@ -150,7 +150,7 @@ struct Product {
     int64_t left_ld;
     Right right;
     const float *row_scale, *column_scale;  // (M), (N) or null; with bytes row_scale is needed
-    const bf16 *low;       // H (M, r) in the product's own precision (float where that is fp32), or null
+    const void *low;       // H (M, r) in the product's own precision (float where that is fp32), or null
     Right low_right;       // L (r, N)
     int64_t rank;
     const void *bias;      // (N) or null; its type is `out_type`'s unless bias_f32
@@ -329,27 +329,8 @@ static void run(const Product &p, int type) {
     else run<OpS8, OpBF16>(p);
 }
 
-// C (M, N) as at the head of this file. `type` is that of A; with bytes the low-rank part has the result's.
-// right_type: of B: that of A, or fp32 beside a bf16 A. by_column: B is kept as (N, K).
-extern "C" void dw_product(int type, int64_t M, int64_t N, int64_t K, const void *left, int64_t left_ld, const void *right,
-                           int64_t right_ld, int right_type, int by_column, float right_scale, const float *row_scale,
-                           const float *column_scale, const void *low, const void *low_right, int64_t low_ld,
-                           int low_by_column, int64_t rank, float low_scale, const void *bias, int bias_f32,
-                           const void *added, void *out, int64_t out_ld, int out_type, int transposed, float out_scale) {
-    Product p;
-    p.M = M; p.N = N; p.K = K;
-    p.left = left; p.left_ld = left_ld;
-    p.right = Right{right, right_ld, right_type, by_column, right_scale};
-    p.row_scale = row_scale; p.column_scale = column_scale;
-    p.low = (const bf16 *)low; p.low_right = Right{low_right, low_ld, F32, low_by_column, low_scale};
-    p.rank = low ? rank : 0;
-    p.bias = bias; p.bias_f32 = bias_f32; p.added = added; p.added_ld = out_ld;
-    p.out = out; p.out_ld = out_ld; p.out_type = out_type; p.transposed = transposed; p.out_scale = out_scale;
-    run(p, type);
-}
-
 // (M, N) of 2-byte or 4-byte elements to (N, M), rows `to_ld` elements apart; what is beyond M becomes 0.
-extern "C" void dw_transpose(int64_t M, int64_t N, const void *from, int64_t ld, void *to, int64_t to_ld, int size) {
+static void transpose(int64_t M, int64_t N, const void *from, int64_t ld, void *to, int64_t to_ld, int size) {
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
         part_of((to_ld + 15) / 16, thread, threads, begin, end);
@@ -405,7 +386,66 @@ static void quantise(int64_t M, int64_t K, const T *x, int64_t ld, const float *
         }
     });
 }
-extern "C" void dw_quantise(int type, int64_t M, int64_t K, const void *x, int64_t ld, const float *columns, uint8_t *out, float *scales) {
-    if (type == F32) quantise(M, K, (const float *)x, ld, columns, out, scales);
-    else quantise(M, K, (const bf16 *)x, ld, columns, out, scales);
+static void quantise(int type, int64_t M, int64_t K, const void *x, const float *columns, uint8_t *out, float *scales) {
+    if (type == F32) quantise(M, K, (const float *)x, K, columns, out, scales);
+    else quantise(M, K, (const bf16 *)x, K, columns, out, scales);
+}
+extern "C" void dw_quantise(int type, int64_t M, int64_t K, const void *x, const float *columns, uint8_t *out, float *scales) {
+    quantise(type, M, K, x, columns, out, scales);
+}
+
+// A product of `type` whose left side has rows of K elements and whose result has rows of N.
+static Product plain(int type, int64_t M, int64_t N, int64_t K, const void *left, const Right &right, void *out) {
+    Product p{};
+    p.M = M; p.N = N; p.K = K;
+    p.left = left; p.left_ld = K; p.right = right;
+    p.out = out; p.out_ld = N; p.out_type = type; p.out_scale = 1.0f;
+    return p;
+}
+
+// y (M, out) = x·Wᵀ + bias + scaling·h·B + added, and h (M, r) = x·A; A (in, r) and B (r, out) in fp32, r may be 0.
+// W is (out, in) where `by_column`, else (in, out). In bytes (`scale` is not null) x goes as `steps`, with a scale a row;
+// they are made here where `make_steps`.
+extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, const void *weight, int by_column, const float *scale,
+                          const float *columns, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling,
+                          const void *added, uint8_t *steps, float *steps_scale, int make_steps, void *y, void *h) {
+    if (rank) run(plain(type, M, rank, in, x, Right{A, rank, F32, 0, 1.0f}, h), type);
+    if (scale && make_steps) quantise(type, M, in, x, columns, steps, steps_scale);
+    Product p = plain(type, M, out, in, scale ? steps : x, Right{weight, by_column ? in : out, scale ? S8 : type, by_column, 1.0f}, y);
+    if (scale) p.row_scale = steps_scale, p.column_scale = scale;
+    if (rank) p.low = h, p.rank = rank, p.low_right = Right{B, out, F32, 0, scaling};
+    p.bias = bias; p.bias_f32 = bias_f32;
+    p.added = added; p.added_ld = out;
+    run(p, scale ? S8 : type);
+}
+
+// narrow (M, r) = scaling·grad·Bᵀ, and where dx (M, in) is not null dx = grad·W + narrow·Aᵀ + added. In bytes the gradient
+// is rounded here, times `scale`, into `steps`.
+extern "C" void dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column,
+                                   const float *scale, const float *columns, const float *A, const float *B, int64_t rank, float scaling,
+                                   const void *added, uint8_t *steps, float *steps_scale, void *dx, void *narrow) {
+    if (rank) run(plain(type, M, rank, out, grad, Right{B, out, F32, 1, scaling}, narrow), type);
+    if (!dx) return;
+    if (scale) quantise(type, M, out, grad, scale, steps, steps_scale);
+    Product p = plain(type, M, in, out, scale ? steps : grad, Right{weight, by_column ? in : out, scale ? S8 : type, !by_column, 1.0f}, dx);
+    if (scale) p.row_scale = steps_scale, p.column_scale = columns;
+    if (rank) p.low = narrow, p.rank = rank, p.low_right = Right{A, rank, F32, 1, 1.0f};
+    p.added = added; p.added_ld = in;
+    run(p, scale ? S8 : type);
+}
+
+// of_A (in, r) = xᵀ·narrow and of_B (r, out) = scaling·hᵀ·grad, both in fp32.
+extern "C" void dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t rank, const void *x, const void *h, const void *grad,
+                                    const void *narrow, float scaling, float *of_A, float *of_B) {
+    const int size = type == F32 ? 4 : 2;
+    const int64_t count = (M + 1) / 2 * 2;  // read in pairs
+    void *across = room(12, rank * count * size);
+    transpose(M, rank, narrow, rank, across, count, size);
+    Product p = plain(F32, rank, in, M, across, Right{x, in, type, 0, 1.0f}, of_A);
+    p.left_ld = count; p.transposed = 1; p.out_ld = rank;
+    run(p, type);
+    transpose(M, rank, h, rank, across, count, size);
+    p = plain(F32, rank, out, M, across, Right{grad, out, type, 0, 1.0f}, of_B);
+    p.left_ld = count; p.out_scale = scaling;
+    run(p, type);
 }

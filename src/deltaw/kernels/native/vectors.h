@@ -46,8 +46,8 @@ inline void part_of(int64_t n, int which, int parts, int64_t &begin, int64_t &en
 // A thread's own room, grown when needed and kept; `slot` tells rooms of one thread apart.
 inline void *room(int slot, size_t bytes) {
     struct Rooms {
-        void *at[12] = {};
-        size_t size[12] = {};
+        void *at[13] = {};
+        size_t size[13] = {};
         ~Rooms() { for (void *p : at) free(p); }
     };
     static thread_local Rooms rooms;
