@@ -22,12 +22,15 @@ from deltaw.kernels.operators import define
 BYTES = torch.int8
 
 
-def can_multiply(x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True) -> bool:
+def can_multiply(
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True, as_bytes: bool = False
+) -> bool:
     """Whether the compiled kernel serves: types, layout, and sizes that fill its groups of numbers."""
     if not native.serves(x):
         return False
-    as_bytes = weight.dtype == BYTES
-    if not (as_bytes or weight.dtype == x.dtype) or not weight.is_contiguous():
+    if not (weight.dtype == BYTES or weight.dtype == x.dtype) or not weight.is_contiguous():
+        return False
+    if as_bytes and weight.dtype != BYTES and (weight.dtype != torch.bfloat16 or not by_column):
         return False
     group = 4 if as_bytes else 4 // x.dtype.itemsize
     if weight.shape[0] % group or weight.shape[1] % group:
@@ -53,9 +56,18 @@ def quantised_twin(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def quantised_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (out, in) as signed bytes with a scale for each row (out)."""
-    scale = weight.float().abs().amax(1).div_(127.0)
+    scale = scales_of_rows(weight)
+    return _rows_as_bytes(weight, scale), scale
+
+
+def scales_of_rows(weight: Tensor) -> Tensor:
+    """What each row (out) of a matrix (out, in) is divided by to be rounded to signed bytes, in fp32."""
+    return torch.maximum(weight.amax(1), -weight.amin(1)).float().div_(127.0)
+
+
+def _rows_as_bytes(weight: Tensor, scale: Tensor) -> Tensor:
     by = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).to(BYTES), scale
+    return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).to(BYTES)
 
 
 def linear(
@@ -77,7 +89,8 @@ def linear(
     Args:
         x: (M, in).
         weight: (out, in) with ``by_column``, else (in, out); bytes are (out, in).
-        scale, columns: of a weight in bytes: (out), and (in) or None.
+        scale, columns: of a weight in bytes: (out), and (in) or None. A bf16 weight with a ``scale`` is
+            rounded to bytes as it is read, without columns.
         lora_A, lora_B: (in, r) and (r, out), fp32.
         added: (M, out), such as the residual stream.
         x_bytes, x_scales: what :func:`quantised` made of x, where it was made before.
@@ -108,7 +121,8 @@ def linear_twin(
             if x_bytes is not None and x_scales is not None
             else quantised_twin(x, columns)
         )
-        sums = (steps.to(scale.dtype) - 128) @ weight.to(scale.dtype).t()
+        signed = weight if weight.dtype == BYTES else _rows_as_bytes(weight, scale)
+        sums = (steps.to(scale.dtype) - 128) @ signed.to(scale.dtype).t()
         y = (sums * by[:, None] * scale).to(x.dtype)
     else:
         y = x @ (weight.t() if by_column else weight)
@@ -200,7 +214,7 @@ def _room_for_steps(x: Tensor) -> tuple[Tensor, Tensor]:
 def _compute_linear(
     x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
 ):  # type: ignore[no-untyped-def]
-    if not can_multiply(x, weight, lora_A, by_column):
+    if not can_multiply(x, weight, lora_A, by_column, scale is not None):
         return linear_twin(
             x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
         )
@@ -217,7 +231,8 @@ def _compute_linear(
     if make_steps:
         x_bytes, x_scales = _room_for_steps(x)
     native.kernels().dw_linear(
-        native.number(x.dtype), rows, out, width, x.data_ptr(), weight.data_ptr(), by_column,
+        native.number(x.dtype), rows, out, width, x.data_ptr(), native.number(weight.dtype),
+        weight.data_ptr(), by_column,
         native.address(scale), native.address(columns), native.address(bias),
         bias is not None and bias.dtype == torch.float32, native.address(lora_A), native.address(lora_B),
         rank, scaling, native.address(added), native.address(x_bytes), native.address(x_scales), make_steps,
@@ -227,7 +242,7 @@ def _compute_linear(
 
 
 def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x):  # type: ignore[no-untyped-def]
-    if not can_multiply(grad, weight, lora_A, by_column):
+    if not can_multiply(grad, weight, lora_A, by_column, scale is not None):
         return linear_backward_twin(
             grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
         )

@@ -26,7 +26,7 @@ _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
     "dw_threads": [_P] * 4,
     "dw_linear": [
-        *(_I, _L, _L, _L, _P, _P, _I, _P, _P, _P, _I),
+        *(_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _I),
         *(_P, _P, _L, _F, _P, _P, _P, _I, _P, _P),
     ],
     "dw_linear_backward": [_I, _L, _L, _L, _P, _P, _I, _P, _P, _P, _P, _L, _F, *[_P] * 5],

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.data.packing import Batch
 from deltaw.kernels import linear as products
 from deltaw.kernels.rows import cross_entropy_
+from deltaw.lora.layers_bytes import weight_scales
 from deltaw.models.forest import backbone_of, one_row, outputs_at
 from deltaw.models.skeleton import has_values
 
@@ -44,6 +45,11 @@ class CausalObjective:
         head = model.get_output_embeddings()
         self.chunked = head is not None and self.backbone is not model and _head_is_known(model, head)
         self.head = head
+        # What the head's rows are divided by to be rounded to bytes, where the blocks' weights are bytes. The
+        # head's weight stays as it is, for gradients and for evaluation.
+        self._scales: Tensor | None = None
+        if self.chunked and _may_round(head) and _in_bytes(self.backbone):
+            self._scales = products.scales_of_rows(head.weight.detach())
 
     def __call__(self, batch: Batch) -> Tensor:
         """Sum over labels of weight · cross-entropy, a scalar in fp32."""
@@ -59,6 +65,7 @@ class CausalObjective:
                 self.head.weight,
                 self.head.bias,
                 *_logits_change(config),
+                scales=self._scales,
             )
         return chunked_cross_entropy(
             picked,
@@ -105,6 +112,36 @@ class CausalObjective:
     def chunk(self) -> int:
         """Labels whose logits are there at a time."""
         return max(1, CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+
+
+@torch.no_grad()
+def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *, in_bytes: bool) -> float:
+    """Mean cross-entropy of targets (P) from the backbone's outputs (P, d), the head as training computes it
+    with weights in bytes or without."""
+    head = model.get_output_embeddings()
+    if in_bytes and _may_round(head):
+        total = frozen_head_cross_entropy(
+            outputs,
+            targets,
+            torch.ones(len(targets)),
+            head.weight,
+            head.bias,
+            *_logits_change(model.config.get_text_config()),
+            scales=products.scales_of_rows(head.weight),
+        )
+        return float(total) / len(targets)
+    return float(nn.functional.cross_entropy(final_logits(model, head(outputs)).float(), targets))
+
+
+def _in_bytes(model: nn.Module) -> bool:
+    return any(weight_scales(module) is not None for module in model.modules())
+
+
+def _may_round(head: nn.Module) -> bool:
+    """Whether logits can be computed in bytes: of a plain bf16 matrix, on a processor."""
+    return (
+        type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and head.weight.device.type == "cpu"
+    )
 
 
 def chunked_cross_entropy(
@@ -170,22 +207,26 @@ def frozen_head_cross_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    *,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Σ weightᵢ · cross-entropy of a frozen linear head, in chunks whose logits become their own gradient.
 
     Args:
         hidden: (P, d). targets: (P). weights: (P). head: (classes, d). bias: (classes) or None.
         scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
+        scales: (classes): the logits are computed in bytes, the head's rows divided by these; their
+            gradient is not, since most of a row's probabilities would vanish beside the largest.
 
     Returns:
         a scalar in fp32, or fp64 for fp64 inputs.
     """
-    return _FrozenHead.apply(hidden, targets, weights, head, bias, scale, softcap)
+    return _FrozenHead.apply(hidden, targets, weights, head, bias, scale, softcap, scales)
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, weights, head, bias, scale, softcap):  # type: ignore[override]
+    def forward(ctx, hidden, targets, weights, head, bias, scale, softcap, scales):  # type: ignore[override]
         wanted = hidden.requires_grad
         weights = weights.to(_loss_dtype(hidden))
         grad_hidden = torch.empty_like(hidden) if wanted else None
@@ -193,7 +234,7 @@ class _FrozenHead(torch.autograd.Function):
         chunk = max(1, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits, _ = products.linear(hidden[part], head, bias=bias)
+            logits, _ = products.linear(hidden[part], head, scale=scales, bias=bias)
             losses = cross_entropy_(
                 logits, targets[part], weights[part], scale=scale, softcap=softcap, grad=wanted
             )
@@ -206,7 +247,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
-        return ctx.grad_hidden.mul_(grad), None, None, None, None, None, None
+        return ctx.grad_hidden.mul_(grad), None, None, None, None, None, None, None
 
 
 def _logits_change(config: PretrainedConfig) -> tuple[float, float]:

@@ -34,6 +34,7 @@ from deltaw.training.evaluation import Evaluation
 from deltaw.training.features import CachedPrefix
 from deltaw.training.label_objective import start_at_mean
 from deltaw.training.loop import Objective, Outcome, Passes, Step, count_steps, seeded, train
+from deltaw.training.objective import loss_of_outputs
 from deltaw.training.prefix_cache import cached_prefix
 from deltaw.training.tasks import RunData, Task, task_of
 
@@ -277,8 +278,8 @@ def _kept_in_bytes(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]
         if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
             found.append(model.base_model(input_ids=tokens[None])[0][0])
             before, after = (
-                float(nn.functional.cross_entropy(head(hidden[labels - 1]).float(), tokens[labels]))
-                for hidden in found
+                loss_of_outputs(model, hidden[labels - 1], tokens[labels], in_bytes=in_bytes)
+                for hidden, in_bytes in zip(found, (False, True), strict=True)
             )
             said.append(
                 f"  on the first {length} tokens of the rows the loss goes from {before:.4f} to {after:.4f}"

@@ -29,7 +29,8 @@ struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else a
     int64_t ld;
     int type;
     int by_column;
-    float scale;  // of fp32 data
+    float scale;                  // of fp32 data
+    const float *bytes_of = nullptr;  // (N): bf16 columns become bytes on the way, each divided by its own
 };
 
 static inline __m256i halves(const float *p, __mmask16 m, __m512 scale) {
@@ -56,6 +57,25 @@ static void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
                     for (int64_t k = 0; k < groups * 2; k += 16)
                         _mm256_mask_storeu_epi16(line + i * groups * 2 + k, first(groups * 2 - k),
                                                  halves(f + n * b.ld + k0 + k, first(depth - k), scale));
+                }
+                pack_rows16(rows, groups, into + 64 * v, 128);
+            }
+            return;
+        }
+        if (b.type == BF16 && per == 4) {
+            char *line = (char *)room(0, 16 * (groups * 4 + 16));
+            for (int v = 0; v < vecs; v++) {
+                const char *rows[16];
+                for (int i = 0; i < 16; i++) {
+                    const int64_t n = n0 + 16 * v + i;
+                    char *to = line + i * groups * 4;
+                    rows[i] = n < N ? to : nullptr;
+                    if (n >= N) continue;
+                    const __m512 by = _mm512_set1_ps(b.bytes_of[n] > 0 ? 1.0f / b.bytes_of[n] : 0.0f);
+                    for (int64_t k = 0; k < groups * 4; k += 16) {
+                        const __m512 x = load16((const bf16 *)b.data + n * b.ld + k0 + k, first(depth - k));
+                        _mm_storeu_si128((__m128i *)(to + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by))));
+                    }
                 }
                 pack_rows16(rows, groups, into + 64 * v, 128);
             }
@@ -126,7 +146,7 @@ struct Ahead {
 
     template <class Op>
     void panel(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups) {
-        const int64_t size = b.type == F32 ? 4 : 4 / Op::PER_GROUP, k0 = g0 * Op::PER_GROUP;
+        const int64_t size = b.type == F32 ? 4 : b.type == BF16 ? 2 : 1, k0 = g0 * Op::PER_GROUP;
         const int64_t deep = std::min(K - k0, groups * Op::PER_GROUP), wide = std::min<int64_t>(N - n0, PANEL);
         base = (const char *)b.data + (b.by_column ? n0 * b.ld + k0 : k0 * b.ld + n0) * size;
         rows = b.by_column ? wide : deep;
@@ -405,13 +425,13 @@ static Product plain(int type, int64_t M, int64_t N, int64_t K, const void *left
 
 // y (M, out) = x·Wᵀ + bias + scaling·h·B + added, and h (M, r) = x·A; A (in, r) and B (r, out) in fp32, r may be 0.
 // W is (out, in) where `by_column`, else (in, out). In bytes (`scale` is not null) x goes as `steps`, with a scale a row;
-// they are made here where `make_steps`.
-extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, const void *weight, int by_column, const float *scale,
-                          const float *columns, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling,
+// they are made here where `make_steps`. A bf16 weight with a `scale` becomes bytes as it is read.
+extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
+                          const float *scale, const float *columns, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling,
                           const void *added, uint8_t *steps, float *steps_scale, int make_steps, void *y, void *h) {
     if (rank) run(plain(type, M, rank, in, x, Right{A, rank, F32, 0, 1.0f}, h), type);
     if (scale && make_steps) quantise(type, M, in, x, columns, steps, steps_scale);
-    Product p = plain(type, M, out, in, scale ? steps : x, Right{weight, by_column ? in : out, scale ? S8 : type, by_column, 1.0f}, y);
+    Product p = plain(type, M, out, in, scale ? steps : x, Right{weight, by_column ? in : out, weight_type, by_column, 1.0f, scale}, y);
     if (scale) p.row_scale = steps_scale, p.column_scale = scale;
     if (rank) p.low = h, p.rank = rank, p.low_right = Right{B, out, F32, 0, scaling};
     p.bias = bias; p.bias_f32 = bias_f32;
