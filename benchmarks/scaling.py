@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--memory", default=None, help="the budget that a run is given, such as 5GB")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -57,6 +58,7 @@ def main() -> None:
                         "threads": threads,
                         "steps": arguments.steps,
                         "checkpointing": arguments.checkpointing,
+                        "memory": arguments.memory,
                     }
                     done = run({**job, "scratch": scratch})
                     print(
@@ -92,6 +94,7 @@ def child(job: dict) -> dict:
         "data": {"train": str(rows), "eval": 0, "max_length": length, "duplicates": "keep"},
         "lora": {"rank": job["rank"]},
         "train": {"batch_size": 1, "checkpointing": job["checkpointing"], "tokens_per_pass": length},
+        "memory": job["memory"],
         "output": str(scratch / "run"),
         "force": True,
     }

@@ -23,7 +23,8 @@ from deltaw.kernels.layout import Layout
 # Sharing fewer tokens than this saves less than the further segment costs.
 LEAST_SHARED = 4
 # Matrix libraries build a kernel for each shape that they meet, which takes about as long as a small product
-# and some 0.6 MB each: flat rows are filled up to lengths that come again, at most this share longer.
+# and some 0.6 MB each: flat rows are filled up to lengths that come again, at most this share longer. The
+# compiled kernels take any shape as it is.
 FILL = 16
 
 
@@ -101,7 +102,12 @@ def split_into_passes(
 
 
 def pass_shapes(
-    examples: Sequence[Example], tokens_per_pass: int, *, share: bool = True, padded: bool = False
+    examples: Sequence[Example],
+    tokens_per_pass: int,
+    *,
+    share: bool = True,
+    padded: bool = False,
+    fill: bool = True,
 ) -> list[tuple[int, int]]:
     """(rows, length) of each pass of these rows, without laying any out; a flat pass is one row."""
     shapes = []
@@ -110,15 +116,21 @@ def pass_shapes(
             shapes.append((len(rows), max(len(row.tokens) for row in rows)))
         else:
             size = sum(_costs(rows, share))
-            shapes.append((1, size + _filler(size)))
+            shapes.append((1, size + (_filler(size) if fill else 0)))
     return shapes
 
 
-def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch.device = "cpu") -> Batch:
+def pack(
+    examples: Sequence[Example],
+    *,
+    share: bool = True,
+    fill: bool = True,
+    device: str | torch.device = "cpu",
+) -> Batch:
     """One flat row of all examples as a prefix tree, or one segment a row where ``share`` is off.
 
-    A last segment of its own, which nothing sees and nothing is learned from, fills the row up to a length
-    that is likely to come again (see FILL).
+    With ``fill``, a last segment of its own, which nothing sees and nothing is learned from, fills the row up
+    to a length that is likely to come again (see FILL).
     """
     tree = _Tree()
     for example in sorted(examples, key=_sort_key):
@@ -127,7 +139,7 @@ def pack(examples: Sequence[Example], *, share: bool = True, device: str | torch
     place = {id(node): i for i, node in enumerate(nodes)}
     parents = [place[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
     lengths = [n.stop - n.start for n in nodes]
-    filler = _filler(sum(lengths))
+    filler = _filler(sum(lengths)) if fill else 0
     layout = (
         Layout.of_lengths([*lengths, filler], [*parents, -1])
         if filler
@@ -197,11 +209,12 @@ def batches(
     *,
     share: bool = True,
     padded: bool = False,
+    fill: bool = True,
     device: str | torch.device = "cpu",
 ) -> Iterator[Batch]:
     """The passes of these rows, one after another, each laid out only when its turn comes."""
     for rows in split_into_passes(examples, tokens_per_pass, share=share, padded=padded):
-        yield pad(rows, device=device) if padded else pack(rows, share=share, device=device)
+        yield pad(rows, device=device) if padded else pack(rows, share=share, fill=fill, device=device)
 
 
 @dataclass(eq=False)

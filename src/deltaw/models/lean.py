@@ -367,6 +367,41 @@ def _of_adapted(half: Half, grads: Sequence[Tensor | None]) -> list[Tensor | Non
     return kept
 
 
+class _Normed(torch.autograd.Function):
+    """A norm whose weight is frozen, keeping its input and two numbers a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        y, stats = norm(x)
+        ctx.norm = norm
+        ctx.save_for_backward(x, stats)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, stats = ctx.saved_tensors
+        return ctx.norm.backward(grads[0], x, stats), None
+
+
+class LeanNorm:
+    """A norm module's own forward with the kernels' inside, where its weight is frozen."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm, self.module = norm, norm.module
+        self.own = norm.module.forward
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        frozen = not any(p.requires_grad for p in self.module.parameters())
+        weight = self.norm.weight
+        if not frozen or weight is None or weight.dtype != hidden_states.dtype:
+            return self.own(hidden_states)
+        if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return self.own(hidden_states)
+        rows = hidden_states.flatten(0, -2)
+        return _Normed.apply(rows, self.norm).view(hidden_states.shape)
+
+
 class LeanBlock:
     """A block's own forward with another inside; called as the block is.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltaw.kernels import rows
 from deltaw.kernels.layout import Layout
 from deltaw.models.blocks import blocks_of
-from deltaw.models.lean import AttentionHalf, GatedHalf, LeanBlock, Norm
+from deltaw.models.lean import AttentionHalf, GatedHalf, LeanBlock, LeanNorm, Norm
 from deltaw.models.machine import Choice
 
 # Names of activation functions in transformers' modules, and the kernels' names for them.
@@ -86,22 +86,27 @@ class Lean:
     Attributes:
         blocks: those that were recognised; may be none.
         choice: whether they are used, and why or why not.
+        norm: the norm behind the last block, where it is one that is known.
     """
 
     blocks: list[LeanBlock]
     choice: Choice[bool]
+    norm: LeanNorm | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """While open, the blocks' forward is the lean one; afterwards it is what it was."""
-        used = [b for b in self.blocks if self.choice.value and "forward" not in vars(b.block)]
-        for lean in used:
-            vars(lean.block)["forward"] = lean
+        all_parts: list[tuple[nn.Module, LeanBlock | LeanNorm]] = [(b.block, b) for b in self.blocks]
+        if self.norm is not None:
+            all_parts.append((self.norm.module, self.norm))
+        used = [part for part in all_parts if self.choice.value and "forward" not in vars(part[0])]
+        for module, lean in used:
+            vars(module)["forward"] = lean
         try:
             yield
         finally:
-            for lean in used:
-                del vars(lean.block)["forward"]
+            for module, _ in used:
+                del vars(module)["forward"]
 
 
 def recognise(model: nn.Module) -> Lean:
@@ -115,7 +120,8 @@ def recognise(model: nn.Module) -> Lean:
         if isinstance(lean, str):
             return Lean([], Choice(False, f"{type(block).__name__} is not known here: {lean}"))
         blocks.append(lean)
-    return Lean(blocks, Choice(True, "not tried"))
+    norm = norm_of(getattr(model, "norm", None))
+    return Lean(blocks, Choice(True, "not tried"), None if norm is None else LeanNorm(norm))
 
 
 def _recognised(block: nn.Module) -> LeanBlock | str:
@@ -211,9 +217,8 @@ def try_blocks(lean: Lean, run: Any, layout: NotingLayout, tolerance: float) -> 
             worst = max(worst, float((ours.float() - own.float()).norm() / change))
     if not worst < tolerance:
         return Lean([], Choice(False, f"outputs differ from the model's own by {worst:.1e}"))
-    return Lean(
-        lean.blocks, Choice(True, f"same outputs as the model's own (relative difference {worst:.1e})")
-    )
+    why = f"same outputs as the model's own (relative difference {worst:.1e})"
+    return Lean(lean.blocks, Choice(True, why), lean.norm)
 
 
 def has_values_of(tensor: Tensor) -> bool:

@@ -17,6 +17,8 @@ from deltaw.training.tasks import RunData, Task
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+# The share of a budget that is left free for what a plan may be off by.
+LEFT_FREE = 0.04
 TOKENS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
 # What an operator costs before it computes anything, and what the machine computes in that time, roughly:
@@ -102,13 +104,16 @@ def within_memory(
 ) -> tuple[RunConfig, Plan]:
     """Settings under which the run stays within ``budget`` bytes: as few blocks computed again as will do.
 
+    Plans are right to a few per cent: where something has to be given up, some of the budget is left free for
+    that, as far as computing all blocks again allows.
+
     Args:
         plan: of the settings as they are. blocks: how many the model has.
 
     Raises:
         UserError: computing all of them again does not suffice.
     """
-    if plan.peak_resident_bytes <= budget:
+    if plan.peak_resident_bytes <= budget * (1 - LEFT_FREE):
         return config, plan
 
     def planned(count: bool | int) -> tuple[RunConfig, Plan]:
@@ -123,6 +128,7 @@ def within_memory(
             where="memory",
             mend="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
         )
+    budget = max(int(budget * (1 - LEFT_FREE)), least[1].peak_resident_bytes)
     saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks
     count = max(1, math.ceil((plan.peak_resident_bytes - budget) / max(1.0, saved)))
     for more in range(count, blocks):

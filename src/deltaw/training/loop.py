@@ -201,7 +201,9 @@ def train(
 
 def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
     """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None and norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
 
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.packing import Batch, batches, pack, pass_shapes, split_into_passes
 from deltaw.errors import UserError
+from deltaw.kernels import native
 from deltaw.kernels.layout import Layout
-from deltaw.models.forest import can_pack
+from deltaw.models.forest import can_pack, flat_rows, lean_blocks
 from deltaw.models.generation import position_limit
 from deltaw.models.machine import Choice
 
@@ -22,16 +23,18 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 @dataclass(frozen=True)
 class Portions:
-    """Tokens that go through at once, whether beginnings are shared, whether rows are padded, and where."""
+    """Tokens that go through at once, whether beginnings are shared, whether rows are padded, and where; and
+    whether flat rows are filled up to lengths that come again."""
 
     tokens_per_pass: int
     share: bool
     padded: bool
     device: str
+    fill: bool = True
 
     def shapes(self, rows: Sequence[Example]) -> list[tuple[int, int]]:
         """(rows, length) of each pass of :meth:`batches`, without laying any out."""
-        return pass_shapes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
+        return pass_shapes(rows, self.tokens_per_pass, share=self.share, padded=self.padded, fill=self.fill)
 
     def labels(self, rows: Sequence[Example]) -> list[int]:
         """Labels in each pass."""
@@ -40,7 +43,7 @@ class Portions:
     def layouts(self, rows: Sequence[Example]) -> Iterator[Layout]:
         """The layout of each pass; padded rows have none."""
         for part in [] if self.padded else self._split(rows):
-            layout = pack(part, share=self.share).inputs["forest_layout"]
+            layout = pack(part, share=self.share, fill=self.fill).inputs["forest_layout"]
             assert isinstance(layout, Layout)
             yield layout
 
@@ -48,7 +51,14 @@ class Portions:
         return split_into_passes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
 
     def batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
-        return batches(rows, self.tokens_per_pass, share=self.share, padded=self.padded, device=self.device)
+        return batches(
+            rows,
+            self.tokens_per_pass,
+            share=self.share,
+            padded=self.padded,
+            fill=self.fill,
+            device=self.device,
+        )
 
 
 def longest_row(model: PreTrainedModel, examples: Sequence[Sized], virtual_tokens: int = 0) -> int:
@@ -112,8 +122,15 @@ def choose_portions(
     if shared.value and not packable.value:
         shared = Choice(False, packable.why)
     tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
-    return Portions(tokens.value, shared.value, not packable.value, device), {
+    # Without dropout, lean blocks on the compiled kernels meet no library that builds kernels for shapes.
+    any_shape = packable.value and method_shares and native.library() is not None and _lean(model)
+    return Portions(tokens.value, shared.value, not packable.value, device, fill=not any_shape), {
         "train.share_prefixes": shared,
         "train.tokens_per_pass": tokens,
         "packing": packable,
     }
+
+
+def _lean(model: PreTrainedModel) -> bool:
+    with flat_rows(model):
+        return lean_blocks(model).choice.value
