@@ -119,18 +119,19 @@ def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *,
     """Mean cross-entropy of targets (P) from the backbone's outputs (P, d), the head as training computes it
     with weights in bytes or without."""
     head = model.get_output_embeddings()
-    if in_bytes and _may_round(head):
+    weights = torch.ones(len(targets))
+    if _may_round(head):
+        change = _logits_change(model.config.get_text_config())
+        scales = products.scales_of_rows(head.weight) if in_bytes else None
         total = frozen_head_cross_entropy(
-            outputs,
-            targets,
-            torch.ones(len(targets)),
-            head.weight,
-            head.bias,
-            *_logits_change(model.config.get_text_config()),
-            scales=products.scales_of_rows(head.weight),
+            outputs, targets, weights, head.weight, head.bias, *change, scales=scales
         )
-        return float(total) / len(targets)
-    return float(nn.functional.cross_entropy(final_logits(model, head(outputs)).float(), targets))
+    else:
+        chunk = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+        total = chunked_cross_entropy(
+            outputs, targets, weights, lambda rows: final_logits(model, head(rows)), [], chunk=chunk
+        )
+    return float(total) / len(targets)
 
 
 def _in_bytes(model: nn.Module) -> bool:
