@@ -56,6 +56,13 @@ SIDES: dict[str, dict] = {
         "autocast_adapter_dtype": False,
         "mixed_precision": True,
     },
+    "TRL + PEFT, fp32": {
+        "side": "trl",
+        "checkpointing": False,
+        "autocast_adapter_dtype": True,
+        "mixed_precision": False,
+        "precision": "fp32",
+    },
     "TRL + PEFT, its defaults": {
         "side": "trl",
         "checkpointing": True,
@@ -105,12 +112,12 @@ def main() -> None:
             for batch_size in given.batch_sizes:
                 for name in given.sides:
                     job = {
+                        "precision": "bf16",
                         **SIDES[name],
                         "model": MODEL,
                         "folder": loaded.model.config._name_or_path,
                         "rows": str(work / "rows.json"),
                         "batch_size": batch_size,
-                        "precision": "bf16",
                         "threads": threads,
                         "output": str(work / f"{name}-{batch_size}-{repeat}".replace(" ", "_")),
                     }

@@ -189,6 +189,11 @@ def release_free_memory() -> None:
     resident for the whole run.
     """
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """The same without a look for unreachable objects: holes left by tensors of many sizes go back."""
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):

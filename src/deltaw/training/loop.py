@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
-from deltaw.models.machine import keep_freed_memory
+from deltaw.models.machine import keep_freed_memory, trim_memory
 from deltaw.training.masters import Masters
 from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps
 
@@ -32,6 +32,10 @@ class Labelled(Protocol):
     @property
     def label_count(self) -> int: ...
 
+
+# Freed memory is kept from step to step; so many steps apart it is given back, or the holes that rows of all
+# lengths leave would add up over a long run.
+STEPS_BETWEEN_TRIMS = 32
 
 Row = TypeVar("Row", bound=Labelled)
 
@@ -150,20 +154,14 @@ def train(
         )
         for number in range(total_steps):
             begun = time.perf_counter()
+            if number % STEPS_BETWEEN_TRIMS == 0:
+                trim_memory()
             rows = rows_of_step(examples, number, batch_size, seed)
             labels = sum(example.label_count for example in rows)
             rate = learning_rate * learning_rate_factor(number, total_steps, warm, schedule)
             set_rate(optimizer, rate)
 
-            loss_sum, tokens, computed = 0.0, 0, 0
-            for batch in portions.batches(rows):
-                loss = objective(batch)
-                (loss / labels).backward()
-                loss_sum += loss.item()
-                tokens += batch.row_tokens
-                computed += batch.tokens
-                if stopped():
-                    break
+            loss_sum, tokens, computed = _gradients(objective, portions, rows, labels, stopped)
             if stopped():
                 outcome.interrupted = True
                 break
@@ -197,6 +195,27 @@ def train(
             if on_step is not None:
                 on_step(step)
     return outcome
+
+
+def _gradients(
+    objective: Objective,
+    portions: Passes,
+    rows: Sequence[Any],
+    labels: int,
+    stopped: Callable[[], bool],
+) -> tuple[float, int, int]:
+    """Gradients of the mean loss over these rows, pass by pass; the sum of losses, the rows' tokens and those
+    computed. Ends after the pass in which it is asked to stop."""
+    loss_sum, tokens, computed = 0.0, 0, 0
+    for batch in portions.batches(rows):
+        loss = objective(batch)
+        (loss / labels).backward()
+        loss_sum += loss.item()
+        tokens += batch.row_tokens
+        computed += batch.tokens
+        if stopped():
+            break
+    return loss_sum, tokens, computed
 
 
 def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
