@@ -24,8 +24,8 @@ setup(
     ext_modules=[
         Extension(
             "deltaw.kernels._native",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("linear", "rows", "attention")],
-            depends=[f"{SOURCES}/vectors.h"],
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("linear", "rows", "attention", "block")],
+            depends=[f"{SOURCES}/vectors.h", f"{SOURCES}/kernels.h"],
             extra_compile_args=FLAGS,
             optional=True,
         )

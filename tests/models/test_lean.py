@@ -9,11 +9,14 @@ import torch
 import transformers
 from torch import nn
 
+from deltaw.kernels import native
+from deltaw.kernels.block import Block
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.models.byte_weights import keep_in_bytes
 from deltaw.models.forest import flat_rows, lean_blocks, outputs_at
 
+compiled_only = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "")
 SIZES = {
     "vocab_size": 120,
     "hidden_size": 64,
@@ -163,6 +166,65 @@ def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, r
     assert lean_blocks(model).blocks[-1].picked is None
 
 
+WHOLE = {
+    "fp32": ("Llama", torch.float32, {}),
+    "bf16": ("Llama", torch.bfloat16, {}),
+    "biases": ("Qwen2", torch.bfloat16, {}),
+    "window": ("Mistral", torch.bfloat16, {}),
+    "some layers": ("Llama", torch.bfloat16, {"target_modules": ["q_proj", "up_proj"]}),
+    "upper blocks": ("Llama", torch.bfloat16, {"layers": [2]}),
+    "bytes": ("Llama", torch.bfloat16, {}),
+    "bytes and biases": ("Qwen2", torch.float32, {}),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, monkeypatch):
+    family, dtype, settings = WHOLE[kind]
+    model = model_of(family, dtype)
+    if kind.startswith("bytes"):
+        tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
+        keep_in_bytes(model.base_model, lambda: model(tokens))
+    adapted(model, **settings)
+    for block in model.base_model.layers:
+        block.gradient_checkpointing = block.training = recompute
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+    out, grads = outputs_and_gradients(model, lean=True)
+    assert len(calls) >= 3
+    monkeypatch.setattr("deltaw.models.lean.serves_block", lambda *args: False)
+    for lean in lean_blocks(model).blocks:
+        lean._whole = None
+    expected, expected_grads = outputs_and_gradients(model, lean=True)
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+CHANGES = {
+    "scaling": lambda block: setattr(block.mlp.up_proj, "scaling", 5.0),
+    "enabled": lambda block: setattr(block.mlp.up_proj, "enabled", False),
+    "factor": lambda block: setattr(block.mlp.up_proj.lora_A, "data", torch.full((64, 4), 0.1)),
+    "weight": lambda block: setattr(block.mlp.up_proj.weight, "data", torch.full((96, 64), 0.1)),
+    "norm": lambda block: setattr(block.input_layernorm.weight, "data", torch.full((64,), 0.5)),
+    "layer": lambda block: setattr(block.mlp, "up_proj", nn.Linear(64, 96, False).requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_two_passes_is_noticed(change):
+    model = adapted(model_of("Llama"))
+    before, _ = outputs_and_gradients(model, lean=True)
+    CHANGES[change](model.base_model.layers[1])
+    out, _ = outputs_and_gradients(model, lean=True)
+    expected, _ = outputs_and_gradients(model, lean=False)
+    assert off(out, before) > 1e-4
+    assert off(out, expected) < 1e-5
+
+
 def test_a_block_that_was_changed_from_outside_runs_its_own_code():
     model = adapted(model_of("Llama"))
     attention = model.base_model.layers[0].self_attn
@@ -182,7 +244,7 @@ def _why(model: nn.Module) -> str:
 
 def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
     def never(*args: object) -> None:
-        raise AssertionError("a lean half ran")
+        raise AssertionError("a lean block ran")
 
     model = adapted(model_of("Llama"), dropout=0.5)
     with flat_rows(model):
@@ -190,7 +252,7 @@ def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
     model.base_model.layers.train()
     for block in model.base_model.layers:
         block.self_attn.attention_dropout = 0.0
-    monkeypatch.setattr("deltaw.models.lean._Attention.apply", never)
+    monkeypatch.setattr("deltaw.models.lean.LeanBlock._run", never)
     outputs_and_gradients(model, lean=True)
 
 

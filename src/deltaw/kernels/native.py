@@ -39,6 +39,9 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_rotate": [_I, _L, _L, _L, _L, _P, _L, _P, _P, _I, _P, _L],
     "dw_cross_entropy": [_I, _L, _L, _P, _P, _P, _F, _F, _I, _P],
     "dw_attention": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 6],
+    "dw_block_sizes": [_P, _L, _P],
+    "dw_block": [_P, _L, _P, _P, _L, *[_P] * 5],
+    "dw_block_backward": [_P, _L, _P, _P, _L, *[_P] * 7],
     "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 10],
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("deltaw", "DEF")
 
 
@@ -50,16 +50,17 @@ def define(
     overload = operator.default
 
     def call(*args: Any) -> Any:
-        return compute(*args) if _plain(args) else overload(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        return compute(*args) if unwatched(*tensors) else overload(*args)
 
     return call
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
+def unwatched(*tensors: Tensor) -> bool:
     """Whether these are tensors with values on the processor, and nobody looks at what is done with them."""
     if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
         return False
     return (
-        all(type(a) in _ORDINARY and a.device.type == "cpu" for a in args if isinstance(a, Tensor))
+        all(type(t) in ORDINARY and t.device.type == "cpu" for t in tensors)
         and not torch.compiler.is_compiling()
     )

@@ -10,6 +10,9 @@ stand once, and with weights in bytes they are rounded once.
 Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
 attention's output and the second half are computed at these places alone, keys and values at all.
 
+Where the compiled kernels serve all of a block and nobody looks on, both halves are one call each way
+(``kernels.block``).
+
 A block with anything trained in it but low-rank factors, with dropout that is drawn, with hooks inside, or
 called without a layout, runs the model's own code.
 
@@ -29,7 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.kernels import linear as products
 from deltaw.kernels import rows
 from deltaw.kernels.attention import attend, attend_backward
+from deltaw.kernels.block import Block
+from deltaw.kernels.block import serves as serves_block
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.operators import ORDINARY, unwatched
 from deltaw.lora.layers import LoRALinear
 from deltaw.lora.layers_bytes import weight_scales
 
@@ -48,11 +54,14 @@ class Norm:
 
     @property
     def weight(self) -> Tensor | None:
-        return getattr(self.module, "weight", None)
+        return self.module._parameters.get("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module._parameters.get("bias")
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bias = getattr(self.module, "bias", None)
-        return rows.norm(x, self.weight, bias, offset=self.offset, eps=self.eps, centred=self.centred)
+        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centred=self.centred)
 
     def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
         return rows.norm_backward(
@@ -157,7 +166,8 @@ class AttentionHalf:
 
     @property
     def layers(self) -> list[nn.Linear]:
-        return [getattr(self.holder, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        inside = self.holder._modules
+        return [inside[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]  # type: ignore[misc]
 
     @property
     def how(self) -> dict[str, Any]:
@@ -176,7 +186,8 @@ class GatedHalf:
 
     @property
     def layers(self) -> list[nn.Linear]:
-        return [getattr(self.holder, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        inside = self.holder._modules
+        return [inside[name] for name in ("gate_proj", "up_proj", "down_proj")]  # type: ignore[misc]
 
 
 @dataclass
@@ -402,6 +413,30 @@ class LeanNorm:
         return _Normed.apply(rows, self.norm).view(hidden_states.shape)
 
 
+class _Whole(torch.autograd.Function):
+    """A block in one call each way, to the bit what its two halves give."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, whole: Block, layout: Layout, cosine: Tensor, sine: Tensor, *factors: Tensor
+    ) -> Tensor:
+        y, kept = whole.forward(x, layout.forest(), cosine, sine)
+        ctx.whole, ctx.around = whole, (layout.forest(), cosine, sine)
+        ctx.save_for_backward(x, kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, kept = ctx.saved_tensors
+        need_x, *_, need_factors = ctx.needs_input_grad
+        whole: Block = ctx.whole
+        forest, cosine, sine = ctx.around
+        grad = grads[0].contiguous()
+        d_x, of_factors = whole.backward(grad, x, kept, forest, cosine, sine, need_x, need_factors)
+        return d_x, None, None, None, None, *of_factors
+
+
 class LeanBlock:
     """A block's own forward with another inside; called as the block is.
 
@@ -415,8 +450,12 @@ class LeanBlock:
         self.attention, self.gated = attention, gated
         self.own = block.forward
         self.picked: Tensor | None = None
-        self._inside: list[nn.Module] = []
-        self._inside_of: list[nn.Linear] = []
+        self._layers: list[nn.Linear] = []
+        self._inside: list[dict[str, Any]] = []
+        self._state: tuple[Any, ...] = ()
+        self._lean = False
+        self._whole: Block | None = None
+        self._factors: list[Tensor] = []
 
     @property
     def layers(self) -> list[nn.Linear]:
@@ -435,16 +474,30 @@ class LeanBlock:
             return False
         if self.attention.norm.weight is None or self.attention.norm.weight.dtype != hidden.dtype:
             return False
-        layers = self.layers
-        return all(layer_is_lean(layer) for layer in layers) and not self._watched(layers)
+        self._look()
+        return self._lean and not self._watched()
 
-    def _watched(self, layers: list[nn.Linear]) -> bool:
+    def _look(self) -> None:
+        """Look the block's layers over again; what is known of them is forgotten if one has changed."""
+        layers = self.layers
+        if layers != self._layers:
+            self._layers = layers
+            self._inside = [vars(m) for m in self.block.modules() if m is not self.block]
+        attention = self.attention
+        norms = (attention.norm.weight, attention.norm.bias, self.gated.norm.weight, self.gated.norm.bias)
+        state = (
+            attention.scaling, attention.window, attention.softcap,
+            *[_place(t) for t in norms if t is not None],
+            *[entry for layer in layers for entry in _state(layer)],
+        )  # fmt: skip
+        if state != self._state:
+            self._state, self._whole = state, None
+            self._lean = all(layer_is_lean(layer) for layer in layers)
+
+    def _watched(self) -> bool:
         """Whether somebody looks at, or has changed, what goes on inside the block."""
-        if layers != self._inside_of:  # looking through all modules takes longer than a small kernel
-            self._inside = [m for m in self.block.modules() if m is not self.block]
-            self._inside_of = layers
         return any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__
+            m["_forward_hooks"] or m["_forward_pre_hooks"] or m["_backward_hooks"] or "forward" in m
             for m in self._inside
         )
 
@@ -454,20 +507,73 @@ class LeanBlock:
         if layout is None or turns is None or not self.serves(hidden_states, layout):
             return self.own(hidden_states, *args, **kwargs)
         cosine, sine = _wide_turns(turns, layout)
-        x = hidden_states.squeeze(0)
-        few = self.picked is not None and 0 < len(self.picked) <= FEW * len(x)
+        few = self.picked is not None and 0 < len(self.picked) <= FEW * hidden_states.shape[1]
         picked = self.picked if few else None
+        how = (hidden_states, cosine, sine, layout, picked)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, cosine, sine, layout, picked, use_reentrant=False)[None]
-        return self._run(x, cosine, sine, layout, picked)[None]
+            return checkpoint(self._run, *how, use_reentrant=False)
+        return self._run(*how)
 
-    def _run(self, x: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, picked: Tensor | None) -> Tensor:
-        attention = [Projection(m) for m in self.attention.layers]
+    def _run(
+        self, hidden: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, picked: Tensor | None
+    ) -> Tensor:
+        if picked is None and unwatched(hidden) and hidden.is_contiguous():
+            whole = self._as_whole(hidden, cosine)
+            if whole is not None:
+                return _Whole.apply(hidden, whole, layout, cosine, sine, *self._factors)
+        x = hidden.squeeze(0)
+        attention, gated = self._projections()
         first = Half(self.attention, attention, cosine, sine, layout, picked)
-        second = Half(self.gated, [Projection(m) for m in self.gated.layers])
-        y = _Attention.apply(x, first, *_factors(first))
-        y = _Gated.apply(y, second, *_factors(second))
-        return y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
+        second = Half(self.gated, gated)
+        y = _Attention.apply(x, first, *_factors(attention))
+        y = _Gated.apply(y, second, *_factors(gated))
+        return (y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y))[None]
+
+    def _projections(self) -> tuple[list[Projection], list[Projection]]:
+        made = [Projection(layer) for layer in self._layers]
+        return made[:4], made[4:]
+
+    def _as_whole(self, hidden: Tensor, cosine: Tensor) -> Block | None:
+        """The block for one call, where it can be had so."""
+        if self._whole is not None:
+            return self._whole
+        attention, gated = self.attention, self.gated
+        if any(part is not None for part in (attention.query_norm, attention.key_norm, attention.after)):
+            return None
+        layers = [projection for half in self._projections() for projection in half]
+        norms = (attention.norm, gated.norm)
+        if gated.after is not None or not serves_block(hidden, layers, norms, attention.head_size):
+            return None
+        trained = {layer.lora_A.requires_grad for layer in layers if layer.lora_A is not None}
+        if len(trained) > 1:
+            return None
+        self._factors = _factors(layers)
+        self._whole = Block(
+            layers,
+            norms,
+            dtype=hidden.dtype,
+            head_size=attention.head_size,
+            activation=gated.kind,
+            turned=cosine.shape[-1],
+            **attention.how,
+        )
+        return self._whole
+
+
+def _state(layer: nn.Linear) -> tuple[Any, ...]:
+    """What a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
+    inside = vars(layer)
+    known = inside.get
+    tensors = (*inside["_parameters"].values(), *inside["_buffers"].values())
+    return (
+        id(layer), layer.training, known("enabled"), known("merged"), known("scaling"), known("dropout"),
+        *((_place(t), t.requires_grad) for t in tensors if t is not None),
+    )  # fmt: skip
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor lies; of one without values, which it is."""
+    return tensor.data_ptr() if type(tensor) in ORDINARY else id(tensor)
 
 
 def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
@@ -479,8 +585,8 @@ def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, T
     return made[1], made[2]
 
 
-def _factors(half: Half) -> list[Tensor]:
-    return [factor for layer in half.projections for factor in layer.factors or ()]
+def _factors(layers: Sequence[Projection]) -> list[Tensor]:
+    return [factor for layer in layers for factor in layer.factors or ()]
 
 
 def layer_is_lean(layer: nn.Module) -> bool:

@@ -7,6 +7,7 @@ configuration or how progress is shown.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import signal
 import threading
@@ -148,7 +149,7 @@ def train(
     keep_freed_memory()
     warm = warmup_steps(warmup, total_steps)
     outcome = Outcome()
-    with Masters(parameters) as masters, _stop_signals() as stopped:
+    with Masters(parameters) as masters, _stop_signals() as stopped, _frozen_heap():
         optimizer = adamw(
             masters.trained, learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
         )
@@ -224,6 +225,17 @@ def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> f
     if limit is not None and norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """While open, the collector of garbage leaves alone what is there already: looking through all objects of
+    the libraries takes as long as a step of short rows."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

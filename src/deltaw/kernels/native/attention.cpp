@@ -4,6 +4,7 @@
 // keys that they see: those of the segment's ancestors and its own. Scores stand as (keys, columns), so that
 // maxima and sums over keys are plain vector operations, and the weights come out as the next product wants them.
 // Kept for the backward is one number for each column, the logarithm of its sum.
+#include "kernels.h"
 #include "vectors.h"
 
 const int COLUMNS = 32, KEYS = 96;

@@ -5,6 +5,7 @@
 // A is read as it lies; B is laid out anew for each call, 32 columns at a time, which costs 1 to 3 % and needs
 // no second copy of the weights; H (M, r) and L (r, N) are the low-rank part. With bytes on both sides,
 // A holds unsigned bytes around 128 with a scale a row, B signed bytes with a scale a column (or a row of W).
+#include "kernels.h"
 #include "vectors.h"
 
 ParallelFn parallel_fn = nullptr;

@@ -1,5 +1,6 @@
 // What is done to each row of tokens between the products: norms, activations, rotary positions, cross-entropy.
 // Sums are in fp32, results are rounded once; what a backward can compute again is not kept.
+#include "kernels.h"
 #include "vectors.h"
 
 template <class Body>
