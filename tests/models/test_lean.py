@@ -51,8 +51,10 @@ def adapted(model: nn.Module, **settings: object) -> nn.Module:
     return model
 
 
-def outputs_and_gradients(model: nn.Module, lean: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    layout = Layout.of_lengths([20, 9, 6, 11], [-1, 0, 0, -1])
+def outputs_and_gradients(
+    model: nn.Module, lean: bool, lengths: tuple[int, ...] = (20, 9, 6, 11)
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    layout = Layout.of_lengths(lengths, [-1, 0, 0, -1])
     tokens = torch.randint(0, 120, (1, layout.length), generator=torch.Generator().manual_seed(1))
     factors = [factor for _, factor in adapter_parameters(model)]
     for factor in factors:
@@ -179,9 +181,10 @@ WHOLE = {
 
 
 @compiled_only
+@pytest.mark.parametrize("lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, monkeypatch):
+def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, lengths, monkeypatch):
     family, dtype, settings = WHOLE[kind]
     model = model_of(family, dtype)
     if kind.startswith("bytes"):
@@ -193,12 +196,12 @@ def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, monkeypatch
     calls = []
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
-    out, grads = outputs_and_gradients(model, lean=True)
+    out, grads = outputs_and_gradients(model, True, lengths)
     assert len(calls) >= 3
     monkeypatch.setattr("deltaw.models.lean.serves_block", lambda *args: False)
     for lean in lean_blocks(model).blocks:
         lean._whole = None
-    expected, expected_grads = outputs_and_gradients(model, lean=True)
+    expected, expected_grads = outputs_and_gradients(model, True, lengths)
     assert torch.equal(out, expected)
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert torch.equal(ours, theirs)

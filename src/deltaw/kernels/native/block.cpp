@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "vectors.h"
 
 struct Layer {  // y (M, out) = x·Wᵀ + bias + scaling·(x·A)·B; see dw_linear
     const void *weight;
@@ -37,7 +38,15 @@ struct BlockParts {
     int64_t narrow() const { return key.out; }
     int64_t inner() const { return gate.out; }
     int64_t number() const { return type == 0 ? 4 : 2; }  // bytes
-    int64_t most_rank() const { return std::max({query.rank, key.rank, value.rank, output.rank, gate.rank, up.rank, down.rank}); }
+};
+
+// Rows side by side in memory.
+struct Rows {
+    char *data;
+    int64_t stride;  // bytes
+
+    void *operator[](int64_t row) const { return data + row * stride; }
+    operator void *() const { return data; }
 };
 
 // Memory given out piece by piece; from null it only counts.
@@ -45,179 +54,204 @@ struct Piece {
     char *base;
     int64_t used = 0, most = 0;
 
-    void *take(int64_t bytes) {
+    Rows take(int64_t rows, int64_t stride) {
         char *at = base + used;
-        used += (bytes + 63) / 64 * 64;
+        used += (rows * stride + 63) / 64 * 64;
         most = std::max(most, used);
-        return at;
+        return Rows{at, stride};
     }
 };
 
 // What the backward is given of the forward, for T tokens.
 struct Kept {
-    float *stats, *stats1, *logs;
-    void *q, *k, *v, *out, *x1, *gate, *up;
-    void *h_query, *h_key, *h_value, *h_output, *h_gate, *h_up, *h_down;
+    Rows stats, stats1, logs;
+    Rows q, k, v, out, x1, gate, up;
+    Rows h_query, h_key, h_value, h_output, h_gate, h_up, h_down;
 
     Kept(const BlockParts &b, int64_t T, Piece &from) {
-        const int64_t n = b.number();
-        auto rows = [&](int64_t width) { return from.take(T * width * n); };
-        stats = (float *)from.take(T * 8), stats1 = (float *)from.take(T * 8);
-        logs = (float *)from.take(T * b.heads * 4);
-        q = rows(b.wide()), k = rows(b.narrow()), v = rows(b.value.out), out = rows(b.wide());
+        auto rows = [&](int64_t width) { return from.take(T, width * b.number()); };
+        stats = from.take(T, 8), stats1 = from.take(T, 8), logs = from.take(T, b.heads * 4);
+        q = rows(b.wide()), k = rows(b.narrow()), v = rows(b.narrow()), out = rows(b.wide());
         x1 = rows(b.hidden()), gate = rows(b.inner()), up = rows(b.inner());
         h_query = rows(b.query.rank), h_key = rows(b.key.rank), h_value = rows(b.value.rank), h_output = rows(b.output.rank);
         h_gate = rows(b.gate.rank), h_up = rows(b.up.rank), h_down = rows(b.down.rank);
     }
 };
 
-// Rows as bytes, made once for all layers that take the same rows so.
-struct Steps {
-    uint8_t *bytes = nullptr;
-    float *scales = nullptr;
-    const void *of = nullptr;
-    const float *columns = nullptr;
+struct Scratch {
+    Rows n, bytes, scales;
+    // Of the second half forward; of both backward, where what one half alone wants lies in the same place.
+    Rows inner, d_gate, d_up, d_out, d_q, d_k, d_v, d_n, d_x1;
+    Rows g_query, g_key, g_value, g_output, g_gate, g_up, g_down;
 
-    Steps(const BlockParts &b, int64_t T, Piece &from) {
+    Scratch(const BlockParts &b, int64_t T, bool backward, Piece &from) {
+        auto rows = [&](int64_t width) { return from.take(T, width * b.number()); };
+        n = rows(b.hidden());
+        int64_t widest = 0;
         bool any = false;
-        int64_t most = 0;
         for (const Layer *l : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down}) {
             any |= l->scale != nullptr;
-            most = std::max({most, l->in, l->out});
+            widest = std::max({widest, l->in, l->out});
         }
-        if (!any) return;
-        bytes = (uint8_t *)from.take(T * most);
-        scales = (float *)from.take(T * 4);
-    }
-    bool made_of(const void *x, const float *by) {
-        const bool there = of == x && columns == by;
-        of = x, columns = by;
-        return there;
-    }
-};
-
-struct ForwardScratch {
-    Steps steps;
-    void *n, *inner;
-    ForwardScratch(const BlockParts &b, int64_t T, Piece &from)
-        : steps(b, T, from), n(from.take(T * b.hidden() * b.number())), inner(from.take(T * b.inner() * b.number())) {}
-};
-
-struct BackwardScratch {
-    Steps steps;
-    void *n, *d_n, *d_x1, *narrow;
-    void *d_gate, *d_up, *inner;       // of the second half
-    void *d_out, *d_q, *d_k, *d_v;     // of the first, in the same place
-    BackwardScratch(const BlockParts &b, int64_t T, Piece &from) : steps(b, T, from) {
-        auto rows = [&](int64_t width) { return from.take(T * width * b.number()); };
-        n = rows(b.hidden()), d_n = rows(b.hidden()), d_x1 = rows(b.hidden()), narrow = rows(b.most_rank());
+        bytes = from.take(any ? T : 0, widest), scales = from.take(any ? T : 0, 4);
+        if (!backward) {
+            inner = rows(b.inner());
+            return;
+        }
+        d_n = rows(b.hidden()), d_x1 = rows(b.hidden());
+        g_query = rows(b.query.rank), g_key = rows(b.key.rank), g_value = rows(b.value.rank), g_output = rows(b.output.rank);
+        g_gate = rows(b.gate.rank), g_up = rows(b.up.rank), g_down = rows(b.down.rank);
         const int64_t here = from.used;
         d_gate = rows(b.inner()), d_up = rows(b.inner()), inner = rows(b.inner());
         from.used = here;
-        d_out = rows(b.wide()), d_q = rows(b.wide()), d_k = rows(b.narrow()), d_v = rows(b.value.out);
+        d_out = rows(b.wide()), d_q = rows(b.wide()), d_k = rows(b.narrow()), d_v = rows(b.narrow());
     }
 };
 
-static void norm(const BlockParts &b, const RowNorm &norm, int64_t T, const void *x, void *y, float *stats) {
-    dw_norm(b.type, T, b.hidden(), x, b.hidden(), norm.weight, norm.bias, norm.offset, norm.eps, norm.centred, y, stats);
-}
-static void norm_backward(const BlockParts &b, const RowNorm &norm, int64_t T, const void *dy, const void *x, const float *stats, const void *added,
-                          void *dx) {
-    dw_norm_backward(b.type, T, b.hidden(), dy, x, b.hidden(), norm.weight, norm.offset, norm.centred, stats, added, dx);
-}
+// Some of a block's rows on their way through it.
+struct Pass {
+    const BlockParts &b;
+    const int64_t first, rows;
+    uint8_t *const bytes;
+    float *const scales;
+    const void *bytes_of = nullptr;  // which rows stand in `bytes`, and times which columns
+    const float *bytes_columns = nullptr;
 
-static void linear(const BlockParts &b, const Layer &l, int64_t T, const void *x, Steps &steps, const void *added, void *y, void *h) {
-    const bool make = l.scale && !steps.made_of(x, l.columns);
-    dw_linear(b.type, T, l.out, l.in, x, l.weight_type, l.weight, 1, l.scale, l.columns, l.bias, l.bias_f32, l.A, l.B, l.rank, l.scaling, added,
-              steps.bytes, steps.scales, make, y, h);
-}
-// dx = the gradient of the input + added, where dx is wanted, and what the factors' own gradients need.
-static void linear_backward(const BlockParts &b, const Layer &l, int64_t T, const void *grad, Steps &steps, const void *added, void *dx, void *narrow) {
-    dw_linear_backward(b.type, T, l.out, l.in, grad, l.weight, 1, l.scale, l.columns, l.A, l.B, l.rank, l.scaling, added, steps.bytes, steps.scales, dx,
-                       narrow);
-}
-static void factors_backward(const BlockParts &b, const Layer &l, int64_t T, const void *x, const void *h, const void *grad, const void *narrow,
-                             float *const *of) {
-    if (of[0]) dw_factors_backward(b.type, T, l.in, l.out, l.rank, x, h, grad, narrow, l.scaling, of[0], of[1]);
-}
+    Pass(const BlockParts &b, const Scratch &scratch, int64_t first, int64_t rows)
+        : b(b), first(first), rows(rows), bytes((uint8_t *)scratch.bytes[first]), scales((float *)scratch.scales[first]) {}
 
-static void rotate(const BlockParts &b, int64_t T, int64_t heads, void *x, const float *cosine, const float *sine, int backward) {
-    const int64_t width = heads * b.head_size;
-    if (b.turned) dw_rotate(b.type, T, heads, b.head_size, b.turned, x, width, cosine, sine, backward, x, width);
-}
+    void norm(const RowNorm &norm, const Rows &x, const Rows &y, const Rows &stats) {
+        dw_norm(b.type, rows, b.hidden(), x[first], b.hidden(), norm.weight, norm.bias, norm.offset, norm.eps, norm.centred, y[first],
+                (float *)stats[first]);
+        bytes_of = nullptr;
+    }
+    void norm_backward(const RowNorm &norm, const Rows &dy, const Rows &x, const Rows &stats, const Rows &added, const Rows &dx) {
+        dw_norm_backward(b.type, rows, b.hidden(), dy[first], x[first], b.hidden(), norm.weight, norm.offset, norm.centred, (float *)stats[first],
+                         added[first], dx[first]);
+    }
+    // Rows that several layers take as bytes are rounded once.
+    void linear(const Layer &l, const Rows &x, const Rows *added, const Rows &y, const Rows &h) {
+        const bool make = l.scale && !(bytes_of == x.data && bytes_columns == l.columns);
+        if (make) bytes_of = x.data, bytes_columns = l.columns;
+        dw_linear(b.type, rows, l.out, l.in, x[first], l.weight_type, l.weight, 1, l.scale, l.columns, l.bias, l.bias_f32, l.A, l.B, l.rank, l.scaling,
+                  added ? (*added)[first] : nullptr, bytes, scales, make, y[first], h[first]);
+    }
+    // dx = the gradient of the input + added, where dx is wanted, and g, which the factors' own gradients want.
+    void linear_backward(const Layer &l, const Rows &grad, const Rows *added, const Rows *dx, const Rows &g) {
+        dw_linear_backward(b.type, rows, l.out, l.in, grad[first], l.weight, 1, l.scale, l.columns, l.A, l.B, l.rank, l.scaling,
+                           added ? (*added)[first] : nullptr, bytes, scales, dx ? (*dx)[first] : nullptr, g[first]);
+    }
+    void rotate(int64_t heads, const Rows &x, const float *cosine, const float *sine, int backward) {
+        const int64_t width = heads * b.head_size, at = first * b.turned;
+        if (b.turned) dw_rotate(b.type, rows, heads, b.head_size, b.turned, x[first], width, cosine + at, sine + at, backward, x[first], width);
+    }
+};
+
+// The layers whose factors want gradients, collected to be computed at once.
+struct Wanted {
+    const BlockParts &b;
+    const int64_t T;
+    FactorsBackward of[7];
+    int count = 0;
+
+    void add(const Layer &l, const Rows &x, const Rows &h, const Rows &grad, const Rows &g, float *const *into) {
+        if (into[0]) of[count++] = FactorsBackward{T, l.in, l.out, l.rank, x, h, grad, g, l.scaling, into[0], into[1]};
+    }
+    void compute() {
+        factors_backward(b.type, of, count);
+        count = 0;
+    }
+};
 
 // Bytes of `kept`, of the forward's scratch and of the backward's.
 extern "C" void dw_block_sizes(const BlockParts *block, int64_t T, int64_t *sizes) {
     Piece kept{nullptr}, forward{nullptr}, backward{nullptr};
-    Kept(*block, T, kept), ForwardScratch(*block, T, forward), BackwardScratch(*block, T, backward);
+    Kept(*block, T, kept), Scratch(*block, T, false, forward), Scratch(*block, T, true, backward);
     sizes[0] = kept.most, sizes[1] = forward.most, sizes[2] = backward.most;
 }
 
-// x, y (T, hidden); forest (4, segments); cosine, sine (T, turned) in fp32.
-extern "C" void dw_block(const BlockParts *block, int64_t T, void *x, const int64_t *forest, int64_t segments, const float *cosine, const float *sine,
-                         void *kept_memory, void *scratch_memory, void *y) {
+// in, out (T, hidden); forest (4, segments); cosine, sine (T, turned) in fp32.
+extern "C" void dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *forest, int64_t segments, const float *cosine, const float *sine,
+                         void *kept_memory, void *scratch_memory, void *out) {
     const BlockParts &b = *block;
     Piece kept_piece{(char *)kept_memory}, scratch_piece{(char *)scratch_memory};
     const Kept kept(b, T, kept_piece);
-    ForwardScratch room(b, T, scratch_piece);
-    const int64_t d = b.head_size, strides[8] = {b.wide(), d, b.narrow(), d, b.value.out, d, b.wide(), d};
+    const Scratch scratch(b, T, false, scratch_piece);
+    const Rows x{(char *)in, b.hidden() * b.number()}, y{(char *)out, b.hidden() * b.number()};
+    const int64_t d = b.head_size, strides[8] = {b.wide(), d, b.narrow(), d, b.narrow(), d, b.wide(), d};
 
-    norm(b, b.first, T, x, room.n, kept.stats);
-    linear(b, b.key, T, room.n, room.steps, nullptr, kept.k, kept.h_key);
-    linear(b, b.value, T, room.n, room.steps, nullptr, kept.v, kept.h_value);
-    linear(b, b.query, T, room.n, room.steps, nullptr, kept.q, kept.h_query);
-    rotate(b, T, b.heads, kept.q, cosine, sine, 0);
-    rotate(b, T, b.key_heads, kept.k, cosine, sine, 0);
+    rows_apart(T, [&](int64_t first, int64_t rows) {
+        Pass pass(b, scratch, first, rows);
+        pass.norm(b.first, x, scratch.n, kept.stats);
+        pass.linear(b.key, scratch.n, nullptr, kept.k, kept.h_key);
+        pass.linear(b.value, scratch.n, nullptr, kept.v, kept.h_value);
+        pass.linear(b.query, scratch.n, nullptr, kept.q, kept.h_query);
+        pass.rotate(b.heads, kept.q, cosine, sine, 0);
+        pass.rotate(b.key_heads, kept.k, cosine, sine, 0);
+    });
     dw_attention(b.type, forest, segments, T, b.window, 1, b.heads, b.key_heads, d, d, b.scaling, b.softcap, nullptr, T, kept.q, kept.k, kept.v,
-                 kept.out, strides, kept.logs);
-    linear(b, b.output, T, kept.out, room.steps, x, kept.x1, kept.h_output);
-
-    norm(b, b.second, T, kept.x1, room.n, kept.stats1);
-    room.steps.of = nullptr;  // other rows in the same place
-    linear(b, b.gate, T, room.n, room.steps, nullptr, kept.gate, kept.h_gate);
-    linear(b, b.up, T, room.n, room.steps, nullptr, kept.up, kept.h_up);
-    dw_activation(b.type, b.activation, T, b.inner(), kept.gate, kept.up, room.inner);
-    linear(b, b.down, T, room.inner, room.steps, kept.x1, y, kept.h_down);
+                 kept.out, strides, (float *)kept.logs[0]);
+    rows_apart(T, [&](int64_t first, int64_t rows) {
+        Pass pass(b, scratch, first, rows);
+        pass.linear(b.output, kept.out, &x, kept.x1, kept.h_output);
+        pass.norm(b.second, kept.x1, scratch.n, kept.stats1);
+        pass.linear(b.gate, scratch.n, nullptr, kept.gate, kept.h_gate);
+        pass.linear(b.up, scratch.n, nullptr, kept.up, kept.h_up);
+        dw_activation(b.type, b.activation, rows, b.inner(), kept.gate[first], kept.up[first], scratch.inner[first]);
+        pass.linear(b.down, scratch.inner, &kept.x1, y, kept.h_down);
+    });
 }
 
 // dx (T, hidden), or null where nobody wants it. factors: where ∂L/∂A and ∂L/∂B of query, key, value, output, gate, up
 // and down go, null for a layer that wants none.
-extern "C" void dw_block_backward(const BlockParts *block, int64_t T, void *x, const int64_t *forest, int64_t segments, const float *cosine,
-                                  const float *sine, void *kept_memory, void *scratch_memory, void *grad, void *dx, float *const *factors) {
+extern "C" void dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *forest, int64_t segments, const float *cosine,
+                                  const float *sine, void *kept_memory, void *scratch_memory, void *grad_memory, void *dx_memory,
+                                  float *const *factors) {
     const BlockParts &b = *block;
     Piece kept_piece{(char *)kept_memory}, scratch_piece{(char *)scratch_memory};
     const Kept kept(b, T, kept_piece);
-    BackwardScratch room(b, T, scratch_piece);
-    Steps &steps = room.steps;
+    const Scratch s(b, T, true, scratch_piece);
+    const int64_t stride = b.hidden() * b.number();
+    const Rows x{(char *)in, stride}, grad{(char *)grad_memory, stride}, dx{(char *)dx_memory, stride};
+    const Rows *d_n = dx_memory ? &s.d_n : nullptr;
     float *const *const of_query = factors, *const *const of_key = factors + 2, *const *const of_value = factors + 4;
     float *const *const of_output = factors + 6, *const *const of_gate = factors + 8, *const *const of_up = factors + 10;
     float *const *const of_down = factors + 12;
+    Wanted wanted{b, T};
 
-    linear_backward(b, b.down, T, grad, steps, nullptr, room.d_gate, room.narrow);
-    dw_activation_backward(b.type, b.activation, T, b.inner(), room.d_gate, kept.gate, kept.up, room.d_gate, room.d_up, room.inner);
-    factors_backward(b, b.down, T, room.inner, kept.h_down, grad, room.narrow, of_down);
-    if (of_gate[0] || of_up[0]) norm(b, b.second, T, kept.x1, room.n, kept.stats1);
-    linear_backward(b, b.gate, T, room.d_gate, steps, nullptr, room.d_n, room.narrow);
-    factors_backward(b, b.gate, T, room.n, kept.h_gate, room.d_gate, room.narrow, of_gate);
-    linear_backward(b, b.up, T, room.d_up, steps, room.d_n, room.d_n, room.narrow);
-    factors_backward(b, b.up, T, room.n, kept.h_up, room.d_up, room.narrow, of_up);
-    norm_backward(b, b.second, T, room.d_n, kept.x1, kept.stats1, grad, room.d_x1);
+    rows_apart(T, [&](int64_t first, int64_t rows) {
+        Pass pass(b, s, first, rows);
+        pass.linear_backward(b.down, grad, nullptr, &s.d_gate, s.g_down);
+        dw_activation_backward(b.type, b.activation, rows, b.inner(), s.d_gate[first], kept.gate[first], kept.up[first], s.d_gate[first], s.d_up[first],
+                               s.inner[first]);
+        if (of_gate[0] || of_up[0]) pass.norm(b.second, kept.x1, s.n, kept.stats1);
+        pass.linear_backward(b.gate, s.d_gate, nullptr, &s.d_n, s.g_gate);
+        pass.linear_backward(b.up, s.d_up, &s.d_n, &s.d_n, s.g_up);
+        pass.norm_backward(b.second, s.d_n, kept.x1, kept.stats1, grad, s.d_x1);
+    });
+    wanted.add(b.down, s.inner, kept.h_down, grad, s.g_down, of_down);
+    wanted.add(b.gate, s.n, kept.h_gate, s.d_gate, s.g_gate, of_gate);
+    wanted.add(b.up, s.n, kept.h_up, s.d_up, s.g_up, of_up);
+    wanted.compute();
 
-    const int64_t d = b.head_size, wide = b.wide(), narrow = b.narrow(), values = b.value.out;
-    const int64_t strides[16] = {wide, d, narrow, d, values, d, wide, d, wide, d, wide, d, narrow, d, values, d};
-    linear_backward(b, b.output, T, room.d_x1, steps, nullptr, room.d_out, room.narrow);
-    factors_backward(b, b.output, T, kept.out, kept.h_output, room.d_x1, room.narrow, of_output);
+    const int64_t d = b.head_size, wide = b.wide(), narrow = b.narrow();
+    const int64_t strides[16] = {wide, d, narrow, d, narrow, d, wide, d, wide, d, wide, d, narrow, d, narrow, d};
+    rows_apart(T, [&](int64_t first, int64_t rows) { Pass(b, s, first, rows).linear_backward(b.output, s.d_x1, nullptr, &s.d_out, s.g_output); });
     dw_attention_backward(b.type, forest, segments, T, b.window, 1, b.heads, b.key_heads, d, d, b.scaling, b.softcap, nullptr, T, kept.q, kept.k,
-                          kept.v, kept.out, room.d_out, room.d_q, room.d_k, room.d_v, strides, kept.logs);
-    rotate(b, T, b.heads, room.d_q, cosine, sine, 1);
-    rotate(b, T, b.key_heads, room.d_k, cosine, sine, 1);
-    if (of_query[0] || of_key[0] || of_value[0]) norm(b, b.first, T, x, room.n, kept.stats);
-    void *d_n = dx ? room.d_n : nullptr;
-    linear_backward(b, b.query, T, room.d_q, steps, nullptr, d_n, room.narrow);
-    factors_backward(b, b.query, T, room.n, kept.h_query, room.d_q, room.narrow, of_query);
-    linear_backward(b, b.key, T, room.d_k, steps, d_n, d_n, room.narrow);
-    factors_backward(b, b.key, T, room.n, kept.h_key, room.d_k, room.narrow, of_key);
-    linear_backward(b, b.value, T, room.d_v, steps, d_n, d_n, room.narrow);
-    factors_backward(b, b.value, T, room.n, kept.h_value, room.d_v, room.narrow, of_value);
-    if (dx) norm_backward(b, b.first, T, d_n, x, kept.stats, room.d_x1, dx);
+                          kept.v, kept.out, s.d_out, s.d_q, s.d_k, s.d_v, strides, (float *)kept.logs[0]);
+    rows_apart(T, [&](int64_t first, int64_t rows) {
+        Pass pass(b, s, first, rows);
+        pass.rotate(b.heads, s.d_q, cosine, sine, 1);
+        pass.rotate(b.key_heads, s.d_k, cosine, sine, 1);
+        if (of_query[0] || of_key[0] || of_value[0]) pass.norm(b.first, x, s.n, kept.stats);
+        pass.linear_backward(b.query, s.d_q, nullptr, d_n, s.g_query);
+        pass.linear_backward(b.key, s.d_k, d_n, d_n, s.g_key);
+        pass.linear_backward(b.value, s.d_v, d_n, d_n, s.g_value);
+        if (d_n) pass.norm_backward(b.first, s.d_n, x, kept.stats, s.d_x1, dx);
+    });
+    wanted.add(b.query, s.n, kept.h_query, s.d_q, s.g_query, of_query);
+    wanted.add(b.key, s.n, kept.h_key, s.d_k, s.g_key, of_key);
+    wanted.add(b.value, s.n, kept.h_value, s.d_v, s.g_value, of_value);
+    wanted.add(b.output, kept.out, kept.h_output, s.d_x1, s.g_output, of_output);
+    wanted.compute();
 }

@@ -28,3 +28,13 @@ void dw_attention_backward(int type, const int64_t *forest, int64_t segments, in
                            int64_t picks, void *q, void *k, void *v, void *out, void *grad, void *dq, void *dk, void *dv_out, const int64_t *strides,
                            const float *logs);
 }
+
+// The gradients of a layer's factors; see dw_factors_backward.
+struct FactorsBackward {
+    int64_t M, in, out, rank;
+    const void *x, *h, *grad, *narrow;
+    float scaling;
+    float *of_A, *of_B;
+};
+// Of several layers at once.
+void factors_backward(int type, const FactorsBackward *of, int count);

@@ -23,7 +23,7 @@ const int PANEL = 32;
 const int64_t GROUPS_AT_ONCE = 768;    // 96 KiB of right side, which stay in the second-level cache
 const int64_t GROUPS_OF_MANY = 256;    // where there are more than that: sums, left and right sides stay there together
 const int64_t LEFT_AT_ONCE = 448 << 10;  // bytes of left side that stay beside it while columns go by
-const int64_t ROWS_FOR_EACH = 384;     // rows of the left side from which each thread lays out all of the right side
+const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
 
 struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else at k·ld + n
     const void *data;
@@ -261,8 +261,9 @@ static void add_starts(float *tile, int rows, int vecs, const int32_t *starts) {
         }
 }
 
+// One thread's part of a product.
 template <class Op, class LowOp>
-static void run(const Product &p) {
+static void run(const Product &p, int thread, int threads) {
     const bool bytes = Op::PER_GROUP == 4;
     const int64_t element = 4 / Op::PER_GROUP;
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
@@ -270,110 +271,114 @@ static void run(const Product &p) {
     const int64_t panels = (p.N + PANEL - 1) / PANEL;
     const bool several = groups > GROUPS_AT_ONCE;
     const int64_t most_groups = several ? GROUPS_OF_MANY : GROUPS_AT_ONCE;
-    in_parallel([&](int thread, int threads) {
-        // Many rows are shared out among the threads, so that each finds its rows in its own cache, where the norm or
-        // the product before has left them. Else pieces are (panel, range of rows), and rows are cut only where
-        // panels alone would not share out evenly.
-        const bool by_rows = p.M >= ROWS_FOR_EACH * threads;
-        int64_t row0 = 0, row1 = p.M, cuts = 1, begin = 0, end = panels;
-        if (by_rows) part_of(p.M, thread, threads, row0, row1);
-        else {
-            while (cuts * 2 * 24 <= p.M && cuts < 64) {
-                const int64_t pieces = panels * cuts, most = (pieces + threads - 1) / threads;
-                if (most * threads * 16 <= pieces * 17) break;
-                cuts *= 2;
-            }
-            part_of(panels * cuts, thread, threads, begin, end);
+    // Many rows are shared out among the threads, so that each finds its rows in its own cache, where the norm or
+    // the product before has left them. Else pieces are (panel, range of rows), and rows are cut only where
+    // panels alone would not share out evenly.
+    const bool by_rows = p.M >= ROWS_FOR_EACH * threads;
+    int64_t row0 = 0, row1 = p.M, cuts = 1, begin = 0, end = panels;
+    if (by_rows) part_of(p.M, thread, threads, row0, row1);
+    else {
+        while (cuts * 2 * 24 <= p.M && cuts < 64) {
+            const int64_t pieces = panels * cuts, most = (pieces + threads - 1) / threads;
+            if (most * threads * 16 <= pieces * 17) break;
+            cuts *= 2;
         }
-        if (begin == end) return;
-        const int64_t line = std::min(groups, most_groups);
-        char *right = (char *)room(1, line * 128);
-        char *low_right = (char *)room(2, std::max<int64_t>(1, low_groups) * 128);
-        const int64_t cut = (row1 - row0 + cuts - 1) / cuts + 1;
-        const int64_t block = std::min(cut, std::max<int64_t>(8, LEFT_AT_ONCE / (line * 4) / MOST_ROWS) * MOST_ROWS);
-        float *tiles = several ? (float *)room(3, (end - begin) * block * PANEL * 4) : nullptr;
-        alignas(64) float small[MOST_ROWS * PANEL];
-        for (int64_t b0 = 0; b0 < cut; b0 += block)
-            for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) {
-                const int64_t deep = std::min(groups - g0, most_groups);
-                const bool last = g0 + most_groups >= groups;
-                int64_t packed = -1, share = 0;
-                Ahead ahead;
-                alignas(64) int32_t starts[PANEL];
-                for (int64_t piece = begin; piece < end; piece++) {
-                    int64_t m0, m1;
-                    part_of(row1 - row0, (int)(piece % cuts), (int)cuts, m0, m1);
-                    m0 += row0 + b0;
-                    m1 = std::min(m1 + row0, m0 + block);
-                    if (m0 >= m1) continue;
-                    const int64_t panel = piece / cuts, n0 = panel * PANEL;
-                    const int vecs = p.N - n0 > 16 ? 2 : 1;
-                    if (packed != panel) {
-                        pack<Op>(p.right, p.K, p.N, n0, g0, deep, right);
-                        if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
-                        packed = panel;
-                        const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : begin / cuts;
+        part_of(panels * cuts, thread, threads, begin, end);
+    }
+    if (begin == end) return;
+    const int64_t line = std::min(groups, most_groups);
+    char *low_right = (char *)room(2, std::max<int64_t>(1, low_groups) * 128);
+    const int64_t cut = (row1 - row0 + cuts - 1) / cuts + 1;
+    const int64_t block = std::min(cut, std::max<int64_t>(8, LEFT_AT_ONCE / (line * 4) / MOST_ROWS) * MOST_ROWS);
+    // Where rows go by in several blocks, panels are laid out for the first and kept for the others.
+    const int64_t first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
+    const bool keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
+    char *right = (char *)room(1, (keep ? own : 1) * line * 128);
+    int32_t *starts = (int32_t *)room(13, (keep ? own : 1) * PANEL * 4);
+    float *tiles = several ? (float *)room(3, (end - begin) * block * PANEL * 4) : nullptr;
+    alignas(64) float small[MOST_ROWS * PANEL];
+    for (int64_t b0 = 0; b0 < cut; b0 += block)
+        for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) {
+            const int64_t deep = std::min(groups - g0, most_groups);
+            const bool last = g0 + most_groups >= groups;
+            int64_t packed = -1, share = 0;
+            Ahead ahead;
+            for (int64_t piece = begin; piece < end; piece++) {
+                int64_t m0, m1;
+                part_of(row1 - row0, (int)(piece % cuts), (int)cuts, m0, m1);
+                m0 += row0 + b0;
+                m1 = std::min(m1 + row0, m0 + block);
+                if (m0 >= m1) continue;
+                const int64_t panel = piece / cuts, n0 = panel * PANEL, place = keep ? panel - first_panel : 0;
+                const int vecs = p.N - n0 > 16 ? 2 : 1;
+                char *const here = right + place * line * 128;
+                int32_t *const start = starts + place * PANEL;
+                if (packed != panel) {
+                    if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
+                    packed = panel;
+                    ahead.rows = 0;
+                    if (!keep || b0 == 0) {
+                        pack<Op>(p.right, p.K, p.N, n0, g0, deep, here);
+                        if (bytes) starts_of_columns(here, deep, vecs, start);
+                        const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : first_panel;
                         const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
-                        ahead.rows = 0;
                         if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
                         share = ahead.lines() * MOST_ROWS / std::max<int64_t>(MOST_ROWS, (m1 - m0) / MOST_ROWS * MOST_ROWS) + 1;
-                        if (bytes) starts_of_columns(right, deep, vecs, starts);
-                    }
-                    for (int64_t m = m0; m < m1;) {
-                        const int rows = rows_at_once(m1 - m);
-                        float *tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
-                        const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
-                        ahead.fetch(share);
-                        if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, p.left_ld * element, right, deep, tile, PANEL);
-                        else {
-                            // Of bytes, each part's own start belongs to it.
-                            if (bytes && g0 > 0) add_starts(tile, rows, vecs, starts);
-                            const float *from = g0 > 0 ? tile : (const float *)starts;
-                            products_onto<Op>(rows, vecs, left, p.left_ld * element, right, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
-                        }
-                        if (last) {
-                            if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, bytes, m, n0, low_right, low_groups);
-                            else finish_rows<LowOp, 1>(rows, p, tile, bytes, m, n0, low_right, low_groups);
-                        }
-                        m += rows;
                     }
                 }
+                for (int64_t m = m0; m < m1;) {
+                    const int rows = rows_at_once(m1 - m);
+                    float *tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
+                    const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
+                    ahead.fetch(share);
+                    if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, p.left_ld * element, here, deep, tile, PANEL);
+                    else {
+                        // Of bytes, each part's own start belongs to it.
+                        if (bytes && g0 > 0) add_starts(tile, rows, vecs, start);
+                        const float *from = g0 > 0 ? tile : (const float *)start;
+                        products_onto<Op>(rows, vecs, left, p.left_ld * element, here, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
+                    }
+                    if (last) {
+                        if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, bytes, m, n0, low_right, low_groups);
+                        else finish_rows<LowOp, 1>(rows, p, tile, bytes, m, n0, low_right, low_groups);
+                    }
+                    m += rows;
+                }
             }
-    });
+        }
 }
 
-static void run(const Product &p, int type) {
+static void run(const Product &p, int type, int thread, int threads) {
     if (p.M <= 0 || p.N <= 0) return;
-    if (type == F32) run<OpF32, OpF32>(p);
-    else if (type == BF16) run<OpBF16, OpBF16>(p);
-    else if (p.out_type == F32) run<OpS8, OpF32>(p);
-    else run<OpS8, OpBF16>(p);
+    if (type == F32) run<OpF32, OpF32>(p, thread, threads);
+    else if (type == BF16) run<OpBF16, OpBF16>(p, thread, threads);
+    else if (p.out_type == F32) run<OpS8, OpF32>(p, thread, threads);
+    else run<OpS8, OpBF16>(p, thread, threads);
+}
+static void run(const Product &p, int type) {
+    in_parallel([&](int thread, int threads) { run(p, type, thread, threads); });
 }
 
 // (M, N) of 2-byte or 4-byte elements to (N, M), rows `to_ld` elements apart; what is beyond M becomes 0.
 static void transpose(int64_t M, int64_t N, const void *from, int64_t ld, void *to, int64_t to_ld, int size) {
-    in_parallel([&](int thread, int threads) {
-        int64_t begin, end;
-        part_of((to_ld + 15) / 16, thread, threads, begin, end);
-        for (int64_t n0 = 0; n0 < N; n0 += 16)
-            for (int64_t m0 = begin * 16; m0 < end * 16; m0 += 16) {
-                const __mmask16 columns = first(N - n0), kept = first(to_ld - m0);
-                __m512i lines[16];
-                for (int i = 0; i < 16; i++) {
-                    lines[i] = _mm512_setzero_si512();
-                    if (m0 + i >= M) continue;
-                    const int64_t at = (m0 + i) * ld + n0;
-                    if (size == 4) lines[i] = _mm512_maskz_loadu_epi32(columns, (const float *)from + at);
-                    else lines[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, (const bf16 *)from + at));
-                }
-                transpose16(lines);
-                for (int i = 0; i < 16 && n0 + i < N; i++) {
-                    const int64_t at = (n0 + i) * to_ld + m0;
-                    if (size == 4) _mm512_mask_storeu_epi32((float *)to + at, kept, lines[i]);
-                    else _mm256_mask_storeu_epi16((bf16 *)to + at, kept, _mm512_cvtepi32_epi16(lines[i]));
-                }
+    for (int64_t n0 = 0; n0 < N; n0 += 16)
+        for (int64_t m0 = 0; m0 < to_ld; m0 += 16) {
+            const __mmask16 columns = first(N - n0), kept = first(to_ld - m0);
+            __m512i lines[16];
+            for (int i = 0; i < 16; i++) {
+                lines[i] = _mm512_setzero_si512();
+                if (m0 + i >= M) continue;
+                const int64_t at = (m0 + i) * ld + n0;
+                if (size == 4) lines[i] = _mm512_maskz_loadu_epi32(columns, (const float *)from + at);
+                else lines[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, (const bf16 *)from + at));
             }
-    });
+            transpose16(lines);
+            for (int i = 0; i < 16 && n0 + i < N; i++) {
+                const int64_t at = (n0 + i) * to_ld + m0;
+                if (size == 4) _mm512_mask_storeu_epi32((float *)to + at, kept, lines[i]);
+                else _mm256_mask_storeu_epi16((bf16 *)to + at, kept, _mm512_cvtepi32_epi16(lines[i]));
+            }
+        }
 }
 
 // Rows of fp32 or bf16, times `columns` (K) where given, as unsigned bytes around 128 with a scale a row:
@@ -424,20 +429,31 @@ static Product plain(int type, int64_t M, int64_t N, int64_t K, const void *left
     return p;
 }
 
+static const char *at_row(const void *data, int64_t row, int64_t width, int type) {
+    return data ? (const char *)data + row * width * (type == F32 ? 4 : 2) : nullptr;
+}
+
 // y (M, out) = x·Wᵀ + bias + scaling·h·B + added, and h (M, r) = x·A; A (in, r) and B (r, out) in fp32, r may be 0.
 // W is (out, in) where `by_column`, else (in, out). In bytes (`scale` is not null) x goes as `steps`, with a scale a row;
 // they are made here where `make_steps`. A bf16 weight with a `scale` becomes bytes as it is read.
 extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
                           const float *scale, const float *columns, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling,
                           const void *added, uint8_t *steps, float *steps_scale, int make_steps, void *y, void *h) {
-    if (rank) run(plain(type, M, rank, in, x, Right{A, rank, F32, 0, 1.0f}, h), type);
-    if (scale && make_steps) quantise(type, M, in, x, columns, steps, steps_scale);
-    Product p = plain(type, M, out, in, scale ? steps : x, Right{weight, by_column ? in : out, weight_type, by_column, 1.0f, scale}, y);
-    if (scale) p.row_scale = steps_scale, p.column_scale = scale;
-    if (rank) p.low = h, p.rank = rank, p.low_right = Right{B, out, F32, 0, scaling};
-    p.bias = bias; p.bias_f32 = bias_f32;
-    p.added = added; p.added_ld = out;
-    run(p, scale ? S8 : type);
+    rows_apart(M, [&](int64_t first, int64_t rows) {
+        const void *const left = at_row(x, first, in, type);
+        void *const low = (void *)at_row(h, first, rank, type);
+        uint8_t *const left_steps = scale ? steps + first * in : nullptr;
+        float *const left_scale = scale ? steps_scale + first : nullptr;
+        if (rank) run(plain(type, rows, rank, in, left, Right{A, rank, F32, 0, 1.0f}, low), type);
+        if (scale && make_steps) quantise(type, rows, in, left, columns, left_steps, left_scale);
+        Product p = plain(type, rows, out, in, scale ? left_steps : left, Right{weight, by_column ? in : out, weight_type, by_column, 1.0f, scale},
+                          (void *)at_row(y, first, out, type));
+        if (scale) p.row_scale = left_scale, p.column_scale = scale;
+        if (rank) p.low = low, p.rank = rank, p.low_right = Right{B, out, F32, 0, scaling};
+        p.bias = bias; p.bias_f32 = bias_f32;
+        p.added = at_row(added, first, out, type); p.added_ld = out;
+        run(p, scale ? S8 : type);
+    });
 }
 
 // narrow (M, r) = scaling·grad·Bᵀ, and where dx (M, in) is not null dx = grad·W + narrow·Aᵀ + added. In bytes the gradient
@@ -445,28 +461,45 @@ extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const vo
 extern "C" void dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column,
                                    const float *scale, const float *columns, const float *A, const float *B, int64_t rank, float scaling,
                                    const void *added, uint8_t *steps, float *steps_scale, void *dx, void *narrow) {
-    if (rank) run(plain(type, M, rank, out, grad, Right{B, out, F32, 1, scaling}, narrow), type);
-    if (!dx) return;
-    if (scale) quantise(type, M, out, grad, scale, steps, steps_scale);
-    Product p = plain(type, M, in, out, scale ? steps : grad, Right{weight, by_column ? in : out, scale ? S8 : type, !by_column, 1.0f}, dx);
-    if (scale) p.row_scale = steps_scale, p.column_scale = columns;
-    if (rank) p.low = narrow, p.rank = rank, p.low_right = Right{A, rank, F32, 1, 1.0f};
-    p.added = added; p.added_ld = in;
-    run(p, scale ? S8 : type);
+    rows_apart(M, [&](int64_t first, int64_t rows) {
+        const void *const left = at_row(grad, first, out, type);
+        void *const low = (void *)at_row(narrow, first, rank, type);
+        if (rank) run(plain(type, rows, rank, out, left, Right{B, out, F32, 1, scaling}, low), type);
+        if (!dx) return;
+        uint8_t *const left_steps = scale ? steps + first * out : nullptr;
+        float *const left_scale = scale ? steps_scale + first : nullptr;
+        if (scale) quantise(type, rows, out, left, scale, left_steps, left_scale);
+        Product p = plain(type, rows, in, out, scale ? left_steps : left, Right{weight, by_column ? in : out, scale ? S8 : type, !by_column, 1.0f},
+                          (void *)at_row(dx, first, in, type));
+        if (scale) p.row_scale = left_scale, p.column_scale = columns;
+        if (rank) p.low = low, p.rank = rank, p.low_right = Right{A, rank, F32, 1, 1.0f};
+        p.added = at_row(added, first, in, type); p.added_ld = in;
+        run(p, scale ? S8 : type);
+    });
 }
 
-// of_A (in, r) = xᵀ·narrow and of_B (r, out) = scaling·hᵀ·grad, both in fp32.
+// of_A (in, r) = xᵀ·narrow and of_B (r, out) = scaling·hᵀ·grad, both in fp32: one thread's part. The thin sides are
+// transposed by each thread for itself, which takes less time than waiting for another.
+static void factors_backward(int type, const FactorsBackward &f, int thread, int threads) {
+    const int size = type == F32 ? 4 : 2;
+    const int64_t count = (f.M + 1) / 2 * 2;  // read in pairs
+    void *across = room(12, f.rank * count * size);
+    transpose(f.M, f.rank, f.narrow, f.rank, across, count, size);
+    Product p = plain(F32, f.rank, f.in, f.M, across, Right{f.x, f.in, type, 0, 1.0f}, f.of_A);
+    p.left_ld = count; p.transposed = 1; p.out_ld = f.rank;
+    run(p, type, thread, threads);
+    transpose(f.M, f.rank, f.h, f.rank, across, count, size);
+    p = plain(F32, f.rank, f.out, f.M, across, Right{f.grad, f.out, type, 0, 1.0f}, f.of_B);
+    p.left_ld = count; p.out_scale = f.scaling;
+    run(p, type, thread, threads);
+}
+void factors_backward(int type, const FactorsBackward *of, int count) {
+    in_parallel([&](int thread, int threads) {
+        for (int i = 0; i < count; i++) factors_backward(type, of[i], thread, threads);
+    });
+}
 extern "C" void dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t rank, const void *x, const void *h, const void *grad,
                                     const void *narrow, float scaling, float *of_A, float *of_B) {
-    const int size = type == F32 ? 4 : 2;
-    const int64_t count = (M + 1) / 2 * 2;  // read in pairs
-    void *across = room(12, rank * count * size);
-    transpose(M, rank, narrow, rank, across, count, size);
-    Product p = plain(F32, rank, in, M, across, Right{x, in, type, 0, 1.0f}, of_A);
-    p.left_ld = count; p.transposed = 1; p.out_ld = rank;
-    run(p, type);
-    transpose(M, rank, h, rank, across, count, size);
-    p = plain(F32, rank, out, M, across, Right{grad, out, type, 0, 1.0f}, of_B);
-    p.left_ld = count; p.out_scale = scaling;
-    run(p, type);
+    const FactorsBackward one{M, in, out, rank, x, h, grad, narrow, scaling, of_A, of_B};
+    factors_backward(type, &one, 1);
 }

@@ -22,10 +22,15 @@ typedef int (*CountFn)(void);
 extern ParallelFn parallel_fn;
 extern CountFn thread_number_fn, team_size_fn, thread_count_fn;
 
+// While true, a thread that is one of several works through kernels by itself, on rows of its own.
+inline thread_local bool alone = false;
+
+inline int thread_count() { return alone || !parallel_fn || !thread_count_fn ? 1 : thread_count_fn(); }
+
 template <class Body>
 inline void in_parallel(Body &&body) {
-    int count = thread_count_fn ? thread_count_fn() : 1;
-    if (count <= 1 || !parallel_fn) {
+    const int count = thread_count();
+    if (count <= 1) {
         body(0, 1);
         return;
     }
@@ -43,11 +48,31 @@ inline void part_of(int64_t n, int which, int parts, int64_t &begin, int64_t &en
     end = n * (which + 1) / parts;
 }
 
+const int64_t ROWS_FOR_EACH = 384;  // so many rows for each thread are shared out, rather than the columns of a product
+
+// body(first row, number of rows) of kernels that treat each row by itself. Many rows are shared out among the
+// threads, each of which goes through all kernels with its own; of few rows, the kernels share out their columns.
+template <class Body>
+inline void rows_apart(int64_t rows, Body &&body) {
+    if (rows < ROWS_FOR_EACH * thread_count()) {
+        body(0, rows);
+        return;
+    }
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of(rows, thread, threads, begin, end);
+        const bool before = alone;
+        alone = true;
+        body(begin, end - begin);
+        alone = before;
+    });
+}
+
 // A thread's own room, grown when needed and kept; `slot` tells rooms of one thread apart.
 inline void *room(int slot, size_t bytes) {
     struct Rooms {
-        void *at[13] = {};
-        size_t size[13] = {};
+        void *at[14] = {};
+        size_t size[14] = {};
         ~Rooms() { for (void *p : at) free(p); }
     };
     static thread_local Rooms rooms;
