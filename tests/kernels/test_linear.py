@@ -154,3 +154,40 @@ def test_runs_are_the_same_to_the_bit(threads):
         products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])[0] for _ in range(2)
     )
     assert torch.equal(one, other)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 1300), st.integers(1, 70), st.booleans())
+def test_the_gradient_of_classes_in_bytes_equals_its_twin(rows, classes, width, negative):
+    weight, targets = numbers(classes, width).to(torch.bfloat16), torch.arange(rows) * 7 % classes
+    grad = numbers(rows, classes, seed=1).mul(4).softmax(-1)
+    grad[torch.arange(rows), targets] -= 1.0
+    grad = (-grad if negative else grad).to(torch.bfloat16)
+    grad[0] = 0
+    scale = products.scales_of_rows(weight)
+    expected = products.class_gradient_twin(grad.double(), targets, weight, scale.double())
+    close(products.class_gradient_(grad.clone(), targets, weight, scale), expected, torch.bfloat16)
+
+
+def test_the_gradient_of_classes_in_bytes_is_near_the_exact_one(compiled, threads):
+    rows, classes, width = 90, 5000, 64
+    weight, targets = numbers(classes, width).to(torch.bfloat16), torch.arange(rows) * 50
+    grad = numbers(rows, classes, seed=1).mul(3).softmax(-1)
+    grad[torch.arange(rows), targets] -= 1.0
+    exact = grad @ weight.double()
+    ours = grad.to(torch.bfloat16)
+    assert products.can_round_classes(ours, weight)
+    found = products.class_gradient_(ours, targets, weight, products.scales_of_rows(weight)).double()
+    off = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    assert off.max() < 0.02
+    again = grad.to(torch.bfloat16)
+    assert torch.equal(
+        products.class_gradient_(again, targets, weight, products.scales_of_rows(weight)).double(), found
+    )
+
+
+def test_rows_a_power_of_two_apart_come_out_the_same(compiled, threads):
+    """Long rows are worked on in parts, which are laid side by side where they would share their places of the cache."""
+    grad, weight = numbers(40, 4096).to(torch.bfloat16), numbers(4096, 64, seed=1).to(torch.bfloat16)
+    found, _ = products.linear_backward(grad, weight)
+    close(found, grad.double() @ weight.double(), torch.bfloat16)

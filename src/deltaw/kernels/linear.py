@@ -15,11 +15,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deltaw.kernels import native
 from deltaw.kernels.operators import define
 
 BYTES = torch.int8
+# Classes whose gradients are rounded with one scale; the kernel's own number.
+CLASSES_AT_ONCE = 512
+# From so many rows on, bytes take less time than what rounding the weight costs.
+ROWS_FOR_BYTES = 64
 
 
 def can_multiply(
@@ -195,6 +200,55 @@ def factors_backward_twin(
     return (x.t() @ narrow).to(wide), (h.t() @ grad).to(wide) * scaling
 
 
+def class_gradient_(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """grad·W (M, d) of the gradient of a cross-entropy (M, classes), in bytes but for the targets' own part.
+
+    Beside its target a row of such a gradient is of one sign, and most of it is far below its largest number: it
+    is rounded with a scale for each ``CLASSES_AT_ONCE`` classes, to 255 steps.
+
+    Args:
+        grad: (M, classes), overwritten. targets: (M), class indices. weight: (classes, d), rounded to bytes as it
+            is read. scale: (classes), see :func:`scales_of_rows`.
+    """
+    return _class_gradient(grad, targets, weight, scale)
+
+
+def class_gradient_twin(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The plain twin of :func:`class_gradient_`; leaves ``grad`` as it is."""
+    rows = torch.arange(len(targets))
+    own = grad[rows, targets].to(scale.dtype)
+    rest = grad.to(scale.dtype) * scale
+    rest[rows, targets] = 0
+    blocks = F.pad(rest, (0, -rest.shape[1] % CLASSES_AT_ONCE)).unflatten(1, (-1, CLASSES_AT_ONCE))
+    high, low = blocks.amax(-1), blocks.amin(-1)
+    step = torch.where(high >= -low, high, low) / 255
+    steps = torch.where(step[..., None] != 0, blocks / step[..., None], torch.zeros_like(blocks))
+    rounded = (torch.round(steps).clamp_(0, 255) * step[..., None]).flatten(1)[:, : rest.shape[1]]
+    sums = rounded @ _rows_as_bytes(weight, scale).to(scale.dtype)
+    return (sums + own[:, None] * weight[targets].to(scale.dtype)).to(grad.dtype)
+
+
+def can_round_classes(grad: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled kernel serves :func:`class_gradient_`, and is worth its while."""
+    if not native.serves(grad, weight) or grad.dtype != torch.bfloat16:
+        return False
+    return grad.is_contiguous() and weight.is_contiguous() and grad.shape[0] >= ROWS_FOR_BYTES
+
+
+def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if not (native.serves(grad, weight) and grad.dtype == torch.bfloat16 and grad.is_contiguous()):
+        return class_gradient_twin(grad, targets, weight, scale)
+    (rows, classes), width = grad.shape, weight.shape[1]
+    targets, weight = targets.contiguous(), weight.contiguous()
+    out = torch.empty(rows, width, dtype=grad.dtype)
+    block_scales = torch.empty(rows, -(-classes // CLASSES_AT_ONCE))
+    native.kernels().dw_class_gradient(
+        rows, classes, width, grad.data_ptr(), targets.data_ptr(), weight.data_ptr(), scale.data_ptr(),
+        block_scales.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
 def _compute_quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     if not native.serves(x):
         return quantised_twin(x, columns)
@@ -290,6 +344,12 @@ def _no_update(x: Tensor, lora_A: Tensor | None) -> Tensor:
     return x.new_empty(0) if lora_A is None else x.new_empty(x.shape[0], lora_A.shape[1])
 
 
+_class_gradient = define(
+    "class_gradient_(Tensor(a!) grad, Tensor targets, Tensor weight, Tensor scale) -> Tensor",
+    _compute_class_gradient,
+    lambda grad, targets, weight, scale: grad.new_empty(grad.shape[0], weight.shape[1]),
+    lambda grad, targets, weight, scale: 2 * grad.shape[0] * weight.numel(),
+)
 _quantised = define(
     "quantised(Tensor x, Tensor? columns) -> (Tensor, Tensor)",
     _compute_quantised,

@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     "dw_linear_backward": [_I, _L, _L, _L, _P, _P, _I, _P, _P, _P, _P, _L, _F, *[_P] * 5],
     "dw_factors_backward": [_I, _L, _L, _L, _L, _P, _P, _P, _P, _F, _P, _P],
+    "dw_class_gradient": [_L, _L, _L, *[_P] * 6],
     "dw_quantise": [_I, _L, _L, _P, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],

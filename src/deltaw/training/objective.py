@@ -216,8 +216,8 @@ def frozen_head_cross_entropy(
     Args:
         hidden: (P, d). targets: (P). weights: (P). head: (classes, d). bias: (classes) or None.
         scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
-        scales: (classes): the logits are computed in bytes, the head's rows divided by these; their
-            gradient is not, since most of a row's probabilities would vanish beside the largest.
+        scales: (classes): the logits are computed in bytes, the head's rows divided by these, and so is their
+            gradient where there are rows enough to be worth it.
 
     Returns:
         a scalar in fp32, or fp64 for fp64 inputs.
@@ -240,7 +240,11 @@ class _FrozenHead(torch.autograd.Function):
                 logits, targets[part], weights[part], scale=scale, softcap=softcap, grad=wanted
             )
             total += (losses * weights[part]).sum()
-            if grad_hidden is not None:
+            if grad_hidden is None:
+                continue
+            if scales is not None and products.can_round_classes(logits, head):
+                grad_hidden[part] = products.class_gradient_(logits, targets[part], head, scales)
+            else:
                 grad_hidden[part] = products.linear_backward(logits, head)[0]
         ctx.grad_hidden = grad_hidden
         return total

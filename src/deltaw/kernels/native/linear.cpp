@@ -31,7 +31,8 @@ struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else a
     int type;
     int by_column;
     float scale;                  // of fp32 data
-    const float *bytes_of = nullptr;  // (N): bf16 columns become bytes on the way, each divided by its own
+    // Of bf16 data that become bytes on the way, what they are divided by: (N) where `by_column`, else (K).
+    const float *bytes_of = nullptr;
 };
 
 static inline __m256i halves(const float *p, __mmask16 m, __m512 scale) {
@@ -122,6 +123,18 @@ static void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
                 __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at)), high = _mm512_setzero_si512();
                 if (2 * g + 1 < depth) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at + b.ld));
                 _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        } else if (b.type == BF16) {
+            const bf16 *h = (const bf16 *)b.data + n;
+            for (int64_t g = 0; g < groups; g++, to += 128) {
+                __m512i sum = _mm512_setzero_si512();
+                for (int j = 0; j < 4 && 4 * g + j < depth; j++) {
+                    const int64_t k = k0 + 4 * g + j;
+                    const __m512 by = _mm512_set1_ps(b.bytes_of[k] > 0 ? 1.0f / b.bytes_of[k] : 0.0f);
+                    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load16(h + k * b.ld, m), by));
+                    sum = _mm512_or_si512(sum, _mm512_slli_epi32(_mm512_and_si512(q, _mm512_set1_epi32(255)), 8 * j));
+                }
+                _mm512_store_si512(to, sum);
             }
         } else {
             const int8_t *q = (const int8_t *)b.data + k0 * b.ld + n;
@@ -296,11 +309,18 @@ static void run(const Product &p, int thread, int threads) {
     char *right = (char *)room(1, (keep ? own : 1) * line * 128);
     int32_t *starts = (int32_t *)room(13, (keep ? own : 1) * PANEL * 4);
     float *tiles = several ? (float *)room(3, (end - begin) * block * PANEL * 4) : nullptr;
+    // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
+    const bool gather = several && cuts == 1 && p.left_ld * element % 1024 == 0;
+    const int64_t stride = gather ? line * 4 : p.left_ld * element;
+    char *gathered = gather ? (char *)room(14, block * line * 4) : nullptr;
     alignas(64) float small[MOST_ROWS * PANEL];
     for (int64_t b0 = 0; b0 < cut; b0 += block)
         for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) {
             const int64_t deep = std::min(groups - g0, most_groups);
             const bool last = g0 + most_groups >= groups;
+            if (gather)
+                for (int64_t m = 0; m < std::min(block, row1 - row0 - b0); m++)
+                    memcpy(gathered + m * line * 4, (const char *)p.left + ((row0 + b0 + m) * p.left_ld + g0 * Op::PER_GROUP) * element, deep * 4);
             int64_t packed = -1, share = 0;
             Ahead ahead;
             for (int64_t piece = begin; piece < end; piece++) {
@@ -330,13 +350,14 @@ static void run(const Product &p, int thread, int threads) {
                     const int rows = rows_at_once(m1 - m);
                     float *tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
                     const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
+                    if (gather) left = gathered + (m - row0 - b0) * line * 4;
                     ahead.fetch(share);
-                    if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, p.left_ld * element, here, deep, tile, PANEL);
+                    if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
                     else {
                         // Of bytes, each part's own start belongs to it.
                         if (bytes && g0 > 0) add_starts(tile, rows, vecs, start);
                         const float *from = g0 > 0 ? tile : (const float *)start;
-                        products_onto<Op>(rows, vecs, left, p.left_ld * element, here, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
+                        products_onto<Op>(rows, vecs, left, stride, here, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
                     }
                     if (last) {
                         if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, bytes, m, n0, low_right, low_groups);
@@ -427,6 +448,93 @@ static Product plain(int type, int64_t M, int64_t N, int64_t K, const void *left
     p.left = left; p.left_ld = K; p.right = right;
     p.out = out; p.out_ld = N; p.out_type = type; p.out_scale = 1.0f;
     return p;
+}
+
+// dh (M, D) = grad·W, where grad (M, V) is of one sign but for each row's target, as that of a cross-entropy is. The
+// target's part is added as it is; the others are rounded to bytes, times `scales`, in place, with a scale for each row
+// and CLASSES_AT_ONCE classes: one for a whole row would round most of them to 0. W (V, D) in bf16 becomes bytes on the way.
+const int64_t CLASSES_AT_ONCE = 512;
+
+static void bytes_of_classes(int64_t V, bf16 *row, int64_t target, const float *scales, float *block_scales) {
+    uint8_t *out = (uint8_t *)row;  // not ahead of what is read
+    row[target] = 0;
+    for (int64_t v0 = 0; v0 < V; v0 += CLASSES_AT_ONCE, block_scales++) {
+        const int64_t end = std::min(V, v0 + CLASSES_AT_ONCE);
+        __m512 most = _mm512_setzero_ps(), least = most;
+        for (int64_t v = v0; v < end; v += 16) {
+            const __m512 x = _mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v)));
+            most = _mm512_max_ps(most, x);
+            least = _mm512_min_ps(least, x);
+        }
+        const float high = _mm512_reduce_max_ps(most), low = _mm512_reduce_min_ps(least), top = high >= -low ? high : low;
+        *block_scales = top / 255.0f;
+        const __m512 by = _mm512_set1_ps(top != 0 ? 255.0f / top : 0.0f);
+        for (int64_t v = v0; v < end; v += 16) {
+            const __m512 x = _mm512_mul_ps(_mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v))), by);
+            const __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
+            _mm_mask_storeu_epi8(out + v, first(end - v), _mm512_cvtusepi32_epi8(q));
+        }
+    }
+}
+
+extern "C" void dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
+                                  float *block_scales, void *dh) {
+    const int64_t blocks = (V + CLASSES_AT_ONCE - 1) / CLASSES_AT_ONCE, panels = (D + PANEL - 1) / PANEL, groups = CLASSES_AT_ONCE / 4;
+    float *const at_target = (float *)room(15, M * 4);
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of(M, thread, threads, begin, end);
+        for (int64_t m = begin; m < end; m++) {
+            bf16 *row = (bf16 *)grad + m * V;
+            at_target[m] = to_float(row[targets[m]]);
+            bytes_of_classes(V, row, targets[m], scales, block_scales + m * blocks);
+        }
+    });
+    const Right right{weight, D, BF16, 0, 1.0f, scales};
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of(panels, thread, threads, begin, end);
+        if (begin == end) return;
+        const int64_t width = (end - begin) * PANEL;
+        char *packed = (char *)room(1, groups * 128);
+        char *left = (char *)room(14, M * CLASSES_AT_ONCE);
+        float *sums = (float *)room(3, M * width * 4);
+        memset(sums, 0, M * width * 4);
+        alignas(64) float tile[MOST_ROWS * PANEL];
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t v0 = block * CLASSES_AT_ONCE, count = std::min(V - v0, CLASSES_AT_ONCE), deep = (count + 3) / 4;
+            for (int64_t m = 0; m < M; m++) {
+                char *to = left + m * CLASSES_AT_ONCE;
+                memcpy(to, (const char *)((const bf16 *)grad + m * V) + v0, count);
+                memset(to + count, 0, deep * 4 - count);
+            }
+            for (int64_t panel = begin; panel < end; panel++) {
+                const int vecs = D - panel * PANEL > 16 ? 2 : 1;
+                pack<OpS8>(right, V, D, panel * PANEL, v0 / 4, deep, packed);
+                for (int64_t m = 0; m < M;) {
+                    const int rows = rows_at_once(M - m);
+                    products<OpS8>(rows, vecs, left + m * CLASSES_AT_ONCE, CLASSES_AT_ONCE, packed, deep, tile, PANEL);
+                    for (int i = 0; i < rows; i++) {
+                        const __m512 by = _mm512_set1_ps(block_scales[(m + i) * blocks + block]);
+                        for (int v = 0; v < vecs; v++) {
+                            float *to = sums + (m + i) * width + (panel - begin) * PANEL + 16 * v;
+                            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(tile + i * PANEL + 16 * v)), by, _mm512_loadu_ps(to)));
+                        }
+                    }
+                    m += rows;
+                }
+            }
+        }
+        const int64_t n0 = begin * PANEL, n1 = std::min(D, end * PANEL);
+        for (int64_t m = 0; m < M; m++) {
+            const __m512 by = _mm512_set1_ps(at_target[m]);
+            const bf16 *row = (const bf16 *)weight + targets[m] * D;
+            for (int64_t n = n0; n < n1; n += 16) {
+                const __mmask16 mask = first(n1 - n);
+                store16((bf16 *)dh + m * D + n, _mm512_fmadd_ps(by, load16(row + n, mask), load16(sums + m * width + n - n0, mask)), mask);
+            }
+        }
+    });
 }
 
 static const char *at_row(const void *data, int64_t row, int64_t width, int type) {

@@ -240,9 +240,12 @@ static void cross_entropy(int64_t M, int64_t V, T *logits, const int64_t *target
         const float top = _mm512_reduce_max_ps(most);
         const __m512 peak = _mm512_set1_ps(top);
         __m512 sum = _mm512_setzero_ps();
+        float *const raised = grad ? (float *)room(10, (V + 15) / 16 * 64) : nullptr;  // e^(z - top)
         for (int64_t v = 0; v < V; v += 16) {
             __mmask16 k = first(V - v);
-            sum = _mm512_mask_add_ps(sum, k, sum, exp_16(_mm512_sub_ps(value(v, k), peak)));
+            const __m512 e = exp_16(_mm512_sub_ps(value(v, k), peak));
+            if (raised) store16(raised + v, e);
+            sum = _mm512_mask_add_ps(sum, k, sum, e);
         }
         const float total = _mm512_reduce_add_ps(sum);
         const int64_t target = targets[m];
@@ -257,10 +260,9 @@ static void cross_entropy(int64_t M, int64_t V, T *logits, const int64_t *target
         const float at_target = weights[m] * (__builtin_expf(lane[target % 16] - top) / total - 1) * slope;
         for (int64_t v = 0; v < V; v += 16) {
             __mmask16 k = first(V - v);
-            __m512 z = value(v, k);
-            __m512 g = _mm512_mul_ps(_mm512_mul_ps(exp_16(_mm512_sub_ps(z, peak)), w), by);
+            __m512 g = _mm512_mul_ps(_mm512_mul_ps(load16(raised + v), w), by);
             if (cap > 0) {
-                __m512 t = _mm512_mul_ps(z, inverse);
+                __m512 t = _mm512_mul_ps(value(v, k), inverse);
                 g = _mm512_mul_ps(g, _mm512_fnmadd_ps(t, t, one));
             }
             store16(row + v, g, k);

@@ -71,8 +71,8 @@ inline void rows_apart(int64_t rows, Body &&body) {
 // A thread's own room, grown when needed and kept; `slot` tells rooms of one thread apart.
 inline void *room(int slot, size_t bytes) {
     struct Rooms {
-        void *at[14] = {};
-        size_t size[14] = {};
+        void *at[16] = {};
+        size_t size[16] = {};
         ~Rooms() { for (void *p : at) free(p); }
     };
     static thread_local Rooms rooms;
