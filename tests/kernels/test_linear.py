@@ -187,7 +187,7 @@ def test_the_gradient_of_classes_in_bytes_is_near_the_exact_one(compiled, thread
 
 
 def test_rows_a_power_of_two_apart_come_out_the_same(compiled, threads):
-    """Long rows are worked on in parts, which are laid side by side where they would share their places of the cache."""
+    """Parts of long rows are laid side by side where they would share their places in the cache."""
     grad, weight = numbers(40, 4096).to(torch.bfloat16), numbers(4096, 64, seed=1).to(torch.bfloat16)
     found, _ = products.linear_backward(grad, weight)
     close(found, grad.double() @ weight.double(), torch.bfloat16)

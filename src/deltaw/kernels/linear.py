@@ -203,12 +203,12 @@ def factors_backward_twin(
 def class_gradient_(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """grad·W (M, d) of the gradient of a cross-entropy (M, classes), in bytes but for the targets' own part.
 
-    Beside its target a row of such a gradient is of one sign, and most of it is far below its largest number: it
-    is rounded with a scale for each ``CLASSES_AT_ONCE`` classes, to 255 steps.
+    Beside its target a row of such a gradient is of one sign, and most of it is far below its largest number:
+    it is rounded with a scale for each ``CLASSES_AT_ONCE`` classes, to 255 steps.
 
     Args:
-        grad: (M, classes), overwritten. targets: (M), class indices. weight: (classes, d), rounded to bytes as it
-            is read. scale: (classes), see :func:`scales_of_rows`.
+        grad: (M, classes), overwritten. targets: (M), class indices.
+        weight: (classes, d), rounded to bytes as it is read. scale: (classes), see :func:`scales_of_rows`.
     """
     return _class_gradient(grad, targets, weight, scale)
 

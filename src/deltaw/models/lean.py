@@ -452,7 +452,7 @@ class LeanBlock:
         self.picked: Tensor | None = None
         self._layers: list[nn.Linear] = []
         self._inside: list[dict[str, Any]] = []
-        self._state: tuple[Any, ...] = ()
+        self._state: list[Any] = []
         self._lean = False
         self._whole: Block | None = None
         self._factors: list[Tensor] = []
@@ -484,12 +484,11 @@ class LeanBlock:
             self._layers = layers
             self._inside = [vars(m) for m in self.block.modules() if m is not self.block]
         attention = self.attention
-        norms = (attention.norm.weight, attention.norm.bias, self.gated.norm.weight, self.gated.norm.bias)
-        state = (
-            attention.scaling, attention.window, attention.softcap,
-            *[_place(t) for t in norms if t is not None],
-            *[entry for layer in layers for entry in _state(layer)],
-        )  # fmt: skip
+        state: list[Any] = [attention.scaling, attention.window, attention.softcap]
+        for norm in (attention.norm, self.gated.norm):
+            _note_tensors(norm.module, state)
+        for layer in layers:
+            _note(layer, state)
         if state != self._state:
             self._state, self._whole = state, None
             self._lean = all(layer_is_lean(layer) for layer in layers)
@@ -560,20 +559,20 @@ class LeanBlock:
         return self._whole
 
 
-def _state(layer: nn.Linear) -> tuple[Any, ...]:
-    """What a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
-    inside = vars(layer)
-    known = inside.get
-    tensors = (*inside["_parameters"].values(), *inside["_buffers"].values())
-    return (
-        id(layer), layer.training, known("enabled"), known("merged"), known("scaling"), known("dropout"),
-        *((_place(t), t.requires_grad) for t in tensors if t is not None),
-    )  # fmt: skip
+def _note(layer: nn.Linear, state: list[Any]) -> None:
+    """Note what a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
+    of = vars(layer).get
+    state += (id(layer), of("training"), of("enabled"), of("merged"), of("scaling"), of("dropout"))
+    _note_tensors(layer, state)
 
 
-def _place(tensor: Tensor) -> int:
-    """Where a tensor lies; of one without values, which it is."""
-    return tensor.data_ptr() if type(tensor) in ORDINARY else id(tensor)
+def _note_tensors(module: nn.Module, state: list[Any]) -> None:
+    """Note where a module's tensors lie, or which they are if without values, and if they are trained."""
+    for table in (module._parameters, module._buffers):
+        for tensor in table.values():
+            if tensor is not None:
+                place = tensor.data_ptr() if type(tensor) in ORDINARY else id(tensor)
+                state += (place, tensor.requires_grad)
 
 
 def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:

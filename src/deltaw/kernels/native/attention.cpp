@@ -116,6 +116,11 @@ struct Columns {
         vecs = b.count > 16 ? 2 : 1;
     }
 
+    // Whether all columns see all of these keys.
+    bool clear(const Range &r, int64_t key, int64_t count) const {
+        return !(r.own && key + count - 1 > lowest_key) && r.position + key - r.begin >= latest_earliest;
+    }
+
     // Which of 16 columns a key is hidden from.
     __mmask16 hidden(int v, const Range &r, int64_t key) const {
         __mmask16 m = 0;
@@ -160,14 +165,34 @@ struct Kernel {
                 }
     }
 
+    static __m512 raise(__m512 x) { return PER == 1 ? exp2_16(x) : exp2_16_for_bf16(x); }
+
     // Two rows of 16 lanes, interleaved as one line of groups; of fp32 the first alone.
-    static void store_pair(char *into, __m512 one, __m512 two) {
+    static __m512i pair(__m512 one, __m512 two) {
+        if (PER == 1) return (__m512i)one;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(two, one), low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+        return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
+    }
+    static void store_pair(char *into, __m512 one, __m512 two) { _mm512_store_si512(into, pair(one, two)); }
+
+    // Two rows of 16 lanes, `step` numbers apart; of fp32 the first alone.
+    static void store_two(T *rows, int64_t step, __m512 one, __m512 two) {
+        store16(rows, one);
+        if (PER == 2) store16(rows + step, two);
+    }
+
+    // The same, and as a pair.
+    static void store_rows_and_pair(T *rows, int64_t step, char *into, __m512 one, __m512 two) {
         if (PER == 1) {
+            store16((float *)rows, one);
             _mm512_store_ps((float *)into, one);
             return;
         }
-        __m512i low = _mm512_cvtepu16_epi32(narrow(one)), high = _mm512_cvtepu16_epi32(narrow(two));
-        _mm512_store_si512(into, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(two, one);
+        const __m256i low = _mm512_castsi512_si256(both), high = _mm512_extracti64x4_epi64(both, 1);
+        _mm256_storeu_si256((__m256i *)rows, low);
+        _mm256_storeu_si256((__m256i *)(rows + step), high);
+        _mm512_store_si512(into, _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
     }
 
     // (T, heads, d) to (heads, d, padded T).
@@ -224,12 +249,13 @@ struct Kernel {
                 const int64_t n = std::min<int64_t>(KEYS, r.end - k0);
                 products<Op>(n, c.vecs, (const char *)at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS);
                 __m512 most[2] = {top[0], top[1]};
+                const bool clear = c.clear(r, k0, n);
                 for (int64_t i = 0; i < n; i++)
                     for (int v = 0; v < c.vecs; v++) {
                         float *place = scores + i * COLUMNS + 16 * v;
                         __m512 s = _mm512_mul_ps(_mm512_loadu_ps(place), scale);
                         if (z.cap > 0) s = _mm512_mul_ps(cap, tanh_16(s));
-                        s = _mm512_mask_mov_ps(s, c.hidden(v, r, k0 + i), minus);
+                        if (!clear) s = _mm512_mask_mov_ps(s, c.hidden(v, r, k0 + i), minus);
                         _mm512_storeu_ps(place, s);
                         most[v] = _mm512_max_ps(most[v], s);
                     }
@@ -244,8 +270,8 @@ struct Kernel {
                         top[v] = most[v];
                     }
                     for (int64_t i = 0; i < n; i += PER) {
-                        __m512 one = exp2_16(_mm512_sub_ps(_mm512_loadu_ps(scores + i * COLUMNS + 16 * v), top[v])), two = _mm512_setzero_ps();
-                        if (PER == 2 && i + 1 < n) two = exp2_16(_mm512_sub_ps(_mm512_loadu_ps(scores + (i + 1) * COLUMNS + 16 * v), top[v]));
+                        __m512 one = raise(_mm512_sub_ps(_mm512_loadu_ps(scores + i * COLUMNS + 16 * v), top[v])), two = _mm512_setzero_ps();
+                        if (PER == 2 && i + 1 < n) two = raise(_mm512_sub_ps(_mm512_loadu_ps(scores + (i + 1) * COLUMNS + 16 * v), top[v]));
                         total[v] = _mm512_add_ps(total[v], _mm512_add_ps(one, two));
                         store_pair(weights + i / PER * 128 + 64 * v, one, two);
                     }
@@ -321,10 +347,11 @@ struct Kernel {
                 const int64_t n = std::min<int64_t>(KEYS, r.end - k0);
                 products<Op>(n, c.vecs, (const char *)at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS);
                 products<Op>(n, c.vecs, (const char *)at(v, k0, key_head), v.by_token * sizeof(T), grads, z.dv / PER, slopes, COLUMNS);
+                const bool clear = c.clear(r, k0, n);
                 for (int l = 0; l < c.vecs; l++) {
                     const __m512 by = _mm512_load_ps(log + 16 * l), less = _mm512_load_ps(delta + 16 * l);
-                    __m512 before = zero;
-                    for (int64_t i = 0; i < n; i++) {
+                    // The weight of a key and the gradient of its score.
+                    auto weigh = [&](int64_t i, __m512 &p, __m512 &change) {
                         const int64_t place = i * COLUMNS + 16 * l;
                         __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scores + place), scale), bend = one;
                         if (z.cap > 0) {
@@ -332,16 +359,18 @@ struct Kernel {
                             bend = _mm512_fnmadd_ps(t, t, one);
                             s = _mm512_mul_ps(cap, t);
                         }
-                        __m512 p = exp2_16(_mm512_sub_ps(s, by));
-                        p = _mm512_mask_mov_ps(p, c.hidden(l, r, k0 + i), zero);
-                        __m512 change = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(slopes + place), less));
+                        p = raise(_mm512_sub_ps(s, by));
+                        if (!clear) p = _mm512_mask_mov_ps(p, c.hidden(l, r, k0 + i), zero);
+                        change = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(slopes + place), less));
                         if (z.cap > 0) change = _mm512_mul_ps(change, bend);
-                        store16(weights + place, p);
-                        store16(changes + place, change);
-                        if (PER == 1) _mm512_store_ps((float *)(pairs + i * 128 + 64 * l), change);
-                        else if (i & 1) store_pair(pairs + i / 2 * 128 + 64 * l, before, change);
-                        else if (i + 1 == n) store_pair(pairs + i / 2 * 128 + 64 * l, change, zero);
-                        before = change;
+                    };
+                    for (int64_t i = 0; i < n; i += PER) {
+                        __m512 p, change, next_p = zero, next_change = zero;
+                        weigh(i, p, change);
+                        if (PER == 2 && i + 1 < n) weigh(i + 1, next_p, next_change);
+                        const int64_t place = i * COLUMNS + 16 * l;
+                        store_rows_and_pair(changes + place, COLUMNS, pairs + i / PER * 128 + 64 * l, change, next_change);
+                        store_two(weights + place, COLUMNS, p, next_p);
                     }
                 }
                 for (int64_t d0 = 0; d0 < z.dv; d0 += 32)

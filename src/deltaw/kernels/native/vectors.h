@@ -117,6 +117,18 @@ inline __m512 exp2_16(__m512 x) {
     __mmask16 low = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
     return _mm512_mask_mov_ps(_mm512_scalef_ps(p, n), low, _mm512_setzero_ps());
 }
+// The same to 3e-6, which is far below what a bf16 number tells apart.
+inline __m512 exp2_16_for_bf16(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(9.57010002e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.59178602e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40247449e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93121815e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999261e-1f));
+    __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(seen, p, n);
+}
 const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 inline __m512 exp_16(__m512 x) { return exp2_16(_mm512_mul_ps(x, _mm512_set1_ps(LOG2E))); }
 inline __m512 sigmoid_16(__m512 x) {
