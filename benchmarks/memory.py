@@ -258,15 +258,21 @@ def tensors(settings: dict) -> dict:
     from deltaw.memory.measure import peak_tensor_bytes
     from deltaw.training.fit import load_for
     from deltaw.training.planning import plan_run
-    from deltaw.training.session import assemble, read_data
+    from deltaw.training.session import Session, assemble, read_data
 
     config, console = RunConfig.read(settings), Console(quiet=True)
     task, data = read_data(config, console)
     plan = plan_run(config, task, data)
     loaded = load_for(config, task, data, console)
 
+    def assembled() -> Session:
+        return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+
+    # Weights are counted as they stand when the run begins: bytes where they are exchanged for bytes.
+    ready = assembled() if config.precision == "int8" else None
+
     def run() -> None:
-        session = assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+        session = ready or assembled()
         with session.running():
             session.train()
             session.evaluate()

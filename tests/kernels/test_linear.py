@@ -133,8 +133,11 @@ def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_column
         before, _ = products.linear(t["x"], as_bytes, True, by)
         close(on_the_way, before, torch.bfloat16)
     dx, _ = products.linear_backward(t["grad"], as_bytes, True, scale, columns)
-    g, g_scales = products.quantised(t["grad"], scale)
-    exact = (g.double() - 128) @ as_bytes.double() * g_scales.double()[:, None]
+    exact = torch.zeros(rows, n_in, dtype=torch.float64)
+    for at in range(0, n_out, products.BYTES_AT_ONCE):
+        part = slice(at, at + products.BYTES_AT_ONCE)
+        g, g_scales = products.quantised(t["grad"][:, part].contiguous(), scale[part].contiguous())
+        exact += (g.double() - 128) @ as_bytes[part].double() * g_scales.double()[:, None]
     close(dx, exact if columns is None else exact * columns.double(), dtype)
 
 
@@ -191,3 +194,19 @@ def test_rows_a_power_of_two_apart_come_out_the_same(compiled, threads):
     grad, weight = numbers(40, 4096).to(torch.bfloat16), numbers(4096, 64, seed=1).to(torch.bfloat16)
     found, _ = products.linear_backward(grad, weight)
     close(found, grad.double() @ weight.double(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("outputs", [300, 3500])
+def test_a_gradient_with_few_large_numbers_keeps_the_others(compiled, threads, outputs):
+    """In bytes: one scale for a whole row would round most of such a gradient to nothing."""
+    weight, scale = products.quantised_rows(numbers(outputs, 64).float())
+    grad = numbers(70, outputs, seed=1)
+    grad[:, 10] *= 300
+    wide = grad.float() * scale
+    found, _ = products.linear_backward(grad.float(), weight, True, scale)
+    expected, _ = products.linear_backward_twin(grad, weight, True, scale.double())
+    close(found, expected, torch.bfloat16)
+    rest = [n for n in range(outputs) if n // products.BYTES_AT_ONCE > 0]
+    exact = wide.double()[:, rest] @ weight.double()[rest]
+    large, _ = products.linear_backward(grad.float() * (torch.arange(outputs) < 128), weight, True, scale)
+    assert (found.double() - large.double() - exact).norm() < 0.02 * exact.norm()

@@ -4,7 +4,8 @@
 
 The update goes into the sums while they are in registers, so no wide tensor is passed over for it. W may be
 kept as signed bytes with a scale for each of its rows, and serves forward and backward alike: forward, the
-row's scale belongs to an output; backward, it goes into the gradient before that is rounded to bytes itself.
+row's scale belongs to an output; backward, it goes into the gradient before that is rounded to bytes itself,
+with a scale for each ``BYTES_AT_ONCE`` of its numbers, since few of them are large.
 ``columns`` moves size from inputs to weights before both are rounded (SmoothQuant, arXiv 2211.10438, eq. 3):
 x·columns is rounded, and W holds the inverse.
 
@@ -21,8 +22,8 @@ from deltaw.kernels import native
 from deltaw.kernels.operators import define
 
 BYTES = torch.int8
-# Classes whose gradients are rounded with one scale; the kernel's own number.
-CLASSES_AT_ONCE = 512
+# Numbers of a gradient that are rounded with one scale; the kernel's own number.
+BYTES_AT_ONCE = 128
 # From so many rows on, bytes take less time than what rounding the weight costs.
 ROWS_FOR_BYTES = 64
 
@@ -175,14 +176,21 @@ def linear_backward_twin(
     if not need_x:
         return grad.new_empty(0), narrow
     if scale is not None:
-        steps, by = quantised_twin(grad, scale)
-        wide = ((steps.to(scale.dtype) - 128) @ weight.to(scale.dtype)) * by[:, None]
+        wide = _rounded_in_blocks(grad.to(scale.dtype) * scale) @ weight.to(scale.dtype)
         dx = (wide if columns is None else wide * columns).to(grad.dtype)
     else:
         dx = grad @ (weight if by_column else weight.t())
     if lora_A is not None:
         dx = torch.addmm(dx, narrow, lora_A.to(grad.dtype).t())
     return (dx if added is None else dx + added), narrow
+
+
+def _rounded_in_blocks(grad: Tensor) -> Tensor:
+    """Rows of a gradient as bytes have them, with a scale for each ``BYTES_AT_ONCE`` numbers."""
+    blocks = F.pad(grad, (0, -grad.shape[1] % BYTES_AT_ONCE)).unflatten(1, (-1, BYTES_AT_ONCE))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    steps = torch.where(step > 0, blocks / step, torch.zeros_like(blocks))
+    return (torch.round(steps) * step).flatten(1)[:, : grad.shape[1]]
 
 
 def factors_backward(
@@ -204,7 +212,7 @@ def class_gradient_(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor
     """grad·W (M, d) of the gradient of a cross-entropy (M, classes), in bytes but for the targets' own part.
 
     Beside its target a row of such a gradient is of one sign, and most of it is far below its largest number:
-    it is rounded with a scale for each ``CLASSES_AT_ONCE`` classes, to 255 steps.
+    it is rounded with a scale for each ``BYTES_AT_ONCE`` classes, to 255 steps.
 
     Args:
         grad: (M, classes), overwritten. targets: (M), class indices.
@@ -219,7 +227,7 @@ def class_gradient_twin(grad: Tensor, targets: Tensor, weight: Tensor, scale: Te
     own = grad[rows, targets].to(scale.dtype)
     rest = grad.to(scale.dtype) * scale
     rest[rows, targets] = 0
-    blocks = F.pad(rest, (0, -rest.shape[1] % CLASSES_AT_ONCE)).unflatten(1, (-1, CLASSES_AT_ONCE))
+    blocks = F.pad(rest, (0, -rest.shape[1] % BYTES_AT_ONCE)).unflatten(1, (-1, BYTES_AT_ONCE))
     high, low = blocks.amax(-1), blocks.amin(-1)
     step = torch.where(high >= -low, high, low) / 255
     steps = torch.where(step[..., None] != 0, blocks / step[..., None], torch.zeros_like(blocks))
@@ -241,7 +249,7 @@ def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale
     (rows, classes), width = grad.shape, weight.shape[1]
     targets, weight = targets.contiguous(), weight.contiguous()
     out = torch.empty(rows, width, dtype=grad.dtype)
-    block_scales = torch.empty(rows, -(-classes // CLASSES_AT_ONCE))
+    block_scales = torch.empty(rows, -(-classes // BYTES_AT_ONCE))
     native.kernels().dw_class_gradient(
         rows, classes, width, grad.data_ptr(), targets.data_ptr(), weight.data_ptr(), scale.data_ptr(),
         block_scales.data_ptr(), out.data_ptr(),
@@ -311,7 +319,10 @@ def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lo
         narrow = torch.empty(rows, rank, dtype=grad.dtype)
     if need_x:
         dx = torch.empty(rows, width, dtype=grad.dtype)
-    steps, scales = (None, None) if scale is None or not need_x else _room_for_steps(grad)
+    steps = scales = None
+    if scale is not None and need_x:
+        steps = torch.empty(grad.shape, dtype=torch.uint8)
+        scales = torch.empty(rows, -(-out // BYTES_AT_ONCE))
     native.kernels().dw_linear_backward(
         native.number(grad.dtype), rows, out, width, grad.data_ptr(), weight.data_ptr(), by_column,
         native.address(scale), native.address(columns), native.address(lora_A), native.address(lora_B), rank,

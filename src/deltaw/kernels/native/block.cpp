@@ -93,7 +93,7 @@ struct Scratch {
             any |= l->scale != nullptr;
             widest = std::max({widest, l->in, l->out});
         }
-        bytes = from.take(any ? T : 0, widest), scales = from.take(any ? T : 0, 4);
+        bytes = from.take(any ? T : 0, widest), scales = from.take(any ? T : 0, (widest + BYTES_AT_ONCE - 1) / BYTES_AT_ONCE * 4);
         if (!backward) {
             inner = rows(b.inner());
             return;

@@ -29,6 +29,8 @@ void dw_attention_backward(int type, const int64_t *forest, int64_t segments, in
                            const float *logs);
 }
 
+const int64_t BYTES_AT_ONCE = 128;  // numbers of a gradient, or classes, that are rounded to bytes with one scale
+
 // The gradients of a layer's factors; see dw_factors_backward.
 struct FactorsBackward {
     int64_t M, in, out, rank;

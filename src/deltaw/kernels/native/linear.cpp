@@ -183,7 +183,8 @@ struct Product {
     const void *left;      // (M, K), `left_ld` elements from row to row
     int64_t left_ld;
     Right right;
-    const float *row_scale, *column_scale;  // (M), (N) or null; with bytes row_scale is needed
+    const float *row_scale, *column_scale;  // (M), (N) or null
+    const float *block_scale;               // (M, blocks) of bytes, one for each BYTES_AT_ONCE along K, or null
     const void *low;       // H (M, r) in the product's own precision (float where that is fp32), or null
     Right low_right;       // L (r, N)
     int64_t rank;
@@ -266,6 +267,38 @@ static void starts_of_columns(const char *right, int64_t groups, int vecs, int32
     }
 }
 
+// tile (ROWS, 16·VECS) = or += for each block of the left side its whole numbers times the row's scale for it.
+template <int ROWS, int VECS>
+static void add_blocks(const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts, const float *scales, int64_t blocks,
+                       bool fresh, float *tile) {
+    const int64_t at_once = BYTES_AT_ONCE / 4;
+    for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
+        __m512i s[ROWS][VECS];
+        for (int i = 0; i < ROWS; i++)
+            for (int v = 0; v < VECS; v++) s[i][v] = _mm512_load_si512(starts + 16 * v);
+        add_products<OpS8, ROWS, VECS>(left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), s);
+        for (int i = 0; i < ROWS; i++) {
+            const __m512 by = _mm512_set1_ps(scales[i * blocks]);
+            for (int v = 0; v < VECS; v++) {
+                float *to = tile + i * PANEL + 16 * v;
+                const __m512 x = _mm512_cvtepi32_ps(s[i][v]);
+                _mm512_storeu_ps(to, fresh ? _mm512_mul_ps(x, by) : _mm512_fmadd_ps(x, by, _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+template <int VECS>
+static void add_blocks_of(int rows, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts, const float *scales,
+                          int64_t blocks, bool fresh, float *tile) {
+    switch (rows) {
+        case 12: add_blocks<12, VECS>(left, stride, right, groups, starts, scales, blocks, fresh, tile); break;
+        case 8: add_blocks<8, VECS>(left, stride, right, groups, starts, scales, blocks, fresh, tile); break;
+        case 4: add_blocks<4, VECS>(left, stride, right, groups, starts, scales, blocks, fresh, tile); break;
+        case 2: add_blocks<2, VECS>(left, stride, right, groups, starts, scales, blocks, fresh, tile); break;
+        default: add_blocks<1, VECS>(left, stride, right, groups, starts, scales, blocks, fresh, tile);
+    }
+}
+
 static void add_starts(float *tile, int rows, int vecs, const int32_t *starts) {
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < vecs; v++) {
@@ -277,7 +310,8 @@ static void add_starts(float *tile, int rows, int vecs, const int32_t *starts) {
 // One thread's part of a product.
 template <class Op, class LowOp>
 static void run(const Product &p, int thread, int threads) {
-    const bool bytes = Op::PER_GROUP == 4;
+    const bool bytes = Op::PER_GROUP == 4, in_blocks = bytes && p.block_scale;
+    const int64_t block_groups = BYTES_AT_ONCE / 4, blocks = (p.K + BYTES_AT_ONCE - 1) / BYTES_AT_ONCE;
     const int64_t element = 4 / Op::PER_GROUP;
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
     const int64_t low_groups = (p.rank + LowOp::PER_GROUP - 1) / LowOp::PER_GROUP;
@@ -307,7 +341,8 @@ static void run(const Product &p, int thread, int threads) {
     const int64_t first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
     const bool keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
     char *right = (char *)room(1, (keep ? own : 1) * line * 128);
-    int32_t *starts = (int32_t *)room(13, (keep ? own : 1) * PANEL * 4);
+    const int64_t starts_each = (in_blocks ? (line + block_groups - 1) / block_groups : 1) * PANEL;
+    int32_t *starts = (int32_t *)room(13, (keep ? own : 1) * starts_each * 4);
     float *tiles = several ? (float *)room(3, (end - begin) * block * PANEL * 4) : nullptr;
     // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
     const bool gather = several && cuts == 1 && p.left_ld * element % 1024 == 0;
@@ -332,14 +367,17 @@ static void run(const Product &p, int thread, int threads) {
                 const int64_t panel = piece / cuts, n0 = panel * PANEL, place = keep ? panel - first_panel : 0;
                 const int vecs = p.N - n0 > 16 ? 2 : 1;
                 char *const here = right + place * line * 128;
-                int32_t *const start = starts + place * PANEL;
+                int32_t *const start = starts + place * starts_each;
                 if (packed != panel) {
                     if (last && p.rank) pack<LowOp>(p.low_right, p.rank, p.N, n0, 0, low_groups, low_right);
                     packed = panel;
                     ahead.rows = 0;
                     if (!keep || b0 == 0) {
                         pack<Op>(p.right, p.K, p.N, n0, g0, deep, here);
-                        if (bytes) starts_of_columns(here, deep, vecs, start);
+                        if (bytes)
+                            for (int64_t g = 0; g < deep; g += in_blocks ? block_groups : deep)
+                                starts_of_columns(here + g * 128, in_blocks ? std::min(block_groups, deep - g) : deep, vecs,
+                                                  start + (in_blocks ? g / block_groups * PANEL : 0));
                         const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : first_panel;
                         const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
                         if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
@@ -352,7 +390,11 @@ static void run(const Product &p, int thread, int threads) {
                     const char *left = (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * element;
                     if (gather) left = gathered + (m - row0 - b0) * line * 4;
                     ahead.fetch(share);
-                    if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
+                    if (in_blocks) {
+                        const float *scales = p.block_scale + m * blocks + g0 / block_groups;
+                        if (vecs == 2) add_blocks_of<2>(rows, left, stride, here, deep, start, scales, blocks, g0 == 0, tile);
+                        else add_blocks_of<1>(rows, left, stride, here, deep, start, scales, blocks, g0 == 0, tile);
+                    } else if (g0 == 0 && !bytes) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
                     else {
                         // Of bytes, each part's own start belongs to it.
                         if (bytes && g0 > 0) add_starts(tile, rows, vecs, start);
@@ -360,8 +402,8 @@ static void run(const Product &p, int thread, int threads) {
                         products_onto<Op>(rows, vecs, left, stride, here, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
                     }
                     if (last) {
-                        if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, bytes, m, n0, low_right, low_groups);
-                        else finish_rows<LowOp, 1>(rows, p, tile, bytes, m, n0, low_right, low_groups);
+                        if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, bytes && !in_blocks, m, n0, low_right, low_groups);
+                        else finish_rows<LowOp, 1>(rows, p, tile, bytes && !in_blocks, m, n0, low_right, low_groups);
                     }
                     m += rows;
                 }
@@ -405,40 +447,45 @@ static void transpose(int64_t M, int64_t N, const void *from, int64_t ld, void *
 // Rows of fp32 or bf16, times `columns` (K) where given, as unsigned bytes around 128 with a scale a row:
 // value = (byte - 128) · scale. Bytes are clamped to ±127.
 template <class T>
-static void quantise(int64_t M, int64_t K, const T *x, int64_t ld, const float *columns, uint8_t *out, float *scales) {
+static void quantise_row(int64_t K, const T *row, const float *columns, uint8_t *out, float *scale) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = first(K - k);
+        __m512 v = load16(row + k, mask);
+        if (columns) v = _mm512_mul_ps(v, load16(columns + k, mask));
+        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    }
+    const float top = _mm512_reduce_max_ps(most);
+    *scale = top / 127.0f;
+    const __m512 by = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+    const __m512i low = _mm512_set1_epi32(1), high = _mm512_set1_epi32(255), shift = _mm512_set1_epi32(128);
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 mask = first(K - k);
+        __m512 v = load16(row + k, mask);
+        if (columns) v = _mm512_mul_ps(v, load16(columns + k, mask));
+        __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shift);
+        q = _mm512_min_epi32(_mm512_max_epi32(q, low), high);
+        _mm_mask_storeu_epi8(out + k, mask, _mm512_cvtepi32_epi8(q));
+    }
+}
+// With `at_once` numbers to a scale: scales (M, blocks).
+template <class T>
+static void quantise(int64_t M, int64_t K, const T *x, const float *columns, int64_t at_once, uint8_t *out, float *scales) {
+    const int64_t blocks = (K + at_once - 1) / at_once;
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
         part_of(M, thread, threads, begin, end);
-        for (int64_t m = begin; m < end; m++) {
-            const T *row = x + m * ld;
-            __m512 most = _mm512_setzero_ps();
-            for (int64_t k = 0; k < K; k += 16) {
-                __mmask16 mask = first(K - k);
-                __m512 v = load16(row + k, mask);
-                if (columns) v = _mm512_mul_ps(v, load16(columns + k, mask));
-                most = _mm512_max_ps(most, _mm512_abs_ps(v));
-            }
-            const float top = _mm512_reduce_max_ps(most);
-            scales[m] = top / 127.0f;
-            const __m512 by = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
-            const __m512i low = _mm512_set1_epi32(1), high = _mm512_set1_epi32(255), shift = _mm512_set1_epi32(128);
-            for (int64_t k = 0; k < K; k += 16) {
-                __mmask16 mask = first(K - k);
-                __m512 v = load16(row + k, mask);
-                if (columns) v = _mm512_mul_ps(v, load16(columns + k, mask));
-                __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shift);
-                q = _mm512_min_epi32(_mm512_max_epi32(q, low), high);
-                _mm_mask_storeu_epi8(out + m * K + k, mask, _mm512_cvtepi32_epi8(q));
-            }
-        }
+        for (int64_t m = begin; m < end; m++)
+            for (int64_t k = 0, b = 0; k < K; k += at_once, b++)
+                quantise_row(std::min(at_once, K - k), x + m * K + k, columns ? columns + k : nullptr, out + m * K + k, scales + m * blocks + b);
     });
 }
-static void quantise(int type, int64_t M, int64_t K, const void *x, const float *columns, uint8_t *out, float *scales) {
-    if (type == F32) quantise(M, K, (const float *)x, K, columns, out, scales);
-    else quantise(M, K, (const bf16 *)x, K, columns, out, scales);
+static void quantise(int type, int64_t M, int64_t K, const void *x, const float *columns, int64_t at_once, uint8_t *out, float *scales) {
+    if (type == F32) quantise(M, K, (const float *)x, columns, at_once, out, scales);
+    else quantise(M, K, (const bf16 *)x, columns, at_once, out, scales);
 }
 extern "C" void dw_quantise(int type, int64_t M, int64_t K, const void *x, const float *columns, uint8_t *out, float *scales) {
-    quantise(type, M, K, x, columns, out, scales);
+    quantise(type, M, K, x, columns, K, out, scales);
 }
 
 // A product of `type` whose left side has rows of K elements and whose result has rows of N.
@@ -452,14 +499,12 @@ static Product plain(int type, int64_t M, int64_t N, int64_t K, const void *left
 
 // dh (M, D) = grad·W, where grad (M, V) is of one sign but for each row's target, as that of a cross-entropy is. The
 // target's part is added as it is; the others are rounded to bytes, times `scales`, in place, with a scale for each row
-// and CLASSES_AT_ONCE classes: one for a whole row would round most of them to 0. W (V, D) in bf16 becomes bytes on the way.
-const int64_t CLASSES_AT_ONCE = 512;
-
+// and BYTES_AT_ONCE classes: one for a whole row would round most of them to 0. W (V, D) in bf16 becomes bytes on the way.
 static void bytes_of_classes(int64_t V, bf16 *row, int64_t target, const float *scales, float *block_scales) {
     uint8_t *out = (uint8_t *)row;  // not ahead of what is read
     row[target] = 0;
-    for (int64_t v0 = 0; v0 < V; v0 += CLASSES_AT_ONCE, block_scales++) {
-        const int64_t end = std::min(V, v0 + CLASSES_AT_ONCE);
+    for (int64_t v0 = 0; v0 < V; v0 += BYTES_AT_ONCE, block_scales++) {
+        const int64_t end = std::min(V, v0 + BYTES_AT_ONCE);
         __m512 most = _mm512_setzero_ps(), least = most;
         for (int64_t v = v0; v < end; v += 16) {
             const __m512 x = _mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v)));
@@ -479,7 +524,7 @@ static void bytes_of_classes(int64_t V, bf16 *row, int64_t target, const float *
 
 extern "C" void dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
                                   float *block_scales, void *dh) {
-    const int64_t blocks = (V + CLASSES_AT_ONCE - 1) / CLASSES_AT_ONCE, panels = (D + PANEL - 1) / PANEL, groups = CLASSES_AT_ONCE / 4;
+    const int64_t blocks = (V + BYTES_AT_ONCE - 1) / BYTES_AT_ONCE, panels = (D + PANEL - 1) / PANEL, groups = BYTES_AT_ONCE / 4;
     float *const at_target = (float *)room(15, M * 4);
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
@@ -497,14 +542,14 @@ extern "C" void dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, c
         if (begin == end) return;
         const int64_t width = (end - begin) * PANEL;
         char *packed = (char *)room(1, groups * 128);
-        char *left = (char *)room(14, M * CLASSES_AT_ONCE);
+        char *left = (char *)room(14, M * BYTES_AT_ONCE);
         float *sums = (float *)room(3, M * width * 4);
         memset(sums, 0, M * width * 4);
         alignas(64) float tile[MOST_ROWS * PANEL];
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t v0 = block * CLASSES_AT_ONCE, count = std::min(V - v0, CLASSES_AT_ONCE), deep = (count + 3) / 4;
+            const int64_t v0 = block * BYTES_AT_ONCE, count = std::min(V - v0, BYTES_AT_ONCE), deep = (count + 3) / 4;
             for (int64_t m = 0; m < M; m++) {
-                char *to = left + m * CLASSES_AT_ONCE;
+                char *to = left + m * BYTES_AT_ONCE;
                 memcpy(to, (const char *)((const bf16 *)grad + m * V) + v0, count);
                 memset(to + count, 0, deep * 4 - count);
             }
@@ -513,7 +558,7 @@ extern "C" void dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, c
                 pack<OpS8>(right, V, D, panel * PANEL, v0 / 4, deep, packed);
                 for (int64_t m = 0; m < M;) {
                     const int rows = rows_at_once(M - m);
-                    products<OpS8>(rows, vecs, left + m * CLASSES_AT_ONCE, CLASSES_AT_ONCE, packed, deep, tile, PANEL);
+                    products<OpS8>(rows, vecs, left + m * BYTES_AT_ONCE, BYTES_AT_ONCE, packed, deep, tile, PANEL);
                     for (int i = 0; i < rows; i++) {
                         const __m512 by = _mm512_set1_ps(block_scales[(m + i) * blocks + block]);
                         for (int v = 0; v < vecs; v++) {
@@ -553,7 +598,7 @@ extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const vo
         uint8_t *const left_steps = scale ? steps + first * in : nullptr;
         float *const left_scale = scale ? steps_scale + first : nullptr;
         if (rank) run(plain(type, rows, rank, in, left, Right{A, rank, F32, 0, 1.0f}, low), type);
-        if (scale && make_steps) quantise(type, rows, in, left, columns, left_steps, left_scale);
+        if (scale && make_steps) quantise(type, rows, in, left, columns, in, left_steps, left_scale);
         Product p = plain(type, rows, out, in, scale ? left_steps : left, Right{weight, by_column ? in : out, weight_type, by_column, 1.0f, scale},
                           (void *)at_row(y, first, out, type));
         if (scale) p.row_scale = left_scale, p.column_scale = scale;
@@ -565,7 +610,7 @@ extern "C" void dw_linear(int type, int64_t M, int64_t out, int64_t in, const vo
 }
 
 // narrow (M, r) = scaling·grad·Bᵀ, and where dx (M, in) is not null dx = grad·W + narrow·Aᵀ + added. In bytes the gradient
-// is rounded here, times `scale`, into `steps`.
+// is rounded here, times `scale`, into `steps`, with a scale for each BYTES_AT_ONCE numbers: a row of it has few that are large.
 extern "C" void dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column,
                                    const float *scale, const float *columns, const float *A, const float *B, int64_t rank, float scaling,
                                    const void *added, uint8_t *steps, float *steps_scale, void *dx, void *narrow) {
@@ -575,11 +620,11 @@ extern "C" void dw_linear_backward(int type, int64_t M, int64_t out, int64_t in,
         if (rank) run(plain(type, rows, rank, out, left, Right{B, out, F32, 1, scaling}, low), type);
         if (!dx) return;
         uint8_t *const left_steps = scale ? steps + first * out : nullptr;
-        float *const left_scale = scale ? steps_scale + first : nullptr;
-        if (scale) quantise(type, rows, out, left, scale, left_steps, left_scale);
+        float *const left_scale = scale ? steps_scale + first * ((out + BYTES_AT_ONCE - 1) / BYTES_AT_ONCE) : nullptr;
+        if (scale) quantise(type, rows, out, left, scale, BYTES_AT_ONCE, left_steps, left_scale);
         Product p = plain(type, rows, in, out, scale ? left_steps : left, Right{weight, by_column ? in : out, scale ? S8 : type, !by_column, 1.0f},
                           (void *)at_row(dx, first, in, type));
-        if (scale) p.row_scale = left_scale, p.column_scale = columns;
+        if (scale) p.block_scale = left_scale, p.column_scale = columns;
         if (rank) p.low = low, p.rank = rank, p.low_right = Right{A, rank, F32, 1, 1.0f};
         p.added = at_row(added, first, in, type); p.added_ld = in;
         run(p, scale ? S8 : type);
