@@ -88,6 +88,7 @@ def test_lean_blocks_equal_the_models_own(family, recompute):
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 2e-4
     assert all("forward" not in vars(block) for block in model.base_model.layers)
+    assert all(lean._whole is None and not lean._factors for lean in lean_blocks(model).blocks)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
@@ -199,8 +200,6 @@ def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, lengths, mo
     out, grads = outputs_and_gradients(model, True, lengths)
     assert len(calls) >= 3
     monkeypatch.setattr("deltaw.models.lean.serves_block", lambda *args: False)
-    for lean in lean_blocks(model).blocks:
-        lean._whole = None
     expected, expected_grads = outputs_and_gradients(model, True, lengths)
     assert torch.equal(out, expected)
     for ours, theirs in zip(grads, expected_grads, strict=True):

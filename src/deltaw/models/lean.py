@@ -493,6 +493,11 @@ class LeanBlock:
             self._state, self._whole = state, None
             self._lean = all(layer_is_lean(layer) for layer in layers)
 
+    def forget(self) -> None:
+        """Let go of the tensors that were noted."""
+        self._layers, self._inside, self._state, self._factors = [], [], [], []
+        self._whole = None
+
     def _watched(self) -> bool:
         """Whether somebody looks at, or has changed, what goes on inside the block."""
         return any(

@@ -105,8 +105,10 @@ class Lean:
         try:
             yield
         finally:
-            for module, _ in used:
+            for module, lean in used:
                 del vars(module)["forward"]
+                if isinstance(lean, LeanBlock):
+                    lean.forget()
 
 
 def recognise(model: nn.Module) -> Lean:
