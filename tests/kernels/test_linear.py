@@ -72,8 +72,10 @@ def test_forward_and_backward_equal_the_twin(size, dtype, rank, by_column):
         t["x"].double(), h.double(), exact["grad"], narrow.double(), 0.5
     )
     assert of_A.dtype == of_B.dtype == torch.float32
-    close(of_A, A_exact, torch.float32)
-    close(of_B, B_exact, torch.float32)
+    # Torch's own product rounds its sums to the factors' type; the compiled one gives them as they are.
+    rounded = torch.float32 if products.native.library() else dtype
+    close(of_A, A_exact, rounded)
+    close(of_B, B_exact, rounded)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
