@@ -238,16 +238,19 @@ def class_gradient_twin(grad: Tensor, targets: Tensor, weight: Tensor, scale: Te
 
 def can_round_classes(grad: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernel serves :func:`class_gradient_`, and is worth its while."""
-    if not native.serves(grad, weight) or grad.dtype != torch.bfloat16:
+    return _rounds_classes(grad, weight) and grad.shape[0] >= ROWS_FOR_BYTES
+
+
+def _rounds_classes(grad: Tensor, weight: Tensor) -> bool:
+    if not native.serves(grad, weight) or grad.dtype != torch.bfloat16 or grad.shape[1] < 2:
         return False
-    return grad.is_contiguous() and weight.is_contiguous() and grad.shape[0] >= ROWS_FOR_BYTES
+    return grad.is_contiguous() and weight.is_contiguous()
 
 
 def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    if not (native.serves(grad, weight) and grad.dtype == torch.bfloat16 and grad.is_contiguous()):
+    if not _rounds_classes(grad, weight):
         return class_gradient_twin(grad, targets, weight, scale)
-    (rows, classes), width = grad.shape, weight.shape[1]
-    targets, weight = targets.contiguous(), weight.contiguous()
+    (rows, classes), width, targets = grad.shape, weight.shape[1], targets.contiguous()
     out = torch.empty(rows, width, dtype=grad.dtype)
     block_scales = torch.empty(rows, -(-classes // BYTES_AT_ONCE))
     native.kernels().dw_class_gradient(

@@ -182,6 +182,7 @@ struct Product {
     int64_t M, N, K;
     const void *left;      // (M, K), `left_ld` elements from row to row
     int64_t left_ld;
+    int left_middle;       // of bytes, which of them stands for 0: 128, or 0
     Right right;
     const float *row_scale, *column_scale;  // (M), (N) or null
     const float *block_scale;               // (M, blocks) of bytes, one for each BYTES_AT_ONCE along K, or null
@@ -257,13 +258,13 @@ static void finish_rows(int rows, const Product &p, const float *tile, bool byte
     }
 }
 
-// Minus 128 times the sums of a panel's columns, where sums of bytes begin: left bytes stand around 128.
-static void starts_of_columns(const char *right, int64_t groups, int vecs, int32_t *starts) {
+// Where sums of bytes begin: minus the middle of the left bytes times the sums of a panel's columns.
+static void starts_of_columns(const char *right, int64_t groups, int vecs, int middle, int32_t *starts) {
     const __m512i ones = _mm512_set1_epi32(0x01010101);
     for (int v = 0; v < vecs; v++) {
         __m512i s = _mm512_setzero_si512();
         for (int64_t g = 0; g < groups; g++) s = _mm512_dpbusd_epi32(s, ones, _mm512_load_si512(right + 128 * g + 64 * v));
-        _mm512_store_si512(starts + 16 * v, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(s, 7)));
+        _mm512_store_si512(starts + 16 * v, _mm512_mullo_epi32(s, _mm512_set1_epi32(-middle)));
     }
 }
 
@@ -376,7 +377,7 @@ static void run(const Product &p, int thread, int threads) {
                         pack<Op>(p.right, p.K, p.N, n0, g0, deep, here);
                         if (bytes)
                             for (int64_t g = 0; g < deep; g += in_blocks ? block_groups : deep)
-                                starts_of_columns(here + g * 128, in_blocks ? std::min(block_groups, deep - g) : deep, vecs,
+                                starts_of_columns(here + g * 128, in_blocks ? std::min(block_groups, deep - g) : deep, vecs, p.left_middle,
                                                   start + (in_blocks ? g / block_groups * PANEL : 0));
                         const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : first_panel;
                         const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
@@ -492,7 +493,7 @@ extern "C" void dw_quantise(int type, int64_t M, int64_t K, const void *x, const
 static Product plain(int type, int64_t M, int64_t N, int64_t K, const void *left, const Right &right, void *out) {
     Product p{};
     p.M = M; p.N = N; p.K = K;
-    p.left = left; p.left_ld = K; p.right = right;
+    p.left = left; p.left_ld = K; p.left_middle = 128; p.right = right;
     p.out = out; p.out_ld = N; p.out_type = type; p.out_scale = 1.0f;
     return p;
 }
@@ -524,8 +525,8 @@ static void bytes_of_classes(int64_t V, bf16 *row, int64_t target, const float *
 
 extern "C" void dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
                                   float *block_scales, void *dh) {
-    const int64_t blocks = (V + BYTES_AT_ONCE - 1) / BYTES_AT_ONCE, panels = (D + PANEL - 1) / PANEL, groups = BYTES_AT_ONCE / 4;
-    float *const at_target = (float *)room(15, M * 4);
+    const int64_t blocks = (V + BYTES_AT_ONCE - 1) / BYTES_AT_ONCE;
+    float *const at_target = (float *)room(15, M * 4), *const sums = (float *)room(12, M * D * 4);
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
         part_of(M, thread, threads, begin, end);
@@ -535,48 +536,18 @@ extern "C" void dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, c
             bytes_of_classes(V, row, targets[m], scales, block_scales + m * blocks);
         }
     });
-    const Right right{weight, D, BF16, 0, 1.0f, scales};
+    Product p = plain(F32, M, D, V, grad, Right{weight, D, BF16, 0, 1.0f, scales}, sums);
+    p.left_ld = 2 * V; p.left_middle = 0; p.block_scale = block_scales;
+    run(p, S8);
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
-        part_of(panels, thread, threads, begin, end);
-        if (begin == end) return;
-        const int64_t width = (end - begin) * PANEL;
-        char *packed = (char *)room(1, groups * 128);
-        char *left = (char *)room(14, M * BYTES_AT_ONCE);
-        float *sums = (float *)room(3, M * width * 4);
-        memset(sums, 0, M * width * 4);
-        alignas(64) float tile[MOST_ROWS * PANEL];
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t v0 = block * BYTES_AT_ONCE, count = std::min(V - v0, BYTES_AT_ONCE), deep = (count + 3) / 4;
-            for (int64_t m = 0; m < M; m++) {
-                char *to = left + m * BYTES_AT_ONCE;
-                memcpy(to, (const char *)((const bf16 *)grad + m * V) + v0, count);
-                memset(to + count, 0, deep * 4 - count);
-            }
-            for (int64_t panel = begin; panel < end; panel++) {
-                const int vecs = D - panel * PANEL > 16 ? 2 : 1;
-                pack<OpS8>(right, V, D, panel * PANEL, v0 / 4, deep, packed);
-                for (int64_t m = 0; m < M;) {
-                    const int rows = rows_at_once(M - m);
-                    products<OpS8>(rows, vecs, left + m * BYTES_AT_ONCE, BYTES_AT_ONCE, packed, deep, tile, PANEL);
-                    for (int i = 0; i < rows; i++) {
-                        const __m512 by = _mm512_set1_ps(block_scales[(m + i) * blocks + block]);
-                        for (int v = 0; v < vecs; v++) {
-                            float *to = sums + (m + i) * width + (panel - begin) * PANEL + 16 * v;
-                            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(tile + i * PANEL + 16 * v)), by, _mm512_loadu_ps(to)));
-                        }
-                    }
-                    m += rows;
-                }
-            }
-        }
-        const int64_t n0 = begin * PANEL, n1 = std::min(D, end * PANEL);
-        for (int64_t m = 0; m < M; m++) {
+        part_of(M, thread, threads, begin, end);
+        for (int64_t m = begin; m < end; m++) {
             const __m512 by = _mm512_set1_ps(at_target[m]);
             const bf16 *row = (const bf16 *)weight + targets[m] * D;
-            for (int64_t n = n0; n < n1; n += 16) {
-                const __mmask16 mask = first(n1 - n);
-                store16((bf16 *)dh + m * D + n, _mm512_fmadd_ps(by, load16(row + n, mask), load16(sums + m * width + n - n0, mask)), mask);
+            for (int64_t n = 0; n < D; n += 16) {
+                const __mmask16 mask = first(D - n);
+                store16((bf16 *)dh + m * D + n, _mm512_fmadd_ps(by, load16(row + n, mask), load16(sums + m * D + n, mask)), mask);
             }
         }
     });
