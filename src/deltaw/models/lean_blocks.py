@@ -1,7 +1,7 @@
 """Which blocks of a model can be lean, found by their parts, tried, and put in place for a while.
 
 A block is recognised by what it has, not by its name, and then tried: on a few tokens its lean form must give
-what its own code gives. Knows transformers' decoder blocks; what a lean block computes is said in ``lean``.
+what its own code gives. Knows transformers' decoder blocks; what a lean block computes is said in ``lean_halves``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from deltaw.kernels import rows
 from deltaw.kernels.layout import Layout
 from deltaw.models.blocks import blocks_of
-from deltaw.models.lean import AttentionHalf, GatedHalf, LeanBlock, LeanNorm, Norm
+from deltaw.models.lean import LeanBlock, LeanNorm
+from deltaw.models.lean_halves import AttentionHalf, GatedHalf, Norm
 from deltaw.models.machine import Choice
 
 # Names of activation functions in transformers' modules, and the kernels' names for them.

@@ -167,12 +167,7 @@ def train(
                 outcome.interrupted = True
                 break
             norm = _gradient_norm(masters.trained, max_grad_norm)
-            if not math.isfinite(loss_sum) or not math.isfinite(norm):
-                raise UserError(
-                    f"training diverged: loss {loss_sum / labels:.3g}, gradient norm {norm:.3g}",
-                    where=f"step {number + 1} of {total_steps}",
-                    mend="lower train.learning_rate, or lengthen train.warmup",
-                )
+            _check_finite(loss_sum / labels, norm, where=f"step {number + 1} of {total_steps}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             masters.write_back()
@@ -217,6 +212,16 @@ def _gradients(
         if stopped():
             break
     return loss_sum, tokens, computed
+
+
+def _check_finite(loss: float, norm: float, *, where: str) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise UserError(
+        f"training diverged: loss {loss:.3g}, gradient norm {norm:.3g}",
+        where=where,
+        mend="lower train.learning_rate, or lengthen train.warmup",
+    )
 
 
 def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:

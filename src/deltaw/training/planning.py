@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError, did_you_mean
@@ -107,56 +108,35 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     torch.set_num_threads(threads)  # what some operators take beside their results goes by it
     before = resident_bytes()
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    with without_values():
-        model = skeleton(
-            config.model,
-            dtype=dtype,
-            task=config.task,
-            num_labels=task.outputs(data),
-            trust_remote_code=config.trust_remote_code,
-        )
-        total = sum(p.numel() for p in model.parameters())
-        if config.precision == "int8":
+    model = _model_without_values(config, task, data, dtype)
+    total = sum(p.numel() for p in model.parameters())
+    if config.precision == "int8":
+        with without_values():
             keep_in_bytes(model.base_model)
     new: list[str] = []
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
-    made: list[tuple[Session, Heaviest, WorkCounter, _Telling, int, int]] = []
+    made: list[_CarriedOut] = []
 
     def run() -> None:
-        session = assemble(config, task, data, model, device="cpu", new_modules=new)
-        heaviest = heaviest_step(session)
-        telling, marks = _Telling(session, heaviest.labelled), [(0, 0)]
-        with session.running(), WorkCounter() as work:
-            session.train(
-                rows=heaviest.rows,
-                batch_size=len(heaviest.rows),
-                total_steps=STEPS_CARRIED_OUT + (1 if heaviest.labelled else 0),
-                portions=telling,
-                on_step=lambda step: marks.append((work.operations, work.operators)),
-            )
-        if session.data.held_out:
-            with session.running():
-                judge(session, longest_rows(session))
-        share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
-        operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
-        made.append((session, heaviest, work, telling, operations, operators))
+        made.append(_carry_out(assemble(config, task, data, model, device="cpu", new_modules=new)))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
-    ((session, heaviest, work, telling, operations, operators),) = made
+    (done,) = made
+    heaviest, telling = done.heaviest, done.telling
     with without_values():
-        trained = sum(p.numel() for _, p in session.method.parameters(model))
+        trained = sum(p.numel() for _, p in done.session.method.parameters(model))
     resident = resident_parts(
         footprint,
         process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=kernel_bytes(
-            work,
+            done.work,
             varying=[(telling.sizes, heaviest.token_counts), (telling.rows, heaviest.row_counts)],
             lengths=len({length for _, length in heaviest.every}),
             tiles=max(1.0, heaviest.tile_shapes / max(1, len(telling.tiles))),
         ),
-        feature_bytes=0 if session.prefix is None else session.prefix.store.shape.bytes,
+        feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
         threads=threads,
     )
     # Weights of another type are made from files that are mapped meanwhile: of a small run that is the most.
@@ -179,9 +159,53 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
         rows=len(heaviest.rows),
         timeline=footprint.timeline,
         precision=dtype,
-        operations=operations,
-        operators=operators,
+        operations=done.operations,
+        operators=done.operators,
     )
+
+
+def _model_without_values(config: RunConfig, task: Task, data: RunData, dtype: str) -> PreTrainedModel:
+    """The run's model before anything is done to it."""
+    with without_values():
+        return skeleton(
+            config.model,
+            dtype=dtype,
+            task=config.task,
+            num_labels=task.outputs(data),
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True)
+class _CarriedOut:
+    """What a run without values has shown: ``operations`` and ``operators`` are those of its heaviest step."""
+
+    session: Session
+    heaviest: Heaviest
+    work: WorkCounter
+    telling: _Telling
+    operations: int
+    operators: int
+
+
+def _carry_out(session: Session) -> _CarriedOut:
+    """A few of the heaviest steps, and the longest rows judged."""
+    heaviest = heaviest_step(session)
+    telling, marks = _Telling(session, heaviest.labelled), [(0, 0)]
+    with session.running(), WorkCounter() as work:
+        session.train(
+            rows=heaviest.rows,
+            batch_size=len(heaviest.rows),
+            total_steps=STEPS_CARRIED_OUT + (1 if heaviest.labelled else 0),
+            portions=telling,
+            on_step=lambda step: marks.append((work.operations, work.operators)),
+        )
+    if session.data.held_out:
+        with session.running():
+            judge(session, longest_rows(session))
+    share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
+    operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
+    return _CarriedOut(session, heaviest, work, telling, operations, operators)
 
 
 def chosen_methods(text: str, own: str) -> list[str]:
