@@ -1,7 +1,8 @@
 """Which blocks of a model can be lean, found by their parts, tried, and put in place for a while.
 
 A block is recognised by what it has, not by its name, and then tried: on a few tokens its lean form must give
-what its own code gives. Knows transformers' decoder blocks; what a lean block computes is said in ``lean_halves``.
+what its own code gives. Knows transformers' decoder blocks; what a lean block computes is said in
+``lean_halves``.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def _model_without_values(config: RunConfig, task: Task, data: RunData, dtype: s
 
 @dataclass(frozen=True)
 class _CarriedOut:
-    """What a run without values has shown: ``operations`` and ``operators`` are those of its heaviest step."""
+    """What a run without values shows; ``operations`` and ``operators`` are those of its heaviest step."""
 
     session: Session
     heaviest: Heaviest
