@@ -287,3 +287,20 @@ def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
     assert set(report.kept) >= {f"layers.1.self_attn.{name}_proj" for name in "qkv"}
     assert type(model.base_model.layers[1].self_attn.q_proj) is nn.Linear
     assert "left as they were" in str(report)
+
+
+@pytest.mark.parametrize("trained", ["input_layernorm", "mlp", "self_attn", "q_norm", "down_proj"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3"])
+def test_whole_modules_trained_inside_a_block_get_their_gradients(family, trained):
+    model = model_of(family)
+    if not any(name.endswith(trained) for name, _ in model.named_modules()):
+        pytest.skip(f"{family} has no {trained}")
+    with flat_rows(model):
+        assert lean_blocks(model).choice.value
+    target = "v_proj" if trained != "self_attn" else "up_proj"
+    adapted(model, target_modules=[target], train_modules=[trained])
+    expected, expected_grads = outputs_and_gradients(model, lean=False)
+    out, grads = outputs_and_gradients(model, lean=True)
+    assert off(out, expected) < 1e-5
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert ours is not None and off(ours, theirs) < 2e-4

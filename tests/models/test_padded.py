@@ -21,6 +21,8 @@ def encoder() -> transformers.BertModel:
 def test_an_encoder_gives_the_same_outputs_and_gradients():
     model = encoder()
     tokens = torch.randint(0, 60, (4, 21), generator=torch.Generator().manual_seed(0))
+    # Not their squares: behind a LayerNorm the sum of squares is constant, and its gradient rounding alone.
+    toward = torch.randn(4, 21, 32, generator=torch.Generator().manual_seed(1))
     for lengths in ([21, 3, 12, 1], [21, 21, 21, 21]):
         mask = (torch.arange(21) < torch.tensor(lengths)[:, None]).long()
         found = []
@@ -28,10 +30,11 @@ def test_an_encoder_gives_the_same_outputs_and_gradients():
             model.zero_grad()
             with way(model) if way else torch.enable_grad():
                 out = model(input_ids=tokens, attention_mask=mask).last_hidden_state
-                (out * mask[..., None]).square().sum().backward()
+                (out * toward * mask[..., None]).sum().backward()
             found.append([out.detach()[mask.bool()], model.embeddings.word_embeddings.weight.grad.clone()])
         for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            # Sums of some hundred fp32 products in another order: of the norm, whatever the processor.
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels import native
+from deltaw.kernels.bounds import check_targets
 from deltaw.kernels.operators import define
 
 BYTES = torch.int8
@@ -248,6 +249,7 @@ def _rounds_classes(grad: Tensor, weight: Tensor) -> bool:
 
 
 def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    check_targets(targets, grad.shape[1])
     if not _rounds_classes(grad, weight):
         return class_gradient_twin(grad, targets, weight, scale)
     (rows, classes), width, targets = grad.shape, weight.shape[1], targets.contiguous()

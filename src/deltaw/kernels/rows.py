@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels import native
+from deltaw.kernels.bounds import check_targets
 from deltaw.kernels.operators import define
 
 # Activation functions of gated and plain MLPs, by the kernels' own numbers.
@@ -237,6 +238,7 @@ def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
 
 
 def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ignore[no-untyped-def]
+    check_targets(targets, logits.shape[1])
     if not native.serves(logits) or not logits.is_contiguous():
         return cross_entropy_twin_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
     targets, weights = targets.contiguous(), weights.float().contiguous()

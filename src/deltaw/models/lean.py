@@ -111,6 +111,9 @@ class LeanBlock:
         self.own = block.forward
         self.picked: Tensor | None = None
         self._layers: list[nn.Linear] = []
+        self._modules: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
+        self._complete = False
         self._inside: list[dict[str, Any]] = []
         self._state: list[Any] = []
         self._lean = False
@@ -140,22 +143,47 @@ class LeanBlock:
     def _look(self) -> None:
         """Look the block's layers over again; what is known of them is forgotten if one has changed."""
         layers = self.layers
-        if layers != self._layers:
-            self._layers = layers
-            self._inside = [vars(m) for m in self.block.modules() if m is not self.block]
+        modules = list(self.block.modules())
+        if layers != self._layers or modules != self._modules:
+            self._layers, self._modules = layers, modules
+            self._inside = [vars(m) for m in modules if m is not self.block]
+            # A part that was found at first and has been replaced since, by a trained copy for example.
+            self._complete = {id(part) for part in self._parts()} <= {id(m) for m in modules}
+            self._parameters = list(self.block.parameters())
         attention = self.attention
         state: list[Any] = [attention.scaling, attention.window, attention.softcap]
         for norm in (attention.norm, self.gated.norm):
             _note_tensors(norm.module, state)
         for layer in layers:
             _note(layer, state)
+        state += [p.requires_grad for p in self._parameters]
         if state != self._state:
             self._state, self._whole = state, None
-            self._lean = all(layer_is_lean(layer) for layer in layers)
+            self._lean = self._complete and self._trains_factors_alone()
+
+    def _parts(self) -> list[nn.Module]:
+        """The modules that this block's way computes with, as they were found."""
+        attention, gated = self.attention, self.gated
+        norms = (attention.norm, attention.query_norm, attention.key_norm, attention.after, gated.norm)
+        named = [norm.module for norm in (*norms, gated.after) if norm is not None]
+        return [attention.holder, gated.holder, *named]
+
+    def _trains_factors_alone(self) -> bool:
+        """Whether every trained parameter in the block is a factor that this way has a gradient for."""
+        if not all(layer_is_lean(layer) for layer in self._layers):
+            return False
+        factors = {
+            id(factor)
+            for layer in self._layers
+            if isinstance(layer, LoRALinear)
+            for factor in (layer.lora_A, layer.lora_B)
+        }
+        return all(id(p) in factors for p in self.block.parameters() if p.requires_grad)
 
     def forget(self) -> None:
         """Let go of the tensors that were noted."""
         self._layers, self._inside, self._state, self._factors = [], [], [], []
+        self._modules, self._parameters = [], []
         self._whole = None
 
     def _watched(self) -> bool:

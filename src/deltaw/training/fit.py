@@ -31,6 +31,7 @@ from deltaw.reports.card import model_card
 from deltaw.reports.plan import plan_lines
 from deltaw.training.budget import parse_bytes, within_memory
 from deltaw.training.evaluation import Evaluation
+from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.loop import Outcome, Step, seeded
 from deltaw.training.planning import plan_run
 from deltaw.training.progress import TrainingProgress
@@ -120,6 +121,8 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
         folder.write_tokenizer(task.tokenizer)
     try:
         outcome, evaluation = _train(session, folder, console)
+    except UntrainedParameterError:
+        raise
     except UserError:
         console.print(f"the adapter as it was before is in {folder.path}", highlight=False)
         raise
@@ -226,15 +229,20 @@ def _train(session: Session, folder: RunFolder, console: Console) -> tuple[Outco
             if every and step.step % every == 0 and step.step < total:
                 evaluate(step.step)
 
+        keep = True
         try:
             outcome = session.train(on_step=on_step)
+        except UntrainedParameterError:
+            keep = False  # nothing is saved as trained that is not
+            raise
         finally:
-            session.method.save(
-                session.model,
-                folder.path,
-                base_model=session.config.model,
-                metadata=_metadata(session.data),
-            )
+            if keep:
+                session.method.save(
+                    session.model,
+                    folder.path,
+                    base_model=session.config.model,
+                    metadata=_metadata(session.data),
+                )
         if not outcome.interrupted:
             evaluation = evaluate(outcome.steps)
     return outcome, evaluation

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.models.machine import keep_freed_memory, trim_memory
+from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.masters import Masters
 from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps
 
@@ -121,6 +122,8 @@ def train(
     learning_rate: float,
     total_steps: int,
     rate_factors: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+    may_skip: Callable[[str], bool] = lambda name: False,
     after_step: Callable[[], None] | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -140,16 +143,23 @@ def train(
         objective: the sum of a batch's losses, such as
             :class:`deltaw.training.objective.CausalObjective`.
         rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
+        names: of the parameters, for messages.
+        may_skip: whether a model may leave the parameter of this name out of a step by design; see
+            :mod:`deltaw.training.guarantee`.
         after_step: called once the optimizer has changed the parameters.
         on_step: told of each step after it; the time it takes is not counted.
 
     Raises:
         UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
+        UntrainedParameterError: a parameter has no gradient in the first step, or did not move in two.
     """
     keep_freed_memory()
     warm = warmup_steps(warmup, total_steps)
     outcome = Outcome()
     with Masters(parameters) as masters, _stop_signals() as stopped, _frozen_heap():
+        check = TrainedCheck(
+            names or [f"parameter {n}" for n in range(len(parameters))], masters.trained, may_skip
+        )
         optimizer = adamw(
             masters.trained, learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
         )
@@ -168,7 +178,9 @@ def train(
                 break
             norm = _gradient_norm(masters.trained, max_grad_norm)
             _check_finite(loss_sum / labels, norm, where=f"step {number + 1} of {total_steps}")
+            check.before_update()
             optimizer.step()
+            check.after_update()
             optimizer.zero_grad(set_to_none=True)
             masters.write_back()
             if after_step is not None:

@@ -32,6 +32,7 @@ from deltaw.models.quiet import quiet
 from deltaw.models.skeleton import has_values
 from deltaw.training.evaluation import Evaluation
 from deltaw.training.features import CachedPrefix
+from deltaw.training.guarantee import may_skip
 from deltaw.training.label_objective import start_at_mean
 from deltaw.training.loop import Objective, Outcome, Passes, Step, count_steps, seeded, train
 from deltaw.training.objective import loss_of_outputs
@@ -141,6 +142,8 @@ class Session:
             learning_rate=learning_rate or self.learning_rate,
             total_steps=total_steps or self.total_steps,
             rate_factors=[self.method.rate_factor(name) for name, _ in named],
+            names=[name for name, _ in named],
+            may_skip=may_skip(self.model),
             after_step=lambda: self.method.after_step(self.model),
             batch_size=batch_size or settings.batch_size,
             seed=settings.seed,

@@ -1,0 +1,94 @@
+"""A parameter that is said to be trained is trained, or the run ends and says which is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.training.guarantee import (
+    TrainedCheck,
+    UntrainedParameterError,
+    UntrainedParameterWarning,
+    may_skip,
+)
+
+
+def steps(network: nn.Module, loss_of, count: int = 3, **settings: object) -> None:
+    named = list(network.named_parameters())
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=1e-3)
+    check = TrainedCheck([n for n, _ in named], [p for _, p in named], **settings)
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(network).backward()
+        check.before_update()
+        optimizer.step()
+        check.after_update()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+X = torch.ones(2, 4)
+
+
+def test_what_is_trained_passes():
+    steps(network(), lambda n: n(X).square().sum())
+
+
+def test_a_parameter_without_a_gradient_is_named_at_the_first_step():
+    with pytest.raises(UntrainedParameterError, match="'0.weight', '0.bias' received no gradient"):
+        steps(network(), lambda n: n[1](X).square().sum(), count=1)
+
+
+def test_a_gradient_of_zeros_is_found_after_two_steps():
+    def cut(n: nn.Sequential) -> torch.Tensor:
+        return (n[1](X) + 0 * n[0](X)).square().sum()
+
+    steps(network(), cut, count=1)
+    with pytest.raises(UntrainedParameterError, match="'0.weight', '0.bias' did not move in two steps"):
+        steps(network(), cut, count=2)
+
+
+def test_a_factor_may_wait_for_its_partner():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.zeros(2, 4))
+
+    steps(Pair(), lambda n: (X @ n.lora_A @ n.lora_B + X).square().sum())
+
+
+def test_a_rate_too_small_to_change_anything_is_no_training():
+    net = network()
+    named = list(net.named_parameters())
+    check = TrainedCheck([n for n, _ in named], [p for _, p in named])
+    with pytest.raises(UntrainedParameterError, match="did not move"):
+        for _ in range(2):
+            net(X).square().sum().backward()
+            check.before_update()
+            check.after_update()
+
+
+def test_experts_and_embeddings_may_be_skipped():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.other = nn.Linear(4, 4)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    model.words = nn.Embedding(9, 4)
+
+    def first_expert_only(m: nn.Module) -> torch.Tensor:
+        x = m.words(torch.tensor([1, 2]))
+        for block in m.layers:
+            x = block.other(block.experts[0](x))
+        return x.square().sum()
+
+    with pytest.warns(UntrainedParameterWarning, match="experts.1.weight"):
+        steps(model, first_expert_only, may_skip=may_skip(model))
+    assert may_skip(model)("words.weight") and not may_skip(model)("layers.0.other.weight")
