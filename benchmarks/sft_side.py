@@ -22,13 +22,13 @@ def deltaw_side(job: dict) -> dict:
     import torch
 
     from deltaw.data.example import Example
+    from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
-    from deltaw.models.byte_weights import keep_in_bytes
-    from deltaw.models.forest import flat_rows
-    from deltaw.models.loading import load
+    from deltaw.runtime.int8_weights import keep_in_bytes
+    from deltaw.runtime.packed import flat_rows
     from deltaw.training.loop import count_steps, train
-    from deltaw.training.objective import CausalObjective
-    from deltaw.training.portions import choose_portions
+    from deltaw.training.tasks.causal_batcher import choose_portions
+    from deltaw.training.tasks.causal_objective import CausalObjective
 
     loaded = load(job["model"], precision=job["precision"], say=lambda line: None)
     examples = [
@@ -109,7 +109,7 @@ def main() -> None:
     job["rows"] = json.loads(Path(job["rows"]).read_text())
     measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
 
-    from deltaw.models.machine import peak_resident_bytes
+    from deltaw.host.machine import peak_resident_bytes
 
     measured["rows_per_second"] = len(job["rows"]) / measured["seconds"]
     measured["peak_bytes"] = peak_resident_bytes()

@@ -55,8 +55,8 @@ def main() -> None:
         print("RESULT " + json.dumps(child(json.loads(arguments.child))), flush=True)
         return
 
-    from deltaw.models.loading import config_folder
-    from deltaw.models.machine import choose_threads
+    from deltaw.host.machine import choose_threads
+    from deltaw.hub.loading import config_folder
 
     folder = os.fspath(config_folder(MODEL, "bf16", False))
     threads = arguments.threads or choose_threads().value
@@ -148,7 +148,7 @@ def timed(step: object, job: dict) -> dict:
 
 
 def memory_above(loaded: int) -> dict:
-    from deltaw.models.machine import peak_resident_bytes
+    from deltaw.host.machine import peak_resident_bytes
 
     peak = peak_resident_bytes()
     return {"peak_bytes": peak, "above_bytes": peak - loaded}
@@ -158,14 +158,14 @@ def deltaw_side(job: dict) -> dict:
     import numpy as np
 
     from deltaw.data.example import Example
+    from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.models.byte_weights import keep_in_bytes
-    from deltaw.models.forest import flat_rows
-    from deltaw.models.loading import load
+    from deltaw.runtime.int8_weights import keep_in_bytes
+    from deltaw.runtime.packed import flat_rows
     from deltaw.training.loop import train
-    from deltaw.training.objective import CausalObjective
-    from deltaw.training.portions import choose_portions
     from deltaw.training.session import recompute_blocks
+    from deltaw.training.tasks.causal_batcher import choose_portions
+    from deltaw.training.tasks.causal_objective import CausalObjective
 
     model = load(MODEL, precision=job["precision"], say=lambda line: None).model
     if job["precision"] == "int8":
@@ -198,7 +198,7 @@ def deltaw_side(job: dict) -> dict:
 
 def loaded_bytes(model: object) -> int:
     """What the process holds with all weights read, mapped ones too; the peak is counted anew from here."""
-    from deltaw.models.machine import release_free_memory, resident_bytes
+    from deltaw.host.machine import release_free_memory, resident_bytes
 
     for parameter in model.parameters():  # type: ignore[attr-defined]
         parameter.detach().flatten()[::512].clone()

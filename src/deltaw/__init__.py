@@ -34,7 +34,7 @@ from deltaw.version import __version__
 if TYPE_CHECKING:
     from deltaw.config import RunConfig
     from deltaw.training.fit import fit
-    from deltaw.training.planning import plan
+    from deltaw.training.planning.plan_run import plan
 
 __all__ = [
     "LoRAConfig",
@@ -63,7 +63,7 @@ __all__ = [
 
 _LATER = {
     "fit": "deltaw.training.fit",
-    "plan": "deltaw.training.planning",
+    "plan": "deltaw.training.planning.plan_run",
     "RunConfig": "deltaw.config",
 }
 

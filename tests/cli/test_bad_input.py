@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
-from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.cli.conftest import tree
 from tests.conftest import write_rows
+from tests.int8_models import byte_tokenizer, tiny_llama
 
 WEIGHTS = "adapter_model.safetensors"
 

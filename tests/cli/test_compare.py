@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.cli.conftest import start
-from tests.studies.conftest import use_worker_here
+from tests.experiments.conftest import use_worker_here
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_ctrl_c_says_how_to_go_on(call, file, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deltaw.studies.compare.compare", interrupted)
-    monkeypatch.setattr("deltaw.studies.tune.tune", interrupted)
+    monkeypatch.setattr("deltaw.experiments.compare.compare", interrupted)
+    monkeypatch.setattr("deltaw.experiments.tune.tune", interrupted)
     for verb, folder in (("compare", "run-compare"), ("tune", "run-tune")):
         ended = call(verb, file)
         assert ended.status == 130 and folder in ended.out and "goes on" in ended.out

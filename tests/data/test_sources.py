@@ -17,7 +17,7 @@ import pytest
 
 from deltaw.data.sources import read_rows
 from deltaw.errors import UserError
-from deltaw.models import packages
+from deltaw.hub import packages
 
 ROWS = [{"prompt": 'a,\n"b"', "completion": "é"}, {"prompt": "", "completion": "NA"}]
 

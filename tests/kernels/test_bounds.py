@@ -15,7 +15,9 @@ def test_a_target_outside_of_the_classes_is_refused(dtype, target):
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = logits.clone()
     with pytest.raises(IndexError, match=f"target {target} is out of bounds for 40 classes"):
-        cross_entropy_(logits, torch.tensor([0, target, 39]), torch.ones(3), scale=1.0, softcap=0.0, grad=True)
+        cross_entropy_(
+            logits, torch.tensor([0, target, 39]), torch.ones(3), scale=1.0, softcap=0.0, grad=True
+        )
     assert torch.equal(logits, before)
 
 

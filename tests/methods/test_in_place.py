@@ -25,8 +25,8 @@ from deltaw.methods.last import Last
 from deltaw.methods.random import Random
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.training.loop import train
-from deltaw.training.objective import CausalObjective
-from deltaw.training.portions import Portions
+from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import causal_model
 
 METHODS: dict[str, Callable[[], Method]] = {

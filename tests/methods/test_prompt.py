@@ -23,12 +23,12 @@ from deltaw.data.packing import batches, pack, pad
 from deltaw.errors import UserError
 from deltaw.methods.base import Method
 from deltaw.methods.prompt import Prompt, PromptSettings
-from deltaw.models.forest import flat_rows
-from deltaw.models.generation import generate, stream
-from deltaw.models.virtual_tokens import attached
-from deltaw.training.evaluate import answers
-from deltaw.training.objective import CausalObjective
-from tests.byte_models import byte_tokenizer, tiny_llama
+from deltaw.runtime.generation import generate, stream
+from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.virtual_tokens import attached
+from deltaw.training.evaluation.causal import answers
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.int8_models import byte_tokenizer, tiny_llama
 from tests.tiny_models import VOCABULARY, causal_model
 
 K = 5

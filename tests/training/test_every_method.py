@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from deltaw.errors import UserError
 from deltaw.training.fit import fit
-from deltaw.training.opened import open_run, score_run
-from tests.byte_models import byte_tokenizer
+from deltaw.training.inference import open_run, score_run
 from tests.conftest import laid_over, write_rows
+from tests.int8_models import byte_tokenizer
 
 METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
 CHANGES = {

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.training import feature_store
-from deltaw.training.feature_store import DESCRIPTION, MemoryStore, Shape, open_store
+from deltaw.training.features import store as feature_store
+from deltaw.training.features.store import DESCRIPTION, MemoryStore, Shape, open_store
 
 SHAPE = Shape.of(rows=4, units=10, width=3, dtype=torch.float32)
 
@@ -85,7 +85,7 @@ def test_what_has_no_room_is_refused_with_its_size(tmp_path, monkeypatch):
 def test_a_killed_process_leaves_its_marked_rows_and_no_lock(tmp_path):
     code = (
         "import sys, time, pathlib, numpy as np, torch\n"
-        "from deltaw.training.feature_store import Shape, open_store\n"
+        "from deltaw.training.features.store import Shape, open_store\n"
         "store = open_store('a', Shape.of(4, 10, 3, torch.float32), folder=pathlib.Path(sys.argv[1]))\n"
         "store.write(np.array([0, 2]), np.arange(10), torch.ones(10, 3))\n"
         "store.mark()\n"

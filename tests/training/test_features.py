@@ -19,15 +19,15 @@ from deltaw.data.labels import LabelledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.places import train_places
-from deltaw.models.forest import flat_rows
-from deltaw.training import feature_store
-from deltaw.training.evaluate import evaluate_causal
-from deltaw.training.label_evaluation import evaluate_labels
-from deltaw.training.label_objective import LabelObjective
+from deltaw.runtime.packed import flat_rows
+from deltaw.training.evaluation.causal import evaluate_causal
+from deltaw.training.evaluation.labels import evaluate_labels
+from deltaw.training.features import store as feature_store
+from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
-from deltaw.training.objective import CausalObjective
-from deltaw.training.portions import Portions
-from deltaw.training.prefix_cache import cached_prefix
+from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.label_objective import LabelObjective
 from tests.tiny_models import VOCABULARY, causal_model
 
 STEM = list(range(20, 32))

@@ -21,14 +21,14 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
-from deltaw.models.forest import flat_rows
+from deltaw.runtime.packed import flat_rows
 from deltaw.training.fit import fit
-from deltaw.training.objective import CausalObjective
-from deltaw.training.opened import open_run
-from deltaw.training.portions import Portions
+from deltaw.training.inference import open_run
 from deltaw.training.session import recompute_blocks
-from tests.byte_models import byte_tokenizer, tiny_gpt2
+from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.conftest import write_rows
+from tests.int8_models import byte_tokenizer, tiny_gpt2
 from tests.tiny_models import causal_model
 
 ADAPTER = "adapter_model.safetensors"

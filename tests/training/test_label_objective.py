@@ -17,9 +17,9 @@ from deltaw.data.labels import LabelledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
 from deltaw.memory.simulation import simulate, without_values
-from deltaw.training.label_evaluation import evaluate_labels
-from deltaw.training.label_objective import LabelObjective, start_at_mean
-from deltaw.training.label_portions import choose_label_portions
+from deltaw.training.evaluation.labels import evaluate_labels
+from deltaw.training.tasks.label_batcher import choose_label_portions
+from deltaw.training.tasks.label_objective import LabelObjective, start_at_mean
 from tests.tiny_models import CAUSAL
 
 _SHAPE = {

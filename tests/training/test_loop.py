@@ -14,10 +14,10 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
-from deltaw.models.forest import flat_rows
+from deltaw.runtime.packed import flat_rows
 from deltaw.training.loop import count_steps, rows_of_step, train
-from deltaw.training.objective import CausalObjective
-from deltaw.training.portions import Portions
+from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import VOCABULARY, causal_model
 
 FLAT = Portions(tokens_per_pass=10_000, share=True, padded=False, device="cpu")

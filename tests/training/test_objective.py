@@ -8,9 +8,9 @@ import torch
 
 from deltaw.data.example import Example
 from deltaw.data.packing import batches
-from deltaw.models.forest import can_pack, flat_rows
-from deltaw.training import objective as objective_module
-from deltaw.training.objective import CausalObjective, chunked_cross_entropy
+from deltaw.runtime.packed import can_pack, flat_rows
+from deltaw.training.tasks import causal_objective as objective_module
+from deltaw.training.tasks.causal_objective import CausalObjective, chunked_cross_entropy
 from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
 
 

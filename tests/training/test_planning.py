@@ -22,16 +22,16 @@ from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTM
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.host.machine import Choice
 from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.plan import Plan
-from deltaw.models.machine import Choice
 from deltaw.training.fit import Result, fit, load_for, read_data
 from deltaw.training.loop import rows_of_step
-from deltaw.training.planning import plan_each, plan_run
+from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
-from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import laid_over, write_rows
+from tests.int8_models import byte_tokenizer, tiny_llama
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 TASKS = {"llama": "causal-lm", "bert": "sequence-classification", "vit": "image-classification"}

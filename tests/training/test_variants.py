@@ -10,14 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from deltaw.data import prepare
-from deltaw.models.forest import flat_rows
-from deltaw.training.evaluate import evaluate_causal
+from deltaw.runtime.packed import flat_rows
+from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.fit import fit
-from deltaw.training.objective import CausalObjective
-from deltaw.training.opened import open_run
-from deltaw.training.portions import choose_portions
-from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
+from deltaw.training.inference import open_run
+from deltaw.training.tasks.causal_batcher import choose_portions
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.conftest import write_rows
+from tests.int8_models import byte_tokenizer, tiny_gpt2, tiny_llama
 
 
 def loss_when_opened(folder):

@@ -10,8 +10,8 @@ import click
 from deltaw.cli.options import console, model_flags
 from deltaw.data import encode_prompt
 from deltaw.errors import UserError
-from deltaw.models.generation import stream
-from deltaw.training.opened import Opened, open_run
+from deltaw.runtime.generation import stream
+from deltaw.training.inference import Opened, open_run
 
 
 @click.command("chat")

@@ -41,9 +41,9 @@ def command(
     exactly the folder that --output names; the same command goes on with one that was interrupted.
     """
     from deltaw.config import RunConfig
+    from deltaw.experiments.compare import DEFAULT_METHODS, SHARE, check_methods, compare
+    from deltaw.experiments.rates import parse_rates
     from deltaw.reports.comparison import comparison_tables, failures, findings
-    from deltaw.studies.compare import DEFAULT_METHODS, SHARE, check_methods, compare
-    from deltaw.studies.rates import parse_rates
 
     out = console(as_json)
     flags = nested(given)

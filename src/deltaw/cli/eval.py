@@ -11,8 +11,8 @@ from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.reports.scores import answer_table, confusion_table, score_table
-from deltaw.training.evaluate import Score
-from deltaw.training.opened import open_run, score_run
+from deltaw.training.evaluation.causal import Score
+from deltaw.training.inference import open_run, score_run
 
 
 @click.command("eval")

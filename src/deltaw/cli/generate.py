@@ -9,8 +9,8 @@ import click
 from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.data import encode_prompt
 from deltaw.errors import UserError
-from deltaw.models.generation import generate
-from deltaw.training.opened import open_run
+from deltaw.runtime.generation import generate
+from deltaw.training.inference import open_run
 
 
 @click.command("generate")

@@ -33,8 +33,8 @@ def command(
     model's configuration and the rows, no weights."""
     from deltaw.config import RunConfig
     from deltaw.reports.plan import budget_table, draw_plans, picture_kind, plan_report
-    from deltaw.training.budget import fitting_settings, parse_bytes
-    from deltaw.training.planning import chosen_methods, plan_each
+    from deltaw.training.planning.budget import fitting_settings, parse_bytes
+    from deltaw.training.planning.plan_run import chosen_methods, plan_each
     from deltaw.training.session import read_data
 
     out = console(as_json)

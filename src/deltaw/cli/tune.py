@@ -43,8 +43,8 @@ def command(
     to exactly the folder that --output names; the same command goes on with a search that was interrupted.
     """
     from deltaw.config import RunConfig
+    from deltaw.experiments.tune import tune
     from deltaw.reports.tuning import best_yaml, lessons, tuning_table
-    from deltaw.studies.tune import tune
 
     out = console(as_json)
     flags = nested(given)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from deltaw.data.classes import LabelColumns
 from deltaw.data.sources import KINDS, Rows, read_rows
 from deltaw.errors import UserError
-from deltaw.models import packages
+from deltaw.hub import packages
 
 IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deltaw.errors import UserError, did_you_mean, nearest
-from deltaw.models import packages
+from deltaw.hub import packages
 
 Row = Mapping[str, object]
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltaw.kernels import native
+from deltaw.kernels import loader as native
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import define
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltaw.kernels import native
+from deltaw.kernels import loader as native
 from deltaw.kernels.linear import can_multiply
 from deltaw.kernels.rows import ACTIVATIONS
 

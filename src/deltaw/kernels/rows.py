@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.kernels import native
+from deltaw.kernels import loader as native
 from deltaw.kernels.bounds import check_targets
 from deltaw.kernels.operators import define
 

@@ -16,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
-from deltaw.lora.layers_bytes import ByteLinear
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
+from deltaw.lora.layers_int8 import ByteLinear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})

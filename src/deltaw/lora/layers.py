@@ -23,7 +23,7 @@ from deltaw.errors import UserError
 from deltaw.lora import math as closed_form
 from deltaw.lora.config import scaling as scaling_of
 from deltaw.lora.initialize import initialize
-from deltaw.lora.layers_bytes import frozen_linear, weight_scales
+from deltaw.lora.layers_int8 import frozen_linear, weight_scales
 
 _Layer = TypeVar("_Layer", bound="LoRALayer")
 

@@ -246,7 +246,7 @@ def simulate(
 
     Args:
         run: is called once, under :func:`without_values`. What it needs of models was made there as well
-            (:func:`deltaw.models.skeleton.skeleton`).
+            (:func:`deltaw.hub.skeleton.skeleton`).
         known: tensors from before ``run`` by kind (:data:`deltaw.memory.footprint.KINDS`); a later kind wins.
         models: models from before ``run``: their parameters and buffers count as weights or trained, and
             modules are called by their names in them.

@@ -10,7 +10,7 @@ from deltaw.errors import UserError
 from deltaw.methods.in_place import InPlace
 from deltaw.methods.places import inside, names_of
 from deltaw.methods.settings import LastSettings
-from deltaw.models.blocks import blocks_of
+from deltaw.runtime.blocks import blocks_of
 
 
 class Last(InPlace):

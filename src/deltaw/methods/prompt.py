@@ -1,7 +1,7 @@
 """Prompt tuning: k vectors in front of every row are trained, and nothing of the model is.
 
 "The Power of Scale for Parameter-Efficient Prompt Tuning" (Lester et al. 2021, arXiv 2104.08691). The vectors
-are the embeddings of virtual tokens (:mod:`deltaw.models.virtual_tokens`), so rows are dressed with k ids and
+are the embeddings of virtual tokens (:mod:`deltaw.runtime.virtual_tokens`), so rows are dressed with k ids and
 all the rest is as with any tokens; rows that share the prompt have it computed once.
 
 It knows models and their embeddings; not data files or training.
@@ -23,7 +23,7 @@ from deltaw.errors import UserError
 from deltaw.methods.places import Place, as_before, inside, names_of, put_loaded, train_places
 from deltaw.methods.prompt_file import ALWAYS_WHOLE, PromptFile, read_prompt, write_prompt
 from deltaw.methods.settings import PromptSettings
-from deltaw.models.virtual_tokens import (
+from deltaw.runtime.virtual_tokens import (
     VirtualTokens,
     attach,
     attached,

@@ -17,27 +17,27 @@ from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.memory.plan import Plan
-from deltaw.methods.base import CLASSES_KEY
-from deltaw.models.loading import LoadedModel, check_architecture, config_folder, load
-from deltaw.models.machine import (
+from deltaw.host.machine import (
     choose_device,
     choose_precision,
     memory_limit_bytes,
     peak_resident_bytes,
     release_free_memory,
 )
+from deltaw.hub.loading import LoadedModel, check_architecture, config_folder, load
+from deltaw.memory.plan import Plan
+from deltaw.methods.base import CLASSES_KEY
 from deltaw.reports.card import model_card
 from deltaw.reports.plan import plan_lines
-from deltaw.training.budget import parse_bytes, within_memory
-from deltaw.training.evaluation import Evaluation
+from deltaw.reports.progress import TrainingProgress
+from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.loop import Outcome, Step, seeded
-from deltaw.training.planning import plan_run
-from deltaw.training.progress import TrainingProgress
+from deltaw.training.planning.budget import parse_bytes, within_memory
+from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
-from deltaw.training.tasks import RunData, Task
+from deltaw.training.tasks.tasks import RunData, Task
 
 
 @dataclass(frozen=True)

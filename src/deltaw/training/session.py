@@ -20,24 +20,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.kernels import native
+from deltaw.host.machine import Choice, choose_device, choose_precision, release_free_memory
+from deltaw.hub.quiet import quiet
+from deltaw.hub.skeleton import has_values
+from deltaw.kernels import loader as native
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
-from deltaw.models.byte_weights import keep_in_bytes
-from deltaw.models.forest import flat_rows, lean_blocks
-from deltaw.models.generation import position_limit
-from deltaw.models.machine import Choice, choose_device, choose_precision, release_free_memory
-from deltaw.models.prefix import lowest_trained
-from deltaw.models.quiet import quiet
-from deltaw.models.skeleton import has_values
-from deltaw.training.evaluation import Evaluation
-from deltaw.training.features import CachedPrefix
+from deltaw.runtime.generation import position_limit
+from deltaw.runtime.int8_weights import keep_in_bytes
+from deltaw.runtime.layer_entry import lowest_trained
+from deltaw.runtime.packed import flat_rows, lean_blocks
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.features.cached import CachedPrefix
+from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
-from deltaw.training.label_objective import start_at_mean
 from deltaw.training.loop import Objective, Outcome, Passes, Step, count_steps, seeded, train
-from deltaw.training.objective import loss_of_outputs
-from deltaw.training.prefix_cache import cached_prefix
-from deltaw.training.tasks import RunData, Task, task_of
+from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.training.tasks.label_objective import start_at_mean
+from deltaw.training.tasks.tasks import RunData, Task, task_of
 
 # Rows that a start which depends on the data looks at.
 ROWS_LOOKED_AT = 256

@@ -1,0 +1,295 @@
+"""A search for settings: Optuna proposes, a worker trains, and rows taken out of the training rows judge.
+
+Trials are kept in an SQLite file as they end, so that a search goes on from there. A trial that fails does
+not end the search. The held-out rows of the run take no part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from rich.console import Console
+
+from deltaw.config import RunConfig
+from deltaw.durable import write_text
+from deltaw.errors import UserError
+from deltaw.experiments.child import Child, WorkerEnded
+from deltaw.experiments.folder import StudyFolder, changed, settings_of
+from deltaw.experiments.pace import Pace
+from deltaw.experiments.space import (
+    Range,
+    Space,
+    Values,
+    applied,
+    check_space,
+    default_space,
+    nested_values,
+    parse_space,
+    present,
+)
+from deltaw.experiments.weight import weight
+from deltaw.reports.tuning import TrialResult, Tuning, tuning_markdown
+
+if TYPE_CHECKING:
+    import optuna
+
+# Evaluations of a trial, the last at its end; at the others it may be given up.
+LOOKS = 5
+# Trials that nothing is given up in, since there is too little to compare with.
+STARTUP = 5
+# So many trials that fail before any succeeds mean that the settings are at fault.
+HOPELESS = 3
+PAGE, NUMBERS, BEST, STORAGE = "tuning.md", "tuning.json", "best.yaml", "trials.db"
+_SETTINGS = "settings"
+
+
+def tune(
+    config: RunConfig,
+    *,
+    trials: int,
+    folder: str | os.PathLike[str],
+    search: Sequence[str] = (),
+    storage: str | os.PathLike[str] | None = None,
+    share: float = 1.0,
+    console: Console | None = None,
+) -> Tuning:
+    """Search the settings of one method for the least validation loss.
+
+    Args:
+        config: the settings as they are, which are the first trial where they lie in what is searched.
+        trials: how many there shall be in the end, those of an earlier call included.
+        folder: where everything is written; a search that is there already goes on.
+        search: what may change, as in ``lora.rank=[4,8]``; by default what the method is best tuned by.
+        storage: SQLite file of the trials; by default one in the folder.
+        share: the part of a run's steps that a trial takes.
+        console: where a person reads along.
+
+    Raises:
+        UserError: what the user gave cannot be used, Optuna is not installed, or no trial succeeded.
+    """
+    console = console or Console(quiet=True)
+    _require_optuna()
+    asked = parse_space(search)
+    check_space(config, asked)
+    place = StudyFolder(Path(os.path.expanduser(folder)), "tuning")
+    kept = False
+    try:
+        with Child(place.log("trials")) as child:
+            usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
+            space = asked or default_space(config, usual)
+            study = _opened(config, space, share, place, storage, console)
+            first = _begin(study, present(config, space, usual), trials, console)
+            pace = Pace(console, max(0, trials - len(_ended(study))))
+            while len(_ended(study)) < trials:
+                _one(study, config, space, share, child, pace, trials)
+                kept = kept or any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
+        tuning = _gathered(study, config, space, first, place)
+        if not tuning.ranked:
+            why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
+            raise UserError(
+                f"none of {len(tuning.trials)} trials came to an end: {why}",
+                mend="search other values (--search), or mend the settings",
+            )
+        _write(tuning, config, place)
+        kept = True
+        return tuning
+    except KeyboardInterrupt:
+        kept = True
+        raise
+    finally:
+        place.close(discard=not kept)
+
+
+def _require_optuna() -> None:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            "the search needs Optuna, which is not installed", mend="pip install 'deltaw[tune]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _opened(
+    config: RunConfig,
+    space: Space,
+    share: float,
+    place: StudyFolder,
+    storage: str | os.PathLike[str] | None,
+    console: Console,
+) -> optuna.Study:
+    """The study of these settings and this space; another one in the same file where either has changed."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    settings = settings_of(config, without=tuple(space)) | {
+        "what is searched": {key: str(domain) for key, domain in space.items()},
+        "share of steps": share,
+    }
+    before = place.piece(_SETTINGS)
+    if before and (lines := changed(before, settings)):
+        console.print(f"the search starts anew, and earlier trials are kept: {'; '.join(lines[:4])}")
+    name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
+    file = Path(os.path.expanduser(storage)) if storage is not None else place.path / STORAGE
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{file.resolve()}", study_name=name, direction="minimize", load_if_exists=True
+        )
+    except (SQLAlchemyError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"the trials cannot be kept there: {str(error).splitlines()[0]}",
+            where=str(file),
+            mend="name an SQLite file, or one that does not exist yet, with --storage",
+        ) from error
+    place.write_piece(_SETTINGS, settings)
+    # Another seed each time, or a search that goes on would draw what it has drawn before.
+    seed = (config.train.seed + len(study.trials)) % 2**32
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * STARTUP)
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1)
+    return study
+
+
+def _begin(
+    study: optuna.Study, now: Mapping[str, object] | None, trials: int, console: Console
+) -> int | None:
+    """Put away what was interrupted, and let the settings as they are be the first trial: its number."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    ended = _ended(study)
+    if ended:
+        console.print(f"{len(ended)} trials were made before; there shall be {trials}")
+    for trial in ended:
+        if now is not None and trial.params == dict(now):
+            return trial.number
+    if now is None or ended:
+        return None
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    if not waiting:
+        study.enqueue_trial(dict(now))
+    return len(study.trials) - 1
+
+
+def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that count: those that were interrupted do not."""
+    return [t for t in study.get_trials(deepcopy=False) if "end" in t.user_attrs]
+
+
+def _one(
+    study: optuna.Study,
+    config: RunConfig,
+    space: Space,
+    share: float,
+    child: Child,
+    pace: Pace,
+    trials: int,
+) -> None:
+    """One trial, from what is proposed to what came of it."""
+    from optuna.trial import TrialState
+
+    trial = study.ask()
+    values = {key: _suggested(trial, key, domain) for key, domain in space.items()}
+
+    def on_report(report: Mapping[str, object]) -> bool:
+        trial.report(float(str(report["loss"])), int(str(report["look"])))
+        return not trial.should_prune()
+
+    loss, end, note = math.inf, "done", ""
+    try:
+        chosen = applied(config, values)
+        found = child.ask("trial", on_report, config=chosen.model_dump(mode="json"), share=share, looks=LOOKS)
+        for key in ("training_rows", "validation_rows", "steps"):
+            trial.set_user_attr(key, found[key])
+        if found.get("stopped"):
+            end = "ended early"
+        elif found["loss"] is None:
+            end = "diverged"
+        else:
+            loss = float(str(found["loss"]))
+    except (UserError, WorkerEnded) as error:
+        end, note = "failed", error.what if isinstance(error, UserError) else str(error)
+        trial.set_user_attr("note", note)
+        if _hopeless(study):
+            raise error if isinstance(error, UserError) else UserError(note) from error
+    trial.set_user_attr("end", end)
+    if end == "failed":
+        study.tell(trial, state=TrialState.FAIL)
+    elif end == "ended early":
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        study.tell(trial, loss)
+    said = ", ".join(f"{key} {v:.3g}" if isinstance(v, float) else f"{key} {v}" for key, v in values.items())
+    result = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
+    pace.did(f"trial {len(_ended(study))}/{trials}: {said}: {result}", 1.0)
+
+
+def _hopeless(study: optuna.Study) -> bool:
+    ends = [trial.user_attrs["end"] for trial in _ended(study)]
+    return len(ends) >= HOPELESS - 1 and all(end == "failed" for end in ends)
+
+
+def _suggested(trial: optuna.Trial, key: str, domain: Range | Values) -> object:
+    if isinstance(domain, Values):
+        return trial.suggest_categorical(key, list(domain.values))  # type: ignore[arg-type]
+    if domain.whole:
+        return trial.suggest_int(key, int(domain.low), int(domain.high), log=domain.log)
+    return _short(trial.suggest_float(key, domain.low, domain.high, log=domain.log))
+
+
+def _short(value: object) -> object:
+    """Three digits of a fraction: as exact as a trial is, and as a person would write it."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _gathered(
+    study: optuna.Study, config: RunConfig, space: Space, first: int | None, place: StudyFolder
+) -> Tuning:
+    ended = _ended(study)
+    results = [
+        TrialResult(
+            number=trial.number,
+            values={key: _short(trial.params.get(key)) for key in space},
+            loss=trial.value if trial.user_attrs["end"] == "done" else None,
+            end=trial.user_attrs["end"],
+            note=trial.user_attrs.get("note", ""),
+            seconds=trial.duration.total_seconds() if trial.duration is not None else 0.0,
+        )
+        for trial in ended
+    ]
+    # Divergence is an answer too: the worst rank.
+    told = [r for r in results if r.end in ("done", "diverged")]
+    losses = [math.inf if r.loss is None else r.loss for r in told]
+    done = [r for r in results if r.loss is not None]
+    best = min(done, key=lambda r: (r.loss, r.number)) if done else None
+    facts = next((t.user_attrs for t in reversed(ended) if "steps" in t.user_attrs), {})
+    edges = {} if best is None else {k: d.at_end(best.values[k]) for k, d in space.items()}
+    return Tuning(
+        folder=str(place.path),
+        method=config.method,
+        space={key: str(domain) for key, domain in space.items()},
+        trials=results,
+        first=first,
+        weights={key: weight([r.values[key] for r in told], losses) for key in space},
+        edges={key: end for key, end in edges.items() if end},
+        best_settings={} if best is None else nested_values(config, best.values),
+        training_rows=int(facts.get("training_rows", 0)),
+        validation_rows=int(facts.get("validation_rows", 0)),
+        steps=int(facts.get("steps", 0)),
+    )
+
+
+def _write(tuning: Tuning, config: RunConfig, place: StudyFolder) -> None:
+    place.write_json(NUMBERS, tuning.as_dict())
+    write_text(place.path / PAGE, tuning_markdown(tuning))
+    best = applied(config, tuning.ranked[0].values)
+    text = yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text(place.path / BEST, text)

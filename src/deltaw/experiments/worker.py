@@ -1,0 +1,227 @@
+"""The side of a study that computes: a process that is asked for trainings, one line of JSON at a time.
+
+It reads requests from standard input and answers on standard output; whatever else is printed goes to
+standard error. It ends when its input does, so that no training outlives the study that asked for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from deltaw.config import RunConfig
+from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
+from deltaw.experiments.trial import Rehearsal, Stopped
+from deltaw.host.machine import choose_device, choose_precision
+from deltaw.hub.loading import check_architecture, config_folder
+from deltaw.hub.skeleton import skeleton
+from deltaw.memory.simulation import without_values
+from deltaw.methods.choose import choose_method
+from deltaw.methods.files import classes_of
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.fit import fit, load_for
+from deltaw.training.session import read_data, usual_rate_of
+from deltaw.training.tasks.tasks import RunData, Task
+
+Message = Mapping[str, object]
+ADAPTER_FILES = "adapter_*"
+
+
+class Worker:
+    """Answers requests; what it keeps between them is the rehearsal in hand, and the rows it was read from.
+
+    Args:
+        report: told of what happens on the way; answers whether to go on.
+    """
+
+    def __init__(self, report: Callable[[Message], bool], console: Console) -> None:
+        self._report = report
+        self._console = console
+        self._rehearsal: Rehearsal | None = None
+        self._known: tuple[tuple[DataSettings, str, str, int], tuple[Task, RunData]] | None = None
+
+    def answer(self, request: Message) -> Message:
+        """Do what ``request["do"]`` names."""
+        does: dict[str, Callable[[Message], Message]] = {
+            "usual": self.usual,
+            "open": self.open,
+            "rate": self.rate,
+            "trial": self.trial,
+            "base": self.base,
+            "run": self.run,
+        }
+        return does[str(request["do"])](request)
+
+    def usual(self, request: Message) -> Message:
+        """The method's usual learning rate; nothing is loaded for it."""
+        config = _config(request)
+        dtype = choose_precision(choose_device(config.device).value, config.precision).value
+        folder = config_folder(config.model, dtype, config.trust_remote_code)
+        architecture = check_architecture(folder, config.task, config.trust_remote_code)
+        return {"usual_rate": usual_rate_of(choose_method(config, None), architecture)}
+
+    def open(self, request: Message) -> Message:
+        """Load model and rows for trainings at several learning rates."""
+        rehearsal = self._opened(_config(request))
+        session = rehearsal.session
+        return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(rehearsal)}
+
+    def rate(self, request: Message) -> Message:
+        """Train what was opened at one learning rate."""
+        if self._rehearsal is None:
+            raise RuntimeError("'rate' was asked before 'open'")
+        rate, share = float(str(request["rate"])), float(str(request["share"]))
+        loss = self._rehearsal.loss(rate, self._rehearsal.steps(share))
+        return {"loss": loss if math.isfinite(loss) else None}
+
+    def trial(self, request: Message) -> Message:
+        """Train with settings of its own, evaluating on the way; ended early where the answer is no."""
+        rehearsal = self._opened(_config(request))
+        steps = rehearsal.steps(float(str(request["share"])))
+        every = rehearsal.config.train.eval_every or math.ceil(steps / int(str(request["looks"])))
+
+        def on_evaluation(number: int, loss: float) -> bool:
+            return self._report({"look": number, "loss": loss})
+
+        rate = rehearsal.session.learning_rate
+        facts = {**_rows_of(rehearsal), "learning_rate": rate, "steps": steps}
+        try:
+            loss = rehearsal.loss(rate, steps, every=every, on_evaluation=on_evaluation)
+        except Stopped:
+            return {**facts, "stopped": True}
+        finally:
+            self._close()
+        return {**facts, "loss": loss if math.isfinite(loss) else None}
+
+    def base(self, request: Message) -> Message:
+        """Judge the model as it is, on the held-out rows."""
+        self._close()
+        config = _config(request)
+        task, data = read_data(config, self._console)
+        loaded = load_for(config, task, data, self._console)
+        portions, _ = task.portions(
+            loaded.model,
+            data.held_out,
+            device=str(loaded.choices["device"].value),
+            tokens_per_pass=config.train.tokens_per_pass,
+            share=config.train.share_prefixes,
+            method_shares=True,
+            virtual_tokens=0,
+        )
+        with task.running(loaded.model, portions):
+            objective = task.objective(loaded.model)
+            evaluation = task.evaluate(objective, data.held_out, portions, data.classes)
+        return _score(evaluation)
+
+    def run(self, request: Message) -> Message:
+        """One whole run, as ``deltaw train`` does it."""
+        config = _config(request)
+        result = fit(config, console=self._console)
+        if result.interrupted:
+            raise UserError("the run was stopped by a signal", mend="start the comparison again")
+        return {
+            **result.as_dict(),
+            **_score(result.evaluation),
+            "total_parameters": _total_parameters(config, result.output),
+            "adapter_bytes": sum(file.stat().st_size for file in result.output.glob(ADAPTER_FILES)),
+        }
+
+    def _opened(self, config: RunConfig) -> Rehearsal:
+        self._close()
+        key = (config.data, config.task, config.model, config.train.seed)
+        known = self._known[1] if self._known is not None and self._known[0] == key else None
+        self._rehearsal = Rehearsal(config, self._console, known)
+        self._known = (key, (self._rehearsal.task, self._rehearsal.data))
+        return self._rehearsal
+
+    def _close(self) -> None:
+        if self._rehearsal is not None:
+            self._rehearsal.close()
+            self._rehearsal = None
+
+
+def _config(request: Message) -> RunConfig:
+    settings = request["config"]
+    if not isinstance(settings, Mapping):
+        raise RuntimeError("a request's config is no mapping")
+    return RunConfig.read(settings)
+
+
+def _rows_of(rehearsal: Rehearsal) -> dict[str, object]:
+    return {"training_rows": len(rehearsal.training), "validation_rows": len(rehearsal.validation)}
+
+
+def _score(evaluation: Evaluation) -> dict[str, object]:
+    per_row = evaluation.per_row
+    return {
+        "eval": evaluation.as_dict() or None,
+        "score": evaluation.score(),
+        "higher_is_better": evaluation.higher_is_better,
+        "per_row": None if per_row is None else [float(value) for value in per_row],
+    }
+
+
+def _total_parameters(config: RunConfig, output: Path) -> int:
+    """N of the model with the head that the run gave it, from its configuration alone."""
+    classes = classes_of(output)
+    outputs = len(classes) if classes is not None else 1 if config.task == "regression" else None
+    device = choose_device(config.device).value
+    with without_values():
+        model = skeleton(
+            config.model,
+            dtype=choose_precision(device, config.precision).value,
+            task=config.task,
+            num_labels=outputs,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _lines_of_input(into: queue.SimpleQueue[str]) -> None:
+    """Hand on each line of standard input; at its end, end the process, whatever it is doing."""
+    # Not through sys.stdin, whose lock would be held while the interpreter shuts down.
+    rest = b""
+    while part := os.read(0, 65536):
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            into.put(line.decode())
+    os._exit(0)
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_lines_of_input, args=(requests,), daemon=True).start()
+
+    def send(kind: str, content: object) -> None:
+        answers.write(json.dumps({kind: content}, allow_nan=False) + "\n")
+
+    def report(content: Message) -> bool:
+        send("report", content)
+        return bool(json.loads(requests.get()))
+
+    worker = Worker(report, console)
+    while True:
+        request = json.loads(requests.get())
+        try:
+            send("done", worker.answer(request))
+        except UserError as error:
+            console.print(f"error: {error}")
+            send("error", {"what": error.what, "where": error.where, "mend": error.mend})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A model of the right shape without its weights: made from config.json alone, in no time and no memory.
+
+Within :func:`deltaw.memory.simulation.without_values` its tensors have no values, and what a run would take
+can be found by running it. Knows configurations and transformers' classes; reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from deltaw.errors import UserError
+from deltaw.host.machine import DTYPES
+from deltaw.hub.loading import TASKS, Task, config_folder, does_not_fit, first_line, read_config
+from deltaw.hub.quiet import quiet
+
+
+def skeleton(
+    reference: str | os.PathLike[str],
+    *,
+    dtype: str,
+    task: Task = "causal-lm",
+    num_labels: int | None = None,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model that :func:`deltaw.hub.loading.load` would load, in evaluation mode and frozen; its
+    weights are whatever stood in memory, and under a simulation there are none.
+
+    Args:
+        reference: as for ``load``; a hub id is fetched whole.
+        dtype: a key of :data:`deltaw.host.machine.DTYPES`.
+        task, num_labels, attention, trust_remote_code: as for ``load``.
+
+    Raises:
+        UserError: the reference leads nowhere, or the architecture does not fit the task.
+    """
+    folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
+    with quiet():
+        config = read_config(folder, task, num_labels, trust_remote_code)
+        auto = getattr(transformers, TASKS[task][0])
+        while True:
+            try:
+                with no_init_weights():
+                    model = auto.from_config(
+                        config,
+                        dtype=DTYPES[dtype],
+                        attn_implementation=attention,
+                        trust_remote_code=trust_remote_code,
+                    )
+                break
+            except (ValueError, OSError, RuntimeError, KeyError) as error:
+                if "Unrecognized configuration class" in str(error):
+                    raise does_not_fit(config, task, folder) from error
+                if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                    attention = "eager"
+                    continue
+                raise UserError(
+                    f"the model cannot be made: {first_line(error)}",
+                    where=str(folder),
+                    mend="check that config.json is whole",
+                ) from error
+        model.tie_weights()  # is left out together with the first values
+    return model.requires_grad_(False).eval()
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether the model's tensors hold numbers; in a simulation they do not, and none can be compared."""
+    return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+
+
+def new_modules(
+    model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False
+) -> list[str]:
+    """Names of modules whose weights the model's files do not hold, told by the files' headers alone.
+
+    Empty where the files are not there to be looked at. The base model's part of a name may be missing in a
+    file, or stand there alone, as it does in files of other tasks.
+    """
+    folder = config_folder(reference, dtype, trust_remote_code)
+    known: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            known.update(file.keys())
+    if not known:
+        return []
+    prefix = f"{model.base_model_prefix}."
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if not {name, name.removeprefix(prefix), prefix + name} & known
+    ]
+    new = [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
+    return sorted({name.rpartition(".")[0] for name in new})
+
+
+def converted_bytes(
+    model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False
+) -> int:
+    """Bytes of the model's files that hold weights of another type than they are loaded as: they are mapped
+    while they are read, beside the weights made of them."""
+    folder = config_folder(reference, dtype, trust_remote_code)
+    wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[DTYPES[dtype]]
+    mapped = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:  # a safetensors file begins with the length of its header, in JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        if any(entry["dtype"] not in (wanted, "I64") for entry in header.values()):
+            mapped += path.stat().st_size
+    return mapped

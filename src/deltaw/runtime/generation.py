@@ -1,0 +1,355 @@
+"""Text from a model: many prompts in batches, or one prompt piece by piece.
+
+The decoding is transformers' own ``generate``. What is added is what callers get wrong: prompts of unequal
+length are padded on the left and masked by length, every terminator stops a text, settings that a model's
+generation configuration brings along (a repetition penalty, a temperature) do not leak in, and the model is
+left as it was found: its attention implementation, its training mode, torch's random state.
+
+It does not know how prompts are rendered from conversations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from deltaw.errors import UserError
+from deltaw.hub.loading import attention_of
+from deltaw.hub.quiet import quiet
+from deltaw.hub.terminators import terminators
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after one prompt.
+
+    Attributes:
+        tokens: the new token ids, without the terminator.
+        text: the tokens as text, special tokens left out.
+        stopped: a terminator ended it; False where the limit of new tokens did.
+    """
+
+    tokens: np.ndarray
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts (by their place in the caller's list) that are decoded together, for ``allowance`` steps."""
+
+    places: list[int]
+    allowance: int
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int = 64,
+    batch_tokens: int = 4096,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """Continue every prompt; the answers stand in the order of the prompts.
+
+    Prompts of like length share a batch, the longest first. In fp32 and without sampling a prompt gets the
+    same answer in a batch as alone.
+
+    Args:
+        prompts: token ids, each (length,).
+        max_new_tokens: the most tokens to write; fewer where the model's positions end before.
+        batch_tokens: the most tokens that a batch holds in the end, rows × (longest prompt + new tokens).
+            It bounds the memory for keys and values; one prompt alone may exceed it.
+        temperature: 0 takes the likeliest token; above it tokens are drawn.
+        top_p: draw from the likeliest tokens that together have this probability.
+        top_k: draw from this many of the likeliest tokens; 0 is all of them.
+        stop_ids: the tokens that end a text instead of the model's own (:func:`terminators`).
+        seed: of the drawing.
+        on_progress: told (prompts done, prompts) after each batch.
+
+    Raises:
+        UserError: a prompt is empty or leaves no room for an answer, or a setting is out of range.
+    """
+    config = _config(model, tokenizer, stop_ids, max_new_tokens, temperature, top_p, top_k)
+    answers: list[Completion | None] = [None] * len(prompts)
+    done = 0
+    with _as_found(model, config, seed):
+        for batch in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
+            config.max_new_tokens = batch.allowance
+            rows = [np.asarray(prompts[place], dtype=np.int64) for place in batch.places]
+            ids, mask = _padded(rows, config.pad_token_id, model.device)
+            written = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
+            for place, row in zip(batch.places, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
+                answers[place] = _completion(row, tokenizer, config.eos_token_id)
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(done, len(prompts))
+    return [answer for answer in answers if answer is not None]
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: np.ndarray,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue one prompt, a piece of text at a time; the pieces together are :func:`generate`'s text.
+
+    A character of several tokens comes whole. Closing the iterator stops the model.
+
+    Raises:
+        UserError: as :func:`generate` does.
+    """
+    config = _config(model, tokenizer, stop_ids, max_new_tokens, temperature, top_p, top_k)
+    (batch,) = _batches([prompt], max_new_tokens, 1, position_limit(model))
+    config.max_new_tokens = batch.allowance
+    ids, mask = _padded([np.asarray(prompt, dtype=np.int64)], config.pad_token_id, model.device)
+    tokens = _Tokens()
+
+    def decode() -> None:
+        try:
+            _decoder(model).generate(
+                ids,
+                attention_mask=mask,
+                generation_config=config,
+                streamer=tokens,
+                stopping_criteria=StoppingCriteriaList([_Closed(tokens.closed)]),
+            )
+        except BaseException as error:  # handed to the reader, who raises it
+            tokens.queue.put(error)
+        else:
+            tokens.queue.put(None)
+
+    writer = threading.Thread(target=decode, name="deltaw-stream", daemon=True)
+    with _as_found(model, config, seed):
+        writer.start()
+        try:
+            yield from _pieces(tokens, tokenizer, config.eos_token_id)
+        finally:
+            tokens.closed.set()
+            writer.join()
+
+
+def _config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int] | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> GenerationConfig:
+    """A generation configuration that holds these settings and nothing else."""
+    for name, value, right in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("temperature", temperature, temperature >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("top_k", top_k, top_k >= 0),
+    ):
+        if not right:
+            raise UserError(f"{name} is {value}", where=name, mend=_RANGES[name])
+    ends = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    config = GenerationConfig(
+        do_sample=temperature > 0,
+        use_cache=True,
+        eos_token_id=ends or None,
+        # Padding is masked by length, so any id does where there is no token for it.
+        pad_token_id=pad if pad is not None else (ends[0] if ends else 0),
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    if temperature > 0:
+        config.temperature, config.top_p, config.top_k = temperature, top_p, top_k
+    return config
+
+
+_RANGES = {
+    "max_new_tokens": "at least 1",
+    "temperature": "0 for the likeliest token, or above 0 to draw",
+    "top_p": "above 0, at most 1",
+    "top_k": "0 for all tokens, or a number of them",
+}
+
+
+@contextlib.contextmanager
+def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> Iterator[None]:
+    """Ready the model for decoding within the block, and leave it as it was before."""
+    training = [module for module in model.modules() if module.training]
+    own_config = model.generation_config
+    devices = [model.device] if model.device.type == "cuda" else []
+    with attention_of(model, "sdpa"), quiet(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        model.eval()
+        # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
+        model.generation_config = GenerationConfig(pad_token_id=config.pad_token_id)
+        try:
+            yield
+        finally:
+            model.generation_config = own_config
+            for module in training:
+                module.training = True
+
+
+def _decoder(model: PreTrainedModel) -> GenerationMixin:
+    """The model by its other base class, which has ``generate``.
+
+    Raises:
+        UserError: the model does not generate.
+    """
+    if not isinstance(model, GenerationMixin):
+        raise UserError(
+            f"a {type(model).__name__} does not generate text",
+            where="model",
+            mend="give a causal language model",
+        )
+    return model
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model has, where its configuration says so."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _batches(
+    prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, limit: int | None
+) -> Iterator[_Batch]:
+    """Prompts in batches, the longest first, so that a lack of memory shows at once."""
+    lengths = [len(prompt) for prompt in prompts]
+    allowances = []
+    for place, length in enumerate(lengths):
+        allowance = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
+        if length == 0:
+            raise UserError(
+                "the prompt is empty", where=f"prompt {place + 1}", mend="give it a token at least"
+            )
+        if allowance < 1:
+            raise UserError(
+                f"the prompt has {length} tokens, and the model {limit} positions",
+                where=f"prompt {place + 1}",
+                mend="shorten the prompt",
+            )
+        allowances.append(allowance)
+    open_batch: list[int] = []
+    for place in sorted(range(len(prompts)), key=lambda place: -lengths[place]):
+        if open_batch:
+            first = open_batch[0]
+            tokens = (len(open_batch) + 1) * (lengths[first] + allowances[first])
+            # Rows near the end of the positions may write fewer tokens than others, as each does alone.
+            if tokens > batch_tokens or allowances[place] != allowances[first]:
+                yield _Batch(open_batch, allowances[first])
+                open_batch = []
+        open_batch.append(place)
+    if open_batch:
+        yield _Batch(open_batch, allowances[open_batch[0]])
+
+
+def _padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (rows, longest), padded on the left, and the mask of what is not padding."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.from_numpy(row)
+        mask[number, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Completion:
+    """Cut a row at its first terminator; what follows there is padding."""
+    at = np.flatnonzero(np.isin(row, ends)) if ends else np.empty(0, dtype=int)
+    tokens = row[: at[0]] if at.size else row
+    return Completion(tokens, _text(tokenizer, tokens.tolist()), bool(at.size))
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+class _Tokens(BaseStreamer):
+    """Hands new token ids from the decoding thread to the reader, then None, or the error that ended it."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self.closed = threading.Event()
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take what ``generate`` puts: first the prompt, then one token a step."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            self.queue.put(token)
+
+    def end(self) -> None:
+        """Nothing to do: the end is put once ``generate`` has returned."""
+
+
+class _Closed(StoppingCriteria):
+    """Stops the decoding once the reader has gone."""
+
+    def __init__(self, closed: threading.Event) -> None:
+        self._closed = closed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        rows = input_ids.shape[0]
+        return torch.full((rows,), self._closed.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _pieces(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Iterator[str]:
+    """The text of the tokens as it becomes certain.
+
+    Decoding each token alone would break characters of several tokens and lose spaces, decoding everything
+    each time would cost the square of the length. So a few tokens are decoded together: ``held`` are those
+    whose text is not all given out, and the ones before them that a tokenizer needs to see for context.
+    """
+    held: list[int] = []
+    given = ""  # the text of ``held`` that has been given out
+    while (token := tokens.queue.get()) is not None:
+        if isinstance(token, BaseException):
+            raise token
+        if ends and token in ends:
+            continue
+        held.append(token)
+        text = _text(tokenizer, held)
+        if text.endswith("\ufffd"):  # a character that has begun and not ended
+            continue
+        if len(text) > len(given):
+            yield text[len(given) :]
+        given = text
+        last = _text(tokenizer, held[-1:])
+        if len(held) > 16 and "\ufffd" not in last:
+            # Start anew with the last token alone, whose text then stands for what was given.
+            held, given = held[-1:], last
+    rest = _text(tokenizer, held)
+    if len(rest) > len(given):
+        yield rest[len(given) :]

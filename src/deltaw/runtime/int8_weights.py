@@ -1,0 +1,188 @@
+"""Frozen weights kept as bytes: which layers, with what columns, and what it costs in loss.
+
+The model's blocks are gone through once, on rows of the user's own. While a block still has its weights, the
+inputs of its linear layers are seen; for each input the columns are chosen that round best (SmoothQuant,
+arXiv 2211.10438: size moves from inputs with outliers into the weights), and a layer whose outputs would
+still be off by more than LARGEST_ERROR keeps its weights. Then the block's weights are given back and the
+next block is reached, so that a model never stands whole in both forms.
+
+Knows modules; not data files or training.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels.linear import quantised_rows, quantised_twin
+from deltaw.lora.layers_int8 import ByteLinear
+from deltaw.runtime.blocks import blocks_of
+
+# A layer keeps its weights where rounding to bytes moves its outputs by more than this share of their norm.
+LARGEST_ERROR = 0.04
+# How much of the inputs' size is moved into the weights, tried in turn; 0 leaves both as they are.
+MOVED = (0.0, 0.5, 0.7)
+# Tokens, and about as many outputs, that are looked at in each layer.
+TOKENS, ROWS = 512, 256
+
+
+@dataclass
+class ByteReport:
+    """What was done.
+
+    Attributes:
+        layers: of the blocks. kept: names of those that keep their weights, with their error.
+        errors: of every layer, its outputs' relative error on the rows looked at.
+    """
+
+    layers: int = 0
+    kept: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no linear layer stands in the blocks, so none is kept in bytes"
+        said = f"{self.layers - len(self.kept)} of {self.layers} layers are kept in bytes"
+        if self.errors:
+            said += f", with outputs off by {sum(self.errors.values()) / len(self.errors):.1%} on average"
+        if self.kept:
+            worst = sorted(self.kept, key=lambda name: -self.kept[name])
+            shown = ", ".join(f"{name} ({self.kept[name]:.0%})" for name in worst[:3])
+            said += f"; off by more than {LARGEST_ERROR:.0%}, and so left as they were: {shown}"
+            said += f" and {len(worst) - 3} more" if len(worst) > 3 else ""
+        return said
+
+
+def keep_in_bytes(model: nn.Module, run: Callable[[], object] | None = None) -> ByteReport:
+    """Put layers with weights in bytes in the place of the blocks' linear layers.
+
+    Args:
+        model: frozen, without adapters.
+        run: runs the model on some rows; without it nothing is looked at and every layer is taken.
+    """
+    report = ByteReport()
+    found = blocks_of(model)
+    if found is None:
+        return report
+    prefix, blocks = found
+    if run is None:
+        for _, parent, child, linear in _layers(prefix, blocks):
+            report.layers += 1
+            setattr(parent, child, ByteLinear.from_linear(linear))
+        return report
+    handles: list[Any] = []
+    for number, block in enumerate(blocks):
+        inputs: dict[int, Tensor] = {}
+        layers = list(_layers(f"{prefix}.{number}", block))
+        for _, _, _, linear in layers:
+            handles.append(linear.register_forward_pre_hook(functools.partial(_note, inputs)))
+        handles.append(block.register_forward_hook(functools.partial(_change, layers, inputs, report)))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return report
+
+
+def _layers(prefix: str, root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
+    """Name, parent, name in it, and layer of each linear layer that can be kept in bytes."""
+    layers = []
+    for name, module in root.named_modules():
+        for child, layer in module.named_children():
+            if type(layer) is nn.Linear and layer.in_features % 4 == 0 and layer.out_features % 4 == 0:
+                layers.append((".".join(filter(None, (prefix, name, child))), module, child, layer))
+    return layers
+
+
+def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if id(module) not in inputs:
+        inputs[id(module)] = args[0].detach().flatten(0, -2)[:TOKENS]
+
+
+def _change(
+    layers: list[tuple[str, nn.Module, str, nn.Linear]],
+    inputs: dict[int, Tensor],
+    report: ByteReport,
+    *_: object,
+) -> None:
+    """After a block's own forward: its layers in bytes, and its weights given back."""
+    together: dict[int, list[tuple[str, nn.Module, str, nn.Linear]]] = {}
+    for layer in layers:
+        if id(layer[3]) in inputs:
+            together.setdefault(inputs[id(layer[3])].data_ptr(), []).append(layer)
+    for sharing in together.values():
+        x = inputs[id(sharing[0][3])].float()
+        columns, errors = _best(x, [linear for *_, linear in sharing])
+        for (name, parent, child, linear), error in zip(sharing, errors, strict=True):
+            report.layers += 1
+            report.errors[name] = error
+            if error > LARGEST_ERROR:
+                report.kept[name] = error
+                continue
+            setattr(parent, child, ByteLinear.from_linear(linear, columns))
+            give_back(linear.weight)
+    inputs.clear()
+
+
+def _best(x: Tensor, linears: list[nn.Linear]) -> tuple[Tensor | None, list[float]]:
+    """The columns for layers with one input that give the least error in sum, and each layer's error."""
+    size = x.abs().amax(0)
+    reach = torch.stack([linear.weight.abs().amax(0).float() for linear in linears]).amax(0)
+    # Rows are rounded each by itself, so that some of them tell of all.
+    weights = [linear.weight[:: max(1, linear.out_features // ROWS)].float() for linear in linears]
+    best: tuple[float, Tensor | None, list[float]] | None = None
+    wanted = [x @ w.t() for w in weights]
+    for moved in MOVED:
+        columns = None
+        if moved:
+            by = size.clamp_min(1e-5).pow(moved) / reach.clamp_min(1e-5).pow(1 - moved)
+            columns = 1.0 / (by / by.log().mean().exp())
+        steps, scales = quantised_twin(x, columns)
+        rounded = (steps.float() - 128) * scales[:, None]
+        errors = []
+        for w, y in zip(weights, wanted, strict=True):
+            as_bytes, scale = quantised_rows(w if columns is None else w / columns)
+            error = (rounded @ as_bytes.float().t()) * scale - y
+            errors.append(float(error.norm() / y.norm().clamp_min(1e-20)))
+        if best is None or sum(errors) < best[0]:
+            best = sum(errors), columns, errors
+    assert best is not None
+    return best[1], best[2]
+
+
+def give_back(weight: Tensor) -> None:
+    """Let the system take back the pages of a weight that is read from a mapped file and no longer used.
+
+    They stay in the file; whoever reads them again gets them from there.
+    """
+    place = _mapping_of(weight.data_ptr())
+    if place is None:
+        return
+    page = 4096
+    begin = -(-weight.data_ptr() // page) * page
+    end = (weight.data_ptr() + weight.nbytes) // page * page
+    if begin < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED
+
+
+def _mapping_of(address: int) -> str | None:
+    """The file that is mapped at an address; None where it is memory of the process's own."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                parts = line.split(maxsplit=5)
+                begin, _, end = parts[0].partition("-")
+                if int(begin, 16) <= address < int(end, 16):
+                    name = parts[5].strip() if len(parts) > 5 else ""
+                    return name if name.startswith("/") else None
+    except OSError:
+        return None
+    return None

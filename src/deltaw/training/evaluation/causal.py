@@ -1,0 +1,162 @@
+"""How well a model does on examples: loss and perplexity, and exact match of what it writes itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.data.example import Example
+from deltaw.errors import UserError
+from deltaw.runtime.generation import generate
+from deltaw.runtime.packed import flat_rows
+from deltaw.training.evaluation.base import Evaluation, mean_interval
+from deltaw.training.loop import Passes
+from deltaw.training.tasks.causal_objective import CausalObjective
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote where ``expected`` stands in the data."""
+
+    row: int
+    question: str
+    expected: str
+    written: str
+
+    @property
+    def exact(self) -> bool:
+        """Equal but for white space at both ends."""
+        return self.written.strip() == self.expected.strip()
+
+
+def evaluate_causal(objective: CausalObjective, examples: Sequence[Example], portions: Passes) -> Evaluation:
+    """Loss and perplexity over all label tokens, and, where rows have answers, the share of exact ones.
+
+    A row's answer counts as exact where every label of it, its end mark too, is the likeliest token after
+    the ones before: greedy decoding would then write it, and no other. That takes one forward pass and no
+    decoding.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    total, labels = 0.0, 0
+    losses: dict[int, float] = {}
+    exact: dict[int, bool] = {}
+    for batch in portions.batches(examples):
+        each, right = (tensor.cpu().numpy() for tensor in objective.judge(batch))
+        where = [member.places[member.example.is_label] for member in batch.members]
+        labelled = np.unique(np.concatenate(where))
+        for member, places in zip(batch.members, where, strict=True):
+            at = np.searchsorted(labelled, places)
+            losses[id(member.example)] = float(each[at].mean())
+            exact[id(member.example)] = bool(right[at].all())
+            total += float(each[at].sum())
+            labels += len(at)
+    metrics = _loss_metrics(total / labels)
+    with_answer = [e for e in examples if e.answer is not None]
+    if with_answer:
+        rows = np.array([exact[id(e)] for e in with_answer], dtype=np.float64)
+        metrics["exact_match"] = float(rows.mean())
+        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows))
+    rows = np.array([losses[id(e)] for e in examples])
+    return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
+
+
+def _loss_metrics(loss: float) -> dict[str, float]:
+    """Mean cross-entropy in nats, and e to its power."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of the evaluated rows is {loss}",
+            mend="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """Greedy completions of the examples that have an answer, in their order.
+
+    Args:
+        max_new_tokens: by default as many as the longest answer has, and a few more.
+    """
+    asked = [e for e in examples if e.answer is not None]
+    if not asked:
+        return []
+    longest = max(len(e.tokens) - e.prompt_length for e in asked)
+    completions = generate(
+        model,
+        tokenizer,
+        [e.tokens[: e.prompt_length] for e in asked],
+        max_new_tokens=max_new_tokens or longest + 4,
+        on_progress=on_progress,
+    )
+    return [
+        Answer(
+            row=e.row,
+            question=_question(tokenizer, e),
+            expected=e.answer or "",
+            written=c.text,
+        )
+        for e, c in zip(asked, completions, strict=True)
+    ]
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The last turn of the prompt as a person would read it: templates put each speaker's name on a line."""
+    prompt = example.tokens[: example.prompt_length]
+    prompt = prompt[prompt < len(tokenizer)]  # a soft prompt has no text
+    text = str(tokenizer.decode(prompt, skip_special_tokens=True)).rstrip()
+    lines = text.removesuffix("assistant").rstrip().splitlines()
+    speaker = max((n for n, line in enumerate(lines) if line.strip().lower() == "user"), default=-1)
+    return "\n".join(lines[speaker + 1 :])
+
+
+def exact_match(given: Sequence[Answer]) -> float:
+    """Share of answers equal to what the data says."""
+    return sum(a.exact for a in given) / len(given)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model came to on examples, and, where it writes text, the answers that it wrote.
+
+    ``metrics`` are the evaluation's; where rows have answers, ``exact_match`` is that of the written ones.
+    """
+
+    evaluation: Evaluation
+    answers: list[Answer]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.evaluation.metrics
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    portions: Passes,
+    *,
+    max_new_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Everything that ``deltaw eval`` says of a causal language model."""
+    objective = CausalObjective(model)
+    padded = getattr(portions, "padded", False)
+    with contextlib.nullcontext() if padded else flat_rows(model):
+        evaluation = evaluate_causal(objective, examples, portions)
+    given = answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_progress=on_progress)
+    if given:
+        evaluation.metrics["exact_match"] = exact_match(given)
+    return Score(evaluation, given)

@@ -1,0 +1,1 @@
+"""Outputs of the frozen lower part of a model, computed once for each row and kept."""

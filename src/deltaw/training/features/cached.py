@@ -1,0 +1,197 @@
+"""Features in place of the frozen prefix: passes and an objective that start from stored vectors.
+
+What a training is given instead of its own: passes whose rows go through the frozen part once, and an
+objective that enters the model above it. Which vectors of a row are kept is a feed's matter
+(:mod:`deltaw.training.features.feeds`).
+
+Knows examples, batches, entrances and stores; not files, keys, optimizers or whether it is all worth it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.runtime.layer_entry import Entrance
+from deltaw.training.features.store import FeatureStore
+from deltaw.training.loop import Objective, Passes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedBatch:
+    """A batch and the values that the model is entered with; all else is asked of the batch."""
+
+    inner: Any
+    features: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class CachedPrefix:
+    """A model's frozen prefix computed once for each row, then read.
+
+    Args:
+        feed: which vectors are kept, and how batches are made of them.
+        objective, portions: what a training without it would use.
+        rows: the rows that there is room for; others go the usual way.
+        store: where the vectors are.
+
+    Attributes:
+        objective, portions: to be used in place of the given ones, together.
+    """
+
+    def __init__(
+        self, feed: Feed, objective: Objective, portions: Passes, rows: RowIndex, store: FeatureStore
+    ) -> None:
+        self.feed = feed
+        self.rows = rows
+        self.store = store
+        self.objective = CachedObjective(objective, feed.entrance)
+        self.portions = CachedPortions(portions, self)
+        feed.meet(rows)
+
+    def close(self) -> None:
+        """Bring everything to the disk and let other runs have it."""
+        self.store.close()
+
+
+class CachedPortions:
+    """Passes that compute what is missing and read the rest; all else is asked of the inner portions."""
+
+    def __init__(self, inner: Passes, prefix: CachedPrefix) -> None:
+        self.inner = inner
+        self._prefix = prefix
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        cached = self._prefix
+        if not cached.rows.know(rows):
+            return self.inner.batches(rows)
+        return cached.feed.batches(rows, self.inner, cached.rows, cached.store)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class CachedObjective:
+    """The inner objective with the model entered above its frozen prefix; other batches go the usual way.
+
+    All else is asked of the inner objective.
+    """
+
+    def __init__(self, inner: Objective, entrance: Entrance) -> None:
+        self.inner = inner
+        self._entrance = entrance
+
+    def __call__(self, batch: Any) -> Tensor:
+        return self._within("__call__", batch)
+
+    def judge(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """As :meth:`deltaw.training.objective.CausalObjective.judge`."""
+        return self._within("judge", batch)
+
+    def predictions(self, batch: Any) -> Tensor:
+        """As :meth:`deltaw.training.label_objective.LabelObjective.predictions`."""
+        return self._within("predictions", batch)
+
+    def _within(self, name: str, batch: Any) -> Any:
+        method = getattr(self.inner, name)
+        if not isinstance(batch, CachedBatch):
+            return method(batch)
+        with self._entrance.entering(batch.features):
+            return method(batch.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class RowIndex:
+    """Where each row's vectors are: rows of the same content share them, and their order does not matter.
+
+    Args:
+        examples: all rows. contents: what each one's vectors depend on. units: how many vectors each has.
+
+    Attributes:
+        distinct: one example of each content, in the order of the store's rows.
+        starts: (rows,) place of the first vector. counts: (rows,) how many there are.
+    """
+
+    def __init__(self, examples: Sequence[Any], contents: Sequence[bytes], units: Sequence[int]) -> None:
+        self.contents = sorted(set(contents))
+        number = {content: n for n, content in enumerate(self.contents)}
+        self._examples = list(examples)  # kept, so that nothing else gets the identity of one of them
+        self._slots = {id(e): number[c] for e, c in zip(examples, contents, strict=True)}
+        self.distinct: list[Any] = [None] * len(number)
+        self.counts = np.zeros(len(number), np.int64)
+        for example, content, count in zip(examples, contents, units, strict=True):
+            self.distinct[number[content]] = example
+            self.counts[number[content]] = count
+        self.starts = np.cumsum(self.counts) - self.counts
+
+    @property
+    def units(self) -> int:
+        return int(self.counts.sum())
+
+    def know(self, rows: Sequence[Any]) -> bool:
+        return all(id(row) in self._slots for row in rows)
+
+    def slots(self, rows: Sequence[Any]) -> np.ndarray:
+        """(n,) the rows of the store that hold these examples."""
+        return np.fromiter((self._slots[id(row)] for row in rows), np.int64, len(rows))
+
+    def places(self, slots: np.ndarray) -> np.ndarray:
+        """The places of all their vectors, one row after another."""
+        counts = self.counts[slots]
+        ends = np.cumsum(counts)
+        return np.arange(ends[-1]) + np.repeat(self.starts[slots] - ends + counts, counts)
+
+
+class Feed(Protocol):
+    """Which vectors of a row are kept, and how batches are made of them.
+
+    Attributes:
+        entrance: where the model is entered. device: where the model is.
+        kind: tells feeds apart that keep different vectors of the same rows.
+    """
+
+    entrance: Entrance
+    device: torch.device
+    kind: str
+
+    def learn(self, batch: Any) -> Tensor:
+        """Run the frozen part once to see its form; what comes out, as (n, width)."""
+
+    def content(self, example: Any) -> bytes:
+        """Equal for rows whose vectors are equal."""
+
+    def units(self, example: Any) -> int:
+        """How many vectors a row has."""
+
+    def meet(self, rows: RowIndex) -> None:
+        """Be told the rows that will come."""
+
+    def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
+        """Compute a batch of the portions' and store its vectors; what came out of the frozen part."""
+
+    def batches(
+        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+    ) -> Iterator[CachedBatch]:
+        """Batches of these rows with the values that the model is entered with."""
+
+
+def content_of(example: Any, *more: np.ndarray) -> bytes:
+    """A hash of what a model sees of a row, and of ``more``."""
+    if not hasattr(example, "tokens"):
+        if not example.digest:
+            raise RuntimeError("an image without a digest cannot be told from others")
+        return example.digest
+    digest = hashlib.blake2b(digest_size=16)
+    for value in (example.tokens, getattr(example, "segments", None), *more):
+        digest.update(b"-" if value is None else value.tobytes())
+    return digest.digest()

@@ -1,0 +1,248 @@
+"""Which vectors of a row are kept, by where the model is entered, and batches made of them.
+
+Below a block: every token's vector, and batches are those of the portions. At a language model's head: the
+vectors that predict a label. At a classifier: one vector a row. The last two need no passes over tokens any
+more; a batch of them is one gather.
+
+Knows examples, batches and entrances; not files, losses or where the vectors are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.data.packing import Batch, Member
+from deltaw.runtime.layer_entry import BackboneEntrance, Entrance, HeadEntrance
+from deltaw.training.features.cached import CachedBatch, RowIndex, content_of
+from deltaw.training.features.store import FeatureStore
+from deltaw.training.loop import Objective, Passes
+
+# Vectors in a batch that goes through nothing but a head.
+VECTORS_PER_BATCH = 4096
+
+
+class _Feed:
+    """What all feeds have in common."""
+
+    def __init__(self, entrance: Entrance, objective: Objective) -> None:
+        self.entrance = entrance
+        self._objective = objective
+        self.device = torch.device("cpu")
+
+    def learn(self, batch: Any) -> Tensor:
+        hidden = self.entrance.outputs(lambda: self._objective(batch))
+        self.device = hidden.device
+        self._look(batch, hidden)
+        return _flat(hidden)
+
+    def meet(self, rows: RowIndex) -> None:
+        """Most need nothing of it."""
+
+    def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
+        hidden = self.entrance.outputs(lambda: self._objective(batch))
+        found = self._sources(batch, hidden)
+        slots = rows.slots([example for example, _ in found])
+        sources = np.concatenate([places for _, places in found])
+        targets = rows.places(slots)
+        if len(sources) != len(targets):
+            raise RuntimeError("a row has another number of vectors than expected")
+        store.write(slots, targets, _flat(hidden).index_select(0, self._tensor(sources)))
+        return hidden
+
+    def _compute_missing(
+        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+    ) -> None:
+        done = store.done[index.slots(rows)]
+        if not done.all():
+            missing = {
+                slot: row for slot, row, there in zip(index.slots(rows), rows, done, strict=True) if not there
+            }
+            for batch in portions.batches(list(missing.values())):
+                self.keep(batch, index, store)
+
+    def _look(self, batch: Any, hidden: Tensor) -> None:
+        """See the form of what comes out."""
+
+    def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
+        """Each example of the batch with the places of its vectors in the flattened ``hidden``."""
+        raise TypeError("a feed says where a row's vectors are")
+
+    def _tensor(self, places: np.ndarray) -> Tensor:
+        return torch.from_numpy(places).to(self.device, non_blocking=True)
+
+
+class EveryToken(_Feed):
+    """The vectors of all tokens, or of all patches of an image, in batches as the portions make them."""
+
+    kind = "every token"
+
+    def _look(self, batch: Any, hidden: Tensor) -> None:
+        self._is_text = "input_ids" in batch.inputs
+        self._patches = hidden.shape[1]
+        self._tail = hidden.shape[2:]
+
+    def content(self, example: Any) -> bytes:
+        return content_of(example)
+
+    def units(self, example: Any) -> int:
+        return len(example.tokens) if self._is_text else self._patches
+
+    def batches(
+        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+    ) -> Iterator[CachedBatch]:
+        for batch in portions.batches(rows):
+            found = self._sources(batch)
+            slots = index.slots([example for example, _ in found])
+            if store.done[slots].all():
+                lead = batch.inputs["input_ids"].shape if self._is_text else (batch.rows, self._patches)
+                # What only fills a batch up is seen by nobody; any vector that is there will do.
+                places = np.full(math.prod(lead), index.starts[slots[0]])
+                places[np.concatenate([own for _, own in found])] = index.places(slots)
+                hidden = store.read(places).to(self.device).view(*lead, *self._tail)
+            else:
+                hidden = self.keep(batch, index, store)
+            yield CachedBatch(batch, hidden)
+
+    def _sources(self, batch: Any, hidden: Tensor | None = None) -> list[tuple[Any, np.ndarray]]:
+        if isinstance(batch, Batch):
+            return [(member.example, member.places) for member in batch.members]
+        longest = batch.inputs["input_ids"].shape[1] if self._is_text else self._patches
+        return [
+            (example, np.arange(row * longest, row * longest + self.units(example)))
+            for row, example in enumerate(batch.examples)
+        ]
+
+
+class LabelTokens(_Feed):
+    """A language model's vectors that predict a label, as they come out of the backbone."""
+
+    kind = "predictors"
+
+    def __init__(self, entrance: BackboneEntrance, objective: Objective) -> None:
+        super().__init__(entrance, objective)
+        self._targets = torch.zeros(0, dtype=torch.int64)
+
+    def content(self, example: Any) -> bytes:
+        return content_of(example, example.is_label)
+
+    def units(self, example: Any) -> int:
+        return len(_predictors(example))
+
+    def meet(self, rows: RowIndex) -> None:
+        targets = [example.tokens[1:][example.is_label[1:]] for example in rows.distinct]
+        self._targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
+
+    def batches(
+        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+    ) -> Iterator[CachedBatch]:
+        self._compute_missing(rows, portions, index, store)
+        for part in _parts(rows, index):
+            places = index.places(index.slots(part))
+            count = len(places)
+            batch = Batch(
+                inputs={},
+                predictors=torch.arange(count, device=self.device),
+                targets=self._targets.index_select(0, torch.from_numpy(places)).to(self.device),
+                weights=torch.ones(count, device=self.device),
+                rows=len(part),
+                row_tokens=sum(len(example.tokens) for example in part),
+                tokens=count,
+                members=_members(part),
+            )
+            yield CachedBatch(batch, store.read(places).to(self.device)[None])
+
+    def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
+        return [(m.example, m.places[_predictors(m.example)]) for m in batch.members]
+
+
+class WholeRows(_Feed):
+    """What the first trained module of a classifier is given: one vector a row."""
+
+    kind = "head"
+
+    def __init__(self, entrance: HeadEntrance, objective: Objective) -> None:
+        super().__init__(entrance, objective)
+
+    def _look(self, batch: Any, hidden: Tensor) -> None:
+        if hidden.dim() != 2:
+            raise RuntimeError("the head looks at several vectors of a row")
+        self._template = batch
+        self._is_text = "input_ids" in batch.inputs
+
+    def content(self, example: Any) -> bytes:
+        return content_of(example)
+
+    def units(self, example: Any) -> int:
+        return 1
+
+    def batches(
+        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+    ) -> Iterator[CachedBatch]:
+        self._compute_missing(rows, portions, index, store)
+        for part in _parts(rows, index):
+            features = store.read(index.starts[index.slots(part)]).to(self.device)
+            yield CachedBatch(self._batch(part), features)
+
+    def _batch(self, rows: Sequence[Any]) -> Any:
+        """A batch of one token a row: no more of its inputs is looked at above the backbone."""
+        like = self._template
+        inputs = {
+            key: value[:1, :1].expand(len(rows), *value[:1, :1].shape[1:])
+            if isinstance(value, Tensor) and value.dim() > 1
+            else value
+            for key, value in like.inputs.items()
+        }
+        per_row = like.row_tokens // like.rows
+        return dataclasses.replace(
+            like,
+            inputs=inputs,
+            targets=torch.tensor([row.label for row in rows], dtype=like.targets.dtype, device=self.device),
+            examples=tuple(rows),
+            rows=len(rows),
+            row_tokens=sum(len(row.tokens) for row in rows) if self._is_text else per_row * len(rows),
+            tokens=len(rows),
+        )
+
+    def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
+        return [(example, np.array([row])) for row, example in enumerate(batch.examples)]
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """(rows, d) as it is; (rows, tokens, …) as (rows · tokens, width)."""
+    return hidden if hidden.dim() == 2 else hidden.flatten(0, 1).flatten(1)
+
+
+def _predictors(example: Any) -> np.ndarray:
+    """The tokens of a row whose output predicts a label."""
+    return np.flatnonzero(example.is_label[1:])
+
+
+def _members(rows: Sequence[Any]) -> tuple[Member, ...]:
+    """Rows of which a batch has nothing but labels: their places count them, other tokens' places are -1."""
+    members = []
+    filled = 0
+    for example in rows:
+        at = _predictors(example)
+        places = np.full(len(example.tokens), -1)
+        places[at + 1] = np.arange(filled, filled + len(at))
+        filled += len(at)
+        members.append(Member(example, places))
+    return tuple(members)
+
+
+def _parts(rows: Sequence[Any], index: RowIndex) -> Iterator[Sequence[Any]]:
+    """Rows in their order, cut so that none has more than VECTORS_PER_BATCH unless one row alone has."""
+    counts = index.counts[index.slots(rows)]
+    start = 0
+    while start < len(rows):
+        taken = int(np.searchsorted(np.cumsum(counts[start:]), VECTORS_PER_BATCH, side="right"))
+        stop = start + max(1, taken)
+        yield rows[start:stop]
+        start = stop

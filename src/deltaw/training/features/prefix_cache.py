@@ -1,0 +1,262 @@
+"""Whether the frozen prefix of a training is computed once and kept, and where: tried before it is relied on.
+
+The trial runs a few of the user's own rows with and without: the same loss and the same gradients, or there
+is no cache and the run says why. Features that an earlier run has left are compared with new ones as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.host.machine import Choice
+from deltaw.hub.skeleton import has_values
+from deltaw.runtime.layer_entry import (
+    BackboneEntrance,
+    BlockEntrance,
+    HeadEntrance,
+    Level,
+    frozen_digest,
+    lowest_trained,
+)
+from deltaw.training.features.cached import CachedPrefix, Feed, RowIndex
+from deltaw.training.features.feeds import EveryToken, LabelTokens, WholeRows
+from deltaw.training.features.store import (
+    LIMIT_BYTES,
+    FeatureStore,
+    MemoryStore,
+    Shape,
+    ShapeStore,
+    open_store,
+    size_text,
+)
+from deltaw.training.loop import Objective, Passes
+from deltaw.training.tasks.causal_objective import CausalObjective
+
+# Below this share of the blocks, reading features saves less than keeping them costs.
+LEAST_FROZEN = 1 / 8
+# Features that find no room on the disk are kept in memory up to this size.
+MEMORY_BYTES = 256 * 2**20
+TRIED_ROWS = 3
+# Part of the key: another number where stored values would mean something else.
+REVISION = 1
+# What a configuration says that no feature depends on.
+_IRRELEVANT = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "use_cache",
+}
+
+
+def cached_prefix(
+    model: PreTrainedModel,
+    objective: Objective,
+    portions: Passes,
+    examples: Sequence[Any],
+    *,
+    folder: Path | None = None,
+    limit: int = LIMIT_BYTES,
+) -> tuple[CachedPrefix | None, Choice[str]]:
+    """A training's frozen prefix, kept; to be called where the model can run these batches, nothing random.
+
+    What is trained is read off the parameters that require a gradient. On tensors without values the features
+    are kept in memory, so that a plan sees the same steps.
+
+    Args:
+        objective, portions: what the training would use otherwise.
+        examples: every row that will come, held-out ones too.
+        folder: where stores are. limit: bytes that all stores may take.
+
+    Returns:
+        the prefix, which is to be closed in the end, and how far up it goes; None and why not.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    level = lowest_trained(model, trained)
+    if level is None:
+        return None, Choice("off", "training reaches down to the first block")
+    if level.kind == "block" and level.index < LEAST_FROZEN * level.count:
+        return None, Choice("off", f"only {level} are frozen")
+    few = _few(examples)
+    try:
+        feed = _feed(model, level, objective)
+        vectors = feed.learn(next(iter(portions.batches(few))))
+        tolerance = _tolerance(vectors.dtype) if has_values(model) else None
+        difference = _difference(feed, objective, portions, few, vectors, trained, tolerance)
+    except Exception as error:  # whatever a foreign model raises here, the usual way is right for it
+        brief = f"{type(error).__name__}: {str(error)[:100]}"
+        return None, Choice("off", f"{type(model).__name__} cannot be entered there ({brief})")
+    if difference is not None:
+        return None, Choice("off", f"{type(model).__name__} entered there gives {difference}")
+    return _opened(model, level, feed, objective, portions, examples, vectors, folder, limit)
+
+
+def _feed(model: PreTrainedModel, level: Level, objective: Objective) -> Feed:
+    """What to keep at this level."""
+    if level.kind == "block":
+        return EveryToken(BlockEntrance(model, level.index), objective)
+    if isinstance(objective, CausalObjective):
+        return LabelTokens(BackboneEntrance(model), objective)
+    return WholeRows(HeadEntrance(model), objective)
+
+
+def _few(examples: Sequence[Any]) -> list[Any]:
+    """A few rows of different lengths, none of them long."""
+    ordered = sorted(examples, key=len)
+    places = sorted({0, len(ordered) // 4, len(ordered) // 2})
+    return [ordered[place] for place in places][:TRIED_ROWS]
+
+
+def _indexed(feed: Feed, examples: Sequence[Any]) -> RowIndex:
+    return RowIndex(examples, [feed.content(e) for e in examples], [feed.units(e) for e in examples])
+
+
+def _difference(
+    feed: Feed,
+    objective: Objective,
+    portions: Passes,
+    few: Sequence[Any],
+    vectors: Tensor,
+    trained: Sequence[nn.Parameter],
+    tolerance: float | None,
+) -> str | None:
+    """What differs from the usual way, with features new and read again; None where nothing does.
+
+    Without a ``tolerance`` nothing is compared, but it must run.
+    """
+    rows = _indexed(feed, few)
+    shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
+    cached = CachedPrefix(feed, objective, portions, rows, MemoryStore(shape))
+    usual = _loss_and_gradients(objective, portions, few, trained)
+    for _ in range(2):
+        ours = _loss_and_gradients(cached.objective, cached.portions, few, trained)
+        if tolerance is None:
+            continue
+        if not _near(usual[:1], ours[:1], tolerance):
+            return "another loss"
+        if not _near(usual[1:], ours[1:], tolerance):
+            return "other gradients"
+    return None
+
+
+def _loss_and_gradients(
+    objective: Objective, portions: Passes, few: Sequence[Any], trained: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    """The sum of losses, and its gradient for each trained parameter, None where it has none."""
+    total: list[Tensor | None] = [None] * (1 + len(trained))
+    for batch in portions.batches(few):
+        loss = objective(batch)
+        parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
+        for n, part in enumerate(parts):
+            before = total[n]
+            total[n] = part if before is None or part is None else before + part
+    return total
+
+
+def _near(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], tolerance: float) -> bool:
+    """Whether all together differ by no more than ``tolerance`` of their norm."""
+    if [e is None for e in expected] != [f is None for f in found]:
+        return False
+    pairs = [
+        (e.float(), f.float())
+        for e, f in zip(expected, found, strict=True)
+        if e is not None and f is not None
+    ]
+    if not pairs:
+        return True
+    difference = torch.stack([(e - f).square().sum() for e, f in pairs]).sum().sqrt()
+    norm = torch.stack([e.square().sum() for e, _ in pairs]).sum().sqrt()
+    return bool(difference <= tolerance * norm)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
+
+
+def _opened(
+    model: PreTrainedModel,
+    level: Level,
+    feed: Feed,
+    objective: Objective,
+    portions: Passes,
+    examples: Sequence[Any],
+    vectors: Tensor,
+    folder: Path | None,
+    limit: int,
+) -> tuple[CachedPrefix | None, Choice[str]]:
+    rows = _indexed(feed, examples)
+    shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
+    size = size_text(shape.bytes)
+    store: FeatureStore
+    if not has_values(model):
+        store, kept = ShapeStore(shape), f"{size} on the disk"
+    else:
+        try:
+            key = _key(model, level, feed, rows, shape, portions)
+            about = f"{type(model).__name__}, {level}, {shape.rows} rows"
+            store = open_store(key, shape, about=about, folder=folder, limit=limit)
+            kept = f"{size} in {store.folder}"
+        except UserError as error:
+            if shape.bytes > MEMORY_BYTES:
+                return None, Choice("off", error.what)
+            store, kept = MemoryStore(shape), f"{size} in memory, since {error.what}"
+    cached = CachedPrefix(feed, objective, portions, rows, store)
+    try:
+        known = _still_right(cached)
+    except BaseException:
+        cached.close()
+        raise
+    found = f", {known} of {shape.rows} rows there already" if known else ""
+    return cached, Choice(str(level), f"frozen, and so computed once for each row: {kept}{found}")
+
+
+def _key(
+    model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, portions: Passes
+) -> str:
+    """A name for everything that stored values depend on."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}
+    facts = [
+        REVISION,
+        str(level),
+        feed.kind,
+        shape.width,
+        shape.dtype,
+        type(model.base_model).__name__,
+        config,
+        frozen_digest(model, level),
+        bool(getattr(portions, "padded", True)),
+        feed.device.type,
+        [transformers.__version__, torch.__version__],
+    ]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(b"".join(rows.contents))
+    return digest.hexdigest()[:32]
+
+
+def _still_right(cached: CachedPrefix) -> int:
+    """Rows that the store has already; none, all forgotten, where some computed anew differ from it."""
+    done = np.flatnonzero(cached.store.done)
+    if not len(done):
+        return 0
+    slots = done[:: max(1, len(done) // TRIED_ROWS)][:TRIED_ROWS]
+    before = cached.store.read(cached.rows.places(slots))
+    for batch in cached.portions.inner.batches([cached.rows.distinct[slot] for slot in slots]):
+        cached.feed.keep(batch, cached.rows, cached.store)
+    after = cached.store.read(cached.rows.places(slots))
+    if _near([after], [before], _tolerance(before.dtype)):
+        return len(done)
+    cached.store.forget()
+    return 0

@@ -1,0 +1,204 @@
+"""A finished run, or a bare model, opened for use: evaluation, generation, chat."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.config import RunConfig
+from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
+from deltaw.host.machine import choose_device, choose_precision
+from deltaw.hub.loading import LoadedModel, load
+from deltaw.methods.base import ADAPTER_CONFIG, Method
+from deltaw.methods.choose import method_of_folder
+from deltaw.methods.files import classes_of, outputs_of, read_config
+from deltaw.training.evaluation.causal import Score, score
+from deltaw.training.run_folder import SETTINGS
+from deltaw.training.session import dressed
+from deltaw.training.tasks.tasks import Task, task_of
+
+_TASK_TYPES = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+
+
+@dataclass
+class Opened:
+    """A model ready to answer.
+
+    Attributes:
+        config: the run's settings; None where the reference is not a run of deltaw's.
+        method: whose adapter is on the model; None where there is none.
+        task: what the model does. classes: the names that a classifier's outputs have.
+    """
+
+    loaded: LoadedModel
+    config: RunConfig | None
+    method: Method | None
+    task: Task
+    classes: tuple[str, ...] | None = None
+    _bare: bool = field(default=False, repr=False)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
+
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter is on the model."""
+        return self.method is not None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of a model that reads text.
+
+        Raises:
+            UserError: it reads images.
+        """
+        if self.task.tokenizer is None:
+            raise UserError("the model reads images, not text", where=self.loaded.reference, mend="use eval")
+        return self.task.tokenizer
+
+    @property
+    def data(self) -> DataSettings | None:
+        """How the run read its rows; None where it is not known."""
+        return self.config.data if self.config is not None else None
+
+    def prompt(self, tokens: np.ndarray) -> np.ndarray:
+        """A prompt as the model is to see it."""
+        return tokens if self.method is None or self._bare else self.method.dressed(tokens)
+
+    def example(self, example: Any) -> Any:
+        """An example as the model is to see it."""
+        return example if self.method is None or self._bare else dressed(example, self.method)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+        return 0 if self.method is None or self._bare else self.method.virtual_tokens
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """While open, the model answers as it did before it was trained."""
+        if self.method is None:
+            yield
+            return
+        with self.method.without(self.model):
+            self._bare = True
+            try:
+                yield
+            finally:
+                self._bare = False
+
+    def require_generation(self) -> None:
+        """Raise a UserError where the model does not write text."""
+        if self.task.name != "causal-lm":
+            raise UserError(
+                f"this is an adapter for {self.task.name}, which writes no text",
+                where=self.loaded.reference,
+                mend="use deltaw eval",
+            )
+
+
+def open_run(
+    reference: str,
+    *,
+    model: str | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    task: str | None = None,
+    say: Callable[[str], None],
+) -> Opened:
+    """Load a run's folder (base model and adapter), an adapter of PEFT's, or a bare model.
+
+    Args:
+        reference: a folder with an adapter, else anything that names a model.
+        model: the base model, where it is not the one that the folder names.
+        task: what a bare model is to do; an adapter says that itself.
+    """
+    folder = Path(reference)
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not adapter and (folder / SETTINGS).is_file():
+        raise UserError(
+            "the run has no adapter: it did not get as far as its end",
+            where=str(folder),
+            mend=f"train it again: deltaw train {folder / SETTINGS}",
+        )
+    config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
+    kind, base, classes = task or "causal-lm", model or reference, None
+    if adapter:
+        settings = read_config(folder)
+        base = model or (config.model if config is not None else _base_of(settings, folder))
+        kind = config.task if config is not None else _TASK_TYPES.get(str(settings.get("task_type")), kind)
+        classes = classes_of(folder)
+    trust = config.trust_remote_code if config is not None else False
+    dtype = choose_precision(choose_device(device).value, precision).value
+    work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
+    outputs = len(classes) if classes is not None else 1 if kind == "regression" else None
+    if adapter and outputs is None and work.has_labels:
+        outputs = outputs_of(folder)
+    loaded = load(
+        base,
+        precision=precision,
+        device=device,
+        task=kind,  # type: ignore[arg-type]
+        num_labels=outputs,
+        trust_remote_code=trust,
+        say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
+    )
+    if classes is None and work.has_labels and kind != "regression":
+        numbers = range(loaded.model.config.num_labels or 0)
+        classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
+    method = None
+    if adapter:
+        method = method_of_folder(folder, work.tokenizer)
+        say(method.load(loaded.model, folder))
+    return Opened(loaded, config, method, work, classes)
+
+
+def score_run(
+    opened: Opened,
+    examples: Sequence[Any],
+    *,
+    max_new_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Judge an opened model on examples, which are not dressed yet."""
+    rows = [opened.example(example) for example in examples]
+    portions, _ = opened.task.portions(
+        opened.model,
+        rows,
+        device=str(opened.loaded.choices["device"].value),
+        tokens_per_pass="auto",
+        share="auto",
+        method_shares=True,
+        virtual_tokens=0,
+    )
+    if opened.task.name == "causal-lm":
+        return score(
+            opened.model,
+            opened.tokenizer,
+            rows,
+            portions,
+            max_new_tokens=max_new_tokens,
+            on_progress=on_progress,
+        )
+    with opened.task.running(opened.model, portions):
+        objective = opened.task.objective(opened.model)
+        return Score(opened.task.evaluate(objective, rows, portions, opened.classes), [])
+
+
+def _base_of(settings: dict[str, object], folder: Path) -> str:
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            "the adapter does not say which model it belongs to",
+            where=str(folder / ADAPTER_CONFIG),
+            mend="name the base model with --model",
+        )
+    return str(base)

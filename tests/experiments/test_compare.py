@@ -1,0 +1,251 @@
+"""Methods compared: what is run, what is kept, what goes on after an interruption, what the table says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deltaw.config import RunConfig
+from deltaw.errors import UserError
+from deltaw.experiments.child import Child, WorkerEnded
+from deltaw.experiments.compare import compare
+from deltaw.host.machine import peak_resident_bytes
+from deltaw.reports.comparison import comparison_tables
+from tests.experiments.conftest import WorkerHere, use_worker_here
+
+METHODS = ["lora", "head", "last"]
+
+
+def compared(settings, folder, methods=METHODS, **given):
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    comparison = compare(RunConfig.read(settings), methods, folder=folder, console=console, **given)
+    return comparison, out.getvalue()
+
+
+class TestThreeMethods:
+    """One comparison, looked at from several sides; those that change something copy it."""
+
+    @pytest.fixture(scope="class")
+    def done(self, study_settings, tmp_path_factory):
+        base = tmp_path_factory.mktemp("comparison")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DELTAW_CACHE", str(base / "cache"))
+            use_worker_here(patch)
+            # One block: `last` cannot train two, as its settings ask.
+            settings = study_settings(base / "run", last={"blocks": 3})
+            comparison, said = compared(settings, base / "out")
+            return settings, base / "out", comparison, said, list(WorkerHere.asked)
+
+    @pytest.fixture
+    def again(self, done, here, tmp_path):
+        """The same comparison in a copy of its folder, with what is asked of the worker."""
+        settings, folder, *_ = done
+        shutil.copytree(folder, tmp_path / "out")
+
+        def run(methods=METHODS, changes=None, **given):
+            here.asked = []
+            merged = {**settings, **(changes or {})}
+            return *compared(merged, tmp_path / "out", methods, **given), list(here.asked)
+
+        return run
+
+    def test_each_method_is_tuned_and_then_trained(self, done):
+        *_, comparison, _, asked = done
+        assert asked[0] == "base"
+        for method in ("lora", "head"):
+            assert asked.count(f"open {method}") == 1 and asked.count(f"run {method}") == 1
+        assert asked.index("run lora") > asked.index("open head")
+        for result in comparison.scored:
+            losses = dict(result.rates)
+            assert 3 <= len(losses) <= 4
+            assert losses[result.learning_rate] == min(losses.values())
+
+    def test_all_numbers_of_a_method_are_there(self, done):
+        settings, folder, comparison, *_ = done
+        lora = next(result for result in comparison.results if result.method == "lora")
+        assert lora.steps == 6 and lora.seconds > 0
+        assert lora.trained_parameters == 4 * sum(
+            2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48) for _ in range(2)
+        )
+        config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+        assert config["r"] == settings["lora"]["rank"]
+        assert lora.adapter_bytes == sum(p.stat().st_size for p in (folder / "lora").glob("adapter_*"))
+        assert 0 < lora.peak_bytes <= peak_resident_bytes()
+        assert lora.total_parameters > lora.trained_parameters
+        assert comparison.held_out_rows == 8 and comparison.metric == "exact_match"
+        assert comparison.base.score is not None and comparison.base.trained_parameters == 0
+
+    def test_a_method_that_cannot_run_says_why_and_the_others_go_on(self, done):
+        *_, comparison, said, _ = done
+        last = comparison.results[-1]
+        assert last.method == "last" and last.score is None and "blocks" in last.error
+        assert len(comparison.scored) == 2 and "last: not possible" in said
+
+    def test_the_best_comes_first_and_others_have_their_distance_to_it(self, done):
+        *_, comparison, _, _ = done
+        first, second = comparison.scored
+        assert first.score >= second.score and first.difference == 0
+        assert second.difference == pytest.approx(second.score - first.score)
+        low, high = second.difference_interval
+        assert low <= second.difference <= high
+
+    def test_table_page_numbers_and_figure_are_written(self, done):
+        _, folder, comparison, *_ = done
+        out = io.StringIO()
+        for width in (80, 200):
+            for table in comparison_tables(comparison, width):
+                Console(file=out, width=width).print(table)
+        assert "…" not in out.getvalue()
+        page = (folder / "comparison.md").read_text()
+        for result in comparison.scored:
+            assert (
+                f"{result.trained_parameters:,}" in page
+                and f"{result.trained_parameters:,}" in out.getvalue()
+            )
+        assert "- last: " in page and "| untrained |" in page
+        assert json.loads((folder / "comparison.json").read_text())["methods"][0]["method"] in METHODS
+        assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_every_piece_is_told_with_its_time_and_what_is_left(self, done):
+        *_, said, _ = done
+        assert said.count("validation loss") >= 6 and said.count(": trained at ") == 2
+        assert " so far, about " in said
+
+    def test_a_second_call_runs_nothing_that_is_done(self, done, again):
+        comparison, _, asked = again(["head", "lora"])
+        assert asked == []
+        known = {result.method: result for result in done[2].results}
+        assert {r.method: r.score for r in comparison.results} == {
+            method: known[method].score for method in ("head", "lora")
+        }
+
+    def test_another_method_is_added_to_what_is_there(self, again):
+        comparison, _, asked = again(["lora", "bias"], rates={"bias": [1e-2]})
+        assert asked == ["run bias"]
+        assert {result.method for result in comparison.scored} == {"lora", "bias"}
+
+    def test_rates_that_are_named_are_tried_beside_those_that_are_known(self, again, done):
+        known = {result.method: result for result in done[2].results}["head"]
+        tried = sorted(rate for rate, _ in known.rates)
+        comparison, _, asked = again(["head"], rates={"head": [tried[0], 1e-7]})
+        assert asked == ["open head", "rate", "run head"]
+        assert sorted(r for r, _ in comparison.results[0].rates) == [1e-7, tried[0]]
+
+    def test_a_setting_of_one_method_starts_that_one_anew(self, again):
+        _, said, asked = again(["lora", "head"], {"head": {"modules": ["lm_head"]}})
+        assert "head starts anew: head.modules was None, is ['lm_head']" in said
+        assert "lora: done before" in said
+        assert set(asked) == {"open head", "rate", "run head"} and asked.count("run head") == 1
+
+    def test_changed_rows_start_all_methods_anew(self, again, done, tmp_path):
+        settings = done[0]
+        text = Path(settings["data"]["train"]).read_text()
+        (tmp_path / "rows.jsonl").write_text(text)
+        data = {"data": {**settings["data"], "train": str(tmp_path / "rows.jsonl")}}
+        again(["head"], data, rates={"head": [1e-3]})
+        (tmp_path / "rows.jsonl").write_text(text.replace("paint", "draw"))
+        _, said, asked = again(["head"], data, rates={"head": [1e-3]})
+        assert "head starts anew: the file data.train has changed" in said
+        assert asked == ["base", "run head"]
+
+
+def test_a_fixed_rate_is_taken_without_trials(here, study_settings, tmp_path):
+    settings = study_settings(tmp_path / "run", train={"learning_rate": 2e-3})
+    comparison, _ = compared(settings, tmp_path / "out", ["head"])
+    assert here.asked == ["base", "run head"]
+    assert comparison.results[0].learning_rate == 2e-3 and comparison.results[0].rates == ()
+
+
+def test_an_interruption_loses_one_piece_at_most(here, study_settings, tmp_path, monkeypatch):
+    settings = study_settings(tmp_path / "run")
+    answer = here.ask
+
+    def interrupted(self, do, *args, **request):
+        found = answer(self, do, *args, **request)
+        if do == "rate" and here.asked.count("rate") == 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(here, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compared(settings, tmp_path / "out", ["head"])
+    monkeypatch.setattr(here, "ask", answer)
+    here.asked = []
+    comparison, said = compared(settings, tmp_path / "out", ["head"])
+    assert "head: 1 learning rates tried before" in said
+    assert here.asked[0] == "open head" and here.asked.count("rate") == len(comparison.results[0].rates) - 1
+
+
+def test_a_run_that_did_not_end_leaves_no_trace(here, study_settings, tmp_path, monkeypatch):
+    settings = study_settings(tmp_path / "run", train={"learning_rate": 2e-3})
+    answer = here.ask
+
+    def killed(self, do, *args, **request):
+        if do == "run":
+            (tmp_path / "out" / "head").mkdir()
+            (tmp_path / "out" / "head" / "metrics.jsonl").write_text("")
+            raise WorkerEnded("its process was ended by SIGKILL")
+        return answer(self, do, *args, **request)
+
+    monkeypatch.setattr(here, "ask", killed)
+    with pytest.raises(UserError, match="SIGKILL"):
+        compared(settings, tmp_path / "out", ["head"])
+    monkeypatch.setattr(here, "ask", answer)
+    comparison, _ = compared(settings, tmp_path / "out", ["head"])
+    assert comparison.results[0].score is not None
+    assert not (tmp_path / "out" / "head.1").exists()
+
+
+def test_a_method_that_diverges_at_all_rates_says_so(here, study_settings, tmp_path, monkeypatch):
+    answer = here.ask
+
+    def diverging(self, do, *args, **request):
+        return {"loss": None} if do == "rate" else answer(self, do, *args, **request)
+
+    monkeypatch.setattr(here, "ask", diverging)
+    with pytest.raises(UserError, match="diverged at every learning rate tried, down to"):
+        compared(study_settings(tmp_path / "run"), tmp_path / "out", ["head"])
+
+
+def test_what_cannot_be_compared_is_refused_and_leaves_nothing(here, study_settings, tmp_path):
+    settings = study_settings(tmp_path / "run")
+    without = {**settings, "data": {**settings["data"], "eval": None}}
+    missing = {**settings, "data": {**settings["data"], "train": str(tmp_path / "no.jsonl")}}
+    for given, methods, word in [
+        (settings, ["lra"], "did you mean 'lora'"),
+        (settings, [], "no method is named"),
+        (without, ["lora"], "no rows are held out"),
+        (missing, ["lora", "head"], r"no\.jsonl"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            compared(given, tmp_path / "out", methods)
+        assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_something_else_are_refused(here, study_settings, finished_run, tmp_path):
+    for folder in (finished_run, tmp_path):
+        (tmp_path / "thesis.tex").write_text("kept")
+        with pytest.raises(UserError, match="not a comparison's"):
+            compared(study_settings(tmp_path / "run"), folder, ["head"])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_worker_of_its_own_trains_answers_refusals_and_tells_how_it_ended(study_settings, tmp_path):
+    config = RunConfig.read(study_settings(tmp_path / "run", method="head"))
+    plain = config.model_dump(mode="json")
+    with Child(tmp_path / "log") as child:
+        with pytest.raises(UserError, match=r"no model"):
+            child.ask("open", config={**plain, "model": str(tmp_path / "none")})
+        found = child.ask("run", config=plain)
+        assert found["steps"] == 6 and len(found["per_row"]) == 8
+        assert found["peak_memory_bytes"] > 5e7 and math.isfinite(found["seconds"])
+        child._process.kill()
+        with pytest.raises(WorkerEnded, match="SIGKILL"):
+            child.ask("rate", rate=1e-3, share=0.3)

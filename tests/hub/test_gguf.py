@@ -1,0 +1,204 @@
+"""Conversion of a tiny .gguf file that is written here, with the tokenizer of a small vocabulary."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf as gguf_format
+import numpy as np
+import pytest
+import torch
+from deltaw.models import gguf, packages
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+
+from deltaw.errors import UserError
+from deltaw.hub.loading import load
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+HIDDEN, KEYS, INNER = 32, 16, 64
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
+    """A Llama of one layer with Q8_0 weights; returns what its tensors de-quantise to."""
+    random = np.random.default_rng(0)
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "ĊĊ"]
+    out = gguf_format.GGUFWriter(path, architecture)
+    out.add_context_length(64)
+    out.add_embedding_length(HIDDEN)
+    out.add_block_count(1)
+    out.add_feed_forward_length(INNER)
+    out.add_head_count(2)
+    out.add_head_count_kv(1)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_rope_dimension_count(KEYS)
+    out.add_vocab_size(len(tokens))
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("smollm")
+    out.add_token_list(tokens)
+    out.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    out.add_token_merges(["Ġ Ġ", "Ċ Ċ"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    out.add_add_bos_token(False)
+    out.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    block = gguf_format.GGMLQuantizationType.Q8_0
+    values = {}
+    shapes = {
+        "token_embd": (len(tokens), HIDDEN),
+        "output_norm": (HIDDEN,),
+        "blk.0.attn_norm": (HIDDEN,),
+        "blk.0.ffn_norm": (HIDDEN,),
+        "blk.0.attn_q": (HIDDEN, HIDDEN),
+        "blk.0.attn_k": (KEYS, HIDDEN),
+        "blk.0.attn_v": (KEYS, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, HIDDEN),
+        "blk.0.ffn_gate": (INNER, HIDDEN),
+        "blk.0.ffn_up": (INNER, HIDDEN),
+        "blk.0.ffn_down": (HIDDEN, INNER),
+    }
+    for name, shape in shapes.items():
+        tensor = random.standard_normal(shape).astype(np.float32)
+        if len(shape) == 2:
+            packed = gguf_format.quants.quantize(tensor, block)
+            out.add_tensor(f"{name}.weight", packed, raw_dtype=block)
+            tensor = gguf_format.quants.dequantize(packed, block)
+        else:
+            out.add_tensor(f"{name}.weight", tensor)
+        values[name] = tensor
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return values
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    return path, write_gguf(path)
+
+
+@pytest.fixture(scope="module")
+def folder(written: tuple[Path, dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file converted once, in the cache that every test here uses."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELTAW_CACHE", str(cache))
+        said: list[str] = []
+        made = gguf.converted(written[0], "bf16", said.append)
+    assert len(said) == 1 and "tiny.Q8_0.gguf" in said[0]
+    return made
+
+
+def test_tensors_are_the_dequantised_ones(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
+    values = written[1]
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    expected = torch.from_numpy(values["blk.0.ffn_down"]).bfloat16()
+    assert torch.equal(tensors["model.layers.0.mlp.down_proj.weight"], expected)
+    embedding = torch.from_numpy(values["token_embd"]).bfloat16()
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
+    assert "lm_head.weight" not in tensors  # tied, since the file has no output.weight
+
+
+def test_nothing_of_the_quantisation_is_left(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rms_norm_eps"] == 1e-5
+
+
+def test_all_terminators_are_in_the_generation_config(folder: Path) -> None:
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [0, 2]
+
+
+def test_second_conversion_is_the_first(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
+    def say(line: str) -> None:
+        raise AssertionError(line)
+
+    assert gguf.converted(written[0], "bf16", say) == folder
+
+
+def test_loaded_model_and_tokenizer(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
+    loaded = load(str(written[0]), precision="bf16", threads=str(torch.get_num_threads()))
+    assert loaded.folder == folder
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None and tokenizer.chat_template
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2]
+    assert tokenizer("<|im_start|>")["input_ids"] == [1]
+    assert tokenizer.eos_token == "<|im_end|>"
+    for text in ("  indented = 12\n\n3", "naïve 日本 🙂", "a  b"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_digits_stand_alone_and_keep_the_spaces_before_them_together(
+    folder: Path, written: tuple[Path, dict[str, np.ndarray]]
+) -> None:
+    """GPT-2's splitting, the fallback, would give the space before a digit to the digit: Ġ Ġ 1."""
+    tokenizer = load(str(written[0]), precision="bf16", threads=str(torch.get_num_threads())).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.tokenize("a  12\n\n3") == ["a", "ĠĠ", "1", "2", "ĊĊ", "3"]
+
+
+def test_unknown_splitting_is_reported_not_passed_over(tokenizer: object) -> None:
+    assert gguf.split_of_digits_restored(tokenizer, "gpt-2")  # type: ignore[arg-type]
+    assert not gguf.split_of_digits_restored(tokenizer, "never-heard-of")  # type: ignore[arg-type]
+
+
+def test_damaged_files_leave_nothing_behind(
+    tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]]
+) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(written[0].read_bytes()[:9000])
+    with pytest.raises(UserError, match="cannot be"):
+        gguf.converted(cut, "bf16", lambda line: None)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"not a gguf file")
+    with pytest.raises(UserError, match="does not begin"):
+        gguf.converted(other, "bf16", lambda line: None)
+    left = [path.name for path in (packages.cache_folder() / "gguf").iterdir() if path.suffix == ".part"]
+    assert left == []
+
+
+def test_two_at_once_convert_once(
+    tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is on an open file, so that two threads stand for two processes."""
+    conversions = []
+
+    def slowly(path: Path, dtype: str, into: Path, say: object) -> None:
+        conversions.append(into)
+        time.sleep(0.2)
+        (into / "config.json").write_text("{}")
+
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    monkeypatch.setattr(gguf, "_convert_in_child", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: gguf.converted(written[0], "fp32", lambda line: None), range(2)))
+    assert made[0] == made[1] and (made[0] / "config.json").is_file()
+    assert len(conversions) == 1
+
+
+def test_interrupted_conversion_leaves_nothing_and_is_made_anew(
+    tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, dtype: str, into: Path, say: object) -> None:
+        (into / "config.json").write_text("half of i")
+        raise KeyboardInterrupt
+
+    def whole(path: Path, dtype: str, into: Path, say: object) -> None:
+        (into / "config.json").write_text("whole")
+
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    monkeypatch.setattr(gguf, "_convert_in_child", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gguf.converted(written[0], "fp32", lambda line: None)
+    assert [path for path in (packages.cache_folder() / "gguf").iterdir() if path.is_dir()] == []
+    monkeypatch.setattr(gguf, "_convert_in_child", whole)
+    made = gguf.converted(written[0], "fp32", lambda line: None)
+    assert (made / "config.json").read_text() == "whole"

@@ -1,0 +1,196 @@
+"""Loading tiny models from folders, and refusing those that are not whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers.utils import logging
+
+from deltaw.errors import UserError
+from deltaw.hub.loading import LoadedModel, attention_of, load, load_tokenizer
+from tests.int8_models import tiny_gpt2, tiny_llama
+
+
+def quietly(reference: Path | str, **settings: object) -> LoadedModel:
+    given = {"precision": "fp32", "threads": torch.get_num_threads(), "say": lambda line: None}
+    return load(str(reference), **given | settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def copied(llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama_folder, tmp_path / "copy"))
+
+
+def test_loaded_model_is_frozen_in_eval_mode_and_the_same(llama_folder: Path) -> None:
+    loaded = quietly(llama_folder)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not any(module.training for module in loaded.model.modules())
+    for (name, one), (_, other) in zip(
+        loaded.model.named_parameters(), tiny_llama().named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert loaded.name == "tiny-llama"
+    assert loaded.new_modules == []
+
+
+def test_choices_come_with_reasons(llama_folder: Path) -> None:
+    loaded = quietly(llama_folder)
+    assert set(loaded.choices) == {"device", "precision", "threads", "attention"}
+    assert loaded.choices["precision"].value == "fp32"
+    assert all(choice.why for choice in loaded.choices.values())
+
+
+def test_precision_is_the_type_of_the_weights(llama_folder: Path) -> None:
+    model = quietly(llama_folder, precision="bf16").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_threads_are_set(llama_folder: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert quietly(llama_folder, threads=1).choices["threads"].value == 1
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_local_folder_asks_no_hub(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert quietly(llama_folder).tokenizer is not None
+
+
+def test_no_token_is_added_for_padding(llama_folder: Path) -> None:
+    loaded = quietly(llama_folder)
+    assert loaded.tokenizer is not None
+    assert len(loaded.tokenizer) == 259
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+
+
+def test_tokenizer_alone(llama_folder: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(str(llama_folder))("a")["input_ids"]
+    only = tmp_path / "run"
+    load_tokenizer(str(llama_folder)).save_pretrained(only)
+    assert load_tokenizer(str(only)).chat_template == load_tokenizer(str(llama_folder)).chat_template
+
+
+def test_model_without_tokenizer_has_none(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    assert quietly(tmp_path).tokenizer is None
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_truncated_weights_are_refused(copied: Path) -> None:
+    file = sorted(copied.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged") as raised:
+        quietly(copied)
+    assert file.name in str(raised.value)
+
+
+def test_weights_of_another_shape_are_refused(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(UserError):
+        quietly(copied)
+
+
+def test_missing_tensors_are_refused_and_not_made_up(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"lack .*layers\.2"):
+        quietly(copied)
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "never-heard-of"}'])
+def test_config_that_cannot_be_used_is_refused(copied: Path, text: str) -> None:
+    (copied / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        quietly(copied)
+
+
+def test_architecture_without_causal_model_is_refused_with_what_it_fits(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="t5 model does not generate text") as raised:
+        quietly(tmp_path)
+    assert "features" in (raised.value.mend or "")
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_encoder_gets_a_new_head_for_classification_and_says_so(encoder: Path) -> None:
+    said: list[str] = []
+    loaded = quietly(encoder, task="sequence-classification", num_labels=3, say=said.append)
+    assert loaded.new_modules == ["classifier"]
+    assert loaded.model.config.num_labels == 3
+    assert any("classifier" in line for line in said)
+    assert quietly(encoder, task="regression").model.config.problem_type == "regression"
+    assert quietly(encoder, task="features").new_modules == []
+
+
+def test_encoder_without_language_head_is_refused_as_causal_model(encoder: Path) -> None:
+    with pytest.raises(UserError, match="lack"):
+        quietly(encoder)
+
+
+def test_code_that_came_with_a_model_is_not_run_unasked(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"},
+    }
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "code.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(UserError, match="not run unasked") as raised:
+        quietly(copied)
+    assert "trust_remote_code" in (raised.value.mend or "")
+
+
+def test_hub_that_cannot_be_reached_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="cannot be reached") as raised:
+        quietly("someone/some-model")
+    assert "local folder" in (raised.value.mend or "")
+
+
+def test_library_settings_are_as_before(llama_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    quietly(llama_folder)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_attention_is_switched_and_restored() -> None:
+    model = tiny_llama()
+    before = model.config._attn_implementation
+    with pytest.raises(KeyError), attention_of(model, "eager"):
+        assert model.config._attn_implementation == "eager"
+        raise KeyError
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("reference", ["no/such/folder", ""])
+def test_unknown_task_and_reference_are_refused(reference: str, llama_folder: Path) -> None:
+    with pytest.raises(UserError):
+        quietly(reference)
+    with pytest.raises(UserError, match="no task"):
+        quietly(llama_folder, task="causal_lm")

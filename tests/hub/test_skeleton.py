@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltaw.errors import UserError
+from deltaw.hub.loading import load
+from deltaw.hub.skeleton import has_values, skeleton
+from deltaw.memory.simulation import without_values
+from deltaw.runtime.packed import can_pack
+from tests.memory.conftest import model_of
+from tests.tiny_models import CAUSAL, PADDED, causal_model
+
+TASKS = {"bert": "sequence-classification", "vit": "image-classification"}
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "tied llama", "gemma", "gpt2", "bert", "vit"])
+def test_a_skeleton_has_the_loaded_models_tensors(family: str, dtype: str, tmp_path: Path) -> None:
+    model_of(family, "fp32").save_pretrained(tmp_path)
+    task = TASKS.get(family, "causal-lm")
+    loaded = load(str(tmp_path), precision=dtype, device="cpu", threads=1, task=task, say=lambda line: None)
+    with without_values():
+        empty = skeleton(tmp_path, dtype=dtype, task=task)
+    assert _shapes(empty) == _shapes(loaded.model)
+    assert not has_values(empty) and has_values(loaded.model)
+    assert not empty.training and not any(p.requires_grad for p in empty.parameters())
+    assert empty.config._attn_implementation == loaded.model.config._attn_implementation
+
+
+def test_a_skeleton_needs_the_configuration_alone(tmp_path: Path) -> None:
+    model_of("llama", "fp32").config.save_pretrained(tmp_path)
+    with without_values():
+        assert not has_values(skeleton(tmp_path, dtype="bf16"))
+
+
+def test_a_model_for_something_else_is_refused(tmp_path: Path) -> None:
+    model_of("vit", "fp32").config.save_pretrained(tmp_path)
+    with without_values(), pytest.raises(UserError, match="does not"):
+        skeleton(tmp_path, dtype="fp32", task="causal-lm")
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
+def test_whether_rows_are_packed_is_answered_alike_without_values(family: str) -> None:
+    real = can_pack(causal_model(family))
+    with without_values():
+        assert can_pack(causal_model(family)).value == real.value
