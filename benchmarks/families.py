@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import Batch
 from deltaw.host.machine import choose_threads
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.tasks.causal_objective import CausalObjective
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(choose_threads().value)
-    print(native.why_not() or "compiled kernels", f"torch {torch.__version__}")
+    print(loader.why_not() or "compiled kernels", f"torch {torch.__version__}")
     for name, (make, rows, length) in FAMILIES.items():
         torch.manual_seed(0)
         model = make().to(torch.bfloat16).eval().requires_grad_(False)
@@ -106,7 +106,7 @@ def ours(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     inputs = {
         "input_ids": tokens.view(1, -1),
         "position_ids": torch.from_numpy(layout.positions())[None],
-        "forest_layout": layout,
+        "packed_layout": layout,
     }
     predictors, targets = places[:, :-1].flatten(), tokens[:, 1:].flatten()
     weights = torch.full((len(targets),), 1 / len(targets))
@@ -114,7 +114,7 @@ def ours(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     batch = Batch(inputs, predictors, targets, weights, len(tokens), count, count, ())
 
     def step() -> None:
-        with flat_rows(model):
+        with packed_rows(model):
             cleared(objective(batch), trained)
 
     return step

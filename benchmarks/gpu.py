@@ -58,20 +58,20 @@ def deltaw_step(tokens: torch.Tensor) -> Callable[[], None]:
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.packed import set_attention
     from deltaw.training.optimizer import adamw
-    from deltaw.training.tasks.causal_batcher import choose_portions
+    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 
     model = load(MODEL, device="cuda", say=lambda line: None).model
     labels = np.ones(tokens.shape[1], bool)
     rows = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
-    portions, _ = choose_portions(model, rows, device="cuda", share=False)
+    batcher, _ = choose_causal_batcher(model, rows, device="cuda", share=False)
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     objective = CausalObjective(model)
     optimizer = adamw([p for _, p in adapter_parameters(model)], 1e-4)
-    set_attention(model, "deltaw_forest")
+    set_attention(model, "deltaw_packed")
 
     def step() -> None:
-        for batch in portions.batches(rows):
+        for batch in batcher.batches(rows):
             (objective(batch) / tokens.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

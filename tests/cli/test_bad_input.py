@@ -1,6 +1,6 @@
 """Whatever a user gets wrong ends with status 2 and one message, and leaves nothing behind.
 
-The message says what is wrong, where, and how to mend it; there is no traceback, no half-made folder, and an
+The message says what is wrong, where, and how to hint it; there is no traceback, no half-made folder, and an
 earlier run in the output folder is not touched.
 """
 
@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
+from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.cli.conftest import tree
 from tests.conftest import write_rows
-from tests.int8_models import byte_tokenizer, tiny_llama
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -45,7 +45,7 @@ def refuses(call, flags, finished_run, tmp_path):
             file = [] if settings is None else [settings]
             ended = call("train", *file, *flags(output, **instead))
             assert_refused(ended, *words)
-            assert "  mend:  " in ended.err
+            assert "  hint:  " in ended.err
         assert tree(earlier) == before
         assert sorted(tmp_path.iterdir()) == around
 
@@ -274,15 +274,15 @@ def test_output_folders_that_cannot_be_written(call, flags, tmp_path, finished_r
     if os.path.isdir("/proc"):
         places.append("/proc/deltaw-run")
     for place in places:
-        assert_refused(call("train", *flags(place)), "cannot write into the output folder", place, "mend")
+        assert_refused(call("train", *flags(place)), "cannot write into the output folder", place, "hint")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("kept")
-    assert_refused(call("train", *flags(foreign)), "thesis.tex", foreign, "mend")
+    assert_refused(call("train", *flags(foreign)), "thesis.tex", foreign, "hint")
     assert tree(tmp_path) == {"file": b"kept", "foreign/thesis.tex": b"kept"}
     shutil.copytree(finished_run, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    assert_refused(call("train", *flags(".")), "earlier run", "mend")
+    assert_refused(call("train", *flags(".")), "earlier run", "hint")
     assert tree(tmp_path / "run") == tree(finished_run)
 
 
@@ -327,7 +327,7 @@ def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
 def test_a_gguf_file_that_only_begins_like_one(call, flags, tmp_path):
     (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(range(7)) * 30)
     ended = call("train", *flags(tmp_path / "run", model=tmp_path / "noise.gguf"))
-    assert_refused(ended, "noise.gguf", "mend")
+    assert_refused(ended, "noise.gguf", "hint")
     assert not (tmp_path / "run").exists()
 
 
@@ -409,4 +409,4 @@ def test_a_loss_that_is_not_finite_is_no_result(call, model_folder, rows_file, t
         model.model.norm.weight.fill_(torch.nan)
     model.save_pretrained(tmp_path / "nan")
     byte_tokenizer().save_pretrained(tmp_path / "nan")
-    assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "nan", "mend")
+    assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "nan", "hint")

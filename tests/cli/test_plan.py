@@ -101,14 +101,14 @@ def test_a_method_that_does_not_fit_is_named_and_left_out_unless_it_is_the_runs_
 
 
 @pytest.mark.parametrize("flags", [[], ["--budget", "6GB"]])
-def test_a_model_that_cannot_be_run_without_values_is_told_of(call, file, monkeypatch, flags):
+def test_a_model_that_cannot_be_run_on_fake_tensors_is_told_of(call, file, monkeypatch, flags):
     def cannot(*_: object, **__: object) -> None:
         raise RuntimeError("a kernel without a shape")
 
-    monkeypatch.setattr("deltaw.training.planning.plan_run", cannot)
-    monkeypatch.setattr("deltaw.training.budget.plan_run", cannot)
+    monkeypatch.setattr("deltaw.training.planning.plan_run.plan_run", cannot)
+    monkeypatch.setattr("deltaw.training.planning.budget.plan_run", cannot)
     ended = call("plan", file, "--methods", "head", "--json", *flags)
-    assert_refused(ended, "a kernel without a shape", "mend:")
+    assert_refused(ended, "a kernel without a shape", "hint:")
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_budget_gives_settings_within_it_the_fastest_first(call, file, tmp_pat
 
 def test_a_budget_that_nothing_fits_says_what_the_least_would_take(call, file):
     ended = call("plan", file, "--method", "head", "--methods", "head", "--budget", "1MB", "--json")
-    assert_refused(ended, "1,000,000 bytes", "the least needs", "--budget", "mend:")
+    assert_refused(ended, "1,000,000 bytes", "the least needs", "--budget", "hint:")
 
 
 def test_help_tells_the_flags_and_does_not_wait_for_the_libraries(call):

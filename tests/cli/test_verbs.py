@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from deltaw.config import settings as all_settings
+from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import start, tree
-from tests.int8_models import byte_tokenizer
 
 
 def finished(process, stdin=""):

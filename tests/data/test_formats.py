@@ -143,14 +143,14 @@ def test_a_form_can_be_asked_for() -> None:
 def test_columns_that_fit_no_form_are_listed_with_the_forms_and_the_nearest() -> None:
     error = refusal({"promt": "a", "completions": "b"})
     assert "'promt', 'completions'" in str(error.where)
-    assert "'promt': did you mean 'prompt'" in str(error.mend)
-    assert all(form in str(error.mend) for form in ("messages", "sharegpt", "alpaca", "evals", "text"))
+    assert "'promt': did you mean 'prompt'" in str(error.hint)
+    assert all(form in str(error.hint) for form in ("messages", "sharegpt", "alpaca", "evals", "text"))
 
 
 def test_a_column_that_the_file_lacks_names_the_nearest() -> None:
     error = refusal({"question": "a", "answer": "b"}, columns={"prompt": "qestion", "completion": "answer"})
     assert "no column 'qestion'" in error.what
-    assert "'question'" in str(error.mend)
+    assert "'question'" in str(error.hint)
 
 
 @pytest.mark.parametrize(

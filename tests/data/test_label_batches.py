@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.label_batches import GRID, LabelPortions, cut_by_length
+from deltaw.data.label_batches import GRID, LabelMicroBatcher, cut_by_length
 from deltaw.data.labels import LabelledExample
 
 
@@ -21,7 +21,7 @@ def row(length: int, label: int | float = 0, segments: list[int] | None = None) 
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=30), st.integers(1, 200))
 def test_each_row_is_in_one_batch_and_masked_by_its_length(lengths, budget):
     rows = [row(length, i) for i, length in enumerate(lengths)]
-    batches = list(LabelPortions(budget, "cpu", pad_id=1, limit=80).batches(rows))
+    batches = list(LabelMicroBatcher(budget, "cpu", pad_id=1, limit=80).batches(rows))
     assert sorted(t for b in batches for t in b.targets.tolist()) == list(range(len(rows)))
     for batch in batches:
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
@@ -54,18 +54,20 @@ def test_no_other_cut_costs_less(lengths, budget, pass_cost):
 
 
 def test_padding_stops_at_the_last_position_of_the_model():
-    (batch,) = LabelPortions(100, "cpu", limit=10).batches([row(9), row(10)])
+    (batch,) = LabelMicroBatcher(100, "cpu", limit=10).batches([row(9), row(10)])
     assert batch.inputs["input_ids"].shape == (2, 10)
 
 
 def test_segments_belong_to_the_end_of_a_row_that_tokens_were_put_before():
-    (batch,) = LabelPortions(100, "cpu").batches([row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])])
+    (batch,) = LabelMicroBatcher(100, "cpu").batches(
+        [row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])]
+    )
     assert batch.inputs["token_type_ids"][:, :6].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
-    (without,) = LabelPortions(100, "cpu", segments=False).batches([row(3, segments=[0, 1, 1])])
+    (without,) = LabelMicroBatcher(100, "cpu", segments=False).batches([row(3, segments=[0, 1, 1])])
     assert "token_type_ids" not in without.inputs
 
 
 def test_targets_are_whole_for_classes_and_fractions_for_numbers():
-    (classes,) = LabelPortions(100, "cpu").batches([row(3, 2)])
-    (numbers,) = LabelPortions(100, "cpu").batches([row(3, 2.5)])
+    (classes,) = LabelMicroBatcher(100, "cpu").batches([row(3, 2)])
+    (numbers,) = LabelMicroBatcher(100, "cpu").batches([row(3, 2.5)])
     assert classes.targets.dtype == torch.int64 and numbers.targets.dtype == torch.float32

@@ -53,7 +53,7 @@ def test_numbers_that_name_classes_are_sorted_by_value(write):
 def test_given_classes_set_the_order_and_others_are_refused_or_counted(write):
     path = write(rows_of("fresh", "plot", "rotten", None, "fresh"))
     error = refusal(path, classes=["rotten", "fresh"])
-    assert "'plot'" in error.what and "row 2" in str(error.where) and "'rotten', 'fresh'" in str(error.mend)
+    assert "'plot'" in error.what and "row 2" in str(error.where) and "'rotten', 'fresh'" in str(error.hint)
     found = prepared(path, classes=["rotten", "fresh"], other_classes="drop")
     assert [example.label for example in found.train] == [1, 0, 1]
     assert found.report.other_classes == 2
@@ -62,7 +62,7 @@ def test_given_classes_set_the_order_and_others_are_refused_or_counted(write):
 
 def test_a_misspelt_class_does_not_drop_all_its_rows_in_silence(write):
     error = refusal(write(rows_of("fresh", "rotten")), classes=["frsh", "rotten"], other_classes="drop")
-    assert "no row is of the class 'frsh'" in error.what and "'fresh'" in str(error.mend)
+    assert "no row is of the class 'frsh'" in error.what and "'fresh'" in str(error.hint)
 
 
 def test_a_label_never_seen_in_training_is_named_with_its_row(write):
@@ -70,7 +70,7 @@ def test_a_label_never_seen_in_training_is_named_with_its_row(write):
     with pytest.raises(UserError) as caught:
         prepare_label_file(path, DataSettings(train="x"), TOKENIZER, CLASSIFY, ("a", "b"))
     assert "'c' was never seen in training" in caught.value.what
-    assert "row 2" in str(caught.value.where) and "'a', 'b'" in str(caught.value.mend)
+    assert "row 2" in str(caught.value.where) and "'a', 'b'" in str(caught.value.hint)
     training = write(rows_of("a", "b", "a"), "train.jsonl")
     assert "never seen" in refusal(training, eval=path).what
 
@@ -90,7 +90,7 @@ def test_labels_that_cannot_be_classes_are_refused(write, labels, said):
 
 
 def test_a_column_of_numbers_is_not_taken_for_classes(write):
-    assert "task: regression" in str(refusal(write(rows_of(*range(80)))).mend)
+    assert "task: regression" in str(refusal(write(rows_of(*range(80)))).hint)
 
 
 def test_usual_column_names_are_found_and_unclear_ones_asked_for(write):
@@ -118,7 +118,7 @@ def test_pairs_have_segments_and_the_longer_text_is_cut(write):
 def test_long_rows_are_refused_cut_or_dropped(write):
     path = write([*rows_of("a", "b", "a", "b"), {"text": "so " * 9, "label": "a"}])
     error = refusal(path, max_length=6)
-    assert "row 5" in str(error.where) and "data.max_length: 11" in str(error.mend)
+    assert "row 5" in str(error.where) and "data.max_length: 11" in str(error.hint)
     cut = prepared(path, max_length=6, long_rows="cut")
     assert TOKENIZER.decode(cut.train[-1].tokens) == "[CLS] so so so so [SEP]"
     assert prepared(path, max_length=6, long_rows="drop").report.dropped_long == 1

@@ -39,7 +39,7 @@ def rows(draw):
 
 def seen_by_each_row(batch):
     """From the batch alone: for each flat token, the tokens from its root down to itself."""
-    layout = batch.inputs["forest_layout"]
+    layout = batch.inputs["packed_layout"]
     visible = layout.visible()
     tokens = batch.inputs["input_ids"][0].numpy()
     positions = batch.inputs["position_ids"][0].numpy()
@@ -86,13 +86,13 @@ def test_nested_beginnings_hang_under_one_another():
         [example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])]
     )
     assert batch.tokens == 10 + 6 + 6
-    assert max(batch.inputs["forest_layout"].offsets()) == 16
+    assert max(batch.inputs["packed_layout"].offsets()) == 16
 
 
 def test_a_short_common_beginning_is_not_worth_a_segment():
     assert LEAST_SHARED > 1
     batch = pack([example([7, 1, 2]), example([7, 3, 4])])
-    assert batch.inputs["forest_layout"].parents.tolist()[:2] == [-1, -1]
+    assert batch.inputs["packed_layout"].parents.tolist()[:2] == [-1, -1]
 
 
 def test_equal_rows_count_their_labels_twice():

@@ -96,7 +96,7 @@ def test_an_empty_class_and_loose_images_are_refused(tree: Path):
 def test_folders_of_parts_are_not_taken_for_classes(tmp_path: Path, tree: Path):
     for part in ("train", "test"):
         (tmp_path / "all" / part / "cat").mkdir(parents=True)
-    assert "data.eval" in str(refusal(tmp_path / "all").mend)
+    assert "data.eval" in str(refusal(tmp_path / "all").hint)
 
 
 def test_a_broken_image_is_named_before_training(tree: Path):

@@ -68,12 +68,12 @@ def test_one_row_is_trained_on_and_none_held_out(write: Write) -> None:
 # Long rows
 
 
-def test_long_rows_are_refused_with_their_number_and_a_mend_that_works(write: Write) -> None:
+def test_long_rows_are_refused_with_their_number_and_a_hint_that_works(write: Write) -> None:
     path = write(texts("abc", "a" * 20, "b" * 30))
     error = refusal(train=path, max_length=10)
     assert error.what == "2 rows are longer than 10 tokens; the first has 21"
     assert error.where == f"{path}, row 2"
-    assert "data.max_length: 31" in str(error.mend)
+    assert "data.max_length: 31" in str(error.hint)
     assert prepare(DataSettings(path, max_length=31), TOKENIZER).report.longest == 31
 
 

@@ -109,7 +109,7 @@ def test_bytes_that_are_not_utf8_are_named_by_line(name: str, tmp_path: Path) ->
     path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     error = refusal(path)
     assert "line 2 is not UTF-8 (byte 0xe9)" in error.what
-    assert "UTF-8" in str(error.mend)
+    assert "UTF-8" in str(error.hint)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_an_empty_file_is_refused(name: str, content: str, tmp_path: Path) -> No
 def test_a_json_file_of_lines_is_told_to_be_named_so(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
-    assert ".jsonl" in str(refusal(path).mend)
+    assert ".jsonl" in str(refusal(path).hint)
     path.write_text('{"data": [{"text": "a"}]}')
-    assert "'data'" in str(refusal(path).mend)
+    assert "'data'" in str(refusal(path).hint)
     path.write_text('[{"text": "a"}, 3]')
     assert refusal(path).where == f"{path}, row 2"
 
@@ -157,8 +157,8 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "headlines.jsonl").write_text("{}")
-    assert "headlines.jsonl" in str(refusal(tmp_path / "headline.jsonl").mend)
-    assert "headlines.jsonl" in str(refusal(tmp_path / "zzz").mend)
+    assert "headlines.jsonl" in str(refusal(tmp_path / "headline.jsonl").hint)
+    assert "headlines.jsonl" in str(refusal(tmp_path / "zzz").hint)
     assert "folder" in refusal(tmp_path / "nowhere" / "x.jsonl").what
 
 
@@ -167,7 +167,7 @@ def test_a_kind_of_file_that_is_not_known_is_refused(tmp_path: Path) -> None:
     path.write_text("x")
     error = refusal(path)
     assert "'.xlsx'" in error.what
-    assert "parquet" in str(error.mend)
+    assert "parquet" in str(error.hint)
 
 
 def test_a_folder_is_the_sum_of_its_files_in_order_of_name(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(datasets, "load_dataset", load)
     error = refusal("owner/name")
     assert error.what.endswith("Couldn't reach the hub")
-    assert "file" in str(error.mend)
+    assert "file" in str(error.hint)
 
 
 def test_an_archive_is_no_data_file(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_group_column_that_is_not_there_names_the_nearest(write, tokenizer):
     with pytest.raises(UserError) as caught:
         prepare(settings, tokenizer)
     assert "no column 'movie'" in caught.value.what
-    assert "'movie_name'" in str(caught.value.mend)
+    assert "'movie_name'" in str(caught.value.hint)
 
 
 def test_the_same_rows_are_held_out_without_groups_as_with_a_group_for_each_row():

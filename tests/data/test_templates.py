@@ -95,13 +95,15 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(
     encoded = Encoder(tokenizer).encode([conversation], ["row 1"])[0]
     # An independent way: find the answers in the text, and map characters to tokens.
     text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
-    dressed = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokenized = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
-    expected = [any(a <= left and right <= b for a, b in spans) for left, right in dressed["offset_mapping"]]
+    expected = [
+        any(a <= left and right <= b for a, b in spans) for left, right in tokenized["offset_mapping"]
+    ]
     mask = np.zeros(len(encoded.tokens), dtype=bool)
     for start, end in encoded.spans:
         mask[start:end] = True
-    assert encoded.tokens == dressed["input_ids"][: len(encoded.tokens)]
+    assert encoded.tokens == tokenized["input_ids"][: len(encoded.tokens)]
     assert not any(expected[len(encoded.tokens) :])
     assert mask.tolist() == expected[: len(encoded.tokens)]
     assert encoded.answer == turns[-1][1]
@@ -177,7 +179,7 @@ def test_answers_that_are_rendered_otherwise_when_more_follows_are_refused_unles
     with pytest.raises(UserError, match="renders turn 2 otherwise") as refused:
         encode(conversation, template)
     assert refused.value.where == "data.jsonl, row 7"
-    assert "data.labels: last" in str(refused.value.mend)
+    assert "data.labels: last" in str(refused.value.hint)
     assert labelled(encode(conversation, template, labels="last"))[0].rstrip("/s<>im_end|").endswith("final")
 
 

@@ -9,65 +9,65 @@ from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.trial import Rehearsal, Stopped, split_off
+from deltaw.experiments.trial import Stopped, Trial, split_off
 
 
 @pytest.fixture
-def rehearse(study_settings, tmp_path):
+def try_out(study_settings, tmp_path):
     made = []
 
     def make(**changes):
-        made.append(Rehearsal(RunConfig.read(study_settings(tmp_path, **changes)), Console(quiet=True)))
+        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes)), Console(quiet=True)))
         return made[-1]
 
     yield make
-    for rehearsal in made:
-        rehearsal.close()
+    for trial in made:
+        trial.close()
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "random", "prompt"])
-def test_the_same_rate_gives_the_same_loss_whatever_was_tried_between(rehearse, method):
-    rehearsal = rehearse(method=method, lora={"dropout": 0.2})
-    first = rehearsal.loss(1e-2, 3)
-    assert rehearsal.loss(3e-2, 3) != first
-    assert rehearsal.loss(1e-2, 3) == first
+def test_the_same_rate_gives_the_same_loss_whatever_was_tried_between(try_out, method):
+    trial = try_out(method=method, lora={"dropout": 0.2})
+    first = trial.loss(1e-2, 3)
+    assert trial.loss(3e-2, 3) != first
+    assert trial.loss(1e-2, 3) == first
 
 
-def test_after_a_divergence_everything_is_as_before(rehearse, monkeypatch):
-    rehearsal = rehearse(method="bias")
-    first = rehearsal.loss(1e-3, 2)
-    train = rehearsal.session.train
+def test_after_a_divergence_everything_is_as_before(try_out, monkeypatch):
+    trial = try_out(method="bias")
+    first = trial.loss(1e-3, 2)
+    train = trial.session.train
 
     def breaks(**given):
         train(**given)
         raise UserError("training diverged")
 
-    monkeypatch.setattr(rehearsal.session, "train", breaks)
-    assert rehearsal.loss(1.0, 2) == math.inf
-    assert rehearsal.loss(1e-3, 2) == first
+    monkeypatch.setattr(trial.session, "train", breaks)
+    assert trial.loss(1.0, 2) == math.inf
+    assert trial.loss(1e-3, 2) == first
 
 
-def test_a_training_is_given_up_where_asked(rehearse):
-    rehearsal = rehearse()
+def test_a_training_is_given_up_where_asked(try_out):
+    trial = try_out()
     looks = []
 
-    def look(number, loss):
+    def calibrate(number, loss):
         looks.append((number, loss))
         return number < 2
 
     with pytest.raises(Stopped):
-        rehearsal.loss(1e-2, 8, every=2, on_evaluation=look)
+        trial.loss(1e-2, 8, every=2, on_evaluation=calibrate)
     assert [number for number, _ in looks] == [1, 2]
     assert all(math.isfinite(loss) for _, loss in looks)
 
 
-def test_held_out_rows_take_no_part(rehearse):
-    rehearsal = rehearse()
-    session = rehearsal.session
-    rows = {id(e) for e in [*rehearsal.training, *rehearsal.validation]}
+def test_held_out_rows_take_no_part(try_out):
+    trial = try_out()
+    session = trial.session
+    rows = {id(e) for e in [*trial.training, *trial.validation]}
     assert rows == {id(e) for e in session.data.train}
     assert not rows & {id(e) for e in session.data.held_out}
-    assert not {id(e) for e in rehearsal.training} & {id(e) for e in rehearsal.validation}
+    assert not {id(e) for e in trial.training} & {id(e) for e in trial.validation}
 
 
 def test_rows_are_drawn_by_the_seed():
@@ -79,6 +79,6 @@ def test_rows_are_drawn_by_the_seed():
         split_off([1], 0)
 
 
-def test_steps_are_a_share_of_the_runs(rehearse):
-    rehearsal = rehearse()  # 22 rows in batches of 8, twice
-    assert [rehearsal.steps(share) for share in (0.001, 0.3, 1.0)] == [1, 2, 6]
+def test_steps_are_a_share_of_the_runs(try_out):
+    trial = try_out()  # 22 rows in batches of 8, twice
+    assert [trial.steps(share) for share in (0.001, 0.3, 1.0)] == [1, 2, 6]

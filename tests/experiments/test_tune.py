@@ -106,8 +106,8 @@ def test_a_hopeless_trial_is_ended_early(search, here, monkeypatch):
         here.asked.append("trial")
         number = len(here.asked)
         facts = {"training_rows": 20, "validation_rows": 2, "steps": 6}
-        for look in (1, 2, 3):
-            if not on_report({"look": look, "loss": float(number)}):
+        for calibrate in (1, 2, 3):
+            if not on_report({"look": calibrate, "loss": float(number)}):
                 return {**facts, "stopped": True}
         return {**facts, "loss": float(number)}
 
@@ -116,7 +116,7 @@ def test_a_hopeless_trial_is_ended_early(search, here, monkeypatch):
     assert [trial.end for trial in tuning.trials] == ["done"] * 5 + ["ended early"] * 3
 
 
-def test_without_optuna_the_mend_is_said(search, monkeypatch):
+def test_without_optuna_the_hint_is_said(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'deltaw\[tune\]'"):
         search(1)

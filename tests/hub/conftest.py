@@ -1,24 +1,5 @@
-"""A tiny model and its tokenizer in a folder, made once a session."""
+"""The same tiny model and tokenizer as in the tests of ``runtime``."""
 
-from __future__ import annotations
+from tests.runtime.conftest import llama_folder, tokenizer
 
-from pathlib import Path
-
-import pytest
-from transformers import PreTrainedTokenizerFast
-
-from tests.int8_models import byte_tokenizer, tiny_llama
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model in a folder: two files of weights, tokenizer, template."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_llama().save_pretrained(folder, max_shard_size="40KB")
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+__all__ = ["llama_folder", "tokenizer"]

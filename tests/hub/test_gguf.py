@@ -11,11 +11,11 @@ import gguf as gguf_format
 import numpy as np
 import pytest
 import torch
-from deltaw.models import gguf, packages
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 
 from deltaw.errors import UserError
+from deltaw.hub import gguf, packages
 from deltaw.hub.loading import load
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -23,7 +23,7 @@ HIDDEN, KEYS, INNER = 32, 16, 64
 
 
 def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
-    """A Llama of one layer with Q8_0 weights; returns what its tensors de-quantise to."""
+    """A Llama of one layer with Q8_0 weights; returns what its tensors de-quantize to."""
     random = np.random.default_rng(0)
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "ĊĊ"]
     out = gguf_format.GGUFWriter(path, architecture)
@@ -94,7 +94,7 @@ def folder(written: tuple[Path, dict[str, np.ndarray]], tmp_path_factory: pytest
     return made
 
 
-def test_tensors_are_the_dequantised_ones(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_tensors_are_the_dequantized_ones(folder: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
     values = written[1]
     tensors = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}

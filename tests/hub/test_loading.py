@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel, attention_of, load, load_tokenizer
-from tests.int8_models import tiny_gpt2, tiny_llama
+from tests.byte_models import tiny_gpt2, tiny_llama
 
 
 def quietly(reference: Path | str, **settings: object) -> LoadedModel:
@@ -124,7 +124,7 @@ def test_architecture_without_causal_model_is_refused_with_what_it_fits(tmp_path
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="t5 model does not generate text") as raised:
         quietly(tmp_path)
-    assert "features" in (raised.value.mend or "")
+    assert "features" in (raised.value.hint or "")
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_code_that_came_with_a_model_is_not_run_unasked(copied: Path) -> None:
     (copied / "code.py").write_text("raise SystemExit('was run')")
     with pytest.raises(UserError, match="not run unasked") as raised:
         quietly(copied)
-    assert "trust_remote_code" in (raised.value.mend or "")
+    assert "trust_remote_code" in (raised.value.hint or "")
 
 
 def test_hub_that_cannot_be_reached_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_hub_that_cannot_be_reached_is_a_users_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="cannot be reached") as raised:
         quietly("someone/some-model")
-    assert "local folder" in (raised.value.mend or "")
+    assert "local folder" in (raised.value.hint or "")
 
 
 def test_library_settings_are_as_before(llama_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

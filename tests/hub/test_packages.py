@@ -87,7 +87,7 @@ def test_without_a_path_it_is_the_packages_own_folder(downloads: list[str]) -> N
     assert {file.relative_to(folder.parent).as_posix() for file in folder.rglob("*.*")} == set(MEMBERS)
     assert member(f"pypi:{NAME}==1.0") == folder
     assert member(f"pypi:{NAME}==1.0/{STEM}/data").is_dir()
-    assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsnl").mend)
+    assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.jsnl").hint)
     assert downloads == [""]
 
 
@@ -166,7 +166,7 @@ def test_a_link_in_a_wheel_is_written_as_a_file(index: Path, downloads: list[str
     ],
 )
 def test_a_reference_without_an_exact_version_is_refused(reference: str) -> None:
-    assert "pypi:package==version" in str(refusal(reference).mend)
+    assert "pypi:package==version" in str(refusal(reference).hint)
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "a//b", "./a", "a\\b", "C:/x"])
@@ -184,13 +184,13 @@ def test_names_are_brought_to_their_normal_spelling() -> None:
 def test_a_version_or_package_that_does_not_exist_is_said_in_pips_words(index: Path) -> None:
     error = refusal(f"pypi:{NAME}==2.0")
     assert "No matching distribution found" in error.what
-    assert "1.0" in str(error.mend)
+    assert "1.0" in str(error.hint)
     assert "No matching distribution found" in refusal("pypi:deltaw-never-made==1.0/x").what
 
 
 def test_a_member_that_is_not_there_names_the_nearest(downloads: list[str]) -> None:
-    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").mend)
-    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.json").mend)
+    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").hint)
+    assert f"'{STEM}/data/a.jsonl'" in str(refusal(f"pypi:{NAME}==1.0/{STEM}/data/a.json").hint)
 
 
 def test_a_wheel_that_is_not_the_known_one_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch:
     assert requirements == [f"{NAME}==1.0 --hash=sha256:{'a' * 64}\n"]
 
 
-def test_without_any_installer_the_mend_names_both(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_installer_the_hint_names_both(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     assert "neither pip nor uv" in refusal(f"pypi:{NAME}==1.0").what
@@ -265,7 +265,7 @@ def test_exactly_that_version_is_read_where_it_is_installed(
     assert path.is_file()
     if installed:
         assert member(f"pypi:{NAME}==1.0") == site / STEM
-        assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").mend)
+        assert "did you mean" in str(refusal(f"pypi:{NAME}==1.0/data/a.jsonl").hint)
         assert not cache_folder().exists()
 
 

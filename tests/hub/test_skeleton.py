@@ -8,7 +8,7 @@ import torch
 from deltaw.errors import UserError
 from deltaw.hub.loading import load
 from deltaw.hub.skeleton import has_values, skeleton
-from deltaw.memory.simulation import without_values
+from deltaw.memory.simulation import fake_tensors
 from deltaw.runtime.packed import can_pack
 from tests.memory.conftest import model_of
 from tests.tiny_models import CAUSAL, PADDED, causal_model
@@ -27,7 +27,7 @@ def test_a_skeleton_has_the_loaded_models_tensors(family: str, dtype: str, tmp_p
     model_of(family, "fp32").save_pretrained(tmp_path)
     task = TASKS.get(family, "causal-lm")
     loaded = load(str(tmp_path), precision=dtype, device="cpu", threads=1, task=task, say=lambda line: None)
-    with without_values():
+    with fake_tensors():
         empty = skeleton(tmp_path, dtype=dtype, task=task)
     assert _shapes(empty) == _shapes(loaded.model)
     assert not has_values(empty) and has_values(loaded.model)
@@ -37,18 +37,18 @@ def test_a_skeleton_has_the_loaded_models_tensors(family: str, dtype: str, tmp_p
 
 def test_a_skeleton_needs_the_configuration_alone(tmp_path: Path) -> None:
     model_of("llama", "fp32").config.save_pretrained(tmp_path)
-    with without_values():
+    with fake_tensors():
         assert not has_values(skeleton(tmp_path, dtype="bf16"))
 
 
 def test_a_model_for_something_else_is_refused(tmp_path: Path) -> None:
     model_of("vit", "fp32").config.save_pretrained(tmp_path)
-    with without_values(), pytest.raises(UserError, match="does not"):
+    with fake_tensors(), pytest.raises(UserError, match="does not"):
         skeleton(tmp_path, dtype="fp32", task="causal-lm")
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
-def test_whether_rows_are_packed_is_answered_alike_without_values(family: str) -> None:
+def test_whether_rows_are_packed_is_answered_alike_on_fake_tensors(family: str) -> None:
     real = can_pack(causal_model(family))
-    with without_values():
+    with fake_tensors():
         assert can_pack(causal_model(family)).value == real.value

@@ -1,4 +1,4 @@
-"""Forest attention against its plain twin, and the layout against its definition."""
+"""Forest attention against its reference implementation, and the layout against its definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import attention
-from deltaw.kernels.attention import forest_attention, forest_attention_reference
+from deltaw.kernels.attention import packed_attention, packed_attention_reference
 from deltaw.kernels.layout import LARGEST_ATOM, Layout
 from tests.kernels.conftest import close
 
@@ -56,11 +56,11 @@ def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
 
 @settings(max_examples=25, deadline=None)
 @given(forests(), st.sampled_from([None, 4]), st.sampled_from([None, 2.0]), st.sampled_from([1, 2, 4]))
-def test_forward_and_backward_equal_the_plain_twin(layout, window, softcap, key_heads):
+def test_forward_and_backward_equal_the_plain_reference(layout, window, softcap, key_heads):
     inputs = random_inputs(layout, key_heads=key_heads)
     again = [t.detach().clone().requires_grad_() for t in inputs]
-    out = forest_attention(*inputs, layout, scaling=0.3, window=window, softcap=softcap)
-    expected = forest_attention_reference(*again, layout, scaling=0.3, window=window, softcap=softcap)
+    out = packed_attention(*inputs, layout, scaling=0.3, window=window, softcap=softcap)
+    expected = packed_attention_reference(*again, layout, scaling=0.3, window=window, softcap=softcap)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     weight = torch.randn_like(out)
     out.backward(weight)
@@ -75,8 +75,8 @@ def test_backward_is_the_same_with_weights_kept_or_computed_again(kept, monkeypa
     layout = Layout.of_lengths([20, 7, 30, 5], [-1, 0, 0, 1])
     inputs = random_inputs(layout)
     again = [t.detach().clone().requires_grad_() for t in inputs]
-    out = forest_attention(*inputs, layout, scaling=0.3)
-    expected = forest_attention_reference(*again, layout, scaling=0.3)
+    out = packed_attention(*inputs, layout, scaling=0.3)
+    expected = packed_attention_reference(*again, layout, scaling=0.3)
     grads = torch.autograd.grad(out.square().sum(), inputs)
     for ours, theirs in zip(grads, torch.autograd.grad(expected.square().sum(), again), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -86,7 +86,7 @@ def test_gradcheck():
     layout = Layout.of_lengths([3, 2, 2, 1], [-1, 0, 1, 0])
     inputs = random_inputs(layout, size=3)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: forest_attention(q, k, v, layout, scaling=0.7, window=4, softcap=3.0), inputs
+        lambda q, k, v: packed_attention(q, k, v, layout, scaling=0.7, window=4, softcap=3.0), inputs
     )
 
 
@@ -94,8 +94,8 @@ def test_gradcheck():
 def test_lower_precision_stays_near_float64(dtype):
     layout = Layout.of_lengths([30, 140, 3], [-1, 0, 0])
     inputs = random_inputs(layout, size=16)
-    exact = forest_attention_reference(*inputs, layout, scaling=0.25)
-    low = forest_attention(*[t.detach().to(dtype) for t in inputs], layout, scaling=0.25)
+    exact = packed_attention_reference(*inputs, layout, scaling=0.25)
+    low = packed_attention(*[t.detach().to(dtype) for t in inputs], layout, scaling=0.25)
     assert low.dtype == dtype
     tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
     torch.testing.assert_close(low.double(), exact, rtol=tolerance, atol=tolerance)
@@ -109,14 +109,14 @@ def test_lower_precision_stays_near_float64(dtype):
     st.sampled_from([(4, 2, 8), (9, 3, 20), (3, 3, 48), (5, 1, 6)]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_the_compiled_kernel_equals_the_plain_twin_in_float64(layout, window, softcap, sizes, dtype):
+def test_the_compiled_kernel_equals_the_plain_reference_in_float64(layout, window, softcap, sizes, dtype):
     heads, key_heads, size = sizes
     inputs = [t.detach().to(dtype) for t in random_inputs(layout, heads, key_heads, size)]
     exact = [t.double().requires_grad_() for t in inputs]
     leaves = [t.requires_grad_() for t in inputs]
     how = {"scaling": 0.3, "window": window, "softcap": softcap}
-    out = forest_attention(*leaves, layout, **how)
-    expected = forest_attention_reference(*exact, layout, **how)
+    out = packed_attention(*leaves, layout, **how)
+    expected = packed_attention_reference(*exact, layout, **how)
     close(out.detach(), expected.detach(), dtype)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(grad)
@@ -132,7 +132,7 @@ def test_the_compiled_kernel_is_the_same_to_the_bit_each_time(compiled, threads)
     found = []
     for _ in range(2):
         inputs = [t.detach().bfloat16().requires_grad_() for t in random_inputs(layout, size=16)]
-        forest_attention(*inputs, layout, scaling=0.25).sum().backward()
+        packed_attention(*inputs, layout, scaling=0.25).sum().backward()
         found.append([t.grad for t in inputs])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

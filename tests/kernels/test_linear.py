@@ -1,4 +1,4 @@
-"""Products with their low-rank update against their twins in float64: forward, backward, odd sizes, bytes."""
+"""Products with their low-rank update against references in float64: both ways, odd sizes, int8."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def inputs(rows: int, n_in: int, n_out: int, rank: int, dtype: torch.dtype) -> d
 
 @settings(max_examples=25, deadline=None)
 @given(sizes, st.sampled_from(DTYPES), st.sampled_from([2, 4, 16, 18]), st.booleans())
-def test_forward_and_backward_equal_the_twin(size, dtype, rank, by_column):
+def test_forward_and_backward_equal_the_reference(size, dtype, rank, by_column):
     t = inputs(*size, rank, dtype)
     weight = t["weight"] if by_column else t["weight"].t().contiguous()
-    assert products.can_multiply(t["x"], weight, t["lora_A"]) or not products.native.library()
+    assert products.can_multiply(t["x"], weight, t["lora_A"]) or not products.loader.library()
     exact = {k: v.double() for k, v in t.items()}
     wide = weight.double()
     y, h = products.linear(
         t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"]
     )
-    y_exact, h_exact = products.linear_twin(
+    y_exact, h_exact = products.linear_reference(
         exact["x"],
         wide,
         by_column,
@@ -62,18 +62,18 @@ def test_forward_and_backward_equal_the_twin(size, dtype, rank, by_column):
     dx, narrow = products.linear_backward(
         t["grad"], weight, by_column, None, None, t["lora_A"], t["lora_B"], 0.5, t["x"]
     )
-    dx_exact, narrow_exact = products.linear_backward_twin(
+    dx_exact, narrow_exact = products.linear_backward_reference(
         exact["grad"], wide, by_column, None, None, exact["lora_A"], exact["lora_B"], 0.5, exact["x"]
     )
     close(dx, dx_exact, dtype)
     close(narrow, narrow_exact, dtype)
     of_A, of_B = products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)
-    A_exact, B_exact = products.factors_backward_twin(
+    A_exact, B_exact = products.factors_backward_reference(
         t["x"].double(), h.double(), exact["grad"], narrow.double(), 0.5
     )
     assert of_A.dtype == of_B.dtype == torch.float32
     # Torch's own product rounds its sums to the factors' type; the compiled one gives them as they are.
-    rounded = torch.float32 if products.native.library() else dtype
+    rounded = torch.float32 if products.loader.library() else dtype
     close(of_A, A_exact, rounded)
     close(of_B, B_exact, rounded)
 
@@ -87,10 +87,10 @@ def test_deep_products_are_cut_and_summed(dtype, threads):
 
 
 @pytest.mark.parametrize("size", [(5, 7, 9), (3, 6, 10)])
-def test_sizes_that_fill_no_group_go_to_the_twin(size):
+def test_sizes_that_fill_no_group_go_to_the_reference(size):
     t = inputs(*size, 3, torch.bfloat16)
     y, _ = products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])
-    exact, _ = products.linear_twin(
+    exact, _ = products.linear_reference(
         t["x"].double(), t["weight"].double(), lora_A=t["lora_A"].double(), lora_B=t["lora_B"].double()
     )
     close(y, exact, torch.bfloat16)
@@ -107,15 +107,15 @@ def test_no_rows_at_all():
 def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_columns, dtype):
     rows, n_in, n_out = size
     t = inputs(rows, n_in, n_out, 4, dtype)
-    as_bytes, scale = products.quantised_rows(t["weight"])
+    int8, scale = products.quantized_rows(t["weight"])
     columns = torch.rand(n_in, generator=torch.Generator().manual_seed(0)) + 0.5 if with_columns else None
-    steps, scales = products.quantised(t["x"], columns)
-    steps_twin, scales_twin = products.quantised_twin(t["x"], columns)
-    assert (steps.int() - steps_twin.int()).abs().max() <= 1  # a tie may go either way
-    torch.testing.assert_close(scales, scales_twin)
+    steps, scales = products.quantized(t["x"], columns)
+    steps_reference, scales_reference = products.quantised_reference(t["x"], columns)
+    assert (steps.int() - steps_reference.int()).abs().max() <= 1  # a tie may go either way
+    torch.testing.assert_close(scales, scales_reference)
     y, _ = products.linear(
         t["x"],
-        as_bytes,
+        int8,
         True,
         scale,
         columns,
@@ -123,23 +123,23 @@ def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_column
         t["lora_A"],
         t["lora_B"],
         2.0,
-        x_bytes=steps,
+        x_int8=steps,
         x_scales=scales,
     )
-    whole = (steps.double() - 128) @ as_bytes.double().t() * scales.double()[:, None] * scale.double()
+    whole = (steps.double() - 128) @ int8.double().t() * scales.double()[:, None] * scale.double()
     low = (t["x"].double() @ t["lora_A"].double()) @ (2.0 * t["lora_B"].double())
     close(y, whole + low, torch.bfloat16)
     if dtype == torch.bfloat16:  # rounded as it is read: the same bytes
         by = products.scales_of_rows(t["weight"])
         on_the_way, _ = products.linear(t["x"], t["weight"], True, by)
-        before, _ = products.linear(t["x"], as_bytes, True, by)
+        before, _ = products.linear(t["x"], int8, True, by)
         close(on_the_way, before, torch.bfloat16)
-    dx, _ = products.linear_backward(t["grad"], as_bytes, True, scale, columns)
+    dx, _ = products.linear_backward(t["grad"], int8, True, scale, columns)
     exact = torch.zeros(rows, n_in, dtype=torch.float64)
     for at in range(0, n_out, products.BYTES_AT_ONCE):
         part = slice(at, at + products.BYTES_AT_ONCE)
-        g, g_scales = products.quantised(t["grad"][:, part].contiguous(), scale[part].contiguous())
-        exact += (g.double() - 128) @ as_bytes[part].double() * g_scales.double()[:, None]
+        g, g_scales = products.quantized(t["grad"][:, part].contiguous(), scale[part].contiguous())
+        exact += (g.double() - 128) @ int8[part].double() * g_scales.double()[:, None]
     close(dx, exact if columns is None else exact * columns.double(), dtype)
 
 
@@ -147,7 +147,7 @@ def test_bytes_stay_in_range_at_the_largest_value_and_for_rows_of_zeros():
     """1 / scale rounds up for some rows: the largest value must still be 127 steps, not 128."""
     x = (numbers(500, 16).abs() + 1e-3).to(torch.bfloat16)
     x[3] = 0
-    steps, scales = products.quantised(x, None)
+    steps, scales = products.quantized(x, None)
     assert steps.min() >= 1 and steps.max() == 255 and scales[3] == 0 and (steps[3] == 128).all()
     restored = (steps.float() - 128) * scales[:, None]
     assert ((restored - x.float()).abs() <= 0.51 * scales[:, None]).all()
@@ -163,18 +163,18 @@ def test_runs_are_the_same_to_the_bit(threads):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 1300), st.integers(1, 70), st.booleans())
-def test_the_gradient_of_classes_in_bytes_equals_its_twin(rows, classes, width, negative):
+def test_the_gradient_of_classes_in_bytes_equals_its_reference(rows, classes, width, negative):
     weight, targets = numbers(classes, width).to(torch.bfloat16), torch.arange(rows) * 7 % classes
     grad = numbers(rows, classes, seed=1).mul(4).softmax(-1)
     grad[torch.arange(rows), targets] -= 1.0
     grad = (-grad if negative else grad).to(torch.bfloat16)
     grad[0] = 0
     scale = products.scales_of_rows(weight)
-    expected = products.class_gradient_twin(grad.double(), targets, weight, scale.double())
+    expected = products.class_gradient_reference(grad.double(), targets, weight, scale.double())
     close(products.class_gradient_(grad.clone(), targets, weight, scale), expected, torch.bfloat16)
 
 
-def test_the_gradient_of_classes_in_bytes_is_near_the_exact_one(compiled, threads):
+def test_the_gradient_of_classes_in_int8_is_near_the_exact_one(compiled, threads):
     rows, classes, width = 90, 5000, 64
     weight, targets = numbers(classes, width).to(torch.bfloat16), torch.arange(rows) * 50
     grad = numbers(rows, classes, seed=1).mul(3).softmax(-1)
@@ -201,12 +201,12 @@ def test_rows_a_power_of_two_apart_come_out_the_same(compiled, threads):
 @pytest.mark.parametrize("outputs", [300, 3500])
 def test_a_gradient_with_few_large_numbers_keeps_the_others(compiled, threads, outputs):
     """In bytes: one scale for a whole row would round most of such a gradient to nothing."""
-    weight, scale = products.quantised_rows(numbers(outputs, 64).float())
+    weight, scale = products.quantized_rows(numbers(outputs, 64).float())
     grad = numbers(70, outputs, seed=1)
     grad[:, 10] *= 300
     wide = grad.float() * scale
     found, _ = products.linear_backward(grad.float(), weight, True, scale)
-    expected, _ = products.linear_backward_twin(grad, weight, True, scale.double())
+    expected, _ = products.linear_backward_reference(grad, weight, True, scale.double())
     close(found, expected, torch.bfloat16)
     rest = [n for n in range(outputs) if n // products.BYTES_AT_ONCE > 0]
     exact = wide.double()[:, rest] @ weight.double()[rest]

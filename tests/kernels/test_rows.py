@@ -1,4 +1,4 @@
-"""Norms, activations, rotary positions and cross-entropy against their twins in float64."""
+"""Norms, activations, rotary positions and cross-entropy against references in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_norm_and_its_gradient(shape, dtype, centred, offset):
     how = {"offset": offset, "eps": 1e-2, "centred": centred}
     y, stats = rows.norm(x, weight, bias, **how)
     leaf = x.double().requires_grad_()
-    exact, _ = rows.norm_twin(leaf, weight.double(), None if bias is None else bias.double(), **how)
+    exact, _ = rows.norm_reference(leaf, weight.double(), None if bias is None else bias.double(), **how)
     close(y, exact.detach(), dtype)
     exact.backward(grad.double())
     how.pop("eps")
@@ -45,7 +45,7 @@ def test_an_activation_and_its_gradient(shape, dtype, kind, gated):
     gate, up, grad = (3 * numbers(*shape, seed=s) for s in range(3))
     gate, up, grad = gate.to(dtype), up.to(dtype) if gated else None, grad.to(dtype)
     leaves = [t.double().requires_grad_() for t in (gate, up) if t is not None]
-    exact = rows.activation_twin(leaves[0], leaves[1] if gated else None, kind)
+    exact = rows.activation_reference(leaves[0], leaves[1] if gated else None, kind)
     close(rows.activation(gate, up, kind), exact.detach(), dtype)
     exact.backward(grad.double())
     d_gate, d_up, y = rows.activation_backward(grad, gate, up, kind)
@@ -71,7 +71,7 @@ def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
     x = numbers(count, heads, 2 * half + rest).to(dtype)
     cosine, sine = numbers(count, 2 * half).float(), numbers(count, 2 * half, seed=1).float()
     leaf = x.double().requires_grad_()
-    exact = rows.rotate_twin(leaf, cosine.double(), sine.double())
+    exact = rows.rotate_reference(leaf, cosine.double(), sine.double())
     close(rows.rotate(x, cosine, sine), exact.detach(), dtype)
     grad = numbers(*x.shape, seed=2).to(dtype)
     exact.backward(grad.double())

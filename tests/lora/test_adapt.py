@@ -224,12 +224,12 @@ def test_parameters_are_counted_once_and_the_adapter_is_not_part_of_the_base():
 def test_an_attached_model_can_be_copied_whole():
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=4, init="pissa", train_modules=["ln_f"]))
-    twin = copy.deepcopy(model)
-    randomise(twin)
+    reference = copy.deepcopy(model)
+    randomise(reference)
     logits = model(**inputs("gpt2")).logits
-    detach(twin)
+    detach(reference)
     assert torch.equal(model(**inputs("gpt2")).logits, logits)
-    torch.testing.assert_close(twin(**inputs("gpt2")).logits, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reference(**inputs("gpt2")).logits, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_detach_follows_a_model_that_was_cast_meanwhile():

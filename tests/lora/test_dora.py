@@ -1,4 +1,4 @@
-"""Magnitude and direction apart: the closed form against its twin, the layers against PEFT's."""
+"""Magnitude and direction apart: the closed form against its reference, the layers against PEFT's."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def test_the_norm_follows_what_is_written_in_place_and_survives_a_cast():
         for tensor in (layer.weight, layer.lora_A, layer.lora_B):
             tensor.mul_(1.5)
             torch.testing.assert_close(layer(x), _by_hand(layer, x))
-        twin = copy.deepcopy(layer)
+        reference = copy.deepcopy(layer)
         for _ in range(3):
-            twin.lora_B.mul_(0.5)
-        torch.testing.assert_close(twin(x), _by_hand(twin, x))
+            reference.lora_B.mul_(0.5)
+        torch.testing.assert_close(reference(x), _by_hand(reference, x))
         layer.load_state_dict(_layer().state_dict())
         torch.testing.assert_close(layer(x), _by_hand(layer, x))
         layer.double()

@@ -224,8 +224,8 @@ def test_half_precision_convolution_casts_its_factors():
 def test_a_layer_can_be_copied_and_stored():
     layer = LoRALinear(4, 3, 2)
     randomise(layer)
-    twin = copy.deepcopy(layer)
-    assert twin.lora_A is not layer.lora_A and torch.equal(twin.lora_A, layer.lora_A)
+    reference = copy.deepcopy(layer)
+    assert reference.lora_A is not layer.lora_A and torch.equal(reference.lora_A, layer.lora_A)
     assert set(layer.state_dict()) == {"weight", "lora_A", "lora_B"}
 
 
@@ -250,6 +250,6 @@ def test_a_parametrized_or_patched_linear_is_refused():
     patched = nn.Linear(3, 3)
     patched.forward = lambda x: x
     assert "replaced" in refusal(patched)
-    quantised = nn.Linear(3, 3)
-    quantised.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
-    assert "int8" in refusal(quantised)
+    quantized = nn.Linear(3, 3)
+    quantized.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    assert "int8" in refusal(quantized)

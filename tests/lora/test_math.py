@@ -1,4 +1,4 @@
-"""The closed forms against their plain twins, and against what torch demands of a function."""
+"""The closed forms against their reference implementation, and against what torch demands of a function."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
     in_out=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_linear_equals_its_twin_for_any_shape(leading, n_in, n_out, rank, in_out, seed):
+def test_linear_equals_its_reference_for_any_shape(leading, n_in, n_out, rank, in_out, seed):
     operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed)
     if in_out:
         operands["weight"] = operands["weight"].t().contiguous()
     y = linear(*operands.values(), 0.7, weight_is_in_out=in_out)
-    twin = linear_reference(*operands.values(), 0.7, None, in_out)
+    reference = linear_reference(*operands.values(), 0.7, None, in_out)
     assert y.shape == (*leading, n_out)
-    torch.testing.assert_close(y, twin)
-    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+    torch.testing.assert_close(y, reference)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_linear_equals_its_twin_in_every_type(dtype):
+def test_linear_equals_its_reference_in_every_type(dtype):
     operands = _operands((3, 5, 8), 6, 4, dtype)
-    y, twin = linear(*operands.values(), 0.5), linear_reference(*operands.values(), 0.5)
+    y, reference = linear(*operands.values(), 0.5), linear_reference(*operands.values(), 0.5)
     tolerance = {"atol": 0.15, "rtol": 0.05} if dtype in (torch.bfloat16, torch.float16) else {}
-    torch.testing.assert_close(y, twin, **tolerance)
-    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+    torch.testing.assert_close(y, reference, **tolerance)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, **tolerance)
 
@@ -120,7 +120,7 @@ def test_embedding_has_right_first_and_second_derivatives():
 @pytest.mark.parametrize("scale", [None, 2.5, torch.tensor(5.7)])
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("by_frequency", [False, True])
-def test_embedding_equals_its_twin(scale, padding_idx, by_frequency):
+def test_embedding_equals_its_reference(scale, padding_idx, by_frequency):
     torch.manual_seed(0)
     ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
     weight = torch.randn(6, 5)
@@ -182,9 +182,9 @@ def test_non_contiguous_input_and_gradient():
     layer = _layer(torch.float64)
     x = torch.randn(8, 5, 3, dtype=torch.float64).permute(1, 2, 0).requires_grad_(True)
     y = layer(x)
-    twin = linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    reference = linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
     ours = torch.autograd.grad(y.transpose(0, 1).pow(2).sum(), x)[0]
-    torch.testing.assert_close(ours, torch.autograd.grad(twin.transpose(0, 1).pow(2).sum(), x)[0])
+    torch.testing.assert_close(ours, torch.autograd.grad(reference.transpose(0, 1).pow(2).sum(), x)[0])
 
 
 def test_output_may_be_changed_in_place():
@@ -209,9 +209,9 @@ def test_autocast_computes_in_the_autocast_type(dtype):
     x = torch.randn(4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype):
         y = layer(x)
-        twin = linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+        reference = linear_reference(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
     assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), twin.float(), atol=0.1, rtol=0.05)
+    torch.testing.assert_close(y.float(), reference.float(), atol=0.1, rtol=0.05)
     y.sum().backward()
     assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
 
@@ -239,8 +239,8 @@ def test_one_layer_used_twice_in_a_graph():
     factors = (layer.lora_A, layer.lora_B)
     ours = torch.autograd.grad(layer(layer(x)).sum(), factors)
     merged = (layer.weight, None, *factors, layer.scaling)
-    twin = linear_reference(linear_reference(x, *merged), *merged)
-    torch.testing.assert_close(ours, torch.autograd.grad(twin.sum(), factors))
+    reference = linear_reference(linear_reference(x, *merged), *merged)
+    torch.testing.assert_close(ours, torch.autograd.grad(reference.sum(), factors))
 
 
 def test_a_kept_graph_can_be_gone_through_twice():

@@ -1,4 +1,4 @@
-"""DoRA's closed form against its plain twin, and the norm against the dense one."""
+"""DoRA's closed form against its reference implementation, and the norm against the dense one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
     dropout=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 99),
 )
-def test_dora_equals_its_twin_for_any_shape(leading, n_in, n_out, rank, in_out, dropout, seed):
+def test_dora_equals_its_reference_for_any_shape(leading, n_in, n_out, rank, in_out, dropout, seed):
     operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed)
     if in_out:
         operands["weight"] = operands["weight"].t().contiguous()
@@ -59,20 +59,20 @@ def test_dora_equals_its_twin_for_any_shape(leading, n_in, n_out, rank, in_out, 
     y = dora_linear(*operands.values(), 0.7, dropout, weight_is_in_out=in_out)
     torch.manual_seed(seed)
     mask = torch.empty_like(operands["x"], dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-    twin = dora_linear_reference(*operands.values(), 0.7, mask, 1 - dropout, in_out)
+    reference = dora_linear_reference(*operands.values(), 0.7, mask, 1 - dropout, in_out)
     assert y.shape == (*leading, n_out)
-    torch.testing.assert_close(y, twin)
-    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+    torch.testing.assert_close(y, reference)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dora_equals_its_twin_in_every_type(dtype):
+def test_dora_equals_its_reference_in_every_type(dtype):
     operands = _operands((3, 5, 8), 6, 4, dtype)
-    y, twin = dora_linear(*operands.values(), 0.5), dora_linear_reference(*operands.values(), 0.5)
+    y, reference = dora_linear(*operands.values(), 0.5), dora_linear_reference(*operands.values(), 0.5)
     tolerance = {"atol": 0.25, "rtol": 0.05} if dtype != torch.float32 else {}
-    torch.testing.assert_close(y, twin, **tolerance)
-    for ours, theirs in zip(_gradients(y, operands), _gradients(twin, operands), strict=True):
+    torch.testing.assert_close(y, reference, **tolerance)
+    for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, **tolerance)
 

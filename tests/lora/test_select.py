@@ -144,7 +144,7 @@ def test_what_cannot_be_adapted_is_refused_by_name():
         attach(tiny("llama"), LoRAConfig(target_modules=["mlp"]))
 
 
-def test_a_weight_that_is_read_past_its_module_is_refused_with_the_mend():
+def test_a_weight_that_is_read_past_its_module_is_refused_with_the_hint():
     model = nn.TransformerEncoderLayer(8, 2, 16)
     with pytest.raises(UserError, match=r"exclude_modules: \['out_proj'\]"):
         attach(model, LoRAConfig(rank=2))

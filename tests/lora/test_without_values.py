@@ -17,7 +17,7 @@ from tests.lora.models import tiny
 
 
 class _Answers(TorchDispatchMode):
-    """Answers bool() and item(), which tensors without values cannot."""
+    """Answers bool() and item(), which tensors on fake tensors cannot."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -26,7 +26,7 @@ class _Answers(TorchDispatchMode):
 
 
 @pytest.fixture
-def without_values() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
         yield
 
@@ -45,7 +45,7 @@ _SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", _SETTINGS.values(), ids=_SETTINGS.keys())
-@pytest.mark.usefixtures("without_values")
+@pytest.mark.usefixtures("fake_tensors")
 def test_a_step_runs(settings):
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=4, **settings), seed=0)
@@ -58,7 +58,7 @@ def test_a_step_runs(settings):
     assert all(p.grad is not None for _, p in adapter_parameters(model))
 
 
-@pytest.mark.usefixtures("without_values")
+@pytest.mark.usefixtures("fake_tensors")
 def test_a_start_from_data_runs():
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4, init="eva"), seed=0)
@@ -66,7 +66,7 @@ def test_a_start_from_data_runs():
     assert started.started == 14 and started.tokens == (18, 18)
 
 
-@pytest.mark.usefixtures("without_values")
+@pytest.mark.usefixtures("fake_tensors")
 def test_merging_runs():
     model = nn.Sequential(nn.Linear(4, 3), Conv1D(5, 3))
     attach(model, LoRAConfig(rank=2, dora=True))

@@ -50,7 +50,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_of(family: str, dtype: str) -> PreTrainedModel:
-    """A random model, frozen and in evaluation mode; under a simulation one without values."""
+    """A random model, frozen and in evaluation mode; under a simulation one on fake tensors."""
     torch.manual_seed(0)
     auto = AUTO.get(family, transformers.AutoModelForCausalLM)
     model = auto.from_config(CONFIGS[family](), dtype=DTYPES[dtype])
@@ -74,25 +74,27 @@ def prepared(family: str, dtype: str, method: str, checkpointing: bool = False) 
 
 
 def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callable[[], None]:
-    """Two steps of AdamW over padded rows or images; low-precision parameters have fp32 masters."""
+    """Two steps of AdamW over padded rows or images; low-precision parameters have fp32 master weights."""
 
     def run() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
-        masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained]
-        optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+        master_weights = [
+            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained
+        ]
+        optimizer = torch.optim.AdamW(master_weights, lr=1e-3, fused=True)
         generator = np.random.default_rng(0)
         for _ in range(2):
             loss = _loss(model, generator, rows, length)
             loss.backward()
-            for parameter, master in zip(trained, masters, strict=True):
+            for parameter, master in zip(trained, master_weights, strict=True):
                 if parameter is not master and parameter.grad is not None:
                     master.grad, parameter.grad = parameter.grad.float(), None
-            norm = float(nn.utils.clip_grad_norm_(masters, 1.0))
+            norm = float(nn.utils.clip_grad_norm_(master_weights, 1.0))
             assert np.isfinite(loss.item()) and np.isfinite(norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for parameter, master in zip(trained, masters, strict=True):
+                for parameter, master in zip(trained, master_weights, strict=True):
                     if parameter is not master:
                         parameter.copy_(master)
 

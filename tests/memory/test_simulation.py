@@ -1,4 +1,4 @@
-"""What is predicted without values, against what the allocator gave out in the real run."""
+"""What is predicted on fake tensors, against what the allocator gave out in the real run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deltaw.memory.footprint import KINDS
 from deltaw.memory.measure import peak_tensor_bytes
-from deltaw.memory.simulation import simulate, without_values
+from deltaw.memory.simulation import fake_tensors, simulate
 from tests.memory.conftest import CONFIGS, VOCABULARY, prepared, two_steps
 
 CASES = [
@@ -32,7 +32,7 @@ def _alive(model: nn.Module) -> list[torch.Tensor]:
 def test_the_predicted_peak_is_the_allocators(
     family: str, dtype: str, method: str, checkpointing: bool
 ) -> None:
-    with without_values():
+    with fake_tensors():
         model = prepared(family, dtype, method, checkpointing)
     footprint = simulate(two_steps(model), models=[model], vocabularies=[VOCABULARY])
 
@@ -43,7 +43,7 @@ def test_the_predicted_peak_is_the_allocators(
 
 
 def test_the_parts_add_up_and_known_ones_are_exact() -> None:
-    with without_values():
+    with fake_tensors():
         model = prepared("llama", "fp32", "lora")
     footprint = simulate(two_steps(model), models=[model], vocabularies=[VOCABULARY])
     assert tuple(footprint.parts) == KINDS
@@ -61,14 +61,14 @@ def test_the_parts_add_up_and_known_ones_are_exact() -> None:
 def test_checkpointing_lowers_the_predicted_peak() -> None:
     peaks = []
     for checkpointing in (False, True):
-        with without_values():
+        with fake_tensors():
             model = prepared("llama", "fp32", "lora", checkpointing)
         peaks.append(simulate(two_steps(model), models=[model]).peak_bytes)
     assert peaks[1] < peaks[0]
 
 
 def test_whole_numbers_are_computed_for_real() -> None:
-    with without_values():
+    with fake_tensors():
         mask = torch.arange(6)[None] < torch.tensor([[2], [6]])
         assert type(mask) is torch.Tensor
         assert mask.sum().item() == 8 and not mask.all()
@@ -78,7 +78,7 @@ def test_whole_numbers_are_computed_for_real() -> None:
 
 
 def test_a_number_asked_of_no_value_is_one_and_nothing_unusual_is_found() -> None:
-    with without_values():
+    with fake_tensors():
         values = torch.randn(3)
         assert values[0].item() == 1.0 and math.isfinite(float(values.sum()))
         assert torch.isfinite(values).all()
@@ -86,8 +86,8 @@ def test_a_number_asked_of_no_value_is_one_and_nothing_unusual_is_found() -> Non
         assert torch.tensor(2.5).item() == 2.5
 
 
-def test_random_starts_and_decompositions_run_without_values() -> None:
-    with without_values():
+def test_random_starts_and_decompositions_run_on_fake_tensors() -> None:
+    with fake_tensors():
         layer = nn.Linear(5, 7)
         nn.init.trunc_normal_(layer.weight)  # draws again until nothing lies outside
         layer.to(torch.bfloat16)
@@ -100,7 +100,7 @@ def test_random_starts_and_decompositions_run_without_values() -> None:
 
 
 def test_experts_get_equal_shares() -> None:
-    with without_values():
+    with fake_tensors():
         _, picked = torch.topk(torch.randn(12, 4), 2)
         assert torch.bincount(picked.flatten()).tolist() == [6, 6, 6, 6]
 
@@ -121,15 +121,15 @@ def test_attention_takes_the_processors_fused_kernel() -> None:
     run()
     real = {name for name in ran if "attention" in name}
     ran.clear()
-    with without_values():
+    with fake_tensors():
         run()
     assert {name for name in ran if "attention" in name} == real
 
 
 def test_a_simulation_opens_inside_another_and_closes() -> None:
-    with without_values():
+    with fake_tensors():
         outer = torch.randn(2)
-        with without_values():
+        with fake_tensors():
             inner = outer + torch.randn(2)
         assert (inner * outer).shape == (2,)
     assert torch.randn(2).sum().item() != 1.0

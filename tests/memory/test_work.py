@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deltaw.memory.simulation import without_values
+from deltaw.memory.simulation import fake_tensors
 from deltaw.memory.work import KEPT, WorkCounter, kernel_bytes
 
 
@@ -76,14 +76,14 @@ def test_lengths_of_attention_are_noted_in_half_precision(dtype: torch.dtype, le
     assert counted(run).lengths == lengths
 
 
-def test_work_is_the_same_without_values() -> None:
+def test_work_is_the_same_on_fake_tensors() -> None:
     def run() -> None:
         q = torch.ones(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True)
         rows = F.scaled_dot_product_attention(q, q, q).flatten(0, 2)
         (rows @ torch.ones(8, 3, dtype=torch.bfloat16)).float().sum().backward()
 
     real = counted(run)
-    with without_values():
+    with fake_tensors():
         planned = counted(run)
     assert planned.operations == real.operations > 0
     assert planned.products == real.products and planned.lengths == real.lengths == {6}

@@ -25,7 +25,7 @@ from deltaw.methods.last import Last
 from deltaw.methods.random import Random
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.training.loop import train
-from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import causal_model
 
@@ -57,7 +57,7 @@ def trained(model: nn.Module, method: Method, *, steps: int = 3, rate: float = 1
         CausalObjective(model),
         [parameter for _, parameter in named],
         examples(),
-        Portions(1024, False, True, "cpu"),
+        CausalMicroBatcher(1024, False, True, "cpu"),
         learning_rate=rate,
         total_steps=steps,
         batch_size=3,
@@ -185,7 +185,7 @@ def test_low_precision_weights_learn_from_steps_smaller_than_their_resolution() 
     assert moved > 1e-3
 
 
-def test_errors_name_what_is_wrong_and_how_to_mend_it(tmp_path: Path) -> None:
+def test_errors_name_what_is_wrong_and_how_to_hint_it(tmp_path: Path) -> None:
     model = causal_model("llama")
     with pytest.raises(UserError, match=r"last\.blocks asks for 3"):
         Last(LastSettings(blocks=3)).prepare(model, seed=0)

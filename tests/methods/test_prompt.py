@@ -24,11 +24,11 @@ from deltaw.errors import UserError
 from deltaw.methods.base import Method
 from deltaw.methods.prompt import Prompt, PromptSettings
 from deltaw.runtime.generation import generate, stream
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.virtual_tokens import attached
 from deltaw.training.evaluation.causal import answers
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.int8_models import byte_tokenizer, tiny_llama
+from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.tiny_models import VOCABULARY, causal_model
 
 K = 5
@@ -58,8 +58,8 @@ def ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def dressed(method: Method, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.stack([method.dressed(row) for row in tokens.numpy()]))
+def with_virtual_tokens(method: Method, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.stack([method.with_virtual_tokens(row) for row in tokens.numpy()]))
 
 
 def prompt_of(model: nn.Module) -> nn.Parameter:
@@ -87,7 +87,7 @@ def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family, tmp_path):
     assert [p for p in model.parameters() if p.requires_grad] == [weight]
     optimizers = [torch.optim.AdamW([p], lr=0.01) for p in (weight, other)]
     for step in range(10):
-        logits = model(input_ids=dressed(method, tokens)).logits
+        logits = model(input_ids=with_virtual_tokens(method, tokens)).logits
         reference = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
         logits.square().mean().backward()
@@ -106,7 +106,7 @@ def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
     tokens = ids()
     with torch.no_grad():
         prompt_of(model).normal_()
-        expected = model(input_ids=dressed(method, tokens)).logits
+        expected = model(input_ids=with_virtual_tokens(method, tokens)).logits
         method.save(model, tmp_path / "ours", base_model="a-base")
         loaded = peft.PeftModel.from_pretrained(causal_model(family), tmp_path / "ours").eval()
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
@@ -116,7 +116,7 @@ def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
         assert f"{K} vectors" in ours.load(again, tmp_path / "theirs")
         assert ours.virtual_tokens == K and not any(p.requires_grad for p in again.parameters())
         torch.testing.assert_close(
-            again(input_ids=dressed(ours, tokens)).logits,
+            again(input_ids=with_virtual_tokens(ours, tokens)).logits,
             theirs(input_ids=tokens).logits,
             atol=1e-5,
             rtol=1e-5,
@@ -141,7 +141,7 @@ def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
 def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
     model, method = classifier(kind), Prompt(PromptSettings(length=K))
     heads = ["score"] if kind == "llama" else ["classifier"]
-    method.prepare(model, seed=0, beside=heads)
+    method.prepare(model, seed=0, extra_modules=heads)
     names = [name for name, _ in method.parameters(model)]
     assert names[0] == "prompt" and all(n.startswith(heads[0]) for n in names[1:]) and len(names) > 1
     tokens = ids()
@@ -149,7 +149,7 @@ def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
     with torch.no_grad():
         for _, parameter in method.parameters(model):
             parameter.normal_()
-        expected = model(input_ids=dressed(method, tokens)).logits
+        expected = model(input_ids=with_virtual_tokens(method, tokens)).logits
         method.save(model, tmp_path / "ours", base_model="a-base")
         theirs = peft.PeftModel.from_pretrained(classifier(kind), tmp_path / "ours").eval()
         torch.testing.assert_close(theirs(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
@@ -158,15 +158,15 @@ def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
         again, ours = classifier(kind), Prompt()
         before = again(input_ids=tokens).logits
         assert heads[0] in ours.load(again, tmp_path / "theirs")
-        torch.testing.assert_close(again(input_ids=dressed(ours, tokens)).logits, expected)
+        torch.testing.assert_close(again(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
         with ours.without(again):
             assert torch.equal(again(input_ids=tokens).logits, before)
-        torch.testing.assert_close(again(input_ids=dressed(ours, tokens)).logits, expected)
+        torch.testing.assert_close(again(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
 
 
 def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike(tmp_path):
     model, method = classifier(), Prompt(PromptSettings(length=K))
-    method.prepare(model, seed=0, beside=["classifier"])
+    method.prepare(model, seed=0, extra_modules=["classifier"])
     method.save(model, tmp_path, base_model="a-base")
     theirs = peft.get_peft_model(
         classifier(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=K)
@@ -177,7 +177,9 @@ def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike(tmp_path):
     tokens[1, 6:], mask[1, 6:] = 0, 0
     longer = torch.cat([torch.ones(2, K, dtype=torch.long), mask], 1)
     labels = torch.tensor([0, 2])
-    ours_loss = model(input_ids=dressed(method, tokens), attention_mask=longer, labels=labels).loss
+    ours_loss = model(
+        input_ids=with_virtual_tokens(method, tokens), attention_mask=longer, labels=labels
+    ).loss
     their_loss = theirs(input_ids=tokens, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(ours_loss, their_loss, atol=1e-6, rtol=1e-6)
     ours_loss.backward()
@@ -199,17 +201,17 @@ def _examples() -> list[Example]:
     return made
 
 
-def test_a_dressed_example_has_the_same_labels_behind_the_virtual_tokens():
+def test_a_with_virtual_tokens_example_has_the_same_labels_behind_the_virtual_tokens():
     model, method = causal_model("llama"), Prompt(PromptSettings(length=K))
     method.prepare(model, seed=0)
     (example, *_) = _examples()
-    behind = example.after(K, method.dressed(example.tokens))
+    behind = example.after(K, method.with_virtual_tokens(example.tokens))
     assert behind.tokens.dtype == np.int32 and behind.prompt_length == 8 + K
     assert behind.tokens[:K].tolist() == list(range(VOCABULARY, VOCABULARY + K))
     assert behind.tokens[K:].tolist() == example.tokens.tolist()
     assert not behind.is_label[:K].any() and behind.label_count == example.label_count
     plain = Example(1, example.tokens, example.is_label, 0, None)
-    assert plain.after(K, method.dressed(plain.tokens)).prompt_length == 0
+    assert plain.after(K, method.with_virtual_tokens(plain.tokens)).prompt_length == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,17 +219,17 @@ def test_packed_rows_that_share_the_prompt_train_as_rows_on_their_own(family):
     model, method = causal_model(family), Prompt(PromptSettings(length=K))
     method.prepare(model, seed=0)
     objective = CausalObjective(model)
-    rows = [e.after(K, method.dressed(e.tokens)) for e in _examples()]
+    rows = [e.after(K, method.with_virtual_tokens(e.tokens)) for e in _examples()]
 
     def gradient(parts: list, flat: bool) -> tuple[float, torch.Tensor]:
         prompt_of(model).grad = None
-        with flat_rows(model) if flat else contextlib.nullcontext():
+        with packed_rows(model) if flat else contextlib.nullcontext():
             losses = [objective(part) for part in parts]
             sum(losses).backward()
         return float(sum(losses)), prompt_of(model).grad
 
     shared = pack(rows, share=True)
-    layout = shared.inputs["forest_layout"]
+    layout = shared.inputs["packed_layout"]
     assert layout.parents[0] == -1 and layout.stops[0] >= K  # the prompt stands there once
     assert shared.tokens < sum(len(row) for row in rows) - K
     loss, wanted = gradient([pad([row]) for row in rows], flat=False)
@@ -241,7 +243,10 @@ def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
     model, tokenizer = tiny_llama(), byte_tokenizer()
     method = Prompt(PromptSettings(length=K), tokenizer)
     method.prepare(model, seed=0)
-    prompts = [method.dressed(np.array(row, np.int32)) for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])]
+    prompts = [
+        method.with_virtual_tokens(np.array(row, np.int32))
+        for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])
+    ]
     together = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
     for prompt, answer in zip(prompts, together, strict=True):
         row = torch.from_numpy(prompt).long()[None]
@@ -257,7 +262,7 @@ def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
         assert "".join(stream(model, tokenizer, prompt, max_new_tokens=8, stop_ids=[0])) == answer.text
 
 
-def test_evaluation_asks_dressed_rows_and_shows_their_questions_without_the_prompt():
+def test_evaluation_asks_with_virtual_tokens_rows_and_shows_their_questions_without_the_prompt():
     model, tokenizer = tiny_llama(), byte_tokenizer()
     method = Prompt(PromptSettings(length=K), tokenizer)
     method.prepare(model, seed=0)
@@ -266,7 +271,7 @@ def test_evaluation_asks_dressed_rows_and_shows_their_questions_without_the_prom
     )
     tokens = np.array([*question, 50, 51], np.int32)
     example = Example(1, tokens, np.arange(len(tokens)) >= len(question), len(question), "x")
-    (answer,) = answers(model, tokenizer, [example.after(K, method.dressed(tokens))])
+    (answer,) = answers(model, tokenizer, [example.after(K, method.with_virtual_tokens(tokens))])
     assert answer.question.splitlines()[0] == "hello"
 
 
@@ -320,13 +325,13 @@ def test_without_it_the_model_answers_as_before(tmp_path):
     method.prepare(model, seed=0)
     with method.without(model), method.evaluating(model):
         assert torch.equal(model(input_ids=tokens).logits, before)
-    assert model(input_ids=dressed(method, tokens)).logits.shape[1] == 9 + K
+    assert model(input_ids=with_virtual_tokens(method, tokens)).logits.shape[1] == 9 + K
 
 
-def test_it_is_prepared_on_tensors_without_values():
+def test_it_is_prepared_on_tensors_on_fake_tensors():
     with FakeTensorMode():
         model, method = classifier(), Prompt(PromptSettings(length=K))
-        method.prepare(model, seed=0, beside=["classifier"])
+        method.prepare(model, seed=0, extra_modules=["classifier"])
         rows = torch.zeros(2, 8, dtype=torch.long)
         model(input_ids=rows, labels=torch.zeros(2, dtype=torch.long)).loss.backward()
         assert all(parameter.grad is not None for _, parameter in method.parameters(model))

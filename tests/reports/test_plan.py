@@ -160,7 +160,7 @@ def test_a_picture_is_of_the_kind_that_its_name_says(tmp_path):
 def test_a_picture_that_nobody_can_draw_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="no picture") as refused:
         draw_plans(PLANS, tmp_path / name)
-    assert ".png" in refused.value.mend and not list(tmp_path.iterdir())
+    assert ".png" in refused.value.hint and not list(tmp_path.iterdir())
 
 
 def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Lean blocks give what the model's own blocks give, forward and backward, and leave nothing behind."""
+"""Fused blocks give what the model's own blocks give, forward and backward, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import transformers
 from torch import nn
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.block import Block
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
-from deltaw.runtime.int8_weights import keep_in_bytes
-from deltaw.runtime.packed import flat_rows, lean_blocks, outputs_at
+from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.runtime.packed import fused_blocks, outputs_at, packed_rows
 
-compiled_only = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "")
+compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
 SIZES = {
     "vocab_size": 120,
     "hidden_size": 64,
@@ -52,18 +52,18 @@ def adapted(model: nn.Module, **settings: object) -> nn.Module:
 
 
 def outputs_and_gradients(
-    model: nn.Module, lean: bool, lengths: tuple[int, ...] = (20, 9, 6, 11)
+    model: nn.Module, fused: bool, lengths: tuple[int, ...] = (20, 9, 6, 11)
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     layout = Layout.of_lengths(lengths, [-1, 0, 0, -1])
     tokens = torch.randint(0, 120, (1, layout.length), generator=torch.Generator().manual_seed(1))
     factors = [factor for _, factor in adapter_parameters(model)]
     for factor in factors:
         factor.grad = None
-    with flat_rows(model, lean=lean):
+    with packed_rows(model, fused=fused):
         out = model.base_model(
             input_ids=tokens,
             position_ids=torch.from_numpy(layout.positions())[None],
-            forest_layout=layout,
+            packed_layout=layout,
             use_cache=False,
         ).last_hidden_state
         (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
@@ -76,27 +76,27 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lean_blocks_equal_the_models_own(family, recompute):
+def test_fused_blocks_equal_the_models_own(family, recompute):
     model = adapted(model_of(family))
-    expected, expected_grads = outputs_and_gradients(model, lean=False)
+    expected, expected_grads = outputs_and_gradients(model, fused=False)
     if recompute:
         for block in model.base_model.layers:
             block.gradient_checkpointing = block.training = True
-    out, grads = outputs_and_gradients(model, lean=True)
-    assert lean_blocks(model).choice.value, lean_blocks(model).choice.why
+    out, grads = outputs_and_gradients(model, fused=True)
+    assert fused_blocks(model).choice.value, fused_blocks(model).choice.why
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 2e-4
     assert all("forward" not in vars(block) for block in model.base_model.layers)
-    assert all(lean._whole is None and not lean._factors for lean in lean_blocks(model).blocks)
+    assert all(fused._whole is None and not fused._factors for fused in fused_blocks(model).blocks)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_in_bf16_lean_blocks_are_as_near_to_fp32_as_the_models_own(family):
-    exact, exact_grads = outputs_and_gradients(adapted(model_of(family)), lean=False)
+def test_in_bf16_fused_blocks_are_as_near_to_fp32_as_the_models_own(family):
+    exact, exact_grads = outputs_and_gradients(adapted(model_of(family)), fused=False)
     model = adapted(model_of(family, torch.bfloat16))
-    own, own_grads = outputs_and_gradients(model, lean=False)
-    out, grads = outputs_and_gradients(model, lean=True)
+    own, own_grads = outputs_and_gradients(model, fused=False)
+    out, grads = outputs_and_gradients(model, fused=True)
     assert off(out, exact) < 1.2 * off(own, exact)
     errors = [[off(g, e) for g, e in zip(found, exact_grads, strict=True)] for found in (grads, own_grads)]
     assert sum(errors[0]) < 1.2 * sum(errors[1])
@@ -105,18 +105,18 @@ def test_in_bf16_lean_blocks_are_as_near_to_fp32_as_the_models_own(family):
 def test_adapters_in_some_layers_only_and_in_upper_blocks_only():
     for settings in ({"target_modules": ["q_proj", "down_proj"]}, {"target_modules": "mlp", "layers": [2]}):
         model = adapted(model_of("Llama"), **settings)
-        expected, expected_grads = outputs_and_gradients(model, lean=False)
-        out, grads = outputs_and_gradients(model, lean=True)
-        assert lean_blocks(model).choice.value and off(out, expected) < 1e-5
+        expected, expected_grads = outputs_and_gradients(model, fused=False)
+        out, grads = outputs_and_gradients(model, fused=True)
+        assert fused_blocks(model).choice.value and off(out, expected) < 1e-5
         for ours, theirs in zip(grads, expected_grads, strict=True):
             assert off(ours, theirs) < 2e-4
 
 
 def test_without_the_compiled_kernels_all_is_the_same(monkeypatch):
     model = adapted(model_of("Qwen3"))
-    expected, expected_grads = outputs_and_gradients(model, lean=True)
-    monkeypatch.setattr("deltaw.kernels.native.library", lambda: None)
-    out, grads = outputs_and_gradients(model, lean=True)
+    expected, expected_grads = outputs_and_gradients(model, fused=True)
+    monkeypatch.setattr("deltaw.kernels.loader.library", lambda: None)
+    out, grads = outputs_and_gradients(model, fused=True)
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 2e-4
@@ -154,9 +154,9 @@ def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, r
         block.gradient_checkpointing = block.training = recompute
     found = []
     for asked in (contextlib.nullcontext(), outputs_at(model, places)):
-        with flat_rows(model), asked:
+        with packed_rows(model), asked:
             out = model.base_model(
-                input_ids=tokens, position_ids=positions, forest_layout=layout, use_cache=False
+                input_ids=tokens, position_ids=positions, packed_layout=layout, use_cache=False
             ).last_hidden_state[0]
             zeros = int((out == 0).all(-1).sum())
             grads = torch.autograd.grad((out[places] * weights).sum(), factors)
@@ -166,7 +166,7 @@ def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, r
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 1e-5
-    assert lean_blocks(model).blocks[-1].picked is None
+    assert fused_blocks(model).blocks[-1].picked is None
 
 
 WHOLE = {
@@ -190,7 +190,7 @@ def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, lengths, mo
     model = model_of(family, dtype)
     if kind.startswith("bytes"):
         tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
-        keep_in_bytes(model.base_model, lambda: model(tokens))
+        quantize_int8(model.base_model, lambda: model(tokens))
     adapted(model, **settings)
     for block in model.base_model.layers:
         block.gradient_checkpointing = block.training = recompute
@@ -199,7 +199,7 @@ def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, lengths, mo
     monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
     out, grads = outputs_and_gradients(model, True, lengths)
     assert len(calls) >= 3
-    monkeypatch.setattr("deltaw.models.lean.serves_block", lambda *args: False)
+    monkeypatch.setattr("deltaw.runtime.fused.serves_block", lambda *args: False)
     expected, expected_grads = outputs_and_gradients(model, True, lengths)
     assert torch.equal(out, expected)
     for ours, theirs in zip(grads, expected_grads, strict=True):
@@ -219,10 +219,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_between_two_passes_is_noticed(change):
     model = adapted(model_of("Llama"))
-    before, _ = outputs_and_gradients(model, lean=True)
+    before, _ = outputs_and_gradients(model, fused=True)
     CHANGES[change](model.base_model.layers[1])
-    out, _ = outputs_and_gradients(model, lean=True)
-    expected, _ = outputs_and_gradients(model, lean=False)
+    out, _ = outputs_and_gradients(model, fused=True)
+    expected, _ = outputs_and_gradients(model, fused=False)
     assert off(out, before) > 1e-4
     assert off(out, expected) < 1e-5
 
@@ -232,16 +232,16 @@ def test_a_block_that_was_changed_from_outside_runs_its_own_code():
     attention = model.base_model.layers[0].self_attn
     own = attention.forward
     attention.forward = lambda *args, **kwargs: (2 * own(*args, **kwargs)[0], None)
-    expected, _ = outputs_and_gradients(model, lean=False)
-    out, _ = outputs_and_gradients(model, lean=True)
-    assert lean_blocks(model).choice.value and off(out, expected) < 1e-5
+    expected, _ = outputs_and_gradients(model, fused=False)
+    out, _ = outputs_and_gradients(model, fused=True)
+    assert fused_blocks(model).choice.value and off(out, expected) < 1e-5
 
 
 def _why(model: nn.Module) -> str:
-    with flat_rows(model):
-        lean = lean_blocks(model)
-    assert not lean.choice.value and not lean.blocks
-    return lean.choice.why
+    with packed_rows(model):
+        fused = fused_blocks(model)
+    assert not fused.choice.value and not fused.blocks
+    return fused.choice.why
 
 
 def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
@@ -249,33 +249,33 @@ def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
         raise AssertionError("a lean block ran")
 
     model = adapted(model_of("Llama"), dropout=0.5)
-    with flat_rows(model):
-        assert lean_blocks(model).choice.value
+    with packed_rows(model):
+        assert fused_blocks(model).choice.value
     model.base_model.layers.train()
     for block in model.base_model.layers:
         block.self_attn.attention_dropout = 0.0
-    monkeypatch.setattr("deltaw.models.lean.LeanBlock._run", never)
-    outputs_and_gradients(model, lean=True)
+    monkeypatch.setattr("deltaw.runtime.fused.FusedBlock._run", never)
+    outputs_and_gradients(model, fused=True)
 
 
-def test_weights_in_bytes_stay_near_and_say_what_they_cost():
+def test_weights_in_int8_stay_near_and_say_what_they_cost():
     model = model_of("Llama", hidden_size=128, intermediate_size=256)
     tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
     expected = model(tokens).logits
-    report = keep_in_bytes(model.base_model, lambda: model(tokens))
+    report = quantize_int8(model.base_model, lambda: model(tokens))
     assert report.layers == 21 and "21 of 21 layers" in str(report)
     assert off(model(tokens).logits, expected) < 0.05
     assert model.base_model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
     adapted(model)
-    own, own_grads = outputs_and_gradients(model, lean=False)
-    out, grads = outputs_and_gradients(model, lean=True)
-    assert lean_blocks(model).choice.value and off(out, own) < 0.05
+    own, own_grads = outputs_and_gradients(model, fused=False)
+    out, grads = outputs_and_gradients(model, fused=True)
+    assert fused_blocks(model).choice.value and off(out, own) < 0.05
     # Gradients are rounded to bytes too: they agree on the whole, not to the last digit.
     assert all(off(ours, theirs) < 0.3 for ours, theirs in zip(grads, own_grads, strict=True))
 
 
 def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
-    monkeypatch.setattr("deltaw.models.byte_weights.MOVED", (0.0,))
+    monkeypatch.setattr("deltaw.runtime.int8_weights.MOVED", (0.0,))
     model = model_of("Llama")
     with torch.no_grad():
         block = model.base_model.layers[1]
@@ -283,7 +283,7 @@ def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
         for name in "qkv":  # an input that is large and hardly counts
             getattr(block.self_attn, f"{name}_proj").weight[:, 5] = 1e-4
     tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
-    report = keep_in_bytes(model.base_model, lambda: model(tokens))
+    report = quantize_int8(model.base_model, lambda: model(tokens))
     assert set(report.kept) >= {f"layers.1.self_attn.{name}_proj" for name in "qkv"}
     assert type(model.base_model.layers[1].self_attn.q_proj) is nn.Linear
     assert "left as they were" in str(report)
@@ -295,12 +295,12 @@ def test_whole_modules_trained_inside_a_block_get_their_gradients(family, traine
     model = model_of(family)
     if not any(name.endswith(trained) for name, _ in model.named_modules()):
         pytest.skip(f"{family} has no {trained}")
-    with flat_rows(model):
-        assert lean_blocks(model).choice.value
+    with packed_rows(model):
+        assert fused_blocks(model).choice.value
     target = "v_proj" if trained != "self_attn" else "up_proj"
     adapted(model, target_modules=[target], train_modules=[trained])
-    expected, expected_grads = outputs_and_gradients(model, lean=False)
-    out, grads = outputs_and_gradients(model, lean=True)
+    expected, expected_grads = outputs_and_gradients(model, fused=False)
+    out, grads = outputs_and_gradients(model, fused=True)
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert ours is not None and off(ours, theirs) < 2e-4

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
 from deltaw.runtime.generation import generate, stream
-from tests.int8_models import tiny_gpt2, tiny_llama
+from tests.byte_models import tiny_gpt2, tiny_llama
 
 Maker = Callable[[int], PreTrainedModel]
 

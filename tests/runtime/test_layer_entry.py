@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaw.lora import LoRAConfig, attach
-from deltaw.runtime.layer_entry import BlockEntrance, Level, frozen_digest, lowest_trained
+from deltaw.runtime.layer_entry import BlockEntry, Level, frozen_digest, lowest_trained
 from tests.tiny_models import CAUSAL, PADDED, causal_model
 
 
@@ -62,12 +62,12 @@ def test_entering_with_what_came_out_gives_the_same_logits_to_the_bit(family, in
             return model(tokens, use_cache=False).logits
 
     expected = logits()
-    entrance = BlockEntrance(model, index)
-    hidden = entrance.outputs(logits)
+    entry = BlockEntry(model, index)
+    hidden = entry.outputs(logits)
     assert hidden.shape == (2, 12, 32)
-    with entrance.entering(hidden):
+    with entry.entering(hidden):
         assert torch.equal(logits(), expected)
-    with entrance.entering(hidden * 1.5):
+    with entry.entering(hidden * 1.5):
         assert not torch.equal(logits(), expected)
     assert torch.equal(logits(), expected)
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
@@ -75,10 +75,10 @@ def test_entering_with_what_came_out_gives_the_same_logits_to_the_bit(family, in
 
 def test_everything_is_undone_when_the_model_fails_inside():
     model = frozen()
-    entrance = BlockEntrance(model, 1)
+    entry = BlockEntry(model, 1)
     tokens = torch.arange(5)[None]
-    hidden = entrance.outputs(lambda: model(tokens))
-    with pytest.raises(ZeroDivisionError), entrance.entering(hidden):
+    hidden = entry.outputs(lambda: model(tokens))
+    with pytest.raises(ZeroDivisionError), entry.entering(hidden):
         raise ZeroDivisionError
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
@@ -87,7 +87,7 @@ def test_an_entrance_above_something_trained_is_refused():
     model = frozen()
     attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
     with pytest.raises(RuntimeError, match="depends on what is trained"):
-        BlockEntrance(model, 1).outputs(lambda: model(torch.arange(5)[None]))
+        BlockEntry(model, 1).outputs(lambda: model(torch.arange(5)[None]))
 
 
 def test_the_digest_sees_one_changed_value_below_and_none_above():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.runtime import padded
 from deltaw.runtime.padded import padded_rows
 
@@ -47,11 +47,11 @@ def test_an_image_model_gives_the_same():
         torch.testing.assert_close(model(pixels).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no compiled kernels: torch's own attention runs")
+@pytest.mark.skipif(loader.library() is None, reason="no compiled kernels: torch's own attention runs")
 def test_the_kernel_is_taken_for_padding_at_the_end_and_no_other_mask(monkeypatch):
     taken = []
-    own = padded.forest_attention
-    monkeypatch.setattr(padded, "forest_attention", lambda *a, **k: taken.append(1) or own(*a, **k))
+    own = padded.packed_attention
+    monkeypatch.setattr(padded, "packed_attention", lambda *a, **k: taken.append(1) or own(*a, **k))
     model = encoder()
     tokens = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(0))
     masks = {"end": [[1] * 6, [1, 1, 1, 0, 0, 0]], "start": [[1] * 6, [0, 0, 1, 1, 1, 1]]}

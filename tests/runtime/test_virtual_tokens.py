@@ -141,16 +141,16 @@ def test_the_table_is_fp32_beside_a_bf16_weight_and_its_rows_come_out_in_bf16():
 def test_copies_of_the_model_have_tables_of_their_own():
     model = causal_model("llama")
     attach(model, _prompt())
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     with torch.no_grad():
-        attached(twin).prompt.zero_()
-    assert twin.get_input_embeddings() is attached(twin)
+        attached(reference).prompt.zero_()
+    assert reference.get_input_embeddings() is attached(reference)
     assert torch.equal(attached(model).prompt, _prompt())
-    detach(twin)
-    assert type(twin.get_input_embeddings()) is nn.Embedding
+    detach(reference)
+    assert type(reference.get_input_embeddings()) is nn.Embedding
 
 
-def test_it_runs_on_tensors_without_values():
+def test_it_runs_on_tensors_on_fake_tensors():
     with FakeTensorMode():
         model = causal_model("gemma2").requires_grad_(False)
         layer = attach(model, torch.randn(3, 32))

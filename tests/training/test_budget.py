@@ -58,7 +58,7 @@ class Planner:
 @pytest.fixture
 def planner(monkeypatch) -> Planner:
     made = Planner()
-    monkeypatch.setattr("deltaw.training.budget.plan_run", made)
+    monkeypatch.setattr("deltaw.training.planning.budget.plan_run", made)
     return made
 
 
@@ -96,7 +96,7 @@ def test_sizes_are_read_with_decimal_and_binary_units(text, size):
 def test_what_is_no_size_is_refused_with_examples(text):
     with pytest.raises(UserError, match="no size") as refused:
         parse_bytes(text)
-    assert refused.value.where == "--budget" and "6GB" in refused.value.mend
+    assert refused.value.where == "--budget" and "6GB" in refused.value.hint
 
 
 def wanted(budget: int, ranks: tuple[int, ...]) -> set[tuple[int, int, bool]]:
@@ -152,7 +152,7 @@ def test_where_nothing_fits_the_least_is_said_after_few_plans(planner, find):
         find(100, "lora", "bias")
     least = 1000 + 100 * 2 + TOKENS[-1] * 3
     assert f"{least:,} bytes" in refused.value.what and "100 bytes" in refused.value.what
-    assert "--methods" in refused.value.mend
+    assert "--methods" in refused.value.hint
     tried = {(c.method, c.lora.rank, c.train.checkpointing) for c in planner.asked}
     assert tried == {
         *itertools.product(["lora"], RANKS, [False, True]),

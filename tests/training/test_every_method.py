@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from deltaw.errors import UserError
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run, score_run
+from tests.byte_models import byte_tokenizer
 from tests.conftest import laid_over, write_rows
-from tests.int8_models import byte_tokenizer
 
 METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
 CHANGES = {
@@ -205,7 +205,7 @@ def test_peft_loads_the_adapter_with_its_head(
     result = fit(of_task(task, folder, rows, tmp_path / "run", method))
     opened = open_run(str(result.output), precision="fp32", device="cpu", say=quiet)
     example = opened.example(opened.task.read(opened.config.data, seed=0).held_out[0])
-    portions, _ = opened.task.portions(
+    batcher, _ = opened.task.batcher(
         opened.model,
         [example],
         device="cpu",
@@ -216,7 +216,7 @@ def test_peft_loads_the_adapter_with_its_head(
     )
     objective = opened.task.objective(opened.model)
     with torch.no_grad():
-        ours = objective.predictions(next(iter(portions.batches([example]))))
+        ours = objective.predictions(next(iter(batcher.batches([example]))))
     labels = 1 if task == "regression" else 2
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
     base.config.pad_token_id = 0

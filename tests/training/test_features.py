@@ -14,18 +14,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltaw.data.example import Example
-from deltaw.data.label_batches import LabelPortions
+from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import LabelledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.places import train_places
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.evaluation.labels import evaluate_labels
 from deltaw.training.features import store as feature_store
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
-from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.label_objective import LabelObjective
 from tests.tiny_models import VOCABULARY, causal_model
@@ -85,7 +85,7 @@ def trained_of(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def run(model, objective, portions, rows, *, steps=9):
+def run(model, objective, batcher, rows, *, steps=9):
     """Losses of each step, and the parameters after the last."""
     losses = []
     parameters = trained_of(model)
@@ -93,7 +93,7 @@ def run(model, objective, portions, rows, *, steps=9):
         objective,
         parameters,
         rows,
-        portions,
+        batcher,
         learning_rate=5e-3,
         total_steps=steps,
         batch_size=4,
@@ -102,15 +102,15 @@ def run(model, objective, portions, rows, *, steps=9):
     return losses, [p.detach().clone() for p in parameters]
 
 
-def both_ways(model, objective_of, portions, rows, folder, attention=contextlib.nullcontext):
+def both_ways(model, objective_of, batcher, rows, folder, attention=contextlib.nullcontext):
     """The same training without and with the cache; the cached one's choice and store."""
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     with attention(model):
-        usual = run(model, objective_of(model), portions, rows)
-    with attention(twin):
-        cached, choice = cached_prefix(twin, objective_of(twin), portions, rows, folder=folder)
+        usual = run(model, objective_of(model), batcher, rows)
+    with attention(reference):
+        cached, choice = cached_prefix(reference, objective_of(reference), batcher, rows, folder=folder)
         assert cached is not None, choice
-        found = run(twin, cached.objective, cached.portions, rows)
+        found = run(reference, cached.objective, cached.batcher, rows)
         cached.close()
     assert usual[0][0] != usual[0][-1]
     np.testing.assert_allclose(found[0], usual[0], rtol=1e-5)
@@ -132,9 +132,9 @@ def forwards(model):
 @pytest.mark.parametrize("way", ["shared", "flat", "padded"])
 def test_a_causal_head_trains_the_same(family, way, tmp_path):
     model = train_head(causal_model(family), "lm_head")
-    portions = Portions(64, way == "shared", way == "padded", "cpu")
-    attention = contextlib.nullcontext if way == "padded" else flat_rows
-    _, choice = both_ways(model, CausalObjective, portions, causal_rows(), tmp_path, attention)
+    batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
+    attention = contextlib.nullcontext if way == "padded" else packed_rows
+    _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
     assert choice.value == "all but the output head"
 
 
@@ -142,9 +142,9 @@ def test_a_causal_head_trains_the_same(family, way, tmp_path):
 @pytest.mark.parametrize("way", ["shared", "flat", "padded"])
 def test_adapters_on_the_upper_blocks_train_the_same(family, way, tmp_path):
     model = lora_above(causal_model(family))
-    portions = Portions(64, way == "shared", way == "padded", "cpu")
-    attention = contextlib.nullcontext if way == "padded" else flat_rows
-    _, choice = both_ways(model, CausalObjective, portions, causal_rows(), tmp_path, attention)
+    batcher = CausalMicroBatcher(64, way == "shared", way == "padded", "cpu")
+    attention = contextlib.nullcontext if way == "padded" else packed_rows
+    _, choice = both_ways(model, CausalObjective, batcher, causal_rows(), tmp_path, attention)
     assert choice.value == "the lower 1 of 2 blocks"
 
 
@@ -153,16 +153,23 @@ def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
     model = causal_model(family)
     name = "transformer.h.1" if family == "bloom" else "backbone.layers.1"
     train_head(model, name)
-    both_ways(model, CausalObjective, Portions(64, False, True, "cpu"), causal_rows(), tmp_path)
+    both_ways(model, CausalObjective, CausalMicroBatcher(64, False, True, "cpu"), causal_rows(), tmp_path)
 
 
 def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
-    from deltaw.training.session import recompute_blocks
+    from deltaw.training.session import checkpoint_blocks
 
     model = lora_above(causal_model("llama"))
-    recompute_blocks(model)
+    checkpoint_blocks(model)
     model.disable_input_require_grads()
-    both_ways(model, CausalObjective, Portions(64, True, False, "cpu"), causal_rows(), tmp_path, flat_rows)
+    both_ways(
+        model,
+        CausalObjective,
+        CausalMicroBatcher(64, True, False, "cpu"),
+        causal_rows(),
+        tmp_path,
+        packed_rows,
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,10 +186,10 @@ def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
 )
 def test_classifiers_train_the_same(family, modules, tmp_path):
     model = train_head(labelled_model(family), *modules)
-    portions = LabelPortions(64, "cpu", segments=False)
+    batcher = LabelMicroBatcher(64, "cpu", segments=False)
     rows = labelled_rows()
     cached, _ = both_ways(
-        model, lambda m: LabelObjective(m, "sequence-classification"), portions, rows, tmp_path
+        model, lambda m: LabelObjective(m, "sequence-classification"), batcher, rows, tmp_path
     )
     assert cached.store.shape.units == (
         12 if len(modules) == 1 or family == "distilbert" else sum(map(len, rows))
@@ -193,8 +200,8 @@ def test_a_regression_trains_the_same(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(**B, num_hidden_layers=2, num_labels=1)
     model = train_head(transformers.BertForSequenceClassification(config).eval(), "classifier")
-    portions = LabelPortions(64, "cpu")
-    both_ways(model, lambda m: LabelObjective(m, "regression"), portions, labelled_rows(kind=float), tmp_path)
+    batcher = LabelMicroBatcher(64, "cpu")
+    both_ways(model, lambda m: LabelObjective(m, "regression"), batcher, labelled_rows(kind=float), tmp_path)
 
 
 class _Encoder:
@@ -213,23 +220,21 @@ def test_an_image_classifier_trains_the_same(modules, tmp_path):
     draw = np.random.default_rng(0)
     images = [draw.integers(0, 255, (16, 16, 3)).astype(np.uint8) for _ in range(12)]
     rows = [ImageExample(n, image, n % 3, digest=bytes([n])) for n, image in enumerate(images)]
-    portions = LabelPortions(20, "cpu", encoder=_Encoder(), tokens_per_image=5)
-    cached, _ = both_ways(
-        model, lambda m: LabelObjective(m, "image-classification"), portions, rows, tmp_path
-    )
+    batcher = LabelMicroBatcher(20, "cpu", encoder=_Encoder(), tokens_per_image=5)
+    cached, _ = both_ways(model, lambda m: LabelObjective(m, "image-classification"), batcher, rows, tmp_path)
     assert cached.store.shape.units == (12 if len(modules) == 1 else 12 * 5)
 
 
 def test_bf16_features_keep_their_bits(tmp_path):
     model = lora_above(causal_model("llama").to(torch.bfloat16))
-    portions, rows = Portions(64, True, False, "cpu"), causal_rows()
-    with flat_rows(model):
-        cached, _ = cached_prefix(model, CausalObjective(model), portions, rows, folder=tmp_path)
+    batcher, rows = CausalMicroBatcher(64, True, False, "cpu"), causal_rows()
+    with packed_rows(model):
+        cached, _ = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path)
         assert cached.store.shape.dtype == "bfloat16"
         losses = [
-            [cached.objective(batch).item() for batch in cached.portions.batches(rows)] for _ in range(2)
+            [cached.objective(batch).item() for batch in cached.batcher.batches(rows)] for _ in range(2)
         ]
-        usual = [cached.objective(batch).item() for batch in portions.batches(rows)]
+        usual = [cached.objective(batch).item() for batch in batcher.batches(rows)]
         cached.close()
     assert losses[0] == losses[1] == usual
 
@@ -237,20 +242,24 @@ def test_bf16_features_keep_their_bits(tmp_path):
 def test_from_the_second_epoch_on_the_prefix_does_not_run(tmp_path):
     rows = causal_rows()
     for model in (train_head(causal_model("llama"), "lm_head"), lora_above(causal_model("llama"))):
-        with flat_rows(model):
+        with packed_rows(model):
             cached, _ = cached_prefix(
-                model, CausalObjective(model), Portions(64, True, False, "cpu"), rows, folder=tmp_path
+                model,
+                CausalObjective(model),
+                CausalMicroBatcher(64, True, False, "cpu"),
+                rows,
+                folder=tmp_path,
             )
-            run(model, cached.objective, cached.portions, rows, steps=3)
+            run(model, cached.objective, cached.batcher, rows, steps=3)
             calls = forwards(model)
-            run(model, cached.objective, cached.portions, rows, steps=6)
+            run(model, cached.objective, cached.batcher, rows, steps=6)
             cached.close()
         assert not calls
 
 
 def opened(model, rows, folder):
     cached, choice = cached_prefix(
-        model, CausalObjective(model), Portions(64, True, False, "cpu"), rows, folder=folder
+        model, CausalObjective(model), CausalMicroBatcher(64, True, False, "cpu"), rows, folder=folder
     )
     assert cached is not None, choice
     return cached, choice
@@ -258,10 +267,10 @@ def opened(model, rows, folder):
 
 def test_the_next_run_finds_the_features_whatever_the_order_of_its_rows(tmp_path):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    with flat_rows(model):
+    with packed_rows(model):
         cached, choice = opened(model, rows, tmp_path)
         assert "there already" not in choice.why
-        run(model, cached.objective, cached.portions, rows, steps=3)
+        run(model, cached.objective, cached.batcher, rows, steps=3)
         cached.close()
         again, choice = opened(model, rows[::-1], tmp_path)
         assert again.store.folder == cached.store.folder
@@ -271,9 +280,9 @@ def test_the_next_run_finds_the_features_whatever_the_order_of_its_rows(tmp_path
 
 def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
     model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
-    with flat_rows(model):
+    with packed_rows(model):
         cached, _ = opened(model, rows, tmp_path)
-        for _ in cached.portions.batches(rows):
+        for _ in cached.batcher.batches(rows):
             pass
         expected = cached.store.read(np.arange(cached.rows.units)).clone()
         cached.close()
@@ -288,7 +297,7 @@ def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
         del marks, values
         again, _ = opened(model, rows, tmp_path)
         assert np.flatnonzero(~again.store.done).tolist() == lost
-        for _ in again.portions.batches(rows):
+        for _ in again.batcher.batches(rows):
             pass
         torch.testing.assert_close(again.store.read(np.arange(again.rows.units)), expected)
         again.close()
@@ -306,7 +315,7 @@ def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
         (lora_above(causal_model("llama")), rows[:-1]),
         (train_head(causal_model("llama"), "lm_head"), rows),
     ]:
-        with flat_rows(model):
+        with packed_rows(model):
             cached, _ = opened(model, chosen, tmp_path)
             folders.add(cached.store.folder)
             cached.close()
@@ -315,9 +324,9 @@ def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
 
 def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    with flat_rows(model):
+    with packed_rows(model):
         cached, _ = opened(model, rows, tmp_path)
-        run(model, cached.objective, cached.portions, rows, steps=3)
+        run(model, cached.objective, cached.batcher, rows, steps=3)
         cached.close()
         values = np.memmap(cached.store.folder / feature_store.VALUES, np.float32, "r+")
         values *= 1.5
@@ -330,9 +339,13 @@ def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):
 def test_where_training_reaches_down_there_is_no_cache(tmp_path):
     model = causal_model("llama")
     attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
-    with flat_rows(model):
+    with packed_rows(model):
         cached, choice = cached_prefix(
-            model, CausalObjective(model), Portions(64, True, False, "cpu"), causal_rows(), folder=tmp_path
+            model,
+            CausalObjective(model),
+            CausalMicroBatcher(64, True, False, "cpu"),
+            causal_rows(),
+            folder=tmp_path,
         )
     assert cached is None and choice.value == "off"
 
@@ -344,69 +357,73 @@ def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
     first.register_forward_pre_hook(lambda m, args: seen.update(it=args[0]))
     first.mlp.register_forward_hook(lambda m, args, out: seen.update(it=out))
     second.register_forward_pre_hook(lambda m, args: (args[0] + seen.pop("it"), *args[1:]))
-    with flat_rows(model):
+    with packed_rows(model):
         cached, choice = cached_prefix(
-            model, CausalObjective(model), Portions(64, True, False, "cpu"), causal_rows(), folder=tmp_path
+            model,
+            CausalObjective(model),
+            CausalMicroBatcher(64, True, False, "cpu"),
+            causal_rows(),
+            folder=tmp_path,
         )
     assert cached is None and "entered there" in choice.why
 
 
 def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(tmp_path, monkeypatch):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    portions = Portions(64, True, False, "cpu")
-    with flat_rows(model):
+    batcher = CausalMicroBatcher(64, True, False, "cpu")
+    with packed_rows(model):
         cached, choice = cached_prefix(
-            model, CausalObjective(model), portions, rows, folder=tmp_path, limit=100
+            model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100
         )
         assert cached is not None and "in memory" in choice.why
-        monkeypatch.setattr("deltaw.training.prefix_cache.MEMORY_BYTES", 100)
+        monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
         cached, choice = cached_prefix(
-            model, CausalObjective(model), portions, rows, folder=tmp_path, limit=100
+            model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100
         )
         assert cached is None and "KB" in choice.why
 
 
 def test_evaluations_are_the_same_with_and_without(tmp_path):
     model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
-    with flat_rows(model):
-        usual = evaluate_causal(CausalObjective(model), rows, Portions(64, True, False, "cpu"))
+    with packed_rows(model):
+        usual = evaluate_causal(CausalObjective(model), rows, CausalMicroBatcher(64, True, False, "cpu"))
         cached, _ = opened(model, rows, tmp_path)
         for _ in range(2):
-            found = evaluate_causal(cached.objective, rows, cached.portions)
+            found = evaluate_causal(cached.objective, rows, cached.batcher)
             assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
             np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
         cached.close()
     model, rows = train_head(labelled_model("bert"), "classifier"), labelled_rows()
-    objective, portions = LabelObjective(model, "sequence-classification"), LabelPortions(64, "cpu")
-    cached, _ = cached_prefix(model, objective, portions, rows, folder=tmp_path)
-    usual = evaluate_labels(objective, rows, portions)
-    found = evaluate_labels(cached.objective, rows, cached.portions)
+    objective, batcher = LabelObjective(model, "sequence-classification"), LabelMicroBatcher(64, "cpu")
+    cached, _ = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
+    usual = evaluate_labels(objective, rows, batcher)
+    found = evaluate_labels(cached.objective, rows, cached.batcher)
     np.testing.assert_allclose(found.predictions, usual.predictions, rtol=1e-4, atol=1e-6)
     cached.close()
 
 
 def test_rows_that_are_not_known_go_the_usual_way(tmp_path):
     model, rows = lora_above(causal_model("llama")), causal_rows()
-    with flat_rows(model):
+    with packed_rows(model):
         cached, _ = opened(model, rows[:8], tmp_path)
-        losses = [cached.objective(b).item() for b in cached.portions.batches(rows[8:])]
-        usual = [cached.objective.inner(b).item() for b in cached.portions.inner.batches(rows[8:])]
+        losses = [cached.objective(b).item() for b in cached.batcher.batches(rows[8:])]
+        usual = [cached.objective.inner(b).item() for b in cached.batcher.inner.batches(rows[8:])]
         cached.close()
     assert losses == usual
 
 
 @pytest.mark.parametrize("level", ["head", "block"])
-def test_without_values_the_same_steps_run_in_memory(level, tmp_path):
+def test_on_fake_tensors_the_same_steps_run_in_memory(level, tmp_path):
     with FakeTensorMode():
         model = causal_model("llama")
         model = train_head(model, "lm_head") if level == "head" else lora_above(model)
         objective = CausalObjective(model)
-        portions = Portions(64, True, False, "cpu")
+        batcher = CausalMicroBatcher(64, True, False, "cpu")
         rows = causal_rows()
-        with flat_rows(model):
-            cached, choice = cached_prefix(model, objective, portions, rows, folder=tmp_path)
+        with packed_rows(model):
+            cached, choice = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
             assert cached is not None, choice
             for _ in range(2):
-                for batch in cached.portions.batches(rows):
+                for batch in cached.batcher.batches(rows):
                     cached.objective(batch).backward()
     assert not list(Path(tmp_path).iterdir())

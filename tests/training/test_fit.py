@@ -21,14 +21,14 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run
-from deltaw.training.session import recompute_blocks
-from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.session import checkpoint_blocks
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.byte_models import byte_tokenizer, tiny_gpt2
 from tests.conftest import write_rows
-from tests.int8_models import byte_tokenizer, tiny_gpt2
 from tests.tiny_models import causal_model
 
 ADAPTER = "adapter_model.safetensors"
@@ -188,9 +188,9 @@ def test_recomputing_blocks_gives_the_same_gradients(family):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
         objective = CausalObjective(model)
         if recompute:
-            recompute_blocks(model)
-        with flat_rows(model):
-            for batch in Portions(1000, True, False, "cpu").batches(rows):
+            checkpoint_blocks(model)
+        with packed_rows(model):
+            for batch in CausalMicroBatcher(1000, True, False, "cpu").batches(rows):
                 objective(batch).backward()
         found.append({name: parameter.grad for name, parameter in method.parameters(model)})
     for name, gradient in found[0].items():
@@ -210,7 +210,7 @@ def test_a_run_that_diverges_is_refused_and_keeps_a_finite_adapter(settings, tmp
     said = Console(file=io.StringIO(), width=500)
     with pytest.raises(UserError) as refused:
         fit(settings(tmp_path / "run", lora={"alpha": 1e20}, train=train), console=said)
-    assert "diverged" in refused.value.what and "learning_rate" in (refused.value.mend or "")
+    assert "diverged" in refused.value.what and "learning_rate" in (refused.value.hint or "")
     assert f"is in {tmp_path / 'run'}" in said.file.getvalue()
     assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "run" / ADAPTER).values())
 
@@ -238,5 +238,5 @@ def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written
     for share in (None, 1):
         with pytest.raises(UserError, match="128 positions") as refused:
             fit(settings(tmp_path / "run", model=str(model), data={"train": str(rows), "eval": share}))
-        assert "data.max_length: 128" in (refused.value.mend or "")
+        assert "data.max_length: 128" in (refused.value.hint or "")
     assert not (tmp_path / "run").exists()

@@ -39,7 +39,7 @@ def test_what_is_trained_passes():
 
 
 def test_a_parameter_without_a_gradient_is_named_at_the_first_step():
-    with pytest.raises(UntrainedParameterError, match="'0.weight', '0.bias' received no gradient"):
+    with pytest.raises(UntrainedParameterError, match=r"'0\.weight', '0\.bias' received no gradient"):
         steps(network(), lambda n: n[1](X).square().sum(), count=1)
 
 
@@ -48,7 +48,7 @@ def test_a_gradient_of_zeros_is_found_after_two_steps():
         return (n[1](X) + 0 * n[0](X)).square().sum()
 
     steps(network(), cut, count=1)
-    with pytest.raises(UntrainedParameterError, match="'0.weight', '0.bias' did not move in two steps"):
+    with pytest.raises(UntrainedParameterError, match=r"'0\.weight', '0\.bias' did not move in two steps"):
         steps(network(), cut, count=2)
 
 

@@ -12,13 +12,13 @@ import transformers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from deltaw.data.images import ImageEncoder
-from deltaw.data.label_batches import LabelBatch, LabelPortions
+from deltaw.data.label_batches import LabelBatch, LabelMicroBatcher
 from deltaw.data.labels import LabelledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
-from deltaw.memory.simulation import simulate, without_values
+from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.training.evaluation.labels import evaluate_labels
-from deltaw.training.tasks.label_batcher import choose_label_portions
+from deltaw.training.tasks.label_batcher import choose_label_batcher
 from deltaw.training.tasks.label_objective import LabelObjective, start_at_mean
 from tests.tiny_models import CAUSAL
 
@@ -73,7 +73,7 @@ def test_the_loss_is_the_sum_over_rows_seen_alone_without_padding(family: str, b
     objective = LabelObjective(model, "sequence-classification")
     assert objective.pooled == (family in DECODERS)
     rows = examples_of()
-    loss = sum(objective(batch) for batch in LabelPortions(budget, "cpu", segments=False).batches(rows))
+    loss = sum(objective(batch) for batch in LabelMicroBatcher(budget, "cpu", segments=False).batches(rows))
     each = [F.cross_entropy(alone(model, row)[None], torch.tensor([row.label])) for row in rows]
     torch.testing.assert_close(loss, torch.stack(each).sum())
     named = dict(model.named_parameters())
@@ -93,7 +93,7 @@ def test_a_padding_id_that_is_a_real_token_too_changes_nothing(family: str):
         LabelledExample(1, np.array([5, 2, 9, 2], np.int32), 0),
         LabelledExample(2, np.array([7, 8, 9, 2, 2, 11], np.int32), 1),
     ]
-    (batch,) = LabelPortions(100, "cpu", pad_id=2).batches(rows)
+    (batch,) = LabelMicroBatcher(100, "cpu", pad_id=2).batches(rows)
     model.config.pad_token_id = None
     for place, row in enumerate(rows):
         torch.testing.assert_close(objective.predictions(batch)[place], alone(model, row))
@@ -103,7 +103,7 @@ def test_squared_errors_of_numbers_are_summed():
     model = model_of("bert", outputs=1)
     objective = LabelObjective(model, "regression")
     rows = examples_of(number=True)
-    loss = sum(objective(batch) for batch in LabelPortions(30, "cpu").batches(rows))
+    loss = sum(objective(batch) for batch in LabelMicroBatcher(30, "cpu").batches(rows))
     each = [(alone(model, row)[0] - row.label) ** 2 for row in rows]
     torch.testing.assert_close(loss, torch.stack(each).sum())
     with pytest.raises(UserError, match="a regression has one"):
@@ -117,7 +117,7 @@ def test_a_bf16_model_gives_an_fp32_loss_near_the_fp32_models(family: str):
     for dtype in (torch.float32, torch.bfloat16):
         objective = LabelObjective(model_of(family, dtype=dtype), "sequence-classification")
         (batch,) = (
-            LabelPortions(1000, "cpu", segments=False).batches(rows) if family == "x" else [whole(rows)]
+            LabelMicroBatcher(1000, "cpu", segments=False).batches(rows) if family == "x" else [whole(rows)]
         )
         losses.append(objective(batch))
     assert losses[1].dtype == torch.float32
@@ -127,7 +127,7 @@ def test_a_bf16_model_gives_an_fp32_loss_near_the_fp32_models(family: str):
 
 def whole(rows: list[LabelledExample]) -> LabelBatch:
     """All rows in one batch."""
-    return LabelPortions(1000, "cpu", segments=False)._texts(sorted(rows, key=len), 16)
+    return LabelMicroBatcher(1000, "cpu", segments=False)._texts(sorted(rows, key=len), 16)
 
 
 def test_a_model_that_sees_its_padding_is_refused():
@@ -158,13 +158,13 @@ def test_a_regression_starts_at_the_mean_where_its_head_has_a_bias(family: str, 
 def test_rows_longer_than_the_models_positions_are_refused(family: str, limit: int):
     model = model_of(family)
     longest = examples_of([limit])
-    portions, chosen = choose_label_portions(model, longest, device="cpu")
+    batcher, chosen = choose_label_batcher(model, longest, device="cpu")
     assert chosen["train.tokens_per_pass"].value == 1024
-    (batch,) = portions.batches(longest)
+    (batch,) = batcher.batches(longest)
     LabelObjective(model, "sequence-classification")(batch)
     with pytest.raises(UserError) as caught:
-        choose_label_portions(model, longest, device="cpu", virtual_tokens=4)
-    assert f"data.max_length: {limit - 4}" in str(caught.value.mend)
+        choose_label_batcher(model, longest, device="cpu", virtual_tokens=4)
+    assert f"data.max_length: {limit - 4}" in str(caught.value.hint)
 
 
 def image_model(folder, **changes):
@@ -188,13 +188,13 @@ def images_of(count: int) -> list[ImageExample]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_go_through_in_portions_of_the_budget(tmp_path, dtype):
+def test_images_go_through_in_microbatches_of_the_budget(tmp_path, dtype):
     model = image_model(tmp_path).to(dtype)
     rows = images_of(7)
-    portions, _ = choose_label_portions(
+    batcher, _ = choose_label_batcher(
         model, rows, device="cpu", tokens_per_pass=16, encoder=ImageEncoder(tmp_path)
     )
-    batches = list(portions.batches(rows))
+    batches = list(batcher.batches(rows))
     assert [batch.rows for batch in batches] == [3, 2, 2]
     objective = LabelObjective(model, "image-classification")
     pixels = torch.from_numpy(np.stack([row.image for row in rows])).permute(0, 3, 1, 2) / 127.5 - 1
@@ -208,14 +208,14 @@ def test_images_of_another_size_than_the_models_are_refused_in_words(tmp_path):
     model = image_model(tmp_path / "model")
     transformers.ViTConfig(image_size=12, patch_size=4).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="does not take its images"):
-        choose_label_portions(model, images_of(2), device="cpu", encoder=ImageEncoder(tmp_path / "other"))
+        choose_label_batcher(model, images_of(2), device="cpu", encoder=ImageEncoder(tmp_path / "other"))
 
 
 def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut():
     model = model_of("bert")
     objective = LabelObjective(model, "sequence-classification")
     rows = examples_of()
-    found = evaluate_labels(objective, rows, LabelPortions(20, "cpu"), ("a", "b", "c"))
+    found = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"), ("a", "b", "c"))
     expected = torch.stack([alone(model, row) for row in rows])
     np.testing.assert_allclose(found.predictions, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
     labels = torch.tensor([row.label for row in rows])
@@ -229,7 +229,7 @@ def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut():
 def test_an_evaluation_of_numbers_counts_squared_errors():
     model = model_of("bert", outputs=1)
     rows = examples_of(number=True)
-    found = evaluate_labels(LabelObjective(model, "regression"), rows, LabelPortions(20, "cpu"))
+    found = evaluate_labels(LabelObjective(model, "regression"), rows, LabelMicroBatcher(20, "cpu"))
     assert found.metrics["rmse"] ** 2 == pytest.approx(found.per_row.mean())
     assert found.metrics[found.main] == pytest.approx(found.per_row.mean()) and not found.higher_is_better
 
@@ -239,18 +239,18 @@ def test_predictions_that_are_not_finite_are_refused():
     objective = LabelObjective(model, "sequence-classification")
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        evaluate_labels(objective, examples_of(), LabelPortions(20, "cpu"))
+        evaluate_labels(objective, examples_of(), LabelMicroBatcher(20, "cpu"))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_step_runs_on_tensors_without_values(family: str):
-    with without_values():
+def test_a_step_runs_on_tensors_on_fake_tensors(family: str):
+    with fake_tensors():
         model = model_of(family)
 
     def step() -> None:
         objective = LabelObjective(model, "sequence-classification")
         assert objective.pooled == (family in DECODERS)
-        for batch in LabelPortions(1000, "cpu", segments=False).batches(examples_of()):
+        for batch in LabelMicroBatcher(1000, "cpu", segments=False).batches(examples_of()):
             (objective(batch) / 5).backward()
 
     assert simulate(step, models=[model]).peak_bytes > 0

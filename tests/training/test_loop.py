@@ -14,13 +14,13 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.loop import count_steps, rows_of_step, train
-from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import VOCABULARY, causal_model
 
-FLAT = Portions(tokens_per_pass=10_000, share=True, padded=False, device="cpu")
+FLAT = CausalMicroBatcher(tokens_per_pass=10_000, share=True, padded=False, device="cpu")
 
 
 def examples(count=7, seed=0):
@@ -38,7 +38,7 @@ def examples(count=7, seed=0):
 class Run:
     """One training of a tiny model, with all that it left behind."""
 
-    def __init__(self, portions=FLAT, *, family="llama", dropout=0.0, rows=None, **settings):
+    def __init__(self, batcher=FLAT, *, family="llama", dropout=0.0, rows=None, **settings):
         torch.manual_seed(0)
         self.model = causal_model(family)
         method = LoRA(LoRAConfig(rank=4, alpha=8, dropout=dropout))
@@ -50,7 +50,7 @@ class Run:
         self.before = {name: p.detach().clone() for name, p in self.parameters}
         with method.evaluating(self.model):
             self.objective = CausalObjective(self.model)
-        self.portions, self.rows, self.steps = portions, rows or examples(), []
+        self.batcher, self.rows, self.steps = batcher, rows or examples(), []
         self.settings = {"learning_rate": 1e-3, "total_steps": 4, "batch_size": 3, **settings}
 
     def go(self, on_step=None):
@@ -59,12 +59,12 @@ class Run:
             if on_step is not None:
                 on_step(step)
 
-        with flat_rows(self.model):
+        with packed_rows(self.model):
             self.outcome = train(
                 self.objective,
                 [p for _, p in self.parameters],
                 self.rows,
-                self.portions,
+                self.batcher,
                 on_step=note,
                 **self.settings,
             )
@@ -121,19 +121,19 @@ def test_a_step_counts_what_it_saw():
 
 def test_any_split_into_passes_gives_the_same_losses_and_factors():
     whole = Run().go()
-    for portions in (
-        Portions(25, True, False, "cpu"),
-        Portions(10_000, False, False, "cpu"),
-        Portions(1, False, False, "cpu"),
-        Portions(20, False, True, "cpu"),
+    for batcher in (
+        CausalMicroBatcher(25, True, False, "cpu"),
+        CausalMicroBatcher(10_000, False, False, "cpu"),
+        CausalMicroBatcher(1, False, False, "cpu"),
+        CausalMicroBatcher(20, False, True, "cpu"),
     ):
-        run = Run(portions)
-        if portions.padded:
+        run = Run(batcher)
+        if batcher.padded:
             train(
                 run.objective,
                 [p for _, p in run.parameters],
                 run.rows,
-                portions,
+                batcher,
                 on_step=run.steps.append,
                 **run.settings,
             )
@@ -141,12 +141,12 @@ def test_any_split_into_passes_gives_the_same_losses_and_factors():
             run.go()
         assert [s.loss for s in run.steps] == pytest.approx([s.loss for s in whole.steps], abs=1e-5)
         for name, factor in whole.factors().items():
-            assert (run.factors()[name] - factor).norm() <= 1e-5 * max(1, factor.norm()), (portions, name)
+            assert (run.factors()[name] - factor).norm() <= 1e-5 * max(1, factor.norm()), (batcher, name)
 
 
 def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
     run = Run()
-    with flat_rows(run.model):
+    with packed_rows(run.model):
         for batch in FLAT.batches(run.rows):
             run.objective(batch).backward()
     for name, parameter in run.parameters:
@@ -203,7 +203,7 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing():
     with pytest.raises(UserError, match="diverged") as refused:
         run.go(on_step=spoil)
     assert refused.value.where == "step 2 of 4"
-    assert "learning_rate" in (refused.value.mend or "")
+    assert "learning_rate" in (refused.value.hint or "")
     for name, factor in run.factors().items():
         assert torch.equal(factor, kept[name])
 
@@ -216,7 +216,7 @@ def test_dropout_is_drawn_in_training_and_not_in_evaluation():
             if name.endswith("lora_B"):
                 parameter.normal_()
     (batch,) = FLAT.batches(drawn.rows)
-    with flat_rows(drawn.model), torch.no_grad():
+    with packed_rows(drawn.model), torch.no_grad():
         assert drawn.objective(batch) != drawn.objective(batch)
         with method.evaluating(drawn.model):
             assert drawn.objective(batch) == drawn.objective(batch)

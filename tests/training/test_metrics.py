@@ -1,4 +1,4 @@
-"""Metrics against closed forms and slow, obvious twins."""
+"""Metrics against closed forms and slow, obvious reference implementations."""
 
 from __future__ import annotations
 

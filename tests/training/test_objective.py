@@ -8,7 +8,7 @@ import torch
 
 from deltaw.data.example import Example
 from deltaw.data.packing import batches
-from deltaw.runtime.packed import can_pack, flat_rows
+from deltaw.runtime.packed import can_pack, packed_rows
 from deltaw.training.tasks import causal_objective as objective_module
 from deltaw.training.tasks.causal_objective import CausalObjective, chunked_cross_entropy
 from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
@@ -80,7 +80,7 @@ def in_passes(model, examples, tokens_per_pass, *, share, padded=False):
 
     if padded:
         return loss_and_gradients(model, compute)
-    with flat_rows(model):
+    with packed_rows(model):
         return loss_and_gradients(model, compute)
 
 

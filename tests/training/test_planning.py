@@ -1,4 +1,4 @@
-"""A plan against the truth: the same run, carried out with weights, its allocations counted by the allocator.
+"""A plan against the truth: the same run, run with weights, its allocations counted by the allocator.
 
 The models are small, but large enough that tensors outweigh what a kernel takes for itself.
 """
@@ -30,8 +30,8 @@ from deltaw.training.fit import Result, fit, load_for, read_data
 from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
+from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import laid_over, write_rows
-from tests.int8_models import byte_tokenizer, tiny_llama
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 TASKS = {"llama": "causal-lm", "bert": "sequence-classification", "vit": "image-classification"}
@@ -242,7 +242,7 @@ def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
     session = assemble(config, task, data, loaded.model, device="cpu")
     steps = [rows_of_step(session.data.train, n, 2, config.train.seed) for n in range(session.total_steps)]
     assert len(steps) == 20
-    passes = [batch.inputs["input_ids"].numel() for step in steps for batch in session.portions.batches(step)]
+    passes = [batch.inputs["input_ids"].numel() for step in steps for batch in session.batcher.batches(step)]
     assert plan.tokens == max(passes) > 100
 
 
@@ -298,9 +298,9 @@ def test_no_weight_is_read(family, config_of, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors, "safe_open", HeaderAlone)
     shutil.copytree(folders / family, tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors"))
     without = planned(config_of(family, "lora", model=str(tmp_path / family)))
-    beside = planned(config_of(family, "lora"))
-    assert without.peak_bytes == beside.peak_bytes
-    assert without.trained_parameters == beside.trained_parameters
+    with_head = planned(config_of(family, "lora"))
+    assert without.peak_bytes == with_head.peak_bytes
+    assert without.trained_parameters == with_head.trained_parameters
 
 
 def test_a_pooler_that_the_files_do_not_hold_is_trained_and_planned(config_of, tmp_path):
@@ -358,7 +358,7 @@ def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(set
     monkeypatch.setattr("deltaw.training.fit.memory_limit_bytes", lambda: Choice(1000, "a small machine"))
     with pytest.raises(UserError, match="the machine gives 1,000") as refused:
         fit(settings(tmp_path / "run"))
-    assert "force" in refused.value.mend and "--budget" in refused.value.mend
+    assert "force" in refused.value.hint and "--budget" in refused.value.hint
     assert not list(tmp_path.iterdir())
     result, said = trained(settings(tmp_path / "run", force=True))
     assert "of 1 kB" in said and weights(result.output)

@@ -78,7 +78,7 @@ def test_a_folder_of_someone_else_is_refused_untouched(tmp_path):
     for refuse in (check_output, RunFolder):
         with pytest.raises(UserError, match=r"thesis\.tex") as refused:
             refuse(tmp_path)
-        assert refused.value.where == str(tmp_path) and refused.value.mend
+        assert refused.value.where == str(tmp_path) and refused.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -90,7 +90,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     for place in places:
         with pytest.raises(UserError, match="cannot write") as refused:
             RunFolder(place)
-        assert refused.value.where == str(place) and refused.value.mend
+        assert refused.value.where == str(place) and refused.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

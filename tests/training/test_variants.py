@@ -10,14 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from deltaw.data import prepare
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run
-from deltaw.training.tasks.causal_batcher import choose_portions
+from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
-from tests.int8_models import byte_tokenizer, tiny_gpt2, tiny_llama
 
 
 def loss_when_opened(folder):
@@ -25,10 +25,10 @@ def loss_when_opened(folder):
     opened = open_run(str(folder), precision="fp32", device="cpu", say=lambda line: None)
     assert opened.config is not None
     held_out = prepare(opened.config.data, opened.tokenizer, seed=opened.config.train.seed).held_out
-    portions, _ = choose_portions(opened.model, held_out, device="cpu")
+    batcher, _ = choose_causal_batcher(opened.model, held_out, device="cpu")
     objective = CausalObjective(opened.model)
-    with contextlib.nullcontext() if portions.padded else flat_rows(opened.model):
-        return evaluate_causal(objective, held_out, portions).metrics["loss"], opened
+    with contextlib.nullcontext() if batcher.padded else packed_rows(opened.model):
+        return evaluate_causal(objective, held_out, batcher).metrics["loss"], opened
 
 
 ADAPTERS = {

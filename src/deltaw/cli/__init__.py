@@ -42,7 +42,7 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            raise UserError(f"there is no verb '{args[0]}'", mend=did_you_mean(args[0], VERBS))
+            raise UserError(f"there is no verb '{args[0]}'", hint=did_you_mean(args[0], VERBS))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -11,7 +11,7 @@ from deltaw.cli.options import console, model_flags
 from deltaw.data import encode_prompt
 from deltaw.errors import UserError
 from deltaw.runtime.generation import stream
-from deltaw.training.inference import Opened, open_run
+from deltaw.training.inference import InferenceSession, open_run
 
 
 @click.command("chat")
@@ -67,7 +67,7 @@ def _asked() -> str | None:
 
 
 def _answer(
-    opened: Opened,
+    opened: InferenceSession,
     talk: list[dict],
     name: str,
     max_new_tokens: int,

@@ -55,11 +55,11 @@ def command(
         held_out = opened.task.read(opened.config.data, seed=opened.config.train.seed)
         examples, report = held_out.held_out, held_out.report
     else:
-        raise UserError("there is no data to evaluate on", where=run, mend="name a file with --data")
+        raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")
     for line in report.lines():
         out.print(line)
     if not examples:
-        raise UserError("the run held no rows out", where=run, mend="name a file with --data")
+        raise UserError("the run held no rows out", where=run, hint="name a file with --data")
     examples = examples[:rows]
 
     def scored() -> Score:

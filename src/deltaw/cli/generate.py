@@ -45,7 +45,7 @@ def command(
     notes = console(True)
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not asked:
-        raise UserError("there is no prompt", mend="give --prompt, or lines on standard input")
+        raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     opened.require_generation()
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]

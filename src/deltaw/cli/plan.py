@@ -61,7 +61,7 @@ def command(
         raise UserError(
             "no method can be planned",
             where=config.model,
-            mend="train it all the same: deltaw train goes without a plan where none can be made",
+            hint="train it all the same: deltaw train goes without a plan where none can be made",
         )
     out.print(plan_report(plans, config.method))
     if picture is not None:

@@ -23,11 +23,11 @@ def command(settings: str | None, as_json: bool, **given: str | None) -> int:
     elif done.seconds:
         held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.metrics.items())
         planned = result.planned_memory_bytes
-        beside = "" if planned is None else f" (planned {planned / 1e9:.2f} GB)"
+        plan_note = "" if planned is None else f" (planned {planned / 1e9:.2f} GB)"
         out.print(
             f"{done.rows} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
             f"{done.tokens / done.seconds:,.0f} tokens/s), "
-            f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB{beside}"
+            f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB{plan_note}"
         )
         out.print(f"training loss {done.loss:.4f}{held_out}")
         use = "talk with it: deltaw chat" if result.writes_text else "judge it: deltaw eval"

@@ -93,12 +93,12 @@ def class_name(value: object, column: str, where: str) -> str | None:
         raise UserError(
             f"'{column}' holds {value}, which names no class",
             where=where,
-            mend="set task: regression to learn numbers, or data.columns: {label: …} to the right column",
+            hint="set task: regression to learn numbers, or data.columns: {label: …} to the right column",
         )
     raise UserError(
         f"'{column}' holds a {type(value).__name__}, not one class",
         where=where,
-        mend="give each row one class, as a text or a whole number",
+        hint="give each row one class, as a text or a whole number",
     )
 
 
@@ -119,7 +119,7 @@ def number(value: object, column: str, where: str) -> float:
         raise UserError(
             f"'{column}' must be a finite number but is {shown}",
             where=where,
-            mend="write a number, leave the row out, or name the right column by data.columns: {label: …}",
+            hint="write a number, leave the row out, or name the right column by data.columns: {label: …}",
         )
     return result
 
@@ -151,14 +151,14 @@ def class_numbers(
         if drop or (name in given if given else name is not None):
             continue
         if name is None:
-            raise UserError("the label is empty", where=where, mend="write its class, or leave the row out")
+            raise UserError("the label is empty", where=where, hint="write its class, or leave the row out")
         known = f"the classes are {listed(given)}"
         if trained is not None:
             what = f"the label '{name}' was never seen in training"
         else:
             what = f"the label '{name}' is none of data.classes"
         raise UserError(
-            what, where=where, mend=f"{known}; data.other_classes: drop leaves rows of others out"
+            what, where=where, hint=f"{known}; data.other_classes: drop leaves rows of others out"
         )
     classes = given or _sorted({name for name in names if name is not None})
     if not given:
@@ -172,7 +172,7 @@ def class_numbers(
             raise UserError(
                 f"no row is of the class '{lacking[0]}'",
                 where=f"data.classes for {source}",
-                mend=did_you_mean(lacking[0], others),
+                hint=did_you_mean(lacking[0], others),
             )
     return classes, [None if name is None else numbers.get(name) for name in names]
 
@@ -189,7 +189,7 @@ def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
             f"the model's head has {num_labels} outputs, and there are {len(classes)} classes: "
             f"{listed(classes)}",
             where=where,
-            mend="name the head's classes in its order by data.classes, or take a model without a head",
+            hint="name the head's classes in its order by data.classes, or take a model without a head",
         )
 
 
@@ -203,13 +203,13 @@ def _check_found(classes: Sequence[str], rows: int, source: str) -> None:
         raise UserError(
             f"all rows are of one class, '{classes[0]}'" if classes else "no row has a label",
             where=source,
-            mend="rows of two classes at least are needed to tell them apart",
+            hint="rows of two classes at least are needed to tell them apart",
         )
     if len(classes) > max(_MANY, rows // 2):
         raise UserError(
             f"the labels have {len(classes):,} different values in {rows:,} rows",
             where=source,
-            mend="if they are numbers, set task: regression; if another column has the classes, "
+            hint="if they are numbers, set task: regression; if another column has the classes, "
             "data.columns: {label: …}; if they are classes all the same, name them by data.classes",
         )
 
@@ -235,7 +235,7 @@ def _named(
         raise UserError(
             f"several columns may be the {ours}: {listed(found)}",
             where=rows.name,
-            mend=f"say which by data.columns: {{{ours}: {found[0]}}}",
+            hint=f"say which by data.columns: {{{ours}: {found[0]}}}",
         )
     raise _unknown(rows, ours, usual)
 
@@ -244,5 +244,5 @@ def _unknown(rows: Rows, ours: str, usual: Sequence[str]) -> UserError:
     return UserError(
         f"no column is known to hold the {ours}",
         where=f"{rows.name}, whose columns are {listed(rows.columns)}",
-        mend=f"name it by data.columns: {{{ours}: …}}; those called {listed(usual)} are found without",
+        hint=f"name it by data.columns: {{{ours}: …}}; those called {listed(usual)} are found without",
     )

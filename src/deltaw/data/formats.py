@@ -96,7 +96,7 @@ def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
             raise UserError(
                 f"the file has no column '{theirs}'",
                 where=f"data.columns.{ours} for {rows.name}",
-                mend=did_you_mean(theirs, rows.columns),
+                hint=did_you_mean(theirs, rows.columns),
             )
 
 
@@ -154,7 +154,7 @@ def read_records(rows: Rows, indices: Sequence[int], form: Form, columns: Mappin
                 raise UserError(
                     f"'{shown}' {found}",
                     where=where,
-                    mend=f"every row of the form '{form.name}' has {_list(form.needs)}",
+                    hint=f"every row of the form '{form.name}' has {_list(form.needs)}",
                 )
         records.append(form.read(row, where))
     return records
@@ -172,7 +172,7 @@ def _no_form(rows: Rows, what: str, lacking: str | None) -> UserError:
     return UserError(
         what,
         where=f"{rows.name}, whose columns are {_list(rows.columns)}",
-        mend=f"{hint}the forms are {shapes}; other names are given by data.columns: {{prompt: question, …}}",
+        hint=f"{hint}the forms are {shapes}; other names are given by data.columns: {{prompt: question, …}}",
     )
 
 
@@ -184,7 +184,7 @@ def _list(names: Sequence[str]) -> str:
 def _string(value: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise UserError(f"'{key}' must be text but is {kind}", where=where, mend="write it as a string")
+        raise UserError(f"'{key}' must be text but is {kind}", where=where, hint="write it as a string")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -192,7 +192,7 @@ def _string(value: object, key: str, where: str) -> str:
             raise UserError(
                 f"'{key}' holds half of a surrogate pair, which is no text",
                 where=where,
-                mend="write the character whole, or leave it out",
+                hint="write the character whole, or leave it out",
             ) from error
     return value
 
@@ -237,7 +237,7 @@ def _read_evals(row: Row, where: str) -> Record:
     ideal = row["ideal"]
     if isinstance(ideal, list):
         if not ideal:
-            raise UserError("'ideal' is an empty list", where=where, mend="give one answer at least")
+            raise UserError("'ideal' is an empty list", where=where, hint="give one answer at least")
         ideal = ideal[0]
     answer = _string(ideal, "ideal", where)
     if not isinstance(row["input"], list):
@@ -266,7 +266,7 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
         raise UserError(
             f"'conversations' must be a list but is a {type(turns).__name__}",
             where=where,
-            mend='write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]',
+            hint='write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]',
         )
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
@@ -275,12 +275,12 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
             raise UserError(
                 "a turn must be an object with 'from' and 'value'",
                 where=place,
-                mend='write it as {"from": "human", "value": "…"}',
+                hint='write it as {"from": "human", "value": "…"}',
             )
         speaker = _string(turn["from"], "from", place)
         if speaker not in _SHAREGPT_ROLES:
             raise UserError(
-                f"'{speaker}' is no speaker", where=place, mend=did_you_mean(speaker, _SHAREGPT_ROLES)
+                f"'{speaker}' is no speaker", where=place, hint=did_you_mean(speaker, _SHAREGPT_ROLES)
             )
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": _string(turn["value"], "value", place)})
     return _conversation([], _with_system(_system(row, where), messages), where)
@@ -299,7 +299,7 @@ def _messages(value: object, key: str, where: str) -> list[Message]:
         raise UserError(
             f"'{key}' must be a list of messages but is a {type(value).__name__}",
             where=where,
-            mend='write it as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
+            hint='write it as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
         )
     messages: list[Message] = []
     for number, turn in enumerate(value, start=1):
@@ -308,13 +308,13 @@ def _messages(value: object, key: str, where: str) -> list[Message]:
             raise UserError(
                 f"a message must be an object but is a {type(turn).__name__}",
                 where=place,
-                mend="a message is " + '{"role": "user", "content": "…"}',
+                hint="a message is " + '{"role": "user", "content": "…"}',
             )
         message: Message = {name: part for name, part in turn.items() if part is not None}
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             hint = f": {did_you_mean(role, _ROLES)}" if isinstance(role, str) else ""
-            raise UserError(f"the role is {role!r}{hint}", where=place, mend=f"the roles are {_list(_ROLES)}")
+            raise UserError(f"the role is {role!r}{hint}", where=place, hint=f"the roles are {_list(_ROLES)}")
         if role == "assistant" and message.get("tool_calls"):
             message.setdefault("content", "")
         message["content"] = _string(message.get("content"), "content", place)
@@ -331,7 +331,7 @@ def _conversation(before: list[Message], after: list[Message], where: str) -> Co
         raise UserError(
             "no turn is the assistant's, so there is nothing to learn",
             where=where,
-            mend="end the conversation with a message of the role 'assistant'",
+            hint="end the conversation with a message of the role 'assistant'",
         )
     learned = tuple(
         turn["role"] == "assistant" and i >= len(before) and turn.pop("weight", 1) != 0
@@ -358,7 +358,7 @@ def _check_order(turns: Sequence[Message], where: str) -> None:
             raise UserError(
                 f"turn {number} is out of order: '{role}' {after}",
                 where=f"{where}, turn {number}",
-                mend=f"{allowed} belongs there",
+                hint=f"{allowed} belongs there",
             )
         previous = role
 
@@ -372,7 +372,7 @@ def read_prompt(value: object, where: str) -> list[Message]:
     messages = _messages(value, "messages", where)
     _check_order(messages, where)
     if not messages or messages[-1]["role"] == "assistant":
-        raise UserError("there is no question to answer", where=where, mend="end with a message of the user")
+        raise UserError("there is no question to answer", where=where, hint="end with a message of the user")
     return messages
 
 

@@ -53,7 +53,7 @@ def prepare_image_file(
 
 
 class ImageEncoder:
-    """Decodes, resizes and normalises images as the model in ``folder`` wants them.
+    """Decodes, resizes and normalizes images as the model in ``folder`` wants them.
 
     With a ``preprocessor_config.json`` transformers' own preprocessor does it, always by Pillow, so that the
     result does not hang on which other libraries are installed. Without one, images are resized to the
@@ -79,7 +79,7 @@ class ImageEncoder:
             raise UserError(
                 f"how the model's images are prepared cannot be read: {str(error).splitlines()[0][:300]}",
                 where=str(folder),
-                mend="fetch or copy the model again",
+                hint="fetch or copy the model again",
             ) from error
         vision = getattr(config, "vision_config", config)
         self._channels = int(getattr(vision, "num_channels", 3))
@@ -90,7 +90,7 @@ class ImageEncoder:
             raise UserError(
                 f"the model's folder has no {_PREPROCESSOR}, and its config.json no image_size",
                 where=str(folder),
-                mend=f"copy the model's {_PREPROCESSOR} there",
+                hint=f"copy the model's {_PREPROCESSOR} there",
             )
         self._shapes: dict[tuple[int, int], tuple[int, int]] = {}
         self.resizes = self._shape((30, 40)) == self._shape((110, 90))
@@ -118,7 +118,7 @@ class ImageEncoder:
                     where=str(example.image)
                     if isinstance(example.image, Path)
                     else f"{source}, row {example.row}",
-                    mend=f"resize the images, or set do_resize and size in {self._folder / _PREPROCESSOR}",
+                    hint=f"resize the images, or set do_resize and size in {self._folder / _PREPROCESSOR}",
                 )
 
     def encode(self, examples: Sequence[ImageExample]) -> Tensor:
@@ -151,7 +151,7 @@ class ImageEncoder:
             raise UserError(
                 f"the model's preprocessor does not take the images: {str(error).splitlines()[0][:300]}",
                 where=str(self._folder / _PREPROCESSOR),
-                mend="look whether it belongs to the model; without the file, images are resized plainly",
+                hint="look whether it belongs to the model; without the file, images are resized plainly",
             ) from error
 
 

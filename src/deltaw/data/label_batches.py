@@ -50,7 +50,7 @@ class LabelBatch:
 
 
 @dataclass(frozen=True)
-class LabelPortions:
+class LabelMicroBatcher:
     """How labelled rows go through a model.
 
     Attributes:
@@ -129,7 +129,7 @@ class LabelPortions:
     def _images(self, rows: Sequence[ImageExample]) -> LabelBatch:
         if self.encoder is None:
             raise UserError(
-                "images need the model's preprocessor", where="task", mend="task: image-classification"
+                "images need the model's preprocessor", where="task", hint="task: image-classification"
             )
         return LabelBatch(
             inputs={"pixel_values": self.encoder.encode(rows).to(self.device)},

@@ -223,7 +223,7 @@ class _Reader:
                     cut, tokens_cut = cut + 1, tokens_cut + len(ids) - limit
                     ids, segments = tokenize([text], cut=True)[0]
                 if not len(ids):
-                    raise UserError("the text is empty", where=rows.place(index), mend="leave the row out")
+                    raise UserError("the text is empty", where=rows.place(index), hint="leave the row out")
                 examples.append(LabelledExample(rows.number(index), ids, label, segments))
                 kept.append(index)
         if long and long_rows == "error":
@@ -247,7 +247,7 @@ class _Tokenizing:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limit: int, columns: LabelColumns) -> None:
         if tokenizer is None:
             raise UserError(
-                "the model's folder holds no tokenizer", where="model", mend="copy its tokenizer.json there"
+                "the model's folder holds no tokenizer", where="model", hint="copy its tokenizer.json there"
             )
         self._tokenizer = tokenizer
         self._limit = limit
@@ -257,7 +257,7 @@ class _Tokenizing:
             raise UserError(
                 f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row",
                 where="data.max_length",
-                mend=f"set it to {special + 1} at least",
+                hint=f"set it to {special + 1} at least",
             )
 
     def texts(self, rows: Rows, index: int) -> tuple[str, ...]:
@@ -270,7 +270,7 @@ class _Tokenizing:
                 raise UserError(
                     f"'{column}' must be text but is {kind}",
                     where=rows.place(index),
-                    mend="write it as a string, or leave the row out",
+                    hint="write it as a string, or leave the row out",
                 )
         return tuple(str(row[column]) for column in self._columns)
 
@@ -308,7 +308,7 @@ def _check_variety(train: Sequence[AnyExample], classes: tuple[str, ...] | None,
         raise UserError(
             f"all rows to train on have {what}",
             where=source,
-            mend="add rows with other labels, or hold fewer rows out by data.eval",
+            hint="add rows with other labels, or hold fewer rows out by data.eval",
         )
 
 
@@ -316,5 +316,5 @@ def _nothing_left(rows: Rows, dropped: int) -> UserError:
     return UserError(
         f"no row is left to learn from: {dropped:,} are too long, the others of no class in use",
         where=rows.name,
-        mend="raise data.max_length, or look at data.classes",
+        hint="raise data.max_length, or look at data.classes",
     )

@@ -47,7 +47,7 @@ class Batch:
 
     Args:
         inputs: keyword arguments for the model: ``input_ids`` and ``position_ids`` (1, T) with the
-            ``forest_layout``, or ``input_ids`` and ``attention_mask`` (rows, longest) where padded.
+            ``packed_layout``, or ``input_ids`` and ``attention_mask`` (rows, longest) where padded.
         predictors: (P,) index, in the flattened tokens, of the token whose output predicts each target.
         targets: (P,) token ids. weights: (P,) how many rows have this label here (fp32).
         rows: rows in it. row_tokens: tokens of all rows, before sharing. tokens: tokens computed.
@@ -163,7 +163,7 @@ def pack(
         inputs={
             "input_ids": _tensor(tokens, device)[None],
             "position_ids": _tensor(layout.positions(), device)[None],
-            "forest_layout": layout,
+            "packed_layout": layout,
         },
         predictors=_tensor(before[labelled], device),
         targets=_tensor(tokens[labelled], device),

@@ -72,7 +72,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
 
     Returns:
         the rows (of a folder: ``image`` is a path, ``label`` the subfolder), and the number of files in the
-        folder that are no images and were passed over.
+        folder that are no images and were skipped.
 
     Raises:
         UserError: there is no such thing, a class's folder holds no image, or the data cannot be read.
@@ -87,7 +87,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
         raise UserError(
             "images lie in the folder itself, where nothing says their class",
             where=reference,
-            mend="put the images of each class into a subfolder of its name",
+            hint="put the images of each class into a subfolder of its name",
         )
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
         return read_rows(reference), 0
@@ -95,7 +95,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
         raise UserError(
             f"the folder holds parts of a data set, not classes: {', '.join(f.name for f in folders)}",
             where=reference,
-            mend=f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another",
+            hint=f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another",
         )
     rows: list[dict[str, object]] = []
     others = sum(entry.is_file() for entry in entries)
@@ -110,7 +110,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
             raise UserError(
                 f"the folder of the class '{folder.name}' holds no image",
                 where=f"{reference.rstrip('/')}/{folder.name}",
-                mend="put its images there, or remove the folder; images end in "
+                hint="put its images there, or remove the folder; images end in "
                 + ", ".join(sorted(IMAGE_SUFFIXES)),
             )
         others += len(files) - len(images)
@@ -137,13 +137,13 @@ def read_images(
                 raise UserError(
                     f"the image is {_by(image.shape)} and those before it {_by(shape)}",
                     where=where,
-                    mend="arrays of one file are of one shape; give images of different sizes as files",
+                    hint="arrays of one file are of one shape; give images of different sizes as files",
                 )
             shape = image.shape if is_array else shape
             size, content = (image.shape[0], image.shape[1]), image.tobytes()
         else:
             content = _content(image, where)
-            size = _looked_at(content, where)
+            size = _searched(content, where)
         digest = hashlib.blake2b(content, digest_size=16)
         if isinstance(image, np.ndarray):
             digest.update(repr(image.shape).encode())
@@ -174,11 +174,11 @@ def _content(image: Path | bytes, where: str) -> bytes:
         return image.read_bytes()
     except OSError as error:
         raise UserError(
-            f"the image cannot be read: {error.strerror or error}", where=where, mend="check its path"
+            f"the image cannot be read: {error.strerror or error}", where=where, hint="check its path"
         ) from error
 
 
-def _looked_at(content: bytes, where: str) -> tuple[int, int]:
+def _searched(content: bytes, where: str) -> tuple[int, int]:
     """Height and width of an encoded image that has been decoded to its end."""
     try:
         with Image.open(io.BytesIO(content)) as opened:
@@ -218,7 +218,7 @@ class _ColumnReader:
         raise UserError(
             f"'{self._column}' {shown}, which is no image",
             where=where,
-            mend="give an encoded image, a path seen from the file's folder, or rows of numbers 0 to 255",
+            hint="give an encoded image, a path seen from the file's folder, or rows of numbers 0 to 255",
         )
 
 
@@ -233,7 +233,7 @@ class _TableReader:
             raise UserError(
                 f"{count:,} columns beside the label '{columns.label}' make no square image",
                 where=rows.name,
-                mend="a table of pixels has height × width columns and the label's; name the label's by "
+                hint="a table of pixels has height × width columns and the label's; name the label's by "
                 "data.columns: {label: …}, or a column of images by {image: …}",
             )
 
@@ -245,7 +245,7 @@ class _TableReader:
             raise UserError(
                 f"a pixel is no number: {error}",
                 where=where,
-                mend="if a column is the label, name it by data.columns: {label: …}",
+                hint="if a column is the label, name it by data.columns: {label: …}",
             ) from error
 
 
@@ -255,14 +255,14 @@ def _array(value: object, where: str) -> np.ndarray:
         numbers = np.asarray(value).astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(
-            f"the pixels are no array of numbers: {error}", where=where, mend="give height × width numbers"
+            f"the pixels are no array of numbers: {error}", where=where, hint="give height × width numbers"
         ) from error
     pixels = np.nan_to_num(numbers, nan=-1.0).clip(-1, 256).astype(np.int16)
     if numbers.size == 0 or pixels.min() < 0 or pixels.max() > 255 or (pixels != numbers).any():
         raise UserError(
             "the pixels are no whole numbers from 0 to 255",
             where=where,
-            mend="give 8-bit pixels; if another column is the label, name it by data.columns: {label: …}",
+            hint="give 8-bit pixels; if another column is the label, name it by data.columns: {label: …}",
         )
     if pixels.ndim == 1 and math.isqrt(pixels.size) ** 2 == pixels.size:
         pixels = pixels.reshape(math.isqrt(pixels.size), -1)
@@ -272,7 +272,7 @@ def _array(value: object, where: str) -> np.ndarray:
         raise UserError(
             f"an array of {_by(pixels.shape)} is no image",
             where=where,
-            mend="give height × width, or height × width × 3",
+            hint="give height × width, or height × width × 3",
         )
     return np.ascontiguousarray(pixels, dtype=np.uint8)
 
@@ -283,4 +283,4 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _broken(error: BaseException, where: str) -> UserError:
     said = "it is of no known kind" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return UserError(f"the image cannot be decoded: {said}", where=where, mend="replace or remove it")
+    return UserError(f"the image cannot be decoded: {said}", where=where, hint="replace or remove it")

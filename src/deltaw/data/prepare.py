@@ -184,7 +184,7 @@ def too_long(rows: Rows, long: Sequence[tuple[int, int]], limit: int) -> UserErr
     return UserError(
         f"{many} longer than {limit:,} tokens; the first has {length:,}",
         where=rows.place(index),
-        mend=f"set data.max_length: {longest} to fit all, or data.long_rows: cut or drop",
+        hint=f"set data.max_length: {longest} to fit all, or data.long_rows: cut or drop",
     )
 
 
@@ -192,5 +192,5 @@ def _nothing_left(rows: Rows, dropped: int, without_label: int) -> UserError:
     return UserError(
         f"no row is left to learn from: {dropped:,} are too long, and {without_label:,} have no label",
         where=rows.name,
-        mend="raise data.max_length, or look at the answers: those that are empty or cut off teach nothing",
+        hint="raise data.max_length, or look at the answers: those that are empty or cut off teach nothing",
     )

@@ -22,7 +22,7 @@ class Report:
         form: what the rows were read as, such as "messages".
         template: "chat" or "plain"; empty for labelled rows, which no template renders.
         rows_read: rows in the file.
-        not_chosen: rows passed over because ``data.rows`` asked for fewer.
+        not_chosen: rows skipped because ``data.rows`` asked for fewer.
         rows_kept: rows that are trained on (or evaluated, for an evaluation file).
         cut: kept rows that lost their end because of ``max_length``; ``tokens_cut`` is what they lost.
         dropped_long: rows left out because they are longer than ``max_length``.

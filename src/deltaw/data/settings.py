@@ -95,16 +95,16 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise UserError(f"data.max_length is {self.max_length}", mend="a row needs 2 tokens at least")
+            raise UserError(f"data.max_length is {self.max_length}", hint="a row needs 2 tokens at least")
         if self.rows is not None and self.rows < 1:
-            raise UserError(f"data.rows is {self.rows}", mend="give 1 at least, or null for all rows")
+            raise UserError(f"data.rows is {self.rows}", hint="give 1 at least, or null for all rows")
         known = known_columns()
         for name in self.columns:
             if name not in known:
                 raise UserError(
                     f"'{name}' is no column that deltaw reads",
                     where=f"data.columns.{name}",
-                    mend=did_you_mean(name, known),
+                    hint=did_you_mean(name, known),
                 )
         if self.classes is not None:
             _check_names(self.classes)
@@ -123,7 +123,7 @@ def held_out_number(share: float | str | None) -> float:
     if not math.isfinite(number) or number < 0 or (number > 1 and number != int(number)):
         raise UserError(
             f"data.eval is {share}",
-            mend="give a share below 1, a whole number of rows, a file, or null for none",
+            hint="give a share below 1, a whole number of rows, a file, or null for none",
         )
     return number
 
@@ -142,10 +142,10 @@ def held_out_reference(share: float | str | None) -> str | None:
 def _check_names(classes: list[str]) -> None:
     twice = [name for place, name in enumerate(classes) if name in classes[:place]]
     if twice:
-        raise UserError(f"the class '{twice[0]}' is there twice", where="data.classes", mend="name it once")
+        raise UserError(f"the class '{twice[0]}' is there twice", where="data.classes", hint="name it once")
     if len(classes) < 2:
         raise UserError(
             "one class leaves nothing to tell apart",
             where="data.classes",
-            mend="name 2 at least, or null for those of the data",
+            hint="name 2 at least, or null for those of the data",
         )

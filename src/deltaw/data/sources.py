@@ -129,7 +129,7 @@ def _read_path(path: Path, name: str) -> Rows:
     result = Rows(name, parts)
     if not len(result):
         raise UserError(
-            "the file is empty: it holds no row", where=name, mend="name the file that has the rows"
+            "the file is empty: it holds no row", where=name, hint="name the file that has the rows"
         )
     return result
 
@@ -143,20 +143,20 @@ def _files_in(folder: Path, name: str) -> list[Path]:
     kinds = sorted({str(_kind(file)) for file in files})
     if not files:
         raise UserError(
-            "the folder holds no data file", where=name, mend=f"put {_KNOWN} files there, or name one"
+            "the folder holds no data file", where=name, hint=f"put {_KNOWN} files there, or name one"
         )
     if len(kinds) > 1:
         raise UserError(
             f"the folder holds files of several kinds ({', '.join(kinds)})",
             where=name,
-            mend="name one file: " + ", ".join(file.name for file in files[:6]),
+            hint="name one file: " + ", ".join(file.name for file in files[:6]),
         )
     held_out = [file for file in files if _HELD_OUT_NAME.fullmatch(file.name.split(".")[0])]
     if held_out and len(held_out) < len(files):
         raise UserError(
             f"the folder holds evaluation data too ('{held_out[0].name}'), which must not be trained on",
             where=name,
-            mend="name the files: data.train and data.eval",
+            hint="name the files: data.train and data.eval",
         )
     return files
 
@@ -173,7 +173,7 @@ def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
     kind = _kind(path)
     if kind is None:
         raise UserError(
-            f"a file that ends in '{path.suffix}' cannot be read as data", where=name, mend=f"give {_KNOWN}"
+            f"a file that ends in '{path.suffix}' cannot be read as data", where=name, hint=f"give {_KNOWN}"
         )
     try:
         if kind in ("parquet", "arrow"):
@@ -185,8 +185,8 @@ def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
         return _read_json(text, name) if kind == "json" else _read_csv(text, name, _delimiter(path))
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        mend = "check that it is whole, and that you may read it"
-        raise UserError(f"the file cannot be read: {said}", where=name, mend=mend) from error
+        hint = "check that it is whole, and that you may read it"
+        raise UserError(f"the file cannot be read: {said}", where=name, hint=hint) from error
 
 
 def _open(path: Path) -> BinaryIO | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
@@ -216,13 +216,13 @@ def _read_jsonl(file: Iterable[bytes], name: str) -> tuple[list[int], list[Row]]
             raise UserError(
                 f"line {number} is no JSON: {said}",
                 where=f"{name}, line {number}",
-                mend="every line is one JSON object, such as " + '{"prompt": "…", "completion": "…"}',
+                hint="every line is one JSON object, such as " + '{"prompt": "…", "completion": "…"}',
             ) from error
         if not isinstance(row, dict):
             raise UserError(
                 f"line {number} is no JSON object but a {type(row).__name__}",
                 where=f"{name}, line {number}",
-                mend="every line is one JSON object, such as " + '{"text": "…"}',
+                hint="every line is one JSON object, such as " + '{"text": "…"}',
             )
         numbers.append(number)
         rows.append(row)
@@ -240,20 +240,20 @@ def _read_json(text: str, name: str) -> tuple[Sequence[int], list[Row]]:
         raise UserError(
             f"the file is no JSON: {said}",
             where=name,
-            mend="it looks like one object a line: name it .jsonl" if by_lines else None,
+            hint="it looks like one object a line: name it .jsonl" if by_lines else None,
         ) from error
     if not isinstance(rows, list):
         inside = (
             [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
         )
         hint = f"; take the list under '{inside[0]}' out" if inside else ""
-        raise UserError("the file holds no list of objects", where=name, mend="it must be [{…}, {…}]" + hint)
+        raise UserError("the file holds no list of objects", where=name, hint="it must be [{…}, {…}]" + hint)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(
                 f"row {number} is no object but a {type(row).__name__}",
                 where=f"{name}, row {number}",
-                mend='every row is an object, such as {"text": "…"}',
+                hint='every row is an object, such as {"text": "…"}',
             )
     return range(1, len(rows) + 1), rows
 
@@ -310,14 +310,14 @@ def _read_csv(text: str, name: str, delimiter: str) -> tuple[Sequence[int], Tabl
                     f"row {len(rows) + 1} has {len(cells)} cells, the "
                     f"{'first row' if bare else 'header'} has {len(header)}",
                     where=f"{name}, row {len(rows) + 1} (ends in line {reader.line_num})",
-                    mend=f"put cells that hold a {'tab' if delimiter != ',' else 'comma'} in quotes",
+                    hint=f"put cells that hold a {'tab' if delimiter != ',' else 'comma'} in quotes",
                 )
             rows.append([once.setdefault(cell, cell) for cell in cells] if bare else cells)
     except csv.Error as error:
         raise UserError(
             f"the table cannot be read: {error}",
             where=f"{name}, row {len(rows) + 1} (line {reader.line_num})",
-            mend='a quote inside a quoted cell is written twice: ""',
+            hint='a quote inside a quoted cell is written twice: ""',
         ) from error
     return range(1, len(rows) + 1), Table(header, rows, has_header=not bare)
 
@@ -333,7 +333,7 @@ def _is_number(cell: str) -> bool:
 def _check_header(header: list[str], name: str) -> None:
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
-        raise UserError(f"the column '{twice}' is there twice", where=f"{name}, line 1", mend="rename one")
+        raise UserError(f"the column '{twice}' is there twice", where=f"{name}, line 1", hint="rename one")
 
 
 def _read_arrow(path: Path, name: str, kind: str) -> tuple[Sequence[int], list[Row]]:
@@ -351,31 +351,31 @@ def _read_arrow(path: Path, name: str, kind: str) -> tuple[Sequence[int], list[R
                 table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
         rows = table.to_pylist()
     except pyarrow.ArrowException as error:
-        mend = "copy the file again, and check that its name ends as its content is"
+        hint = "copy the file again, and check that its name ends as its content is"
         shown = "Parquet" if kind == "parquet" else "Arrow file"
-        raise UserError(f"the file is no {shown} that can be read: {error}", where=name, mend=mend) from error
+        raise UserError(f"the file is no {shown} that can be read: {error}", where=name, hint=hint) from error
     return range(1, len(rows) + 1), rows
 
 
 def _read_hub(identity: str, split: str, reference: str) -> Rows:
     import datasets
 
-    mend = "check the id and the split, or name a file on this machine"
+    hint = "check the id and the split, or name a file on this machine"
     try:
         found = datasets.load_dataset(identity, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"there is neither a file '{reference}' nor a data set of that id", where=reference, mend=mend
+            f"there is neither a file '{reference}' nor a data set of that id", where=reference, hint=hint
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"there is no such file, and as a data set it cannot be loaded: {said}",
             where=reference,
-            mend=mend,
+            hint=hint,
         ) from error
     if not len(found):
-        raise UserError("the data set is empty: it holds no row", where=reference, mend="name another split")
+        raise UserError("the data set is empty: it holds no row", where=reference, hint="name another split")
     return Rows(reference, [(reference, range(1, len(found) + 1), found)], columns=found.column_names)
 
 
@@ -385,12 +385,12 @@ def _missing(path: Path, reference: str) -> UserError:
         return UserError(
             f"there is no file '{reference}', nor a folder '{folder}'",
             where=reference,
-            mend="check the path; it is seen from where you run this",
+            hint="check the path; it is seen from where you run this",
         )
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     near = nearest(path.name, names) or sorted(name for name in names if _kind(Path(name)))
-    mend = did_you_mean(path.name, near) if near else "give the path of a file, seen from where you run this"
-    return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), mend=mend)
+    hint = did_you_mean(path.name, near) if near else "give the path of a file, seen from where you run this"
+    return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), hint=hint)
 
 
 def _decode(data: bytes, name: str, first_line: int = 1) -> str:
@@ -401,7 +401,7 @@ def _decode(data: bytes, name: str, first_line: int = 1) -> str:
         raise UserError(
             f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x})",
             where=f"{name}, line {line}",
-            mend="save the file as UTF-8",
+            hint="save the file as UTF-8",
         ) from error
 
 

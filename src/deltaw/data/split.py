@@ -46,7 +46,7 @@ def check_group(rows: Rows, column: str | None) -> None:
         raise UserError(
             f"the file has no column '{column}'",
             where=f"data.group for {rows.name}",
-            mend=did_you_mean(column, rows.columns),
+            hint=did_you_mean(column, rows.columns),
         )
 
 
@@ -65,7 +65,7 @@ def groups_of(rows: Rows, indices: Sequence[int], column: str | None) -> list[Ha
             raise UserError(
                 f"'{column}' holds a {type(value).__name__}, which names no group",
                 where=rows.place(index),
-                mend="set data.group to a column of texts or numbers",
+                hint="set data.group to a column of texts or numbers",
             )
         groups.append(None if value is None or value == "" else value)  # type: ignore[arg-type]
     return groups
@@ -154,7 +154,7 @@ def _drawn(keys: list[bytes], groups: list[Hashable], settings: DataSettings, se
         raise UserError(
             f"all rows hang together by '{settings.group}', so that none can be held out",
             where="data.group",
-            mend="group by another column, or set data.eval to a file or to null",
+            hint="group by another column, or set data.eval to a file or to null",
         )
     taken = 0
     apart: set[int] = set()
@@ -201,7 +201,7 @@ def _held_out_size(share: float | str | None, distinct: int) -> int:
     if number >= distinct:
         raise UserError(
             f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones",
-            mend="hold fewer rows out: some must be left to train on",
+            hint="hold fewer rows out: some must be left to train on",
         )
     return int(number)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TemplateName = Literal["auto", "chat", "plain"]
 LabelsName = Literal["all-turns", "last"]
-_REFUSED_MEND = (
+_REFUSED_HINT = (
     "set data.labels: last to learn the last answer only, or data.template: plain to do without it, "
     "or mend the template"
 )
@@ -86,7 +86,7 @@ class Encoder:
             raise UserError(
                 "the model's tokenizer has no chat template",
                 where="data.template: chat",
-                mend="set data.template: plain, or take the instruction-tuned model",
+                hint="set data.template: plain, or take the instruction-tuned model",
             )
         self.chat = has_template if template == "auto" else template == "chat"
         self.labels = labels
@@ -160,7 +160,7 @@ class Encoder:
             raise UserError(
                 f"the model's chat template does not take this conversation: {error}",
                 where=where,
-                mend="change the conversation, or set data.template: plain",
+                hint="change the conversation, or set data.template: plain",
             ) from error
 
     def _draft(self, conversation: Conversation, where: str) -> _Draft:
@@ -294,7 +294,7 @@ def _plain_pieces(record: Record, where: str) -> list[_Piece]:
     for message, learned in zip(record.messages, record.learned, strict=True):
         if message.get("tool_calls"):
             raise UserError(
-                "calls of tools need a chat template", where=where, mend="set data.template: chat"
+                "calls of tools need a chat template", where=where, hint="set data.template: chat"
             )
         if message["role"] != "assistant":
             context.append(message)
@@ -312,10 +312,10 @@ def _plain_context(messages: Sequence[Message]) -> str:
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text, found by looking."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a")["input_ids"]
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start : start + len(bare)] == bare:
-            return list(dressed[:start])
+    marked = tokenizer("a")["input_ids"]
+    for start in range(len(marked) - len(bare) + 1):
+        if marked[start : start + len(bare)] == bare:
+            return list(marked[:start])
     return []
 
 
@@ -347,5 +347,5 @@ def _shows_calls(text: str, message: Message) -> bool:
 
 def _refused(what: str, where: str) -> UserError:
     return UserError(
-        f"the labels cannot be told with the model's chat template: {what}", where=where, mend=_REFUSED_MEND
+        f"the labels cannot be told with the model's chat template: {what}", where=where, hint=_REFUSED_HINT
     )

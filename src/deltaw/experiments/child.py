@@ -64,7 +64,7 @@ class Child:
                 self._write(on_report is None or on_report(message["report"]))
             elif "error" in message:
                 raise UserError(
-                    message["error"]["what"], where=message["error"]["where"], mend=message["error"]["mend"]
+                    message["error"]["what"], where=message["error"]["where"], hint=message["error"]["hint"]
                 )
             else:
                 return dict(message["done"])

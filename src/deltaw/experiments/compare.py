@@ -21,7 +21,7 @@ from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.child import Child, WorkerEnded
-from deltaw.experiments.folder import StudyFolder, changed, require_held_out, settings_of
+from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
 from deltaw.experiments.pace import Pace
 from deltaw.experiments.rates import best_rate, grid, next_rate
 from deltaw.reports.comparison import BASE, Comparison, MethodResult, comparison_markdown
@@ -110,10 +110,10 @@ def check_methods(methods: Sequence[str]) -> list[str]:
     for method in methods:
         if method not in known:
             raise UserError(
-                f"there is no method '{method}'", where="--methods", mend=did_you_mean(method, known)
+                f"there is no method '{method}'", where="--methods", hint=did_you_mean(method, known)
             )
     if not methods:
-        raise UserError("no method is named", where="--methods", mend="name some, as in --methods lora,head")
+        raise UserError("no method is named", where="--methods", hint="name some, as in --methods lora,head")
     return list(dict.fromkeys(methods))
 
 
@@ -144,7 +144,7 @@ def compare(
     console = console or Console(quiet=True)
     methods = check_methods(methods)
     require_held_out(config)
-    place = StudyFolder(Path(os.path.expanduser(folder)), "comparison")
+    place = ExperimentFolder(Path(os.path.expanduser(folder)), "comparison")
     nothing = True
     try:
         entries = [_entry(config, method, rates or {}, share, place, console) for method in methods]
@@ -152,7 +152,7 @@ def compare(
         pace = Pace(console, _work(entries, base, share))
         with Child(place.log("tuning")) as child:
             if base is not None:
-                _judge_base(base, child, place, pace)
+                _evaluate_base(base, child, place, pace)
             for entry in entries:
                 _tune(entry, child, place, pace, share)
         for entry in entries:
@@ -176,7 +176,7 @@ def _entry(
     method: str,
     rates: Mapping[str, Sequence[float]],
     share: float,
-    place: StudyFolder,
+    place: ExperimentFolder,
     console: Console,
 ) -> _Entry:
     """A method with what is known of it, unless that was found under other settings."""
@@ -198,7 +198,7 @@ def _entry(
     return entry
 
 
-def _base_entry(config: RunConfig, place: StudyFolder) -> _Entry | None:
+def _base_entry(config: RunConfig, place: ExperimentFolder) -> _Entry | None:
     """The untrained model, which can be scored where its head is its own."""
     if config.task != "causal-lm":
         return None
@@ -223,7 +223,7 @@ def _work(entries: Sequence[_Entry], base: _Entry | None, share: float) -> float
     return work
 
 
-def _judge_base(base: _Entry, child: Child, place: StudyFolder, pace: Pace) -> None:
+def _evaluate_base(base: _Entry, child: Child, place: ExperimentFolder, pace: Pace) -> None:
     if "score" in base.piece:
         return
     try:
@@ -235,7 +235,7 @@ def _judge_base(base: _Entry, child: Child, place: StudyFolder, pace: Pace) -> N
     pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
 
 
-def _tune(entry: _Entry, child: Child, place: StudyFolder, pace: Pace, share: float) -> None:
+def _tune(entry: _Entry, child: Child, place: ExperimentFolder, pace: Pace, share: float) -> None:
     """Try learning rates until the best is known; an error is kept in the entry."""
     if entry.fixed or (entry.planned is not None and entry.next_rate() is None and entry.losses):
         return
@@ -254,13 +254,13 @@ def _tune(entry: _Entry, child: Child, place: StudyFolder, pace: Pace, share: fl
         if entry.chosen() is None:
             raise UserError(
                 f"training diverged at every learning rate tried, down to {min(entry.losses):g}",
-                mend=f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}",
+                hint=f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}",
             )
     except (UserError, WorkerEnded) as error:
         _failed(entry, error, pace, share)
 
 
-def _run(entry: _Entry, place: StudyFolder, pace: Pace) -> None:
+def _run(entry: _Entry, place: ExperimentFolder, pace: Pace) -> None:
     """The final run in a process of its own."""
     rate = entry.chosen()
     if entry.error is not None or entry.run is not None or rate is None:
@@ -296,7 +296,7 @@ def _score_text(found: Mapping[str, object]) -> str:
 
 
 def _gathered(
-    config: RunConfig, entries: Sequence[_Entry], base: _Entry | None, place: StudyFolder
+    config: RunConfig, entries: Sequence[_Entry], base: _Entry | None, place: ExperimentFolder
 ) -> Comparison:
     """Everything known so far, the best first, with each method's distance to it."""
     pairs = [(_result(entry, entry.run), entry.run or {}) for entry in entries]
@@ -306,10 +306,10 @@ def _gathered(
         metric = str(scored[0]["score"]["metric"])  # type: ignore[index]
         higher = bool(scored[0]["higher_is_better"])
     pairs.sort(key=lambda pair: _order(pair[0].score, higher))
-    lines = [_beside(result, found, pairs[0][1]) for result, found in pairs]
+    lines = [_with_difference(result, found, pairs[0][1]) for result, found in pairs]
     untrained = None
     if base is not None and "score" in base.piece:
-        untrained = _beside(_result(base, base.piece), base.piece, pairs[0][1])
+        untrained = _with_difference(_result(base, base.piece), base.piece, pairs[0][1])
     rows = pairs[0][1].get("per_row")
     return Comparison(
         folder=str(place.path),
@@ -363,7 +363,9 @@ def _pairs(entry: _Entry) -> tuple[tuple[float, float | None], ...]:
     return tuple((rate, loss if math.isfinite(loss) else None) for rate, loss in sorted(tried.items()))
 
 
-def _beside(result: MethodResult, found: Mapping[str, object], best: Mapping[str, object]) -> MethodResult:
+def _with_difference(
+    result: MethodResult, found: Mapping[str, object], best: Mapping[str, object]
+) -> MethodResult:
     """With the difference to the best over the same rows, and its interval by drawing rows (paired)."""
     ours, theirs = found.get("per_row"), best.get("per_row")
     if result.score is None or not isinstance(ours, list) or not isinstance(theirs, list):
@@ -378,7 +380,7 @@ def _beside(result: MethodResult, found: Mapping[str, object], best: Mapping[str
     )
 
 
-def _write(comparison: Comparison, place: StudyFolder, *, figure: bool) -> None:
+def _write(comparison: Comparison, place: ExperimentFolder, *, figure: bool) -> None:
     place.write_json(NUMBERS, comparison.as_dict())
     if figure:
         with replacing(place.path / FIGURE) as temporary:

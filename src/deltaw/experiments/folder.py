@@ -27,7 +27,7 @@ _IRRELEVANT = ("output", "force")
 _METHOD_SECTIONS = ("lora", "head", "input", "prompt", "random", "last")
 
 
-class StudyFolder:
+class ExperimentFolder:
     """The folder of one study, for this process alone while it is open.
 
     Args:
@@ -51,7 +51,7 @@ class StudyFolder:
             raise UserError(
                 f"another process is at work on this {kind}",
                 where=str(path),
-                mend="wait for it, or set 'output' to another folder",
+                hint="wait for it, or set 'output' to another folder",
             ) from error
         except OSError as error:
             raise _not_writable(path, error) from error
@@ -107,7 +107,7 @@ def check_folder(path: Path, kind: str) -> None:
         raise UserError(
             f"the output folder holds files that are not a {kind}'s, such as '{holds[0]}'",
             where=str(path),
-            mend="set 'output' to a new or empty folder",
+            hint="set 'output' to a new or empty folder",
         )
 
 
@@ -115,7 +115,7 @@ def _not_writable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write into the output folder: {error.strerror or error}",
         where=str(path),
-        mend="set 'output' to a folder that you may write to",
+        hint="set 'output' to a folder that you may write to",
     )
 
 
@@ -125,7 +125,7 @@ def require_held_out(config: RunConfig) -> None:
         raise UserError(
             "no rows are held out, so that there is nothing to score methods by",
             where="data.eval",
-            mend="set data.eval to a share, a number of rows or a file",
+            hint="set data.eval to a share, a number of rows or a file",
         )
 
 

@@ -62,13 +62,13 @@ def parse_rates(given: Iterable[str], methods: Sequence[str]) -> dict[str, list[
             raise UserError(
                 f"'{text}' does not say which rates a method is to try",
                 where="--rates",
-                mend="write METHOD=RATE,RATE, for example --rates lora=1e-4,3e-4",
+                hint="write METHOD=RATE,RATE, for example --rates lora=1e-4,3e-4",
             )
         if method not in methods:
             raise UserError(
                 f"'{method}' is none of the methods that are compared",
                 where="--rates",
-                mend=did_you_mean(method, methods),
+                hint=did_you_mean(method, methods),
             )
         rates[method] = sorted({_rate(part.strip(), text) for part in numbers.split(",") if part.strip()})
     return rates
@@ -81,7 +81,7 @@ def _rate(text: str, whole: str) -> float:
         rate = math.nan
     if not 0 < rate <= 1e6:
         raise UserError(
-            f"'{text}' in '{whole}' is no learning rate", where="--rates", mend="give numbers above 0"
+            f"'{text}' in '{whole}' is no learning rate", where="--rates", hint="give numbers above 0"
         )
     return rate
 

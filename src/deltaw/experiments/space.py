@@ -108,21 +108,21 @@ def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
     for text in given:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not value:
-            raise UserError(f"'{text}' names nothing to search", where="--search", mend=_EXAMPLE)
+            raise UserError(f"'{text}' names nothing to search", where="--search", hint=_EXAMPLE)
         if key not in known:
-            raise UserError(f"there is no setting '{key}'", where="--search", mend=did_you_mean(key, known))
+            raise UserError(f"there is no setting '{key}'", where="--search", hint=did_you_mean(key, known))
         if key in _FIXED or key.startswith("data."):
             raise UserError(
                 f"'{key}' cannot be searched: trials are compared on the same rows, model and machine",
                 where="--search",
-                mend="set it in the settings",
+                hint="set it in the settings",
             )
         space[key] = _domain(key, value, text)
     if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
         raise UserError(
             f"lora.alpha and {ALPHA_PER_RANK} exclude each other",
             where="--search",
-            mend="leave one of them out",
+            hint="leave one of them out",
         )
     return space
 
@@ -134,24 +134,24 @@ def _domain(key: str, value: str, text: str) -> Range | Values:
         except yaml.YAMLError:
             values = None
         if not isinstance(values, list) or not values:
-            raise UserError(f"'{text}' holds no list", where="--search", mend=_EXAMPLE)
+            raise UserError(f"'{text}' holds no list", where="--search", hint=_EXAMPLE)
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
             raise UserError(
                 f"'{text}' holds a list or a value twice",
                 where="--search",
-                mend="list plain values, once each",
+                hint="list plain values, once each",
             )
         return Values(tuple(values))
     log = value.endswith(":log")
     lower, dots, higher = value.removesuffix(":log").partition("..")
     low, high = _number(lower), _number(higher)
     if not dots or low is None or high is None:
-        raise UserError(f"'{text}' is neither a range nor a list", where="--search", mend=_EXAMPLE)
+        raise UserError(f"'{text}' is neither a range nor a list", where="--search", hint=_EXAMPLE)
     if not low < high or (log and low <= 0):
         raise UserError(
             f"'{text}' is an empty range" if low >= high else f"'{text}' has no logarithm at its low end",
             where="--search",
-            mend="give the lower end first, above 0 where :log",
+            hint="give the lower end first, above 0 where :log",
         )
     whole = isinstance(low, int) and isinstance(high, int) and not _takes_fractions(key)
     return Range(low, high, log, whole)

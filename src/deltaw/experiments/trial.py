@@ -33,7 +33,7 @@ class Stopped(Exception):
     """A training was given up on the way, as whoever watched it asked."""
 
 
-class Rehearsal:
+class Trial:
     """One run's model and rows, trained as often as asked.
 
     Args:
@@ -42,7 +42,7 @@ class Rehearsal:
 
     Attributes:
         session: the training.
-        task, data: as the settings say, to be given to another rehearsal on the same rows.
+        task, data: as the settings say, to be given to another trial on the same rows.
         training, validation: rows that are trained on, and those that judge.
 
     Raises:
@@ -157,7 +157,7 @@ def split_off(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
         raise UserError(
             f"{len(rows)} training row leaves none to judge settings by",
             where="data.train",
-            mend="give more rows, or fix train.learning_rate so that nothing is tuned",
+            hint="give more rows, or fix train.learning_rate so that nothing is tuned",
         )
     count = min(VALIDATION_ROWS, max(1, round(VALIDATION_SHARE * len(rows))))
     drawn = set(np.random.default_rng([seed % 2**64, _SPLITTING]).permutation(len(rows))[:count].tolist())

@@ -21,7 +21,7 @@ from deltaw.config import RunConfig
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
-from deltaw.experiments.folder import StudyFolder, changed, settings_of
+from deltaw.experiments.folder import ExperimentFolder, changed, settings_of
 from deltaw.experiments.pace import Pace
 from deltaw.experiments.space import (
     Range,
@@ -78,13 +78,13 @@ def tune(
     _require_optuna()
     asked = parse_space(search)
     check_space(config, asked)
-    place = StudyFolder(Path(os.path.expanduser(folder)), "tuning")
+    place = ExperimentFolder(Path(os.path.expanduser(folder)), "tuning")
     kept = False
     try:
         with Child(place.log("trials")) as child:
             usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = asked or default_space(config, usual)
-            study = _opened(config, space, share, place, storage, console)
+            study = _open_store(config, space, share, place, storage, console)
             first = _begin(study, present(config, space, usual), trials, console)
             pace = Pace(console, max(0, trials - len(_ended(study))))
             while len(_ended(study)) < trials:
@@ -95,7 +95,7 @@ def tune(
             why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
             raise UserError(
                 f"none of {len(tuning.trials)} trials came to an end: {why}",
-                mend="search other values (--search), or mend the settings",
+                hint="search other values (--search), or mend the settings",
             )
         _write(tuning, config, place)
         kept = True
@@ -112,16 +112,16 @@ def _require_optuna() -> None:
         import optuna
     except ImportError as error:
         raise UserError(
-            "the search needs Optuna, which is not installed", mend="pip install 'deltaw[tune]'"
+            "the search needs Optuna, which is not installed", hint="pip install 'deltaw[tune]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _opened(
+def _open_store(
     config: RunConfig,
     space: Space,
     share: float,
-    place: StudyFolder,
+    place: ExperimentFolder,
     storage: str | os.PathLike[str] | None,
     console: Console,
 ) -> optuna.Study:
@@ -147,7 +147,7 @@ def _opened(
         raise UserError(
             f"the trials cannot be kept there: {str(error).splitlines()[0]}",
             where=str(file),
-            mend="name an SQLite file, or one that does not exist yet, with --storage",
+            hint="name an SQLite file, or one that does not exist yet, with --storage",
         ) from error
     place.write_piece(_SETTINGS, settings)
     # Another seed each time, or a search that goes on would draw what it has drawn before.
@@ -251,7 +251,7 @@ def _short(value: object) -> object:
 
 
 def _gathered(
-    study: optuna.Study, config: RunConfig, space: Space, first: int | None, place: StudyFolder
+    study: optuna.Study, config: RunConfig, space: Space, first: int | None, place: ExperimentFolder
 ) -> Tuning:
     ended = _ended(study)
     results = [
@@ -287,7 +287,7 @@ def _gathered(
     )
 
 
-def _write(tuning: Tuning, config: RunConfig, place: StudyFolder) -> None:
+def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:
     place.write_json(NUMBERS, tuning.as_dict())
     write_text(place.path / PAGE, tuning_markdown(tuning))
     best = applied(config, tuning.ranked[0].values)

@@ -21,11 +21,11 @@ from rich.console import Console
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.experiments.trial import Rehearsal, Stopped
+from deltaw.experiments.trial import Stopped, Trial
 from deltaw.host.machine import choose_device, choose_precision
 from deltaw.hub.loading import check_architecture, config_folder
 from deltaw.hub.skeleton import skeleton
-from deltaw.memory.simulation import without_values
+from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method
 from deltaw.methods.files import classes_of
 from deltaw.training.evaluation.base import Evaluation
@@ -38,7 +38,7 @@ ADAPTER_FILES = "adapter_*"
 
 
 class Worker:
-    """Answers requests; what it keeps between them is the rehearsal in hand, and the rows it was read from.
+    """Answers requests; what it keeps between them is the trial in hand, and the rows it was read from.
 
     Args:
         report: told of what happens on the way; answers whether to go on.
@@ -47,7 +47,7 @@ class Worker:
     def __init__(self, report: Callable[[Message], bool], console: Console) -> None:
         self._report = report
         self._console = console
-        self._rehearsal: Rehearsal | None = None
+        self._trial: Trial | None = None
         self._known: tuple[tuple[DataSettings, str, str, int], tuple[Task, RunData]] | None = None
 
     def answer(self, request: Message) -> Message:
@@ -72,31 +72,31 @@ class Worker:
 
     def open(self, request: Message) -> Message:
         """Load model and rows for trainings at several learning rates."""
-        rehearsal = self._opened(_config(request))
-        session = rehearsal.session
-        return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(rehearsal)}
+        trial = self._open_store(_config(request))
+        session = trial.session
+        return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(trial)}
 
     def rate(self, request: Message) -> Message:
         """Train what was opened at one learning rate."""
-        if self._rehearsal is None:
+        if self._trial is None:
             raise RuntimeError("'rate' was asked before 'open'")
         rate, share = float(str(request["rate"])), float(str(request["share"]))
-        loss = self._rehearsal.loss(rate, self._rehearsal.steps(share))
+        loss = self._trial.loss(rate, self._trial.steps(share))
         return {"loss": loss if math.isfinite(loss) else None}
 
     def trial(self, request: Message) -> Message:
         """Train with settings of its own, evaluating on the way; ended early where the answer is no."""
-        rehearsal = self._opened(_config(request))
-        steps = rehearsal.steps(float(str(request["share"])))
-        every = rehearsal.config.train.eval_every or math.ceil(steps / int(str(request["looks"])))
+        trial = self._open_store(_config(request))
+        steps = trial.steps(float(str(request["share"])))
+        every = trial.config.train.eval_every or math.ceil(steps / int(str(request["looks"])))
 
         def on_evaluation(number: int, loss: float) -> bool:
             return self._report({"look": number, "loss": loss})
 
-        rate = rehearsal.session.learning_rate
-        facts = {**_rows_of(rehearsal), "learning_rate": rate, "steps": steps}
+        rate = trial.session.learning_rate
+        facts = {**_rows_of(trial), "learning_rate": rate, "steps": steps}
         try:
-            loss = rehearsal.loss(rate, steps, every=every, on_evaluation=on_evaluation)
+            loss = trial.loss(rate, steps, every=every, on_evaluation=on_evaluation)
         except Stopped:
             return {**facts, "stopped": True}
         finally:
@@ -109,7 +109,7 @@ class Worker:
         config = _config(request)
         task, data = read_data(config, self._console)
         loaded = load_for(config, task, data, self._console)
-        portions, _ = task.portions(
+        batcher, _ = task.batcher(
             loaded.model,
             data.held_out,
             device=str(loaded.choices["device"].value),
@@ -118,9 +118,9 @@ class Worker:
             method_shares=True,
             virtual_tokens=0,
         )
-        with task.running(loaded.model, portions):
+        with task.running(loaded.model, batcher):
             objective = task.objective(loaded.model)
-            evaluation = task.evaluate(objective, data.held_out, portions, data.classes)
+            evaluation = task.evaluate(objective, data.held_out, batcher, data.classes)
         return _score(evaluation)
 
     def run(self, request: Message) -> Message:
@@ -128,7 +128,7 @@ class Worker:
         config = _config(request)
         result = fit(config, console=self._console)
         if result.interrupted:
-            raise UserError("the run was stopped by a signal", mend="start the comparison again")
+            raise UserError("the run was stopped by a signal", hint="start the comparison again")
         return {
             **result.as_dict(),
             **_score(result.evaluation),
@@ -136,18 +136,18 @@ class Worker:
             "adapter_bytes": sum(file.stat().st_size for file in result.output.glob(ADAPTER_FILES)),
         }
 
-    def _opened(self, config: RunConfig) -> Rehearsal:
+    def _open_store(self, config: RunConfig) -> Trial:
         self._close()
         key = (config.data, config.task, config.model, config.train.seed)
         known = self._known[1] if self._known is not None and self._known[0] == key else None
-        self._rehearsal = Rehearsal(config, self._console, known)
-        self._known = (key, (self._rehearsal.task, self._rehearsal.data))
-        return self._rehearsal
+        self._trial = Trial(config, self._console, known)
+        self._known = (key, (self._trial.task, self._trial.data))
+        return self._trial
 
     def _close(self) -> None:
-        if self._rehearsal is not None:
-            self._rehearsal.close()
-            self._rehearsal = None
+        if self._trial is not None:
+            self._trial.close()
+            self._trial = None
 
 
 def _config(request: Message) -> RunConfig:
@@ -157,8 +157,8 @@ def _config(request: Message) -> RunConfig:
     return RunConfig.read(settings)
 
 
-def _rows_of(rehearsal: Rehearsal) -> dict[str, object]:
-    return {"training_rows": len(rehearsal.training), "validation_rows": len(rehearsal.validation)}
+def _rows_of(trial: Trial) -> dict[str, object]:
+    return {"training_rows": len(trial.training), "validation_rows": len(trial.validation)}
 
 
 def _score(evaluation: Evaluation) -> dict[str, object]:
@@ -176,7 +176,7 @@ def _total_parameters(config: RunConfig, output: Path) -> int:
     classes = classes_of(output)
     outputs = len(classes) if classes is not None else 1 if config.task == "regression" else None
     device = choose_device(config.device).value
-    with without_values():
+    with fake_tensors():
         model = skeleton(
             config.model,
             dtype=choose_precision(device, config.precision).value,
@@ -220,7 +220,7 @@ def main() -> None:
             send("done", worker.answer(request))
         except UserError as error:
             console.print(f"error: {error}")
-            send("error", {"what": error.what, "where": error.where, "mend": error.mend})
+            send("error", {"what": error.what, "where": error.where, "hint": error.hint})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What this machine can do, and what is therefore chosen: device, precision, threads, memory limit.
 
 Each choice comes with the reason for it, so that a run can say both. A value that the user asked for is
-kept when the machine can do it at all, and refused with a mend when it cannot.
+kept when the machine can do it at all, and refused with a hint when it cannot.
 
 It knows nothing of models or runs. The root of the file system is a parameter, so that a test can describe
 a machine in a folder.
@@ -69,22 +69,22 @@ def choose_device(asked: str = "auto") -> Choice[str]:
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
         known = ("auto", "cpu", "cuda", "mps")
-        raise UserError(f"'{asked}' is no device", where="device", mend=did_you_mean(asked, known))
+        raise UserError(f"'{asked}' is no device", where="device", hint=did_you_mean(asked, known))
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "a CUDA device is asked for, and torch sees none",
             where="device",
-            mend="install the CUDA build of torch and check the driver, or use device: cpu",
+            hint="install the CUDA build of torch and check the driver, or use device: cpu",
         )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise UserError(
             f"device {asked} is asked for, and there are {torch.cuda.device_count()} CUDA devices",
             where="device",
-            mend="devices are counted from 0",
+            hint="devices are counted from 0",
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(
-            "the mps device is asked for, and this torch has none", where="device", mend="use device: cpu"
+            "the mps device is asked for, and this torch has none", where="device", hint="use device: cpu"
         )
     return Choice(asked, "as asked")
 
@@ -99,20 +99,20 @@ def choose_precision(device: str, asked: str = "auto", root: Path = _ROOT) -> Ch
         UserError: an unknown precision, fp16 on a processor, or int8 anywhere else.
     """
     if asked not in ("auto", *DTYPES):
-        mend = did_you_mean(asked, ("auto", *DTYPES))
-        raise UserError(f"'{asked}' is no precision", where="precision", mend=mend)
+        hint = did_you_mean(asked, ("auto", *DTYPES))
+        raise UserError(f"'{asked}' is no precision", where="precision", hint=hint)
     kind = torch.device(device).type
     if asked == "fp16" and kind == "cpu":
         raise UserError(
             "fp16 is not for processors: they multiply it slowly and it overflows where bf16 does not",
             where="precision",
-            mend="use precision: auto, bf16 or fp32",
+            hint="use precision: auto, bf16 or fp32",
         )
     if asked == "int8" and kind != "cpu":
         raise UserError(
             f"int8 is for processors, and the device is {kind}",
             where="precision",
-            mend="use precision: auto or bf16",
+            hint="use precision: auto or bf16",
         )
     reason = _native_bf16(device, root)
     if asked == "int8" and reason is None:
@@ -138,7 +138,7 @@ def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]
     if asked != "auto":
         if not str(asked).isdigit() or int(asked) < 1:
             raise UserError(
-                f"'{asked}' is no number of threads", where="threads", mend="use auto or a number from 1"
+                f"'{asked}' is no number of threads", where="threads", hint="use auto or a number from 1"
             )
         return Choice(int(asked), "as asked")
     set_by_user = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()

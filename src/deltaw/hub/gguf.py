@@ -1,9 +1,9 @@
 """A ``.gguf`` file becomes a folder of safetensors, once.
 
-De-quantising takes far longer than loading, so its result is kept in the cache under the file's own
+De-quantizing takes far longer than loading, so its result is kept in the cache under the file's own
 digest, and every later run loads the folder. The tensors, the configuration and the tokenizer come from
 transformers' reader; what it leaves out is mended here: the tokenizer's splitting of digits, the
-terminators in the generation configuration, and the mark of a quantisation that is no longer there.
+terminators in the generation configuration, and the mark of a quantization that is no longer there.
 
 It does not know what a model is used for, nor how one is loaded from a folder.
 """
@@ -55,7 +55,7 @@ _CHILD = (
 
 
 def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -> Path:
-    """The folder that ``gguf_path`` de-quantises to, made now if it is not in the cache.
+    """The folder that ``gguf_path`` de-quantizes to, made now if it is not in the cache.
 
     The folder holds safetensors in ``dtype``, the tokenizer with its chat template, and a generation
     configuration with all terminators. It appears whole or not at all; a second process that wants the
@@ -86,7 +86,7 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
         raise UserError(
             f"cannot keep the converted model: {error.strerror or error}",
             where=str(cache),
-            mend="free space there, or choose another cache folder",
+            hint="free space there, or choose another cache folder",
         ) from error
     return target
 
@@ -142,12 +142,12 @@ def _convert_in_child(path: Path, dtype: str, into: Path, say: Callable[[str], N
         if "note" in entry:
             say(entry["note"])
         if "what" in entry:
-            raise UserError(entry["what"], where=entry["where"], mend=entry["mend"])
+            raise UserError(entry["what"], where=entry["where"], hint=entry["hint"])
     if done.returncode < 0:
         raise UserError(
             f"converting the file was stopped by signal {-done.returncode}",
             where=str(path),
-            mend="it needs more memory than the model itself: free some, or convert where there is more",
+            hint="it needs more memory than the model itself: free some, or convert where there is more",
         )
     if done.returncode:
         raise RuntimeError(f"converting '{path}' failed:\n{done.stderr[-2000:]}")
@@ -169,7 +169,7 @@ def convert_here(path: str, dtype: str, into: str) -> int:
             model.save_pretrained(into)
             tokenizer.save_pretrained(into)
     except UserError as error:
-        entry = {"what": error.what, "where": error.where, "mend": error.mend}
+        entry = {"what": error.what, "where": error.where, "hint": error.hint}
         print(json.dumps(entry), file=answers)
         return 2
     if note:
@@ -182,7 +182,7 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(
             "reading a .gguf file needs the package 'accelerate'",
             where=str(path),
-            mend="pip install accelerate",
+            hint="pip install accelerate",
         )
     # Newer versions of transformers can keep the blocks packed; a trained model needs them unpacked.
     packed = getattr(transformers, "GgufConfig", None)
@@ -195,9 +195,9 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(
             f"the .gguf file cannot be converted: {_first_line(error)}",
             where=str(path),
-            mend="fetch the file again, or give the model's safetensors folder instead",
+            hint="fetch the file again, or give the model's safetensors folder instead",
         ) from error
-    # The mark of the quantisation makes every later loader look for packed blocks.
+    # The mark of the quantization makes every later loader look for packed blocks.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
             delattr(owner, name)
@@ -218,13 +218,13 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
         raise UserError(
             f"the tokenizer inside the .gguf file cannot be read: {_first_line(error)}",
             where=str(path),
-            mend="give the model's safetensors folder instead",
+            hint="give the model's safetensors folder instead",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             "the .gguf file's tokenizer is of a kind that cannot be saved",
             where=str(path),
-            mend="give the model's safetensors folder instead",
+            hint="give the model's safetensors folder instead",
         )
     # How it was read just now is nobody's business later.
     for name in ("local_files_only", "is_local"):
@@ -258,11 +258,11 @@ def _require_gguf(path: Path) -> None:
         raise UserError(
             f"the file cannot be read: {error.strerror or error}",
             where=str(path),
-            mend="check its path and that you may read it",
+            hint="check its path and that you may read it",
         ) from error
     if magic != b"GGUF":
         raise UserError(
-            "the file does not begin as a .gguf file does", where=str(path), mend="fetch the file again"
+            "the file does not begin as a .gguf file does", where=str(path), hint="fetch the file again"
         )
 
 

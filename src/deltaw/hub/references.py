@@ -71,7 +71,7 @@ def resolve(reference: str) -> Source:
     if hub and path.suffix.lower() != ".gguf":
         return Source("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
     raise UserError(
-        f"there is no model at '{reference}'", where="model", mend=_what_is_near(path) or _KINDS_OF_REFERENCE
+        f"there is no model at '{reference}'", where="model", hint=_what_is_near(path) or _KINDS_OF_REFERENCE
     )
 
 
@@ -84,18 +84,18 @@ def _file(path: Path) -> Source:
     if path.suffix.lower() == ".gguf":
         return Source("gguf", path, path.stem)
     if path.name in ("config.json", "model.safetensors"):
-        mend = f"give the folder: {path.parent}"
+        hint = f"give the folder: {path.parent}"
     elif any(path.match(pattern) for pattern in _PICKLED):
-        mend = "pickled weights can run code when they are opened: convert them to safetensors"
+        hint = "pickled weights can run code when they are opened: convert them to safetensors"
     else:
-        mend = "a model is a folder with config.json, or a .gguf file"
-    raise UserError(f"'{path.name}' is not a model", where=str(path), mend=mend)
+        hint = "a model is a folder with config.json, or a .gguf file"
+    raise UserError(f"'{path.name}' is not a model", where=str(path), hint=hint)
 
 
 def _folder(path: Path, name: str) -> Source:
     """A local folder, once it is known to hold a configuration and safetensors weights."""
     if not (path / "config.json").is_file():
-        raise UserError("the folder holds no config.json", where=str(path), mend=_mend_for_folder(path))
+        raise UserError("the folder holds no config.json", where=str(path), hint=_hint_for_folder(path))
     index = path / "model.safetensors.index.json"
     if index.is_file():
         _require_every_shard(index)
@@ -105,12 +105,12 @@ def _folder(path: Path, name: str) -> Source:
             raise UserError(
                 f"the folder's weights are pickled ({pickled[0]}), and opening a pickle can run code",
                 where=str(path),
-                mend="convert the weights to safetensors, or take a revision of the model that has them",
+                hint="convert the weights to safetensors, or take a revision of the model that has them",
             )
         raise UserError(
             "the folder holds no weights (no .safetensors file)",
             where=str(path),
-            mend="copy the whole model, or fetch it again",
+            hint="copy the whole model, or fetch it again",
         )
     return Source("folder", path, path.resolve().name or name)
 
@@ -121,18 +121,18 @@ def _require_every_shard(index: Path) -> None:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
-            "the index of the weights cannot be read", where=str(index), mend="fetch the model again"
+            "the index of the weights cannot be read", where=str(index), hint="fetch the model again"
         ) from error
     missing = sorted(str(shard) for shard in shards if not (index.parent / str(shard)).is_file())
     if missing:
         raise UserError(
             f"{len(missing)} of {len(shards)} files of the weights are missing, the first is '{missing[0]}'",
             where=str(index.parent),
-            mend="fetch the model again",
+            hint="fetch the model again",
         )
 
 
-def _mend_for_folder(path: Path) -> str:
+def _hint_for_folder(path: Path) -> str:
     """What to give instead of a folder without config.json."""
     adapter = path / "adapter_config.json"
     if adapter.is_file():
@@ -171,7 +171,7 @@ def _inside_package(reference: str) -> Source:
         raise UserError(
             f"package '{package}' has no folder of its own to look into",
             where=reference,
-            mend="name the model's path inside the package",
+            hint="name the model's path inside the package",
         )
     candidates = sorted(found.rglob("*.gguf")) + sorted(
         file.parent
@@ -189,10 +189,10 @@ def _inside_package(reference: str) -> Source:
         raise UserError(
             f"package '{package}' holds no model",
             where=reference,
-            mend="a model is a .gguf file, or a folder with config.json and safetensors weights",
+            hint="a model is a .gguf file, or a folder with config.json and safetensors weights",
         )
     raise UserError(
         f"package '{package}' holds {len(candidates)} models: {inside}",
         where=reference,
-        mend=f"name one, as in {reference.rstrip('/')}/{candidates[0].relative_to(found).as_posix()}",
+        hint=f"name one, as in {reference.rstrip('/')}/{candidates[0].relative_to(found).as_posix()}",
     )

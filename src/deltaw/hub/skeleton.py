@@ -1,6 +1,6 @@
 """A model of the right shape without its weights: made from config.json alone, in no time and no memory.
 
-Within :func:`deltaw.memory.simulation.without_values` its tensors have no values, and what a run would take
+Within :func:`deltaw.memory.simulation.fake_tensors` its tensors have no values, and what a run would take
 can be found by running it. Knows configurations and transformers' classes; reads no weights.
 """
 
@@ -66,7 +66,7 @@ def skeleton(
                 raise UserError(
                     f"the model cannot be made: {first_line(error)}",
                     where=str(folder),
-                    mend="check that config.json is whole",
+                    hint="check that config.json is whole",
                 ) from error
         model.tie_weights()  # is left out together with the first values
     return model.requires_grad_(False).eval()

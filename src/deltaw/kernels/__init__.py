@@ -1,1 +1,1 @@
-"""The few hot pieces, each with a plain torch twin that it is tested against. Knows tensors alone."""
+"""The hot operators, each tested against a reference implementation in torch. Knows tensors alone."""

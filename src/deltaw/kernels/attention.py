@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import define
 
@@ -25,7 +25,7 @@ from deltaw.kernels.operators import define
 KEPT_WEIGHTS = 2.0
 
 
-def forest_attention(
+def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -49,13 +49,13 @@ def forest_attention(
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
-    out = _ForestAttention.apply(
+    out = _PackedAttention.apply(
         *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap, causal
     )
     return out.transpose(0, 1)
 
 
-def forest_attention_reference(
+def packed_attention_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -65,7 +65,7 @@ def forest_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The plain twin of :func:`forest_attention`: all T × T scores at once, by autograd."""
+    """The reference implementation of :func:`packed_attention`: all T × T scores at once, by autograd."""
     group = query.shape[0] // key.shape[0]
     wide = _score_dtype(query)
     keys, values = (t.repeat_interleave(group, dim=0) for t in (key, value))
@@ -77,7 +77,7 @@ def forest_attention_reference(
     return weights.to(value.dtype) @ values
 
 
-class _ForestAttention(torch.autograd.Function):
+class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, scaling, window, softcap, causal):  # type: ignore[override]
         how = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal}
@@ -116,7 +116,7 @@ def attend(
     causal: bool = True,
     picked: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """:func:`forest_attention` of (T, heads, d) tensors, without a graph.
+    """:func:`packed_attention` of (T, heads, d) tensors, without a graph.
 
     Args:
         picked: (P), ascending: the places of the T at which the P queries stand; None where each one asks.
@@ -173,7 +173,7 @@ def _at_all_places(rows: Tensor, picked: Tensor | None, length: int) -> Tensor:
 
 def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the compiled kernel takes these: heads of an even size whose numbers lie side by side."""
-    if not native.serves(query, key, value):
+    if not loader.serves(query, key, value):
         return False
     even = query.shape[-1] % 2 == 0 and value.shape[-1] % 2 == 0
     return even and query.shape[0] > 0 and all(t.stride(-1) == 1 for t in (query, key, value))
@@ -189,9 +189,9 @@ def _compute_attention(query, key, value, forest, window, causal, scaling, softc
     out = query.new_empty(queries, heads, value_size)
     logs = torch.empty(heads, queries)
     strides = _strides(query, key, value, out)
-    native.kernels().dw_attention(
-        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, native.address(picked), queries,
+    loader.kernels().dw_attention(
+        loader.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, loader.address(picked), queries,
         *(t.data_ptr() for t in (query, key, value, out, strides, logs)),
     )  # fmt: skip
     return out, logs
@@ -205,9 +205,9 @@ def _compute_attention_backward(  # type: ignore[no-untyped-def]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     strides = _strides(query, key, value, out, grad, *grads)
-    native.kernels().dw_attention_backward(
-        native.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, native.address(picked), queries,
+    loader.kernels().dw_attention_backward(
+        loader.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, loader.address(picked), queries,
         *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
         strides.data_ptr(), logs.data_ptr(),
     )  # fmt: skip

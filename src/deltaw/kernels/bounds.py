@@ -1,6 +1,6 @@
-"""What must lie inside before a kernel reads or writes there; the same refusal with and without the extension.
+"""Bounds that are checked before a kernel reads or writes: the same error with and without the extension.
 
-Knows numbers; not what they mean to a model.
+Knows integers; not what they mean to a model.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class Layout:
         return self._forest
 
     def visible(self, window: int | None = None) -> np.ndarray:
-        """The whole visibility as a bool array (T, T): the plain twin of :meth:`tiles`.
+        """The whole visibility as a bool array (T, T): the reference implementation of :meth:`tiles`.
 
         Args:
             window: a query sees keys at most ``window - 1`` positions back; None for no limit.

@@ -2,14 +2,14 @@
 
     y = x·Wᵀ + b + s·(x·A)·B + added
 
-The update goes into the sums while they are in registers, so no wide tensor is passed over for it. W may be
+The update goes into the sums while they are in registers, so no wide tensor is skipped for it. W may be
 kept as signed bytes with a scale for each of its rows, and serves forward and backward alike: forward, the
 row's scale belongs to an output; backward, it goes into the gradient before that is rounded to bytes itself,
 with a scale for each ``BYTES_AT_ONCE`` of its numbers, since few of them are large.
 ``columns`` moves size from inputs to weights before both are rounded (SmoothQuant, arXiv 2211.10438, eq. 3):
 x·columns is rounded, and W holds the inverse.
 
-Knows tensors; not modules or training. Each function has its twin in torch's own operations.
+Knows tensors; not modules or training. Each function has a reference implementation in torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_targets
 from deltaw.kernels.operators import define
 
@@ -30,16 +30,16 @@ ROWS_FOR_BYTES = 64
 
 
 def can_multiply(
-    x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True, as_bytes: bool = False
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True, int8: bool = False
 ) -> bool:
     """Whether the compiled kernel serves: types, layout, and sizes that fill its groups of numbers."""
-    if not native.serves(x):
+    if not loader.serves(x):
         return False
     if not (weight.dtype == BYTES or weight.dtype == x.dtype) or not weight.is_contiguous():
         return False
-    if as_bytes and weight.dtype != BYTES and (weight.dtype != torch.bfloat16 or not by_column):
+    if int8 and weight.dtype != BYTES and (weight.dtype != torch.bfloat16 or not by_column):
         return False
-    group = 4 if as_bytes else 4 // x.dtype.itemsize
+    group = 4 if int8 else 4 // x.dtype.itemsize
     if weight.shape[0] % group or weight.shape[1] % group:
         return False
     if lora_A is None:
@@ -47,13 +47,13 @@ def can_multiply(
     return lora_A.dtype == torch.float32 and lora_A.shape[-1] % (4 // x.dtype.itemsize) == 0
 
 
-def quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows (M, K) as bytes around 128 (M, K) with a scale per row (M): x·columns ≈ (byte - 128)·scale."""
-    return _quantised(x, columns)
+    return _quantized(x, columns)
 
 
-def quantised_twin(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The plain twin of :func:`quantised`."""
+def quantised_reference(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The reference implementation of :func:`quantized`."""
     wide = x.float() if columns is None else x.float() * columns
     top = wide.abs().amax(-1)
     by = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
@@ -61,10 +61,10 @@ def quantised_twin(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     return (steps + 128).to(torch.uint8), top / 127.0
 
 
-def quantised_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (out, in) as signed bytes with a scale for each row (out)."""
     scale = scales_of_rows(weight)
-    return _rows_as_bytes(weight, scale), scale
+    return _rows_as_int8(weight, scale), scale
 
 
 def scales_of_rows(weight: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def scales_of_rows(weight: Tensor) -> Tensor:
     return torch.maximum(weight.amax(1), -weight.amin(1)).float().div_(127.0)
 
 
-def _rows_as_bytes(weight: Tensor, scale: Tensor) -> Tensor:
+def _rows_as_int8(weight: Tensor, scale: Tensor) -> Tensor:
     by = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).to(BYTES)
 
@@ -88,7 +88,7 @@ def linear(
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
     added: Tensor | None = None,
-    x_bytes: Tensor | None = None,
+    x_int8: Tensor | None = None,
     x_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, out) and h = x·A (M, r), which the backward wants (empty without an update).
@@ -96,18 +96,18 @@ def linear(
     Args:
         x: (M, in).
         weight: (out, in) with ``by_column``, else (in, out); bytes are (out, in).
-        scale, columns: of a weight in bytes: (out), and (in) or None. A bf16 weight with a ``scale`` is
+        scale, columns: of a weight in int8: (out), and (in) or None. A bf16 weight with a ``scale`` is
             rounded to bytes as it is read, without columns.
         lora_A, lora_B: (in, r) and (r, out), fp32.
         added: (M, out), such as the residual stream.
-        x_bytes, x_scales: what :func:`quantised` made of x, where it was made before.
+        x_bytes, x_scales: what :func:`quantized` made of x, where it was made before.
     """
     return _linear(
-        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
+        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
     )
 
 
-def linear_twin(
+def linear_reference(
     x: Tensor,
     weight: Tensor,
     by_column: bool = True,
@@ -118,17 +118,17 @@ def linear_twin(
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
     added: Tensor | None = None,
-    x_bytes: Tensor | None = None,
+    x_int8: Tensor | None = None,
     x_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of :func:`linear`."""
+    """The reference implementation of :func:`linear`."""
     if scale is not None:
         steps, by = (
-            (x_bytes, x_scales)
-            if x_bytes is not None and x_scales is not None
-            else quantised_twin(x, columns)
+            (x_int8, x_scales)
+            if x_int8 is not None and x_scales is not None
+            else quantised_reference(x, columns)
         )
-        signed = weight if weight.dtype == BYTES else _rows_as_bytes(weight, scale)
+        signed = weight if weight.dtype == BYTES else _rows_as_int8(weight, scale)
         sums = (steps.to(scale.dtype) - 128) @ signed.to(scale.dtype).t()
         y = (sums * by[:, None] * scale).to(x.dtype)
     else:
@@ -158,7 +158,7 @@ def linear_backward(
     return _linear_backward(grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x)
 
 
-def linear_backward_twin(
+def linear_backward_reference(
     grad: Tensor,
     weight: Tensor,
     by_column: bool = True,
@@ -170,7 +170,7 @@ def linear_backward_twin(
     added: Tensor | None = None,
     need_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of :func:`linear_backward`."""
+    """The reference implementation of :func:`linear_backward`."""
     narrow = grad.new_empty(0)
     if lora_B is not None:
         narrow = grad @ (lora_B * scaling).to(grad.dtype).t()
@@ -201,16 +201,16 @@ def factors_backward(
     return _factors_backward(x, h, grad, narrow, scaling)
 
 
-def factors_backward_twin(
+def factors_backward_reference(
     x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of :func:`factors_backward`."""
+    """The reference implementation of :func:`factors_backward`."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.t() @ narrow).to(wide), (h.t() @ grad).to(wide) * scaling
 
 
 def class_gradient_(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """grad·W (M, d) of the gradient of a cross-entropy (M, classes), in bytes but for the targets' own part.
+    """grad·W (M, d) of the gradient of a cross-entropy (M, classes), in int8 but for the targets' own part.
 
     Beside its target a row of such a gradient is of one sign, and most of it is far below its largest number:
     it is rounded with a scale for each ``BYTES_AT_ONCE`` classes, to 255 steps.
@@ -222,8 +222,8 @@ def class_gradient_(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor
     return _class_gradient(grad, targets, weight, scale)
 
 
-def class_gradient_twin(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The plain twin of :func:`class_gradient_`; leaves ``grad`` as it is."""
+def class_gradient_reference(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The reference implementation of :func:`class_gradient_`; leaves ``grad`` as it is."""
     rows = torch.arange(len(targets))
     own = grad[rows, targets].to(scale.dtype)
     rest = grad.to(scale.dtype) * scale
@@ -233,7 +233,7 @@ def class_gradient_twin(grad: Tensor, targets: Tensor, weight: Tensor, scale: Te
     step = torch.where(high >= -low, high, low) / 255
     steps = torch.where(step[..., None] != 0, blocks / step[..., None], torch.zeros_like(blocks))
     rounded = (torch.round(steps).clamp_(0, 255) * step[..., None]).flatten(1)[:, : rest.shape[1]]
-    sums = rounded @ _rows_as_bytes(weight, scale).to(scale.dtype)
+    sums = rounded @ _rows_as_int8(weight, scale).to(scale.dtype)
     return (sums + own[:, None] * weight[targets].to(scale.dtype)).to(grad.dtype)
 
 
@@ -243,7 +243,7 @@ def can_round_classes(grad: Tensor, weight: Tensor) -> bool:
 
 
 def _rounds_classes(grad: Tensor, weight: Tensor) -> bool:
-    if not native.serves(grad, weight) or grad.dtype != torch.bfloat16 or grad.shape[1] < 2:
+    if not loader.serves(grad, weight) or grad.dtype != torch.bfloat16 or grad.shape[1] < 2:
         return False
     return grad.is_contiguous() and weight.is_contiguous()
 
@@ -251,24 +251,24 @@ def _rounds_classes(grad: Tensor, weight: Tensor) -> bool:
 def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     check_targets(targets, grad.shape[1])
     if not _rounds_classes(grad, weight):
-        return class_gradient_twin(grad, targets, weight, scale)
+        return class_gradient_reference(grad, targets, weight, scale)
     (rows, classes), width, targets = grad.shape, weight.shape[1], targets.contiguous()
     out = torch.empty(rows, width, dtype=grad.dtype)
     block_scales = torch.empty(rows, -(-classes // BYTES_AT_ONCE))
-    native.kernels().dw_class_gradient(
+    loader.kernels().dw_class_gradient(
         rows, classes, width, grad.data_ptr(), targets.data_ptr(), weight.data_ptr(), scale.data_ptr(),
         block_scales.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def _compute_quantised(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not native.serves(x):
-        return quantised_twin(x, columns)
+def _compute_quantized(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not loader.serves(x):
+        return quantised_reference(x, columns)
     x = x.contiguous()
     steps, scales = _room_for_steps(x)
-    native.kernels().dw_quantise(
-        native.number(x.dtype), *x.shape, x.data_ptr(), native.address(columns), steps.data_ptr(),
+    loader.kernels().dw_quantise(
+        loader.number(x.dtype), *x.shape, x.data_ptr(), loader.address(columns), steps.data_ptr(),
         scales.data_ptr(),
     )  # fmt: skip
     return steps, scales
@@ -279,11 +279,11 @@ def _room_for_steps(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compute_linear(
-    x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
+    x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
 ):  # type: ignore[no-untyped-def]
     if not can_multiply(x, weight, lora_A, by_column, scale is not None):
-        return linear_twin(
-            x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_bytes, x_scales
+        return linear_reference(
+            x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
         )
     x = x.contiguous()
     added = None if added is None else added.contiguous()
@@ -294,15 +294,15 @@ def _compute_linear(
         lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
         rank = lora_A.shape[1]
         h = torch.empty(rows, rank, dtype=x.dtype)
-    make_steps = scale is not None and x_bytes is None
+    make_steps = scale is not None and x_int8 is None
     if make_steps:
-        x_bytes, x_scales = _room_for_steps(x)
-    native.kernels().dw_linear(
-        native.number(x.dtype), rows, out, width, x.data_ptr(), native.number(weight.dtype),
+        x_int8, x_scales = _room_for_steps(x)
+    loader.kernels().dw_linear(
+        loader.number(x.dtype), rows, out, width, x.data_ptr(), loader.number(weight.dtype),
         weight.data_ptr(), by_column,
-        native.address(scale), native.address(columns), native.address(bias),
-        bias is not None and bias.dtype == torch.float32, native.address(lora_A), native.address(lora_B),
-        rank, scaling, native.address(added), native.address(x_bytes), native.address(x_scales), make_steps,
+        loader.address(scale), loader.address(columns), loader.address(bias),
+        bias is not None and bias.dtype == torch.float32, loader.address(lora_A), loader.address(lora_B),
+        rank, scaling, loader.address(added), loader.address(x_int8), loader.address(x_scales), make_steps,
         y.data_ptr(), h.data_ptr(),
     )  # fmt: skip
     return y, h
@@ -310,7 +310,7 @@ def _compute_linear(
 
 def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x):  # type: ignore[no-untyped-def]
     if not can_multiply(grad, weight, lora_A, by_column, scale is not None):
-        return linear_backward_twin(
+        return linear_backward_reference(
             grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
         )
     grad = grad.contiguous()
@@ -328,10 +328,10 @@ def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lo
     if scale is not None and need_x:
         steps = torch.empty(grad.shape, dtype=torch.uint8)
         scales = torch.empty(rows, -(-out // BYTES_AT_ONCE))
-    native.kernels().dw_linear_backward(
-        native.number(grad.dtype), rows, out, width, grad.data_ptr(), weight.data_ptr(), by_column,
-        native.address(scale), native.address(columns), native.address(lora_A), native.address(lora_B), rank,
-        scaling, native.address(added), native.address(steps), native.address(scales),
+    loader.kernels().dw_linear_backward(
+        loader.number(grad.dtype), rows, out, width, grad.data_ptr(), weight.data_ptr(), by_column,
+        loader.address(scale), loader.address(columns), loader.address(lora_A), loader.address(lora_B), rank,
+        scaling, loader.address(added), loader.address(steps), loader.address(scales),
         dx.data_ptr() if need_x else None, narrow.data_ptr(),
     )  # fmt: skip
     return dx, narrow
@@ -340,13 +340,13 @@ def _compute_linear_backward(grad, weight, by_column, scale, columns, lora_A, lo
 def _compute_factors_backward(
     x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    if not native.serves(x, h, grad, narrow):
-        return factors_backward_twin(x, h, grad, narrow, scaling)
+    if not loader.serves(x, h, grad, narrow):
+        return factors_backward_reference(x, h, grad, narrow, scaling)
     x, h, grad, narrow = x.contiguous(), h.contiguous(), grad.contiguous(), narrow.contiguous()
     rows, width, out, rank = *x.shape, grad.shape[1], h.shape[1]
     of_A, of_B = torch.empty(width, rank), torch.empty(rank, out)
-    native.kernels().dw_factors_backward(
-        native.number(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
+    loader.kernels().dw_factors_backward(
+        loader.number(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
         narrow.data_ptr(), scaling, of_A.data_ptr(), of_B.data_ptr(),
     )  # fmt: skip
     return of_A, of_B
@@ -366,9 +366,9 @@ _class_gradient = define(
     lambda grad, targets, weight, scale: grad.new_empty(grad.shape[0], weight.shape[1]),
     lambda grad, targets, weight, scale: 2 * grad.shape[0] * weight.numel(),
 )
-_quantised = define(
-    "quantised(Tensor x, Tensor? columns) -> (Tensor, Tensor)",
-    _compute_quantised,
+_quantized = define(
+    "quantized(Tensor x, Tensor? columns) -> (Tensor, Tensor)",
+    _compute_quantized,
     lambda x, columns: (
         x.new_empty(x.shape, dtype=torch.uint8),
         x.new_empty(x.shape[0], dtype=torch.float32),

@@ -1,4 +1,4 @@
-"""How a kernel becomes an operator of torch: a schema, the kernel, its shapes without values, its operations.
+"""How a kernel becomes an operator of torch: a schema, the kernel, its shapes on fake tensors, its cost.
 
 As operators the kernels are seen by everything that looks at what torch computes: plans that run without
 values, counters of operations, tracers. They have no derivative of their own; the functions that call them

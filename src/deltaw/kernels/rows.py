@@ -1,7 +1,7 @@
 """What is done to each row of tokens between products: norms, activations, rotary positions, cross-entropy.
 
-Sums are in fp32 (fp64 for fp64 inputs) and results are rounded once. Each function has its plain twin.
-Knows tensors; not modules.
+Sums are in fp32 (fp64 for fp64 inputs) and results are rounded once. Each function has a reference
+implementation. Knows tensors; not modules.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_targets
 from deltaw.kernels.operators import define
 
@@ -31,10 +31,10 @@ def norm(
     return _norm(x, weight, bias, offset, eps, centred)
 
 
-def norm_twin(
+def norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of :func:`norm`."""
+    """The reference implementation of :func:`norm`."""
     wide = _wide(x)
     mean = wide.mean(-1, keepdim=True) if centred else wide.new_zeros(*wide.shape[:-1], 1)
     rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
@@ -60,7 +60,7 @@ def norm_backward(
     return _norm_backward(grad, x, weight, stats, offset, centred, added)
 
 
-def norm_backward_twin(
+def norm_backward_reference(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -70,7 +70,7 @@ def norm_backward_twin(
     centred: bool,
     added: Tensor | None = None,
 ) -> Tensor:
-    """The plain twin of :func:`norm_backward`."""
+    """The reference implementation of :func:`norm_backward`."""
     mean, rstd = stats.split(1, -1)
     hat = (_wide(x) - mean) * rstd
     g = _wide(grad) if weight is None else _wide(grad) * (_wide(weight) + offset)
@@ -86,8 +86,8 @@ def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     return _activation(gate, up, ACTIVATIONS.index(kind))
 
 
-def activation_twin(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    """The plain twin of :func:`activation`."""
+def activation_reference(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """The reference implementation of :func:`activation`."""
     wide = _wide(gate)
     f = {
         "silu": F.silu,
@@ -105,13 +105,13 @@ def activation_backward(
     return _activation_backward(grad, gate, up, ACTIVATIONS.index(kind))
 
 
-def activation_backward_twin(
+def activation_backward_reference(
     grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain twin of :func:`activation_backward`."""
+    """The reference implementation of :func:`activation_backward`."""
     with torch.enable_grad():
         wide = _wide(gate).detach().requires_grad_()
-        f = activation_twin(wide, None, kind)
+        f = activation_reference(wide, None, kind)
         (slope,) = torch.autograd.grad(f.sum(), wide)
     f = f.detach()
     g = _wide(grad)
@@ -131,8 +131,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -
     return _rotate(x, cosine, sine, backward)
 
 
-def rotate_twin(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -> Tensor:
-    """The plain twin of :func:`rotate`."""
+def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -> Tensor:
+    """The reference implementation of :func:`rotate`."""
     turned, rest = _wide(x).split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], -1)
     c, s = _wide(cosine)[:, None], _wide(sine)[:, None]
     if backward:
@@ -156,10 +156,10 @@ def cross_entropy_(
     return _cross_entropy(logits, targets, weights, scale, softcap, grad)
 
 
-def cross_entropy_twin_(
+def cross_entropy_reference_(
     logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
 ) -> Tensor:
-    """The plain twin of :func:`cross_entropy_`."""
+    """The reference implementation of :func:`cross_entropy_`."""
     with torch.enable_grad():
         leaf = _wide(logits).detach().requires_grad_()
         z = leaf * scale
@@ -177,61 +177,61 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _compute_norm(x, weight, bias, offset, eps, centred):  # type: ignore[no-untyped-def]
-    if not native.serves(x, weight, bias):
-        return norm_twin(x, weight, bias, offset=offset, eps=eps, centred=centred)
+    if not loader.serves(x, weight, bias):
+        return norm_reference(x, weight, bias, offset=offset, eps=eps, centred=centred)
     x = x.contiguous()
     y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
-    native.kernels().dw_norm(
-        native.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), native.address(weight),
-        native.address(bias), offset, eps, centred, y.data_ptr(), stats.data_ptr(),
+    loader.kernels().dw_norm(
+        loader.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), loader.address(weight),
+        loader.address(bias), offset, eps, centred, y.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return y, stats
 
 
 def _compute_norm_backward(grad, x, weight, stats, offset, centred, added):  # type: ignore[no-untyped-def]
-    if not native.serves(grad, x, weight, added):
-        return norm_backward_twin(grad, x, weight, stats, offset=offset, centred=centred, added=added)
+    if not loader.serves(grad, x, weight, added):
+        return norm_backward_reference(grad, x, weight, stats, offset=offset, centred=centred, added=added)
     x, grad = x.contiguous(), grad.contiguous()
     added = None if added is None else added.contiguous()
     dx = torch.empty_like(x)
-    native.kernels().dw_norm_backward(
-        native.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), native.address(weight),
-        offset, centred, stats.data_ptr(), native.address(added), dx.data_ptr(),
+    loader.kernels().dw_norm_backward(
+        loader.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), loader.address(weight),
+        offset, centred, stats.data_ptr(), loader.address(added), dx.data_ptr(),
     )  # fmt: skip
     return dx
 
 
 def _compute_activation(gate, up, kind):  # type: ignore[no-untyped-def]
-    if not native.serves(gate, up):
-        return activation_twin(gate, up, ACTIVATIONS[kind])
+    if not loader.serves(gate, up):
+        return activation_reference(gate, up, ACTIVATIONS[kind])
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
     y = torch.empty_like(gate)
-    native.kernels().dw_activation(
-        native.number(gate.dtype), kind, *gate.shape, gate.data_ptr(), native.address(up), y.data_ptr()
+    loader.kernels().dw_activation(
+        loader.number(gate.dtype), kind, *gate.shape, gate.data_ptr(), loader.address(up), y.data_ptr()
     )
     return y
 
 
 def _compute_activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
-    if not native.serves(grad, gate, up):
-        return activation_backward_twin(grad, gate, up, ACTIVATIONS[kind])
+    if not loader.serves(grad, gate, up):
+        return activation_backward_reference(grad, gate, up, ACTIVATIONS[kind])
     grad, gate, up = grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous()
     d_gate, y = torch.empty_like(gate), torch.empty_like(gate)
     d_up = gate.new_empty(0) if up is None else torch.empty_like(gate)
-    native.kernels().dw_activation_backward(
-        native.number(gate.dtype), kind, *gate.shape, grad.data_ptr(), gate.data_ptr(), native.address(up),
+    loader.kernels().dw_activation_backward(
+        loader.number(gate.dtype), kind, *gate.shape, grad.data_ptr(), gate.data_ptr(), loader.address(up),
         d_gate.data_ptr(), None if up is None else d_up.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     return d_gate, d_up, y
 
 
 def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
-    if not native.serves(x) or cosine.dtype != torch.float32 or cosine.shape[-1] % 2:
-        return rotate_twin(x, cosine, sine, backward=backward)
+    if not loader.serves(x) or cosine.dtype != torch.float32 or cosine.shape[-1] % 2:
+        return rotate_reference(x, cosine, sine, backward=backward)
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
     out = torch.empty_like(x)
-    native.kernels().dw_rotate(
-        native.number(x.dtype), *x.shape, cosine.shape[-1], x.data_ptr(), x.stride(0), cosine.data_ptr(),
+    loader.kernels().dw_rotate(
+        loader.number(x.dtype), *x.shape, cosine.shape[-1], x.data_ptr(), x.stride(0), cosine.data_ptr(),
         sine.data_ptr(), backward, out.data_ptr(), out.stride(0),
     )  # fmt: skip
     return out
@@ -239,12 +239,12 @@ def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
 
 def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ignore[no-untyped-def]
     check_targets(targets, logits.shape[1])
-    if not native.serves(logits) or not logits.is_contiguous():
-        return cross_entropy_twin_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
+    if not loader.serves(logits) or not logits.is_contiguous():
+        return cross_entropy_reference_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
     targets, weights = targets.contiguous(), weights.float().contiguous()
     losses = torch.empty(logits.shape[0])
-    native.kernels().dw_cross_entropy(
-        native.number(logits.dtype), *logits.shape, logits.data_ptr(), targets.data_ptr(), weights.data_ptr(),
+    loader.kernels().dw_cross_entropy(
+        loader.number(logits.dtype), *logits.shape, logits.data_ptr(), targets.data_ptr(), weights.data_ptr(),
         scale, softcap, grad, losses.data_ptr(),
     )  # fmt: skip
     return losses

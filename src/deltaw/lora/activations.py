@@ -84,12 +84,12 @@ def initialize_from_activations(
     layers = adapted_layers(model)
     for name, layer in layers:
         if reason := init_refusal(layer, "eva"):
-            raise UserError(f"'{name}': {reason}", where="init", mend="leave it out with exclude_modules")
+            raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
         if not bool((layer.lora_B == 0).all()):
             raise UserError(
                 f"'{name}' is trained already",
                 where="init",
-                mend="call initialize_from_activations right after attach",
+                hint="call initialize_from_activations right after attach",
             )
     width = 2 * max(layer.rank for _, layer in layers) + 8
     watch = _Watch(width, torch.Generator().manual_seed(seed))
@@ -109,7 +109,7 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationSta
     seen = [(name, layer, watch.inputs[id(layer)]) for name, layer in layers if id(layer) in watch.inputs]
     if not seen:
         raise UserError(
-            "run_batches ran none of the adapted layers", mend="let it call the model that was given"
+            "run_batches ran none of the adapted layers", hint="let it call the model that was given"
         )
     explained: list[Tensor] = []
     for name, _, found in seen:
@@ -117,7 +117,7 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationSta
             raise UserError(
                 f"the inputs of '{name}' are not finite",
                 where="init",
-                mend="look for values that are not finite in the data, or load the model in bf16 or fp32",
+                hint="look for values that are not finite in the data, or load the model in bf16 or fp32",
             )
     for _, layer, found in seen:
         directions = found.directions[:, : layer.rank]

@@ -181,7 +181,7 @@ def _collector_paused() -> Iterator[None]:
 def refuse_adapted(model: nn.Module) -> None:
     """Raise where ``model`` holds adapted layers already."""
     if attachment(model) is not None or any(isinstance(m, LoRALayer) for m in model.modules()):
-        raise UserError("the model has an adapter already", mend="call detach on it first, or merge it")
+        raise UserError("the model has an adapter already", hint="call detach on it first, or merge it")
 
 
 def _adapted(
@@ -199,7 +199,7 @@ def _adapted(
             generator=generator,
         )
     except UserError as error:
-        raise UserError(f"'{target.names[0]}': {error.what}", where=error.where, mend=error.mend) from error
+        raise UserError(f"'{target.names[0]}': {error.what}", where=error.where, hint=error.hint) from error
     return layer
 
 
@@ -222,7 +222,7 @@ def _refuse_change(model: nn.Module, record: Attachment) -> None:
         if others := [other for other in shared.get(id(layer.weight), ()) if other != name]:
             reason = f"init '{init}' changes its weight, which '{others[0]}' uses as well"
         if reason is not None:
-            raise UserError(f"'{name}': {reason}", where="init", mend="leave it out with exclude_modules")
+            raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
 
 
 def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
@@ -270,7 +270,7 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
         record.biases.append(TrainedBias(f"{name}.bias".lstrip("."), bias, bias.detach().clone()))
         bias.requires_grad_(True)
     if not record.biases:
-        raise UserError(f"bias: '{config.bias}' finds no bias to train", where="bias", mend="use bias: none")
+        raise UserError(f"bias: '{config.bias}' finds no bias to train", where="bias", hint="use bias: none")
 
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:

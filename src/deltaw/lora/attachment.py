@@ -115,7 +115,7 @@ def attached(model: nn.Module) -> Attachment:
     """
     record = attachment(model)
     if record is None:
-        raise UserError("the model has no adapter attached", mend="call attach or load_adapter on it first")
+        raise UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
     return record
 
 
@@ -135,7 +135,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
     if not layers:
-        raise UserError("the model has no adapter attached", mend="call attach or load_adapter on it first")
+        raise UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
     return layers
 
 
@@ -152,7 +152,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             raise UserError(
                 "the base model's weights were not kept when the adapter was merged",
                 where=name,
-                mend="merge with keep_original=True",
+                hint="merge with keep_original=True",
             )
     record = attachment(model)
     with contextlib.ExitStack() as stack:

@@ -104,7 +104,7 @@ class LoRAConfig:
         self.dropout = _number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(
-                f"dropout cannot be {self.dropout}", where="dropout", mend="give a share from 0 to below 1"
+                f"dropout cannot be {self.dropout}", where="dropout", hint="give a share from 0 to below 1"
             )
         self.target_modules = _names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
@@ -113,7 +113,7 @@ class LoRAConfig:
             raise UserError(
                 "target_modules names nothing",
                 where="target_modules",
-                mend="write 'all-linear', 'attention', 'mlp', or a list of module names",
+                hint="write 'all-linear', 'attention', 'mlp', or a list of module names",
             )
         self.layers = _layers(self.layers)
         self.rank_pattern = {
@@ -129,12 +129,12 @@ class LoRAConfig:
         for key in ("rslora", "dora"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(
-                    f"{key} cannot be {getattr(self, key)!r}", where=key, mend="give true or false"
+                    f"{key} cannot be {getattr(self, key)!r}", where=key, hint="give true or false"
                 )
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
         if self.init == "orthogonal" and odd:
             raise UserError(
-                f"init 'orthogonal' needs an even rank, not {odd[0]}", where="rank", mend=f"use {odd[0] + 1}"
+                f"init 'orthogonal' needs an even rank, not {odd[0]}", where="rank", hint=f"use {odd[0] + 1}"
             )
         train = _names("train_modules", self.train_modules if self.train_modules is not None else [])
         self.train_modules = [train] if isinstance(train, str) else train
@@ -158,13 +158,13 @@ class LoRAConfig:
                 raise UserError(
                     f"LoRA has no setting '{key}'",
                     where=str(key),
-                    mend=did_you_mean(str(key), sorted(known | set(PEFT_NAMES))),
+                    hint=did_you_mean(str(key), sorted(known | set(PEFT_NAMES))),
                 )
             if name in values:
                 raise UserError(
                     f"'{name}' is given twice, also under PEFT's name",
                     where=str(key),
-                    mend="leave one of the two out",
+                    hint="leave one of the two out",
                 )
             if name == "init" and isinstance(value, bool):
                 value = "uniform"
@@ -190,7 +190,7 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
             raise UserError(
                 f"'{layers}' is no list of layers",
                 where="layers",
-                mend="write '16-', '0-7', '3', '0-3,8' or [1, 2]",
+                hint="write '16-', '0-7', '3', '0-3,8' or [1, 2]",
             )
         first = int(match[1])
         last = first if match[2] is None else (int(match[3]) if match[3] else None)
@@ -198,7 +198,7 @@ def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
             raise UserError(
                 f"layers '{part.strip()}' ends before it begins",
                 where="layers",
-                mend=f"write '{last}-{first}'",
+                hint=f"write '{last}-{first}'",
             )
         ranges.append((first, last))
     return ranges
@@ -218,7 +218,7 @@ def _layers(value: object) -> str | list[int] | None:
     raise UserError(
         f"layers cannot be {value!r}",
         where="layers",
-        mend="write '16-', '0-7', '3', or a list of numbers from 0",
+        hint="write '16-', '0-7', '3', or a list of numbers from 0",
     )
 
 
@@ -230,21 +230,21 @@ def _names(key: str, value: object) -> str | list[str]:
     if isinstance(value, list | tuple | set | frozenset) and all(isinstance(entry, str) for entry in value):
         ordered = sorted(value) if isinstance(value, set | frozenset) else list(value)
         if any(not entry for entry in ordered):
-            raise UserError(f"{key} holds an empty name", where=key, mend="leave it out")
+            raise UserError(f"{key} holds an empty name", where=key, hint="leave it out")
         return list(dict.fromkeys(ordered))
-    raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a text or a list of texts")
+    raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a text or a list of texts")
 
 
 def _expression(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{key} cannot hold {value!r}", where=key, mend="put a text in quotes")
+        raise UserError(f"{key} cannot hold {value!r}", where=key, hint="put a text in quotes")
     try:
         re.compile(value)
     except re.error as error:
         raise UserError(
             f"'{value}' is no regular expression: {error}",
             where=key,
-            mend="close its brackets, and write \\ before a character that stands for itself",
+            hint="close its brackets, and write \\ before a character that stands for itself",
         ) from error
     return value
 
@@ -253,29 +253,29 @@ def _mapping(key: str, value: object) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give names with numbers: {q_proj: 8}")
+        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give names with numbers: {q_proj: 8}")
     return value
 
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a number")
+        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a number")
     return float(value)
 
 
 def _positive(key: str, value: object) -> float:
     number = _number(key, value)
     if number <= 0:
-        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a number above 0")
+        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a number above 0")
     return number
 
 
 def _whole_number(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} cannot be {value!r}", where=key, mend="give a whole number of at least 1")
+        raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a whole number of at least 1")
     return value
 
 
 def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{key} cannot be {value!r}", where=key, mend=did_you_mean(str(value), choices))
+        raise UserError(f"{key} cannot be {value!r}", where=key, hint=did_you_mean(str(value), choices))

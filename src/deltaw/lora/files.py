@@ -94,7 +94,7 @@ def save_adapter(
         raise UserError(
             f"after a start by '{init}' was merged without keeping the weights before, there is no adapter "
             "to save",
-            mend="merge with keep_original=True",
+            hint="merge with keep_original=True",
         )
     settings = peft_format.settings_of(model, record, base_model, task_type)
     metadata = {"format": "pt", **(metadata or {})}
@@ -177,7 +177,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         raise UserError(
             f"there is no adapter folder '{folder}'",
             where=str(folder),
-            mend="name a folder on this machine; an adapter on a hub must be downloaded first",
+            hint="name a folder on this machine; an adapter on a hub must be downloaded first",
         )
     settings = _read_settings(folder / CONFIG_NAME)
     config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
@@ -192,14 +192,14 @@ def _read_settings(path: Path) -> Mapping[str, object]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        mend = "name the folder that an adapter was saved in"
-        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent), mend=mend) from error
+        hint = "name the folder that an adapter was saved in"
+        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent), hint=hint) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{CONFIG_NAME} cannot be read: {error}", where=str(path), mend=_COPY_AGAIN
+            f"{CONFIG_NAME} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN
         ) from error
     if not isinstance(settings, dict):
-        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path), mend=_COPY_AGAIN)
+        raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path), hint=_COPY_AGAIN)
     return settings
 
 
@@ -210,9 +210,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise UserError(
                 f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read",
                 where=str(folder / PICKLED_NAME),
-                mend=f"have whoever made it save it again as {WEIGHTS_NAME}",
+                hint=f"have whoever made it save it again as {WEIGHTS_NAME}",
             )
-        raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder), mend=_COPY_AGAIN)
+        raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder), hint=_COPY_AGAIN)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
@@ -221,7 +221,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{WEIGHTS_NAME} is cut off or damaged: {error}",
             where=str(path),
-            mend=_COPY_AGAIN,
+            hint=_COPY_AGAIN,
         ) from error
 
 
@@ -256,14 +256,14 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
             raise UserError(
                 f"tensor '{tensor_name}' fits no module of the model",
                 where=where,
-                mend=did_you_mean(name, by_name) + "; is it the base model that the adapter was trained on?",
+                hint=did_you_mean(name, by_name) + "; is it the base model that the adapter was trained on?",
             )
         named = by_name[name]
         rank = int(value_by_pattern(config.rank_pattern, name, config.rank))
         alpha = value_by_pattern(config.alpha_pattern, name, config.alpha)
         targets[name] = Target((name, *(n for n in named.names if n != name)), named.module, rank, alpha)
     if not targets:
-        raise UserError("the file holds no LoRA factors", where=where, mend="save the adapter again")
+        raise UserError("the file holds no LoRA factors", where=where, hint="save the adapter again")
     chosen = [targets[name] for named in modules for name in named.names if name in targets]
     selection = select(model, config, strict=False)
     whole_modules = {id(inner) for whole in wholes for inner in whole.module.modules()}
@@ -273,7 +273,7 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
             raise UserError(
                 f"tensor '{missing}' is missing: the settings name its module",
                 where=where,
-                mend="load it on the base model that it was trained on, or save the adapter again",
+                hint="load it on the base model that it was trained on, or save the adapter again",
             )
     return Selection(chosen, wholes, selection.matches)
 
@@ -320,7 +320,7 @@ def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> T
         raise UserError(
             f"tensor '{key}' is missing",
             where=where,
-            mend="load it on the base model that it was trained on, or save the adapter again",
+            hint="load it on the base model that it was trained on, or save the adapter again",
         )
     found = left.pop(key)
     if found.shape != shape:
@@ -328,13 +328,13 @@ def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> T
             f"tensor '{key}' does not fit: the model and the settings need {tuple(shape)}, the file has "
             f"{tuple(found.shape)}",
             where=where,
-            mend="is it the base model that the adapter was trained on?",
+            hint="is it the base model that the adapter was trained on?",
         )
     return found
 
 
 def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Tensor, where: str) -> None:
-    """PEFT writes some of the base model's own weights as well; they are passed over if they are the same."""
+    """PEFT writes some of the base model's own weights as well; they are skipped if they are the same."""
     name = key.removeprefix(peft_format.PREFIX)
     if any(name.startswith(f"{w.names[0]}.{part}.") for w in record.wholes for part in _WRAPPER_PARTS):
         return
@@ -349,12 +349,12 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
             f"the file has its own copy of the base weight '{name}' {tuple(tensor.shape)}, which is not the "
             f"model's {tuple(own.shape)}",
             where=where,
-            mend="load it on the base model that it was trained on, with the vocabulary of the same size",
+            hint="load it on the base model that it was trained on, with the vocabulary of the same size",
         )
     raise UserError(
         f"tensor '{key}' fits nothing in the model",
         where=where,
-        mend="load it on the base model that it was trained on",
+        hint="load it on the base model that it was trained on",
     )
 
 

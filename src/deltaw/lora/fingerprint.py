@@ -31,7 +31,7 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterabl
     without_value = {id(parameter) for parameter in replaced}
     for name, parameter in parameters:
         if not has_values(parameter) or parameter.dtype == torch.int8:
-            return None  # weights in bytes are no longer the values that the model came with
+            return None  # weights in int8 are no longer the values that the model came with
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.numel() and parameter.is_floating_point() and id(parameter) not in without_value:
             flat = (

@@ -40,9 +40,9 @@ def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None 
         UserError: the method is unknown or does not suit the layer.
     """
     if method not in INITS:
-        raise UserError(f"init cannot be {method!r}", where="init", mend=did_you_mean(method, INITS))
+        raise UserError(f"init cannot be {method!r}", where="init", hint=did_you_mean(method, INITS))
     if refused := init_refusal(layer, method):
-        raise UserError(refused, where="init", mend="use init 'uniform', or leave this layer out")
+        raise UserError(refused, where="init", hint="use init 'uniform', or leave this layer out")
     if layer.weight.is_meta:
         pass  # A model on the meta device has no values to start from.
     elif method in CHANGING_INITS:
@@ -124,7 +124,7 @@ def _change(layer: LoRALayer, method: str) -> None:
     # nn.Linear's weight is (out, in); transformers' Conv1D already has (in, out).
     wide = (original.t() if isinstance(layer, nn.Linear) else original).to(layer.lora_A.dtype)
     if not torch.isfinite(wide).all():
-        raise UserError(f"init '{method}' needs finite weights", where="init", mend="use init 'uniform'")
+        raise UserError(f"init '{method}' needs finite weights", where="init", hint="use init 'uniform'")
     if method == "pissa":
         left, values, right = torch.linalg.svd(wide, full_matrices=False)
         root = (values[: layer.rank] / layer.scaling).sqrt()

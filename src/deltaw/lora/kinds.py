@@ -2,7 +2,7 @@
 
 A module is adapted only where what it computes is known: its type is one of torch's, or a subclass that
 leaves ``forward`` alone, or one of a few whose own ``forward`` does the same. Everything else is refused by
-name, never passed over: an adapter that is silently not applied is worse than none.
+name, never skipped: an adapter that is silently not applied is worse than none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
-from deltaw.lora.layers_int8 import ByteLinear
+from deltaw.lora.layers_int8 import Int8Linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
@@ -52,7 +52,7 @@ def refusal(module: nn.Module) -> str | None:
         return f"the weight of this {kind} is computed from other parameters (a parametrization)"
     if isinstance(weight, UninitializedParameter):
         return f"this {kind} has no size before its first forward"
-    if weight.dtype not in FLOATS and not isinstance(module, ByteLinear):
+    if weight.dtype not in FLOATS and not isinstance(module, Int8Linear):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
     return None
 
@@ -61,7 +61,7 @@ def _kind_refusal(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, nn.Linear):
         plain = kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_CLASSES
-        if plain or isinstance(module, ByteLinear):
+        if plain or isinstance(module, Int8Linear):
             return None
         return f"{kind.__name__} has a forward of its own"
     if is_conv1d(module):
@@ -93,7 +93,7 @@ def _only_scales(module: nn.Embedding) -> bool:
     token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
     factor = scale.to(weight.dtype) if isinstance(scale, torch.Tensor) else float(scale or 0)
     with torch.no_grad():
-        # Not torch.equal: this may run on tensors without values, which answer bool() but not that.
+        # Not torch.equal: this may run on tensors on fake tensors, which answer bool() but not that.
         return bool((module(token)[0, 0] == weight[0] * factor).all())
 
 

@@ -78,13 +78,13 @@ class LoRALayer(nn.Module):
             raise UserError(
                 f"rank must be a whole number of at least 1, not {rank}",
                 where="rank",
-                mend="give rank 16, say",
+                hint="give rank 16, say",
             )
         if not 0.0 <= dropout < 1.0:
             raise UserError(
                 f"dropout must be at least 0 and below 1, not {dropout}",
                 where="dropout",
-                mend="give 0.05, say",
+                hint="give 0.05, say",
             )
         for parameter in self._parameters.values():
             if parameter is not None:
@@ -119,7 +119,7 @@ class LoRALayer(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW in the layout of ``weight``, in fp32 (fp64 for an fp64 weight), without a graph."""
-        raise UserError(f"{type(self).__name__} has no ΔW of its own", mend="use one of its subclasses")
+        raise UserError(f"{type(self).__name__} has no ΔW of its own", hint="use one of its subclasses")
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -145,7 +145,7 @@ class LoRALayer(nn.Module):
         """Give back the very weight that :meth:`set_merged` kept."""
         if self._unmerged_weight is None:
             raise UserError(
-                "the weights from before the merge were not kept", mend="merge with keep_original=True"
+                "the weights from before the merge were not kept", hint="merge with keep_original=True"
             )
         self.weight.data = like(self._unmerged_weight, self.weight)
         self._unmerged_weight, self.merged = None, False
@@ -372,7 +372,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if embedding.max_norm is not None:
             raise UserError(
                 "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen",
-                mend="leave it out of target_modules",
+                hint="leave it out of target_modules",
             )
         layer = adopt(cls, embedding)
         # The attribute alone says nothing: some models keep it there and scale elsewhere.

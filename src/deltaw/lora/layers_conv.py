@@ -77,7 +77,7 @@ class LoRAConv(LoRALayer, _ConvNd):
             raise UserError(
                 f"a convolution of {self.groups} groups needs a rank that they divide, not {rank}",
                 where="rank",
-                mend=f"use {-(-rank // self.groups) * self.groups}, or leave the layer out",
+                hint=f"use {-(-rank // self.groups) * self.groups}, or leave the layer out",
             )
         kernel = tuple(self.kernel_size)
         return (

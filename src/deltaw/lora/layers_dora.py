@@ -192,7 +192,7 @@ class DoRAConv(DoRALayer, LoRAConv):
             raise UserError(
                 f"DoRA is not for a convolution of {self.groups} groups, whose ΔW is no kernel of its shape",
                 where="dora",
-                mend="leave the layer out, or leave dora out",
+                hint="leave the layer out, or leave dora out",
             )
         return super()._shapes(rank)
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from deltaw.kernels import linear as kernels
 
 
-class ByteLinear(nn.Linear):
-    """y = x·Wᵀ + b with W (out, in) in bytes; frozen."""
+class Int8Linear(nn.Linear):
+    """y = x·Wᵀ + b with W (out, in) in int8; frozen."""
 
     weight_scale: Tensor
     weight_columns: Tensor | None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, columns: Tensor | None = None) -> ByteLinear:
+    def from_linear(cls, linear: nn.Linear, columns: Tensor | None = None) -> Int8Linear:
         """The layer with ``linear``'s weight rounded to bytes and its own bias.
 
         Args:
@@ -37,7 +37,7 @@ class ByteLinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         with torch.no_grad():
             weight = linear.weight if columns is None else linear.weight.float() / columns
-            steps, scale = kernels.quantised_rows(weight)
+            steps, scale = kernels.quantized_rows(weight)
         layer.weight = nn.Parameter(steps, requires_grad=False)
         layer.register_parameter("bias", linear.bias)
         if linear.bias is not None:
@@ -57,7 +57,7 @@ class ByteLinear(nn.Linear):
 
 
 def plain_weight(weight: Tensor, scale: Tensor, columns: Tensor | None) -> Tensor:
-    """A weight in bytes as fp32 numbers."""
+    """A weight in int8 as fp32 numbers."""
     wide = weight.float() * scale[:, None]
     return wide if columns is None else wide * columns
 
@@ -71,7 +71,7 @@ def weight_scales(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 def frozen_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor | None]
 ) -> Tensor:
-    """x·Wᵀ + b for a weight in bytes; (..., in) to (..., out)."""
+    """x·Wᵀ + b for a weight in int8; (..., in) to (..., out)."""
     return _Frozen.apply(x, weight, bias, *scales)
 
 

@@ -4,9 +4,9 @@ W and b are frozen, so a backward needs no gradient of W, and what must be kept 
 h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x in another precision. With
 adapter dropout one byte for each element of x is kept beside it, the mask. Where a compiled kernel serves
 (``kernels/linear.py``) product and update are one, and W may be bytes. The derivation stands in
-``docs/method.md``. Each function has its plain twin beside it (``*_reference``), composed of torch's own
-operations: the tests hold the two together, and it serves where a closed form does not: when W itself is
-trained, and under ``torch.func`` transforms.
+``docs/method.md``. Each function has a reference implementation (``*_reference``) composed of torch's
+operations. Tests hold the two together, and the reference is used where a closed form cannot be: when W
+itself is trained, and under ``torch.func`` transforms.
 
 It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers_conv``: their
 A·x is itself a convolution, whose backward torch already has in closed form.
@@ -47,7 +47,7 @@ def linear(
         lora_B: (r, out).
         scaling: alpha / r, or alpha / √r.
         dropout: share p of the adapter's inputs set to 0, the rest scaled by 1 / (1 − p).
-        scales: of a weight in bytes: of its rows (out) and, or None, of its columns (in); see
+        scales: of a weight in int8: of its rows (out) and, or None, of its columns (in); see
             :func:`deltaw.kernels.linear.linear`.
 
     Returns:
@@ -75,7 +75,7 @@ def linear_reference(
     mask: Tensor | None = None,
     weight_is_in_out: bool = False,
 ) -> Tensor:
-    """The plain twin of :func:`linear`; ``mask`` (like x, bool) says which inputs the adapter sees."""
+    """Reference implementation of :func:`linear`; ``mask`` (like x, bool): inputs that the adapter sees."""
     base = F.linear(x, weight.t() if weight_is_in_out else weight, bias)
     seen = x if mask is None else x * mask
     return base + (seen @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
             else:
                 y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
-            # The scaling goes into the small (r, out) factor, so that no wide tensor is passed over for it.
+            # The scaling goes into the small (r, out) factor, so that no wide tensor is skipped for it.
             y.addmm_(h, scaled(lora_B, scaling, x.dtype))
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -229,7 +229,7 @@ def embedding_reference(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
 ) -> Tensor:
-    """The plain twin of :func:`embedding`."""
+    """The reference implementation of :func:`embedding`."""
     base = embedding_rows(ids, weight, embed_scale, padding_idx, scale_grad_by_freq)
     h = F.embedding(ids, lora_A, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     delta = h.to(base.dtype) @ (lora_B * scaling).to(base.dtype)
@@ -331,7 +331,7 @@ def autocast_is_on(device: str) -> bool:
 
 
 def needs_reference(weight: Tensor) -> bool:
-    """Whether the plain twin must serve: W is trained too, or a torch.func transform looks on."""
+    """Whether the reference is needed: W is trained too, or a torch.func transform is active."""
     if weight.requires_grad and torch.is_grad_enabled():
         return True
     if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ there), and found without forming ΔW. What must be kept for the backward beside
 output y itself, from which the gradient of m follows; a layer that keeps its input as well, as most
 activation functions do, shares it. So the output must not be changed in place before the backward: torch
 says so where it is.
-The derivation stands in ``docs/method.md``; :func:`dora_linear_reference` is the plain twin.
+The derivation stands in ``docs/method.md``; :func:`dora_linear_reference` is the reference implementation.
 
 It knows no modules; shapes only.
 """
@@ -118,7 +118,7 @@ def dora_linear_reference(
     keep: float = 1.0,
     weight_is_in_out: bool = False,
 ) -> Tensor:
-    """The plain twin of :func:`dora_linear`; ``mask`` (like x, bool) says which inputs the adapter sees."""
+    """Reference of :func:`dora_linear`; ``mask`` (like x, bool): inputs that the adapter sees."""
     matrix = weight.t() if weight_is_in_out else weight
     g = gain(magnitude, norm).to(x.dtype)
     seen = x if mask is None else x * mask / keep

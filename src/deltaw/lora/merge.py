@@ -32,17 +32,17 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
     shared = shared_weights(model)
     for name, layer in layers:
         if layer.merged:
-            raise UserError("the adapter is merged already", where=name, mend="call unmerge first")
+            raise UserError("the adapter is merged already", where=name, hint="call unmerge first")
         if id(layer.weight) in shared:
             others = [other for other in shared[id(layer.weight)] if other != name]
             raise UserError(
                 f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change",
                 where=name,
-                mend="untie the two, or keep the adapter separate",
+                hint="untie the two, or keep the adapter separate",
             )
         if reason := layer.merge_refusal():
             raise UserError(
-                f"'{name}' cannot be merged: {reason}", where=name, mend="keep the adapter separate"
+                f"'{name}' cannot be merged: {reason}", where=name, hint="keep the adapter separate"
             )
     # Without room for all sums at once, they are formed twice: to look at them, and to keep them.
     sums: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
             raise UserError(
                 f"the merged weight of '{name}' is not finite",
                 where=name,
-                mend="the adapter's factors are broken, or its values too large for the weight's type",
+                hint="the adapter's factors are broken, or its values too large for the weight's type",
             )
         if keep_original:
             sums[name] = total
@@ -69,13 +69,13 @@ def unmerge(model: nn.Module) -> None:
     layers = adapted_layers(unwrapped(model))
     merged = [(name, layer) for name, layer in layers if layer.merged]
     if not merged:
-        raise UserError("the adapter is not merged", mend="call merge first")
+        raise UserError("the adapter is not merged", hint="call merge first")
     for name, layer in merged:
         if layer._unmerged_weight is None:
             raise UserError(
                 "the weights from before the merge were not kept",
                 where=name,
-                mend="merge with keep_original=True",
+                hint="merge with keep_original=True",
             )
     for _, layer in merged:
         layer.unset_merged()

@@ -156,14 +156,14 @@ def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
         raise UserError(
             f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read",
             where=where,
-            mend="give a LoRA adapter's folder",
+            hint="give a LoRA adapter's folder",
         )
     for key, value in settings.items():
         if key not in _READ and key not in _NO_MATHEMATICS and value and value != DEFAULTS.get(key):
             raise UserError(
                 f"the adapter was made with '{key}', which changes its mathematics and is not available",
                 where=f"{where}: {key}",
-                mend="use an adapter without it, or have the program that made it merge it",
+                hint="use an adapter without it, or have the program that made it merge it",
             )
     known = {key: settings.get(key, DEFAULTS[key]) for key in _READ}
     init = known.pop("init_lora_weights")
@@ -171,20 +171,20 @@ def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
         raise UserError(
             f"the adapter started with '{init}', which changed its base model's weights too",
             where=f"{where}: init_lora_weights",
-            mend="have the program that made it convert it to a plain LoRA adapter",
+            hint="have the program that made it convert it to a plain LoRA adapter",
         )
     if init == "olora" and settings.get("fan_in_fan_out"):
         raise UserError(
             "the adapter started with 'olora' on Conv1D layers, where PEFT takes the share of Wᵀ out of W",
             where=f"{where}: init_lora_weights",
-            mend="have the program that made it merge it",
+            hint="have the program that made it merge it",
         )
     for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
         known[key] = known[key] or None
     try:
         return LoRAConfig.from_dict({**known, "init": init if init in CHANGING_INITS else "uniform"})
     except UserError as error:
-        raise UserError(error.what, where=f"{where}: {error.where}", mend=error.mend) from error
+        raise UserError(error.what, where=f"{where}: {error.where}", hint=error.hint) from error
 
 
 def file_tensors(name: str, layer: LoRALayer) -> Iterator[tuple[str, Tensor]]:

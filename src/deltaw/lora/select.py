@@ -99,14 +99,14 @@ def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selecti
     chosen = [m for m in chosen if id(m.module) not in excluded]
     if not chosen and strict:
         raise UserError(
-            "exclude_modules leaves nothing to adapt", where="exclude_modules", mend="exclude fewer modules"
+            "exclude_modules leaves nothing to adapt", where="exclude_modules", hint="exclude fewer modules"
         )
     kept = [m for m in chosen if id(m.module) not in inside]
     if not kept and strict:
         raise UserError(
             "train_modules holds everything that target_modules matches",
             where="train_modules",
-            mend="name the modules in one of the two",
+            hint="name the modules in one of the two",
         )
     kept = _in_layers(config, kept, matches, strict)
     _refuse_unsupported(model, kept, modules)
@@ -144,7 +144,7 @@ def _match_targets(
             raise UserError(
                 f"target_modules: '{wanted}' matches no module",
                 where="target_modules",
-                mend=_linear_there(model, modules),
+                hint=_linear_there(model, modules),
             )
         matches[f"target_modules '{wanted}'"] = tuple(m.names[0] for m in found)
         return found
@@ -260,7 +260,7 @@ def _match_wholes(
     for named in outer:
         if not any(p.is_floating_point() for p in named.module.parameters()):
             raise UserError(
-                f"'{named.names[0]}' has no parameters to train", where="train_modules", mend="leave it out"
+                f"'{named.names[0]}' has no parameters to train", where="train_modules", hint="leave it out"
             )
     return [Whole(m.names, m.module) for m in outer]
 
@@ -290,7 +290,7 @@ def _in_layers(
             raise UserError(
                 f"layers '{entry}' names layers with nothing to adapt",
                 where="layers",
-                mend=f"the layers that target_modules matches in are {there}",
+                hint=f"the layers that target_modules matches in are {there}",
             )
         kept.update(inside)
         matches[f"layers '{entry}'"] = tuple(m.names[0] for i in sorted(inside) for m in by_index[i])
@@ -347,25 +347,25 @@ def _refuse_unsupported(model: nn.Module, chosen: list[Named], modules: list[Nam
         if reason is None:
             continue
         below = [f"{name}.{n}" for n, m in named.module.named_modules() if n and is_linear(m)]
-        mend = f"leave it out: exclude_modules: ['{last}']"
+        hint = f"leave it out: exclude_modules: ['{last}']"
         if below and not isinstance(named.module, nn.MultiheadAttention):
-            mend = f"name what is in it: {_shown(below)}"
-        raise UserError(f"'{name}' cannot be adapted: {reason}", where=name, mend=mend)
+            hint = f"name what is in it: {_shown(below)}"
+        raise UserError(f"'{name}' cannot be adapted: {reason}", where=name, hint=hint)
 
 
 def _matches_nothing(key: str, entry: str, modules: list[Named], as_list: bool = False) -> UserError:
     """The error for an entry without a match, with the nearest names: last parts, else full names."""
     names = [name for m in modules for name in m.names]
     if as_list:
-        mend = f"a text must match full names; for all modules that end so write a list: ['{entry}']"
+        hint = f"a text must match full names; for all modules that end so write a list: ['{entry}']"
     elif entry in KEYWORDS:
-        mend = f"write it without a list: {key}: {entry}"
+        hint = f"write it without a list: {key}: {entry}"
     else:
         lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         lasts = [last for last in lasts if not last.isdigit()]
         full = nearest(entry, names[:2000]) if "." in entry else []
-        mend = did_you_mean(entry, full or lasts)
-    return UserError(f"{key}: '{entry}' matches no module", where=key, mend=mend)
+        hint = did_you_mean(entry, full or lasts)
+    return UserError(f"{key}: '{entry}' matches no module", where=key, hint=hint)
 
 
 def _shown(names: list[str], count: int = 6) -> str:

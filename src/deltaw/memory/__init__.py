@@ -1,1 +1,1 @@
-"""What a run needs of memory: predicted by running it without values, and measured."""
+"""What a run needs of memory: predicted by running it on fake tensors, and measured."""

@@ -47,7 +47,7 @@ _Output = _Fresh | _View | _Argument | None
 
 
 class Answers:
-    """Operators on tensors without values, with a memory."""
+    """Operators on tensors on fake tensors, with a memory."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         self._fake = fake
@@ -87,7 +87,7 @@ class Answers:
         with torch._C._DisableTorchDispatch():
             base = torch.empty(count, dtype=tensor.dtype, device="meta")
             meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        return self._dressed(meta.detach())
+        return self._as_fake(meta.detach())
 
     def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
         if output is None:
@@ -102,9 +102,9 @@ class Answers:
                 meta = torch.empty(0, dtype=output.dtype, device="meta")
                 storage = tensors[output.of].untyped_storage()
                 meta.set_(storage, output.offset, output.shape, output.stride)  # type: ignore[call-overload]
-            return self._dressed(meta)
+            return self._as_fake(meta)
 
-    def _dressed(self, meta: Tensor) -> Tensor:
+    def _as_fake(self, meta: Tensor) -> Tensor:
         """``meta`` as a fake tensor: what its own constructor does, without its checks of every call."""
         if self._attributes is None:
             self._attributes = dict(vars(FakeTensor(self._fake, meta, _CPU)))

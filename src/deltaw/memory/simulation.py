@@ -1,4 +1,4 @@
-"""Run a program on tensors without values: real code, no arithmetic, no memory.
+"""Run a program on tensors on fake tensors: real code, no arithmetic, no memory.
 
 Floating tensors are fake: they have a shape, a type and a storage of the right size with nothing behind it
 (torch's ``FakeTensorMode``). Whole numbers and booleans (token ids, positions, masks, layouts) are computed
@@ -67,7 +67,7 @@ _FILLS = {
 }
 
 
-# Whole numbers that are no places: masks, and weights and activations in bytes.
+# Whole numbers that are no places: masks, and weights and activations in int8.
 _NO_PLACES = (torch.bool, torch.int8, torch.uint8)
 
 # What is asked of values that are not there: nothing unusual is among them.
@@ -77,7 +77,7 @@ _ANSWERED = {
 }
 
 
-class _WithoutValues(TorchDispatchMode):
+class _FakeTensors(TorchDispatchMode):
     """Sends each operator to real or to fake tensors. Stands above the FakeTensorMode."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
@@ -147,7 +147,7 @@ class _WithoutValues(TorchDispatchMode):
         return result
 
     def _chosen(self, func: Callable[..., Any], args: tuple) -> Tensor:
-        """What a mask picks; one without values picks everything."""
+        """What a mask picks; one on fake tensors picks everything."""
         mask = args[-1]
         if isinstance(mask, FakeTensor):
             mask = self._real(_aten.ones.default, (list(mask.shape),), {"dtype": torch.bool})
@@ -214,14 +214,14 @@ def _places(func: object, args: tuple, kwargs: dict, result: FakeTensor) -> Tens
 
 
 @functools.cache
-def _modes() -> tuple[FakeTensorMode, _WithoutValues]:
+def _modes() -> tuple[FakeTensorMode, _FakeTensors]:
     """One pair for the whole process: tensors of two fake modes cannot meet in one operator."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    return fake, _WithoutValues(fake)
+    return fake, _FakeTensors(fake)
 
 
 @contextlib.contextmanager
-def without_values() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """While open, floating tensors that are made have no values; models and runs can be made and run.
 
     A real floating tensor from before may take part and is not changed. May be opened again, also inside
@@ -242,17 +242,17 @@ def simulate(
     models: Iterable[torch.nn.Module] = (),
     vocabularies: Iterable[int] = (),
 ) -> Footprint:
-    """Run ``run`` without values and tell what it would take.
+    """Run ``run`` on fake tensors and tell what it would take.
 
     Args:
-        run: is called once, under :func:`without_values`. What it needs of models was made there as well
+        run: is called once, under :func:`fake_tensors`. What it needs of models was made there as well
             (:func:`deltaw.hub.skeleton.skeleton`).
         known: tensors from before ``run`` by kind (:data:`deltaw.memory.footprint.KINDS`); a later kind wins.
         models: models from before ``run``: their parameters and buffers count as weights or trained, and
             modules are called by their names in them.
         vocabularies: floating tensors whose last size is one of these count as logits.
     """
-    with without_values(), MemoryTracker(vocabularies=vocabularies) as tracker:
+    with fake_tensors(), MemoryTracker(vocabularies=vocabularies) as tracker:
         for model in models:
             tracker.track_model(model)
         for kind, tensors in (known or {}).items():

@@ -1,7 +1,7 @@
 """Every storage of tensors from its making to its end: how many bytes live, what they are, when it is most.
 
 A dispatch mode sees what each operator returns; a weak reference to the storage tells of its end. It is the
-same on real tensors and on tensors without values. What operators allocate inside and give back before they
+same on real tensors and on tensors on fake tensors. What operators allocate inside and give back before they
 return is added by :mod:`deltaw.memory.scratch`.
 
 Nothing is decided while the program runs: all births and deaths are kept, and :meth:`MemoryTracker.footprint`
@@ -124,7 +124,7 @@ class MemoryTracker(TorchDispatchMode):
         phase = self._current_phase()
         if phase != self._phase:
             self._change_phase(phase)
-        self._settle()
+        self._resolve()
         for value in args:
             if type(value) is Tensor and self._life(value) is None and not value.is_floating_point():
                 # Whole numbers that no operator made: token ids, places and masks that came from NumPy.
@@ -179,7 +179,7 @@ class MemoryTracker(TorchDispatchMode):
         self._now += life.bytes
         return life
 
-    def _settle(self) -> None:
+    def _resolve(self) -> None:
         """Whether the engine's last sum of two gradients of one tensor took memory of its own.
 
         The engine adds in place where nobody else holds the first, but never while a dispatch mode looks on.

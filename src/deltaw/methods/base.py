@@ -40,8 +40,8 @@ class Method(Protocol):
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
         """Freeze the model, make what is trained, ready to be trained, and answer with a few lines.
 
@@ -66,7 +66,7 @@ class Method(Protocol):
     def after_step(self, model: nn.Module) -> None:
         """Bring what the optimizer has changed into the model, where that is not the same tensor."""
 
-    def dressed(self, tokens: np.ndarray) -> np.ndarray:
+    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """A row as the model is to see it: (length,) to (length + virtual tokens,)."""
 
     def save(

@@ -21,7 +21,7 @@ class Bias(InPlace):
     name = "bias"
     usual_rate = 5e-4
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         return [name for name in names_of(model) if name.rpartition(".")[2] == "bias"]
 
     def prepare(
@@ -29,26 +29,26 @@ class Bias(InPlace):
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
-        heads = inside(beside, names_of(model))
-        chosen = [name for name in self.chosen(model, beside) if name not in heads]
+        heads = inside(extra_modules, names_of(model))
+        chosen = [name for name in self.chosen(model, extra_modules) if name not in heads]
         if chosen:
-            return super().prepare(model, seed=seed, beside=beside)
+            return super().prepare(model, seed=seed, extra_modules=extra_modules)
         total = sum(p.numel() for p in model.parameters())
         places: list[Place] = train_places(model, heads)
-        bare = _linear_layers(model, beside)
+        bare = _linear_layers(model, extra_modules)
         self._places = [*places, *add_biases(model, bare)]
         note = f"\n  note: the model has no biases; {len(bare)} linear layers were given one of zeros"
         return self.summary(model, total) + note
 
 
-def _linear_layers(model: nn.Module, beside: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The linear layers below the output head."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    left_out = tuple(beside)
+    left_out = tuple(extra_modules)
     return [
         (name, module)
         for name, module in model.named_modules()

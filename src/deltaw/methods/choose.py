@@ -92,6 +92,6 @@ def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
         raise UserError(
             f"the adapter is of kind {kind!r}, which is not known",
             where=str(folder),
-            mend="give a LoRA, a prompt-tuning or one of deltaw's own adapters",
+            hint="give a LoRA, a prompt-tuning or one of deltaw's own adapters",
         )
     return made[str(kind)]()

@@ -66,7 +66,7 @@ def write_trained(
         raise UserError(
             f"the adapter cannot be written: {error.strerror or error}",
             where=str(folder),
-            mend="choose a folder that you may write to",
+            hint="choose a folder that you may write to",
         ) from error
 
 
@@ -81,11 +81,11 @@ def read_config(folder: Path) -> dict[str, object]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(folder), mend="save the adapter again"
+            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(folder), hint="save the adapter again"
         ) from error
     if not isinstance(settings, dict):
         raise UserError(
-            f"{ADAPTER_CONFIG} is no JSON object", where=str(folder), mend="save the adapter again"
+            f"{ADAPTER_CONFIG} is no JSON object", where=str(folder), hint="save the adapter again"
         )
     return settings
 
@@ -101,14 +101,14 @@ def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
         raise UserError(
             f"its method is {settings.get('method') or settings.get('peft_type')!r}, not '{method}'",
             where=str(folder),
-            mend="name its own method",
+            hint="name its own method",
         )
     path = folder / ADAPTER_WEIGHTS
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
+            f"the adapter's weights are damaged: {error}", where=str(path), hint="save or copy it again"
         ) from error
     tied = _mapping(settings.get("tied"))
     saved = Saved(
@@ -135,7 +135,7 @@ def classes_of(folder: Path) -> tuple[str, ...] | None:
         names = None if text is None else json.loads(text)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
+            f"the adapter's weights are damaged: {error}", where=str(path), hint="save or copy it again"
         ) from error
     return tuple(str(name) for name in names) if isinstance(names, list) else None
 
@@ -151,7 +151,7 @@ def outputs_of(folder: Path) -> int | None:
             return int(file.get_slice(names[-1]).get_shape()[0]) if names else None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"the adapter's weights are damaged: {error}", where=str(path), mend="save or copy it again"
+            f"the adapter's weights are damaged: {error}", where=str(path), hint="save or copy it again"
         ) from error
 
 

@@ -16,5 +16,5 @@ class Full(InPlace):
     name = "full"
     usual_rate = 2e-5
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         return list(names_of(model))

@@ -24,10 +24,10 @@ class Head(InPlace):
         super().__init__(settings)
         self.modules = settings.modules
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         if self.modules:
             return inside(modules_named(model, self.modules, "head.modules"), names_of(model))
-        if beside:
+        if extra_modules:
             return []  # the classifier, which is trained beside any method, is the head
         getter = getattr(model, "get_output_embeddings", None)
         head = getter() if callable(getter) else None

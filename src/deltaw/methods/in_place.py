@@ -32,10 +32,10 @@ class InPlace:
         self.settings = settings
         self._places: list[Place] = []
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         """Names of the parameters that are trained, without those of ``beside``."""
         raise UserError(
-            f"{type(self).__name__} does not say what it trains", mend="use one of its subclasses"
+            f"{type(self).__name__} does not say what it trains", hint="use one of its subclasses"
         )
 
     def prepare(
@@ -43,15 +43,15 @@ class InPlace:
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
-        names = [*self.chosen(model, beside), *inside(beside, names_of(model))]
+        names = [*self.chosen(model, extra_modules), *inside(extra_modules, names_of(model))]
         if not names:
             raise UserError(
                 f"method '{self.name}' finds nothing to train in a {type(model).__name__}",
                 where="method",
-                mend="choose another method",
+                hint="choose another method",
             )
         total = sum(p.numel() for p in model.parameters())
         self._places = train_places(model, names)
@@ -85,7 +85,7 @@ class InPlace:
     def after_step(self, model: nn.Module) -> None:
         """Nothing: the optimizer changes the model's own parameters."""
 
-    def dressed(self, tokens: np.ndarray) -> np.ndarray:
+    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
         return tokens
 
     def save(

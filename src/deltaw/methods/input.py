@@ -33,7 +33,7 @@ class Input(InPlace):
         self.tokenizer = tokenizer
         self._rows = Subset()
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         if self.tokens:
             return []
         if self.modules:
@@ -45,15 +45,15 @@ class Input(InPlace):
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
         if not self.tokens:
-            return super().prepare(model, seed=seed, beside=beside)
+            return super().prepare(model, seed=seed, extra_modules=extra_modules)
         rows = torch.tensor(sorted({self._token_id(token) for token in self.tokens}), dtype=torch.int32)
         name = f"{_input_layer(model)}.weight"
         # The rows are trained where the embedding stands; a tied output layer stays as it is.
-        self._places = train_places(model, [name, *inside(beside, names_of(model))])
+        self._places = train_places(model, [name, *inside(extra_modules, names_of(model))])
         place = next(p for p in self._places if p.name == name)
         self._places.remove(place)
         self._rows.begin(
@@ -70,7 +70,7 @@ class Input(InPlace):
             raise UserError(
                 f"'{token}' is no token of the model's vocabulary",
                 where="input.tokens",
-                mend=did_you_mean(token, list(vocabulary)[-2000:])
+                hint=did_you_mean(token, list(vocabulary)[-2000:])
                 + "; a token that is new must be in the tokenizer and have its row in the embedding first",
             )
         return int(vocabulary[token])
@@ -107,5 +107,5 @@ def _input_layer(model: nn.Module) -> str:
     raise UserError(
         f"a {type(model).__name__} does not say which module is its input layer",
         where="input.modules",
-        mend="name the modules to train",
+        hint="name the modules to train",
     )

@@ -23,19 +23,19 @@ class Last(InPlace):
         super().__init__(settings)
         self.blocks = settings.blocks
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         found = blocks_of(model)
         if found is None:
             raise UserError(
                 f"a {type(model).__name__} has no list of blocks",
                 where="method",
-                mend="choose another method",
+                hint="choose another method",
             )
         name, blocks = found
         if self.blocks > len(blocks):
             raise UserError(
                 f"last.blocks asks for {self.blocks} blocks, and the model has {len(blocks)}",
                 where="last.blocks",
-                mend=f"give {len(blocks)} at most",
+                hint=f"give {len(blocks)} at most",
             )
         return inside([f"{name}.{i}" for i in range(len(blocks) - self.blocks, len(blocks))], names_of(model))

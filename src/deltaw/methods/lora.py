@@ -47,20 +47,20 @@ class LoRA:
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
-        wholes = [name for name in beside if name not in (self.config.train_modules or ())]
+        wholes = [name for name in extra_modules if name not in (self.config.train_modules or ())]
         config = self.config
         if wholes:
             config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *wholes])
         said = str(attach(model, config, seed=seed))
         if config.init == "eva":
-            if look is None:
+            if calibrate is None:
                 raise UserError(
-                    "init 'eva' needs rows to look at", where="lora.init", mend="use init 'uniform'"
+                    "init 'eva' needs rows to look at", where="lora.init", hint="use init 'uniform'"
                 )
-            said += f"\n{initialize_from_activations(model, look, seed=seed)}"
+            said += f"\n{initialize_from_activations(model, calibrate, seed=seed)}"
         # The adapter alone: the model's own dropout is no part of the method and stays off.
         _draw(model, True)
         return said
@@ -85,7 +85,7 @@ class LoRA:
     def after_step(self, model: nn.Module) -> None:
         """Nothing: the layers compute with the very tensors that the optimizer changes."""
 
-    def dressed(self, tokens: np.ndarray) -> np.ndarray:
+    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
         return tokens
 
     def save(

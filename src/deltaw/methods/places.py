@@ -61,7 +61,7 @@ def modules_named(model: nn.Module, entries: Iterable[str], where: str) -> list[
         hits = [name for name in names if name == entry or name.endswith(f".{entry}")]
         if not hits:
             raise UserError(
-                f"'{entry}' is no module of the model", where=where, mend=did_you_mean(entry, names)
+                f"'{entry}' is no module of the model", where=where, hint=did_you_mean(entry, names)
             )
         found.update(dict.fromkeys(hits))
     return list(found)
@@ -135,7 +135,7 @@ def put_loaded(
         UserError: a name or a shape does not fit the model; nothing is changed then.
     """
     places: list[Place] = []
-    mend = "load it onto the base model that it was trained on"
+    hint = "load it onto the base model that it was trained on"
     for name, tensor in tensors.items():
         names = (name, *tied.get(name, ()))
         try:
@@ -144,7 +144,7 @@ def put_loaded(
             spots = []
         if not spots or any(attribute not in module._parameters for module, attribute in spots):
             raise UserError(
-                f"the adapter trains '{name}', which the model does not have", where=where, mend=mend
+                f"the adapter trains '{name}', which the model does not have", where=where, hint=hint
             )
         module, attribute = spots[0]
         before = module._parameters[attribute]
@@ -157,7 +157,7 @@ def put_loaded(
             raise UserError(
                 f"'{name}' is {tuple(tensor.shape)} in the adapter and {shape} in the model",
                 where=where,
-                mend=mend,
+                hint=hint,
             )
         now = nn.Parameter(tensor.to(device=like.device, dtype=like.dtype), requires_grad=False)
         places.append(Place(names, spots, before, now))

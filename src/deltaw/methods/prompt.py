@@ -1,8 +1,8 @@
 """Prompt tuning: k vectors in front of every row are trained, and nothing of the model is.
 
-"The Power of Scale for Parameter-Efficient Prompt Tuning" (Lester et al. 2021, arXiv 2104.08691). The vectors
-are the embeddings of virtual tokens (:mod:`deltaw.runtime.virtual_tokens`), so rows are dressed with k ids and
-all the rest is as with any tokens; rows that share the prompt have it computed once.
+"The Power of Scale for Parameter-Efficient Prompt Tuning" (Lester et al. 2021, arXiv 2104.08691). The
+vectors are the embeddings of virtual tokens (:mod:`deltaw.runtime.virtual_tokens`): k ids are prepended to
+each row, and all the rest is as with any tokens. Rows that share the prompt have it computed once.
 
 It knows models and their embeddings; not data files or training.
 """
@@ -68,15 +68,15 @@ class Prompt:
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
         embedding = input_embedding(model)
         weight = weight_of(embedding)
         tokens, said = self._first_tokens(int(weight.shape[0]), seed)
         with torch.no_grad():
             start = embedding(tokens.to(weight.device))
-        self._places = train_places(model, inside(beside, names_of(model)))
+        self._places = train_places(model, inside(extra_modules, names_of(model)))
         layer = attach(model, start)
         self._know(layer)
         total = sum(p.numel() for p in model.parameters())
@@ -85,7 +85,7 @@ class Prompt:
             f"prompt: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): "
             f"{self.settings.length} vectors of {layer.prompt.shape[1]} in front of every row, {said}"
         ]
-        lines += [f"  trained whole beside them: {', '.join(beside)}"] if beside else []
+        lines += [f"  extra trained modules: {', '.join(extra_modules)}"] if extra_modules else []
         return "\n".join(lines)
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class Prompt:
     def after_step(self, model: nn.Module) -> None:
         """Nothing: the optimizer changes the vectors themselves."""
 
-    def dressed(self, tokens: np.ndarray) -> np.ndarray:
+    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """The row behind the ids of the virtual tokens: (length,) to (k + length,).
 
         An encoder's first token stands behind the prompt too, where PEFT has it.
@@ -158,8 +158,8 @@ class Prompt:
         self.settings = PromptSettings(len(layer.prompt), "text" if text else "random", text or None)
         self.virtual_tokens = self.settings.length
         whole = sorted({name.rpartition(".")[0] for name in file.whole})
-        beside = f", and {', '.join(whole)}" if whole else ""
-        return f"a soft prompt of {len(layer.prompt)} vectors{beside} from {folder}"
+        extras = f", and {', '.join(whole)}" if whole else ""
+        return f"a soft prompt of {len(layer.prompt)} vectors{extras} from {folder}"
 
     def can_share_prefixes(self) -> bool:
         """A prompt that stands in front of all rows is the first thing that they share."""
@@ -184,7 +184,7 @@ class Prompt:
             raise UserError(
                 "the model has no tokenizer to make tokens of prompt.text",
                 where="prompt.init",
-                mend="set prompt.init: random",
+                hint="set prompt.init: random",
             )
         # With the marks that the tokenizer puts around a text, as PEFT has them.
         ids = [int(i) for i in self.tokenizer(text)["input_ids"]]
@@ -192,7 +192,7 @@ class Prompt:
             raise UserError(
                 "prompt.text has no tokens that the model knows",
                 where="prompt.text",
-                mend="give another text",
+                hint="give another text",
             )
         if len(ids) == length:
             said = "started as prompt.text"
@@ -207,7 +207,7 @@ class Prompt:
 def _layer(model: nn.Module) -> VirtualTokens:
     layer = attached(model)
     if layer is None:
-        raise UserError("the model has no soft prompt", mend="prepare the method or load a prompt first")
+        raise UserError("the model has no soft prompt", hint="prepare the method or load a prompt first")
     return layer
 
 

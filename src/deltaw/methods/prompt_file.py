@@ -107,18 +107,18 @@ def read_prompt(folder: Path) -> PromptFile:
     where = str(folder / ADAPTER_WEIGHTS)
     prompt = tensors.pop(PROMPT, None)
     if prompt is None:
-        raise UserError(f"tensor '{PROMPT}' is missing", where=where, mend="save or copy the adapter again")
+        raise UserError(f"tensor '{PROMPT}' is missing", where=where, hint="save or copy the adapter again")
     shape = (settings.get("num_virtual_tokens"), settings.get("token_dim"))
     if tuple(prompt.shape) != shape:
         raise UserError(
             f"tensor '{PROMPT}' is {tuple(prompt.shape)}, and {ADAPTER_CONFIG} says {shape}",
             where=where,
-            mend="save or copy the adapter again",
+            hint="save or copy the adapter again",
         )
     for name in tensors:
         if not name.startswith(PREFIX):
             raise UserError(
-                f"tensor '{name}' is no part of a soft prompt", where=where, mend="save the adapter again"
+                f"tensor '{name}' is no part of a soft prompt", where=where, hint="save the adapter again"
             )
     return PromptFile(
         prompt=prompt,
@@ -136,14 +136,14 @@ def _refuse_others(settings: Mapping[str, object], folder: Path) -> None:
     kind = settings.get("peft_type") or settings.get("method")
     if kind != KIND:
         raise UserError(
-            f"the adapter was made by {kind!r}, not by prompt tuning", where=where, mend="name its own method"
+            f"the adapter was made by {kind!r}, not by prompt tuning", where=where, hint="name its own method"
         )
     task, parts = settings.get("task_type"), settings.get("num_transformer_submodules")
     if task not in _TASKS or parts not in (1, None):
         raise UserError(
             f"a soft prompt for task_type {task!r} with {parts} parts is not read here",
             where=where,
-            mend="give one for a model that reads one row of tokens",
+            hint="give one for a model that reads one row of tokens",
         )
 
 
@@ -153,13 +153,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(
             f"the adapter is in {_PICKLED}, a pickle, which could run any code and is not read",
             where=str(folder / _PICKLED),
-            mend=f"have whoever made it save it again as {ADAPTER_WEIGHTS}",
+            hint=f"have whoever made it save it again as {ADAPTER_WEIGHTS}",
         )
     try:
         return dict(safetensors.torch.load_file(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"the adapter's weights cannot be read: {error}", where=str(path), mend="save or copy it again"
+            f"the adapter's weights cannot be read: {error}", where=str(path), hint="save or copy it again"
         ) from error
 
 

@@ -30,8 +30,8 @@ class Random(InPlace):
         self.weights = settings.weights
         self._subset = Subset()
 
-    def chosen(self, model: nn.Module, beside: Sequence[str]) -> list[str]:
-        heads = set(inside(beside, names_of(model)))
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        heads = set(inside(extra_modules, names_of(model)))
         return [name for name in names_of(model) if name not in heads]
 
     def prepare(
@@ -39,11 +39,11 @@ class Random(InPlace):
         model: nn.Module,
         *,
         seed: int,
-        beside: Sequence[str] = (),
-        look: Callable[[], None] | None = None,
+        extra_modules: Sequence[str] = (),
+        calibrate: Callable[[], None] | None = None,
     ) -> str:
-        heads = inside(beside, names_of(model))
-        places = train_places(model, [*self.chosen(model, beside), *heads])
+        heads = inside(extra_modules, names_of(model))
+        places = train_places(model, [*self.chosen(model, extra_modules), *heads])
         self._places = [place for place in places if place.name in heads]
         spread = [place for place in places if place.name not in heads]
         counts = self._counts([place.now.numel() for place in spread])
@@ -55,9 +55,9 @@ class Random(InPlace):
             else:
                 place.now.requires_grad_(False)
         total = sum(p.numel() for p in model.parameters())
-        beside_count = sum(place.now.numel() for place in self._places)
+        extra_count = sum(place.now.numel() for place in self._places)
         text = f"random: {len(self._subset):,} of {total:,} weights trained ({len(self._subset) / total:.2%})"
-        return text + (f", and {beside_count:,} of {', '.join(beside)}" if beside_count else "")
+        return text + (f", and {extra_count:,} of {', '.join(extra_modules)}" if extra_count else "")
 
     def _counts(self, sizes: list[int]) -> list[int]:
         """How many weights of each parameter: proportional to its size, and exactly as many as asked."""
@@ -67,7 +67,7 @@ class Random(InPlace):
             raise UserError(
                 f"random.weights asks for {wanted:,} weights, and there are {total:,}",
                 where="random.weights",
-                mend="give a share below 1, or a smaller number",
+                hint="give a share below 1, or a smaller number",
             )
         ends = [wanted * end // total for end in np.cumsum(np.asarray(sizes, dtype=object))]
         return [int(end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

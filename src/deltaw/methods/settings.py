@@ -38,7 +38,7 @@ class InputSettings:
     def __post_init__(self) -> None:
         if self.modules and self.tokens:
             raise UserError(
-                "input.modules and input.tokens exclude each other", mend="leave one of the two out"
+                "input.modules and input.tokens exclude each other", hint="leave one of the two out"
             )
 
 
@@ -56,7 +56,7 @@ class RandomSettings:
     def __post_init__(self) -> None:
         if not self.weights > 0 or (self.weights > 1 and self.weights != int(self.weights)):
             raise UserError(
-                f"random.weights is {self.weights}", mend="give a share below 1, or a whole number of weights"
+                f"random.weights is {self.weights}", hint="give a share below 1, or a whole number of weights"
             )
 
 
@@ -70,7 +70,7 @@ class LastSettings:
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
-            raise UserError(f"last.blocks is {self.blocks}", mend="give 1 at least")
+            raise UserError(f"last.blocks is {self.blocks}", hint="give 1 at least")
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise UserError(f"prompt.length is {self.length}", mend="give 1 at least; 20 is usual")
+            raise UserError(f"prompt.length is {self.length}", hint="give 1 at least; 20 is usual")
         if self.init not in ("random", "text"):
-            raise UserError(f"prompt.init is '{self.init}'", mend="give random or text")
+            raise UserError(f"prompt.init is '{self.init}'", hint="give random or text")
         if (self.init == "text") != bool(self.text):
             raise UserError(
                 "prompt.init text and prompt.text belong together",
                 where="prompt.text",
-                mend="give both, or neither",
+                hint="give both, or neither",
             )

@@ -110,7 +110,7 @@ class Subset:
                 raise UserError(
                     f"the adapter trains weights of '{name}' that the model does not have",
                     where=where,
-                    mend="load it onto the base model that it was trained on",
+                    hint="load it onto the base model that it was trained on",
                 )
             indices = indices.to(device=weight.device, dtype=torch.int32)
             before = weight.data.view(-1).index_select(0, indices)

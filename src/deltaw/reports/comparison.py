@@ -176,9 +176,9 @@ def _cheapest(equals: Sequence[MethodResult]) -> list[str]:
     small = min(equals, key=lambda r: r.trained_parameters or math.inf)
     if small.trained_parameters:
         said.setdefault(small.method, []).append(f"the fewest parameters ({small.trained_parameters:,})")
-    lean = min(equals, key=lambda r: r.peak_bytes or math.inf)
-    if lean.peak_bytes:
-        said.setdefault(lean.method, []).append(f"the least memory ({size(lean.peak_bytes)})")
+    fused = min(equals, key=lambda r: r.peak_bytes or math.inf)
+    if fused.peak_bytes:
+        said.setdefault(fused.method, []).append(f"the least memory ({size(fused.peak_bytes)})")
     quick = min(equals, key=lambda r: r.seconds or math.inf)
     if quick.seconds:
         said.setdefault(quick.method, []).append(f"the least time ({duration(quick.seconds)})")

@@ -1,7 +1,7 @@
 """A comparison drawn: score over trained parameters, and peak memory by method.
 
-Colours are of Okabe and Ito's set, which colour-blind readers tell apart; each point has its name beside it,
-so that none is told by colour alone.
+Colours are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name beside it,
+so that none is told by color alone.
 """
 
 from __future__ import annotations

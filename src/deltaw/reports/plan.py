@@ -14,8 +14,8 @@ from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
 
-# In the order in which they are stacked, with a colour for the terminal and one for the picture (both from a
-# palette that colour-blind readers can tell apart).
+# In the order in which they are stacked, with a color for the terminal and one for the picture (both from a
+# palette that color-blind readers can tell apart).
 PARTS = (
     ("weights", "the model's weights", "blue", "#0072b2"),
     ("trained", "trained parameters", "cyan", "#56b4e9"),
@@ -121,7 +121,7 @@ def _side_by_side(first: str, *others: str) -> Table:
 
 
 def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
-    """One bar a method, its parts in colours, and what the colours mean."""
+    """One bar a method, its parts in colors, and what the colors mean."""
     most = max(plan.peak_resident_bytes for plan in plans.values())
     lines = []
     for name, plan in plans.items():
@@ -138,7 +138,7 @@ def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
 
 
 def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
-    """What the colours of the parts mean that any plan has ``at_least`` so many bytes of."""
+    """What the colors of the parts mean that any plan has ``at_least`` so many bytes of."""
     margin = " " * 9
     lines = [Text(margin)]
     for part, label, colour, _ in PARTS:
@@ -162,7 +162,7 @@ def picture_kind(path: Path) -> str:
         raise UserError(
             f"'{path.name}' names no picture that can be drawn",
             where="--picture",
-            mend=f"let it end with {', '.join('.' + known for known in PICTURES)}",
+            hint=f"let it end with {', '.join('.' + known for known in PICTURES)}",
         )
     return kind
 

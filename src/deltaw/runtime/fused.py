@@ -1,12 +1,12 @@
-"""Lean blocks: a decoder's block under its own name, which keeps for the backward what it must and no more.
+"""Fused blocks: a decoder's block under its own name, which keeps for the backward what it must and no more.
 
-What its halves compute and keep is said in ``lean_halves``. Where the compiled kernels serve all of a block
+What its halves compute and keep is said in ``fused_halves``. Where the compiled kernels serve all of a block
 and nobody looks on, both are one call each way (``kernels.block``).
 
 A block with anything trained in it but low-rank factors, with dropout that is drawn, with hooks inside, or
 called without a layout, runs the model's own code.
 
-Knows LoRA layers and kernels; not how a model's parts are called (``lean_blocks``), data, losses or training.
+Knows LoRA layers and kernels; not what a model's parts are called (``fused_blocks``), data or training.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Normed(torch.autograd.Function):
         return ctx.norm.backward(grads[0], x, stats), None
 
 
-class LeanNorm:
+class FusedNorm:
     """A norm module's own forward with the kernels' inside, where its weight is frozen."""
 
     def __init__(self, norm: Norm) -> None:
@@ -97,7 +97,7 @@ class _Whole(torch.autograd.Function):
         return d_x, None, None, None, None, *of_factors
 
 
-class LeanBlock:
+class FusedBlock:
     """A block's own forward with another inside; called as the block is.
 
     Attributes:
@@ -116,7 +116,7 @@ class LeanBlock:
         self._complete = False
         self._inside: list[dict[str, Any]] = []
         self._state: list[Any] = []
-        self._lean = False
+        self._fused = False
         self._whole: Block | None = None
         self._factors: list[Tensor] = []
 
@@ -130,7 +130,7 @@ class LeanBlock:
         return bool(getattr(self.block, "gradient_checkpointing", False)) and self.block.training
 
     def serves(self, hidden: Tensor, layout: Layout | None) -> bool:
-        """Whether this call can go the lean way."""
+        """Whether this call can go the fused way."""
         if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
             return False
         if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -138,7 +138,7 @@ class LeanBlock:
         if self.attention.norm.weight is None or self.attention.norm.weight.dtype != hidden.dtype:
             return False
         self._look()
-        return self._lean and not self._watched()
+        return self._fused and not self._watched()
 
     def _look(self) -> None:
         """Look the block's layers over again; what is known of them is forgotten if one has changed."""
@@ -159,7 +159,7 @@ class LeanBlock:
         state += [p.requires_grad for p in self._parameters]
         if state != self._state:
             self._state, self._whole = state, None
-            self._lean = self._complete and self._trains_factors_alone()
+            self._fused = self._complete and self._trains_factors_alone()
 
     def _parts(self) -> list[nn.Module]:
         """The modules that this block's way computes with, as they were found."""
@@ -170,7 +170,7 @@ class LeanBlock:
 
     def _trains_factors_alone(self) -> bool:
         """Whether every trained parameter in the block is a factor that this way has a gradient for."""
-        if not all(layer_is_lean(layer) for layer in self._layers):
+        if not all(layer_can_fuse(layer) for layer in self._layers):
             return False
         factors = {
             id(factor)
@@ -194,7 +194,7 @@ class LeanBlock:
         )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layout = kwargs.get("forest_layout")
+        layout = kwargs.get("packed_layout")
         turns = kwargs.get("position_embeddings")
         if layout is None or turns is None or not self.serves(hidden_states, layout):
             return self.own(hidden_states, *args, **kwargs)
@@ -259,7 +259,7 @@ def _note(layer: nn.Linear, state: list[Any]) -> None:
 
 
 def _note_tensors(module: nn.Module, state: list[Any]) -> None:
-    """Note where a module's tensors lie, or which they are if without values, and if they are trained."""
+    """Note where a module's tensors lie, or which they are if on fake tensors, and if they are trained."""
     for table in (module._parameters, module._buffers):
         for tensor in table.values():
             if tensor is not None:
@@ -276,7 +276,7 @@ def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, T
     return made[1], made[2]
 
 
-def layer_is_lean(layer: nn.Module) -> bool:
+def layer_can_fuse(layer: nn.Module) -> bool:
     """A linear layer whose own weights are frozen, plain or with low-rank factors without dropout."""
     if type(layer) is LoRALinear:
         if layer.training and layer.dropout > 0.0:

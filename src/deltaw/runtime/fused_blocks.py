@@ -1,8 +1,8 @@
-"""Which blocks of a model can be lean, found by their parts, tried, and put in place for a while.
+"""Which blocks of a model can be fused, found by their parts, tried, and put in place for a while.
 
-A block is recognised by what it has, not by its name, and then tried: on a few tokens its lean form must give
-what its own code gives. Knows transformers' decoder blocks; what a lean block computes is said in
-``lean_halves``.
+A block is recognized by what it has, not by its name, and then tried: on a few tokens its fused form must
+give what its own code gives. Knows transformers' decoder blocks; what a fused block computes is said in
+``fused_halves``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deltaw.host.machine import Choice
 from deltaw.kernels import rows
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.blocks import blocks_of
-from deltaw.runtime.fused import LeanBlock, LeanNorm
+from deltaw.runtime.fused import FusedBlock, FusedNorm
 from deltaw.runtime.fused_halves import AttentionHalf, GatedHalf, Norm
 
 # Names of activation functions in transformers' modules, and the kernels' names for them.
@@ -57,7 +57,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
         copy._parameters = {"weight": nn.Parameter(torch.full((weight.numel(),), 0.5), requires_grad=False)}
         given = copy(sample)
         for offset in (0.0, 1.0):
-            expected, _ = rows.norm_twin(
+            expected, _ = rows.norm_reference(
                 sample, torch.full((weight.numel(),), 0.5), None, offset=offset, eps=eps, centred=False
             )
             if torch.allclose(given, expected, rtol=1e-4, atol=1e-5):
@@ -82,54 +82,54 @@ class NotingLayout(Layout):
 
 
 @dataclass
-class Lean:
-    """The lean blocks of a model, and what is known of them.
+class FusedBlocks:
+    """The fused blocks of a model, and what is known of them.
 
     Attributes:
-        blocks: those that were recognised; may be none.
+        blocks: those that were recognized; may be none.
         choice: whether they are used, and why or why not.
         norm: the norm behind the last block, where it is one that is known.
     """
 
-    blocks: list[LeanBlock]
+    blocks: list[FusedBlock]
     choice: Choice[bool]
-    norm: LeanNorm | None = None
+    norm: FusedNorm | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """While open, the blocks' forward is the lean one; afterwards it is what it was."""
-        all_parts: list[tuple[nn.Module, LeanBlock | LeanNorm]] = [(b.block, b) for b in self.blocks]
+        """While open, the blocks' forward is the fused one; afterwards it is what it was."""
+        all_parts: list[tuple[nn.Module, FusedBlock | FusedNorm]] = [(b.block, b) for b in self.blocks]
         if self.norm is not None:
             all_parts.append((self.norm.module, self.norm))
         used = [part for part in all_parts if self.choice.value and "forward" not in vars(part[0])]
-        for module, lean in used:
-            vars(module)["forward"] = lean
+        for module, fused in used:
+            vars(module)["forward"] = fused
         try:
             yield
         finally:
-            for module, lean in used:
+            for module, fused in used:
                 del vars(module)["forward"]
-                if isinstance(lean, LeanBlock):
-                    lean.forget()
+                if isinstance(fused, FusedBlock):
+                    fused.forget()
 
 
-def recognise(model: nn.Module) -> Lean:
-    """The blocks that have the parts of a lean one, not yet tried."""
+def recognize(model: nn.Module) -> FusedBlocks:
+    """The blocks that have the parts of a fused one, not yet tried."""
     found = blocks_of(model)
     if found is None:
-        return Lean([], Choice(False, "the model has no list of blocks"))
-    blocks: list[LeanBlock] = []
+        return FusedBlocks([], Choice(False, "the model has no list of blocks"))
+    blocks: list[FusedBlock] = []
     for block in found[1]:
-        lean = _recognised(block)
-        if isinstance(lean, str):
-            return Lean([], Choice(False, f"{type(block).__name__} is not known here: {lean}"))
-        blocks.append(lean)
+        fused = _recognized(block)
+        if isinstance(fused, str):
+            return FusedBlocks([], Choice(False, f"{type(block).__name__} is not known here: {fused}"))
+        blocks.append(fused)
     norm = norm_of(getattr(model, "norm", None))
-    return Lean(blocks, Choice(True, "not tried"), None if norm is None else LeanNorm(norm))
+    return FusedBlocks(blocks, Choice(True, "not tried"), None if norm is None else FusedNorm(norm))
 
 
-def _recognised(block: nn.Module) -> LeanBlock | str:
-    """The lean form of a block, or what it lacks."""
+def _recognized(block: nn.Module) -> FusedBlock | str:
+    """The fused form of a block, or what it lacks."""
     children = dict(block.named_children())
     attention = next((m for m in children.values() if _has(m, "q_proj", "k_proj", "v_proj", "o_proj")), None)
     gated = next((m for m in children.values() if _has(m, "gate_proj", "up_proj", "down_proj")), None)
@@ -172,24 +172,24 @@ def _recognised(block: nn.Module) -> LeanBlock | str:
             AttentionHalf(before, attention, head_size, heads[0], heads[1], behind),
             GatedHalf(norms[2], gated, kind, norms[3]),
         )
-    return LeanBlock(block, *halves)
+    return FusedBlock(block, *halves)
 
 
 def _has(module: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
-def try_blocks(lean: Lean, run: Any, layout: NotingLayout, tolerance: float) -> Lean:
+def try_blocks(fused: FusedBlocks, run: Any, layout: NotingLayout, tolerance: float) -> FusedBlocks:
     """Run the model's own blocks once, note what their attention is told, and compare.
 
     Args:
         run: runs the model's backbone over ``layout``.
-        tolerance: of the relative difference of norms between a lean block's output and the block's own.
+        tolerance: of the relative difference of norms between a fused block's output and the block's own.
     """
-    seen: list[tuple[LeanBlock, Tensor, tuple[Any, ...], dict[str, Any], Tensor]] = []
+    seen: list[tuple[FusedBlock, Tensor, tuple[Any, ...], dict[str, Any], Tensor]] = []
     layout.noted = []
 
-    def watch(block: LeanBlock) -> Any:
+    def watch(block: FusedBlock) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             result = output[0] if isinstance(output, tuple) else output
@@ -197,15 +197,15 @@ def try_blocks(lean: Lean, run: Any, layout: NotingLayout, tolerance: float) -> 
 
         return hook
 
-    hooks = [b.block.register_forward_hook(watch(b), with_kwargs=True) for b in lean.blocks]
+    hooks = [b.block.register_forward_hook(watch(b), with_kwargs=True) for b in fused.blocks]
     try:
         with torch.no_grad():
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    if len(layout.noted) != len(lean.blocks) or len(seen) != len(lean.blocks):
-        return Lean([], Choice(False, "attention is not called once in each block"))
+    if len(layout.noted) != len(fused.blocks) or len(seen) != len(fused.blocks):
+        return FusedBlocks([], Choice(False, "attention is not called once in each block"))
     worst = 0.0
     for (block, hidden, args, kwargs, own), told in zip(seen, layout.noted, strict=True):
         block.attention.scaling, block.attention.window, block.attention.softcap = told
@@ -215,14 +215,14 @@ def try_blocks(lean: Lean, run: Any, layout: NotingLayout, tolerance: float) -> 
         with torch.no_grad():
             ours = block(hidden, *args, **named)
         if not isinstance(own, Tensor) or ours.shape != own.shape:
-            return Lean([], Choice(False, "a block gives more than its output"))
+            return FusedBlocks([], Choice(False, "a block gives more than its output"))
         if has_values_of(own):
             change = (own.float() - hidden.float()).norm()
             worst = max(worst, float((ours.float() - own.float()).norm() / change))
     if not worst < tolerance:
-        return Lean([], Choice(False, f"outputs differ from the model's own by {worst:.1e}"))
+        return FusedBlocks([], Choice(False, f"outputs differ from the model's own by {worst:.1e}"))
     why = f"same outputs as the model's own (relative difference {worst:.1e})"
-    return Lean(lean.blocks, Choice(True, why), lean.norm)
+    return FusedBlocks(fused.blocks, Choice(True, why), fused.norm)
 
 
 def has_values_of(tensor: Tensor) -> bool:

@@ -5,13 +5,13 @@
 
 Kept of the first half are its input, queries, keys, values and the attention's output; of the second its
 input, gate and up. Norms and the activation are computed again in the backward. Inputs that layers share
-stand once, and with weights in bytes they are rounded once.
+stand once, and with weights in int8 they are rounded once.
 
 Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
 attention's output and the second half are computed at these places alone, keys and values at all.
 
-Knows LoRA layers and kernels; not when a block may run so (``lean``), nor how a model's parts are called
-(``lean_blocks``).
+Knows LoRA layers and kernels; not when a block may run so (``fused``), nor how a model's parts are called
+(``fused_blocks``).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Projection:
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
 
     def __call__(self, x: Tensor, steps: Steps, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x_bytes, x_scales = steps.of(x, self)
+        x_int8, x_scales = steps.of(x, self)
         return products.linear(
             x,
             self.weight,
@@ -89,7 +89,7 @@ class Projection:
             self.lora_B,
             self.scaling,
             added,
-            x_bytes,
+            x_int8,
             x_scales,
         )
 
@@ -128,7 +128,7 @@ class Steps:
             return None, None
         if self._made is None or self._of is not x or not _same(self._columns, layer.columns):
             self._of, self._columns = x, layer.columns
-            self._made = products.quantised(x, layer.columns)
+            self._made = products.quantized(x, layer.columns)
         return self._made
 
 

@@ -174,7 +174,7 @@ def _config(
         ("top_k", top_k, top_k >= 0),
     ):
         if not right:
-            raise UserError(f"{name} is {value}", where=name, mend=_RANGES[name])
+            raise UserError(f"{name} is {value}", where=name, hint=_RANGES[name])
     ends = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
@@ -227,7 +227,7 @@ def _decoder(model: PreTrainedModel) -> GenerationMixin:
         raise UserError(
             f"a {type(model).__name__} does not generate text",
             where="model",
-            mend="give a causal language model",
+            hint="give a causal language model",
         )
     return model
 
@@ -249,13 +249,13 @@ def _batches(
         allowance = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
         if length == 0:
             raise UserError(
-                "the prompt is empty", where=f"prompt {place + 1}", mend="give it a token at least"
+                "the prompt is empty", where=f"prompt {place + 1}", hint="give it a token at least"
             )
         if allowance < 1:
             raise UserError(
                 f"the prompt has {length} tokens, and the model {limit} positions",
                 where=f"prompt {place + 1}",
-                mend="shorten the prompt",
+                hint="shorten the prompt",
             )
         allowances.append(allowance)
     open_batch: list[int] = []

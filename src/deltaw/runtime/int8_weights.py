@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.linear import quantised_rows, quantised_twin
-from deltaw.lora.layers_int8 import ByteLinear
+from deltaw.kernels.linear import quantised_reference, quantized_rows
+from deltaw.lora.layers_int8 import Int8Linear
 from deltaw.runtime.blocks import blocks_of
 
 # A layer keeps its weights where rounding to bytes moves its outputs by more than this share of their norm.
@@ -33,7 +33,7 @@ TOKENS, ROWS = 512, 256
 
 
 @dataclass
-class ByteReport:
+class Int8Report:
     """What was done.
 
     Attributes:
@@ -59,14 +59,14 @@ class ByteReport:
         return said
 
 
-def keep_in_bytes(model: nn.Module, run: Callable[[], object] | None = None) -> ByteReport:
-    """Put layers with weights in bytes in the place of the blocks' linear layers.
+def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> Int8Report:
+    """Put layers with weights in int8 in the place of the blocks' linear layers.
 
     Args:
         model: frozen, without adapters.
         run: runs the model on some rows; without it nothing is looked at and every layer is taken.
     """
-    report = ByteReport()
+    report = Int8Report()
     found = blocks_of(model)
     if found is None:
         return report
@@ -74,7 +74,7 @@ def keep_in_bytes(model: nn.Module, run: Callable[[], object] | None = None) -> 
     if run is None:
         for _, parent, child, linear in _layers(prefix, blocks):
             report.layers += 1
-            setattr(parent, child, ByteLinear.from_linear(linear))
+            setattr(parent, child, Int8Linear.from_linear(linear))
         return report
     handles: list[Any] = []
     for number, block in enumerate(blocks):
@@ -93,7 +93,7 @@ def keep_in_bytes(model: nn.Module, run: Callable[[], object] | None = None) -> 
 
 
 def _layers(prefix: str, root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
-    """Name, parent, name in it, and layer of each linear layer that can be kept in bytes."""
+    """Name, parent, name in it, and layer of each linear layer that can be kept in int8."""
     layers = []
     for name, module in root.named_modules():
         for child, layer in module.named_children():
@@ -110,10 +110,10 @@ def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]
 def _change(
     layers: list[tuple[str, nn.Module, str, nn.Linear]],
     inputs: dict[int, Tensor],
-    report: ByteReport,
+    report: Int8Report,
     *_: object,
 ) -> None:
-    """After a block's own forward: its layers in bytes, and its weights given back."""
+    """After a block's own forward: its layers in int8, and its weights given back."""
     together: dict[int, list[tuple[str, nn.Module, str, nn.Linear]]] = {}
     for layer in layers:
         if id(layer[3]) in inputs:
@@ -127,7 +127,7 @@ def _change(
             if error > LARGEST_ERROR:
                 report.kept[name] = error
                 continue
-            setattr(parent, child, ByteLinear.from_linear(linear, columns))
+            setattr(parent, child, Int8Linear.from_linear(linear, columns))
             give_back(linear.weight)
     inputs.clear()
 
@@ -145,12 +145,12 @@ def _best(x: Tensor, linears: list[nn.Linear]) -> tuple[Tensor | None, list[floa
         if moved:
             by = size.clamp_min(1e-5).pow(moved) / reach.clamp_min(1e-5).pow(1 - moved)
             columns = 1.0 / (by / by.log().mean().exp())
-        steps, scales = quantised_twin(x, columns)
+        steps, scales = quantised_reference(x, columns)
         rounded = (steps.float() - 128) * scales[:, None]
         errors = []
         for w, y in zip(weights, wanted, strict=True):
-            as_bytes, scale = quantised_rows(w if columns is None else w / columns)
-            error = (rounded @ as_bytes.float().t()) * scale - y
+            int8, scale = quantized_rows(w if columns is None else w / columns)
+            error = (rounded @ int8.float().t()) * scale - y
             errors.append(float(error.norm() / y.norm().clamp_min(1e-20)))
         if best is None or sum(errors) < best[0]:
             best = sum(errors), columns, errors

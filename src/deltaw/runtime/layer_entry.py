@@ -1,7 +1,7 @@
 """The frozen prefix of a model: what lies below the lowest module that is trained, and how to pass it over.
 
 An entrance has two sides. Stopping there, a forward pass computes the frozen part alone and hands out what
-comes out of it. Entering there, the model's own forward runs with the frozen part passed over and stored
+comes out of it. Entering there, the model's own forward runs with the frozen part skipped and stored
 values in its place. Nothing is listed by architecture: forms are seen while the model runs, and whoever uses
 an entrance compares results with and without before relying on it.
 
@@ -49,7 +49,7 @@ class Level:
         return f"the lower {self.index} of {self.count} blocks"
 
 
-class Entrance(Protocol):
+class LayerEntry(Protocol):
     """A place in a model at which a forward pass can stop, and start."""
 
     def outputs(self, run: Callable[[], object]) -> Tensor:
@@ -100,7 +100,7 @@ def lowest_trained(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> L
     return Level("block", lowest, count) if lowest > 0 else None
 
 
-class BlockEntrance:
+class BlockEntry:
     """The way out of block ``index - 1``, which is the way into block ``index`` or to what follows the last.
 
     Values have the form that blocks hand on: (rows, tokens, d), one row where the batch is flat.
@@ -120,7 +120,7 @@ class BlockEntrance:
 
     @contextlib.contextmanager
     def entering(self, hidden: Tensor) -> Iterator[None]:
-        # Values come out of the last block that is passed over, and do not go into the next by a hook: a
+        # Values come out of the last block that is skipped, and do not go into the next by a hook: a
         # block that is computed again in the backward gets the arguments that it had, but no hook by then.
         form = self._form
         output = hidden if form is None else (hidden, *[None] * (form - 1))
@@ -134,7 +134,7 @@ class BlockEntrance:
             yield
 
 
-class BackboneEntrance:
+class BackboneEntry:
     """The way out of a causal model's backbone; values are (1, any number of outputs, d)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -150,7 +150,7 @@ class BackboneEntrance:
             yield
 
 
-class HeadEntrance:
+class HeadEntry:
     """The way into the first trained module beyond the backbone.
 
     Values are what that module is given, (rows, d). Entering, the backbone answers with zeros of one token a

@@ -21,11 +21,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from deltaw.host.machine import Choice
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
-from deltaw.kernels.attention import forest_attention
+from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.layout import Layout, Tiles
-from deltaw.runtime.fused_blocks import Lean, NotingLayout, recognise, try_blocks
+from deltaw.runtime.fused_blocks import FusedBlocks, NotingLayout, recognize, try_blocks
 
-ATTENTION = "deltaw_forest"
+ATTENTION = "deltaw_packed"
 # Ways of attending that are told apart only far from each other, where a short trial cannot see them.
 PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 TRIAL_TOKENS = 24
@@ -41,24 +41,24 @@ def _attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    forest_layout: Layout | None = None,
+    packed_layout: Layout | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query (1, heads, T, d) in, (1, T, heads, d) out."""
-    if forest_layout is None:
+    if packed_layout is None:
         raise RuntimeError(f"{type(module).__name__} does not hand the layout down to its attention")
-    if query.shape[2] != forest_layout.length or key.shape[2] != forest_layout.length:
+    if query.shape[2] != packed_layout.length or key.shape[2] != packed_layout.length:
         raise RuntimeError("attention over a cache cannot run on a flat row")
     if dropout:
         raise RuntimeError("attention dropout is not drawn on a flat row; put the model in eval mode")
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(forest_layout, NotingLayout):
-        forest_layout.note(told, sliding_window, softcap)
-    out = forest_attention(
+    if isinstance(packed_layout, NotingLayout):
+        packed_layout.note(told, sliding_window, softcap)
+    out = packed_attention(
         query[0],
         key[0],
         value[0],
-        forest_layout,
+        packed_layout,
         scaling=told,
         window=sliding_window,
         softcap=softcap,
@@ -82,7 +82,7 @@ def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
     layout = Layout.of_lengths([tokens.shape[1]])
     layout.device = tokens.device
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return {"input_ids": tokens, "position_ids": positions, "forest_layout": layout}
+    return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
@@ -99,27 +99,27 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 @contextlib.contextmanager
-def flat_rows(model: PreTrainedModel, *, lean: bool = True) -> Iterator[None]:
-    """While open, the model's attention runs over flat rows, and with ``lean`` its blocks are lean where they
-    can be; afterwards all is what it was."""
+def packed_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]:
+    """While open, the model's attention runs over packed rows, and with ``fused`` its blocks run fused where
+    they can."""
     before = model.config._attn_implementation
     try:
         set_attention(model, ATTENTION)
-        with lean_blocks(model).installed() if lean else contextlib.nullcontext():
+        with fused_blocks(model).installed() if fused else contextlib.nullcontext():
             yield
     finally:
         with quiet():
             model.set_attn_implementation(before)
 
 
-_LEAN: weakref.WeakKeyDictionary[PreTrainedModel, Lean] = weakref.WeakKeyDictionary()
+_FUSED: weakref.WeakKeyDictionary[PreTrainedModel, FusedBlocks] = weakref.WeakKeyDictionary()
 
 
-def lean_blocks(model: PreTrainedModel) -> Lean:
-    """The model's lean blocks, recognised and tried once; the model's attention runs over flat rows."""
-    known = _LEAN.get(model)
+def fused_blocks(model: PreTrainedModel) -> FusedBlocks:
+    """The model's fused blocks, recognized and tried once; the model's attention runs over flat rows."""
+    known = _FUSED.get(model)
     if known is None:
-        known = _LEAN[model] = _tried(model)
+        known = _FUSED[model] = _tried(model)
     return known
 
 
@@ -127,16 +127,16 @@ def lean_blocks(model: PreTrainedModel) -> Lean:
 def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
     """While open, only these outputs of the backbone on flat rows are asked for; the others may be anything.
 
-    A lean last block computes no others.
+    A fused last block computes no others.
 
     Args:
         places: (P), ascending, each once; None for all.
     """
-    lean = _LEAN.get(model)
-    if lean is None or not lean.choice.value or not lean.blocks:
+    fused = _FUSED.get(model)
+    if fused is None or not fused.choice.value or not fused.blocks:
         yield
         return
-    last = lean.blocks[-1]
+    last = fused.blocks[-1]
     last.picked = places
     try:
         yield
@@ -144,12 +144,12 @@ def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
         last.picked = None
 
 
-def _tried(model: PreTrainedModel) -> Lean:
+def _tried(model: PreTrainedModel) -> FusedBlocks:
     if model.device.type != "cpu":
-        return Lean([], Choice(False, "on this device the model's own code runs"))
-    lean = recognise(backbone_of(model))
-    if not lean.choice.value:
-        return lean
+        return FusedBlocks([], Choice(False, "on this device the model's own code runs"))
+    fused = recognize(backbone_of(model))
+    if not fused.choice.value:
+        return fused
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     lengths = [TRIAL_TOKENS + (window if window is not None and window <= 64 else 0), 5, 7]
     plain = Layout.of_lengths(lengths, [-1, 0, 0])
@@ -159,15 +159,15 @@ def _tried(model: PreTrainedModel) -> Lean:
     inputs = {
         "input_ids": torch.randint(0, vocabulary, (1, layout.length), generator=generator),
         "position_ids": torch.from_numpy(layout.positions())[None],
-        "forest_layout": layout,
+        "packed_layout": layout,
         "use_cache": False,
     }
     # Of what a block adds to its input, known to some per cent in bf16; another block is off by more.
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.3
     try:
-        return try_blocks(lean, lambda: backbone_of(model)(**inputs), layout, tolerance)
+        return try_blocks(fused, lambda: backbone_of(model)(**inputs), layout, tolerance)
     except Exception as error:  # whatever foreign code raises here, it runs itself
-        return Lean([], Choice(False, f"{type(error).__name__}: {str(error)[:100]}"))
+        return FusedBlocks([], Choice(False, f"{type(error).__name__}: {str(error)[:100]}"))
 
 
 def can_pack(model: PreTrainedModel) -> Choice:
@@ -196,7 +196,7 @@ def can_pack(model: PreTrainedModel) -> Choice:
 
 
 def _by_structure(model: PreTrainedModel, reached: int) -> Choice:
-    """The answer for a model without values, whose outputs cannot be compared.
+    """The answer for a model on fake tensors, whose outputs cannot be compared.
 
     What is known is that a flat row ran. It means something if every layer attended over the layout, and the
     model takes positions as they are given.
@@ -243,9 +243,9 @@ def _trial(model: PreTrainedModel) -> tuple[float, int]:
             backbone(input_ids=row[None], use_cache=False).last_hidden_state[0]
             for row in (torch.cat([stem, left]), torch.cat([stem, right]), alone)
         ]
-        with flat_rows(model, lean=False):
+        with packed_rows(model, fused=False):
             flat = backbone(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, forest_layout=layout
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, packed_layout=layout
             ).last_hidden_state[0]
     expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]]).float()
     return float((flat.float() - expected).norm() / expected.norm()), layout.asked

@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from deltaw.hub.quiet import quiet
-from deltaw.kernels import loader as native
-from deltaw.kernels.attention import forest_attention, is_compiled
+from deltaw.kernels import loader
+from deltaw.kernels.attention import is_compiled, packed_attention
 from deltaw.kernels.layout import Layout
 
 ATTENTION = "deltaw_padded"
@@ -50,7 +50,7 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
         )
-    out = forest_attention(
+    out = packed_attention(
         q.transpose(0, 1),
         k.transpose(0, 1),
         v.transpose(0, 1),
@@ -90,7 +90,7 @@ def _layout(mask: Tensor | None, rows: int, length: int) -> Layout | None:
 def padded_rows(model: PreTrainedModel) -> Iterator[None]:
     """While open, attention both ways goes through the compiled kernel where it can."""
     before = model.config._attn_implementation
-    if before != "sdpa" or model.device.type != "cpu" or native.library() is None:
+    if before != "sdpa" or model.device.type != "cpu" or loader.library() is None:
         yield
         return
     try:

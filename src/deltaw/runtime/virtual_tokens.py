@@ -76,25 +76,25 @@ def input_embedding(model: nn.Module) -> nn.Module:
         UserError: the model has none, or virtual tokens in front of its rows would not reach all of it.
     """
     name = type(model).__name__
-    mend = "choose another method; a soft prompt is for models that read one row of tokens"
+    hint = "choose another method; a soft prompt is for models that read one row of tokens"
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise UserError(f"a {name} does not read tokens", where="method", mend=mend)
+        raise UserError(f"a {name} does not read tokens", where="method", hint=hint)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"a {name} reads rows of tokens in two places", where="method", mend=mend)
+        raise UserError(f"a {name} reads rows of tokens in two places", where="method", hint=hint)
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if callable(getter) else None
     weight = getattr(embedding, "weight", None)
     if not isinstance(embedding, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
         raise UserError(
-            f"a {name} does not say which module is its token embedding", where="method", mend=mend
+            f"a {name} does not say which module is its token embedding", where="method", hint=hint
         )
     for other, module in model.named_modules():
         if isinstance(module, nn.Embedding) and other.rpartition(".")[2].startswith(_SECOND_TABLES):
             raise UserError(
                 f"a {name} looks token ids up in '{other}' as well, which has no rows for a soft prompt",
                 where="method",
-                mend="choose another method",
+                hint="choose another method",
             )
     return embedding
 
@@ -117,14 +117,14 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
     """
     if attached(model) is not None:
         raise UserError(
-            "the model has a soft prompt already", mend="take it off first, or load the model anew"
+            "the model has a soft prompt already", hint="take it off first, or load the model anew"
         )
     embedding = input_embedding(model)
     weight = weight_of(embedding)
     if prompt.dim() != 2 or prompt.shape[1] != weight.shape[1]:
         raise UserError(
             f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {weight.shape[1]} wide",
-            mend="is it the base model that the prompt was trained on?",
+            hint="is it the base model that the prompt was trained on?",
         )
     layer = _adopted(embedding)
     # Updates are smaller than what half precision resolves, so the table is fp32 whatever the weight is.

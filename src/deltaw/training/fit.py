@@ -143,7 +143,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
 
 
 def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> tuple[RunConfig, Plan | None]:
-    """The run's plan, said; None where the model cannot be carried out without values. With it the settings,
+    """The run's plan, said; None where the model cannot be run on fake tensors. With it the settings,
     which ``memory`` may have changed.
 
     Raises:
@@ -164,7 +164,7 @@ def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> t
                 console.print(f"memory {config.memory}: {shown} blocks are computed again", highlight=False)
     except UserError:
         raise
-    except Exception as error:  # whatever a foreign model raises without values, it may well train
+    except Exception as error:  # whatever a foreign model raises on fake tensors, it may well train
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         console.print(f"no memory plan: the model cannot be run without values ({brief})", highlight=False)
         return config, None
@@ -174,7 +174,7 @@ def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> t
         raise UserError(
             f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
             where="the plan",
-            mend="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
+            hint="see what fits with 'deltaw plan --budget', lower train.tokens_per_pass, set "
             "train.checkpointing, or train all the same with --force true",
         )
     return config, plan

@@ -103,9 +103,9 @@ class TrainedCheck:
         failed = [name for name in names if name not in skipped]
         if failed:
             raise UntrainedParameterError(
-                f"{_listed(failed)} {what}, though the run is said to train {'it' if len(failed) == 1 else 'them'}",
+                f"{_listed(failed)} {what}, though said to be trained",
                 where="the parameters handed to the optimizer",
-                mend="leave out what the model does not use; nothing was saved as trained",
+                hint="leave out what the model does not use; nothing was saved as trained",
             )
 
 

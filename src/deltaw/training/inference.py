@@ -21,14 +21,14 @@ from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.training.evaluation.causal import Score, score
 from deltaw.training.run_folder import SETTINGS
-from deltaw.training.session import dressed
+from deltaw.training.session import with_virtual_tokens
 from deltaw.training.tasks.tasks import Task, task_of
 
 _TASK_TYPES = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
 
 
 @dataclass
-class Opened:
+class InferenceSession:
     """A model ready to answer.
 
     Attributes:
@@ -61,7 +61,7 @@ class Opened:
             UserError: it reads images.
         """
         if self.task.tokenizer is None:
-            raise UserError("the model reads images, not text", where=self.loaded.reference, mend="use eval")
+            raise UserError("the model reads images, not text", where=self.loaded.reference, hint="use eval")
         return self.task.tokenizer
 
     @property
@@ -71,11 +71,11 @@ class Opened:
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """A prompt as the model is to see it."""
-        return tokens if self.method is None or self._bare else self.method.dressed(tokens)
+        return tokens if self.method is None or self._bare else self.method.with_virtual_tokens(tokens)
 
     def example(self, example: Any) -> Any:
         """An example as the model is to see it."""
-        return example if self.method is None or self._bare else dressed(example, self.method)
+        return example if self.method is None or self._bare else with_virtual_tokens(example, self.method)
 
     @property
     def virtual_tokens(self) -> int:
@@ -101,7 +101,7 @@ class Opened:
             raise UserError(
                 f"this is an adapter for {self.task.name}, which writes no text",
                 where=self.loaded.reference,
-                mend="use deltaw eval",
+                hint="use deltaw eval",
             )
 
 
@@ -113,7 +113,7 @@ def open_run(
     device: str = "auto",
     task: str | None = None,
     say: Callable[[str], None],
-) -> Opened:
+) -> InferenceSession:
     """Load a run's folder (base model and adapter), an adapter of PEFT's, or a bare model.
 
     Args:
@@ -127,7 +127,7 @@ def open_run(
         raise UserError(
             "the run has no adapter: it did not get as far as its end",
             where=str(folder),
-            mend=f"train it again: deltaw train {folder / SETTINGS}",
+            hint=f"train it again: deltaw train {folder / SETTINGS}",
         )
     config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
     kind, base, classes = task or "causal-lm", model or reference, None
@@ -158,19 +158,19 @@ def open_run(
     if adapter:
         method = method_of_folder(folder, work.tokenizer)
         say(method.load(loaded.model, folder))
-    return Opened(loaded, config, method, work, classes)
+    return InferenceSession(loaded, config, method, work, classes)
 
 
 def score_run(
-    opened: Opened,
+    opened: InferenceSession,
     examples: Sequence[Any],
     *,
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Judge an opened model on examples, which are not dressed yet."""
+    """Judge an opened model on examples, which are not with virtual tokens prepended yet."""
     rows = [opened.example(example) for example in examples]
-    portions, _ = opened.task.portions(
+    batcher, _ = opened.task.batcher(
         opened.model,
         rows,
         device=str(opened.loaded.choices["device"].value),
@@ -184,13 +184,13 @@ def score_run(
             opened.model,
             opened.tokenizer,
             rows,
-            portions,
+            batcher,
             max_new_tokens=max_new_tokens,
             on_progress=on_progress,
         )
-    with opened.task.running(opened.model, portions):
+    with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)
-        return Score(opened.task.evaluate(objective, rows, portions, opened.classes), [])
+        return Score(opened.task.evaluate(objective, rows, batcher, opened.classes), [])
 
 
 def _base_of(settings: dict[str, object], folder: Path) -> str:
@@ -199,6 +199,6 @@ def _base_of(settings: dict[str, object], folder: Path) -> str:
         raise UserError(
             "the adapter does not say which model it belongs to",
             where=str(folder / ADAPTER_CONFIG),
-            mend="name the base model with --model",
+            hint="name the base model with --model",
         )
     return str(base)

@@ -24,7 +24,7 @@ from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.host.machine import keep_freed_memory, trim_memory
 from deltaw.training.guarantee import TrainedCheck
-from deltaw.training.master_weights import Masters
+from deltaw.training.master_weights import MasterWeights
 from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps
 
 
@@ -45,7 +45,7 @@ Row = TypeVar("Row", bound=Labelled)
 Objective = Callable[[Any], Tensor]
 
 
-class Passes(Protocol):
+class MicroBatcher(Protocol):
     """How the rows of a step go through the model: one batch after another."""
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]: ...
@@ -117,7 +117,7 @@ def train(
     objective: Objective,
     parameters: Sequence[nn.Parameter],
     examples: Sequence[Row],
-    portions: Passes,
+    batcher: MicroBatcher,
     *,
     learning_rate: float,
     total_steps: int,
@@ -156,12 +156,16 @@ def train(
     keep_freed_memory()
     warm = warmup_steps(warmup, total_steps)
     outcome = Outcome()
-    with Masters(parameters) as masters, _stop_signals() as stopped, _frozen_heap():
+    with MasterWeights(parameters) as master_weights, _stop_signals() as stopped, _frozen_heap():
         check = TrainedCheck(
-            names or [f"parameter {n}" for n in range(len(parameters))], masters.trained, may_skip
+            names or [f"parameter {n}" for n in range(len(parameters))], master_weights.trained, may_skip
         )
         optimizer = adamw(
-            masters.trained, learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
+            master_weights.trained,
+            learning_rate,
+            factors=rate_factors,
+            weight_decay=weight_decay,
+            betas=betas,
         )
         for number in range(total_steps):
             begun = time.perf_counter()
@@ -172,17 +176,17 @@ def train(
             rate = learning_rate * learning_rate_factor(number, total_steps, warm, schedule)
             set_rate(optimizer, rate)
 
-            loss_sum, tokens, computed = _gradients(objective, portions, rows, labels, stopped)
+            loss_sum, tokens, computed = _gradients(objective, batcher, rows, labels, stopped)
             if stopped():
                 outcome.interrupted = True
                 break
-            norm = _gradient_norm(masters.trained, max_grad_norm)
+            norm = _gradient_norm(master_weights.trained, max_grad_norm)
             _check_finite(loss_sum / labels, norm, where=f"step {number + 1} of {total_steps}")
             check.before_update()
             optimizer.step()
             check.after_update()
             optimizer.zero_grad(set_to_none=True)
-            masters.write_back()
+            master_weights.write_back()
             if after_step is not None:
                 after_step()
 
@@ -207,7 +211,7 @@ def train(
 
 def _gradients(
     objective: Objective,
-    portions: Passes,
+    batcher: MicroBatcher,
     rows: Sequence[Any],
     labels: int,
     stopped: Callable[[], bool],
@@ -215,7 +219,7 @@ def _gradients(
     """Gradients of the mean loss over these rows, pass by pass; the sum of losses, the rows' tokens and those
     computed. Ends after the pass in which it is asked to stop."""
     loss_sum, tokens, computed = 0.0, 0, 0
-    for batch in portions.batches(rows):
+    for batch in batcher.batches(rows):
         loss = objective(batch)
         (loss / labels).backward()
         loss_sum += loss.item()
@@ -232,7 +236,7 @@ def _check_finite(loss: float, norm: float, *, where: str) -> None:
     raise UserError(
         f"training diverged: loss {loss:.3g}, gradient norm {norm:.3g}",
         where=where,
-        mend="lower train.learning_rate, or lengthen train.warmup",
+        hint="lower train.learning_rate, or lengthen train.warmup",
     )
 
 

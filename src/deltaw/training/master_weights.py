@@ -15,7 +15,7 @@ from torch import Tensor, nn
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Masters:
+class MasterWeights:
     """The parameters as an optimizer sees them, while open.
 
     Attributes:
@@ -41,7 +41,7 @@ class Masters:
         for parameter, master in self._pairs:
             parameter.copy_(master)
 
-    def __enter__(self) -> Masters:
+    def __enter__(self) -> MasterWeights:
         return self
 
     def __exit__(self, *_: object) -> None:

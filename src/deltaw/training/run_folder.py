@@ -59,7 +59,7 @@ class RunFolder:
             raise UserError(
                 f"cannot move the earlier run aside: {error.strerror or error}",
                 where=str(self.path),
-                mend="set 'output' to another folder",
+                hint="set 'output' to another folder",
             ) from error
         return aside
 
@@ -104,13 +104,13 @@ def check_output(path: Path) -> None:
         raise UserError(
             f"the output folder holds files that are not a run's, such as '{holds[0]}'",
             where=str(path),
-            mend="set 'output' to a new or empty folder",
+            hint="set 'output' to a new or empty folder",
         )
     if holds and path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(
             "the output folder holds an earlier run, which cannot be moved aside from where you are",
             where=str(path),
-            mend="set 'output' to a folder below this one",
+            hint="set 'output' to a folder below this one",
         )
 
 
@@ -118,7 +118,7 @@ def _not_writable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write into the output folder: {error.strerror or error}",
         where=str(path),
-        mend="set 'output' to a folder that you may write to",
+        hint="set 'output' to a folder that you may write to",
     )
 
 

@@ -23,26 +23,26 @@ from deltaw.errors import UserError
 from deltaw.host.machine import Choice, choose_device, choose_precision, release_free_memory
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.int8_weights import keep_in_bytes
+from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.layer_entry import lowest_trained
-from deltaw.runtime.packed import flat_rows, lean_blocks
+from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import Objective, Outcome, Passes, Step, count_steps, seeded, train
+from deltaw.training.loop import MicroBatcher, Objective, Outcome, Step, count_steps, seeded, train
 from deltaw.training.tasks.causal_objective import loss_of_outputs
 from deltaw.training.tasks.label_objective import start_at_mean
 from deltaw.training.tasks.tasks import RunData, Task, task_of
 
 # Rows that a start which depends on the data looks at.
-ROWS_LOOKED_AT = 256
+CALIBRATION_ROWS = 256
 # Tokens of rows that are looked at before weights are put into bytes.
-BYTE_TOKENS = 512
+CALIBRATION_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
 
@@ -54,7 +54,8 @@ class Session:
     Attributes:
         config: the settings.
         model: with what is trained on it.
-        method, task, data, portions, objective: as named; ``data`` is dressed as the method wants it.
+        method, task, batcher, objective: as named.
+        data: the rows, with the method's virtual tokens prepended.
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
         prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
@@ -65,7 +66,7 @@ class Session:
     method: Method
     task: Task
     data: RunData
-    portions: Passes
+    batcher: MicroBatcher
     objective: Objective
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
@@ -83,15 +84,15 @@ class Session:
 
     def lines(self) -> list[str]:
         """How the rows go through the model, for a person."""
-        portions, objective = self.portions, self.objective
+        batcher, objective = self.batcher, self.objective
         total, size = self.total_steps, self.config.train.batch_size
         rows = "flat rows without padding"
-        if self.task.has_labels or getattr(portions, "padded", False):
+        if self.task.has_labels or getattr(batcher, "padded", False):
             rows = "padded rows"
-        shared = ", common beginnings computed once" if getattr(portions, "share", False) else ""
+        shared = ", common beginnings computed once" if getattr(batcher, "share", False) else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
-        tokens = getattr(portions, "tokens_per_pass", None)
+        tokens = getattr(batcher, "tokens_per_pass", None)
         return [
             *self._blocks(),
             f"{total} step{'s' if total != 1 else ''} of {size} rows, "
@@ -100,19 +101,19 @@ class Session:
 
     def _blocks(self) -> list[str]:
         """Which code the model's blocks run, for a person."""
-        reason = native.why_not()
+        reason = loader.why_not()
         lines = [] if reason is None else [reason]
-        if self.task.has_labels or getattr(self.portions, "padded", False):
+        if self.task.has_labels or getattr(self.batcher, "padded", False):
             return lines
-        with flat_rows(self.model):
-            lean = lean_blocks(self.model)
-        kind = "lean" if lean.choice.value else "the model's own code"
-        return [*lines, f"blocks: {kind} ({lean.choice.why})"]
+        with packed_rows(self.model):
+            fused = fused_blocks(self.model)
+        kind = "lean" if fused.choice.value else "the model's own code"
+        return [*lines, f"blocks: {kind} ({fused.choice.why})"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """While open, the model takes this session's batches."""
-        with self.task.running(self.model, self.portions):
+        with self.task.running(self.model, self.batcher):
             yield
 
     def close(self) -> None:
@@ -128,7 +129,7 @@ class Session:
         learning_rate: float | None = None,
         rows: Sequence[Any] | None = None,
         batch_size: int | None = None,
-        portions: Passes | None = None,
+        batcher: MicroBatcher | None = None,
     ) -> Outcome:
         """Train as the settings say, or as the arguments do; call within :meth:`running`."""
         settings = self.config.train
@@ -138,7 +139,7 @@ class Session:
             way.objective,
             [parameter for _, parameter in named],
             self.data.train if rows is None else rows,
-            portions or way.portions,
+            batcher or way.batcher,
             learning_rate=learning_rate or self.learning_rate,
             total_steps=total_steps or self.total_steps,
             rate_factors=[self.method.rate_factor(name) for name, _ in named],
@@ -162,7 +163,7 @@ class Session:
             return Evaluation()
         way = self.prefix or self
         with self.method.evaluating(self.model):
-            return self.task.evaluate(way.objective, chosen, way.portions, self.data.classes)
+            return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
 
 def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
@@ -213,8 +214,8 @@ def assemble(
     seeded(settings.seed)
     said: list[str] = []
     if config.precision == "int8" and has_values(model):
-        said += _kept_in_bytes(model, data.train)
-    portions, chosen = task.portions(
+        said += _quantized_int8(model, data.train)
+    batcher, chosen = task.batcher(
         model,
         data.every,
         device=device,
@@ -225,55 +226,55 @@ def assemble(
     )
     if task.name == "regression":
         start_at_mean(model, new_modules, [example.label for example in data.train])
-    beside = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
+    extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
-    def look() -> None:
-        with torch.no_grad(), task.running(model, portions):
+    def calibrate() -> None:
+        with torch.no_grad(), task.running(model, batcher):
             objective = task.objective(model)
-            for batch in portions.batches(data.train[:ROWS_LOOKED_AT]):
+            for batch in batcher.batches(data.train[:CALIBRATION_ROWS]):
                 objective(batch)
 
-    said += [method.prepare(model, seed=settings.seed, beside=beside, look=look)]
+    said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
-        recompute_blocks(model, settings.checkpointing, trained)
+        checkpoint_blocks(model, settings.checkpointing, trained)
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
     data = replace(
         data,
-        train=[dressed(example, method) for example in data.train],
-        held_out=[dressed(example, method) for example in data.held_out],
+        train=[with_virtual_tokens(example, method) for example in data.train],
+        held_out=[with_virtual_tokens(example, method) for example in data.held_out],
     )
     with method.evaluating(model):
         objective = task.objective(model)
-    session = Session(config, model, method, task, data, portions, objective, chosen, said)
+    session = Session(config, model, method, task, data, batcher, objective, chosen, said)
     seen_again = session.total_steps * settings.batch_size > len(data.train)
     if settings.keep_features is True or (settings.keep_features == "auto" and seen_again):
         with session.running(), method.evaluating(model):
-            session.prefix, kept = cached_prefix(model, objective, portions, data.every)
+            session.prefix, kept = cached_prefix(model, objective, batcher, data.every)
         chosen["train.keep_features"] = kept
         if session.prefix is not None:
             said.append(f"computed once for each row and kept: {kept}")
     return session
 
 
-def _kept_in_bytes(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
+def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
     """Put the blocks' weights into bytes, looking at a few rows; what was done and what it costs, said.
 
     Comes before anything else runs the model: each block's weights are read once, and given back.
     """
     with torch.no_grad():
         if not all(hasattr(example, "tokens") for example in examples[:1]):
-            return [f"precision int8: {keep_in_bytes(model.base_model)}"]
-        length = min(BYTE_TOKENS, position_limit(model) or BYTE_TOKENS)
-        rows = examples[:BYTE_TOKENS]
+            return [f"precision int8: {quantize_int8(model.base_model)}"]
+        length = min(CALIBRATION_TOKENS, position_limit(model) or CALIBRATION_TOKENS)
+        rows = examples[:CALIBRATION_TOKENS]
         tokens = torch.cat([torch.from_numpy(row.tokens) for row in rows])[:length].long()
         labels = None
         if all(isinstance(row, Example) for row in rows):
             labels = torch.cat([torch.from_numpy(row.is_label) for row in rows])[:length].nonzero()[:, 0]
         found: list[Tensor] = []
-        report = keep_in_bytes(
+        report = quantize_int8(
             model.base_model, lambda: found.append(model.base_model(input_ids=tokens[None])[0][0])
         )
         said = [f"precision int8: {report}"]
@@ -281,8 +282,8 @@ def _kept_in_bytes(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]
         if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
             found.append(model.base_model(input_ids=tokens[None])[0][0])
             before, after = (
-                loss_of_outputs(model, hidden[labels - 1], tokens[labels], in_bytes=in_bytes)
-                for hidden, in_bytes in zip(found, (False, True), strict=True)
+                loss_of_outputs(model, hidden[labels - 1], tokens[labels], int8=int8)
+                for hidden, int8 in zip(found, (False, True), strict=True)
             )
             said.append(
                 f"  on the first {length} tokens of the rows the loss goes from {before:.4f} to {after:.4f}"
@@ -291,18 +292,18 @@ def _kept_in_bytes(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]
     return said
 
 
-def dressed(example: Any, method: Method) -> Any:
+def with_virtual_tokens(example: Any, method: Method) -> Any:
     """The example as the model is to see it, with a method's virtual tokens before it."""
     if method.virtual_tokens == 0:
         return example
     if isinstance(example, Example):
-        return example.after(method.virtual_tokens, method.dressed(example.tokens))
+        return example.after(method.virtual_tokens, method.with_virtual_tokens(example.tokens))
     if hasattr(example, "tokens"):
-        return replace(example, tokens=method.dressed(example.tokens))
+        return replace(example, tokens=method.with_virtual_tokens(example.tokens))
     raise UserError(
         f"method '{method.name}' puts tokens before a row, and images have none",
         where="method",
-        mend="choose another method",
+        hint="choose another method",
     )
 
 
@@ -313,7 +314,7 @@ def head_modules(model: nn.Module) -> list[str]:
     return [name for name, child in children if any(True for _ in child.parameters())]
 
 
-def recompute_blocks(
+def checkpoint_blocks(
     model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()
 ) -> None:
     """Keep only each block's input for the backward, and compute the rest of the block again.
@@ -330,7 +331,7 @@ def recompute_blocks(
         raise UserError(
             f"{type(model).__name__} cannot recompute its blocks",
             where="train.checkpointing",
-            mend="set train.checkpointing to false, or lower train.tokens_per_pass",
+            hint="set train.checkpointing to false, or lower train.tokens_per_pass",
         )
     with quiet():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

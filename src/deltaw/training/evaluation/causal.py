@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.runtime.generation import generate
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.base import Evaluation, mean_interval
-from deltaw.training.loop import Passes
+from deltaw.training.loop import MicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 
@@ -34,7 +34,9 @@ class Answer:
         return self.written.strip() == self.expected.strip()
 
 
-def evaluate_causal(objective: CausalObjective, examples: Sequence[Example], portions: Passes) -> Evaluation:
+def evaluate_causal(
+    objective: CausalObjective, examples: Sequence[Example], batcher: MicroBatcher
+) -> Evaluation:
     """Loss and perplexity over all label tokens, and, where rows have answers, the share of exact ones.
 
     A row's answer counts as exact where every label of it, its end mark too, is the likeliest token after
@@ -47,8 +49,8 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Example], por
     total, labels = 0.0, 0
     losses: dict[int, float] = {}
     exact: dict[int, bool] = {}
-    for batch in portions.batches(examples):
-        each, right = (tensor.cpu().numpy() for tensor in objective.judge(batch))
+    for batch in batcher.batches(examples):
+        each, right = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
         where = [member.places[member.example.is_label] for member in batch.members]
         labelled = np.unique(np.concatenate(where))
         for member, places in zip(batch.members, where, strict=True):
@@ -72,7 +74,7 @@ def _loss_metrics(loss: float) -> dict[str, float]:
     if not math.isfinite(loss):
         raise UserError(
             f"the loss of the evaluated rows is {loss}",
-            mend="if the adapter was trained, train it again with a lower train.learning_rate",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
         )
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -146,16 +148,16 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    portions: Passes,
+    batcher: MicroBatcher,
     *,
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Everything that ``deltaw eval`` says of a causal language model."""
     objective = CausalObjective(model)
-    padded = getattr(portions, "padded", False)
-    with contextlib.nullcontext() if padded else flat_rows(model):
-        evaluation = evaluate_causal(objective, examples, portions)
+    padded = getattr(batcher, "padded", False)
+    with contextlib.nullcontext() if padded else packed_rows(model):
+        evaluation = evaluate_causal(objective, examples, batcher)
     given = answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_progress=on_progress)
     if given:
         evaluation.metrics["exact_match"] = exact_match(given)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from deltaw.data.label_batches import LabelPortions
+from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import AnyExample
 from deltaw.errors import UserError
 from deltaw.training.evaluation.base import Evaluation, mean_interval
@@ -29,7 +29,7 @@ class LabelEvaluation(Evaluation):
 def evaluate_labels(
     objective: LabelObjective,
     examples: Sequence[AnyExample],
-    portions: LabelPortions,
+    batcher: LabelMicroBatcher,
     classes: Sequence[str] = (),
 ) -> LabelEvaluation:
     """Judge a model on labelled rows.
@@ -40,7 +40,7 @@ def evaluate_labels(
     parts, order = [], []
     place = {id(example): index for index, example in enumerate(examples)}
     with torch.no_grad():
-        for batch in portions.batches(examples):
+        for batch in batcher.batches(examples):
             parts.append(objective.predictions(batch).cpu().numpy())
             order += [place[id(example)] for example in batch.examples]
     gathered = np.concatenate(parts)
@@ -49,7 +49,7 @@ def evaluate_labels(
     if not np.isfinite(predictions).all():
         raise UserError(
             "the model's predictions are not finite",
-            mend="if the adapter was trained, train it again with a lower train.learning_rate",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
         )
     truth = np.array([example.label for example in examples])
     if objective.task == "regression":

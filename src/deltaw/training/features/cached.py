@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.runtime.layer_entry import Entrance
+from deltaw.runtime.layer_entry import LayerEntry
 from deltaw.training.features.store import FeatureStore
-from deltaw.training.loop import Objective, Passes
+from deltaw.training.loop import MicroBatcher, Objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,22 +39,22 @@ class CachedPrefix:
 
     Args:
         feed: which vectors are kept, and how batches are made of them.
-        objective, portions: what a training without it would use.
+        objective, microbatches: what a training without it would use.
         rows: the rows that there is room for; others go the usual way.
         store: where the vectors are.
 
     Attributes:
-        objective, portions: to be used in place of the given ones, together.
+        objective, microbatches: to be used in place of the given ones, together.
     """
 
     def __init__(
-        self, feed: Feed, objective: Objective, portions: Passes, rows: RowIndex, store: FeatureStore
+        self, feed: Feed, objective: Objective, batcher: MicroBatcher, rows: RowIndex, store: FeatureStore
     ) -> None:
         self.feed = feed
         self.rows = rows
         self.store = store
-        self.objective = CachedObjective(objective, feed.entrance)
-        self.portions = CachedPortions(portions, self)
+        self.objective = CachedObjective(objective, feed.entry)
+        self.batcher = CachedMicroBatcher(batcher, self)
         feed.meet(rows)
 
     def close(self) -> None:
@@ -62,10 +62,10 @@ class CachedPrefix:
         self.store.close()
 
 
-class CachedPortions:
-    """Passes that compute what is missing and read the rest; all else is asked of the inner portions."""
+class CachedMicroBatcher:
+    """Passes that compute what is missing and read the rest; all else is asked of the inner microbatches."""
 
-    def __init__(self, inner: Passes, prefix: CachedPrefix) -> None:
+    def __init__(self, inner: MicroBatcher, prefix: CachedPrefix) -> None:
         self.inner = inner
         self._prefix = prefix
 
@@ -85,16 +85,16 @@ class CachedObjective:
     All else is asked of the inner objective.
     """
 
-    def __init__(self, inner: Objective, entrance: Entrance) -> None:
+    def __init__(self, inner: Objective, entry: LayerEntry) -> None:
         self.inner = inner
-        self._entrance = entrance
+        self._entrance = entry
 
     def __call__(self, batch: Any) -> Tensor:
         return self._within("__call__", batch)
 
-    def judge(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def evaluate_rows(self, batch: Any) -> tuple[Tensor, Tensor]:
         """As :meth:`deltaw.training.objective.CausalObjective.judge`."""
-        return self._within("judge", batch)
+        return self._within("evaluate_rows", batch)
 
     def predictions(self, batch: Any) -> Tensor:
         """As :meth:`deltaw.training.label_objective.LabelObjective.predictions`."""
@@ -160,7 +160,7 @@ class Feed(Protocol):
         kind: tells feeds apart that keep different vectors of the same rows.
     """
 
-    entrance: Entrance
+    entry: LayerEntry
     device: torch.device
     kind: str
 
@@ -177,10 +177,10 @@ class Feed(Protocol):
         """Be told the rows that will come."""
 
     def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
-        """Compute a batch of the portions' and store its vectors; what came out of the frozen part."""
+        """Compute a batch of the microbatches' and store its vectors; what came out of the frozen part."""
 
     def batches(
-        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
         """Batches of these rows with the values that the model is entered with."""
 

@@ -1,6 +1,6 @@
 """Which vectors of a row are kept, by where the model is entered, and batches made of them.
 
-Below a block: every token's vector, and batches are those of the portions. At a language model's head: the
+Below a block: every token's vector, and batches are the microbatches. At a language model's head: the
 vectors that predict a label. At a classifier: one vector a row. The last two need no passes over tokens any
 more; a batch of them is one gather.
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from deltaw.data.packing import Batch, Member
-from deltaw.runtime.layer_entry import BackboneEntrance, Entrance, HeadEntrance
+from deltaw.runtime.layer_entry import BackboneEntry, HeadEntry, LayerEntry
 from deltaw.training.features.cached import CachedBatch, RowIndex, content_of
 from deltaw.training.features.store import FeatureStore
-from deltaw.training.loop import Objective, Passes
+from deltaw.training.loop import MicroBatcher, Objective
 
 # Vectors in a batch that goes through nothing but a head.
 VECTORS_PER_BATCH = 4096
@@ -31,13 +31,13 @@ VECTORS_PER_BATCH = 4096
 class _Feed:
     """What all feeds have in common."""
 
-    def __init__(self, entrance: Entrance, objective: Objective) -> None:
-        self.entrance = entrance
+    def __init__(self, entry: LayerEntry, objective: Objective) -> None:
+        self.entry = entry
         self._objective = objective
         self.device = torch.device("cpu")
 
     def learn(self, batch: Any) -> Tensor:
-        hidden = self.entrance.outputs(lambda: self._objective(batch))
+        hidden = self.entry.outputs(lambda: self._objective(batch))
         self.device = hidden.device
         self._look(batch, hidden)
         return _flat(hidden)
@@ -46,7 +46,7 @@ class _Feed:
         """Most need nothing of it."""
 
     def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
-        hidden = self.entrance.outputs(lambda: self._objective(batch))
+        hidden = self.entry.outputs(lambda: self._objective(batch))
         found = self._sources(batch, hidden)
         slots = rows.slots([example for example, _ in found])
         sources = np.concatenate([places for _, places in found])
@@ -57,14 +57,14 @@ class _Feed:
         return hidden
 
     def _compute_missing(
-        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
     ) -> None:
         done = store.done[index.slots(rows)]
         if not done.all():
             missing = {
                 slot: row for slot, row, there in zip(index.slots(rows), rows, done, strict=True) if not there
             }
-            for batch in portions.batches(list(missing.values())):
+            for batch in batcher.batches(list(missing.values())):
                 self.keep(batch, index, store)
 
     def _look(self, batch: Any, hidden: Tensor) -> None:
@@ -79,7 +79,7 @@ class _Feed:
 
 
 class EveryToken(_Feed):
-    """The vectors of all tokens, or of all patches of an image, in batches as the portions make them."""
+    """The vectors of all tokens, or of all patches of an image, in batches as the microbatches make them."""
 
     kind = "every token"
 
@@ -95,9 +95,9 @@ class EveryToken(_Feed):
         return len(example.tokens) if self._is_text else self._patches
 
     def batches(
-        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
-        for batch in portions.batches(rows):
+        for batch in batcher.batches(rows):
             found = self._sources(batch)
             slots = index.slots([example for example, _ in found])
             if store.done[slots].all():
@@ -125,8 +125,8 @@ class LabelTokens(_Feed):
 
     kind = "predictors"
 
-    def __init__(self, entrance: BackboneEntrance, objective: Objective) -> None:
-        super().__init__(entrance, objective)
+    def __init__(self, entry: BackboneEntry, objective: Objective) -> None:
+        super().__init__(entry, objective)
         self._targets = torch.zeros(0, dtype=torch.int64)
 
     def content(self, example: Any) -> bytes:
@@ -140,9 +140,9 @@ class LabelTokens(_Feed):
         self._targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
 
     def batches(
-        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
-        self._compute_missing(rows, portions, index, store)
+        self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):
             places = index.places(index.slots(part))
             count = len(places)
@@ -167,8 +167,8 @@ class WholeRows(_Feed):
 
     kind = "head"
 
-    def __init__(self, entrance: HeadEntrance, objective: Objective) -> None:
-        super().__init__(entrance, objective)
+    def __init__(self, entry: HeadEntry, objective: Objective) -> None:
+        super().__init__(entry, objective)
 
     def _look(self, batch: Any, hidden: Tensor) -> None:
         if hidden.dim() != 2:
@@ -183,9 +183,9 @@ class WholeRows(_Feed):
         return 1
 
     def batches(
-        self, rows: Sequence[Any], portions: Passes, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
-        self._compute_missing(rows, portions, index, store)
+        self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):
             features = store.read(index.starts[index.slots(part)]).to(self.device)
             yield CachedBatch(self._batch(part), features)

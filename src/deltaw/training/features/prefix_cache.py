@@ -22,9 +22,9 @@ from deltaw.errors import UserError
 from deltaw.host.machine import Choice
 from deltaw.hub.skeleton import has_values
 from deltaw.runtime.layer_entry import (
-    BackboneEntrance,
-    BlockEntrance,
-    HeadEntrance,
+    BackboneEntry,
+    BlockEntry,
+    HeadEntry,
     Level,
     frozen_digest,
     lowest_trained,
@@ -40,7 +40,7 @@ from deltaw.training.features.store import (
     open_store,
     size_text,
 )
-from deltaw.training.loop import Objective, Passes
+from deltaw.training.loop import MicroBatcher, Objective
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 # Below this share of the blocks, reading features saves less than keeping them costs.
@@ -65,7 +65,7 @@ _IRRELEVANT = {
 def cached_prefix(
     model: PreTrainedModel,
     objective: Objective,
-    portions: Passes,
+    batcher: MicroBatcher,
     examples: Sequence[Any],
     *,
     folder: Path | None = None,
@@ -73,11 +73,11 @@ def cached_prefix(
 ) -> tuple[CachedPrefix | None, Choice[str]]:
     """A training's frozen prefix, kept; to be called where the model can run these batches, nothing random.
 
-    What is trained is read off the parameters that require a gradient. On tensors without values the features
-    are kept in memory, so that a plan sees the same steps.
+    What is trained is read off the parameters that require a gradient. On fake tensors the features are kept
+    in memory, so that a plan sees the same steps.
 
     Args:
-        objective, portions: what the training would use otherwise.
+        objective, microbatches: what the training would use otherwise.
         examples: every row that will come, held-out ones too.
         folder: where stores are. limit: bytes that all stores may take.
 
@@ -93,24 +93,24 @@ def cached_prefix(
     few = _few(examples)
     try:
         feed = _feed(model, level, objective)
-        vectors = feed.learn(next(iter(portions.batches(few))))
+        vectors = feed.learn(next(iter(batcher.batches(few))))
         tolerance = _tolerance(vectors.dtype) if has_values(model) else None
-        difference = _difference(feed, objective, portions, few, vectors, trained, tolerance)
+        difference = _difference(feed, objective, batcher, few, vectors, trained, tolerance)
     except Exception as error:  # whatever a foreign model raises here, the usual way is right for it
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         return None, Choice("off", f"{type(model).__name__} cannot be entered there ({brief})")
     if difference is not None:
         return None, Choice("off", f"{type(model).__name__} entered there gives {difference}")
-    return _opened(model, level, feed, objective, portions, examples, vectors, folder, limit)
+    return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit)
 
 
 def _feed(model: PreTrainedModel, level: Level, objective: Objective) -> Feed:
     """What to keep at this level."""
     if level.kind == "block":
-        return EveryToken(BlockEntrance(model, level.index), objective)
+        return EveryToken(BlockEntry(model, level.index), objective)
     if isinstance(objective, CausalObjective):
-        return LabelTokens(BackboneEntrance(model), objective)
-    return WholeRows(HeadEntrance(model), objective)
+        return LabelTokens(BackboneEntry(model), objective)
+    return WholeRows(HeadEntry(model), objective)
 
 
 def _few(examples: Sequence[Any]) -> list[Any]:
@@ -127,7 +127,7 @@ def _indexed(feed: Feed, examples: Sequence[Any]) -> RowIndex:
 def _difference(
     feed: Feed,
     objective: Objective,
-    portions: Passes,
+    batcher: MicroBatcher,
     few: Sequence[Any],
     vectors: Tensor,
     trained: Sequence[nn.Parameter],
@@ -139,10 +139,10 @@ def _difference(
     """
     rows = _indexed(feed, few)
     shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
-    cached = CachedPrefix(feed, objective, portions, rows, MemoryStore(shape))
-    usual = _loss_and_gradients(objective, portions, few, trained)
+    cached = CachedPrefix(feed, objective, batcher, rows, MemoryStore(shape))
+    usual = _loss_and_gradients(objective, batcher, few, trained)
     for _ in range(2):
-        ours = _loss_and_gradients(cached.objective, cached.portions, few, trained)
+        ours = _loss_and_gradients(cached.objective, cached.batcher, few, trained)
         if tolerance is None:
             continue
         if not _near(usual[:1], ours[:1], tolerance):
@@ -153,11 +153,11 @@ def _difference(
 
 
 def _loss_and_gradients(
-    objective: Objective, portions: Passes, few: Sequence[Any], trained: Sequence[nn.Parameter]
+    objective: Objective, batcher: MicroBatcher, few: Sequence[Any], trained: Sequence[nn.Parameter]
 ) -> list[Tensor | None]:
     """The sum of losses, and its gradient for each trained parameter, None where it has none."""
     total: list[Tensor | None] = [None] * (1 + len(trained))
-    for batch in portions.batches(few):
+    for batch in batcher.batches(few):
         loss = objective(batch)
         parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
         for n, part in enumerate(parts):
@@ -186,12 +186,12 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
 
 
-def _opened(
+def _open_store(
     model: PreTrainedModel,
     level: Level,
     feed: Feed,
     objective: Objective,
-    portions: Passes,
+    batcher: MicroBatcher,
     examples: Sequence[Any],
     vectors: Tensor,
     folder: Path | None,
@@ -205,7 +205,7 @@ def _opened(
         store, kept = ShapeStore(shape), f"{size} on the disk"
     else:
         try:
-            key = _key(model, level, feed, rows, shape, portions)
+            key = _key(model, level, feed, rows, shape, batcher)
             about = f"{type(model).__name__}, {level}, {shape.rows} rows"
             store = open_store(key, shape, about=about, folder=folder, limit=limit)
             kept = f"{size} in {store.folder}"
@@ -213,7 +213,7 @@ def _opened(
             if shape.bytes > MEMORY_BYTES:
                 return None, Choice("off", error.what)
             store, kept = MemoryStore(shape), f"{size} in memory, since {error.what}"
-    cached = CachedPrefix(feed, objective, portions, rows, store)
+    cached = CachedPrefix(feed, objective, batcher, rows, store)
     try:
         known = _still_right(cached)
     except BaseException:
@@ -224,7 +224,7 @@ def _opened(
 
 
 def _key(
-    model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, portions: Passes
+    model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: MicroBatcher
 ) -> str:
     """A name for everything that stored values depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}
@@ -237,7 +237,7 @@ def _key(
         type(model.base_model).__name__,
         config,
         frozen_digest(model, level),
-        bool(getattr(portions, "padded", True)),
+        bool(getattr(batcher, "padded", True)),
         feed.device.type,
         [transformers.__version__, torch.__version__],
     ]
@@ -253,7 +253,7 @@ def _still_right(cached: CachedPrefix) -> int:
         return 0
     slots = done[:: max(1, len(done) // TRIED_ROWS)][:TRIED_ROWS]
     before = cached.store.read(cached.rows.places(slots))
-    for batch in cached.portions.inner.batches([cached.rows.distinct[slot] for slot in slots]):
+    for batch in cached.batcher.inner.batches([cached.rows.distinct[slot] for slot in slots]):
         cached.feed.keep(batch, cached.rows, cached.store)
     after = cached.store.read(cached.rows.places(slots))
     if _near([after], [before], _tolerance(before.dtype)):

@@ -193,7 +193,7 @@ def open_store(
         raise UserError(
             f"features would take {size_text(shape.bytes)}, all stores together may take {size_text(limit)}",
             where=str(root),
-            mend="train on fewer or shorter rows",
+            hint="train on fewer or shorter rows",
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def open_store(
         raise UserError(
             f"features of {size_text(shape.bytes)} cannot be kept: {error.strerror or error}",
             where=str(root),
-            mend="free space there, or choose another cache folder in DELTAW_CACHE",
+            hint="free space there, or choose another cache folder in DELTAW_CACHE",
         ) from error
 
 
@@ -224,7 +224,7 @@ def _locked(root: Path, key: str) -> tuple[Path, FileLock]:
         if lock is not None:
             return root / name, lock
     raise UserError(
-        f"{COPIES} runs work with the same features", where=str(root), mend="wait until one of them is done"
+        f"{COPIES} runs work with the same features", where=str(root), hint="wait until one of them is done"
     )
 
 
@@ -292,14 +292,14 @@ def _make_room(root: Path, needed: int, limit: int) -> None:
         raise UserError(
             f"features of {size_text(needed)} do not fit beside the {size_text(total)} of other runs",
             where=str(root),
-            mend="wait until one of them is done",
+            hint="wait until one of them is done",
         )
     spare = _free_bytes(root)
     if spare < needed:
         raise UserError(
             f"features would take {size_text(needed)}, and the disk has {size_text(max(0, spare))} to spare",
             where=str(root),
-            mend="free space there, or choose another cache folder in DELTAW_CACHE",
+            hint="free space there, or choose another cache folder in DELTAW_CACHE",
         )
 
 

@@ -35,7 +35,7 @@ def parse_bytes(text: str, where: str = "--budget") -> int:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is no size", where=where, mend="write 6GB, 512MB or 8GiB")
+        raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -85,7 +85,7 @@ def fitting_settings(
                     break
         except UserError as error:
             console.print(f"{method}: {error.what}", highlight=False)
-        except Exception as error:  # whatever a foreign model raises when it is run without values
+        except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
             brief = f"{type(error).__name__}: {str(error)[:100]}"
             console.print(f"{method}: the model cannot be run without values ({brief})", highlight=False)
     if not found:
@@ -94,7 +94,7 @@ def fitting_settings(
         raise UserError(
             f"no settings fit into {budget:,} bytes: {need}",
             where="--budget",
-            mend="allow more memory, try other methods with --methods, or take a smaller model",
+            hint="allow more memory, try other methods with --methods, or take a smaller model",
         )
     return sorted(found, key=lambda fitting: fitting.seconds)
 
@@ -126,7 +126,7 @@ def within_memory(
             f"the run needs {least[1].peak_resident_bytes:,} bytes with every block computed again, "
             f"and memory allows {budget:,}",
             where="memory",
-            mend="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
+            hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
         )
     budget = max(int(budget * (1 - LEFT_FREE)), least[1].peak_resident_bytes)
     saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks

@@ -1,4 +1,4 @@
-"""A run's plan: the run itself, carried out on tensors without values for the largest of its steps.
+"""A run's plan: the run itself, run on tensors on fake tensors for the largest of its steps.
 
 The same code assembles and trains here and in the run, so that what is planned is what is run: a change to
 the loop, a method or the packing changes the plan with it.
@@ -21,21 +21,21 @@ from deltaw.host.machine import choose_device, choose_precision, choose_threads,
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.kernels.layout import Layout
 from deltaw.memory.plan import Plan, resident_parts
-from deltaw.memory.simulation import simulate, without_values
+from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.methods.choose import NAMES
-from deltaw.runtime.int8_weights import keep_in_bytes
+from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.loop import rows_of_step
 from deltaw.training.session import Session, assemble, read_data
-from deltaw.training.tasks.causal_batcher import Portions
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.tasks import RunData, Task
 
 # Tiles of one shape: how many, queries, keys.
 TileShape: TypeAlias = tuple[int, int, int]
 # Steps that are looked at for the largest pass; of a longer run, so many of them, spread evenly.
-STEPS_LOOKED_AT = 400
+STEPS_SEARCHED = 400
 # Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
-STEPS_CARRIED_OUT = 2
+DRY_RUN_STEPS = 2
 # Steps whose passes are laid out, to see in how many shapes attention comes.
 STEPS_LAID_OUT = 100
 # Vectors of the model's width that a token keeps in each block, roughly; one where blocks are computed again.
@@ -58,26 +58,26 @@ class Heaviest:
     rows: Sequence[Any]
     shapes: list[tuple[int, int]]
     every: set[tuple[int, int]]
-    judged: set[tuple[int, int]]
+    evaluated: set[tuple[int, int]]
     labelled: Sequence[Any] = ()
     tiles: set[TileShape] = field(default_factory=set)
-    judged_tiles: set[TileShape] = field(default_factory=set)
+    evaluated_tiles: set[TileShape] = field(default_factory=set)
 
     @property
     def token_counts(self) -> float:
         """Different numbers of tokens that kernels are built for; an evaluation's, which has no backward,
         counts a third."""
-        return _kinds(_tokens(self.every), _tokens(self.judged))
+        return _kinds(_tokens(self.every), _tokens(self.evaluated))
 
     @property
     def row_counts(self) -> float:
         """The same of numbers of rows, which a classifier's head is applied to."""
-        return _kinds({rows for rows, _ in self.every}, {rows for rows, _ in self.judged})
+        return _kinds({rows for rows, _ in self.every}, {rows for rows, _ in self.evaluated})
 
     @property
     def tile_shapes(self) -> float:
         """The same of the shapes of attention's tiles."""
-        return _kinds(self.tiles, self.judged_tiles)
+        return _kinds(self.tiles, self.evaluated_tiles)
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Plan:
@@ -108,24 +108,24 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     torch.set_num_threads(threads)  # what some operators take beside their results goes by it
     before = resident_bytes()
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    model = _model_without_values(config, task, data, dtype)
+    model = _fake_model(config, task, data, dtype)
     total = sum(p.numel() for p in model.parameters())
     if config.precision == "int8":
-        with without_values():
-            keep_in_bytes(model.base_model)
+        with fake_tensors():
+            quantize_int8(model.base_model)
     new: list[str] = []
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
-    made: list[_CarriedOut] = []
+    made: list[_DryRun] = []
 
     def run() -> None:
-        made.append(_carry_out(assemble(config, task, data, model, device="cpu", new_modules=new)))
+        made.append(_dry_run(assemble(config, task, data, model, device="cpu", new_modules=new)))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
     (done,) = made
     heaviest, telling = done.heaviest, done.telling
-    with without_values():
+    with fake_tensors():
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
     resident = resident_parts(
         footprint,
@@ -164,9 +164,9 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     )
 
 
-def _model_without_values(config: RunConfig, task: Task, data: RunData, dtype: str) -> PreTrainedModel:
+def _fake_model(config: RunConfig, task: Task, data: RunData, dtype: str) -> PreTrainedModel:
     """The run's model before anything is done to it."""
-    with without_values():
+    with fake_tensors():
         return skeleton(
             config.model,
             dtype=dtype,
@@ -177,8 +177,8 @@ def _model_without_values(config: RunConfig, task: Task, data: RunData, dtype: s
 
 
 @dataclass(frozen=True)
-class _CarriedOut:
-    """What a run without values shows; ``operations`` and ``operators`` are those of its heaviest step."""
+class _DryRun:
+    """What a run on fake tensors shows; ``operations`` and ``operators`` are those of its heaviest step."""
 
     session: Session
     heaviest: Heaviest
@@ -188,7 +188,7 @@ class _CarriedOut:
     operators: int
 
 
-def _carry_out(session: Session) -> _CarriedOut:
+def _dry_run(session: Session) -> _DryRun:
     """A few of the heaviest steps, and the longest rows judged."""
     heaviest = heaviest_step(session)
     telling, marks = _Telling(session, heaviest.labelled), [(0, 0)]
@@ -196,16 +196,16 @@ def _carry_out(session: Session) -> _CarriedOut:
         session.train(
             rows=heaviest.rows,
             batch_size=len(heaviest.rows),
-            total_steps=STEPS_CARRIED_OUT + (1 if heaviest.labelled else 0),
-            portions=telling,
+            total_steps=DRY_RUN_STEPS + (1 if heaviest.labelled else 0),
+            batcher=telling,
             on_step=lambda step: marks.append((work.operations, work.operators)),
         )
     if session.data.held_out:
         with session.running():
-            judge(session, longest_rows(session))
+            evaluate_rows(session, longest_rows(session))
     share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
     operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
-    return _CarriedOut(session, heaviest, work, telling, operations, operators)
+    return _DryRun(session, heaviest, work, telling, operations, operators)
 
 
 def chosen_methods(text: str, own: str) -> list[str]:
@@ -217,7 +217,7 @@ def chosen_methods(text: str, own: str) -> list[str]:
     names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
-            raise UserError(f"'{name}' is no method", where="--methods", mend=did_you_mean(name, NAMES))
+            raise UserError(f"'{name}' is no method", where="--methods", hint=did_you_mean(name, NAMES))
     return list(dict.fromkeys([own, *names]))
 
 
@@ -245,39 +245,39 @@ def plan_each(
             if method == config.method:
                 raise
             refused(method, error)
-        except Exception as error:  # whatever a foreign model raises when it is run without values
+        except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
             if method == config.method:
-                raise _not_without_values(error) from error
-            refused(method, _not_without_values(error))
+                raise _no_dry_run(error) from error
+            refused(method, _no_dry_run(error))
     return plans
 
 
-def _not_without_values(error: Exception) -> UserError:
+def _no_dry_run(error: Exception) -> UserError:
     return UserError(
         f"no plan: the model cannot be run without values ({type(error).__name__}: {str(error)[:100]})",
         where="the plan",
-        mend="train it all the same: deltaw train goes without a plan then",
+        hint="train it all the same: deltaw train goes without a plan then",
     )
 
 
 def heaviest_step(session: Session) -> Heaviest:
     """Find the step with the largest pass, among equals the one with the most labels; and another one where
     labels may outweigh tokens."""
-    settings, portions = session.config.train, session.portions
+    settings, batcher = session.config.train, session.batcher
     total = session.total_steps
     if session.prefix is not None:
         # What is kept is computed in the first epoch alone.
         total = min(total, -(-len(session.data.train) // settings.batch_size))
-    steps = range(0, total, max(1, -(-total // STEPS_LOOKED_AT)))
+    steps = range(0, total, max(1, -(-total // STEPS_SEARCHED)))
     laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
     every: set[tuple[int, int]] = set()
     tiles: set[TileShape] = set()
     passes: list[tuple[int, int, int]] = []
     for step in steps:
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
-        shapes = portions.shapes(rows)
+        shapes = batcher.shapes(rows)
         every.update(shapes)
-        labels = portions.labels(rows) if isinstance(portions, Portions) else [0] * len(shapes)
+        labels = batcher.labels(rows) if isinstance(batcher, CausalMicroBatcher) else [0] * len(shapes)
         passes += [(c * n, many, step) for (c, n), many in zip(shapes, labels, strict=True)]
         if step in laid_out:
             tiles |= _tile_shapes(session, rows)
@@ -287,7 +287,7 @@ def heaviest_step(session: Session) -> Heaviest:
 
     largest = max(passes)
     labelled: Sequence[Any] = ()
-    if isinstance(portions, Portions) and session.prefix is None:
+    if isinstance(batcher, CausalMicroBatcher) and session.prefix is None:
         weigh = _weigher(session)
         heavy = max(passes, key=weigh)
         if weigh(heavy) > 1.01 * weigh(largest):
@@ -295,9 +295,9 @@ def heaviest_step(session: Session) -> Heaviest:
     held_out = session.data.held_out
     return Heaviest(
         rows_of(largest[2]),
-        portions.shapes(rows_of(largest[2])),
+        batcher.shapes(rows_of(largest[2])),
         every,
-        set(portions.shapes(held_out)) if held_out else set(),
+        set(batcher.shapes(held_out)) if held_out else set(),
         labelled,
         tiles,
         _tile_shapes(session, held_out) if held_out else set(),
@@ -321,9 +321,9 @@ def _weigher(session: Session) -> Callable[[tuple[int, int, int]], float]:
 
 def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
     """Shapes of attention's tiles in the passes of these rows."""
-    if not isinstance(session.portions, Portions):
+    if not isinstance(session.batcher, CausalMicroBatcher):
         return set()
-    return {shape for layout in session.portions.layouts(rows) for shape in _tiles_of(session, layout)}
+    return {shape for layout in session.batcher.layouts(rows) for shape in _tiles_of(session, layout)}
 
 
 def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
@@ -348,7 +348,7 @@ class _Telling:
 
     def __init__(self, session: Session, labelled: Sequence[Any] = ()) -> None:
         self._session = session
-        self._inner = (session.prefix or session).portions
+        self._inner = (session.prefix or session).batcher
         self._labelled = labelled
         self._steps = 0
         self.tokens = 0
@@ -361,11 +361,11 @@ class _Telling:
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         self._steps += 1
-        rows = self._labelled if self._steps > STEPS_CARRIED_OUT else rows
+        rows = self._labelled if self._steps > DRY_RUN_STEPS else rows
         shapes = self._inner.shapes(rows)
         sizes = [count * length for count, length in shapes]
         weights = sizes
-        if self._steps > STEPS_CARRIED_OUT and isinstance(self._inner, Portions):
+        if self._steps > DRY_RUN_STEPS and isinstance(self._inner, CausalMicroBatcher):
             weigh = _weigher(self._session)
             weights = [
                 int(weigh((size, labels, 0)))
@@ -374,7 +374,7 @@ class _Telling:
         smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:
             largest = smallest
-        if self._steps <= STEPS_CARRIED_OUT:
+        if self._steps <= DRY_RUN_STEPS:
             self.tokens = sum(sizes[number] for number in {smallest, largest})
         self.sizes.update(sizes[number] for number in (smallest, largest))
         self.rows.update(shapes[number][0] for number in (smallest, largest))
@@ -388,36 +388,36 @@ class _Telling:
             yield self._seen(kept)
 
     def _seen(self, batch: Any) -> Any:
-        layout = getattr(batch, "inputs", {}).get("forest_layout")
+        layout = getattr(batch, "inputs", {}).get("packed_layout")
         if isinstance(layout, Layout):
             self.tiles |= _tiles_of(self._session, layout)
         return batch
 
 
-def judge(session: Session, rows: Sequence[Any]) -> None:
+def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:
     """What an evaluation of these rows computes, without the metrics, which need values."""
     way: Any = session.prefix or session
-    outputs = way.objective.predictions if session.task.has_labels else way.objective.judge
+    outputs = way.objective.predictions if session.task.has_labels else way.objective.evaluate_rows
     with session.method.evaluating(session.model), torch.no_grad():
-        for batch in way.portions.batches(rows):
+        for batch in way.batcher.batches(rows):
             outputs(batch)
 
 
 def longest_rows(session: Session) -> Sequence[Any]:
     """Held-out rows that make up the largest pass of an evaluation."""
     ordered = sorted(session.data.held_out, key=len, reverse=True)
-    most = getattr(session.portions, "tokens_per_pass", 0)
+    most = getattr(session.batcher, "tokens_per_pass", 0)
     total, count = 0, 0
     for row in ordered:
         count += 1
-        total += sum(_tokens(session.portions.shapes([row])))
+        total += sum(_tokens(session.batcher.shapes([row])))
         if total >= 2 * most:
             break
     return ordered[:count]
 
 
-def _kinds(trained: set[Any], judged: set[Any]) -> float:
-    return len(trained) + len(judged - trained) / 3
+def _kinds(trained: set[Any], evaluated: set[Any]) -> float:
+    return len(trained) + len(evaluated - trained) / 3
 
 
 def _tokens(shapes: Iterable[tuple[int, int]]) -> set[int]:

@@ -11,10 +11,10 @@ from deltaw.data.example import Example
 from deltaw.data.packing import Batch, batches, pack, pass_shapes, split_into_passes
 from deltaw.errors import UserError
 from deltaw.host.machine import Choice
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.generation import position_limit
-from deltaw.runtime.packed import can_pack, flat_rows, lean_blocks
+from deltaw.runtime.packed import can_pack, fused_blocks, packed_rows
 
 # Tokens per pass where the user leaves it open: enough for matrix products to run at full speed, and on a
 # processor no more, since activations grow with it.
@@ -22,7 +22,7 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 
 @dataclass(frozen=True)
-class Portions:
+class CausalMicroBatcher:
     """Tokens that go through at once, whether beginnings are shared, whether rows are padded, and where; and
     whether flat rows are filled up to lengths that come again."""
 
@@ -43,7 +43,7 @@ class Portions:
     def layouts(self, rows: Sequence[Example]) -> Iterator[Layout]:
         """The layout of each pass; padded rows have none."""
         for part in [] if self.padded else self._split(rows):
-            layout = pack(part, share=self.share, fill=self.fill).inputs["forest_layout"]
+            layout = pack(part, share=self.share, fill=self.fill).inputs["packed_layout"]
             assert isinstance(layout, Layout)
             yield layout
 
@@ -73,7 +73,7 @@ def longest_row(model: PreTrainedModel, examples: Sequence[Sized], virtual_token
         raise UserError(
             f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
             where="data.max_length",
-            mend=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
+            hint=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
         )
     return longest
 
@@ -86,7 +86,7 @@ def choose_tokens_per_pass(asked: int | str, longest: int, device: str) -> Choic
     return Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")
 
 
-def choose_portions(
+def choose_causal_batcher(
     model: PreTrainedModel,
     examples: Sequence[Example],
     *,
@@ -95,7 +95,7 @@ def choose_portions(
     share: bool | str = "auto",
     method_shares: bool = True,
     virtual_tokens: int = 0,
-) -> tuple[Portions, dict[str, Choice]]:
+) -> tuple[CausalMicroBatcher, dict[str, Choice]]:
     """Settle what the user left open.
 
     Args:
@@ -103,7 +103,7 @@ def choose_portions(
         virtual_tokens: positions that the method will put before each row.
 
     Returns:
-        the portions, and by setting the value chosen with its reason.
+        the microbatches, and by setting the value chosen with its reason.
 
     Raises:
         UserError: a row is longer than the model has positions.
@@ -122,15 +122,15 @@ def choose_portions(
     if shared.value and not packable.value:
         shared = Choice(False, packable.why)
     tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
-    # Without dropout, lean blocks on the compiled kernels meet no library that builds kernels for shapes.
-    any_shape = packable.value and method_shares and native.library() is not None and _lean(model)
-    return Portions(tokens.value, shared.value, not packable.value, device, fill=not any_shape), {
+    # Without dropout, fused blocks on the compiled kernels meet no library that builds kernels for shapes.
+    any_shape = packable.value and method_shares and loader.library() is not None and _fused(model)
+    return CausalMicroBatcher(tokens.value, shared.value, not packable.value, device, fill=not any_shape), {
         "train.share_prefixes": shared,
         "train.tokens_per_pass": tokens,
         "packing": packable,
     }
 
 
-def _lean(model: PreTrainedModel) -> bool:
-    with flat_rows(model):
-        return lean_blocks(model).choice.value
+def _fused(model: PreTrainedModel) -> bool:
+    with packed_rows(model):
+        return fused_blocks(model).choice.value

@@ -48,7 +48,7 @@ class CausalObjective:
         # What the head's rows are divided by to be rounded to bytes, where the blocks' weights are bytes. The
         # head's weight stays as it is, for gradients and for evaluation.
         self._scales: Tensor | None = None
-        if self.chunked and _may_round(head) and _in_bytes(self.backbone):
+        if self.chunked and _may_round(head) and _is_int8(self.backbone):
             self._scales = products.scales_of_rows(head.weight.detach())
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -77,7 +77,7 @@ class CausalObjective:
         )
 
     @torch.no_grad()
-    def judge(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def evaluate_rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """For each label its cross-entropy (P,), and whether it is the likeliest token (P,)."""
         losses, right = [], []
         for rows, targets in zip(
@@ -115,14 +115,14 @@ class CausalObjective:
 
 
 @torch.no_grad()
-def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *, in_bytes: bool) -> float:
+def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *, int8: bool) -> float:
     """Mean cross-entropy of targets (P) from the backbone's outputs (P, d), the head as training computes it
-    with weights in bytes or without."""
+    with weights in int8 or without."""
     head = model.get_output_embeddings()
     weights = torch.ones(len(targets))
     if _may_round(head):
         change = _logits_change(model.config.get_text_config())
-        scales = products.scales_of_rows(head.weight) if in_bytes else None
+        scales = products.scales_of_rows(head.weight) if int8 else None
         total = frozen_head_cross_entropy(
             outputs, targets, weights, head.weight, head.bias, *change, scales=scales
         )
@@ -134,12 +134,12 @@ def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *,
     return float(total) / len(targets)
 
 
-def _in_bytes(model: nn.Module) -> bool:
+def _is_int8(model: nn.Module) -> bool:
     return any(weight_scales(module) is not None for module in model.modules())
 
 
 def _may_round(head: nn.Module) -> bool:
-    """Whether logits can be computed in bytes: of a plain bf16 matrix, on a processor."""
+    """Whether logits can be computed in int8: of a plain bf16 matrix, on a processor."""
     return (
         type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and head.weight.device.type == "cpu"
     )
@@ -216,7 +216,7 @@ def frozen_head_cross_entropy(
     Args:
         hidden: (P, d). targets: (P). weights: (P). head: (classes, d). bias: (classes) or None.
         scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
-        scales: (classes): the logits are computed in bytes, the head's rows divided by these, and so is their
+        scales: (classes): the logits are computed in int8, the head's rows divided by these, and so is their
             gradient where there are rows enough to be worth it.
 
     Returns:
@@ -284,7 +284,7 @@ def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
     if own.shape != ours.shape:
         return False
     if not has_values(model):
-        return True  # that the shapes fit is all that can be seen without values
+        return True  # that the shapes fit is all that can be seen on fake tensors
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2
     return bool((own - ours).norm() <= tolerance * own.norm())
 

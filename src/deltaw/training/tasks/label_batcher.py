@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.images import ImageEncoder
-from deltaw.data.label_batches import LabelPortions
+from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import AnyExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
@@ -18,7 +18,7 @@ from deltaw.runtime.generation import position_limit
 from deltaw.training.tasks.causal_batcher import TOKENS_PER_PASS
 
 
-def choose_label_portions(
+def choose_label_batcher(
     model: PreTrainedModel,
     examples: Sequence[AnyExample],
     *,
@@ -27,7 +27,7 @@ def choose_label_portions(
     virtual_tokens: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     encoder: ImageEncoder | None = None,
-) -> tuple[LabelPortions, dict[str, Choice]]:
+) -> tuple[LabelMicroBatcher, dict[str, Choice]]:
     """Settle what the user left open.
 
     Args:
@@ -35,7 +35,7 @@ def choose_label_portions(
         tokenizer: of texts. encoder: of images.
 
     Returns:
-        the portions, and by setting the value chosen with its reason.
+        the microbatches, and by setting the value chosen with its reason.
 
     Raises:
         UserError: a row is longer than the model has positions, or images are not what the model takes.
@@ -51,7 +51,7 @@ def choose_label_portions(
         raise UserError(
             f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
             where="data.max_length",
-            mend=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
+            hint=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
         )
     if tokens_per_pass == "auto":
         usual = TOKENS_PER_PASS.get(device.partition(":")[0], TOKENS_PER_PASS["cpu"])
@@ -59,7 +59,7 @@ def choose_label_portions(
     else:
         tokens = Choice(int(tokens_per_pass), "as asked")
     pad = getattr(tokenizer, "pad_token_id", None)
-    portions = LabelPortions(
+    batcher = LabelMicroBatcher(
         tokens.value,
         device,
         pad_id=pad if isinstance(pad, int) else 0,
@@ -68,7 +68,7 @@ def choose_label_portions(
         tokens_per_image=longest if images else 1,
         limit=limit,
     )
-    return portions, {"train.tokens_per_pass": tokens}
+    return batcher, {"train.tokens_per_pass": tokens}
 
 
 def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -> None:
@@ -81,7 +81,7 @@ def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -
         raise UserError(
             f"the model does not take its images as prepared: {str(error).splitlines()[0]}",
             where=f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels",
-            mend="look whether preprocessor_config.json belongs to the model; without it, images are resized "
+            hint="look whether preprocessor_config.json belongs to the model; without it, images are resized "
             "to the model's image_size",
         ) from error
 

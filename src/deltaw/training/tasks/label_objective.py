@@ -40,7 +40,7 @@ class LabelObjective:
             raise UserError(
                 f"the model's head has {model.config.num_labels} outputs, and a regression has one",
                 where="model",
-                mend="load the model for task: regression, or set task: sequence-classification",
+                hint="load the model for task: regression, or set task: sequence-classification",
             )
         self.head = None if task == "image-classification" else _head_of_last_token(model)
         self.pooled = self.head is not None
@@ -133,7 +133,7 @@ def _check_padding(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__} answers otherwise when padding follows a row",
             where="model",
-            mend="choose another model: rows of different lengths could not be told apart from their padding",
+            hint="choose another model: rows of different lengths could not be told apart from their padding",
         )
 
 

@@ -29,15 +29,15 @@ from deltaw.hub.loading import (
     read_config,
     say_on_stderr,
 )
-from deltaw.runtime.packed import flat_rows
+from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.evaluation.labels import evaluate_labels
-from deltaw.training.loop import Objective, Passes
-from deltaw.training.tasks.causal_batcher import choose_portions
+from deltaw.training.loop import MicroBatcher, Objective
+from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.label_batcher import choose_label_portions
+from deltaw.training.tasks.label_batcher import choose_label_batcher
 from deltaw.training.tasks.label_objective import LabelObjective
 
 # What the names of architectures end in whose files hold a classifier's head.
@@ -88,7 +88,7 @@ class Task(Protocol):
     def outputs(self, data: RunData) -> int | None:
         """How many outputs the model's head must have; None where the model itself says so."""
 
-    def portions(
+    def batcher(
         self,
         model: PreTrainedModel,
         examples: Sequence[Any],
@@ -98,20 +98,20 @@ class Task(Protocol):
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[Passes, dict[str, Choice]]:
+    ) -> tuple[MicroBatcher, dict[str, Choice]]:
         """How rows go through the model, and what was chosen for it and why."""
 
     def objective(self, model: PreTrainedModel) -> Objective:
         """The sum of a batch's losses."""
 
-    def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
-        """While open, the model takes batches of ``portions``."""
+    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+        """While open, the model takes batches of ``microbatches``."""
 
     def evaluate(
         self,
         objective: Objective,
         examples: Sequence[Any],
-        portions: Passes,
+        batcher: MicroBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         """How well the model does on examples; ``classes`` are the names of its outputs."""
@@ -139,7 +139,7 @@ class CausalTask:
     def outputs(self, data: RunData) -> int | None:
         return None
 
-    def portions(
+    def batcher(
         self,
         model: PreTrainedModel,
         examples: Sequence[Any],
@@ -149,8 +149,8 @@ class CausalTask:
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[Passes, dict[str, Choice]]:
-        return choose_portions(
+    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+        return choose_causal_batcher(
             model,
             examples,
             device=device,
@@ -163,17 +163,17 @@ class CausalTask:
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model)
 
-    def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if getattr(portions, "padded", False) else flat_rows(model)
+    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
         self,
         objective: Objective,
         examples: Sequence[Any],
-        portions: Passes,
+        batcher: MicroBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
-        return evaluate_causal(objective, examples, portions)  # type: ignore[arg-type]
+        return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
 
 
 class LabelTask:
@@ -225,7 +225,7 @@ class LabelTask:
             raise UserError(
                 f"the model's head has {self._own_outputs} outputs, and a regression has one",
                 where=self._model,
-                mend="set task: sequence-classification, or take a model without a head",
+                hint="set task: sequence-classification, or take a model without a head",
             )
 
     def _prepare(self, settings: DataSettings, seed: int, classes: Sequence[str] | None) -> PreparedLabels:
@@ -243,7 +243,7 @@ class LabelTask:
     def outputs(self, data: RunData) -> int | None:
         return 1 if data.classes is None else len(data.classes)
 
-    def portions(
+    def batcher(
         self,
         model: PreTrainedModel,
         examples: Sequence[Any],
@@ -253,8 +253,8 @@ class LabelTask:
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[Passes, dict[str, Choice]]:
-        return choose_label_portions(
+    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+        return choose_label_batcher(
             model,
             examples,
             device=device,
@@ -267,17 +267,17 @@ class LabelTask:
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name)
 
-    def running(self, model: PreTrainedModel, portions: Passes) -> AbstractContextManager[None]:
+    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
         return padded_rows(model)
 
     def evaluate(
         self,
         objective: Objective,
         examples: Sequence[Any],
-        portions: Passes,
+        batcher: MicroBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
-        return evaluate_labels(objective, examples, portions, classes or ())  # type: ignore[arg-type]
+        return evaluate_labels(objective, examples, batcher, classes or ())  # type: ignore[arg-type]
 
 
 def task_of(
