@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.data.packing import Batch
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import linear as products
+from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
 from deltaw.kernels.rows import cross_entropy_
 from deltaw.lora.layers_int8 import weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
@@ -242,8 +243,8 @@ class _FrozenHead(torch.autograd.Function):
             total += (losses * weights[part]).sum()
             if grad_hidden is None:
                 continue
-            if scales is not None and products.can_round_classes(logits, head):
-                grad_hidden[part] = products.class_gradient_(logits, targets[part], head, scales)
+            if scales is not None and can_round_classes(logits, head):
+                grad_hidden[part] = class_gradient_(logits, targets[part], head, scales)
             else:
                 grad_hidden[part] = products.linear_backward(logits, head)[0]
         ctx.grad_hidden = grad_hidden
