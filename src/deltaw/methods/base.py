@@ -64,8 +64,16 @@ class Method(Protocol):
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within the block nothing is random: the model answers as it will after training."""
 
+    def keeps_base(self, model: nn.Module) -> bool:
+        """Whether :meth:`without` is possible. Not where parameters were trained in place: nobody paid for a
+        copy of them. After :meth:`load` it always is."""
+
     def without(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the block the model is the base model."""
+        """Within the block the model is the base model.
+
+        Raises:
+            UserError: the base model was not kept.
+        """
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters, by name. Only these have gradients and optimizer state."""
@@ -119,6 +127,9 @@ class MethodBase:
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def keeps_base(self, model: nn.Module) -> bool:
+        return True
 
     def rate_factor(self, name: str) -> float:
         return 1.0

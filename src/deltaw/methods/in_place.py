@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place, as_before
+from deltaw.lora.places import Place
 from deltaw.methods.base import MethodBase
 from deltaw.methods.files import read_trained, write_trained
-from deltaw.methods.parameters import inside, names_of, put_loaded, train_places
+from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.subset import Subset
 
 
@@ -72,8 +72,11 @@ class InPlace(MethodBase):
                 )
         return "\n".join(lines)
 
+    def keeps_base(self, model: nn.Module) -> bool:
+        return keep_base(self._places)
+
     def without(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return as_before(model, self._places)
+        return as_base(model, self._places, self.name)
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(place.name, place.now) for place in self._places]

@@ -5,13 +5,14 @@ It knows modules and names; not which parameters a method wants.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.lora.places import Place, spots_of
+from deltaw.lora.places import Place, as_before, spots_of
 
 
 def names_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,6 +83,28 @@ def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> li
         place.put_now()
         places.append(place)
     return places
+
+
+def keep_base(places: Iterable[Place[nn.Parameter]]) -> bool:
+    """Whether every place still has the base model's own parameter: none was trained in place."""
+    return all(place.now is not place.before for place in places)
+
+
+def as_base(
+    model: nn.Module, places: Sequence[Place[nn.Parameter]], method: str
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block every place has the base model's own parameter.
+
+    Raises:
+        UserError: one was trained in place.
+    """
+    if not keep_base(places):
+        raise UserError(
+            f"method '{method}' trained the base model's parameters in place, and kept no copy of them",
+            where="method",
+            hint="open the saved adapter on the base model",
+        )
+    return as_before(model, places)
 
 
 def put_loaded(

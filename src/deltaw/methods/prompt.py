@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place, as_before
+from deltaw.lora.places import Place
 from deltaw.methods.base import MethodBase
-from deltaw.methods.parameters import inside, names_of, put_loaded, train_places
+from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.prompt_file import ALWAYS_WHOLE, PromptFile, read_prompt, write_prompt
 from deltaw.methods.registry import TrainOptions
 from deltaw.methods.settings import PromptSettings
@@ -98,10 +98,13 @@ class Prompt(MethodBase):
         lines += [f"  extra trainable modules: {', '.join(extra_modules)}"] if extra_modules else []
         return "\n".join(lines)
 
+    def keeps_base(self, model: nn.Module) -> bool:
+        return keep_base(self._places)
+
     @contextlib.contextmanager
     def without(self, model: nn.Module) -> Iterator[None]:
         """Rows must then come without virtual tokens: the base model's embedding knows real tokens only."""
-        with own_embedding(model), as_before(model, self._places):
+        with own_embedding(model), as_base(model, self._places, self.name):
             yield
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:

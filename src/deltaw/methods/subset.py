@@ -47,7 +47,7 @@ class Subset:
         at = indices.to(device=weight.device, dtype=torch.int32)
         with torch.no_grad():
             before = weight.data.view(-1).index_select(0, at)
-        values = nn.Parameter(before.to(_value_type(weight)))
+        values = nn.Parameter(before.to(_value_type(weight), copy=True))
         self._parts.append(_Part(place.name, weight, at, values, before))
 
         def take(parameter: Tensor) -> None:
