@@ -12,23 +12,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
 from deltaw.experiments.pace import Pace
 from deltaw.experiments.rates import best_rate, grid, next_rate
+from deltaw.methods import registry
 from deltaw.reports.comparison import BASE, Comparison, MethodResult, comparison_markdown
 from deltaw.reports.comparison_figure import draw_comparison
 from deltaw.training.evaluation.metrics import bootstrap_interval
 
-DEFAULT_METHODS = ("lora", "head", "prompt", "bias", "random", "full")
 # The part of a run's steps that a learning rate is tried for.
 SHARE = 0.3
 # What judging the untrained model costs, in trainings; only to tell how much is left.
@@ -95,23 +94,14 @@ class _Entry:
         return run if isinstance(run, dict) and run.get("learning_rate") == self.chosen() else None
 
 
-def method_names() -> tuple[str, ...]:
-    """All methods that there are."""
-    return get_args(RunConfig.model_fields["method"].annotation)
-
-
 def check_methods(methods: Sequence[str]) -> list[str]:
     """The methods, each once.
 
     Raises:
         UserError: there is none, or one is not known.
     """
-    known = method_names()
     for method in methods:
-        if method not in known:
-            raise UserError(
-                f"there is no method '{method}'", where="--methods", hint=did_you_mean(method, known)
-            )
+        registry.entry_of(method, where="--methods")
     if not methods:
         raise UserError("no method is named", where="--methods", hint="name some, as in --methods lora,head")
     return list(dict.fromkeys(methods))

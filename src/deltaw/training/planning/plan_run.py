@@ -16,14 +16,14 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from deltaw.config import RunConfig
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.host.machine import choose_device, choose_precision, choose_threads, resident_bytes
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.kernels.layout import Layout
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
-from deltaw.methods.choose import NAMES
+from deltaw.methods import registry
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.loop import rows_of_step
 from deltaw.training.session import Session, assemble, read_data
@@ -214,10 +214,11 @@ def chosen_methods(text: str, own: str) -> list[str]:
     Raises:
         UserError: a name is no method.
     """
-    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        names = list(registry.names())
     for name in names:
-        if name not in NAMES:
-            raise UserError(f"'{name}' is no method", where="--methods", hint=did_you_mean(name, NAMES))
+        registry.entry_of(name, where="--methods")
     return list(dict.fromkeys([own, *names]))
 
 
