@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
 from tests.kernels.conftest import close
 

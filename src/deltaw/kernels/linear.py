@@ -3,9 +3,9 @@
     y = x·Wᵀ + b + s·(x·A)·B + added
 
 The update is added while the sums are in registers, so no wide tensor is written for it. W may be
-int8-quantized with a scale for each of its rows, and serves forward and backward alike: forward, a row's scale
-belongs to an output; backward, it multiplies the gradient before that is rounded to int8 itself, with a scale for each
-``INT8_BLOCK`` of its numbers, since few of them are large.
+int8-quantized with a scale for each of its rows, and serves forward and backward alike: forward, a row's
+scale belongs to an output; backward, it multiplies the gradient before that is rounded to int8 itself, with a
+scale for each ``INT8_BLOCK`` of its numbers, since few of them are large.
 SmoothQuant scales move outliers from inputs to weights before both are rounded (arXiv 2211.10438, eq. 3):
 x·smooth_scales is rounded, and W holds the inverse.
 
@@ -351,8 +351,8 @@ def _compute_linear_backward(
         scales = torch.empty(rows, -(-out // INT8_BLOCK))
     loader.kernels().dw_linear_backward(
         loader.number(grad.dtype), rows, out, width, grad.data_ptr(), weight.data_ptr(), by_column,
-        loader.address(scale), loader.address(smooth_scales), loader.address(lora_A), loader.address(lora_B), rank,
-        scaling, loader.address(added), loader.address(rounded), loader.address(scales),
+        loader.address(scale), loader.address(smooth_scales), loader.address(lora_A), loader.address(lora_B),
+        rank, scaling, loader.address(added), loader.address(rounded), loader.address(scales),
         dx.data_ptr() if need_x else None, narrow.data_ptr(),
     )  # fmt: skip
     return dx, narrow
