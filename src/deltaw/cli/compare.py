@@ -42,9 +42,11 @@ def command(
     """
     from deltaw.config import RunConfig
     from deltaw.experiments.compare import SHARE, check_methods, compare
+    from deltaw.experiments.comparison import failures, findings
     from deltaw.experiments.rates import parse_rates
     from deltaw.methods import registry
-    from deltaw.reports.comparison import comparison_tables, failures, findings
+    from deltaw.reports.comparison import comparison_tables
+    from deltaw.reports.comparison_figure import draw_comparison
 
     out = console(as_json)
     flags = nested(given)
@@ -61,7 +63,8 @@ def command(
             folder=folder,
             rates=parse_rates(rates, chosen),
             share=share or SHARE,
-            console=out,
+            say=out.print,
+            draw=draw_comparison,
         )
     except KeyboardInterrupt:
         out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")
