@@ -239,8 +239,8 @@ FILES = {
     ),
     "a section that is a number": ("lora: 4", ["'lora'", "section"]),
     "a list": ("- model: m\n", ["keys with values"]),
-    "no YAML": ("model: m\n  data: [\n", ["no YAML", "line 2"]),
-    "a date that is none": ("output: 2024-13-45", ["no YAML"]),
+    "no YAML": ("model: m\n  data: [\n", ["not YAML", "line 2"]),
+    "a date that is none": ("output: 2024-13-45", ["not YAML"]),
     "keys that are numbers": ("1: 2", ["'1'"]),
 }
 

@@ -81,20 +81,20 @@ def divide(
     key: Callable[[T], bytes],
     read_apart: Callable[[str], tuple[list[T], Report]],
 ) -> tuple[list[T], list[T], Report]:
-    """Leave duplicates out, and draw or read the rows that are held out.
+    """Drop duplicates, and draw or read the rows that are held out.
 
     Args:
         examples: all usable rows of the training file.
-        groups: the group of each of them, None for a row that stands alone.
-        report: the account so far.
-        key: what makes two examples the same.
+        groups: the group of each of them, None for a row that is its own group.
+        report: the report so far.
+        key: equal for examples that are duplicates.
         read_apart: reads the evaluation file that ``data.eval`` names.
 
     Returns:
-        examples to train on, examples held out, and the whole account.
+        examples to train on, examples held out, and the complete report.
 
     Raises:
-        UserError: more rows are to be held out than there are, or no whole group can be.
+        UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
     """
     keys = [key(example) for example in examples]
     report = replace(
