@@ -1,4 +1,4 @@
-"""How far a study has come: one line a piece of work, with the time that went by and what is left."""
+"""Progress of an experiment: one line for each finished step, with elapsed and estimated remaining time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from deltaw.experiments.comparison import duration
 from deltaw.training.callbacks import Say
 
-# The start of the first process says little about the rest: no guess before this part of what is left.
+# Starting the first process takes long, so no estimate is shown before this fraction of the rest is done.
 ENOUGH = 0.1
 
 
 class Pace:
-    """Counts work done, in units of one whole training.
+    """Counts finished work, in units of one whole training.
 
     Args:
-        left: all the work that is to be done now.
+        left: the work that remains at the start.
     """
 
     def __init__(self, say: Say, left: float) -> None:
@@ -25,11 +25,11 @@ class Pace:
         self._begun = self._last = time.monotonic()
 
     def more(self, work: float) -> None:
-        """Work that has come up; negative where some need not be done."""
+        """Add work to what remains; a negative number removes some."""
         self._left += work
 
     def did(self, what: str, work: float) -> None:
-        """A piece is done: say so."""
+        """Report that a step is finished."""
         now = time.monotonic()
         self._done += work
         self._left = max(0.0, self._left - work)

@@ -15,14 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaw.config import RunConfig
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.host.machine import choose_device, choose_precision, choose_threads, resident_bytes
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.kernels.layout import Layout
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
-from deltaw.methods.choose import NAMES
+from deltaw.methods import registry
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.loop import rows_of_step
@@ -216,10 +216,11 @@ def chosen_methods(text: str, own: str) -> list[str]:
     Raises:
         UserError: a name is no method.
     """
-    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        names = list(registry.names())
     for name in names:
-        if name not in NAMES:
-            raise UserError(f"'{name}' is no method", where="--methods", hint=did_you_mean(name, NAMES))
+        registry.entry_of(name, where="--methods")
     return list(dict.fromkeys([own, *names]))
 
 
