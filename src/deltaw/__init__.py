@@ -1,6 +1,6 @@
 """deltaw: LoRA fine-tuning of any PyTorch model.
 
-The public face: names only. What trains whole runs (``fit``, ``plan``, ``RunConfig``) is imported when it is
+The public face: names only. What trains (``fit``, ``train``, ``plan``, ``RunConfig``) is imported when it is
 first asked for, so that ``import deltaw`` for a layer in one's own loop needs torch alone.
 """
 
@@ -34,6 +34,7 @@ from deltaw.version import __version__
 if TYPE_CHECKING:
     from deltaw.config import RunConfig
     from deltaw.training.fit import fit
+    from deltaw.training.loop import train
     from deltaw.training.planning.plan_run import plan
 
 __all__ = [
@@ -58,12 +59,14 @@ __all__ = [
     "merge",
     "plan",
     "save_adapter",
+    "train",
     "unmerge",
 ]
 
 _LATER = {
     "fit": "deltaw.training.fit",
     "plan": "deltaw.training.planning.plan_run",
+    "train": "deltaw.training.loop",
     "RunConfig": "deltaw.config",
 }
 
