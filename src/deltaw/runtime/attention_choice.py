@@ -17,26 +17,30 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.hub.quiet import quiet
 
 
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch to another attention implementation, and check that the whole model followed.
+def set_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> None:
+    """Switch to another attention implementation, and check with ``must`` that the whole model followed.
 
     Raises:
         RuntimeError: the model's own code does not take it.
     """
     with quiet():
         model.set_attn_implementation(name)
-    if model.config.get_text_config()._attn_implementation != name:
+    if must and model.config.get_text_config()._attn_implementation != name:
         raise RuntimeError(f"{type(model).__name__} does not take another attention implementation")
     for config in _copied(model):
         config._attn_implementation = name
 
 
 @contextlib.contextmanager
-def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """While open, the model attends by the function of this name; afterwards as before."""
+def attending_by(model: PreTrainedModel, name: str, *, must: bool = True) -> Iterator[None]:
+    """While open, the model attends by the function of this name; afterwards as before.
+
+    Raises:
+        RuntimeError: with ``must``, where the model does not take it.
+    """
     before = model.config._attn_implementation
     try:
-        set_attention(model, name)
+        set_attention(model, name, must=must)
         yield
     finally:
         with quiet():

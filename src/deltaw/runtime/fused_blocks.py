@@ -87,8 +87,8 @@ class FusedBlocks:
         blocks: in the order of the model's own; empty where they were not recognized.
         choice: whether they are used, and why or why not.
         backbone, place: the model's part that holds them, and the path of their list within it.
-        recognized, told: what descriptions there are, and what each block's attention is told, for blocks that
-            are put in later.
+        recognized, told: what descriptions there are, and what each block's attention is told, for blocks
+            that are put in later.
         norm: the norm behind the last block, where it is one that is known.
     """
 

@@ -124,7 +124,7 @@ def padded_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]
     dispatched = bool(getattr(model, "_supports_attention_backend", False))
     with contextlib.ExitStack() as stack:
         if dispatched:
-            stack.enter_context(attending_by(model, ATTENTION))
+            stack.enter_context(attending_by(model, ATTENTION, must=False))
         if fused:
             stack.enter_context(fused_padded_blocks(model).installed())
         yield
