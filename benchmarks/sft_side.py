@@ -109,7 +109,7 @@ def main() -> None:
     job["rows"] = json.loads(Path(job["rows"]).read_text())
     measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
 
-    from deltaw.host.machine import peak_resident_bytes
+    from deltaw.host.memory import peak_resident_bytes
 
     measured["rows_per_second"] = len(job["rows"]) / measured["seconds"]
     measured["peak_bytes"] = peak_resident_bytes()

@@ -55,7 +55,7 @@ def main() -> None:
         print("RESULT " + json.dumps(child(json.loads(arguments.child))), flush=True)
         return
 
-    from deltaw.host.machine import choose_threads
+    from deltaw.host.choices import choose_threads
     from deltaw.hub.loading import config_folder
 
     folder = os.fspath(config_folder(MODEL, "bf16", False))
@@ -148,7 +148,7 @@ def timed(step: object, job: dict) -> dict:
 
 
 def memory_above(loaded: int) -> dict:
-    from deltaw.host.machine import peak_resident_bytes
+    from deltaw.host.memory import peak_resident_bytes
 
     peak = peak_resident_bytes()
     return {"peak_bytes": peak, "above_bytes": peak - loaded}
@@ -198,7 +198,7 @@ def deltaw_side(job: dict) -> dict:
 
 def loaded_bytes(model: object) -> int:
     """What the process holds with all weights read, mapped ones too; the peak is counted anew from here."""
-    from deltaw.host.machine import release_free_memory, resident_bytes
+    from deltaw.host.memory import release_free_memory, resident_bytes
 
     for parameter in model.parameters():  # type: ignore[attr-defined]
         parameter.detach().flatten()[::512].clone()

@@ -17,6 +17,8 @@ import platform
 from pathlib import Path
 
 import torch
+
+from deltaw.kernels.processor import processor_flags
 from torch import Tensor
 
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
@@ -101,7 +103,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
             None,
             f"compiled kernels are for Linux on x86-64, not {platform.system()} on {platform.machine()}",
         )
-    lacking = [flag for flag in NEEDED if flag not in _processor_flags()]
+    lacking = [flag for flag in NEEDED if flag not in processor_flags()]
     if lacking:
         return None, f"compiled kernels need a processor with {', '.join(lacking)}"
     path = _extension()
@@ -140,14 +142,3 @@ def _threads() -> list[ctypes.c_void_p] | None:
     if all(hasattr(whole, name) for name in wanted):
         return [ctypes.cast(getattr(whole, name), ctypes.c_void_p) for name in wanted]
     return None
-
-
-def _processor_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.kernels import rows
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.blocks import blocks_of

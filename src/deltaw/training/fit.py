@@ -17,13 +17,8 @@ from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.machine import (
-    choose_device,
-    choose_precision,
-    memory_limit_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-)
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.loading import LoadedModel, check_architecture, config_folder, load
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
@@ -33,7 +28,8 @@ from deltaw.reports.progress import TrainingProgress
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.loop import Outcome, Step, seeded
-from deltaw.training.planning.budget import parse_bytes, within_memory
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.budget import within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
@@ -166,7 +162,7 @@ def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> t
         raise
     except Exception as error:  # whatever a foreign model raises on fake tensors, it may well train
         brief = f"{type(error).__name__}: {str(error)[:100]}"
-        console.print(f"no memory plan: the model cannot be run without values ({brief})", highlight=False)
+        console.print(f"no memory plan: the model cannot be run on fake tensors ({brief})", highlight=False)
         return config, None
     for line in plan_lines(plan, limit):
         console.print(line, highlight=False)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
-from deltaw.host.machine import keep_freed_memory, trim_memory
+from deltaw.host.memory import keep_freed_memory, trim_memory
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.master_weights import MasterWeights
 from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps

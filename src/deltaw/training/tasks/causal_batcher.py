@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.packing import Batch, batches, pack, pass_shapes, split_into_passes
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.generation import position_limit

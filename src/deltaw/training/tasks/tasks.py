@@ -21,7 +21,7 @@ from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_label
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.hub.loading import (
     check_architecture,
     config_folder,
@@ -52,12 +52,15 @@ class RunData:
         train, held_out: examples.
         report: the account of all rows.
         classes: names of the classes in the order of the model's outputs; None where there are none.
+        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
+            where nobody watched.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
     report: Report
     classes: tuple[str, ...] | None = None
+    read_peak_bytes: int = 0
 
     @property
     def every(self) -> list[Any]:
