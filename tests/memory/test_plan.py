@@ -70,7 +70,7 @@ def test_the_largest_phase_is_the_peak_and_the_parts_add_up_to_it(phase, given) 
     assert max(phases, key=lambda name: phases[name]) == phase
     assert sum(parts.values()) == phases[phase] == expected
     assert parts[phase] == expected - phases["training"]
-    smaller, phases = resident_parts(of, process_bytes=300 * MB, **{key: 40 * MB for key in given})
+    smaller, phases = resident_parts(of, process_bytes=300 * MB, **dict.fromkeys(given, 40 * MB))
     assert sum(smaller.values()) == phases["training"] == max(phases.values()) and smaller[phase] == 0
 
 

@@ -10,7 +10,6 @@ It does not know which parameters will be trained, nor on what.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +24,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.host.choices import Choice, choose_device, choose_precision, choose_threads, dtype_of
-from deltaw.hub.folders import asks_for_code, config_folder, first_line, local_folder, say_on_stderr
+from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
-from deltaw.hub.tokenizers import load_tokenizer, tokenizer_in
+from deltaw.hub.tokenizers import tokenizer_in
 
 Task = Literal["causal-lm", "sequence-classification", "regression", "image-classification", "features"]
 

@@ -17,9 +17,9 @@ import platform
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deltaw.kernels.processor import processor_flags
-from torch import Tensor
 
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
