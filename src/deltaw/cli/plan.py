@@ -58,11 +58,11 @@ def command(
 
     from deltaw.training.session import read_data
 
-    task, data = read_data(config, out)
+    task, data = read_data(config, out.print)
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
-        found = fitting_settings(config, task, data, size, names, console=out)
+        found = fitting_settings(config, task, data, size, names, say=out.print)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})

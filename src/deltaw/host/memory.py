@@ -53,8 +53,8 @@ def peak_resident_bytes(root: Path = _ROOT) -> int:
 class PeakWatch:
     """The most main memory that the process held while a block ran, as far as the system can tell.
 
-    ``bytes`` is exact where the block reached a new peak of the process. Where an earlier peak was higher, the
-    system cannot tell; it is then what the process held at the block's beginning or end, the larger.
+    ``bytes`` is exact where the block reached a new peak of the process. Where an earlier peak was higher,
+    the system cannot tell; it is then what the process held at the block's beginning or end, the larger.
     """
 
     bytes = 0

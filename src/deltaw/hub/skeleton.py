@@ -19,7 +19,8 @@ from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
-from deltaw.hub.loading import TASKS, Task, config_folder, does_not_fit, first_line, read_config
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import TASKS, Task, does_not_fit, first_line, read_config
 from deltaw.hub.quiet import quiet
 
 

@@ -59,7 +59,7 @@ def product_bytes(half: bool) -> int:
 
 @functools.cache
 def attention_bytes(long: bool) -> int:
-    """Bytes that the library keeps for the kernels of attention's backward in bf16, for one length of rows."""
+    """Bytes kept for the kernels of attention's backward in bf16, for one length of rows."""
     lengths = [(SHORT + 65 if long else SHORT - 33) + 3 * number for number in range(_SHAPES + 1)]
 
     def backward(row: Tensor) -> None:

@@ -1,9 +1,9 @@
 """What a run will need, part by part, before it starts: tensors, and the process around them.
 
-Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process holds more than
-they are: the interpreter with its libraries, the rows, kernels that the matrix library builds for the shapes
-it meets, and what an allocator cannot give back at once. And it goes through phases: reading tokenizer and
-rows, loading the weights, training, saving. The largest of them is the peak. Knows numbers alone.
+Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process holds more:
+the interpreter with its libraries, the rows, kernels that the matrix library builds for the shapes it meets,
+and what an allocator cannot give back at once. And it goes through phases: reading tokenizer and rows,
+loading the weights, training, saving. The largest of them is the peak. Knows numbers alone.
 """
 
 from __future__ import annotations

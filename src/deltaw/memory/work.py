@@ -1,8 +1,8 @@
 """What a run computes: operators, floating-point operations, and the kernels that the CPU's libraries build.
 
-A matrix library builds a kernel for every shape that it meets, and keeps it: that memory no tensor shows. How
-large a kernel is, :mod:`deltaw.memory.libraries` measures. Knows operators alone; formulas of their operations
-are torch's own.
+A matrix library builds a kernel for every shape that it meets, and keeps it: that memory no tensor shows.
+How large a kernel is, :mod:`deltaw.memory.libraries` measures. Knows operators alone; formulas of their
+operations are torch's own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _ate
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 HALF = (torch.bfloat16, torch.float16)
 
-# As many kernels stay in memory, unless oneDNN's own variable says otherwise (its default), and an eighth more:
-# what the process cannot give back of those that were let go.
+# As many kernels stay in memory (oneDNN's default, unless its own variable says otherwise), and an eighth
+# more: what the process cannot give back of those that were let go.
 DEFAULT_CAPACITY, LEFT_BEHIND = 1024, 1.125
 
 
@@ -97,8 +97,8 @@ def kernel_bytes(
             these, and how many different ones the whole run has. A product with one of the sizes comes
             again in as many shapes; the first that is met counts. Others come in no further shape.
         lengths: different lengths of rows in the run.
-        tiles: shapes of attention's tiles in the run, for each in these microbatches: batched products come again
-            in as many.
+        tiles: shapes of attention's tiles in the run, for each in these microbatches: batched products come
+            again in as many.
     """
     counts = {True: 0.0, False: 0.0}
     for product in work.products:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import get_args
 
-from deltaw.config import RunConfig
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
+from deltaw.methods import registry
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -30,9 +29,9 @@ def chosen_methods(text: str, own: str) -> list[str]:
     Raises:
         UserError: a name is no method.
     """
-    known = get_args(RunConfig.model_fields["method"].annotation)
-    names = list(known) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        names = list(registry.names())
     for name in names:
-        if name not in known:
-            raise UserError(f"'{name}' is no method", where="--methods", hint=did_you_mean(name, known))
+        registry.entry_of(name, where="--methods")
     return list(dict.fromkeys([own, *names]))

@@ -140,9 +140,9 @@ def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
 
 
 class TellingBatcher:
-    """Of a step's microbatches those that show its peak: the smallest, which leaves gradients behind, and then
-    the largest. The first step, which is there for the optimizer's state alone, has the smallest only; a third
-    is made of the microbatches of ``labelled`` rows, its largest being the one with the most labels.
+    """Of a step's microbatches those that show its peak: the smallest, which leaves gradients behind, and
+    then the largest. The first step, which is there for the optimizer's state alone, has the smallest only; a
+    third is made of the microbatches of ``labelled`` rows, its largest being the one with the most labels.
 
     Attributes:
         tokens: of the microbatches of the second step.

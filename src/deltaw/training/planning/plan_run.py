@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.memory import resident_bytes, trim_memory
-from deltaw.hub.loading import config_folder
+from deltaw.hub.folders import config_folder
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.memory.libraries import warm_up
@@ -28,6 +27,7 @@ from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.planning.heaviest import (
     DRY_RUN_STEPS,
     Heaviest,
@@ -37,23 +37,25 @@ from deltaw.training.planning.heaviest import (
     token_counts,
 )
 from deltaw.training.planning.remembered import Remembered
+from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.tasks import RunData, Task
 
 
-def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Plan:
+def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
     """What a run will need, from the model's configuration and the rows alone.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.
-        console: where a person reads along; nothing is printed without one.
+        say: told what becomes of the rows, in lines.
 
     Raises:
         UserError: something the user gave cannot be used.
     """
     settings = RunConfig.read(config)
-    task, data = read_data(settings, console or Console(quiet=True))
-    return plan_run(settings, task, data)
+    with guest():
+        task, data = read_data(settings, say)
+        return plan_run(settings, task, data)
 
 
 def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None) -> Plan:
