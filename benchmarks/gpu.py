@@ -83,7 +83,7 @@ def peft_step(tokens: torch.Tensor) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from deltaw.hub.loading import config_folder
+    from deltaw.hub.folders import config_folder
 
     folder = config_folder(MODEL, "bf16", False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
