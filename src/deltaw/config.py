@@ -76,6 +76,11 @@ class TrainSettings(BaseModel):
         False,
         description="keep only each block's input and compute the rest again; a number: in so many blocks",
     )
+    drift: bool | Literal["auto"] = Field(
+        "auto",
+        description="at the end, measure how far general answers moved from the base model's; auto: where a "
+        "language model is large enough to give any",
+    )
     eval_every: int | None = Field(
         None, ge=1, description="evaluate after every so many steps; always at the end"
     )

@@ -31,6 +31,8 @@ from deltaw.reports.card import model_card
 from deltaw.reports.plan import plan_lines
 from deltaw.reports.progress import TrainingProgress
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.drift import Drift
+from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.loop import Outcome, Step, seeded
 from deltaw.training.planning.budget import parse_bytes, within_memory
@@ -51,6 +53,7 @@ class Result:
     plan: Plan | None = None
     trained_parameters: int = 0
     writes_text: bool = True
+    drift: Drift | None = None
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -77,6 +80,7 @@ class Result:
             "trained_parameters": self.trained_parameters,
             "eval": self.evaluation.as_dict() or None,
             "score": self.evaluation.score(),
+            "drift": None if self.drift is None else self.drift.as_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
             "interrupted": done.interrupted,
@@ -121,6 +125,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
         folder.write_tokenizer(task.tokenizer)
     try:
         outcome, evaluation = _train(session, folder, console)
+        drift = None if outcome.interrupted else _drift(session, folder, outcome.steps, console)
     except UntrainedParameterError:
         raise
     except UserError:
@@ -137,6 +142,7 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Consol
         plan=plan,
         trained_parameters=sum(p.numel() for _, p in session.method.parameters(session.model)),
         writes_text=not task.has_labels,
+        drift=drift,
     )
     _write_card(result, session)
     return result
@@ -248,6 +254,18 @@ def _train(session: Session, folder: RunFolder, console: Console) -> tuple[Outco
     return outcome, evaluation
 
 
+def _drift(session: Session, folder: RunFolder, step: int, console: Console) -> Drift | None:
+    """How far general answers moved, written down; said why not where a language model gives none."""
+    try:
+        drift = session.drift()
+    except NoGeneralAnswers as reason:
+        console.print(f"drift: not measured ({reason})", highlight=False)
+        return None
+    if drift is not None:
+        folder.write_metrics({"step": step, "drift": drift.as_dict()})
+    return drift
+
+
 def _metadata(data: RunData) -> dict[str, str]:
     """What goes into the weights file beside the weights: the names of the classes."""
     return {} if data.classes is None else {CLASSES_KEY: json.dumps(list(data.classes))}
@@ -274,6 +292,9 @@ def _write_card(result: Result, session: Session) -> None:
         "training loss": f"{result.outcome.loss:.4f}" if result.outcome.steps else "none",
         **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.metrics.items() if math.isfinite(v)},
     }
+    if result.drift is not None:
+        before, after = result.drift.base_loss, result.drift.loss
+        facts["drift (loss of general answers)"] = f"{before:.3f} → {after:.3f} nats/token"
     if config.method == "lora":
         facts["rank / alpha"] = f"{config.lora.rank} / {config.lora.alpha:g}"
     if session.data.classes is not None:

@@ -24,6 +24,7 @@ from deltaw.host.machine import Choice, choose_device, choose_precision, release
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import loader
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.runtime.generation import position_limit
@@ -31,6 +32,9 @@ from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.drift import Drift, measure_drift
+from deltaw.training.evaluation.general import check_size, general_answers
+from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
@@ -59,6 +63,7 @@ class Session:
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
         prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
+        identity: names the base model's weights and precision; None where they cannot be named.
     """
 
     config: RunConfig
@@ -71,6 +76,7 @@ class Session:
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     prefix: CachedPrefix | None = None
+    identity: str | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -165,6 +171,38 @@ class Session:
         with self.method.evaluating(self.model):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
+    def drift(self) -> Drift | None:
+        """How far general answers have moved from the base model's; None where ``train.drift`` is false or
+        the model writes no text. Call outside of :meth:`running`.
+
+        Raises:
+            NoGeneralAnswers: the base model gives none that could be measured; the message says why.
+        """
+        asked, model = self.config.train.drift, self.model
+        if asked is False or self.task.tokenizer is None or self.task.has_labels:
+            return None
+        if asked == "auto":
+            check_size(model)
+        with self.method.evaluating(model):
+            with self.method.without(model):
+                answers = general_answers(
+                    model,
+                    self.task.tokenizer,
+                    MEASURED,
+                    self.config.data,
+                    identity=self.identity,
+                    batch_tokens=getattr(self.batcher, "tokens_per_pass", 1024),
+                    reserved=self.method.virtual_tokens,
+                )
+            return measure_drift(
+                model,
+                answers,
+                self.batcher,
+                base=lambda: self.method.without(model),
+                running=self.running,
+                as_trained=lambda example: with_virtual_tokens(example, self.method),
+            )
+
 
 def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
@@ -213,6 +251,7 @@ def assemble(
     settings = config.train
     seeded(settings.seed)
     said: list[str] = []
+    identity = identity_of(model, config.precision)
     if config.precision == "int8" and has_values(model):
         said += _quantized_int8(model, data.train)
     batcher, chosen = task.batcher(
@@ -248,7 +287,9 @@ def assemble(
     )
     with method.evaluating(model):
         objective = task.objective(model)
-    session = Session(config, model, method, task, data, batcher, objective, chosen, said)
+    session = Session(
+        config, model, method, task, data, batcher, objective, chosen, said, identity=identity
+    )
     seen_again = session.total_steps * settings.batch_size > len(data.train)
     if settings.keep_features is True or (settings.keep_features == "auto" and seen_again):
         with session.running(), method.evaluating(model):
@@ -257,6 +298,13 @@ def assemble(
         if session.prefix is not None:
             said.append(f"computed once for each row and kept: {kept}")
     return session
+
+
+def identity_of(model: PreTrainedModel, precision: str) -> str | None:
+    """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
+    tensors."""
+    weights = base_fingerprint(model.named_parameters())
+    return None if weights is None else f"{weights}-{'int8' if precision == 'int8' else model.dtype}"
 
 
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
