@@ -1,4 +1,4 @@
-"""Draw `docs/sft.png` from what `benchmarks/sft.py --json results.json` measured.
+"""Draw `docs/sft.png` from the results of `benchmarks/sft.py --json results.json`.
 
 python benchmarks/plot_sft.py results.json docs/sft.png
 """
@@ -30,7 +30,7 @@ def main() -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
     panels = [
-        (axes[0], "rows_per_second", 1, "rows a second (more is better)", "{:.1f}"),
+        (axes[0], "rows_per_second", 1, "rows per second (more is better)", "{:.1f}"),
         (axes[1], "peak_bytes", 1e9, "peak memory, GB (less is better)", "{:.2f}"),
     ]
     height = 0.8 / len(sizes)

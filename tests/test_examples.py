@@ -1,4 +1,4 @@
-"""The examples run as they stand, and the settings that the pages show are valid."""
+"""The examples run unchanged, and the settings shown on the documentation pages are valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from deltaw.config import RunConfig, parse_yaml
-from deltaw.experiments.compare import DEFAULT_METHODS
+from deltaw.methods import registry
 from deltaw.methods.choose import choose_method
 from deltaw.training.fit import fit
 from tests.byte_models import byte_tokenizer
@@ -56,7 +56,7 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
         },
     )
     result = fit(config)
-    # Of 6 films with 4 reviews each, one is held out whole; the plots are left out.
+    # One of 6 films with 4 reviews each is held out; the plots are dropped.
     assert result.outcome.rows == 2 * 20
     assert result.evaluation.classes == ("rotten", "fresh")
     assert result.evaluation.confusion is not None and result.evaluation.confusion.sum() == 4
@@ -68,7 +68,7 @@ def test_demo_settings_are_valid() -> None:
 
 def test_compare_settings_are_valid_for_every_method() -> None:
     config = RunConfig.read(EXAMPLES / "compare.yaml")
-    for method in DEFAULT_METHODS:
+    for method in registry.compared_names():
         assert choose_method(config.model_copy(update={"method": method}), None).name == method
 
 
@@ -80,7 +80,7 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
         except yaml.YAMLError as error:
             pytest.fail(f"{error}\n{block}")
         assert isinstance(settings, dict), block
-        # A page that is about one section shows that section alone.
+        # A page about one section shows only that section.
         RunConfig.read({"model": "model", "data": "rows.jsonl", **settings})
 
 
@@ -106,7 +106,7 @@ def _tiny_encoder(folder: Path) -> Path:
 
 
 def _reviews(path: Path) -> Path:
-    """A table of the same columns as the one that the example names."""
+    """A table with the same columns as the one in the example."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])

@@ -28,9 +28,9 @@ from deltaw.training.inference_drift import answers_side_by_side, drift_of
 @click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
-@click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far general answers moved")
+@click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
 @click.option(
-    "--general", default=0, type=click.IntRange(0), help="show so many general answers beside the base model's"
+    "--general", default=0, type=click.IntRange(0), help="show so many general answers of both models"
 )
 @click.option(
     "--task",

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
-from deltaw.training.loop import MicroBatcher
+from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
-# A change of the loss above this, in nats a token, is worth a warning: see docs/eval.md for what was measured.
+# A change of the loss above this, in nats a token, is worth a warning (docs/eval.md has what was measured).
 LARGE = 0.25
 
 
@@ -71,8 +71,9 @@ class Drift:
         ]
         if self.large:
             said.append(
-                "  this is large: the model may answer other questions worse than the base model. Try a lower "
-                "train.learning_rate, fewer train.epochs, train.keep_general, or general rows among the data"
+                "  this is large: the model may answer other questions worse than the base model. Try "
+                "train.keep_general: 1, a lower train.learning_rate, fewer train.epochs, or general rows in "
+                "the data"
             )
         return said
 
@@ -81,7 +82,7 @@ class Drift:
 def measure_drift(
     model: PreTrainedModel,
     answers: Sequence[Example],
-    batcher: MicroBatcher,
+    batcher: AnyBatcher,
     *,
     base: Callable[[], AbstractContextManager[None]],
     running: Callable[[], AbstractContextManager[None]],
@@ -128,7 +129,7 @@ def _compare(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
 class _Side:
     """One of the two models: what its head is applied to, for each label in the order of the rows."""
 
-    def __init__(self, model: PreTrainedModel, rows: Sequence[Example], batcher: MicroBatcher) -> None:
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher) -> None:
         self._objective = CausalObjective(model)
         self.chunk = self._objective.chunk
         outputs: dict[int, Tensor] = {}

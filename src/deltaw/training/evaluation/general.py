@@ -22,6 +22,8 @@ from deltaw.data.templates import TemplateName
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.hub.packages import cache_folder
+from deltaw.hub.skeleton import has_values
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.runtime.generation import generate, position_limit
 
 # The most tokens of an answer. Longer answers cost time and say little more: a model that has drifted does so
@@ -36,6 +38,13 @@ _VERSION = 1
 
 class NoGeneralAnswers(Exception):
     """The model gives no answers that drift could be measured on; the message says why."""
+
+
+def identity_of(model: PreTrainedModel, precision: str) -> str | None:
+    """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
+    tensors."""
+    weights = base_fingerprint(model.named_parameters())
+    return None if weights is None else f"{weights}-{'int8' if precision == 'int8' else model.dtype}"
 
 
 def check_size(model: PreTrainedModel) -> None:
@@ -89,6 +98,10 @@ def general_answers(
     if len(fitting) < LEAST_ANSWERS:
         raise NoGeneralAnswers(f"the model has {limit} positions, too few for general prompts")
     asked = list(fitting.values())
+    if not has_values(model):
+        # In a dry run on fake tensors nothing can be decoded: answers of full length take the same memory.
+        stand_in = [0] * ANSWER_TOKENS
+        return [_example(number, prompt, stand_in, tokenizer) for number, prompt in fitting.items()]
     file = None if identity is None else _file(identity, asked)
     written = None if file is None else _read(file, len(asked))
     if written is None:
