@@ -29,6 +29,7 @@ from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.training.callbacks import Callback, Say, silent
 from deltaw.training.card import write_card
+from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
@@ -124,9 +125,10 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
     folder.write_settings(config, chosen)
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    meter = DriftMeter(session)
     try:
         outcome, evaluation = _train(session, folder, callback)
-        drift = None if outcome.interrupted else _drift(session, folder, outcome.steps, callback)
+        drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
     except UntrainedParameterError:
         raise
     except UserError:
@@ -254,10 +256,10 @@ def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Out
     return outcome, evaluation
 
 
-def _drift(session: Session, folder: RunFolder, step: int, callback: Callback) -> Drift | None:
+def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:
     """How far general answers moved, written down; said why not where a language model gives none."""
     try:
-        drift = session.drift()
+        drift = meter.measure()
     except NoGeneralAnswers as reason:
         callback.on_line(f"drift: not measured ({reason})")
         return None

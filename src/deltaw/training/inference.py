@@ -21,8 +21,8 @@ from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.evaluation.causal import Score, score
-from deltaw.training.run_folder import SETTINGS
 from deltaw.training.evaluation.general import identity_of
+from deltaw.training.run_folder import SETTINGS
 from deltaw.training.session import with_virtual_tokens
 from deltaw.training.tasks.tasks import Task, task_of
 

@@ -27,15 +27,19 @@ class GeneralAnswer:
 
 
 def drift_of(opened: InferenceSession) -> Drift | None:
-    """How far general answers have moved from the base model's; None without an adapter, or where the model
-    writes no text.
+    """How far general answers have moved from the base model's; None without an adapter, where the model
+    writes no text, and where the run's ``train.drift`` is false.
 
     Raises:
         NoGeneralAnswers: the base model gives none that could be measured; the message says why.
     """
     if opened.method is None or opened.task.tokenizer is None or opened.task.has_labels:
         return None
-    check_size(opened.model)
+    asked = "auto" if opened.config is None else opened.config.train.drift
+    if asked is False:
+        return None
+    if asked == "auto":
+        check_size(opened.model)
     answers = _base_answers(opened)
     batcher, _ = opened.task.batcher(
         opened.model,

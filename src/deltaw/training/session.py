@@ -31,14 +31,12 @@ from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.drift import Drift, measure_drift
 from deltaw.training.evaluation.general import (
     NoGeneralAnswers,
-    check_size,
     general_answers,
     identity_of,
 )
-from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
+from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
@@ -196,39 +194,19 @@ class Session:
         with self.method.evaluating(self.model):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
-    def drift(self) -> Drift | None:
-        """How far general answers have moved from the base model's; None where ``train.drift`` is false or
-        the model writes no text. Call outside of :meth:`running`.
-
-        Raises:
-            NoGeneralAnswers: the base model gives none that could be measured; the message says why.
-        """
-        asked, model = self.config.train.drift, self.model
-        if asked is False or self.task.tokenizer is None or self.task.has_labels:
-            return None
-        if asked == "auto":
-            check_size(model)
-        answers = self.general_answers(MEASURED)
-        with self.method.evaluating(model):
-            return measure_drift(
-                model,
-                answers,
-                self.batcher,
-                base=lambda: self.method.without(model),
-                running=self.running,
-                as_trained=lambda example: with_virtual_tokens(example, self.method),
-            )
-
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """The base model's own answers to general prompts, as the base model sees them.
 
+        Where the method keeps no base model, this is for the time before training.
+
         Raises:
             NoGeneralAnswers: it gives none that are of use.
-            UserError: the model does not write text.
         """
         if self.task.tokenizer is None:
             raise NoGeneralAnswers("the model does not read text")
-        with self.method.evaluating(self.model), self.method.without(self.model):
+        kept = self.method.keeps_base(self.model)
+        base = self.method.without(self.model) if kept else contextlib.nullcontext()
+        with self.method.evaluating(self.model), base:
             return general_answers(
                 self.model,
                 self.task.tokenizer,

@@ -32,7 +32,7 @@ class Drift:
         base_loss, loss: mean cross-entropy of the base model's answers, in nats a token: of the base model
             itself, and of the fine-tuned model.
         divergence: mean KL(base model ‖ fine-tuned model) over the answers' tokens, in nats; None where the
-            model's output head is not known.
+            base model was not kept beside the fine-tuned one.
         same: share of the tokens for which both models choose the same next token.
         answers, tokens: how many were measured.
     """
@@ -78,13 +78,45 @@ class Drift:
         return said
 
 
+@dataclass(frozen=True)
+class BaseLosses:
+    """The base model on its own answers, for each label: its loss, and the token that it would choose."""
+
+    answers: Sequence[Example]
+    losses: Tensor
+    choices: Tensor
+
+
+@torch.no_grad()
+def base_losses(
+    model: PreTrainedModel,
+    answers: Sequence[Example],
+    batcher: AnyBatcher,
+    running: Callable[[], AbstractContextManager[None]],
+) -> BaseLosses:
+    """What :func:`measure_drift` needs of a base model that will not be there any more.
+
+    Args:
+        model: the base model. running: while open, it takes the batches of ``batcher``.
+    """
+    with running():
+        side = _Side(model, answers, batcher)
+    targets = _targets(answers)
+    losses, choices = [], []
+    for part in side.parts(len(targets)):
+        own = side.log_probabilities(part)
+        losses.append(-own.gather(1, targets[part].to(own.device)[:, None])[:, 0].cpu())
+        choices.append(own.argmax(1).cpu())
+    return BaseLosses(answers, torch.cat(losses), torch.cat(choices))
+
+
 @torch.no_grad()
 def measure_drift(
     model: PreTrainedModel,
     answers: Sequence[Example],
     batcher: AnyBatcher,
     *,
-    base: Callable[[], AbstractContextManager[None]],
+    base: Callable[[], AbstractContextManager[None]] | BaseLosses,
     running: Callable[[], AbstractContextManager[None]],
     as_trained: Callable[[Example], Example] = lambda example: example,
 ) -> Drift:
@@ -94,36 +126,42 @@ def measure_drift(
         model: with what was trained on it.
         answers: of the base model.
         batcher: how rows go through the model.
-        base: while open, the model answers as the base model.
+        base: while open, the model answers as the base model; or what was noted of the base model, which
+            gives no divergence.
         running: while open, the model takes the batches of ``batcher``.
         as_trained: a row as the fine-tuned model is to see it.
     """
-    with base(), running():
-        before = _Side(model, answers, batcher)
+    before = None
+    if not isinstance(base, BaseLosses):
+        with base(), running():
+            before = _Side(model, answers, batcher)
     with running():
         after = _Side(model, [as_trained(example) for example in answers], batcher)
-    targets = torch.from_numpy(np.concatenate([e.tokens[e.is_label] for e in answers])).long()
-    losses: list[Tensor] = []
-    for start in range(0, len(targets), before.chunk):
-        part = slice(start, start + before.chunk)
-        with base():
-            own = before.log_probabilities(part)
-        losses.append(_compare(own, after.log_probabilities(part), targets[part].to(own.device)))
-    base_loss, loss, divergence, same = torch.cat(losses, 1).double().mean(1).tolist()
-    return Drift(base_loss, loss, divergence, same, len(answers), len(targets))
+    targets = _targets(answers)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for part in after.parts(len(targets)):
+        tuned = after.log_probabilities(part)
+        at = targets[part].to(tuned.device)[:, None]
+        if isinstance(base, BaseLosses):
+            base_loss, choice = base.losses[part], base.choices[part]
+            divergence = base_loss.new_zeros(())
+        else:
+            assert before is not None
+            with base():
+                own = before.log_probabilities(part)
+            base_loss, choice = -own.gather(1, at)[:, 0], own.argmax(1)
+            divergence = nn.functional.kl_div(tuned, own, reduction="sum", log_target=True)
+        same = (choice.to(tuned.device) == tuned.argmax(1)).sum()
+        parts = (base_loss.double().sum(), -tuned.gather(1, at).double().sum(), divergence, same)
+        sums += torch.stack([value.double().cpu() for value in parts])
+    base_mean, mean, divergence_mean, same_share = (sums / len(targets)).tolist()
+    known = None if before is None else divergence_mean
+    return Drift(base_mean, mean, known, same_share, len(answers), len(targets))
 
 
-def _compare(base: Tensor, tuned: Tensor, targets: Tensor) -> Tensor:
-    """(4, p): both losses, the divergence, and whether both choose alike, of log-probabilities (p, V)."""
-    at = targets[:, None]
-    return torch.stack(
-        [
-            -base.gather(1, at)[:, 0],
-            -tuned.gather(1, at)[:, 0],
-            nn.functional.kl_div(tuned, base, reduction="none", log_target=True).sum(1),
-            (base.argmax(1) == tuned.argmax(1)).to(base.dtype),
-        ]
-    ).cpu()
+def _targets(answers: Sequence[Example]) -> Tensor:
+    """(P,) the labels of all answers, in their order."""
+    return torch.from_numpy(np.concatenate([e.tokens[e.is_label] for e in answers])).long()
 
 
 class _Side:
@@ -131,7 +169,6 @@ class _Side:
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher) -> None:
         self._objective = CausalObjective(model)
-        self.chunk = self._objective.chunk
         outputs: dict[int, Tensor] = {}
         for batch in batcher.batches(rows):
             picked = self._objective.label_outputs(batch)
@@ -141,6 +178,11 @@ class _Side:
                 at = torch.from_numpy(np.searchsorted(labelled, places)).to(picked.device)
                 outputs[member.example.row] = picked[at]
         self._outputs = torch.cat([outputs[row.row] for row in rows])
+
+    def parts(self, count: int) -> list[slice]:
+        """``count`` labels in chunks whose logits fit."""
+        chunk = self._objective.chunk
+        return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
     def log_probabilities(self, part: slice) -> Tensor:
         """fp32 (p, V) of these labels."""
