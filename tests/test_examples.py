@@ -63,7 +63,7 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
 
 
 def test_demo_settings_are_valid() -> None:
-    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 1e-3
+    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 5e-4
 
 
 def test_compare_settings_are_valid_for_every_method() -> None:
