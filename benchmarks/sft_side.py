@@ -22,6 +22,7 @@ def deltaw_side(job: dict) -> dict:
     import torch
 
     from deltaw.data.example import Example
+    from deltaw.host.machine import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
     from deltaw.runtime.int8_weights import quantize_int8
@@ -41,6 +42,7 @@ def deltaw_side(job: dict) -> dict:
     batcher, _ = choose_causal_batcher(loaded.model, examples, device="cpu", share=job["share"])
     attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     steps = count_steps(len(examples), job["batch_size"], 1.0, None)
+    keep_freed_memory()  # as the command line does
     objective = CausalObjective(loaded.model)
     with packed_rows(loaded.model):
         outcome = train(

@@ -159,6 +159,7 @@ def deltaw_side(job: dict) -> dict:
     import numpy as np
 
     from deltaw.data.example import Example
+    from deltaw.host.machine import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.int8_weights import quantize_int8
@@ -181,6 +182,7 @@ def deltaw_side(job: dict) -> dict:
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     if job.get("checkpointing"):
         checkpoint_blocks(model)
+    keep_freed_memory()  # as the command line does
     objective, seconds = CausalObjective(model), []
     with packed_rows(model):
         train(

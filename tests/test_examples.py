@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 from deltaw.cli import group
 from deltaw.config import RunConfig, parse_yaml, settings
-from deltaw.experiments.compare import DEFAULT_METHODS
+from deltaw.methods import registry
 from deltaw.methods.choose import choose_method
 from deltaw.training.fit import fit
 from tests.byte_models import byte_tokenizer
@@ -70,7 +70,7 @@ def test_demo_settings_are_valid() -> None:
 
 def test_compare_settings_are_valid_for_every_method() -> None:
     config = RunConfig.read(EXAMPLES / "compare.yaml")
-    for method in DEFAULT_METHODS:
+    for method in registry.compared_names():
         assert choose_method(config.model_copy(update={"method": method}), None).name == method
 
 

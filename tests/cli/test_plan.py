@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel
 
 from deltaw.memory.footprint import KINDS, PHASES
-from deltaw.methods.choose import NAMES
+from deltaw.methods import registry
 
 SMALL = ("--prompt.length", 4, "--random.weights", 0.05, "--last.blocks", 1)
 
@@ -61,7 +61,7 @@ def test_one_object_and_one_picture_hold_the_plan_of_every_method(call, file, tm
     ended = call("plan", file, *SMALL, "--json", "--picture", picture)
     assert ended.status == 0, ended.err
     told = json.loads(ended.out)
-    assert set(told) == set(NAMES) and next(iter(told)) == "lora"
+    assert set(told) == set(registry.names()) and next(iter(told)) == "lora"
     for plan in told.values():
         assert set(plan["parts"]) == set(KINDS) and sum(plan["parts"].values()) == plan["peak_bytes"]
         assert sum(plan["resident"].values()) == plan["peak_resident_bytes"] > plan["peak_bytes"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
@@ -17,7 +16,7 @@ def try_out(study_settings, tmp_path):
     made = []
 
     def make(**changes):
-        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes)), Console(quiet=True)))
+        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes))))
         return made[-1]
 
     yield make

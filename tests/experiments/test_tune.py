@@ -12,7 +12,8 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.experiments.child import WorkerEnded
 from deltaw.experiments.tune import tune
-from deltaw.reports.tuning import TrialResult, Tuning, lessons, tuning_table
+from deltaw.experiments.tuning import TrialResult, Tuning, lessons
+from deltaw.reports.tuning import tuning_table
 
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
 
@@ -28,7 +29,7 @@ def search(here, study_settings, tmp_path):
             trials=trials,
             folder=tmp_path / "out",
             search=search,
-            console=Console(file=out, width=200),
+            say=Console(file=out, width=200).print,
         )
         return tuning, out.getvalue(), [what for what in here.asked if what.startswith("trial")]
 

@@ -288,7 +288,7 @@ def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("abcde", "as prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
+    ("text", "says"), [("abcde", "with prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
 )
 def test_the_start_from_a_text_equals_pefts(text, says, tmp_path):
     tokenizer = byte_tokenizer()

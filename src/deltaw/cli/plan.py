@@ -43,9 +43,9 @@ def command(
     size = None if budget is None else parse_bytes(budget)
     if picture is not None:
         picture_kind(Path(picture))
-    task, data = read_data(config, out)
+    task, data = read_data(config, out.print)
     if size is not None:
-        found = fitting_settings(config, task, data, size, names, console=out)
+        found = fitting_settings(config, task, data, size, names, say=out.print)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
+from deltaw.experiments.comparison import BASE, Comparison, MethodResult, comparison_markdown
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
 from deltaw.experiments.pace import Pace
 from deltaw.experiments.rates import best_rate, grid, next_rate
-from deltaw.reports.comparison import BASE, Comparison, MethodResult, comparison_markdown
-from deltaw.reports.comparison_figure import draw_comparison
+from deltaw.methods import registry
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.metrics import bootstrap_interval
 
-DEFAULT_METHODS = ("lora", "head", "prompt", "bias", "random", "full")
 # The share of a run's steps for which a learning rate is tried.
 SHARE = 0.3
 # Cost of evaluating the untrained model, in trainings; used for the remaining time only.
@@ -95,23 +93,14 @@ class _Entry:
         return run if isinstance(run, dict) and run.get("learning_rate") == self.chosen() else None
 
 
-def method_names() -> tuple[str, ...]:
-    """The names of all methods."""
-    return get_args(RunConfig.model_fields["method"].annotation)
-
-
 def check_methods(methods: Sequence[str]) -> list[str]:
     """The methods without repetitions.
 
     Raises:
         UserError: no method is named, or one is unknown.
     """
-    known = method_names()
     for method in methods:
-        if method not in known:
-            raise UserError(
-                f"there is no method '{method}'", where="--methods", hint=did_you_mean(method, known)
-            )
+        registry.entry_of(method, where="--methods")
     if not methods:
         raise UserError("no method is named", where="--methods", hint="name some, as in --methods lora,head")
     return list(dict.fromkeys(methods))
@@ -124,7 +113,8 @@ def compare(
     folder: str | os.PathLike[str],
     rates: Mapping[str, Sequence[float]] | None = None,
     share: float = SHARE,
-    console: Console | None = None,
+    say: Say = silent,
+    draw: Callable[[Comparison, Path], None] | None = None,
 ) -> Comparison:
     """Train each method on the same rows and score all of them on the same held-out rows.
 
@@ -135,21 +125,21 @@ def compare(
         rates: learning rates to try, by method; a single rate is used without a trial. The default is
             ``train.learning_rate`` if that is a number, else a grid around the method's usual rate.
         share: the share of a run's steps for which a rate is tried.
-        console: where a person reads along.
+        say: told lines that a person may want to read.
+        draw: writes the finished comparison's figure to a path; None writes no figure.
 
     Raises:
         UserError: the input cannot be used, or no method could run. If only some methods cannot run, the
             result gives the reason for each instead.
     """
-    console = console or Console(quiet=True)
     methods = check_methods(methods)
     require_held_out(config)
     place = ExperimentFolder(Path(os.path.expanduser(folder)), "comparison")
     nothing = True
     try:
-        entries = [_entry(config, method, rates or {}, share, place, console) for method in methods]
+        entries = [_entry(config, method, rates or {}, share, place, say) for method in methods]
         base = _base_entry(config, place)
-        pace = Pace(console, _work(entries, base, share))
+        pace = Pace(say, _work(entries, base, share))
         with Child(place.log("tuning")) as child:
             if base is not None:
                 _evaluate_base(base, child, place, pace)
@@ -158,11 +148,11 @@ def compare(
         for entry in entries:
             _run(entry, place, pace)
             nothing = nothing and entry.run is None
-            _write(_gathered(config, entries, base, place), place, figure=False)
+            _write(_gathered(config, entries, base, place), place)
         if nothing:
             raise next(entry.error for entry in entries if entry.error is not None)
         comparison = _gathered(config, entries, base, place)
-        _write(comparison, place, figure=True)
+        _write(comparison, place, draw)
         return comparison
     except KeyboardInterrupt:
         nothing = False
@@ -177,7 +167,7 @@ def _entry(
     rates: Mapping[str, Sequence[float]],
     share: float,
     place: ExperimentFolder,
-    console: Console,
+    say: Say,
 ) -> _Entry:
     """A method with its stored results, unless those were made with other settings."""
     asked = list(rates[method]) if method in rates else None
@@ -188,13 +178,13 @@ def _entry(
     settings = settings_of(config, without=(RATE_KEY,)) | {"share of steps for tuning": share}
     piece = place.piece(method)
     if piece and (lines := changed(piece.get("settings"), settings)):
-        console.print(f"{method} starts anew: {'; '.join(lines[:4])}")
+        say(f"{method} starts anew: {'; '.join(lines[:4])}")
         piece = {}
     entry = _Entry(method, config, asked, {**piece, "settings": settings})
     if entry.run is not None:
-        console.print(f"{method}: done before")
+        say(f"{method}: done before")
     elif entry.losses:
-        console.print(f"{method}: {len(entry.losses)} learning rates tried before")
+        say(f"{method}: {len(entry.losses)} learning rates tried before")
     return entry
 
 
@@ -380,9 +370,13 @@ def _with_difference(
     )
 
 
-def _write(comparison: Comparison, place: ExperimentFolder, *, figure: bool) -> None:
+def _write(
+    comparison: Comparison,
+    place: ExperimentFolder,
+    draw: Callable[[Comparison, Path], None] | None = None,
+) -> None:
     place.write_json(NUMBERS, comparison.as_dict())
-    if figure:
+    if draw is not None:
         with replacing(place.path / FIGURE) as temporary:
-            draw_comparison(comparison, temporary)
-    write_text(place.path / PAGE, comparison_markdown(comparison, FIGURE if figure else None))
+            draw(comparison, temporary)
+    write_text(place.path / PAGE, comparison_markdown(comparison, None if draw is None else FIGURE))

@@ -19,12 +19,12 @@ from deltaw.config import RunConfig
 from deltaw.data.settings import held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
+from deltaw.methods import registry
 
 MARK = "study.json"  # the name is part of the file format
 PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
 # Settings that no result depends on.
 _IRRELEVANT = ("output", "force")
-_METHOD_SECTIONS = ("lora", "head", "input", "prompt", "random", "last")
 
 
 class ExperimentFolder:
@@ -136,8 +136,9 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
         without: keys to omit.
     """
     flat: dict[str, object] = {}
+    sections = registry.section_names()
     for name, value in config.model_dump(mode="json").items():
-        if name in _IRRELEVANT or (name in _METHOD_SECTIONS and name != config.method):
+        if name in _IRRELEVANT or (name in sections and name != config.method):
             continue
         entries = (
             {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}

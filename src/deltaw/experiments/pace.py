@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
-
-from deltaw.reports.comparison import duration
+from deltaw.experiments.comparison import duration
+from deltaw.training.callbacks import Say
 
 # Starting the first process takes long, so no estimate is shown before this fraction of the rest is done.
 ENOUGH = 0.1
@@ -19,8 +18,8 @@ class Pace:
         left: the work that remains at the start.
     """
 
-    def __init__(self, console: Console, left: float) -> None:
-        self._console = console
+    def __init__(self, say: Say, left: float) -> None:
+        self._say = say
         self._left = left
         self._done = 0.0
         self._begun = self._last = time.monotonic()
@@ -38,5 +37,5 @@ class Pace:
         if self._left > 1e-9 and self._done > ENOUGH * self._left:
             left = f", about {duration((now - self._begun) / self._done * self._left)} left"
         took = duration(now - self._last)
-        self._console.print(f"{what}  [{took}; {duration(now - self._begun)} so far{left}]")
+        self._say(f"{what}  [{took}; {duration(now - self._begun)} so far{left}]")
         self._last = now

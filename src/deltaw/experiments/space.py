@@ -14,6 +14,7 @@ import yaml
 
 from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.errors import UserError, did_you_mean
+from deltaw.methods import registry
 
 # Alpha as a multiple of the rank: the two together say how strong the update is, and this one says it alone.
 ALPHA_PER_RANK = "lora.alpha/rank"
@@ -81,20 +82,8 @@ def default_space(config: RunConfig, usual_rate: float) -> dict[str, Range | Val
     Args:
         usual_rate: the method's usual learning rate, which is in the middle.
     """
-    sections: dict[str, dict[str, Range | Values]] = {
-        "lora": {
-            "lora.rank": Values((4, 8, 16, 32)),
-            ALPHA_PER_RANK: Values((1, 2, 4)),
-        },
-        "prompt": {"prompt.length": Values((5, 10, 20, 50))},
-        "random": {"random.weights": Range(0.001, 0.05, log=True)},
-        "last": {"last.blocks": Values((1, 2, 4))},
-    }
     rate = Range(float(f"{usual_rate / 10:.2g}"), float(f"{usual_rate * 10:.2g}"), log=True)
-    return {
-        "train.learning_rate": rate,
-        **sections.get(config.method, {"train.weight_decay": Values((0.0, 0.01, 0.1))}),
-    }
+    return {"train.learning_rate": rate, **parse_space(registry.entry_of(config.method).search)}
 
 
 def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:

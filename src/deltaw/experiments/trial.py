@@ -13,13 +13,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.fit import load_for
-from deltaw.training.loop import Step, seeded
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.state import Step
 from deltaw.training.tasks.tasks import RunData, Task
 
 VALIDATION_SHARE = 0.1
@@ -38,6 +38,7 @@ class Trial:
 
     Args:
         config: the run's settings.
+        say: told lines that a person may want to read.
         known: task and rows, if they have been read already.
 
     Attributes:
@@ -50,18 +51,18 @@ class Trial:
     """
 
     def __init__(
-        self, config: RunConfig, console: Console, known: tuple[Task, RunData] | None = None
+        self, config: RunConfig, say: Say = silent, known: tuple[Task, RunData] | None = None
     ) -> None:
         # Features of frozen layers are computed once for all repetitions.
         train = config.train.model_copy(update={"keep_features": True})
         self.config = config.model_copy(update={"train": train})
-        self._console = console
-        self.task, self.data = known or read_data(self.config, console)
+        self._say = say
+        self.task, self.data = known or read_data(self.config, say)
         self._spoilt = False
         self._open()
 
     def _open(self) -> None:
-        loaded = load_for(self.config, self.task, self.data, self._console)
+        loaded = load_for(self.config, self.task, self.data, self._say)
         self.session: Session = assemble(
             self.config,
             self.task,
@@ -71,7 +72,7 @@ class Trial:
             new_modules=loaded.new_modules,
         )
         for line in [*self.session.said, *self.session.lines()]:
-            self._console.print(line)
+            self._say(line)
         self.training, self.validation = split_off(self.session.data.train, self.config.train.seed)
         model = self.session.model
         self._start = [p.detach().clone() for _, p in self.session.method.parameters(model)]
@@ -121,7 +122,7 @@ class Trial:
                     raise Stopped
                 loss = self._validated()
             except UserError as error:
-                self._console.print(f"learning rate {rate:g}: {error.what}")
+                self._say(f"learning rate {rate:g}: {error.what}")
                 return math.inf
         self._spoilt = False
         return loss
@@ -132,13 +133,12 @@ class Trial:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        """Reset the trained parameters and the random state to those before the first step."""
+        """Reset the trained parameters to those before the first step; the loop seeds itself."""
         method, model = self.session.method, self.session.model
         for (_, parameter), start in zip(method.parameters(model), self._start, strict=True):
             parameter.copy_(start)
             parameter.grad = None
         method.after_step(model)
-        seeded(self.config.train.seed)
 
     def close(self) -> None:
         """Release the model and the feature files."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.durable import write_text
@@ -34,8 +33,9 @@ from deltaw.experiments.space import (
     parse_space,
     present,
 )
+from deltaw.experiments.tuning import TrialResult, Tuning, tuning_markdown
 from deltaw.experiments.weight import weight
-from deltaw.reports.tuning import TrialResult, Tuning, tuning_markdown
+from deltaw.training.callbacks import Say, silent
 
 if TYPE_CHECKING:
     import optuna
@@ -58,7 +58,7 @@ def tune(
     search: Sequence[str] = (),
     storage: str | os.PathLike[str] | None = None,
     share: float = 1.0,
-    console: Console | None = None,
+    say: Say = silent,
 ) -> Tuning:
     """Search the settings of one method for the lowest validation loss.
 
@@ -69,12 +69,11 @@ def tune(
         search: the search space, as in ``lora.rank=[4,8]``; by default the method's own.
         storage: SQLite file of the trials; by default one in the folder.
         share: the share of a run's steps that a trial takes.
-        console: where a person reads along.
+        say: told lines that a person may want to read.
 
     Raises:
         UserError: the input cannot be used, Optuna is not installed, or no trial succeeded.
     """
-    console = console or Console(quiet=True)
     _require_optuna()
     asked = parse_space(search)
     check_space(config, asked)
@@ -84,9 +83,9 @@ def tune(
         with Child(place.log("trials")) as child:
             usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = asked or default_space(config, usual)
-            study = _open_store(config, space, share, place, storage, console)
-            first = _begin(study, present(config, space, usual), trials, console)
-            pace = Pace(console, max(0, trials - len(_ended(study))))
+            study = _open_store(config, space, share, place, storage, say)
+            first = _begin(study, present(config, space, usual), trials, say)
+            pace = Pace(say, max(0, trials - len(_ended(study))))
             while len(_ended(study)) < trials:
                 _one(study, config, space, share, child, pace, trials)
                 kept = kept or any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
@@ -123,7 +122,7 @@ def _open_store(
     share: float,
     place: ExperimentFolder,
     storage: str | os.PathLike[str] | None,
-    console: Console,
+    say: Say,
 ) -> optuna.Study:
     """The Optuna study for these settings and this space; a new one if either has changed."""
     import optuna
@@ -135,7 +134,7 @@ def _open_store(
     }
     before = place.piece(_SETTINGS)
     if before and (lines := changed(before, settings)):
-        console.print(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
+        say(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
     name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
     file = Path(os.path.expanduser(storage)) if storage is not None else place.path / STORAGE
     try:
@@ -157,9 +156,7 @@ def _open_store(
     return study
 
 
-def _begin(
-    study: optuna.Study, now: Mapping[str, object] | None, trials: int, console: Console
-) -> int | None:
+def _begin(study: optuna.Study, now: Mapping[str, object] | None, trials: int, say: Say) -> int | None:
     """Fail interrupted trials and queue the current settings as the first trial; returns its number."""
     from optuna.trial import TrialState
 
@@ -167,7 +164,7 @@ def _begin(
         study.tell(trial.number, state=TrialState.FAIL)
     ended = _ended(study)
     if ended:
-        console.print(f"{len(ended)} of {trials} trials were made before")
+        say(f"{len(ended)} of {trials} trials were made before")
     for trial in ended:
         if now is not None and trial.params == dict(now):
             return trial.number

@@ -16,18 +16,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.trial import Stopped, Trial
-from deltaw.host.machine import choose_device, choose_precision
+from deltaw.host.machine import choose_device, choose_precision, keep_freed_memory
 from deltaw.hub.loading import check_architecture, config_folder
 from deltaw.hub.skeleton import skeleton
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method
 from deltaw.methods.files import classes_of
+from deltaw.training.callbacks import Lines, Say
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import fit, load_for
 from deltaw.training.session import read_data, usual_rate_of
@@ -44,9 +43,9 @@ class Worker:
         report: called with intermediate results; returns whether to continue.
     """
 
-    def __init__(self, report: Callable[[Message], bool], console: Console) -> None:
+    def __init__(self, report: Callable[[Message], bool], say: Say) -> None:
         self._report = report
-        self._console = console
+        self._say = say
         self._trial: Trial | None = None
         self._known: tuple[tuple[DataSettings, str, str, int], tuple[Task, RunData]] | None = None
 
@@ -107,8 +106,8 @@ class Worker:
         """Evaluate the untrained model on the held-out rows."""
         self._close()
         config = _config(request)
-        task, data = read_data(config, self._console)
-        loaded = load_for(config, task, data, self._console)
+        task, data = read_data(config, self._say)
+        loaded = load_for(config, task, data, self._say)
         batcher, _ = task.batcher(
             loaded.model,
             data.held_out,
@@ -126,7 +125,7 @@ class Worker:
     def run(self, request: Message) -> Message:
         """Make one whole run, as ``deltaw train`` does."""
         config = _config(request)
-        result = fit(config, console=self._console)
+        result = fit(config, callback=Lines(self._say))
         if result.interrupted:
             raise UserError("the run was stopped by a signal", hint="start the comparison again")
         return {
@@ -140,7 +139,7 @@ class Worker:
         self._close()
         key = (config.data, config.task, config.model, config.train.seed)
         known = self._known[1] if self._known is not None and self._known[0] == key else None
-        self._trial = Trial(config, self._console, known)
+        self._trial = Trial(config, self._say, known)
         self._known = (key, (self._trial.task, self._trial.data))
         return self._trial
 
@@ -200,9 +199,13 @@ def _lines_of_input(into: queue.SimpleQueue[str]) -> None:
 
 def main() -> None:
     """Answer requests until the input ends."""
+    keep_freed_memory()
     answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_lines_of_input, args=(requests,), daemon=True).start()
 
@@ -213,13 +216,13 @@ def main() -> None:
         send("report", content)
         return bool(json.loads(requests.get()))
 
-    worker = Worker(report, console)
+    worker = Worker(report, say)
     while True:
         request = json.loads(requests.get())
         try:
             send("done", worker.answer(request))
         except UserError as error:
-            console.print(f"error: {error}")
+            say(f"error: {error}")
             send("error", {"what": error.what, "where": error.where, "hint": error.hint})
 
 

@@ -267,7 +267,7 @@ def _compute_quantized(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tenso
         return quantised_reference(x, columns)
     x = x.contiguous()
     steps, scales = _room_for_steps(x)
-    loader.kernels().dw_quantise(
+    loader.kernels().dw_quantize(
         loader.number(x.dtype), *x.shape, x.data_ptr(), loader.address(columns), steps.data_ptr(),
         scales.data_ptr(),
     )  # fmt: skip

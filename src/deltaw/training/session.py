@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,11 +29,14 @@ from deltaw.runtime.generation import position_limit
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import MicroBatcher, Objective, Outcome, Step, count_steps, seeded, train
+from deltaw.training.loop import count_steps, train
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.causal_objective import loss_of_outputs
 from deltaw.training.tasks.label_objective import start_at_mean
 from deltaw.training.tasks.tasks import RunData, Task, task_of
@@ -66,8 +68,8 @@ class Session:
     method: Method
     task: Task
     data: RunData
-    batcher: MicroBatcher
-    objective: Objective
+    batcher: AnyBatcher
+    objective: AnyObjective
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     prefix: CachedPrefix | None = None
@@ -124,12 +126,15 @@ class Session:
     def train(
         self,
         *,
+        on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
         rows: Sequence[Any] | None = None,
         batch_size: int | None = None,
-        batcher: MicroBatcher | None = None,
+        batcher: AnyBatcher | None = None,
     ) -> Outcome:
         """Train as the settings say, or as the arguments do; call within :meth:`running`."""
         settings = self.config.train
@@ -153,7 +158,10 @@ class Session:
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             max_grad_norm=settings.max_grad_norm,
+            saved=saved,
+            on_begin=on_begin,
             on_step=on_step,
+            should_stop=should_stop,
         )
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
@@ -166,12 +174,8 @@ class Session:
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
 
-def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
+def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False)
-
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
     data = task.read(config.data, seed=config.train.seed)
@@ -211,7 +215,7 @@ def assemble(
     """
     method = choose_method(config, task.tokenizer)
     settings = config.train
-    seeded(settings.seed)
+    torch.manual_seed(settings.seed)
     said: list[str] = []
     if config.precision == "int8" and has_values(model):
         said += _quantized_int8(model, data.train)

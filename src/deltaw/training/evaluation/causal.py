@@ -15,7 +15,7 @@ from deltaw.errors import UserError
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.base import Evaluation, mean_interval
-from deltaw.training.loop import MicroBatcher
+from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 
@@ -35,7 +35,7 @@ class Answer:
 
 
 def evaluate_causal(
-    objective: CausalObjective, examples: Sequence[Example], batcher: MicroBatcher
+    objective: CausalObjective, examples: Sequence[Example], batcher: AnyBatcher
 ) -> Evaluation:
     """Loss and perplexity over all label tokens, and, where rows have answers, the share of exact ones.
 
@@ -148,7 +148,7 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    batcher: MicroBatcher,
+    batcher: AnyBatcher,
     *,
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,

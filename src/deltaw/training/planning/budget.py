@@ -7,11 +7,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.tasks import RunData, Task
 
@@ -40,7 +39,7 @@ def parse_bytes(text: str, where: str = "--budget") -> int:
 
 
 def fitting_settings(
-    config: RunConfig, task: Task, data: RunData, budget: int, methods: Sequence[str], *, console: Console
+    config: RunConfig, task: Task, data: RunData, budget: int, methods: Sequence[str], *, say: Say = silent
 ) -> list[Fitting]:
     """Settings whose process stays within ``budget`` bytes, the fastest first.
 
@@ -69,7 +68,7 @@ def fitting_settings(
         return next(filter(None, (planned(settings, tokens) for tokens in between)), least)
 
     for method in methods:
-        console.print(f"planning {method}", highlight=False)
+        say(f"planning {method}")
         try:
             for rank in _ranks(config, method):
                 settings = config.model_copy(
@@ -84,10 +83,10 @@ def fitting_settings(
                 if plain is not None or recomputed is not None:
                     break
         except UserError as error:
-            console.print(f"{method}: {error.what}", highlight=False)
+            say(f"{method}: {error.what}")
         except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
             brief = f"{type(error).__name__}: {str(error)[:100]}"
-            console.print(f"{method}: the model cannot be run without values ({brief})", highlight=False)
+            say(f"{method}: the model cannot be run without values ({brief})")
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"

@@ -12,20 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from deltaw.config import RunConfig
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.host.machine import choose_device, choose_precision, choose_threads, resident_bytes
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.kernels.layout import Layout
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
-from deltaw.methods.choose import NAMES
+from deltaw.methods import registry
 from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.loop import rows_of_step
+from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.tasks import RunData, Task
@@ -80,19 +81,20 @@ class Heaviest:
         return _kinds(self.tiles, self.evaluated_tiles)
 
 
-def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Plan:
+def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
     """What a run will need, from the model's configuration and the rows alone.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.
-        console: where a person reads along; nothing is printed without one.
+        say: told what becomes of the rows, in lines.
 
     Raises:
         UserError: something the user gave cannot be used.
     """
     settings = RunConfig.read(config)
-    task, data = read_data(settings, console or Console(quiet=True))
-    return plan_run(settings, task, data)
+    with guest():
+        task, data = read_data(settings, say)
+        return plan_run(settings, task, data)
 
 
 def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None) -> Plan:
@@ -214,10 +216,11 @@ def chosen_methods(text: str, own: str) -> list[str]:
     Raises:
         UserError: a name is no method.
     """
-    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        names = list(registry.names())
     for name in names:
-        if name not in NAMES:
-            raise UserError(f"'{name}' is no method", where="--methods", hint=did_you_mean(name, NAMES))
+        registry.entry_of(name, where="--methods")
     return list(dict.fromkeys([own, *names]))
 
 

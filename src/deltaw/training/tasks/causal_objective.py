@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from deltaw.data.example import Example
 from deltaw.data.packing import Batch
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import linear as products
@@ -75,6 +76,10 @@ class CausalObjective:
             list(self.head.parameters()),
             chunk=self.chunk,
         )
+
+    def units(self, rows: Sequence[Example]) -> int:
+        """Label tokens of the rows, which a step's sum of losses is divided by."""
+        return sum(row.label_count for row in rows)
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from deltaw.runtime.padded import padded_rows
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.evaluation.labels import evaluate_labels
-from deltaw.training.loop import MicroBatcher, Objective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.label_batcher import choose_label_batcher
@@ -98,20 +98,20 @@ class Task(Protocol):
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
         """How rows go through the model, and what was chosen for it and why."""
 
-    def objective(self, model: PreTrainedModel) -> Objective:
+    def objective(self, model: PreTrainedModel) -> AnyObjective:
         """The sum of a batch's losses."""
 
-    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         """While open, the model takes batches of ``microbatches``."""
 
     def evaluate(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         examples: Sequence[Any],
-        batcher: MicroBatcher,
+        batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         """How well the model does on examples; ``classes`` are the names of its outputs."""
@@ -149,7 +149,7 @@ class CausalTask:
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
         return choose_causal_batcher(
             model,
             examples,
@@ -163,14 +163,14 @@ class CausalTask:
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model)
 
-    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         examples: Sequence[Any],
-        batcher: MicroBatcher,
+        batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ class LabelTask:
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
         return choose_label_batcher(
             model,
             examples,
@@ -267,14 +267,14 @@ class LabelTask:
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name)
 
-    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model)
 
     def evaluate(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         examples: Sequence[Any],
-        batcher: MicroBatcher,
+        batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         return evaluate_labels(objective, examples, batcher, classes or ())  # type: ignore[arg-type]
