@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import click
 from rich.progress import Progress
 
+from deltaw import tasks
 from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
@@ -27,7 +28,7 @@ from deltaw.training.inference import open_run, score_run
 @click.option(
     "--task",
     default=None,
-    type=click.Choice(["causal-lm", "sequence-classification", "regression", "image-classification"]),
+    type=click.Choice(tasks.names()),
     help="what a bare model is to do",
 )
 @model_flags

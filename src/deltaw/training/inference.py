@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.config import RunConfig
+from deltaw import tasks
+from deltaw.config import DEFAULT_TASK, RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.machine import choose_device, choose_precision
@@ -22,9 +23,7 @@ from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.training.evaluation.causal import Score, score
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.session import with_virtual_tokens
-from deltaw.training.tasks.tasks import Task, task_of
-
-_TASK_TYPES = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+from deltaw.training.tasks.base import Task, task_of
 
 
 @dataclass
@@ -97,7 +96,7 @@ class InferenceSession:
 
     def require_generation(self) -> None:
         """Raise a UserError where the model does not write text."""
-        if self.task.name != "causal-lm":
+        if not self.task.writes_text:
             raise UserError(
                 f"this is an adapter for {self.task.name}, which writes no text",
                 where=self.loaded.reference,
@@ -130,28 +129,30 @@ def open_run(
             hint=f"train it again: deltaw train {folder / SETTINGS}",
         )
     config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
-    kind, base, classes = task or "causal-lm", model or reference, None
+    kind, base, classes = task or DEFAULT_TASK, model or reference, None
     if adapter:
         settings = read_config(folder)
         base = model or (config.model if config is not None else _base_of(settings, folder))
-        kind = config.task if config is not None else _TASK_TYPES.get(str(settings.get("task_type")), kind)
+        told = tasks.name_of_adapter(settings.get("task_type"))
+        kind = config.task if config is not None else told or kind
         classes = classes_of(folder)
     trust = config.trust_remote_code if config is not None else False
     dtype = choose_precision(choose_device(device).value, precision).value
     work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
-    outputs = len(classes) if classes is not None else 1 if kind == "regression" else None
+    fixed = tasks.entry_of(kind).outputs
+    outputs = len(classes) if classes is not None else fixed
     if adapter and outputs is None and work.has_labels:
         outputs = outputs_of(folder)
     loaded = load(
         base,
         precision=precision,
         device=device,
-        task=kind,  # type: ignore[arg-type]
+        task=kind,
         num_labels=outputs,
         trust_remote_code=trust,
         say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
     )
-    if classes is None and work.has_labels and kind != "regression":
+    if classes is None and work.has_labels and fixed is None:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
     method = None
@@ -179,7 +180,7 @@ def score_run(
         method_shares=True,
         virtual_tokens=0,
     )
-    if opened.task.name == "causal-lm":
+    if opened.task.writes_text:
         return score(
             opened.model,
             opened.tokenizer,

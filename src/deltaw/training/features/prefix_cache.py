@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.host.machine import Choice
 from deltaw.hub.skeleton import has_values
@@ -84,6 +85,8 @@ def cached_prefix(
     Returns:
         the prefix, which is to be closed in the end, and how far up it goes; None and why not.
     """
+    if any(isinstance(example, RowGroup) for example in examples):
+        return None, Choice("off", "rows come in groups")
     trained = [p for p in model.parameters() if p.requires_grad]
     level = lowest_trained(model, trained)
     if level is None:

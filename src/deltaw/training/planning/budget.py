@@ -12,7 +12,7 @@ from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.planning.plan_run import plan_run
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

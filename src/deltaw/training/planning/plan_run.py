@@ -28,8 +28,8 @@ from deltaw.training.callbacks import Say, silent
 from deltaw.training.loop import rows_of_step
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.tasks import RunData, Task
 
 # Tiles of one shape: how many, queries, keys.
 TileShape: TypeAlias = tuple[int, int, int]
