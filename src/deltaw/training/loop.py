@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.host.machine import trim_memory
+from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.optimizer import Schedule
@@ -50,6 +50,7 @@ def train(
     names: Sequence[str] | None = None,
     may_skip: Callable[[str], bool] = lambda name: False,
     after_step: Callable[[], None] | None = None,
+    add_gradients: Callable[[int], float] | None = None,
     batch_size: int = 16,
     seed: int = 0,
     schedule: str = "linear",
@@ -66,7 +67,7 @@ def train(
 
     A step's loss is the sum of the objective's losses over all its microbatches, divided by the units (label
     tokens) of the whole step, so cutting its rows otherwise changes nothing. The arguments alone decide the
-    result: random numbers come from ``seed``. Those of the process are as before afterwards, like its threads,
+    result: random numbers come from ``seed``. The process is left as it was: its random numbers, threads,
     signal handlers and garbage collector. The first two steps are checked: a parameter that was handed in and
     is not trained is an error that names it (:mod:`deltaw.training.guarantee`).
 
@@ -80,6 +81,8 @@ def train(
         may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
             it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
         after_step: called once the optimizer has changed the parameters.
+        add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
+            those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
         batch_size: rows per step. seed: of the order of rows, and of dropout.
         schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`.
         max_grad_norm: gradients are scaled down to this norm; None: never.
@@ -106,7 +109,7 @@ def train(
         betas=betas,
     )
     changed = after_step or (lambda: None)
-    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop)
+    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop, add_gradients)
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
 
@@ -121,6 +124,7 @@ class _Loop:
     max_grad_norm: float | None
     changed: Callable[[], None]
     should_stop: Callable[[], bool]
+    add_gradients: Callable[[int], float] | None
 
     def run(
         self,
@@ -158,6 +162,7 @@ class _Loop:
         if sums is None:
             state.abandon_step()
             return None
+        general = None if self.add_gradients is None else self.add_gradients(state.step)
         norm = _gradient_norm(state.trained, self.max_grad_norm)
         _check_finite(sums.loss / units, norm, where=f"step {state.step + 1} of {state.total_steps}")
         rate = state.learning_rate
@@ -176,6 +181,7 @@ class _Loop:
             computed_tokens=sums.tokens,
             label_tokens=units,
             seconds=time.perf_counter() - begun,
+            general_loss=general,
         )
         state.end_step(step)
         return step

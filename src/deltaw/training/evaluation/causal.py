@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,5 +160,7 @@ def score(
         evaluation = evaluate_causal(objective, examples, batcher)
     given = answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_progress=on_progress)
     if given:
-        evaluation.metrics["exact_match"] = exact_match(given)
+        exact = np.array([answer.exact for answer in given], dtype=np.float64)
+        metrics = {**evaluation.metrics, "exact_match": exact_match(given)}
+        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
     return Score(evaluation, given)

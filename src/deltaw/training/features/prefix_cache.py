@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
 from deltaw.runtime.layer_entry import (
     BackboneEntry,

@@ -18,8 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
-from deltaw.host.machine import Choice
-from deltaw.hub.loading import check_architecture, config_folder, load_tokenizer
+from deltaw.host.choices import Choice
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import check_architecture
+from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
@@ -33,12 +35,15 @@ class RunData:
         train, held_out: rows, or groups of rows.
         report: the account of all rows.
         classes: names of the classes in the order of the model's outputs; None where there are none.
+        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
+            where nobody measured it.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
     report: Report
     classes: tuple[str, ...] | None = None
+    read_peak_bytes: int = 0
 
     @property
     def every(self) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.data import prepare, prepare_file
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.padded import padded_rows
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
@@ -69,7 +69,7 @@ class CausalTask(Task):
         return CausalObjective(model)
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if getattr(batcher, "padded", False) else packed_rows(model)
+        return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
         self,

@@ -17,7 +17,7 @@ from deltaw.data.packing import (
     split_into_microbatches,
 )
 from deltaw.data.padding import microbatch_cost
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.generation import position_limit

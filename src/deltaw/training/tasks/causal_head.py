@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.kernels import linear as products
+from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
 from deltaw.kernels.rows import cross_entropy_
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
@@ -68,8 +69,8 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             )
             if slopes is None:
                 continue
-            if scales is not None and products.can_round_classes(logits, head):
-                slopes[part] = products.class_gradient_(logits, targets[part], head, scales)
+            if scales is not None and can_round_classes(logits, head):
+                slopes[part] = class_gradient_(logits, targets[part], head, scales)
             else:
                 slopes[part] = products.linear_backward(logits, head)[0]
         ctx.save_for_backward(slopes)

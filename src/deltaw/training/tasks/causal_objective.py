@@ -108,6 +108,16 @@ class CausalObjective:
             right.append(logits.argmax(-1) == targets)
         return torch.cat(losses), torch.cat(right)
 
+    @torch.no_grad()
+    def label_outputs(self, batch: Batch) -> Tensor:
+        """What :meth:`logits_of` takes, for each distinct label position of the batch in ascending order."""
+        return self._picked(batch)
+
+    @torch.no_grad()
+    def logits_of(self, outputs: Tensor) -> Tensor:
+        """(P, vocabulary) logits of :meth:`label_outputs`."""
+        return self._logits(outputs) if self.chunked else outputs
+
     def _picked(self, batch: Batch) -> Tensor:
         """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
         if self.chunked:

@@ -13,7 +13,7 @@ from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import AnyExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.runtime.generation import position_limit
 from deltaw.training.tasks.token_budget import choose_tokens_per_pass, longest_row
 

@@ -15,7 +15,7 @@ from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_label
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.hub.loading import read_config
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.evaluation.base import Evaluation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 
 # Tokens of a microbatch where the setting is ``auto``: enough for matrix products to run at full speed, and
 # on a processor no more, since activations grow with it.
