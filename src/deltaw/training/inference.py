@@ -1,4 +1,4 @@
-"""A finished run, or a bare model, opened for use: evaluation, generation, chat."""
+"""An inference session: a finished run, or a bare model, for evaluation, generation and chat."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from deltaw.training.tasks.base import Task, task_of
 
 @dataclass
 class InferenceSession:
-    """A model ready to answer.
+    """A model that is loaded for use.
 
     Attributes:
         config: the run's settings; None where the reference is not a run of deltaw's.
@@ -87,7 +87,7 @@ class InferenceSession:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """While open, the model answers as it did before it was trained."""
+        """While open, the model is the base model."""
         if self.method is None:
             yield
             return
@@ -176,7 +176,7 @@ def score_run(
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Judge an opened model on examples, which are not with virtual tokens prepended yet."""
+    """Evaluate a model on examples that have no virtual tokens yet."""
     rows = [opened.example(example) for example in examples]
     batcher, _ = opened.task.batcher(
         opened.model,

@@ -67,7 +67,7 @@ class Session:
         data: the rows, with the method's virtual tokens prepended.
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
-        prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
+        prefix: outputs of the frozen layers below the lowest trained module, where they are kept; else None.
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
     """
