@@ -1,7 +1,7 @@
 """Whether the frozen lower layers run only once for each row, and where their outputs are kept.
 
-This is verified first: a few of the user's own rows run with kept features and without. Loss and gradients must
-agree, or there is no cache and the run says why. Features of an earlier run are compared with new ones too.
+This is verified first: a few of the user's own rows run with kept features and without. Loss and gradients
+must agree, or there is no cache and the run says why. Features of an earlier run are compared with new ones.
 """
 
 from __future__ import annotations
