@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from deltaw import tasks
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import TASKS, Task, does_not_fit, first_line, read_config
+from deltaw.hub.loading import does_not_fit, first_line, read_config
 from deltaw.hub.quiet import quiet
 
 
@@ -28,7 +29,7 @@ def skeleton(
     reference: str | os.PathLike[str],
     *,
     dtype: str,
-    task: Task = "causal-lm",
+    task: str = "causal-lm",
     num_labels: int | None = None,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
@@ -47,7 +48,7 @@ def skeleton(
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
-        auto = getattr(transformers, TASKS[task][0])
+        auto = getattr(transformers, tasks.entry_of(task).auto_model)
         while True:
             try:
                 with no_init_weights():
