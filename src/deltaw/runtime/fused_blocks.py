@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts

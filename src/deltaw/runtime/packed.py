@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.layout import Layout
