@@ -108,7 +108,7 @@ def attach_selected(
 ) -> Summary:
     """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
     parameters = list(model.named_parameters())
-    replaced = [p for whole in selection.wholes for p in whole.module.parameters()]
+    replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
     record = Attachment(config, base_fingerprint(parameters, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def attach_selected(
             _refuse_change(model, record)
         for parameter, _ in record.trainable_before:
             parameter.requires_grad_(False)
-        _copy_wholes(model, selection, record, notes)
+        _copy_extra_modules(model, selection, record, notes)
         _train_biases(model, config, record)
         _switch_fast_paths(model, record)
         if changing:
@@ -136,7 +136,7 @@ def attach_selected(
     except BaseException:
         _restore(model, record)
         raise
-    for replacement in (*record.layers, *record.tokens, *record.wholes):
+    for replacement in (*record.layers, *record.tokens, *record.extra_modules):
         replacement.put(replacement.current)
     for update in record.parameters:
         update.put()
@@ -285,13 +285,13 @@ def _refuse_change(model: nn.Module, record: Attachment) -> None:
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
 
 
-def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
+def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
     """Copy what is trained whole; weights tied among the copies stay tied."""
-    if not selection.wholes:
+    if not selection.extra_modules:
         return
     shared = shared_weights(model)
     memo: dict[int, object] = {}
-    for whole in selection.wholes:
+    for whole in selection.extra_modules:
         for tensor in (*whole.module.parameters(), *whole.module.buffers()):
             if not has_values(tensor):
                 # deepcopy would copy the mode that such a tensor belongs to, and break it.
@@ -300,9 +300,9 @@ def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, not
         trained = copy.deepcopy(whole.module, memo)
         for parameter in trained.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        record.wholes.append(_replacement(model, whole.names, whole.module, trained))
-    copied = {id(m) for whole in selection.wholes for m in whole.module.modules()}
-    for whole in selection.wholes:
+        record.extra_modules.append(_replacement(model, whole.names, whole.module, trained))
+    copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
+    for whole in selection.extra_modules:
         for parameter in whole.module.parameters():
             others = [
                 name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied
@@ -319,7 +319,7 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
         return
     adapted = {id(replacement.original) for replacement in record.layers}
     adapted |= {id(update.layer.holder) for update in record.parameters}
-    whole = {id(m) for replacement in record.wholes for m in replacement.original.modules()}
+    whole = {id(m) for replacement in record.extra_modules for m in replacement.original.modules()}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in whole or (config.bias == "lora_only" and id(module) not in adapted):
@@ -336,7 +336,7 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
     """torch's encoder layers read weights past their modules in eval mode: have them call the modules."""
-    replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.wholes)}
+    replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.extra_modules)}
     replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -366,7 +366,7 @@ def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -
                 vars(original)[table][key] = vars(layer)[table][key]
         original.training = layer.training
         replacement.put(original)
-    for whole in () if keep_trained else record.wholes:
+    for whole in () if keep_trained else record.extra_modules:
         whole.put_original(model)
     for bias in record.biases:
         bias.parameter.grad = None

@@ -109,7 +109,7 @@ class Attachment:
     config: LoRAConfig
     fingerprint: str | None
     layers: list[Replacement] = field(default_factory=list)
-    wholes: list[Replacement] = field(default_factory=list)
+    extra_modules: list[Replacement] = field(default_factory=list)
     parameters: list[ParameterUpdate] = field(default_factory=list)
     tokens: list[Replacement] = field(default_factory=list)
     biases: list[TrainedBias] = field(default_factory=list)
@@ -210,7 +210,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         for bias in record.biases if record else ():
             stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
             bias.parameter.data = bias.original_here()
-        for whole in record.wholes if record else ():
+        for whole in record.extra_modules if record else ():
             stack.callback(whole.put, whole.current)
             whole.put_original(model)
         yield

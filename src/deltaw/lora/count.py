@@ -38,9 +38,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     model = unwrapped(model)
     record = attachment(model)
     base: dict[int, int] = {}
-    for whole in record.wholes if record else ():
+    for whole in record.extra_modules if record else ():
         base.update({id(p): p.numel() for p in whole.original.parameters()})
-    copies = {id(p) for whole in (record.wholes if record else ()) for p in whole.current.parameters()}
+    copies = {id(p) for whole in (record.extra_modules if record else ()) for p in whole.current.parameters()}
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -72,7 +72,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     added = {id(layer._parameters[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}
-        added |= {id(p) for whole in record.wholes for p in whole.current.parameters()}
+        added |= {id(p) for whole in record.extra_modules for p in whole.current.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in added]
 
 

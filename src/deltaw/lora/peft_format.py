@@ -128,7 +128,7 @@ def settings_of(
     more_rank = 2 if changed else 1
     more_alpha = (math.sqrt(2) if config.rslora else 2) if changed else 1
     names = [name for name, _ in model.named_modules() if name]
-    whole = [replacement.names[0] for replacement in record.wholes]
+    whole = [replacement.names[0] for replacement in record.extra_modules]
     targets = [replacement.names[0] for replacement in record.layers]
     targets += [update.names[0] for update in record.parameters if update.of_attention]
     settings = dict(DEFAULTS)
@@ -141,7 +141,7 @@ def settings_of(
         "lora_alpha": _plain(config.alpha * more_alpha),
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
-        "modules_to_save": _whole_entries(names, whole) or None,
+        "modules_to_save": _extra_entries(names, whole) or None,
         "r": config.rank * more_rank,
         "rank_pattern": {key: value * more_rank for key, value in config.rank_pattern.items()},
         "target_modules": target_entries(names, list(dict.fromkeys(targets))),
@@ -286,7 +286,7 @@ def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | 
     return sorted(entries)
 
 
-def _whole_entries(names: list[str], whole: list[str]) -> list[str]:
+def _extra_entries(names: list[str], whole: list[str]) -> list[str]:
     """Entries for whole modules; PEFT matches them by how the name ends, dot or no dot."""
     entries = []
     for name in whole:
@@ -315,5 +315,5 @@ def _escaped(name: str) -> str:
 
 
 def _plain(value: float) -> float | int:
-    """Whole numbers as JSON integers: some readers take no others for alpha."""
+    """ExtraModule numbers as JSON integers: some readers take no others for alpha."""
     return int(value) if float(value).is_integer() else value

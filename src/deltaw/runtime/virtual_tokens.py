@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import adopt
 
 _RECORD = "_deltaw_virtual_tokens"
 # Tables by which some models (Gemma 3n and 4) give each block embeddings of the very token ids.
@@ -126,7 +127,7 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
             f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {weight.shape[1]} wide",
             hint="is it the base model that the prompt was trained on?",
         )
-    layer = _adopted(embedding)
+    layer = adopt(_class_over(type(embedding)), embedding)
     # Updates are smaller than what half precision resolves, so the table is fp32 whatever the weight is.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
@@ -168,19 +169,6 @@ def own_embedding(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         record.put(record.layer)
-
-
-def _adopted(embedding: nn.Module) -> VirtualTokens:
-    """A new object of the embedding's class with virtual tokens: the same parameters, buffers, hooks, flags.
-
-    The tables are copied, so that what is added to the new object does not show in the old one.
-    """
-    cls = _class_over(type(embedding))
-    layer = cls.__new__(cls)
-    vars(layer).update(vars(embedding))
-    for table in ("_parameters", "_buffers", "_modules"):
-        vars(layer)[table] = dict(vars(embedding)[table])
-    return layer
 
 
 _CLASSES: dict[type[nn.Module], type[VirtualTokens]] = {}
