@@ -1,11 +1,20 @@
 """The heart of deltaw: ΔW = A·B on any torch module. It knows no text, no data and no training."""
 
-from deltaw.lora.activations import ActivationStart, initialize_from_activations
+from deltaw.lora.activations import ActivationInit, initialize_from_activations
 from deltaw.lora.adapt import Summary, attach, detach, disabled
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
 from deltaw.lora.files import OtherBaseModelWarning, load_adapter, read_adapter, save_adapter
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
+from deltaw.lora.layers_bias import (
+    LoRABias,
+    LoRABiasConv,
+    LoRABiasConv1D,
+    LoRABiasConv1d,
+    LoRABiasConv2d,
+    LoRABiasConv3d,
+    LoRABiasLinear,
+)
 from deltaw.lora.layers_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from deltaw.lora.layers_dora import (
     DoRAConv,
@@ -17,10 +26,12 @@ from deltaw.lora.layers_dora import (
     DoRALayer,
     DoRALinear,
 )
+from deltaw.lora.layers_parameter import LoRAParameter
+from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
 from deltaw.lora.merge import merge, unmerge
 
 __all__ = [
-    "ActivationStart",
+    "ActivationInit",
     "DoRAConv",
     "DoRAConv1D",
     "DoRAConv1d",
@@ -29,6 +40,13 @@ __all__ = [
     "DoRAEmbedding",
     "DoRALayer",
     "DoRALinear",
+    "LoRABias",
+    "LoRABiasConv",
+    "LoRABiasConv1D",
+    "LoRABiasConv1d",
+    "LoRABiasConv2d",
+    "LoRABiasConv3d",
+    "LoRABiasLinear",
     "LoRAConfig",
     "LoRAConv",
     "LoRAConv1D",
@@ -38,9 +56,13 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRAParameter",
     "OtherBaseModelWarning",
     "ParameterCount",
     "Summary",
+    "TrainedTokens",
+    "TrainedTokensEmbedding",
+    "TrainedTokensLinear",
     "adapter_parameters",
     "attach",
     "count_parameters",

@@ -1,8 +1,8 @@
-"""Put an adapter on a model, and take it off again.
+"""Attach an adapter to a model, and detach it again.
 
-``attach`` freezes the model and replaces the chosen layers by adapted ones over the same weights;
-``detach`` gives the model back as it was found, to the bit; within ``disabled`` it is the base model.
-Everything is checked before anything is changed. It knows no files and no training.
+``attach`` freezes the model and replaces the chosen layers by adapted ones that share their weights.
+``detach`` restores the model exactly. Within ``disabled`` the model gives the base model's outputs.
+Everything is checked before anything is changed. This module knows no files and no training.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> 
 
     A module that stands in several places is adapted once and stands in all of them. A weight that is tied
     to another stays so: adapting one of the two leaves the other alone. A module of ``train_modules`` is
-    copied; the copy is trained and the original kept for :func:`disabled` and :func:`detach`.
+    copied; the copy is trained, and the original is kept for :func:`disabled` and :func:`detach`.
 
     Args:
         model: any module; with an adapter it keeps its class and its names.
@@ -106,7 +106,7 @@ def attach_selected(
     seed: int | None = None,
     filled: bool = True,
 ) -> Summary:
-    """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
+    """:func:`attach` with the selection made; ``filled=False`` leaves zeros, for a file to fill."""
     parameters = list(model.named_parameters())
     replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
     record = Attachment(config, base_fingerprint(parameters, replaced))
@@ -152,7 +152,7 @@ def detach(model: nn.Module) -> None:
     """Take the adapter off: the same module objects, flags and bits as before :func:`attach`.
 
     After ``merge(model, keep_original=False)`` there are no weights from before to give back: then ΔW stays
-    in the weights, with trained biases and whole modules, and only the adapter's own parts go.
+    in the weights, trained biases and extra trainable modules stay too, and only the factors go.
 
     Raises:
         UserError: no adapter is attached.
@@ -177,8 +177,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Ten thousand new layers make the garbage collector look through all of them again and again: a third
-    of the time of attaching, for nothing."""
+    """Pause the garbage collector: with ten thousand new layers it scans them again and again, which takes a
+    third of the time of attaching and frees nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -286,7 +286,7 @@ def _refuse_change(model: nn.Module, record: Attachment) -> None:
 
 
 def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
-    """Copy what is trained whole; weights tied among the copies stay tied."""
+    """Copy the extra trainable modules; weights tied among the copies stay tied."""
     if not selection.extra_modules:
         return
     shared = shared_weights(model)
@@ -335,7 +335,7 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
 
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
-    """torch's encoder layers read weights past their modules in eval mode: have them call the modules."""
+    """In eval mode torch's encoder layers use weights without calling their modules: make them call these."""
     replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.extra_modules)}
     replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
@@ -351,7 +351,7 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
 
 
 def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
-    """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
+    """Undo what ``record`` says; ``keep_trained`` keeps merged weights, biases and extra modules."""
     for update in record.parameters:
         if not keep_trained:
             update.layer.restore_base()

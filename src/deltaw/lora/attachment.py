@@ -1,4 +1,4 @@
-"""What a model carries while an adapter is attached: enough to give it back exactly as it was.
+"""The record of an attached adapter: enough to restore the model exactly.
 
 The record hangs on the model as a plain attribute, so that it is copied with it and goes with it.
 """
@@ -190,7 +190,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
 
 @contextlib.contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: weights, biases and whole modules.
+    """Within the block the model is the base model: weights, biases and extra trainable modules.
 
     Raises:
         UserError: no adapter is attached, or it was merged without keeping the weights before.

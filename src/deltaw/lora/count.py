@@ -17,7 +17,7 @@ class ParameterCount:
     Attributes:
         total: N, the base model's own parameters; the adapter's are not among them.
         trained: M, the parameters that ask for a gradient.
-        per_module: M by module, those with none left out.
+        per_module: M by module, without those that have none.
     """
 
     total: int
@@ -77,10 +77,10 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def is_factor_B(name: str) -> bool:
-    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that starts at zero.
+    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that is zero at first.
 
     LoRA+ (arXiv 2402.12354) gives B a higher learning rate than all else. PEFT's LoRA+ gives it also to what
     has one dimension (trained biases, magnitudes), and both factors of an embedding a rate of their own.
-    Here an embedding's B starts at zero as every other B does, where PEFT's A does.
+    Here an embedding's B is zero at first, like every other B; in PEFT its A is.
     """
     return name.rpartition(".")[2] == "lora_B"

@@ -72,7 +72,7 @@ def save_adapter(
     task_type: str | None = "auto",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each complete or not at all.
 
     Args:
         model: has an adapter attached.
@@ -245,7 +245,7 @@ def _tensors_of(record: Attachment) -> dict[str, Tensor]:
 
 
 def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
-    """What the file's tensors say is adapted and trained whole, checked against its settings."""
+    """What the file's tensors say is adapted and trained in full, checked against its settings."""
     config, tensors = adapter.config, adapter.tensors
     modules = modules_once(model)
     by_name = {name: named for named in modules for name in named.names}
@@ -288,7 +288,7 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
 def _extra_modules(
     config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]
 ) -> list[ExtraModule]:
-    """The whole modules that the file has tensors for; PEFT matches them by how the name ends."""
+    """The extra trainable modules that the file has tensors for; PEFT matches them by how the name ends."""
     if not config.train_modules:
         return []
     stored = {without_wrappers(name) for name in tensors}
@@ -370,7 +370,7 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
 
 
 _WRAPPER_PARTS = ("original_module", "modules_to_save")
-"""Under bias 'all' PEFT writes the biases of whole modules a second time under these names."""
+"""Under bias 'all' PEFT writes the biases of extra trainable modules a second time under these names."""
 
 
 def _task_of(model: nn.Module, record: Attachment) -> str | None:

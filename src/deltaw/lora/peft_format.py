@@ -255,7 +255,7 @@ def attention_counts_twice(version: str | None) -> bool:
     """Whether the PEFT that made a file adds the update of an attention's output projection twice.
 
     True up to the version whose files are written here, and where none is given; see
-    :meth:`~deltaw.lora.peft_paths.FilePaths.counts_twice`. A later one is taken to have this mended.
+    :meth:`~deltaw.lora.peft_paths.FilePaths.counts_twice`. Later ones are taken to have it fixed.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return numbers is None or (int(numbers[1]), int(numbers[2])) <= (0, 21)
@@ -272,7 +272,7 @@ def factor_module(tensor_name: str) -> str | None:
 def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | str:
     """The shortest name endings that match exactly the ``adapted`` among ``names``, sorted.
 
-    Where no ending of a name can tell it from another (``lin`` beside ``block.lin``) a regular expression
+    Where no ending of a name can tell it from another (``lin`` and ``block.lin``) a regular expression
     for all full names is returned instead.
     """
     wanted = list(adapted)
@@ -287,7 +287,7 @@ def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | 
 
 
 def _extra_entries(names: list[str], whole: list[str]) -> list[str]:
-    """Entries for whole modules; PEFT matches them by how the name ends, dot or no dot."""
+    """Entries for extra trainable modules; PEFT matches them by how the name ends, dot or no dot."""
     entries = []
     for name in whole:
         ends = [end for end in _endings(name) if all(n in whole for n in names if n.endswith(end))]

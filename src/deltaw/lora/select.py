@@ -127,7 +127,7 @@ def _targeted(
     matches: dict[str, tuple[str, ...]],
     strict: bool,
 ) -> list[Named]:
-    """The modules to adapt, those ``inside`` of modules that are trained in full left out."""
+    """The modules to adapt, without those ``inside`` modules that are trained in full."""
     if not config.target_modules:
         return []
     chosen = _match_targets(model, config, modules, matches, strict)
