@@ -13,7 +13,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -23,6 +22,7 @@ from deltaw.host.choices import dtype_of
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import does_not_fit, first_line, read_config
 from deltaw.hub.quiet import quiet
+from deltaw.lora import fingerprint
 
 
 def skeleton(
@@ -75,8 +75,8 @@ def skeleton(
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether the model's tensors hold numbers; in a simulation they do not, and none can be compared."""
-    return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+    """Whether the model's parameters hold numbers; in a dry run they do not, and none can be compared."""
+    return all(fingerprint.has_values(p) for p in model.parameters())
 
 
 def new_modules(
