@@ -44,8 +44,6 @@ PRONUNCIATION = {
     "long_rows": "cut",
 }
 
-# Optimizer steps of each measurement: the profiler keeps every event, and kernels grow with the steps.
-STEPS = {"resident": 12, "tensors": 6}
 # model, method, settings
 METHODS: list[tuple[str, str, dict]] = [
     ("smollm2", "lora", {}),
@@ -101,7 +99,7 @@ METHODS: list[tuple[str, str, dict]] = [
 
 # One method for each architecture, not the same for all: LoRA where it says nothing else.
 FAMILIES: list[tuple[str, str, dict]] = [
-    ("smollm2", "lora", {}),
+    ("smollm2", "lora", {"train.batch_size": 8}),
     ("llama", "lora", {"train.batch_size": 8}),
     ("mistral", "lora", {"precision": "int8", "train.batch_size": 8}),
     ("mixtral", "lora", {"train.batch_size": 8}),
@@ -113,9 +111,9 @@ FAMILIES: list[tuple[str, str, dict]] = [
     ("gemma2", "lora", {"train.batch_size": 8}),
     ("gemma3", "lora", {"train.batch_size": 8}),
     ("gemma3", "prompt", {"train.batch_size": 8}),
-    ("bert", "lora", {"train.batch_size": 32}),
+    ("bert", "lora", {"train.batch_size": 16}),
     ("roberta", "head", {"train.batch_size": 16}),
-    ("vit", "lora", {"train.batch_size": 32}),
+    ("vit", "lora", {"train.batch_size": 16}),
 ]
 
 
@@ -127,6 +125,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
     parser.add_argument("--set", default="all", choices=["families", "methods", "all"])
     parser.add_argument("--models", type=Path, default=None, help="make the models there, and leave them")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
     parser.add_argument("--child", choices=["tensors", "make"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -145,7 +144,8 @@ def main() -> None:
             if not re.search(arguments.only, line):
                 continue
             measured = {}
-            for what, steps in STEPS.items():
+            # The profiler keeps every event, so it sees half of the steps.
+            for what, steps in (("resident", arguments.steps), ("tensors", max(2, arguments.steps // 2))):
                 reference = made_apart(model, models)
                 settings = settings_of(model, method, changes, reference, steps, Path(scratch) / "run")
                 measured |= child(what, settings)
@@ -197,7 +197,7 @@ def settings_of(model: str, method: str, changes: dict, reference: str, steps: i
     settings: dict = {
         "model": reference,
         "task": task,
-        "data": {**data, "eval": 40},
+        "data": {**data, "eval": 20},
         "method": method,
         "train": {"max_steps": steps, "keep_features": False},
         "output": str(output),
@@ -210,7 +210,7 @@ def settings_of(model: str, method: str, changes: dict, reference: str, steps: i
         place[leaf] = value
     if "epochs" in settings["train"]:
         settings["train"].pop("max_steps")
-        settings["data"]["rows"] = 8 * steps + 40
+        settings["data"]["rows"] = 8 * steps + 20
     return settings
 
 

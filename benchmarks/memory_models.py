@@ -68,12 +68,10 @@ def _make(name: str, place: Path) -> None:
         return
     if name in DECODERS:
         kind, settings, vocabulary, how, extra = DECODERS[name]
-        config = getattr(transformers, settings)(
-            vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, **extra
-        )
-        model = getattr(transformers, f"{kind}{'Model' if kind.endswith('LMHead') else 'ForCausalLM'}")(
-            config
-        )
+        ends = {"bos_token_id": 1, "eos_token_id": 2}
+        config = getattr(transformers, settings)(vocab_size=vocabulary, **ends, **extra)
+        maker = f"{kind}{'Model' if kind.endswith('LMHead') else 'ForCausalLM'}"
+        model = getattr(transformers, maker)(config)
     else:
         kind, vocabulary, how = ENCODERS[name]
         config = getattr(transformers, f"{kind}Config")(

@@ -240,7 +240,7 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
 
 
 def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, whose weights are not looked at.
+    """The configuration of the model in ``folder``, whose weights are not read.
 
     Raises:
         UserError: it cannot do ``task``.
@@ -268,6 +268,6 @@ def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserErro
 
 
 def _reason(error: Exception) -> BaseException:
-    """What a strict dataclass found, behind its report of where it looked; any other error itself."""
+    """What a strict dataclass found, behind its report of where it searched; any other error itself."""
     cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
     return error if cause is None else cause

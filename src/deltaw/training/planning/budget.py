@@ -97,7 +97,7 @@ def fitting_settings(
             say(f"{method}: {error.what}")
         except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
             brief = f"{type(error).__name__}: {str(error)[:100]}"
-            say(f"{method}: the model cannot be run without values ({brief})")
+            say(f"{method}: the model cannot be run on fake tensors ({brief})")
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"
@@ -112,8 +112,8 @@ def fitting_settings(
 def within_memory(
     config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int
 ) -> tuple[RunConfig, Plan]:
-    """Settings under which the run stays within ``budget`` bytes: activation checkpointing in as few blocks as
-    will do.
+    """Settings under which the run stays within ``budget`` bytes, with activation checkpointing in as few
+    blocks as will do.
 
     Plans are right to a few per cent: where something has to be given up, some of the budget is left free for
     that, as far as checkpointing all blocks allows.
@@ -134,8 +134,8 @@ def within_memory(
     least = planned(True)
     if least[1].peak_resident_bytes > budget:
         raise UserError(
-            f"the run needs {least[1].peak_resident_bytes:,} bytes with activation checkpointing in every block, "
-            f"and memory allows {budget:,}",
+            f"the run needs {least[1].peak_resident_bytes:,} bytes with activation checkpointing in every "
+            f"block, and memory allows {budget:,}",
             where="memory",
             hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
         )
