@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from deltaw.training.fit import fit
+    from deltaw.training.loop import train
     from deltaw.training.planning.plan_run import plan
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "plan",
     "save_adapter",
+    "train",
     "unmerge",
 ]
 
@@ -65,6 +67,7 @@ __all__ = [
 _ELSEWHERE = {
     "fit": "deltaw.training.fit",
     "plan": "deltaw.training.planning.plan_run",
+    "train": "deltaw.training.loop",
     "RunConfig": "deltaw.config",
 }
 

@@ -79,7 +79,7 @@ def why_not() -> str | None:
 
 
 def threads_note() -> str | None:
-    """Why the kernels run on one thread, in one line; None where they share torch's threads or are not used."""
+    """Why the kernels run on one thread, in one line; None where they do not, or are not used."""
     return _found()[2]
 
 
@@ -207,8 +207,8 @@ def _extension() -> Path | None:
 def openmp_functions() -> list[ctypes.c_void_p] | None:
     """GOMP_parallel and three standard functions of the OpenMP library that torch is linked with.
 
-    GNU's, LLVM's and Intel's libraries all export them. A symbol that is asked of torch's own library is looked for
-    in what that one is linked with, so no other OpenMP library of the process is taken by mistake.
+    GNU's, LLVM's and Intel's libraries all export them. A symbol that is asked of torch's own library is
+    looked for in what that one is linked with, so no other OpenMP library of the process is taken by mistake.
     """
     wanted = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
     torch_itself = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"

@@ -5,7 +5,6 @@ Everything after this module treats tasks alike. It knows no methods and no file
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -163,7 +162,7 @@ class CausalTask:
         return CausalObjective(model)
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if getattr(batcher, "padded", False) else packed_rows(model)
+        return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
         self,
