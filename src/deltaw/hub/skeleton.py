@@ -1,7 +1,7 @@
 """A model of the right shape without its weights: made from config.json alone, in no time and no memory.
 
-Within :func:`deltaw.memory.simulation.fake_tensors` its tensors have no values, and what a run would take
-can be found by running it. Knows configurations and transformers' classes; reads no weights.
+Within :func:`deltaw.memory.simulation.fake_tensors` its tensors are fake, and a dry run shows what a run
+would take. Knows configurations and transformers' classes; reads no weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def skeleton(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model that :func:`deltaw.hub.loading.load` would load, in evaluation mode and frozen; its
-    weights are whatever stood in memory, and under a simulation there are none.
+    weights are whatever stood in memory; in a dry run there are none.
 
     Args:
         reference: as for ``load``; a hub id is fetched whole.
@@ -84,7 +84,7 @@ def new_modules(
 ) -> list[str]:
     """Names of modules whose weights the model's files do not hold, told by the files' headers alone.
 
-    Empty where the files are not there to be looked at. The base model's part of a name may be missing in a
+    Empty where the files are not there. The base model's part of a name may be missing in a
     file, or stand there alone, as it does in files of other tasks.
     """
     folder = config_folder(reference, dtype, trust_remote_code)
