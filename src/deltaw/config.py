@@ -127,10 +127,10 @@ class RunConfig(BaseModel):
     def read(
         cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None
     ) -> RunConfig:
-        """From a YAML file's path or a dictionary, with ``flags`` (nested alike) laid over it.
+        """From a YAML file's path or a dictionary; ``flags``, nested the same way, override it.
 
         Raises:
-            UserError: the file is missing or no YAML, a key is unknown, or a value does not fit.
+            UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
         """
         if isinstance(source, RunConfig):
             return source
@@ -144,7 +144,7 @@ class RunConfig(BaseModel):
         if flags:
             where = where if source is None else f"{where} and the flags"
             settings = _overlaid(settings, flags)
-        # A section whose lines are all commented out is null: it stands for the defaults.
+        # A section whose lines are all commented out is null, which means the defaults.
         settings = {key: value for key, value in settings.items() if value is not None}
         try:
             return cls.model_validate(settings)
@@ -200,7 +200,7 @@ registry.listen(_follow_methods)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the settings: its dotted key, its default (``...`` where it has none) and what it means."""
+    """One leaf of the settings: its dotted key, its default (``...`` if it has none) and its description."""
 
     key: str
     default: object
@@ -238,7 +238,7 @@ def _section_class(field: FieldInfo) -> type | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library, of YAML 1.1, wants ``1.0e-4``."""
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library follows 1.1, which wants ``1.0e-4``."""
 
 
 _Loader.add_implicit_resolver(
@@ -247,14 +247,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> object:
-    """What a file of settings, or the value of a flag, means.
+    """The value of a settings file's text, or of a flag.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except ValueError as error:  # what looks like a date and is none
+    except ValueError as error:  # text like a date that is not one
         raise yaml.YAMLError(str(error)) from error
 
 
@@ -277,7 +277,7 @@ def _read_yaml(path: Path) -> dict:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(
-            f"the settings are no YAML: {getattr(error, 'problem', None) or error}",
+            f"the settings are not YAML: {getattr(error, 'problem', None) or error}",
             where=f"{path}{line}",
             hint="write 'key: value' lines, indented by spaces",
         ) from error
@@ -304,7 +304,7 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
 
 
 def _what_fits(message: str) -> str:
-    """The validator's "Input should be …" without its subject, and without how its parsing failed."""
+    """The validator's "Input should be …" without its subject, and without the reason of a parsing error."""
     if not message.startswith("Input should "):
         return f"be right: {message[:1].lower()}{message[1:]}"
     return message.removeprefix("Input should ").partition(", unable")[0]
@@ -317,7 +317,7 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
     for problem in error.errors():
         parts = [str(p) for p in problem["loc"]]
-        # Members of a union add their own names to the place; what the user wrote ends before them.
+        # Members of a union add their own names to the location; the user's key ends before them.
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             parent = key.rpartition(".")[0]

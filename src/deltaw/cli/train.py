@@ -6,7 +6,7 @@ import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.config import RunConfig
-from deltaw.host.machine import keep_freed_memory
+from deltaw.host.memory import keep_freed_memory
 from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import fit
 

@@ -20,13 +20,13 @@ Spot = tuple[nn.Module, str]
 
 @dataclass
 class Place(Generic[Part]):
-    """Where a module or parameter stands, what stood there before, and what stands there now.
+    """Where a module or parameter is, what was there before, and what is there now.
 
     Attributes:
         names: all full names of the place; files use the first.
         spots: (parent, attribute) for each name.
-        before: what stood there; None where there was no such parameter (a bias that was added).
-        now: the replacement. It may be ``before`` itself, where that is trained in place.
+        before: what was there; None if there was no such parameter (a bias that was added).
+        now: the replacement. It is ``before`` itself if that is trained in place.
     """
 
     names: tuple[str, ...]
@@ -40,17 +40,17 @@ class Place(Generic[Part]):
         return self.names[0]
 
     def put(self, part: Part | None) -> None:
-        """Let ``part`` stand in all the spots."""
+        """Put ``part`` into all the spots."""
         for parent, attribute in self.spots:
             table = parent._parameters if isinstance(self.now, nn.Parameter) else parent._modules
             table[attribute] = part  # type: ignore[assignment]
 
     def put_now(self) -> None:
-        """Let the replacement stand there."""
+        """Put the replacement into all the spots."""
         self.put(self.now)
 
     def put_before(self, model: nn.Module) -> None:
-        """Let what stood there before stand there again, on the replacement's device and in its dtype.
+        """Put back what was there before, on the replacement's device and in its dtype.
 
         ``model`` may have been moved or cast since. Its own parameters went along; those that only
         ``before`` holds did not.

@@ -92,7 +92,7 @@ class Subset:
         """Write a file's values into the weights, and return the tensors that are not of this kind.
 
         Raises:
-            UserError: a position lies outside of its parameter, or the model has no such parameter.
+            UserError: a position is outside its parameter, or the model has no such parameter.
         """
         parameters = names_of(model)
         others = {k: t for k, t in tensors.items() if not k.endswith((INDICES, VALUES))}

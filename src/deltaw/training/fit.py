@@ -17,14 +17,10 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.machine import (
-    choose_device,
-    choose_precision,
-    memory_limit_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-)
-from deltaw.hub.loading import LoadedModel, check_architecture, config_folder, load
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.training.callbacks import Callback, Say, silent
@@ -34,7 +30,8 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.planning.budget import parse_bytes, within_memory
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.budget import within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output

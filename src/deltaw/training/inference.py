@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.machine import choose_device, choose_precision
+from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.loading import LoadedModel, load
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.choose import method_of_folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.host.machine import trim_memory
+from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.optimizer import Schedule

@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice, choose_device, choose_precision, release_free_memory
+from deltaw.host.choices import Choice, choose_device, choose_precision
+from deltaw.host.memory import PeakWatch, release_free_memory
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import loader
@@ -221,8 +222,10 @@ class Session:
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-    data = task.read(config.data, seed=config.train.seed)
+    with PeakWatch() as watch:
+        task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+        data = task.read(config.data, seed=config.train.seed)
+    data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
     return task, data
