@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     )
     from deltaw.lora.layers_parameter import LoRAParameter
     from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
-    from deltaw.lora.merge import merge, unmerge
+    from deltaw.lora.merging import merge, unmerge
 
 __all__ = [
     "ActivationInit",
@@ -101,7 +101,7 @@ _MODULES = {
     "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
     "layers_parameter": "LoRAParameter",
     "layers_tokens": "TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
-    "merge": "merge unmerge",
+    "merging": "merge unmerge",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
