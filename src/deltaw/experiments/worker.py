@@ -16,12 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.trial import Stopped, Trial
-from deltaw.host.machine import choose_device, choose_precision, keep_freed_memory
-from deltaw.hub.loading import check_architecture, config_folder
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import keep_freed_memory
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import check_architecture
 from deltaw.hub.skeleton import skeleton
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method
@@ -30,7 +33,7 @@ from deltaw.training.callbacks import Lines, Say
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import fit, load_for
 from deltaw.training.session import read_data, usual_rate_of
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 Message = Mapping[str, object]
 ADAPTER_FILES = "adapter_*"
@@ -173,7 +176,7 @@ def _score(evaluation: Evaluation) -> dict[str, object]:
 def _total_parameters(config: RunConfig, output: Path) -> int:
     """Parameters of the model with the run's head, counted on fake tensors from its configuration."""
     classes = classes_of(output)
-    outputs = len(classes) if classes is not None else 1 if config.task == "regression" else None
+    outputs = len(classes) if classes is not None else tasks.entry_of(config.task).outputs
     device = choose_device(config.device).value
     with fake_tensors():
         model = skeleton(

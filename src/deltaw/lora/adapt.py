@@ -1,8 +1,8 @@
-"""Put an adapter on a model, and take it off again.
+"""Attach an adapter to a model, and detach it again.
 
-``attach`` freezes the model and replaces the chosen layers by adapted ones over the same weights;
-``detach`` gives the model back as it was found, to the bit; within ``disabled`` it is the base model.
-Everything is checked before anything is changed. It knows no files and no training.
+``attach`` freezes the model and replaces the chosen layers by adapted ones that share their weights.
+``detach`` restores the model exactly. Within ``disabled`` the model gives the base model's outputs.
+Everything is checked before anything is changed. This module knows no files and no training.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
+    ParameterUpdate,
     Replacement,
     TrainedBias,
     attached,
@@ -32,9 +34,11 @@ from deltaw.lora.count import count_parameters
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for
-from deltaw.lora.layers import LoRALayer
-from deltaw.lora.merge import shared_weights
-from deltaw.lora.select import Selection, Target, select
+from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
+from deltaw.lora.layers_tokens import trained_tokens_of
+from deltaw.lora.merging import shared_weights
+from deltaw.lora.select import ParameterTarget, Selection, Target, select
+from deltaw.lora.select_parts import TokenTarget
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> 
 
     A module that stands in several places is adapted once and stands in all of them. A weight that is tied
     to another stays so: adapting one of the two leaves the other alone. A module of ``train_modules`` is
-    copied; the copy is trained and the original kept for :func:`disabled` and :func:`detach`.
+    copied; the copy is trained, and the original is kept for :func:`disabled` and :func:`detach`.
 
     Args:
         model: any module; with an adapter it keeps its class and its names.
@@ -102,9 +106,9 @@ def attach_selected(
     seed: int | None = None,
     filled: bool = True,
 ) -> Summary:
-    """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
+    """:func:`attach` with the selection made; ``filled=False`` leaves zeros, for a file to fill."""
     parameters = list(model.named_parameters())
-    replaced = [p for whole in selection.wholes for p in whole.module.parameters()]
+    replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
     record = Attachment(config, base_fingerprint(parameters, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -114,13 +118,16 @@ def attach_selected(
         changing = config.init in CHANGING_INITS
         init = config.init if filled and not changing else None
         for target in selection.targets:
-            layer = _adapted(target, config, init, generator)
-            record.layers.append(_replacement(model, target.names, target.module, layer))
+            _adapt(model, target, record, init, generator)
+        for chosen in selection.parameters:
+            _adapt_parameter(chosen, record, init, generator)
+        for rows in selection.tokens:
+            _train_tokens(model, rows, record)
         if changing:
             _refuse_change(model, record)
         for parameter, _ in record.trainable_before:
             parameter.requires_grad_(False)
-        _copy_wholes(model, selection, record, notes)
+        _copy_extra_modules(model, selection, record, notes)
         _train_biases(model, config, record)
         _switch_fast_paths(model, record)
         if changing:
@@ -129,27 +136,30 @@ def attach_selected(
     except BaseException:
         _restore(model, record)
         raise
-    for replacement in (*record.layers, *record.wholes):
+    for replacement in (*record.layers, *record.tokens, *record.extra_modules):
         replacement.put(replacement.current)
+    for update in record.parameters:
+        update.put()
     if filled and config.init == "eva":
-        notes.append("A takes its start from the first batches, by initialize_from_activations")
+        notes.append("A is initialized from the first batches, by initialize_from_activations")
     set_attachment(model, record)
     count = count_parameters(model)
-    return Summary(selection.matches, len(record.layers), count.trained, count.total, tuple(notes))
+    adapted = len(record.layers) + len(record.parameters)
+    return Summary(selection.matches, adapted, count.trained, count.total, tuple(notes))
 
 
 def detach(model: nn.Module) -> None:
     """Take the adapter off: the same module objects, flags and bits as before :func:`attach`.
 
     After ``merge(model, keep_original=False)`` there are no weights from before to give back: then ΔW stays
-    in the weights, with trained biases and whole modules, and only the adapter's own parts go.
+    in the weights, trained biases and extra trainable modules stay too, and only the factors go.
 
     Raises:
         UserError: no adapter is attached.
     """
     model = unwrapped(model)
     record = attached(model)
-    keep_trained = any(not layer.base_is_known for _, layer in record.adapted())
+    keep_trained = any(not layer.base_is_known for _, layer in record.updated())
     _restore(model, record, keep_trained)
     set_attachment(model, None)
 
@@ -167,8 +177,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Ten thousand new layers make the garbage collector look through all of them again and again: a third
-    of the time of attaching, for nothing."""
+    """Pause the garbage collector: with ten thousand new layers it scans them again and again, which takes a
+    third of the time of attaching and frees nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -180,16 +190,33 @@ def _collector_paused() -> Iterator[None]:
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raise where ``model`` holds adapted layers already."""
-    if attachment(model) is not None or any(isinstance(m, LoRALayer) for m in model.modules()):
+    if attachment(model) is not None or any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise UserError("the model has an adapter already", hint="call detach on it first, or merge it")
 
 
-def _adapted(
-    target: Target, config: LoRAConfig, init: str | None, generator: torch.Generator | None
-) -> LoRALayer:
-    """The adapted layer over ``target``; a refusal names it."""
+def _adapt(
+    model: nn.Module,
+    target: Target,
+    record: Attachment,
+    init: str | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Make the adapted layer over ``target``, or both updates of an attention; a refusal names it."""
+    config = record.config
     try:
-        layer = adapter_for(target.module, config.dora)(
+        if isinstance(target.module, nn.MultiheadAttention):
+            updates = adapt_attention(
+                target.module,
+                target.rank,
+                target.alpha,
+                rslora=config.rslora,
+                init=init,
+                generator=generator,
+            )
+            for key, update in zip(ATTENTION_KEYS, updates, strict=True):
+                record.parameters.append(ParameterUpdate(target.names, target.module, key, update, True))
+            return
+        layer = adapter_for(target.module, config.dora, config.lora_bias)(
             target.module,
             target.rank,
             target.alpha,
@@ -199,8 +226,41 @@ def _adapted(
             generator=generator,
         )
     except UserError as error:
-        raise UserError(f"'{target.names[0]}': {error.what}", where=error.where, hint=error.hint) from error
-    return layer
+        raise _named(target.names[0], error) from error
+    record.layers.append(_replacement(model, target.names, target.module, layer))
+
+
+def _adapt_parameter(
+    target: ParameterTarget, record: Attachment, init: str | None, generator: torch.Generator | None
+) -> None:
+    """Make the update of a parameter; a refusal names it."""
+    try:
+        layer = LoRAParameter(
+            target.module,
+            target.attribute,
+            target.rank,
+            target.alpha,
+            rslora=record.config.rslora,
+            init=init,
+            generator=generator,
+            is_in_out=bool(getattr(target.module, "is_transposed", False)),
+        )
+    except UserError as error:
+        raise _named(f"{target.names[0]}.{target.attribute}", error) from error
+    record.parameters.append(ParameterUpdate(target.names, target.module, f"lora_{target.attribute}", layer))
+
+
+def _named(name: str, error: UserError) -> UserError:
+    return UserError(f"'{name}': {error.what}", where=error.where, hint=error.hint)
+
+
+def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> None:
+    """Make the layer with trained rows, and those whose weight is tied to its."""
+    leader = trained_tokens_of(target.module, target.tokens)
+    record.tokens.append(_replacement(model, target.names, target.module, leader))
+    for other in target.tied:
+        layer = trained_tokens_of(other.module, target.tokens, leader)
+        record.tokens.append(_replacement(model, other.names, other.module, layer))
 
 
 def _replacement(
@@ -214,7 +274,7 @@ def _replacement(
 
 
 def _refuse_change(model: nn.Module, record: Attachment) -> None:
-    """PiSSA and OLoRA change W: they must suit every layer, and no other module may read that W."""
+    """PiSSA and OLoRA change W: they must suit every layer, and no other module may use that W."""
     init = record.config.init
     shared = shared_weights(model)
     for name, layer in record.adapted():
@@ -225,13 +285,13 @@ def _refuse_change(model: nn.Module, record: Attachment) -> None:
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
 
 
-def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
-    """Copy what is trained whole; weights tied among the copies stay tied."""
-    if not selection.wholes:
+def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
+    """Copy the extra trainable modules; weights tied among the copies stay tied."""
+    if not selection.extra_modules:
         return
     shared = shared_weights(model)
     memo: dict[int, object] = {}
-    for whole in selection.wholes:
+    for whole in selection.extra_modules:
         for tensor in (*whole.module.parameters(), *whole.module.buffers()):
             if not has_values(tensor):
                 # deepcopy would copy the mode that such a tensor belongs to, and break it.
@@ -240,9 +300,9 @@ def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, not
         trained = copy.deepcopy(whole.module, memo)
         for parameter in trained.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        record.wholes.append(_replacement(model, whole.names, whole.module, trained))
-    copied = {id(m) for whole in selection.wholes for m in whole.module.modules()}
-    for whole in selection.wholes:
+        record.extra_modules.append(_replacement(model, whole.names, whole.module, trained))
+    copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
+    for whole in selection.extra_modules:
         for parameter in whole.module.parameters():
             others = [
                 name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied
@@ -258,13 +318,14 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
     if config.bias == "none":
         return
     adapted = {id(replacement.original) for replacement in record.layers}
-    whole = {id(m) for replacement in record.wholes for m in replacement.original.modules()}
+    adapted |= {id(update.layer.holder) for update in record.parameters}
+    whole = {id(m) for replacement in record.extra_modules for m in replacement.original.modules()}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        bias = module._parameters.get("bias")
-        if bias is None or id(bias) in seen or id(module) in whole:
+        if id(module) in whole or (config.bias == "lora_only" and id(module) not in adapted):
             continue
-        if config.bias == "lora_only" and id(module) not in adapted:
+        bias = module._parameters.get("bias")
+        if bias is None or id(bias) in seen:
             continue
         seen.add(id(bias))
         record.biases.append(TrainedBias(f"{name}.bias".lstrip("."), bias, bias.detach().clone()))
@@ -274,8 +335,9 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
 
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
-    """torch's encoder layers read weights past their modules in eval mode: have them call the modules."""
-    replaced = {id(r.original) for r in (*record.layers, *record.wholes)}
+    """In eval mode torch's encoder layers use weights without calling their modules: make them call these."""
+    replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.extra_modules)}
+    replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             attribute, value = "activation_relu_or_gelu", 0
@@ -289,22 +351,22 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
 
 
 def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
-    """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
-    for replacement in record.layers:
+    """Undo what ``record`` says; ``keep_trained`` keeps merged weights, biases and extra modules."""
+    for update in record.parameters:
+        if not keep_trained:
+            update.layer.restore_base()
+        update.remove()
+    for replacement in (*record.layers, *record.tokens):
         layer, original = replacement.current, replacement.original
-        if (
-            isinstance(layer, LoRALayer)
-            and not keep_trained
-            and (layer.merged or layer.changed_start is not None)
-        ):
-            layer.weight.data = layer.base_weight()
+        if isinstance(layer, AdaptedLayer) and not keep_trained:
+            layer.restore_base()
         # The model may have been moved or cast meanwhile: the original takes what the layer has now.
         for table in ("_parameters", "_buffers"):
             for key in vars(original)[table]:
                 vars(original)[table][key] = vars(layer)[table][key]
         original.training = layer.training
         replacement.put(original)
-    for whole in () if keep_trained else record.wholes:
+    for whole in () if keep_trained else record.extra_modules:
         whole.put_original(model)
     for bias in record.biases:
         bias.parameter.grad = None

@@ -1,4 +1,4 @@
-"""What a model carries while an adapter is attached: enough to give it back exactly as it was.
+"""The record of an attached adapter: enough to restore the model exactly.
 
 The record hangs on the model as a plain attribute, so that it is copied with it and goes with it.
 """
@@ -12,47 +12,13 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.layers import LoRALayer
+from deltaw.lora.layers_parameter import LoRAParameter
+from deltaw.lora.places import Replacement
 
 _ATTRIBUTE = "_deltaw_attachment"
-
-
-@dataclass
-class Replacement:
-    """A module that another one stands in for, in every place where it stood.
-
-    Attributes:
-        names: all full names of the place; the first is the one that files use.
-        places: (parent, attribute) for each.
-        original: the module found there.
-        current: the adapted layer, or the trained copy.
-    """
-
-    names: tuple[str, ...]
-    places: list[tuple[nn.Module, str]]
-    original: nn.Module
-    current: nn.Module
-
-    def put(self, module: nn.Module) -> None:
-        """Let ``module`` stand in all the places."""
-        for parent, attribute in self.places:
-            parent._modules[attribute] = module
-
-    def put_original(self, model: nn.Module) -> None:
-        """Let the module found there stand in them again, where and as its stand-in in ``model`` is now.
-
-        The model may have been moved or cast meanwhile, and the original was not in it. A parameter that
-        it shares with a module that is in the model went along already.
-        """
-        present = {id(p) for p in model.parameters()}
-        mine, theirs = self.original, self.current
-        for own, now in zip(mine.parameters(), theirs.parameters(), strict=True):
-            if id(own) not in present:
-                own.data = own.data.to(device=now.device, dtype=now.dtype)
-        for own_buffer, buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
-            own_buffer.data = own_buffer.data.to(device=buffer.device, dtype=buffer.dtype)
-        self.put(mine.train(theirs.training))
 
 
 @dataclass
@@ -69,21 +35,64 @@ class TrainedBias:
 
 
 @dataclass
+class ParameterUpdate:
+    """A parameter's update, and the module that computes with it.
+
+    Attributes:
+        names: of the module.
+        runner: the module, whose child ``key`` the update is.
+        of_attention: whether the module was chosen as an attention, with both of its projections.
+    """
+
+    names: tuple[str, ...]
+    runner: nn.Module
+    key: str
+    layer: LoRAParameter
+    of_attention: bool = False
+
+    @property
+    def name(self) -> str:
+        """The update's own name in the model."""
+        return f"{self.names[0]}.{self.key}"
+
+    def put(self) -> None:
+        """Let the module compute with the update."""
+        self.runner._modules[self.key] = self.layer
+        self.layer.watch(self.runner)
+
+    def remove(self) -> None:
+        """Let the module be as it was."""
+        self.layer.unwatch()
+        self.runner._modules.pop(self.key, None)
+
+
+@dataclass
 class Attachment:
     """The record of one :func:`~deltaw.lora.adapt.attach`."""
 
     config: LoRAConfig
     fingerprint: str | None
     layers: list[Replacement] = field(default_factory=list)
-    wholes: list[Replacement] = field(default_factory=list)
+    extra_modules: list[Replacement] = field(default_factory=list)
+    parameters: list[ParameterUpdate] = field(default_factory=list)
+    tokens: list[Replacement] = field(default_factory=list)
     biases: list[TrainedBias] = field(default_factory=list)
     trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     switched: list[tuple[nn.Module, str, object]] = field(default_factory=list)
 
     def adapted(self) -> Iterator[tuple[str, LoRALayer]]:
-        """(first name, layer) of every adapted layer, in the model's order."""
+        """(first name, layer) of everything with factors: layers in the model's order, then parameters."""
         for replacement in self.layers:
             if isinstance(replacement.current, LoRALayer):
+                yield replacement.names[0], replacement.current
+        for update in self.parameters:
+            yield update.name, update.layer
+
+    def updated(self) -> Iterator[tuple[str, AdaptedLayer]]:
+        """(first name, layer) of everything that has an update of its own, trained tokens among it."""
+        yield from self.adapted()
+        for replacement in self.tokens:
+            if isinstance(replacement.current, AdaptedLayer) and replacement.current.follows is None:
                 yield replacement.names[0], replacement.current
 
 
@@ -127,13 +136,17 @@ def set_attachment(model: nn.Module, record: Attachment | None) -> None:
         vars(model)[_ATTRIBUTE] = record
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """(name, layer) of every adapted layer in ``model``, also of those put there by hand.
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
+    """(name, layer) of every layer in ``model`` with an update of its own, also of those put there by hand.
 
     Raises:
         UserError: there is none.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLayer) and module.follows is None
+    ]
     if not layers:
         raise UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
     return layers
@@ -141,7 +154,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 @contextlib.contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: weights, biases and whole modules.
+    """Within the block the model is the base model: weights, biases and extra trainable modules.
 
     Raises:
         UserError: no adapter is attached, or it was merged without keeping the weights before.
@@ -161,7 +174,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         for bias in record.biases if record else ():
             stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
             bias.parameter.data = bias.original_here()
-        for whole in record.wholes if record else ():
+        for whole in record.extra_modules if record else ():
             stack.callback(whole.put, whole.current)
             whole.put_original(model)
         yield

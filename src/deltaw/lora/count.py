@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import adapted_layers, attachment, unwrapped
-from deltaw.lora.layers import LoRALayer
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ParameterCount:
     Attributes:
         total: N, the base model's own parameters; the adapter's are not among them.
         trained: M, the parameters that ask for a gradient.
-        per_module: M by module, those with none left out.
+        per_module: M by module, without those that have none.
     """
 
     total: int
@@ -38,20 +38,20 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     model = unwrapped(model)
     record = attachment(model)
     base: dict[int, int] = {}
-    for whole in record.wholes if record else ():
+    for whole in record.extra_modules if record else ():
         base.update({id(p): p.numel() for p in whole.original.parameters()})
-    copies = {id(p) for whole in (record.wholes if record else ()) for p in whole.current.parameters()}
+    copies = {id(p) for whole in (record.extra_modules if record else ()) for p in whole.current.parameters()}
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        factors = module.trained if isinstance(module, LoRALayer) else ()
+        own = module.trained if isinstance(module, AdaptedLayer) else ()
         trained = 0
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             trained += parameter.numel() if parameter.requires_grad else 0
-            if key not in factors and id(parameter) not in copies:
+            if key not in own and id(parameter) not in copies:
                 base[id(parameter)] = parameter.numel()
         if trained:
             per_module[name] = trained
@@ -59,7 +59,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, whole modules.
+    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, trained tokens,
+    extra trainable modules.
 
     Raises:
         UserError: no adapter is attached.
@@ -67,19 +68,19 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     model = unwrapped(model)
     adapted_layers(model)
     record = attachment(model)
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     added = {id(layer._parameters[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}
-        added |= {id(p) for whole in record.wholes for p in whole.current.parameters()}
+        added |= {id(p) for whole in record.extra_modules for p in whole.current.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in added]
 
 
 def is_factor_B(name: str) -> bool:
-    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that starts at zero.
+    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that is zero at first.
 
     LoRA+ (arXiv 2402.12354) gives B a higher learning rate than all else. PEFT's LoRA+ gives it also to what
     has one dimension (trained biases, magnitudes), and both factors of an embedding a rate of their own.
-    Here an embedding's B starts at zero as every other B does, where PEFT's A does.
+    Here an embedding's B is zero at first, like every other B; in PEFT its A is.
     """
     return name.rpartition(".")[2] == "lora_B"

@@ -1,6 +1,6 @@
 """The truth about a run's memory: what torch's allocator gave out, and what the process held.
 
-It looks at the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
+It reads the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
 models and no training.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from deltaw.host.machine import peak_resident_bytes
+from deltaw.host.memory import peak_resident_bytes
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

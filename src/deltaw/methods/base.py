@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
@@ -18,7 +18,8 @@ from deltaw.methods.registry import TrainOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from typing_extensions import Self
+
+Made = TypeVar("Made", bound="MethodBase")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -120,8 +121,12 @@ class MethodBase:
 
     @classmethod
     def from_run(
-        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Self:
+        cls: type[Made],
+        section: object,
+        *,
+        train: TrainOptions | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Made:
         """See :class:`deltaw.methods.registry.Implementation`."""
         return cls() if section is None else cls(section)
 

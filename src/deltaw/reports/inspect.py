@@ -20,7 +20,7 @@ from rich.text import Text
 
 from deltaw.lora import LoRAConfig, read_adapter
 from deltaw.lora.config import scaling as scaling_of
-from deltaw.lora.select import value_by_pattern
+from deltaw.lora.matching import value_by_pattern
 from deltaw.reports.adapter_math import effective_rank, frobenius_norm, singular_values, stable_rank
 
 _FACTOR = re.compile(
@@ -123,7 +123,7 @@ class AdapterReport:
         return sorted(kinds, key=lambda kind: (-_finite(kind.norm), kind.kind))
 
     def layers(self) -> dict[str, float]:
-        """‖ΔW‖_F of each layer, in the order of the layers; modules outside any layer are left out."""
+        """‖ΔW‖_F of each layer, in the order of the layers; without modules outside of layers."""
         squares: dict[str, list[float]] = defaultdict(list)
         for module in self.modules:
             layer = _layer(module.module)

@@ -1,4 +1,4 @@
-"""Everything that a training needs, put together: model, method, rows, passes, objective.
+"""Everything that a training needs, put together: model, method, rows, batcher, objective.
 
 A run, its plan and a comparison all begin here, so that what is planned is what is run. It knows no folders
 and shows nothing.
@@ -17,9 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
-from deltaw.data.example import Example
+from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice, choose_device, choose_precision, release_free_memory
+from deltaw.host.choices import Choice, choose_device, choose_precision
+from deltaw.host.memory import PeakWatch, release_free_memory
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import loader
@@ -31,19 +32,25 @@ from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.general import (
+    NoGeneralAnswers,
+    general_answers,
+    identity_of,
+)
+from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
+from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
+from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
-from deltaw.training.tasks.label_objective import start_at_mean
-from deltaw.training.tasks.tasks import RunData, Task, task_of
 
-# Rows that a start which depends on the data looks at.
+# Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
-# Tokens of rows that are looked at before weights are put into bytes.
+# Tokens that int8 quantization is calibrated on.
 CALIBRATION_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
@@ -60,7 +67,9 @@ class Session:
         data: the rows, with the method's virtual tokens prepended.
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
-        prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
+        prefix: outputs of the frozen layers below the lowest trained module, where they are kept; else None.
+        identity: names the base model's weights and precision; None where they cannot be named.
+        general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
     """
 
     config: RunConfig
@@ -73,6 +82,8 @@ class Session:
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     prefix: CachedPrefix | None = None
+    identity: str | None = None
+    general: Sequence[Example] = ()
 
     @property
     def learning_rate(self) -> float:
@@ -88,17 +99,17 @@ class Session:
         """How the rows go through the model, for a person."""
         batcher, objective = self.batcher, self.objective
         total, size = self.total_steps, self.config.train.batch_size
-        rows = "flat rows without padding"
+        rows = "padding-free packing"
         if self.task.has_labels or getattr(batcher, "padded", False):
             rows = "padded rows"
-        shared = ", common beginnings computed once" if getattr(batcher, "share", False) else ""
+        shared = ", shared prefixes computed once" if getattr(batcher, "share", False) else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
         return [
             *self._blocks(),
             f"{total} step{'s' if total != 1 else ''} of {size} rows, "
-            f"in passes of up to {tokens} tokens: {rows}{shared}{head}",
+            f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}",
         ]
 
     def _blocks(self) -> list[str]:
@@ -109,7 +120,7 @@ class Session:
             return lines
         with packed_rows(self.model):
             fused = fused_blocks(self.model)
-        kind = "lean" if fused.choice.value else "the model's own code"
+        kind = "fused" if fused.choice.value else "the model's own code"
         return [*lines, f"blocks: {kind} ({fused.choice.why})"]
 
     @contextlib.contextmanager
@@ -119,7 +130,7 @@ class Session:
             yield
 
     def close(self) -> None:
-        """Let go of what is kept on disk."""
+        """Release what is kept on disk."""
         if self.prefix is not None:
             self.prefix.close()
 
@@ -151,6 +162,7 @@ class Session:
             names=[name for name, _ in named],
             may_skip=may_skip(self.model),
             after_step=lambda: self.method.after_step(self.model),
+            add_gradients=self._keep_general(),
             batch_size=batch_size or settings.batch_size,
             seed=settings.seed,
             schedule=settings.schedule,
@@ -164,8 +176,17 @@ class Session:
             should_stop=should_stop,
         )
 
+    def _keep_general(self) -> KeepGeneral | None:
+        """What adds the gradients of general answers; None where none are kept."""
+        settings = self.config.train
+        if not self.general:
+            return None
+        return KeepGeneral(
+            self.objective, self.batcher, self.general, weight=settings.keep_general, seed=settings.seed
+        )
+
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
-        """Judge the model on examples, by default those held out; call within :meth:`running`."""
+        """Evaluate the model on examples, by default those held out; call within :meth:`running`."""
         chosen = self.data.held_out if examples is None else examples
         if not chosen:
             return Evaluation()
@@ -173,12 +194,37 @@ class Session:
         with self.method.evaluating(self.model):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
+    def general_answers(self, prompts: Sequence[str]) -> list[Example]:
+        """The base model's own answers to general prompts, as the base model sees them.
+
+        Where the method keeps no base model, this is for the time before training.
+
+        Raises:
+            NoGeneralAnswers: it gives none that are of use.
+        """
+        if self.task.tokenizer is None:
+            raise NoGeneralAnswers("the model does not read text")
+        kept = self.method.keeps_base(self.model)
+        base = self.method.without(self.model) if kept else contextlib.nullcontext()
+        with self.method.evaluating(self.model), base:
+            return general_answers(
+                self.model,
+                self.task.tokenizer,
+                prompts,
+                self.config.data,
+                identity=self.identity,
+                batch_tokens=getattr(self.batcher, "tokens_per_pass", 1024),
+                reserved=self.method.virtual_tokens,
+            )
+
 
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-    data = task.read(config.data, seed=config.train.seed)
+    with PeakWatch() as watch:
+        task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+        data = task.read(config.data, seed=config.train.seed)
+    data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
     return task, data
@@ -217,6 +263,7 @@ def assemble(
     settings = config.train
     torch.manual_seed(settings.seed)
     said: list[str] = []
+    identity = identity_of(model, config.precision)
     if config.precision == "int8" and has_values(model):
         said += _quantized_int8(model, data.train)
     batcher, chosen = task.batcher(
@@ -228,8 +275,7 @@ def assemble(
         method_shares=method.can_share_prefixes(),
         virtual_tokens=method.virtual_tokens,
     )
-    if task.name == "regression":
-        start_at_mean(model, new_modules, [example.label for example in data.train])
+    task.initialize_head(model, new_modules, data.train)
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     def calibrate() -> None:
@@ -252,19 +298,45 @@ def assemble(
     )
     with method.evaluating(model):
         objective = task.objective(model)
-    session = Session(config, model, method, task, data, batcher, objective, chosen, said)
+    session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
+    if settings.keep_general:
+        _take_general_answers(session)
     seen_again = session.total_steps * settings.batch_size > len(data.train)
     if settings.keep_features is True or (settings.keep_features == "auto" and seen_again):
         with session.running(), method.evaluating(model):
             session.prefix, kept = cached_prefix(model, objective, batcher, data.every)
         chosen["train.keep_features"] = kept
         if session.prefix is not None:
-            said.append(f"computed once for each row and kept: {kept}")
+            said.append(f"features computed once for each row: {kept}")
     return session
 
 
+def _take_general_answers(session: Session) -> None:
+    """Let the base model write the answers that ``train.keep_general`` keeps, and say so.
+
+    Raises:
+        UserError: the model gives none.
+    """
+    weight = session.config.train.keep_general
+    try:
+        if session.task.has_labels:
+            raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
+        answers = session.general_answers(KEPT)
+    except NoGeneralAnswers as reason:
+        raise UserError(
+            f"general answers cannot be kept: {reason}",
+            where="train.keep_general",
+            hint="set train.keep_general: 0",
+        ) from reason
+    session.general = [with_virtual_tokens(answer, session.method) for answer in answers]
+    session.said.append(
+        f"keep_general {weight:g}: each step also learns one of {len(answers)} general answers of the base "
+        "model, which are not counted among the rows"
+    )
+
+
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
-    """Put the blocks' weights into bytes, looking at a few rows; what was done and what it costs, said.
+    """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
 
     Comes before anything else runs the model: each block's weights are read once, and given back.
     """
@@ -290,16 +362,18 @@ def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str
                 for hidden, int8 in zip(found, (False, True), strict=True)
             )
             said.append(
-                f"  on the first {length} tokens of the rows the loss goes from {before:.4f} to {after:.4f}"
+                f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}"
             )
     release_free_memory()
     return said
 
 
 def with_virtual_tokens(example: Any, method: Method) -> Any:
-    """The example as the model is to see it, with a method's virtual tokens before it."""
+    """The example as the model is to see it, with a method's virtual tokens prepended."""
     if method.virtual_tokens == 0:
         return example
+    if isinstance(example, RowGroup):
+        return RowGroup(tuple(with_virtual_tokens(row, method) for row in example.rows))
     if isinstance(example, Example):
         return example.after(method.virtual_tokens, method.with_virtual_tokens(example.tokens))
     if hasattr(example, "tokens"):
@@ -321,19 +395,19 @@ def head_modules(model: nn.Module) -> list[str]:
 def checkpoint_blocks(
     model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()
 ) -> None:
-    """Keep only each block's input for the backward, and compute the rest of the block again.
+    """Turn activation checkpointing on: a block keeps its input alone, and its backward runs it again.
 
-    The model stays in eval mode, so that its own dropout stays off; only the blocks that know how to be
-    recomputed are told that they train.
+    The model stays in eval mode, so that its own dropout stays off; the checkpointed blocks alone are told
+    that they train.
 
     Args:
         blocks: True for all of them, or how many: the lowest that a backward reaches, since by the time they
-            are computed again what the upper ones kept is gone.
+            run again, the activations of the upper ones are gone.
         trained: the trained parameters; below the lowest of them no backward goes.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"{type(model).__name__} cannot recompute its blocks",
+            f"{type(model).__name__} has no activation checkpointing",
             where="train.checkpointing",
             hint="set train.checkpointing to false, or lower train.tokens_per_pass",
         )
