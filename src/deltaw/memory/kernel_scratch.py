@@ -1,7 +1,8 @@
 """Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 
 The sizes are those of ``kernels/csrc``, where each thread takes what it needs from an arena of its own.
-Tensors that an operator makes for itself in Python stand here too. Without the kernels there is nothing to add.
+Tensors that an operator makes for itself in Python stand here too.
+Without the kernels there is nothing to add.
 
 Knows operators and shapes; not models.
 """
@@ -33,7 +34,7 @@ def _up(count: int, to: int) -> int:
 
 
 def product_bytes(rows: int, outputs: int, depth: int, size: int, rank: int = 0) -> int:
-    """Of a product (rows, depth)·(depth, outputs), over all threads; the left side has numbers of ``size`` bytes.
+    """Of a product (rows, depth)·(depth, outputs) over all threads; ``size`` is that of a left number.
 
     Panels that are laid out, sums of deep products, rows that are copied side by side: csrc/product.cpp.
     """

@@ -114,8 +114,7 @@ class Session:
 
     def _blocks(self) -> list[str]:
         """Which code the model's blocks run, for a person."""
-        reason = loader.why_not()
-        lines = [] if reason is None else [reason]
+        lines = loader.notes()
         if self.task.has_labels or getattr(self.batcher, "padded", False):
             return lines
         with packed_rows(self.model):
