@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from deltaw.data.packing import Batch
-from deltaw.host.machine import choose_threads
+from deltaw.host.choices import choose_threads
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach

@@ -56,7 +56,7 @@ def deltaw_step(tokens: torch.Tensor) -> Callable[[], None]:
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.runtime.packed import set_attention
+    from deltaw.runtime.attention_choice import set_attention
     from deltaw.training.optimizer import adamw
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
@@ -83,7 +83,7 @@ def peft_step(tokens: torch.Tensor) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from deltaw.hub.loading import config_folder
+    from deltaw.hub.folders import config_folder
 
     folder = config_folder(MODEL, "bf16", False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")

@@ -188,7 +188,7 @@ def make_models(folder: Path) -> dict[str, str]:
     import torch
     import transformers
 
-    from deltaw.hub.loading import load_tokenizer
+    from deltaw.hub.tokenizers import load_tokenizer
 
     smol, minilm = load_tokenizer(SMOL), load_tokenizer(MINILM)
     size = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}

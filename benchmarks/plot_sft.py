@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"deltaw": "#1b6e53", "deltaw int8": "#12503c", "deltaw, sharing off": "#7fb8a4"}
+COLORS = {"deltaw": "#1b6e53", "deltaw int8": "#12503c", "deltaw, sharing off": "#7fb8a4"}
 PEER = "#b9b9c3"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
             for step, size in enumerate(reversed(sizes)):
                 value = statistics.median(run[key] for run in results[f"{size}|{side}"]) / unit
                 at = place + (step - (len(sizes) - 1) / 2) * height
-                axis.barh(at, value, height * 0.92, color=COLOURS.get(side, PEER))
+                axis.barh(at, value, height * 0.92, color=COLORS.get(side, PEER))
                 axis.text(value, at, f" {label.format(value)}  ({size})", va="center", fontsize=7.5)
         axis.set_title(title, fontsize=9.5, loc="left")
         axis.set_yticks(range(len(sides)), list(reversed(sides)), fontsize=9)

@@ -79,7 +79,7 @@ def run(job: dict) -> dict:
 
 def child(job: dict) -> dict:
     """Train on rows of one length; returns speed and memory."""
-    from deltaw.hub.loading import load_tokenizer
+    from deltaw.hub.tokenizers import load_tokenizer
     from deltaw.training.fit import fit
 
     length, scratch = job["length"], Path(job["scratch"])
@@ -114,7 +114,7 @@ def make_model(size: str, folder: Path) -> str:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from deltaw.hub.loading import load_tokenizer
+    from deltaw.hub.tokenizers import load_tokenizer
 
     hidden, mlp, blocks, heads, keys, vocabulary = SIZES[size]
     config = LlamaConfig(

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from deltaw.data import DataSettings, prepare
-from deltaw.host.machine import choose_threads
+from deltaw.host.choices import choose_threads
 from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter

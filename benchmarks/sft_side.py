@@ -22,7 +22,7 @@ def deltaw_side(job: dict) -> dict:
     import torch
 
     from deltaw.data.example import Example
-    from deltaw.host.machine import keep_freed_memory
+    from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
     from deltaw.runtime.int8_weights import quantize_int8
@@ -111,7 +111,7 @@ def main() -> None:
     job["rows"] = json.loads(Path(job["rows"]).read_text())
     measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
 
-    from deltaw.host.machine import peak_resident_bytes
+    from deltaw.host.memory import peak_resident_bytes
 
     measured["rows_per_second"] = len(job["rows"]) / measured["seconds"]
     measured["peak_bytes"] = peak_resident_bytes()

@@ -56,8 +56,8 @@ def main() -> None:
         print("RESULT " + json.dumps(child(json.loads(arguments.child))), flush=True)
         return
 
-    from deltaw.host.machine import choose_threads
-    from deltaw.hub.loading import config_folder
+    from deltaw.host.choices import choose_threads
+    from deltaw.hub.folders import config_folder
 
     folder = os.fspath(config_folder(MODEL, "bf16", False))
     threads = arguments.threads or choose_threads().value
@@ -149,7 +149,7 @@ def timed(step: object, job: dict) -> dict:
 
 
 def memory_above(loaded: int) -> dict:
-    from deltaw.host.machine import peak_resident_bytes
+    from deltaw.host.memory import peak_resident_bytes
 
     peak = peak_resident_bytes()
     return {"peak_bytes": peak, "above_bytes": peak - loaded}
@@ -159,7 +159,7 @@ def deltaw_side(job: dict) -> dict:
     import numpy as np
 
     from deltaw.data.example import Example
-    from deltaw.host.machine import keep_freed_memory
+    from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.int8_weights import quantize_int8
@@ -201,7 +201,7 @@ def deltaw_side(job: dict) -> dict:
 
 def loaded_bytes(model: object) -> int:
     """Resident memory with all weights read, mapped ones included; resets the peak."""
-    from deltaw.host.machine import release_free_memory, resident_bytes
+    from deltaw.host.memory import release_free_memory, resident_bytes
 
     for parameter in model.parameters():  # type: ignore[attr-defined]
         parameter.detach().flatten()[::512].clone()

@@ -7,12 +7,14 @@ import re
 import runpy
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertModel
 
-from deltaw.config import RunConfig, parse_yaml
+from deltaw.cli import group
+from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.methods import registry
 from deltaw.methods.choose import choose_method
 from deltaw.training.fit import fit
@@ -63,7 +65,7 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
 
 
 def test_demo_settings_are_valid() -> None:
-    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 1e-3
+    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 5e-4
 
 
 def test_compare_settings_are_valid_for_every_method() -> None:
@@ -88,6 +90,39 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
 def test_links_on_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = [
+        line.partition("#")[0]
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", "\n".join(commands)):
+        known = {flag for parameter in _command(verb).params for flag in (*parameter.opts, "--help", "--key")}
+        used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
+        assert used <= known, f"deltaw {verb}: {used - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_setting_names_on_a_page_exist(page: Path) -> None:
+    known = {setting.key for setting in settings()} | {"lora.alpha/rank"}
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    named = re.findall(r"`([a-z]+\.[a-z_/]+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8"))
+    used = {key for key in named if key.partition(".")[0] in sections and not key.endswith(_FILES)}
+    assert used <= known, used - known
+
+
+# Names of files that look like settings, such as ``train.yaml``.
+_FILES = (".py", ".yaml", ".md", ".jsonl", ".json", ".csv")
+
+
+def _command(verb: str) -> click.Command:
+    command = group.get_command(click.Context(group), verb)
+    assert command is not None, verb
+    return command
 
 
 def _tiny_encoder(folder: Path) -> Path:

@@ -65,6 +65,18 @@ class TrainSettings(BaseModel):
         False,
         description="activation checkpointing of all blocks; a number: of so many blocks",
     )
+    keep_general: float = Field(
+        0.0,
+        ge=0,
+        le=1e3,
+        description="weight of the loss of the base model's own general answers, one of which each step also "
+        "learns; 0: none",
+    )
+    drift: bool | Literal["auto"] = Field(
+        "auto",
+        description="at the end, measure how far general answers moved from the base model's; auto: where a "
+        "language model is large enough to give any",
+    )
     eval_every: int | None = Field(
         None, ge=1, description="evaluate after every so many steps; always at the end"
     )

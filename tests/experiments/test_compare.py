@@ -15,7 +15,7 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
 from deltaw.experiments.compare import compare
-from deltaw.host.machine import peak_resident_bytes
+from deltaw.host.memory import peak_resident_bytes
 from deltaw.reports.comparison import comparison_tables
 from deltaw.reports.comparison_figure import draw_comparison
 from tests.experiments.conftest import WorkerHere, use_worker_here

@@ -56,6 +56,40 @@ def _vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+VOCABULARY = 31
+"""Of :func:`mixture`."""
+
+
+def mixture(kind: str, dtype: torch.dtype = torch.float32, **more: object) -> nn.Module:
+    """A decoder of two blocks with fused experts."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        **more,
+    }
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
+    elif kind == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(
+            **sizes, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
+        )
+    else:
+        config = transformers.GptOssConfig(**sizes, num_local_experts=3, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=dtype) * 0.05)
+    return model
+
+
 OTHERS = {"bert": _bert, "albert": _albert, "t5": _t5, "vit": _vit}
 CAUSAL = ("llama", "gemma2", "gemma3", "qwen3", "gpt2", "neox", "phi3")
 FAMILIES = (*CAUSAL, *OTHERS)

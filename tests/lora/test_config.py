@@ -98,3 +98,30 @@ def test_layers_are_read():
 
 def test_scaling():
     assert scaling(16, 32.0) == 2.0 and scaling(16, 32.0, rslora=True) == 8.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"lora_bias": True, "dora": True}, "lora_bias"),
+        ({"lora_bias": True, "init": "gaussian"}, "lora_bias"),
+        ({"target_parameters": ["w"], "dropout": 0.1}, "dropout"),
+        ({"target_parameters": ["w"], "dora": True}, "dora"),
+        ({"target_parameters": ["w"], "lora_bias": True}, "lora_bias"),
+        ({"target_modules": []}, "target_modules"),
+        ({"trainable_token_indices": [3, 3]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"embed": ["a"]}}, "trainable_token_indices"),
+        ({"trainable_token_indices": [True]}, "trainable_token_indices"),
+    ],
+)
+def test_settings_of_parts_that_cannot_be(settings, where):
+    with pytest.raises(UserError) as caught:
+        LoRAConfig(**settings)
+    assert caught.value.where == where
+
+
+def test_no_modules_are_needed_where_parts_are_named():
+    config = LoRAConfig(target_modules=[], target_parameters="experts.down_proj", trainable_token_indices={5})
+    assert config.target_parameters == ["experts.down_proj"] and config.trainable_token_indices == [5]
+    assert LoRAConfig.from_dict({"trainable_token_indices": {"wte": [1]}, "lora_bias": True}).lora_bias

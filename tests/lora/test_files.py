@@ -27,7 +27,8 @@ from deltaw.lora import (
     read_adapter,
     save_adapter,
 )
-from deltaw.lora.peft_format import DEFAULTS, PREFIX, target_entries
+from deltaw.lora.peft_format import DEFAULTS, target_entries
+from deltaw.lora.peft_paths import PREFIX
 from tests.lora.models import FAMILIES, inputs, peft_factors, randomise, tiny, with_peft
 
 
@@ -297,10 +298,13 @@ def _refused(folder: Path, family: str = "llama") -> str:
     [
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "lora_magnitude_vector' is missing"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_bias": True}, "lora_B.bias' is missing"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["w"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_tokens_delta' is missing"),
+        ({"trainable_token_indices": [97]}, "token 97"),
+        ({"target_parameters": ["input_layernorm.weight"]}, "1 dimensions"),
+        ({"target_parameters": ["x"], "lora_dropout": 0.1}, "target_parameters"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"use_qalora": True}, "use_qalora"),

@@ -234,7 +234,7 @@ def test_a_layer_can_be_copied_and_stored():
     [
         nn.LayerNorm(3),
         nn.ConvTranspose1d(2, 2, 2),
-        nn.MultiheadAttention(4, 2),
+        nn.MultiheadAttention(4, 2, kdim=3),
         LoRALinear(2, 2, 1),
         nn.LazyLinear(3),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -145,10 +146,11 @@ def test_what_cannot_be_adapted_is_refused_by_name():
 
 
 def test_a_weight_that_is_read_past_its_module_is_refused_with_the_hint():
-    model = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(UserError, match=r"exclude_modules: \['out_proj'\]"):
-        attach(model, LoRAConfig(rank=2))
-    attach(model, LoRAConfig(rank=2, exclude_modules=["out_proj"]))
+    model = nn.ModuleDict({"layer": nn.TransformerEncoderLayer(8, 2, 16)})
+    with pytest.raises(UserError, match=r"as a whole: 'layer\.self_attn'"):
+        attach(model, LoRAConfig(rank=2, target_modules=["out_proj"]))
+    with pytest.raises(UserError, match="without calling it"):
+        attach(model, LoRAConfig(target_modules=[], target_parameters=["out_proj.weight"]))
     with pytest.raises(UserError, match="fused kernels"):
         attach(causal_model("mamba"), LoRAConfig(target_modules=["out_proj"]))
 
@@ -168,3 +170,70 @@ def test_ten_thousand_layers_are_adapted_in_under_two_seconds():
     summary = attach(model, LoRAConfig(rank=1))
     seconds = time.process_time() - start
     assert summary.adapted == 10_000 and seconds < 2.0
+
+
+def test_an_attention_of_torch_counts_as_one_linear_module():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    summary = attach(model, LoRAConfig(rank=2))
+    assert summary.matches["target_modules 'all-linear'"] == ("self_attn", "linear1", "linear2")
+    assert summary.adapted == 4  # two projections in the attention
+    assert (
+        attach(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(rank=2, target_modules="attention")).adapted
+        == 2
+    )
+    with pytest.raises(UserError, match=r"nn\.MultiheadAttention has no dora"):
+        attach(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(rank=2, dora=True))
+
+
+class _Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(2, 3, 4))
+        self.flat = nn.Parameter(torch.randn(4))
+        self.whole = nn.Parameter(torch.arange(6).view(2, 3), requires_grad=False)
+
+
+class _Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(3, 3))
+        self.embed = nn.Embedding(7, 4, padding_idx=1)
+        self.holder = _Holder()
+        self.lin = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 7, bias=False)
+        self.tied.weight = self.embed.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_parameters": ["holder.frist"]}, "'holder.frist' matches no parameter.*holder.first"),
+        ({"target_parameters": ["own"]}, "a parameter of the model itself"),
+        ({"target_parameters": ["first"]}, "no forward of its own"),
+        ({"target_parameters": ["flat"]}, "1 dimensions"),
+        ({"target_parameters": ["whole"]}, "int64"),
+        ({"target_parameters": ["lin.weight"]}, "target_modules adapts its module"),
+        ({"target_parameters": ["lin.weight"], "train_modules": ["lin"], "target_modules": []}, "in full"),
+        ({"target_parameters": ["embed.weight"], "init": "pissa", "target_modules": []}, "init 'pissa'"),
+        ({"trainable_token_indices": [7]}, "token 7 is not in 'embed', which has 7 rows"),
+        ({"trainable_token_indices": [1]}, "padding"),
+        ({"trainable_token_indices": {"embedd": [2]}}, "matches no module.*embed"),
+        ({"trainable_token_indices": {"holder": [2]}}, "neither an embedding nor a linear head"),
+        ({"trainable_token_indices": [2], "target_modules": ["embed"]}, "adapts it already"),
+        ({"trainable_token_indices": [2], "target_modules": ["tied"]}, "tied to that of 'tied'"),
+        ({"trainable_token_indices": [2], "train_modules": ["embed"]}, "trains it in full"),
+        ({"target_modules": ["embed"], "lora_bias": True}, "lora_bias is not for embeddings"),
+    ],
+)
+def test_parts_that_cannot_be_adapted_are_refused_by_name(settings, said):
+    model = _Parts()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(UserError) as caught:
+        attach(model, LoRAConfig(**{"rank": 2, "target_modules": ["lin"], **settings}))
+    assert re.search(said, str(caught.value), re.DOTALL), caught.value
+    assert before == {name: id(module) for name, module in model.named_modules()}
+    assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

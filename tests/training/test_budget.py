@@ -13,7 +13,8 @@ from deltaw.errors import UserError
 from deltaw.memory.footprint import KINDS
 from deltaw.memory.plan import Fitting, Plan
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.planning.budget import TOKENS, fitting_settings, parse_bytes
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.budget import TOKENS, fitting_settings
 from deltaw.training.session import read_data
 
 RANKS = (16, 8, 4)

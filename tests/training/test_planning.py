@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTM
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.plan import Plan
@@ -180,12 +180,12 @@ def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     config = config_of("vit", "last", train={"keep_features": True, "max_steps": 6})
     plan = planned(config)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "features").exists()
     usual = planned(config_of("vit", "last", train={"max_steps": 6}))
     assert plan.operations < usual.operations and plan.trained_parameters == usual.trained_parameters
 
     plan, peak, *_ = compare(config)
-    assert any((tmp_path / "cache").iterdir())
+    assert any((tmp_path / "cache" / "features").iterdir())
     assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
 
 

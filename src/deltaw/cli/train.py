@@ -6,7 +6,7 @@ import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.config import RunConfig
-from deltaw.host.machine import keep_freed_memory
+from deltaw.host.memory import keep_freed_memory
 from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import fit
 
@@ -33,6 +33,8 @@ def command(settings: str | None, as_json: bool, **given: str | None) -> int:
             f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB{plan_note}"
         )
         out.print(f"training loss {done.loss:.4f}{held_out}")
+        for line in [] if result.drift is None else result.drift.lines():
+            out.print(line, highlight=False)
         use = "talk with it: deltaw chat" if result.writes_text else "evaluate it: deltaw eval"
         out.print(f"the adapter is in {result.output}; {use} {result.output}")
     if as_json:

@@ -20,8 +20,10 @@ from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.trial import Stopped, Trial
-from deltaw.host.machine import choose_device, choose_precision, keep_freed_memory
-from deltaw.hub.loading import check_architecture, config_folder
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import keep_freed_memory
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import check_architecture
 from deltaw.hub.skeleton import skeleton
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method

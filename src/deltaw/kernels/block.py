@@ -105,12 +105,12 @@ class Block:
         self._sizes_of = -1
 
     def forward(
-        self, x: Tensor, forest: Tensor, cosine: Tensor | None, sine: Tensor | None
+        self, x: Tensor, segments: Tensor, cosine: Tensor | None, sine: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """y, like x (…, T, hidden), and what :meth:`backward` wants.
 
         Args:
-            forest: (4, S), see :meth:`deltaw.kernels.layout.Layout.forest`.
+            segments: (4, S), see :meth:`deltaw.kernels.layout.Layout.forest`.
             cosine, sine: (T, turned) in fp32.
         """
         length = x.shape[-2]
@@ -118,7 +118,7 @@ class Block:
         saved, scratch = (torch.empty(n, dtype=torch.uint8) for n in (kept_bytes, scratch_bytes))
         y = torch.empty_like(x)
         loader.kernels().dw_block(
-            self._at, length, x.data_ptr(), forest.data_ptr(), forest.shape[1], loader.address(cosine),
+            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(cosine),
             loader.address(sine), saved.data_ptr(), scratch.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, saved
@@ -128,7 +128,7 @@ class Block:
         grad: Tensor,
         x: Tensor,
         saved: Tensor,
-        forest: Tensor,
+        segments: Tensor,
         cosine: Tensor | None,
         sine: Tensor | None,
         need_x: bool,
@@ -148,7 +148,7 @@ class Block:
                 factors.append(torch.empty(factor.shape))
                 addresses.append(factors[-1].data_ptr())
         loader.kernels().dw_block_backward(
-            self._at, length, x.data_ptr(), forest.data_ptr(), forest.shape[1], loader.address(cosine),
+            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(cosine),
             loader.address(sine), saved.data_ptr(), scratch.data_ptr(), grad.data_ptr(), loader.address(dx),
             (_P * len(addresses))(*addresses),
         )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.kernels.processor import processor_flags
 from deltaw.kernels.structs import differing
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
@@ -78,7 +79,7 @@ def why_not() -> str | None:
 
 
 def threads_note() -> str | None:
-    """Why the kernels run on one thread, in one line; None where they share torch's threads or are not used."""
+    """Why the kernels run on one thread, in one line; None where they do not, or are not used."""
     return _found()[2]
 
 
@@ -143,7 +144,7 @@ def _unsuitable() -> str | None:
         return "compiled kernels are switched off (DELTAW_NATIVE=0)"
     if not platform_is_served():
         return f"compiled kernels are for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    lacking = [flag for flag in NEEDED if flag not in _processor_flags()]
+    lacking = [flag for flag in NEEDED if flag not in processor_flags()]
     return f"compiled kernels need a processor with {', '.join(lacking)}" if lacking else None
 
 
@@ -206,8 +207,8 @@ def _extension() -> Path | None:
 def openmp_functions() -> list[ctypes.c_void_p] | None:
     """GOMP_parallel and three standard functions of the OpenMP library that torch is linked with.
 
-    GNU's, LLVM's and Intel's libraries all export them. A symbol that is asked of torch's own library is looked for
-    in what that one is linked with, so no other OpenMP library of the process is taken by mistake.
+    GNU's, LLVM's and Intel's libraries all export them. A symbol that is asked of torch's own library is
+    looked for in what that one is linked with, so no other OpenMP library of the process is taken by mistake.
     """
     wanted = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
     torch_itself = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -216,14 +217,3 @@ def openmp_functions() -> list[ctypes.c_void_p] | None:
         if all(hasattr(functions, symbol) for symbol in wanted):
             return [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in wanted]
     return None
-
-
-def _processor_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()

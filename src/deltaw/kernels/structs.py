@@ -45,7 +45,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (Layer, RowNorm, BlockParts)
 
 
 def differing(library: ctypes.CDLL) -> str | None:
-    """The name of the first struct that the library lays out otherwise, by its size or a field; None if all agree."""
+    """The name of the first struct that the library lays out otherwise; None where all agree."""
     most = 64
     found = (_L * most)()
     for which, struct in enumerate(MIRRORED):

@@ -81,7 +81,7 @@ def initialize_from_activations(
             are not finite; or no layer was run.
     """
     model = unwrapped(model)
-    layers = adapted_layers(model)
+    layers = [(name, layer) for name, layer in adapted_layers(model) if isinstance(layer, LoRALayer)]
     for name, layer in layers:
         if reason := init_refusal(layer, "eva"):
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
@@ -123,7 +123,7 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationSta
         directions = found.directions[:, : layer.rank]
         layer.lora_A[:, : directions.shape[1]] = directions.to(layer.lora_A)
         explained.append(found.explained(layer.rank))
-        layer.started()
+        layer.initialized()
     tokens = [found.tokens for _, _, found in seen]
     return ActivationStart(
         started=len(seen),

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
-    Replacement,
+    ParameterUpdate,
     TrainedBias,
     attached,
     attachment,
@@ -32,9 +33,12 @@ from deltaw.lora.count import count_parameters
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for
-from deltaw.lora.layers import LoRALayer
+from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
+from deltaw.lora.layers_tokens import trained_tokens_of
 from deltaw.lora.merge import shared_weights
-from deltaw.lora.select import Selection, Target, select
+from deltaw.lora.places import Replacement, spots_of
+from deltaw.lora.select import ParameterTarget, Selection, Target, select
+from deltaw.lora.select_parts import TokenTarget
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,11 @@ def attach_selected(
         changing = config.init in CHANGING_INITS
         init = config.init if filled and not changing else None
         for target in selection.targets:
-            layer = _adapted(target, config, init, generator)
-            record.layers.append(_replacement(model, target.names, target.module, layer))
+            _adapt(model, target, record, init, generator)
+        for chosen in selection.parameters:
+            _adapt_parameter(chosen, record, init, generator)
+        for rows in selection.tokens:
+            _train_tokens(model, rows, record)
         if changing:
             _refuse_change(model, record)
         for parameter, _ in record.trainable_before:
@@ -129,13 +136,16 @@ def attach_selected(
     except BaseException:
         _restore(model, record)
         raise
-    for replacement in (*record.layers, *record.wholes):
+    for replacement in (*record.layers, *record.tokens, *record.wholes):
         replacement.put(replacement.current)
+    for update in record.parameters:
+        update.put()
     if filled and config.init == "eva":
-        notes.append("A takes its start from the first batches, by initialize_from_activations")
+        notes.append("A is initialized from the first batches, by initialize_from_activations")
     set_attachment(model, record)
     count = count_parameters(model)
-    return Summary(selection.matches, len(record.layers), count.trained, count.total, tuple(notes))
+    adapted = len(record.layers) + len(record.parameters)
+    return Summary(selection.matches, adapted, count.trained, count.total, tuple(notes))
 
 
 def detach(model: nn.Module) -> None:
@@ -149,7 +159,7 @@ def detach(model: nn.Module) -> None:
     """
     model = unwrapped(model)
     record = attached(model)
-    keep_trained = any(not layer.base_is_known for _, layer in record.adapted())
+    keep_trained = any(not layer.base_is_known for _, layer in record.updated())
     _restore(model, record, keep_trained)
     set_attachment(model, None)
 
@@ -180,16 +190,33 @@ def _collector_paused() -> Iterator[None]:
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raise where ``model`` holds adapted layers already."""
-    if attachment(model) is not None or any(isinstance(m, LoRALayer) for m in model.modules()):
+    if attachment(model) is not None or any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise UserError("the model has an adapter already", hint="call detach on it first, or merge it")
 
 
-def _adapted(
-    target: Target, config: LoRAConfig, init: str | None, generator: torch.Generator | None
-) -> LoRALayer:
-    """The adapted layer over ``target``; a refusal names it."""
+def _adapt(
+    model: nn.Module,
+    target: Target,
+    record: Attachment,
+    init: str | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Make the adapted layer over ``target``, or both updates of an attention; a refusal names it."""
+    config = record.config
     try:
-        layer = adapter_for(target.module, config.dora)(
+        if isinstance(target.module, nn.MultiheadAttention):
+            updates = adapt_attention(
+                target.module,
+                target.rank,
+                target.alpha,
+                rslora=config.rslora,
+                init=init,
+                generator=generator,
+            )
+            for key, update in zip(ATTENTION_KEYS, updates, strict=True):
+                record.parameters.append(ParameterUpdate(target.names, target.module, key, update, True))
+            return
+        layer = adapter_for(target.module, config.dora, config.lora_bias)(
             target.module,
             target.rank,
             target.alpha,
@@ -199,22 +226,51 @@ def _adapted(
             generator=generator,
         )
     except UserError as error:
-        raise UserError(f"'{target.names[0]}': {error.what}", where=error.where, hint=error.hint) from error
-    return layer
+        raise _named(target.names[0], error) from error
+    record.layers.append(_replacement(model, target.names, target.module, layer))
+
+
+def _adapt_parameter(
+    target: ParameterTarget, record: Attachment, init: str | None, generator: torch.Generator | None
+) -> None:
+    """Make the update of a parameter; a refusal names it."""
+    try:
+        layer = LoRAParameter(
+            target.module,
+            target.attribute,
+            target.rank,
+            target.alpha,
+            rslora=record.config.rslora,
+            init=init,
+            generator=generator,
+            is_in_out=bool(getattr(target.module, "is_transposed", False)),
+        )
+    except UserError as error:
+        raise _named(f"{target.names[0]}.{target.attribute}", error) from error
+    record.parameters.append(ParameterUpdate(target.names, target.module, f"lora_{target.attribute}", layer))
+
+
+def _named(name: str, error: UserError) -> UserError:
+    return UserError(f"'{name}': {error.what}", where=error.where, hint=error.hint)
+
+
+def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> None:
+    """Make the layer with trained rows, and those whose weight is tied to its."""
+    leader = trained_tokens_of(target.module, target.tokens)
+    record.tokens.append(_replacement(model, target.names, target.module, leader))
+    for other in target.tied:
+        layer = trained_tokens_of(other.module, target.tokens, leader)
+        record.tokens.append(_replacement(model, other.names, other.module, layer))
 
 
 def _replacement(
     model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module
 ) -> Replacement:
-    places = []
-    for name in names:
-        parent, _, attribute = name.rpartition(".")
-        places.append((model.get_submodule(parent), attribute))
-    return Replacement(names, places, original, current)
+    return Replacement(names, spots_of(model, names), original, current)
 
 
 def _refuse_change(model: nn.Module, record: Attachment) -> None:
-    """PiSSA and OLoRA change W: they must suit every layer, and no other module may read that W."""
+    """PiSSA and OLoRA change W: they must suit every layer, and no other module may use that W."""
     init = record.config.init
     shared = shared_weights(model)
     for name, layer in record.adapted():
@@ -258,13 +314,14 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
     if config.bias == "none":
         return
     adapted = {id(replacement.original) for replacement in record.layers}
+    adapted |= {id(update.layer.holder) for update in record.parameters}
     whole = {id(m) for replacement in record.wholes for m in replacement.original.modules()}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        bias = module._parameters.get("bias")
-        if bias is None or id(bias) in seen or id(module) in whole:
+        if id(module) in whole or (config.bias == "lora_only" and id(module) not in adapted):
             continue
-        if config.bias == "lora_only" and id(module) not in adapted:
+        bias = module._parameters.get("bias")
+        if bias is None or id(bias) in seen:
             continue
         seen.add(id(bias))
         record.biases.append(TrainedBias(f"{name}.bias".lstrip("."), bias, bias.detach().clone()))
@@ -275,7 +332,8 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
     """torch's encoder layers read weights past their modules in eval mode: have them call the modules."""
-    replaced = {id(r.original) for r in (*record.layers, *record.wholes)}
+    replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.wholes)}
+    replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             attribute, value = "activation_relu_or_gelu", 0
@@ -290,14 +348,14 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
 
 def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
     """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
-    for replacement in record.layers:
+    for update in record.parameters:
+        if not keep_trained:
+            update.layer.restore_base()
+        update.remove()
+    for replacement in (*record.layers, *record.tokens):
         layer, original = replacement.current, replacement.original
-        if (
-            isinstance(layer, LoRALayer)
-            and not keep_trained
-            and (layer.merged or layer.changed_start is not None)
-        ):
-            layer.weight.data = layer.base_weight()
+        if isinstance(layer, AdaptedLayer) and not keep_trained:
+            layer.restore_base()
         # The model may have been moved or cast meanwhile: the original takes what the layer has now.
         for table in ("_parameters", "_buffers"):
             for key in vars(original)[table]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.layers import LoRALayer
+from deltaw.lora.layers_parameter import LoRAParameter
 from deltaw.lora.places import Replacement
 
 _ATTRIBUTE = "_deltaw_attachment"
@@ -33,6 +35,38 @@ class TrainedBias:
 
 
 @dataclass
+class ParameterUpdate:
+    """A parameter's update, and the module that computes with it.
+
+    Attributes:
+        names: of the module.
+        runner: the module, whose child ``key`` the update is.
+        of_attention: whether the module was chosen as an attention, with both of its projections.
+    """
+
+    names: tuple[str, ...]
+    runner: nn.Module
+    key: str
+    layer: LoRAParameter
+    of_attention: bool = False
+
+    @property
+    def name(self) -> str:
+        """The update's own name in the model."""
+        return f"{self.names[0]}.{self.key}"
+
+    def put(self) -> None:
+        """Let the module compute with the update."""
+        self.runner._modules[self.key] = self.layer
+        self.layer.watch(self.runner)
+
+    def remove(self) -> None:
+        """Let the module be as it was."""
+        self.layer.unwatch()
+        self.runner._modules.pop(self.key, None)
+
+
+@dataclass
 class Attachment:
     """The record of one :func:`~deltaw.lora.adapt.attach`."""
 
@@ -40,14 +74,25 @@ class Attachment:
     fingerprint: str | None
     layers: list[Replacement] = field(default_factory=list)
     wholes: list[Replacement] = field(default_factory=list)
+    parameters: list[ParameterUpdate] = field(default_factory=list)
+    tokens: list[Replacement] = field(default_factory=list)
     biases: list[TrainedBias] = field(default_factory=list)
     trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     switched: list[tuple[nn.Module, str, object]] = field(default_factory=list)
 
     def adapted(self) -> Iterator[tuple[str, LoRALayer]]:
-        """(first name, layer) of every adapted layer, in the model's order."""
+        """(first name, layer) of everything with factors: layers in the model's order, then parameters."""
         for replacement in self.layers:
             if isinstance(replacement.current, LoRALayer):
+                yield replacement.names[0], replacement.current
+        for update in self.parameters:
+            yield update.name, update.layer
+
+    def updated(self) -> Iterator[tuple[str, AdaptedLayer]]:
+        """(first name, layer) of everything that has an update of its own, trained tokens among it."""
+        yield from self.adapted()
+        for replacement in self.tokens:
+            if isinstance(replacement.current, AdaptedLayer) and replacement.current.follows is None:
                 yield replacement.names[0], replacement.current
 
 
@@ -91,13 +136,17 @@ def set_attachment(model: nn.Module, record: Attachment | None) -> None:
         vars(model)[_ATTRIBUTE] = record
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """(name, layer) of every adapted layer in ``model``, also of those put there by hand.
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
+    """(name, layer) of every layer in ``model`` with an update of its own, also of those put there by hand.
 
     Raises:
         UserError: there is none.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLayer) and module.follows is None
+    ]
     if not layers:
         raise UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
     return layers

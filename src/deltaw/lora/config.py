@@ -15,7 +15,7 @@ from typing import ClassVar
 from deltaw.errors import UserError, did_you_mean
 
 CHANGING_INITS = ("pissa", "olora")
-"""Starts that take a share out of W."""
+"""Initializations that take a share out of W."""
 
 INITS = ("uniform", "gaussian", "orthogonal", *CHANGING_INITS, "eva")
 BIASES = ("none", "all", "lora_only")
@@ -81,7 +81,9 @@ class LoRAConfig:
     )
     init: str = field(
         default="uniform",
-        metadata={"description": "how A and B start: uniform, gaussian, orthogonal, pissa, olora or eva"},
+        metadata={
+            "description": "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva"
+        },
     )
     rslora: bool = field(
         default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"}
@@ -93,9 +95,27 @@ class LoRAConfig:
     bias: str = field(
         default="none", metadata={"description": "biases trained as well: none, all, or lora_only"}
     )
+    lora_bias: bool = field(
+        default=False,
+        metadata={"description": "train a bias on B as well, added to each adapted layer's output"},
+    )
+    target_parameters: list[str] = field(
+        default_factory=list,
+        metadata={
+            "description": "parameters of two or three dimensions to adapt, by the ending of their full "
+            "name, such as 'experts.gate_up_proj'"
+        },
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "description": "ids of tokens whose embeddings are trained, or such lists by the ending of a "
+            "module's name"
+        },
+    )
     train_modules: list[str] = field(
         default_factory=list,
-        metadata={"description": "whole modules trained beside the adapter, by the ending of their name"},
+        metadata={"description": "extra trainable modules, trained in full, by the ending of their name"},
     )
 
     def __post_init__(self) -> None:
@@ -109,7 +129,9 @@ class LoRAConfig:
         self.target_modules = _names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _names("exclude_modules", self.exclude_modules) or None
-        if not self.target_modules:
+        self.target_parameters = _entries("target_parameters", self.target_parameters)
+        self.trainable_token_indices = _tokens(self.trainable_token_indices)
+        if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             raise UserError(
                 "target_modules names nothing",
                 where="target_modules",
@@ -126,7 +148,7 @@ class LoRAConfig:
         }
         _one_of("init", self.init, INITS)
         _one_of("bias", self.bias, BIASES)
-        for key in ("rslora", "dora"):
+        for key in ("rslora", "dora", "lora_bias"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(
                     f"{key} cannot be {getattr(self, key)!r}", where=key, hint="give true or false"
@@ -136,15 +158,32 @@ class LoRAConfig:
             raise UserError(
                 f"init 'orthogonal' needs an even rank, not {odd[0]}", where="rank", hint=f"use {odd[0] + 1}"
             )
-        train = _names("train_modules", self.train_modules if self.train_modules is not None else [])
-        self.train_modules = [train] if isinstance(train, str) else train
+        self.train_modules = _entries("train_modules", self.train_modules)
+        self._refuse_combinations()
+
+    def _refuse_combinations(self) -> None:
+        """Settings that have no meaning together, in PEFT's files either."""
+        if self.lora_bias and (self.dora or self.init != "uniform"):
+            other = "dora" if self.dora else f"init '{self.init}'"
+            raise UserError(
+                f"lora_bias and {other} do not go together",
+                where="lora_bias",
+                hint="leave one of the two out",
+            )
+        for key in ("dropout", "dora", "lora_bias"):
+            if self.target_parameters and getattr(self, key):
+                raise UserError(
+                    f"target_parameters and {key} do not go together: the inputs of the update are not known",
+                    where=key,
+                    hint=f"leave {key} out, or name modules in target_modules instead",
+                )
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, object]) -> LoRAConfig:
         """Make a config from our names or PEFT's (``r``, ``lora_alpha``, ``modules_to_save``, …).
 
-        ``init_lora_weights: true`` or ``false`` becomes ``uniform``: an adapter of ours always starts
-        with ΔW = 0. ``null`` stands for the default.
+        ``init_lora_weights: true`` or ``false`` becomes ``uniform``: an adapter always begins
+        with ΔW = 0 here. ``null`` stands for the default.
 
         Raises:
             UserError: a key is unknown (the nearest is named), is given twice under both names, or its
@@ -233,6 +272,39 @@ def _names(key: str, value: object) -> str | list[str]:
             raise UserError(f"{key} holds an empty name", where=key, hint="leave it out")
         return list(dict.fromkeys(ordered))
     raise UserError(f"{key} cannot be {value!r}", where=key, hint="give a text or a list of texts")
+
+
+def _entries(key: str, value: object) -> list[str]:
+    """A list of names; one name may stand without a list."""
+    names = _names(key, [] if value is None else value)
+    return [names] if isinstance(names, str) else names
+
+
+def _tokens(value: object) -> list[int] | dict[str, list[int]] | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {_expression("trainable_token_indices", key): _ids(ids) for key, ids in value.items()} or None
+    return _ids(value) or None
+
+
+def _ids(value: object) -> list[int]:
+    numbers: list[object] = list(value) if isinstance(value, list | tuple | set | range) else [value]
+    ids = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+    if len(ids) < len(numbers) or any(number < 0 for number in ids):
+        raise UserError(
+            f"trainable_token_indices cannot be {value!r}",
+            where="trainable_token_indices",
+            hint="give a list of token ids, or one for each embedding: {embed_tokens: [5, 6]}",
+        )
+    twice = [number for number in ids if ids.count(number) > 1]
+    if twice:
+        raise UserError(
+            f"trainable_token_indices holds {twice[0]} twice",
+            where="trainable_token_indices",
+            hint="name each token once",
+        )
+    return ids
 
 
 def _expression(key: str, value: object) -> str:

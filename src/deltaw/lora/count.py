@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import adapted_layers, attachment, unwrapped
-from deltaw.lora.layers import LoRALayer
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        factors = module.trained if isinstance(module, LoRALayer) else ()
+        own = module.trained if isinstance(module, AdaptedLayer) else ()
         trained = 0
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             trained += parameter.numel() if parameter.requires_grad else 0
-            if key not in factors and id(parameter) not in copies:
+            if key not in own and id(parameter) not in copies:
                 base[id(parameter)] = parameter.numel()
         if trained:
             per_module[name] = trained
@@ -59,7 +59,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, whole modules.
+    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, trained tokens,
+    extra trainable modules.
 
     Raises:
         UserError: no adapter is attached.
@@ -67,7 +68,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     model = unwrapped(model)
     adapted_layers(model)
     record = attachment(model)
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
     added = {id(layer._parameters[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}

@@ -25,7 +25,9 @@ from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
 from deltaw.lora.attachment import Attachment, attached, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
-from deltaw.lora.select import Named, Selection, Target, Whole, modules_once, select, value_by_pattern
+from deltaw.lora.matching import Named, modules_once, value_by_pattern
+from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
+from deltaw.lora.select import Selection, Target, Whole, select
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -53,7 +55,8 @@ class AdapterFile(NamedTuple):
     Attributes:
         config: its settings.
         tensors: by the file's names, in the file's orientation.
-        metadata: the weights file's own, with ``base_model_name_or_path`` and ``task_type`` where given.
+        metadata: the weights file's own, with ``base_model_name_or_path``, ``task_type`` and ``peft_version``
+            where given.
     """
 
     config: LoRAConfig
@@ -81,7 +84,7 @@ def save_adapter(
 
     Raises:
         UserError: no adapter is attached, the folder cannot be written, or the adapter was merged for good
-            after a start that changed W.
+            after an initialization that changed W.
     """
     model = unwrapped(model)
     record = attached(model)
@@ -90,10 +93,9 @@ def save_adapter(
     if task_type == "auto":
         task_type = _task_of(model, record)
     init = record.config.init
-    if init in CHANGING_INITS and any(layer.changed_start is None for _, layer in record.adapted()):
+    if init in CHANGING_INITS and any(layer.changed_init is None for _, layer in record.adapted()):
         raise UserError(
-            f"after a start by '{init}' was merged without keeping the weights before, there is no adapter "
-            "to save",
+            f"after init '{init}' was merged without keeping the weights before, there is no adapter to save",
             hint="merge with keep_original=True",
         )
     settings = peft_format.settings_of(model, record, base_model, task_type)
@@ -145,7 +147,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     summary = attach_selected(model, adapter.config, selection, filled=False)
     try:
         record = attached(model)
-        _fill(model, record, adapter.tensors, where)
+        _fill(model, record, adapter, where)
     except BaseException:
         detach(model)
         raise
@@ -182,7 +184,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     settings = _read_settings(folder / CONFIG_NAME)
     config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
     tensors, metadata = _read_tensors(folder)
-    for key in ("base_model_name_or_path", "task_type"):
+    for key in ("base_model_name_or_path", "task_type", "peft_version"):
         if isinstance(value := settings.get(key), str):
             metadata.setdefault(key, value)
     return AdapterFile(config, tensors, metadata)
@@ -226,18 +228,19 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _tensors_of(record: Attachment) -> dict[str, Tensor]:
-    """All that the file holds, by its names: factors, trained biases, whole modules."""
+    """All that the file holds, by its names: factors, tokens, trained biases, extra trainable modules."""
+    paths = FilePaths(record)
     tensors: dict[str, Tensor] = {}
-    for name, layer in record.adapted():
-        tensors.update(peft_format.file_tensors(name, layer))
-    adapted = {name for name, _ in record.adapted()}
+    for name, layer in record.updated():
+        for key, tensor in peft_format.file_tensors(paths.of_layer(name), layer):
+            half = key.endswith("lora_B.weight") and paths.counts_twice(name)
+            tensors[key] = tensor / 2 if half else tensor
     for bias in record.biases:
-        owner = bias.name.removesuffix("bias").removesuffix(".")
-        tensors[peft_format.bias_name(bias.name, owner in adapted)] = bias.parameter.detach()
+        tensors[paths.of_parameter(bias.name)] = bias.parameter.detach()
     for whole in record.wholes:
         for key, value in whole.current.state_dict().items():
             # Copies whose weights are tied to each other must not share memory in the file.
-            tensors[f"{peft_format.PREFIX}{whole.names[0]}.{key}"] = value.detach().clone()
+            tensors[f"{paths.of_module(whole.names[0])}.{key}"] = value.detach().clone()
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -247,10 +250,12 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     modules = modules_once(model)
     by_name = {name: named for named in modules for name in named.names}
     wholes = _wholes(config, tensors, modules)
+    selection = select(model, config, strict=False)
+    elsewhere = {name for parameter in selection.parameters for name in parameter.names}
     targets: dict[str, Target] = {}
     for tensor_name in tensors:
         name = peft_format.factor_module(tensor_name)
-        if name is None or name in targets:
+        if name is None or name in targets or name in elsewhere:
             continue
         if name not in by_name:
             raise UserError(
@@ -258,31 +263,33 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
                 where=where,
                 hint=did_you_mean(name, by_name) + "; is it the base model that the adapter was trained on?",
             )
+        parent = by_name.get(name.rpartition(".")[0])
+        if parent is not None and isinstance(parent.module, nn.MultiheadAttention):
+            continue  # one of the two projections of an attention, which is chosen by its own name
         named = by_name[name]
         rank = int(value_by_pattern(config.rank_pattern, name, config.rank))
         alpha = value_by_pattern(config.alpha_pattern, name, config.alpha)
         targets[name] = Target((name, *(n for n in named.names if n != name)), named.module, rank, alpha)
-    if not targets:
+    if not (targets or selection.parameters or selection.tokens):
         raise UserError("the file holds no LoRA factors", where=where, hint="save the adapter again")
     chosen = [targets[name] for named in modules for name in named.names if name in targets]
-    selection = select(model, config, strict=False)
     whole_modules = {id(inner) for whole in wholes for inner in whole.module.modules()}
     for target in selection.targets:
         if not any(name in targets for name in target.names) and id(target.module) not in whole_modules:
-            missing = f"{peft_format.PREFIX}{target.names[0]}.lora_A.weight"
+            missing = f"{PREFIX}{target.names[0]}.lora_A.weight"
             raise UserError(
                 f"tensor '{missing}' is missing: the settings name its module",
                 where=where,
                 hint="load it on the base model that it was trained on, or save the adapter again",
             )
-    return Selection(chosen, wholes, selection.matches)
+    return Selection(chosen, wholes, selection.parameters, selection.tokens, selection.matches)
 
 
 def _wholes(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]) -> list[Whole]:
     """The whole modules that the file has tensors for; PEFT matches them by how the name ends."""
     if not config.train_modules:
         return []
-    stored = {name.removeprefix(peft_format.PREFIX) for name in tensors}
+    stored = {without_wrappers(name) for name in tensors}
     parents = {name[: match.start()] for name in stored for match in re.finditer(r"\.", name)}
     found = [
         named
@@ -293,23 +300,25 @@ def _wholes(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Nam
     return [Whole(named.names, named.module) for named in found if id(named.module) not in below]
 
 
-def _fill(model: nn.Module, record: Attachment, tensors: Mapping[str, Tensor], where: str) -> None:
+def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, where: str) -> None:
     """Copy every tensor of the file to its place; every place must get one, and every tensor have one."""
-    left = dict(tensors)
-    adapted = dict(record.adapted())
+    left = dict(adapter.tensors)
+    twice = peft_format.attention_counts_twice(adapter.metadata.get("peft_version"))
+    paths = FilePaths(record)
     with torch.no_grad():
-        for name, layer in adapted.items():
-            for key, attribute in peft_format.places(name, layer):
+        for name, layer in record.updated():
+            for key, attribute in peft_format.places(paths.of_layer(name), layer):
                 parameter = getattr(layer, attribute)
-                found = _take(left, key, peft_format.as_in_file(parameter, layer).shape, where)
-                parameter.copy_(found.t() if found.dim() == 2 else found.view(parameter.shape))
+                found = _take(left, key, peft_format.as_in_file(parameter, attribute, layer).shape, where)
+                if twice and attribute == "lora_B" and paths.counts_twice(name):
+                    found = found * 2
+                parameter.copy_(peft_format.as_in_layer(found, attribute, layer))
         for bias in record.biases:
-            owner = bias.name.removesuffix("bias").removesuffix(".")
-            key = peft_format.bias_name(bias.name, owner in adapted)
+            key = paths.of_parameter(bias.name)
             bias.parameter.data = _take(left, key, bias.parameter.shape, where).to(bias.parameter)
         for whole in record.wholes:
             for key, value in whole.current.state_dict().items():
-                full = f"{peft_format.PREFIX}{whole.names[0]}.{key}"
+                full = f"{paths.of_module(whole.names[0])}.{key}"
                 value.copy_(_take(left, full, value.shape, where))
     for key, tensor in left.items():
         _refuse_leftover(model, record, key, tensor, where)
@@ -335,10 +344,10 @@ def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> T
 
 def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Tensor, where: str) -> None:
     """PEFT writes some of the base model's own weights as well; they are skipped if they are the same."""
-    name = key.removeprefix(peft_format.PREFIX)
+    name = key.removeprefix(PREFIX)
     if any(name.startswith(f"{w.names[0]}.{part}.") for w in record.wholes for part in _WRAPPER_PARTS):
         return
-    path, _, attribute = name.replace(".base_layer.", ".").rpartition(".")
+    path, _, attribute = without_wrappers(key).rpartition(".")
     own = None
     if any(path == n for n, _ in model.named_modules()):
         own = getattr(model.get_submodule(path), attribute, None)

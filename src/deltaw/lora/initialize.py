@@ -1,4 +1,4 @@
-"""How A and B start, and with PiSSA and OLoRA also W.
+"""The initialization of A and B, and with PiSSA and OLoRA also of W.
 
 All random numbers are drawn on the CPU in fp32, in PEFT's order and in PEFT's layout, so that one seed
 gives the same factors on any device, and for linear and convolution layers the same as PEFT's.
@@ -7,23 +7,52 @@ gives the same factors on any device, and for linear and convolution layers the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.config import CHANGING_INITS, INITS
+from deltaw.lora.layout import from_peft, to_peft
 
-if TYPE_CHECKING:
-    from deltaw.lora.layers import LoRALayer
+
+@dataclass
+class ChangedInit:
+    """What a layer began with whose initialization changed W: W before, and the factors taken out of it."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class Factored(Protocol):
+    """What is asked of a layer here."""
+
+    weight: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    rank: int
+    scaling: float
+    experts: int | None
+    is_layer: bool
+    changed_init: ChangedInit | None
+
+    def delta_weight(self) -> Tensor:
+        """ΔW in the layout of ``weight``."""
+        ...
+
+    def initialized(self) -> None:
+        """Called when all values are there."""
+        ...
 
 
 _SLOPE_GAIN = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
 
 
 @torch.no_grad()
-def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None = None) -> None:
+def initialize(layer: Factored, method: str, generator: torch.Generator | None = None) -> None:
     """Fill ``layer``'s factors; only ``pissa`` and ``olora`` change its weight, and keep what it was.
 
     Args:
@@ -51,18 +80,20 @@ def initialize(layer: LoRALayer, method: str, generator: torch.Generator | None 
         _embedding(layer, method, generator)
     else:
         _linear_or_conv(layer, method, generator)
-    layer.started()
+    layer.initialized()
 
 
-def init_refusal(layer: LoRALayer, method: str) -> str | None:
+def init_refusal(layer: Factored, method: str) -> str | None:
     """Why ``method`` does not suit ``layer``, or None where it does."""
     matrix = layer.weight.dim() == 2
     if method == "orthogonal":
-        if not matrix:
-            return "init 'orthogonal' is for linear layers and embeddings, not for convolutions"
+        if not matrix or not layer.is_layer:
+            return "init 'orthogonal' is for linear layers and embeddings"
         if layer.rank % 2:
             return f"init 'orthogonal' needs an even rank, not {layer.rank}"
     if method in (*CHANGING_INITS, "eva"):
+        if not layer.is_layer:
+            return f"init '{method}' is for linear layers, not for parameters that a module computes with"
         if not matrix or isinstance(layer, nn.Embedding):
             return f"init '{method}' is for linear layers, not for embeddings or convolutions"
         if method != "eva" and layer.rank > min(layer.weight.shape):
@@ -70,13 +101,13 @@ def init_refusal(layer: LoRALayer, method: str) -> str | None:
     return None
 
 
-def _linear_or_conv(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
+def _linear_or_conv(layer: Factored, method: str, generator: torch.Generator | None) -> None:
     """PEFT makes A and B as torch layers, which draw their own default start, and then draws A again.
     As many numbers are thrown away here as there: the seed then stands where PEFT's does."""
-    matrix = layer.weight.dim() == 2
-    shape_A = tuple(reversed(layer.lora_A.shape)) if matrix else tuple(layer.lora_A.shape)
-    drawn = _empty(shape_A, generator)
-    _empty((layer.lora_A.numel() + layer.lora_B.numel(),), generator).uniform_(generator=generator)
+    drawn = _empty(tuple(to_peft(layer.lora_A, "lora_A", layer.experts).shape), generator)
+    bias = getattr(layer, "lora_bias", None)
+    thrown = layer.lora_A.numel() + layer.lora_B.numel() + (0 if bias is None else bias.numel())
+    _empty((thrown,), generator).uniform_(generator=generator)
     if method == "orthogonal":
         _orthogonal(layer, generator)
         return
@@ -86,11 +117,11 @@ def _linear_or_conv(layer: LoRALayer, method: str, generator: torch.Generator | 
         # nn.init.kaiming_uniform_ with a = √5, to the bit, without its checks of every call.
         bound = math.sqrt(3.0) * _SLOPE_GAIN / math.sqrt(drawn[0].numel())
         drawn.uniform_(-bound, bound, generator=generator)
-    layer.lora_A.copy_(drawn.t() if matrix else drawn)
+    layer.lora_A.copy_(from_peft(drawn, "lora_A", layer.experts))
     layer.lora_B.zero_()
 
 
-def _embedding(layer: LoRALayer, method: str, generator: torch.Generator | None) -> None:
+def _embedding(layer: Factored, method: str, generator: torch.Generator | None) -> None:
     """A normal and B zero, where PEFT has it the other way round; as many numbers are drawn as there, so
     that the layers after an embedding start as PEFT's do."""
     drawn = _normal((layer.rank, layer.lora_A.shape[0]), generator)
@@ -106,7 +137,7 @@ def _embedding(layer: LoRALayer, method: str, generator: torch.Generator | None)
         layer.lora_A[padding_idx] = 0
 
 
-def _orthogonal(layer: LoRALayer, generator: torch.Generator | None) -> None:
+def _orthogonal(layer: Factored, generator: torch.Generator | None) -> None:
     """A from the odd and B from the even rows of one orthogonal matrix, so that A·B = 0 at the start."""
     half = layer.rank // 2
     rows, _ = torch.linalg.qr(_normal((layer.rank, layer.rank), generator))
@@ -116,10 +147,8 @@ def _orthogonal(layer: LoRALayer, generator: torch.Generator | None) -> None:
     layer.lora_B.copy_(rows[1::2].t() @ wide_B / 10)
 
 
-def _change(layer: LoRALayer, method: str) -> None:
+def _change(layer: Factored, method: str) -> None:
     """Take the first r directions of W into A and B; W keeps the rest, rounded to its type."""
-    from deltaw.lora.layers import ChangedStart
-
     original = layer.weight.data
     # nn.Linear's weight is (out, in); transformers' Conv1D already has (in, out).
     wide = (original.t() if isinstance(layer, nn.Linear) else original).to(layer.lora_A.dtype)
@@ -135,7 +164,7 @@ def _change(layer: LoRALayer, method: str) -> None:
         layer.lora_A.copy_(rows[: layer.rank].t())
         layer.lora_B.copy_(columns[:, : layer.rank].t())
     residual = original.to(wide.dtype) - layer.delta_weight()
-    layer.changed_start = ChangedStart(original, layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
+    layer.changed_init = ChangedInit(original, layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
     layer.weight.data = residual.to(original.dtype)
 
 

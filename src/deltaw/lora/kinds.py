@@ -15,12 +15,19 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
+from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
+from deltaw.lora.layers_bias import LoRABiasConv, LoRABiasConv1D, LoRABiasLinear
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
 from deltaw.lora.layers_int8 import Int8Linear
+from deltaw.lora.layers_parameter import attention_refusal
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+READ_DIRECTLY = frozenset({"out_proj", "conv1d"})
+"""Modules of Mamba blocks whose weights fused kernels read without calling the module."""
+
 PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
 """Subclasses of nn.Linear that write x·Wᵀ + b out by hand, and do nothing else."""
 
@@ -38,10 +45,10 @@ def is_linear(module: nn.Module) -> bool:
 def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, or None where it can be."""
     kind = type(module).__name__
-    if isinstance(module, LoRALayer):
+    if isinstance(module, AdaptedLayer):
         return "it is adapted already"
     if isinstance(module, nn.MultiheadAttention):
-        return "nn.MultiheadAttention computes with its weights directly, so an adapter would not be seen"
+        return attention_refusal(module)
     reason = _kind_refusal(module)
     if reason is not None:
         return reason
@@ -93,19 +100,39 @@ def _only_scales(module: nn.Embedding) -> bool:
     token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
     factor = scale.to(weight.dtype) if isinstance(scale, torch.Tensor) else float(scale or 0)
     with torch.no_grad():
-        # Not torch.equal: this may run on tensors on fake tensors, which answer bool() but not that.
+        # Not torch.equal: in a dry run tensors are fake, which answer bool() but not that.
         return bool((module(token)[0, 0] == weight[0] * factor).all())
 
 
-def adapter_for(module: nn.Module, dora: bool = False) -> Callable[..., LoRALayer]:
-    """The constructor of the adapted layer over ``module``, for which :func:`refusal` gave None."""
+def read_directly(model: nn.Module, name: str, parent: nn.Module) -> str | None:
+    """Why the module ``name`` is never called, though its weight is used; None where it is called."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it, so an adapter would not be seen"
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    mamba = "mamba" in model_type or model_type in ("falcon_h1", "nemotron_h")
+    if mamba and name.rpartition(".")[2] in READ_DIRECTLY:
+        return f"{model_type}'s fused kernels read this weight directly"
+    return None
+
+
+def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) -> Callable[..., LoRALayer]:
+    """The constructor of the adapted layer over ``module``, for which :func:`refusal` gave None.
+
+    Not for ``nn.MultiheadAttention``, which has two updates and no adapted layer.
+    """
     if isinstance(module, nn.Linear):
-        return (DoRALinear if dora else LoRALinear).from_linear
+        return (LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear).from_linear
     if isinstance(module, nn.Embedding):
+        if lora_bias:
+            raise UserError(
+                "lora_bias is not for embeddings, whose update has no bias in PEFT's files",
+                where="lora_bias",
+                hint="leave the embedding out of target_modules",
+            )
         return functools.partial(_embedding, DoRAEmbedding if dora else LoRAEmbedding)
     if isinstance(module, _ConvNd):
-        return (DoRAConv if dora else LoRAConv).from_conv
-    return (DoRAConv1D if dora else LoRAConv1D).from_conv1d
+        return (LoRABiasConv if lora_bias else DoRAConv if dora else LoRAConv).from_conv
+    return (LoRABiasConv1D if lora_bias else DoRAConv1D if dora else LoRAConv1D).from_conv1d
 
 
 def _embedding(

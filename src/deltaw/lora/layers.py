@@ -1,19 +1,14 @@
-"""The adapted layers: a frozen layer that has its low-rank update beside its weight.
+"""The adapted layers: a frozen layer that adds a low-rank update to its output.
 
 ``LoRALinear`` *is* an ``nn.Linear``: its ``weight`` and ``bias`` are the frozen ones, and ``lora_A`` and
-``lora_B`` stand beside them. There is no wrapper, so a model's code that looks at ``layer.weight`` finds
-what it looks for. ``LoRAConv1D`` is the same for transformers' layer of that name, whose weight is (in,
-out); ``LoRAEmbedding`` for embeddings; convolutions are in ``layers_conv``.
+``lora_B`` are further parameters of the same layer. There is no wrapper, so a model's code that looks at
+``layer.weight`` finds what it looks for. ``LoRAConv1D`` is the same for transformers' layer of that name,
+whose weight is (in, out); ``LoRAEmbedding`` for embeddings; convolutions are in ``layers_conv``.
 
-A layer knows its own arithmetic, its merged weight and nothing of models, files or selection.
+A layer knows its own arithmetic and its merged weight, and nothing of models, files or selection.
 """
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +16,26 @@ from torch.nn import functional as F
 
 from deltaw.errors import UserError
 from deltaw.lora import math as closed_form
+from deltaw.lora.adapted import AdaptedLayer, adopt, factor_dtype, like
 from deltaw.lora.config import scaling as scaling_of
-from deltaw.lora.initialize import initialize
+from deltaw.lora.initialize import ChangedInit, initialize
 from deltaw.lora.layers_int8 import frozen_linear, weight_scales
 
-_Layer = TypeVar("_Layer", bound="LoRALayer")
 
-
-@dataclass
-class ChangedStart:
-    """What a layer started from whose start changed W: the weight before, and the factors taken out of it."""
-
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-class LoRALayer(nn.Module):
-    """What all adapted layers share: factors, scaling, and the two flags that ``forward`` looks at.
+class LoRALayer(AdaptedLayer):
+    """What all layers with low-rank factors share.
 
     Attributes:
         rank, alpha, scaling, dropout, rslora: as in :class:`~deltaw.lora.config.LoRAConfig`.
-        enabled: False lets ``forward`` give the base layer's own output.
-        merged: whether ``weight`` already holds W + ΔW.
-        changed_start: set where the start changed W, which then is a residual (PiSSA, OLoRA).
-        trained: the names of the layer's own trained parameters.
+        changed_init: set where the initialization changed W, which then is a residual (PiSSA, OLoRA).
+        experts: how many weights are stacked along the first dimension of the factors, or None.
+        is_layer: whether its own forward computes with the factors.
     """
 
-    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    trained: tuple[str, ...] = ("lora_A", "lora_B")
+    experts: int | None = None
+    is_layer: bool = True
 
-    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     rank: int
@@ -58,10 +43,7 @@ class LoRALayer(nn.Module):
     scaling: float
     dropout: float
     rslora: bool
-    enabled: bool
-    merged: bool
-    changed_start: ChangedStart | None
-    _unmerged_weight: Tensor | None
+    changed_init: ChangedInit | None
 
     def _begin(
         self,
@@ -73,7 +55,7 @@ class LoRALayer(nn.Module):
         init: str | None,
         generator: torch.Generator | None,
     ) -> None:
-        """Freeze what the layer has, and put factors of ``shapes`` beside it."""
+        """Freeze what the layer has, and add factors of ``shapes``."""
         if rank < 1:
             raise UserError(
                 f"rank must be a whole number of at least 1, not {rank}",
@@ -98,24 +80,28 @@ class LoRALayer(nn.Module):
             scaling=scaling_of(rank, float(alpha), rslora),
             enabled=True,
             merged=False,
-            changed_start=None,
+            changed_init=None,
             _unmerged_weight=None,
         )
         weight = self.weight
-        # Factors in half precision lose small updates, so they are fp32 whatever the weight is.
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = factor_dtype(weight)
         self.lora_A = nn.Parameter(torch.zeros(shapes[0], dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(shapes[1], dtype=dtype, device=weight.device))
-        if init is not None:
+        self._add_parameters()
+        if init is None:
+            self.initialized()
+        else:
             initialize(self, init, generator)
 
-    def started(self) -> None:
-        """Called when the factors (and the weight) have got the values that they start with."""
+    def _add_parameters(self) -> None:
+        """Add what a kind of layer trains apart from its factors."""
 
-    @property
-    def adapting(self) -> bool:
-        """Whether ``forward`` adds ΔW itself."""
-        return self.enabled and not self.merged
+    def output_bias(self) -> Tensor | None:
+        """What ``forward`` adds to every output while adapting: the base layer's bias."""
+        return self.bias  # type: ignore[return-value]
+
+    def initialized(self) -> None:
+        """Called when the factors (and the weight) have their initial values."""
 
     def delta_weight(self) -> Tensor:
         """ΔW in the layout of ``weight``, in fp32 (fp64 for an fp64 weight), without a graph."""
@@ -127,71 +113,31 @@ class LoRALayer(nn.Module):
         delta = self.delta_weight()
         return delta.add_(self.weight.to(delta.dtype)).to(self.weight.dtype)
 
-    def merge_refusal(self) -> str | None:
-        """Why ΔW cannot be added to this weight, or None where it can."""
-        return None
-
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:
-        """Take ``weight`` as W + ΔW; the weight before is kept where it is to be restored later."""
-        if keep_original:
-            self._unmerged_weight = self.weight.data
-            self.weight.data = weight
-        else:
-            self.weight.data.copy_(weight)
-            self.changed_start = None
-        self.merged = True
-
-    def unset_merged(self) -> None:
-        """Give back the very weight that :meth:`set_merged` kept."""
-        if self._unmerged_weight is None:
-            raise UserError(
-                "the weights from before the merge were not kept", hint="merge with keep_original=True"
-            )
-        self.weight.data = like(self._unmerged_weight, self.weight)
-        self._unmerged_weight, self.merged = None, False
+        """As in the base class; merged for good, a weight that the initialization changed is gone."""
+        super().set_merged(weight, keep_original)
+        if not keep_original:
+            self.changed_init = None
 
     @property
     def base_is_known(self) -> bool:
         """Whether the base model's own weight can still be had."""
-        return not self.merged or self._unmerged_weight is not None or self.changed_start is not None
+        return super().base_is_known or self.changed_init is not None
 
     def base_weight(self) -> Tensor:
-        """The base model's own weight: before a merge, and before its start took a share out."""
-        if self.changed_start is not None:
-            return like(self.changed_start.weight, self.weight)
-        return self.weight.data if self._unmerged_weight is None else like(self._unmerged_weight, self.weight)
+        """The base model's own weight: before a merge, and before the initialization took a share out."""
+        if self.changed_init is not None:
+            return like(self.changed_init.weight, self.weight)
+        return super().base_weight()
 
-    @contextlib.contextmanager
-    def as_base(self) -> Iterator[None]:
-        """Within the block the layer is the base model's own."""
-        enabled, weight = self.enabled, self.weight.data
-        self.enabled, self.weight.data = False, self.base_weight()
-        try:
-            yield
-        finally:
-            self.enabled, self.weight.data = enabled, weight
+    def restore_base(self) -> None:
+        """Put the base model's own weight in, for good."""
+        if self.merged or self.changed_init is not None:
+            self.weight.data = self.base_weight()
 
     def extra_repr(self) -> str:
         """The base layer's line with rank and alpha."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
-
-
-def adopt(cls: type[_Layer], module: nn.Module) -> _Layer:
-    """A new object of ``cls`` with all that ``module`` has: the same parameters, buffers, hooks, flags.
-
-    The tables of parameters, buffers and children are copied, so that what is added to the new layer does
-    not show in the old one; hooks stay shared, so that they go on running.
-    """
-    layer = cls.__new__(cls)
-    vars(layer).update(vars(module))
-    for table in ("_parameters", "_buffers", "_modules"):
-        vars(layer)[table] = dict(vars(module)[table])
-    return layer
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """``tensor`` where ``other`` is now, should the model have been moved or cast meanwhile."""
-    return tensor.to(device=other.device, dtype=other.dtype)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -203,7 +149,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         alpha: scaling is alpha / rank, or alpha / √rank with ``rslora``.
         bias: whether there is a b.
         dropout: share of the adapter's inputs set to zero while training.
-        init: how the factors start (see ``initialize``); None leaves both zero, to be filled.
+        init: how the factors are initialized (see ``initialize``); None leaves both zero, to be loaded.
 
     Raises:
         UserError: rank, dropout or init cannot be used.
@@ -252,15 +198,16 @@ class LoRALinear(LoRALayer, nn.Linear):
                 return frozen_linear(input, self.weight, self.bias, scales)
             return F.linear(input, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
+        bias = self.output_bias()
         return closed_form.linear(
-            input, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
+            input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
         )
 
     def merge_refusal(self) -> str | None:
-        """A sum with ΔW would have to be rounded to bytes again."""
+        """A sum with ΔW would have to be quantized again."""
         if weight_scales(self) is None:
             return None
-        return "its weight is kept in bytes; load the model with precision bf16 or fp32 to merge"
+        return "its weight is int8-quantized; load the model with precision bf16 or fp32 to merge"
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -309,8 +256,9 @@ class LoRAConv1D(LoRALayer):
             flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
             return flat.view(*x.shape[:-1], self.out_features)
         dropout = self.dropout if self.training else 0.0
+        bias = self.output_bias()
         return closed_form.linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, weight_is_in_out=True
+            x, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, weight_is_in_out=True
         )
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from deltaw.errors import UserError
-from deltaw.lora.layers import LoRALayer, adopt
+from deltaw.lora.adapted import adopt
+from deltaw.lora.layers import LoRALayer
 from deltaw.lora.math import autocast_is_on
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -87,7 +88,8 @@ class LoRAConv(LoRALayer, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, …) to (batch, out_channels, …), the batch may be missing."""
-        y = self._convolve(input, self.weight, self.bias, self.groups)
+        bias = self.output_bias() if self.adapting else self.bias
+        y = self._convolve(input, self.weight, bias, self.groups)
         if not self.adapting:
             return y
         return y + self._update(F.dropout(input, self.dropout, self.training) if self.dropout else input)

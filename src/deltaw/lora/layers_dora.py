@@ -11,7 +11,6 @@ gradients, and kept between those that do not, so that generation does not pay f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,15 @@ from torch.nn import functional as F
 
 from deltaw.errors import UserError
 from deltaw.lora import math_dora
-from deltaw.lora.initialize import initialize
-from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear, like
+from deltaw.lora.adapted import like
+from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_conv import LoRAConv
 
 
 class DoRALayer(LoRALayer):
     """What the layers with a magnitude share. ``delta_weight`` is s·A·B, before the magnitude."""
 
-    trained: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude")
+    trained: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude")
 
     lora_magnitude: nn.Parameter
     _squares: Tensor
@@ -35,27 +34,13 @@ class DoRALayer(LoRALayer):
     _norm: Tensor | None
     _norm_of: tuple[int, ...]
 
-    def _begin(
-        self,
-        shapes: tuple[tuple[int, ...], tuple[int, ...]],
-        rank: int,
-        alpha: float,
-        dropout: float,
-        rslora: bool,
-        init: str | None,
-        generator: torch.Generator | None,
-    ) -> None:
-        super()._begin(shapes, rank, alpha, dropout, rslora, None, generator)
+    def _add_parameters(self) -> None:
         vars(self).update(_norm=None, _norm_of=())
         self.lora_magnitude = nn.Parameter(self.lora_A.new_empty(self._matrix(self.weight).shape[0]))
-        if init is None:
-            self.started()
-        else:
-            initialize(self, init, generator)
 
     @torch.no_grad()
-    def started(self) -> None:
-        """The magnitude starts as the norm of W + ΔW."""
+    def initialized(self) -> None:
+        """Set the magnitude to the norm of W + ΔW."""
         self._measure()
         self.lora_magnitude.copy_(self._fresh_norm())
 

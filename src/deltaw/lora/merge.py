@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import adapted_layers, unwrapped
 from deltaw.lora.fingerprint import has_values
 
@@ -33,8 +34,7 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
     for name, layer in layers:
         if layer.merged:
             raise UserError("the adapter is merged already", where=name, hint="call unmerge first")
-        if id(layer.weight) in shared:
-            others = [other for other in shared[id(layer.weight)] if other != name]
+        if others := _other_users(model, layer, shared):
             raise UserError(
                 f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change",
                 where=name,
@@ -79,6 +79,16 @@ def unmerge(model: nn.Module) -> None:
             )
     for _, layer in merged:
         layer.unset_merged()
+
+
+def _other_users(model: nn.Module, layer: AdaptedLayer, shared: dict[int, list[str]]) -> list[str]:
+    """The modules with the same weight that would not expect the merged one."""
+    users = [(name, model.get_submodule(name)) for name in shared.get(id(layer.weight), ())]
+    return [
+        name
+        for name, user in users
+        if user is not layer.holder and not (isinstance(user, AdaptedLayer) and user.follows is layer)
+    ]
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:

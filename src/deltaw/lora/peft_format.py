@@ -7,17 +7,20 @@ A is (in, r) and B (r, out); the file has them transposed, except for convolutio
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
+from deltaw.lora.layout import from_peft, to_peft
+from deltaw.lora.peft_paths import without_wrappers
 
-PREFIX = "base_model.model."
 PEFT_FORMAT = "0.21.2"
 """The version of PEFT whose files these are."""
 
@@ -74,11 +77,14 @@ _READ = frozenset(
         "init_lora_weights",
         "layers_to_transform",
         "lora_alpha",
+        "lora_bias",
         "lora_dropout",
         "modules_to_save",
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     }
@@ -103,10 +109,10 @@ _NO_MATHEMATICS = frozenset(
         "task_type",
     }
 )
-"""Keys that say where an adapter comes from, or how it started, and not what it computes."""
+"""Keys that say where an adapter comes from, or how it was initialized, and not what it computes."""
 
 _READABLE_INITS = ("gaussian", "orthogonal", "eva", *CHANGING_INITS)
-"""Starts that leave W alone, and those whose W can be made again."""
+"""Initializations that leave W alone, and those whose W can be computed again."""
 
 
 def settings_of(
@@ -114,15 +120,17 @@ def settings_of(
 ) -> dict[str, object]:
     """The content of ``adapter_config.json`` for the adapter on ``model``.
 
-    An adapter whose start changed W is written as a plain one of twice the rank (see :func:`file_tensors`),
-    with alpha such that the scaling stays: 2·alpha, or √2·alpha under rsLoRA.
+    An adapter whose initialization changed W is written as a plain one of twice the rank (see
+    :func:`file_tensors`), with alpha such that the scaling stays: 2·alpha, or √2·alpha under rsLoRA.
     """
     config = record.config
-    changed = any(layer.changed_start is not None for _, layer in record.adapted())
+    changed = any(layer.changed_init is not None for _, layer in record.adapted())
     more_rank = 2 if changed else 1
     more_alpha = (math.sqrt(2) if config.rslora else 2) if changed else 1
     names = [name for name, _ in model.named_modules() if name]
     whole = [replacement.names[0] for replacement in record.wholes]
+    targets = [replacement.names[0] for replacement in record.layers]
+    targets += [update.names[0] for update in record.parameters if update.of_attention]
     settings = dict(DEFAULTS)
     settings |= {
         "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
@@ -131,12 +139,15 @@ def settings_of(
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for _, layer in record.adapted()),
         "init_lora_weights": config.init if config.init in ("gaussian", "orthogonal") else True,
         "lora_alpha": _plain(config.alpha * more_alpha),
+        "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
         "modules_to_save": _whole_entries(names, whole) or None,
         "r": config.rank * more_rank,
         "rank_pattern": {key: value * more_rank for key, value in config.rank_pattern.items()},
-        "target_modules": target_entries(names, [name for name, _ in record.adapted()]),
+        "target_modules": target_entries(names, list(dict.fromkeys(targets))),
+        "target_parameters": config.target_parameters or None,
         "task_type": task_type,
+        "trainable_token_indices": config.trainable_token_indices,
         "use_dora": config.dora,
         "use_rslora": config.rslora,
     }
@@ -169,66 +180,92 @@ def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
     init = known.pop("init_lora_weights")
     if isinstance(init, str) and init not in _READABLE_INITS:
         raise UserError(
-            f"the adapter started with '{init}', which changed its base model's weights too",
+            f"the adapter was initialized with '{init}', which changed its base model's weights too",
             where=f"{where}: init_lora_weights",
             hint="have the program that made it convert it to a plain LoRA adapter",
         )
     if init == "olora" and settings.get("fan_in_fan_out"):
         raise UserError(
-            "the adapter started with 'olora' on Conv1D layers, where PEFT takes the share of Wᵀ out of W",
+            "the adapter was initialized with 'olora' on Conv1D layers, where PEFT takes Wᵀ's share out of W",
             where=f"{where}: init_lora_weights",
             hint="have the program that made it merge it",
         )
     for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
         known[key] = known[key] or None
+    if known["target_modules"] is None and (known["target_parameters"] or known["trainable_token_indices"]):
+        known["target_modules"] = []
     try:
         return LoRAConfig.from_dict({**known, "init": init if init in CHANGING_INITS else "uniform"})
     except UserError as error:
         raise UserError(error.what, where=f"{where}: {error.where}", hint=error.hint) from error
 
 
-def file_tensors(name: str, layer: LoRALayer) -> Iterator[tuple[str, Tensor]]:
-    """(tensor name, tensor in the file's orientation) of a layer's factors and magnitude.
+def file_tensors(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]:
+    """(tensor name, tensor in the file's orientation) of all that the layer at ``path`` trains.
 
-    After a start from A₀, B₀ that changed W the file holds [A, A₀] and [B; −B₀], of rank 2r: on the original
-    base model s·(A·B − A₀·B₀) gives what the layer computes now, whose weight lacks s·A₀·B₀.
+    After an initialization to A₀, B₀ that changed W the file holds [A, A₀] and [B; −B₀], of rank 2r: on the
+    original base model s·(A·B − A₀·B₀) gives what the layer computes now, whose weight lacks s·A₀·B₀.
     """
     tensors = {attribute: getattr(layer, attribute).detach() for attribute in layer.trained}
-    if (start := layer.changed_start) is not None:
+    if isinstance(layer, LoRALayer) and (first := layer.changed_init) is not None:
         factor_A, factor_B = tensors["lora_A"], tensors["lora_B"]
-        tensors["lora_A"] = torch.cat([factor_A, start.lora_A.to(factor_A)], dim=1)
-        tensors["lora_B"] = torch.cat([factor_B, -start.lora_B.to(factor_B)], dim=0)
-    for key, attribute in places(name, layer):
-        yield key, as_in_file(tensors[attribute], layer)
+        tensors["lora_A"] = torch.cat([factor_A, first.lora_A.to(factor_A)], dim=1)
+        tensors["lora_B"] = torch.cat([factor_B, -first.lora_B.to(factor_B)], dim=0)
+    for key, attribute in places(path, layer):
+        yield key, as_in_file(tensors[attribute], attribute, layer)
 
 
-def places(name: str, layer: LoRALayer) -> Iterator[tuple[str, str]]:
-    """What the layer ``name`` trains: the tensor's name in a file, and the layer's attribute."""
-    kind, ending = ("lora_embedding", "") if isinstance(layer, nn.Embedding) else ("lora", ".weight")
+_ENDINGS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude": "lora_magnitude_vector",
+    "trained_tokens": "token_adapter.trainable_tokens_delta",
+}
+
+
+def places(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str]]:
+    """What a layer trains: the tensor's name in a file, and the layer's attribute."""
     for attribute in layer.trained:
-        last = attribute.removeprefix("lora_")
-        key = f"{kind}_{last}{ending}" if last in ("A", "B") else f"lora_{last}_vector"
-        yield f"{PREFIX}{name}.{key}", attribute
+        ending = _ENDINGS[attribute]
+        if attribute in ("lora_A", "lora_B") and isinstance(layer, nn.Embedding):
+            ending = f"lora_embedding_{attribute[-1]}"
+        yield f"{path}.{ending}", attribute
 
 
-def as_in_file(tensor: Tensor, layer: LoRALayer) -> Tensor:
-    """What a layer trains as a file has it: matrices transposed, a convolution's magnitude (1, out, 1…)."""
-    if tensor.dim() == 1 and layer.weight.dim() > 2:
+def as_in_file(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
+    """What a layer trains as a file has it: factors in PEFT's layout, magnitudes (1, out, 1…) of kernels."""
+    if attribute == "lora_magnitude" and layer.weight.dim() > 2:
         return tensor.view(1, -1, *(1 for _ in layer.weight.shape[2:]))
-    return tensor.t() if tensor.dim() == 2 else tensor
+    if attribute in ("lora_A", "lora_B") and isinstance(layer, LoRALayer):
+        return to_peft(tensor, attribute, layer.experts)
+    return tensor
 
 
-def bias_name(name: str, adapted: bool) -> str:
-    """A file's name for the trained bias ``name`` (``path.bias``)."""
-    path = name.removesuffix("bias")
-    return f"{PREFIX}{path}base_layer.bias" if adapted else f"{PREFIX}{name}"
+def as_in_layer(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
+    """The inverse of :func:`as_in_file`."""
+    if attribute == "lora_magnitude":
+        return tensor.flatten()
+    if attribute in ("lora_A", "lora_B") and isinstance(layer, LoRALayer):
+        return from_peft(tensor, attribute, layer.experts)
+    return tensor
+
+
+def attention_counts_twice(version: str | None) -> bool:
+    """Whether the PEFT that made a file adds the update of an attention's output projection twice.
+
+    True up to the version whose files are written here, and where none is given; see
+    :meth:`~deltaw.lora.peft_paths.FilePaths.counts_twice`. A later one is taken to have this mended.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is None or (int(numbers[1]), int(numbers[2])) <= (0, 21)
 
 
 def factor_module(tensor_name: str) -> str | None:
     """The module that a factor's tensor belongs to; None for a tensor that is no factor."""
     for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
         if tensor_name.endswith(ending):
-            return tensor_name.removeprefix(PREFIX).removesuffix(ending)
+            return without_wrappers(tensor_name.removesuffix(ending))
     return None
 
 

@@ -1,25 +1,23 @@
-"""Which modules are adapted, and which are trained whole.
+"""Which modules are adapted, which parameters and tokens, and which modules are trained in full.
 
-Entries match by PEFT's rules: an entry of a list matches a module whose full name it is or ends with after
-a dot; a text is a regular expression for the full name; a key of a pattern is a regular expression for the
-ending of a name. Beyond those, 'all-linear', 'attention' and 'mlp' choose by kind and by usual names. An
-entry that matches nothing is an error that names the nearest modules: PEFT passes over it in silence.
+Entries match by PEFT's rules (``matching``). Beyond those, 'all-linear', 'attention' and 'mlp' choose by kind
+and by usual names. An entry that matches nothing is an error that names the nearest modules; PEFT ignores it
+without a word.
 
 It looks at names and types only, and changes nothing. Everything is linear in the number of modules.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.errors import UserError
 from deltaw.lora.config import KEYWORDS, LoRAConfig, parse_layers
-from deltaw.lora.kinds import is_linear, refusal
+from deltaw.lora.kinds import is_linear, read_directly, refusal
+from deltaw.lora.matching import Named, match_entries, match_patterns, modules_once, shown
+from deltaw.lora.select_parts import TokenTarget, match_parameters, match_tokens
 
 HEAD_NAMES = frozenset(
     {"lm_head", "score", "classifier", "classification_head", "qa_outputs", "embed_out", "head"}
@@ -40,8 +38,8 @@ ATTENTION_NAMES, MLP_NAMES = frozenset(_ATTENTION.split()), frozenset(_MLP.split
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 """Choose between experts; they are no part of what 'mlp' means."""
 
-READ_DIRECTLY = {"out_proj", "conv1d"}
-"""Modules of Mamba blocks whose weights fused kernels read without calling the module."""
+_NOT_OF_ATTENTION = ("dora", "lora_bias")
+"""Settings that an adapted ``nn.MultiheadAttention`` has no arithmetic for."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class ParameterTarget:
+    """A parameter to adapt: the names of the module that has it, its own, and its rank and alpha."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    attribute: str
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
 class Whole:
-    """A module to train whole, and all the names it stands under."""
+    """A module to train in full, and all the names it stands under."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -68,15 +77,9 @@ class Selection:
 
     targets: list[Target] = field(default_factory=list)
     wholes: list[Whole] = field(default_factory=list)
+    parameters: list[ParameterTarget] = field(default_factory=list)
+    tokens: list[TokenTarget] = field(default_factory=list)
     matches: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Named:
-    """A module and all the names it stands under."""
-
-    names: tuple[str, ...]
-    module: nn.Module
 
 
 def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selection:
@@ -94,6 +97,39 @@ def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selecti
     matches: dict[str, tuple[str, ...]] = {}
     wholes = _match_wholes(config, modules, matches, strict)
     inside = {id(m) for whole in wholes for m in whole.module.modules()}
+    kept = _targeted(model, config, modules, inside, matches, strict)
+    adapted = {id(m.module) for m in kept}
+    paths = match_parameters(model, config, modules, adapted, inside, matches, strict)
+    tokens = match_tokens(model, config, modules, adapted, inside, matches, strict)
+    if not (kept or paths or tokens) and strict:
+        raise UserError(
+            "target_modules names nothing",
+            where="target_modules",
+            hint="write 'all-linear', 'attention', 'mlp', or a list of module names",
+        )
+    patterned = [*kept, *(Named(path.full_names, path.module) for path in paths)]
+    ranks = match_patterns("rank_pattern", config.rank_pattern, patterned, matches, strict)
+    alphas = match_patterns("alpha_pattern", config.alpha_pattern, patterned, matches, strict)
+
+    def scale(name: str) -> tuple[int, float]:
+        return int(ranks.get(name, config.rank)), alphas.get(name, config.alpha)
+
+    targets = [Target(m.names, m.module, *scale(m.names[0])) for m in kept]
+    parameters = [ParameterTarget(p.names, p.module, p.attribute, *scale(p.full_names[0])) for p in paths]
+    return Selection(targets, wholes, parameters, tokens, matches)
+
+
+def _targeted(
+    model: nn.Module,
+    config: LoRAConfig,
+    modules: list[Named],
+    inside: set[int],
+    matches: dict[str, tuple[str, ...]],
+    strict: bool,
+) -> list[Named]:
+    """The modules to adapt, those ``inside`` of modules that are trained in full left out."""
+    if not config.target_modules:
+        return []
     chosen = _match_targets(model, config, modules, matches, strict)
     excluded = _match_excluded(config, modules, matches, strict)
     chosen = [m for m in chosen if id(m.module) not in excluded]
@@ -109,25 +145,8 @@ def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selecti
             hint="name the modules in one of the two",
         )
     kept = _in_layers(config, kept, matches, strict)
-    _refuse_unsupported(model, kept, modules)
-    ranks = _match_patterns("rank_pattern", config.rank_pattern, kept, matches, strict)
-    alphas = _match_patterns("alpha_pattern", config.alpha_pattern, kept, matches, strict)
-    targets = [
-        Target(
-            m.names, m.module, int(ranks.get(m.names[0], config.rank)), alphas.get(m.names[0], config.alpha)
-        )
-        for m in kept
-    ]
-    return Selection(targets, wholes, matches)
-
-
-def modules_once(model: nn.Module) -> list[Named]:
-    """Every module once, with all its names, the root left out."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            found.setdefault(id(module), (module, []))[1].append(name)
-    return [Named(tuple(names), module) for module, names in found.values()]
+    _refuse_unsupported(model, config, kept, modules)
+    return kept
 
 
 def _match_targets(
@@ -148,22 +167,33 @@ def _match_targets(
             )
         matches[f"target_modules '{wanted}'"] = tuple(m.names[0] for m in found)
         return found
-    return _match_entries("target_modules", wanted, modules, matches, strict)
+    return match_entries("target_modules", wanted, modules, matches, strict)
 
 
 def _linear_there(model: nn.Module, modules: list[Named]) -> str:
     if is_linear(model):
         return "the model is itself one linear layer: use LoRALinear.from_linear"
     linear = [m.names[0] for m in modules if is_linear(m.module)]
-    return f"the linear modules are {_shown(linear)}" if linear else "the model has no linear module"
+    return f"the linear modules are {shown(linear)}" if linear else "the model has no linear module"
 
 
 def _all_linear(model: nn.Module, modules: list[Named]) -> list[Named]:
-    """All linear modules but the output head: the one the model names, else those of usual names."""
+    """All linear modules but the output head: the one the model names, else those of usual names.
+
+    ``nn.MultiheadAttention`` counts as one, with both of its projections.
+    """
     head = None
     if callable(getter := getattr(model, "get_output_embeddings", None)):
         head = getter()
-    linear = [m for m in modules if is_linear(m.module) and m.module is not head]
+    attentions = [m.module for m in modules if isinstance(m.module, nn.MultiheadAttention)]
+    below = {id(attention.out_proj) for attention in attentions}
+    linear = [
+        m
+        for m in modules
+        if (is_linear(m.module) or isinstance(m.module, nn.MultiheadAttention))
+        and m.module is not head
+        and id(m.module) not in below
+    ]
     if head is not None:
         return linear
     return [m for m in linear if m.names[0].split(".")[0] not in HEAD_NAMES]
@@ -193,56 +223,13 @@ def _is_mlp(part: str) -> bool:
     )
 
 
-def _match_entries(
-    key: str,
-    wanted: str | Iterable[str],
-    modules: list[Named],
-    matches: dict[str, tuple[str, ...]],
-    strict: bool,
-) -> list[Named]:
-    """The modules that a text (full expression) or a list (name endings) matches."""
-    if isinstance(wanted, str):
-        expression = re.compile(wanted)
-        found = [m for m in modules if any(expression.fullmatch(name) for name in m.names)]
-        if not found and strict:
-            raise _matches_nothing(key, wanted, modules, as_list=any(_ends(m, wanted) for m in modules))
-        matches[f"{key} '{wanted}'"] = tuple(m.names[0] for m in found)
-        return found
-    hits: dict[str, list[str]] = {entry: [] for entry in wanted}
-    found = []
-    for named in modules:
-        entries = {end for name in named.names for end in _endings(name) if end in hits}
-        for entry in entries:
-            hits[entry].append(named.names[0])
-        if entries:
-            found.append(named)
-    for entry, names in hits.items():
-        if not names and strict:
-            raise _matches_nothing(key, entry, modules)
-        matches[f"{key} '{entry}'"] = tuple(names)
-    return found
-
-
-def _endings(name: str) -> Iterator[str]:
-    """``a.b.c``, ``b.c``, ``c``."""
-    yield name
-    at = name.find(".")
-    while at >= 0:
-        yield name[at + 1 :]
-        at = name.find(".", at + 1)
-
-
-def _ends(named: Named, entry: str) -> bool:
-    return any(entry in _endings(name) for name in named.names)
-
-
 def _match_excluded(
     config: LoRAConfig, modules: list[Named], matches: dict[str, tuple[str, ...]], strict: bool
 ) -> set[int]:
     """What exclude_modules leaves out: the modules that it names, and for a list all below them."""
     if config.exclude_modules is None:
         return set()
-    found = _match_entries("exclude_modules", config.exclude_modules, modules, matches, strict)
+    found = match_entries("exclude_modules", config.exclude_modules, modules, matches, strict)
     if isinstance(config.exclude_modules, str):
         return {id(m.module) for m in found}
     return {id(below) for m in found for below in m.module.modules()}
@@ -254,7 +241,7 @@ def _match_wholes(
     """The outermost modules that train_modules names and that have parameters."""
     if not config.train_modules:
         return []
-    found = _match_entries("train_modules", config.train_modules, modules, matches, strict)
+    found = match_entries("train_modules", config.train_modules, modules, matches, strict)
     below = {id(inner) for m in found for inner in m.module.modules() if inner is not m.module}
     outer = [m for m in found if id(m.module) not in below]
     for named in outer:
@@ -297,77 +284,25 @@ def _in_layers(
     return [m for m in chosen if layer_index(m.names[0]) in kept]
 
 
-def _match_patterns(
-    key: str,
-    pattern: Mapping[str, int] | Mapping[str, float],
-    chosen: list[Named],
-    matches: dict[str, tuple[str, ...]],
-    strict: bool,
-) -> dict[str, float]:
-    """A value for each name that a key of ``pattern`` matches; the first key that matches counts."""
-    values: dict[str, float] = {}
-    expressions = [(entry, _ending_expression(entry)) for entry in pattern]
-    hits: dict[str, list[str]] = {entry: [] for entry in pattern}
-    for named in chosen if pattern else ():
-        name = named.names[0]
-        for entry, expression in expressions:
-            if expression.match(name):
-                values.setdefault(name, pattern[entry])
-                hits[entry].append(name)
-    for entry, names in hits.items():
-        if not names and strict:
-            raise _matches_nothing(key, entry, chosen)
-        matches[f"{key} '{entry}'"] = tuple(names)
-    return values
-
-
-def value_by_pattern(pattern: Mapping[str, int] | Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first key of ``pattern`` that matches the ending of ``name``, else ``default``."""
-    return next((pattern[key] for key in pattern if _ending_expression(key).match(name)), default)
-
-
-@functools.lru_cache(maxsize=4096)
-def _ending_expression(entry: str) -> re.Pattern[str]:
-    """PEFT's rule for the keys of patterns."""
-    return re.compile(rf"(.*\.)?({entry})$")
-
-
-def _refuse_unsupported(model: nn.Module, chosen: list[Named], modules: list[Named]) -> None:
+def _refuse_unsupported(
+    model: nn.Module, config: LoRAConfig, chosen: list[Named], modules: list[Named]
+) -> None:
     by_name = {name: m.module for m in modules for name in m.names}
-    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    mamba = "mamba" in model_type or model_type in ("falcon_h1", "nemotron_h")
     for named in chosen:
         name = named.names[0]
         parent, _, last = name.rpartition(".")
-        reason = refusal(named.module)
-        if isinstance(by_name.get(parent, model), nn.MultiheadAttention):
-            reason = "nn.MultiheadAttention reads this weight directly, so an adapter would not be seen"
-        elif mamba and last in READ_DIRECTLY:
-            reason = f"{model_type}'s fused kernels read this weight directly"
+        reason = read_directly(model, name, by_name.get(parent, model)) or refusal(named.module)
+        if reason is None and isinstance(named.module, nn.MultiheadAttention):
+            reason = next(
+                (f"nn.MultiheadAttention has no {key}" for key in _NOT_OF_ATTENTION if getattr(config, key)),
+                None,
+            )
         if reason is None:
             continue
         below = [f"{name}.{n}" for n, m in named.module.named_modules() if n and is_linear(m)]
         hint = f"leave it out: exclude_modules: ['{last}']"
-        if below and not isinstance(named.module, nn.MultiheadAttention):
-            hint = f"name what is in it: {_shown(below)}"
+        if isinstance(by_name.get(parent), nn.MultiheadAttention):
+            hint = f"adapt the attention as a whole: '{parent}'"
+        elif below and not isinstance(named.module, nn.MultiheadAttention):
+            hint = f"name what is in it: {shown(below)}"
         raise UserError(f"'{name}' cannot be adapted: {reason}", where=name, hint=hint)
-
-
-def _matches_nothing(key: str, entry: str, modules: list[Named], as_list: bool = False) -> UserError:
-    """The error for an entry without a match, with the nearest names: last parts, else full names."""
-    names = [name for m in modules for name in m.names]
-    if as_list:
-        hint = f"a text must match full names; for all modules that end so write a list: ['{entry}']"
-    elif entry in KEYWORDS:
-        hint = f"write it without a list: {key}: {entry}"
-    else:
-        lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        lasts = [last for last in lasts if not last.isdigit()]
-        full = nearest(entry, names[:2000]) if "." in entry else []
-        hint = did_you_mean(entry, full or lasts)
-    return UserError(f"{key}: '{entry}' matches no module", where=key, hint=hint)
-
-
-def _shown(names: list[str], count: int = 6) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:count])
-    return shown + (f", … ({len(names)} in all)" if len(names) > count else "")

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from deltaw.lora import LoRAConfig, read_adapter
 from deltaw.lora.config import scaling as scaling_of
-from deltaw.lora.select import value_by_pattern
+from deltaw.lora.matching import value_by_pattern
 from deltaw.reports.adapter_math import effective_rank, frobenius_norm, singular_values, stable_rank
 
 _FACTOR = re.compile(

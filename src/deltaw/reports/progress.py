@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltaw.host.machine import resident_bytes
+from deltaw.host.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.plan import plan_lines
 from deltaw.training.callbacks import Callback

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deltaw.durable import write_text
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.drift import Drift
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome
 
@@ -16,7 +17,12 @@ OF_PEFT = ("lora", "prompt")
 
 
 def write_card(
-    folder: Path, session: Session, outcome: Outcome, evaluation: Evaluation, trained_parameters: int
+    folder: Path,
+    session: Session,
+    outcome: Outcome,
+    evaluation: Evaluation,
+    trained_parameters: int,
+    drift: Drift | None = None,
 ) -> None:
     """Write the card of a run into its folder."""
     config = session.config
@@ -32,6 +38,8 @@ def write_card(
         "training loss": f"{outcome.loss:.4f}" if outcome.steps else "none",
         **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.metrics.items() if math.isfinite(v)},
     }
+    if drift is not None:
+        facts["drift"] = drift.lines()[0].removeprefix("drift: ")
     if config.method == "lora":
         facts["rank / alpha"] = f"{config.lora.rank} / {config.lora.alpha:g}"
     if session.data.classes is not None:

@@ -17,21 +17,21 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.machine import (
-    choose_device,
-    choose_precision,
-    memory_limit_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-)
-from deltaw.hub.loading import LoadedModel, check_architecture, config_folder, load
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.training.callbacks import Callback, Say, silent
 from deltaw.training.card import write_card
+from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.drift import Drift
+from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.planning.budget import parse_bytes, within_memory
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.budget import within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output
@@ -51,6 +51,7 @@ class Result:
     plan: Plan | None = None
     trained_parameters: int = 0
     writes_text: bool = True
+    drift: Drift | None = None
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -77,6 +78,7 @@ class Result:
             "trained_parameters": self.trained_parameters,
             "eval": self.evaluation.as_dict() or None,
             "score": self.evaluation.score(),
+            "drift": None if self.drift is None else self.drift.as_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
             "interrupted": done.interrupted,
@@ -120,8 +122,10 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
     folder.write_settings(config, chosen)
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    meter = DriftMeter(session)
     try:
         outcome, evaluation = _train(session, folder, callback)
+        drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
     except UntrainedParameterError:
         raise
     except UserError:
@@ -131,7 +135,7 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         folder.close()
         session.close()
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
-    write_card(folder.path, session, outcome, evaluation, trained)
+    write_card(folder.path, session, outcome, evaluation, trained, drift)
     return Result(
         folder.path,
         outcome,
@@ -140,6 +144,7 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         plan=plan,
         trained_parameters=trained,
         writes_text=not task.has_labels,
+        drift=drift,
     )
 
 
@@ -246,6 +251,18 @@ def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Out
         if not outcome.interrupted:
             evaluation = evaluate(outcome.steps)
     return outcome, evaluation
+
+
+def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:
+    """How far general answers moved, written down; said why not where a language model gives none."""
+    try:
+        drift = meter.measure()
+    except NoGeneralAnswers as reason:
+        callback.on_line(f"drift: not measured ({reason})")
+        return None
+    if drift is not None:
+        folder.write_metrics({"step": step, "drift": drift.as_dict()})
+    return drift
 
 
 def save_adapter(session: Session, folder: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.host.machine import trim_memory
+from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.optimizer import Schedule
@@ -49,6 +49,7 @@ def train(
     names: Sequence[str] | None = None,
     may_skip: Callable[[str], bool] = lambda name: False,
     after_step: Callable[[], None] | None = None,
+    add_gradients: Callable[[int], float] | None = None,
     batch_size: int = 16,
     seed: int = 0,
     schedule: str = "linear",
@@ -81,6 +82,8 @@ def train(
         may_skip: whether the model may leave the parameter of this name out of a step by design; then it is
             a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
         after_step: called once the optimizer has changed the parameters.
+        add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
+            those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
         batch_size: rows per step. seed: of the order of rows, and of dropout.
         schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`.
         max_grad_norm: gradients are scaled down to this norm; None: never.
@@ -128,6 +131,7 @@ def train(
                 state.abandon_step()
                 state.sums.interrupted = True
                 break
+            general = None if add_gradients is None else add_gradients(state.step)
             norm = _gradient_norm(state.trained, max_grad_norm)
             _check_finite(sums.loss / units, norm, where=f"step {state.step + 1} of {total_steps}")
             rate = state.learning_rate
@@ -146,6 +150,7 @@ def train(
                 computed_tokens=sums.tokens,
                 label_tokens=units,
                 seconds=time.perf_counter() - begun,
+                general_loss=general,
             )
             state.end_step(step)
             if on_step is not None:

@@ -2,7 +2,7 @@
 
 Somebody who imports the library has a process of their own: threads, random numbers, signal handlers and the
 garbage collector are as before once a call returns. Only the command line, whose process is deltaw's, changes
-the allocator (:func:`deltaw.host.machine.keep_freed_memory`), which cannot be put back.
+the allocator (:func:`deltaw.host.memory.keep_freed_memory`), which cannot be put back.
 """
 
 from __future__ import annotations

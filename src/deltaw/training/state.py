@@ -38,6 +38,7 @@ class Step:
             language model).
         learning_rate, gradient_norm: that the step used; the norm is that before clipping.
         rows, tokens: of the data. computed_tokens: what went through the model. seconds: that it took.
+        general_loss: the mean loss of the general answers in it; None without ``train.keep_general``.
     """
 
     step: int
@@ -50,9 +51,10 @@ class Step:
     computed_tokens: int
     label_tokens: int
     seconds: float
+    general_loss: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass

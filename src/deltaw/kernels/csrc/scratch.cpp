@@ -13,7 +13,7 @@
 namespace {
 
 const size_t LINE = 64, PAGE = 4096;
-const size_t KEPT_AT_MOST = 16 << 20;  // bytes that an arena keeps between calls; what is larger takes far longer to fill
+const size_t KEPT_AT_MOST = 32 << 20;  // bytes that an arena keeps between calls; what is larger takes far longer to fill
 const size_t FURTHER_AT_LEAST = 256 << 10;  // of a piece beyond the first
 const size_t WORTH_SHRINKING = 1 << 20;
 const int CALLS_IN_A_ROW = 256;        // without need for a quarter of the arena, before it shrinks

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
 from deltaw.runtime.layer_entry import (
     BackboneEntry,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 
 from deltaw.config import RunConfig
@@ -14,8 +13,6 @@ from deltaw.training.callbacks import Say, silent
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.tasks import RunData, Task
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # The share of a budget that is left free for what a plan may be off by.
 LEFT_FREE = 0.04
 TOKENS = (1024, 512, 256, 128)
@@ -24,18 +21,6 @@ RANKS = (16, 8, 4)
 # only the order of settings hangs on them.
 SECONDS_PER_OPERATOR = 12e-6
 OPERATIONS_PER_SECOND = {"bf16": 4e11, "fp16": 4e11, "fp32": 1.5e11, "int8": 6e11}
-
-
-def parse_bytes(text: str, where: str = "--budget") -> int:
-    """``6GB``, ``512 MiB`` or a plain number of bytes.
-
-    Raises:
-        UserError: it is no size.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def fitting_settings(

@@ -5,7 +5,6 @@ Everything after this module treats tasks alike. It knows no methods and no file
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,14 +20,10 @@ from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_label
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
-from deltaw.hub.loading import (
-    check_architecture,
-    config_folder,
-    load_tokenizer,
-    read_config,
-    say_on_stderr,
-)
+from deltaw.host.choices import Choice
+from deltaw.hub.folders import config_folder, say_on_stderr
+from deltaw.hub.loading import check_architecture, read_config
+from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.evaluation.base import Evaluation
@@ -52,12 +47,15 @@ class RunData:
         train, held_out: examples.
         report: the account of all rows.
         classes: names of the classes in the order of the model's outputs; None where there are none.
+        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
+            where nobody watched.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
     report: Report
     classes: tuple[str, ...] | None = None
+    read_peak_bytes: int = 0
 
     @property
     def every(self) -> list[Any]:
@@ -164,7 +162,7 @@ class CausalTask:
         return CausalObjective(model)
 
     def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if getattr(batcher, "padded", False) else packed_rows(model)
+        return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
         self,

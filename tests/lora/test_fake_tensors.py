@@ -1,4 +1,4 @@
-"""Attaching and training on tensors that have shapes alone, as a memory plan does."""
+"""Attaching and training on fake tensors, as a memory plan does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, initialize_from_activations, merge
 from deltaw.lora.attachment import attached
-from tests.lora.models import tiny
+from tests.lora.models import mixture, tiny
 
 
 class _Answers(TorchDispatchMode):
-    """Answers bool() and item(), which tensors on fake tensors cannot."""
+    """Answers bool() and item(), which fake tensors cannot."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -40,7 +40,10 @@ _SETTINGS = {
     "olora dora": {"init": "olora", "dora": True},
     "orthogonal": {"init": "orthogonal"},
     "biases": {"bias": "lora_only", "target_modules": ["c_attn"]},
-    "whole": {"target_modules": ["c_attn", "wpe"], "train_modules": ["ln_f"], "dora": True},
+    "bias on B": {"lora_bias": True},
+    "parameters": {"target_modules": ["c_attn"], "target_parameters": ["c_fc.weight"]},
+    "tokens": {"trainable_token_indices": {"wte": [3, 5], "wpe": [0]}},
+    "extra modules": {"target_modules": ["c_attn", "wpe"], "train_modules": ["ln_f"], "dora": True},
 }
 
 
@@ -80,3 +83,30 @@ def test_on_the_meta_device():
     attach(model, LoRAConfig(rank=2, dora=True))
     model(torch.zeros(2, 4, device="meta")).sum().backward()
     assert attached(model).fingerprint is None and model[0].lora_magnitude.grad.shape == (3,)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.usefixtures("fake_tensors")
+def test_a_step_of_experts_runs(kind):
+    # On fake tensors torch's product of groups takes bf16 alone.
+    model = mixture(kind, torch.bfloat16)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoRAConfig(rank=4, target_modules=["q_proj"], target_parameters=parameters)
+    attach(model, config, seed=0)
+    x = torch.zeros(2, 16, dtype=torch.bfloat16)
+    chosen, shares = torch.tensor([[0, 1], [1, 2]]), torch.full((2, 2), 0.5, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        # The router's choice is a value, so the experts are run alone.
+        layer.mlp.experts(x, chosen, shares).sum().backward()
+    factors = [p for name, p in adapter_parameters(model) if "experts" in name]
+    assert len(factors) == 8 and all(p.grad is not None and p.grad.shape == p.shape for p in factors)
+
+
+@pytest.mark.usefixtures("fake_tensors")
+def test_a_step_of_an_attention_runs():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    attach(model, LoRAConfig(rank=2))
+    model(torch.zeros(2, 3, 8)).sum().backward()
+    assert all(p.grad is not None for _, p in adapter_parameters(model))
+    merge(model)
+    assert model(torch.zeros(2, 3, 8)).shape == (2, 3, 8)

@@ -1,0 +1,121 @@
+"""What every adapted layer has: a frozen weight, whether the update is on, and whether it is merged.
+
+A subclass says what its update is (``merged_weight``); here stands how a weight is exchanged for the merged
+one and given back to the bit. It knows no factors, models, files or selection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.errors import UserError
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+class AdaptedLayer(nn.Module):
+    """A layer whose frozen ``weight`` has a trained update.
+
+    Attributes:
+        enabled: False lets ``forward`` give the base layer's own output.
+        merged: whether ``weight`` already holds the update.
+        trained: the names of the layer's own trained parameters.
+        follows: the layer whose update this one shares, where the weights are tied; else None.
+    """
+
+    trained: tuple[str, ...] = ()
+    follows: AdaptedLayer | None = None
+
+    weight: Tensor
+    enabled: bool
+    merged: bool
+    _unmerged_weight: Tensor | None
+
+    @property
+    def adapting(self) -> bool:
+        """Whether ``forward`` adds the update itself."""
+        return self.enabled and not self.merged
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that ``weight`` is a parameter of."""
+        return self
+
+    def merged_weight(self) -> Tensor:
+        """The weight with its update, rounded once to the weight's type, without a graph."""
+        raise UserError(f"{type(self).__name__} has no update of its own", hint="use one of its subclasses")
+
+    def merge_refusal(self) -> str | None:
+        """Why the update cannot be put into this weight, or None where it can."""
+        return None
+
+    def set_merged(self, weight: Tensor, keep_original: bool) -> None:
+        """Take ``weight`` as the merged one; the weight before is kept if it is to be restored later."""
+        if keep_original:
+            self._unmerged_weight = self.weight.data
+            self.weight.data = weight
+        else:
+            self.weight.data.copy_(weight)
+        self.merged = True
+
+    def unset_merged(self) -> None:
+        """Give back the very weight that :meth:`set_merged` kept."""
+        if self._unmerged_weight is None:
+            raise UserError(
+                "the weights from before the merge were not kept", hint="merge with keep_original=True"
+            )
+        self.weight.data = like(self._unmerged_weight, self.weight)
+        self._unmerged_weight, self.merged = None, False
+
+    @property
+    def base_is_known(self) -> bool:
+        """Whether the base model's own weight can still be had."""
+        return not self.merged or self._unmerged_weight is not None
+
+    def base_weight(self) -> Tensor:
+        """The base model's own weight."""
+        return self.weight.data if self._unmerged_weight is None else like(self._unmerged_weight, self.weight)
+
+    def restore_base(self) -> None:
+        """Put the base model's own weight in, for good."""
+        if self.merged:
+            self.weight.data = self.base_weight()
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Within the block the layer is the base model's own."""
+        enabled, weight = self.enabled, self.weight.data
+        self.enabled, self.weight.data = False, self.base_weight()
+        try:
+            yield
+        finally:
+            self.enabled, self.weight.data = enabled, weight
+
+
+def adopt(cls: type[_Layer], module: nn.Module) -> _Layer:
+    """A new object of ``cls`` with all that ``module`` has: the same parameters, buffers, hooks, flags.
+
+    The tables of parameters, buffers and children are copied, so that what is added to the new layer does
+    not show in the old one; hooks stay shared, so that they go on running.
+    """
+    layer = cls.__new__(cls)
+    vars(layer).update(vars(module))
+    for table in ("_parameters", "_buffers", "_modules"):
+        vars(layer)[table] = dict(vars(module)[table])
+    return layer
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor`` with the device and type of ``other``: the model may have been moved or cast meanwhile."""
+    return tensor.to(device=other.device, dtype=other.dtype)
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """The type of what is trained for ``weight``: fp32, since half precision loses small updates; fp64 for
+    an fp64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,145 @@
+"""PEFT's rules for which names an entry means.
+
+An entry of a list matches a full name, or the end of one after a dot; a text is a regular expression for the
+full name; a key of a pattern is a regular expression for the end of a name. An entry that matches nothing is
+an error that names the nearest names.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.lora.config import KEYWORDS
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module and all the names it stands under."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+
+def modules_once(model: nn.Module) -> list[Named]:
+    """Every module once, with all its names, the root left out."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return [Named(tuple(names), module) for module, names in found.values()]
+
+
+def match_entries(
+    key: str,
+    wanted: str | Iterable[str],
+    modules: list[Named],
+    matches: dict[str, tuple[str, ...]],
+    strict: bool,
+    kind: str = "module",
+) -> list[Named]:
+    """The modules that a text (full expression) or a list (name endings) matches.
+
+    Args:
+        key: the setting.
+        wanted: its value.
+        modules: what may match.
+        matches: filled with the names that each entry matched.
+        strict: whether an entry that matches nothing is an error.
+        kind: what ``modules`` are, for that error.
+    """
+    if isinstance(wanted, str):
+        expression = re.compile(wanted)
+        found = [m for m in modules if any(expression.fullmatch(name) for name in m.names)]
+        if not found and strict:
+            raise matches_nothing(key, wanted, modules, as_list=any(_ends(m, wanted) for m in modules))
+        matches[f"{key} '{wanted}'"] = tuple(m.names[0] for m in found)
+        return found
+    hits: dict[str, list[str]] = {entry: [] for entry in wanted}
+    found = []
+    for named in modules:
+        entries = {end for name in named.names for end in endings(name) if end in hits}
+        for entry in entries:
+            hits[entry].append(named.names[0])
+        if entries:
+            found.append(named)
+    for entry, names in hits.items():
+        if not names and strict:
+            raise matches_nothing(key, entry, modules, kind=kind)
+        matches[f"{key} '{entry}'"] = tuple(names)
+    return found
+
+
+def endings(name: str) -> Iterator[str]:
+    """``a.b.c``, ``b.c``, ``c``."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
+
+
+def _ends(named: Named, entry: str) -> bool:
+    return any(entry in endings(name) for name in named.names)
+
+
+def match_patterns(
+    key: str,
+    pattern: Mapping[str, int] | Mapping[str, float],
+    chosen: list[Named],
+    matches: dict[str, tuple[str, ...]],
+    strict: bool,
+) -> dict[str, float]:
+    """A value for each name that a key of ``pattern`` matches; the first key that matches counts."""
+    values: dict[str, float] = {}
+    expressions = [(entry, _ending_expression(entry)) for entry in pattern]
+    hits: dict[str, list[str]] = {entry: [] for entry in pattern}
+    for named in chosen if pattern else ():
+        name = named.names[0]
+        for entry, expression in expressions:
+            if expression.match(name):
+                values.setdefault(name, pattern[entry])
+                hits[entry].append(name)
+    for entry, names in hits.items():
+        if not names and strict:
+            raise matches_nothing(key, entry, chosen)
+        matches[f"{key} '{entry}'"] = tuple(names)
+    return values
+
+
+def value_by_pattern(pattern: Mapping[str, int] | Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first key of ``pattern`` that matches the ending of ``name``, else ``default``."""
+    return next((pattern[key] for key in pattern if _ending_expression(key).match(name)), default)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ending_expression(entry: str) -> re.Pattern[str]:
+    """PEFT's rule for the keys of patterns."""
+    return re.compile(rf"(.*\.)?({entry})$")
+
+
+def matches_nothing(
+    key: str, entry: str, modules: list[Named], as_list: bool = False, kind: str = "module"
+) -> UserError:
+    """The error for an entry without a match, with the nearest names: last parts, else full names."""
+    names = [name for m in modules for name in m.names]
+    if as_list:
+        hint = f"a text must match full names; for all modules that end so write a list: ['{entry}']"
+    elif entry in KEYWORDS:
+        hint = f"write it without a list: {key}: {entry}"
+    else:
+        lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        lasts = [last for last in lasts if not last.isdigit()]
+        full = nearest(entry, names[:2000]) if "." in entry else []
+        hint = did_you_mean(entry, full or lasts)
+    return UserError(f"{key}: '{entry}' matches no {kind}", where=key, hint=hint)
+
+
+def shown(names: list[str], count: int = 6) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:count])
+    return listed + (f", … ({len(names)} in all)" if len(names) > count else "")

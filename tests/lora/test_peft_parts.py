@@ -1,0 +1,340 @@
+"""Parameters, rows of tokens, a bias on B and nn.MultiheadAttention, compared with PEFT."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaw.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    attach,
+    count_parameters,
+    detach,
+    disabled,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from tests.lora.models import VOCABULARY, mixture, tiny, with_peft
+
+
+class _Attention(nn.Module):
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 12)
+        self.attn = nn.MultiheadAttention(12, 3, batch_first=batch_first)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.out(torch.tanh(x + self.attn(x, x, x, need_weights=False)[0]))
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(self.encoder(self.embed(input_ids)))
+
+
+class _Stack(nn.Module):
+    """A module with parameters of both kinds and a layer below it, called as a whole."""
+
+    def __init__(self, is_transposed: bool = False, experts: int = 3) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        wide = (6, 10) if is_transposed else (10, 6)
+        self.first = nn.Parameter(torch.randn(experts, *wide) * 0.3)
+        self.second = nn.Parameter(torch.randn(7, 10) * 0.3)
+        self.third = nn.Parameter(torch.randn(experts, 4, 10) * 0.3)
+        self.some_bias = nn.Parameter(torch.zeros(7))
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first if self.is_transposed else self.first.transpose(1, 2)
+        h = torch.tanh(torch.einsum("bi,eio->eo", self.inner(x), first) + 0.1)
+        pooled = torch.tanh(self.third @ h.sum(0)).sum()
+        return (h @ self.second.t() + self.some_bias).sum(0, keepdim=True) + pooled
+
+
+class _Mixed(nn.Module):
+    def __init__(self, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 6)
+        self.stack = _Stack(is_transposed)
+        self.wide = Conv1D(5, 7)
+        self.conv = nn.Conv1d(1, 4, 3, padding=1)
+        self.nobias = nn.Linear(5, 3, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.stack(self.embed(input_ids).mean(1))
+        x = self.wide(torch.tanh(x))
+        return self.nobias(torch.tanh(self.conv(x[:, None])))
+
+
+class _Case(NamedTuple):
+    """A model, our settings, and PEFT's where they have other names or values."""
+
+    make: Callable[[], nn.Module]
+    ours: dict[str, object]
+    theirs: dict[str, object] = {}  # noqa: RUF012
+
+
+_GPT_OSS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+_CASES = {
+    "mixtral": _Case(
+        lambda: mixture("mixtral"),
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "mixtral with modules": _Case(
+        lambda: mixture("mixtral"),
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": ["experts.down_proj"],
+            "rank_pattern": {r"layers\.1\..*down_proj": 2, "q_proj": 6},
+            "alpha_pattern": {"experts.down_proj": 5.0},
+        },
+    ),
+    "qwen3 moe": _Case(
+        lambda: mixture("qwen3_moe"),
+        {
+            "target_modules": ["k_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
+            "rslora": True,
+        },
+        {"use_rslora": True},
+    ),
+    "qwen3 moe gaussian": _Case(
+        lambda: mixture("qwen3_moe"),
+        {"target_modules": [], "target_parameters": ["1.mlp.experts.gate_up_proj"], "init": "gaussian"},
+        {"init_lora_weights": "gaussian"},
+    ),
+    "gpt oss": _Case(
+        lambda: mixture("gpt_oss"), {"target_modules": ["o_proj"], "target_parameters": _GPT_OSS}
+    ),
+    "a linear layer's weight": _Case(
+        lambda: tiny("llama"), {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}
+    ),
+    "three parameters": _Case(
+        _Mixed,
+        {
+            "target_modules": ["inner", "nobias"],
+            "target_parameters": ["first", "stack.second", "stack.third"],
+            "bias": "all",
+            "train_modules": ["conv"],
+        },
+        {"modules_to_save": ["conv"]},
+    ),
+    "experts in-out": _Case(
+        lambda: _Mixed(True), {"target_modules": ["nobias"], "target_parameters": ["first", "second"]}
+    ),
+    "tokens": _Case(
+        lambda: tiny("llama"), {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 40]}
+    ),
+    "tokens tied": _Case(
+        lambda: tiny("gemma3"), {"target_modules": ["q_proj"], "trainable_token_indices": [7, 4, 11]}
+    ),
+    "tokens by name": _Case(
+        lambda: tiny("gpt2"),
+        {"target_modules": ["c_fc"], "trainable_token_indices": {"wte": [3, 8], "wpe": [2]}},
+    ),
+    "tokens and experts": _Case(
+        lambda: mixture("mixtral", tie_word_embeddings=True),
+        {
+            "target_modules": [],
+            "target_parameters": ["experts.gate_up_proj"],
+            "trainable_token_indices": [6, 12],
+        },
+    ),
+    "bias on B": _Case(lambda: tiny("vit"), {"target_modules": ["q_proj", "fc1"], "lora_bias": True}),
+    "bias on B of all kinds": _Case(
+        _Mixed, {"target_modules": ["inner", "wide", "conv", "nobias"], "lora_bias": True}
+    ),
+    "bias on B of Conv1D": _Case(
+        lambda: tiny("gpt2"), {"target_modules": ["c_attn"], "lora_bias": True, "bias": "lora_only"}
+    ),
+    "attention": _Case(_Attention, {"target_modules": ["attn", "out"]}),
+    "attention and biases": _Case(
+        _Attention, {"target_modules": ["attn"], "bias": "all", "rslora": True}, {"use_rslora": True}
+    ),
+    "attention of an encoder": _Case(_Encoder, {"target_modules": ["self_attn", "linear1"]}),
+    "attention gaussian": _Case(
+        _Attention, {"target_modules": ["attn"], "init": "gaussian"}, {"init_lora_weights": "gaussian"}
+    ),
+    "attention sequence first": _Case(
+        lambda: _Attention(False), {"target_modules": ["attn"], "bias": "lora_only"}
+    ),
+}
+_EACH = pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
+_RENAMED = ("rslora", "init", "train_modules")
+
+
+def _inputs(base: nn.Module, seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    if type(base).__name__.startswith("ViT"):
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=draw)}
+    return {"input_ids": torch.randint(3, 13, (2, 9), generator=draw)}
+
+
+def _output(model: nn.Module, base: nn.Module, seed: int = 100) -> Tensor:
+    output = model(**_inputs(base, seed))
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _pair(case: _Case) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The base model, ours and PEFT's adapter on copies of it, initialized by one seed."""
+    torch.manual_seed(0)
+    base = case.make().eval()
+    ours = copy.deepcopy(base)
+    torch.manual_seed(3)
+    attach(ours, LoRAConfig(rank=4, alpha=6.0, **case.ours))
+    shared = {key: value for key, value in case.ours.items() if key not in _RENAMED}
+    torch.manual_seed(3)
+    theirs = with_peft(base, r=4, lora_alpha=6, **shared, **case.theirs)
+    return base, ours, _no_fast_path(theirs, base)
+
+
+def _no_fast_path(theirs: nn.Module, base: nn.Module) -> nn.Module:
+    """In eval mode torch's encoder passes PEFT's adapter by; the model in question has no dropout."""
+    return theirs.train(isinstance(base, _Encoder))
+
+
+def _mend(theirs: nn.Module) -> None:
+    """Have PEFT count the update of an attention's output projection once (its pull request 3774)."""
+    for module in theirs.modules():
+        if type(module).__name__ == "MultiheadAttention" and hasattr(module, "lora_A"):
+            inner = module.get_base_layer().out_proj
+            inner.merge = inner.unmerge = lambda *arguments, **named: None
+
+
+def _train(model: nn.Module, base: nn.Module, parameters: list[nn.Parameter], steps: int = 10) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
+    for step in range(steps):
+        optimizer.zero_grad()
+        _output(model, base, step).pow(2).mean().backward()
+        optimizer.step()
+
+
+def _file(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def _trained(
+    case: _Case, change: Callable[[nn.Module], None] = lambda theirs: None
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    base, ours, theirs = _pair(case)
+    change(theirs)
+    _train(ours, base, [p for _, p in adapter_parameters(ours)])
+    _train(theirs, base, [p for p in theirs.parameters() if p.requires_grad])
+    return base, ours, theirs
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    assert (ours - theirs).norm() <= tolerance * theirs.norm(), float((ours - theirs).norm() / theirs.norm())
+
+
+@_EACH
+def test_ten_steps_give_pefts_tensors_under_pefts_names(case, tmp_path):
+    base, ours, theirs = _trained(case, _mend)
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(str(tmp_path / "theirs"))
+    mine, other = _file(tmp_path / "ours"), _file(tmp_path / "theirs")
+    # Under bias 'all' PEFT writes biases that are not trained too, and those of extra modules a second time.
+    untrained = ("original_module", "modules_to_save", "some_bias", "in_proj_bias")
+    other = {k: v for k, v in other.items() if not any(part in k for part in untrained)}
+    for key in other:
+        if "out_proj.lora_B" in key and isinstance(base, _Attention | _Encoder):
+            mine[key] = mine[key] * 2  # what such files have half of
+    assert mine.keys() == other.keys()
+    initial = attach(fresh := copy.deepcopy(base), LoRAConfig(rank=4, alpha=6.0, **case.ours), seed=3)
+    save_adapter(fresh, tmp_path / "initial")
+    before = _file(tmp_path / "initial")
+    assert initial.adapted > 0
+    for key, tensor in other.items():
+        assert mine[key].shape == tensor.shape
+        _close(mine[key], tensor)
+        moved = (mine[key] - before[key]).norm()
+        assert moved > 1e-3 * before[key].norm() and moved > 0, key
+    _close(_output(ours, base), _output(theirs, base))
+
+
+@_EACH
+def test_files_go_both_ways(case, tmp_path):
+    base, ours, theirs = _trained(case)
+    with torch.no_grad():
+        expected, plain = _output(ours, base), _output(base, base)
+        assert (expected - plain).norm() > 1e-3 * plain.norm()
+        save_adapter(ours, tmp_path / "ours")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            in_peft = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+            in_peft = _no_fast_path(in_peft, base)
+            in_peft.save_pretrained(str(tmp_path / "again"))
+            theirs.save_pretrained(str(tmp_path / "theirs"))
+        _close(_output(in_peft, base), expected)
+        # PEFT's own training differs where its forward counts an update twice; what it computes must not.
+        for folder, output in (("ours", expected), ("again", expected), ("theirs", _output(theirs, base))):
+            loaded = copy.deepcopy(base)
+            load_adapter(loaded, tmp_path / folder)
+            _close(_output(loaded, base), output)
+
+
+@_EACH
+def test_disabled_merged_and_detached(case):
+    base, ours, _ = _pair(case)
+    modules = {name: id(module) for name, module in base.named_modules()}
+    ours = copy.deepcopy(base)
+    own = {name: id(module) for name, module in ours.named_modules()}
+    bits = copy.deepcopy(base).state_dict()
+    attach(ours, LoRAConfig(rank=4, alpha=6.0, **case.ours), seed=3)
+    _train(ours, base, [p for _, p in adapter_parameters(ours)], steps=3)
+    with torch.no_grad():
+        plain, expected = _output(base, base), _output(ours, base)
+        assert (expected - plain).norm() > 1e-3 * plain.norm()
+        with disabled(ours):
+            assert torch.equal(_output(ours, base), plain)
+        assert torch.equal(_output(ours, base), expected)
+        if "nobias" not in case.ours["target_modules"] or not case.ours.get("lora_bias"):
+            trained = [p.clone() for _, p in adapter_parameters(ours)]
+            merge(ours)
+            _close(_output(ours, base), expected)
+            with disabled(ours):
+                assert torch.equal(_output(ours, base), plain)
+            unmerge(ours)
+            assert torch.equal(_output(ours, base), expected)
+            assert all(torch.equal(a, b) for a, (_, b) in zip(trained, adapter_parameters(ours), strict=True))
+        copied = copy.deepcopy(ours)
+        detach(ours)
+        assert {name: id(module) for name, module in ours.named_modules()} == own
+        assert modules.keys() == own.keys()
+        assert all(torch.equal(value, bits[key]) for key, value in ours.state_dict().items())
+        assert torch.equal(_output(ours, base), plain)
+        assert torch.equal(_output(copied, base), expected)
+
+
+@_EACH
+def test_parameters_are_counted_as_pefts(case):
+    base, ours, theirs = _pair(case)
+    count = count_parameters(ours)
+    assert count.trained == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert count.total == sum(p.numel() for p in base.parameters())
+    assert count.trained == sum(p.numel() for _, p in adapter_parameters(ours))
