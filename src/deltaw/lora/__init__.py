@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         DoRALayer,
         DoRALinear,
     )
-    from deltaw.lora.merge import merge, unmerge
+    from deltaw.lora.merging import merge, unmerge
 
 __all__ = [
     "ActivationStart",
@@ -75,7 +75,7 @@ _MODULES = {
     "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
     "layers_conv": "LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d",
     "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
-    "merge": "merge unmerge",
+    "merging": "merge unmerge",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
