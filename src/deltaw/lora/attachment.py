@@ -1,4 +1,4 @@
-"""What a model carries while an adapter is attached: enough to give it back exactly as it was.
+"""The record of an attached adapter: enough to restore the model exactly.
 
 The record hangs on the model as a plain attribute, so that it is copied with it and goes with it.
 """
@@ -73,7 +73,7 @@ class Attachment:
     config: LoRAConfig
     fingerprint: str | None
     layers: list[Replacement] = field(default_factory=list)
-    wholes: list[Replacement] = field(default_factory=list)
+    extra_modules: list[Replacement] = field(default_factory=list)
     parameters: list[ParameterUpdate] = field(default_factory=list)
     tokens: list[Replacement] = field(default_factory=list)
     biases: list[TrainedBias] = field(default_factory=list)
@@ -154,7 +154,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
 
 @contextlib.contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: weights, biases and whole modules.
+    """Within the block the model is the base model: weights, biases and extra trainable modules.
 
     Raises:
         UserError: no adapter is attached, or it was merged without keeping the weights before.
@@ -174,7 +174,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         for bias in record.biases if record else ():
             stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
             bias.parameter.data = bias.original_here()
-        for whole in record.wholes if record else ():
+        for whole in record.extra_modules if record else ():
             stack.callback(whole.put, whole.current)
             whole.put_original(model)
         yield

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.adapted import adopt
 from deltaw.lora.places import Place, Replacement, as_before, spots_holding
 
 _RECORD = "_deltaw_virtual_tokens"
@@ -107,7 +108,7 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
             f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {weight.shape[1]} wide",
             hint="is it the base model that the prompt was trained on?",
         )
-    layer = _adopted(embedding)
+    layer = adopt(_class_over(type(embedding)), embedding)
     # Updates are smaller than what half precision resolves, so the table is fp32 whatever the weight is.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
@@ -145,19 +146,6 @@ def _place(model: nn.Module) -> Replacement | None:
     """Where the embedding with virtual tokens stands, and what stood there before."""
     place = vars(model).get(_RECORD)
     return place if isinstance(place, Place) else None
-
-
-def _adopted(embedding: nn.Module) -> VirtualTokens:
-    """A new object of the embedding's class with virtual tokens: the same parameters, buffers, hooks, flags.
-
-    The tables are copied, so that what is added to the new object does not show in the old one.
-    """
-    cls = _class_over(type(embedding))
-    layer = cls.__new__(cls)
-    vars(layer).update(vars(embedding))
-    for table in ("_parameters", "_buffers", "_modules"):
-        vars(layer)[table] = dict(vars(embedding)[table])
-    return layer
 
 
 _CLASSES: dict[type[nn.Module], type[VirtualTokens]] = {}
