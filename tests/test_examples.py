@@ -101,7 +101,8 @@ def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
         for line in block.splitlines()
     ]
     for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", "\n".join(commands)):
-        known = {flag for parameter in _command(verb).params for flag in (*parameter.opts, "--help", "--key")}
+        flags = [(*p.opts, *p.secondary_opts) for p in _command(verb).params]
+        known = {"--help", "--key", *(flag for spelled in flags for flag in spelled)}
         used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
         assert used <= known, f"deltaw {verb}: {used - known}"
 

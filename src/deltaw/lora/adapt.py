@@ -21,7 +21,6 @@ from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
     ParameterUpdate,
-    Replacement,
     TrainedBias,
     attached,
     attachment,
@@ -37,6 +36,7 @@ from deltaw.lora.kinds import adapter_for
 from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
 from deltaw.lora.layers_tokens import trained_tokens_of
 from deltaw.lora.merging import shared_weights
+from deltaw.lora.places import Replacement, spots_of
 from deltaw.lora.select import ParameterTarget, Selection, Target, select
 from deltaw.lora.select_parts import TokenTarget
 
@@ -266,11 +266,7 @@ def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> 
 def _replacement(
     model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module
 ) -> Replacement:
-    places = []
-    for name in names:
-        parent, _, attribute = name.rpartition(".")
-        places.append((model.get_submodule(parent), attribute))
-    return Replacement(names, places, original, current)
+    return Replacement(names, spots_of(model, names), original, current)
 
 
 def _refuse_change(model: nn.Module, record: Attachment) -> None:
