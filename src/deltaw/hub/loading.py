@@ -225,7 +225,7 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
 
 
 def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, whose weights are not looked at.
+    """The configuration of the model in ``folder``, whose weights are not read.
 
     Raises:
         UserError: it cannot do ``task``.
@@ -254,6 +254,6 @@ def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError
 
 
 def _reason(error: Exception) -> BaseException:
-    """What a strict dataclass found, behind its report of where it looked; any other error itself."""
+    """What a strict dataclass found, behind its report of where it searched; any other error itself."""
     cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
     return error if cause is None else cause
