@@ -4,14 +4,16 @@ Everything else stands in pyproject.toml. Without the extension deltaw runs on t
 """
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = "src/deltaw/kernels/csrc"
+SOURCES = Path("src/deltaw/kernels/csrc")
 FLAGS = [
     "-O3",
     "-std=c++17",
     "-fno-math-errno",
+    "-fvisibility=hidden",
     # Whether the processor has these is looked up before anything is called.
     *(
         f"-m{name}"
@@ -24,8 +26,8 @@ setup(
     ext_modules=[
         Extension(
             "deltaw.kernels._native",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("linear", "rows", "attention", "block")],
-            depends=[f"{SOURCES}/vectors.h", f"{SOURCES}/kernels.h"],
+            sources=sorted(map(str, SOURCES.glob("*.cpp"))),
+            depends=[*sorted(map(str, SOURCES.glob("*.h"))), "setup.py"],
             extra_compile_args=FLAGS,
             optional=True,
         )

@@ -1,9 +1,10 @@
-"""A LoRA step on other kinds of models, beside PEFT: an encoder's classifier, GPT-2, Gemma 2.
+"""Time of a LoRA step on other model families, compared with PEFT: a BERT classifier, GPT-2, Gemma 2.
 
     python benchmarks/families.py [--repeats 5]
 
-Random weights of the families' small sizes, bf16, rank 16 on all linear layers. Both sides run in this
-process on the same tokens, a step each in turn; the medians of the pairs' ratios are printed.
+The models have random bf16 weights and small sizes of their families; LoRA has rank 16 on all linear layers.
+Both sides run in this process on the same tokens and alternate after each step. Printed are the median time
+of each side and the median ratio of the paired steps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from deltaw.data.packing import Batch
-from deltaw.host.machine import choose_threads
+from deltaw.host.choices import choose_threads
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
@@ -33,7 +34,7 @@ HEADS = {"num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 204
 
 
 def classifier() -> nn.Module:
-    """MiniLM's shape with a new head."""
+    """A BERT classifier of MiniLM's shape, with a new head."""
     config = transformers.BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
     )
@@ -51,7 +52,7 @@ def gemma2() -> nn.Module:
     return transformers.Gemma2ForCausalLM(config)
 
 
-# Maker, rows, tokens a row.
+# Function that makes the model, rows per step, tokens per row.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "encoder, 32 rows of 40": (classifier, 32, 40),
     "GPT-2, 2 rows of 512": (gpt2, 2, 512),

@@ -1,8 +1,8 @@
-"""A LoRA step on a CUDA device: tokens a second and the allocator's peak, beside PEFT with fused attention.
+"""A LoRA step on a CUDA device: tokens per second and the allocator's peak, compared with PEFT.
 
     python benchmarks/gpu.py [--length 1024] [--rows 8]
 
-Says so and ends where there is no card. Nothing in the documentation was measured with it yet.
+Without a CUDA device it prints a message and ends. The documentation has no figures from it yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device is there: nothing to measure")
+        print("no CUDA device found: nothing to measure")
         sys.exit(0)
     tokens = torch.randint(0, 49152, (arguments.rows, arguments.length), generator=torch.Generator())
     print(torch.cuda.get_device_name(0), f"torch {torch.__version__}")
@@ -56,7 +56,7 @@ def deltaw_step(tokens: torch.Tensor) -> Callable[[], None]:
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.runtime.packed import set_attention
+    from deltaw.runtime.attention_choice import set_attention
     from deltaw.training.optimizer import adamw
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
@@ -83,7 +83,7 @@ def peft_step(tokens: torch.Tensor) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from deltaw.hub.loading import config_folder
+    from deltaw.hub.folders import config_folder
 
     folder = config_folder(MODEL, "bf16", False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")

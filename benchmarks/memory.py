@@ -188,7 +188,7 @@ def make_models(folder: Path) -> dict[str, str]:
     import torch
     import transformers
 
-    from deltaw.hub.loading import load_tokenizer
+    from deltaw.hub.tokenizers import load_tokenizer
 
     smol, minilm = load_tokenizer(SMOL), load_tokenizer(MINILM)
     size = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -252,18 +252,16 @@ def child(what: str, settings: dict) -> dict:
 
 def tensors(settings: dict) -> dict:
     """The peak of all tensors: planned, and by the allocator's events."""
-    from rich.console import Console
-
     from deltaw.config import RunConfig
     from deltaw.memory.measure import peak_tensor_bytes
     from deltaw.training.fit import load_for
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
 
-    config, console = RunConfig.read(settings), Console(quiet=True)
-    task, data = read_data(config, console)
+    config = RunConfig.read(settings)
+    task, data = read_data(config)
     plan = plan_run(config, task, data)
-    loaded = load_for(config, task, data, console)
+    loaded = load_for(config, task, data)
 
     def assembled() -> Session:
         return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)

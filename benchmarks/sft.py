@@ -1,11 +1,11 @@
-"""Fine-tuning on real rows: rows a second, final loss and peak memory beside TRL's SFTTrainer with PEFT.
+"""Fine-tuning on real rows: rows per second, final loss and peak memory, compared with TRL and PEFT.
 
     python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--data sarcasm] [--json results.json]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bf16 weights, one epoch over 400 sarcasm
-headlines (which all begin with the same instructions), film reviews, or pronunciations of words.
-Each side runs in its own process, the sides in turn; the medians are printed, and the final loss is measured
-for every adapter by the same code, in fp32, on the same 200 rows that nobody trained on.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bf16 weights, one epoch over 400 sarcasm headlines
+(which share one prefix of instructions), film reviews, or pronunciations of words. Each side runs in its own
+process, and the sides alternate; medians are printed. The final loss of every adapter is measured by the same
+code, in fp32, on the same 200 held-out rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from deltaw.data import DataSettings, prepare
-from deltaw.host.machine import choose_threads
+from deltaw.host.choices import choose_threads
 from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
@@ -42,7 +42,7 @@ TRAINED, HELD_OUT = 400, 200
 
 SIDES: dict[str, dict] = {
     "deltaw": {"side": "deltaw", "share": True},
-    "deltaw int8": {"side": "deltaw", "share": True, "bytes": True},
+    "deltaw int8": {"side": "deltaw", "share": True, "int8": True},
     "deltaw, sharing off": {"side": "deltaw", "share": False},
     "TRL + PEFT": {
         "side": "trl",
@@ -78,7 +78,7 @@ def main() -> None:
     arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16])
     arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     arguments.add_argument(
-        "--data", choices=list(DATA), default="sarcasm", help="headlines begin alike, the others do not"
+        "--data", choices=list(DATA), default="sarcasm", help="sarcasm rows share a prefix, the others do not"
     )
     arguments.add_argument("--rows", type=int, default=TRAINED, help="rows to train on")
     arguments.add_argument("--json", type=Path, default=None)
@@ -126,7 +126,7 @@ def main() -> None:
                         {**measured, "output": job["output"]}
                     )
                     print(
-                        f"{batch_size:3d} rows a step  {name:26s} {measured['rows_per_second']:6.2f} rows/s  "
+                        f"{batch_size:3d} rows/step  {name:26s} {measured['rows_per_second']:6.2f} rows/s  "
                         f"{measured['peak_bytes'] / 1e6:6.0f} MB  training loss {measured['loss']:.4f}",
                         flush=True,
                     )
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def pairs_of_words(reference: str, folder: Path) -> str:
-    """A dictionary of lines ``word sounds…`` as a file of prompts and completions; every 60th word."""
+    """Turn every 60th line ``word sounds…`` of a dictionary into a row with prompt and completion."""
     pairs = [line.split("#")[0].split() for line in member(reference).read_text("utf-8").splitlines()]
     lines = [
         json.dumps({"prompt": f"How is {word} pronounced?\n", "completion": " ".join(sounds)})
@@ -150,7 +150,7 @@ def pairs_of_words(reference: str, folder: Path) -> str:
 
 
 def run(job: dict, work: Path) -> dict:
-    """Run one side in a fresh process and read what it printed."""
+    """Run one side in a new process and return its results."""
     (work / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("sft_side.py")
     done = subprocess.run(
@@ -166,7 +166,7 @@ def run(job: dict, work: Path) -> dict:
 
 
 def final_losses(results: dict[str, list[dict]], held_out: list) -> None:
-    """Held-out loss of every adapter, in fp32, by the same code."""
+    """Measure the held-out loss of every adapter in fp32."""
     loaded = load(MODEL, precision="fp32", say=lambda line: None)
     batcher, _ = choose_causal_batcher(loaded.model, held_out, device="cpu")
     for runs in results.values():
@@ -189,7 +189,7 @@ def report(results: dict[str, list[dict]], batch_sizes: list[int], sides: list[s
             }
         peers = [n for n in sides if n.startswith("TRL")]
         best = max((medians[n]["rows_per_second"] for n in peers), default=None)
-        print(f"\n| {batch_size} rows a step | rows/s | ratio to TRL's best | peak MB | held-out loss |")
+        print(f"\n| {batch_size} rows per step | rows/s | ratio to TRL's best | peak MB | held-out loss |")
         print("| --- | ---: | ---: | ---: | ---: |")
         for name in sides:
             m = medians[name]

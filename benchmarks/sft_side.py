@@ -1,8 +1,8 @@
 """One side of `benchmarks/sft.py`, in a process of its own: train on the prepared rows, print one JSON line.
 
-Both sides get the same token ids and labels, the same rows in the same order in every optimizer step, the
-same learning rate, schedule, rank, alpha, targets and factors at the start.
-What is timed is the training loop alone; the memory is the process's peak.
+Both sides get the same token ids and labels, the same rows in the same order in every optimizer step, and the
+same learning rate, schedule, rank, alpha, targets and initialization. The time is that of the training loop;
+the memory is the peak of the process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def deltaw_side(job: dict) -> dict:
     import torch
 
     from deltaw.data.example import Example
+    from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
     from deltaw.runtime.int8_weights import quantize_int8
@@ -35,12 +36,13 @@ def deltaw_side(job: dict) -> dict:
         Example(row, np.array(r["input_ids"], np.int32), np.array(r["labels"]) != -100, 0, None)
         for row, r in enumerate(job["rows"], 1)
     ]
-    if job.get("bytes"):
+    if job.get("int8"):
         tokens = torch.cat([torch.tensor(r["input_ids"]) for r in job["rows"][:40]])[None, :512]
         quantize_int8(loaded.model.base_model, lambda: loaded.model.base_model(input_ids=tokens))
     batcher, _ = choose_causal_batcher(loaded.model, examples, device="cpu", share=job["share"])
     attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     steps = count_steps(len(examples), job["batch_size"], 1.0, None)
+    keep_freed_memory()  # as the command line does
     objective = CausalObjective(loaded.model)
     with packed_rows(loaded.model):
         outcome = train(
@@ -109,7 +111,7 @@ def main() -> None:
     job["rows"] = json.loads(Path(job["rows"]).read_text())
     measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
 
-    from deltaw.host.machine import peak_resident_bytes
+    from deltaw.host.memory import peak_resident_bytes
 
     measured["rows_per_second"] = len(job["rows"]) / measured["seconds"]
     measured["peak_bytes"] = peak_resident_bytes()

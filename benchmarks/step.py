@@ -1,11 +1,12 @@
-"""One training step: tokens a second and peak memory beside PEFT, and beside the floor.
+"""One training step: tokens per second and peak memory, compared with PEFT and with the floor.
 
     python benchmarks/step.py [--repeats 3] [--only deltaw] [--json step.json]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 2 rows of 512 tokens with a label at each. Every
-side runs in a process of its own, the sides in turn, and prints the median of its steps; medians over the
-rounds are shown. The floor is what the same matrix products take alone, as torch computes them in this
-precision, with the attention's and the update's operations at the same rate; it is timed in each round too.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 2 rows of 512 tokens with a label at each token.
+Every side runs in a process of its own, and the sides alternate. Each process reports the median of its
+steps; the table shows medians over the rounds. The floor is a lower bound on the time of a step: the time of
+its matrix products alone, as torch computes them in this precision, with the operations of attention and of
+the low-rank update counted at the same rate. It is measured in each round too.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ SIDES: dict[str, dict] = {
     "floor bf16": {"side": "floor", "precision": "bf16"},
     "deltaw bf16": {"side": "deltaw", "precision": "bf16"},
     "deltaw int8": {"side": "deltaw", "precision": "int8"},
-    "deltaw bf16, recomputed": {"side": "deltaw", "precision": "bf16", "checkpointing": True},
-    "deltaw int8, recomputed": {"side": "deltaw", "precision": "int8", "checkpointing": True},
+    "deltaw bf16, checkpointing": {"side": "deltaw", "precision": "bf16", "checkpointing": True},
+    "deltaw int8, checkpointing": {"side": "deltaw", "precision": "int8", "checkpointing": True},
     "PEFT bf16": {"side": "peft", "precision": "bf16", "fp32_adapter": True},
     "PEFT bf16, adapter in bf16": {"side": "peft", "precision": "bf16"},
-    "PEFT bf16, recomputed": {"side": "peft", "precision": "bf16", "checkpointing": True},
+    "PEFT bf16, checkpointing": {"side": "peft", "precision": "bf16", "checkpointing": True},
     "PEFT bf16, compiled": {"side": "peft", "precision": "bf16", "compiled": True},
     "PEFT fp32": {"side": "peft", "precision": "fp32"},
 }
@@ -43,11 +44,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all sides")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is told apart")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is timed apart")
     parser.add_argument(
-        "--only", default="", help="sides whose name matches this expression, the floor beside them"
+        "--only", default="", help="only sides whose name matches this expression, and the floor"
     )
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as deltaw would choose")
+    parser.add_argument("--threads", type=int, default=0, help="0: the number that deltaw chooses")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -55,8 +56,8 @@ def main() -> None:
         print("RESULT " + json.dumps(child(json.loads(arguments.child))), flush=True)
         return
 
-    from deltaw.host.machine import choose_threads
-    from deltaw.hub.loading import config_folder
+    from deltaw.host.choices import choose_threads
+    from deltaw.hub.folders import config_folder
 
     folder = os.fspath(config_folder(MODEL, "bf16", False))
     threads = arguments.threads or choose_threads().value
@@ -89,7 +90,7 @@ def run(job: dict) -> dict:
 
 
 def report(found: dict[str, list[dict]]) -> None:
-    """Medians, as a table in Markdown."""
+    """Print the medians as a Markdown table."""
     import torch
 
     def median(name: str, key: str) -> float:
@@ -134,7 +135,7 @@ def tokens_of_step() -> object:
 
 
 def timed(step: object, job: dict) -> dict:
-    """Times of steps; the first apart, the median of the others."""
+    """Run the steps; returns the time of the first and the speed at the median of the others."""
     seconds = []
     for _ in range(job["steps"]):
         begun = time.perf_counter()
@@ -148,7 +149,7 @@ def timed(step: object, job: dict) -> dict:
 
 
 def memory_above(loaded: int) -> dict:
-    from deltaw.host.machine import peak_resident_bytes
+    from deltaw.host.memory import peak_resident_bytes
 
     peak = peak_resident_bytes()
     return {"peak_bytes": peak, "above_bytes": peak - loaded}
@@ -158,6 +159,7 @@ def deltaw_side(job: dict) -> dict:
     import numpy as np
 
     from deltaw.data.example import Example
+    from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.int8_weights import quantize_int8
@@ -180,6 +182,7 @@ def deltaw_side(job: dict) -> dict:
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     if job.get("checkpointing"):
         checkpoint_blocks(model)
+    keep_freed_memory()  # as the command line does
     objective, seconds = CausalObjective(model), []
     with packed_rows(model):
         train(
@@ -197,8 +200,8 @@ def deltaw_side(job: dict) -> dict:
 
 
 def loaded_bytes(model: object) -> int:
-    """What the process holds with all weights read, mapped ones too; the peak is counted anew from here."""
-    from deltaw.host.machine import release_free_memory, resident_bytes
+    """Resident memory with all weights read, mapped ones included; resets the peak."""
+    from deltaw.host.memory import release_free_memory, resident_bytes
 
     for parameter in model.parameters():  # type: ignore[attr-defined]
         parameter.detach().flatten()[::512].clone()
@@ -206,7 +209,7 @@ def loaded_bytes(model: object) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        print("the peak of loading is part of the peak", file=sys.stderr)
+        print("the peak could not be reset: it includes loading", file=sys.stderr)
     return resident_bytes()
 
 
@@ -237,7 +240,7 @@ def peft_side(job: dict) -> dict:
 
 
 def floor_side(job: dict) -> dict:
-    """The model's products alone: each shape by itself, forward and backward, and the rest at their rate."""
+    """Time the model's matrix products alone, forward and backward; count the rest at their rate."""
     import torch
     from transformers import AutoConfig
 

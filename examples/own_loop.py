@@ -1,4 +1,4 @@
-"""LoRA in a loop of your own, on any torch module: here a small network that learns a new target.
+"""LoRA in your own training loop, on any torch module; here a small network learns a new target.
 
 python examples/own_loop.py
 """

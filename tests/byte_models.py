@@ -1,4 +1,4 @@
-"""Tiny models over a vocabulary of bytes and a few special tokens, so that any text can be trained on."""
+"""Tiny models with a byte-level vocabulary and a few special tokens, so that tests can train on any text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: special tokens 0 to 2, then the 256 bytes."""
+    """A byte-level tokenizer without merges: tokens 0 to 2 are special, then come the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *alphabet))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -39,7 +39,7 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
         "max_position_embeddings": 128,
         "eos_token_id": 0,
         "bos_token_id": None,
-        "initializer_range": 0.5,  # large, so that argmax is decided and not a tie
+        "initializer_range": 0.5,  # large, so that argmax has no ties
     }
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 

@@ -1,6 +1,6 @@
-"""What tests of whole runs share: a tiny model in a folder, rows in a file, and a run that is done.
+"""Fixtures for tests of whole runs: a tiny model in a folder, rows in a file, and a finished run.
 
-No test asks a network, and none touches the user's cache.
+No test uses the network or the user's cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "teal", "cy
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the user's cache, the network and all threads but one out of the tests."""
+    """Isolate tests from the user's cache and the network, and use one thread."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -28,7 +28,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two blocks with a tokenizer of bytes and a ChatML template; it has learned nothing yet."""
+    """An untrained Llama of two blocks with a byte-level tokenizer and a ChatML template."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     tiny_llama(initializer_range=0.3).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -37,7 +37,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten questions that begin alike, each with its answer."""
+    """Ten questions with a shared prefix, each with its answer."""
     path = tmp_path_factory.mktemp("rows") / "colours.jsonl"
     write_rows(path, ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS))
     return path
@@ -50,7 +50,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
 
 
 def laid_over(below: Mapping[str, object], above: Mapping[str, object]) -> dict:
-    """``below`` with the sections and values of ``above`` in it."""
+    """``below``, with the sections and values of ``above`` merged into it."""
     merged = copy.deepcopy(dict(below))
     for key, value in above.items():
         known = merged.get(key)
@@ -61,7 +61,7 @@ def laid_over(below: Mapping[str, object], above: Mapping[str, object]) -> dict:
 
 @pytest.fixture(scope="session")
 def settings(model_folder: Path, rows_file: Path) -> Settings:
-    """Settings of a short run in fp32; what is given is laid over them."""
+    """Settings of a short run in fp32; arguments override them."""
 
     def make(output: Path, **changes: object) -> dict:
         plain = {
@@ -81,7 +81,7 @@ def settings(model_folder: Path, rows_file: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def finished_run(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that is done. Tests read it; those that change something copy it first."""
+    """The folder of a finished run. Tests that change it copy it first."""
     from deltaw.training.fit import fit
 
     return fit(settings(tmp_path_factory.mktemp("runs") / "done", train={"epochs": 4})).output

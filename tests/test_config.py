@@ -1,4 +1,4 @@
-"""The settings: one definition, read from a file, a dictionary or flags; what does not fit has its hint."""
+"""The settings: one definition, read from a file, a dictionary or flags; wrong values give a hint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and the settings that the pages show are valid."""
+"""The examples run unchanged, and the settings shown on the documentation pages are valid."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import re
 import runpy
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertModel
 
-from deltaw.config import RunConfig, parse_yaml
-from deltaw.experiments.compare import DEFAULT_METHODS
+from deltaw.cli import group
+from deltaw.config import RunConfig, parse_yaml, settings
+from deltaw.methods import registry
 from deltaw.methods.choose import choose_method
 from deltaw.training.fit import fit
 from tests.byte_models import byte_tokenizer
@@ -56,19 +58,19 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
         },
     )
     result = fit(config)
-    # Of 6 films with 4 reviews each, one is held out whole; the plots are left out.
+    # One of 6 films with 4 reviews each is held out; the plots are dropped.
     assert result.outcome.rows == 2 * 20
     assert result.evaluation.classes == ("rotten", "fresh")
     assert result.evaluation.confusion is not None and result.evaluation.confusion.sum() == 4
 
 
 def test_demo_settings_are_valid() -> None:
-    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 1e-3
+    assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 5e-4
 
 
 def test_compare_settings_are_valid_for_every_method() -> None:
     config = RunConfig.read(EXAMPLES / "compare.yaml")
-    for method in DEFAULT_METHODS:
+    for method in registry.compared_names():
         assert choose_method(config.model_copy(update={"method": method}), None).name == method
 
 
@@ -80,7 +82,7 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
         except yaml.YAMLError as error:
             pytest.fail(f"{error}\n{block}")
         assert isinstance(settings, dict), block
-        # A page that is about one section shows that section alone.
+        # A page about one section shows only that section.
         RunConfig.read({"model": "model", "data": "rows.jsonl", **settings})
 
 
@@ -88,6 +90,39 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
 def test_links_on_a_page_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = [
+        line.partition("#")[0]
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", "\n".join(commands)):
+        known = {flag for parameter in _command(verb).params for flag in (*parameter.opts, "--help", "--key")}
+        used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
+        assert used <= known, f"deltaw {verb}: {used - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_setting_names_on_a_page_exist(page: Path) -> None:
+    known = {setting.key for setting in settings()} | {"lora.alpha/rank"}
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    named = re.findall(r"`([a-z]+\.[a-z_/]+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8"))
+    used = {key for key in named if key.partition(".")[0] in sections and not key.endswith(_FILES)}
+    assert used <= known, used - known
+
+
+# Names of files that look like settings, such as ``train.yaml``.
+_FILES = (".py", ".yaml", ".md", ".jsonl", ".json", ".csv")
+
+
+def _command(verb: str) -> click.Command:
+    command = group.get_command(click.Context(group), verb)
+    assert command is not None, verb
+    return command
 
 
 def _tiny_encoder(folder: Path) -> Path:
@@ -106,7 +141,7 @@ def _tiny_encoder(folder: Path) -> Path:
 
 
 def _reviews(path: Path) -> Path:
-    """A table of the same columns as the one that the example names."""
+    """A table with the same columns as the one in the example."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])

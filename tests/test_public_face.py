@@ -1,4 +1,4 @@
-"""``import deltaw``: all its names are there, and it needs torch alone."""
+"""``import deltaw``: every public name exists, and the import needs only torch."""
 
 from __future__ import annotations
 

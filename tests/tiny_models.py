@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the tests draw on: two blocks, 32 wide, from a configuration."""
+"""Tiny random models of every family used in tests: two blocks of width 32, made from a configuration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CAUSAL = {
     "mixtral": lambda: transformers.MixtralConfig(**_SHAPE, **_IDS, num_local_experts=4),
     "cohere": lambda: transformers.CohereConfig(**_SHAPE, **_IDS, logit_scale=0.25),
 }
-# Models whose attention does not go through transformers' interface: they take the padded path.
+# Models that do not use transformers' attention interface and therefore run padded rows.
 PADDED = {
     "bloom": lambda: transformers.BloomConfig(
         vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_IDS
@@ -73,7 +73,7 @@ def causal_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     config = {**CAUSAL, **PADDED}[family]()
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        # Initial weights are so small that attention would hardly matter; make it matter.
+        # With the usual initial weights attention has almost no effect, so they are scaled up.
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.mul_(3.0)

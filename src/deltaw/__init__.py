@@ -1,7 +1,7 @@
 """deltaw: LoRA fine-tuning of any PyTorch model.
 
-The public face: names only. What trains whole runs (``fit``, ``plan``, ``RunConfig``) is imported when it is
-first asked for, so that ``import deltaw`` for a layer in one's own loop needs torch alone.
+The public face: names only. Each is imported when it is first asked for, so that the command line answers
+before torch is loaded, and so that a layer in one's own loop needs torch alone.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ import importlib
 from typing import TYPE_CHECKING
 
 from deltaw.errors import UserError
-from deltaw.lora import (
-    LoRAConfig,
-    LoRAConv1D,
-    LoRAConv1d,
-    LoRAConv2d,
-    LoRAConv3d,
-    LoRAEmbedding,
-    LoRALinear,
-    OtherBaseModelWarning,
-    adapter_parameters,
-    attach,
-    count_parameters,
-    detach,
-    disabled,
-    load_adapter,
-    merge,
-    save_adapter,
-    unmerge,
-)
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
     from deltaw.config import RunConfig
+    from deltaw.lora import (
+        LoRAConfig,
+        LoRAConv1D,
+        LoRAConv1d,
+        LoRAConv2d,
+        LoRAConv3d,
+        LoRAEmbedding,
+        LoRALinear,
+        OtherBaseModelWarning,
+        adapter_parameters,
+        attach,
+        count_parameters,
+        detach,
+        disabled,
+        load_adapter,
+        merge,
+        save_adapter,
+        unmerge,
+    )
     from deltaw.training.fit import fit
+    from deltaw.training.loop import train
     from deltaw.training.planning.plan_run import plan
 
 __all__ = [
@@ -58,17 +59,22 @@ __all__ = [
     "merge",
     "plan",
     "save_adapter",
+    "train",
     "unmerge",
 ]
 
-_LATER = {
+# Names that do not come from deltaw.lora.
+_ELSEWHERE = {
     "fit": "deltaw.training.fit",
     "plan": "deltaw.training.planning.plan_run",
+    "train": "deltaw.training.loop",
     "RunConfig": "deltaw.config",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
-    raise AttributeError(f"module 'deltaw' has no attribute '{name}'")
+    if name not in __all__:
+        raise AttributeError(f"module 'deltaw' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "deltaw.lora")), name)
+    globals()[name] = value
+    return value

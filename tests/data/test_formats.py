@@ -210,7 +210,7 @@ def test_a_conversation_without_an_answer_is_named(messages: list[Row]) -> None:
     [
         ({"messages": "a"}, "'messages' must be a list"),
         ({"conversations": "a"}, "'conversations' must be a list"),
-        ({"conversations": [{"from": "huma", "value": "a"}]}, "'huma' is no speaker"),
+        ({"conversations": [{"from": "huma", "value": "a"}]}, "'huma' is not a known speaker"),
         ({"conversations": [{"role": "user"}]}, "'from' and 'value'"),
         ({"input": "a", "ideal": []}, "empty list"),
         ({"input": 3, "ideal": "b"}, "'input' must be text"),

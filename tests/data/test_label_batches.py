@@ -1,4 +1,4 @@
-"""Batches of labelled rows: padding masked by length, passes cut at least cost, images within the budget."""
+"""Batches of labelled rows: padding masked by length, cut at least cost, images within the budget."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.label_batches import GRID, LabelMicroBatcher, cut_by_length
+from deltaw.data.label_batches import GRID, LabelMicroBatcher
 from deltaw.data.labels import LabelledExample
+from deltaw.data.padding import cut_by_length
 
 
 def row(length: int, label: int | float = 0, segments: list[int] | None = None) -> LabelledExample:

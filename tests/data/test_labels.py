@@ -41,7 +41,7 @@ def test_texts_have_the_special_tokens_and_classes_are_numbered_in_order(write):
     assert [example.label for example in found.train] == [1, 0, 0]
     assert TOKENIZER.decode(found.train[1].tokens) == "[CLS] bad good [SEP]"
     assert found.report.class_counts == {"fresh": 2, "rotten": 1}
-    assert "with one row or none to learn from: rotten" in found.report.lines()
+    assert "classes with fewer than 2 training rows: rotten" in found.report.lines()
 
 
 def test_numbers_that_name_classes_are_sorted_by_value(write):
@@ -57,22 +57,22 @@ def test_given_classes_set_the_order_and_others_are_refused_or_counted(write):
     found = prepared(path, classes=["rotten", "fresh"], other_classes="drop")
     assert [example.label for example in found.train] == [1, 0, 1]
     assert found.report.other_classes == 2
-    assert "2 rows left out, of a class that is none of data.classes" in found.report.lines()
+    assert "2 rows dropped: their class is not in data.classes" in found.report.lines()
 
 
 def test_a_misspelt_class_does_not_drop_all_its_rows_in_silence(write):
     error = refusal(write(rows_of("fresh", "rotten")), classes=["frsh", "rotten"], other_classes="drop")
-    assert "no row is of the class 'frsh'" in error.what and "'fresh'" in str(error.hint)
+    assert "no row has the class 'frsh'" in error.what and "'fresh'" in str(error.hint)
 
 
 def test_a_label_never_seen_in_training_is_named_with_its_row(write):
     path = write(rows_of("a", "c"), "test.jsonl")
     with pytest.raises(UserError) as caught:
         prepare_label_file(path, DataSettings(train="x"), TOKENIZER, CLASSIFY, ("a", "b"))
-    assert "'c' was never seen in training" in caught.value.what
+    assert "'c' was not seen in training" in caught.value.what
     assert "row 2" in str(caught.value.where) and "'a', 'b'" in str(caught.value.hint)
     training = write(rows_of("a", "b", "a"), "train.jsonl")
-    assert "never seen" in refusal(training, eval=path).what
+    assert "not seen in training" in refusal(training, eval=path).what
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_a_label_never_seen_in_training_is_named_with_its_row(write):
     [
         (("a", None), "the label is empty"),
         (("a", ""), "the label is empty"),
-        (("a", "a"), "all rows are of one class, 'a'"),
+        (("a", "a"), "all rows have the class 'a'"),
         (("a", ["b"]), "holds a list"),
-        ((0.5, 1), "names no class"),
+        ((0.5, 1), "is not a class"),
     ],
 )
 def test_labels_that_cannot_be_classes_are_refused(write, labels, said):
@@ -99,7 +99,7 @@ def test_usual_column_names_are_found_and_unclear_ones_asked_for(write):
     assert "several columns may be the label: 'target', 'category'" in refusal(write(both)).what
     assert prepared(write(both), columns={"label": "category"}).report.unused_columns == ("target",)
     error = refusal(write([{"words": "a", "label": 1}]))
-    assert "no column is known to hold the text" in error.what and "'words', 'label'" in str(error.where)
+    assert "no column for the text was found" in error.what and "'words', 'label'" in str(error.where)
 
 
 def test_pairs_have_segments_and_the_longer_text_is_cut(write):
@@ -108,7 +108,7 @@ def test_pairs_have_segments_and_the_longer_text_is_cut(write):
         {"premise": "a " * 20, "hypothesis": "bad plot", "label": "yes"},
     ]
     found = prepared(write(rows), max_length=8, long_rows="cut")
-    assert found.report.form == "labelled pairs of texts"
+    assert found.report.form == "labeled pairs of texts"
     assert TOKENIZER.decode(found.train[0].tokens) == "[CLS] good film [SEP] bad plot [SEP]"
     assert found.train[0].segments.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert TOKENIZER.decode(found.train[1].tokens) == "[CLS] a a a [SEP] bad plot [SEP]"
@@ -169,7 +169,7 @@ def test_a_compressed_table_is_read_with_its_category_as_label(tmp_path: Path):
 
 def test_the_head_must_have_as_many_outputs_as_there_are_classes():
     check_classes(2, ("a", "b"), "model")
-    with pytest.raises(UserError, match="3 outputs, and there are 2 classes"):
+    with pytest.raises(UserError, match="3 outputs, but there are 2 classes"):
         check_classes(3, ("a", "b"), "model")
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.packing import LEAST_SHARED, epoch_order, pack, pad, split_into_passes
+from deltaw.data.packing import epoch_order, microbatch_shapes, pack, pad, split_into_microbatches
+from deltaw.data.prefix_tree import LEAST_SHARED
 
 
 def example(tokens, labels=None, row=1):
@@ -72,14 +73,14 @@ def test_sharing_never_computes_more_tokens(given_rows):
     assert shared.tokens <= apart.tokens == apart.row_tokens == shared.row_tokens
 
 
-def test_common_beginnings_stand_once():
+def test_shared_prefixes_stand_once():
     stem = list(range(10, 20))
     batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
     assert batch.tokens == 10 + 2 + 1 + 10
     assert batch.row_tokens == 12 + 11 + 22
 
 
-def test_nested_beginnings_hang_under_one_another():
+def test_nested_prefixes_hang_under_one_another():
     stem, middle = list(range(10, 20)), list(range(30, 36))
     ends = [[1, 2], [3, 4], [5, 6]]
     batch = pack(
@@ -89,7 +90,7 @@ def test_nested_beginnings_hang_under_one_another():
     assert max(batch.inputs["packed_layout"].offsets()) == 16
 
 
-def test_a_short_common_beginning_is_not_worth_a_segment():
+def test_a_short_shared_prefix_is_not_worth_a_segment():
     assert LEAST_SHARED > 1
     batch = pack([example([7, 1, 2]), example([7, 3, 4])])
     assert batch.inputs["packed_layout"].parents.tolist()[:2] == [-1, -1]
@@ -103,10 +104,10 @@ def test_equal_rows_count_their_labels_twice():
 
 @settings(max_examples=50, deadline=None)
 @given(rows(), st.integers(4, 40), st.booleans(), st.booleans())
-def test_passes_hold_every_row_once_and_keep_the_budget(given_rows, budget, share, padded):
-    passes = split_into_passes(given_rows, budget, share=share, padded=padded)
-    assert sorted(r.row for p in passes for r in p) == sorted(r.row for r in given_rows)
-    for part in passes:
+def test_microbatches_hold_every_row_once_and_keep_the_budget(given_rows, budget, share, padded):
+    parts = split_into_microbatches(given_rows, budget, share=share, padded=padded)
+    assert sorted(r.row for p in parts for r in p) == sorted(r.row for r in given_rows)
+    for part in parts:
         tokens = pad(part).tokens if padded else pack(part, share=share).tokens
         assert tokens <= budget or len(part) == 1
 
@@ -144,3 +145,12 @@ def test_members_share_the_places_of_what_they_have_in_common():
     left, right = pack([example([*stem, 1, 2]), example([*stem, 3])]).members
     assert (left.places[:10] == right.places[:10]).all()
     assert not set(left.places[10:]) & set(right.places[10:])
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(), st.integers(1, 60), st.booleans(), st.booleans())
+def test_the_shape_of_a_microbatch_is_known_before_it_is_laid_out(given_rows, budget, share, fill):
+    parts = split_into_microbatches(given_rows, budget, share=share)
+    shapes = microbatch_shapes(parts, share=share, fill=fill)
+    laid_out = [pack(part, share=share, fill=fill).inputs["input_ids"].shape for part in parts]
+    assert shapes == [tuple(shape) for shape in laid_out]

@@ -83,12 +83,12 @@ def test_a_folder_for_each_class_gives_paths_and_classes(tree: Path):
     assert found.classes == ("cat", "dog")
     assert [e.label for e in found.train] == [0, 0, 0, 1, 1, 1]
     assert found.train[3].image == tree / "dog" / "0.png" and found.train[3].size == (5, 6)
-    assert "1 file that is no image was passed over" in found.report.lines()
+    assert "1 file that is not an image skipped" in found.report.lines()
 
 
 def test_an_empty_class_and_loose_images_are_refused(tree: Path):
     (tree / "eel").mkdir()
-    assert "'eel' holds no image" in refusal(tree).what
+    assert "'eel' has no image" in refusal(tree).what
     picture(0).save(tree / "loose.png")
     assert "in the folder itself" in refusal(tree).what
 
@@ -105,7 +105,7 @@ def test_a_broken_image_is_named_before_training(tree: Path):
     error = refusal(tree)
     assert "cannot be decoded" in error.what and error.where == str(tree / "dog" / "1.png")
     (tree / "dog" / "1.png").write_bytes(b"no image at all")
-    assert "no known kind" in refusal(tree).what
+    assert "unknown image format" in refusal(tree).what
 
 
 def test_equal_files_are_duplicates_and_sizes_are_reported(tree: Path):
@@ -184,7 +184,7 @@ def test_a_table_with_a_header_finds_its_label_by_name(tmp_path: Path):
 def test_pixels_that_are_none_are_refused_with_their_row(tmp_path: Path, row, said):
     error = refusal(digits(tmp_path, np.array([[1, 2, 3, 4, 0], row])))
     assert said in error.what and "row 2" in str(error.where)
-    assert "no square" in refusal(digits(tmp_path, np.array([[1, 2, 3, 0], [1, 2, 3, 1]]))).what
+    assert "make a square image" in refusal(digits(tmp_path, np.array([[1, 2, 3, 0], [1, 2, 3, 1]]))).what
 
 
 def test_arrays_of_different_shapes_are_refused_with_their_row(write):

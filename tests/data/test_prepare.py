@@ -178,7 +178,7 @@ def test_a_separate_evaluation_file_is_whole_and_its_overlap_is_said(write: Writ
     assert accounted(full) == 4
     assert full.evaluation is not None
     assert (full.evaluation.duplicates, full.evaluation.rows_kept) == (1, 3)
-    assert any("training rows too" in line for line in full.lines())
+    assert any("also training rows" in line for line in full.lines())
 
 
 def test_only_so_many_rows_are_used_as_asked(write: Write) -> None:
@@ -226,8 +226,8 @@ def test_a_person_reads_totals_and_only_the_losses_there_are(write: Write) -> No
         DataSettings(write(texts("a1", "a1", "b" * 20)), max_length=9, long_rows="cut", eval=None), TOKENIZER
     )
     said = "\n".join(lossy.report.lines())
-    assert "1 row the same as an earlier row, left out" in said
-    assert "1 row cut at data.max_length, 12 tokens lost" in said
+    assert "1 row dropped: the same as an earlier row" in said
+    assert "1 row truncated to data.max_length: 12 tokens lost" in said
 
 
 def test_turns_that_no_assistant_answers_are_said(write: Write) -> None:
@@ -235,7 +235,7 @@ def test_turns_that_no_assistant_answers_are_said(write: Write) -> None:
     rows = [{"messages": messages}, {"messages": [*messages, {"role": "user", "content": "c"}]}]
     report = prepare(DataSettings(write(rows), eval=None), TOKENIZER).report
     assert (report.trailing_turns, report.duplicates) == (1, 1)
-    assert any("no assistant answers" in line for line in report.lines())
+    assert any("after the assistant's last turn" in line for line in report.lines())
 
 
 # Prompts
@@ -281,7 +281,7 @@ def test_a_prompt_that_asks_nothing_is_refused() -> None:
         ({"eval": -1}, "data.eval is -1"),
         ({"eval": 1.5}, "data.eval is 1.5"),
         ({"eval": float("nan")}, "data.eval is nan"),
-        ({"columns": {"promt": "a"}}, "'promt' is no column"),
+        ({"columns": {"promt": "a"}}, "deltaw reads no column 'promt'"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, object], said: str) -> None:

@@ -94,13 +94,13 @@ def test_a_line_that_is_no_json_is_named_with_its_column(tmp_path: Path) -> None
 def test_a_line_that_is_no_object_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n\n' + line)
-    assert "line 3 is no JSON object" in refusal(path).what
+    assert "line 3 is not a JSON object" in refusal(path).what
 
 
 def test_deeply_nested_json_is_refused_and_not_fatal(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("[" * 200_000)
-    assert "line 1 is no JSON" in refusal(path).what
+    assert "line 1 is not JSON" in refusal(path).what
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.json"])
@@ -141,7 +141,7 @@ def test_tables_with_uneven_rows_or_broken_quotes_are_refused_by_row(tmp_path: P
     path.write_text('prompt,completion\na,"b\n')
     assert "row 1" in str(refusal(path).where)
     path.write_text("text,text\na,b\n")
-    assert "'text' is there twice" in refusal(path).what
+    assert "'text' appears twice" in refusal(path).what
 
 
 @pytest.mark.parametrize("name", ["d.csv.gz", "d.jsonl.bz2", "d.jsonl.xz", "d.parquet"])
@@ -185,9 +185,9 @@ def test_a_folder_of_nothing_of_several_kinds_or_with_test_data_is_refused(tmp_p
     assert "no data file" in refusal(tmp_path).what
     (tmp_path / "train.jsonl").write_text('{"text": "1"}\n')
     (tmp_path / "test-00.jsonl").write_text('{"text": "1"}\n')
-    assert "evaluation data too ('test-00.jsonl')" in refusal(tmp_path).what
+    assert "also holds evaluation data ('test-00.jsonl')" in refusal(tmp_path).what
     (tmp_path / "c.csv").write_text("text\na\n")
-    assert "several kinds (csv, jsonl)" in refusal(tmp_path).what
+    assert "several types (csv, jsonl)" in refusal(tmp_path).what
 
 
 def test_a_member_of_a_package_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_copies_and_groups_are_never_on_both_sides(rows, duplicates, seed):
     try:
         train, held_out, report = divided(rows, seed=seed, eval=0.4, duplicates=duplicates, group="g")
     except UserError as error:
-        assert "hang together" in error.what
+        assert "into one group" in error.what
         return
     assert not {row.key() for row in train} & {row.key() for row in held_out}
     assert not {row.group for row in train} & {row.group for row in held_out} - {None}
@@ -70,7 +70,7 @@ def test_no_group_is_divided_and_about_the_share_is_held_out():
     assert not sides[0] & sides[1]
     assert len(held_out) == 100
     assert (report.group, report.groups, report.held_out_groups) == ("film", 80, 20)
-    assert "rows of one 'film' stay together: 80 groups are trained on, 20 others held out" in report.lines()
+    assert "rows with the same 'film' stay together: 80 groups to train on, 20 held out" in report.lines()
 
 
 def test_a_group_is_held_out_whole_only_where_that_comes_nearer():
@@ -83,7 +83,7 @@ def test_a_group_is_held_out_whole_only_where_that_comes_nearer():
 
 
 def test_one_group_alone_cannot_be_held_out():
-    with pytest.raises(UserError, match="hang together by 'g'"):
+    with pytest.raises(UserError, match="'g' links all rows"):
         divided([Row("a", 1), Row("b", 1), Row("c", 1)], eval=0.3, group="g")
 
 

@@ -176,7 +176,7 @@ def test_answers_that_are_rendered_otherwise_when_more_follows_are_refused_unles
     template: str,
 ) -> None:
     conversation = talk("a", "final", "c", "final")
-    with pytest.raises(UserError, match="renders turn 2 otherwise") as refused:
+    with pytest.raises(UserError, match="renders turn 2 differently") as refused:
         encode(conversation, template)
     assert refused.value.where == "data.jsonl, row 7"
     assert "data.labels: last" in str(refused.value.hint)
@@ -184,13 +184,13 @@ def test_answers_that_are_rendered_otherwise_when_more_follows_are_refused_unles
 
 
 def test_a_template_that_strips_the_thought_from_the_answer_is_refused() -> None:
-    with pytest.raises(UserError, match="does not render the answer in turn 2 as it stands"):
+    with pytest.raises(UserError, match="changes the answer in turn 2"):
         encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)
 
 
 def test_a_template_that_strips_thoughts_from_history_is_refused_unless_only_the_last_is_learned() -> None:
     conversation = talk("a", "<think>hm</think>b", "c", "<think>oh</think>d")
-    with pytest.raises(UserError, match="renders turn 2 otherwise"):
+    with pytest.raises(UserError, match="renders turn 2 differently"):
         encode(conversation, STRIPS_HISTORY)
     encoded = encode(conversation, STRIPS_HISTORY, labels="last")
     assert labelled(encoded) == ["<think>oh</think>d<|im_end|>"]
@@ -198,19 +198,19 @@ def test_a_template_that_strips_thoughts_from_history_is_refused_unless_only_the
 
 
 def test_a_template_that_prompts_when_it_is_not_asked_to_is_refused() -> None:
-    with pytest.raises(UserError, match="writes more after the answer"):
+    with pytest.raises(UserError, match="adds text after the answer"):
         encode(talk("a", "b"), ALWAYS_PROMPTS)
 
 
 def test_a_template_that_leaves_the_system_message_out_is_refused() -> None:
     deaf = CHATML.replace("messages %}", "messages if m.role != 'system' %}")
-    with pytest.raises(UserError, match=r"leaves out what turn 1 \('system'\) says"):
+    with pytest.raises(UserError, match=r"omits the content of turn 1 \('system'\)"):
         encode(talk("a", "b", system="Speak French."), deaf)
 
 
 def test_a_template_whose_prompt_is_no_prefix_of_the_text_is_refused() -> None:
     counts = "{{ messages | length }}" + CHATML
-    with pytest.raises(UserError, match="renders another prompt"):
+    with pytest.raises(UserError, match="is not a prefix of the rendered turn"):
         encode(talk("a", "b"), counts)
 
 
@@ -252,7 +252,7 @@ def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
     first, last = labelled(encode(conversation, renders))
     assert first.startswith('<call>{"name": "clock"')
     assert last == "noon<|im_end|>"
-    with pytest.raises(UserError, match="does not render the answer in turn 2"):
+    with pytest.raises(UserError, match="changes the answer in turn 2"):
         encode(conversation, CHATML)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from deltaw.experiments.worker import Worker
+from deltaw.training.callbacks import silent
 from tests.conftest import COLOURS, Settings, write_rows
 
 
@@ -20,7 +20,7 @@ class WorkerHere:
 
     def __init__(self, log: Path) -> None:
         self._told: Callable[[Mapping[str, object]], bool] | None = None
-        self._worker = Worker(self._report, Console(quiet=True))
+        self._worker = Worker(self._report, silent)
 
     def _report(self, message: Mapping[str, object]) -> bool:
         return self._told is None or self._told(message)

@@ -15,8 +15,9 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
 from deltaw.experiments.compare import compare
-from deltaw.host.machine import peak_resident_bytes
+from deltaw.host.memory import peak_resident_bytes
 from deltaw.reports.comparison import comparison_tables
+from deltaw.reports.comparison_figure import draw_comparison
 from tests.experiments.conftest import WorkerHere, use_worker_here
 
 METHODS = ["lora", "head", "last"]
@@ -25,7 +26,9 @@ METHODS = ["lora", "head", "last"]
 def compared(settings, folder, methods=METHODS, **given):
     out = io.StringIO()
     console = Console(file=out, width=200)
-    comparison = compare(RunConfig.read(settings), methods, folder=folder, console=console, **given)
+    comparison = compare(
+        RunConfig.read(settings), methods, folder=folder, say=console.print, draw=draw_comparison, **given
+    )
     return comparison, out.getvalue()
 
 

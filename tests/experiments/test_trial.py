@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
@@ -17,7 +16,7 @@ def try_out(study_settings, tmp_path):
     made = []
 
     def make(**changes):
-        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes)), Console(quiet=True)))
+        made.append(Trial(RunConfig.read(study_settings(tmp_path, **changes))))
         return made[-1]
 
     yield make
@@ -49,16 +48,16 @@ def test_after_a_divergence_everything_is_as_before(try_out, monkeypatch):
 
 def test_a_training_is_given_up_where_asked(try_out):
     trial = try_out()
-    looks = []
+    evaluations = []
 
     def calibrate(number, loss):
-        looks.append((number, loss))
+        evaluations.append((number, loss))
         return number < 2
 
     with pytest.raises(Stopped):
         trial.loss(1e-2, 8, every=2, on_evaluation=calibrate)
-    assert [number for number, _ in looks] == [1, 2]
-    assert all(math.isfinite(loss) for _, loss in looks)
+    assert [number for number, _ in evaluations] == [1, 2]
+    assert all(math.isfinite(loss) for _, loss in evaluations)
 
 
 def test_held_out_rows_take_no_part(try_out):
@@ -75,7 +74,7 @@ def test_rows_are_drawn_by_the_seed():
         training, validation = split_off(range(count), seed=3)
         assert len(validation) == wanted and sorted([*training, *validation]) == list(range(count))
     assert split_off(range(50), 1) == split_off(range(50), 1) != split_off(range(50), 2)
-    with pytest.raises(UserError, match="none to judge"):
+    with pytest.raises(UserError, match="none to validate"):
         split_off([1], 0)
 
 

@@ -12,7 +12,8 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.experiments.child import WorkerEnded
 from deltaw.experiments.tune import tune
-from deltaw.reports.tuning import TrialResult, Tuning, lessons, tuning_table
+from deltaw.experiments.tuning import TrialResult, Tuning, lessons
+from deltaw.reports.tuning import tuning_table
 
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
 
@@ -28,7 +29,7 @@ def search(here, study_settings, tmp_path):
             trials=trials,
             folder=tmp_path / "out",
             search=search,
-            console=Console(file=out, width=200),
+            say=Console(file=out, width=200).print,
         )
         return tuning, out.getvalue(), [what for what in here.asked if what.startswith("trial")]
 
@@ -42,7 +43,7 @@ def test_a_search_goes_on_to_the_number_that_is_asked(search, tmp_path):
     usual = pytest.approx(2e-4 * (4096 / 32) ** 0.78, rel=0.01)
     assert first.trials[0].values == {"train.learning_rate": usual, "lora.rank": 4} and first.first == 0
     second, said, asked = search(5)
-    assert len(asked) == 2 and "3 trials were made before" in said
+    assert len(asked) == 2 and "3 of 5 trials were made before" in said
     assert [t.loss for t in second.trials[:3]] == [t.loss for t in first.trials]
     assert second.first == 0 and second.steps == 6 and second.validation_rows == 2
     done = [trial.loss for trial in second.trials if trial.end == "done"]
@@ -96,7 +97,7 @@ def test_an_interrupted_trial_does_not_count(search, here, monkeypatch):
         search(3)
     monkeypatch.setattr(here, "ask", answer)
     tuning, said, asked = search(3)
-    assert "1 trials were made before" in said and len(asked) == 2 and len(tuning.trials) == 3
+    assert "1 of 3 trials were made before" in said and len(asked) == 2 and len(tuning.trials) == 3
 
 
 def test_a_hopeless_trial_is_ended_early(search, here, monkeypatch):
@@ -106,8 +107,8 @@ def test_a_hopeless_trial_is_ended_early(search, here, monkeypatch):
         here.asked.append("trial")
         number = len(here.asked)
         facts = {"training_rows": 20, "validation_rows": 2, "steps": 6}
-        for calibrate in (1, 2, 3):
-            if not on_report({"look": calibrate, "loss": float(number)}):
+        for evaluation in (1, 2, 3):
+            if not on_report({"evaluation": evaluation, "loss": float(number)}):
                 return {**facts, "stopped": True}
         return {**facts, "loss": float(number)}
 

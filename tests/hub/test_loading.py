@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 from transformers.utils import logging
 
 from deltaw.errors import UserError
-from deltaw.hub.loading import LoadedModel, attention_of, load, load_tokenizer
+from deltaw.hub.loading import LoadedModel, attention_of, load
+from deltaw.hub.tokenizers import load_tokenizer
 from tests.byte_models import tiny_gpt2, tiny_llama
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels.rows import cross_entropy_
 
@@ -25,4 +26,4 @@ def test_a_class_gradient_refuses_targets_outside():
     grad = torch.zeros(2, 40, dtype=torch.bfloat16)
     weight = torch.randn(40, 16).bfloat16()
     with pytest.raises(IndexError, match="target 40 is out of bounds"):
-        products.class_gradient_(grad, torch.tensor([1, 40]), weight, products.scales_of_rows(weight))
+        head.class_gradient_(grad, torch.tensor([1, 40]), weight, products.scales_of_rows(weight))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
 from tests.kernels.conftest import close
 
@@ -110,7 +111,7 @@ def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_column
     int8, scale = products.quantized_rows(t["weight"])
     columns = torch.rand(n_in, generator=torch.Generator().manual_seed(0)) + 0.5 if with_columns else None
     steps, scales = products.quantized(t["x"], columns)
-    steps_reference, scales_reference = products.quantised_reference(t["x"], columns)
+    steps_reference, scales_reference = products.quantized_reference(t["x"], columns)
     assert (steps.int() - steps_reference.int()).abs().max() <= 1  # a tie may go either way
     torch.testing.assert_close(scales, scales_reference)
     y, _ = products.linear(
@@ -136,8 +137,8 @@ def test_products_of_bytes_are_exact_but_for_the_last_rounding(size, with_column
         close(on_the_way, before, torch.bfloat16)
     dx, _ = products.linear_backward(t["grad"], int8, True, scale, columns)
     exact = torch.zeros(rows, n_in, dtype=torch.float64)
-    for at in range(0, n_out, products.BYTES_AT_ONCE):
-        part = slice(at, at + products.BYTES_AT_ONCE)
+    for at in range(0, n_out, products.INT8_BLOCK):
+        part = slice(at, at + products.INT8_BLOCK)
         g, g_scales = products.quantized(t["grad"][:, part].contiguous(), scale[part].contiguous())
         exact += (g.double() - 128) @ int8[part].double() * g_scales.double()[:, None]
     close(dx, exact if columns is None else exact * columns.double(), dtype)
@@ -170,8 +171,8 @@ def test_the_gradient_of_classes_in_bytes_equals_its_reference(rows, classes, wi
     grad = (-grad if negative else grad).to(torch.bfloat16)
     grad[0] = 0
     scale = products.scales_of_rows(weight)
-    expected = products.class_gradient_reference(grad.double(), targets, weight, scale.double())
-    close(products.class_gradient_(grad.clone(), targets, weight, scale), expected, torch.bfloat16)
+    expected = head.class_gradient_reference(grad.double(), targets, weight, scale.double())
+    close(head.class_gradient_(grad.clone(), targets, weight, scale), expected, torch.bfloat16)
 
 
 def test_the_gradient_of_classes_in_int8_is_near_the_exact_one(compiled, threads):
@@ -181,13 +182,13 @@ def test_the_gradient_of_classes_in_int8_is_near_the_exact_one(compiled, threads
     grad[torch.arange(rows), targets] -= 1.0
     exact = grad @ weight.double()
     ours = grad.to(torch.bfloat16)
-    assert products.can_round_classes(ours, weight)
-    found = products.class_gradient_(ours, targets, weight, products.scales_of_rows(weight)).double()
+    assert head.can_round_classes(ours, weight)
+    found = head.class_gradient_(ours, targets, weight, products.scales_of_rows(weight)).double()
     off = (found - exact).norm(dim=1) / exact.norm(dim=1)
     assert off.max() < 0.02
     again = grad.to(torch.bfloat16)
     assert torch.equal(
-        products.class_gradient_(again, targets, weight, products.scales_of_rows(weight)).double(), found
+        head.class_gradient_(again, targets, weight, products.scales_of_rows(weight)).double(), found
     )
 
 
@@ -208,7 +209,7 @@ def test_a_gradient_with_few_large_numbers_keeps_the_others(compiled, threads, o
     found, _ = products.linear_backward(grad.float(), weight, True, scale)
     expected, _ = products.linear_backward_reference(grad, weight, True, scale.double())
     close(found, expected, torch.bfloat16)
-    rest = [n for n in range(outputs) if n // products.BYTES_AT_ONCE > 0]
+    rest = [n for n in range(outputs) if n // products.INT8_BLOCK > 0]
     exact = wide.double()[:, rest] @ weight.double()[rest]
     large, _ = products.linear_backward(grad.float() * (torch.arange(outputs) < 128), weight, True, scale)
     assert (found.double() - large.double() - exact).norm() < 0.02 * exact.norm()

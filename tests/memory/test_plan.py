@@ -17,8 +17,8 @@ def footprint(**parts: int) -> Footprint:
     return Footprint(sum(sizes.values()), sizes, "backward", "layers.0")
 
 
-def resident(of: Footprint, *, process: int = 300 * MB, kernels: int = 0, threads: int = 1) -> dict[str, int]:
-    return resident_parts(of, process_bytes=process, kernel_bytes=kernels, threads=threads)
+def resident(of: Footprint, *, process: int = 300 * MB, kernels: int = 0) -> dict[str, int]:
+    return resident_parts(of, process_bytes=process, kernel_bytes=kernels)[0]
 
 
 def made() -> Plan:
@@ -49,17 +49,33 @@ def test_the_process_holds_all_tensors_and_more() -> None:
     assert all(size >= 0 for size in parts.values())
 
 
-def test_kernels_and_threads_are_added_as_they_are() -> None:
+def test_kernels_are_added_as_they_are() -> None:
     of = footprint(weights=100 * MB)
     plain = resident(of)
     assert resident(of, kernels=7 * MB)["kernels"] == plain["kernels"] + 7 * MB
-    assert resident(of, threads=8)["threads"] == 8 * plain["threads"] > 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "given"),
+    [
+        ("reading", {"reading_bytes": 900 * MB}),
+        ("loading", {"mapped_bytes": 500 * MB}),
+        ("saving", {"saving_bytes": 500 * MB}),
+    ],
+)
+def test_the_largest_phase_is_the_peak_and_the_parts_add_up_to_it(phase, given) -> None:
+    of = footprint(weights=100 * MB, trained=10 * MB, activations=50 * MB)
+    expected = {"reading": 900 * MB, "loading": 900 * MB, "saving": 910 * MB}[phase]
+    parts, phases = resident_parts(of, process_bytes=300 * MB, **given)
+    assert max(phases, key=lambda name: phases[name]) == phase
+    assert sum(parts.values()) == phases[phase] == expected
+    assert parts[phase] == expected - phases["training"]
+    smaller, phases = resident_parts(of, process_bytes=300 * MB, **dict.fromkeys(given, 40 * MB))
+    assert sum(smaller.values()) == phases["training"] == max(phases.values()) and smaller[phase] == 0
 
 
 def test_a_mapped_file_counts_for_the_process_and_not_for_its_tensors() -> None:
-    parts = resident_parts(
-        footprint(weights=MB), process_bytes=0, kernel_bytes=0, threads=1, feature_bytes=5 * MB
-    )
+    parts, _ = resident_parts(footprint(weights=MB), process_bytes=0, feature_bytes=5 * MB)
     assert parts["tensors"] == MB and parts["features"] == 5 * MB
 
 
@@ -73,6 +89,7 @@ def test_an_allocator_holds_of_what_comes_and_goes_not_of_what_stays() -> None:
 
 def test_a_plan_and_what_fits_go_into_json() -> None:
     plan = made()
+    assert Plan.from_kept(json.loads(json.dumps(plan.kept()))) == plan
     told = json.loads(json.dumps(plan.as_dict()))
     assert told["total_parameters"] == 50 * MB and told["trained_parameters"] == 2 * MB
     assert sum(told["parts"].values()) == told["peak_bytes"]

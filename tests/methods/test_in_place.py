@@ -7,12 +7,10 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from deltaw.data.example import Example
 from deltaw.data.packing import pad
 from deltaw.errors import UserError
 from deltaw.methods.base import Method
@@ -27,6 +25,7 @@ from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, R
 from deltaw.training.loop import train
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.methods.rows import random_rows
 from tests.tiny_models import causal_model
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -39,24 +38,13 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-def examples(count: int = 6) -> list[Example]:
-    rng = np.random.default_rng(0)
-    rows = []
-    for row in range(count):
-        tokens = rng.integers(3, 97, size=9 + row).astype(np.int32)
-        is_label = np.zeros(len(tokens), bool)
-        is_label[4:] = True
-        rows.append(Example(row + 1, tokens, is_label, 4, "x"))
-    return rows
-
-
 def trained(model: nn.Module, method: Method, *, steps: int = 3, rate: float = 1e-2) -> None:
     method.prepare(model, seed=0)
     named = method.parameters(model)
     train(
         CausalObjective(model),
         [parameter for _, parameter in named],
-        examples(),
+        random_rows(),
         CausalMicroBatcher(1024, False, True, "cpu"),
         learning_rate=rate,
         total_steps=steps,
@@ -67,7 +55,7 @@ def trained(model: nn.Module, method: Method, *, steps: int = 3, rate: float = 1
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(**pad(examples()).inputs).logits
+        return model(**pad(random_rows()).inputs).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +102,7 @@ def test_random_keeps_gradients_and_state_for_the_chosen_weights_alone() -> None
     assert sum(p.numel() for p in values) == 500
     dense = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
     alive = {id(p) for p in model.parameters()}
-    CausalObjective(model)(pad(examples())).backward()
+    CausalObjective(model)(pad(random_rows())).backward()
     gc.collect()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None and p.grad.shape == p.shape for p in values)
@@ -133,7 +121,7 @@ def test_random_gradients_are_those_of_the_dense_backward() -> None:
     method.prepare(sparse, seed=0)
     dense.requires_grad_(True)
     for model in (dense, sparse):
-        for batch in (pad(examples()[:3]), pad(examples()[3:])):
+        for batch in (pad(random_rows()[:3]), pad(random_rows()[3:])):
             CausalObjective(model)(batch).backward()
     whole = {n: p.grad.flatten() for n, p in dense.named_parameters()}
     tensors = method.tensors()
@@ -185,7 +173,7 @@ def test_low_precision_weights_learn_from_steps_smaller_than_their_resolution() 
     assert moved > 1e-3
 
 
-def test_errors_name_what_is_wrong_and_how_to_hint_it(tmp_path: Path) -> None:
+def test_errors_name_what_is_wrong_with_a_hint(tmp_path: Path) -> None:
     model = causal_model("llama")
     with pytest.raises(UserError, match=r"last\.blocks asks for 3"):
         Last(LastSettings(blocks=3)).prepare(model, seed=0)

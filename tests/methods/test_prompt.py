@@ -288,7 +288,7 @@ def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("abcde", "as prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
+    ("text", "says"), [("abcde", "with prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
 )
 def test_the_start_from_a_text_equals_pefts(text, says, tmp_path):
     tokenizer = byte_tokenizer()
@@ -383,7 +383,7 @@ def test_tensors_that_do_not_fit_the_model_are_refused_and_leave_it_unchanged(tm
     for extra, says in (
         ({"base_model.score.weight": torch.zeros(3, 32)}, "score.weight"),
         ({"base_model.lm_head.weight": torch.zeros(3, 32)}, r"\(3, 32\)"),
-        ({"lm_head.weight": torch.zeros(3, 32)}, "no part of a soft prompt"),
+        ({"lm_head.weight": torch.zeros(3, 32)}, "not part of a soft prompt"),
     ):
         safetensors.torch.save_file({"prompt_embeddings": prompt, **extra}, path)
         with pytest.raises(UserError, match=says):

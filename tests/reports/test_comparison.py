@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from deltaw.reports.comparison import (
+from deltaw.experiments.comparison import (
     Comparison,
     MethodResult,
     comparison_markdown,

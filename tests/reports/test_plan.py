@@ -36,9 +36,8 @@ def plan(method: str, trained: int, scale: float = 1.0) -> Plan:
         "process": 420 * MB,
         "tensors": peak,
         "kernels": 200 * MB,
-        "libraries": 33 * MB,
-        "threads": 8 * MB,
         "allocator": 90 * MB,
+        "saving": 41 * MB,
     }
     return Plan(
         method=method,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.memory.footprint import KINDS
 from deltaw.memory.plan import Fitting, Plan
-from deltaw.training.planning.budget import TOKENS, fitting_settings, parse_bytes
+from deltaw.training.callbacks import Say, silent
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.budget import TOKENS, fitting_settings
 from deltaw.training.session import read_data
 
 RANKS = (16, 8, 4)
@@ -66,9 +66,8 @@ def planner(monkeypatch) -> Planner:
 def find(settings, tmp_path) -> Callable[..., list[Fitting]]:
     config = RunConfig.read(settings(tmp_path / "run", lora={"rank": RANKS[0]}))
 
-    def make(budget: int, *methods: str, console: Console | None = None) -> list[Fitting]:
-        console = console or Console(quiet=True)
-        return fitting_settings(config, None, None, budget, methods, console=console)  # type: ignore[arg-type]
+    def make(budget: int, *methods: str, say: Say = silent) -> list[Fitting]:
+        return fitting_settings(config, None, None, budget, methods, say=say)  # type: ignore[arg-type]
 
     return make
 
@@ -163,9 +162,9 @@ def test_where_nothing_fits_the_least_is_said_after_few_plans(planner, find):
 
 
 def test_a_method_that_does_not_fit_the_task_is_named_and_left_out(planner, find):
-    said = Console(file=io.StringIO(), width=200)
-    assert [f.method for f in find(10**9, "prompt", "bias", console=said)] == ["bias"]
-    assert "prompt: images have no prompt" in said.file.getvalue()
+    said = []
+    assert [f.method for f in find(10**9, "prompt", "bias", say=said.append)] == ["bias"]
+    assert "prompt: images have no prompt" in said
     with pytest.raises(UserError, match="nothing can be planned"):
         find(10**9, "prompt")
 
@@ -173,8 +172,8 @@ def test_a_method_that_does_not_fit_the_task_is_named_and_left_out(planner, find
 def test_real_plans_fit_the_budget_that_is_asked_for(settings, tmp_path):
     torch.set_num_threads(1)
     config = RunConfig.read(settings(tmp_path / "run", train={"batch_size": 8}))
-    task, data = read_data(config, Console(quiet=True))
-    found = fitting_settings(config, task, data, 100 * 10**9, ["lora", "head"], console=Console(quiet=True))
+    task, data = read_data(config)
+    found = fitting_settings(config, task, data, 100 * 10**9, ["lora", "head"])
     assert {f.method for f in found} == {"lora", "head"} and not any(f.checkpointing for f in found)
     assert [f.seconds for f in found] == sorted(f.seconds for f in found)
     assert found[0].method == "head"  # it has next to no backward

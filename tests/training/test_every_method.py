@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, ViTConfig, ViTModel
 
 from deltaw.errors import UserError
+from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run, score_run
 from tests.byte_models import byte_tokenizer
@@ -112,7 +113,7 @@ def of_task(task, model, rows, output, method, **more):
 
 def trains_and_opens_again(settings):
     said = Console(file=io.StringIO(), width=500)
-    result = fit(settings, console=said)
+    result = fit(settings, callback=TerminalCallback(said))
     opened = open_run(str(result.output), precision="fp32", device="cpu", say=quiet)
     held_out = opened.task.read(opened.config.data, seed=0).held_out
     again = score_run(opened, held_out).evaluation
@@ -120,7 +121,9 @@ def trains_and_opens_again(settings):
     for name, value in result.evaluation.metrics.items():
         assert again.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
     with opened.base():
-        score_run(opened, held_out)
+        base = score_run(opened, held_out).evaluation.metrics
+    # Were nothing trained, the same numbers would come back from an empty file.
+    assert base != pytest.approx(result.evaluation.metrics, rel=2e-4, nan_ok=True)
     return result, opened, said.file.getvalue()
 
 
@@ -172,7 +175,7 @@ def test_kept_features_give_the_same_adapter(bert_folder, feelings_file, tmp_pat
             train={"keep_features": keep, "epochs": 5},
         )
         said = Console(file=io.StringIO(), width=500)
-        result = fit(settings, console=said)
+        result = fit(settings, callback=TerminalCallback(said))
         assert ("computed once" in said.file.getvalue()) is keep
         lines = (result.output / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])

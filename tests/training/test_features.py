@@ -18,7 +18,7 @@ from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import LabelledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.lora import LoRAConfig, attach
-from deltaw.methods.places import train_places
+from deltaw.methods.parameters import train_places
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.evaluation.labels import evaluate_labels

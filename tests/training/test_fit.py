@@ -21,6 +21,7 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
+from deltaw.reports.progress import TerminalCallback
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run
@@ -37,7 +38,7 @@ ADAPTER = "adapter_model.safetensors"
 def told(settings):
     """The run's result and everything it said."""
     said = Console(file=io.StringIO(), width=500)
-    result = fit(settings, console=said)
+    result = fit(settings, callback=TerminalCallback(said))
     return result, said.file.getvalue()
 
 
@@ -209,7 +210,7 @@ def test_a_run_that_diverges_is_refused_and_keeps_a_finite_adapter(settings, tmp
     train = {"learning_rate": 1e6, "epochs": 30, "max_grad_norm": None, "schedule": "constant"}
     said = Console(file=io.StringIO(), width=500)
     with pytest.raises(UserError) as refused:
-        fit(settings(tmp_path / "run", lora={"alpha": 1e20}, train=train), console=said)
+        fit(settings(tmp_path / "run", lora={"alpha": 1e20}, train=train), callback=TerminalCallback(said))
     assert "diverged" in refused.value.what and "learning_rate" in (refused.value.hint or "")
     assert f"is in {tmp_path / 'run'}" in said.file.getvalue()
     assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "run" / ADAPTER).values())

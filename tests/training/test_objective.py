@@ -10,7 +10,8 @@ from deltaw.data.example import Example
 from deltaw.data.packing import batches
 from deltaw.runtime.packed import can_pack, packed_rows
 from deltaw.training.tasks import causal_objective as objective_module
-from deltaw.training.tasks.causal_objective import CausalObjective, chunked_cross_entropy
+from deltaw.training.tasks.causal_head import chunked_cross_entropy
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
 
 

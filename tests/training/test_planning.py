@@ -22,10 +22,11 @@ from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTM
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.plan import Plan
+from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import Result, fit, load_for, read_data
 from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
@@ -124,16 +125,15 @@ def config_of(folders) -> Callable[..., RunConfig]:
 
 
 def planned(config: RunConfig) -> Plan:
-    task, data = read_data(config, Console(quiet=True))
+    task, data = read_data(config)
     return plan_run(config, task, data)
 
 
 def compare(config: RunConfig) -> Compared:
     """Plan a run, then carry it out."""
-    quiet = Console(quiet=True)
-    task, data = read_data(config, quiet)
+    task, data = read_data(config)
     plan = plan_run(config, task, data)
-    loaded = load_for(config, task, data, quiet)
+    loaded = load_for(config, task, data)
     total = sum(p.numel() for p in loaded.model.parameters())
     trained = []
 
@@ -180,12 +180,12 @@ def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     config = config_of("vit", "last", train={"keep_features": True, "max_steps": 6})
     plan = planned(config)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "features").exists()
     usual = planned(config_of("vit", "last", train={"max_steps": 6}))
     assert plan.operations < usual.operations and plan.trained_parameters == usual.trained_parameters
 
     plan, peak, *_ = compare(config)
-    assert any((tmp_path / "cache").iterdir())
+    assert any((tmp_path / "cache" / "features").iterdir())
     assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
 
 
@@ -236,9 +236,9 @@ def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", rows)
     train = {"batch_size": 2, "max_steps": None, "epochs": 1}
     config = config_of("llama", "bias", data={"train": str(file), "eval": None}, train=train)
-    task, data = read_data(config, Console(quiet=True))
+    task, data = read_data(config)
     plan = plan_run(config, task, data)
-    loaded = load_for(config, task, data, Console(quiet=True))
+    loaded = load_for(config, task, data)
     session = assemble(config, task, data, loaded.model, device="cpu")
     steps = [rows_of_step(session.data.train, n, 2, config.train.seed) for n in range(session.total_steps)]
     assert len(steps) == 20
@@ -314,7 +314,7 @@ def test_a_pooler_that_the_files_do_not_hold_is_trained_and_planned(config_of, t
 
 def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of):
     config = config_of("vit", "head")
-    task, data = read_data(config, Console(quiet=True))
+    task, data = read_data(config)
     refused = {}
     plans = plan_each(config, task, data, ["head", "prompt", "bias"], refused=refused.setdefault)
     assert list(plans) == ["head", "bias"]
@@ -328,7 +328,7 @@ def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of
 
 def trained(settings: dict) -> tuple[Result, str]:
     said = Console(file=io.StringIO(), width=500)
-    return fit(settings, console=said), said.file.getvalue()
+    return fit(settings, callback=TerminalCallback(said)), said.file.getvalue()
 
 
 def weights(run: Path) -> bytes:

@@ -41,14 +41,19 @@ def command(
     exactly the folder that --output names; the same command goes on with one that was interrupted.
     """
     from deltaw.config import RunConfig
-    from deltaw.experiments.compare import DEFAULT_METHODS, SHARE, check_methods, compare
+    from deltaw.experiments.compare import SHARE, check_methods, compare
+    from deltaw.experiments.comparison import failures, findings
     from deltaw.experiments.rates import parse_rates
-    from deltaw.reports.comparison import comparison_tables, failures, findings
+    from deltaw.methods import registry
+    from deltaw.reports.comparison import comparison_tables
+    from deltaw.reports.comparison_figure import draw_comparison
 
     out = console(as_json)
     flags = nested(given)
     config = RunConfig.read(settings, flags)
-    named = DEFAULT_METHODS if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
+    named = [name.strip() for name in (methods or "").split(",") if name.strip()]
+    if methods is None:
+        named = list(registry.compared_names())
     chosen = check_methods(named)
     folder = config.output if "output" in flags else f"{config.output}-compare"
     try:
@@ -58,7 +63,8 @@ def command(
             folder=folder,
             rates=parse_rates(rates, chosen),
             share=share or SHARE,
-            console=out,
+            say=out.print,
+            draw=draw_comparison,
         )
     except KeyboardInterrupt:
         out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import click
+from rich.console import Console
 from rich.progress import Progress
 
 from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.reports.scores import answer_table, confusion_table, score_table
+from deltaw.reports.scores import answer_table, confusion_table, general_table, score_table
 from deltaw.training.evaluation.causal import Score
-from deltaw.training.inference import open_run, score_run
+from deltaw.training.evaluation.drift import Drift
+from deltaw.training.evaluation.general import NoGeneralAnswers
+from deltaw.training.inference import InferenceSession, open_run, score_run
+from deltaw.training.inference_drift import answers_side_by_side, drift_of
 
 
 @click.command("eval")
@@ -24,6 +28,10 @@ from deltaw.training.inference import open_run, score_run
 @click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
+@click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
+@click.option(
+    "--general", default=0, type=click.IntRange(0), help="show so many general answers of both models"
+)
 @click.option(
     "--task",
     default=None,
@@ -39,6 +47,8 @@ def command(
     rows: int | None,
     max_new_tokens: int | None,
     shown: int,
+    with_drift: bool,
+    general: int,
     task: str | None,
     model: str | None,
     precision: str,
@@ -77,17 +87,37 @@ def command(
         with opened.base():
             scores["base"] = scored()
     scores["adapter" if opened.adapter else "model"] = scored()
-    out.print(score_table({name: s.metrics for name, s in scores.items()}))
+    intervals = {name: (s.evaluation.main, s.evaluation.interval) for name, s in scores.items()}
+    out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
     last = list(scores.values())[-1].evaluation
     if last.confusion is not None:
         out.print(confusion_table(last.classes, last.confusion))
     if shown and any(s.answers for s in scores.values()):
         out.print(answer_table(_side_by_side(scores, shown)))
+    drift = _drift(opened, out, general) if with_drift else None
     if as_json:
         result: dict[str, object] = {"eval": last.as_dict(), "score": last.score(), "rows": len(examples)}
+        result["drift"] = None if drift is None else drift.as_dict()
         if last.confusion is not None:
             result |= {"classes": list(last.classes), "confusion": last.confusion.tolist()}
-        print_json({**result, "base": scores["base"].evaluation.as_dict()} if with_base else result)
+        if with_base:
+            base = scores["base"].evaluation
+            result |= {"base": base.as_dict(), "base_score": base.score()}
+        print_json(result)
+
+
+def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None:
+    """How far general answers moved, shown; with ``general`` of them side by side."""
+    try:
+        drift = drift_of(opened)
+        for line in [] if drift is None else drift.lines():
+            out.print(line, highlight=False)
+        if general and drift is not None:
+            out.print(general_table(answers_side_by_side(opened, general)))
+    except NoGeneralAnswers as reason:
+        out.print(f"drift: not measured ({reason})", highlight=False)
+        return None
+    return drift
 
 
 def _side_by_side(

@@ -71,7 +71,7 @@ def json_flag(command: Command) -> Command:
 def model_flags(command: Command) -> Command:
     """Flags of the verbs that open a run: which base model, and how it is loaded."""
     command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
-    command = click.option("--precision", default="auto", help="auto, bf16, fp32")(command)
+    command = click.option("--precision", default="auto", help="auto, bf16, fp32, int8")(command)
     return click.option("--model", default=None, help="the base model, where the folder does not name it")(
         command
     )

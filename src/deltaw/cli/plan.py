@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deltaw.memory.plan import Plan
 
 
 @click.command("plan")
@@ -32,10 +39,9 @@ def command(
     """The memory that a run needs, part by part, for every method on the same model. Reads the
     model's configuration and the rows, no weights."""
     from deltaw.config import RunConfig
-    from deltaw.reports.plan import budget_table, draw_plans, picture_kind, plan_report
-    from deltaw.training.planning.budget import fitting_settings, parse_bytes
-    from deltaw.training.planning.plan_run import chosen_methods, plan_each
-    from deltaw.training.session import read_data
+    from deltaw.reports.plan import budget_table, picture_kind
+    from deltaw.training.planning.asked import chosen_methods, parse_bytes
+    from deltaw.training.planning.remembered import recalled
 
     out = console(as_json)
     config = RunConfig.read(settings, nested(given))
@@ -43,13 +49,26 @@ def command(
     size = None if budget is None else parse_bytes(budget)
     if picture is not None:
         picture_kind(Path(picture))
-    task, data = read_data(config, out)
+    known = recalled(config, names) if size is None else None
+    if known is not None:
+        for line in known.lines:
+            out.print(line, highlight=False)
+        _show(known.plans, config.method, picture, out, as_json)
+        return
+
+    from deltaw.training.session import read_data
+
+    task, data = read_data(config, out.print)
     if size is not None:
-        found = fitting_settings(config, task, data, size, names, console=out)
+        from deltaw.training.planning.budget import fitting_settings
+
+        found = fitting_settings(config, task, data, size, names, say=out.print)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
         return
+    from deltaw.training.planning.plan_run import plan_each
+
     plans = plan_each(
         config,
         task,
@@ -63,7 +82,13 @@ def command(
             where=config.model,
             hint="train it all the same: deltaw train goes without a plan where none can be made",
         )
-    out.print(plan_report(plans, config.method))
+    _show(plans, config.method, picture, out, as_json)
+
+
+def _show(plans: Mapping[str, Plan], own: str, picture: str | None, out: Console, as_json: bool) -> None:
+    from deltaw.reports.plan import draw_plans, plan_report
+
+    out.print(plan_report(plans, own))
     if picture is not None:
         draw_plans(plans, Path(picture))
         out.print(f"drawn to {picture}", highlight=False)

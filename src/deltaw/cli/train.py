@@ -6,6 +6,8 @@ import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.config import RunConfig
+from deltaw.host.memory import keep_freed_memory
+from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import fit
 
 
@@ -16,7 +18,8 @@ from deltaw.training.fit import fit
 def command(settings: str | None, as_json: bool, **given: str | None) -> int:
     """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it."""
     out = console(as_json)
-    result = fit(RunConfig.read(settings, nested(given)), console=out)
+    keep_freed_memory()
+    result = fit(RunConfig.read(settings, nested(given)), callback=TerminalCallback(out))
     done = result.outcome
     if result.interrupted:
         out.print(f"interrupted after {done.steps} steps: the adapter is saved in {result.output}")
@@ -30,7 +33,9 @@ def command(settings: str | None, as_json: bool, **given: str | None) -> int:
             f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB{plan_note}"
         )
         out.print(f"training loss {done.loss:.4f}{held_out}")
-        use = "talk with it: deltaw chat" if result.writes_text else "judge it: deltaw eval"
+        for line in [] if result.drift is None else result.drift.lines():
+            out.print(line, highlight=False)
+        use = "talk with it: deltaw chat" if result.writes_text else "evaluate it: deltaw eval"
         out.print(f"the adapter is in {result.output}; {use} {result.output}")
     if as_json:
         print_json(result.as_dict())

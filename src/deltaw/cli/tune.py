@@ -44,7 +44,8 @@ def command(
     """
     from deltaw.config import RunConfig
     from deltaw.experiments.tune import tune
-    from deltaw.reports.tuning import best_yaml, lessons, tuning_table
+    from deltaw.experiments.tuning import best_yaml, lessons
+    from deltaw.reports.tuning import tuning_table
 
     out = console(as_json)
     flags = nested(given)
@@ -52,7 +53,7 @@ def command(
     folder = config.output if "output" in flags else f"{config.output}-tune"
     try:
         tuning = tune(
-            config, trials=trials, folder=folder, search=search, storage=storage, share=share, console=out
+            config, trials=trials, folder=folder, search=search, storage=storage, share=share, say=out.print
         )
     except KeyboardInterrupt:
         out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")

@@ -14,12 +14,12 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError, did_you_mean
 
-# Names that files give to such columns; where a file has several of a line, it must be told which.
+# Usual names of such columns. A file with several from one line needs data.columns.
 _TEXTS = ("sentence", "review", "content", "document", "question", "comment", "tweet", "headline", "body")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 _LABELS = ("labels", "target", "class", "category")
 _IMAGES = ("image", "img", "images", "picture")
-# Past so many classes, most of them with one row, a column is hardly one of classes.
+# A column with more values than this, most in one row only, is hardly one of classes.
 _MANY = 50
 
 
@@ -39,10 +39,10 @@ class LabelColumns:
 
 
 def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
-    """The columns by ``data.columns``, or by the names that such files usually give them.
+    """The columns that ``data.columns`` names, else those with usual names.
 
     Raises:
-        UserError: one cannot be told; the message lists the columns of the file.
+        UserError: one is not found; the message lists the columns of the file.
     """
     columns = settings.columns
     check_columns(rows, columns)
@@ -76,7 +76,7 @@ def find_columns(rows: Rows, settings: DataSettings, task: str) -> LabelColumns:
 
 
 def class_name(value: object, column: str, where: str) -> str | None:
-    """A class's name as text; None where the cell is empty.
+    """A class's name as text; None if the cell is empty.
 
     Raises:
         UserError: the value is a list, an object or a fraction.
@@ -91,14 +91,14 @@ def class_name(value: object, column: str, where: str) -> str | None:
         return str(value)
     if isinstance(value, float):
         raise UserError(
-            f"'{column}' holds {value}, which names no class",
+            f"'{column}' holds {value}, which is not a class",
             where=where,
-            hint="set task: regression to learn numbers, or data.columns: {label: …} to the right column",
+            hint="set task: regression to predict numbers, or data.columns: {label: …} to the right column",
         )
     raise UserError(
         f"'{column}' holds a {type(value).__name__}, not one class",
         where=where,
-        hint="give each row one class, as a text or a whole number",
+        hint="give each row one class, as text or an integer",
     )
 
 
@@ -106,7 +106,7 @@ def number(value: object, column: str, where: str) -> float:
     """A label of a regression.
 
     Raises:
-        UserError: it is no finite number.
+        UserError: it is not a finite number.
     """
     result = math.nan
     if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -119,7 +119,7 @@ def number(value: object, column: str, where: str) -> float:
         raise UserError(
             f"'{column}' must be a finite number but is {shown}",
             where=where,
-            hint="write a number, leave the row out, or name the right column by data.columns: {label: …}",
+            hint="write a number, remove the row, or name the right column in data.columns: {label: …}",
         )
     return result
 
@@ -132,18 +132,18 @@ def class_numbers(
     source: str,
     trained: Sequence[str] | None = None,
 ) -> tuple[tuple[str, ...], list[int | None]]:
-    """The classes in the order of the model's outputs, and the number of each row's class.
+    """The classes in the order of the model's outputs, and the index of each row's class.
 
     Args:
-        names: the class of each row, None where it has none. places: where each row lies.
+        names: the class of each row, None if it has none. places: where each row is, for messages.
         source: the file, for messages.
-        trained: the classes of a model that is trained already; they go before ``data.classes``.
+        trained: the classes of an already trained model; they override ``data.classes``.
 
     Returns:
-        the classes, and for each row its class's index; None for a row to be left out (``other_classes``).
+        the classes, and for each row its class's index; None for a row to drop (``other_classes``).
 
     Raises:
-        UserError: a class is unknown, there is one class only, or the column is hardly one of classes.
+        UserError: a class is unknown, there is only one, or the column does not look like classes.
     """
     given = tuple(trained) if trained is not None else tuple(settings.classes or ())
     drop = bool(given) and settings.other_classes == "drop"
@@ -151,15 +151,13 @@ def class_numbers(
         if drop or (name in given if given else name is not None):
             continue
         if name is None:
-            raise UserError("the label is empty", where=where, hint="write its class, or leave the row out")
+            raise UserError("the label is empty", where=where, hint="write its class, or remove the row")
         known = f"the classes are {listed(given)}"
         if trained is not None:
-            what = f"the label '{name}' was never seen in training"
+            what = f"the label '{name}' was not seen in training"
         else:
-            what = f"the label '{name}' is none of data.classes"
-        raise UserError(
-            what, where=where, hint=f"{known}; data.other_classes: drop leaves rows of others out"
-        )
+            what = f"the label '{name}' is not in data.classes"
+        raise UserError(what, where=where, hint=f"{known}; data.other_classes: drop drops rows of others")
     classes = given or _sorted({name for name in names if name is not None})
     if not given:
         _check_found(classes, len(names), source)
@@ -170,7 +168,7 @@ def class_numbers(
         if lacking:
             others = _sorted({name for name in names if name is not None and name not in numbers})
             raise UserError(
-                f"no row is of the class '{lacking[0]}'",
+                f"no row has the class '{lacking[0]}'",
                 where=f"data.classes for {source}",
                 hint=did_you_mean(lacking[0], others),
             )
@@ -178,7 +176,7 @@ def class_numbers(
 
 
 def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
-    """Raise a UserError where a model's head has another number of outputs than there are classes.
+    """Raise a UserError if the model's head does not have one output for each class.
 
     Args:
         num_labels: outputs of the head, as in the model's ``config.num_labels``.
@@ -186,10 +184,10 @@ def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
     """
     if num_labels != len(classes):
         raise UserError(
-            f"the model's head has {num_labels} outputs, and there are {len(classes)} classes: "
+            f"the model's head has {num_labels} outputs, but there are {len(classes)} classes: "
             f"{listed(classes)}",
             where=where,
-            hint="name the head's classes in its order by data.classes, or take a model without a head",
+            hint="list the head's classes in its order in data.classes, or use a model without a head",
         )
 
 
@@ -201,21 +199,21 @@ def listed(names: Sequence[str]) -> str:
 def _check_found(classes: Sequence[str], rows: int, source: str) -> None:
     if len(classes) < 2:
         raise UserError(
-            f"all rows are of one class, '{classes[0]}'" if classes else "no row has a label",
+            f"all rows have the class '{classes[0]}'" if classes else "no row has a label",
             where=source,
-            hint="rows of two classes at least are needed to tell them apart",
+            hint="a classifier needs rows of at least two classes",
         )
     if len(classes) > max(_MANY, rows // 2):
         raise UserError(
             f"the labels have {len(classes):,} different values in {rows:,} rows",
             where=source,
             hint="if they are numbers, set task: regression; if another column has the classes, "
-            "data.columns: {label: …}; if they are classes all the same, name them by data.classes",
+            "data.columns: {label: …}; if they are classes, list them in data.classes",
         )
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
-    """In alphabetical order, or by value where all are numbers."""
+    """In alphabetical order, or by value if all are numbers."""
     try:
         return tuple(sorted(names, key=lambda name: (float(name), name)))
     except ValueError:
@@ -235,14 +233,14 @@ def _named(
         raise UserError(
             f"several columns may be the {ours}: {listed(found)}",
             where=rows.name,
-            hint=f"say which by data.columns: {{{ours}: {found[0]}}}",
+            hint=f"say which in data.columns: {{{ours}: {found[0]}}}",
         )
     raise _unknown(rows, ours, usual)
 
 
 def _unknown(rows: Rows, ours: str, usual: Sequence[str]) -> UserError:
     return UserError(
-        f"no column is known to hold the {ours}",
+        f"no column for the {ours} was found",
         where=f"{rows.name}, whose columns are {listed(rows.columns)}",
-        hint=f"name it by data.columns: {{{ours}: …}}; those called {listed(usual)} are found without",
+        hint=f"name it in data.columns: {{{ours}: …}}; columns called {listed(usual)} are found without it",
     )

@@ -1,4 +1,4 @@
-"""One row of a data set as the model sees it: its tokens and which of them are labels.
+"""A row of a data set as the model sees it, its tokens and which of them are labels; and groups of rows.
 
 Knows no tokenizer, no file and no batch.
 """
@@ -50,3 +50,30 @@ class Example:
             is_label=np.concatenate([np.zeros(added, bool), self.is_label]),
             prompt_length=self.prompt_length + added if self.prompt_length else 0,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Rows that one loss sees together, such as a chosen and a rejected answer to one prompt.
+
+    To the data a group is one row: an epoch shuffles groups, and a group is never cut into two microbatches.
+
+    Attributes:
+        rows: in an order that the loss knows.
+    """
+
+    rows: tuple[Example, ...]
+
+    @property
+    def row(self) -> int:
+        """The number of its first row in the file."""
+        return self.rows[0].row
+
+    def __len__(self) -> int:
+        """Tokens of all its rows."""
+        return sum(len(row) for row in self.rows)
+
+    @property
+    def label_count(self) -> int:
+        """How many tokens of all its rows are labels."""
+        return sum(row.label_count for row in self.rows)

@@ -1,6 +1,6 @@
-"""Rows become records: what the columns of a file mean, and whether each row keeps to it.
+"""Rows become records: what the columns of a file mean, and whether each row is valid.
 
-It knows the usual shapes of fine-tuning data and nothing of tokens.
+It knows the usual formats of fine-tuning data and nothing of tokens.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from deltaw.errors import UserError, did_you_mean
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
 Message = dict[str, object]
-# What labelled rows consist of, beside 'text' (see deltaw.data.classes).
+# Columns of labeled rows besides 'text' (see deltaw.data.classes).
 LABELLED_COLUMNS = ("label", "text_pair", "image")
 
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text: all of it is learned."""
+    """Plain text: all of it is a label."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its completion, both plain strings; the completion is learned."""
+    """A prompt and its completion, both plain strings; the completion is the label."""
 
     prompt: str
     completion: str
     system: str | None = None
 
     def conversation(self) -> Conversation:
-        """The same as a conversation of one question."""
+        """The same as a conversation with one question."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         messages += [
             {"role": "user", "content": self.prompt},
@@ -45,12 +45,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of ``role`` and ``content``, ending with one of the assistant's.
+    """Messages with ``role`` and ``content``; the last is the assistant's.
 
     Attributes:
         messages: the turns.
-        learned: for each turn, whether it may be learned.
-        trailing: turns after the assistant's last one, which were left out.
+        learned: for each turn, whether it may be a label.
+        trailing: turns after the assistant's last one, which were dropped.
     """
 
     messages: tuple[Message, ...]
@@ -63,7 +63,7 @@ Record = Text | Pair | Conversation
 
 @dataclass(frozen=True)
 class Form:
-    """One shape of data: the columns it needs, those it can use, and how a row is read."""
+    """One format: the columns it needs, those it can use, and how a row is read."""
 
     name: str
     needs: tuple[str, ...]
@@ -72,7 +72,7 @@ class Form:
 
 
 def forms() -> tuple[Form, ...]:
-    """All shapes, in the order in which they are looked for."""
+    """All formats, in the order in which they are tried."""
     return (
         Form("messages", ("messages",), (), _read_messages),
         Form("sharegpt", ("conversations",), ("system",), _read_sharegpt),
@@ -84,13 +84,13 @@ def forms() -> tuple[Form, ...]:
 
 
 def known_columns() -> tuple[str, ...]:
-    """Every column name that some form, or a task with labels, reads."""
+    """Every column name that a format, or a task with labels, reads."""
     of_forms = [column for form in forms() for column in form.needs + form.can_use]
     return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS]))
 
 
 def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
-    """Raise a UserError where ``data.columns`` names a column that the file has not."""
+    """Raise a UserError if ``data.columns`` names a column that the file does not have."""
     for ours, theirs in columns.items():
         if theirs not in rows.columns:
             raise UserError(
@@ -101,35 +101,35 @@ def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
 
 
 def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
-    """The form of a file by its columns, or the one asked for where its columns are there.
+    """The format of a file by its columns, or ``form``, if the file has its columns.
 
     Args:
         rows: the file.
-        form: a form's name, or "auto".
+        form: a format's name, or "auto".
         columns: our name -> the file's column.
 
     Raises:
-        UserError: a column is missing, or no form fits; the message lists the columns of the file.
+        UserError: a column is missing, or no format fits; the message lists the columns of the file.
     """
     columns = columns or {}
     check_columns(rows, columns)
     there = (set(rows.columns) - set(columns.values())) | set(columns)
     fitting = [candidate for candidate in forms() if there.issuperset(candidate.needs)]
-    # Columns that someone took the trouble to name decide before the order of the forms does.
+    # Columns named in data.columns decide first, then the order of the formats.
     fitting.sort(key=lambda candidate: -len(set(columns) & set(candidate.needs + candidate.can_use)))
     if form != "auto":
         asked = next(candidate for candidate in forms() if candidate.name == form)
         if asked not in fitting:
             lacking = [column for column in asked.needs if column not in there]
-            raise _no_form(rows, f"the form '{form}' needs the column '{lacking[0]}'", lacking[0])
+            raise _no_form(rows, f"the format '{form}' needs the column '{lacking[0]}'", lacking[0])
         return asked
     if not fitting:
-        raise _no_form(rows, "no form is known that has these columns", None)
+        raise _no_form(rows, "no format has these columns", None)
     return fitting[0]
 
 
 def unused_columns(rows: Rows, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """Columns of the file that ``form`` takes nothing from."""
+    """Columns of the file that ``form`` does not read."""
     used = {columns.get(name, name) for name in form.needs + form.can_use}
     return tuple(column for column in rows.columns if column not in used)
 
@@ -138,8 +138,8 @@ def read_records(rows: Rows, indices: Sequence[int], form: Form, columns: Mappin
     """The rows at ``indices`` as records.
 
     Raises:
-        UserError: a row lacks a column or holds something else than the form asks for; the message names
-            the row, the key and, in a conversation, the turn.
+        UserError: a row lacks a column, or a value has the wrong type; the message names the row, the key
+            and, in a conversation, the turn.
     """
     records = []
     for index in indices:
@@ -154,7 +154,7 @@ def read_records(rows: Rows, indices: Sequence[int], form: Form, columns: Mappin
                 raise UserError(
                     f"'{shown}' {found}",
                     where=where,
-                    hint=f"every row of the form '{form.name}' has {_list(form.needs)}",
+                    hint=f"every row of the format '{form.name}' has {_list(form.needs)}",
                 )
         records.append(form.read(row, where))
     return records
@@ -172,7 +172,7 @@ def _no_form(rows: Rows, what: str, lacking: str | None) -> UserError:
     return UserError(
         what,
         where=f"{rows.name}, whose columns are {_list(rows.columns)}",
-        hint=f"{hint}the forms are {shapes}; other names are given by data.columns: {{prompt: question, …}}",
+        hint=f"{hint}the formats are {shapes}; map other names with data.columns: {{prompt: question, …}}",
     )
 
 
@@ -190,9 +190,9 @@ def _string(value: object, key: str, where: str) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
-                f"'{key}' holds half of a surrogate pair, which is no text",
+                f"'{key}' holds half of a surrogate pair, which is not text",
                 where=where,
-                hint="write the character whole, or leave it out",
+                hint="write the whole character, or remove it",
             ) from error
     return value
 
@@ -237,7 +237,7 @@ def _read_evals(row: Row, where: str) -> Record:
     ideal = row["ideal"]
     if isinstance(ideal, list):
         if not ideal:
-            raise UserError("'ideal' is an empty list", where=where, hint="give one answer at least")
+            raise UserError("'ideal' is an empty list", where=where, hint="give at least one answer")
         ideal = ideal[0]
     answer = _string(ideal, "ideal", where)
     if not isinstance(row["input"], list):
@@ -280,7 +280,9 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
         speaker = _string(turn["from"], "from", place)
         if speaker not in _SHAREGPT_ROLES:
             raise UserError(
-                f"'{speaker}' is no speaker", where=place, hint=did_you_mean(speaker, _SHAREGPT_ROLES)
+                f"'{speaker}' is not a known speaker",
+                where=place,
+                hint=did_you_mean(speaker, _SHAREGPT_ROLES),
             )
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": _string(turn["value"], "value", place)})
     return _conversation([], _with_system(_system(row, where), messages), where)
@@ -294,7 +296,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def _messages(value: object, key: str, where: str) -> list[Message]:
-    """A list of messages, each with a known role and text as content; keys that are null are left out."""
+    """A list of messages, each with a known role and text as content; null keys are dropped."""
     if not isinstance(value, list):
         raise UserError(
             f"'{key}' must be a list of messages but is a {type(value).__name__}",
@@ -323,13 +325,13 @@ def _messages(value: object, key: str, where: str) -> list[Message]:
 
 
 def _conversation(before: list[Message], after: list[Message], where: str) -> Conversation:
-    """Join the part that is only read and the part that may be learned, and check the order of the turns."""
+    """Join the context and the part that may be labels, and check the order of the turns."""
     turns = before + after
     _check_order(turns, where)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < len(before):
         raise UserError(
-            "no turn is the assistant's, so there is nothing to learn",
+            "no turn is the assistant's, so there is no label",
             where=where,
             hint="end the conversation with a message of the role 'assistant'",
         )
@@ -341,7 +343,7 @@ def _conversation(before: list[Message], after: list[Message], where: str) -> Co
 
 
 def _check_order(turns: Sequence[Message], where: str) -> None:
-    """System first or not at all, then user and assistant in turns; a tool answers the assistant."""
+    """System first or not at all, then user and assistant by turns; a tool answers the assistant."""
     may_follow = {
         None: ("system", "user"),
         "system": ("user", "assistant"),
@@ -358,16 +360,16 @@ def _check_order(turns: Sequence[Message], where: str) -> None:
             raise UserError(
                 f"turn {number} is out of order: '{role}' {after}",
                 where=f"{where}, turn {number}",
-                hint=f"{allowed} belongs there",
+                hint=f"expected {allowed}",
             )
         previous = role
 
 
 def read_prompt(value: object, where: str) -> list[Message]:
-    """Messages that wait for an answer.
+    """Messages that ask for an answer.
 
     Raises:
-        UserError: they are no messages, out of order, or end with the assistant's.
+        UserError: they are not messages, are out of order, or end with the assistant's.
     """
     messages = _messages(value, "messages", where)
     _check_order(messages, where)
@@ -377,7 +379,7 @@ def read_prompt(value: object, where: str) -> list[Message]:
 
 
 def without_blank_answers(conversation: Conversation) -> Conversation:
-    """The same with empty answers of the assistant marked as not to be learned."""
+    """The same, with empty answers of the assistant marked as no labels."""
     learned = tuple(
         may and bool(str(message["content"]).strip() or message.get("tool_calls"))
         for may, message in zip(conversation.learned, conversation.messages, strict=True)

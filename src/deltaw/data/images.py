@@ -1,6 +1,6 @@
-"""Images become what a model reads: by the preprocessor in its folder, or plainly where it has none.
+"""Images become a model's inputs: by the preprocessor in its folder, or by plain resizing without one.
 
-Images are decoded when their batch is made, and not before. It knows a model's files, not the model.
+Images are decoded when their batch is made. It knows a model's files, not the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PREPROCESSOR = "preprocessor_config.json"
 def prepare_images(
     settings: DataSettings, encoder: ImageEncoder, *, seed: int = 0, classes: Sequence[str] | None = None
 ) -> PreparedLabels:
-    """As :func:`deltaw.data.labels.prepare_labelled`, with a look whether ``encoder`` takes the images.
+    """As :func:`deltaw.data.labels.prepare_labelled`, and check that ``encoder`` accepts the images.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
@@ -41,10 +41,10 @@ def prepare_images(
 def prepare_image_file(
     reference: str, settings: DataSettings, encoder: ImageEncoder, classes: Sequence[str] | None
 ) -> tuple[list[ImageExample], Report]:
-    """As :func:`deltaw.data.labels.prepare_label_file`, with a look whether ``encoder`` takes the images.
+    """As :func:`deltaw.data.labels.prepare_label_file`, and check that ``encoder`` accepts the images.
 
     Raises:
-        UserError: the data cannot be used, or a label was never seen in training; with file and row.
+        UserError: the data cannot be used, or a label is none of the classes; the message names file and row.
     """
     examples, report = prepare_label_file(reference, settings, None, _TASK, classes)
     images = [example for example in examples if isinstance(example, ImageExample)]
@@ -55,15 +55,15 @@ def prepare_image_file(
 class ImageEncoder:
     """Decodes, resizes and normalizes images as the model in ``folder`` wants them.
 
-    With a ``preprocessor_config.json`` transformers' own preprocessor does it, always by Pillow, so that the
-    result does not hang on which other libraries are installed. Without one, images are resized to the
-    model's ``image_size`` and brought from 0…255 to -1…1 (mean and standard deviation 0.5).
+    With a ``preprocessor_config.json`` transformers' own preprocessor does it, always with Pillow, so the
+    result does not depend on other installed libraries. Without one, images are resized to the model's
+    ``image_size`` and scaled from 0…255 to -1…1 (mean and standard deviation 0.5).
 
     Args:
         folder: of the model, with its ``config.json``.
 
     Raises:
-        UserError: the folder does not say how large the model's images are, or its files are damaged.
+        UserError: the folder does not say the model's image size, or its files are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,11 +75,11 @@ class ImageEncoder:
                 self._processor = AutoImageProcessor.from_pretrained(
                     folder, local_files_only=True, backend="pil"
                 )
-        except Exception as error:  # a configuration's own checks raise whatever its values lead to
+        except Exception as error:  # a configuration's own checks raise anything
             raise UserError(
-                f"how the model's images are prepared cannot be read: {str(error).splitlines()[0][:300]}",
+                f"the model's image preprocessing cannot be read: {str(error).splitlines()[0][:300]}",
                 where=str(folder),
-                hint="fetch or copy the model again",
+                hint="download or copy the model again",
             ) from error
         vision = getattr(config, "vision_config", config)
         self._channels = int(getattr(vision, "num_channels", 3))
@@ -90,21 +90,21 @@ class ImageEncoder:
             raise UserError(
                 f"the model's folder has no {_PREPROCESSOR}, and its config.json no image_size",
                 where=str(folder),
-                hint=f"copy the model's {_PREPROCESSOR} there",
+                hint=f"copy the model's {_PREPROCESSOR} into it",
             )
         self._shapes: dict[tuple[int, int], tuple[int, int]] = {}
         self.resizes = self._shape((30, 40)) == self._shape((110, 90))
 
     def tokens(self, example: ImageExample) -> int:
-        """Patches of an image with one more for its class: what a batch of images is measured by."""
+        """Tokens of an image: its patches, and one for the class."""
         height, width = self._shape(example.size)
         return max(1, height // self._patch[0]) * max(1, width // self._patch[1]) + 1
 
     def check(self, examples: Sequence[object], source: str) -> None:
-        """Look whether images will be of one size.
+        """Check that all images will have one size.
 
         Raises:
-            UserError: they will not, as the preprocessor leaves their size as it is.
+            UserError: they will not, since the preprocessor keeps their size.
         """
         images = [example for example in examples if isinstance(example, ImageExample)]
         if self.resizes or not images:
@@ -114,7 +114,7 @@ class ImageEncoder:
             if self._shape(example.size) != self._shape(first):
                 raise UserError(
                     f"the image has {example.size[0]}×{example.size[1]} pixels, those before it "
-                    f"{first[0]}×{first[1]}, and the model's preprocessor does not make sizes equal",
+                    f"{first[0]}×{first[1]}, and the model's preprocessor does not resize",
                     where=str(example.image)
                     if isinstance(example.image, Path)
                     else f"{source}, row {example.row}",
@@ -125,12 +125,12 @@ class ImageEncoder:
         """fp32 (images, channels, height, width).
 
         Raises:
-            UserError: an image has become unreadable, or they are of different sizes.
+            UserError: an image has become unreadable, or their sizes differ.
         """
         return self._encode([example.decoded().convert(self._mode) for example in examples])
 
     def _shape(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, as the model sees it, of an image of ``size``."""
+        """Height and width that an image of ``size`` has for the model."""
         if size not in self._shapes:
             height, width = self._encode([Image.new(self._mode, (size[1], size[0]))]).shape[2:]
             self._shapes[size] = (int(height), int(width))
@@ -149,9 +149,9 @@ class ImageEncoder:
             return encoded["pixel_values"].float()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"the model's preprocessor does not take the images: {str(error).splitlines()[0][:300]}",
+                f"the model's preprocessor does not accept the images: {str(error).splitlines()[0][:300]}",
                 where=str(self._folder / _PREPROCESSOR),
-                hint="look whether it belongs to the model; without the file, images are resized plainly",
+                hint="check that it belongs to the model; without the file, images are only resized",
             ) from error
 
 

@@ -5,7 +5,6 @@ Knows tokens, pixels and labels; not files or models.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,18 +14,17 @@ from torch import Tensor
 
 from deltaw.data.images import ImageEncoder
 from deltaw.data.labels import AnyExample, LabelledExample
+from deltaw.data.padding import cut_by_length, microbatch_cost, side_by_side
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
 
 # Rows are padded to multiples of this: matrix libraries build a kernel for each new shape.
 GRID = 8
-# What one pass more costs, in tokens: passes are cut where that saves more padding.
-PASS_COST = {"cpu": 48, "cuda": 2048, "mps": 1024}
 
 
 @dataclass(frozen=True, eq=False)
 class LabelBatch:
-    """What one forward pass sees.
+    """A microbatch: what one forward and backward sees.
 
     Attributes:
         inputs: the model's keyword arguments: ``input_ids`` and ``attention_mask`` (rows, longest), with
@@ -71,7 +69,7 @@ class LabelMicroBatcher:
     limit: int | None = None
 
     def batches(self, rows: Sequence[AnyExample]) -> Iterator[LabelBatch]:
-        """The passes of these rows, one after another, each laid out only when its turn comes."""
+        """The microbatches of these rows, one after another, each laid out only when its turn comes."""
         images = [row for row in rows if isinstance(row, ImageExample)]
         if images:
             at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
@@ -83,7 +81,7 @@ class LabelMicroBatcher:
             yield self._texts(texts[start:stop], longest)
 
     def shapes(self, rows: Sequence[AnyExample]) -> list[tuple[int, int]]:
-        """(rows, length) of each pass of :meth:`batches`, without laying any out."""
+        """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
         images = sum(isinstance(row, ImageExample) for row in rows)
         if images:
             at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
@@ -93,10 +91,9 @@ class LabelMicroBatcher:
         return [(stop - start, longest) for start, stop, longest in self._cuts(texts)]
 
     def _cuts(self, texts: Sequence[LabelledExample]) -> Iterator[tuple[int, int, int]]:
-        """Where each pass begins and ends among rows sorted by length, and the length it is padded to."""
+        """Where each microbatch begins and ends among rows sorted by length, and its padded length."""
         lengths = [self._padded(len(row)) for row in texts]
-        cost = PASS_COST.get(self.device.partition(":")[0], PASS_COST["cpu"])
-        for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost):
+        for start, stop in cut_by_length(lengths, self.tokens_per_pass, microbatch_cost(self.device)):
             yield start, stop, lengths[stop - 1]
 
     def _padded(self, length: int) -> int:
@@ -104,16 +101,12 @@ class LabelMicroBatcher:
         return max(length, min(whole, self.limit)) if self.limit is not None else whole
 
     def _texts(self, rows: Sequence[LabelledExample], longest: int) -> LabelBatch:
-        tokens = np.full((len(rows), longest), self.pad_id, np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
-        segments = np.zeros((len(rows), longest), np.int64)
+        tokens, mask = side_by_side([row.tokens for row in rows], longest, self.pad_id)
+        segments = np.zeros_like(tokens)
         for place, row in enumerate(rows):
-            length = len(row)
-            tokens[place, :length] = row.tokens
-            mask[place, :length] = 1
             if row.segments is not None:
-                # Tokens that a method puts before the row belong to its first text.
-                segments[place, length - len(row.segments) : length] = row.segments
+                # Virtual tokens that a method prepends belong to the row's first text.
+                segments[place, len(row) - len(row.segments) : len(row)] = row.segments
         inputs = {"input_ids": tokens, "attention_mask": mask}
         if self.segments and any(row.segments is not None for row in rows):
             inputs["token_type_ids"] = segments
@@ -144,30 +137,3 @@ class LabelMicroBatcher:
         labels = [row.label for row in rows]
         dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
         return torch.tensor(labels, dtype=dtype, device=self.device)
-
-
-def cut_by_length(lengths: Sequence[int], budget: int, pass_cost: int) -> list[tuple[int, int]]:
-    """Cut rows that are sorted by length into passes, so that padding and passes cost least together.
-
-    A pass costs its rows times the longest of them, and ``pass_cost``; the cheapest cut is found exactly, by
-    dynamic programming over where the last pass begins.
-
-    Args:
-        lengths: ascending. budget: the most that rows times longest may be, unless one row alone is more.
-
-    Returns:
-        half-open ranges that follow each other.
-    """
-    count = len(lengths)
-    best = np.zeros(count + 1, np.int64)
-    begins = np.zeros(count + 1, np.int64)
-    for stop in range(1, count + 1):
-        longest = lengths[stop - 1]
-        first = min(stop - 1, max(0, stop - budget // max(1, longest)))
-        costs = best[first:stop] + np.arange(stop - first, 0, -1) * longest
-        begins[stop] = first + costs.argmin()
-        best[stop] = costs.min() + pass_cost
-    cuts = [count]
-    while cuts[-1]:
-        cuts.append(int(begins[cuts[-1]]))
-    return [(start, stop) for stop, start in itertools.pairwise(cuts)][::-1]

@@ -1,6 +1,6 @@
-"""Labelled rows become examples: text or images with a class, or text with a number.
+"""Labeled rows become examples: text or images with a class, or text with a number.
 
-The same account, limits, duplicates and splits as for text to be generated (:mod:`deltaw.data.prepare`). It
+Report, limits, duplicates and splits are those of rows for causal models (:mod:`deltaw.data.prepare`). It
 knows neither models nor batches.
 """
 
@@ -25,7 +25,7 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 4096  # rows tokenised at once
+_CHUNK = 4096  # rows tokenized at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class LabelledExample:
         row: number of the row in its file, from 1.
         tokens: int32 (length,).
         label: index of the class, or the number of a regression.
-        segments: int8 (length,), which of the two texts each token belongs to; None for one text, or where
-            the tokenizer does not tell.
+        segments: int8 (length,), which of the two texts each token belongs to; None for one text, or if the
+            tokenizer does not say.
     """
 
     row: int
@@ -53,7 +53,7 @@ class LabelledExample:
         return 1
 
     def key(self) -> bytes:
-        """What makes two rows the same: tokens, segments and label."""
+        """Equal for duplicates: rows with the same tokens, segments and label."""
         digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=16)
         digest.update(repr(self.label).encode())
         if self.segments is not None:
@@ -66,7 +66,7 @@ AnyExample = LabelledExample | ImageExample
 
 @dataclass(frozen=True)
 class PreparedLabels:
-    """Examples to train on, examples held out, the account of all rows, and the classes.
+    """Examples to train on, examples held out, the report on all rows, and the classes.
 
     ``classes`` are in the order of the model's outputs; None for a regression.
     """
@@ -85,14 +85,14 @@ def prepare_labelled(
     seed: int = 0,
     classes: Sequence[str] | None = None,
 ) -> PreparedLabels:
-    """Read the data of a run with labels.
+    """Read the labeled data of a run.
 
     Args:
         settings: the ``data:`` section.
         tokenizer: of the model to be trained; images need none.
         task: ``sequence-classification``, ``regression`` or ``image-classification``.
-        seed: decides which rows are chosen (``rows``) and which are held out.
-        classes: of a model that is trained already, in the order of its outputs.
+        seed: for choosing rows (``rows``) and holding rows out.
+        classes: of an already trained model, in the order of its outputs.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
@@ -122,13 +122,13 @@ def prepare_label_file(
     task: str,
     classes: Sequence[str] | None,
 ) -> tuple[list[AnyExample], Report]:
-    """Read one file as evaluation data: every row counts, duplicates too.
+    """Read one file as evaluation data, with all its rows, duplicates included.
 
     Args:
         classes: of the model that is evaluated, in the order of its outputs; None for a regression.
 
     Raises:
-        UserError: the data cannot be used, or a label was never seen in training; with file and row.
+        UserError: the data cannot be used, or a label is none of the classes; the message names file and row.
     """
     reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
     rows, others = reader.open(reference)
@@ -153,11 +153,11 @@ class _Reader:
         self.classes = classes
 
     def open(self, reference: str) -> tuple[Rows, int]:
-        """The rows, and how many files of an image folder are no images."""
+        """The rows, and how many files of an image folder are not images."""
         return image_rows(reference) if self.task == "image-classification" else (read_rows(reference), 0)
 
     def read(self, rows: Rows, chosen: Sequence[int]) -> tuple[list[AnyExample], list[int], Report]:
-        """The usable rows among ``chosen`` as examples, where they lie among ``rows``, and the account."""
+        """The usable rows among ``chosen`` as examples, their indices in ``rows``, and the report."""
         columns = find_columns(rows, self.settings, self.task)
         labels = self._labels(rows, chosen, columns)
         pairs = [(index, label) for index, label in zip(chosen, labels, strict=True) if label is not None]
@@ -167,7 +167,7 @@ class _Reader:
         used = columns.used() | {self.settings.group}
         report = Report(
             source=rows.name,
-            form="labelled images",
+            form="labeled images",
             template="",
             rows_read=len(rows),
             rows_kept=len(usable),
@@ -223,7 +223,7 @@ class _Reader:
                     cut, tokens_cut = cut + 1, tokens_cut + len(ids) - limit
                     ids, segments = tokenize([text], cut=True)[0]
                 if not len(ids):
-                    raise UserError("the text is empty", where=rows.place(index), hint="leave the row out")
+                    raise UserError("the text is empty", where=rows.place(index), hint="remove the row")
                 examples.append(LabelledExample(rows.number(index), ids, label, segments))
                 kept.append(index)
         if long and long_rows == "error":
@@ -232,7 +232,7 @@ class _Reader:
             raise _nothing_left(rows, len(long))
         report = replace(
             report,
-            form="labelled pairs of texts" if columns.text_pair else "labelled text",
+            form="labeled pairs of texts" if columns.text_pair else "labeled text",
             rows_kept=len(examples),
             cut=cut,
             tokens_cut=tokens_cut,
@@ -242,12 +242,12 @@ class _Reader:
 
 
 class _Tokenizing:
-    """Texts, or pairs of them, to tokens as the model expects them, with its special tokens."""
+    """Texts, or pairs of them, to the tokens that the model expects, special tokens included."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limit: int, columns: LabelColumns) -> None:
         if tokenizer is None:
             raise UserError(
-                "the model's folder holds no tokenizer", where="model", hint="copy its tokenizer.json there"
+                "the model's folder holds no tokenizer", where="model", hint="copy its tokenizer.json into it"
             )
         self._tokenizer = tokenizer
         self._limit = limit
@@ -257,7 +257,7 @@ class _Tokenizing:
             raise UserError(
                 f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row",
                 where="data.max_length",
-                hint=f"set it to {special + 1} at least",
+                hint=f"set it to at least {special + 1}",
             )
 
     def texts(self, rows: Rows, index: int) -> tuple[str, ...]:
@@ -270,16 +270,16 @@ class _Tokenizing:
                 raise UserError(
                     f"'{column}' must be text but is {kind}",
                     where=rows.place(index),
-                    hint="write it as a string, or leave the row out",
+                    hint="write it as a string, or remove the row",
                 )
         return tuple(str(row[column]) for column in self._columns)
 
     def __call__(
         self, texts: Sequence[tuple[str, ...]], *, cut: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """For each row its token ids and, for pairs, which text each token belongs to."""
+        """Each row's token ids and, for pairs, which text each token belongs to."""
         columns = [list(column) for column in zip(*texts, strict=True)]
-        # The tokenizer cuts, so that its special tokens stay, and the longer text of a pair gives way.
+        # The tokenizer truncates, so it keeps its special tokens and shortens the longer text of a pair.
         limits = {"truncation": "longest_first", "max_length": self._limit} if cut else {}
         encoded = self._tokenizer(*columns, return_attention_mask=False, verbose=False, **limits)  # type: ignore[arg-type]
         segments = encoded.get("token_type_ids") if len(columns) == 2 else None
@@ -301,20 +301,20 @@ def _with_counts(report: Report, examples: Sequence[AnyExample], classes: tuple[
 
 
 def _check_variety(train: Sequence[AnyExample], classes: tuple[str, ...] | None, source: str) -> None:
-    """Rows that all say the same teach nothing."""
+    """Raise a UserError if all training rows have the same label."""
     if len({example.label for example in train}) < 2:
         label = train[0].label
         what = f"the number {label:g}" if classes is None else f"the class '{classes[int(label)]}'"
         raise UserError(
-            f"all rows to train on have {what}",
+            f"all training rows have {what}",
             where=source,
-            hint="add rows with other labels, or hold fewer rows out by data.eval",
+            hint="add rows with other labels, or hold out fewer rows with data.eval",
         )
 
 
 def _nothing_left(rows: Rows, dropped: int) -> UserError:
     return UserError(
-        f"no row is left to learn from: {dropped:,} are too long, the others of no class in use",
+        f"no row is left to train on: {dropped:,} are too long, and the others are of other classes",
         where=rows.name,
-        hint="raise data.max_length, or look at data.classes",
+        hint="raise data.max_length, or check data.classes",
     )

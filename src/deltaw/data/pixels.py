@@ -1,7 +1,7 @@
 """Rows with images: a folder for each class, encoded images in a column, arrays, or a table of pixels.
 
-Every image is looked at once when it is read, so that a broken one is found before training; what is kept is
-the path, the encoded bytes or 8-bit pixels. It knows no model and no preprocessor.
+Every image is decoded once when it is read, so that a broken one is found before training. The path, the
+encoded bytes or 8-bit pixels stay in memory. It knows no model and no preprocessor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ImageExample:
         image: uint8 (height, width) or (height, width, channels); or a file; or an encoded image.
         label: index of the class.
         size: height and width in pixels.
-        digest: of the content, equal for equal images.
+        digest: hash of the content.
     """
 
     row: int
@@ -55,14 +55,14 @@ class ImageExample:
         return 1
 
     def key(self) -> bytes:
-        """What makes two rows the same: image and class."""
+        """Equal for duplicates: rows with the same image and class."""
         return self.digest + self.label.to_bytes(8, "little")
 
     def decoded(self) -> Image.Image:
         """The image, upright.
 
         Raises:
-            UserError: it has become unreadable since it was looked at.
+            UserError: it has become unreadable since it was read.
         """
         return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
 
@@ -72,10 +72,10 @@ def image_rows(reference: str) -> tuple[Rows, int]:
 
     Returns:
         the rows (of a folder: ``image`` is a path, ``label`` the subfolder), and the number of files in the
-        folder that are no images and were skipped.
+        folder that are not images and were skipped.
 
     Raises:
-        UserError: there is no such thing, a class's folder holds no image, or the data cannot be read.
+        UserError: there is no such file or folder, a class's folder has no image, or the data cannot be read.
     """
     is_package = packages.is_package_reference(reference)
     path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
@@ -85,15 +85,15 @@ def image_rows(reference: str) -> tuple[Rows, int]:
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
         raise UserError(
-            "images lie in the folder itself, where nothing says their class",
+            "images are in the folder itself, where nothing gives their class",
             where=reference,
-            hint="put the images of each class into a subfolder of its name",
+            hint="put the images of each class into a subfolder named after it",
         )
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
         return read_rows(reference), 0
     if _PARTS.issuperset(folder.name.lower() for folder in folders):
         raise UserError(
-            f"the folder holds parts of a data set, not classes: {', '.join(f.name for f in folders)}",
+            f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}",
             where=reference,
             hint=f"set data.train: {reference.rstrip('/')}/{folders[-1].name}, and data.eval to another",
         )
@@ -108,7 +108,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
         images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise UserError(
-                f"the folder of the class '{folder.name}' holds no image",
+                f"the folder of the class '{folder.name}' has no image",
                 where=f"{reference.rstrip('/')}/{folder.name}",
                 hint="put its images there, or remove the folder; images end in "
                 + ", ".join(sorted(IMAGE_SUFFIXES)),
@@ -135,9 +135,9 @@ def read_images(
         if isinstance(image, np.ndarray):
             if is_array and shape is not None and image.shape != shape:
                 raise UserError(
-                    f"the image is {_by(image.shape)} and those before it {_by(shape)}",
+                    f"the image is {_by(image.shape)}, those before it {_by(shape)}",
                     where=where,
-                    hint="arrays of one file are of one shape; give images of different sizes as files",
+                    hint="arrays of one file must have one shape; give images of different sizes as files",
                 )
             shape = image.shape if is_array else shape
             size, content = (image.shape[0], image.shape[1]), image.tobytes()
@@ -152,7 +152,7 @@ def read_images(
 
 
 def decode(image: np.ndarray | Path | bytes, where: str) -> Image.Image:
-    """An image as RGB or as grey ("L"), upright as its camera was held.
+    """An image as RGB or grayscale ("L"), rotated upright by its EXIF orientation.
 
     Raises:
         UserError: it cannot be decoded.
@@ -179,11 +179,11 @@ def _content(image: Path | bytes, where: str) -> bytes:
 
 
 def _searched(content: bytes, where: str) -> tuple[int, int]:
-    """Height and width of an encoded image that has been decoded to its end."""
+    """Height and width of an encoded image, after decoding all of it."""
     try:
         with Image.open(io.BytesIO(content)) as opened:
             width, height = opened.size
-            # A JPEG may be decoded at an eighth of its size, which reads all of it in a fraction of the time.
+            # JPEG can be decoded at an eighth of its size, which reads all of it in a fraction of the time.
             opened.draft(None, (max(1, width // 8), max(1, height // 8)))
             opened.load()
             turned = opened.getexif().get(0x0112, 1) >= 5
@@ -216,14 +216,14 @@ class _ColumnReader:
             return _array(value, where), True
         shown = "is empty" if value is None or value == "" else f"holds a {type(value).__name__}"
         raise UserError(
-            f"'{self._column}' {shown}, which is no image",
+            f"'{self._column}' {shown}, which is not an image",
             where=where,
-            hint="give an encoded image, a path seen from the file's folder, or rows of numbers 0 to 255",
+            hint="give an encoded image, a path relative to the file's folder, or rows of numbers 0 to 255",
         )
 
 
 class _TableReader:
-    """Images as rows of a table with a column for each pixel, row by row of a square grey image."""
+    """Images as rows of a table: a column for each pixel of a square grayscale image, row by row."""
 
     def __init__(self, rows: Rows, columns: LabelColumns) -> None:
         self._rows = rows
@@ -231,10 +231,10 @@ class _TableReader:
         count = len(self._columns)
         if math.isqrt(count) ** 2 != count:
             raise UserError(
-                f"{count:,} columns beside the label '{columns.label}' make no square image",
+                f"{count:,} columns besides the label '{columns.label}' do not make a square image",
                 where=rows.name,
-                hint="a table of pixels has height × width columns and the label's; name the label's by "
-                "data.columns: {label: …}, or a column of images by {image: …}",
+                hint="a table of pixels has height × width columns and the label; name the label's column in "
+                "data.columns: {label: …}, or a column of images in {image: …}",
             )
 
     def __call__(self, index: int) -> tuple[np.ndarray, bool]:
@@ -243,9 +243,9 @@ class _TableReader:
             return _array([float(row.get(column)) for column in self._columns], where), True  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"a pixel is no number: {error}",
+                f"a pixel is not a number: {error}",
                 where=where,
-                hint="if a column is the label, name it by data.columns: {label: …}",
+                hint="if a column is the label, name it in data.columns: {label: …}",
             ) from error
 
 
@@ -255,14 +255,16 @@ def _array(value: object, where: str) -> np.ndarray:
         numbers = np.asarray(value).astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(
-            f"the pixels are no array of numbers: {error}", where=where, hint="give height × width numbers"
+            f"the pixels are not an array of numbers: {error}",
+            where=where,
+            hint="give height × width numbers",
         ) from error
     pixels = np.nan_to_num(numbers, nan=-1.0).clip(-1, 256).astype(np.int16)
     if numbers.size == 0 or pixels.min() < 0 or pixels.max() > 255 or (pixels != numbers).any():
         raise UserError(
-            "the pixels are no whole numbers from 0 to 255",
+            "the pixels are not integers from 0 to 255",
             where=where,
-            hint="give 8-bit pixels; if another column is the label, name it by data.columns: {label: …}",
+            hint="give 8-bit pixels; if another column is the label, name it in data.columns: {label: …}",
         )
     if pixels.ndim == 1 and math.isqrt(pixels.size) ** 2 == pixels.size:
         pixels = pixels.reshape(math.isqrt(pixels.size), -1)
@@ -270,7 +272,7 @@ def _array(value: object, where: str) -> np.ndarray:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
         raise UserError(
-            f"an array of {_by(pixels.shape)} is no image",
+            f"an array of {_by(pixels.shape)} is not an image",
             where=where,
             hint="give height × width, or height × width × 3",
         )
@@ -282,5 +284,5 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _broken(error: BaseException, where: str) -> UserError:
-    said = "it is of no known kind" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    said = "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
     return UserError(f"the image cannot be decoded: {said}", where=where, hint="replace or remove it")

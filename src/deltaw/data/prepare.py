@@ -1,7 +1,7 @@
-"""A data set becomes examples: read, rendered, limited in length, rid of duplicates, and split.
+"""A data set becomes examples: read, rendered, limited in length, deduplicated, and split.
 
-Nothing is lost on the way without being counted in the report. This module does not know batches, packing or
-training.
+The report counts every row that is skipped, truncated or dropped. This module does not know batches, packing
+or training.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 4096  # rows tokenised at once: enough to fill the tokenizer's threads, little enough to hold
+_CHUNK = 4096  # rows tokenized at once: enough for all of the tokenizer's threads, few enough for memory
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to train on, examples kept apart for evaluation, and the account of all rows."""
+    """Examples to train on, examples held out for evaluation, and the report on all rows."""
 
     train: list[Example]
     held_out: list[Example]
@@ -43,7 +43,7 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
     Args:
         settings: the ``data:`` section.
         tokenizer: of the model to be trained.
-        seed: decides which rows are chosen (``rows``) and which are held out.
+        seed: for choosing rows (``rows``) and holding rows out.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
@@ -68,9 +68,9 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
 def prepare_file(
     reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], Report]:
-    """Read and render one file as evaluation data: every row counts, duplicates too.
+    """Read and render one file as evaluation data, with all its rows, duplicates included.
 
-    Of ``settings`` it takes all but ``train``, ``eval``, ``duplicates`` and ``rows``.
+    It ignores ``train``, ``eval``, ``duplicates`` and ``rows`` of ``settings``.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
@@ -86,7 +86,7 @@ def encode_prompt(
     settings_or_template: DataSettings | TemplateName,
     tokenizer: PreTrainedTokenizerBase,
 ) -> np.ndarray:
-    """The tokens that a model is given to answer ``prompt``: int32 (length,), rendered as in training.
+    """The tokens of ``prompt``, rendered as in training, for a model to answer: int32 (length,).
 
     Args:
         prompt: a question, or a conversation that ends with one.
@@ -108,8 +108,8 @@ def encode_prompt(
 def _examples(
     rows: Rows, chosen: Sequence[int], settings: DataSettings, encoder: Encoder
 ) -> tuple[list[Example], list[int], Report]:
-    """The rows at ``chosen`` as examples of at most ``max_length`` tokens, each with a label, and where
-    those lie among ``rows``."""
+    """The rows at ``chosen`` as examples of at most ``max_length`` tokens that have labels, and their indices
+    in ``rows``."""
     form = choose_form(rows, settings.form, settings.columns)
     template = "plain" if form.name == "text" else encoder.template
     examples: list[Example] = []
@@ -170,27 +170,27 @@ def _example(number: int, encoded: Encoded, max_length: int) -> Example:
 
 
 def _key(example: Example) -> bytes:
-    """What makes two rows the same: tokens and labels."""
+    """Equal for duplicates: rows with the same tokens and labels."""
     digest = hashlib.blake2b(example.tokens.tobytes(), digest_size=16)
     digest.update(np.packbits(example.is_label).tobytes())
     return digest.digest()
 
 
 def too_long(rows: Rows, long: Sequence[tuple[int, int]], limit: int) -> UserError:
-    """The refusal of rows, given as index and number of tokens, that have more than ``limit``."""
+    """The error for rows, given as (index, tokens), that have more than ``limit`` tokens."""
     index, length = long[0]
     longest = max(length for _, length in long)
     many = f"{len(long):,} rows are" if len(long) > 1 else "1 row is"
     return UserError(
         f"{many} longer than {limit:,} tokens; the first has {length:,}",
         where=rows.place(index),
-        hint=f"set data.max_length: {longest} to fit all, or data.long_rows: cut or drop",
+        hint=f"set data.max_length: {longest} to fit all, or data.long_rows: cut (truncate) or drop",
     )
 
 
 def _nothing_left(rows: Rows, dropped: int, without_label: int) -> UserError:
     return UserError(
-        f"no row is left to learn from: {dropped:,} are too long, and {without_label:,} have no label",
+        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label",
         where=rows.name,
-        hint="raise data.max_length, or look at the answers: those that are empty or cut off teach nothing",
+        hint="raise data.max_length, or check the answers: empty and truncated ones have no label",
     )

@@ -1,4 +1,4 @@
-"""The ``data:`` section of a run: every setting of how rows are read, limited and split, with its checks.
+"""The ``data:`` section of a run: every setting for reading, limiting and splitting rows, with its checks.
 
 It knows no file and no tokenizer.
 """
@@ -23,7 +23,7 @@ class DataSettings:
         UserError: a value is out of its range.
     """
 
-    # Classes are mostly written as bare numbers in YAML, and are names all the same.
+    # YAML often has class names that look like numbers.
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
     train: str = field(
@@ -35,27 +35,27 @@ class DataSettings:
         default=0.05,
         metadata={
             "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
-            "(from 1), a file or other reference, or null for none"
+            "(from 1), a file or another reference, or null for none"
         },
     )
-    max_length: int = field(default=2048, metadata={"description": "the most tokens that a row may have"})
+    max_length: int = field(default=2048, metadata={"description": "the most tokens in a row"})
     long_rows: Literal["error", "cut", "drop"] = field(
         default="error",
-        metadata={"description": "longer rows: refuse the data, cut their end off, or leave those rows out"},
+        metadata={"description": "longer rows: error refuses the data, cut truncates them, drop drops them"},
     )
     duplicates: Literal["drop", "keep"] = field(
         default="drop",
         metadata={
-            "description": "rows with the same tokens and labels: leave all but the first out, or keep them"
+            "description": "rows with the same tokens and labels: drop all but the first, or keep them"
         },
     )
     form: FormName = field(
-        default="auto", metadata={"description": "the shape of the rows; auto goes by the columns"}
+        default="auto", metadata={"description": "the format of the rows; auto: by their columns"}
     )
     template: TemplateName = field(
         default="auto",
         metadata={
-            "description": "chat: the tokenizer's template; plain: bare text; auto: chat where it has one"
+            "description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
         },
     )
     columns: dict[str, str] = field(
@@ -65,20 +65,17 @@ class DataSettings:
         },
     )
     rows: int | None = field(
-        default=None, metadata={"description": "use only that many rows, chosen at random by the seed"}
+        default=None, metadata={"description": "use this many rows only, chosen at random by the seed"}
     )
     labels: LabelsName = field(
         default="all-turns",
         metadata={
-            "description": "which answers of a conversation are learned: all-turns, or the last one only"
+            "description": "which answers of a conversation are labels: all-turns, or the last one only"
         },
     )
     group: str | None = field(
         default=None,
-        metadata={
-            "description": "a column whose value keeps rows together: rows that share it are all trained on "
-            "or all held out"
-        },
+        metadata={"description": "a column: rows with the same value are all trained on or all held out"},
     )
     classes: list[str] | None = field(
         default=None,
@@ -88,21 +85,19 @@ class DataSettings:
     )
     other_classes: Literal["error", "drop"] = field(
         default="error",
-        metadata={
-            "description": "rows of a class that is not in classes: refuse the data, or leave them out"
-        },
+        metadata={"description": "rows of a class that is not in classes: refuse the data, or drop them"},
     )
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise UserError(f"data.max_length is {self.max_length}", hint="a row needs 2 tokens at least")
+            raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
         if self.rows is not None and self.rows < 1:
-            raise UserError(f"data.rows is {self.rows}", hint="give 1 at least, or null for all rows")
+            raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
         known = known_columns()
         for name in self.columns:
             if name not in known:
                 raise UserError(
-                    f"'{name}' is no column that deltaw reads",
+                    f"deltaw reads no column '{name}'",
                     where=f"data.columns.{name}",
                     hint=did_you_mean(name, known),
                 )
@@ -112,7 +107,7 @@ class DataSettings:
 
 
 def held_out_number(share: float | str | None) -> float:
-    """``data.eval`` as a share or a number of rows; 0 where it is none or names a file.
+    """``data.eval`` as a share or a number of rows; 0 if it is null or names a file.
 
     Raises:
         UserError: it is none of these.
@@ -129,7 +124,7 @@ def held_out_number(share: float | str | None) -> float:
 
 
 def held_out_reference(share: float | str | None) -> str | None:
-    """The file that ``data.eval`` names, where it is no number (flags bring numbers as text)."""
+    """The file that ``data.eval`` names, unless it is a number (flags pass numbers as text)."""
     if not isinstance(share, str):
         return None
     try:
@@ -142,10 +137,10 @@ def held_out_reference(share: float | str | None) -> str | None:
 def _check_names(classes: list[str]) -> None:
     twice = [name for place, name in enumerate(classes) if name in classes[:place]]
     if twice:
-        raise UserError(f"the class '{twice[0]}' is there twice", where="data.classes", hint="name it once")
+        raise UserError(f"the class '{twice[0]}' is listed twice", where="data.classes", hint="name it once")
     if len(classes) < 2:
         raise UserError(
-            "one class leaves nothing to tell apart",
+            "a classifier needs more than one class",
             where="data.classes",
-            hint="name 2 at least, or null for those of the data",
+            hint="name at least 2, or null for those of the data",
         )

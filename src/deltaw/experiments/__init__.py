@@ -1,4 +1,4 @@
-"""Studies: several trainings on the same rows, side by side (compare) or one after the other (tune).
+"""Experiments: several trainings on the same rows. compare trains methods, tune searches settings.
 
-A study lives in a folder, writes each piece of its work there as soon as it is done, and goes on from there.
+An experiment has a folder of its own. It writes each result there at once and resumes from what is there.
 """

@@ -1,4 +1,4 @@
-"""The side of a study that asks: a worker process, its answers, and what became of it."""
+"""The parent side of an experiment: starts a worker process, sends it requests and reads its answers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SECONDS_TO_END = 10.0
 
 
 class WorkerEnded(Exception):
-    """The worker process ended in the midst of its work; the message says how."""
+    """The worker process ended before it answered; the message says how."""
 
 
 class Child:
-    """A worker process (:mod:`deltaw.experiments.worker`) of its own, started when it is first asked.
+    """A worker process (:mod:`deltaw.experiments.worker`), started by the first request.
 
-    It ends with this process, however that ends, and Ctrl-C reaches this process alone.
+    The worker ends when this process ends, for any reason. Ctrl-C reaches this process alone.
 
     Args:
-        log: file that what it prints is added to.
+        log: file to which the worker's output is appended.
     """
 
     def __init__(self, log: Path) -> None:
@@ -45,15 +45,15 @@ class Child:
     def ask(
         self, do: str, on_report: Callable[[Mapping[str, object]], bool] | None = None, **request: object
     ) -> dict[str, object]:
-        """What the worker answers.
+        """Send a request and return the worker's answer.
 
         Args:
-            do: what it is to do, with ``request``.
-            on_report: told of what happens on the way; answers whether to go on.
+            do: name of the request; ``request`` holds its arguments.
+            on_report: called with each intermediate report; returns whether the worker should continue.
 
         Raises:
-            UserError: what the worker refused.
-            WorkerEnded: it is no longer there; the next request starts another.
+            UserError: the worker refused the request.
+            WorkerEnded: the worker process is gone; the next request starts another.
         """
         process = self._started()
         self._write({"do": do, **request})
@@ -72,12 +72,12 @@ class Child:
         raise WorkerEnded(self._ended(status))
 
     def close(self) -> int | None:
-        """End the process; its exit status, or None where there was none."""
+        """End the process. Returns its exit status, or None if no process was running."""
         process, self._process = self._process, None
         if process is None:
             return None
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # gone already, with a request unread
+        with contextlib.suppress(BrokenPipeError):  # the worker has exited with a request unread
             process.stdin.close()
         try:
             process.wait(SECONDS_TO_END)
@@ -105,7 +105,7 @@ class Child:
 
     def _write(self, message: object) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its output ends too, which tells what became of it
+        with contextlib.suppress(BrokenPipeError):  # its output ends too, and `ask` reports how it ended
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 

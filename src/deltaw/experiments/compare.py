@@ -1,37 +1,35 @@
-"""Methods compared on the same rows: a learning rate found for each, then one whole run for each.
+"""Compare methods on the same rows: find a learning rate for each method, then train each once.
 
-The rates are tried in one process that keeps the model; a final run has a process of its own, so that its
-peak memory is its own. Every rate and every run is kept as soon as it is done, and a comparison that was
-ended goes on from there. This process loads no model.
+One worker process tries the rates and keeps the model between them. Each final run has a process of its own,
+so that its peak memory is measured alone. Every result is stored at once, and an interrupted comparison
+resumes from what is stored. The parent process loads no model.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
+from deltaw.experiments.comparison import BASE, Comparison, MethodResult, comparison_markdown
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
 from deltaw.experiments.pace import Pace
 from deltaw.experiments.rates import best_rate, grid, next_rate
-from deltaw.reports.comparison import BASE, Comparison, MethodResult, comparison_markdown
-from deltaw.reports.comparison_figure import draw_comparison
+from deltaw.methods import registry
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.metrics import bootstrap_interval
 
-DEFAULT_METHODS = ("lora", "head", "prompt", "bias", "random", "full")
-# The part of a run's steps that a learning rate is tried for.
+# The share of a run's steps for which a learning rate is tried.
 SHARE = 0.3
-# What judging the untrained model costs, in trainings; only to tell how much is left.
+# Cost of evaluating the untrained model, in trainings; used for the remaining time only.
 BASE_WORK = 0.2
 PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
 RATE_KEY = "train.learning_rate"
@@ -39,10 +37,10 @@ RATE_KEY = "train.learning_rate"
 
 @dataclass
 class _Entry:
-    """One method in hand.
+    """One method of the comparison.
 
     Attributes:
-        piece: what is kept on disk: ``settings``, ``usual_rate``, ``rates`` (pairs of rate and loss) and
+        piece: what is stored on disk: ``settings``, ``usual_rate``, ``rates`` (pairs of rate and loss) and
             ``run``.
         asked: the rates to try; None for the grid around the usual one.
     """
@@ -63,13 +61,13 @@ class _Entry:
 
     @property
     def planned(self) -> list[float] | None:
-        """The rates to try; None while the usual one is not known."""
+        """The rates to try; None until the usual one is known."""
         usual = self.piece.get("usual_rate")
         return self.asked or (grid(float(str(usual))) if usual is not None else None)
 
     @property
     def fixed(self) -> bool:
-        """Whether there is nothing to choose."""
+        """Whether the learning rate is given."""
         return self.asked is not None and len(self.asked) == 1
 
     def next_rate(self) -> float | None:
@@ -83,35 +81,26 @@ class _Entry:
         return best_rate(self._counted())
 
     def _counted(self) -> dict[float, float]:
-        """Losses of this comparison's rates; those that an earlier one was given do not count."""
+        """Losses of the rates in this comparison; rates that only an earlier one was given are ignored."""
         if self.asked is None:
             return self.losses
         return {rate: loss for rate, loss in self.losses.items() if rate in self.asked}
 
     @property
     def run(self) -> dict[str, object] | None:
-        """The final run's numbers, where it was made at the rate that is chosen."""
+        """The results of the final run, if it used the chosen rate."""
         run = self.piece.get("run")
         return run if isinstance(run, dict) and run.get("learning_rate") == self.chosen() else None
 
 
-def method_names() -> tuple[str, ...]:
-    """All methods that there are."""
-    return get_args(RunConfig.model_fields["method"].annotation)
-
-
 def check_methods(methods: Sequence[str]) -> list[str]:
-    """The methods, each once.
+    """The methods without repetitions.
 
     Raises:
-        UserError: there is none, or one is not known.
+        UserError: no method is named, or one is unknown.
     """
-    known = method_names()
     for method in methods:
-        if method not in known:
-            raise UserError(
-                f"there is no method '{method}'", where="--methods", hint=did_you_mean(method, known)
-            )
+        registry.entry_of(method, where="--methods")
     if not methods:
         raise UserError("no method is named", where="--methods", hint="name some, as in --methods lora,head")
     return list(dict.fromkeys(methods))
@@ -124,32 +113,33 @@ def compare(
     folder: str | os.PathLike[str],
     rates: Mapping[str, Sequence[float]] | None = None,
     share: float = SHARE,
-    console: Console | None = None,
+    say: Say = silent,
+    draw: Callable[[Comparison, Path], None] | None = None,
 ) -> Comparison:
-    """Train each method on the same rows and score all of them on the same held-out ones.
+    """Train each method on the same rows and score all of them on the same held-out rows.
 
     Args:
-        config: the settings of every run; ``method`` and ``output`` aside.
-        methods: names of them.
-        folder: where everything is written; a comparison that is there already goes on.
-        rates: learning rates to try, by method; a single one is taken without trying. Otherwise
-            ``train.learning_rate`` where it is a number, or a grid around the method's usual rate.
-        share: the part of a run's steps that a rate is tried for.
-        console: where a person reads along.
+        config: the settings of every run; its ``method`` and ``output`` are ignored.
+        methods: names of the methods.
+        folder: where everything is written; a comparison that exists there is resumed.
+        rates: learning rates to try, by method; a single rate is used without a trial. The default is
+            ``train.learning_rate`` if that is a number, else a grid around the method's usual rate.
+        share: the share of a run's steps for which a rate is tried.
+        say: told lines that a person may want to read.
+        draw: writes the finished comparison's figure to a path; None writes no figure.
 
     Raises:
-        UserError: what the user gave cannot be used, or no method could run. A method that cannot run while
-            others can has the reason in its line instead.
+        UserError: the input cannot be used, or no method could run. If only some methods cannot run, the
+            result gives the reason for each instead.
     """
-    console = console or Console(quiet=True)
     methods = check_methods(methods)
     require_held_out(config)
     place = ExperimentFolder(Path(os.path.expanduser(folder)), "comparison")
     nothing = True
     try:
-        entries = [_entry(config, method, rates or {}, share, place, console) for method in methods]
+        entries = [_entry(config, method, rates or {}, share, place, say) for method in methods]
         base = _base_entry(config, place)
-        pace = Pace(console, _work(entries, base, share))
+        pace = Pace(say, _work(entries, base, share))
         with Child(place.log("tuning")) as child:
             if base is not None:
                 _evaluate_base(base, child, place, pace)
@@ -158,11 +148,11 @@ def compare(
         for entry in entries:
             _run(entry, place, pace)
             nothing = nothing and entry.run is None
-            _write(_gathered(config, entries, base, place), place, figure=False)
+            _write(_gathered(config, entries, base, place), place)
         if nothing:
             raise next(entry.error for entry in entries if entry.error is not None)
         comparison = _gathered(config, entries, base, place)
-        _write(comparison, place, figure=True)
+        _write(comparison, place, draw)
         return comparison
     except KeyboardInterrupt:
         nothing = False
@@ -177,9 +167,9 @@ def _entry(
     rates: Mapping[str, Sequence[float]],
     share: float,
     place: ExperimentFolder,
-    console: Console,
+    say: Say,
 ) -> _Entry:
-    """A method with what is known of it, unless that was found under other settings."""
+    """A method with its stored results, unless those were made with other settings."""
     asked = list(rates[method]) if method in rates else None
     fixed = config.train.learning_rate
     if asked is None and fixed != "auto":
@@ -188,18 +178,18 @@ def _entry(
     settings = settings_of(config, without=(RATE_KEY,)) | {"share of steps for tuning": share}
     piece = place.piece(method)
     if piece and (lines := changed(piece.get("settings"), settings)):
-        console.print(f"{method} starts anew: {'; '.join(lines[:4])}")
+        say(f"{method} starts anew: {'; '.join(lines[:4])}")
         piece = {}
     entry = _Entry(method, config, asked, {**piece, "settings": settings})
     if entry.run is not None:
-        console.print(f"{method}: done before")
+        say(f"{method}: done before")
     elif entry.losses:
-        console.print(f"{method}: {len(entry.losses)} learning rates tried before")
+        say(f"{method}: {len(entry.losses)} learning rates tried before")
     return entry
 
 
 def _base_entry(config: RunConfig, place: ExperimentFolder) -> _Entry | None:
-    """The untrained model, which can be scored where its head is its own."""
+    """The untrained model; it can be scored only if it has its own output head."""
     if config.task != "causal-lm":
         return None
     settings = {
@@ -214,7 +204,7 @@ def _base_entry(config: RunConfig, place: ExperimentFolder) -> _Entry | None:
 
 
 def _work(entries: Sequence[_Entry], base: _Entry | None, share: float) -> float:
-    """Trainings that are still to be made; a rate beyond the grid comes on top."""
+    """Number of trainings that remain, not counting rates beyond the grid."""
     work = 0.0 if base is None or "score" in base.piece else BASE_WORK
     for entry in entries:
         if not entry.fixed:
@@ -236,7 +226,7 @@ def _evaluate_base(base: _Entry, child: Child, place: ExperimentFolder, pace: Pa
 
 
 def _tune(entry: _Entry, child: Child, place: ExperimentFolder, pace: Pace, share: float) -> None:
-    """Try learning rates until the best is known; an error is kept in the entry."""
+    """Try learning rates until the best is known; an error is stored in the entry."""
     if entry.fixed or (entry.planned is not None and entry.next_rate() is None and entry.losses):
         return
     try:
@@ -261,7 +251,7 @@ def _tune(entry: _Entry, child: Child, place: ExperimentFolder, pace: Pace, shar
 
 
 def _run(entry: _Entry, place: ExperimentFolder, pace: Pace) -> None:
-    """The final run in a process of its own."""
+    """Make the final run in a process of its own."""
     rate = entry.chosen()
     if entry.error is not None or entry.run is not None or rate is None:
         return
@@ -283,7 +273,7 @@ def _run(entry: _Entry, place: ExperimentFolder, pace: Pace) -> None:
 
 
 def _failed(entry: _Entry, error: UserError | WorkerEnded, pace: Pace, share: float) -> None:
-    """Keep why a method has no result; the others go on."""
+    """Store why a method has no result; the other methods continue."""
     entry.error = error if isinstance(error, UserError) else UserError(str(error))
     untried = 0 if entry.fixed else 3 - len(entry.losses)
     pace.more(-1.0 - max(0, untried) * share)
@@ -366,7 +356,7 @@ def _pairs(entry: _Entry) -> tuple[tuple[float, float | None], ...]:
 def _with_difference(
     result: MethodResult, found: Mapping[str, object], best: Mapping[str, object]
 ) -> MethodResult:
-    """With the difference to the best over the same rows, and its interval by drawing rows (paired)."""
+    """Add the difference from the best method on the same rows, with a paired bootstrap interval."""
     ours, theirs = found.get("per_row"), best.get("per_row")
     if result.score is None or not isinstance(ours, list) or not isinstance(theirs, list):
         return result
@@ -380,9 +370,13 @@ def _with_difference(
     )
 
 
-def _write(comparison: Comparison, place: ExperimentFolder, *, figure: bool) -> None:
+def _write(
+    comparison: Comparison,
+    place: ExperimentFolder,
+    draw: Callable[[Comparison, Path], None] | None = None,
+) -> None:
     place.write_json(NUMBERS, comparison.as_dict())
-    if figure:
+    if draw is not None:
         with replacing(place.path / FIGURE) as temporary:
-            draw_comparison(comparison, temporary)
-    write_text(place.path / PAGE, comparison_markdown(comparison, FIGURE if figure else None))
+            draw(comparison, temporary)
+    write_text(place.path / PAGE, comparison_markdown(comparison, None if draw is None else FIGURE))

@@ -1,7 +1,7 @@
-"""A study's folder: what has been done of it so far, under which settings, and nobody else's files.
+"""The folder of an experiment: its results so far and the settings that produced them.
 
-Each piece of work is a JSON file that appears whole or not at all; a study that was ended in any way goes on
-from the pieces that are there.
+Each result is a JSON file that is written completely or not at all. An interrupted experiment resumes from
+the results that are there.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from deltaw.config import RunConfig
 from deltaw.data.settings import held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
+from deltaw.methods import registry
 
-MARK = "study.json"
+MARK = "study.json"  # the name is part of the file format
 PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
-# What no result depends on.
+# Settings that no result depends on.
 _IRRELEVANT = ("output", "force")
-_METHOD_SECTIONS = ("lora", "head", "input", "prompt", "random", "last")
 
 
 class ExperimentFolder:
-    """The folder of one study, for this process alone while it is open.
+    """The folder of one experiment, locked by this process while it is open.
 
     Args:
-        path: made where it does not exist.
+        path: the folder; created if it does not exist.
         kind: ``comparison`` or ``tuning``.
 
     Raises:
-        UserError: it cannot be written, holds something else, or another process works in it.
+        UserError: the folder cannot be written, holds other files, or is in use by another process.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -49,7 +49,7 @@ class ExperimentFolder:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"another process is at work on this {kind}",
+                f"another process is working on this {kind}",
                 where=str(path),
                 hint="wait for it, or set 'output' to another folder",
             ) from error
@@ -59,11 +59,11 @@ class ExperimentFolder:
             write_text(path / MARK, json.dumps({"kind": kind}) + "\n")
 
     def log(self, name: str) -> Path:
-        """Where a worker's output goes."""
+        """The file for a worker's output."""
         return self.path / LOGS / f"{name}.log"
 
     def piece(self, name: str) -> dict[str, object]:
-        """A piece of work, empty where it is not there or cannot be read."""
+        """A stored result; empty if it does not exist or cannot be read."""
         try:
             found = json.loads((self.path / PIECES / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -71,7 +71,7 @@ class ExperimentFolder:
         return found if isinstance(found, dict) else {}
 
     def write_piece(self, name: str, content: Mapping[str, object]) -> None:
-        """Keep a piece of work; it is on the disk when this returns."""
+        """Store a result; it is on the disk when this returns."""
         self.write_json(Path(PIECES) / f"{name}.json", content)
 
     def write_json(self, name: str | Path, content: Mapping[str, object]) -> None:
@@ -79,22 +79,22 @@ class ExperimentFolder:
         write_text(self.path / name, text + "\n")
 
     def remove_unfinished(self, run: Path) -> None:
-        """Delete a run within this folder that did not get to its end."""
+        """Delete an incomplete run inside this folder."""
         if run.is_dir() and run.parent == self.path:
             shutil.rmtree(run)
 
     def close(self, *, discard: bool = False) -> None:
-        """Let others in; with ``discard``, remove what this process has made where nothing came of it."""
+        """Release the lock; with ``discard``, delete the folder if this process created it."""
         self._lock.release()
         if discard and self._made:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
 def check_folder(path: Path, kind: str) -> None:
-    """Refuse a folder that holds anything but such a study; leaves no trace.
+    """Refuse a folder that holds anything but an experiment of this kind. Changes nothing.
 
     Raises:
-        UserError: it does, or cannot be read.
+        UserError: the folder holds other files or cannot be read.
     """
     try:
         holds = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
@@ -120,24 +120,25 @@ def _not_writable(path: Path, error: OSError) -> UserError:
 
 
 def require_held_out(config: RunConfig) -> None:
-    """Raise a UserError where the settings hold no rows out."""
+    """Raise a UserError if the settings hold out no rows."""
     if held_out_reference(config.data.eval) is None and held_out_number(config.data.eval) == 0:
         raise UserError(
-            "no rows are held out, so that there is nothing to score methods by",
+            "no rows are held out, so methods cannot be scored",
             where="data.eval",
             hint="set data.eval to a share, a number of rows or a file",
         )
 
 
 def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str, object]:
-    """By dotted key, everything that a result depends on: settings, and the content of local files.
+    """Everything that a result depends on, by dotted key: settings and the content of local files.
 
     Args:
-        without: keys to leave out.
+        without: keys to omit.
     """
     flat: dict[str, object] = {}
+    sections = registry.section_names()
     for name, value in config.model_dump(mode="json").items():
-        if name in _IRRELEVANT or (name in _METHOD_SECTIONS and name != config.method):
+        if name in _IRRELEVANT or (name in sections and name != config.method):
             continue
         entries = (
             {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -154,7 +155,7 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
 
 
 def changed(before: object, now: Mapping[str, object]) -> list[str]:
-    """The keys that differ, each with both of its values."""
+    """One line for each key that differs, with the old and the new value."""
     known = before if isinstance(before, Mapping) else {}
     lines = []
     for key in sorted({*known, *now}):
@@ -165,9 +166,9 @@ def changed(before: object, now: Mapping[str, object]) -> list[str]:
 
 
 def content_of(reference: str) -> str:
-    """What tells one content of a local file or folder from another; empty for anything else.
+    """A hash of the content of a local file or folder; empty for any other reference.
 
-    A file's bytes count; of a folder, the names and sizes of what is in it.
+    A file is hashed by its bytes, a folder by the names and sizes of its files.
     """
     path = Path(os.path.expanduser(reference))
     digest = hashlib.sha256()

@@ -1,36 +1,35 @@
-"""How far a study has come: one line a piece of work, with the time that went by and what is left."""
+"""Progress of an experiment: one line for each finished step, with elapsed and estimated remaining time."""
 
 from __future__ import annotations
 
 import time
 
-from rich.console import Console
+from deltaw.experiments.comparison import duration
+from deltaw.training.callbacks import Say
 
-from deltaw.reports.comparison import duration
-
-# The start of the first process says little about the rest: no guess before this part of what is left.
+# Starting the first process takes long, so no estimate is shown before this fraction of the rest is done.
 ENOUGH = 0.1
 
 
 class Pace:
-    """Counts work done, in units of one whole training.
+    """Counts finished work, in units of one whole training.
 
     Args:
-        left: all the work that is to be done now.
+        left: the work that remains at the start.
     """
 
-    def __init__(self, console: Console, left: float) -> None:
-        self._console = console
+    def __init__(self, say: Say, left: float) -> None:
+        self._say = say
         self._left = left
         self._done = 0.0
         self._begun = self._last = time.monotonic()
 
     def more(self, work: float) -> None:
-        """Work that has come up; negative where some need not be done."""
+        """Add work to what remains; a negative number removes some."""
         self._left += work
 
     def did(self, what: str, work: float) -> None:
-        """A piece is done: say so."""
+        """Report that a step is finished."""
         now = time.monotonic()
         self._done += work
         self._left = max(0.0, self._left - work)
@@ -38,5 +37,5 @@ class Pace:
         if self._left > 1e-9 and self._done > ENOUGH * self._left:
             left = f", about {duration((now - self._begun) / self._done * self._left)} left"
         took = duration(now - self._last)
-        self._console.print(f"{what}  [{took}; {duration(now - self._begun)} so far{left}]")
+        self._say(f"{what}  [{took}; {duration(now - self._begun)} so far{left}]")
         self._last = now

@@ -1,7 +1,7 @@
 """Which learning rates are tried for a method, and which of them is best.
 
-The grid is the method's usual rate and a step to each side of it. Where the best lies at an end, one more
-step is tried beyond it, once. Numbers alone: it knows no models and no methods.
+The grid is the method's usual rate and one step to each side of it. If the best rate lies at an end of the
+grid, one more rate is tried beyond that end, once. This module works on numbers and knows no models.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from deltaw.errors import UserError, did_you_mean
 
-# Neighbouring rates of a grid differ by this factor: half an order of magnitude.
+# Ratio of neighboring rates in the grid: half an order of magnitude.
 STEP = 3.0
 
 
 def grid(usual: float) -> list[float]:
-    """The rates tried around a method's usual one, ascending."""
+    """The rates tried around a method's usual one, in ascending order."""
     return [_rounded(usual / STEP), _rounded(usual), _rounded(usual * STEP)]
 
 
 def next_rate(planned: Sequence[float], losses: Mapping[float, float], *, extend: bool) -> float | None:
-    """The rate to try next; None where all is known.
+    """The rate to try next; None if none is left.
 
     Args:
         planned: the grid.
-        losses: of the rates that were tried, infinite where training diverged. What diverges at one rate is
-            not tried at higher ones.
-        extend: whether a step beyond the end of the grid is tried where the best lies there.
+        losses: validation loss by rate tried, infinite where training diverged. Rates above a diverging one
+            are not tried.
+        extend: whether to try one more rate beyond the grid if the best rate lies at its end.
     """
     broken = min((rate for rate, loss in losses.items() if math.isinf(loss)), default=math.inf)
     for rate in sorted(planned):
@@ -43,16 +43,16 @@ def next_rate(planned: Sequence[float], losses: Mapping[float, float], *, extend
 
 
 def best_rate(losses: Mapping[float, float]) -> float | None:
-    """The rate of the least loss; None where training diverged at all of them."""
+    """The rate with the lowest loss; None if training diverged at all of them."""
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     return min(finite, key=lambda rate: (finite[rate], rate)) if finite else None
 
 
 def parse_rates(given: Iterable[str], methods: Sequence[str]) -> dict[str, list[float]]:
-    """``lora=1e-4,3e-4`` and its like as rates by method.
+    """Parse ``lora=1e-4,3e-4`` into rates by method.
 
     Raises:
-        UserError: no such form, a method that is not compared, or no number above zero.
+        UserError: the form is wrong, the method is not compared, or a rate is not above zero.
     """
     rates: dict[str, list[float]] = {}
     for text in given:
@@ -60,13 +60,13 @@ def parse_rates(given: Iterable[str], methods: Sequence[str]) -> dict[str, list[
         method = method.strip()
         if not equals or not numbers.strip():
             raise UserError(
-                f"'{text}' does not say which rates a method is to try",
+                f"'{text}' does not name a method and its rates",
                 where="--rates",
                 hint="write METHOD=RATE,RATE, for example --rates lora=1e-4,3e-4",
             )
         if method not in methods:
             raise UserError(
-                f"'{method}' is none of the methods that are compared",
+                f"'{method}' is not one of the methods that are compared",
                 where="--rates",
                 hint=did_you_mean(method, methods),
             )
@@ -81,11 +81,11 @@ def _rate(text: str, whole: str) -> float:
         rate = math.nan
     if not 0 < rate <= 1e6:
         raise UserError(
-            f"'{text}' in '{whole}' is no learning rate", where="--rates", hint="give numbers above 0"
+            f"'{text}' in '{whole}' is not a learning rate", where="--rates", hint="give numbers above 0"
         )
     return rate
 
 
 def _rounded(rate: float) -> float:
-    """Two digits: as exact as a grid is meant."""
+    """Round to two significant digits."""
     return float(f"{rate:.2g}")

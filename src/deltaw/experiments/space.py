@@ -14,17 +14,18 @@ import yaml
 
 from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.errors import UserError, did_you_mean
+from deltaw.methods import registry
 
-# Alpha as a multiple of the rank: the two together say how strong the update is, and this one says it alone.
+# Alpha as a multiple of the rank: the strength of the update in one number.
 ALPHA_PER_RANK = "lora.alpha/rank"
-# With another one of these, the losses of two trials would not be those of the same rows and tokens.
+# Trials that differ in one of these do not have comparable losses.
 _FIXED = ("model", "task", "output", "force", "train.seed", "device", "threads", "trust_remote_code")
 _EXAMPLE = "write KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=[VALUE, VALUE], as in lora.rank=[4,8,16]"
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included; evenly on a logarithmic scale where ``log``."""
+    """Numbers from ``low`` to ``high``, both included; evenly on a logarithmic scale if ``log``."""
 
     low: float
     high: float
@@ -42,7 +43,7 @@ class Range:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
     def at_end(self, value: object) -> str:
-        """``low`` or ``high`` where the value is within a twentieth of that end, else empty."""
+        """``low`` or ``high`` if the value is within a twentieth of that end, else empty."""
         scale = math.log if self.log else float
         low, high, at = scale(self.low), scale(self.high), scale(float(str(value)))
         place = (at - low) / (high - low)
@@ -65,7 +66,7 @@ class Values:
         return value in self.values
 
     def at_end(self, value: object) -> str:
-        """As for a range, of numbers in rising or falling order; of anything else there is no end."""
+        """As for a range, if all values are numbers; other values have no end."""
         numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(numbers) < 2 or len(numbers) < len(self.values) or not isinstance(value, int | float):
             return ""
@@ -76,25 +77,13 @@ Space = Mapping[str, Range | Values]
 
 
 def default_space(config: RunConfig, usual_rate: float) -> dict[str, Range | Values]:
-    """What is searched where nothing is said: the learning rate, and what makes the method larger or smaller.
+    """What is searched by default: the learning rate, and the settings that the method registered.
 
     Args:
-        usual_rate: the method's usual learning rate, which is in the middle.
+        usual_rate: the method's usual learning rate, the middle of the range.
     """
-    sections: dict[str, dict[str, Range | Values]] = {
-        "lora": {
-            "lora.rank": Values((4, 8, 16, 32)),
-            ALPHA_PER_RANK: Values((1, 2, 4)),
-        },
-        "prompt": {"prompt.length": Values((5, 10, 20, 50))},
-        "random": {"random.weights": Range(0.001, 0.05, log=True)},
-        "last": {"last.blocks": Values((1, 2, 4))},
-    }
     rate = Range(float(f"{usual_rate / 10:.2g}"), float(f"{usual_rate * 10:.2g}"), log=True)
-    return {
-        "train.learning_rate": rate,
-        **sections.get(config.method, {"train.weight_decay": Values((0.0, 0.01, 0.1))}),
-    }
+    return {"train.learning_rate": rate, **parse_space(registry.entry_of(config.method).search)}
 
 
 def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
@@ -108,7 +97,7 @@ def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
     for text in given:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not value:
-            raise UserError(f"'{text}' names nothing to search", where="--search", hint=_EXAMPLE)
+            raise UserError(f"'{text}' names no setting to search", where="--search", hint=_EXAMPLE)
         if key not in known:
             raise UserError(f"there is no setting '{key}'", where="--search", hint=did_you_mean(key, known))
         if key in _FIXED or key.startswith("data."):
@@ -134,10 +123,10 @@ def _domain(key: str, value: str, text: str) -> Range | Values:
         except yaml.YAMLError:
             values = None
         if not isinstance(values, list) or not values:
-            raise UserError(f"'{text}' holds no list", where="--search", hint=_EXAMPLE)
+            raise UserError(f"'{text}' is not a list of values", where="--search", hint=_EXAMPLE)
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
             raise UserError(
-                f"'{text}' holds a list or a value twice",
+                f"'{text}' holds a list, or a value twice",
                 where="--search",
                 hint="list plain values, once each",
             )
@@ -210,7 +199,7 @@ def nested_values(config: RunConfig, values: Mapping[str, object]) -> dict[str, 
 
 
 def present(config: RunConfig, space: Space, usual_rate: float) -> dict[str, object] | None:
-    """The values that the settings have now; None where one of them lies outside of the space."""
+    """The values that the settings have now; None if one of them is outside the space."""
     dumped = config.model_dump(mode="json")
     values: dict[str, object] = {}
     for key, domain in space.items():

@@ -1,7 +1,7 @@
-"""A training that is repeated from the same start, and judged by rows taken out of its training rows.
+"""A trial: a training that can be repeated from the same initialization and is evaluated on validation rows.
 
-Learning rates and other settings are chosen by it. The held-out rows of the run take no part in it, so that
-the final score is that of rows which nothing was chosen by.
+Learning rates and other settings are chosen by its validation loss. The validation rows are taken from the
+training rows. The run's held-out rows are not used, so the final score is on rows that no choice depended on.
 """
 
 from __future__ import annotations
@@ -13,55 +13,56 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.fit import load_for
-from deltaw.training.loop import Step, seeded
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.state import Step
 from deltaw.training.tasks.tasks import RunData, Task
 
 VALIDATION_SHARE = 0.1
 VALIDATION_ROWS = 256
-_SPLITTING = 4  # a random stream of the seed's own
+_SPLITTING = 4  # selects a random stream of its own for the seed
 
 Row = TypeVar("Row")
 
 
 class Stopped(Exception):
-    """A training was given up on the way, as whoever watched it asked."""
+    """A training was stopped early, by its caller or by a signal."""
 
 
 class Trial:
-    """One run's model and rows, trained as often as asked.
+    """One run's model and rows, trained as often as needed.
 
     Args:
         config: the run's settings.
-        known: task and rows, where they have been read already.
+        say: told lines that a person may want to read.
+        known: task and rows, if they have been read already.
 
     Attributes:
         session: the training.
-        task, data: as the settings say, to be given to another trial on the same rows.
-        training, validation: rows that are trained on, and those that judge.
+        task, data: what was read; another trial on the same rows can reuse them.
+        training, validation: rows to train on, and rows to evaluate on.
 
     Raises:
-        UserError: as for a run, or there are too few rows to take some out.
+        UserError: as for a run, or there are too few rows for a validation set.
     """
 
     def __init__(
-        self, config: RunConfig, console: Console, known: tuple[Task, RunData] | None = None
+        self, config: RunConfig, say: Say = silent, known: tuple[Task, RunData] | None = None
     ) -> None:
         # Features of frozen layers are computed once for all repetitions.
         train = config.train.model_copy(update={"keep_features": True})
         self.config = config.model_copy(update={"train": train})
-        self._console = console
-        self.task, self.data = known or read_data(self.config, console)
+        self._say = say
+        self.task, self.data = known or read_data(self.config, say)
         self._spoilt = False
         self._open()
 
     def _open(self) -> None:
-        loaded = load_for(self.config, self.task, self.data, self._console)
+        loaded = load_for(self.config, self.task, self.data, self._say)
         self.session: Session = assemble(
             self.config,
             self.task,
@@ -71,13 +72,13 @@ class Trial:
             new_modules=loaded.new_modules,
         )
         for line in [*self.session.said, *self.session.lines()]:
-            self._console.print(line)
+            self._say(line)
         self.training, self.validation = split_off(self.session.data.train, self.config.train.seed)
         model = self.session.model
         self._start = [p.detach().clone() for _, p in self.session.method.parameters(model)]
 
     def steps(self, share: float) -> int:
-        """Steps of a training that takes a share of the run's."""
+        """Number of steps that make up a share of the run's."""
         return max(1, math.ceil(share * self.session.total_steps))
 
     def loss(
@@ -88,16 +89,17 @@ class Trial:
         every: int | None = None,
         on_evaluation: Callable[[int, float], bool] | None = None,
     ) -> float:
-        """The validation loss after a training from the start; infinite where it diverges.
+        """The validation loss after a training from the initialization; infinite if it diverges.
 
         Args:
-            rate: peak learning rate. steps: of the optimizer.
-            every: evaluate on the way after so many steps, and tell ``on_evaluation`` which evaluation it is
-                (from 1) and the loss.
-            on_evaluation: whether to go on.
+            rate: peak learning rate.
+            steps: number of optimizer steps.
+            every: also evaluate after every so many steps, and call ``on_evaluation`` with the number of
+                the evaluation (from 1) and its loss.
+            on_evaluation: returns whether to continue.
 
         Raises:
-            Stopped: ``on_evaluation`` said no, or a signal came.
+            Stopped: ``on_evaluation`` returned false, or a signal arrived.
         """
         if self._spoilt:
             self.close()
@@ -120,7 +122,7 @@ class Trial:
                     raise Stopped
                 loss = self._validated()
             except UserError as error:
-                self._console.print(f"learning rate {rate:g}: {error.what}")
+                self._say(f"learning rate {rate:g}: {error.what}")
                 return math.inf
         self._spoilt = False
         return loss
@@ -131,16 +133,15 @@ class Trial:
 
     @torch.no_grad()
     def _restore(self) -> None:
-        """What is trained as it was before any step; what is drawn at random drawn again alike."""
+        """Reset the trained parameters to those before the first step; the loop seeds itself."""
         method, model = self.session.method, self.session.model
         for (_, parameter), start in zip(method.parameters(model), self._start, strict=True):
             parameter.copy_(start)
             parameter.grad = None
         method.after_step(model)
-        seeded(self.config.train.seed)
 
     def close(self) -> None:
-        """Let go of the model and of what is kept on disk."""
+        """Release the model and the feature files."""
         if hasattr(self, "session"):
             self.session.close()
             del self.session, self._start
@@ -148,14 +149,14 @@ class Trial:
 
 
 def split_off(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows to judge by: a tenth of them and at most 256, drawn by the seed.
+    """Rows to train on and validation rows: a tenth of the rows and at most 256, drawn by the seed.
 
     Raises:
         UserError: there are fewer than two rows.
     """
     if len(rows) < 2:
         raise UserError(
-            f"{len(rows)} training row leaves none to judge settings by",
+            f"{len(rows)} training row leaves none to validate settings on",
             where="data.train",
             hint="give more rows, or fix train.learning_rate so that nothing is tuned",
         )

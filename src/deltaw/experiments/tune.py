@@ -1,7 +1,7 @@
-"""A search for settings: Optuna proposes, a worker trains, and rows taken out of the training rows judge.
+"""A search for settings: Optuna proposes values, a worker trains with them and returns a validation loss.
 
-Trials are kept in an SQLite file as they end, so that a search goes on from there. A trial that fails does
-not end the search. The held-out rows of the run take no part.
+Each finished trial is stored in an SQLite file, and an interrupted search resumes from it. A trial that fails
+does not end the search. The run's held-out rows are not used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.durable import write_text
@@ -34,17 +33,18 @@ from deltaw.experiments.space import (
     parse_space,
     present,
 )
+from deltaw.experiments.tuning import TrialResult, Tuning, tuning_markdown
 from deltaw.experiments.weight import weight
-from deltaw.reports.tuning import TrialResult, Tuning, tuning_markdown
+from deltaw.training.callbacks import Say, silent
 
 if TYPE_CHECKING:
     import optuna
 
-# Evaluations of a trial, the last at its end; at the others it may be given up.
-LOOKS = 5
-# Trials that nothing is given up in, since there is too little to compare with.
+# Evaluations in a trial. The last is at its end; at the others the trial may be pruned.
+EVALUATIONS = 5
+# The first trials are never pruned, since there is too little to compare them with.
 STARTUP = 5
-# So many trials that fail before any succeeds mean that the settings are at fault.
+# If this many trials fail before any succeeds, the settings are wrong and the search ends.
 HOPELESS = 3
 PAGE, NUMBERS, BEST, STORAGE = "tuning.md", "tuning.json", "best.yaml", "trials.db"
 _SETTINGS = "settings"
@@ -58,23 +58,22 @@ def tune(
     search: Sequence[str] = (),
     storage: str | os.PathLike[str] | None = None,
     share: float = 1.0,
-    console: Console | None = None,
+    say: Say = silent,
 ) -> Tuning:
-    """Search the settings of one method for the least validation loss.
+    """Search the settings of one method for the lowest validation loss.
 
     Args:
-        config: the settings as they are, which are the first trial where they lie in what is searched.
-        trials: how many there shall be in the end, those of an earlier call included.
-        folder: where everything is written; a search that is there already goes on.
-        search: what may change, as in ``lora.rank=[4,8]``; by default what the method is best tuned by.
+        config: the current settings; they are the first trial if they lie within the search space.
+        trials: total number of trials, including those of an earlier call.
+        folder: where everything is written; a search that exists there is resumed.
+        search: the search space, as in ``lora.rank=[4,8]``; by default the method's own.
         storage: SQLite file of the trials; by default one in the folder.
-        share: the part of a run's steps that a trial takes.
-        console: where a person reads along.
+        share: the share of a run's steps that a trial takes.
+        say: told lines that a person may want to read.
 
     Raises:
-        UserError: what the user gave cannot be used, Optuna is not installed, or no trial succeeded.
+        UserError: the input cannot be used, Optuna is not installed, or no trial succeeded.
     """
-    console = console or Console(quiet=True)
     _require_optuna()
     asked = parse_space(search)
     check_space(config, asked)
@@ -84,9 +83,9 @@ def tune(
         with Child(place.log("trials")) as child:
             usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = asked or default_space(config, usual)
-            study = _open_store(config, space, share, place, storage, console)
-            first = _begin(study, present(config, space, usual), trials, console)
-            pace = Pace(console, max(0, trials - len(_ended(study))))
+            study = _open_store(config, space, share, place, storage, say)
+            first = _begin(study, present(config, space, usual), trials, say)
+            pace = Pace(say, max(0, trials - len(_ended(study))))
             while len(_ended(study)) < trials:
                 _one(study, config, space, share, child, pace, trials)
                 kept = kept or any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
@@ -94,8 +93,8 @@ def tune(
         if not tuning.ranked:
             why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
             raise UserError(
-                f"none of {len(tuning.trials)} trials came to an end: {why}",
-                hint="search other values (--search), or mend the settings",
+                f"none of {len(tuning.trials)} trials finished: {why}",
+                hint="search other values (--search), or correct the settings",
             )
         _write(tuning, config, place)
         kept = True
@@ -123,9 +122,9 @@ def _open_store(
     share: float,
     place: ExperimentFolder,
     storage: str | os.PathLike[str] | None,
-    console: Console,
+    say: Say,
 ) -> optuna.Study:
-    """The study of these settings and this space; another one in the same file where either has changed."""
+    """The Optuna study for these settings and this space; a new one if either has changed."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -135,7 +134,7 @@ def _open_store(
     }
     before = place.piece(_SETTINGS)
     if before and (lines := changed(before, settings)):
-        console.print(f"the search starts anew, and earlier trials are kept: {'; '.join(lines[:4])}")
+        say(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
     name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
     file = Path(os.path.expanduser(storage)) if storage is not None else place.path / STORAGE
     try:
@@ -145,29 +144,27 @@ def _open_store(
         )
     except (SQLAlchemyError, OSError, RuntimeError) as error:
         raise UserError(
-            f"the trials cannot be kept there: {str(error).splitlines()[0]}",
+            f"the trials cannot be stored there: {str(error).splitlines()[0]}",
             where=str(file),
             hint="name an SQLite file, or one that does not exist yet, with --storage",
         ) from error
     place.write_piece(_SETTINGS, settings)
-    # Another seed each time, or a search that goes on would draw what it has drawn before.
+    # The seed changes with the number of trials; otherwise a resumed search would repeat its draws.
     seed = (config.train.seed + len(study.trials)) % 2**32
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * STARTUP)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1)
     return study
 
 
-def _begin(
-    study: optuna.Study, now: Mapping[str, object] | None, trials: int, console: Console
-) -> int | None:
-    """Put away what was interrupted, and let the settings as they are be the first trial: its number."""
+def _begin(study: optuna.Study, now: Mapping[str, object] | None, trials: int, say: Say) -> int | None:
+    """Fail interrupted trials and queue the current settings as the first trial; returns its number."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     ended = _ended(study)
     if ended:
-        console.print(f"{len(ended)} trials were made before; there shall be {trials}")
+        say(f"{len(ended)} of {trials} trials were made before")
     for trial in ended:
         if now is not None and trial.params == dict(now):
             return trial.number
@@ -180,7 +177,7 @@ def _begin(
 
 
 def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that count: those that were interrupted do not."""
+    """The finished trials, without interrupted ones."""
     return [t for t in study.get_trials(deepcopy=False) if "end" in t.user_attrs]
 
 
@@ -193,20 +190,26 @@ def _one(
     pace: Pace,
     trials: int,
 ) -> None:
-    """One trial, from what is proposed to what came of it."""
+    """Make one trial: ask for values, train with them, store the result."""
     from optuna.trial import TrialState
 
     trial = study.ask()
     values = {key: _suggested(trial, key, domain) for key, domain in space.items()}
 
     def on_report(report: Mapping[str, object]) -> bool:
-        trial.report(float(str(report["loss"])), int(str(report["look"])))
+        trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
 
     loss, end, note = math.inf, "done", ""
     try:
         chosen = applied(config, values)
-        found = child.ask("trial", on_report, config=chosen.model_dump(mode="json"), share=share, looks=LOOKS)
+        found = child.ask(
+            "trial",
+            on_report,
+            config=chosen.model_dump(mode="json"),
+            share=share,
+            evaluations=EVALUATIONS,
+        )
         for key in ("training_rows", "validation_rows", "steps"):
             trial.set_user_attr(key, found[key])
         if found.get("stopped"):
@@ -246,7 +249,7 @@ def _suggested(trial: optuna.Trial, key: str, domain: Range | Values) -> object:
 
 
 def _short(value: object) -> object:
-    """Three digits of a fraction: as exact as a trial is, and as a person would write it."""
+    """Round a float to three significant digits, which is as precise as a trial is."""
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
@@ -265,7 +268,7 @@ def _gathered(
         )
         for trial in ended
     ]
-    # Divergence is an answer too: the worst rank.
+    # A diverged trial counts with the worst rank.
     told = [r for r in results if r.end in ("done", "diverged")]
     losses = [math.inf if r.loss is None else r.loss for r in told]
     done = [r for r in results if r.loss is not None]

@@ -1,6 +1,6 @@
-"""How much each setting matters: the part of the differences between trials that it accounts for alone.
+"""How much each setting matters: the share of the variation between trials that it explains alone.
 
-It knows numbers alone.
+This module works on numbers and knows no settings.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ import numpy as np
 
 from deltaw.training.evaluation.metrics import ranks
 
-# Fewer trials than this say nothing.
+# With fewer trials no estimate is made.
 FEWEST = 6
 
 
 def weight(values: Sequence[object], losses: Sequence[float]) -> float | None:
-    """Adjusted R² of the losses' ranks on one setting; 0 where it explains nothing, None where that is open.
+    """Adjusted R² of a regression of the losses' ranks on one setting.
 
-    Ranks, so that one trial that went wrong does not decide. A number enters with its square, since the best
-    is often in the middle, on a logarithmic scale where all are above zero; anything else by the mean of each
-    value's trials. Adjusted for n trials and p terms: R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
+    Ranks are used so that one bad trial does not dominate. A numeric setting enters with its square, since
+    the best value is often in the middle, and on a logarithmic scale if all values are positive. Any other
+    setting enters as the mean rank of each value. For n trials and p terms the adjusted R² is
+    R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
+
+    Args:
+        values: the setting's value in each trial.
+        losses: the loss of each trial, in the same order.
+
+    Returns:
+        A share between 0 (explains nothing) and 1; None if there are too few trials to tell.
     """
     count = len(losses)
     if count < FEWEST or len(set(map(str, values))) < 2:

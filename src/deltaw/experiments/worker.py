@@ -1,7 +1,7 @@
-"""The side of a study that computes: a process that is asked for trainings, one line of JSON at a time.
+"""The worker process of an experiment: it makes trainings on request, one line of JSON at a time.
 
-It reads requests from standard input and answers on standard output; whatever else is printed goes to
-standard error. It ends when its input does, so that no training outlives the study that asked for it.
+It reads requests from standard input and writes answers to standard output. All other output goes to
+standard error. The process ends when its input ends, so no training outlives the experiment.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.trial import Stopped, Trial
-from deltaw.host.machine import choose_device, choose_precision
-from deltaw.hub.loading import check_architecture, config_folder
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import keep_freed_memory
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import check_architecture
 from deltaw.hub.skeleton import skeleton
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method
 from deltaw.methods.files import classes_of
+from deltaw.training.callbacks import Lines, Say
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import fit, load_for
 from deltaw.training.session import read_data, usual_rate_of
@@ -38,20 +39,20 @@ ADAPTER_FILES = "adapter_*"
 
 
 class Worker:
-    """Answers requests; what it keeps between them is the trial in hand, and the rows it was read from.
+    """Answers requests. Between them it keeps the current trial and its rows.
 
     Args:
-        report: told of what happens on the way; answers whether to go on.
+        report: called with intermediate results; returns whether to continue.
     """
 
-    def __init__(self, report: Callable[[Message], bool], console: Console) -> None:
+    def __init__(self, report: Callable[[Message], bool], say: Say) -> None:
         self._report = report
-        self._console = console
+        self._say = say
         self._trial: Trial | None = None
         self._known: tuple[tuple[DataSettings, str, str, int], tuple[Task, RunData]] | None = None
 
     def answer(self, request: Message) -> Message:
-        """Do what ``request["do"]`` names."""
+        """Answer the request that ``request["do"]`` names."""
         does: dict[str, Callable[[Message], Message]] = {
             "usual": self.usual,
             "open": self.open,
@@ -63,7 +64,7 @@ class Worker:
         return does[str(request["do"])](request)
 
     def usual(self, request: Message) -> Message:
-        """The method's usual learning rate; nothing is loaded for it."""
+        """The method's usual learning rate, without loading weights."""
         config = _config(request)
         dtype = choose_precision(choose_device(config.device).value, config.precision).value
         folder = config_folder(config.model, dtype, config.trust_remote_code)
@@ -71,27 +72,27 @@ class Worker:
         return {"usual_rate": usual_rate_of(choose_method(config, None), architecture)}
 
     def open(self, request: Message) -> Message:
-        """Load model and rows for trainings at several learning rates."""
+        """Load the model and the rows for trainings at several learning rates."""
         trial = self._open_store(_config(request))
         session = trial.session
         return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(trial)}
 
     def rate(self, request: Message) -> Message:
-        """Train what was opened at one learning rate."""
+        """Train the open trial at one learning rate."""
         if self._trial is None:
-            raise RuntimeError("'rate' was asked before 'open'")
+            raise RuntimeError("'rate' was requested before 'open'")
         rate, share = float(str(request["rate"])), float(str(request["share"]))
         loss = self._trial.loss(rate, self._trial.steps(share))
         return {"loss": loss if math.isfinite(loss) else None}
 
     def trial(self, request: Message) -> Message:
-        """Train with settings of its own, evaluating on the way; ended early where the answer is no."""
+        """Train with new settings and evaluate on the way; the parent may end the trial early."""
         trial = self._open_store(_config(request))
         steps = trial.steps(float(str(request["share"])))
-        every = trial.config.train.eval_every or math.ceil(steps / int(str(request["looks"])))
+        every = trial.config.train.eval_every or math.ceil(steps / int(str(request["evaluations"])))
 
         def on_evaluation(number: int, loss: float) -> bool:
-            return self._report({"look": number, "loss": loss})
+            return self._report({"evaluation": number, "loss": loss})
 
         rate = trial.session.learning_rate
         facts = {**_rows_of(trial), "learning_rate": rate, "steps": steps}
@@ -104,11 +105,11 @@ class Worker:
         return {**facts, "loss": loss if math.isfinite(loss) else None}
 
     def base(self, request: Message) -> Message:
-        """Judge the model as it is, on the held-out rows."""
+        """Evaluate the untrained model on the held-out rows."""
         self._close()
         config = _config(request)
-        task, data = read_data(config, self._console)
-        loaded = load_for(config, task, data, self._console)
+        task, data = read_data(config, self._say)
+        loaded = load_for(config, task, data, self._say)
         batcher, _ = task.batcher(
             loaded.model,
             data.held_out,
@@ -124,9 +125,9 @@ class Worker:
         return _score(evaluation)
 
     def run(self, request: Message) -> Message:
-        """One whole run, as ``deltaw train`` does it."""
+        """Make one whole run, as ``deltaw train`` does."""
         config = _config(request)
-        result = fit(config, console=self._console)
+        result = fit(config, callback=Lines(self._say))
         if result.interrupted:
             raise UserError("the run was stopped by a signal", hint="start the comparison again")
         return {
@@ -140,7 +141,7 @@ class Worker:
         self._close()
         key = (config.data, config.task, config.model, config.train.seed)
         known = self._known[1] if self._known is not None and self._known[0] == key else None
-        self._trial = Trial(config, self._console, known)
+        self._trial = Trial(config, self._say, known)
         self._known = (key, (self._trial.task, self._trial.data))
         return self._trial
 
@@ -153,7 +154,7 @@ class Worker:
 def _config(request: Message) -> RunConfig:
     settings = request["config"]
     if not isinstance(settings, Mapping):
-        raise RuntimeError("a request's config is no mapping")
+        raise RuntimeError("a request's config is not a mapping")
     return RunConfig.read(settings)
 
 
@@ -172,7 +173,7 @@ def _score(evaluation: Evaluation) -> dict[str, object]:
 
 
 def _total_parameters(config: RunConfig, output: Path) -> int:
-    """N of the model with the head that the run gave it, from its configuration alone."""
+    """Parameters of the model with the run's head, counted on fake tensors from its configuration."""
     classes = classes_of(output)
     outputs = len(classes) if classes is not None else 1 if config.task == "regression" else None
     device = choose_device(config.device).value
@@ -188,7 +189,7 @@ def _total_parameters(config: RunConfig, output: Path) -> int:
 
 
 def _lines_of_input(into: queue.SimpleQueue[str]) -> None:
-    """Hand on each line of standard input; at its end, end the process, whatever it is doing."""
+    """Put each line of standard input into the queue; at the end of input, exit the process at once."""
     # Not through sys.stdin, whose lock would be held while the interpreter shuts down.
     rest = b""
     while part := os.read(0, 65536):
@@ -199,10 +200,14 @@ def _lines_of_input(into: queue.SimpleQueue[str]) -> None:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends."""
+    keep_freed_memory()
     answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_lines_of_input, args=(requests,), daemon=True).start()
 
@@ -213,13 +218,13 @@ def main() -> None:
         send("report", content)
         return bool(json.loads(requests.get()))
 
-    worker = Worker(report, console)
+    worker = Worker(report, say)
     while True:
         request = json.loads(requests.get())
         try:
             send("done", worker.answer(request))
         except UserError as error:
-            console.print(f"error: {error}")
+            say(f"error: {error}")
             send("error", {"what": error.what, "where": error.where, "hint": error.hint})
 
 

@@ -11,6 +11,7 @@ It does not know what a model is used for, nor how one is loaded from a folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -32,7 +33,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
-from deltaw.host.machine import DTYPES
+from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
@@ -63,7 +64,7 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
 
     Args:
         gguf_path: the file.
-        dtype: a key of :data:`deltaw.host.machine.DTYPES`.
+        dtype: a key of :data:`deltaw.host.choices.PRECISIONS`.
         say: told in one line what is being done, when it is done.
 
     Raises:
@@ -72,7 +73,9 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
     _require_gguf(gguf_path)
     cache = packages.cache_folder() / "gguf"
     dtype = "bf16" if dtype == "int8" else dtype  # bytes are made from bf16 once it is loaded
-    target = cache / f"{_digest(gguf_path)[:16]}-{dtype}-v{_REVISION}"
+    status = gguf_path.stat()
+    digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
+    target = cache / f"{digest[:16]}-{dtype}-v{_REVISION}"
     if target.is_dir():
         return target
     try:
@@ -163,7 +166,7 @@ def convert_here(path: str, dtype: str, into: str) -> int:
     try:
         # The model library prints where it likes; only this function's own lines are an answer.
         with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            model = _model(Path(path), DTYPES[dtype])
+            model = _model(Path(path), dtype_of(dtype))
             tokenizer, note = _tokenizer(Path(path))
             _set_terminators(model, tokenizer)
             model.save_pretrained(into)
@@ -266,8 +269,9 @@ def _require_gguf(path: Path) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    """The SHA-256 of the file, in hexadecimal."""
+@functools.cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """The SHA-256 of the file, in hexadecimal; computed again where its size or time of change is another."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

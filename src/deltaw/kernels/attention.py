@@ -1,6 +1,6 @@
-"""Attention over a forest of segments, forward and backward, without padding and without a whole mask.
+"""Attention over a prefix tree of segments, forward and backward, without padding and without a whole mask.
 
-Two ways give the same: a compiled kernel where it serves (``native/attention.cpp``), and tiles of torch's
+Two ways give the same: a compiled kernel where it serves (``csrc/attention_*.cpp``), and tiles of torch's
 own products elsewhere. Of the latter, each tile of the layout is a few matrix products of its queries against
 its own keys; tiles of one shape are computed together. The heads that share a key (grouped-query attention)
 are folded into the rows of one product, so that nothing is expanded. Kept for the backward are queries, keys
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
+from deltaw.kernels.bounds import check_places, check_shape
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import define
 
@@ -122,14 +123,22 @@ def attend(
         picked: (P), ascending: the places of the T at which the P queries stand; None where each one asks.
 
     Returns:
-        (P or T, heads, d_v), and what :func:`attend_backward` wants of it.
+        (P or T, heads, d_v), and what :func:`attend_backward` needs of it.
+
+    Raises:
+        ValueError: the shapes do not fit each other or the layout, or the picked places do not ascend.
+        IndexError: a picked place lies outside of the row.
+        NotImplementedError: attention both ways without the compiled kernel.
     """
+    _check_inputs(query, key, value, layout, picked)
     if is_compiled(query, key, value):
-        forest = layout.forest()
+        segments = layout.forest()
         out, logs = _attention(
-            query, key, value, forest, window or 0, causal, scaling, softcap or 0.0, picked
+            query, key, value, segments, window or 0, causal, scaling, softcap or 0.0, picked
         )
         return out, [logs]
+    if not causal:
+        raise NotImplementedError("attention both ways needs the compiled kernel")
     q, k, v = (t.transpose(0, 1) for t in (_at_all_places(query, picked, len(key)), key, value))
     out, kept = _tiles_forward(q, k, v, layout.tiles(window), scaling, softcap)
     out = out.transpose(0, 1)
@@ -151,12 +160,17 @@ def attend_backward(
     causal: bool = True,
     picked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, like them, from what :func:`attend` gave."""
+    """The gradients of query, key and value, like them, from what :func:`attend` gave.
+
+    Raises:
+        ValueError: the gradient is not like the outputs.
+    """
+    check_shape("the gradient", grad, *query.shape[:2], value.shape[-1])
     if out is not None and is_compiled(query, key, value):
         (logs,) = kept
-        forest, cap = layout.forest(), softcap or 0.0
+        segments, cap = layout.forest(), softcap or 0.0
         return _attention_backward(
-            grad, query, key, value, out, logs, forest, window or 0, causal, scaling, cap, picked
+            grad, query, key, value, out, logs, segments, window or 0, causal, scaling, cap, picked
         )
     spread = (_at_all_places(t, picked, len(key)) for t in (grad, query))
     d, q, k, v = (t.transpose(0, 1) for t in (*spread, key, value))
@@ -164,6 +178,19 @@ def attend_backward(
         t.transpose(0, 1) for t in _tiles_backward(d, q, k, v, kept, layout.tiles(window), scaling, softcap)
     )
     return (of_q if picked is None else of_q.index_select(0, picked)), of_k, of_v
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, picked: Tensor | None) -> None:
+    """That (T, heads, d) tensors fit each other and the layout, and the queries their places."""
+    length, key_heads, size = key.shape
+    if length != layout.length:
+        raise ValueError(f"there are {length} keys, and the layout has {layout.length} tokens")
+    if not key_heads or query.shape[1] % key_heads:
+        raise ValueError(f"{query.shape[1]} heads cannot share {key_heads} key heads")
+    check_shape("the queries", query, length if picked is None else len(picked), query.shape[1], size)
+    check_shape("the values", value, length, key_heads, value.shape[-1])
+    if picked is not None and type(picked) is Tensor:  # without values there is nothing to look at
+        check_places(picked, length)
 
 
 def _at_all_places(rows: Tensor, picked: Tensor | None, length: int) -> Tensor:
@@ -183,14 +210,14 @@ def _strides(*tensors: Tensor) -> Tensor:
     return torch.tensor([step for t in tensors for step in t.stride()[:2]], dtype=torch.int64)
 
 
-def _compute_attention(query, key, value, forest, window, causal, scaling, softcap, picked):  # type: ignore[no-untyped-def]
+def _compute_attention(query, key, value, segments, window, causal, scaling, softcap, picked):  # type: ignore[no-untyped-def]
     queries, heads, size = query.shape
     length, key_heads, value_size = value.shape
     out = query.new_empty(queries, heads, value_size)
     logs = torch.empty(heads, queries)
     strides = _strides(query, key, value, out)
     loader.kernels().dw_attention(
-        loader.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
+        loader.number(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
         key_heads, size, value_size, scaling, softcap, loader.address(picked), queries,
         *(t.data_ptr() for t in (query, key, value, out, strides, logs)),
     )  # fmt: skip
@@ -198,7 +225,7 @@ def _compute_attention(query, key, value, forest, window, causal, scaling, softc
 
 
 def _compute_attention_backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, logs, forest, window, causal, scaling, softcap, picked
+    grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, picked
 ):
     queries, heads, size = query.shape
     length, key_heads, value_size = value.shape
@@ -206,7 +233,7 @@ def _compute_attention_backward(  # type: ignore[no-untyped-def]
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     strides = _strides(query, key, value, out, grad, *grads)
     loader.kernels().dw_attention_backward(
-        loader.number(query.dtype), forest.data_ptr(), forest.shape[1], length, window, causal, heads,
+        loader.number(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
         key_heads, size, value_size, scaling, softcap, loader.address(picked), queries,
         *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
         strides.data_ptr(), logs.data_ptr(),
@@ -214,9 +241,9 @@ def _compute_attention_backward(  # type: ignore[no-untyped-def]
     return tuple(grads)
 
 
-def _pairs(forest: Tensor, window: int, causal: bool, picked: Tensor | None) -> int:
+def _pairs(segments: Tensor, window: int, causal: bool, picked: Tensor | None) -> int:
     """(query, key) pairs that are seen."""
-    starts, stops, _, offsets = forest.tolist()
+    starts, stops, _, offsets = segments.tolist()
     if picked is not None and causal:
         positions = [0] * stops[-1]
         for start, stop, offset in zip(starts, stops, offsets, strict=True):
@@ -233,26 +260,26 @@ def _pairs(forest: Tensor, window: int, causal: bool, picked: Tensor | None) -> 
 
 
 _attention = define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor forest, int window, bool causal, "
+    "attention(Tensor query, Tensor key, Tensor value, Tensor segments, int window, bool causal, "
     "float scaling, float softcap, Tensor? picked) -> (Tensor, Tensor)",
     _compute_attention,
     lambda query, key, value, *_: (
         query.new_empty(*query.shape[:2], value.shape[-1]),
         query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
     ),
-    lambda query, key, value, forest, window, causal, scaling, softcap, picked: (
-        2 * _pairs(forest, window, causal, picked) * query.shape[1] * (query.shape[2] + value.shape[2])
+    lambda query, key, value, segments, window, causal, scaling, softcap, picked: (
+        2 * _pairs(segments, window, causal, picked) * query.shape[1] * (query.shape[2] + value.shape[2])
     ),
 )
 _attention_backward = define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, "
-    "Tensor forest, int window, bool causal, float scaling, float softcap, Tensor? picked) "
+    "Tensor segments, int window, bool causal, float scaling, float softcap, Tensor? picked) "
     "-> (Tensor, Tensor, Tensor)",
     _compute_attention_backward,
     lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
-    lambda grad, query, key, value, out, logs, forest, window, causal, scaling, softcap, picked: (
+    lambda grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, picked: (
         2
-        * _pairs(forest, window, causal, picked)
+        * _pairs(segments, window, causal, picked)
         * query.shape[1]
         * (3 * query.shape[2] + 2 * value.shape[2])
     ),

@@ -20,9 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 from deltaw.kernels.linear import can_multiply
 from deltaw.kernels.rows import ACTIVATIONS
+from deltaw.kernels.structs import BlockParts, Layer, RowNorm
 
 
 class LinearTensors(Protocol):
@@ -52,34 +53,7 @@ class NormTensors(Protocol):
     def centred(self) -> bool: ...
 
 
-_P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _P) for name in ("weight", "scale", "columns", "bias", "A", "B")),
-        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "bias_f32")),
-        ("scaling", _F),
-    ]
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", _P), ("bias", _P), ("eps", _F), ("offset", _F), ("centred", _L)]
-
-
-_LAYERS = ("query", "key", "value", "output", "gate", "up", "down")
-
-
-class _Parts(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, _L)
-            for name in ("type", "heads", "key_heads", "head_size", "activation", "window", "turned")
-        ),
-        *((name, _F) for name in ("scaling", "softcap")),
-        *((name, _Norm) for name in ("first", "second")),
-        *((name, _Layer) for name in _LAYERS),
-    ]
+_P, _L = ctypes.c_void_p, ctypes.c_int64
 
 
 class Block:
@@ -110,8 +84,8 @@ class Block:
         self._alive = (list(layers), weights)
         self._factors = [(layer.lora_A, layer.lora_B) for layer in layers]
         outputs = [layer.weight.shape[0] for layer in layers]
-        self._parts = _Parts(
-            native.number(dtype),
+        self._parts = BlockParts(
+            loader.number(dtype),
             outputs[0] // head_size,
             outputs[1] // head_size,
             head_size,
@@ -121,7 +95,7 @@ class Block:
             scaling,
             softcap or 0.0,
             *(
-                _Norm(*map(native.address, pair), norm.eps, norm.offset, norm.centred)
+                RowNorm(*map(loader.address, pair), norm.eps, norm.offset, norm.centred)
                 for norm, pair in zip(norms, weights, strict=True)
             ),
             *map(_layer, layers),
@@ -131,21 +105,21 @@ class Block:
         self._sizes_of = -1
 
     def forward(
-        self, x: Tensor, forest: Tensor, cosine: Tensor | None, sine: Tensor | None
+        self, x: Tensor, segments: Tensor, cosine: Tensor | None, sine: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """y, like x (…, T, hidden), and what :meth:`backward` wants.
 
         Args:
-            forest: (4, S), see :meth:`deltaw.kernels.layout.Layout.forest`.
+            segments: (4, S), see :meth:`deltaw.kernels.layout.Layout.forest`.
             cosine, sine: (T, turned) in fp32.
         """
         length = x.shape[-2]
         kept_bytes, scratch_bytes, _ = self._room(length)
         saved, scratch = (torch.empty(n, dtype=torch.uint8) for n in (kept_bytes, scratch_bytes))
         y = torch.empty_like(x)
-        native.kernels().dw_block(
-            self._at, length, x.data_ptr(), forest.data_ptr(), forest.shape[1], native.address(cosine),
-            native.address(sine), saved.data_ptr(), scratch.data_ptr(), y.data_ptr(),
+        loader.kernels().dw_block(
+            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(cosine),
+            loader.address(sine), saved.data_ptr(), scratch.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y, saved
 
@@ -154,7 +128,7 @@ class Block:
         grad: Tensor,
         x: Tensor,
         saved: Tensor,
-        forest: Tensor,
+        segments: Tensor,
         cosine: Tensor | None,
         sine: Tensor | None,
         need_x: bool,
@@ -173,9 +147,9 @@ class Block:
                     continue
                 factors.append(torch.empty(factor.shape))
                 addresses.append(factors[-1].data_ptr())
-        native.kernels().dw_block_backward(
-            self._at, length, x.data_ptr(), forest.data_ptr(), forest.shape[1], native.address(cosine),
-            native.address(sine), saved.data_ptr(), scratch.data_ptr(), grad.data_ptr(), native.address(dx),
+        loader.kernels().dw_block_backward(
+            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(cosine),
+            loader.address(sine), saved.data_ptr(), scratch.data_ptr(), grad.data_ptr(), loader.address(dx),
             (_P * len(addresses))(*addresses),
         )  # fmt: skip
         return dx, factors
@@ -183,14 +157,14 @@ class Block:
     def _room(self, length: int) -> tuple[int, int, int]:
         """Bytes kept, and of scratch forward and backward, for so many tokens."""
         if length != self._sizes_of:
-            native.kernels().dw_block_sizes(self._at, length, self._sizes)
+            loader.kernels().dw_block_sizes(self._at, length, self._sizes)
             self._sizes_of = length
         return tuple(self._sizes)  # type: ignore[return-value]
 
 
 def serves(x: Tensor, layers: Sequence[LinearTensors], norms: Sequence[NormTensors], head_size: int) -> bool:
     """Whether the kernels take all of a block for rows like x (…, T, hidden)."""
-    if not native.serves(x, *(t for norm in norms for t in (norm.weight, norm.bias))):
+    if not loader.serves(x, *(t for norm in norms for t in (norm.weight, norm.bias))):
         return False
     for layer in layers:
         probe = x.new_empty(0, layer.weight.shape[1])
@@ -205,14 +179,14 @@ def serves(x: Tensor, layers: Sequence[LinearTensors], norms: Sequence[NormTenso
     return head_size % 2 == 0 and sizes[1] == sizes[2] and not any(n % head_size for n in sizes[:3])
 
 
-def _layer(of: LinearTensors) -> _Layer:
+def _layer(of: LinearTensors) -> Layer:
     outputs, inputs = of.weight.shape
-    return _Layer(
-        *map(native.address, (of.weight, of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
+    return Layer(
+        *map(loader.address, (of.weight, of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
         inputs,
         outputs,
         0 if of.lora_A is None else of.lora_A.shape[1],
-        native.number(of.weight.dtype),
+        loader.number(of.weight.dtype),
         of.bias is not None and of.bias.dtype == torch.float32,
         of.scaling,
     )

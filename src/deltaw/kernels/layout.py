@@ -1,7 +1,7 @@
-"""A flat row of tokens and its forest of segments: who sees whom, cut into tiles of work.
+"""A flat row of tokens and its prefix tree of segments: who sees whom, cut into tiles of work.
 
-A token sees its own segment up to itself, and all of the segment's ancestors. Packing without padding is the
-forest without edges; rows that begin alike hang under one segment that is computed once.
+A token sees its own segment up to itself, and all of the segment's ancestors. Padding-free packing is the
+tree without edges; rows that share a prefix are children of one segment, which is computed once.
 
 This module knows positions and visibility only; not what the tokens are, nor any model.
 """
@@ -88,12 +88,15 @@ class Tiles:
 
 @dataclass(eq=False)
 class Layout:
-    """The forest over a flat row of T tokens.
+    """The prefix tree over a flat row of T tokens.
 
     Args:
         starts, stops: where each of S segments lies in the flat row; they follow one another without gaps,
             parents before their children.
         parents: index of each segment's parent, -1 for a root.
+
+    Raises:
+        ValueError: the three do not describe such a tree.
     """
 
     starts: np.ndarray
@@ -107,18 +110,27 @@ class Layout:
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Layout:
-        """Segments of these lengths one after another; without ``parents``, a forest without edges."""
+        """Segments of these lengths one after another; without ``parents``, a tree without edges."""
         stops = np.cumsum(np.asarray(lengths, dtype=np.int64))
         starts = stops - np.asarray(lengths, dtype=np.int64)
         above = np.full(len(lengths), -1) if parents is None else np.asarray(parents)
         return cls(starts, stops, above.astype(np.int64))
 
     def __post_init__(self) -> None:
-        children = np.arange(len(self.parents))
+        tables = {"starts": self.starts, "stops": self.stops, "parents": self.parents}
+        for name, table in tables.items():
+            if table.ndim != 1 or not np.issubdtype(table.dtype, np.integer):
+                raise ValueError(f"{name} must be a list of whole numbers")
+            if len(table) != len(self.starts):
+                raise ValueError(f"there are {len(self.starts)} starts and {len(table)} {name}")
         if len(self.starts) == 0 or self.starts[0] != 0 or (self.starts[1:] != self.stops[:-1]).any():
             raise ValueError("segments must follow one another from 0 without gaps")
-        if (self.parents >= children).any():
+        if (self.stops < self.starts).any():
+            raise ValueError("a segment must not end before it starts")
+        if (self.parents >= np.arange(len(self.parents))).any():
             raise ValueError("a segment's parent must stand before it")
+        if (self.parents < -1).any():
+            raise ValueError("a segment's parent is its index, or -1 for none")
 
     @property
     def length(self) -> int:

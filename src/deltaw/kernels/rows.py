@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels import loader
-from deltaw.kernels.bounds import check_targets
+from deltaw.kernels.bounds import check_shape, check_targets
 from deltaw.kernels.operators import define
 
 # Activation functions of gated and plain MLPs, by the kernels' own numbers.
@@ -28,6 +28,8 @@ def norm(
         centred: LayerNorm (arXiv 1607.06450); without it the mean is 0: RMSNorm (arXiv 1910.07467).
         offset: 1 where the weight is kept as its difference from one (Gemma), else 0.
     """
+    check_shape("the norm's weight", weight, x.shape[-1])
+    check_shape("the norm's bias", bias, x.shape[-1])
     return _norm(x, weight, bias, offset, eps, centred)
 
 
@@ -57,6 +59,10 @@ def norm_backward(
     added: Tensor | None = None,
 ) -> Tensor:
     """∂L/∂x of :func:`norm` with a frozen weight, plus ``added``; (M, D)."""
+    check_shape("the gradient", grad, *x.shape)
+    check_shape("the norm's weight", weight, x.shape[-1])
+    check_shape("the norm's statistics", stats, x.shape[0], 2)
+    check_shape("what is added", added, *x.shape)
     return _norm_backward(grad, x, weight, stats, offset, centred, added)
 
 
@@ -83,6 +89,7 @@ def norm_backward_reference(
 
 def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """f(gate)·up, or f(gate) without ``up``; ``kind`` is one of :data:`ACTIVATIONS`."""
+    check_shape("up", up, *gate.shape)
     return _activation(gate, up, ACTIVATIONS.index(kind))
 
 
@@ -102,6 +109,8 @@ def activation_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂gate, ∂L/∂up (empty without ``up``), and the activation's own output, computed again."""
+    check_shape("the gradient", grad, *gate.shape)
+    check_shape("up", up, *gate.shape)
     return _activation_backward(grad, gate, up, ACTIVATIONS.index(kind))
 
 
@@ -126,8 +135,16 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -
 
     Args:
         x: (M, heads, d). cosine, sine: (M, n) in fp32, n ≤ d; the other d - n numbers stay.
-        backward: apply the transposed turn, as a gradient wants it.
+        backward: apply the transposed turn, as a gradient needs it.
+
+    Raises:
+        ValueError: the tables do not fit x or each other, or n is odd.
     """
+    turned = cosine.shape[-1]
+    if turned % 2 or turned > x.shape[-1]:
+        raise ValueError(f"{turned} numbers of a head of {x.shape[-1]} cannot be turned in two halves")
+    check_shape("the cosines", cosine, x.shape[0], turned)
+    check_shape("the sines", sine, x.shape[0], turned)
     return _rotate(x, cosine, sine, backward)
 
 
@@ -152,7 +169,12 @@ def cross_entropy_(
     Args:
         logits: (M, V), overwritten. targets: (M). weights: (M) in fp32.
         scale, softcap: z = scale·logits, then softcap·tanh(z / softcap) where that is above 0.
+
+    Raises:
+        IndexError: a target lies outside of the classes. ValueError: the shapes do not fit each other.
     """
+    check_shape("the targets", targets, logits.shape[0])
+    check_shape("the weights", weights, logits.shape[0])
     return _cross_entropy(logits, targets, weights, scale, softcap, grad)
 
 
@@ -180,6 +202,7 @@ def _compute_norm(x, weight, bias, offset, eps, centred):  # type: ignore[no-unt
     if not loader.serves(x, weight, bias):
         return norm_reference(x, weight, bias, offset=offset, eps=eps, centred=centred)
     x = x.contiguous()
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
     loader.kernels().dw_norm(
         loader.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), loader.address(weight),
@@ -192,7 +215,8 @@ def _compute_norm_backward(grad, x, weight, stats, offset, centred, added):  # t
     if not loader.serves(grad, x, weight, added):
         return norm_backward_reference(grad, x, weight, stats, offset=offset, centred=centred, added=added)
     x, grad = x.contiguous(), grad.contiguous()
-    added = None if added is None else added.contiguous()
+    weight, added = (None if t is None else t.contiguous() for t in (weight, added))
+    stats = stats.float().contiguous()
     dx = torch.empty_like(x)
     loader.kernels().dw_norm_backward(
         loader.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), loader.address(weight),
@@ -226,7 +250,7 @@ def _compute_activation_backward(grad, gate, up, kind):  # type: ignore[no-untyp
 
 
 def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
-    if not loader.serves(x) or cosine.dtype != torch.float32 or cosine.shape[-1] % 2:
+    if not loader.serves(x) or not cosine.dtype == sine.dtype == torch.float32:
         return rotate_reference(x, cosine, sine, backward=backward)
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
     out = torch.empty_like(x)

@@ -1,34 +1,44 @@
-"""The heart of deltaw: ΔW = A·B on any torch module. It knows no text, no data and no training."""
+"""The heart of deltaw: ΔW = A·B on any torch module. It knows no text, no data and no training.
 
-from deltaw.lora.activations import ActivationInit, initialize_from_activations
-from deltaw.lora.adapt import Summary, attach, detach, disabled
-from deltaw.lora.config import LoRAConfig
-from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
-from deltaw.lora.files import OtherBaseModelWarning, load_adapter, read_adapter, save_adapter
-from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
-from deltaw.lora.layers_bias import (
-    LoRABias,
-    LoRABiasConv,
-    LoRABiasConv1D,
-    LoRABiasConv1d,
-    LoRABiasConv2d,
-    LoRABiasConv3d,
-    LoRABiasLinear,
-)
-from deltaw.lora.layers_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
-from deltaw.lora.layers_dora import (
-    DoRAConv,
-    DoRAConv1D,
-    DoRAConv1d,
-    DoRAConv2d,
-    DoRAConv3d,
-    DoRAEmbedding,
-    DoRALayer,
-    DoRALinear,
-)
-from deltaw.lora.layers_parameter import LoRAParameter
-from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
-from deltaw.lora.merge import merge, unmerge
+Each name is imported from its module when it is first asked for: the settings of a run need
+:class:`LoRAConfig`, and that one without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltaw.lora.activations import ActivationInit, initialize_from_activations
+    from deltaw.lora.adapt import Summary, attach, detach, disabled
+    from deltaw.lora.config import LoRAConfig
+    from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
+    from deltaw.lora.files import OtherBaseModelWarning, load_adapter, read_adapter, save_adapter
+    from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
+    from deltaw.lora.layers_bias import (
+        LoRABias,
+        LoRABiasConv,
+        LoRABiasConv1D,
+        LoRABiasConv1d,
+        LoRABiasConv2d,
+        LoRABiasConv3d,
+        LoRABiasLinear,
+    )
+    from deltaw.lora.layers_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
+    from deltaw.lora.layers_dora import (
+        DoRAConv,
+        DoRAConv1D,
+        DoRAConv1d,
+        DoRAConv2d,
+        DoRAConv3d,
+        DoRAEmbedding,
+        DoRALayer,
+        DoRALinear,
+    )
+    from deltaw.lora.layers_parameter import LoRAParameter
+    from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
+    from deltaw.lora.merging import merge, unmerge
 
 __all__ = [
     "ActivationInit",
@@ -76,3 +86,30 @@ __all__ = [
     "save_adapter",
     "unmerge",
 ]
+
+# Names by module.
+_MODULES = {
+    "activations": "ActivationInit initialize_from_activations",
+    "adapt": "Summary attach detach disabled",
+    "config": "LoRAConfig",
+    "count": "ParameterCount adapter_parameters count_parameters is_factor_B",
+    "files": "OtherBaseModelWarning load_adapter read_adapter save_adapter",
+    "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
+    "layers_bias": (
+        "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d LoRABiasLinear"
+    ),
+    "layers_conv": "LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d",
+    "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
+    "layers_parameter": "LoRAParameter",
+    "layers_tokens": "TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
+    "merging": "merge unmerge",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'deltaw.lora' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"deltaw.lora.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -36,7 +36,7 @@ from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for
 from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
 from deltaw.lora.layers_tokens import trained_tokens_of
-from deltaw.lora.merge import shared_weights
+from deltaw.lora.merging import shared_weights
 from deltaw.lora.select import ParameterTarget, Selection, Target, select
 from deltaw.lora.select_parts import TokenTarget
 

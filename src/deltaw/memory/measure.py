@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from deltaw.host.machine import peak_resident_bytes
+from deltaw.host.memory import peak_resident_bytes
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,23 +1,25 @@
 """What a run will need, part by part, before it starts: tensors, and the process around them.
 
-Tensors are known from a simulation (:mod:`deltaw.memory.simulation`). The process holds more than they are:
+Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process holds more:
 the interpreter with its libraries, the rows, kernels that the matrix library builds for the shapes it meets,
-and what an allocator cannot give back at once. Knows numbers alone.
+and what an allocator cannot give back at once. And it goes through phases: reading tokenizer and rows,
+loading the weights, training, saving. The largest of them is the peak. Knows numbers alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deltaw.memory.footprint import Footprint
 
-# What a thread of the matrix library and of torch's own pool holds beside the tensors.
-BYTES_PER_THREAD = 4 * 2**20
-# What libraries take when they are first used: their own code and tables, modules that a model imports.
-FIRST_USE = 32 * 2**20
-# Of what comes and goes within a step, the share that the allocator holds beside it.
+# Of what comes and goes within a step, the share that the allocator holds beside it: holes between blocks of
+# many sizes. It belongs to glibc's way of cutting blocks, not to a version or a processor.
 SLACK = 0.06
+# What a process goes through. The parts of its memory are those of the training, with what another phase
+# takes beyond it under that phase's name.
+PROCESS_PHASES = ("reading", "loading", "training", "saving")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Plan:
         method: its name.
         total_parameters: N, of the model. trained_parameters: M.
         peak_bytes: the most that tensors take at one time; ``parts`` tells its kinds, and adds up to it.
-        peak_resident_bytes: the most main memory that the process holds; ``resident`` tells its parts.
+        peak_resident_bytes: the most main memory that the process holds; ``resident`` tells its parts, and
+            adds up to it.
         phase, module: where in a step the peak of the tensors falls.
         activations: bytes by the module that made them, the largest first.
-        tokens: of the largest pass. rows: of a step.
+        tokens: of the largest microbatch. rows: of a step.
         timeline: (phase, bytes) along two steps.
         precision: of the frozen weights.
-        operations: floating-point operations of a step, and ``operators`` that carry them out.
+        operations: floating-point operations of a step, and the number of ``operators`` that compute them.
+        phases: the process's peak in each of :data:`PROCESS_PHASES`.
     """
 
     method: str
@@ -53,6 +57,7 @@ class Plan:
     precision: str = ""
     operations: int = 0
     operators: int = 0
+    phases: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -63,6 +68,7 @@ class Plan:
             "peak_resident_bytes": self.peak_resident_bytes,
             "parts": dict(self.parts),
             "resident": dict(self.resident),
+            "phases": dict(self.phases),
             "phase": self.phase,
             "module": self.module,
             "activations": dict(self.activations),
@@ -72,10 +78,25 @@ class Plan:
             "operations_per_step": self.operations,
         }
 
+    def kept(self) -> dict[str, object]:
+        """Every field, ready for JSON; :meth:`from_kept` is the way back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_kept(cls, values: Mapping[str, object]) -> Plan:
+        """A plan from what :meth:`kept` gave.
+
+        Raises:
+            TypeError: the fields are those of another version.
+        """
+        line = values.get("timeline")
+        points = tuple((str(phase), int(size)) for phase, size in line) if isinstance(line, list) else ()
+        return cls(**{**values, "timeline": points})  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Fitting:
-    """Settings that fit, what they need, and how long a step takes beside the fastest of them."""
+    """Settings that fit, what they need, and how long a step takes relative to the fastest of them."""
 
     method: str
     rank: int | None
@@ -101,23 +122,42 @@ class Fitting:
 
 
 def resident_parts(
-    footprint: Footprint, *, process_bytes: int, kernel_bytes: int, threads: int, feature_bytes: int = 0
-) -> dict[str, int]:
-    """The parts of the process's main memory at its peak.
+    footprint: Footprint,
+    *,
+    process_bytes: int,
+    kernel_bytes: int = 0,
+    feature_bytes: int = 0,
+    reading_bytes: int = 0,
+    mapped_bytes: int = 0,
+    saving_bytes: int = 0,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The parts of the process's main memory at its peak, which add up to it, and the peak of each phase.
 
     Args:
         process_bytes: what the process holds before the model is loaded.
         kernel_bytes: what the matrix library builds for the shapes that it meets.
         feature_bytes: of a mapped file that a run goes through; the system may take their memory back.
+        reading_bytes: the process's peak while tokenizer and rows were read.
+        mapped_bytes: of files that stay mapped while weights of another type are made from them.
+        saving_bytes: what writing the tokenizer takes for a moment, with the model loaded.
     """
-    lasting = sum(footprint.parts[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
-    passing = footprint.peak_bytes - lasting
-    return {
+    kinds = footprint.parts
+    lasting = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
+    training = {
         "process": process_bytes,
         "tensors": footprint.peak_bytes,
         "kernels": kernel_bytes,
         "features": feature_bytes,
-        "libraries": FIRST_USE,
-        "threads": threads * BYTES_PER_THREAD,
-        "allocator": int(SLACK * passing),
+        "allocator": int(SLACK * (footprint.peak_bytes - lasting)),
     }
+    phases = {
+        "reading": max(reading_bytes, process_bytes),
+        "loading": process_bytes + kinds["weights"] + mapped_bytes,
+        "training": sum(training.values()),
+        "saving": process_bytes + kinds["weights"] + kinds["trained"] + saving_bytes,
+    }
+    highest = max(phases, key=lambda name: phases[name])
+    excess = {name: 0 for name in PROCESS_PHASES if name != "training"}
+    if highest != "training":
+        excess[highest] = phases[highest] - phases["training"]
+    return {**training, **excess}, phases

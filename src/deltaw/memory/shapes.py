@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 _CPU = torch.device("cpu")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Over lists of tensors, which an optimizer hands over by the hundreds.
+_LISTS = ("aten::_foreach_", "aten::_fused_")
 # Change what a tensor is, not only what it holds.
 _RESHAPING = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "as_strided_", "swap")
 
@@ -47,7 +49,7 @@ _Output = _Fresh | _View | _Argument | None
 
 
 class Answers:
-    """Operators on tensors on fake tensors, with a memory."""
+    """Operators on fake tensors, with a memory."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         self._fake = fake
@@ -56,6 +58,12 @@ class Answers:
 
     def __call__(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The answer of ``func``; at least one argument is a fake tensor."""
+        name = func._schema.name  # type: ignore[attr-defined]
+        if name.startswith(_LISTS):
+            if not func._schema.returns:  # type: ignore[attr-defined]
+                return None  # it changes values alone, and there are none
+            if name == "aten::_foreach_norm":
+                return self._norms(args, kwargs)
         parts: list[Hashable] = [func]
         tensors: list[Tensor] = []
         if not _describe(args, parts, tensors) or not _describe_named(kwargs, parts, tensors):
@@ -71,6 +79,13 @@ class Answers:
             return self._made(outputs[0], tensors)
         made = [self._made(output, tensors) for output in outputs]
         return made if kind is list else tuple(made)
+
+    def _norms(self, args: tuple, kwargs: dict) -> list[Tensor]:
+        """A list's norms, one by one: tensors of one shape have answers of one shape."""
+        dtype = kwargs.get("dtype")
+        order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+        norm = torch.ops.aten.linalg_vector_norm.default
+        return [self(norm, (tensor, order), {"dtype": dtype} if dtype else {}) for tensor in args[0]]
 
     def _asked(
         self, func: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]

@@ -1,12 +1,13 @@
 """What a run computes: operators, floating-point operations, and the kernels that the CPU's libraries build.
 
-A matrix library builds a kernel for every shape that it meets, and keeps it: that memory no tensor shows. The
-sizes here were measured with oneDNN, as torch 2.13 brings it, by the growth of the process over shapes.
-Knows operators alone; formulas of their operations are torch's own.
+A matrix library builds a kernel for every shape that it meets, and keeps it: that memory no tensor shows.
+How large a kernel is, :mod:`deltaw.memory.libraries` measures. Knows operators alone; formulas of their
+operations are torch's own.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -14,18 +15,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from deltaw.memory.libraries import SHORT, attention_bytes, product_bytes
+
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv}
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 HALF = (torch.bfloat16, torch.float16)
 
-# A product's kernel, by the precision of its factors; MKL, which takes fp32, builds next to nothing.
-HALF_PRODUCT = 575 * 2**10
-FULL_PRODUCT = 20 * 2**10
-# The kernels of torch's attention backward in half precision, for each length of rows, short or long.
-SHORT_ATTENTION, LONG_ATTENTION, SHORT = int(4.2e6), int(5.8e6), 64
-# As many kernels stay in memory: 1,024 that the matrix library keeps, and what is left of those it let go.
-KEPT = 1150
+# As many kernels stay in memory (oneDNN's default, unless its own variable says otherwise), and an eighth
+# more: what the process cannot give back of those that were let go.
+DEFAULT_CAPACITY, LEFT_BEHIND = 1024, 1.125
 
 
 class Product(NamedTuple):
@@ -93,20 +92,27 @@ def kernel_bytes(
     """What the libraries keep over a run.
 
     Args:
-        work: of some passes.
-        varying: sizes that change from pass to pass (numbers of tokens, of rows): those that were met in
-            these passes, and how many different ones the whole run has. A product with one of the sizes comes
+        work: of some microbatches.
+        varying: sizes that change between microbatches (numbers of tokens, of rows): those that were met in
+            these, and how many different ones the whole run has. A product with one of the sizes comes
             again in as many shapes; the first that is met counts. Others come in no further shape.
         lengths: different lengths of rows in the run.
-        tiles: shapes of attention's tiles in the run, for each in these passes: batched products come again
-            in as many.
+        tiles: shapes of attention's tiles in the run, for each in these microbatches: batched products come
+            again in as many.
     """
     counts = {True: 0.0, False: 0.0}
     for product in work.products:
         met = (n / max(1, len(seen)) for seen, n in varying if not product.sizes.isdisjoint(seen))
         counts[product.half] += next(met, tiles if product.batched else 1.0)
-    half = min(KEPT, counts[True]) * HALF_PRODUCT
-    full = min(KEPT, counts[False]) * FULL_PRODUCT
-    longest = max(work.lengths, default=0)
-    attention = (LONG_ATTENTION if longest > SHORT else SHORT_ATTENTION) * (lengths if work.lengths else 0)
-    return int(half + full + attention)
+    most = _capacity() * LEFT_BEHIND
+    products = sum(min(most, counts[half]) * product_bytes(half) for half in counts if counts[half])
+    attention = attention_bytes(max(work.lengths) > SHORT) * lengths if work.lengths else 0
+    return int(products + attention)
+
+
+def _capacity() -> int:
+    """How many kernels oneDNN keeps."""
+    told = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or os.environ.get(
+        "DNNL_PRIMITIVE_CACHE_CAPACITY"
+    )
+    return int(told) if told and told.isdigit() else DEFAULT_CAPACITY

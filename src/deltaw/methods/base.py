@@ -1,21 +1,29 @@
-"""What a method is: which parameters are trained, and what is kept of them on disk.
+"""What a method is: which parameters a run trains, and what it saves of them.
 
 Training, planning and comparing know methods through this protocol alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
 
+from deltaw.methods.registry import TrainOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Made = TypeVar("Made", bound="MethodBase")
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Key of the weights file's metadata for the names of the classes that a classifier tells apart, as JSON.
+# Key in the metadata of the weights file: the names of a classifier's classes, as JSON.
 CLASSES_KEY = "deltaw.classes"
 
 
@@ -23,11 +31,11 @@ class Method(Protocol):
     """One way to train few parameters of a model.
 
     Attributes:
-        name: as in the setting ``method``.
-        usual_rate: a learning rate of AdamW that works in most cases, for a model 4,096 wide where it
-            ``falls_with_width``.
+        name: the value of the setting ``method``.
+        usual_rate: a learning rate for AdamW that works in most cases. Where it ``falls_with_width``, it is
+            the rate for a model with hidden size 4,096.
         falls_with_width: whether narrower models want a higher rate.
-        virtual_tokens: how many positions it puts before each row.
+        virtual_tokens: the number of positions that it prepends to each row.
     """
 
     name: str
@@ -43,31 +51,42 @@ class Method(Protocol):
         extra_modules: Sequence[str] = (),
         calibrate: Callable[[], None] | None = None,
     ) -> str:
-        """Freeze the model, make what is trained, ready to be trained, and answer with a few lines.
+        """Freeze the model, create the trained parameters, and return a few lines about them.
 
         Args:
-            seed: of what is drawn at random.
-            beside: names of modules that are trained whole beside it, such as a new classifier.
-            look: runs the model over some of the user's own rows, for starts that depend on them.
+            seed: for random initialization.
+            extra_modules: names of modules that are trained whole as well, such as a new classifier.
+            calibrate: runs the model on some of the user's rows, for initializations that depend on data.
+
+        Raises:
+            UserError: the method does not fit the model.
         """
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While open, nothing is drawn at random: what is trained answers as it will when it is done."""
+        """Within the block nothing is random: the model answers as it will after training."""
+
+    def keeps_base(self, model: nn.Module) -> bool:
+        """Whether :meth:`without` is possible. Not where parameters were trained in place: nobody paid for a
+        copy of them. After :meth:`load` it always is."""
 
     def without(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While open, the model answers as it did before it was trained."""
+        """Within the block the model is the base model.
+
+        Raises:
+            UserError: the base model was not kept.
+        """
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """What is trained, by name: gradients and optimizer state exist for these alone."""
+        """The trained parameters, by name. Only these have gradients and optimizer state."""
 
     def rate_factor(self, name: str) -> float:
-        """What the learning rate of this parameter is multiplied with."""
+        """The factor on the learning rate of this parameter."""
 
     def after_step(self, model: nn.Module) -> None:
-        """Bring what the optimizer has changed into the model, where that is not the same tensor."""
+        """Write what the optimizer changed into the model, where the tensors are different ones."""
 
     def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """A row as the model is to see it: (length,) to (length + virtual tokens,)."""
+        """The row that the model sees: (length,) to (virtual tokens + length,)."""
 
     def save(
         self,
@@ -77,15 +96,54 @@ class Method(Protocol):
         base_model: str,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write what was trained.
+        """Write the trained parameters.
 
         Args:
             base_model: the reference that the model was loaded by.
-            metadata: goes into the weights file's own.
+            metadata: added to the metadata of the weights file.
         """
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
-        """Put what was saved onto a freshly loaded model, frozen, and answer with a few lines."""
+        """Apply a saved adapter to a freshly loaded model, frozen, and return a few lines about it."""
 
     def can_share_prefixes(self) -> bool:
-        """Whether tokens computed once for several rows train exactly as tokens computed for each."""
+        """Whether training is the same when a prefix that rows share is computed once."""
+
+
+class MethodBase:
+    """What most methods have in common: no randomness, one learning rate, and no virtual tokens."""
+
+    falls_with_width = True
+    virtual_tokens = 0
+
+    def __init__(self, settings: object = None) -> None:
+        self.settings = settings
+
+    @classmethod
+    def from_run(
+        cls: type[Made],
+        section: object,
+        *,
+        train: TrainOptions | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Made:
+        """See :class:`deltaw.methods.registry.Implementation`."""
+        return cls() if section is None else cls(section)
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def keeps_base(self, model: nn.Module) -> bool:
+        return True
+
+    def rate_factor(self, name: str) -> float:
+        return 1.0
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing: the optimizer changes the very tensors that the model computes with."""
+
+    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens
+
+    def can_share_prefixes(self) -> bool:
+        return True

@@ -1,7 +1,7 @@
-"""What a method other than LoRA and soft prompts leaves on disk: trained tensors by the model's own names.
+"""Adapters on disk: writing and reading the two files, and the format of methods that PEFT does not have.
 
-``adapter_config.json`` says which method it is; PEFT has no format for these and does not read them. It knows
-no models.
+That format holds trained tensors by the model's own names, and the method's name in ``adapter_config.json``.
+PEFT does not read it. This module knows no models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
 from deltaw.version import __version__
 
-# How the last layers of classifiers are named.
+_PICKLED = "adapter_model.bin"
+# Names of the last layers of classifiers.
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
@@ -56,12 +57,24 @@ def write_trained(
         "tied": {name: list(others) for name, others in tied.items()},
         "deltaw_version": __version__,
     }
+    write_adapter(folder, tensors, config, metadata)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object], metadata: Mapping[str, str]
+) -> None:
+    """Write weights and ``adapter_config.json``, each whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with durable.replacing(folder / ADAPTER_WEIGHTS) as temporary:
             kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             safetensors.torch.save_file(kept, temporary, metadata={"format": "pt", **metadata})
-        durable.write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        durable.write_text(folder / ADAPTER_CONFIG, text + "\n")
     except OSError as error:
         raise UserError(
             f"the adapter cannot be written: {error.strerror or error}",
@@ -71,10 +84,10 @@ def write_trained(
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """``adapter_config.json`` of any method, as it stands.
+    """``adapter_config.json`` of any method.
 
     Raises:
-        UserError: it is missing or no JSON object.
+        UserError: it is missing or not a JSON object.
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -85,7 +98,7 @@ def read_config(folder: Path) -> dict[str, object]:
         ) from error
     if not isinstance(settings, dict):
         raise UserError(
-            f"{ADAPTER_CONFIG} is no JSON object", where=str(folder), hint="save the adapter again"
+            f"{ADAPTER_CONFIG} is not a JSON object", where=str(folder), hint="save the adapter again"
         )
     return settings
 
@@ -103,25 +116,38 @@ def read_trained(folder: Path, method: str) -> tuple[dict[str, Tensor], Saved]:
             where=str(folder),
             hint="name its own method",
         )
-    path = folder / ADAPTER_WEIGHTS
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"the adapter's weights are damaged: {error}", where=str(path), hint="save or copy it again"
-        ) from error
+    tensors = read_tensors(folder)
     tied = _mapping(settings.get("tied"))
     saved = Saved(
         method,
-        _text(settings.get("base_model_name_or_path")),
+        text_or_none(settings.get("base_model_name_or_path")),
         dict(_mapping(settings.get("settings"))),
         {name: [str(other) for other in others] for name, others in tied.items() if isinstance(others, list)},
     )
     return tensors, saved
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder.
+
+    Raises:
+        UserError: they are missing, damaged, or in a pickle.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file() and (folder / _PICKLED).exists():
+        raise UserError(
+            f"the adapter is in {_PICKLED}, a pickle, which could run any code and is not read",
+            where=str(folder / _PICKLED),
+            hint=f"ask its author to save it again as {ADAPTER_WEIGHTS}",
+        )
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
 def classes_of(folder: Path) -> tuple[str, ...] | None:
-    """The names of the classes that were kept with an adapter; None where it is no classifier.
+    """The names of the classes that an adapter was trained for; None if it is not a classifier.
 
     Raises:
         UserError: the weights cannot be read.
@@ -134,14 +160,16 @@ def classes_of(folder: Path) -> tuple[str, ...] | None:
             text = (file.metadata() or {}).get(CLASSES_KEY)
         names = None if text is None else json.loads(text)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"the adapter's weights are damaged: {error}", where=str(path), hint="save or copy it again"
-        ) from error
+        raise _unreadable(path, error) from error
     return tuple(str(name) for name in names) if isinstance(names, list) else None
 
 
 def outputs_of(folder: Path) -> int | None:
-    """How many outputs the classifier in an adapter's folder has; None where the adapter holds none."""
+    """The number of outputs of the classifier in an adapter's folder; None if it has no classifier.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         return None  # whoever loads the adapter says so
@@ -150,14 +178,21 @@ def outputs_of(folder: Path) -> int | None:
             names = [name for name in file.keys() if name.endswith(_HEADS)]  # noqa: SIM118
             return int(file.get_slice(names[-1]).get_shape()[0]) if names else None
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"the adapter's weights are damaged: {error}", where=str(path), hint="save or copy it again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def text_or_none(value: object) -> str | None:
+    """A text of a JSON file; None for anything else."""
+    return value if isinstance(value, str) else None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"the adapter's weights are damaged or cannot be read: {error}",
+        where=str(path),
+        hint="save or copy it again",
+    )
 
 
 def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None

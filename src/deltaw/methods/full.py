@@ -1,4 +1,4 @@
-"""Train every parameter: what the other methods are measured against."""
+"""Train every parameter: the baseline that the other methods are measured against."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from deltaw.methods.in_place import InPlace
-from deltaw.methods.places import names_of
+from deltaw.methods.parameters import names_of
 
 
 class Full(InPlace):
-    """Train everything. In bf16 the optimizer works on fp32 copies, since small updates vanish in bf16."""
+    """Train everything. A bf16 model has fp32 master weights, since small updates vanish in bf16."""
 
     name = "full"
     usual_rate = 2e-5

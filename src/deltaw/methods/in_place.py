@@ -1,7 +1,7 @@
-"""Methods that train some of the model's own parameters where they stand.
+"""Methods that train some of the model's own parameters in place.
 
-What is common to all of them: freezing, untying, saving, loading, putting back. Which parameters are trained
-is the one thing that each of them says for itself.
+They share freezing, untying, saving, loading and putting back. Each of them only says which parameters it
+trains.
 """
 
 from __future__ import annotations
@@ -12,31 +12,29 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.places import Place
+from deltaw.methods.base import MethodBase
 from deltaw.methods.files import read_trained, write_trained
-from deltaw.methods.places import Place, as_before, inside, names_of, put_loaded, train_places
+from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
+from deltaw.methods.subset import Subset
 
 
-class InPlace:
-    """The frame of such a method; a subclass has a name, a usual rate, and :meth:`chosen`."""
+class InPlace(MethodBase):
+    """The common part; a subclass has a name, a usual rate, and :meth:`chosen`."""
 
     name = ""
     usual_rate = 1e-4
-    falls_with_width = True
-    virtual_tokens = 0
 
     def __init__(self, settings: object = None) -> None:
-        self.settings = settings
-        self._places: list[Place] = []
+        super().__init__(settings)
+        self._places: list[Place[nn.Parameter]] = []
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
-        """Names of the parameters that are trained, without those of ``beside``."""
-        raise UserError(
-            f"{type(self).__name__} does not say what it trains", hint="use one of its subclasses"
-        )
+        """Names of the parameters that are trained, without those of the extra trainable modules."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it trains")
 
     def prepare(
         self,
@@ -46,19 +44,23 @@ class InPlace:
         extra_modules: Sequence[str] = (),
         calibrate: Callable[[], None] | None = None,
     ) -> str:
-        names = [*self.chosen(model, extra_modules), *inside(extra_modules, names_of(model))]
-        if not names:
+        total = sum(p.numel() for p in model.parameters())
+        self._places = self.start(model, extra_modules, seed)
+        if not self.parameters(model):
             raise UserError(
                 f"method '{self.name}' finds nothing to train in a {type(model).__name__}",
                 where="method",
                 hint="choose another method",
             )
-        total = sum(p.numel() for p in model.parameters())
-        self._places = train_places(model, names)
-        return self.summary(model, total)
+        return self.summary(model, total, extra_modules)
 
-    def summary(self, model: nn.Module, total: int) -> str:
-        """What is trained, and how much of the model's ``total`` parameters that is."""
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[Place[nn.Parameter]]:
+        """Freeze the model and make what is trained trainable; returns the parameters trained whole."""
+        names = [*self.chosen(model, extra_modules), *inside(extra_modules, names_of(model))]
+        return train_places(model, names)
+
+    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+        """What is trained, and its share of the model's ``total`` parameters."""
         trained = sum(p.numel() for _, p in self.parameters(model))
         names = [place.name for place in self._places]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -66,27 +68,18 @@ class InPlace:
         for place in self._places:
             if place.now is not place.before and place.before is not None:
                 lines.append(
-                    f"  note: '{place.name}' was tied; its copy is trained, the other stays as it is"
+                    f"  note: '{place.name}' was tied; its copy is trained, the other weight stays as it is"
                 )
         return "\n".join(lines)
 
-    def evaluating(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def keeps_base(self, model: nn.Module) -> bool:
+        return keep_base(self._places)
 
     def without(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return as_before(self._places)
+        return as_base(model, self._places, self.name)
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(place.name, place.now) for place in self._places]
-
-    def rate_factor(self, name: str) -> float:
-        return 1.0
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing: the optimizer changes the model's own parameters."""
-
-    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        return tokens
 
     def save(
         self,
@@ -107,7 +100,7 @@ class InPlace:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file holds, by name."""
+        """The content of the weights file, by name."""
         return {place.name: place.now.detach() for place in self._places}
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
@@ -117,10 +110,33 @@ class InPlace:
 
     def put(
         self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[Place]:
-        """Let the file's tensors stand in the model, frozen."""
+    ) -> list[Place[nn.Parameter]]:
+        """Put the file's tensors into the model, frozen."""
         model.requires_grad_(False)
         return put_loaded(model, tensors, tied, where)
 
-    def can_share_prefixes(self) -> bool:
-        return True
+
+class SubsetInPlace(InPlace):
+    """A method that also trains single weights of parameters that otherwise stay frozen."""
+
+    def __init__(self, settings: object = None) -> None:
+        super().__init__(settings)
+        self._subset = Subset()
+
+    def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [*super().parameters(model), *self._subset.parameters()]
+
+    def after_step(self, model: nn.Module) -> None:
+        self._subset.write()
+
+    def without(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return self._subset.without(super().without(model))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), **self._subset.tensors()}
+
+    def put(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
+    ) -> list[Place[nn.Parameter]]:
+        model.requires_grad_(False)
+        return super().put(model, self._subset.put(model, tensors, where), tied, where)

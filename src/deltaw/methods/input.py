@@ -1,37 +1,46 @@
 """Train the input layer, or another early part, with everything above it frozen.
 
-The gradient runs through the whole network to get there, and every block keeps its activations for it; what
-is saved is the products for the blocks' own gradients, those gradients, and their optimizer state.
+The gradient runs through the whole network to get there, so every block keeps its activations. The blocks'
+own gradients and their optimizer state are saved.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.methods.in_place import InPlace
-from deltaw.methods.places import Place, inside, modules_named, names_of, train_places
+from deltaw.lora.places import Place
+from deltaw.methods.in_place import SubsetInPlace
+from deltaw.methods.parameters import inside, modules_named, names_of, train_places
+from deltaw.methods.registry import TrainOptions
 from deltaw.methods.settings import InputSettings
-from deltaw.methods.subset import INDICES, Subset
+from deltaw.methods.subset import INDICES
 
 
-class Input(InPlace):
+class Input(SubsetInPlace):
     """Train ``input.modules``, by default the input layer; or only the rows of ``input.tokens`` in it."""
 
     name = "input"
     usual_rate = 5e-4
 
-    def __init__(self, settings: InputSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self, settings: InputSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        settings = settings or InputSettings()
         super().__init__(settings)
         self.modules = settings.modules
         self.tokens = settings.tokens
         self.tokenizer = tokenizer
-        self._rows = Subset()
+
+    @classmethod
+    def from_run(
+        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Input:
+        return cls(section if isinstance(section, InputSettings) else None, tokenizer)
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         if self.tokens:
@@ -40,28 +49,26 @@ class Input(InPlace):
             return inside(modules_named(model, self.modules, "input.modules"), names_of(model))
         return inside([_input_layer(model)], names_of(model))
 
-    def prepare(
-        self,
-        model: nn.Module,
-        *,
-        seed: int,
-        extra_modules: Sequence[str] = (),
-        calibrate: Callable[[], None] | None = None,
-    ) -> str:
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[Place[nn.Parameter]]:
         if not self.tokens:
-            return super().prepare(model, seed=seed, extra_modules=extra_modules)
+            return super().start(model, extra_modules, seed)
         rows = torch.tensor(sorted({self._token_id(token) for token in self.tokens}), dtype=torch.int32)
         name = f"{_input_layer(model)}.weight"
-        # The rows are trained where the embedding stands; a tied output layer stays as it is.
-        self._places = train_places(model, [name, *inside(extra_modules, names_of(model))])
-        place = next(p for p in self._places if p.name == name)
-        self._places.remove(place)
-        self._rows.begin(
-            place, (rows[:, None] * place.now.shape[1] + torch.arange(place.now.shape[1])).flatten()
-        )
+        # The rows are trained in the embedding; a tied output layer stays as it is.
+        places = train_places(model, [name, *inside(extra_modules, names_of(model))])
+        embedding = next(place for place in places if place.name == name)
+        width = embedding.now.shape[1]
+        self._subset.begin(embedding, (rows[:, None] * width + torch.arange(width)).flatten())
+        return [place for place in places if place is not embedding]
+
+    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+        if not self.tokens:
+            return super().summary(model, total, extra_modules)
+        count = len(set(self.tokens))
+        trained = sum(p.numel() for _, p in self.parameters(model))
         return (
-            f"input: the embeddings of {len(rows)} token{'s' if len(rows) != 1 else ''} trained, "
-            f"{sum(p.numel() for _, p in self.parameters(model)):,} parameters"
+            f"input: the embeddings of {count} token{'s' if count != 1 else ''} trained, "
+            f"{trained:,} parameters"
         )
 
     def _token_id(self, token: str) -> int:
@@ -71,34 +78,21 @@ class Input(InPlace):
                 f"'{token}' is no token of the model's vocabulary",
                 where="input.tokens",
                 hint=did_you_mean(token, list(vocabulary)[-2000:])
-                + "; a token that is new must be in the tokenizer and have its row in the embedding first",
+                + "; add a new token to the tokenizer, and its row to the embedding, first",
             )
         return int(vocabulary[token])
 
-    def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [*super().parameters(model), *self._rows.parameters()]
-
-    def after_step(self, model: nn.Module) -> None:
-        self._rows.write()
-
-    def without(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return self._rows.without(super().without(model))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), **self._rows.tensors()}
-
     def put(
         self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[Place]:
+    ) -> list[Place[nn.Parameter]]:
         names = {key.removesuffix(INDICES) for key in tensors if key.endswith(INDICES)}
         # As in training: rows of an embedding that is tied to the output layer change in a copy of it.
         train_places(model, [name for name in names_of(model) if name in names])
-        model.requires_grad_(False)
-        return super().put(model, self._rows.put(model, tensors, where), tied, where)
+        return super().put(model, tensors, tied, where)
 
 
 def _input_layer(model: nn.Module) -> str:
-    """The name of the module that the input enters first."""
+    """The name of the module that reads the input."""
     getter = getattr(model, "get_input_embeddings", None)
     layer = getter() if callable(getter) else None
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Train the last blocks, everything below them frozen: the backward ends at the lowest of them."""
+"""Train the last blocks, everything below them frozen: the backward pass ends at the lowest of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.methods.in_place import InPlace
-from deltaw.methods.places import inside, names_of
+from deltaw.methods.parameters import inside, names_of
 from deltaw.methods.settings import LastSettings
 from deltaw.runtime.blocks import blocks_of
 
@@ -19,9 +19,9 @@ class Last(InPlace):
     name = "last"
     usual_rate = 5e-5
 
-    def __init__(self, settings: LastSettings) -> None:
-        super().__init__(settings)
-        self.blocks = settings.blocks
+    def __init__(self, settings: LastSettings | None = None) -> None:
+        super().__init__(settings or LastSettings())
+        self.blocks = (settings or LastSettings()).blocks
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         found = blocks_of(model)
@@ -36,6 +36,6 @@ class Last(InPlace):
             raise UserError(
                 f"last.blocks asks for {self.blocks} blocks, and the model has {len(blocks)}",
                 where="last.blocks",
-                hint=f"give {len(blocks)} at most",
+                hint=f"give at most {len(blocks)}",
             )
         return inside([f"{name}.{i}" for i in range(len(blocks) - self.blocks, len(blocks))], names_of(model))

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
 from deltaw.lora import (
@@ -23,24 +23,32 @@ from deltaw.lora import (
     load_adapter,
     save_adapter,
 )
+from deltaw.methods.base import MethodBase
+from deltaw.methods.registry import TrainOptions
 
 
-class LoRA:
-    """Train A and B beside the frozen weights, and whole modules where asked (``lora.train_modules``).
+class LoRA(MethodBase):
+    """Train A and B of ΔW = scaling · A·B, and extra modules where asked (``lora.train_modules``).
 
     Args:
         config: rank, alpha, targets and the rest.
-        b_rate: what the learning rate of B is multiplied with (LoRA+, arXiv 2402.12354).
+        b_rate: the factor on the learning rate of B (LoRA+, arXiv 2402.12354).
     """
 
     name = "lora"
     usual_rate = 2e-4
-    falls_with_width = True
-    virtual_tokens = 0
 
-    def __init__(self, config: LoRAConfig, b_rate: float = 1.0) -> None:
-        self.config = config
+    def __init__(self, config: LoRAConfig | None = None, b_rate: float = 1.0) -> None:
+        self.config = config or LoRAConfig()
+        super().__init__(self.config)
         self.b_rate = b_rate
+
+    @classmethod
+    def from_run(
+        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> LoRA:
+        config = section if isinstance(section, LoRAConfig) else None
+        return cls(config, 1.0 if train is None else train.b_rate)
 
     def prepare(
         self,
@@ -50,18 +58,18 @@ class LoRA:
         extra_modules: Sequence[str] = (),
         calibrate: Callable[[], None] | None = None,
     ) -> str:
-        wholes = [name for name in extra_modules if name not in (self.config.train_modules or ())]
         config = self.config
-        if wholes:
-            config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *wholes])
+        extra = [name for name in extra_modules if name not in (config.train_modules or ())]
+        if extra:
+            config = dataclasses.replace(config, train_modules=[*(config.train_modules or ()), *extra])
         said = str(attach(model, config, seed=seed))
         if config.init == "eva":
             if calibrate is None:
                 raise UserError(
-                    "init 'eva' needs rows to look at", where="lora.init", hint="use init 'uniform'"
+                    "init 'eva' needs calibration rows", where="lora.init", hint="use init 'uniform'"
                 )
             said += f"\n{initialize_from_activations(model, calibrate, seed=seed)}"
-        # The adapter alone: the model's own dropout is no part of the method and stays off.
+        # Only the adapter's dropout is on. The model's own is no part of the method and stays off.
         _draw(model, True)
         return said
 
@@ -82,12 +90,6 @@ class LoRA:
     def rate_factor(self, name: str) -> float:
         return self.b_rate if is_factor_B(name) else 1.0
 
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing: the layers compute with the very tensors that the optimizer changes."""
-
-    def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        return tokens
-
     def save(
         self,
         model: nn.Module,
@@ -102,7 +104,7 @@ class LoRA:
         return f"{load_adapter(model, Path(folder)).adapted} layers are adapted by {folder}"
 
     def can_share_prefixes(self) -> bool:
-        """Dropout draws a mask for each token: rows that share tokens would share their masks too."""
+        """Not with dropout: rows that share tokens would share their dropout masks."""
         return self.config.dropout == 0
 
 

@@ -1,8 +1,9 @@
-"""Prompt tuning: k vectors in front of every row are trained, and nothing of the model is.
+"""Prompt tuning: train k vectors prepended to every row, and nothing of the model.
 
 "The Power of Scale for Parameter-Efficient Prompt Tuning" (Lester et al. 2021, arXiv 2104.08691). The
-vectors are the embeddings of virtual tokens (:mod:`deltaw.runtime.virtual_tokens`): k ids are prepended to
-each row, and all the rest is as with any tokens. Rows that share the prompt have it computed once.
+vectors are the embeddings of virtual tokens (:mod:`deltaw.runtime.virtual_tokens`). Their k ids are prepended
+to each row; the rest of the program treats them like any token. The prompt is computed once for all rows that
+share it.
 
 It knows models and their embeddings; not data files or training.
 """
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.methods.places import Place, as_before, inside, names_of, put_loaded, train_places
+from deltaw.lora.places import Place
+from deltaw.methods.base import MethodBase
+from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.prompt_file import ALWAYS_WHOLE, PromptFile, read_prompt, write_prompt
+from deltaw.methods.registry import TrainOptions
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.virtual_tokens import (
     VirtualTokens,
@@ -42,12 +46,12 @@ _ENDINGS = {
 }
 
 
-class Prompt:
-    """Train ``settings.length`` vectors in front of every row.
+class Prompt(MethodBase):
+    """Train ``settings.length`` vectors prepended to every row.
 
     Args:
-        settings: of what is trained; what is loaded brings its own length.
-        tokenizer: makes tokens of ``settings.text``; needed for that alone.
+        settings: for training; a loaded prompt brings its own length.
+        tokenizer: tokenizes ``settings.text``; needed for that alone.
     """
 
     name = "prompt"
@@ -57,11 +61,17 @@ class Prompt:
     def __init__(
         self, settings: PromptSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        self.settings = settings or PromptSettings()
+        self.settings: PromptSettings = settings or PromptSettings()
         self.tokenizer = tokenizer
         self.virtual_tokens = self.settings.length
-        self._places: list[Place] = []
+        self._places: list[Place[nn.Parameter]] = []
         self._virtual_ids: np.ndarray | None = None
+
+    @classmethod
+    def from_run(
+        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Prompt:
+        return cls(section if isinstance(section, PromptSettings) else None, tokenizer)
 
     def prepare(
         self,
@@ -83,38 +93,30 @@ class Prompt:
         trained = sum(p.numel() for _, p in self.parameters(model))
         lines = [
             f"prompt: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): "
-            f"{self.settings.length} vectors of {layer.prompt.shape[1]} in front of every row, {said}"
+            f"{self.settings.length} vectors of {layer.prompt.shape[1]} prepended to every row, {said}"
         ]
-        lines += [f"  extra trained modules: {', '.join(extra_modules)}"] if extra_modules else []
+        lines += [f"  extra trainable modules: {', '.join(extra_modules)}"] if extra_modules else []
         return "\n".join(lines)
 
-    @contextlib.contextmanager
-    def evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Nothing is drawn at random at any time."""
-        yield
+    def keeps_base(self, model: nn.Module) -> bool:
+        return keep_base(self._places)
 
     @contextlib.contextmanager
     def without(self, model: nn.Module) -> Iterator[None]:
-        """Rows are then to be given undressed: the model's own embedding knows real tokens only."""
-        with own_embedding(model), as_before(self._places):
+        """Rows must then come without virtual tokens: the base model's embedding knows real tokens only."""
+        with own_embedding(model), as_base(model, self._places, self.name):
             yield
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [("prompt", _layer(model).prompt), *((place.name, place.now) for place in self._places)]
 
-    def rate_factor(self, name: str) -> float:
-        return 1.0
-
-    def after_step(self, model: nn.Module) -> None:
-        """Nothing: the optimizer changes the vectors themselves."""
-
     def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """The row behind the ids of the virtual tokens: (length,) to (k + length,).
+        """The row with the ids of the virtual tokens prepended: (length,) to (k + length,).
 
-        An encoder's first token stands behind the prompt too, where PEFT has it.
+        An encoder's first token comes after the prompt too, as in PEFT.
         """
         if self._virtual_ids is None:
-            raise RuntimeError("which ids are virtual is known once the method was prepared or loaded")
+            raise RuntimeError("prepare or load the method first: that fixes the ids of virtual tokens")
         return np.concatenate([self._virtual_ids.astype(tokens.dtype), tokens])
 
     def save(
@@ -161,45 +163,39 @@ class Prompt:
         extras = f", and {', '.join(whole)}" if whole else ""
         return f"a soft prompt of {len(layer.prompt)} vectors{extras} from {folder}"
 
-    def can_share_prefixes(self) -> bool:
-        """A prompt that stands in front of all rows is the first thing that they share."""
-        return True
-
     def _know(self, layer: VirtualTokens) -> None:
         self._virtual_ids = np.arange(layer.first_id, layer.first_id + len(layer.prompt), dtype=np.int32)
 
     def _first_tokens(self, vocabulary: int, seed: int) -> tuple[Tensor, str]:
-        """The tokens (k,) whose embeddings the vectors start as, and a few words on them.
+        """The tokens (k,) whose embeddings initialize the vectors, and a few words on them.
 
-        Embeddings of tokens lie where the model knows its way; a start from noise of the same spread learned
-        more slowly, one from N(0, 1), PEFT's default, has many times their norm.
+        Token embeddings are inputs that the model knows. Noise with the same variance learned more slowly.
+        N(0, 1), PEFT's default, has many times their norm.
         """
         length, text = self.settings.length, self.settings.text
         if text is None:
             generator = torch.Generator().manual_seed(seed)
-            return torch.randint(
-                vocabulary, (length,), generator=generator
-            ), "started as tokens drawn at random"
+            return torch.randint(vocabulary, (length,), generator=generator), "initialized with random tokens"
         if self.tokenizer is None:
             raise UserError(
-                "the model has no tokenizer to make tokens of prompt.text",
+                "the model has no tokenizer to tokenize prompt.text",
                 where="prompt.init",
                 hint="set prompt.init: random",
             )
-        # With the marks that the tokenizer puts around a text, as PEFT has them.
+        # With the special tokens that the tokenizer adds to a text, as in PEFT.
         ids = [int(i) for i in self.tokenizer(text)["input_ids"]]
         if not ids or max(ids) >= vocabulary:
             raise UserError(
-                "prompt.text has no tokens that the model knows",
+                "prompt.text has no tokens of the model's vocabulary",
                 where="prompt.text",
                 hint="give another text",
             )
         if len(ids) == length:
-            said = "started as prompt.text"
+            said = "initialized with prompt.text"
         elif len(ids) > length:
-            said = f"started as the first {length} of prompt.text's {len(ids)} tokens"
+            said = f"initialized with the first {length} of prompt.text's {len(ids)} tokens"
         else:
-            said = f"started as prompt.text's {len(ids)} tokens, repeated"
+            said = f"initialized with prompt.text's {len(ids)} tokens, repeated"
         repeated = ids * -(-length // len(ids))
         return torch.tensor(repeated[:length]), said
 
@@ -207,12 +203,12 @@ class Prompt:
 def _layer(model: nn.Module) -> VirtualTokens:
     layer = attached(model)
     if layer is None:
-        raise UserError("the model has no soft prompt", hint="prepare the method or load a prompt first")
+        raise UserError("the model has no soft prompt", hint="prepare the method, or load a prompt, first")
     return layer
 
 
 def _whole_modules(model: nn.Module, endings: Sequence[str]) -> list[str]:
-    """The modules that PEFT takes such ``modules_to_save`` for, without those inside of others."""
+    """The modules that PEFT's ``modules_to_save`` would match, without those inside others."""
     ends = tuple(endings)
     hits = [name for name, _ in model.named_modules() if name and ends and name.endswith(ends)]
     return [name for name in hits if not any(name.startswith(f"{other}.") for other in hits)]

@@ -1,4 +1,4 @@
-"""The settings of the methods that have few: one small section each in a run's file."""
+"""The built-in methods: the settings of each, a small section in a run's file, and its registration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from deltaw.errors import UserError
+from deltaw.lora.config import LoRAConfig
+from deltaw.methods.registry import MethodEntry, register
+
+register(
+    MethodEntry(
+        "lora",
+        "deltaw.methods.lora:LoRA",
+        LoRAConfig,
+        "rank, alpha and targets of the low-rank update",
+        peft_type="LORA",
+        search=("lora.rank=[4, 8, 16, 32]", "lora.alpha/rank=[1, 2, 4]"),
+        compared=True,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,11 @@ class HeadSettings:
         default=None,
         metadata={"description": "modules trained by method head; null: the model's output layer"},
     )
+
+
+register(
+    MethodEntry("head", "deltaw.methods.head:Head", HeadSettings, "the output layer alone", compared=True)
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,60 @@ class InputSettings:
             )
 
 
+register(MethodEntry("input", "deltaw.methods.input:Input", InputSettings, "the input layer"))
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """The ``prompt:`` section.
+
+    Raises:
+        UserError: a value is out of range, or ``init`` and ``text`` contradict each other.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    length: int = field(default=20, metadata={"description": "virtual tokens prepended to every row"})
+    init: Literal["random", "text"] = field(
+        default="random",
+        metadata={
+            "description": "the vectors are initialized with token embeddings: of random tokens, or of "
+            "prompt.text"
+        },
+    )
+    text: str | None = field(
+        default=None,
+        metadata={"description": "text for init: text; repeated or truncated to prompt.length tokens"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"prompt.length is {self.length}", hint="give at least 1; 20 is usual")
+        if self.init not in ("random", "text"):
+            raise UserError(f"prompt.init is '{self.init}'", hint="give random or text")
+        if (self.init == "text") != bool(self.text):
+            raise UserError(
+                "prompt.init text and prompt.text belong together",
+                where="prompt.text",
+                hint="give both, or neither",
+            )
+
+
+register(
+    MethodEntry(
+        "prompt",
+        "deltaw.methods.prompt:Prompt",
+        PromptSettings,
+        "a soft prompt",
+        peft_type="PROMPT_TUNING",
+        search=("prompt.length=[5, 10, 20, 50]",),
+        compared=True,
+    )
+)
+
+register(MethodEntry("bias", "deltaw.methods.bias:Bias", compared=True))
+
+
 @dataclass(frozen=True)
 class RandomSettings:
     """The ``random:`` section."""
@@ -60,6 +133,18 @@ class RandomSettings:
             )
 
 
+register(
+    MethodEntry(
+        "random",
+        "deltaw.methods.random:Random",
+        RandomSettings,
+        "a random subset of weights",
+        search=("random.weights=0.001..0.05:log",),
+        compared=True,
+    )
+)
+
+
 @dataclass(frozen=True)
 class LastSettings:
     """The ``last:`` section."""
@@ -70,40 +155,17 @@ class LastSettings:
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
-            raise UserError(f"last.blocks is {self.blocks}", hint="give 1 at least")
+            raise UserError(f"last.blocks is {self.blocks}", hint="give at least 1")
 
 
-@dataclass(frozen=True)
-class PromptSettings:
-    """The ``prompt:`` section.
-
-    Raises:
-        UserError: a value is out of its range, or the start and the text do not go together.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    length: int = field(default=20, metadata={"description": "virtual tokens in front of every row"})
-    init: Literal["random", "text"] = field(
-        default="random",
-        metadata={
-            "description": "the vectors start as the embeddings of tokens: drawn at random, or those of "
-            "prompt.text"
-        },
+register(
+    MethodEntry(
+        "last",
+        "deltaw.methods.last:Last",
+        LastSettings,
+        "the last blocks",
+        search=("last.blocks=[1, 2, 4]",),
     )
-    text: str | None = field(
-        default=None,
-        metadata={"description": "start of init text; repeated or cut until it has prompt.length tokens"},
-    )
+)
 
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"prompt.length is {self.length}", hint="give 1 at least; 20 is usual")
-        if self.init not in ("random", "text"):
-            raise UserError(f"prompt.init is '{self.init}'", hint="give random or text")
-        if (self.init == "text") != bool(self.text):
-            raise UserError(
-                "prompt.init text and prompt.text belong together",
-                where="prompt.text",
-                hint="give both, or neither",
-            )
+register(MethodEntry("full", "deltaw.methods.full:Full", compared=True))

@@ -1,8 +1,8 @@
-"""Single weights of the model's parameters, trained: values and gradients exist for the chosen ones alone.
+"""Single weights of the model's parameters, trained: optimizer state exists for the chosen ones alone.
 
-A weight matrix stays dense and in the model's precision; beside it stand the chosen positions (int32) and
-their values (fp32), which are what the optimizer trains. The backward makes each matrix's gradient, takes the
-chosen entries out of it, and lets it go before it makes the next one.
+A weight matrix stays dense and in the model's precision. The optimizer trains the values (fp32) at the chosen
+positions (int32). The backward pass computes each matrix's gradient, takes the chosen entries out of it, and
+frees it before it computes the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.methods.places import Place, names_of
+from deltaw.lora.places import Place
+from deltaw.methods.parameters import names_of
 
 INDICES, VALUES = ".indices", ".values"
 
@@ -40,13 +41,13 @@ class Subset:
     def __len__(self) -> int:
         return sum(part.indices.numel() for part in self._parts)
 
-    def begin(self, place: Place, indices: Tensor) -> None:
-        """Train the entries of ``place``'s parameter at ``indices``, flat positions (k,) in rising order."""
+    def begin(self, place: Place[nn.Parameter], indices: Tensor) -> None:
+        """Train the entries of ``place``'s parameter at ``indices``, ascending flat positions (k,)."""
         weight = place.now
         at = indices.to(device=weight.device, dtype=torch.int32)
         with torch.no_grad():
             before = weight.data.view(-1).index_select(0, at)
-        values = nn.Parameter(before.to(_value_type(weight)))
+        values = nn.Parameter(before.to(_value_type(weight), copy=True))
         self._parts.append(_Part(place.name, weight, at, values, before))
 
         def take(parameter: Tensor) -> None:
@@ -64,13 +65,13 @@ class Subset:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Bring the values into the weights, rounded to their type."""
+        """Write the values into the weights, rounded to their dtype."""
         for part in self._parts:
             _write(part.weight, part.indices, part.values)
 
     @contextlib.contextmanager
     def without(self, others: contextlib.AbstractContextManager[None]) -> Iterator[None]:
-        """While open, the weights are what they were before; so are those of ``others``."""
+        """Within the block the weights are the base model's; so are those of ``others``."""
         with others:
             for part in self._parts:
                 _write(part.weight, part.indices, part.before)
@@ -80,7 +81,7 @@ class Subset:
                 self.write()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Positions and values of each parameter, as a file holds them."""
+        """Positions and values of each parameter, as stored in a file."""
         kept: dict[str, Tensor] = {}
         for part in self._parts:
             kept[part.name + INDICES] = part.indices
@@ -88,10 +89,10 @@ class Subset:
         return kept
 
     def put(self, model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """Let a file's values stand in the weights, and answer with the tensors that are not of this kind.
+        """Write a file's values into the weights, and return the tensors that are not of this kind.
 
         Raises:
-            UserError: a position lies outside of its parameter, or the model has no such parameter.
+            UserError: a position is outside its parameter, or the model has no such parameter.
         """
         parameters = names_of(model)
         others = {k: t for k, t in tensors.items() if not k.endswith((INDICES, VALUES))}
@@ -123,7 +124,7 @@ class Subset:
 
 @torch.no_grad()
 def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
-    """weight.flatten()[indices] = values, rounded to the weight's type."""
+    """weight.flatten()[indices] = values, rounded to the weight's dtype."""
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deltaw.reports.comparison import SHARES, Comparison, MethodResult
+from deltaw.experiments.comparison import SHARES, Comparison, MethodResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -85,10 +85,10 @@ _RESIDENT = {
     "process": "interpreter, libraries, rows",
     "kernels": "kernels of the matrix library",
     "features": "features kept on disk, mapped",
-    "loading": "more than that while weights are converted",
-    "libraries": "libraries on their first use",
-    "threads": "threads",
     "allocator": "held by the allocator",
+    "reading": "more than that while tokenizer and rows are read",
+    "loading": "more than that while weights are converted",
+    "saving": "more than that while the tokenizer is saved",
 }
 
 

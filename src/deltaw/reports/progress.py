@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one moving line on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: its lines, and its progress as a bar on a terminal or as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltaw.host.machine import resident_bytes
-from deltaw.training.loop import Step
+from deltaw.host.memory import resident_bytes
+from deltaw.memory.plan import Plan
+from deltaw.reports.plan import plan_lines
+from deltaw.training.callbacks import Callback
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.state import Outcome, Step, TrainState
 
 # Seconds between lines where there is no terminal to redraw.
 PLAIN_INTERVAL = 10.0
@@ -16,39 +20,43 @@ PLAIN_INTERVAL = 10.0
 SMOOTHING = 0.9
 
 
-class TrainingProgress:
-    """A context manager whose :meth:`update` is called after every step.
+class TerminalCallback(Callback):
+    """Shows a run on a console: its choices and its plan; while it trains, the loss (a running mean), tokens
+    per second, the time left and the process's resident memory."""
 
-    It shows the loss (a running mean), tokens a second, the time left and the process's resident memory.
-    """
-
-    def __init__(self, console: Console, total_steps: int) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.total = total_steps
+        self._total = 0
         self._loss: float | None = None
         self._tokens = 0
         self._seconds = 0.0
         self._said = time.monotonic()
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total_steps, facts="")
+        self._bar: Progress | None = None
 
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
+    def on_line(self, line: str) -> None:
+        self.console.print(line, highlight=False)
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def on_plan(self, plan: Plan, limit_bytes: int) -> None:
+        for line in plan_lines(plan, limit_bytes):
+            self.on_line(line)
 
-    def update(self, step: Step) -> None:
+    def on_begin(self, state: TrainState) -> None:
+        self._total = state.total_steps
+        self._said = time.monotonic()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self._bar.add_task("", total=self._total, completed=state.step, facts="")
+            self._bar.start()
+
+    def on_step(self, step: Step) -> None:
         self._loss = step.loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * step.loss
         self._tokens += step.tokens
         self._seconds += step.seconds
@@ -56,11 +64,21 @@ class TrainingProgress:
             f"loss {self._loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s"
             f"  {resident_bytes() / 1e9:.2f} GB"
         )
-        self._bar.update(self._task, advance=1, facts=facts)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step.step, facts=facts)
+            return
         now = time.monotonic()
-        if not self.console.is_terminal and (
-            now - self._said >= PLAIN_INTERVAL or step.step in (1, self.total)
-        ):
+        if now - self._said >= PLAIN_INTERVAL or step.step in (1, self._total):
             self._said = now
-            left = self._seconds / step.step * (self.total - step.step)
-            self.console.print(f"step {step.step}/{self.total}  {facts}  {left:.0f} s left", highlight=False)
+            left = self._seconds / step.step * (self._total - step.step)
+            self.on_line(f"step {step.step}/{self._total}  {facts}  {left:.0f} s left")
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        if step < self._total:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+            self.on_line(f"step {step}/{self._total}  held-out {shown}")
+
+    def on_end(self, outcome: Outcome | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -9,15 +9,23 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from deltaw.training.inference_drift import GeneralAnswer
+
 # Characters of a question and of an answer that a table shows; the end of a question says the most.
 QUESTION, ANSWER = 72, 40
+# Characters of a general answer.
+GENERAL = 160
 
 
-def score_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+def score_table(
+    scores: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, tuple[str, tuple[float, float] | None]] | None = None,
+) -> Table:
     """One row a metric, one column a model.
 
     Args:
         scores: metrics by model name; metrics that a model lacks are left empty.
+        intervals: by model name its main metric, and that metric's 95 % interval where there is one.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("")
@@ -26,6 +34,11 @@ def score_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
     for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):
         cells = [_number(metric, metrics.get(metric)) for metrics in scores.values()]
         table.add_row(metric.replace("_", " "), *cells)
+        found = [(intervals or {}).get(name, ("", None)) for name in scores]
+        bounds = [interval if main == metric else None for main, interval in found]
+        if any(bound is not None for bound in bounds):
+            ranges = [b and f"{_number(metric, b[0])} – {_number(metric, b[1])}" for b in bounds]
+            table.add_row("  95 % interval", *[text or "" for text in ranges])
     return table
 
 
@@ -65,6 +78,18 @@ def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]
             for text, right in written.values()
         ]
         table.add_row(Text(_tail(question, QUESTION)), Text(_shortened(expected, ANSWER)), *cells)
+    return table
+
+
+def general_table(rows: Sequence[GeneralAnswer]) -> Table:
+    """General prompts with both models' answers: what a person reads to see whether the model still talks."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("general question", ratio=2)
+    table.add_column("base", ratio=3)
+    table.add_column("adapter", ratio=3)
+    for row in rows:
+        cells = [Text(_shortened(text, GENERAL)) for text in (row.prompt, row.base, row.adapter)]
+        table.add_row(*cells)
     return table
 
 

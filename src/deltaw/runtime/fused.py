@@ -1,17 +1,21 @@
-"""Fused blocks: a decoder's block under its own name, which keeps for the backward what it must and no more.
+"""A fused, memory-efficient block: a block under its own name, run by its description.
 
 What its halves compute and keep is said in ``fused_halves``. Where the compiled kernels serve all of a block
 and nobody looks on, both are one call each way (``kernels.block``).
 
-A block with anything trained in it but low-rank factors, with dropout that is drawn, with hooks inside, or
-called without a layout, runs the model's own code.
+The parts are looked up through the block's description (``roles``) on every call. What was made of them is
+kept until one of them, or what hangs on them, is another. A block with anything trained in it but low-rank
+factors, with dropout that is drawn, with hooks inside, or called with what is not known here, runs the
+model's own code.
 
-Knows LoRA layers and kernels; not what a model's parts are called (``fused_blocks``), data or training.
+Knows LoRA layers and kernels; not how a description is found (``recognition``), data or training.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +24,39 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.kernels.block import Block
 from deltaw.kernels.block import serves as serves_block
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.loader import serves as serves_compiled
 from deltaw.kernels.operators import ORDINARY, unwatched
-from deltaw.lora.layers import LoRALinear
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.runtime.fused_halves import (
+    Around,
     AttentionHalf,
-    GatedHalf,
-    Half,
-    Norm,
-    Projection,
-    factors_of,
+    HalfNorms,
+    MLPHalf,
     run_attention,
-    run_gated,
+    run_mlp,
 )
+from deltaw.runtime.projections import Norm, Projection, can_project, factors_of
+from deltaw.runtime.recognition import Told, signature
+from deltaw.runtime.roles import BlockRoles, Norms, activation_kind, part
 
 # Outputs of a block are computed at the places that are asked for where these are at most this share of all.
 FEW = 0.9
+# What a block may be called with; anything else that is not None or False is left to its own code.
+_KNOWN = {
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "packed_layout",
+    "use_cache",
+    "cache_position",
+}
+
+
+class Layouts(Protocol):
+    """Finds the layout of a call of a block, by its hidden states and named arguments: the segments of all
+    rows laid end to end; None where the call asks for something else."""
+
+    def __call__(self, hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None: ...
 
 
 class _Normed(torch.autograd.Function):
@@ -52,25 +73,31 @@ class _Normed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, stats = ctx.saved_tensors
-        return ctx.norm.backward(grads[0], x, stats), None
+        return ctx.norm.backward(grads[0].contiguous(), x, stats), None
 
 
 class FusedNorm:
     """A norm module's own forward with the kernels' inside, where its weight is frozen."""
 
-    def __init__(self, norm: Norm) -> None:
-        self.norm, self.module = norm, norm.module
-        self.own = norm.module.forward
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own = module.forward
+        self._made: tuple[list[int], Norm | None] = ([], None)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        frozen = not any(p.requires_grad for p in self.module.parameters())
-        weight = self.norm.weight
-        if not frozen or weight is None or weight.dtype != hidden_states.dtype:
+        weight = self.module._parameters.get("weight")
+        if weight is None or weight.dtype != hidden_states.dtype or not _on_processor(hidden_states):
             return self.own(hidden_states)
-        if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if any(p is not None and p.requires_grad for p in self.module._parameters.values()):
+            return self.own(hidden_states)
+        ids = [id(tensor) for tensor in self.module._parameters.values()]
+        if self._made[0] != ids:
+            self._made = ids, Norm.of(self.module)
+        norm = self._made[1]
+        if norm is None:
             return self.own(hidden_states)
         rows = hidden_states.flatten(0, -2)
-        return _Normed.apply(rows, self.norm).view(hidden_states.shape)
+        return _Normed.apply(rows, norm).view(hidden_states.shape)
 
 
 class _Whole(torch.autograd.Function):
@@ -100,158 +127,235 @@ class _Whole(torch.autograd.Function):
 class FusedBlock:
     """A block's own forward with another inside; called as the block is.
 
+    Args:
+        block: whose forward it stands for.
+        roles: its description.
+        told: what its attention is told.
+        layouts: finds a call's layout.
+
+    The block must keep the signature that it has now; with another it runs its own code.
+
     Attributes:
         picked: the outputs (P, ascending) that are asked for of it, or None for all. Where they are few, the
             others become 0.
     """
 
-    def __init__(self, block: nn.Module, attention: AttentionHalf, gated: GatedHalf) -> None:
-        self.block = block
-        self.attention, self.gated = attention, gated
-        self.own = block.forward
+    def __init__(self, block: nn.Module, roles: BlockRoles, told: Told, layouts: Layouts) -> None:
+        self.block, self.roles, self.told, self.layouts = block, roles, told, layouts
+        self.own: Callable[..., Any] = block.forward
         self.picked: Tensor | None = None
-        self._layers: list[nn.Linear] = []
+        self._signature = signature(block)
+        self._names = list(inspect.signature(type(block).forward).parameters)[2:]  # behind self and its input
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the modules and tensors that were noted."""
         self._modules: list[nn.Module] = []
+        self._classes: list[type] = []
+        self._tables: list[dict[str, Any]] = []
+        self._norms: list[nn.Module] = []
+        self._layers: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
-        self._complete = False
-        self._inside: list[dict[str, Any]] = []
         self._state: list[Any] = []
-        self._fused = False
+        self._halves: tuple[AttentionHalf, MLPHalf] | None = None
         self._whole: Block | None = None
         self._factors: list[Tensor] = []
 
     @property
-    def layers(self) -> list[nn.Linear]:
-        return [*self.attention.layers, *self.gated.layers]
-
-    @property
-    def recompute(self) -> bool:
+    def checkpointing(self) -> bool:
         """Whether the block is told to keep its input alone, as transformers tells it."""
         return bool(getattr(self.block, "gradient_checkpointing", False)) and self.block.training
 
-    def serves(self, hidden: Tensor, layout: Layout | None) -> bool:
-        """Whether this call can go the fused way."""
-        if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
-            return False
-        if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        if self.attention.norm.weight is None or self.attention.norm.weight.dtype != hidden.dtype:
-            return False
-        self._look()
-        return self._fused and not self._watched()
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        named = {**kwargs, **dict(zip(self._names, args, strict=False))} if args else kwargs
+        layout = self._layout(hidden_states, named)
+        turns = named.get("position_embeddings")
+        rotary = self.roles.attention.rotary
+        halves = None if layout is None or (rotary and turns is None) else self._found(hidden_states)
+        if halves is None or layout is None:
+            return self.own(hidden_states, *args, **kwargs)
+        cosine, sine = _wide_turns(turns, layout) if rotary and turns is not None else (None, None)
+        few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
+        picked = self.picked if few else None
+        how = (hidden_states, halves, Around(layout, cosine, sine, picked))
+        if self.checkpointing and torch.is_grad_enabled():
+            y = checkpoint(self._run, *how, use_reentrant=False)
+        else:
+            y = self._run(*how)
+        extra = self.roles.extra_outputs
+        return y if extra is None else (y, *[None] * extra)
 
-    def _look(self) -> None:
-        """Look the block's layers over again; what is known of them is forgotten if one has changed."""
-        layers = self.layers
+    def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | None:
+        """The call's layout; None where it asks for what only the block's own code knows."""
+        if hidden.dim() != 3 or not _on_processor(hidden):
+            return None
+        for name, value in named.items():
+            if value is not None and value is not False and name not in _KNOWN:
+                return None
+        return self.layouts(hidden, named, self.roles.attention.causal)
+
+    def _found(self, hidden: Tensor) -> tuple[AttentionHalf, MLPHalf] | None:
+        """The block's halves made of its parts as they are now; None where it must run its own code."""
         modules = list(self.block.modules())
-        if layers != self._layers or modules != self._modules:
-            self._layers, self._modules = layers, modules
-            self._inside = [vars(m) for m in modules if m is not self.block]
-            # A part that was found at first and has been replaced since, by a trained copy for example.
-            self._complete = {id(part) for part in self._parts()} <= {id(m) for m in modules}
-            self._parameters = list(self.block.parameters())
-        attention = self.attention
-        state: list[Any] = [attention.scaling, attention.window, attention.softcap]
-        for norm in (attention.norm, self.gated.norm):
-            _note_tensors(norm.module, state)
-        for layer in layers:
+        classes = list(map(type, modules))
+        if modules != self._modules or classes != self._classes:
+            self._look_up(modules, classes)
+        state: list[Any] = [self.told, hidden.dtype]
+        for norm in self._norms:
+            _note_tensors(norm, state)
+        for layer in self._layers:
             _note(layer, state)
         state += [p.requires_grad for p in self._parameters]
         if state != self._state:
-            self._state, self._whole = state, None
-            self._fused = self._complete and self._trains_factors_alone()
+            self._state, self._whole, self._factors = state, None, []
+            self._halves = self._made() if self._can_run(hidden) else None
+        if self._halves is None or self._watched():
+            return None
+        return self._halves
 
-    def _parts(self) -> list[nn.Module]:
-        """The modules that this block's way computes with, as they were found."""
-        attention, gated = self.attention, self.gated
-        norms = (attention.norm, attention.query_norm, attention.key_norm, attention.after, gated.norm)
-        named = [norm.module for norm in (*norms, gated.after) if norm is not None]
-        return [attention.holder, gated.holder, *named]
+    def _look_up(self, modules: list[nn.Module], classes: list[type]) -> None:
+        """Note the block's parts anew; none where its code is no longer the one that was verified."""
+        self.forget()
+        self._modules, self._classes = modules, classes
+        self._tables = [vars(m) for m in modules if m is not self.block]
+        self._parameters = list(self.block.parameters())
+        if signature(self.block) == self._signature:
+            self._layers = [part(self.block, path) for path in self.roles.layers]
+            self._norms = [part(self.block, path) for path in self.roles.norms]
 
-    def _trains_factors_alone(self) -> bool:
-        """Whether every trained parameter in the block is a factor that this way has a gradient for."""
-        if not all(layer_can_fuse(layer) for layer in self._layers):
+    def _can_run(self, hidden: Tensor) -> bool:
+        """Whether the description can be carried out: every trained parameter is a factor of a known layer,
+        and norms are of the input's type."""
+        if not self._layers or not all(can_project(layer) for layer in self._layers):
+            return False
+        if any(norm._parameters["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
+            return False
+        if not self.roles.attention.causal and not _compiled_serves(hidden, self.roles):
             return False
         factors = {
             id(factor)
             for layer in self._layers
-            if isinstance(layer, LoRALinear)
+            if isinstance(layer, LoRALinear | LoRAConv1D)
             for factor in (layer.lora_A, layer.lora_B)
         }
-        return all(id(p) in factors for p in self.block.parameters() if p.requires_grad)
+        return all(id(p) in factors for p in self._parameters if p.requires_grad)
 
-    def forget(self) -> None:
-        """Let go of the tensors that were noted."""
-        self._layers, self._inside, self._state, self._factors = [], [], [], []
-        self._modules, self._parameters = [], []
-        self._whole = None
+    def _made(self) -> tuple[AttentionHalf, MLPHalf] | None:
+        attention, mlp = self.roles.attention, self.roles.mlp
+        norms = {p: Norm.of(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
+        kind = activation_kind(part(self.block, mlp.activation))
+        if kind is None or any(norm is None for norm in norms.values()):
+            return None
+        layers = [Projection(layer) for layer in self._layers]
+        count = len(attention.inputs)
+        how = {
+            "scaling": self.told.scaling,
+            "window": self.told.window,
+            "softcap": self.told.softcap,
+            "causal": attention.causal,
+        }
+        first = AttentionHalf(
+            _half_norms(attention.norms, norms),
+            layers[:count],
+            layers[count],
+            *attention.heads(self.block),
+            attention.head_size,
+            attention.split == "grouped",
+            norms.get(attention.query_norm or ""),
+            norms.get(attention.key_norm or ""),
+            how,
+        )
+        second = MLPHalf(_half_norms(mlp.norms, norms), layers[count + 1 : -1], layers[-1], mlp.gated, kind)
+        return first, second
 
     def _watched(self) -> bool:
-        """Whether somebody looks at, or has changed, what goes on inside the block."""
-        return any(
-            m["_forward_hooks"] or m["_forward_pre_hooks"] or m["_backward_hooks"] or "forward" in m
-            for m in self._inside
-        )
+        """Whether somebody looks at, or has changed, what goes on inside the block, or dropout is drawn."""
+        for table in self._tables:
+            if table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"]:
+                return True
+            if "forward" in table:
+                return True
+            if table["training"] and _drops(table):
+                return True
+        return self.block.training and _drops(vars(self.block))
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layout = kwargs.get("packed_layout")
-        turns = kwargs.get("position_embeddings")
-        if layout is None or turns is None or not self.serves(hidden_states, layout):
-            return self.own(hidden_states, *args, **kwargs)
-        cosine, sine = _wide_turns(turns, layout)
-        few = self.picked is not None and 0 < len(self.picked) <= FEW * hidden_states.shape[1]
-        picked = self.picked if few else None
-        how = (hidden_states, cosine, sine, layout, picked)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, *how, use_reentrant=False)
-        return self._run(*how)
-
-    def _run(
-        self, hidden: Tensor, cosine: Tensor, sine: Tensor, layout: Layout, picked: Tensor | None
-    ) -> Tensor:
+    def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around) -> Tensor:
+        x, picked = hidden.flatten(0, 1), around.picked
         if picked is None and unwatched(hidden) and hidden.is_contiguous():
-            whole = self._as_whole(hidden, cosine)
+            whole = self._as_whole(x, halves, around)
             if whole is not None:
-                return _Whole.apply(hidden, whole, layout, cosine, sine, *self._factors)
-        x = hidden.squeeze(0)
-        attention, gated = self._projections()
-        first = Half(self.attention, attention, cosine, sine, layout, picked)
-        second = Half(self.gated, gated)
-        y = run_gated(run_attention(x, first), second)
-        return (y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y))[None]
+                y = _Whole.apply(x, whole, around.layout, around.cosine, around.sine, *self._factors)
+                return y.view(hidden.shape)
+        y = run_attention(x, halves[0], around)
+        if self.roles.parallel:
+            y = run_mlp(x if picked is None else x.index_select(0, picked), y, halves[1])
+        else:
+            y = run_mlp(y, None, halves[1])
+        y = y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
+        return y.view(hidden.shape)
 
-    def _projections(self) -> tuple[list[Projection], list[Projection]]:
-        made = [Projection(layer) for layer in self._layers]
-        return made[:4], made[4:]
-
-    def _as_whole(self, hidden: Tensor, cosine: Tensor) -> Block | None:
+    def _as_whole(
+        self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around
+    ) -> Block | None:
         """The block for one call, where it can be had so."""
         if self._whole is not None:
             return self._whole
-        attention, gated = self.attention, self.gated
-        if any(part is not None for part in (attention.query_norm, attention.key_norm, attention.after)):
+        attention, mlp = halves
+        if not _fits_one_call(self.roles) or around.cosine is None:
             return None
-        layers = [projection for half in self._projections() for projection in half]
-        norms = (attention.norm, gated.norm)
-        if gated.after is not None or not serves_block(hidden, layers, norms, attention.head_size):
+        layers = [*attention.projections, *mlp.projections]
+        norms = [norm for norm in (attention.norms.before, mlp.norms.before) if norm is not None]
+        if not serves_block(hidden, layers, norms, attention.head_size):
             return None
-        trained = {layer.lora_A.requires_grad for layer in layers if layer.lora_A is not None}
-        if len(trained) > 1:
+        if len({layer.lora_A.requires_grad for layer in layers if layer.lora_A is not None}) > 1:
             return None
+        how = {name: value for name, value in attention.how.items() if name != "causal"}
         self._factors = factors_of(layers)
         self._whole = Block(
             layers,
             norms,
             dtype=hidden.dtype,
             head_size=attention.head_size,
-            activation=gated.kind,
-            turned=cosine.shape[-1],
-            **attention.how,
+            activation=mlp.kind,
+            turned=around.cosine.shape[-1],
+            **how,
         )
         return self._whole
 
 
-def _note(layer: nn.Linear, state: list[Any]) -> None:
+def _half_norms(places: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
+    return HalfNorms(*(norms.get(path or "") for path in (places.before, places.after, places.post)))
+
+
+def _fits_one_call(roles: BlockRoles) -> bool:
+    """Whether the block is of the one form that the kernels have as one call."""
+    attention, mlp = roles.attention, roles.mlp
+    if roles.parallel or attention.split != "apart" or not mlp.gated or len(mlp.inputs) != 2:
+        return False
+    if attention.query_norm is not None or not attention.rotary or not attention.causal:
+        return False
+    return all(
+        n.before is not None and n.after is None and n.post is None for n in (attention.norms, mlp.norms)
+    )
+
+
+def _compiled_serves(hidden: Tensor, roles: BlockRoles) -> bool:
+    """Whether the compiled kernel takes the attention, which alone lets tokens see both ways."""
+    return serves_compiled(hidden) and roles.attention.head_size % 2 == 0
+
+
+def _on_processor(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def _drops(table: dict[str, Any]) -> bool:
+    """Whether a module in training draws dropout: ``nn.Dropout``, or a rate among its own numbers."""
+    if table.get("p", 0.0) and table["_modules"] == {} and "inplace" in table:
+        return True
+    return any(isinstance(value, float) and value > 0 for name, value in table.items() if "dropout" in name)
+
+
+def _note(layer: nn.Module, state: list[Any]) -> None:
     """Note what a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
     of = vars(layer).get
     state += (id(layer), of("training"), of("enabled"), of("merged"), of("scaling"), of("dropout"))
@@ -259,29 +363,23 @@ def _note(layer: nn.Linear, state: list[Any]) -> None:
 
 
 def _note_tensors(module: nn.Module, state: list[Any]) -> None:
-    """Note where a module's tensors lie, or which they are if on fake tensors, and if they are trained."""
+    """Note which tensors a module has, where their numbers lie, and whether they are trained."""
     for table in (module._parameters, module._buffers):
         for tensor in table.values():
             if tensor is not None:
-                place = tensor.data_ptr() if type(tensor) in ORDINARY else id(tensor)
-                state += (place, tensor.requires_grad)
+                place = tensor.data_ptr() if type(tensor) in ORDINARY else 0
+                state += (id(tensor), place, tensor.requires_grad)
 
 
 def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, n) in fp32, made once for all blocks of a pass."""
+    """Cosines and sines (T, n) in fp32 of all rows laid end to end, made once for all blocks of a forward."""
     made = layout.made_of.get(id(turns[0]))
     if made is None or made[0] is not turns[0]:
-        wide = tuple(t.squeeze(0).float().contiguous() for t in turns)
+        if len(layout.made_of) >= 8:  # a layout that is used again must not gather what it was used with
+            layout.made_of.clear()
+        length = turns[0].shape[1]
+        wide = tuple(
+            t.expand(layout.length // length, -1, -1).flatten(0, 1).float().contiguous() for t in turns
+        )
         made = layout.made_of[id(turns[0])] = (turns[0], *wide)
     return made[1], made[2]
-
-
-def layer_can_fuse(layer: nn.Module) -> bool:
-    """A linear layer whose own weights are frozen, plain or with low-rank factors without dropout."""
-    if type(layer) is LoRALinear:
-        if layer.training and layer.dropout > 0.0:
-            return False
-    elif type(layer) is not nn.Linear and weight_scales(layer) is None:
-        return False
-    bias = getattr(layer, "bias", None)
-    return not layer.weight.requires_grad and not (bias is not None and bias.requires_grad)

@@ -1,17 +1,18 @@
-"""The two halves of a decoder's block as functions, each with a backward of its own that keeps what it must.
+"""The two halves of a block as functions, each with a backward of its own that keeps what it must.
 
-    x₁ = x  + [norm](output(attention(rotate(queries, keys), values)))     all of norm(x)
-    x₂ = x₁ + [norm](down(f(gate) · up))                                    both of norm(x₁)
+    attention:  stream + [after](output(attention(rotate(queries, keys), values))),    all of [before](x)
+    MLP:        stream + [after](output(f(gate)·up)), or output(f(inner)),             of [before](x)
 
-Kept of the first half are its input, queries, keys, values and the attention's output; of the second its
-input, gate and up. Norms and the activation are computed again in the backward. Inputs that layers share
-stand once, and with weights in int8 they are rounded once.
+with [post] over the sum where there is one; see ``roles``. The stream is x itself, and in a parallel block
+the attention's sum. Kept of the first half are its input, queries, keys, values and the attention's output;
+of the second its input, gate and up. Norms and the activation are computed again in the backward. Inputs that
+layers share stand once, and with int8-quantized weights they are rounded once.
 
 Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
 attention's output and the second half are computed at these places alone, keys and values at all.
 
-Knows LoRA layers and kernels; not when a block may run so (``fused``), nor how a model's parts are called
-(``fused_blocks``).
+Knows projections and kernels; not when a block may run so (``fused``), nor how a model's parts are called
+(``roles``).
 """
 
 from __future__ import annotations
@@ -21,172 +22,90 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deltaw.kernels import linear as products
 from deltaw.kernels import rows
 from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
-from deltaw.lora.layers import LoRALinear
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.runtime.projections import (
+    Norm,
+    Projection,
+    Steps,
+    at,
+    factors_of,
+    head_views,
+    joined_heads,
+    spread,
+)
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm over the last dimension: (x - mean)·rstd·(weight + offset)."""
+@dataclass
+class HalfNorms:
+    """The norms of a half over the hidden size."""
 
-    module: nn.Module
-    eps: float
-    offset: float
-    centred: bool
-
-    @property
-    def weight(self) -> Tensor | None:
-        return self.module._parameters.get("weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.module._parameters.get("bias")
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centred=self.centred)
-
-    def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
-        return rows.norm_backward(
-            grad, x, self.weight, stats, offset=self.offset, centred=self.centred, added=added
-        )
-
-
-class Projection:
-    """A linear layer of a block with its update, or without."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.module = module
-        self.weight: Tensor = module.weight
-        self.bias: Tensor | None = module.bias
-        self.scale: Tensor | None
-        self.columns: Tensor | None
-        self.scale, self.columns = weight_scales(module) or (None, None)
-        adapted = module if isinstance(module, LoRALinear) and module.adapting else None
-        self.lora_A: Tensor | None = None if adapted is None else adapted.lora_A
-        self.lora_B: Tensor | None = None if adapted is None else adapted.lora_B
-        self.scaling: float = 1.0 if adapted is None else adapted.scaling
-
-    @property
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
-
-    def __call__(self, x: Tensor, steps: Steps, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x_int8, x_scales = steps.of(x, self)
-        return products.linear(
-            x,
-            self.weight,
-            True,
-            self.scale,
-            self.columns,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            added,
-            x_int8,
-            x_scales,
-        )
-
-    def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
-        return products.linear_backward(
-            grad,
-            self.weight,
-            True,
-            self.scale,
-            self.columns,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            added,
-            need_x,
-        )
-
-    def factors_backward(
-        self, x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if self.lora_A is None or not self.lora_A.requires_grad:
-            return None, None
-        return products.factors_backward(x, h, grad, narrow, self.scaling)
-
-
-class Steps:
-    """An input rounded to bytes once for all layers that take it so."""
-
-    def __init__(self) -> None:
-        self._of: Tensor | None = None
-        self._columns: Tensor | None = None
-        self._made: tuple[Tensor, Tensor] | None = None
-
-    def of(self, x: Tensor, layer: Projection) -> tuple[Tensor | None, Tensor | None]:
-        if layer.scale is None:
-            return None, None
-        if self._made is None or self._of is not x or not _same(self._columns, layer.columns):
-            self._of, self._columns = x, layer.columns
-            self._made = products.quantized(x, layer.columns)
-        return self._made
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or one.data_ptr() == other.data_ptr()
+    before: Norm | None = None
+    after: Norm | None = None
+    post: Norm | None = None
 
 
 @dataclass
 class AttentionHalf:
-    """What the first half of a block is made of; layers are looked up each time, as adapters come and go."""
+    """What the first half of a block is made of.
 
-    norm: Norm
-    holder: nn.Module
+    Args:
+        inputs: queries', keys' and values' projections, or one that gives all.
+        grouped: how one projection holds them; see :func:`deltaw.runtime.projections.head_views`.
+        how: what attention is told: scaling, window, softcap, causal.
+    """
+
+    norms: HalfNorms
+    inputs: Sequence[Projection]
+    output: Projection
+    heads: int
+    key_heads: int
     head_size: int
+    grouped: bool
     query_norm: Norm | None
     key_norm: Norm | None
-    after: Norm | None
-    scaling: float = 1.0
-    window: int | None = None
-    softcap: float | None = None
+    how: dict[str, Any]
 
     @property
-    def layers(self) -> list[nn.Linear]:
-        inside = self.holder._modules
-        return [inside[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]  # type: ignore[misc]
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """What attention is told."""
-        return {"scaling": self.scaling, "window": self.window, "softcap": self.softcap}
+    def projections(self) -> list[Projection]:
+        return [*self.inputs, self.output]
 
 
 @dataclass
-class GatedHalf:
-    """What the second half of a block is made of."""
+class MLPHalf:
+    """What the second half of a block is made of.
 
-    norm: Norm
-    holder: nn.Module
+    Args:
+        inputs: gate and up; or one layer, which gives both where ``gated``.
+        kind: of the activation, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
+    """
+
+    norms: HalfNorms
+    inputs: Sequence[Projection]
+    output: Projection
+    gated: bool
     kind: str
-    after: Norm | None
 
     @property
-    def layers(self) -> list[nn.Linear]:
-        inside = self.holder._modules
-        return [inside[name] for name in ("gate_proj", "up_proj", "down_proj")]  # type: ignore[misc]
+    def projections(self) -> list[Projection]:
+        return [*self.inputs, self.output]
 
 
 @dataclass
-class Half:
-    """A half of a block at work: its projections, and what the forward is told beside the tokens."""
+class Around:
+    """What attention is told beside the tokens.
 
-    parts: Any
-    projections: list[Projection]
+    Args:
+        cosine, sine: (T, n) in fp32; None without rotary positions.
+        picked: (P), ascending: the places whose outputs are asked for; None for all.
+    """
+
+    layout: Layout
     cosine: Tensor | None = None
     sine: Tensor | None = None
-    layout: Layout | None = None
     picked: Tensor | None = None
 
     @property
@@ -195,187 +114,219 @@ class Half:
         if self.cosine is None or self.sine is None:
             return ()
         of_keys = self.cosine, self.sine
-        return tuple(_at(t, self.picked) for t in of_keys), of_keys  # type: ignore[return-value]
+        return (at(self.cosine, self.picked), at(self.sine, self.picked)), of_keys
 
 
-def factors_of(layers: Sequence[Projection]) -> list[Tensor]:
-    """A and B of each layer that has them, in order."""
-    return [factor for layer in layers for factor in layer.factors or ()]
+def run_attention(x: Tensor, half: AttentionHalf, around: Around) -> Tensor:
+    """The first half of a block over rows x (T, hidden); (P or T, hidden)."""
+    return _Attention.apply(x, half, around, *factors_of(half.projections))
 
 
-def run_attention(x: Tensor, half: Half) -> Tensor:
-    """The first half of a block over rows x (T, hidden)."""
-    return _Attention.apply(x, half, *factors_of(half.projections))
-
-
-def run_gated(x: Tensor, half: Half) -> Tensor:
-    """The second half of a block over rows x (T, hidden)."""
-    return _Gated.apply(x, half, *factors_of(half.projections))
+def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
+    """The second half of a block over rows x (T, hidden), added to ``stream`` (T, hidden), or to x."""
+    return _MLP.apply(x, stream, half, *factors_of(half.projections))
 
 
 class _Attention(torch.autograd.Function):
     """The first half; ``factors`` are A and B of each adapted layer, in order, for autograd to know them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: Half, *factors: Tensor) -> Tensor:
-        parts: AttentionHalf = half.parts
-        query, key, value, output = half.projections
-        steps = Steps()
-        n, stats = parts.norm(x)
-        (k, h_k), (v, h_v) = (layer(n, steps) for layer in (key, value))
-        q, h_q = query(n, steps) if half.picked is None else query(_at(n, half.picked), Steps())
-        del n, steps
-        q, k, v = (t.view(t.shape[0], -1, parts.head_size) for t in (q, k, v))
+    def forward(ctx: Any, x: Tensor, half: AttentionHalf, around: Around, *factors: Tensor) -> Tensor:
+        norms, picked = half.norms, around.picked
+        n, stats = (x, None) if norms.before is None else norms.before(x)
+        (q, k, v), h = _queries_keys_values(n, half, picked)
+        del n
         raw_q = raw_k = stats_q = stats_k = None
-        if parts.query_norm is not None:
-            raw_q, (q, stats_q) = q, _over_heads(parts.query_norm, q)
-        if parts.key_norm is not None:
-            raw_k, (k, stats_k) = k, _over_heads(parts.key_norm, k)
-        if half.rotary:
-            q, k = (rows.rotate(t, *turn) for t, turn in zip((q, k), half.rotary, strict=True))
-        assert half.layout is not None
-        out, kept = attend(q, k, v, half.layout, picked=half.picked, **parts.how)
-        stream = _at(x, half.picked)
-        o, h_o = output(out.flatten(1), Steps(), stream if parts.after is None else None)
-        before_after = stats_after = None
-        if parts.after is not None:
-            before_after = o
-            o, stats_after = parts.after(o)
-            o = stream + o
-        ctx.half = half
+        if len(half.inputs) == 1 and (around.rotary or half.query_norm is not None):
+            v = v.contiguous()  # queries and keys are made anew; a view would keep the wide output alive
+        if half.query_norm is not None:
+            raw_q, (q, stats_q) = q, half.query_norm.over_heads(q)
+        if half.key_norm is not None:
+            raw_k, (k, stats_k) = k, half.key_norm.over_heads(k)
+        if around.rotary:
+            q, k = (rows.rotate(t, *turn) for t, turn in zip((q, k), around.rotary, strict=True))
+        out, kept = attend(q, k, v, around.layout, picked=picked, **half.how)
+        y, h_o, ends = _end_of_half(half.output, out.flatten(1), at(x, picked), norms)
+        ctx.half, ctx.around, ctx.count = half, around, len(h)
         ctx.save_for_backward(
-            x, stats, h_q, h_k, h_v, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k,
-            before_after, stats_after, *kept,
+            x, stats, *h, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *ends, *kept
         )  # fmt: skip
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        half: Half = ctx.half
-        parts: AttentionHalf = half.parts
-        query, key, value, output = half.projections
-        (
-            x, stats, h_q, h_k, h_v, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k,
-            before_after, stats_after, *kept,
-        ) = ctx.saved_tensors  # fmt: skip
-        grad = grads[0].contiguous()
-        above = grad
-        if parts.after is not None:
-            above = parts.after.backward(grad, before_after, stats_after)
-        d_out, narrow = output.backward(above, None, True)
-        of_output = output.factors_backward(out.flatten(1), h_o, above, narrow)
-        assert half.layout is not None
-        d_q, d_k, d_v = attend_backward(
-            d_out.view_as(out), q, k, v, out, kept, half.layout, picked=half.picked, **parts.how
-        )
-        del d_out
-        if half.rotary:
-            d_q, d_k = (
-                rows.rotate(t, *turn, backward=True) for t, turn in zip((d_q, d_k), half.rotary, strict=True)
-            )
-        if parts.query_norm is not None:
-            d_q = _over_heads_backward(parts.query_norm, d_q, raw_q, stats_q)
-        if parts.key_norm is not None:
-            d_k = _over_heads_backward(parts.key_norm, d_k, raw_k, stats_k)
-        n = None
-        if any(layer.factors is not None for layer in (query, key, value)):
-            n, _ = parts.norm(x)
-        needs_input = ctx.needs_input_grad[0]
-        d_n: Tensor | None = None
-        of_layers: list[tuple[Tensor | None, Tensor | None]] = []
-        for layer, h, d, places in (
-            (query, h_q, d_q, half.picked), (key, h_k, d_k, None), (value, h_v, d_v, None)
-        ):  # fmt: skip
-            flat = d.reshape(d.shape[0], -1)
-            d_n, narrow = layer.backward(flat, d_n, needs_input)
-            d_n = _spread(d_n, places, x.shape[0]) if needs_input else None
-            of_layers.append(
-                (None, None) if n is None else layer.factors_backward(_at(n, places), h, flat, narrow)
-            )
-        d_x = None
-        if d_n is not None:
-            d_x = parts.norm.backward(d_n, x, stats, _spread(grad, half.picked, x.shape[0]))
-        of_inputs = [grad for pair in of_layers for grad in pair]
-        return d_x, None, *_of_adapted(half, [*of_inputs, *of_output])
-
-
-class _Gated(torch.autograd.Function):
-    """The second half."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, half: Half, *factors: Tensor) -> Tensor:
-        parts: GatedHalf = half.parts
-        gate, up, down = half.projections
-        steps = Steps()
-        n, stats = parts.norm(x)
-        (g, h_g), (u, h_u) = (layer(n, steps) for layer in (gate, up))
-        del n, steps
-        y, h_d = down(rows.activation(g, u, parts.kind), Steps(), x if parts.after is None else None)
-        before_after = stats_after = None
-        if parts.after is not None:
-            before_after = y
-            y, stats_after = parts.after(y)
-            y = x + y
-        ctx.half = half
-        ctx.save_for_backward(x, stats, h_g, h_u, h_d, g, u, before_after, stats_after)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        half: Half = ctx.half
-        parts: GatedHalf = half.parts
-        gate, up, down = half.projections
-        x, stats, h_g, h_u, h_d, g, u, before_after, stats_after = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        above = grad
-        if parts.after is not None:
-            above = parts.after.backward(grad, before_after, stats_after)
-        d_y, narrow = down.backward(above, None, True)
-        d_g, d_u, y = rows.activation_backward(d_y, g, u, parts.kind)
+        half: AttentionHalf = ctx.half
+        around: Around = ctx.around
+        picked, norms = around.picked, half.norms
+        x, stats, *rest = ctx.saved_tensors
+        h, rest = rest[: ctx.count], rest[ctx.count :]
+        h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *ends = rest
+        kept = ends[4:]
+        grad, above = _back_through_end(grads[0].contiguous(), ends[:4], norms)
+        d_out, narrow = half.output.backward(above, None, True)
+        of_output = half.output.factors_backward(out.flatten(1), h_o, above, narrow)
+        d_q, d_k, d_v = attend_backward(
+            d_out.view_as(out), q, k, v, out, kept, around.layout, picked=picked, **half.how
+        )
+        del d_out
+        if around.rotary:
+            d_q, d_k = (
+                rows.rotate(t, *turn, backward=True)
+                for t, turn in zip((d_q, d_k), around.rotary, strict=True)
+            )
+        if half.query_norm is not None:
+            d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
+        if half.key_norm is not None:
+            d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
+        need_x = ctx.needs_input_grad[0]
+        above = spread(grad, picked, x.shape[0]) if need_x else grad
+        begun = above if need_x and norms.before is None else None
+        n = _input_again(x, half.inputs, norms.before)
+        d_n, of_inputs = _back_to_input(n, h, (d_q, d_k, d_v), half, picked, begun, need_x)
+        if d_n is not None and norms.before is not None:
+            d_n = norms.before.backward(d_n, x, stats, above)
+        return d_n, None, None, *_of_adapted(half.projections, [*of_inputs, *of_output])
+
+
+class _MLP(torch.autograd.Function):
+    """The second half."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MLPHalf, *factors: Tensor) -> Tensor:
+        norms = half.norms
+        steps = Steps()
+        n, stats = (x, None) if norms.before is None else norms.before(x)
+        inner, h = zip(*(layer(n, steps) for layer in half.inputs), strict=True)
+        del n, steps
+        gate, up = _gate_and_up(inner, half)
+        ends: tuple[Tensor | None, ...]
+        y, h_o, ends = _end_of_half(
+            half.output, rows.activation(gate, up, half.kind), x if stream is None else stream, norms
+        )
+        ctx.half, ctx.apart, ctx.count = half, stream is not None, len(inner)
+        ctx.save_for_backward(x, stats, *inner, *h, h_o, *ends)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        half: MLPHalf = ctx.half
+        norms = half.norms
+        x, stats, *rest = ctx.saved_tensors
+        inner, h, (h_o, *ends) = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
+        grad, above = _back_through_end(grads[0].contiguous(), ends, norms)
+        d_y, narrow = half.output.backward(above, None, True)
+        d_gate, d_up, y = rows.activation_backward(d_y, *_gate_and_up(inner, half), half.kind)
         del d_y
-        of_down = down.factors_backward(y, h_d, above, narrow)
+        of_output = half.output.factors_backward(y, h_o, above, narrow)
         del y
-        n = None
-        if gate.factors is not None or up.factors is not None:
-            n, _ = parts.norm(x)
-        needs_input = ctx.needs_input_grad[0]
-        d_n: Tensor | None = None
+        d_inner = (d_gate, d_up)[: ctx.count]
+        if half.gated and ctx.count == 1:
+            d_inner = (torch.cat([d_gate, d_up], 1),)
+        del d_gate, d_up
+        n = _input_again(x, half.inputs, norms.before)
+        need_x, of_stream = ctx.needs_input_grad[0], None if ctx.apart else grad
+        d_n = of_stream if need_x and norms.before is None else None
         of_inputs: list[Tensor | None] = []
-        for layer, h, d in ((gate, h_g, d_g), (up, h_u, d_u)):
-            d_n, narrow = layer.backward(d, d_n, needs_input)
-            d_n = d_n if needs_input else None
-            of_inputs += layer.factors_backward(n, h, d, narrow) if n is not None else (None, None)
-        d_x = parts.norm.backward(d_n, x, stats, grad) if d_n is not None else None
-        return d_x, None, *_of_adapted(half, [*of_inputs, *of_down])
+        for layer, h_in, d in zip(half.inputs, h, d_inner, strict=True):
+            d_n, narrow = layer.backward(d, d_n, need_x)
+            d_n = d_n if need_x else None
+            of_inputs += layer.factors_backward(n, h_in, d, narrow) if n is not None else (None, None)
+        if d_n is not None and norms.before is not None:
+            d_n = norms.before.backward(d_n, x, stats, of_stream)
+        d_stream = grad if ctx.apart and ctx.needs_input_grad[1] else None
+        return d_n, d_stream, None, *_of_adapted(half.projections, [*of_inputs, *of_output])
 
 
-def _at(x: Tensor, places: Tensor | None) -> Tensor:
-    """The rows of (T, …) at these places, or all."""
-    return x if places is None else x.index_select(0, places)
+def _queries_keys_values(
+    n: Tensor, half: AttentionHalf, picked: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """Queries (P or T, heads, d), keys and values (T, key heads, d), and what each layer's update needs."""
+    steps = Steps()
+    if len(half.inputs) == 1:
+        y, h = half.inputs[0](n, steps)
+        q, k, v = head_views(y, half.heads, half.key_heads, half.grouped)
+        return (at(q, picked), k, v), [h]
+    query, key, value = half.inputs
+    (k, h_k), (v, h_v) = (layer(n, steps) for layer in (key, value))
+    q, h_q = query(n, steps) if picked is None else query(at(n, picked), Steps())
+    q, k, v = (t.view(t.shape[0], -1, half.head_size) for t in (q, k, v))
+    return (q, k, v), [h_q, h_k, h_v]
 
 
-def _spread(rows: Tensor, places: Tensor | None, length: int) -> Tensor:
-    """Rows (P, D) at their places of (T, D), zeros elsewhere; as they are where they stand at all."""
-    return rows if places is None else rows.new_zeros(length, rows.shape[1]).index_copy_(0, places, rows)
+def _back_to_input(
+    n: Tensor | None,
+    h: Sequence[Tensor],
+    of_heads: tuple[Tensor, Tensor, Tensor],
+    half: AttentionHalf,
+    picked: Tensor | None,
+    begun: Tensor | None,
+    need_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of attention's input, added to ``begun``, and those of its input layers' factors."""
+    length = of_heads[1].shape[0]
+    if len(half.inputs) == 1:
+        whole = joined_heads(spread(of_heads[0], picked, length), *of_heads[1:], half.grouped)
+        d_n, narrow = half.inputs[0].backward(whole, begun, need_x)
+        found = (None, None) if n is None else half.inputs[0].factors_backward(n, h[0], whole, narrow)
+        return (d_n if need_x else None), list(found)
+    d_x = None if picked is not None else begun
+    of_layers: list[Tensor | None] = []
+    for layer, h_in, d, places in zip(half.inputs, h, of_heads, (picked, None, None), strict=True):
+        flat = d.reshape(d.shape[0], -1)
+        d_x, narrow = layer.backward(flat, d_x, need_x)
+        d_x = spread(d_x, places, length) if need_x else None
+        if places is not None and begun is not None and d_x is not None:
+            d_x = d_x + begun
+        of_layers += (None, None) if n is None else layer.factors_backward(at(n, places), h_in, flat, narrow)
+    return d_x, of_layers
 
 
-def _over_heads(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm of each head (M, heads, d)."""
-    y, stats = norm(x.reshape(-1, x.shape[-1]))
-    return y.view(x.shape), stats
+def _end_of_half(
+    output: Projection, x: Tensor, stream: Tensor, norms: HalfNorms
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The half's result, what the output's update needs, and what :func:`_back_through_end` wants."""
+    y, h = output(x, Steps(), stream if norms.after is None else None)
+    before_after = stats_after = total = stats_post = None
+    if norms.after is not None:
+        before_after = y
+        y, stats_after = norms.after(y)
+        y = stream + y
+    if norms.post is not None:
+        total = y
+        y, stats_post = norms.post(y)
+    return y, h, (before_after, stats_after, total, stats_post)
 
 
-def _over_heads_backward(norm: Norm, grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
-    size = x.shape[-1]
-    return norm.backward(grad.reshape(-1, size), x.reshape(-1, size), stats).view(x.shape)
+def _back_through_end(grad: Tensor, ends: Sequence[Tensor | None], norms: HalfNorms) -> tuple[Tensor, Tensor]:
+    """The gradients of the residual stream and of the output projection."""
+    before_after, stats_after, total, stats_post = ends
+    if norms.post is not None and total is not None and stats_post is not None:
+        grad = norms.post.backward(grad, total, stats_post)
+    if norms.after is not None and before_after is not None and stats_after is not None:
+        return grad, norms.after.backward(grad, before_after, stats_after)
+    return grad, grad
 
 
-def _of_adapted(half: Half, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _input_again(x: Tensor, inputs: Sequence[Projection], before: Norm | None) -> Tensor | None:
+    """What the input layers were given, computed again; None where no factor wants it."""
+    if not any(layer.factors is not None for layer in inputs):
+        return None
+    return x if before is None else before(x)[0]
+
+
+def _gate_and_up(inner: Sequence[Tensor], half: MLPHalf) -> tuple[Tensor, Tensor | None]:
+    if not half.gated:
+        return inner[0], None
+    gate, up = inner if len(inner) == 2 else inner[0].chunk(2, 1)
+    return gate, up
+
+
+def _of_adapted(layers: Sequence[Projection], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of those layers that have factors."""
     kept: list[Tensor | None] = []
-    for layer, (of_A, of_B) in zip(half.projections, zip(grads[::2], grads[1::2], strict=True), strict=True):
+    for layer, (of_A, of_B) in zip(layers, zip(grads[::2], grads[1::2], strict=True), strict=True):
         if layer.factors is not None:
             kept += [of_A, of_B]
     return kept

@@ -42,11 +42,13 @@ class Completion:
         tokens: the new token ids, without the terminator.
         text: the tokens as text, special tokens left out.
         stopped: a terminator ended it; False where the limit of new tokens did.
+        terminator: the token that ended it; None where none did.
     """
 
     tokens: np.ndarray
     text: str
     stopped: bool
+    terminator: int | None = None
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,8 @@ def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, ends: list[
     """Cut a row at its first terminator; what follows there is padding."""
     at = np.flatnonzero(np.isin(row, ends)) if ends else np.empty(0, dtype=int)
     tokens = row[: at[0]] if at.size else row
-    return Completion(tokens, _text(tokenizer, tokens.tolist()), bool(at.size))
+    terminator = int(row[at[0]]) if at.size else None
+    return Completion(tokens, _text(tokenizer, tokens.tolist()), bool(at.size), terminator)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.linear import quantised_reference, quantized_rows
+from deltaw.kernels.linear import quantized_reference, quantized_rows
 from deltaw.lora.layers_int8 import Int8Linear
 from deltaw.runtime.blocks import blocks_of
 
@@ -145,7 +145,7 @@ def _best(x: Tensor, linears: list[nn.Linear]) -> tuple[Tensor | None, list[floa
         if moved:
             by = size.clamp_min(1e-5).pow(moved) / reach.clamp_min(1e-5).pow(1 - moved)
             columns = 1.0 / (by / by.log().mean().exp())
-        steps, scales = quantised_reference(x, columns)
+        steps, scales = quantized_reference(x, columns)
         rounded = (steps.float() - 128) * scales[:, None]
         errors = []
         for w, y in zip(weights, wanted, strict=True):

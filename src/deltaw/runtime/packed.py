@@ -1,8 +1,8 @@
-"""A transformers model run over a flat row of tokens: its own code, with the forest's attention.
+"""A transformers model run over packed rows without padding: its own code, with attention over a prefix tree.
 
 The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``);
 the mask interface answers that no mask is needed. Nothing of the model is patched. Whether a model can be run
-so is not read off a list of names: it is tried on a few tokens and compared with the padded run.
+so is not read off a list of names: packed rows are compared with rows of their own.
 
 Knows transformers' models and layouts; not data, losses or training.
 """
@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from deltaw.host.machine import Choice
-from deltaw.hub.quiet import quiet
-from deltaw.hub.skeleton import has_values
+from deltaw.host.choices import Choice
+from deltaw.kernels import loader
 from deltaw.kernels.attention import packed_attention
-from deltaw.kernels.layout import Layout, Tiles
-from deltaw.runtime.fused_blocks import FusedBlocks, NotingLayout, recognize, try_blocks
+from deltaw.kernels.layout import Layout
+from deltaw.runtime.attention_choice import attending_by
+from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
+from deltaw.runtime.recognition import TOLERANCE
+from deltaw.runtime.roles import real_tensors
+from deltaw.runtime.small_copy import small_copy
 
 ATTENTION = "deltaw_packed"
-# Ways of attending that are told apart only far from each other, where a short trial cannot see them.
+# Ways of attending that are told apart only far from each other, where a few tokens cannot show them.
 PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-TRIAL_TOKENS = 24
+SAMPLE_TOKENS = 24
+# Parents of the sample's segments: two rows that begin alike, and one on its own.
+TREE = (-1, 0, 0, -1)
 
 
 def _attend(
@@ -48,12 +53,11 @@ def _attend(
     if packed_layout is None:
         raise RuntimeError(f"{type(module).__name__} does not hand the layout down to its attention")
     if query.shape[2] != packed_layout.length or key.shape[2] != packed_layout.length:
-        raise RuntimeError("attention over a cache cannot run on a flat row")
+        raise RuntimeError("attention over a cache cannot run on packed rows")
     if dropout:
-        raise RuntimeError("attention dropout is not drawn on a flat row; put the model in eval mode")
+        raise RuntimeError("attention dropout is not drawn on packed rows; put the model in eval mode")
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(packed_layout, NotingLayout):
-        packed_layout.note(told, sliding_window, softcap)
+    note(module, told, sliding_window, softcap)
     out = packed_attention(
         query[0],
         key[0],
@@ -85,58 +89,41 @@ def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
     return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
 
 
-def backbone_of(model: PreTrainedModel) -> nn.Module:
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of the model below its output head."""
-    return model.base_model
-
-
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch to another attention implementation, and check that the whole model followed."""
-    with quiet():
-        model.set_attn_implementation(name)
-    if model.config.get_text_config()._attn_implementation != name:
-        raise RuntimeError(f"{type(model).__name__} does not take another attention implementation")
+    return model.base_model  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def packed_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]:
     """While open, the model's attention runs over packed rows, and with ``fused`` its blocks run fused where
     they can."""
-    before = model.config._attn_implementation
-    try:
-        set_attention(model, ATTENTION)
-        with fused_blocks(model).installed() if fused else contextlib.nullcontext():
-            yield
-    finally:
-        with quiet():
-            model.set_attn_implementation(before)
-
-
-_FUSED: weakref.WeakKeyDictionary[PreTrainedModel, FusedBlocks] = weakref.WeakKeyDictionary()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(attending_by(model, ATTENTION))
+        if fused:
+            stack.enter_context(fused_blocks(model).installed())
+        yield
 
 
 def fused_blocks(model: PreTrainedModel) -> FusedBlocks:
-    """The model's fused blocks, recognized and tried once; the model's attention runs over flat rows."""
-    known = _FUSED.get(model)
-    if known is None:
-        known = _FUSED[model] = _tried(model)
-    return known
+    """The model's fused blocks for packed rows, recognized and verified once."""
+    return fused_in_mode(model, PACKED)
 
 
 @contextlib.contextmanager
 def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
-    """While open, only these outputs of the backbone on flat rows are asked for; the others may be anything.
+    """While open, only these outputs of the backbone on packed rows are asked for; others may be anything.
 
     A fused last block computes no others.
 
     Args:
         places: (P), ascending, each once; None for all.
     """
-    fused = _FUSED.get(model)
-    if fused is None or not fused.choice.value or not fused.blocks:
+    fused = known_in_mode(model, PACKED.name)
+    last = None if fused is None else fused.last
+    if last is None:
         yield
         return
-    last = fused.blocks[-1]
     last.picked = places
     try:
         yield
@@ -144,34 +131,13 @@ def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
         last.picked = None
 
 
-def _tried(model: PreTrainedModel) -> FusedBlocks:
-    if model.device.type != "cpu":
-        return FusedBlocks([], Choice(False, "on this device the model's own code runs"))
-    fused = recognize(backbone_of(model))
-    if not fused.choice.value:
-        return fused
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    lengths = [TRIAL_TOKENS + (window if window is not None and window <= 64 else 0), 5, 7]
-    plain = Layout.of_lengths(lengths, [-1, 0, 0])
-    layout = NotingLayout(plain.starts, plain.stops, plain.parents)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    inputs = {
-        "input_ids": torch.randint(0, vocabulary, (1, layout.length), generator=generator),
-        "position_ids": torch.from_numpy(layout.positions())[None],
-        "packed_layout": layout,
-        "use_cache": False,
-    }
-    # Of what a block adds to its input, known to some per cent in bf16; another block is off by more.
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.3
-    try:
-        return try_blocks(fused, lambda: backbone_of(model)(**inputs), layout, tolerance)
-    except Exception as error:  # whatever foreign code raises here, it runs itself
-        return FusedBlocks([], Choice(False, f"{type(error).__name__}: {str(error)[:100]}"))
-
-
 def can_pack(model: PreTrainedModel) -> Choice:
-    """Whether the model gives the same outputs on a flat row as on padded rows, and how that is known."""
+    """Whether the model gives the same outputs on packed rows as on rows of their own, and how that is known.
+
+    The model itself runs a packed row once, which shows that the layout reaches attention in all its layers.
+    That outputs are the same is verified in fp32 on a small copy of it. So the answer is the same in a dry
+    run on fake tensors, and does not hang on the precision of the weights.
+    """
     name = type(model).__name__
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     if types - PLAIN_LAYER_TYPES:
@@ -179,73 +145,86 @@ def can_pack(model: PreTrainedModel) -> Choice:
             False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}"
         )
     try:
-        difference, reached = _trial(model)
+        reached = _reached(model)
     except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
-        return Choice(False, f"{name} cannot run a flat row ({type(error).__name__}: {str(error)[:100]})")
-    if not has_values(model):
-        return _by_structure(model, reached)
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 6e-2
-    if any(p.dtype == torch.int8 for p in model.parameters()) and not difference < tolerance:
-        # The last digit of an input decides between two bytes in every layer anew: outputs drift apart.
-        return _by_structure(model, reached)
-    if not difference < tolerance:
-        return Choice(
-            False, f"{name} gives other outputs on a flat row (relative difference {difference:.1e})"
-        )
-    return Choice(True, f"{name} gives the same outputs on a flat row (relative difference {difference:.1e})")
-
-
-def _by_structure(model: PreTrainedModel, reached: int) -> Choice:
-    """The answer for a model on fake tensors, whose outputs cannot be compared.
-
-    What is known is that a flat row ran. It means something if every layer attended over the layout, and the
-    model takes positions as they are given.
-    """
-    name = type(model).__name__
+        return Choice(False, f"{name} cannot run packed rows ({type(error).__name__}: {str(error)[:100]})")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
     if reached < layers:
         return Choice(False, f"{name} hands the layout to {reached} of its {layers} layers")
     if "position_ids" not in inspect.signature(backbone_of(model).forward).parameters:
         return Choice(False, f"{name} takes no positions")
-    return Choice(True, f"{name} attends over the layout in all its layers")
+    try:
+        difference = _difference(backbone_of(model))
+    except Exception as error:
+        return Choice(False, f"{name} cannot be compared ({type(error).__name__}: {str(error)[:100]})")
+    if not difference < TOLERANCE:
+        return Choice(
+            False, f"{name} gives other outputs on packed rows (relative difference {difference:.1e})"
+        )
+    return Choice(
+        True, f"{name} gives the same outputs on packed rows (relative difference {difference:.1e})"
+    )
 
 
-class _WatchedLayout(Layout):
-    """A layout that counts how often attention asked it for its tiles."""
-
-    asked = 0
-
-    def tiles(self, window: int | None = None) -> Tiles:
-        self.asked += 1
-        return super().tiles(window)
-
-    def forest(self) -> Tensor:
-        self.asked += 1
-        return super().forest()
-
-
-def _trial(model: PreTrainedModel) -> tuple[float, int]:
-    """A small forest on a flat row, and its rows run on their own: the relative difference (of norms) between
-    the two, and how many times attention ran over the forest."""
+def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
+    """A few tokens in a prefix tree of four segments, longer than a small window, as a backbone's inputs."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    length = TRIAL_TOKENS + (window if window is not None and window <= 64 else 0)
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (length + 12,), generator=generator).to(model.device)
-    forest = Layout.of_lengths([length - 5, 5, 7, 5], [-1, 0, 0, -1])
-    layout = _WatchedLayout(forest.starts, forest.stops, forest.parents)
+    length = SAMPLE_TOKENS + (window if window is not None and window <= 64 else 0)
+    layout = Layout.of_lengths([length - 5, 5, 7, 5], parents)
     layout.device = model.device
-    positions = torch.from_numpy(layout.positions()).to(model.device)
-    stem, left, right, alone = torch.split(tokens, [length - 5, 5, 7, 5])
-    backbone = backbone_of(model)
-    with torch.no_grad():
-        apart = [
-            backbone(input_ids=row[None], use_cache=False).last_hidden_state[0]
-            for row in (torch.cat([stem, left]), torch.cat([stem, right]), alone)
-        ]
-        with packed_rows(model, fused=False):
-            flat = backbone(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, packed_layout=layout
-            ).last_hidden_state[0]
-    expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]]).float()
-    return float((flat.float() - expected).norm() / expected.norm()), layout.asked
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (1, layout.length), generator=generator).to(model.device)
+    positions = torch.from_numpy(layout.positions())[None].to(model.device)
+    inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
+    return layout, inputs
+
+
+def _reached(model: PreTrainedModel) -> int:
+    """How many times attention ran over the layout of a packed row."""
+    _, inputs = _sample(model, TREE)
+    with torch.no_grad(), packed_rows(model, fused=False), noting() as notes:
+        backbone_of(model)(**inputs)
+    return len(notes)
+
+
+_DIFFERENCES: dict[tuple[Any, ...], float] = {}
+
+
+def _difference(backbone: PreTrainedModel) -> float:
+    """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own,
+    on a small fp32 copy; remembered by class and configuration."""
+    key = (type(backbone), backbone.config.to_json_string(use_diff=False), loader.library() is not None)
+    if key not in _DIFFERENCES:
+        with real_tensors(), torch.no_grad():
+            _DIFFERENCES[key] = _packed_against_apart(small_copy(backbone))
+    return _DIFFERENCES[key]
+
+
+def _packed_against_apart(small: PreTrainedModel) -> float:
+    layout, inputs = _sample(small, TREE)
+    stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
+    apart = [
+        small(input_ids=row[None], use_cache=False).last_hidden_state[0]
+        for row in (torch.cat([stem, left]), torch.cat([stem, right]), alone)
+    ]
+    with packed_rows(small, fused=False):
+        packed = small(**inputs).last_hidden_state[0]
+    expected = torch.cat([apart[0], apart[1][len(stem) :], apart[2]])
+    return float((packed - expected).norm() / expected.norm())
+
+
+def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None:
+    layout: Layout | None = named.get("packed_layout")
+    if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
+        return None
+    return layout
+
+
+@contextlib.contextmanager
+def _packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
+    with packed_rows(model, fused=False):
+        yield
+
+
+PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: _sample(model, TREE)[1])

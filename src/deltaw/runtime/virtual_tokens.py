@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.lora.adapted import adopt
+from deltaw.lora.places import Place, as_before, spots_holding
 
 _RECORD = "_deltaw_virtual_tokens"
 # Tables by which some models (Gemma 3n and 4) give each block embeddings of the very token ids.
@@ -49,25 +49,6 @@ class VirtualTokens(nn.Module):
     def extra_repr(self) -> str:
         """The embedding's own line, and how many virtual tokens there are."""
         return f"{super().extra_repr()}, virtual_tokens={len(self.prompt)}"
-
-
-@dataclass
-class _Record:
-    """What stands where the model's embedding stood, and in which places."""
-
-    original: nn.Module
-    layer: VirtualTokens
-    places: list[tuple[nn.Module, str]]
-
-    def put(self, module: nn.Module) -> None:
-        for parent, attribute in self.places:
-            parent._modules[attribute] = module
-
-    def put_original(self) -> None:
-        """The weight is one and the same Parameter; buffers may have moved with the model meanwhile."""
-        for name in self.original._buffers:
-            self.original._buffers[name] = self.layer._buffers[name]
-        self.put(self.original.train(self.layer.training))
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -132,43 +113,39 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
     layer.first_id = int(weight.shape[0])
-    places = [
-        (parent, attribute)
-        for parent in model.modules()
-        for attribute, child in parent._modules.items()
-        if child is embedding
-    ]
-    record = _Record(embedding, layer, places)
-    record.put(layer)
-    vars(model)[_RECORD] = record
+    names = tuple(name for name, module in model.named_modules() if module is embedding)
+    place: Place[nn.Module] = Place(names, spots_holding(model, embedding), embedding, layer)
+    place.put_now()
+    vars(model)[_RECORD] = place
     return layer
 
 
 def detach(model: nn.Module) -> None:
     """Give the model its own embedding back; nothing happens where there are no virtual tokens."""
-    record = vars(model).pop(_RECORD, None)
-    if isinstance(record, _Record):
-        record.put_original()
+    place = _place(model)
+    if place is not None:
+        place.put_before(model)
+        vars(model).pop(_RECORD)
 
 
 def attached(model: nn.Module) -> VirtualTokens | None:
     """The embedding with virtual tokens, or None."""
-    record = vars(model).get(_RECORD)
-    return record.layer if isinstance(record, _Record) else None
+    place = _place(model)
+    return place.now if place is not None and isinstance(place.now, VirtualTokens) else None
 
 
 @contextlib.contextmanager
 def own_embedding(model: nn.Module) -> Iterator[None]:
-    """While open, the model has its own embedding, which knows real tokens only."""
-    record = vars(model).get(_RECORD)
-    if not isinstance(record, _Record):
+    """Within the block the model has its own embedding, which knows real tokens only."""
+    place = _place(model)
+    with as_before(model, [] if place is None else [place]):
         yield
-        return
-    record.put_original()
-    try:
-        yield
-    finally:
-        record.put(record.layer)
+
+
+def _place(model: nn.Module) -> Place[nn.Module] | None:
+    """Where the embedding with virtual tokens stands, and what stood there before."""
+    place = vars(model).get(_RECORD)
+    return place if isinstance(place, Place) else None
 
 
 _CLASSES: dict[type[nn.Module], type[VirtualTokens]] = {}

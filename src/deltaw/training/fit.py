@@ -1,6 +1,7 @@
 """One whole run: from settings to a folder with an adapter.
 
-The order of a run stands in :func:`fit`; each step is somebody else's work.
+:func:`fit` shows the order of a run; other modules do the work. Nothing is printed: a
+:class:`deltaw.training.callbacks.Callback` is told.
 """
 
 from __future__ import annotations
@@ -13,30 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.machine import (
-    choose_device,
-    choose_precision,
-    memory_limit_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-)
-from deltaw.hub.loading import LoadedModel, check_architecture, config_folder, load
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
-from deltaw.reports.card import model_card
-from deltaw.reports.plan import plan_lines
-from deltaw.reports.progress import TrainingProgress
+from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.card import write_card
+from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.drift import Drift
+from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.loop import Outcome, Step, seeded
-from deltaw.training.planning.budget import parse_bytes, within_memory
+from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.planning.budget import within_memory
 from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.state import Outcome, Step
 from deltaw.training.tasks.tasks import RunData, Task
 
 
@@ -51,6 +51,7 @@ class Result:
     plan: Plan | None = None
     trained_parameters: int = 0
     writes_text: bool = True
+    drift: Drift | None = None
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -77,74 +78,81 @@ class Result:
             "trained_parameters": self.trained_parameters,
             "eval": self.evaluation.as_dict() or None,
             "score": self.evaluation.score(),
+            "drift": None if self.drift is None else self.drift.as_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
             "interrupted": done.interrupted,
         }
 
 
-def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, console: Console | None = None) -> Result:
+def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, callback: Callback | None = None) -> Result:
     """Train as ``config`` says and write the run's folder.
+
+    The process is left as it was: its threads, random numbers, signal handlers and garbage collector.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.
-        console: where a person reads along; nothing is printed without one.
+        callback: told of everything on the way; without one, the run is silent.
 
     Raises:
         UserError: something the user gave cannot be used; nothing was written then, or the adapter as it was
             before a step that diverged.
+        UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
     """
     config = RunConfig.read(config)
-    console = console or Console(quiet=True)
+    with guest():
+        return _fit(config, callback or Callback())
+
+
+def _fit(config: RunConfig, callback: Callback) -> Result:
     output = Path(os.path.expanduser(config.output))
     check_output(output)
-    task, data = read_data(config, console)
-    config, plan = planned(config, task, data, console)
-    loaded = load_for(config, task, data, console)
-    session = assemble(
-        config,
-        task,
-        data,
-        loaded.model,
-        device=str(loaded.choices["device"].value),
-        new_modules=loaded.new_modules,
-    )
+    task, data = read_data(config, callback.on_line)
+    config, plan = planned(config, task, data, callback)
+    loaded = load_for(config, task, data, callback.on_line)
+    device = str(loaded.choices["device"].value)
+    session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     for line in session.said:
-        console.print(line, highlight=False)
+        callback.on_line(line)
 
     folder = RunFolder(output)
     if folder.moved is not None:
-        console.print(f"{output} held an earlier run: it is now {folder.moved}", highlight=False)
+        callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
     chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
     folder.write_settings(config, chosen)
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    meter = DriftMeter(session)
     try:
-        outcome, evaluation = _train(session, folder, console)
+        outcome, evaluation = _train(session, folder, callback)
+        drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
     except UntrainedParameterError:
         raise
     except UserError:
-        console.print(f"the adapter as it was before is in {folder.path}", highlight=False)
+        callback.on_line(f"the adapter as it was before that step is in {folder.path}")
         raise
     finally:
         folder.close()
         session.close()
-    result = Result(
+    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
+    write_card(folder.path, session, outcome, evaluation, trained, drift)
+    return Result(
         folder.path,
         outcome,
         evaluation,
-        _peak_bytes(str(loaded.choices["device"].value)),
+        _peak_bytes(device),
         plan=plan,
-        trained_parameters=sum(p.numel() for _, p in session.method.parameters(session.model)),
+        trained_parameters=trained,
         writes_text=not task.has_labels,
+        drift=drift,
     )
-    _write_card(result, session)
-    return result
 
 
-def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> tuple[RunConfig, Plan | None]:
-    """The run's plan, said; None where the model cannot be run on fake tensors. With it the settings,
-    which ``memory`` may have changed.
+def planned(
+    config: RunConfig, task: Task, data: RunData, callback: Callback
+) -> tuple[RunConfig, Plan | None]:
+    """The run's plan; None where the model cannot be run on fake tensors. With it the settings, which
+    ``memory`` may have changed.
 
     Raises:
         UserError: the memory that the machine gives does not suffice, and ``force`` is not set.
@@ -156,20 +164,19 @@ def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> t
     try:
         plan = plan_run(config, task, data)
         if budget is not None:
-            blocks = count_blocks(config, task)
+            blocks = count_blocks(config, task, callback.on_line)
             config, plan = within_memory(config, task, data, plan, budget, blocks)
-            again = config.train.checkpointing
-            if again:
-                shown = f"all {blocks}" if again is True else f"{again} of {blocks}"
-                console.print(f"memory {config.memory}: {shown} blocks are computed again", highlight=False)
+            checkpointed = config.train.checkpointing
+            if checkpointed:
+                shown = f"all {blocks}" if checkpointed is True else f"{checkpointed} of {blocks}"
+                callback.on_line(f"memory {config.memory}: activation checkpointing in {shown} blocks")
     except UserError:
         raise
     except Exception as error:  # whatever a foreign model raises on fake tensors, it may well train
         brief = f"{type(error).__name__}: {str(error)[:100]}"
-        console.print(f"no memory plan: the model cannot be run without values ({brief})", highlight=False)
+        callback.on_line(f"no memory plan: the dry run on fake tensors failed ({brief})")
         return config, None
-    for line in plan_lines(plan, limit):
-        console.print(line, highlight=False)
+    callback.on_plan(plan, limit)
     if plan.peak_resident_bytes > limit and not config.force:
         raise UserError(
             f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}",
@@ -180,17 +187,17 @@ def planned(config: RunConfig, task: Task, data: RunData, console: Console) -> t
     return config, plan
 
 
-def count_blocks(config: RunConfig, task: Task) -> int:
+def count_blocks(config: RunConfig, task: Task, say: Say) -> int:
     """How many blocks the run's model has, by its configuration."""
     dtype = choose_precision("cpu", config.precision).value
-    folder = config_folder(config.model, dtype, config.trust_remote_code)
+    folder = config_folder(config.model, dtype, config.trust_remote_code, say=say)
     text = check_architecture(folder, task.name, config.trust_remote_code).get_text_config()
     return int(getattr(text, "num_hidden_layers", 1))
 
 
-def load_for(config: RunConfig, task: Task, data: RunData, console: Console) -> LoadedModel:
+def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) -> LoadedModel:
     """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
-    seeded(config.train.seed)
+    torch.manual_seed(config.train.seed)
     loaded = load(
         config.model,
         precision=config.precision,
@@ -199,92 +206,73 @@ def load_for(config: RunConfig, task: Task, data: RunData, console: Console) -> 
         task=config.task,
         num_labels=task.outputs(data),
         trust_remote_code=config.trust_remote_code,
-        say=lambda line: console.print(line, highlight=False),
+        say=say,
     )
     for name, choice in loaded.choices.items():
-        console.print(f"{name}: {choice}", highlight=False)
+        say(f"{name}: {choice}")
     return loaded
 
 
-def _train(session: Session, folder: RunFolder, console: Console) -> tuple[Outcome, Evaluation]:
-    """The training and its evaluations; the adapter is saved however it ends."""
+def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Outcome, Evaluation]:
+    """The training and its evaluations; the adapter is saved however the training ends, unless it was not
+    trained."""
     total = session.total_steps
     every = session.config.train.eval_every
     for line in session.lines():
-        console.print(line, highlight=False)
+        callback.on_line(line)
     release_free_memory()
 
     def evaluate(step: int) -> Evaluation:
         measured = session.evaluate()
         if measured.metrics:
             folder.write_metrics({"step": step, "eval": measured.as_dict()})
+            callback.on_evaluation(step, measured)
         return measured
 
-    evaluation = Evaluation()
-    with session.running(), TrainingProgress(console, total) as progress:
+    def on_step(step: Step) -> None:
+        folder.write_metrics(step.as_dict())
+        callback.on_step(step)
+        if every and step.step % every == 0 and step.step < total:
+            evaluate(step.step)
 
-        def on_step(step: Step) -> None:
-            folder.write_metrics(step.as_dict())
-            progress.update(step)
-            if every and step.step % every == 0 and step.step < total:
-                evaluate(step.step)
-
-        keep = True
+    outcome, sound, evaluation = None, True, Evaluation()
+    with session.running():
         try:
-            outcome = session.train(on_step=on_step)
+            outcome = session.train(
+                on_begin=callback.on_begin, on_step=on_step, should_stop=callback.should_stop
+            )
         except UntrainedParameterError:
-            keep = False  # nothing is saved as trained that is not
+            sound = False  # nothing is saved as trained that is not
             raise
         finally:
-            if keep:
-                session.method.save(
-                    session.model,
-                    folder.path,
-                    base_model=session.config.model,
-                    metadata=_metadata(session.data),
-                )
+            callback.on_end(outcome)
+            if sound:
+                save_adapter(session, folder.path)
         if not outcome.interrupted:
             evaluation = evaluate(outcome.steps)
     return outcome, evaluation
 
 
-def _metadata(data: RunData) -> dict[str, str]:
-    """What goes into the weights file beside the weights: the names of the classes."""
-    return {} if data.classes is None else {CLASSES_KEY: json.dumps(list(data.classes))}
+def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:
+    """How far general answers moved, written down; said why not where a language model gives none."""
+    try:
+        drift = meter.measure()
+    except NoGeneralAnswers as reason:
+        callback.on_line(f"drift: not measured ({reason})")
+        return None
+    if drift is not None:
+        folder.write_metrics({"step": step, "drift": drift.as_dict()})
+    return drift
+
+
+def save_adapter(session: Session, folder: Path) -> None:
+    """Write what was trained, with the names of a classifier's classes in the weights file's metadata."""
+    classes = session.data.classes
+    metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
+    session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
 
 
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
-
-
-def _write_card(result: Result, session: Session) -> None:
-    config = session.config
-    evaluation = result.evaluation
-    facts = {
-        "base model": config.model,
-        "task": config.task,
-        "method": config.method,
-        "training data": config.data.train,
-        "rows": str(result.outcome.rows),
-        "optimizer steps": str(result.outcome.steps),
-        "trained parameters": f"{result.trained_parameters:,}",
-        "learning rate": f"{session.learning_rate:g}",
-        "training loss": f"{result.outcome.loss:.4f}" if result.outcome.steps else "none",
-        **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.metrics.items() if math.isfinite(v)},
-    }
-    if config.method == "lora":
-        facts["rank / alpha"] = f"{config.lora.rank} / {config.lora.alpha:g}"
-    if session.data.classes is not None:
-        facts["classes"] = ", ".join(session.data.classes)
-    lines = session.data.report.lines()
-    model_card(
-        result.output,
-        config.model,
-        facts,
-        lines,
-        method=config.method,
-        task=config.task,
-        interrupted=result.interrupted,
-    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.lora.fingerprint import has_values
 
-# Steps that are looked at.
+# Steps that are checked.
 STEPS = 2
 
 
@@ -39,6 +39,7 @@ class TrainedCheck:
         names: of the parameters, for the error.
         parameters: as the optimizer has them: master weights where there are some.
         may_skip: whether a model may leave the parameter of this name out by design.
+        steps_done: of a training that goes on.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class TrainedCheck:
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
         may_skip: Callable[[str], bool] = lambda name: False,
+        steps_done: int = 0,
     ) -> None:
         self._watched = dict(zip(names, parameters, strict=True))
         self._may_skip = may_skip
         self._still = {name for name, p in self._watched.items() if has_values(p.data) and p.numel()}
         self._marks: dict[str, tuple[Tensor, Tensor]] = {}
-        self._steps = 0
+        self._steps = steps_done
 
     @property
     def done(self) -> bool:

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.machine import choose_device, choose_precision
+from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.loading import LoadedModel, load
 from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import classes_of, outputs_of, read_config
+from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.evaluation.causal import Score, score
+from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.session import with_virtual_tokens
 from deltaw.training.tasks.tasks import Task, task_of
@@ -35,6 +37,7 @@ class InferenceSession:
         config: the run's settings; None where the reference is not a run of deltaw's.
         method: whose adapter is on the model; None where there is none.
         task: what the model does. classes: the names that a classifier's outputs have.
+        identity: names the base model's weights and precision, for what is kept on disk.
     """
 
     loaded: LoadedModel
@@ -42,6 +45,7 @@ class InferenceSession:
     method: Method | None
     task: Task
     classes: tuple[str, ...] | None = None
+    identity: str | None = None
     _bare: bool = field(default=False, repr=False)
 
     @property
@@ -151,6 +155,9 @@ def open_run(
         trust_remote_code=trust,
         say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
     )
+    identity = identity_of(loaded.model, precision)
+    if precision == "int8":
+        say(f"precision int8: {quantize_int8(loaded.model.base_model)}")
     if classes is None and work.has_labels and kind != "regression":
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
@@ -158,7 +165,7 @@ def open_run(
     if adapter:
         method = method_of_folder(folder, work.tokenizer)
         say(method.load(loaded.model, folder))
-    return InferenceSession(loaded, config, method, work, classes)
+    return InferenceSession(loaded, config, method, work, classes, identity)
 
 
 def score_run(

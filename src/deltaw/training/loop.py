@@ -1,102 +1,29 @@
-"""The training loop: from rows in an order to an adapter, readable from top to bottom.
+"""The training loop: from rows in an order to a trained adapter, readable from top to bottom.
 
-It is given a model with something to train, an objective, and examples; it knows nothing of files, folders,
+It is given a model with something to train, an objective, and rows; it knows nothing of files, folders,
 configuration or how progress is shown.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from types import FrameType
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
-from deltaw.host.machine import keep_freed_memory, trim_memory
+from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
-from deltaw.training.master_weights import MasterWeights
-from deltaw.training.optimizer import adamw, learning_rate_factor, set_rate, warmup_steps
+from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
+from deltaw.training.optimizer import Schedule
+from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
+from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
 
-
-class Labelled(Protocol):
-    """What the loop asks of an example: how many labels it brings to the sum of losses."""
-
-    @property
-    def label_count(self) -> int: ...
-
-
-# Freed memory is kept from step to step; so many steps apart it is given back, or the holes that rows of all
-# lengths leave would add up over a long run.
+# The command line's allocator keeps what is freed from step to step. So many steps apart it is given back to
+# the system, or the holes that rows of all lengths leave would add up over a long run.
 STEPS_BETWEEN_TRIMS = 32
-
-Row = TypeVar("Row", bound=Labelled)
-
-
-Objective = Callable[[Any], Tensor]
-
-
-class MicroBatcher(Protocol):
-    """How the rows of a step go through the model: one batch after another."""
-
-    def batches(self, rows: Sequence[Any]) -> Iterator[Any]: ...
-
-    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]: ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did. ``loss`` is the mean over its label tokens, in nats."""
-
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    rows: int
-    tokens: int
-    computed_tokens: int
-    label_tokens: int
-    seconds: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-@dataclass
-class Outcome:
-    """Sums over a training: ``loss`` is the mean over all label tokens seen."""
-
-    steps: int = 0
-    rows: int = 0
-    tokens: int = 0
-    computed_tokens: int = 0
-    label_tokens: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    interrupted: bool = False
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.label_tokens if self.label_tokens else float("nan")
-
-    def add(self, step: Step) -> None:
-        self.steps += 1
-        self.rows += step.rows
-        self.tokens += step.tokens
-        self.computed_tokens += step.computed_tokens
-        self.label_tokens += step.label_tokens
-        self.loss_sum += step.loss * step.label_tokens
-        self.seconds += step.seconds
 
 
 def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
@@ -107,17 +34,14 @@ def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None
 
 def rows_of_step(examples: Sequence[Row], step: int, batch_size: int, seed: int) -> list[Row]:
     """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
-    per_epoch = math.ceil(len(examples) / batch_size)
-    epoch, place = divmod(step, per_epoch)
-    order = epoch_order(len(examples), epoch, seed)
-    return [examples[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+    return [examples[i] for i in RowOrder(len(examples), batch_size, seed).indices(step)]
 
 
 def train(
-    objective: Objective,
+    objective: AnyObjective,
     parameters: Sequence[nn.Parameter],
     examples: Sequence[Row],
-    batcher: MicroBatcher,
+    batcher: AnyBatcher,
     *,
     learning_rate: float,
     total_steps: int,
@@ -125,6 +49,7 @@ def train(
     names: Sequence[str] | None = None,
     may_skip: Callable[[str], bool] = lambda name: False,
     after_step: Callable[[], None] | None = None,
+    add_gradients: Callable[[int], float] | None = None,
     batch_size: int = 16,
     seed: int = 0,
     schedule: str = "linear",
@@ -132,102 +57,135 @@ def train(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     max_grad_norm: float | None = 1.0,
+    saved: SavedState | None = None,
+    on_begin: Callable[[TrainState], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
 
-    A step's loss is the sum of cross-entropies over all its passes, divided by the label tokens of the whole
-    step: how the rows are cut into passes changes nothing.
+    A step's loss is the sum of the objective's losses over all its microbatches, divided by the units (label
+    tokens) of the whole step: how the rows are cut into microbatches changes nothing. The arguments alone
+    decide the result: random numbers come from ``seed``, and those of the process are as before afterwards,
+    like its threads, signal handlers and garbage collector.
+
+    The first two steps are checked: a parameter that was handed in and is not trained is an error that names
+    it (:mod:`deltaw.training.guarantee`).
 
     Args:
-        objective: the sum of a batch's losses, such as
-            :class:`deltaw.training.objective.CausalObjective`.
+        objective: the sum of a microbatch's losses, such as
+            :class:`deltaw.training.tasks.causal_objective.CausalObjective`.
+        parameters: what is trained. Those in 16 bits get fp32 master weights for the time.
+        examples: the rows, or groups of rows. batcher: cuts those of a step into microbatches.
         rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
-        names: of the parameters, for messages.
-        may_skip: whether a model may leave the parameter of this name out of a step by design; see
-            :mod:`deltaw.training.guarantee`.
+        names: of the parameters, for messages and for saved states.
+        may_skip: whether the model may leave the parameter of this name out of a step by design; then it is
+            a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
         after_step: called once the optimizer has changed the parameters.
+        add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
+            those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
+        batch_size: rows per step. seed: of the order of rows, and of dropout.
+        schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`.
+        max_grad_norm: gradients are scaled down to this norm; None: never.
+        saved: the state of an earlier training with the same arguments, which goes on from there.
+        on_begin: given the state before the first step; ``state.state()`` can be taken between steps.
         on_step: told of each step after it; the time it takes is not counted.
+        should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
+
+    Returns:
+        sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop. The
+        parameters are those of the last whole step.
 
     Raises:
         UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
         UntrainedParameterError: a parameter has no gradient in the first step, or did not move in two.
     """
-    keep_freed_memory()
-    warm = warmup_steps(warmup, total_steps)
-    outcome = Outcome()
-    with MasterWeights(parameters) as master_weights, _stop_signals() as stopped, _frozen_heap():
-        check = TrainedCheck(
-            names or [f"parameter {n}" for n in range(len(parameters))], master_weights.trained, may_skip
-        )
-        optimizer = adamw(
-            master_weights.trained,
-            learning_rate,
-            factors=rate_factors,
-            weight_decay=weight_decay,
-            betas=betas,
-        )
-        for number in range(total_steps):
+    names = list(names or (f"parameter {n}" for n in range(len(parameters))))
+    state = TrainState(
+        dict(zip(names, parameters, strict=True)),
+        Schedule(schedule, learning_rate, total_steps, warmup),
+        RowOrder(len(examples), batch_size, seed),
+        rate_factors=rate_factors,
+        weight_decay=weight_decay,
+        betas=betas,
+    )
+    changed = after_step or (lambda: None)
+    with stop_signals() as signalled, frozen_heap(), own_random_numbers(seed), state:
+        if saved is not None:
+            state.restore(saved)
+            changed()
+        check = TrainedCheck(names, state.trained, may_skip, steps_done=state.step)
+        if on_begin is not None:
+            on_begin(state)
+        while state.step < total_steps:
             begun = time.perf_counter()
-            if number % STEPS_BETWEEN_TRIMS == 0:
-                trim_memory()
-            rows = rows_of_step(examples, number, batch_size, seed)
-            labels = sum(example.label_count for example in rows)
-            rate = learning_rate * learning_rate_factor(number, total_steps, warm, schedule)
-            set_rate(optimizer, rate)
-
-            loss_sum, tokens, computed = _gradients(objective, batcher, rows, labels, stopped)
-            if stopped():
-                outcome.interrupted = True
+            if signalled() or should_stop():
+                state.sums.interrupted = True
                 break
-            norm = _gradient_norm(master_weights.trained, max_grad_norm)
-            _check_finite(loss_sum / labels, norm, where=f"step {number + 1} of {total_steps}")
+            if state.step % STEPS_BETWEEN_TRIMS == 0:
+                trim_memory()
+            rows = [examples[i] for i in state.begin_step()]
+            units = objective.units(rows)
+            sums = _gradients(objective, batcher, rows, units, lambda: signalled() or should_stop())
+            if sums is None:
+                state.abandon_step()
+                state.sums.interrupted = True
+                break
+            general = None if add_gradients is None else add_gradients(state.step)
+            norm = _gradient_norm(state.trained, max_grad_norm)
+            _check_finite(sums.loss / units, norm, where=f"step {state.step + 1} of {total_steps}")
+            rate = state.learning_rate
             check.before_update()
-            optimizer.step()
+            state.update()
             check.after_update()
-            optimizer.zero_grad(set_to_none=True)
-            master_weights.write_back()
-            if after_step is not None:
-                after_step()
-
-            per_epoch = math.ceil(len(examples) / batch_size)
+            changed()
             step = Step(
-                step=number + 1,
-                epoch=(number + 1) / per_epoch,
-                loss=loss_sum / labels,
+                step=state.step + 1,
+                epoch=(state.step + 1) / state.order.steps_per_epoch,
+                loss=sums.loss / units,
                 learning_rate=rate,
                 gradient_norm=norm,
                 rows=len(rows),
-                tokens=tokens,
-                computed_tokens=computed,
-                label_tokens=labels,
+                tokens=sums.row_tokens,
+                computed_tokens=sums.tokens,
+                label_tokens=units,
                 seconds=time.perf_counter() - begun,
+                general_loss=general,
             )
-            outcome.add(step)
+            state.end_step(step)
             if on_step is not None:
                 on_step(step)
-    return outcome
+    return state.sums
+
+
+@dataclass
+class _Sums:
+    """Over the microbatches of a step: losses, tokens of the rows, tokens computed."""
+
+    loss: float = 0.0
+    row_tokens: int = 0
+    tokens: int = 0
 
 
 def _gradients(
-    objective: Objective,
-    batcher: MicroBatcher,
-    rows: Sequence[Any],
-    labels: int,
+    objective: AnyObjective,
+    batcher: AnyBatcher,
+    rows: Sequence[Row],
+    units: int,
     stopped: Callable[[], bool],
-) -> tuple[float, int, int]:
-    """Gradients of the mean loss over these rows, pass by pass; the sum of losses, the rows' tokens and those
-    computed. Ends after the pass in which it is asked to stop."""
-    loss_sum, tokens, computed = 0.0, 0, 0
+) -> _Sums | None:
+    """Add up the gradients of the mean loss over these rows, microbatch by microbatch; None where it was
+    asked to stop on the way."""
+    sums = _Sums()
     for batch in batcher.batches(rows):
         loss = objective(batch)
-        (loss / labels).backward()
-        loss_sum += loss.item()
-        tokens += batch.row_tokens
-        computed += batch.tokens
+        (loss / units).backward()
+        sums.loss += loss.item()
+        sums.row_tokens += batch.row_tokens
+        sums.tokens += batch.tokens
         if stopped():
-            break
-    return loss_sum, tokens, computed
+            return None
+    return sums
 
 
 def _check_finite(loss: float, norm: float, *, where: str) -> None:
@@ -246,44 +204,3 @@ def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> f
     if limit is not None and norm > limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
-
-
-@contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """While open, the collector of garbage leaves alone what is there already: looking through all objects of
-    the libraries takes as long as a step of short rows."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C or SIGTERM only asks the loop to stop; a second Ctrl-C stops at once.
-
-    Signals can be caught in the main thread alone; elsewhere nothing changes.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            # None stands for a handler that was not set from Python, and cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def seeded(seed: int) -> None:
-    """Fix torch's random state: dropout and whatever else draws from it."""
-    torch.manual_seed(seed)

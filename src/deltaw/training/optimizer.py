@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -40,6 +41,26 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """The learning rate of the next step, times each group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a training.
+
+    Attributes:
+        name: of :data:`SCHEDULES`. learning_rate: its peak. total_steps: of the training.
+        warmup: steps of linear warm-up, or a share of ``total_steps`` where below 1.
+    """
+
+    name: str
+    learning_rate: float
+    total_steps: int
+    warmup: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step ``step`` (from 0)."""
+        warm = warmup_steps(self.warmup, self.total_steps)
+        return self.learning_rate * learning_rate_factor(step, self.total_steps, warm, self.name)
 
 
 def warmup_steps(warmup: float, total: int) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice, choose_device, choose_precision, release_free_memory
+from deltaw.host.choices import Choice, choose_device, choose_precision
+from deltaw.host.memory import PeakWatch, release_free_memory
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import loader
@@ -30,11 +30,21 @@ from deltaw.runtime.generation import position_limit
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.general import (
+    NoGeneralAnswers,
+    general_answers,
+    identity_of,
+)
+from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import MicroBatcher, Objective, Outcome, Step, count_steps, seeded, train
+from deltaw.training.keep_general import KeepGeneral
+from deltaw.training.loop import count_steps, train
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.causal_objective import loss_of_outputs
 from deltaw.training.tasks.label_objective import start_at_mean
 from deltaw.training.tasks.tasks import RunData, Task, task_of
@@ -59,6 +69,8 @@ class Session:
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
         prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
+        identity: names the base model's weights and precision; None where they cannot be named.
+        general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
     """
 
     config: RunConfig
@@ -66,11 +78,13 @@ class Session:
     method: Method
     task: Task
     data: RunData
-    batcher: MicroBatcher
-    objective: Objective
+    batcher: AnyBatcher
+    objective: AnyObjective
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     prefix: CachedPrefix | None = None
+    identity: str | None = None
+    general: Sequence[Example] = ()
 
     @property
     def learning_rate(self) -> float:
@@ -124,12 +138,15 @@ class Session:
     def train(
         self,
         *,
+        on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
         rows: Sequence[Any] | None = None,
         batch_size: int | None = None,
-        batcher: MicroBatcher | None = None,
+        batcher: AnyBatcher | None = None,
     ) -> Outcome:
         """Train as the settings say, or as the arguments do; call within :meth:`running`."""
         settings = self.config.train
@@ -146,6 +163,7 @@ class Session:
             names=[name for name, _ in named],
             may_skip=may_skip(self.model),
             after_step=lambda: self.method.after_step(self.model),
+            add_gradients=self._keep_general(),
             batch_size=batch_size or settings.batch_size,
             seed=settings.seed,
             schedule=settings.schedule,
@@ -153,7 +171,19 @@ class Session:
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             max_grad_norm=settings.max_grad_norm,
+            saved=saved,
+            on_begin=on_begin,
             on_step=on_step,
+            should_stop=should_stop,
+        )
+
+    def _keep_general(self) -> KeepGeneral | None:
+        """What adds the gradients of general answers; None where none are kept."""
+        settings = self.config.train
+        if not self.general:
+            return None
+        return KeepGeneral(
+            self.objective, self.batcher, self.general, weight=settings.keep_general, seed=settings.seed
         )
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
@@ -165,16 +195,37 @@ class Session:
         with self.method.evaluating(self.model):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
+    def general_answers(self, prompts: Sequence[str]) -> list[Example]:
+        """The base model's own answers to general prompts, as the base model sees them.
 
-def read_data(config: RunConfig, console: Console) -> tuple[Task, RunData]:
+        Where the method keeps no base model, this is for the time before training.
+
+        Raises:
+            NoGeneralAnswers: it gives none that are of use.
+        """
+        if self.task.tokenizer is None:
+            raise NoGeneralAnswers("the model does not read text")
+        kept = self.method.keeps_base(self.model)
+        base = self.method.without(self.model) if kept else contextlib.nullcontext()
+        with self.method.evaluating(self.model), base:
+            return general_answers(
+                self.model,
+                self.task.tokenizer,
+                prompts,
+                self.config.data,
+                identity=self.identity,
+                batch_tokens=getattr(self.batcher, "tokens_per_pass", 1024),
+                reserved=self.method.virtual_tokens,
+            )
+
+
+def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False)
-
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-    data = task.read(config.data, seed=config.train.seed)
+    with PeakWatch() as watch:
+        task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+        data = task.read(config.data, seed=config.train.seed)
+    data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
     return task, data
@@ -211,8 +262,9 @@ def assemble(
     """
     method = choose_method(config, task.tokenizer)
     settings = config.train
-    seeded(settings.seed)
+    torch.manual_seed(settings.seed)
     said: list[str] = []
+    identity = identity_of(model, config.precision)
     if config.precision == "int8" and has_values(model):
         said += _quantized_int8(model, data.train)
     batcher, chosen = task.batcher(
@@ -248,7 +300,9 @@ def assemble(
     )
     with method.evaluating(model):
         objective = task.objective(model)
-    session = Session(config, model, method, task, data, batcher, objective, chosen, said)
+    session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
+    if settings.keep_general:
+        _take_general_answers(session)
     seen_again = session.total_steps * settings.batch_size > len(data.train)
     if settings.keep_features is True or (settings.keep_features == "auto" and seen_again):
         with session.running(), method.evaluating(model):
@@ -257,6 +311,30 @@ def assemble(
         if session.prefix is not None:
             said.append(f"computed once for each row and kept: {kept}")
     return session
+
+
+def _take_general_answers(session: Session) -> None:
+    """Let the base model write the answers that ``train.keep_general`` keeps, and say so.
+
+    Raises:
+        UserError: the model gives none.
+    """
+    weight = session.config.train.keep_general
+    try:
+        if session.task.has_labels:
+            raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
+        answers = session.general_answers(KEPT)
+    except NoGeneralAnswers as reason:
+        raise UserError(
+            f"general answers cannot be kept: {reason}",
+            where="train.keep_general",
+            hint="set train.keep_general: 0",
+        ) from reason
+    session.general = [with_virtual_tokens(answer, session.method) for answer in answers]
+    session.said.append(
+        f"keep_general {weight:g}: each step also learns one of {len(answers)} general answers of the base "
+        "model, which are not counted among the rows"
+    )
 
 
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:

@@ -1,42 +1,64 @@
-// The kernels that others here are made of, as they are called from outside too; each is said where it is defined.
+// The exported functions, as C sees them. Each says what it computes where it is defined.
+//
+// All return a Status (status.h) unless said otherwise. Types are numbered by Type (numbers.h). Matrices have their rows
+// one after another in memory unless an argument gives the distance of rows.
 #pragma once
 #include <cstdint>
 
+// To be raised whenever a function's arguments or a struct of block.h change; the caller compares it with its own.
+const int DW_ABI = 1;
+
+#define DW_EXPORT __attribute__((visibility("default")))
+
+struct BlockParts;
+
 extern "C" {
-void dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
-               const float *scale, const float *columns, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling,
-               const void *added, uint8_t *steps, float *steps_scale, int make_steps, void *y, void *h);
-void dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column,
-                        const float *scale, const float *columns, const float *A, const float *B, int64_t rank, float scaling,
-                        const void *added, uint8_t *steps, float *steps_scale, void *dx, void *narrow);
-void dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t rank, const void *x, const void *h, const void *grad,
-                         const void *narrow, float scaling, float *of_A, float *of_B);
-void dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset,
-             float eps, int centred, void *y, float *stats);
-void dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight,
-                      float offset, int centred, const float *stats, const void *added, void *dx);
-void dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y);
-void dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up,
-                            void *d_gate, void *d_up, void *y);
-void dw_rotate(int type, int64_t M, int64_t heads, int64_t d, int64_t turned, const void *x, int64_t ld, const float *cosine,
-               const float *sine, int backward, void *out, int64_t out_ld);
-void dw_attention(int type, const int64_t *forest, int64_t segments, int64_t length, int64_t window, int causal, int64_t heads,
-                  int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *picked, int64_t picks, void *q, void *k,
-                  void *v, void *out, const int64_t *strides, float *logs);
-void dw_attention_backward(int type, const int64_t *forest, int64_t segments, int64_t length, int64_t window, int causal,
-                           int64_t heads, int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *picked,
-                           int64_t picks, void *q, void *k, void *v, void *out, void *grad, void *dq, void *dk, void *dv_out, const int64_t *strides,
-                           const float *logs);
+// Returns DW_ABI.
+DW_EXPORT int dw_abi();
+DW_EXPORT int64_t dw_layout_of(int which, int64_t *into, int64_t capacity);
+
+DW_EXPORT int dw_threads(void *parallel, void *thread_number, void *team_size, void *most_threads);
+// Gives back the memory that the threads' arenas keep between calls.
+DW_EXPORT int dw_release();
+// Returns the bytes that all arenas hold now, or with `most` held at most since that was asked last.
+DW_EXPORT int64_t dw_scratch_held(int most);
+
+DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
+                        const float *scale, const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank,
+                        float scaling, const void *added, uint8_t *x_int8, float *x_scales, int quantize, void *y, void *h);
+DW_EXPORT int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column,
+                                 const float *scale, const float *smooth, const float *A, const float *B, int64_t rank, float scaling,
+                                 const void *added, uint8_t *grad_int8, float *grad_scales, void *dx, void *narrow);
+DW_EXPORT int dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t rank, const void *x, const void *h, const void *grad,
+                                  const void *narrow, float scaling, float *of_A, float *of_B);
+DW_EXPORT int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
+                                float *block_scales, void *dh);
+DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, uint8_t *out, float *scales);
+
+DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,
+                      int centred, void *y, float *stats);
+DW_EXPORT int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight, float offset,
+                               int centred, const float *stats, const void *added, void *dx);
+DW_EXPORT int dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y);
+DW_EXPORT int dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up, void *d_gate,
+                                     void *d_up, void *y);
+DW_EXPORT int dw_rotate(int type, int64_t M, int64_t heads, int64_t d, int64_t turned, const void *x, int64_t ld, const float *cosine,
+                        const float *sine, int backward, void *out, int64_t out_ld);
+DW_EXPORT int dw_cross_entropy(int type, int64_t M, int64_t V, void *logits, const int64_t *targets, const float *weights, float scale,
+                               float cap, int grad, float *losses);
+
+DW_EXPORT int dw_attention(int type, const int64_t *segments, int64_t count, int64_t length, int64_t window, int causal, int64_t heads,
+                           int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *picked, int64_t picks,
+                           const void *q, const void *k, const void *v, void *out, const int64_t *strides, float *logs);
+DW_EXPORT int dw_attention_backward(int type, const int64_t *segments, int64_t count, int64_t length, int64_t window, int causal,
+                                    int64_t heads, int64_t key_heads, int64_t d, int64_t dv, float scaling, float cap, const int64_t *picked,
+                                    int64_t picks, const void *q, const void *k, const void *v, const void *out, const void *grad, void *dq,
+                                    void *dk, void *dv_out, const int64_t *strides, const float *logs);
+
+DW_EXPORT int dw_block_sizes(const BlockParts *block, int64_t T, int64_t *sizes);
+DW_EXPORT int dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const float *cosine,
+                       const float *sine, void *kept_memory, void *scratch_memory, void *out);
+DW_EXPORT int dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const float *cosine,
+                                const float *sine, void *kept_memory, void *scratch_memory, void *grad_memory, void *dx_memory,
+                                float *const *factors);
 }
-
-const int64_t BYTES_AT_ONCE = 128;  // numbers of a gradient, or classes, that are rounded to bytes with one scale
-
-// The gradients of a layer's factors; see dw_factors_backward.
-struct FactorsBackward {
-    int64_t M, in, out, rank;
-    const void *x, *h, *grad, *narrow;
-    float scaling;
-    float *of_A, *of_B;
-};
-// Of several layers at once.
-void factors_backward(int type, const FactorsBackward *of, int count);

@@ -1,23 +1,19 @@
-// What is done to each row of tokens between the products: norms, activations, rotary positions, cross-entropy.
-// Sums are in fp32, results are rounded once; what a backward can compute again is not kept.
+// What is done to each row of tokens between the products: norms, activations, rotary positions. Sums are in fp32,
+// results are rounded once; what a backward can compute again is not kept.
 #include "kernels.h"
-#include "vectors.h"
+#include "numbers.h"
+#include "threads.h"
 
-template <class Body>
-static void rows_in_parallel(int64_t rows, Body &&body) {
-    in_parallel([&](int thread, int threads) {
-        int64_t begin, end;
-        part_of(rows, thread, threads, begin, end);
-        for (int64_t m = begin; m < end; m++) body(m);
-    });
-}
+using namespace deltaw;
+
+namespace {
 
 // ---- norms -----------------------------------------------------------------------------------------------
 // y = (x - mean) · rstd · (w + offset) + bias; without `centred` the mean is 0 (RMSNorm, arXiv 1910.07467).
 // weight and bias may be null. stats (M, 2): mean and rstd.
 template <class T>
-static void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T *bias, float offset, float eps, int centred,
-                 T *y, float *stats) {
+void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T *bias, float offset, float eps, int centred,
+          T *y, float *stats) {
     rows_in_parallel(M, [&](int64_t m) {
         const T *row = x + m * ld;
         float mean = 0;
@@ -48,8 +44,8 @@ static void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, 
 
 // dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + added, with g = dy · (w + offset); mean(g) only if centred.
 template <class T>
-static void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, const T *weight, float offset, int centred,
-                          const float *stats, const T *added, T *dx) {
+void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, const T *weight, float offset, int centred,
+                   const float *stats, const T *added, T *dx) {
     rows_in_parallel(M, [&](int64_t m) {
         const T *row = x + m * ld, *grad = dy + m * D;
         const __m512 mu = _mm512_set1_ps(stats[2 * m]), by = _mm512_set1_ps(stats[2 * m + 1]), shift = _mm512_set1_ps(offset);
@@ -75,25 +71,12 @@ static void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t
     });
 }
 
-extern "C" void dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset,
-                        float eps, int centred, void *y, float *stats) {
-    if (type == 0) norm(M, D, (const float *)x, ld, (const float *)weight, (const float *)bias, offset, eps, centred, (float *)y, stats);
-    else norm(M, D, (const bf16 *)x, ld, (const bf16 *)weight, (const bf16 *)bias, offset, eps, centred, (bf16 *)y, stats);
-}
-extern "C" void dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight,
-                                 float offset, int centred, const float *stats, const void *added, void *dx) {
-    if (type == 0)
-        norm_backward(M, D, (const float *)dy, (const float *)x, ld, (const float *)weight, offset, centred, stats, (const float *)added, (float *)dx);
-    else
-        norm_backward(M, D, (const bf16 *)dy, (const bf16 *)x, ld, (const bf16 *)weight, offset, centred, stats, (const bf16 *)added, (bf16 *)dx);
-}
-
 // ---- activations -----------------------------------------------------------------------------------------
 enum Activation { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
 
 // erf by Abramowitz and Stegun 7.1.26's form with a better fit is too coarse for fp32; this is the series of
 // the complementary error function in Numerical Recipes (erfcc, section 6.2), relative error below 1.2e-7.
-static inline __m512 erf_16(__m512 x) {
+inline __m512 erf_16(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_abs_ps(x);
     const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.5f), z, one));
     const float c[] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
@@ -106,7 +89,7 @@ static inline __m512 erf_16(__m512 x) {
 }
 
 // f(x) and f'(x).
-static inline void activate(int kind, __m512 x, __m512 &f, __m512 &slope) {
+inline void activate(int kind, __m512 x, __m512 &f, __m512 &slope) {
     const __m512 one = _mm512_set1_ps(1.0f), half = _mm512_set1_ps(0.5f), zero = _mm512_setzero_ps();
     if (kind == SILU) {
         __m512 s = sigmoid_16(x);
@@ -134,7 +117,7 @@ static inline void activate(int kind, __m512 x, __m512 &f, __m512 &slope) {
 
 // y = f(gate) · up, or f(gate) where up is null; all (M, D) with rows `ld` apart on the left side.
 template <class T>
-static void activation(int kind, int64_t M, int64_t D, const T *gate, const T *up, T *y) {
+void activation(int kind, int64_t M, int64_t D, const T *gate, const T *up, T *y) {
     rows_in_parallel(M, [&](int64_t m) {
         for (int64_t d = 0; d < D; d += 16) {
             const int64_t at = m * D + d;
@@ -149,7 +132,7 @@ static void activation(int kind, int64_t M, int64_t D, const T *gate, const T *u
 
 // From dy: d_gate = dy · up · f'(gate), d_up = dy · f(gate), and y again where wanted.
 template <class T>
-static void activation_backward(int kind, int64_t M, int64_t D, const T *dy, const T *gate, const T *up, T *d_gate, T *d_up, T *y) {
+void activation_backward(int kind, int64_t M, int64_t D, const T *dy, const T *gate, const T *up, T *d_gate, T *d_up, T *y) {
     rows_in_parallel(M, [&](int64_t m) {
         for (int64_t d = 0; d < D; d += 16) {
             const int64_t at = m * D + d;
@@ -169,24 +152,13 @@ static void activation_backward(int kind, int64_t M, int64_t D, const T *dy, con
     });
 }
 
-extern "C" void dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y) {
-    if (type == 0) activation(kind, M, D, (const float *)gate, (const float *)up, (float *)y);
-    else activation(kind, M, D, (const bf16 *)gate, (const bf16 *)up, (bf16 *)y);
-}
-extern "C" void dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up,
-                                       void *d_gate, void *d_up, void *y) {
-    if (type == 0)
-        activation_backward(kind, M, D, (const float *)dy, (const float *)gate, (const float *)up, (float *)d_gate, (float *)d_up, (float *)y);
-    else
-        activation_backward(kind, M, D, (const bf16 *)dy, (const bf16 *)gate, (const bf16 *)up, (bf16 *)d_gate, (bf16 *)d_up, (bf16 *)y);
-}
-
-// ---- rotary positions (arXiv 2104.09864), the two halves of a head turned against each other ----------------
+// ---- rotary positions (arXiv 2104.09864) ------------------------------------------------------------------
+// The two halves of a head's first `turned` numbers are turned against each other; the other d - turned stay.
 // x (M, heads, d), rows `ld` apart; cos, sin (M, turned) fp32; d - turned numbers of a head stay. In place if
 // out is x. Backward is the transposed turn.
 template <class T>
-static void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T *x, int64_t ld, const float *cosine, const float *sine,
-                   int backward, T *out, int64_t out_ld) {
+void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T *x, int64_t ld, const float *cosine, const float *sine,
+            int backward, T *out, int64_t out_ld) {
     const int64_t half = turned / 2;
     rows_in_parallel(M, [&](int64_t m) {
         const float *c = cosine + m * turned, *s = sine + m * turned;
@@ -213,66 +185,46 @@ static void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T 
         }
     });
 }
-extern "C" void dw_rotate(int type, int64_t M, int64_t heads, int64_t d, int64_t turned, const void *x, int64_t ld, const float *cosine,
-                          const float *sine, int backward, void *out, int64_t out_ld) {
-    if (type == 0) rotate(M, heads, d, turned, (const float *)x, ld, cosine, sine, backward, (float *)out, out_ld);
-    else rotate(M, heads, d, turned, (const bf16 *)x, ld, cosine, sine, backward, (bf16 *)out, out_ld);
-}
 
-// ---- cross-entropy ----------------------------------------------------------------------------------------
-// losses[m] = log Σ exp z - z[target]; where `grad`, logits become weights[m] · ∂loss/∂logits, in place.
-// z = cap · tanh(scale · logit / cap), or scale · logit where cap is 0.
-template <class T>
-static void cross_entropy(int64_t M, int64_t V, T *logits, const int64_t *targets, const float *weights, float scale, float cap, int grad,
-                          float *losses) {
-    rows_in_parallel(M, [&](int64_t m) {
-        T *row = logits + m * V;
-        const __m512 by = _mm512_set1_ps(scale), limit = _mm512_set1_ps(cap), inverse = _mm512_set1_ps(cap > 0 ? 1 / cap : 0);
-        auto value = [&](int64_t v, __mmask16 k) {
-            __m512 z = _mm512_mul_ps(load16(row + v, k), by);
-            return cap > 0 ? _mm512_mul_ps(limit, tanh_16(_mm512_mul_ps(z, inverse))) : z;
-        };
-        __m512 most = _mm512_set1_ps(-3e38f);
-        for (int64_t v = 0; v < V; v += 16) {
-            __mmask16 k = first(V - v);
-            most = _mm512_mask_max_ps(most, k, most, value(v, k));
-        }
-        const float top = _mm512_reduce_max_ps(most);
-        const __m512 peak = _mm512_set1_ps(top);
-        __m512 sum = _mm512_setzero_ps();
-        float *const raised = grad ? (float *)room(10, (V + 15) / 16 * 64) : nullptr;  // e^(z - top)
-        for (int64_t v = 0; v < V; v += 16) {
-            __mmask16 k = first(V - v);
-            const __m512 e = exp_16(_mm512_sub_ps(value(v, k), peak));
-            if (raised) store16(raised + v, e);
-            sum = _mm512_mask_add_ps(sum, k, sum, e);
-        }
-        const float total = _mm512_reduce_add_ps(sum);
-        const int64_t target = targets[m];
-        alignas(64) float lane[16];
-        _mm512_store_ps(lane, value(target / 16 * 16, first(V - target / 16 * 16)));
-        losses[m] = __builtin_logf(total) + top - lane[target % 16];
-        if (!grad) return;
-        const __m512 w = _mm512_set1_ps(weights[m] / total), one = _mm512_set1_ps(1.0f);
-        // The target's own part is worked out before its logit is overwritten.
-        float slope = scale;
-        if (cap > 0) slope *= 1 - lane[target % 16] / cap * (lane[target % 16] / cap);
-        const float at_target = weights[m] * (__builtin_expf(lane[target % 16] - top) / total - 1) * slope;
-        for (int64_t v = 0; v < V; v += 16) {
-            __mmask16 k = first(V - v);
-            __m512 g = _mm512_mul_ps(_mm512_mul_ps(load16(raised + v), w), by);
-            if (cap > 0) {
-                __m512 t = _mm512_mul_ps(value(v, k), inverse);
-                g = _mm512_mul_ps(g, _mm512_fnmadd_ps(t, t, one));
-            }
-            store16(row + v, g, k);
-        }
-        alignas(64) float single[16] = {at_target};
-        store16(row + target, _mm512_load_ps(single), (__mmask16)1);
+}  // namespace
+
+int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset,
+            float eps, int centred, void *y, float *stats) {
+    return guarded([&] {
+        if (type == F32) norm(M, D, (const float *)x, ld, (const float *)weight, (const float *)bias, offset, eps, centred, (float *)y, stats);
+        else norm(M, D, (const bf16 *)x, ld, (const bf16 *)weight, (const bf16 *)bias, offset, eps, centred, (bf16 *)y, stats);
     });
 }
-extern "C" void dw_cross_entropy(int type, int64_t M, int64_t V, void *logits, const int64_t *targets, const float *weights, float scale,
-                                 float cap, int grad, float *losses) {
-    if (type == 0) cross_entropy(M, V, (float *)logits, targets, weights, scale, cap, grad, losses);
-    else cross_entropy(M, V, (bf16 *)logits, targets, weights, scale, cap, grad, losses);
+int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight,
+                     float offset, int centred, const float *stats, const void *added, void *dx) {
+    return guarded([&] {
+        if (type == F32)
+            norm_backward(M, D, (const float *)dy, (const float *)x, ld, (const float *)weight, offset, centred, stats, (const float *)added, (float *)dx);
+        else
+            norm_backward(M, D, (const bf16 *)dy, (const bf16 *)x, ld, (const bf16 *)weight, offset, centred, stats, (const bf16 *)added, (bf16 *)dx);
+    });
+}
+
+int dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y) {
+    return guarded([&] {
+        if (type == F32) activation(kind, M, D, (const float *)gate, (const float *)up, (float *)y);
+        else activation(kind, M, D, (const bf16 *)gate, (const bf16 *)up, (bf16 *)y);
+    });
+}
+int dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up,
+                           void *d_gate, void *d_up, void *y) {
+    return guarded([&] {
+        if (type == F32)
+            activation_backward(kind, M, D, (const float *)dy, (const float *)gate, (const float *)up, (float *)d_gate, (float *)d_up, (float *)y);
+        else
+            activation_backward(kind, M, D, (const bf16 *)dy, (const bf16 *)gate, (const bf16 *)up, (bf16 *)d_gate, (bf16 *)d_up, (bf16 *)y);
+    });
+}
+
+int dw_rotate(int type, int64_t M, int64_t heads, int64_t d, int64_t turned, const void *x, int64_t ld, const float *cosine,
+              const float *sine, int backward, void *out, int64_t out_ld) {
+    return guarded([&] {
+        if (type == F32) rotate(M, heads, d, turned, (const float *)x, ld, cosine, sine, backward, (float *)out, out_ld);
+        else rotate(M, heads, d, turned, (const bf16 *)x, ld, cosine, sine, backward, (bf16 *)out, out_ld);
+    });
 }

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import Example
+from deltaw.data.packing import Item, rows_of
 from deltaw.errors import UserError
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.base import Evaluation, mean_interval
-from deltaw.training.loop import MicroBatcher
+from deltaw.training.losses import label_places
+from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 
@@ -34,9 +36,7 @@ class Answer:
         return self.written.strip() == self.expected.strip()
 
 
-def evaluate_causal(
-    objective: CausalObjective, examples: Sequence[Example], batcher: MicroBatcher
-) -> Evaluation:
+def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: AnyBatcher) -> Evaluation:
     """Loss and perplexity over all label tokens, and, where rows have answers, the share of exact ones.
 
     A row's answer counts as exact where every label of it, its end mark too, is the likeliest token after
@@ -51,21 +51,21 @@ def evaluate_causal(
     exact: dict[int, bool] = {}
     for batch in batcher.batches(examples):
         each, right = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
-        where = [member.places[member.example.is_label] for member in batch.members]
-        labelled = np.unique(np.concatenate(where))
-        for member, places in zip(batch.members, where, strict=True):
-            at = np.searchsorted(labelled, places)
+        index, owner = label_places(batch)
+        for number, member in enumerate(batch.members):
+            at = index[owner == number]
             losses[id(member.example)] = float(each[at].mean())
             exact[id(member.example)] = bool(right[at].all())
             total += float(each[at].sum())
             labels += len(at)
     metrics = _loss_metrics(total / labels)
-    with_answer = [e for e in examples if e.answer is not None]
+    rows_alone = [row for item in examples for row in rows_of(item)]
+    with_answer = [e for e in rows_alone if e.answer is not None]
     if with_answer:
         rows = np.array([exact[id(e)] for e in with_answer], dtype=np.float64)
         metrics["exact_match"] = float(rows.mean())
         return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows))
-    rows = np.array([losses[id(e)] for e in examples])
+    rows = np.array([losses[id(e)] for e in rows_alone])
     return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
 
 
@@ -148,7 +148,7 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    batcher: MicroBatcher,
+    batcher: AnyBatcher,
     *,
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -160,5 +160,7 @@ def score(
         evaluation = evaluate_causal(objective, examples, batcher)
     given = answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_progress=on_progress)
     if given:
-        evaluation.metrics["exact_match"] = exact_match(given)
+        exact = np.array([answer.exact for answer in given], dtype=np.float64)
+        metrics = {**evaluation.metrics, "exact_match": exact_match(given)}
+        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
     return Score(evaluation, given)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deltaw.runtime.layer_entry import LayerEntry
 from deltaw.training.features.store import FeatureStore
-from deltaw.training.loop import MicroBatcher, Objective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class CachedPrefix:
     """
 
     def __init__(
-        self, feed: Feed, objective: Objective, batcher: MicroBatcher, rows: RowIndex, store: FeatureStore
+        self, feed: Feed, objective: AnyObjective, batcher: AnyBatcher, rows: RowIndex, store: FeatureStore
     ) -> None:
         self.feed = feed
         self.rows = rows
@@ -65,7 +65,7 @@ class CachedPrefix:
 class CachedMicroBatcher:
     """Passes that compute what is missing and read the rest; all else is asked of the inner microbatches."""
 
-    def __init__(self, inner: MicroBatcher, prefix: CachedPrefix) -> None:
+    def __init__(self, inner: AnyBatcher, prefix: CachedPrefix) -> None:
         self.inner = inner
         self._prefix = prefix
 
@@ -85,19 +85,23 @@ class CachedObjective:
     All else is asked of the inner objective.
     """
 
-    def __init__(self, inner: Objective, entry: LayerEntry) -> None:
+    def __init__(self, inner: AnyObjective, entry: LayerEntry) -> None:
         self.inner = inner
         self._entrance = entry
 
     def __call__(self, batch: Any) -> Tensor:
         return self._within("__call__", batch)
 
+    def units(self, rows: Sequence[Any]) -> int:
+        """As the inner objective counts."""
+        return self.inner.units(rows)
+
     def evaluate_rows(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """As :meth:`deltaw.training.objective.CausalObjective.judge`."""
+        """As :meth:`deltaw.training.tasks.causal_objective.CausalObjective.evaluate_rows`."""
         return self._within("evaluate_rows", batch)
 
     def predictions(self, batch: Any) -> Tensor:
-        """As :meth:`deltaw.training.label_objective.LabelObjective.predictions`."""
+        """As :meth:`deltaw.training.tasks.label_objective.LabelObjective.predictions`."""
         return self._within("predictions", batch)
 
     def _within(self, name: str, batch: Any) -> Any:
@@ -180,7 +184,7 @@ class Feed(Protocol):
         """Compute a batch of the microbatches' and store its vectors; what came out of the frozen part."""
 
     def batches(
-        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
         """Batches of these rows with the values that the model is entered with."""
 

@@ -22,7 +22,7 @@ from deltaw.data.packing import Batch, Member
 from deltaw.runtime.layer_entry import BackboneEntry, HeadEntry, LayerEntry
 from deltaw.training.features.cached import CachedBatch, RowIndex, content_of
 from deltaw.training.features.store import FeatureStore
-from deltaw.training.loop import MicroBatcher, Objective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
 
 # Vectors in a batch that goes through nothing but a head.
 VECTORS_PER_BATCH = 4096
@@ -31,7 +31,7 @@ VECTORS_PER_BATCH = 4096
 class _Feed:
     """What all feeds have in common."""
 
-    def __init__(self, entry: LayerEntry, objective: Objective) -> None:
+    def __init__(self, entry: LayerEntry, objective: AnyObjective) -> None:
         self.entry = entry
         self._objective = objective
         self.device = torch.device("cpu")
@@ -57,7 +57,7 @@ class _Feed:
         return hidden
 
     def _compute_missing(
-        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> None:
         done = store.done[index.slots(rows)]
         if not done.all():
@@ -95,7 +95,7 @@ class EveryToken(_Feed):
         return len(example.tokens) if self._is_text else self._patches
 
     def batches(
-        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
         for batch in batcher.batches(rows):
             found = self._sources(batch)
@@ -125,7 +125,7 @@ class LabelTokens(_Feed):
 
     kind = "predictors"
 
-    def __init__(self, entry: BackboneEntry, objective: Objective) -> None:
+    def __init__(self, entry: BackboneEntry, objective: AnyObjective) -> None:
         super().__init__(entry, objective)
         self._targets = torch.zeros(0, dtype=torch.int64)
 
@@ -140,7 +140,7 @@ class LabelTokens(_Feed):
         self._targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
 
     def batches(
-        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
         self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):
@@ -167,7 +167,7 @@ class WholeRows(_Feed):
 
     kind = "head"
 
-    def __init__(self, entry: HeadEntry, objective: Objective) -> None:
+    def __init__(self, entry: HeadEntry, objective: AnyObjective) -> None:
         super().__init__(entry, objective)
 
     def _look(self, batch: Any, hidden: Tensor) -> None:
@@ -183,7 +183,7 @@ class WholeRows(_Feed):
         return 1
 
     def batches(
-        self, rows: Sequence[Any], batcher: MicroBatcher, index: RowIndex, store: FeatureStore
+        self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
         self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):

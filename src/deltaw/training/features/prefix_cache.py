@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
 from deltaw.runtime.layer_entry import (
     BackboneEntry,
@@ -40,7 +40,7 @@ from deltaw.training.features.store import (
     open_store,
     size_text,
 )
-from deltaw.training.loop import MicroBatcher, Objective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 # Below this share of the blocks, reading features saves less than keeping them costs.
@@ -64,8 +64,8 @@ _IRRELEVANT = {
 
 def cached_prefix(
     model: PreTrainedModel,
-    objective: Objective,
-    batcher: MicroBatcher,
+    objective: AnyObjective,
+    batcher: AnyBatcher,
     examples: Sequence[Any],
     *,
     folder: Path | None = None,
@@ -104,7 +104,7 @@ def cached_prefix(
     return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit)
 
 
-def _feed(model: PreTrainedModel, level: Level, objective: Objective) -> Feed:
+def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective) -> Feed:
     """What to keep at this level."""
     if level.kind == "block":
         return EveryToken(BlockEntry(model, level.index), objective)
@@ -126,8 +126,8 @@ def _indexed(feed: Feed, examples: Sequence[Any]) -> RowIndex:
 
 def _difference(
     feed: Feed,
-    objective: Objective,
-    batcher: MicroBatcher,
+    objective: AnyObjective,
+    batcher: AnyBatcher,
     few: Sequence[Any],
     vectors: Tensor,
     trained: Sequence[nn.Parameter],
@@ -153,7 +153,7 @@ def _difference(
 
 
 def _loss_and_gradients(
-    objective: Objective, batcher: MicroBatcher, few: Sequence[Any], trained: Sequence[nn.Parameter]
+    objective: AnyObjective, batcher: AnyBatcher, few: Sequence[Any], trained: Sequence[nn.Parameter]
 ) -> list[Tensor | None]:
     """The sum of losses, and its gradient for each trained parameter, None where it has none."""
     total: list[Tensor | None] = [None] * (1 + len(trained))
@@ -190,8 +190,8 @@ def _open_store(
     model: PreTrainedModel,
     level: Level,
     feed: Feed,
-    objective: Objective,
-    batcher: MicroBatcher,
+    objective: AnyObjective,
+    batcher: AnyBatcher,
     examples: Sequence[Any],
     vectors: Tensor,
     folder: Path | None,
@@ -224,7 +224,7 @@ def _open_store(
 
 
 def _key(
-    model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: MicroBatcher
+    model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: AnyBatcher
 ) -> str:
     """A name for everything that stored values depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
-
-from rich.console import Console
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.tasks import RunData, Task
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # The share of a budget that is left free for what a plan may be off by.
 LEFT_FREE = 0.04
 TOKENS = (1024, 512, 256, 128)
@@ -27,20 +23,8 @@ SECONDS_PER_OPERATOR = 12e-6
 OPERATIONS_PER_SECOND = {"bf16": 4e11, "fp16": 4e11, "fp32": 1.5e11, "int8": 6e11}
 
 
-def parse_bytes(text: str, where: str = "--budget") -> int:
-    """``6GB``, ``512 MiB`` or a plain number of bytes.
-
-    Raises:
-        UserError: it is no size.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
 def fitting_settings(
-    config: RunConfig, task: Task, data: RunData, budget: int, methods: Sequence[str], *, console: Console
+    config: RunConfig, task: Task, data: RunData, budget: int, methods: Sequence[str], *, say: Say = silent
 ) -> list[Fitting]:
     """Settings whose process stays within ``budget`` bytes, the fastest first.
 
@@ -69,7 +53,7 @@ def fitting_settings(
         return next(filter(None, (planned(settings, tokens) for tokens in between)), least)
 
     for method in methods:
-        console.print(f"planning {method}", highlight=False)
+        say(f"planning {method}")
         try:
             for rank in _ranks(config, method):
                 settings = config.model_copy(
@@ -84,10 +68,10 @@ def fitting_settings(
                 if plain is not None or recomputed is not None:
                     break
         except UserError as error:
-            console.print(f"{method}: {error.what}", highlight=False)
+            say(f"{method}: {error.what}")
         except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
             brief = f"{type(error).__name__}: {str(error)[:100]}"
-            console.print(f"{method}: the model cannot be run without values ({brief})", highlight=False)
+            say(f"{method}: the model cannot be run without values ({brief})")
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"

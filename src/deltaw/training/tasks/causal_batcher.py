@@ -1,30 +1,40 @@
-"""How rows go through a model: how many tokens at once, shared or not, flat or padded, and why."""
+"""How rows of a language model become microbatches: of how many tokens, shared, packed or padded, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from deltaw.data.example import Example
-from deltaw.data.packing import Batch, batches, pack, pass_shapes, split_into_passes
-from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.data.packing import (
+    Batch,
+    Item,
+    batches,
+    microbatch_shapes,
+    pack,
+    rows_of,
+    split_into_microbatches,
+)
+from deltaw.data.padding import microbatch_cost
+from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import can_pack, fused_blocks, packed_rows
-
-# Tokens per pass where the user leaves it open: enough for matrix products to run at full speed, and on a
-# processor no more, since activations grow with it.
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192, "mps": 4096}
+from deltaw.training.tasks.token_budget import choose_tokens_per_pass, longest_row
 
 
 @dataclass(frozen=True)
 class CausalMicroBatcher:
-    """Tokens that go through at once, whether beginnings are shared, whether rows are padded, and where; and
-    whether flat rows are filled up to lengths that come again."""
+    """How rows of a language model are cut and laid out.
+
+    Attributes:
+        tokens_per_pass: the most tokens of a microbatch, unless one row (or group) alone has more.
+        share: whether shared prefixes are computed once. padded: whether rows are padded, not packed.
+        device: where batches are put.
+        fill: whether packed rows are filled up to lengths that come again.
+    """
 
     tokens_per_pass: int
     share: bool
@@ -32,25 +42,23 @@ class CausalMicroBatcher:
     device: str
     fill: bool = True
 
-    def shapes(self, rows: Sequence[Example]) -> list[tuple[int, int]]:
-        """(rows, length) of each pass of :meth:`batches`, without laying any out."""
-        return pass_shapes(rows, self.tokens_per_pass, share=self.share, padded=self.padded, fill=self.fill)
+    def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
+        """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
+        return microbatch_shapes(self._split(rows), share=self.share, padded=self.padded, fill=self.fill)
 
-    def labels(self, rows: Sequence[Example]) -> list[int]:
-        """Labels in each pass."""
+    def labels(self, rows: Sequence[Item]) -> list[int]:
+        """Labels in each microbatch."""
         return [sum(row.label_count for row in part) for part in self._split(rows)]
 
-    def layouts(self, rows: Sequence[Example]) -> Iterator[Layout]:
-        """The layout of each pass; padded rows have none."""
+    def layouts(self, rows: Sequence[Item]) -> Iterator[Layout]:
+        """The layout of each microbatch; padded rows have none."""
         for part in [] if self.padded else self._split(rows):
             layout = pack(part, share=self.share, fill=self.fill).inputs["packed_layout"]
             assert isinstance(layout, Layout)
             yield layout
 
-    def _split(self, rows: Sequence[Example]) -> list[list[Example]]:
-        return split_into_passes(rows, self.tokens_per_pass, share=self.share, padded=self.padded)
-
-    def batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
+    def batches(self, rows: Sequence[Item]) -> Iterator[Batch]:
+        """The microbatches of these rows, each laid out only when its turn comes."""
         return batches(
             rows,
             self.tokens_per_pass,
@@ -58,37 +66,19 @@ class CausalMicroBatcher:
             padded=self.padded,
             fill=self.fill,
             device=self.device,
+            cost=microbatch_cost(self.device),
         )
 
-
-def longest_row(model: PreTrainedModel, examples: Sequence[Sized], virtual_tokens: int = 0) -> int:
-    """Tokens of the longest row as the model will see it.
-
-    Raises:
-        UserError: the model has fewer positions.
-    """
-    longest = max(len(e) for e in examples) + virtual_tokens
-    limit = position_limit(model)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
-            where="data.max_length",
-            hint=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
+    def _split(self, rows: Sequence[Item]) -> list[list[Item]]:
+        cost = microbatch_cost(self.device)
+        return split_into_microbatches(
+            rows, self.tokens_per_pass, share=self.share, padded=self.padded, cost=cost
         )
-    return longest
-
-
-def choose_tokens_per_pass(asked: int | str, longest: int, device: str) -> Choice:
-    """As asked, or as many tokens as fill the device, and the longest row at least."""
-    if asked != "auto":
-        return Choice(int(asked), "as asked")
-    usual = TOKENS_PER_PASS.get(device.partition(":")[0], TOKENS_PER_PASS["cpu"])
-    return Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")
 
 
 def choose_causal_batcher(
     model: PreTrainedModel,
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     *,
     device: str,
     tokens_per_pass: int | str = "auto",
@@ -96,23 +86,24 @@ def choose_causal_batcher(
     method_shares: bool = True,
     virtual_tokens: int = 0,
 ) -> tuple[CausalMicroBatcher, dict[str, Choice]]:
-    """Settle what the user left open.
+    """Resolve the settings that the user left at ``auto``.
 
     Args:
-        method_shares: whether the method trains exactly the same with shared beginnings.
-        virtual_tokens: positions that the method will put before each row.
+        method_shares: whether the method trains exactly the same with shared prefixes.
+        virtual_tokens: positions that the method will prepend to each row.
 
     Returns:
-        the microbatches, and by setting the value chosen with its reason.
+        the batcher, and by setting the value chosen with its reason.
 
     Raises:
         UserError: a row is longer than the model has positions.
     """
-    longest = longest_row(model, examples, virtual_tokens)
+    rows = [row for item in examples for row in rows_of(item)]
+    longest = longest_row(rows, virtual_tokens, position_limit(model))
     packable = can_pack(model)
     if share == "auto":
         why = (
-            "exact, and computes them once"
+            "exact, and shared prefixes are computed once"
             if method_shares
             else "dropout would draw one mask for several rows"
         )
@@ -122,7 +113,7 @@ def choose_causal_batcher(
     if shared.value and not packable.value:
         shared = Choice(False, packable.why)
     tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
-    # Without dropout, fused blocks on the compiled kernels meet no library that builds kernels for shapes.
+    # Fused blocks on the compiled kernels take any shape, unless dropout makes blocks run their own code.
     any_shape = packable.value and method_shares and loader.library() is not None and _fused(model)
     return CausalMicroBatcher(tokens.value, shared.value, not packable.value, device, fill=not any_shape), {
         "train.share_prefixes": shared,

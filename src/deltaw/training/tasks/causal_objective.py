@@ -1,79 +1,99 @@
-"""The language-model objective: cross-entropy at the label positions and nowhere else.
+"""The language-model objective: a loss of the label tokens' log-probabilities, cross-entropy by default.
 
-The output head is applied only to the outputs that predict a label, a chunk of them at a time, and each
-chunk's gradient is taken as soon as its loss is known: all logits never exist at once.
+The output head is applied only to the outputs that predict a label, a chunk of them at a time
+(:mod:`deltaw.training.tasks.causal_head`).
 
 Knows a model's backbone and head; not data files, optimizers or schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from deltaw.data.packing import Batch
+from deltaw.data.packing import Batch, Item
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import linear as products
-from deltaw.kernels.rows import cross_entropy_
 from deltaw.lora.layers_int8 import weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
-
-# Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
-CHUNK_BYTES = 32 * 2**20
-# Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew
-# for each chunk, so that small ones are slow.
-FROZEN_CHUNK_BYTES = 24 * 2**20
+from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs
+from deltaw.training.tasks.causal_head import (
+    CHUNK_BYTES,
+    chunked_cross_entropy,
+    cross_entropy_sum,
+    final_logits,
+    frozen_head_log_probs,
+    head_log_probs,
+    log_probs,
+    logits_change,
+)
 
 
 class CausalObjective:
-    """Sum of cross-entropies over a batch's labels, with gradients for whatever is trained.
+    """A loss over a batch's labels, with gradients for whatever is trained.
 
     Args:
         model: a causal language model of transformers, with or without an adapter.
+        loss: of the labels' log-probabilities; cross-entropy by default.
 
     Attributes:
         chunked: whether the head is applied in chunks; False where the model does something between its
             backbone and its logits that is not known here, and its own logits are taken instead.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, loss: Loss | None = None) -> None:
         self.model = model
+        self.loss = loss or CrossEntropy()
         self.backbone = backbone_of(model)
         head = model.get_output_embeddings()
         self.chunked = head is not None and self.backbone is not model and _head_is_known(model, head)
         self.head = head
-        # What the head's rows are divided by to be rounded to bytes, where the blocks' weights are bytes. The
+        # What the head's rows are divided by to be rounded to int8, where the blocks' weights are int8. The
         # head's weight stays as it is, for gradients and for evaluation.
         self._scales: Tensor | None = None
         if self.chunked and _may_round(head) and _is_int8(self.backbone):
             self._scales = products.scales_of_rows(head.weight.detach())
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Sum over labels of weight · cross-entropy, a scalar in fp32."""
+        """The sum of the batch's losses, a scalar in fp32."""
+        if isinstance(self.loss, CrossEntropy):
+            return self._cross_entropy(batch)
+        return self.loss(RowLogProbs.of(batch, self.token_log_probs(batch)))
+
+    def units(self, rows: Sequence[Item]) -> int:
+        """What a step's sum of losses is divided by: label tokens of a cross-entropy."""
+        return self.loss.units(rows)
+
+    def token_log_probs(self, batch: Batch) -> Tensor:
+        """(P,) log p of each of the batch's ``targets``, differentiable, in fp32."""
         picked = self._picked(batch)
         if not self.chunked:
-            return _cross_entropy_sum(picked, batch.targets, batch.weights)
+            return log_probs(picked, batch.targets)
         if self._head_is_frozen():
-            config = self.model.config.get_text_config()
-            return frozen_head_cross_entropy(
-                picked,
-                batch.targets,
-                batch.weights,
-                self.head.weight,
-                self.head.bias,
-                *_logits_change(config),
-                scales=self._scales,
-            )
+            return self._frozen(picked, batch.targets)
+        parameters = list(self.head.parameters())
+        return head_log_probs(picked, batch.targets, self._logits, parameters, chunk=self.chunk)
+
+    def _cross_entropy(self, batch: Batch) -> Tensor:
+        """Σ weight · cross-entropy: as the loss of :meth:`token_log_probs`, without logits computed twice."""
+        picked = self._picked(batch)
+        if not self.chunked:
+            return cross_entropy_sum(picked, batch.targets, batch.weights)
+        if self._head_is_frozen():
+            values = self._frozen(picked, batch.targets)
+            return -(values * batch.weights.to(values.dtype)).sum()
+        parameters = list(self.head.parameters())
         return chunked_cross_entropy(
-            picked,
-            batch.targets,
-            batch.weights,
-            self._logits,
-            list(self.head.parameters()),
-            chunk=self.chunk,
+            picked, batch.targets, batch.weights, self._logits, parameters, chunk=self.chunk
+        )
+
+    def _frozen(self, picked: Tensor, targets: Tensor) -> Tensor:
+        change = logits_change(self.model.config.get_text_config())
+        return frozen_head_log_probs(
+            picked, targets, self.head.weight, self.head.bias, *change, scales=self._scales
         )
 
     @torch.no_grad()
@@ -87,6 +107,16 @@ class CausalObjective:
             losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
             right.append(logits.argmax(-1) == targets)
         return torch.cat(losses), torch.cat(right)
+
+    @torch.no_grad()
+    def label_outputs(self, batch: Batch) -> Tensor:
+        """What :meth:`logits_of` takes, for each distinct label position of the batch in ascending order."""
+        return self._picked(batch)
+
+    @torch.no_grad()
+    def logits_of(self, outputs: Tensor) -> Tensor:
+        """(P, vocabulary) logits of :meth:`label_outputs`."""
+        return self._logits(outputs) if self.chunked else outputs
 
     def _picked(self, batch: Batch) -> Tensor:
         """(P, d) outputs of the backbone that predict labels; (P, vocabulary) logits where not chunked."""
@@ -111,27 +141,27 @@ class CausalObjective:
     @property
     def chunk(self) -> int:
         """Labels whose logits are there at a time."""
-        return max(1, CHUNK_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        return _chunk(self.model)
 
 
 @torch.no_grad()
 def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *, int8: bool) -> float:
-    """Mean cross-entropy of targets (P) from the backbone's outputs (P, d), the head as training computes it
-    with weights in int8 or without."""
+    """Mean cross-entropy of targets (P,) from the backbone's outputs (P, d), the head as training computes it
+    with int8-quantized weights or without."""
     head = model.get_output_embeddings()
-    weights = torch.ones(len(targets))
     if _may_round(head):
-        change = _logits_change(model.config.get_text_config())
+        change = logits_change(model.config.get_text_config())
         scales = products.scales_of_rows(head.weight) if int8 else None
-        total = frozen_head_cross_entropy(
-            outputs, targets, weights, head.weight, head.bias, *change, scales=scales
-        )
+        values = frozen_head_log_probs(outputs, targets, head.weight, head.bias, *change, scales=scales)
     else:
-        chunk = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
-        total = chunked_cross_entropy(
-            outputs, targets, weights, lambda rows: final_logits(model, head(rows)), [], chunk=chunk
-        )
-    return float(total) / len(targets)
+        logits = lambda rows: final_logits(model, head(rows))  # noqa: E731
+        values = head_log_probs(outputs, targets, logits, [], chunk=_chunk(model))
+    return -float(values.mean())
+
+
+def _chunk(model: PreTrainedModel) -> int:
+    """Labels whose fp32 logits fit CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
 
 
 def _is_int8(model: nn.Module) -> bool:
@@ -143,132 +173,6 @@ def _may_round(head: nn.Module) -> bool:
     return (
         type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and head.weight.device.type == "cpu"
     )
-
-
-def chunked_cross_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    head: Callable[[Tensor], Tensor],
-    parameters: Sequence[Tensor],
-    *,
-    chunk: int,
-) -> Tensor:
-    """Σ weightᵢ · cross-entropy(head(hiddenᵢ), targetᵢ) without ever holding all logits.
-
-    Args:
-        hidden: (P, d). targets: (P,) class indices. weights: (P,).
-        head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
-        chunk: rows of ``hidden`` at a time.
-
-    Returns:
-        a scalar in fp32, or fp64 for fp64 inputs.
-    """
-    trained = [p for p in parameters if p.requires_grad]
-    return _ChunkedCrossEntropy.apply(hidden, targets, weights, head, chunk, *trained)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient is taken in the forward, while a chunk's logits are there, and scaled in the backward."""
-
-    @staticmethod
-    def forward(ctx, hidden, targets, weights, head, chunk, *trained):  # type: ignore[override]
-        wanted = [t for t in (hidden, *trained) if t.requires_grad]
-        total = hidden.new_zeros((), dtype=_loss_dtype(hidden))
-        sums = [torch.zeros_like(t) for t in trained]
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            part = hidden[rows].detach().requires_grad_(hidden.requires_grad)
-            with torch.set_grad_enabled(bool(wanted)):
-                loss = _cross_entropy_sum(head(part), targets[rows], weights[rows])
-            total += loss.detach()
-            if wanted:
-                leaves = [t for t in (part, *trained) if t.requires_grad]
-                grads = list(torch.autograd.grad(loss, leaves))
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grads.pop(0)
-                for kept, new in zip(sums, grads, strict=True):
-                    kept += new
-        ctx.grad_hidden, ctx.sums = grad_hidden, sums
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
-        grad_hidden = None if ctx.grad_hidden is None else (ctx.grad_hidden * grad).to(ctx.grad_hidden.dtype)
-        return grad_hidden, None, None, None, None, *[(s * grad).to(s.dtype) for s in ctx.sums]
-
-
-def frozen_head_cross_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    head: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    *,
-    scales: Tensor | None = None,
-) -> Tensor:
-    """Σ weightᵢ · cross-entropy of a frozen linear head, in chunks whose logits become their own gradient.
-
-    Args:
-        hidden: (P, d). targets: (P). weights: (P). head: (classes, d). bias: (classes) or None.
-        scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
-        scales: (classes): the logits are computed in int8, the head's rows divided by these, and so is their
-            gradient where there are rows enough to be worth it.
-
-    Returns:
-        a scalar in fp32, or fp64 for fp64 inputs.
-    """
-    return _FrozenHead.apply(hidden, targets, weights, head, bias, scale, softcap, scales)
-
-
-class _FrozenHead(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, targets, weights, head, bias, scale, softcap, scales):  # type: ignore[override]
-        wanted = hidden.requires_grad
-        weights = weights.to(_loss_dtype(hidden))
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        total = hidden.new_zeros((), dtype=_loss_dtype(hidden))
-        chunk = max(1, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits, _ = products.linear(hidden[part], head, scale=scales, bias=bias)
-            losses = cross_entropy_(
-                logits, targets[part], weights[part], scale=scale, softcap=softcap, grad=wanted
-            )
-            total += (losses * weights[part]).sum()
-            if grad_hidden is None:
-                continue
-            if scales is not None and products.can_round_classes(logits, head):
-                grad_hidden[part] = products.class_gradient_(logits, targets[part], head, scales)
-            else:
-                grad_hidden[part] = products.linear_backward(logits, head)[0]
-        ctx.grad_hidden = grad_hidden
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
-        return ctx.grad_hidden.mul_(grad), None, None, None, None, None, None, None
-
-
-def _logits_change(config: PretrainedConfig) -> tuple[float, float]:
-    """What a model does to its head's outputs: a scale (Cohere, Granite), and a soft cap (Gemma) or 0."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    divisor = getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return scale / (1.0 if divisor is None else float(divisor)), 0.0 if cap is None else float(cap)
-
-
-def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """The model's logits from its head's outputs."""
-    scale, cap = _logits_change(model.config.get_text_config())
-    if scale != 1.0:
-        logits = logits * scale
-    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
@@ -287,12 +191,3 @@ def _head_is_known(model: PreTrainedModel, head: nn.Module) -> bool:
         return True  # that the shapes fit is all that can be seen on fake tensors
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2
     return bool((own - ours).norm() <= tolerance * own.norm())
-
-
-def _cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    losses = nn.functional.cross_entropy(logits.to(_loss_dtype(logits)), targets, reduction="none")
-    return (losses * weights.to(losses.dtype)).sum()
-
-
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""How labelled rows go through a model: how many tokens at once, and what pads them, and why."""
+"""How labelled rows become microbatches: how many tokens, what pads them, and why."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import AnyExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
+from deltaw.host.choices import Choice
 from deltaw.runtime.generation import position_limit
-from deltaw.training.tasks.causal_batcher import TOKENS_PER_PASS
+from deltaw.training.tasks.token_budget import choose_tokens_per_pass, longest_row
 
 
 def choose_label_batcher(
@@ -28,14 +28,14 @@ def choose_label_batcher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     encoder: ImageEncoder | None = None,
 ) -> tuple[LabelMicroBatcher, dict[str, Choice]]:
-    """Settle what the user left open.
+    """Resolve the settings that the user left at ``auto``.
 
     Args:
-        virtual_tokens: tokens that the method will put before each text.
+        virtual_tokens: positions that the method will prepend to each text.
         tokenizer: of texts. encoder: of images.
 
     Returns:
-        the microbatches, and by setting the value chosen with its reason.
+        the batcher, and by setting the value chosen with its reason.
 
     Raises:
         UserError: a row is longer than the model has positions, or images are not what the model takes.
@@ -46,18 +46,8 @@ def choose_label_batcher(
         longest = encoder.tokens(images[0])
         _try(model, encoder, images[0])
     else:
-        longest = max(len(example) for example in examples) + virtual_tokens
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"the longest row has {longest:,} tokens, and the model {limit:,} positions",
-            where="data.max_length",
-            hint=f"set data.max_length: {limit - virtual_tokens}, with data.long_rows: cut or drop",
-        )
-    if tokens_per_pass == "auto":
-        usual = TOKENS_PER_PASS.get(device.partition(":")[0], TOKENS_PER_PASS["cpu"])
-        tokens = Choice(max(usual, longest), "fills the machine" if longest <= usual else "the longest row")
-    else:
-        tokens = Choice(int(tokens_per_pass), "as asked")
+        longest = longest_row(examples, virtual_tokens, limit)
+    tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
     pad = getattr(tokenizer, "pad_token_id", None)
     batcher = LabelMicroBatcher(
         tokens.value,

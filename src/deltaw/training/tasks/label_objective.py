@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.data.label_batches import LabelBatch
+from deltaw.data.labels import AnyExample
 from deltaw.errors import UserError
 
 
@@ -53,6 +54,10 @@ class LabelObjective:
         if self.task == "regression":
             return (predictions - batch.targets.to(predictions.dtype)).square().sum()
         return nn.functional.cross_entropy(predictions, batch.targets, reduction="sum")
+
+    def units(self, rows: Sequence[AnyExample]) -> int:
+        """Labels of the rows: one each."""
+        return sum(row.label_count for row in rows)
 
     def predictions(self, batch: LabelBatch) -> Tensor:
         """Logits (rows, classes), or numbers (rows,) of a regression; in fp32 (fp64 for an fp64 model)."""

@@ -5,7 +5,6 @@ Everything after this module treats tasks alike. It knows no methods and no file
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,20 +20,16 @@ from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_label
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.host.machine import Choice
-from deltaw.hub.loading import (
-    check_architecture,
-    config_folder,
-    load_tokenizer,
-    read_config,
-    say_on_stderr,
-)
+from deltaw.host.choices import Choice
+from deltaw.hub.folders import config_folder, say_on_stderr
+from deltaw.hub.loading import check_architecture, read_config
+from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.evaluation.labels import evaluate_labels
-from deltaw.training.loop import MicroBatcher, Objective
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.label_batcher import choose_label_batcher
@@ -52,12 +47,15 @@ class RunData:
         train, held_out: examples.
         report: the account of all rows.
         classes: names of the classes in the order of the model's outputs; None where there are none.
+        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
+            where nobody watched.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
     report: Report
     classes: tuple[str, ...] | None = None
+    read_peak_bytes: int = 0
 
     @property
     def every(self) -> list[Any]:
@@ -98,20 +96,20 @@ class Task(Protocol):
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
         """How rows go through the model, and what was chosen for it and why."""
 
-    def objective(self, model: PreTrainedModel) -> Objective:
+    def objective(self, model: PreTrainedModel) -> AnyObjective:
         """The sum of a batch's losses."""
 
-    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         """While open, the model takes batches of ``microbatches``."""
 
     def evaluate(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         examples: Sequence[Any],
-        batcher: MicroBatcher,
+        batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         """How well the model does on examples; ``classes`` are the names of its outputs."""
@@ -149,7 +147,7 @@ class CausalTask:
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
         return choose_causal_batcher(
             model,
             examples,
@@ -163,14 +161,14 @@ class CausalTask:
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model)
 
-    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if getattr(batcher, "padded", False) else packed_rows(model)
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
+        return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         examples: Sequence[Any],
-        batcher: MicroBatcher,
+        batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
@@ -253,7 +251,7 @@ class LabelTask:
         share: bool | str,
         method_shares: bool,
         virtual_tokens: int,
-    ) -> tuple[MicroBatcher, dict[str, Choice]]:
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
         return choose_label_batcher(
             model,
             examples,
@@ -267,14 +265,14 @@ class LabelTask:
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name)
 
-    def running(self, model: PreTrainedModel, batcher: MicroBatcher) -> AbstractContextManager[None]:
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model)
 
     def evaluate(
         self,
-        objective: Objective,
+        objective: AnyObjective,
         examples: Sequence[Any],
-        batcher: MicroBatcher,
+        batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         return evaluate_labels(objective, examples, batcher, classes or ())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Parameters of a model by where they stand: found by name, trained in place, untied, and put back.
+"""Parameters of a model by name: found, trained in place, untied, and loaded from a file.
 
 It knows modules and names; not which parameters a method wants.
 """
@@ -6,36 +6,13 @@ It knows modules and names; not which parameters a method wants.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
-
-
-@dataclass
-class Place:
-    """Where one trained parameter stands, what stood there before, and what stands there now.
-
-    ``names`` are several for a parameter that is tied among places which are all trained; the first is the
-    one that files use. ``before`` is None where a layer had no such parameter (a bias that was added).
-    """
-
-    names: tuple[str, ...]
-    spots: list[tuple[nn.Module, str]]
-    before: nn.Parameter | None
-    now: nn.Parameter
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def put(self, parameter: nn.Parameter | None) -> None:
-        """Let ``parameter`` stand there."""
-        for module, attribute in self.spots:
-            module._parameters[attribute] = parameter
+from deltaw.lora.places import Place, as_before, spots_of
 
 
 def names_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,7 +21,7 @@ def names_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def inside(modules: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The parameter names that lie in one of the modules."""
+    """The names of the parameters inside one of the modules."""
     prefixes = tuple(f"{module}." for module in modules)
     return [name for name in names if name.startswith(prefixes)] if prefixes else []
 
@@ -67,11 +44,11 @@ def modules_named(model: nn.Module, entries: Iterable[str], where: str) -> list[
     return list(found)
 
 
-def train_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
-    """Freeze the model, and make the parameters of these names trainable where they stand.
+def train_places(model: nn.Module, names: Iterable[str]) -> list[Place[nn.Parameter]]:
+    """Freeze the model and make the parameters of these names trainable in place.
 
-    A parameter that is tied to a place which is not among ``names`` is copied first, so that training one
-    of the two leaves the other as it was.
+    A parameter that is tied to a name outside ``names`` is copied first. So training one of the two leaves
+    the other as it was.
     """
     wanted = list(dict.fromkeys(names))
     everywhere = names_of(model)
@@ -82,20 +59,20 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
     for name in wanted:
         if everywhere[name].is_floating_point():
             together.setdefault(id(everywhere[name]), []).append(name)
-    places: list[Place] = []
+    places: list[Place[nn.Parameter]] = []
     for same in together.values():
         before = everywhere[same[0]]
         now: nn.Parameter = before
         if id(before) in outside:
             now = nn.Parameter(before.detach().clone())
-        place = Place(tuple(same), [_spot(model, name) for name in same], before, now)
+        place = Place(tuple(same), spots_of(model, same), before, now)
         now.requires_grad_(True)
-        place.put(now)
+        place.put_now()
         places.append(place)
     return places
 
 
-def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[Place]:
+def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[Place[nn.Parameter]]:
     """Give linear layers that have no bias one of zeros (out,), trainable."""
     places = []
     for name, module in modules:
@@ -103,30 +80,40 @@ def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> li
         assert weight is not None
         bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
         place = Place((f"{name}.bias",), [(module, "bias")], None, bias)
-        place.put(bias)
+        place.put_now()
         places.append(place)
     return places
 
 
-@contextlib.contextmanager
-def as_before(places: Iterable[Place]) -> Iterator[None]:
-    """While open, every place holds what it held before."""
-    places = list(places)
-    try:
-        for place in places:
-            place.put(place.before)
-        yield
-    finally:
-        for place in places:
-            place.put(place.now)
+def keep_base(places: Iterable[Place[nn.Parameter]]) -> bool:
+    """Whether every place still has the base model's own parameter: none was trained in place."""
+    return all(place.now is not place.before for place in places)
+
+
+def as_base(
+    model: nn.Module, places: Sequence[Place[nn.Parameter]], method: str
+) -> contextlib.AbstractContextManager[None]:
+    """Within the block every place has the base model's own parameter.
+
+    Raises:
+        UserError: one was trained in place.
+    """
+    if not keep_base(places):
+        raise UserError(
+            f"method '{method}' trained the base model's parameters in place, and kept no copy of them",
+            where="method",
+            hint="open the saved adapter on the base model",
+        )
+    return as_before(model, places)
 
 
 def put_loaded(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], tied: Mapping[str, Sequence[str]], where: str
-) -> list[Place]:
-    """Let tensors from a file stand in the places of their names, frozen.
+) -> list[Place[nn.Parameter]]:
+    """Put tensors from a file into the model under their names, frozen.
 
-    What stood there is kept, so that it can be put back. A bias may stand where the model has none.
+    The base model's own parameters are kept, so that they can be put back. A bias may be added where the
+    model has none.
 
     Args:
         tied: further names that a tensor's parameter has.
@@ -134,12 +121,12 @@ def put_loaded(
     Raises:
         UserError: a name or a shape does not fit the model; nothing is changed then.
     """
-    places: list[Place] = []
+    places: list[Place[nn.Parameter]] = []
     hint = "load it onto the base model that it was trained on"
     for name, tensor in tensors.items():
         names = (name, *tied.get(name, ()))
         try:
-            spots = [_spot(model, each) for each in names]
+            spots = spots_of(model, names)
         except AttributeError:
             spots = []
         if not spots or any(attribute not in module._parameters for module, attribute in spots):
@@ -162,11 +149,5 @@ def put_loaded(
         now = nn.Parameter(tensor.to(device=like.device, dtype=like.dtype), requires_grad=False)
         places.append(Place(names, spots, before, now))
     for place in places:
-        place.put(place.now)
+        place.put_now()
     return places
-
-
-def _spot(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module and attribute behind a parameter's full name."""
-    owner, _, attribute = name.rpartition(".")
-    return model.get_submodule(owner), attribute

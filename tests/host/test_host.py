@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.host import machine
+from deltaw.host import choices, memory
 
 GIB = 1 << 30
 
@@ -45,40 +45,40 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
 @pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
 def test_x86_with_bf16_instructions_takes_bf16(fake: FakeMachine, flag: str) -> None:
     fake.write("proc/cpuinfo", f"processor\t: 0\nflags\t\t: fpu avx2 {flag} sse2")
-    chosen = machine.choose_precision("cpu", root=fake.root)
+    chosen = choices.choose_precision("cpu", root=fake.root)
     assert chosen.value == "bf16"
     assert flag in chosen.why
 
 
 def test_arm_with_bf16_takes_bf16(fake: FakeMachine) -> None:
     fake.write("proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm")
-    assert machine.choose_precision("cpu", root=fake.root).value == "bf16"
+    assert choices.choose_precision("cpu", root=fake.root).value == "bf16"
 
 
 @pytest.mark.parametrize("flags", ["fpu avx2 avx512f avx512_vnni", "f16c_bf16x"])
 def test_processor_without_bf16_takes_fp32_and_says_so(fake: FakeMachine, flags: str) -> None:
     fake.write("proc/cpuinfo", f"flags : {flags}")
-    chosen = machine.choose_precision("cpu", root=fake.root)
+    chosen = choices.choose_precision("cpu", root=fake.root)
     assert chosen.value == "fp32"
     assert "bf16" in chosen.why
 
 
 def test_bf16_that_was_asked_for_is_kept_with_a_warning(fake: FakeMachine) -> None:
-    chosen = machine.choose_precision("cpu", "bf16", root=fake.root)
+    chosen = choices.choose_precision("cpu", "bf16", root=fake.root)
     assert chosen.value == "bf16"
     assert "slow" in chosen.why
 
 
 def test_int8_is_for_processors(fake: FakeMachine) -> None:
-    assert "slow" in machine.choose_precision("cpu", "int8", root=fake.root).why
+    assert "slow" in choices.choose_precision("cpu", "int8", root=fake.root).why
     with pytest.raises(UserError, match="cuda"):
-        machine.choose_precision("cuda", "int8", root=fake.root)
+        choices.choose_precision("cuda", "int8", root=fake.root)
 
 
 @pytest.mark.parametrize("asked", ["fp16", "bf61"])
 def test_precision_that_cannot_be_is_refused(fake: FakeMachine, asked: str) -> None:
     with pytest.raises(UserError):
-        machine.choose_precision("cpu", asked, root=fake.root)
+        choices.choose_precision("cpu", asked, root=fake.root)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
@@ -86,19 +86,19 @@ def test_cuda_takes_bf16_from_capability_8(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert machine.choose_precision("cuda:0").value == expected
+    assert choices.choose_precision("cuda:0").value == expected
 
 
 def test_device_auto_takes_cuda_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.choose_device().value == "cpu"
+    assert choices.choose_device().value == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert machine.choose_device() == machine.Choice("cuda", "a card")
-    assert machine.choose_device("cpu").value == "cpu"
+    assert choices.choose_device() == choices.Choice("cuda", "a card")
+    assert choices.choose_device("cpu").value == "cpu"
     with pytest.raises(UserError, match="there are 1"):
-        machine.choose_device("cuda:3")
+        choices.choose_device("cuda:3")
 
 
 @pytest.mark.parametrize("asked", ["cuda", "mps", "gpu", "cuda:x"])
@@ -106,36 +106,36 @@ def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, as
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError):
-        machine.choose_device(asked)
+        choices.choose_device(asked)
 
 
 def test_threads_without_limits_are_the_processors(fake: FakeMachine) -> None:
-    assert machine.choose_threads(root=fake.root).value == 8
+    assert choices.choose_threads(root=fake.root).value == 8
 
 
 def test_hyperthreads_of_one_core_count_once(fake: FakeMachine) -> None:
     fake.cores(["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"])
-    assert machine.choose_threads(root=fake.root) == machine.Choice(4, "physical cores")
+    assert choices.choose_threads(root=fake.root) == choices.Choice(4, "physical cores")
 
 
 def test_affinity_bounds_the_threads(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.cores(["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5}, raising=False)
-    assert machine.choose_threads(root=fake.root).value == 2
+    assert choices.choose_threads(root=fake.root).value == 2
 
 
 @pytest.mark.parametrize(("quota", "threads"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])
 def test_quota_of_version_2_bounds_the_threads(fake: FakeMachine, quota: str, threads: int) -> None:
     fake.write("proc/self/cgroup", "0::/")
     fake.write("sys/fs/cgroup/cpu.max", quota)
-    assert machine.choose_threads(root=fake.root).value == threads
+    assert choices.choose_threads(root=fake.root).value == threads
 
 
 def test_quota_of_a_group_above_bounds_the_threads(fake: FakeMachine) -> None:
     fake.write("proc/self/cgroup", "0::/user.slice/session.scope")
     fake.write("sys/fs/cgroup/user.slice/cpu.max", "300000 100000")
     fake.write("sys/fs/cgroup/user.slice/session.scope/cpu.max", "max 100000")
-    chosen = machine.choose_threads(root=fake.root)
+    chosen = choices.choose_threads(root=fake.root)
     assert chosen.value == 3
     assert "quota" in chosen.why
 
@@ -145,26 +145,26 @@ def test_quota_of_version_1_is_found_at_its_mount(fake: FakeMachine) -> None:
     # A container's mount shows its own group at the top: the host's path does not exist below it.
     fake.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", 400000)
     fake.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", 100000)
-    assert machine.choose_threads(root=fake.root).value == 4
+    assert choices.choose_threads(root=fake.root).value == 4
     fake.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", -1)
-    assert machine.choose_threads(root=fake.root).value == 8
+    assert choices.choose_threads(root=fake.root).value == 8
 
 
 def test_omp_num_threads_is_respected(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert machine.choose_threads(root=fake.root) == machine.Choice(3, "OMP_NUM_THREADS")
+    assert choices.choose_threads(root=fake.root) == choices.Choice(3, "OMP_NUM_THREADS")
 
 
 def test_threads_that_were_asked_for_are_kept(fake: FakeMachine) -> None:
-    assert machine.choose_threads("12", root=fake.root).value == 12
-    assert machine.choose_threads(2, root=fake.root).value == 2
+    assert choices.choose_threads("12", root=fake.root).value == 12
+    assert choices.choose_threads(2, root=fake.root).value == 2
     for wrong in ("0", "many", "-1"):
         with pytest.raises(UserError):
-            machine.choose_threads(wrong, root=fake.root)
+            choices.choose_threads(wrong, root=fake.root)
 
 
 def test_memory_is_the_physical_without_groups(fake: FakeMachine) -> None:
-    assert machine.memory_limit_bytes(fake.root) == machine.Choice(16 * GIB, "physical memory")
+    assert memory.memory_limit_bytes(fake.root) == choices.Choice(16 * GIB, "physical memory")
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory.high"])
@@ -172,32 +172,32 @@ def test_memory_limit_of_version_2_on_any_level_holds(fake: FakeMachine, name: s
     fake.write("proc/self/cgroup", "0::/a/b")
     fake.write("sys/fs/cgroup/a/b/memory.max", "max")
     fake.write(f"sys/fs/cgroup/a/{name}", 3 * GIB)
-    assert machine.memory_limit_bytes(fake.root) == machine.Choice(3 * GIB, "control group limit")
+    assert memory.memory_limit_bytes(fake.root) == choices.Choice(3 * GIB, "control group limit")
 
 
 def test_memory_limit_of_version_1_holds_and_its_no_limit_does_not(fake: FakeMachine) -> None:
     fake.write("proc/self/cgroup", "4:memory:/jobs/7")
     fake.write("sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes", 2 * GIB)
-    assert machine.memory_limit_bytes(fake.root).value == 2 * GIB
+    assert memory.memory_limit_bytes(fake.root).value == 2 * GIB
     fake.write("sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes", 9223372036854771712)
-    assert machine.memory_limit_bytes(fake.root).value == 16 * GIB
+    assert memory.memory_limit_bytes(fake.root).value == 16 * GIB
 
 
 def test_group_outside_the_namespace_reads_the_mount(fake: FakeMachine) -> None:
     fake.write("proc/self/cgroup", "0::/../../elsewhere")
     fake.write("sys/fs/cgroup/memory.max", GIB)
-    assert machine.memory_limit_bytes(fake.root).value == GIB
+    assert memory.memory_limit_bytes(fake.root).value == GIB
 
 
 def test_this_machine_gives_sensible_answers() -> None:
-    assert 1 <= machine.choose_threads().value <= (os.cpu_count() or 1) or "OMP_NUM_THREADS" in os.environ
-    assert 0 < machine.memory_limit_bytes().value <= psutil.virtual_memory().total
-    assert machine.resident_bytes() > 0
+    assert 1 <= choices.choose_threads().value <= (os.cpu_count() or 1) or "OMP_NUM_THREADS" in os.environ
+    assert 0 < memory.memory_limit_bytes().value <= psutil.virtual_memory().total
+    assert memory.resident_bytes() > 0
     # The kernel's counters are kept for each processor and summed now and then: a little slack.
-    assert machine.peak_resident_bytes() >= machine.resident_bytes() * 0.9
+    assert memory.peak_resident_bytes() >= memory.resident_bytes() * 0.9
 
 
 def test_peak_grows_with_an_allocation() -> None:
     block = bytearray(64 << 20)
     block[::4096] = b"x" * len(block[::4096])
-    assert machine.peak_resident_bytes() > len(block)
+    assert memory.peak_resident_bytes() > len(block)

@@ -1,0 +1,164 @@
+"""What is chosen for this machine: device, precision of the frozen weights, number of threads.
+
+Each choice comes with its reason, so that a run can print both. A value that the user asked for is kept where
+the machine can do it at all, and refused with a hint where it cannot.
+
+Knows no models and no runs. Torch is imported by the functions that ask it something, so that a caller that
+only needs the number of threads does not wait for it. The root of the file system is a parameter: a test
+describes a machine in a folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from deltaw.errors import UserError, did_you_mean
+from deltaw.host import cgroup
+from deltaw.host.processor import native_bf16, physical_cores, usable_processors
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+# The names of precisions. With int8, the blocks' linear layers are quantized after loading; all else is bf16.
+PRECISIONS = ("bf16", "fp16", "fp32", "int8")
+_ROOT = Path("/")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A value that was settled, and why in a few words."""
+
+    value: T
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.why})"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The type that a model is loaded in for one of :data:`PRECISIONS`."""
+    import torch
+
+    types: Mapping[str, torch.dtype] = {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+        "int8": torch.bfloat16,
+    }
+    return types[precision]
+
+
+def choose_device(asked: str = "auto") -> Choice[str]:
+    """The device to compute on: ``cuda``, ``cuda:N``, ``mps`` or ``cpu``.
+
+    ``auto`` takes a CUDA device where there is one, else the processor; ``mps`` only when asked for.
+
+    Raises:
+        UserError: the device asked for is unknown or is not there.
+    """
+    import torch
+
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return Choice("cuda", torch.cuda.get_device_name(0))
+        return Choice("cpu", "no CUDA device is there")
+    kind, _, index = asked.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        known = ("auto", "cpu", "cuda", "mps")
+        raise UserError(f"'{asked}' is no device", where="device", hint=did_you_mean(asked, known))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "a CUDA device is asked for, and torch sees none",
+            where="device",
+            hint="install the CUDA build of torch and check the driver, or use device: cpu",
+        )
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {asked} is asked for, and there are {torch.cuda.device_count()} CUDA devices",
+            where="device",
+            hint="devices are counted from 0",
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "the mps device is asked for, and this torch has none", where="device", hint="use device: cpu"
+        )
+    return Choice(asked, "as asked")
+
+
+def choose_precision(device: str, asked: str = "auto", root: Path = _ROOT) -> Choice[str]:
+    """The type of the frozen weights: a key of :data:`PRECISIONS`.
+
+    ``auto`` is bf16 where the device multiplies bf16 natively and fp32 elsewhere: on x86 processors with
+    ``amx_bf16`` or ``avx512_bf16``, ARM processors with ``bf16``, CUDA from compute capability 8.0.
+
+    Raises:
+        UserError: an unknown precision, fp16 on a processor, or int8 anywhere else.
+    """
+    if asked not in ("auto", *PRECISIONS):
+        hint = did_you_mean(asked, ("auto", *PRECISIONS))
+        raise UserError(f"'{asked}' is no precision", where="precision", hint=hint)
+    kind = device.partition(":")[0]
+    if asked == "fp16" and kind == "cpu":
+        raise UserError(
+            "fp16 is not for processors: they multiply it slowly and it overflows where bf16 does not",
+            where="precision",
+            hint="use precision: auto, bf16 or fp32",
+        )
+    if asked == "int8" and kind != "cpu":
+        raise UserError(
+            f"int8 is for processors, and the device is {kind}",
+            where="precision",
+            hint="use precision: auto or bf16",
+        )
+    reason = native_bf16(device, root)
+    if asked == "int8" and reason is None:
+        return Choice("int8", f"as asked, though {_lacks_bf16(kind)}: expect it to be slow")
+    if asked == "bf16" and reason is None:
+        return Choice("bf16", f"as asked, though {_lacks_bf16(kind)}: expect it to be slow")
+    if asked != "auto":
+        return Choice(asked, "as asked")
+    if reason is None:
+        return Choice("fp32", _lacks_bf16(kind))
+    return Choice("bf16", reason)
+
+
+def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]:
+    """How many threads to compute with: what the process may use, not what the machine has.
+
+    ``auto`` is ``OMP_NUM_THREADS`` where that is set, else the least of the processors that the process may
+    run on, their physical cores, and the quota of its control groups (rounded down, at least one).
+
+    Raises:
+        UserError: not a number above zero.
+    """
+    if asked != "auto":
+        if not str(asked).isdigit() or int(asked) < 1:
+            raise UserError(
+                f"'{asked}' is no number of threads", where="threads", hint="use auto or a number from 1"
+            )
+        return Choice(int(asked), "as asked")
+    set_by_user = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if set_by_user.isdigit() and int(set_by_user) > 0:
+        return Choice(int(set_by_user), "OMP_NUM_THREADS")
+    usable = usable_processors()
+    bounds = [(len(usable), "processors this process may use"), (physical_cores(usable, root), "cores")]
+    quota = cgroup.processor_quota(root)
+    if quota is not None:
+        bounds.append((max(1, int(quota)), f"control group quota of {quota:g} processors"))
+    # Of equal bounds the later is named: it says more about why there are not more threads.
+    count, why = min(reversed(bounds), key=lambda bound: bound[0])
+    return Choice(count, f"physical {why}" if why == "cores" else why)
+
+
+def _lacks_bf16(kind: str) -> str:
+    if kind == "cuda":
+        return "this device has no native bf16 (compute capability below 8.0)"
+    if kind == "cpu":
+        return "this processor does not multiply bf16 natively"
+    return f"bf16 is not taken for granted on {kind}"

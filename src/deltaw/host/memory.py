@@ -1,0 +1,117 @@
+"""Main memory: what this process may hold, what it holds and has held, and how it gives some back.
+
+Knows nothing of models or runs, and imports no torch. The root of the file system is a parameter: a test
+describes a machine in a folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+from deltaw.host import cgroup
+from deltaw.host.choices import Choice
+
+_ROOT = Path("/")
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
+    """The bytes of main memory that this process may hold: control group or physical, the smaller."""
+    physical = _physical_memory(root)
+    limit = cgroup.memory_limit(root)
+    if limit is not None and limit < physical:
+        return Choice(limit, "control group limit")
+    return Choice(physical, "physical memory")
+
+
+def resident_bytes() -> int:
+    """The bytes of main memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes(root: Path = _ROOT) -> int:
+    """The most bytes of main memory that this process has held so far."""
+    status = _read(root / "proc/self/status")
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows, hence not above
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PeakWatch:
+    """The most main memory that the process held while a block ran, as far as the system can tell.
+
+    ``bytes`` is exact where the block reached a new peak of the process. Where an earlier peak was higher,
+    the system cannot tell; it is then what the process held at the block's beginning or end, the larger.
+    """
+
+    bytes = 0
+
+    def __enter__(self) -> PeakWatch:
+        self._peak, self._resident = peak_resident_bytes(), resident_bytes()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        peak, resident = peak_resident_bytes(), resident_bytes()
+        self.bytes = max(peak if peak > self._peak else 0, resident, self._resident)
+
+
+def release_free_memory() -> None:
+    """Give the memory that this process holds but does not use back to the system, where its allocator can.
+
+    Reading a large file or a model leaves holes that later tensors seldom fit: with glibc they would stay
+    resident for the whole run.
+    """
+    gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """The same without collecting unreachable objects: holes that tensors of many sizes left go back."""
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Let this process's allocator keep what is freed for what comes next, where it is glibc's.
+
+    As it comes, glibc gives large blocks back to the system and gets them again, cleared page by page: up to
+    a tenth of a short step. The peak does not change. :func:`release_free_memory` still gives all back.
+    Whoever has set the allocator through the environment keeps those settings.
+    """
+    told = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    if sys.platform != "linux" or any(name in os.environ for name in told):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            library.mallopt(parameter, 2**30)
+
+
+def _physical_memory(root: Path) -> int:
+    for line in _read(root / "proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.virtual_memory().total)
+
+
+def _read(path: Path) -> str:
+    """A small kernel file's text; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

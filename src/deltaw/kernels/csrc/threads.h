@@ -1,0 +1,88 @@
+// Sharing work out among the threads of the OpenMP library that torch uses. The library has no threads of its own:
+// a second pool would fight the first one for the same cores.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "status.h"
+
+namespace deltaw {
+
+// How many parts work is cut into: the threads of a team, or 1 where this thread works alone.
+int thread_count();
+
+// Calls part(data, i) once for each i below count, on the threads of a team.
+void run_team(void (*part)(void *, int), void *data, int count);
+
+// While one lives, this thread works through kernels by itself, on rows of its own.
+class Alone {
+  public:
+    Alone();
+    ~Alone();
+    Alone(const Alone &) = delete;
+    Alone &operator=(const Alone &) = delete;
+
+  private:
+    const bool before;
+};
+
+// body(i, count) for each of count parts. The first failure of a part is thrown again here, after all parts ended.
+template <class Body>
+inline void in_parallel(Body &&body) {
+    const int count = thread_count();
+    if (count <= 1) {
+        body(0, 1);
+        return;
+    }
+    struct Job {
+        Body *body;
+        int count;
+        std::atomic<int> status;
+    } job{&body, count, {OK}};
+    run_team([](void *data, int part) {
+        Job *job = static_cast<Job *>(data);
+        try {
+            (*job->body)(part, job->count);
+        } catch (...) {
+            int expected = OK;
+            job->status.compare_exchange_strong(expected, current_status());
+        }
+    }, &job, count);
+    check(job.status.load());
+}
+
+// [begin, end) of part `which` of `parts` of n things.
+inline void part_of(int64_t n, int which, int parts, int64_t &begin, int64_t &end) {
+    begin = n * which / parts;
+    end = n * (which + 1) / parts;
+}
+
+// body(m) for each of `rows` rows.
+template <class Body>
+inline void rows_in_parallel(int64_t rows, Body &&body) {
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of(rows, thread, threads, begin, end);
+        for (int64_t m = begin; m < end; m++) body(m);
+    });
+}
+
+const int64_t ROWS_FOR_EACH = 384;  // with so many rows for each thread, rows are shared out, not a product's columns
+
+// body(first row, number of rows) of kernels that treat each row by itself. Many rows are shared out among the
+// threads, each of which runs all kernels on its own rows; of few rows, the kernels share out their columns.
+template <class Body>
+inline void rows_apart(int64_t rows, Body &&body) {
+    if (rows < ROWS_FOR_EACH * thread_count()) {
+        body(0, rows);
+        return;
+    }
+    in_parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        part_of(rows, thread, threads, begin, end);
+        const Alone alone;
+        body(begin, end - begin);
+    });
+}
+
+}  // namespace deltaw

@@ -1,0 +1,56 @@
+"""The structs of ``csrc/block.h`` as ctypes sees them, and the check that the two still agree.
+
+Knows names and types of fields; what they mean is said in block.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Layer(ctypes.Structure):
+    """A linear layer with its update."""
+
+    _fields_ = [
+        *((name, _P) for name in ("weight", "scale", "smooth", "bias", "A", "B")),
+        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "bias_f32")),
+        ("scaling", _F),
+    ]
+
+
+class RowNorm(ctypes.Structure):
+    """A norm over the last dimension."""
+
+    _fields_ = [("weight", _P), ("bias", _P), ("eps", _F), ("offset", _F), ("centred", _L)]
+
+
+class BlockParts(ctypes.Structure):
+    """A decoder's block."""
+
+    _fields_ = [
+        *(
+            (name, _L)
+            for name in ("type", "heads", "key_heads", "head_size", "activation", "window", "turned")
+        ),
+        *((name, _F) for name in ("scaling", "softcap")),
+        *((name, RowNorm) for name in ("first", "second")),
+        *((name, Layer) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+    ]
+
+
+# In the order of the library's own numbers.
+MIRRORED: tuple[type[ctypes.Structure], ...] = (Layer, RowNorm, BlockParts)
+
+
+def differing(library: ctypes.CDLL) -> str | None:
+    """The name of the first struct that the library lays out otherwise; None where all agree."""
+    most = 64
+    found = (_L * most)()
+    for which, struct in enumerate(MIRRORED):
+        ours = [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, *_ in struct._fields_)]
+        count = library.dw_layout_of(which, found, most)
+        if list(found[: min(count, most)]) != ours:
+            return struct.__name__
+    return None

@@ -1,0 +1,208 @@
+"""What the halves of a fused block are made of at work: projections with their low-rank updates, and norms.
+
+Made from a block's modules as they are at the moment (see ``roles``), and thrown away when one of them
+changes. Knows LoRA layers, int8-quantized weights and kernels; not blocks, nor autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels import linear as products
+from deltaw.kernels import rows
+from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
+from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
+from deltaw.lora.layers_int8 import weight_scales
+from deltaw.runtime.roles import by_column, norm_form
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the last dimension whose weight and bias are frozen: (x - mean)·rstd·(weight + offset)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    offset: float
+    centred: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm | None:
+        """The norm that a module is; None where it is none that is known."""
+        form = norm_form(module)
+        if form is None:
+            return None
+        tensors = module._parameters
+        return cls(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centred)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of rows x (M, D), and (M, 2) numbers that :meth:`backward` wants."""
+        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centred=self.centred)
+
+    def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
+        """∂L/∂x (M, D), plus ``added``."""
+        return rows.norm_backward(
+            grad, x, self.weight, stats, offset=self.offset, centred=self.centred, added=added
+        )
+
+    def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of each head of x (M, heads, d)."""
+        y, stats = self(x.reshape(-1, x.shape[-1]))
+        return y.view(x.shape), stats
+
+    def over_heads_backward(self, grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
+        """∂L/∂x of :meth:`over_heads`."""
+        size = x.shape[-1]
+        return self.backward(grad.reshape(-1, size), x.reshape(-1, size), stats).view(x.shape)
+
+
+class Projection:
+    """A frozen linear layer of a block with its update, or without.
+
+    Attributes:
+        by_column: whether ``weight`` is (out, in); else (in, out).
+        scale, columns: of an int8-quantized weight, see :func:`deltaw.kernels.linear.linear`.
+        lora_A, lora_B, scaling: of the update; None, None and 1 where there is none to add.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+        self.bias: Tensor | None = module._parameters.get("bias")
+        self.by_column = by_column(module)
+        self.scale: Tensor | None
+        self.columns: Tensor | None
+        self.scale, self.columns = weight_scales(module) or (None, None)
+        adapted = module if isinstance(module, LoRALayer) and module.adapting else None
+        self.lora_A: Tensor | None = None if adapted is None else adapted.lora_A
+        self.lora_B: Tensor | None = None if adapted is None else adapted.lora_B
+        self.scaling: float = 1.0 if adapted is None else adapted.scaling
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
+
+    def __call__(self, x: Tensor, steps: Steps, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x·Wᵀ + b + s·(x·A)·B + added for rows x (M, in), and x·A."""
+        x_int8, x_scales = steps.of(x, self)
+        return products.linear(
+            x,
+            self.weight,
+            self.by_column,
+            self.scale,
+            self.columns,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            added,
+            x_int8,
+            x_scales,
+        )
+
+    def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
+        """∂L/∂x plus ``added``, and the narrow gradient that :meth:`factors_backward` wants."""
+        return products.linear_backward(
+            grad,
+            self.weight,
+            self.by_column,
+            self.scale,
+            self.columns,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            added,
+            need_x,
+        )
+
+    def factors_backward(
+        self, x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """∂L/∂A and ∂L/∂B; None where they are not trained."""
+        if self.lora_A is None or not self.lora_A.requires_grad:
+            return None, None
+        return products.factors_backward(x, h, grad, narrow, self.scaling)
+
+
+class Steps:
+    """An input rounded to int8 once for all layers that take it alike."""
+
+    def __init__(self) -> None:
+        self._of: Tensor | None = None
+        self._columns: Tensor | None = None
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def of(self, x: Tensor, layer: Projection) -> tuple[Tensor | None, Tensor | None]:
+        if layer.scale is None:
+            return None, None
+        if self._made is None or self._of is not x or not _same(self._columns, layer.columns):
+            self._of, self._columns = x, layer.columns
+            self._made = products.quantized(x, layer.columns)
+        return self._made
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or one.data_ptr() == other.data_ptr()
+
+
+def factors_of(layers: Sequence[Projection]) -> list[Tensor]:
+    """A and B of each layer that has them, in order."""
+    return [factor for layer in layers for factor in layer.factors or ()]
+
+
+def can_project(layer: nn.Module) -> bool:
+    """Whether :class:`Projection` computes what a layer does: a linear layer whose own weights are frozen,
+    plain or with low-rank factors without dropout."""
+    kind = type(layer)
+    if kind is LoRALinear or kind is LoRAConv1D:
+        if layer.training and vars(layer)["dropout"] > 0.0:
+            return False
+    elif not (
+        kind is nn.Linear
+        or kind.__name__ in PLAIN_LINEAR_CLASSES
+        or is_conv1d(layer)
+        or weight_scales(layer) is not None
+    ):
+        return False
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or weight.requires_grad:
+        return False
+    return bias is None or not bias.requires_grad
+
+
+def at(x: Tensor, places: Tensor | None) -> Tensor:
+    """The rows of (T, …) at these places, or all."""
+    return x if places is None else x.index_select(0, places)
+
+
+def spread(rows: Tensor, places: Tensor | None, length: int) -> Tensor:
+    """Rows (P, …) at their places of ``length``, zeros elsewhere; as they are where they stand at all."""
+    if places is None:
+        return rows
+    return rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, places, rows)
+
+
+def head_views(y: Tensor, heads: int, key_heads: int, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (M, heads, d), keys and values (M, key heads, d) of one layer's outputs y (M, n); views where
+    the layout allows it. See :data:`deltaw.runtime.roles.Split`."""
+    length = y.shape[0]
+    if not grouped:
+        by_head = y.view(length, heads + 2 * key_heads, -1)
+        return by_head.split([heads, key_heads, key_heads], 1)  # type: ignore[return-value]
+    group = heads // key_heads
+    by_group = y.view(length, key_heads, group + 2, -1)
+    q = by_group[:, :, 0] if group == 1 else by_group[:, :, :group].reshape(length, heads, -1)
+    return q, by_group[:, :, group], by_group[:, :, group + 1]
+
+
+def joined_heads(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
+    """The reverse of :func:`head_views`: one tensor (M, n)."""
+    if not grouped:
+        return torch.cat([q, k, v], 1).flatten(1)
+    by_group = q.unflatten(1, (k.shape[1], -1))
+    return torch.cat([by_group, k[:, :, None], v[:, :, None]], 2).flatten(1)

@@ -1,0 +1,190 @@
+"""Drift: how far a fine-tuned model has moved away from the base model where it was not trained.
+
+Measured on the base model's own answers to general prompts (:mod:`deltaw.training.evaluation.general`): the
+change of the loss on them, the Kullback-Leibler divergence from the base model, and the share of tokens that
+the fine-tuned model would still choose. Two forward passes over some 1,300 label tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.data.example import Example
+from deltaw.training.microbatches import AnyBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+
+# A change of the loss above this, in nats a token, is worth a warning (docs/eval.md has what was measured).
+LARGE = 0.25
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a fine-tuning did to general answers.
+
+    Attributes:
+        base_loss, loss: mean cross-entropy of the base model's answers, in nats a token: of the base model
+            itself, and of the fine-tuned model.
+        divergence: mean KL(base model ‖ fine-tuned model) over the answers' tokens, in nats; None where the
+            base model was not kept beside the fine-tuned one.
+        same: share of the tokens for which both models choose the same next token.
+        answers, tokens: how many were measured.
+    """
+
+    base_loss: float
+    loss: float
+    divergence: float | None
+    same: float
+    answers: int
+    tokens: int
+
+    @property
+    def change(self) -> float:
+        """By how much the loss rose, in nats a token."""
+        return self.loss - self.base_loss
+
+    @property
+    def large(self) -> bool:
+        """Whether a person should be warned; a change that is not finite counts."""
+        return not self.change <= LARGE
+
+    def as_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        numbers = {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return {**numbers, "change": self.change if np.isfinite(self.change) else None}
+
+    def lines(self) -> list[str]:
+        """For a person: the change, and what to try where it is large."""
+        divergence = "" if self.divergence is None else f", KL {self.divergence:.2f}"
+        said = [
+            f"drift: general answers' loss {self.base_loss:.2f} → {self.loss:.2f} nats/token "
+            f"({self.change:+.2f}{divergence}); {self.same:.0%} of {self.tokens:,} tokens unchanged"
+        ]
+        if self.large:
+            said.append(
+                "  this is large: the model may answer other questions worse than the base model. Try "
+                "train.keep_general: 1, a lower train.learning_rate, fewer train.epochs, or general rows in "
+                "the data"
+            )
+        return said
+
+
+@dataclass(frozen=True)
+class BaseLosses:
+    """The base model on its own answers, for each label: its loss, and the token that it would choose."""
+
+    answers: Sequence[Example]
+    losses: Tensor
+    choices: Tensor
+
+
+@torch.no_grad()
+def base_losses(
+    model: PreTrainedModel,
+    answers: Sequence[Example],
+    batcher: AnyBatcher,
+    running: Callable[[], AbstractContextManager[None]],
+) -> BaseLosses:
+    """What :func:`measure_drift` needs of a base model that will not be there any more.
+
+    Args:
+        model: the base model. running: while open, it takes the batches of ``batcher``.
+    """
+    with running():
+        side = _Side(model, answers, batcher)
+    targets = _targets(answers)
+    losses, choices = [], []
+    for part in side.parts(len(targets)):
+        own = side.log_probabilities(part)
+        losses.append(-own.gather(1, targets[part].to(own.device)[:, None])[:, 0].cpu())
+        choices.append(own.argmax(1).cpu())
+    return BaseLosses(answers, torch.cat(losses), torch.cat(choices))
+
+
+@torch.no_grad()
+def measure_drift(
+    model: PreTrainedModel,
+    answers: Sequence[Example],
+    batcher: AnyBatcher,
+    *,
+    base: Callable[[], AbstractContextManager[None]] | BaseLosses,
+    running: Callable[[], AbstractContextManager[None]],
+    as_trained: Callable[[Example], Example] = lambda example: example,
+) -> Drift:
+    """Compare the fine-tuned model with its base model on the base model's answers.
+
+    Args:
+        model: with what was trained on it.
+        answers: of the base model.
+        batcher: how rows go through the model.
+        base: while open, the model answers as the base model; or what was noted of the base model, which
+            gives no divergence.
+        running: while open, the model takes the batches of ``batcher``.
+        as_trained: a row as the fine-tuned model is to see it.
+    """
+    before = None
+    if not isinstance(base, BaseLosses):
+        with base(), running():
+            before = _Side(model, answers, batcher)
+    with running():
+        after = _Side(model, [as_trained(example) for example in answers], batcher)
+    targets = _targets(answers)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for part in after.parts(len(targets)):
+        tuned = after.log_probabilities(part)
+        at = targets[part].to(tuned.device)[:, None]
+        if isinstance(base, BaseLosses):
+            base_loss, choice = base.losses[part], base.choices[part]
+            divergence = base_loss.new_zeros(())
+        else:
+            assert before is not None
+            with base():
+                own = before.log_probabilities(part)
+            base_loss, choice = -own.gather(1, at)[:, 0], own.argmax(1)
+            divergence = nn.functional.kl_div(tuned, own, reduction="sum", log_target=True)
+        same = (choice.to(tuned.device) == tuned.argmax(1)).sum()
+        parts = (base_loss.double().sum(), -tuned.gather(1, at).double().sum(), divergence, same)
+        sums += torch.stack([value.double().cpu() for value in parts])
+    base_mean, mean, divergence_mean, same_share = (sums / len(targets)).tolist()
+    known = None if before is None else divergence_mean
+    return Drift(base_mean, mean, known, same_share, len(answers), len(targets))
+
+
+def _targets(answers: Sequence[Example]) -> Tensor:
+    """(P,) the labels of all answers, in their order."""
+    return torch.from_numpy(np.concatenate([e.tokens[e.is_label] for e in answers])).long()
+
+
+class _Side:
+    """One of the two models: what its head is applied to, for each label in the order of the rows."""
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher) -> None:
+        self._objective = CausalObjective(model)
+        outputs: dict[int, Tensor] = {}
+        for batch in batcher.batches(rows):
+            picked = self._objective.label_outputs(batch)
+            where = [member.places[member.example.is_label] for member in batch.members]
+            labelled = np.unique(np.concatenate(where))
+            for member, places in zip(batch.members, where, strict=True):
+                at = torch.from_numpy(np.searchsorted(labelled, places)).to(picked.device)
+                outputs[member.example.row] = picked[at]
+        self._outputs = torch.cat([outputs[row.row] for row in rows])
+
+    def parts(self, count: int) -> list[slice]:
+        """``count`` labels in chunks whose logits fit."""
+        chunk = self._objective.chunk
+        return [slice(start, start + chunk) for start in range(0, count, chunk)]
+
+    def log_probabilities(self, part: slice) -> Tensor:
+        """fp32 (p, V) of these labels."""
+        logits = self._objective.logits_of(self._outputs[part])
+        return nn.functional.log_softmax(logits.float(), -1)

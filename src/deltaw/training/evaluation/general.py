@@ -1,0 +1,169 @@
+"""The base model's own answers to general prompts: what drift is measured on and what is kept from changing.
+
+The base model writes them once by greedy decoding. They are kept on disk under a name that depends on
+everything that they follow from: the model's weights, its precision, the rendered prompts and the number of
+tokens. It knows no method and no run; whoever calls makes sure that the model answers as the base model does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.data.example import Example
+from deltaw.data.prepare import encode_prompt
+from deltaw.data.settings import DataSettings
+from deltaw.data.templates import TemplateName
+from deltaw.durable import write_text
+from deltaw.errors import UserError
+from deltaw.hub.packages import cache_folder
+from deltaw.hub.skeleton import has_values
+from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.runtime.generation import generate, position_limit
+
+# The most tokens of an answer. Longer answers cost time and say little more: a model that has drifted does so
+# from the first words on.
+ANSWER_TOKENS = 40
+# Below this a model has learned no general answers: test models and toys.
+LEAST_PARAMETERS = 16_000_000
+# Fewer answers than this say little.
+LEAST_ANSWERS = 8
+_VERSION = 1
+
+
+class NoGeneralAnswers(Exception):
+    """The model gives no answers that drift could be measured on; the message says why."""
+
+
+def identity_of(model: PreTrainedModel, precision: str) -> str | None:
+    """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
+    tensors."""
+    weights = base_fingerprint(model.named_parameters())
+    return None if weights is None else f"{weights}-{'int8' if precision == 'int8' else model.dtype}"
+
+
+def check_size(model: PreTrainedModel) -> None:
+    """Refuse a model that is too small to have learned general answers.
+
+    Raises:
+        NoGeneralAnswers: it has fewer parameters than ``LEAST_PARAMETERS``.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count < LEAST_PARAMETERS:
+        raise NoGeneralAnswers(f"a model of {count:,} parameters has learned no general answers")
+
+
+def general_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    data: DataSettings | TemplateName = "auto",
+    *,
+    identity: str | None,
+    batch_tokens: int = 1024,
+    reserved: int = 0,
+) -> list[Example]:
+    """What the model answers to general prompts: rows whose labels are its own greedy tokens.
+
+    Args:
+        model: answers as the base model does.
+        data: how prompts are rendered: a run's data settings, or a template's name.
+        identity: names the base model's weights and their precision; None keeps nothing on disk.
+        batch_tokens: bounds the memory of decoding, as in :func:`deltaw.runtime.generation.generate`.
+        reserved: positions that a method puts before each row.
+
+    Returns:
+        a row for each answer, with the terminator as its last label where the model ended the answer itself;
+        ``row`` is the number of its prompt, from 1. Prompts that leave no room for an answer, and empty
+        answers, are skipped.
+
+    Raises:
+        NoGeneralAnswers: fewer than ``LEAST_ANSWERS`` are left, or the chat template takes no such prompt.
+    """
+    limit = position_limit(model)
+    try:
+        rendered = [encode_prompt(prompt, data, tokenizer) for prompt in prompts]
+    except UserError as error:
+        raise NoGeneralAnswers(str(error.what)) from error
+    fitting = {
+        number: tokens
+        for number, tokens in enumerate(rendered, start=1)
+        if len(tokens) and (limit is None or reserved + len(tokens) + ANSWER_TOKENS <= limit)
+    }
+    if len(fitting) < LEAST_ANSWERS:
+        raise NoGeneralAnswers(f"the model has {limit} positions, too few for general prompts")
+    asked = list(fitting.values())
+    if not has_values(model):
+        # In a dry run on fake tensors nothing can be decoded: answers of full length take the same memory.
+        stand_in = [0] * ANSWER_TOKENS
+        return [_example(number, prompt, stand_in, tokenizer) for number, prompt in fitting.items()]
+    file = None if identity is None else _file(identity, asked)
+    written = None if file is None else _read(file, len(asked))
+    if written is None:
+        written = _written(model, tokenizer, asked, batch_tokens)
+        if file is not None:
+            _keep(file, written)
+    answers = [
+        _example(number, prompt, answer, tokenizer)
+        for (number, prompt), answer in zip(fitting.items(), written, strict=True)
+    ]
+    answers = [answer for answer in answers if (answer.answer or "").strip()]
+    if len(answers) < LEAST_ANSWERS:
+        raise NoGeneralAnswers(f"the base model gives {len(answers)} answers to {len(prompts)} prompts")
+    return answers
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    batch_tokens: int,
+) -> list[list[int]]:
+    """The answers' tokens, terminators included."""
+    completions = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_tokens=batch_tokens)
+    return [
+        [*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])]
+        for done in completions
+    ]
+
+
+def _example(
+    number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Example:
+    tokens = np.concatenate([prompt, np.asarray(answer, np.int32)]).astype(np.int32)
+    is_label = np.zeros(len(tokens), dtype=bool)
+    is_label[len(prompt) :] = True
+    text = str(tokenizer.decode(list(answer), skip_special_tokens=True))
+    return Example(number, tokens, is_label, len(prompt), text)
+
+
+def _file(identity: str, prompts: Sequence[np.ndarray]) -> Path:
+    digest = hashlib.sha256(f"{_VERSION}:{identity}:{ANSWER_TOKENS}".encode())
+    for prompt in prompts:
+        digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
+    return cache_folder().parent / "general" / f"{digest.hexdigest()[:32]}.json"
+
+
+def _read(file: Path, count: int) -> list[list[int]] | None:
+    """The answers in the file; None where there is none, or it holds something else."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))["answers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    fits = isinstance(kept, list) and len(kept) == count
+    if not fits or not all(isinstance(a, list) and all(type(t) is int for t in a) for a in kept):
+        return None
+    return kept
+
+
+def _keep(file: Path, answers: list[list[int]]) -> None:
+    """Write the answers where the cache can be written; without a cache they are made again next time."""
+    try:
+        write_text(file, json.dumps({"answers": answers}))
+    except (UserError, OSError):
+        return

@@ -1,0 +1,220 @@
+"""Which step of a run is its heaviest, and which of its microbatches show its peak.
+
+Found by the batcher's own arithmetic, without running the model. Knows batchers and layouts; no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from deltaw.kernels.layout import Layout
+from deltaw.training.loop import rows_of_step
+from deltaw.training.session import Session
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+
+# Tiles of one shape: how many, queries, keys.
+TileShape: TypeAlias = tuple[int, int, int]
+# Steps that are searched for the largest microbatch; of a longer run, so many of them, spread evenly.
+STEPS_SEARCHED = 400
+# Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
+DRY_RUN_STEPS = 2
+# Steps whose microbatches are laid out, to see in how many shapes attention comes.
+STEPS_LAID_OUT = 100
+# Vectors of the model's width that a token keeps in each block, roughly; one with activation checkpointing.
+# Bytes for each entry of the logits beside the entry itself: two fp32 copies. Both only choose a step.
+KEPT_VECTORS, LOGIT_COPIES = 20, 8
+
+
+@dataclass(frozen=True)
+class Heaviest:
+    """The step with the largest microbatch.
+
+    Attributes:
+        rows: of that step. shapes: (rows, length) of its microbatches.
+        every: the shapes of all steps that were searched. evaluated: those of evaluations.
+        labelled: rows of another step, which has a shorter microbatch with so many labels that it may take
+            more; empty where there is no such step.
+        tiles, evaluated_tiles: as ``every`` and ``evaluated``, of attention's tiles.
+    """
+
+    rows: Sequence[Any]
+    shapes: list[tuple[int, int]]
+    every: set[tuple[int, int]]
+    evaluated: set[tuple[int, int]]
+    labelled: Sequence[Any] = ()
+    tiles: set[TileShape] = field(default_factory=set)
+    evaluated_tiles: set[TileShape] = field(default_factory=set)
+
+    @property
+    def token_counts(self) -> float:
+        """Different numbers of tokens that kernels are built for; an evaluation's, which has no backward,
+        counts a third."""
+        return _kinds(token_counts(self.every), token_counts(self.evaluated))
+
+    @property
+    def row_counts(self) -> float:
+        """The same of numbers of rows, which a classifier's head is applied to."""
+        return _kinds({rows for rows, _ in self.every}, {rows for rows, _ in self.evaluated})
+
+    @property
+    def tile_shapes(self) -> float:
+        """The same of the shapes of attention's tiles."""
+        return _kinds(self.tiles, self.evaluated_tiles)
+
+
+def heaviest_step(session: Session) -> Heaviest:
+    """Find the step with the largest microbatch, among equals the one with the most labels; and another step
+    where labels may outweigh tokens."""
+    settings, batcher = session.config.train, session.batcher
+    total = session.total_steps
+    if session.prefix is not None:
+        # What is kept is computed in the first epoch alone.
+        total = min(total, -(-len(session.data.train) // settings.batch_size))
+    steps = range(0, total, max(1, -(-total // STEPS_SEARCHED)))
+    laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
+    every: set[tuple[int, int]] = set()
+    tiles: set[TileShape] = set()
+    found: list[tuple[int, int, int]] = []
+    for step in steps:
+        rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+        shapes = batcher.shapes(rows)
+        every.update(shapes)
+        labels = batcher.labels(rows) if isinstance(batcher, CausalMicroBatcher) else [0] * len(shapes)
+        found += [(c * n, many, step) for (c, n), many in zip(shapes, labels, strict=True)]
+        if step in laid_out:
+            tiles |= _tile_shapes(session, rows)
+
+    def rows_of(step: int) -> Sequence[Any]:
+        return rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+
+    largest = max(found)
+    labelled: Sequence[Any] = ()
+    if isinstance(batcher, CausalMicroBatcher) and session.prefix is None:
+        weigh = _weigher(session)
+        heavy = max(found, key=weigh)
+        if weigh(heavy) > 1.01 * weigh(largest):
+            labelled = rows_of(heavy[2])
+    held_out = session.data.held_out
+    return Heaviest(
+        rows_of(largest[2]),
+        batcher.shapes(rows_of(largest[2])),
+        every,
+        set(batcher.shapes(held_out)) if held_out else set(),
+        labelled,
+        tiles,
+        _tile_shapes(session, held_out) if held_out else set(),
+    )
+
+
+def _weigher(session: Session) -> Callable[[tuple[int, int, int]], float]:
+    """Roughly the bytes that come with the tokens and the labels of a microbatch."""
+    config = session.model.config.get_text_config()
+    size = session.model.dtype.itemsize
+    vectors = 1 if session.config.train.checkpointing else KEPT_VECTORS
+    blocks, width = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "hidden_size"))
+    token, label = vectors * blocks * width * size, config.vocab_size * (LOGIT_COPIES + size)
+    most = getattr(session.objective, "chunk", 1)
+
+    def weigh(one: tuple[int, int, int]) -> float:
+        return one[0] * token + min(one[1], most) * label
+
+    return weigh
+
+
+def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
+    """Shapes of attention's tiles in the microbatches of these rows."""
+    if not isinstance(session.batcher, CausalMicroBatcher):
+        return set()
+    return {shape for layout in session.batcher.layouts(rows) for shape in _tiles_of(session, layout)}
+
+
+def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
+    window = getattr(session.model.config.get_text_config(), "sliding_window", None)
+    return {
+        (batch.count, batch.queries, batch.keys.shape[1])
+        for width in {None, window}
+        for batch in layout.tiles(width).batches
+    }
+
+
+class TellingBatcher:
+    """Of a step's microbatches those that show its peak: the smallest, which leaves gradients behind, and
+    then the largest. The first step, which is there for the optimizer's state alone, has the smallest only; a
+    third is made of the microbatches of ``labelled`` rows, its largest being the one with the most labels.
+
+    Attributes:
+        tokens: of the microbatches of the second step.
+        sizes, rows, tiles: different numbers of tokens, of rows, and shapes of attention's tiles in all of
+            them.
+    """
+
+    def __init__(self, session: Session, labelled: Sequence[Any] = ()) -> None:
+        self._session = session
+        self._inner = (session.prefix or session).batcher
+        self._labelled = labelled
+        self._steps = 0
+        self.tokens = 0
+        self.sizes: set[int] = set()
+        self.rows: set[int] = set()
+        self.tiles: set[TileShape] = set()
+
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
+        return self._inner.shapes(rows)
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        self._steps += 1
+        rows = self._labelled if self._steps > DRY_RUN_STEPS else rows
+        shapes = self._inner.shapes(rows)
+        sizes = [count * length for count, length in shapes]
+        weights = sizes
+        if self._steps > DRY_RUN_STEPS and isinstance(self._inner, CausalMicroBatcher):
+            weigh = _weigher(self._session)
+            weights = [
+                int(weigh((size, labels, 0)))
+                for size, labels in zip(sizes, self._inner.labels(rows), strict=True)
+            ]
+        smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
+        if self._steps == 1:
+            largest = smallest
+        if self._steps <= DRY_RUN_STEPS:
+            self.tokens = sum(sizes[number] for number in {smallest, largest})
+        self.sizes.update(sizes[number] for number in (smallest, largest))
+        self.rows.update(shapes[number][0] for number in (smallest, largest))
+        kept = None
+        for number, batch in enumerate(self._inner.batches(rows)):
+            if number == largest and number != smallest and smallest > largest:
+                kept = batch  # it comes last, when gradients are there
+            elif number in (smallest, largest) or number >= len(sizes):
+                yield self._seen(batch)
+        if kept is not None:
+            yield self._seen(kept)
+
+    def _seen(self, batch: Any) -> Any:
+        layout = getattr(batch, "inputs", {}).get("packed_layout")
+        if isinstance(layout, Layout):
+            self.tiles |= _tiles_of(self._session, layout)
+        return batch
+
+
+def longest_rows(session: Session) -> Sequence[Any]:
+    """Held-out rows that make up the largest microbatch of an evaluation."""
+    ordered = sorted(session.data.held_out, key=len, reverse=True)
+    most = getattr(session.batcher, "tokens_per_pass", 0)
+    total, count = 0, 0
+    for row in ordered:
+        count += 1
+        total += sum(token_counts(session.batcher.shapes([row])))
+        if total >= 2 * most:
+            break
+    return ordered[:count]
+
+
+def _kinds(trained: set[Any], evaluated: set[Any]) -> float:
+    return len(trained) + len(evaluated - trained) / 3
+
+
+def token_counts(shapes: Iterable[tuple[int, int]]) -> set[int]:
+    """Tokens of each microbatch: the one size of matrix products that changes."""
+    return {rows * length for rows, length in shapes}

@@ -1,0 +1,216 @@
+"""A plan that was made before, found again by all that it depends on.
+
+These are: the settings, the files of model and rows, the versions of deltaw's own source and of the libraries
+under it, the processor with its limits, and the environment variables that steer them. Files count by name,
+size and time of change; small ones by their content. Where it cannot be told whether something changed, as
+with rows from a hub, nothing is remembered.
+
+No torch is imported here: a plan that is remembered is shown before torch could be.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaw.config import RunConfig
+from deltaw.errors import UserError
+from deltaw.host import cgroup
+from deltaw.host.processor import processor_flags, processor_name, usable_processors
+from deltaw.hub import packages
+from deltaw.hub.references import resolve
+from deltaw.hub.remembered import recall, remember
+from deltaw.memory.plan import Plan
+
+KIND = "plans"
+# Counted up when the same inputs lead to another plan for a reason that is not in the source.
+REVISION = 1
+# Settings that change nothing about the memory of a training.
+_WITHOUT = {"output", "force", "memory"}
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_VARIABLES = ("DELTAW_", "OMP_", "MKL_", "KMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "ATEN_")
+# The cache may lie elsewhere without a change to any plan.
+_NO_MATTER = {"DELTAW_CACHE"}
+# Files of this many bytes at most count by their content.
+_SMALL = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What is remembered of the plan of one run.
+
+    Attributes:
+        key: all that the plan depends on.
+        found: what was kept under it; empty where nothing was.
+    """
+
+    key: dict[str, object]
+    found: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: RunConfig, files: list[object] | None = None) -> Remembered | None:
+        """None where it cannot be told whether a model or rows changed.
+
+        Args:
+            files: stamps of the run's files, where they are known already.
+        """
+        files = _files_of(config) if files is None else files
+        if files is None:
+            return None
+        key = {
+            "revision": REVISION,
+            "settings": config.model_dump(mode="json", exclude=_WITHOUT),
+            "files": files,
+            "source": _source(),
+            "machine": _machine(),
+        }
+        kept = recall(KIND, key)
+        return cls(key, kept if isinstance(kept, dict) else {})
+
+    @property
+    def lines(self) -> list[str]:
+        """The account of the rows, as it was told when they were read."""
+        return [str(line) for line in self.found.get("lines", ())]
+
+    @property
+    def refusal(self) -> UserError | None:
+        """Why the method does not fit the model; None where it does, or where nobody tried."""
+        told = self.found.get("refusal")
+        if not isinstance(told, dict):
+            return None
+        return UserError(str(told["what"]), where=told["where"], hint=told["hint"])
+
+    def plan(self, rows: Iterable[Any] | None = None) -> Plan | None:
+        """The plan; None where there is none, or where it was made of other ``rows`` than these."""
+        kept = self.found.get("plan")
+        if not isinstance(kept, dict) or (rows is not None and self.found.get("rows") != digest_of(rows)):
+            return None
+        try:
+            return Plan.from_kept(kept)
+        except TypeError:
+            return None
+
+    def keep(self, plan: Plan, rows: Iterable[Any], lines: Sequence[str]) -> None:
+        """Remember a plan, with the account of the rows that it was made of."""
+        remember(KIND, self.key, {"plan": plan.kept(), "rows": digest_of(rows), "lines": list(lines)})
+
+    def keep_refusal(self, error: UserError, rows: Iterable[Any]) -> None:
+        """Remember that the method does not fit."""
+        told = {"what": error.what, "where": error.where, "hint": error.hint}
+        remember(KIND, self.key, {"refusal": told, "rows": digest_of(rows)})
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Plans of several methods on one run's model and rows.
+
+    Attributes:
+        plans: by method. lines: the account of the rows, and why methods do not fit.
+    """
+
+    plans: dict[str, Plan]
+    lines: list[str]
+
+
+def recalled(config: RunConfig, methods: Sequence[str]) -> Recalled | None:
+    """The plans of all these methods; None where one of them was not made before.
+
+    Raises:
+        UserError: the run's own method does not fit the model.
+    """
+    files = _files_of(config)
+    if files is None:
+        return None
+    plans: dict[str, Plan] = {}
+    lines: list[str] = []
+    for method in methods:
+        kept = Remembered.of(config.model_copy(update={"method": method}), files)
+        plan = None if kept is None else kept.plan()
+        if kept is not None and plan is not None:
+            lines = lines or kept.lines
+            plans[method] = plan
+        elif kept is not None and kept.refusal is not None:
+            if method == config.method:
+                raise kept.refusal
+            lines.append(f"{method}: {kept.refusal.what}")
+        else:
+            return None
+    return Recalled(plans, lines) if plans else None
+
+
+def digest_of(rows: Iterable[Any]) -> str:
+    """A hash of what a plan sees of examples: tokens and labels, or their sizes where they have none."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        for name in ("tokens", "is_label"):
+            values = getattr(row, name, None)
+            if values is not None:
+                digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _files_of(config: RunConfig) -> list[object] | None:
+    """Stamps of the files of model and rows; None where some of them are not known."""
+    references = [config.data.train]
+    references += [config.data.eval] if isinstance(config.data.eval, str) else []
+    try:
+        source = resolve(config.model)
+    except UserError:
+        return None  # whoever loads the model says what is wrong with it
+    if source.kind == "hub":
+        return None
+    stamps: list[object] = [_stamps(source.path)]
+    for reference in references:
+        path = Path(os.path.expanduser(reference))
+        if packages.is_package_reference(reference):
+            stamps.append(reference)  # a version, once published, does not change
+        elif path.exists():
+            stamps.append(_stamps(path))
+        else:
+            return None
+    return stamps
+
+
+def _stamps(path: Path) -> list[object]:
+    """Name, size and time of change of a file or of all files in a folder; a small file's content."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [str(path.resolve()), *(_stamp(file, path) for file in files)]
+    content = ""
+    if path.stat().st_size <= _SMALL:
+        content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return [str(path.resolve()), content or _stamp(path, path.parent)]
+
+
+def _stamp(file: Path, below: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file.relative_to(below)), status.st_size, status.st_mtime_ns
+
+
+@functools.cache
+def _source() -> list[object]:
+    """Versions of the libraries, and the state of deltaw's own files."""
+    root = Path(__file__).parents[2]
+    own = [file for file in sorted(root.rglob("*")) if file.suffix in (".py", ".so", ".pyd", ".dylib")]
+    digest = hashlib.blake2b(repr([_stamp(file, root) for file in own]).encode(), digest_size=16)
+    return [digest.hexdigest(), *(importlib.metadata.version(name) for name in _LIBRARIES)]
+
+
+def _machine() -> list[object]:
+    """The processor, how much of it this process may use, devices, and variables that steer libraries."""
+    told = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_VARIABLES) and name not in _NO_MATTER
+    }
+    cards = sorted(str(card) for card in Path("/dev").glob("nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    used = [sorted(usable_processors()), cgroup.processor_quota()]
+    return [processor_name(), sorted(processor_flags()), used, cards, hidden, told]

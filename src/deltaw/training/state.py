@@ -1,0 +1,279 @@
+"""The state of a training: all that a continued run needs, as one object.
+
+The loop works on it, and :meth:`TrainState.state` gives it as plain tensors and plain values, of which
+:meth:`TrainState.restore` makes the same training again in another process: every later step is equal to the
+bit. Nothing is pickled. Where it is written is somebody else's matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deltaw.data.packing import epoch_order
+from deltaw.errors import UserError
+from deltaw.training.master_weights import MasterWeights
+from deltaw.training.optimizer import Schedule, adamw, set_rate
+from deltaw.training.process import random_state, set_random_state
+
+# Of the layout of a saved state; another number where an older one could not be read.
+VERSION = 1
+# Torch's names for what AdamW keeps of a parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did.
+
+    Attributes:
+        step: its number, from 1. epoch: times that each row was seen by its end.
+        loss: the sum of losses over ``label_tokens``, the objective's units (nats per label token of a
+            language model).
+        learning_rate, gradient_norm: that the step used; the norm is that before clipping.
+        rows, tokens: of the data. computed_tokens: what went through the model. seconds: that it took.
+        general_loss: the mean loss of the general answers in it; None without ``train.keep_general``.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    rows: int
+    tokens: int
+    computed_tokens: int
+    label_tokens: int
+    seconds: float
+    general_loss: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass
+class Outcome:
+    """Sums over a training's steps: ``loss`` is the mean over all units (label tokens) seen."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+    label_tokens: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.label_tokens if self.label_tokens else float("nan")
+
+    def add(self, step: Step) -> None:
+        self.steps += 1
+        self.rows += step.rows
+        self.tokens += step.tokens
+        self.computed_tokens += step.computed_tokens
+        self.label_tokens += step.label_tokens
+        self.loss_sum += step.loss * step.label_tokens
+        self.seconds += step.seconds
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which rows each step sees: a function of three numbers and the step.
+
+    Attributes:
+        rows: of the data. batch_size: rows of a step; the last step of an epoch has those that are left.
+        seed: of each epoch's permutation.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch (from 0) of step ``step`` (from 0), and where in its order of rows the step begins."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch, within * self.batch_size
+
+    def indices(self, step: int) -> np.ndarray:
+        """The rows of step ``step`` (from 0), by their place in the data."""
+        epoch, position = self.place(step)
+        return epoch_order(self.rows, epoch, self.seed)[position : position + self.batch_size]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A training's state without its objects.
+
+    Attributes:
+        values: plain values, ready for JSON. tensors: by name, on the processor.
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+class TrainState:
+    """A training between two steps. A context manager: while open, gradients go to the master weights,
+    and the random numbers of the process belong to the training.
+
+    Args:
+        parameters: what is trained, by name.
+        schedule, order: of learning rates and of rows.
+        rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
+        weight_decay, betas: AdamW's.
+
+    Attributes:
+        names, trained: the parameters as the optimizer has them: fp32 master weights of those in 16 bits.
+        optimizer: over ``trained``.
+        sums: over the steps so far.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        schedule: Schedule,
+        order: RowOrder,
+        *,
+        rate_factors: Sequence[float] | None = None,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.names = list(parameters)
+        self.schedule = schedule
+        self.order = order
+        self.sums = Outcome()
+        self._master_weights = MasterWeights(list(parameters.values()))
+        self.trained = self._master_weights.trained
+        self.optimizer = adamw(
+            self.trained, schedule.learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas
+        )
+        self._random: dict[str, Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.sums.steps
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.schedule.rate(self.step)
+
+    def __enter__(self) -> TrainState:
+        self._master_weights.__enter__()
+        self._random = random_state()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._master_weights.__exit__(*error)
+
+    def begin_step(self) -> np.ndarray:
+        """The rows of the next step, by their place in the data. Whatever drew random numbers since the last
+        one changes nothing."""
+        set_random_state(self._random)
+        return self.order.indices(self.step)
+
+    def abandon_step(self) -> None:
+        """Forget a step that was begun: the state is that before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Let the optimizer use the gradients, and bring the result into the parameters."""
+        set_rate(self.optimizer, self.learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._master_weights.write_back()
+
+    def end_step(self, step: Step) -> None:
+        """Count a step that is done."""
+        self.sums.add(step)
+        self._random = random_state()
+
+    def state(self) -> SavedState:
+        """All of it, copied: between two steps, or once the training is over."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in zip(self.names, self.trained, strict=True):
+            tensors[f"parameter/{name}"] = _copied(parameter)
+            kept = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{key}/{name}": _copied(kept[key]) for key in MOMENTS if key in kept}
+        tensors |= {f"random/{device}": state for device, state in self._random.items()}
+        epoch, position = self.order.place(self.step)
+        values: dict[str, Any] = {
+            "version": VERSION,
+            "step": self.step,
+            "names": list(self.names),
+            "schedule": asdict(self.schedule),
+            "order": asdict(self.order),
+            "place": {"epoch": epoch, "position": position},
+            "sums": {f.name: getattr(self.sums, f.name) for f in fields(Outcome) if f.name != "interrupted"},
+        }
+        return SavedState(values, tensors)
+
+    @torch.no_grad()
+    def restore(self, saved: SavedState) -> None:
+        """Continue from what :meth:`state` gave.
+
+        Raises:
+            UserError: it is the state of another training: of other parameters, rows or schedule.
+        """
+        self._require_same(saved)
+        for name, parameter in zip(self.names, self.trained, strict=True):
+            parameter.copy_(saved.tensors[f"parameter/{name}"])
+            kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
+            on_device = {k: t.to(parameter.device, copy=True) for k, t in kept.items() if t is not None}
+            if on_device:
+                self.optimizer.state[parameter] = on_device
+        self._master_weights.write_back()
+        self.sums = Outcome(**saved.values["sums"])
+        prefix = "random/"
+        self._random = {
+            key.removeprefix(prefix): state for key, state in saved.tensors.items() if key.startswith(prefix)
+        }
+
+    def _require_same(self, saved: SavedState) -> None:
+        if saved.values["version"] != VERSION:
+            raise UserError(
+                f"the saved state has version {saved.values['version']}, and this deltaw reads {VERSION}",
+                where="the saved state",
+                hint="continue with the version of deltaw that wrote it",
+            )
+        same = {
+            "the trained parameters": (saved.values["names"], self.names),
+            "the order of rows": (saved.values["order"], asdict(self.order)),
+            "the schedule": (saved.values["schedule"], asdict(self.schedule)),
+        }
+        for what, (theirs, ours) in same.items():
+            if theirs != ours:
+                raise UserError(
+                    f"{what} differs from that of the training to continue",
+                    where="the saved state",
+                    hint="continue with the settings and the data that it began with",
+                )
+        for name, parameter in zip(self.names, self.trained, strict=True):
+            shape = saved.tensors[f"parameter/{name}"].shape
+            if shape != parameter.shape:
+                raise UserError(
+                    f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(shape)} in the saved state",
+                    where="the saved state",
+                    hint="continue with the model and the settings that it began with",
+                )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

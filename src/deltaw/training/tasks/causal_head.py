@@ -1,0 +1,222 @@
+"""A language model's output head on hidden vectors, in chunks: all logits never exist at once.
+
+Three functions for three cases: a frozen linear head, whose chunks' logits become their own gradient; any
+head, with log-probabilities whose logits are computed again in the backward; and the weighted sum over any
+head, whose gradient is taken in the forward.
+
+Knows tensors and heads; not models' backbones, batches or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from deltaw.kernels import linear as products
+from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
+from deltaw.kernels.rows import cross_entropy_
+
+# Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
+CHUNK_BYTES = 32 * 2**20
+# Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew
+# for each chunk, so that small ones are slow.
+FROZEN_CHUNK_BYTES = 24 * 2**20
+
+
+def frozen_head_log_probs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    *,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """log softmax(head(hiddenᵢ)) at targetᵢ of a linear head that is not trained.
+
+    Token i's log-probability depends on row i of ``hidden`` alone. So the forward takes its gradient while
+    the chunk's logits are there, and the backward scales the rows.
+
+    Args:
+        hidden: (P, d). targets: (P,) class indices. head: (classes, d). bias: (classes,) or None.
+        scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
+        scales: (classes,): the logits are computed in int8, the head's rows divided by these, and so is their
+            gradient where there are rows enough to be worth it.
+
+    Returns:
+        (P,) in fp32, or fp64 for fp64 inputs.
+    """
+    return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, scales)
+
+
+class _FrozenHeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, targets, head, bias, scale, softcap, scales):  # type: ignore[override]
+        wanted = hidden.requires_grad
+        slopes = torch.empty_like(hidden) if wanted else None
+        ones = hidden.new_ones(len(targets), dtype=loss_dtype(hidden))
+        losses = []
+        chunk = max(1, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits, _ = products.linear(hidden[part], head, scale=scales, bias=bias)
+            losses.append(
+                cross_entropy_(logits, targets[part], ones[part], scale=scale, softcap=softcap, grad=wanted)
+            )
+            if slopes is None:
+                continue
+            if scales is not None and can_round_classes(logits, head):
+                slopes[part] = class_gradient_(logits, targets[part], head, scales)
+            else:
+                slopes[part] = products.linear_backward(logits, head)[0]
+        ctx.save_for_backward(slopes)
+        return torch.cat(losses).to(ones.dtype).neg_()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors  # of the losses, which are minus the log-probabilities
+        return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None, None, None, None, None
+
+
+def head_log_probs(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    chunk: int,
+) -> Tensor:
+    """log softmax(head(hiddenᵢ)) at targetᵢ of any head; the backward computes each chunk's logits again.
+
+    Args:
+        hidden: (P, d). targets: (P,) class indices.
+        head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
+        chunk: rows of ``hidden`` at a time.
+
+    Returns:
+        (P,) in fp32, or fp64 for fp64 inputs.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    return _HeadLogProbs.apply(hidden, targets, head, chunk, *trained)
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, targets, head, chunk, *trained):  # type: ignore[override]
+        # The trained ones are saved only so that a change before the backward is noticed.
+        ctx.save_for_backward(hidden, targets, *trained)
+        ctx.head, ctx.chunk, ctx.trained = head, chunk, trained
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([log_probs(head(rows), wanted) for rows, wanted in parts])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, targets, *_ = ctx.saved_tensors
+        needed = ctx.needs_input_grad[0]
+        grad_hidden = torch.empty_like(hidden) if needed else None
+        sums = [torch.zeros_like(t) for t in ctx.trained]
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            part = hidden[rows].detach().requires_grad_(needed)
+            with torch.enable_grad():
+                values = log_probs(ctx.head(part), targets[rows])
+            grads = list(torch.autograd.grad(values, [*([part] if needed else []), *ctx.trained], grad[rows]))
+            if grad_hidden is not None:
+                grad_hidden[rows] = grads.pop(0)
+            for kept, new in zip(sums, grads, strict=True):
+                kept += new
+        return grad_hidden, None, None, None, *sums
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    chunk: int,
+) -> Tensor:
+    """Σ weightᵢ · cross-entropy(head(hiddenᵢ), targetᵢ) of any head, each chunk's logits computed once.
+
+    Args:
+        hidden: (P, d). targets: (P,) class indices. weights: (P,).
+        head: maps (p, d) to logits (p, classes). parameters: what ``head`` uses and may be trained.
+        chunk: rows of ``hidden`` at a time.
+
+    Returns:
+        a scalar in fp32, or fp64 for fp64 inputs.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    return _ChunkedCrossEntropy.apply(hidden, targets, weights, head, chunk, *trained)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient is taken in the forward, while a chunk's logits are there, and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, targets, weights, head, chunk, *trained):  # type: ignore[override]
+        wanted = [t for t in (hidden, *trained) if t.requires_grad]
+        total = hidden.new_zeros((), dtype=loss_dtype(hidden))
+        sums = [torch.zeros_like(t) for t in trained]
+        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            part = hidden[rows].detach().requires_grad_(hidden.requires_grad)
+            with torch.set_grad_enabled(bool(wanted)):
+                loss = cross_entropy_sum(head(part), targets[rows], weights[rows])
+            total += loss.detach()
+            if wanted:
+                leaves = [t for t in (part, *trained) if t.requires_grad]
+                grads = list(torch.autograd.grad(loss, leaves))
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grads.pop(0)
+                for kept, new in zip(sums, grads, strict=True):
+                    kept += new
+        ctx.save_for_backward(grad_hidden, *sums)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        grad_hidden, *sums = ctx.saved_tensors
+        scaled = None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype)
+        return scaled, None, None, None, None, *[(s * grad).to(s.dtype) for s in sums]
+
+
+def logits_change(config: PretrainedConfig) -> tuple[float, float]:
+    """What a model does to its head's outputs: a scale (Cohere, Granite), and a soft cap (Gemma) or 0."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return scale / (1.0 if divisor is None else float(divisor)), 0.0 if cap is None else float(cap)
+
+
+def final_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """The model's logits from its head's outputs."""
+    scale, cap = logits_change(model.config.get_text_config())
+    if scale != 1.0:
+        logits = logits * scale
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """(P,) the log-probability of each target: log softmax of logits (P, classes) at targets (P,)."""
+    return -nn.functional.cross_entropy(logits.to(loss_dtype(logits)), targets, reduction="none")
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Σ weightᵢ · cross-entropy of logits (P, classes), a scalar."""
+    values = log_probs(logits, targets)
+    return -(values * weights.to(values.dtype)).sum()
+
+
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """What losses of these values are computed in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

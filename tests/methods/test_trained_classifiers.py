@@ -1,0 +1,104 @@
+"""Each method on an encoder with a new head: the head is trained beside every method, and nothing unsaid."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from deltaw.data.label_batches import LabelMicroBatcher
+from deltaw.data.labels import LabelledExample
+from deltaw.methods.base import Method
+from deltaw.methods.choose import method_of_folder
+from deltaw.runtime.padded import padded_rows
+from deltaw.training.guarantee import may_skip
+from deltaw.training.loop import train
+from deltaw.training.session import with_virtual_tokens
+from deltaw.training.tasks.label_objective import LabelObjective
+from tests.methods.test_trained_exactly import METHODS, Named, changed, check_moved, values_of
+
+HEADS = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"], "llama": ["score"]}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def classifier(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
+    if family == "bert":
+        config = transformers.BertConfig(**shape, **SIZES)
+        return transformers.BertForSequenceClassification(config).eval()
+    if family == "distilbert":
+        config = transformers.DistilBertConfig(**shape, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+        return transformers.DistilBertForSequenceClassification(config).eval()
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shape, **SIZES)).eval()
+
+
+def rows() -> list[LabelledExample]:
+    rng = np.random.default_rng(0)
+    return [LabelledExample(n + 1, rng.integers(3, 60, size=5 + n).astype(np.int32), n % 3) for n in range(6)]
+
+
+def run(model: PreTrainedModel, method: Method, heads: list[str]) -> Named:
+    """Prepare and train for three steps; what was trained, as it was before the first one."""
+    method.prepare(model, seed=0, extra_modules=heads)
+    named = method.parameters(model)
+    start = {name: parameter.detach().clone() for name, parameter in named}
+    with padded_rows(model), method.evaluating(model):
+        train(
+            LabelObjective(model, "sequence-classification"),
+            [parameter for _, parameter in named],
+            [with_virtual_tokens(row, method) for row in rows()],
+            LabelMicroBatcher(1024, "cpu"),
+            learning_rate=1e-2,
+            total_steps=3,
+            batch_size=3,
+            names=[name for name, _ in named],
+            may_skip=may_skip(model),
+            after_step=lambda: method.after_step(model),
+        )
+    return start
+
+
+def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
+    """Of one row at a time, so that no padding is in it."""
+    examples = [row if method is None else with_virtual_tokens(row, method) for row in rows()]
+    with torch.no_grad():
+        ids = [torch.from_numpy(row.tokens).long()[None] for row in examples]
+        return torch.cat([model(input_ids=i).logits for i in ids])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", HEADS)
+def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    base = classifier(family)
+    make: Callable[[], Method] = METHODS[name]
+    model, before, method = copy.deepcopy(base), values_of(base), make()
+    heads = HEADS[family]
+    start = run(model, method, heads)
+    check_moved(model, method, start)
+    moved = changed(model, before)
+    of_heads = {n for n in before if n.startswith(tuple(f"{head}." for head in heads))}
+    assert of_heads <= moved
+    if name in ("lora", "head", "prompt"):
+        assert moved == of_heads
+    reported = {n.removesuffix(".values") for n in start}
+    assert moved <= reported
+
+    method.save(model, tmp_path, base_model="tiny")
+    loaded = copy.deepcopy(base)
+    again = method_of_folder(tmp_path, None)
+    again.load(loaded, tmp_path)
+    expected = logits(model, method)
+    assert (expected - logits(base, None)).norm() > 1e-2 * expected.norm()
+    torch.testing.assert_close(logits(loaded, again), expected, rtol=1e-6, atol=1e-6)
+    assert again.keeps_base(loaded)
+    with again.without(loaded):
+        assert torch.equal(logits(loaded, None), logits(base, None))

@@ -1,0 +1,221 @@
+"""Each method trains exactly what it says: every parameter that it reports moves, and no other bit changes.
+
+Every method runs through the real loop, with its checks of the first two steps, on models of many families.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig
+from deltaw.methods.base import Method
+from deltaw.methods.bias import Bias
+from deltaw.methods.full import Full
+from deltaw.methods.head import Head
+from deltaw.methods.input import Input
+from deltaw.methods.last import Last
+from deltaw.methods.lora import LoRA
+from deltaw.methods.prompt import Prompt
+from deltaw.methods.random import Random
+from deltaw.methods.settings import LastSettings, PromptSettings, RandomSettings
+from deltaw.runtime.blocks import blocks_of
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.guarantee import may_skip
+from deltaw.training.loop import train
+from deltaw.training.session import with_virtual_tokens
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.methods.rows import random_rows
+from tests.tiny_models import CAUSAL, PADDED, causal_model
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "lora": lambda: LoRA(LoRAConfig(rank=4)),
+    "head": Head,
+    "input": Input,
+    "prompt": lambda: Prompt(PromptSettings(length=3)),
+    "bias": Bias,
+    "random": lambda: Random(RandomSettings(weights=0.2)),
+    "last": lambda: Last(LastSettings(blocks=1)),
+    "full": Full,
+}
+# Rows of a table that only the tokens of a step reach, and experts that a router picks.
+PARTLY = ("embed", "wte", "wpe", "prompt", "experts", "router")
+
+Named = dict[str, torch.Tensor]
+
+
+def values_of(model: nn.Module) -> Named:
+    """Every tensor of the model, by every name that it has, as it is now."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def changed(model: nn.Module, before: Named) -> set[str]:
+    """Names of the base model's tensors that are not what they were, to the bit."""
+    now = values_of(model)
+    return {name for name, tensor in before.items() if not torch.equal(now[name], tensor)}
+
+
+def run(model: PreTrainedModel, method: Method, *, steps: int = 3) -> Named:
+    """Prepare and train; what was trained, as it was before the first step."""
+    packed = model.config.model_type not in PADDED
+    method.prepare(model, seed=0)
+    named = method.parameters(model)
+    start = {name: parameter.detach().clone() for name, parameter in named}
+    rows = [with_virtual_tokens(row, method) for row in random_rows(6)]
+    with packed_rows(model) if packed else torch.enable_grad(), method.evaluating(model):
+        train(
+            CausalObjective(model),
+            [parameter for _, parameter in named],
+            rows,
+            CausalMicroBatcher(1024, packed, not packed, "cpu"),
+            learning_rate=1e-2,
+            total_steps=steps,
+            batch_size=3,
+            names=[name for name, _ in named],
+            may_skip=may_skip(model),
+            after_step=lambda: method.after_step(model),
+        )
+    return start
+
+
+def check_moved(model: nn.Module, method: Method, start: Named) -> None:
+    """Every parameter that the method reports has moved; but for tables and experts, most of its entries."""
+    named = dict(method.parameters(model))
+    assert named.keys() == start.keys() and named
+    for name, parameter in named.items():
+        moved = (parameter != start[name]).float().mean()
+        least = 0.0 if any(part in name for part in PARTLY) or name.endswith(".values") else 0.5
+        assert moved > least, f"{name}: {moved:.0%} of its entries moved"
+
+
+def expected(base: PreTrainedModel, name: str) -> set[str]:
+    """Names of the base model's own parameters that a method of this name changes, told without its code."""
+    names = {n for n, _ in base.named_parameters(remove_duplicate=False)}
+    modules = {id(module): n for n, module in base.named_modules()}
+    if name in ("lora", "prompt"):
+        return set()
+    if name == "head":
+        return {n for n in names if n.startswith(modules[id(base.get_output_embeddings())] + ".")}
+    if name == "input":
+        return {modules[id(base.get_input_embeddings())] + ".weight"}
+    if name == "bias":
+        return {n for n in names if n.endswith(".bias")}
+    if name == "last":
+        path, blocks = blocks_of(base) or ("", nn.ModuleList())
+        return {n for n in names if n.startswith(f"{path}.{len(blocks) - 1}.")}
+    return names
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
+def test_what_is_reported_moves_and_nothing_else_changes(family: str, name: str) -> None:
+    base = causal_model(family)
+    model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
+    if (family, name) == ("mamba", "lora"):  # the model reads the other layers' weights past the layers
+        method = LoRA(LoRAConfig(rank=4, target_modules=["in_proj", "x_proj"]))
+    start = run(model, method)
+    check_moved(model, method, start)
+    wanted = expected(base, name)
+    if name == "random":
+        assert changed(model, before) <= wanted
+    else:
+        assert changed(model, before) == wanted
+    assert wanted <= {n for place in getattr(method, "_places", []) for n in place.names} or name == "random"
+    now = changed(model, before)
+    if not method.keeps_base(model):
+        assert name in ("head", "input", "bias", "last", "full")
+        with pytest.raises(UserError, match=rf"'{name}' trained the base model's parameters in place"):
+            method.without(model).__enter__()
+        return
+    with method.without(model):
+        assert changed(model, before) == set()
+    assert changed(model, before) == now
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_random_changes_the_chosen_weights_and_no_others(family: str) -> None:
+    base = causal_model(family)
+    model, method = copy.deepcopy(base), Random(RandomSettings(weights=0.1))
+    run(model, method)
+    tensors, now, moved = method.tensors(), values_of(model), 0
+    chosen = sum(t.numel() for name, t in tensors.items() if name.endswith(".indices"))
+    assert chosen == round(0.1 * sum(p.numel() for p in base.parameters()))
+    for name, weight in base.named_parameters():
+        differs = (now[name] != weight).flatten()
+        moved += int(differs.sum())
+        differs[tensors.get(f"{name}.indices", torch.zeros(0)).long()] = False
+        assert not differs.any(), name
+    assert moved > chosen / 3
+
+
+# What is trained besides A and B, by family: modules by the ending of their names.
+NORMS = {
+    "llama": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "qwen3": ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
+    "gemma3": ("pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "neox": ("input_layernorm", "post_attention_layernorm"),
+    "phi3": ("input_layernorm", "post_attention_layernorm"),
+}
+EMBEDDINGS = {
+    **dict.fromkeys(("llama", "qwen3", "gemma3", "phi3"), ("embed_tokens",)),
+    "gpt2": ("wte", "wpe"),
+    "neox": ("embed_in",),
+}
+EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
+    "norms": NORMS,
+    "MLP": dict.fromkeys(NORMS, ("mlp",)),
+    "head": dict.fromkeys(NORMS, ("lm_head",)),
+    "embeddings": EMBEDDINGS,
+}
+CASES = [(extra, family) for extra, families in EXTRAS.items() for family in families]
+TARGETS = {
+    "gpt2": ["c_attn"],
+    "neox": ["query_key_value"],
+    "phi3": ["qkv_proj"],
+    "phi": ["q_proj", "dense"],
+}
+
+
+def lora_with(family: str, **settings: object) -> LoRA:
+    """LoRA on a few layers of this family."""
+    targets = TARGETS.get(family, ["q_proj", "v_proj"])
+    return LoRA(LoRAConfig(rank=4, target_modules=targets, **settings))  # type: ignore[arg-type]
+
+
+def check_extras(family: str, method: LoRA, wanted: Callable[[str], bool]) -> None:
+    """LoRA trains its factors and the base model's parameters that are ``wanted``, and changes no others."""
+    base = causal_model(family)
+    model, before = copy.deepcopy(base), values_of(base)
+    start = run(model, method)
+    check_moved(model, method, start)
+    extra = {name for name, _ in base.named_parameters(remove_duplicate=False) if wanted(name)}
+    assert extra and changed(model, before) == extra
+    factors = {name for name in start if name.endswith(("lora_A", "lora_B"))}
+    assert factors and set(start) - factors == extra
+    with method.without(model):
+        assert changed(model, before) == set()
+
+
+@pytest.mark.parametrize(("extra", "family"), CASES)
+def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: str) -> None:
+    modules = EXTRAS[extra][family]
+    parts = [f".{module}." for module in modules]
+    method = lora_with(family, train_modules=list(modules))
+    check_extras(family, method, lambda name: any(part in f".{name}" for part in parts))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi"])
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+def test_biases_of_lora_move_and_nothing_else_does(kind: str, family: str) -> None:
+    method = lora_with(family, bias=kind)
+    adapted = tuple(f".{target}.bias" for target in TARGETS[family])
+    check_extras(family, method, lambda name: name.endswith(".bias" if kind == "all" else adapted))

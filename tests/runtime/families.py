@@ -1,0 +1,112 @@
+"""Tiny random models of every family whose blocks are recognized, for packed rows and for padded rows."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import nn
+
+from deltaw.lora import LoRAConfig, adapter_parameters, attach
+from deltaw.runtime.blocks import blocks_of
+
+VOCABULARY = 120
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PACKED = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 32},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 8},
+    "Gemma3": {"head_dim": 16, "sliding_window": 8},
+    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
+    "Phi": {"partial_rotary_factor": 0.5},
+    "Phi3": {},
+    "GPTNeoX": {"rotary_pct": 0.25},
+    "GPTNeoX, halves in turn": {"use_parallel_residual": False},
+    "GPT2": {},
+}
+FALCON = {
+    "Falcon": {},
+    "Falcon, grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "Falcon, halves in turn": {"parallel_attn": False, "multi_query": False, "bias": True},
+}
+ENCODERS = ("Bert", "Roberta", "DistilBert", "ViT")
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
+    """A causal model of the family, frozen, the same each time. Biases are drawn, so that they count."""
+    name = family.partition(",")[0]
+    settings = {**SIZES, **{**PACKED, **FALCON}.get(family, {}), **changes}
+    if name == "GPTNeoX" or name == "GPT2" or name == "Falcon":
+        del settings["num_key_value_heads"]
+    if name == "Falcon":
+        settings["ffn_hidden_size"] = settings.pop("intermediate_size")
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(
+        config_class(**settings)
+    )
+    return _frozen(model, dtype)
+
+
+def encoder_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A backbone that sees both ways, frozen."""
+    settings = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    if family == "DistilBert":
+        settings = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+    if family == "ViT":
+        settings |= {"image_size": 16, "patch_size": 4}
+    else:
+        settings["vocab_size"] = VOCABULARY
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**settings)
+    pooler = {} if family == "DistilBert" else {"add_pooling_layer": False}
+    return _frozen(getattr(transformers, f"{family}Model")(config, **pooler), dtype)
+
+
+def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif parameter.dim() > 1 and "embed" not in name and "head" not in name:
+                parameter.mul_(3.0)  # as weights are drawn, attention would hardly matter
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks."""
+    found = blocks_of(model.base_model)
+    assert found is not None
+    return list(found[1])
+
+
+def adapted(model: nn.Module, **settings: object) -> nn.Module:
+    """The model with factors that are not zero, so that their gradients are not either."""
+    attach(model, LoRAConfig(rank=4, alpha=8, **settings), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for _, factor in adapter_parameters(model):
+        factor.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The relative difference of norms."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())

@@ -1,0 +1,140 @@
+"""Fused blocks over padded rows: encoders, which see both ways, and decoders that cannot run packed rows."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deltaw.kernels import loader
+from deltaw.lora import adapter_parameters
+from deltaw.memory.simulation import fake_tensors
+from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.runtime.packed import can_pack
+from deltaw.runtime.padded import fused_padded_blocks, padded_rows
+from tests.runtime.families import ENCODERS, FALCON, VOCABULARY, adapted, encoder_of, layers_of, model_of, off
+from tests.runtime.test_fused import count_runs
+
+pytestmark = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
+LENGTHS = ([13, 4, 9, 1], [13, 13, 13, 13])
+
+
+def made(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return encoder_of(family, dtype) if family in ENCODERS else model_of(family, dtype)
+
+
+def inputs_of(model: nn.Module, lengths: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of a backbone, and which of its outputs are of tokens."""
+    generator = torch.Generator().manual_seed(1)
+    if model.base_model.main_input_name == "pixel_values":
+        pixels = torch.randn(len(lengths), 3, 16, 16, generator=generator)
+        return {"pixel_values": pixels.to(model.dtype)}, torch.ones(len(lengths), 17, dtype=torch.bool)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    tokens = torch.randint(3, VOCABULARY, real.shape, generator=generator)
+    inputs = {"input_ids": tokens * real, "attention_mask": real.long()}
+    return inputs if model.base_model is model else {**inputs, "use_cache": False}, real
+
+
+def outputs_and_gradients(
+    model: nn.Module, lengths: list[int], fused: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    inputs, real = inputs_of(model, lengths)
+    factors = [factor for _, factor in adapter_parameters(model)]
+    with padded_rows(model, fused=fused):
+        out = model.base_model(**inputs)[0]
+        toward = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)) * real[..., None]
+        grads = torch.autograd.grad((out.float() * toward).sum(), factors)
+    return out.detach()[real], list(grads)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["padded", "equal"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", [*ENCODERS, *FALCON, "Llama", "GPT2", "GPTNeoX"])
+def test_fused_blocks_equal_the_models_own(family, checkpointing, lengths, monkeypatch):
+    model = adapted(made(family))
+    expected, expected_grads = outputs_and_gradients(model, lengths, fused=False)
+    if checkpointing:
+        for block in layers_of(model):
+            block.gradient_checkpointing = block.training = True
+            block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    ran = count_runs(monkeypatch)
+    out, grads = outputs_and_gradients(model, lengths, fused=True)
+    assert fused_padded_blocks(model).choice.value, fused_padded_blocks(model).choice.why
+    assert len(ran) == len(layers_of(model)) * (1 + checkpointing)
+    assert off(out, expected) < 1e-5
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert off(ours, theirs) < 2e-4
+    assert all("forward" not in vars(block) for block in layers_of(model))
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *FALCON])
+def test_in_bf16_fused_blocks_are_as_near_to_fp32_as_the_models_own(family):
+    exact, exact_grads = outputs_and_gradients(adapted(made(family)), LENGTHS[0], fused=False)
+    model = adapted(made(family, torch.bfloat16))
+    errors = []
+    for fused in (False, True):
+        out, grads = outputs_and_gradients(model, LENGTHS[0], fused=fused)
+        gradients = sum(off(g, e) for g, e in zip(grads, exact_grads, strict=True))
+        errors.append((off(out, exact), gradients))
+    assert errors[1][0] < 1.2 * errors[0][0] and errors[1][1] < 1.2 * errors[0][1]
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *FALCON])
+def test_a_dry_run_on_fake_tensors_decides_alike(family):
+    expected = fused_padded_blocks(made(family, torch.bfloat16))
+    with fake_tensors():
+        found = fused_padded_blocks(made(family, torch.bfloat16))
+    assert found.choice.value == expected.choice.value is True
+    assert [b.roles for b in found.blocks] == [b.roles for b in expected.blocks]
+
+
+def test_falcon_cannot_run_packed_rows():
+    assert not can_pack(model_of("Falcon")).value
+
+
+def test_positions_by_distance_are_left_to_the_models_own_code(monkeypatch):
+    model = adapted(model_of("Falcon", alibi=True))
+    ran = count_runs(monkeypatch)
+    expected, _ = outputs_and_gradients(model, LENGTHS[0], fused=False)
+    out, _ = outputs_and_gradients(model, LENGTHS[0], fused=True)
+    assert not ran and off(out, expected) == 0.0
+    assert not fused_padded_blocks(model).choice.value
+
+
+def test_another_mask_than_padding_at_the_end_is_left_to_the_models_own_code(monkeypatch):
+    model = adapted(encoder_of("Bert"))
+    tokens = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) >= torch.tensor([[0], [3]])).long()
+    expected = model(input_ids=tokens, attention_mask=mask)[0]
+    ran = count_runs(monkeypatch)
+    with padded_rows(model):
+        out = model(input_ids=tokens, attention_mask=mask)[0]
+    assert not ran and off(out[mask.bool()], expected[mask.bool()]) < 1e-5
+
+
+@pytest.mark.parametrize("trained", ["output.LayerNorm", "intermediate", "attention.self.value"])
+def test_whole_modules_trained_inside_a_block_get_their_gradients(trained):
+    model = encoder_of("Bert")
+    assert fused_padded_blocks(model).choice.value
+    adapted(model, target_modules=["key"], train_modules=[trained])
+    expected, expected_grads = outputs_and_gradients(model, LENGTHS[0], fused=False)
+    out, grads = outputs_and_gradients(model, LENGTHS[0], fused=True)
+    assert off(out, expected) < 1e-5
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert off(ours, theirs) < 2e-4
+
+
+@pytest.mark.parametrize("family", ["Bert", "GPTNeoX"])
+def test_int8_weights_run_fused_and_stay_near(family, monkeypatch):
+    model = made(family)
+    inputs, _ = inputs_of(model, LENGTHS[0])
+    report = quantize_int8(model.base_model, lambda: model.base_model(**inputs))
+    assert report.layers
+    adapted(model)
+    own, _ = outputs_and_gradients(model, LENGTHS[0], fused=False)
+    ran = count_runs(monkeypatch)
+    out, _ = outputs_and_gradients(model, LENGTHS[0], fused=True)
+    assert ran and off(out, own) < 0.05

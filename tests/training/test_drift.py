@@ -1,0 +1,298 @@
+"""Drift is what a plain computation says it is, for every method and both kinds of batches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig, attach, disabled
+from deltaw.runtime.generation import generate
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.callbacks import Callback
+from deltaw.training.evaluation import general
+from deltaw.training.evaluation.drift import LARGE, Drift, measure_drift
+from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, general_answers
+from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
+from deltaw.training.fit import fit
+from deltaw.training.inference import open_run
+from deltaw.training.inference_drift import answers_side_by_side, drift_of
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.test_every_method import CHANGES, METHODS
+
+PROMPTS = MEASURED[:10]
+
+
+@pytest.fixture(scope="module")
+def roomy_folder(tmp_path_factory):
+    """A tiny model with positions enough for general prompts in bytes."""
+    folder = tmp_path_factory.mktemp("base") / "roomy"
+    tiny_llama(initializer_range=0.3, max_position_embeddings=512).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Heard(Callback):
+    def __init__(self):
+        self.lines = []
+
+    def on_line(self, line):
+        self.lines.append(line)
+
+
+def made_up_answers(count, vocabulary, seed=0):
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(1, count + 1):
+        tokens = generator.integers(3, vocabulary, generator.integers(6, 14)).astype(np.int32)
+        is_label = np.arange(len(tokens)) >= 3
+        rows.append(general.Example(number, tokens, is_label, 3, "text"))
+    return rows
+
+
+def moved(model, scale):
+    attach(model, LoRAConfig(rank=3, alpha=6), seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=scale)
+    return model
+
+
+def by_hand(model, rows, base):
+    """Losses, divergence and agreement, a row at a time, from the model's own logits in float64."""
+    totals = np.zeros(4)
+    for row in rows:
+        ids = torch.from_numpy(row.tokens).long()
+        with torch.no_grad():
+            after = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+            with base():
+                before = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        for place in np.flatnonzero(row.is_label):
+            p, q = before[place - 1], after[place - 1]
+            kl = (p.exp() * (p - q)).sum()
+            same = float(p.argmax() == q.argmax())
+            totals += [-p[ids[place]].item(), -q[ids[place]].item(), kl.item(), same]
+    return totals / sum(row.label_count for row in rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "bloom"])
+def test_drift_is_what_a_plain_computation_says(family):
+    model = moved(causal_model(family), 0.3)
+    rows = made_up_answers(9, VOCABULARY)
+    padded = family == "bloom"
+    batcher = CausalMicroBatcher(40, True, padded, "cpu")
+
+    def running():
+        return contextlib.nullcontext() if padded else packed_rows(model)
+
+    drift = measure_drift(model, rows, batcher, base=lambda: disabled(model), running=running)
+    expected = by_hand(model, rows, lambda: disabled(model))
+    found = [drift.base_loss, drift.loss, drift.divergence, drift.same]
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-5)
+    assert drift.divergence > 1e-4 and drift.tokens == sum(row.label_count for row in rows)
+
+
+def test_an_untrained_adapter_has_not_drifted():
+    model = causal_model("llama")
+    attach(model, LoRAConfig(rank=3, alpha=6), seed=1)
+    rows = made_up_answers(5, VOCABULARY)
+    drift = measure_drift(
+        model,
+        rows,
+        CausalMicroBatcher(64, True, False, "cpu"),
+        base=lambda: disabled(model),
+        running=lambda: packed_rows(model),
+    )
+    assert drift.change == pytest.approx(0, abs=1e-6) and drift.divergence == pytest.approx(0, abs=1e-6)
+    assert drift.same == 1 and not drift.large and len(drift.lines()) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_and_eval_report_the_same_drift(method, settings, roomy_folder, tmp_path):
+    changes = {"model": str(roomy_folder), "method": method, **CHANGES.get(method, {})}
+    changes["train"] = {"drift": True, "epochs": 2}
+    result = fit(settings(tmp_path / "run", **changes))
+    opened = open_run(str(result.output), precision="fp32", say=lambda line: None)
+    again = drift_of(opened)
+    for name in ("base_loss", "loss", "same"):
+        assert getattr(again, name) == pytest.approx(getattr(result.drift, name), rel=1e-3, abs=1e-5)
+    assert again.divergence > 0
+    if result.drift.divergence is not None:
+        assert again.divergence == pytest.approx(result.drift.divergence, rel=1e-3, abs=1e-5)
+    else:
+        assert method in ("head", "input", "last", "full")  # they keep no base model to compare with
+    assert result.drift.loss != result.drift.base_loss
+    # The base model's own loss: of a model that no method ever touched.
+    bare = open_run(str(roomy_folder), precision="fp32", say=lambda line: None)
+    rows = general_answers(bare.model, bare.tokenizer, MEASURED, identity=None)
+    expected = by_hand(bare.model, rows, contextlib.nullcontext)[0]
+    assert result.drift.base_loss == pytest.approx(expected, rel=1e-4)
+    assert json.loads(json.dumps(result.as_dict()))["drift"]["answers"] == len(rows) == result.drift.answers
+    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == {"step": result.outcome.steps, "drift": result.drift.as_dict()}
+    assert "| drift | general answers' loss" in (result.output / "README.md").read_text()
+
+
+def test_answers_side_by_side_are_the_models_own(settings, roomy_folder, tmp_path):
+    run = fit(settings(tmp_path / "run", model=str(roomy_folder), train={"drift": True, "epochs": 4})).output
+    opened = open_run(str(run), precision="fp32", say=lambda line: None)
+    pairs = answers_side_by_side(opened, 3)
+    prompts = [pair.prompt for pair in pairs]
+    assert len(pairs) == 3 and set(prompts) <= set(MEASURED)
+    with opened.base():
+        rows = general_answers(opened.model, opened.tokenizer, prompts * 3, identity=None)
+    assert [pair.base for pair in pairs] == [row.answer for row in rows[:3]]
+
+
+def test_answers_are_the_models_greedy_tokens_and_end_where_it_ended_them():
+    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+    for row in general_answers(model, tokenizer, PROMPTS, identity=None):
+        ids = torch.from_numpy(row.tokens).long()[None]
+        with torch.no_grad():
+            likeliest = model(input_ids=ids).logits[0].argmax(-1).numpy()
+        labels = np.flatnonzero(row.is_label)
+        assert labels[0] == row.prompt_length and (likeliest[labels - 1] == row.tokens[labels]).all()
+        ended = row.tokens[-1] in (0, 2)
+        assert ended or len(labels) == ANSWER_TOKENS
+
+
+def test_a_completion_names_its_terminator():
+    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+    prompt = np.arange(10, 20)
+    (whole,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[1])
+    assert whole.terminator is None
+    stop = int(whole.tokens[3])
+    (cut,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[stop])
+    assert cut.stopped and cut.terminator == stop and stop not in cut.tokens
+
+
+def test_answers_are_written_once_for_each_model(monkeypatch):
+    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+    first = general_answers(model, tokenizer, PROMPTS, identity="this model")
+    calls = []
+    monkeypatch.setattr(general, "generate", lambda *a, **k: calls.append(a) or generate(*a, **k))
+    again = general_answers(model, tokenizer, PROMPTS, identity="this model")
+    assert not calls and all((a.tokens == b.tokens).all() for a, b in zip(first, again, strict=True))
+    general_answers(model, tokenizer, PROMPTS, identity="another model")
+    general_answers(model, tokenizer, PROMPTS, "plain", identity="this model")
+    assert len(calls) == 2
+    for file in (general.cache_folder().parent / "general").iterdir():
+        file.write_text('{"answers": [[1, "two"]]}')
+    mended = general_answers(model, tokenizer, PROMPTS, identity="this model")
+    assert len(calls) == 3 and (mended[0].tokens == first[0].tokens).all()
+
+
+def test_a_model_without_a_template_continues_plain_prompts():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    rows = general_answers(tiny_llama(max_position_embeddings=512), tokenizer, PROMPTS, identity=None)
+    assert tokenizer.decode(rows[0].tokens[: rows[0].prompt_length]) == PROMPTS[0]
+
+
+def test_what_cannot_be_measured_is_said(settings, roomy_folder, tmp_path):
+    heard = Heard()
+    result = fit(settings(tmp_path / "small", model=str(roomy_folder)), callback=heard)
+    assert result.drift is None and result.as_dict()["drift"] is None
+    assert any(line.startswith("drift: not measured (a model of") for line in heard.lines)
+    heard = Heard()
+    result = fit(settings(tmp_path / "off", model=str(roomy_folder), train={"drift": False}), callback=heard)
+    assert result.drift is None and not any("drift" in line for line in heard.lines)
+    with pytest.raises(NoGeneralAnswers, match="64 positions"):
+        general_answers(tiny_llama(max_position_embeddings=64), byte_tokenizer(), PROMPTS, identity=None)
+
+
+def test_a_large_drift_is_a_warning_and_so_is_one_that_is_not_finite():
+    small = Drift(0.5, 0.5 + LARGE / 2, 0.1, 0.9, 8, 100)
+    large = Drift(0.5, 0.6 + LARGE, 0.1, 0.9, 8, 100)
+    broken = Drift(0.5, float("nan"), float("nan"), 0.0, 8, 100)
+    assert not small.large and len(small.lines()) == 1
+    assert large.large and "train.keep_general" in large.lines()[1]
+    assert broken.large and broken.as_dict()["change"] is None
+    json.dumps(broken.as_dict(), allow_nan=False)
+
+
+def test_no_prompt_is_both_kept_and_measured():
+    assert not set(MEASURED) & set(KEPT)
+    assert len(set(MEASURED)) == len(MEASURED) and len(set(KEPT)) == len(KEPT)
+
+
+def test_keeping_general_answers_limits_drift(settings, roomy_folder, tmp_path):
+    changes = {"drift": True, "epochs": 6, "learning_rate": 3e-2}
+    runs = {}
+    for weight in (0, 2):
+        heard = Heard()
+        runs[weight] = fit(
+            settings(
+                tmp_path / f"kept-{weight}",
+                model=str(roomy_folder),
+                train={**changes, "keep_general": weight},
+            ),
+            callback=heard,
+        )
+        assert not any("no memory plan" in line for line in heard.lines)
+        assert any(line.startswith("keep_general 2: ") for line in heard.lines) == bool(weight)
+    without, kept = runs[0], runs[2]
+    assert kept.drift.loss < without.drift.loss - 0.1
+    assert kept.outcome.rows == without.outcome.rows and kept.outcome.tokens == without.outcome.tokens
+    lines = (kept.output / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["general_loss"] for line in lines[: kept.outcome.steps]]
+    assert all(loss > 0 for loss in losses)
+    assert "general_loss" not in (without.output / "metrics.jsonl").read_text()
+
+
+def test_general_answers_cannot_be_kept_by_a_classifier(settings, tmp_path, roomy_folder):
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(8)))
+    run = settings(
+        tmp_path / "run",
+        model=str(roomy_folder),
+        task="sequence-classification",
+        data={"train": str(table)},
+        train={"keep_general": 1},
+    )
+    with pytest.raises(UserError, match="general answers cannot be kept"):
+        fit(run)
+
+
+def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
+    from deltaw.training.keep_general import KeepGeneral
+    from deltaw.training.tasks.causal_objective import CausalObjective
+
+    model = moved(causal_model("llama"), 0.3)
+    rows = made_up_answers(5, VOCABULARY)
+    keep = KeepGeneral(
+        CausalObjective(model),
+        CausalMicroBatcher(64, True, False, "cpu"),
+        rows,
+        weight=0.7,
+        seed=3,
+        per_step=2,
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with packed_rows(model):
+        value = keep(1)
+    found = [p.grad.clone() for p in trained]
+    model.zero_grad()
+    chosen = keep.rows_of(1)
+    losses = []
+    for row in chosen:
+        ids = torch.from_numpy(row.tokens).long()
+        at = torch.from_numpy(np.flatnonzero(row.is_label))
+        logits = model(input_ids=ids[None]).logits[0, at - 1]
+        losses.append(nn.functional.cross_entropy(logits, ids[at], reduction="sum"))
+    mean = sum(losses) / sum(row.label_count for row in chosen)
+    (0.7 * mean).backward()
+    assert value == pytest.approx(mean.item(), rel=1e-5)
+    expected = [p.grad for p in trained]
+    difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
+    assert difference <= 1e-5 * torch.cat([b.flatten() for b in expected]).norm()
+    seen = [row.row for step in range(5) for row in keep.rows_of(step)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [1, 2, 3, 4, 5]

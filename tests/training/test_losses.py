@@ -1,0 +1,261 @@
+"""Losses of per-row log-probabilities: the same values and gradients as separate forwards in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import log_softmax, logsigmoid
+
+import deltaw
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.packing import batches, pack, pad
+from deltaw.lora import LoRAConfig
+from deltaw.methods.full import Full
+from deltaw.methods.lora import LoRA
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.losses import CrossEntropy, RowLogProbs
+from deltaw.training.tasks import causal_head
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_head import frozen_head_log_probs, head_log_probs
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.tiny_models import VOCABULARY, causal_model
+from tests.training.toy_preference import BETA, Preference
+
+
+def pairs(count=6, seed=0):
+    """Pairs of answers to one prompt; all prompts have one stem."""
+    random = np.random.default_rng(seed)
+    draw = lambda n: random.integers(3, VOCABULARY, n)  # noqa: E731
+    stem, made = draw(6), []
+    for number in range(count):
+        prompt = np.concatenate([stem, draw(5)])
+        rows = []
+        for _ in ("chosen", "rejected"):
+            tokens = np.concatenate([prompt, draw(2 + number % 3)]).astype(np.int32)
+            rows.append(Example(number + 1, tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), None))
+        made.append(RowGroup(tuple(rows)))
+    return made
+
+
+def log_prob(model, row):
+    """The definition: a row alone through the model, the log-probability of its labels."""
+    tokens = torch.from_numpy(row.tokens.astype(np.int64))
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    at = torch.from_numpy(np.flatnonzero(row.is_label))
+    return log_softmax(logits.double(), -1)[at - 1, tokens[at]].sum()
+
+
+def pair_by_pair(model, groups):
+    total = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        chosen, rejected = (log_prob(model, row) for row in group.rows)
+        total = total - logsigmoid(BETA * (chosen - rejected))
+    return total
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def adapted(family, method, seed=0):
+    model = causal_model(family)
+    method.prepare(model, seed=seed)
+    with torch.no_grad():  # so that A has a gradient too
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+METHODS = {
+    "frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)),
+    "trained head": lambda: Full(None),
+}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
+@pytest.mark.parametrize("way", ["shared", "apart", "padded"])
+def test_gradients_of_pairs_are_those_of_separate_forwards_in_float64(family, method, way):
+    model = adapted(family, METHODS[method]())
+    exact = copy.deepcopy(model).double()
+    groups = pairs()
+    expected_loss = pair_by_pair(exact, groups)
+    expected = gradients(exact, expected_loss)
+    objective = CausalObjective(model, Preference())
+    batcher = CausalMicroBatcher(70, way == "shared", way == "padded", "cpu")
+    assert len(batcher.shapes(groups)) > 1
+    with contextlib.nullcontext() if way == "padded" else packed_rows(model):
+        loss = sum(objective(batch) for batch in batcher.batches(groups))
+        found = gradients(model, loss)
+    assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    assert found.keys() == expected.keys()
+    scale = max(g.norm() for g in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 2e-5 * max(gradient.norm(), 1e-2 * scale), name
+
+
+def test_pairs_are_trained_through_the_public_loop():
+    groups = pairs()
+    trained, first = {}, {}
+    for budget in (60, 10_000):
+        model = adapted("llama", METHODS["frozen head"]())
+        exact = copy.deepcopy(model).double()
+        expected = gradients(exact, pair_by_pair(exact, groups[:]) / len(groups))
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        with packed_rows(model):
+            outcome = deltaw.train(
+                CausalObjective(model, Preference()),
+                [p for _, p in named],
+                groups,
+                CausalMicroBatcher(budget, True, False, "cpu"),
+                names=[n for n, _ in named],
+                learning_rate=1e-2,
+                total_steps=20,
+                batch_size=len(groups),
+                max_grad_norm=None,
+                on_step=lambda step, at=budget: first.setdefault(at, step),
+            )
+        norm = torch.stack([g.norm() for g in expected.values()]).norm()
+        assert first[budget].gradient_norm == pytest.approx(float(norm), rel=1e-5)
+        assert first[budget].label_tokens == len(groups) and first[budget].rows == len(groups)
+        assert outcome.steps == 20
+        before, after = pair_by_pair(exact, groups), pair_by_pair(copy.deepcopy(model).double(), groups)
+        assert after < 0.5 * before
+        trained[budget] = {n: p.detach().clone() for n, p in named}
+    assert first[60].loss == pytest.approx(first[10_000].loss, rel=1e-6)
+    for name, parameter in trained[60].items():
+        difference = (parameter - trained[10_000][name]).norm()
+        assert difference <= 2e-3 * parameter.norm(), name
+
+
+@pytest.mark.parametrize("budget", [1, 25, 60, 1000])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_group_is_never_cut_and_every_row_comes_once(budget, share, padded):
+    groups = pairs(9)
+    batcher = CausalMicroBatcher(budget, share, padded, "cpu", fill=False)
+    made = list(batcher.batches(groups))
+    seen = [m.example for batch in made for m in batch.members]
+    assert sorted(map(id, seen)) == sorted(id(row) for group in groups for row in group.rows)
+    for batch, (rows, length) in zip(made, batcher.shapes(groups), strict=True):
+        assert batch.tokens == rows * length
+        assert batch.tokens <= budget or len(batch.groups) == 1
+        for members in batch.groups:
+            chosen, rejected = (batch.members[at].example for at in members)
+            assert any(group.rows == (chosen, rejected) for group in groups)
+
+
+def test_what_the_rows_of_a_pair_share_is_computed_once():
+    (group,) = pairs(1)
+    batch = pack([group])
+    alone = [row.label_count for row in group.rows]
+    assert batch.tokens == 11 + sum(alone) and batch.row_tokens == 22 + sum(alone)
+
+
+@pytest.mark.parametrize("lay_out", [pack, pad])
+def test_log_probs_are_told_row_by_row_also_where_labels_are_shared(lay_out):
+    random = np.random.default_rng(0)
+    stem = random.integers(3, VOCABULARY, 12)
+    rows = []
+    for end, first_label in ((2, 5), (4, 9), (3, 13)):
+        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, end)]).astype(np.int32)
+        rows.append(Example(end, tokens, np.arange(len(tokens)) >= first_label, 0, None))
+    rows.append(Example(9, rows[0].tokens, rows[0].is_label, 0, None))  # equal to the first
+    model = causal_model("llama")
+    batch = lay_out(rows)
+    with contextlib.nullcontext() if lay_out is pad else packed_rows(model), torch.no_grad():
+        told = RowLogProbs.of(batch, CausalObjective(model).token_log_probs(batch))
+    if lay_out is pack:
+        assert len(told.values) < len(told.index)
+    with torch.no_grad():
+        expected = [float(log_prob(model, row)) for row in told.rows]
+    assert told.sums().tolist() == pytest.approx(expected, rel=1e-5)
+    for row, count in zip(told.rows, told.counts(), strict=True):
+        assert int(count) == row.label_count
+    with pytest.raises(ValueError, match="groups"):
+        told.grouped(told.sums())
+
+
+class Defined:
+    """Cross-entropy by its definition, through the path that any loss takes."""
+
+    def __call__(self, rows):
+        return CrossEntropy()(rows)
+
+    def units(self, rows):
+        return CrossEntropy().units(rows)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_cross_entropy_is_the_loss_that_it_says_it_is(family, method):
+    model = adapted(family, METHODS[method]())
+    rows = [row for group in pairs() for row in group.rows]
+    fast, defined = CausalObjective(model), CausalObjective(model, Defined())
+    found = []
+    with packed_rows(model):
+        for objective in (fast, defined):
+            loss = sum(objective(batch) for batch in batches(rows, 50))
+            found.append((float(loss.detach()), gradients(model, loss)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name, gradient in found[0][1].items():
+        assert (gradient - found[1][1][name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def head_and_inputs(seed=0):
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(6, 11).double()
+    hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    return head, hidden, torch.randint(0, 11, (7,))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_a_frozen_heads_log_probs_are_those_of_log_softmax(monkeypatch, softcap, rows_at_once):
+    monkeypatch.setattr(causal_head, "FROZEN_CHUNK_BYTES", 8 * 11 * rows_at_once)
+    head, hidden, targets = head_and_inputs()
+    weight, bias = head.weight.detach(), head.bias.detach()
+
+    def values(x):
+        return frozen_head_log_probs(x, targets, weight, bias, 0.7, softcap)
+
+    logits = 0.7 * (hidden @ weight.T + bias)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = log_softmax(logits, -1)[torch.arange(7), targets]
+    torch.testing.assert_close(values(hidden), expected)
+    assert torch.autograd.gradcheck(values, (hidden,))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_any_heads_log_probs_are_those_of_log_softmax(chunk):
+    head, hidden, targets = head_and_inputs()
+    expected = log_softmax(head(hidden), -1)[torch.arange(7), targets]
+
+    def values(x, weight, bias):
+        return head_log_probs(x, targets, head, [head.weight, head.bias], chunk=chunk)
+
+    torch.testing.assert_close(values(hidden, head.weight, head.bias), expected)
+    assert torch.autograd.gradcheck(values, (hidden, head.weight, head.bias))
+    fixed = hidden.detach()
+    assert torch.autograd.gradcheck(lambda w, b: values(fixed, w, b), (head.weight, head.bias))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("loss", [None, Preference()], ids=["cross-entropy", "preference"])
+def test_a_second_backward_gives_the_same_gradients(method, loss):
+    model = adapted("llama", METHODS[method]())
+    with packed_rows(model):
+        (batch,) = batches(pairs(3), 10_000)
+        total = CausalObjective(model, loss)(batch)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        first = torch.autograd.grad(total * 0.25, trained, retain_graph=True)
+        second = torch.autograd.grad(total * 0.25, trained)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)

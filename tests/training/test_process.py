@@ -1,0 +1,125 @@
+"""The process of somebody who imports the library is as it was once a call returns, or raises."""
+
+from __future__ import annotations
+
+import gc
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import deltaw
+from deltaw.errors import UserError
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.callbacks import Callback
+from deltaw.training.process import frozen_heap, own_random_numbers, own_threads, stop_signals
+from tests.training.test_state import Training
+
+
+def everything():
+    """All that a call could leave changed."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+        "frozen": gc.get_freeze_count(),
+        "collector": (gc.isenabled(), gc.get_threshold()),
+        "handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+        "grad": (torch.is_grad_enabled(), torch.get_default_dtype()),
+    }
+
+
+@pytest.fixture
+def own_process():
+    """A process with choices of its own, which differ from what a run chooses."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(2)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    torch.manual_seed(1234)
+    torch.rand(5)
+    yield everything()
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+
+
+class Seen(Callback):
+    """Notes what the process is like within a run."""
+
+    def on_begin(self, state):
+        self.within = everything()
+
+
+def test_a_whole_run_leaves_the_process_as_it_was(own_process, settings, tmp_path):
+    seen = Seen()
+    config = settings(tmp_path / "run", threads=1, lora={"dropout": 0.2})
+    deltaw.fit(config, callback=seen)
+    assert everything() == own_process
+    # The test would say nothing if a run changed nothing on its way.
+    differing = {key for key, value in seen.within.items() if value != own_process[key]}
+    assert {"threads", "torch", "frozen", "handlers"} <= differing
+
+
+def test_a_plan_leaves_the_process_as_it_was(own_process, settings, tmp_path):
+    deltaw.plan(settings(tmp_path / "run", threads=1))
+    assert everything() == own_process
+
+
+def test_the_loop_leaves_the_process_as_it_was(own_process):
+    run = Training()  # making a tiny model draws its weights
+    torch.rand(5)
+    with packed_rows(run.model):  # verifies the model's blocks on its first entry
+        before = everything()
+        run.go()
+        assert everything() == before
+
+
+def test_a_run_that_fails_leaves_the_process_as_it_was(own_process, settings, tmp_path):
+    with pytest.raises(UserError, match="diverged"):
+        deltaw.fit(settings(tmp_path / "run", threads=1, lora={"alpha": 1e20}, train={"epochs": 4}))
+    assert everything() == own_process
+
+
+def test_what_the_process_has_frozen_itself_stays_frozen():
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with frozen_heap():
+            pass
+        assert gc.get_freeze_count() >= count > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_outside_of_the_main_thread_signals_stay_alone():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def elsewhere():
+        with stop_signals() as stopped:
+            seen.append((signal.getsignal(signal.SIGINT), stopped()))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    with stop_signals() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_random_numbers_and_threads_come_back_after_an_error():
+    before = everything()
+    with pytest.raises(ValueError), own_random_numbers(7), own_threads(2):
+        torch.rand(3)
+        raise ValueError
+    assert everything() == before

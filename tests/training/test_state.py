@@ -1,0 +1,209 @@
+"""A training that is taken up again from its state: every later step is equal to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from deltaw.data.example import Example
+from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig
+from deltaw.methods.bias import Bias
+from deltaw.methods.full import Full
+from deltaw.methods.lora import LoRA
+from deltaw.methods.random import Random
+from deltaw.methods.settings import RandomSettings
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.loop import train
+from deltaw.training.process import random_state
+from deltaw.training.state import SavedState
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.tiny_models import VOCABULARY, causal_model
+
+METHODS = {
+    "lora with dropout": lambda: LoRA(LoRAConfig(rank=4, alpha=8, dropout=0.3)),
+    "lora plus": lambda: LoRA(LoRAConfig(rank=4, alpha=8), b_rate=4.0),
+    "bias": lambda: Bias(None),
+    "full": lambda: Full(None),
+    "random": lambda: Random(RandomSettings(weights=0.05)),
+}
+
+
+def rows(count=11):
+    random = np.random.default_rng(3)
+    stem = random.integers(3, VOCABULARY, 5)
+    made = []
+    for number in range(count):
+        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, 2 + number % 4)]).astype(np.int32)
+        made.append(Example(number + 1, tokens, np.arange(len(tokens)) >= 5, 5, None))
+    return made
+
+
+class Training:
+    """New objects for the same training: model, method, objective, batcher."""
+
+    def __init__(self, method="lora with dropout", family="qwen3", dtype=torch.float32, **settings):
+        self.model = causal_model(family).to(dtype)
+        self.method = METHODS[method]()
+        self.method.prepare(self.model, seed=0)
+        with self.method.evaluating(self.model):
+            self.objective = CausalObjective(self.model)
+        self.settings = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": 4, "seed": 5, **settings}
+        self.steps, self.states, self.on_step = [], {}, lambda: None
+
+    def go(self, saved=None, keep=(), should_stop=lambda: False):
+        named = self.method.parameters(self.model)
+        batcher = CausalMicroBatcher(40, True, False, "cpu")
+
+        def on_begin(state):
+            self.state = state
+
+        def on_step(step):
+            self.steps.append(step)
+            self.on_step()
+            if step.step in keep:
+                self.states[step.step] = self.state.state()
+
+        with packed_rows(self.model):
+            self.outcome = train(
+                self.objective,
+                [parameter for _, parameter in named],
+                rows(),
+                batcher,
+                names=[name for name, _ in named],
+                rate_factors=[self.method.rate_factor(name) for name, _ in named],
+                after_step=lambda: self.method.after_step(self.model),
+                saved=saved,
+                on_begin=on_begin,
+                on_step=on_step,
+                should_stop=should_stop,
+                **self.settings,
+            )
+        return self
+
+    def stopped_after(self, count):
+        return self.go(keep=(count,), should_stop=lambda: len(self.steps) >= count)
+
+    def weights(self):
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+
+def through_files(saved):
+    """As plain bytes and back: JSON and safetensors, nothing pickled."""
+    return SavedState(json.loads(json.dumps(saved.values, allow_nan=False)), load(save(saved.tensors)))
+
+
+def assert_equal_to_the_bit(found, expected):
+    facts = lambda run: [(s.step, s.epoch, s.loss, s.learning_rate, s.gradient_norm) for s in run.steps]  # noqa: E731
+    assert facts(found) == facts(expected)[-len(found.steps) :]
+    for name, weight in expected.weights().items():
+        assert torch.equal(found.weights()[name], weight), name
+    for name in ("steps", "rows", "tokens", "computed_tokens", "label_tokens", "loss_sum"):
+        assert getattr(found.outcome, name) == getattr(expected.outcome, name), name
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "settings"),
+    [
+        ("lora with dropout", torch.float32, {"schedule": "linear", "warmup": 0.3}),
+        ("lora with dropout", torch.bfloat16, {"schedule": "cosine", "warmup": 2}),
+        ("lora plus", torch.float32, {"schedule": "constant", "weight_decay": 0.1}),
+        ("bias", torch.bfloat16, {"schedule": "linear"}),
+        ("full", torch.bfloat16, {"schedule": "cosine", "warmup": 0.2, "betas": (0.8, 0.9)}),
+        ("random", torch.bfloat16, {"schedule": "linear", "max_grad_norm": 0.1}),
+    ],
+)
+def test_ten_steps_are_five_and_five_more_from_the_state(method, dtype, settings):
+    family = "gpt2" if method == "bias" else "qwen3"  # one that has biases
+    whole = Training(method, family, dtype, **settings).go()
+    half = Training(method, family, dtype, **settings).stopped_after(5)
+    assert half.outcome.interrupted and half.outcome.steps == 5
+    torch.rand(3)  # the process went on with other things
+    rest = Training(method, family, dtype, **settings).go(saved=through_files(half.states[5]))
+    assert len(rest.steps) == 5 and rest.steps[0].step == 6
+    assert_equal_to_the_bit(rest, whole)
+    start = Training(method, family, dtype, **settings).weights()
+    assert any(not torch.equal(weight, start[name]) for name, weight in whole.weights().items())
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 9])
+def test_any_step_will_do_also_the_ends_of_epochs_and_those_that_are_checked(at):
+    whole = Training().go(keep=(at,))
+    assert_equal_to_the_bit(Training().go(saved=whole.states[at]), whole)
+
+
+def test_a_step_that_was_given_up_half_way_leaves_the_state_before_it():
+    whole = Training().go(keep=(3,))
+    run, asked = Training(), []
+
+    def within_step_four():
+        asked.append(len(run.steps))
+        return asked.count(3) == 2  # asked before the step, and after its first microbatch
+
+    run.go(should_stop=within_step_four)
+    assert run.outcome.interrupted and run.outcome.steps == 3
+    assert all(parameter.grad is None for _, parameter in run.method.parameters(run.model))
+    left = run.state.state()
+    assert left.values == whole.states[3].values | {"sums": left.values["sums"]}
+    assert all(torch.equal(tensor, whole.states[3].tensors[name]) for name, tensor in left.tensors.items())
+    assert_equal_to_the_bit(Training().go(saved=through_files(left)), whole)
+
+
+def test_what_a_callback_draws_changes_nothing():
+    whole, disturbed = Training().go(), Training()
+    disturbed.on_step = lambda: torch.rand(5)
+    assert_equal_to_the_bit(disturbed.go(), whole)
+
+
+def test_the_state_says_where_the_data_and_the_schedule_stand():
+    run = Training(schedule="cosine", warmup=0.2).go(keep=(4,))
+    values = run.states[4].values
+    # Eleven rows in steps of four: three steps an epoch.
+    assert values["step"] == 4 and values["place"] == {"epoch": 1, "position": 4}
+    assert values["schedule"]["name"] == "cosine" and values["order"]["seed"] == 5
+    assert set(values["names"]) == {name for name, _ in run.method.parameters(run.model)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"seed": 6}, "order of rows"),
+        ({"batch_size": 3}, "order of rows"),
+        ({"total_steps": 12}, "schedule"),
+        ({"learning_rate": 1e-3}, "schedule"),
+    ],
+)
+def test_the_state_of_another_training_is_refused(changes, what):
+    saved = Training().stopped_after(2).states[2]
+    other = Training(**changes)
+    before = {name: weight.clone() for name, weight in other.weights().items()}
+    with pytest.raises(UserError, match=what):
+        other.go(saved=saved)
+    assert all(torch.equal(weight, before[name]) for name, weight in other.weights().items())
+
+
+def test_other_parameters_are_refused():
+    saved = Training().stopped_after(2).states[2]
+    with pytest.raises(UserError, match="trained parameters"):
+        Training("full").go(saved=saved)
+    narrow = {k: t[..., :1] if k.startswith("parameter/") else t for k, t in saved.tensors.items()}
+    with pytest.raises(UserError, match="shape"):
+        Training().go(saved=SavedState(saved.values, narrow))
+
+
+def test_the_seed_alone_decides_and_the_process_keeps_its_own_random_numbers():
+    torch.manual_seed(1)
+    before = random_state()
+    first = Training().go()
+    torch.set_rng_state(before["cpu"])
+    Training().go()
+    torch.rand(7)
+    again = Training().go()
+    assert_equal_to_the_bit(again, first)
+    other = Training(seed=6).go()
+    assert [s.loss for s in other.steps] != [s.loss for s in first.steps]

@@ -1,0 +1,21 @@
+"""An objective over pairs of rows, in one file: all that it takes to train with it.
+
+−log σ(β (log p(chosen) − log p(rejected))): DPO (arXiv 2305.18290, eq. 7) without its reference model.
+"""
+
+from __future__ import annotations
+
+from torch.nn.functional import logsigmoid
+
+BETA = 0.3
+
+
+class Preference:
+    """A group is a chosen row and a rejected one; its unit is a pair."""
+
+    def __call__(self, rows):
+        chosen, rejected = rows.grouped(rows.sums()).unbind(1)
+        return -logsigmoid(BETA * (chosen - rejected)).sum()
+
+    def units(self, rows):
+        return len(rows)
