@@ -95,9 +95,8 @@ _MODULES = {
     "count": "ParameterCount adapter_parameters count_parameters is_factor_B",
     "files": "OtherBaseModelWarning load_adapter read_adapter save_adapter",
     "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
-    "layers_bias": (
-        "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d LoRABiasLinear"
-    ),
+    "layers_bias": "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d "
+    "LoRABiasLinear",
     "layers_conv": "LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d",
     "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
     "layers_parameter": "LoRAParameter",

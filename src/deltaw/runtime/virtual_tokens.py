@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.lora.adapted import adopt
-from deltaw.lora.places import Place, as_before, spots_holding
+from deltaw.lora.places import Place, Replacement, as_before, spots_holding
 
 _RECORD = "_deltaw_virtual_tokens"
 # Tables by which some models (Gemma 3n and 4) give each block embeddings of the very token ids.
@@ -114,8 +114,8 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
     layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
     layer.first_id = int(weight.shape[0])
     names = tuple(name for name, module in model.named_modules() if module is embedding)
-    place: Place[nn.Module] = Place(names, spots_holding(model, embedding), embedding, layer)
-    place.put_now()
+    place = Replacement(names, spots_holding(model, embedding), embedding, layer)
+    place.put_current()
     vars(model)[_RECORD] = place
     return layer
 
@@ -124,14 +124,14 @@ def detach(model: nn.Module) -> None:
     """Give the model its own embedding back; nothing happens where there are no virtual tokens."""
     place = _place(model)
     if place is not None:
-        place.put_before(model)
+        place.put_original(model)
         vars(model).pop(_RECORD)
 
 
 def attached(model: nn.Module) -> VirtualTokens | None:
     """The embedding with virtual tokens, or None."""
     place = _place(model)
-    return place.now if place is not None and isinstance(place.now, VirtualTokens) else None
+    return place.current if place is not None and isinstance(place.current, VirtualTokens) else None
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def own_embedding(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _place(model: nn.Module) -> Place[nn.Module] | None:
+def _place(model: nn.Module) -> Replacement | None:
     """Where the embedding with virtual tokens stands, and what stood there before."""
     place = vars(model).get(_RECORD)
     return place if isinstance(place, Place) else None
