@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
+import types
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -52,3 +54,11 @@ def test_lora_can_be_lifted_out():
             first, *rest = imported.split(".")
             allowed = first in _MAY_USE or (first == "deltaw" and (not rest or rest[0] in _BELOW))
             assert allowed, f"{name} imports {imported}"
+
+
+def test_every_public_name_is_what_it_says_once_all_modules_are_loaded():
+    for name in _MODULES:
+        if name != "__init__":
+            importlib.import_module(f"deltaw.lora.{name}")
+    for name in deltaw.lora.__all__:
+        assert not isinstance(getattr(deltaw.lora, name), types.ModuleType), name
