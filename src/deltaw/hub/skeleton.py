@@ -13,22 +13,23 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from deltaw import tasks
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import TASKS, Task, does_not_fit, first_line, read_config
+from deltaw.hub.loading import does_not_fit, first_line, read_config
 from deltaw.hub.quiet import quiet
+from deltaw.lora import fingerprint
 
 
 def skeleton(
     reference: str | os.PathLike[str],
     *,
     dtype: str,
-    task: Task = "causal-lm",
+    task: str = "causal-lm",
     num_labels: int | None = None,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
@@ -47,7 +48,7 @@ def skeleton(
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
-        auto = getattr(transformers, TASKS[task][0])
+        auto = getattr(transformers, tasks.entry_of(task).auto_model)
         while True:
             try:
                 with no_init_weights():
@@ -74,8 +75,8 @@ def skeleton(
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether the model's tensors hold numbers; in a dry run they do not, and none can be compared."""
-    return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+    """Whether the model's parameters hold numbers; in a dry run they do not, and none can be compared."""
+    return all(fingerprint.has_values(p) for p in model.parameters())
 
 
 def new_modules(

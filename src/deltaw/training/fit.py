@@ -36,7 +36,7 @@ from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Outcome, Step
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from deltaw.memory.plan import Fitting, Plan
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.planning.asked import parse_bytes
 from deltaw.training.planning.plan_run import plan_run
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 # The share of a budget that is left free for what a plan may be off by.
 LEFT_FREE = 0.04
