@@ -17,6 +17,7 @@ from deltaw.cli import group
 from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.methods import registry
 from deltaw.methods.choose import choose_method
+from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from tests.byte_models import byte_tokenizer
 
@@ -66,6 +67,13 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
 
 def test_demo_settings_are_valid() -> None:
     assert RunConfig.read(EXAMPLES / "demo.yaml").train.learning_rate == 5e-4
+
+
+def test_the_demo_is_asked_questions_that_it_was_not_trained_on() -> None:
+    questions = (EXAMPLES / "general-questions.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(questions)) == len(questions) == 20
+    assert not set(questions) & {*KEPT, *MEASURED}
+    assert RunConfig.read(EXAMPLES / "demo.yaml").train.keep_general > 0
 
 
 def test_compare_settings_are_valid_for_every_method() -> None:
