@@ -39,7 +39,7 @@ from deltaw.training.planning.heaviest import (
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
