@@ -2,7 +2,7 @@
 
 A model with V rows in its input embedding gets k more ids, V to V + k - 1, and a table (k, d) of their own
 for them. To everything else (packing, padding, masks, caches) they are tokens like any other, so that a
-soft prompt in front of a row needs no code beside this. The embedding is replaced by an object over the very
+soft prompt in front of a row needs no code besides this. The embedding is replaced by an object over the very
 same weight; a tied output layer notices nothing and predicts the V real tokens only.
 
 It knows modules; not how such a table is started, trained or stored.
@@ -30,7 +30,7 @@ class VirtualTokens(nn.Module):
     """What is added to an embedding's own class; objects are made by :func:`attach`.
 
     Attributes:
-        prompt: (k, d), the embeddings of the ids from ``first_id`` on, in fp32 (fp64 beside an fp64 weight).
+        prompt: (k, d), the embeddings of the ids from ``first_id`` on, in fp32 (fp64 for an fp64 weight).
         first_id: V, the rows of the embedding's own weight.
     """
 
