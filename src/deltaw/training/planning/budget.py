@@ -26,7 +26,7 @@ def memory_budget(memory: str | None, device: str) -> int | None:
 
     Raises:
         UserError: it is no size, or the run is not on the processor: what a run takes of another device's
-            memory is not planned, and a limit that nobody watches must not look like one.
+            memory is not planned, so the limit could not be enforced.
     """
     if memory is None:
         return None

@@ -151,7 +151,7 @@ def _saving_bytes(config: RunConfig, task: Task, dtype: str) -> int:
 
 
 def _fake_model(config: RunConfig, task: Task, data: RunData, dtype: str) -> PreTrainedModel:
-    """The run's model, without values, before anything is done to it."""
+    """The run's model on fake tensors, before the method is applied."""
     with fake_tensors():
         return skeleton(
             config.model,
