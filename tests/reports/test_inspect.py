@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig, LoRAParameter, attach, load_adapter, save_adapter
 from deltaw.reports.adapter_math import effective_rank, frobenius_norm, singular_values, stable_rank
 from deltaw.reports.inspect import AdapterReport, inspect_adapter
+from tests.lora.models import mixture, tiny
 
 
 class Block(nn.Module):
@@ -130,6 +132,146 @@ def test_patterns_give_modules_their_own_rank_and_alpha(tmp_path: Path) -> None:
     module = model.base_model.model.layers[3].q_proj
     mine = next(entry for entry in report.modules if entry.module == "layers.3.q_proj")
     assert mine.norm == pytest.approx(float(module.get_delta_weight("default").detach().norm()), rel=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.attn(x, x, x, need_weights=False)[0])
+
+
+def randomize(model: nn.Module) -> None:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "trainable_tokens" in name or "trained_tokens" in name:
+                parameter.normal_(std=0.2)
+
+
+def dense(base: nn.Module, folder: Path) -> list[torch.Tensor]:
+    """Every ΔW of the adapter in float64, as it acts on the base model, in the order of the model."""
+    load_adapter(base, folder)
+    base.double()
+    return [m.delta_weight().double() for m in base.modules() if hasattr(m, "delta_weight")]
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_experts_have_the_rank_and_the_norm_of_their_own_matrices(tmp_path, kind, rslora):
+    base = mixture(kind)
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj"], target_parameters=EXPERTS
+    )
+    model = get_peft_model(mixture(kind), config)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    report = inspect_adapter(tmp_path)
+    assert report.ranks == [4] and report.scalings == [6 / math.sqrt(4) if rslora else 6 / 4]
+    assert not report.warnings
+    deltas = dense(base, tmp_path)
+    assert sorted(m.norm for m in report.modules) == pytest.approx(sorted(float(d.norm()) for d in deltas))
+    for module in report.modules:
+        delta = next(d for d in deltas if float(d.norm()) == pytest.approx(module.norm))
+        values = torch.linalg.svdvals(delta)
+        assert module.largest == pytest.approx(float(values.max()))
+        assert (module.experts or 1) == (len(delta) if delta.dim() == 3 else 1)
+        each = values if delta.dim() == 3 else values[None]
+        mean = sum(effective_rank(one[:4]) for one in each) / len(each)
+        assert module.effective_rank == pytest.approx(mean, rel=1e-5)
+    assert {"experts #1", "experts #2", "q_proj"} == {entry.kind for entry in report.kinds()}
+
+
+def test_patterns_of_parameters_count_where_shapes_tell_them_apart_and_are_doubted_elsewhere(tmp_path):
+    changes = {"target_modules": [], "target_parameters": EXPERTS}
+    config = LoRAConfig(rank=4, alpha=6, rank_pattern={r"experts.down_proj": 2}, **changes)
+    model = mixture("mixtral")
+    attach(model, config)
+    randomize(model)
+    wanted = sorted(float(m.delta_weight().double().norm()) for m in model.modules() if is_update(m))
+    save_adapter(model, tmp_path / "ranks")
+    report = inspect_adapter(tmp_path / "ranks")
+    assert report.ranks == [2, 4] and report.scalings == [1.5, 3] and not report.warnings
+    assert sorted(m.norm for m in report.modules) == pytest.approx(wanted, rel=1e-5)
+
+    config = LoRAConfig(rank=4, alpha=6, alpha_pattern={r"experts.down_proj": 2}, **changes)
+    model = mixture("mixtral")
+    attach(model, config)
+    save_adapter(model, tmp_path / "alphas")
+    assert any("uncertain" in warning for warning in inspect_adapter(tmp_path / "alphas").warnings)
+
+
+def is_update(module: nn.Module) -> bool:
+    return isinstance(module, LoRAParameter)
+
+
+def test_one_parameter_has_its_full_name(tmp_path):
+    model = tiny("llama")
+    attach(model, LoRAConfig(rank=4, target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"]))
+    randomize(model)
+    save_adapter(model, tmp_path)
+    report = inspect_adapter(tmp_path)
+    found = {module.module: module.norm for module in report.modules}
+    for number, layer in enumerate(model.model.layers):
+        update = next(m for m in layer.mlp.modules() if is_update(m))
+        name = f"model.layers.{number}.mlp.up_proj.weight"
+        assert found[name] == pytest.approx(float(update.delta_weight().double().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.22.0"])
+def test_an_attentions_output_projection_counts_as_often_as_peft_adds_it(tmp_path, version):
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["attn", "out"], alpha_pattern={"attn": 5})
+    torch.manual_seed(0)
+    base = Attention()
+    model = get_peft_model(Attention(), config)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"peft_version": version}))
+    found = {module.module: module for module in inspect_adapter(tmp_path).modules}
+    assert found["attn"].scaling == found["attn.out_proj"].scaling == 2.5
+    assert found["out"].scaling == 3
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = "base_model.model.attn.base_layer.out_proj.lora_"
+    b, a = tensors[prefix + "B.weight"].double(), tensors[prefix + "A.weight"].double()
+    times = 2 if version == "0.21.2" else 1
+    assert found["attn.out_proj"].norm == pytest.approx(float((times * 2.5 * b @ a).norm()))
+    acting = sorted(float(delta.norm()) for delta in dense(base, tmp_path))
+    assert sorted(module.norm for module in found.values()) == pytest.approx(acting)
+
+
+def test_biases_on_b_and_token_rows_are_counted_and_shown(tmp_path):
+    model = get_peft_model(
+        tiny("vit"), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], lora_bias=True)
+    )
+    randomize(model)
+    model.save_pretrained(tmp_path / "bias")
+    report = inspect_adapter(tmp_path / "bias")
+    biases = [p.detach().double() for n, p in model.named_parameters() if "lora_B" in n and "bias" in n]
+    assert report.bias_parameters == report.other_parameters == sum(b.numel() for b in biases) > 0
+    assert report.bias_norm == pytest.approx(1.5 * float(torch.cat(biases).norm()))
+    assert "bias on B" in text_of(report)
+
+    model = tiny("gpt2")
+    attach(
+        model,
+        LoRAConfig(
+            rank=4, target_modules=["c_fc"], trainable_token_indices={"wte": [3, 8], "wpe": [2]}, bias="none"
+        ),
+    )
+    save_adapter(model, tmp_path / "tokens")
+    report = inspect_adapter(tmp_path / "tokens")
+    assert report.token_rows == {"transformer.wte": 2, "transformer.wpe": 1}
+    assert report.other_parameters == 3 * model.config.n_embd
+    assert "2 of transformer.wte" in text_of(report)
+    assert report.warnings == ["B is zero in all modules: only what is outside A and B can change the model"]
+    json.dumps(report.as_dict(), allow_nan=False)
 
 
 def test_kinds_and_layers_add_up(tmp_path: Path) -> None:

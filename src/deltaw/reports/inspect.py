@@ -18,14 +18,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deltaw.lora import LoRAConfig, read_adapter
-from deltaw.lora.config import scaling as scaling_of
-from deltaw.lora.matching import value_by_pattern
+from deltaw.lora import read_adapter
+from deltaw.lora.files import AdapterFile
+from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
 from deltaw.reports.adapter_math import effective_rank, frobenius_norm, singular_values, stable_rank
 
-_FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(?:\.weight)?"
-)
 _BARS = "▁▂▃▄▅▆▇█"
 _KINDS_SHOWN = 14
 _LAYERS_NAMED = 5
@@ -33,18 +30,19 @@ _LAYERS_NAMED = 5
 
 @dataclass(frozen=True)
 class ModuleUpdate:
-    """ΔW of one module.
+    """ΔW of one module, or of one of its parameters.
 
     Attributes:
-        module: its name in the base model.
-        rank: r, from the shape of its factors.
+        module: its name in the base model; see :class:`~deltaw.lora.peft_updates.FileUpdate`.
+        rank: r, of one expert where there are several.
         scaling: the factor of B·A.
         parameters: trained numbers in A and B.
-        norm: ‖ΔW‖_F; not a number where a factor is not finite.
-        largest: the largest singular value of ΔW.
-        effective_rank: Roy and Vetterli's.
-        stable_rank: ‖ΔW‖_F² / σ_max².
+        norm: ‖ΔW‖_F, over all experts; not a number where a factor is not finite.
+        largest: the largest singular value of ΔW, of any expert.
+        effective_rank: Roy and Vetterli's, the mean over experts.
+        stable_rank: ‖ΔW‖_F² / σ_max², the mean over experts.
         untrained: B is zero throughout.
+        experts: how many matrices the weight stacks; None for one matrix.
     """
 
     module: str
@@ -56,6 +54,7 @@ class ModuleUpdate:
     effective_rank: float
     stable_rank: float
     untrained: bool
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,9 @@ class AdapterReport:
         trained_parameters: all numbers that it holds.
         other_parameters: those that are not in A or B: whole modules, biases, tokens.
         other_tensors: the names of what holds them.
+        bias_parameters: those of biases on B (``lora_bias``).
+        bias_norm: the norm of all that these add to outputs, scaling · c.
+        token_rows: how many tokens' rows are trained, by embedding or head.
         norm: ‖ΔW‖_F over all modules.
         modules: every adapted module.
         warnings: what a person should know before using the adapter.
@@ -99,6 +101,9 @@ class AdapterReport:
     trained_parameters: int
     other_parameters: int
     other_tensors: list[str]
+    bias_parameters: int
+    bias_norm: float
+    token_rows: dict[str, int]
     norm: float
     modules: list[ModuleUpdate]
     warnings: list[str] = field(default_factory=list)
@@ -170,6 +175,11 @@ class AdapterReport:
             scalings = ", ".join(f"{value:g}" for value in self.scalings)
             head.add_row("rank", f"{ranks}   alpha {self.alpha:g}   scaling {scalings}")
             head.add_row("‖ΔW‖", f"{self.norm:.4g} over {len(self.modules)} modules")
+        if self.bias_parameters:
+            head.add_row("bias on B", f"norm {self.bias_norm:.4g}, {self.bias_parameters:,} parameters")
+        if self.token_rows:
+            rows = [f"{count} of {name}" for name, count in self.token_rows.items()]
+            head.add_row("token rows", _shortened(rows))
         trained = f"{self.trained_parameters:,} parameters"
         if self.other_parameters:
             trained += (
@@ -206,89 +216,87 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     Raises:
         UserError: the folder holds no adapter, or a damaged one.
     """
-    config, tensors, metadata = read_adapter(folder)
-    return describe(config, tensors, metadata.get("base_model_name_or_path"), Path(folder))
+    return describe(read_adapter(folder), Path(folder))
 
 
-def describe(
-    config: LoRAConfig, tensors: Mapping[str, torch.Tensor], base_model: str | None, folder: Path
-) -> AdapterReport:
-    """Measure an adapter that has been read.
-
-    Args:
-        config: its settings.
-        tensors: by the names in its file, in the file's orientation: A (r, n), B (m, r).
-        base_model: the name that it gives its base model.
-        folder: where it lies, for its size.
-    """
-    factors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    others: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        found = _FACTOR.fullmatch(name)
-        if found:
-            factors[found["module"]][found["factor"]] = tensor
-        else:
-            others[name.removeprefix("base_model.model.")] = tensor.numel()
-    modules = [
-        _update(module, pair["A"], pair["B"], config)
-        for module, pair in sorted(factors.items(), key=lambda entry: _natural(entry[0]))
-        if len(pair) == 2
-    ]
+def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
+    """Measure an adapter that has been read; ``folder`` is where it lies, for its size."""
+    content = content_of(adapter)
+    modules = [_update(update) for update in sorted(content.updates, key=lambda one: _natural(one.name))]
+    outside = {name: tensor.numel() for name, tensor in content.others.items()}
+    outside |= {f"{name}.lora_B.bias": tensor.numel() for name, tensor in content.biases.items()}
+    outside |= {f"{name} (token rows)": rows.numel() for name, rows in content.token_rows.items()}
     return AdapterReport(
         folder=str(folder),
-        base_model=base_model or None,
-        alpha=config.alpha,
+        base_model=adapter.metadata.get("base_model_name_or_path") or None,
+        alpha=adapter.config.alpha,
         ranks=sorted({module.rank for module in modules}),
         scalings=sorted({module.scaling for module in modules}),
         size_bytes=sum(file.stat().st_size for file in folder.glob("adapter_*") if file.is_file()),
-        trained_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        other_parameters=sum(others.values()),
-        other_tensors=sorted(others, key=_natural),
+        trained_parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
+        other_parameters=sum(outside.values()),
+        other_tensors=sorted(outside, key=_natural),
+        bias_parameters=sum(tensor.numel() for tensor in content.biases.values()),
+        bias_norm=_root_sum_of_squares(float(bias.norm()) for bias in content.biases.values()),
+        token_rows={name: rows.shape[0] for name, rows in content.token_rows.items()},
         norm=_root_sum_of_squares(module.norm for module in modules),
         modules=modules,
-        warnings=_warnings(modules, factors, tensors),
+        warnings=_warnings(modules, content, adapter.tensors),
     )
 
 
-def _update(module: str, a: torch.Tensor, b: torch.Tensor, config: LoRAConfig) -> ModuleUpdate:
-    rank = int(a.shape[0])
-    alpha = value_by_pattern(config.alpha_pattern, module, config.alpha)
-    factor = scaling_of(rank, alpha, config.rslora)
+def _update(update: FileUpdate) -> ModuleUpdate:
+    a, b = update.factor_A, update.factor_B
     parameters = a.numel() + b.numel()
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        nan = math.nan
-        return ModuleUpdate(module, rank, factor, parameters, nan, nan, nan, nan, untrained=False)
-    values = singular_values(a, b, factor)
+        norm = largest = effective = stable = math.nan
+    else:
+        pairs = update.pairs()
+        factor = update.scaling * update.times
+        values = [singular_values(left, right, factor) for left, right in pairs]
+        norm = _root_sum_of_squares(frobenius_norm(left, right, factor) for left, right in pairs)
+        largest = max((float(of_one[0]) for of_one in values if of_one.numel()), default=0.0)
+        effective = sum(effective_rank(of_one) for of_one in values) / len(values)
+        stable = sum(stable_rank(of_one) for of_one in values) / len(values)
     return ModuleUpdate(
-        module=module,
-        rank=rank,
-        scaling=factor,
+        module=update.name,
+        rank=update.rank,
+        scaling=update.scaling,
         parameters=parameters,
-        norm=frobenius_norm(a, b, factor),
-        largest=float(values[0]) if values.numel() else 0.0,
-        effective_rank=effective_rank(values),
-        stable_rank=stable_rank(values),
-        untrained=not bool(b.any()),
+        norm=norm,
+        largest=largest,
+        effective_rank=effective,
+        stable_rank=stable,
+        untrained=not (math.isnan(norm) or bool(b.any())),
+        experts=update.experts,
     )
 
 
 def _warnings(
-    modules: list[ModuleUpdate],
-    factors: Mapping[str, Mapping[str, torch.Tensor]],
-    tensors: Mapping[str, torch.Tensor],
+    modules: list[ModuleUpdate], content: FileContent, tensors: Mapping[str, torch.Tensor]
 ) -> list[str]:
     found = []
     untrained = [module.module for module in modules if module.untrained]
     if untrained and len(untrained) == len(modules):
-        found.append("B is zero in all modules: the adapter is untrained and changes nothing")
+        if content.others or content.biases or content.token_rows:
+            found.append("B is zero in all modules: only what is outside A and B can change the model")
+        else:
+            found.append("B is zero in all modules: the adapter is untrained and changes nothing")
     elif untrained:
         found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {_shortened(untrained)}")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         found.append(f"{len(broken)} tensors hold numbers that are not finite: {_shortened(broken)}")
-    halves = [module for module, pair in factors.items() if len(pair) != 2]
-    if halves:
-        found.append(f"{len(halves)} modules have one factor without the other: {_shortened(halves)}")
+    if content.halves:
+        found.append(
+            f"{len(content.halves)} modules have one factor without the other: {_shortened(content.halves)}"
+        )
+    unsure = [update.name for update in content.updates if not update.certain]
+    if unsure:
+        found.append(
+            "rank_pattern or alpha_pattern tells parameters of one module apart, and the file does not: "
+            f"rank and norm are uncertain for {_shortened(unsure)}"
+        )
     return found
 
 
