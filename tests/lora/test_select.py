@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from deltaw.errors import UserError
@@ -154,6 +155,32 @@ def test_a_weight_that_is_read_past_its_module_is_refused_with_the_hint():
         attach(model, LoRAConfig(target_modules=[], target_parameters=["out_proj.weight"]))
     with pytest.raises(UserError, match="fused kernels"):
         attach(causal_model("mamba"), LoRAConfig(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "jamba"])
+def test_the_step_projection_of_a_mamba_block_is_refused_by_name(model_type):
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    jamba = {"attn_layer_offset": 1, "attn_layer_period": 2, "num_attention_heads": 2, "num_experts": 1}
+    more = {**jamba, "num_key_value_heads": 2, "use_mamba_kernels": False} if model_type == "jamba" else {}
+    config = transformers.AutoConfig.for_model(model_type, **sizes, **more)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    names = [name for name, _ in model.named_modules() if name.endswith("dt_proj")]
+    assert names
+    before = [type(model.get_submodule(name)) for name in names]
+    for targets in (["dt_proj"], ["in_proj", "dt_proj"], r".*\.dt_proj", "all-linear"):
+        with pytest.raises(UserError, match=r"dt_proj' cannot be adapted: .*without calling"):
+            attach(model, LoRAConfig(rank=2, target_modules=targets))
+    with pytest.raises(UserError, match=r"dt_proj\.weight' cannot be adapted: .*without calling"):
+        attach(model, LoRAConfig(rank=2, target_modules=[], target_parameters=["dt_proj.weight"]))
+    assert [type(model.get_submodule(name)) for name in names] == before
+    attach(model, LoRAConfig(rank=2, target_modules=["in_proj", "x_proj"]))
+
+
+def test_a_layer_of_the_same_name_that_its_module_calls_is_adapted():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    config = transformers.AutoConfig.for_model("doge", **sizes, num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert attach(model, LoRAConfig(rank=2, target_modules=["dt_proj"])).adapted == 2
 
 
 def test_a_model_that_is_one_layer_says_what_to_do():

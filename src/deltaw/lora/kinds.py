@@ -25,8 +25,11 @@ from deltaw.lora.layers_int8 import Int8Linear
 from deltaw.lora.layers_parameter import attention_refusal
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-READ_DIRECTLY = frozenset({"out_proj", "conv1d"})
+READ_BY_KERNELS = frozenset({"out_proj", "conv1d"})
 """Modules of Mamba blocks whose weights fused kernels read without calling the module."""
+
+STEP_PROJECTION = "dt_proj"
+"""Of Mamba blocks of the first kind, alone or in a hybrid: the block multiplies by its weight itself."""
 
 PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
 """Subclasses of nn.Linear that write x·Wᵀ + b out by hand, and do nothing else."""
@@ -108,9 +111,12 @@ def read_directly(model: nn.Module, name: str, parent: nn.Module) -> str | None:
     """Why the module ``name`` is never called, though its weight is used; None where it is called."""
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter would not be seen"
+    last = name.rpartition(".")[2]
+    if last == STEP_PROJECTION and isinstance(getattr(parent, "A_log", None), nn.Parameter):
+        return f"{type(parent).__name__} multiplies by this weight without calling the layer"
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     mamba = "mamba" in model_type or model_type in ("falcon_h1", "nemotron_h")
-    if mamba and name.rpartition(".")[2] in READ_DIRECTLY:
+    if mamba and last in READ_BY_KERNELS:
         return f"{model_type}'s fused kernels read this weight directly"
     return None
 
