@@ -132,10 +132,12 @@ class RunConfig(BaseModel):
         """From a YAML file's path or a dictionary; ``flags``, nested the same way, override it.
 
         Raises:
-            UserError: the file is missing or not YAML, a key is unknown, or a value does not fit.
+            UserError: the file is missing or not YAML, a key is unknown, a value does not fit, or a method or
+                task of an installed package cannot be loaded.
         """
         if isinstance(source, RunConfig):
             return source
+        _load_plugins()
         where = "the flags"
         if source is None:
             settings: dict = {}
@@ -181,15 +183,16 @@ _own_fields = tuple(RunConfig.model_fields)
 
 def _follow_registries() -> None:
     """Give :class:`RunConfig` the methods and tasks that are registered now, and the methods' sections."""
-    sections = {e.name: _section(e, e.settings) for e in registry.entries() if e.settings is not None}
-    taken = [name for name in registry.names() if name in _own_fields or hasattr(BaseModel, name)]
+    methods = registry.registered()
+    sections = {e.name: _section(e, e.settings) for e in methods if e.settings is not None}
+    taken = [e.name for e in methods if e.name in _own_fields or hasattr(BaseModel, e.name)]
     if taken:
         raise ValueError(f"'{taken[0]}' is a setting already, and cannot name a method")
     fields = RunConfig.model_fields
     own = {name: fields[name] for name in _own_fields}
-    choices: Any = Literal[registry.names()]  # type: ignore[valid-type]
+    choices: Any = Literal[tuple(e.name for e in methods)]  # type: ignore[valid-type]
     own["method"] = FieldInfo.from_annotated_attribute(choices, _METHOD)
-    choices = Literal[tasks.names()]
+    choices = Literal[tuple(e.name for e in tasks.registered() if e.implementation is not None)]
     own["task"] = FieldInfo.from_annotated_attribute(choices, _TASK)
     place = _own_fields.index("method") + 1
     fields.clear()
@@ -201,6 +204,12 @@ def _follow_registries() -> None:
 
 registry.listen(_follow_registries)
 tasks.listen(_follow_registries)
+
+
+def _load_plugins() -> None:
+    """Add the settings of the methods and tasks that installed packages offer."""
+    registry.load_plugins()
+    tasks.load_plugins()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +224,7 @@ class Setting:
 
 def settings() -> Iterator[Setting]:
     """Every leaf of :class:`RunConfig`, in the order of the file."""
+    _load_plugins()
     for name, field in RunConfig.model_fields.items():
         section = _section_class(field)
         if section is None:

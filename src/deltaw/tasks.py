@@ -1,7 +1,8 @@
 """The tasks that exist: what a model can be trained to do. Each registers once, at the end of this module.
 
 Settings, flags and the loading of models follow from an entry. Other code registers its own the same way,
-before it reads any settings. An entry names its class by text where that is slow to import: this module needs
+before it reads any settings; an installed package names its entry as an entry point of the group
+``deltaw.tasks``. An entry names its class by text where that is slow to import: this module needs
 neither torch nor transformers.
 """
 
@@ -59,10 +60,12 @@ class TaskEntry:
         return found
 
 
-_registry: Registry[TaskEntry] = Registry("task")
+_registry: Registry[TaskEntry] = Registry("task", TaskEntry, "deltaw.tasks")
 register = _registry.register
 unregister = _registry.unregister
 listen = _registry.listen
+registered = _registry.registered
+load_plugins = _registry.load_plugins
 entries = _registry.entries
 entry_of = _registry.entry_of
 

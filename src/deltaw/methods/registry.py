@@ -1,7 +1,8 @@
 """The methods that exist. Each registers once; settings, flags, plans, searches and adapters follow from it.
 
 The built-in methods register in ``settings``. Other code registers its own the same way, before it reads any
-settings. An entry names its class by text where the class is slow to import, so this module needs no torch.
+settings; an installed package names its entry as an entry point of the group ``deltaw.methods``. An entry
+names its class by text where the class is slow to import, so this module needs no torch.
 """
 
 from __future__ import annotations
@@ -69,23 +70,20 @@ class MethodEntry:
         return found
 
 
-_registry: Registry[MethodEntry] = Registry("method")
+def _check(entry: MethodEntry) -> None:
+    if not entry.name.isidentifier() or keyword.iskeyword(entry.name):
+        raise ValueError(f"'{entry.name}' cannot name a method and its section")
+
+
+_registry: Registry[MethodEntry] = Registry("method", MethodEntry, "deltaw.methods", _check)
+register = _registry.register
 unregister = _registry.unregister
 listen = _registry.listen
+registered = _registry.registered
+load_plugins = _registry.load_plugins
 entries = _registry.entries
 names = _registry.names
 entry_of = _registry.entry_of
-
-
-def register(entry: MethodEntry) -> None:
-    """Make a method known.
-
-    Raises:
-        ValueError: the name is taken or cannot name a section.
-    """
-    if not entry.name.isidentifier() or keyword.iskeyword(entry.name):
-        raise ValueError(f"'{entry.name}' cannot name a method and its section")
-    _registry.register(entry)
 
 
 def compared_names() -> tuple[str, ...]:

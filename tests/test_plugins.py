@@ -1,0 +1,147 @@
+"""Methods and tasks of installed packages: found by entry points, in this process and in others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from deltaw.errors import UserError
+from deltaw.experiments.child import Child
+from deltaw.methods.registry import MethodEntry
+from deltaw.registry import Registry
+from deltaw.training.session import usual_rate_of
+from tests.methods.toy_method import Norms
+
+ROOT = Path(__file__).parent.parent
+METHOD = "from tests.methods.toy_method import ENTRY\n"
+TASK = "from tests.training.toy_task import ENTRY\n"
+
+
+def install(folder: Path, code: str, group: str, line: str) -> None:
+    """A package with one module and one entry point, as an installer leaves it."""
+    (folder / "toy_plugin.py").write_text(code)
+    info = folder / "toy_plugin-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{line}\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on sys.path, here and in child processes."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    paths = [str(folder), str(ROOT / "src"), str(ROOT)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    yield folder
+    sys.modules.pop("toy_plugin", None)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def methods_here() -> Registry[MethodEntry]:
+    """A registry that has not looked for packages yet, as of a new process."""
+    return Registry("method", MethodEntry, "deltaw.methods")
+
+
+def test_a_registry_looks_for_packages_when_it_is_first_asked(site):
+    install(site, METHOD, "deltaw.methods", "norms = toy_plugin:ENTRY")
+    found = methods_here()
+    seen = []
+    found.listen(lambda: seen.append([entry.name for entry in found.registered()]))
+    assert seen == [[]] and "toy_plugin" not in sys.modules
+    assert found.names() == ("norms",) and seen == [[], ["norms"]]
+    assert found.entry_of("norms") is found.entries()[0] and len(seen) == 2
+
+
+def test_a_package_that_registers_its_entry_itself_is_no_second_one(site):
+    code = METHOD + "import registry_of_test\nregistry_of_test.found.register(ENTRY)\n"
+    install(site, code, "deltaw.methods", "norms = toy_plugin:ENTRY")
+    (site / "registry_of_test.py").write_text("")
+    import registry_of_test
+
+    registry_of_test.found = found = methods_here()
+    try:
+        assert found.names() == ("norms",)
+    finally:
+        del sys.modules["registry_of_test"]
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "says"),
+    [
+        ("raise OSError('no such library')", "bad = toy_plugin:ENTRY", "OSError: no such library"),
+        ("", "bad = toy_plugin:ENTRY", "AttributeError"),
+        ("", "bad = no_such_module_of_mine:ENTRY", "ModuleNotFoundError"),
+        ("ENTRY = 3", "bad = toy_plugin:ENTRY", "it is a int, not a MethodEntry"),
+        (
+            "from deltaw.methods.registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')",
+            "bad = toy_plugin:ENTRY",
+            "there is a method 'lora' already",
+        ),
+    ],
+)
+def test_a_package_that_does_not_work_is_named_each_time(site, code, line, says):
+    install(site, code, "deltaw.methods", line)
+    found = methods_here()
+    found.register(MethodEntry("lora", "deltaw.methods.lora:LoRA"))
+    for ask in (found.entries, found.names, lambda: found.entry_of("lora")):
+        with pytest.raises(UserError, match="method 'bad' of package 'toy-plugin' cannot be loaded") as told:
+            ask()
+        assert says in told.value.what and line in str(told.value.where)
+    assert [entry.name for entry in found.registered()] == ["lora"]
+
+
+def test_the_command_line_says_which_package_is_broken(site):
+    install(site, "raise OSError('no such library')", "deltaw.tasks", "bad = toy_plugin:ENTRY")
+    done = python("-m", "deltaw", "train", "--help")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the task 'bad' of package 'toy-plugin'" in done.stderr
+    assert python("-m", "deltaw", "--help").returncode == 0
+
+
+def test_flags_and_workers_know_the_method_of_a_package(site, settings, tmp_path):
+    install(site, METHOD, "deltaw.methods", "norms = toy_plugin:ENTRY")
+    done = python("-m", "deltaw", "train", "--help")
+    assert done.returncode == 0 and "--norms.above" in done.stdout
+    config = settings(tmp_path / "run", method="norms", norms={"above": 1})
+    with Child(tmp_path / "log.txt") as child:
+        answer = child.ask("usual", config=config)
+    expected = usual_rate_of(Norms(), AutoConfig.from_pretrained(config["model"]))
+    assert answer["usual_rate"] == pytest.approx(expected)
+
+
+def test_a_task_of_a_package_can_be_chosen(site):
+    install(site, TASK, "deltaw.tasks", "preference = toy_plugin:ENTRY")
+    code = (
+        "from deltaw.config import RunConfig\n"
+        "from deltaw import tasks\n"
+        "config = RunConfig.read({'model': 'm', 'data': 'd', 'task': 'preference'})\n"
+        "print(config.task, tasks.names()[-1])"
+    )
+    done = python("-c", code)
+    assert done.stdout.split() == ["preference", "preference"], done.stderr
+
+
+def test_importing_the_settings_looks_for_no_package(site):
+    install(site, "raise OSError", "deltaw.methods", "bad = toy_plugin:ENTRY")
+    code = (
+        "import json, sys, importlib.metadata as metadata\n"
+        "asked = []\n"
+        "look = metadata.entry_points\n"
+        "metadata.entry_points = lambda **by: (asked.append(by.get('group')), look(**by))[1]\n"
+        "import deltaw.config\n"
+        "print(json.dumps([a for a in asked if str(a).startswith('deltaw')]))\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0 and json.loads(done.stdout) == [], done.stderr
