@@ -9,17 +9,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = Path("src/deltaw/kernels/csrc")
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-    # Whether the processor has these is looked up before anything is called.
-    *(
-        f"-m{name}"
-        for name in ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "avx512vnni")
-    ),
-]
+# Whether the processor has the instructions that these ask for is looked up before anything is called.
+FLAGS = SOURCES / "compile_flags.txt"
 
 x86 = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
 setup(
@@ -27,8 +18,8 @@ setup(
         Extension(
             "deltaw.kernels._native",
             sources=sorted(map(str, SOURCES.glob("*.cpp"))),
-            depends=[*sorted(map(str, SOURCES.glob("*.h"))), "setup.py"],
-            extra_compile_args=FLAGS,
+            depends=[*sorted(map(str, SOURCES.glob("*.h"))), str(FLAGS), "setup.py"],
+            extra_compile_args=FLAGS.read_text(encoding="utf-8").split(),
             optional=True,
         )
     ]

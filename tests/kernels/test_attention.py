@@ -1,4 +1,4 @@
-"""Forest attention against its reference implementation, and the layout against its definition."""
+"""Attention over prefix trees against its reference implementation, and the layout against its definition."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from deltaw.kernels import attention
 from deltaw.kernels.attention import packed_attention, packed_attention_reference
 from deltaw.kernels.layout import LARGEST_ATOM, Layout
-from tests.kernels.conftest import close
+from tests.kernels.conftest import close, compiled_only
 
 
 @st.composite
-def forests(draw):
+def trees(draw):
     count = draw(st.integers(1, 9))
     lengths = [draw(st.sampled_from([1, 2, 3, 7, 20, LARGEST_ATOM + 3])) for _ in range(count)]
     parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
@@ -33,7 +33,7 @@ def random_inputs(layout, heads=4, key_heads=2, size=8, dtype=torch.float64, see
 
 
 @settings(max_examples=40, deadline=None)
-@given(forests(), st.sampled_from([None, 1, 5, 40]))
+@given(trees(), st.sampled_from([None, 1, 5, 40]))
 def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
     covered = np.zeros((layout.length, layout.length), dtype=int)
     tiles = layout.tiles(window)
@@ -55,7 +55,7 @@ def test_tiles_cover_each_visible_pair_exactly_once(layout, window):
 
 
 @settings(max_examples=25, deadline=None)
-@given(forests(), st.sampled_from([None, 4]), st.sampled_from([None, 2.0]), st.sampled_from([1, 2, 4]))
+@given(trees(), st.sampled_from([None, 4]), st.sampled_from([None, 2.0]), st.sampled_from([1, 2, 4]))
 def test_forward_and_backward_equal_the_plain_reference(layout, window, softcap, key_heads):
     inputs = random_inputs(layout, key_heads=key_heads)
     again = [t.detach().clone().requires_grad_() for t in inputs]
@@ -101,9 +101,10 @@ def test_lower_precision_stays_near_float64(dtype):
     torch.testing.assert_close(low.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@compiled_only
 @settings(max_examples=25, deadline=None)
 @given(
-    forests(),
+    trees(),
     st.sampled_from([None, 1, 5, 40]),
     st.sampled_from([None, 20.0]),
     st.sampled_from([(4, 2, 8), (9, 3, 20), (3, 3, 48), (5, 1, 6)]),
@@ -127,7 +128,8 @@ def test_the_compiled_kernel_equals_the_plain_reference_in_float64(layout, windo
             assert error < (2e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_the_compiled_kernel_is_the_same_to_the_bit_each_time(compiled, threads):
+@compiled_only
+def test_the_compiled_kernel_is_the_same_to_the_bit_each_time(threads):
     layout = Layout.of_lengths([90, 40, 33, 200], [-1, 0, 0, -1])
     found = []
     for _ in range(2):

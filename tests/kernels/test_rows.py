@@ -8,12 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import rows
-from tests.kernels.conftest import close
+from tests.kernels.conftest import close, compiled_only
 from tests.kernels.test_linear import DTYPES, numbers
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
 
+@compiled_only
+@compiled_only
+@compiled_only
+@compiled_only
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
 def test_a_norm_and_its_gradient(shape, dtype, centred, offset):

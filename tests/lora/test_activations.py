@@ -55,17 +55,21 @@ def test_a_holds_the_top_right_singular_vectors_of_all_batches(sizes):
     batches = [_rows(n, 24, seed) for seed, n in enumerate(sizes)]
     x = batches[0]
     before = model(x)
-    started = initialize_from_activations(model, lambda: [model(batch) for batch in batches] and None)
+    initialized = initialize_from_activations(model, lambda: [model(batch) for batch in batches] and None)
     rows = torch.cat(batches)
     for layer, seen in ((model[0], rows), (model[2], torch.tanh(model[0](rows)).detach())):
         factor = layer.lora_A.detach()
         torch.testing.assert_close(factor.t() @ factor, torch.eye(4), atol=1e-5, rtol=0)
         assert _same_space(factor, _top(seen, 4)) > 0.999
     assert torch.equal(model(x), before) and not model[0].lora_B.any()
-    assert started.started == 2 and started.tokens == (len(rows), len(rows)) and not started.short
+    assert (
+        initialized.initialized == 2
+        and initialized.tokens == (len(rows), len(rows))
+        and not initialized.short
+    )
     share = torch.linalg.svdvals((rows - rows.mean(0)).double()).square()
-    assert 0 < started.explained <= 1 and float(share[:4].sum() / share.sum()) > 0.5
-    assert "2 layers" in str(started)
+    assert 0 < initialized.explained <= 1 and float(share[:4].sum() / share.sum()) > 0.5
+    assert "2 layers" in str(initialized)
 
 
 def test_the_same_batches_give_the_same_start_and_the_seed_hardly_matters():
@@ -171,28 +175,32 @@ def test_an_input_changed_in_place_is_another_input():
 
 def test_too_few_tokens_are_said_and_filled_up_with_orthogonal_directions():
     model = _model(rank=6)
-    started = initialize_from_activations(model, lambda: model(_rows(3, 24, 0)))
+    initialized = initialize_from_activations(model, lambda: model(_rows(3, 24, 0)))
     factor = model[0].lora_A.detach()
     torch.testing.assert_close(factor.t() @ factor, torch.eye(6), atol=1e-5, rtol=0)
     assert _same_space(factor[:, :2], _top(_rows(3, 24, 0), 2)) > 0.999
-    assert started.short == ("0", "2") and "too few tokens" in str(started)
+    assert initialized.short == ("0", "2") and "too few tokens" in str(initialized)
 
 
 def test_a_rank_above_the_input_leaves_the_other_columns_as_they_started():
     model = nn.Sequential(nn.Linear(3, 8))
     attach(model, LoRAConfig(rank=5, init="eva"), seed=0)
     before = model[0].lora_A.detach().clone()
-    started = initialize_from_activations(model, lambda: model(_rows(50, 3, 0)))
+    initialized = initialize_from_activations(model, lambda: model(_rows(50, 3, 0)))
     factor = model[0].lora_A.detach()
     torch.testing.assert_close(factor[:, :3].t() @ factor[:, :3], torch.eye(3), atol=1e-5, rtol=0)
-    assert torch.equal(factor[:, 3:], before[:, 3:]) and started.short == ("0",)
+    assert torch.equal(factor[:, 3:], before[:, 3:]) and initialized.short == ("0",)
 
 
 def test_layers_that_are_not_run_keep_their_uniform_start():
     model = _model()
     before = model[2].lora_A.detach().clone()
-    started = initialize_from_activations(model, lambda: model[0](_rows(50, 24, 0)))
-    assert started.unseen == ("2",) and torch.equal(model[2].lora_A, before) and "not run" in str(started)
+    initialized = initialize_from_activations(model, lambda: model[0](_rows(50, 24, 0)))
+    assert (
+        initialized.unseen == ("2",)
+        and torch.equal(model[2].lora_A, before)
+        and "not run" in str(initialized)
+    )
 
 
 def test_hooks_are_taken_off_again_whatever_happens():

@@ -296,6 +296,8 @@ def test_a_model_goes_through_a_file_both_ways(family, init, tmp_path):
         for _, parameter in adapter_parameters(model):
             parameter.add_(0.05 * torch.randn(parameter.shape))
         expected = model(**inputs(family)).logits
+        plain = tiny(family)(**inputs(family)).logits
+        assert (expected - plain).norm() > 1e-3 * plain.norm()
         save_adapter(model, tmp_path / "ours")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -313,6 +315,7 @@ def test_every_kind_of_layer_goes_through_a_file_both_ways(tmp_path):
     ours, theirs, ids = _pair()
     base = copy.deepcopy(ours)
     detach(base)
+    assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(str(tmp_path / "theirs"))

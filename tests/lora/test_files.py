@@ -50,6 +50,12 @@ def _trained(family: str, seed: int = 0, **settings: object) -> nn.Module:
     return model
 
 
+def _differs_from_base(output: torch.Tensor, family: str) -> None:
+    """A file that loses everything must not pass for one that was read."""
+    plain = _logits(tiny(family), family)
+    assert (output - plain).norm() > 1e-3 * plain.norm()
+
+
 def _in_peft(family: str, folder: Path) -> nn.Module:
     """PEFT's own loading, in which no warning may come."""
     with warnings.catch_warnings():
@@ -83,7 +89,7 @@ _SETTINGS = {
     "eva": ("llama", {"init": "eva"}),
     "pissa rslora": ("llama", {"init": "pissa", "rslora": True, "rank_pattern": {"q_proj": 2}}),
     "classifier": ("bert", {"target_modules": ["query", "dense"], "train_modules": ["classifier"]}),
-    "classifier left": ("bert", {"target_modules": ["query"]}),
+    "classifier left": ("bert", {"target_modules": ["value", "dense"]}),
     "albert": ("albert", {"target_modules": ["query", "ffn"]}),
     "t5": ("t5", {"target_modules": "mlp"}),
     "vit": ("vit", {"target_modules": "attention", "train_modules": ["classifier"]}),
@@ -94,6 +100,7 @@ _SETTINGS = {
 def test_peft_loads_what_is_saved_and_so_do_we(family, settings, tmp_path):
     model = _trained(family, **settings)
     expected = _logits(model, family)
+    _differs_from_base(expected, family)
     save_adapter(model, tmp_path)
     torch.testing.assert_close(_logits(_in_peft(family, tmp_path), family), expected, atol=1e-5, rtol=1e-4)
     again = tiny(family)
@@ -129,7 +136,7 @@ _PEFT_SETTINGS = {
     "dora": ("qwen3", {"target_modules": "all-linear", "use_dora": True}),
     "dora Conv1D": ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True, "fan_in_fan_out": True}),
     "dora pissa": ("llama", {"target_modules": ["q_proj"], "use_dora": True, "init_lora_weights": "pissa"}),
-    "classifier": ("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "classifier": ("bert", {"target_modules": ["value", "dense"], "task_type": "SEQ_CLS"}),
     "albert": ("albert", {"target_modules": ["query", "ffn"]}),
     "t5": ("t5", {"target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}),
     "vit": ("vit", {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}),
@@ -149,6 +156,7 @@ def test_we_load_what_peft_saves(family, settings, tmp_path):
         theirs.save_pretrained(str(tmp_path))
     model = tiny(family)
     load_adapter(model, tmp_path, trainable=True)
+    _differs_from_base(_logits(model, family), family)
     torch.testing.assert_close(_logits(model, family), _logits(theirs, family), atol=1e-5, rtol=1e-4)
     assert count_parameters(model).trained > 0
 
@@ -179,6 +187,7 @@ def test_every_kind_of_layer_goes_both_ways(tmp_path):
     ours = copy.deepcopy(base)
     attach(ours, LoRAConfig(rank=4, target_modules=names))
     randomise(ours)
+    assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out|.*groups > 1")
@@ -238,6 +247,7 @@ def test_a_start_that_changed_weights_is_saved_as_a_plain_adapter_of_twice_the_r
 def test_an_adapter_of_a_merged_model_can_still_be_saved(tmp_path):
     model = _trained("llama")
     expected = _logits(model, "llama")
+    _differs_from_base(expected, "llama")
     merge(model)
     save_adapter(model, tmp_path)
     again = tiny("llama")
@@ -272,6 +282,7 @@ def test_a_bf16_model_keeps_its_adapter_in_fp32_through_a_file(tmp_path):
     save_adapter(model, tmp_path)
     again = tiny("llama").to(torch.bfloat16)
     load_adapter(again, tmp_path)
+    assert all(p.any() for _, p in adapter_parameters(model))
     pairs = zip(adapter_parameters(model), adapter_parameters(again), strict=True)
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for (_, a), (_, b) in pairs)
 

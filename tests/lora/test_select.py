@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import types
 
 import pytest
 import torch
@@ -202,6 +203,7 @@ class _Parts(nn.Module):
         self.lin = nn.Linear(4, 4)
         self.tied = nn.Linear(4, 7, bias=False)
         self.tied.weight = self.embed.weight
+        self.config = types.SimpleNamespace(tie_word_embeddings=True)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed

@@ -25,7 +25,7 @@ from deltaw.experiments.space import Range, Values, default_space
 from deltaw.methods import registry
 from deltaw.methods.registry import MethodEntry
 from deltaw.training.inference import open_run, score_run
-from deltaw.training.planning.plan_run import chosen_methods
+from deltaw.training.planning.asked import chosen_methods
 from tests.methods.toy_method import ENTRY, Norms
 
 ADAPTER = "adapter_model.safetensors"

@@ -57,18 +57,18 @@ def outputs_and_gradients(
     return out.detach(), [factor.grad for factor in factors]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", PACKED)
-def test_fused_blocks_equal_the_models_own(family, recompute, monkeypatch):
+def test_fused_blocks_equal_the_models_own(family, checkpointing, monkeypatch):
     model = adapted(model_of(family))
     expected, expected_grads = outputs_and_gradients(model, fused=False)
-    if recompute:
+    if checkpointing:
         for block in layers_of(model):
             block.gradient_checkpointing = block.training = True
     ran = count_runs(monkeypatch)
     out, grads = outputs_and_gradients(model, fused=True)
     assert fused_blocks(model).choice.value, fused_blocks(model).choice.why
-    assert len(ran) == 3 * (1 + recompute)
+    assert len(ran) == 3 * (1 + checkpointing)
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 2e-4
@@ -133,9 +133,9 @@ def test_a_class_that_computes_something_else_is_noticed(monkeypatch):
     assert "differ from the model's own" in _why(changed.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Phi3", "GPTNeoX", "GPT2"])
-def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, recompute):
+def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, checkpointing):
     model = adapted(model_of(family))
     layout = Layout.of_lengths([20, 9, 6, 11], [-1, 0, 0, -1])
     tokens = torch.randint(0, 120, (1, layout.length), generator=torch.Generator().manual_seed(1))
@@ -144,7 +144,7 @@ def test_outputs_at_some_places_are_the_same_there_and_their_gradients(family, r
     places = torch.tensor([2, 19, 20, 28, 45])
     weights = torch.randn(len(places), 64, generator=torch.Generator().manual_seed(2))
     for block in layers_of(model):
-        block.gradient_checkpointing = block.training = recompute
+        block.gradient_checkpointing = block.training = checkpointing
     found = []
     for asked in (contextlib.nullcontext(), outputs_at(model, places)):
         with packed_rows(model), asked:
@@ -176,9 +176,9 @@ WHOLE = {
 
 @compiled_only
 @pytest.mark.parametrize("lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, lengths, monkeypatch):
+def test_a_block_in_one_call_is_the_same_to_the_bit(kind, checkpointing, lengths, monkeypatch):
     family, dtype, settings = WHOLE[kind]
     model = model_of(family, dtype)
     if kind.startswith("bytes"):
@@ -186,7 +186,7 @@ def test_a_block_in_one_call_is_the_same_to_the_bit(kind, recompute, lengths, mo
         quantize_int8(model.base_model, lambda: model(tokens))
     adapted(model, **settings)
     for block in layers_of(model):
-        block.gradient_checkpointing = block.training = recompute
+        block.gradient_checkpointing = block.training = checkpointing
     calls = []
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
@@ -210,7 +210,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_changed_between_two_passes_is_noticed(change):
+def test_what_is_changed_between_two_forwards_is_noticed(change):
     model = adapted(model_of("Llama"))
     before, _ = outputs_and_gradients(model, fused=True)
     CHANGES[change](model.base_model.layers[1])
@@ -239,7 +239,7 @@ def _why(model: nn.Module) -> str:
 
 def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
     def never(*args: object) -> None:
-        raise AssertionError("a lean block ran")
+        raise AssertionError("a fused block ran")
 
     model = adapted(model_of("Llama"), dropout=0.5)
     with packed_rows(model):

@@ -83,7 +83,7 @@ def test_everything_is_undone_when_the_model_fails_inside():
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
 
-def test_an_entrance_above_something_trained_is_refused():
+def test_a_layer_entry_point_above_something_trained_is_refused():
     model = frozen()
     attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
     with pytest.raises(RuntimeError, match="depends on what is trained"):

@@ -365,7 +365,7 @@ def test_a_block_that_looks_at_more_than_its_input_is_found_out(tmp_path):
             causal_rows(),
             folder=tmp_path,
         )
-    assert cached is None and "entered there" in choice.why
+    assert cached is None and "resumed there" in choice.why
 
 
 def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(tmp_path, monkeypatch):

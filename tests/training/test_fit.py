@@ -65,7 +65,7 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
     answer = result.as_dict()
     json.dumps(answer, allow_nan=False)
     assert answer["eval"] == result.evaluation.as_dict() and answer["output"] == str(tmp_path / "run")
-    assert "6 steps of 3 rows" in said and "flat rows without padding" in said
+    assert "6 steps of 3 rows" in said and "padding-free packing" in said
     assert "device: cpu (as asked)" in said and "10 rows read as prompt-completion" in said
     card = (result.output / "README.md").read_text()
     assert "base_model:" in card and "| optimizer steps | 6 |" in card and "interrupted" not in card

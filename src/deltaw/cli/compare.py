@@ -16,13 +16,13 @@ from deltaw.cli.options import console, json_flag, nested, print_json, settings_
     "--rates",
     multiple=True,
     metavar="METHOD=RATE,…",
-    help="learning rates to try for a method; one alone is taken as it is",
+    help="learning rates to try for a method; a single one is used without trying",
 )
 @click.option(
     "--share",
     default=None,
     type=click.FloatRange(0, 1, min_open=True),
-    help="part of a run's steps that a learning rate is tried for  [default: 0.3]",
+    help="share of a run's steps that each learning rate is tried for  [default: 0.3]",
 )
 @settings_flags
 @json_flag

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from deltaw import tasks
 from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
@@ -35,7 +36,7 @@ from deltaw.training.inference_drift import answers_side_by_side, drift_of
 @click.option(
     "--task",
     default=None,
-    type=click.Choice(["causal-lm", "sequence-classification", "regression", "image-classification"]),
+    type=click.Choice(tasks.names()),
     help="what a bare model is to do",
 )
 @model_flags

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @click.command("plan")
 @click.argument("settings", required=False, type=click.Path())
 @click.option(
-    "--methods", default="all", show_default=True, help="methods to plan beside the run's own: a,b,c"
+    "--methods", default="all", show_default=True, help="methods to plan besides the run's own: a,b,c"
 )
 @click.option(
-    "--picture", default=None, type=click.Path(), help="draw stacked bars: a .png, .svg or .pdf file"
+    "--picture", default=None, type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file"
 )
-@click.option("--budget", default=None, help="turn it round: which settings fit into so much, such as 6GB")
+@click.option("--budget", default=None, help="search for settings that fit into so much memory, such as 6GB")
 @settings_flags
 @json_flag
 def command(

@@ -39,8 +39,8 @@ def command(
 ) -> int:
     """Search for the settings that train best: SETTINGS is a YAML file, as for train.
 
-    Trials are judged by rows taken out of the training rows, and written to `output` with -tune behind it, or
-    to exactly the folder that --output names; the same command goes on with a search that was interrupted.
+    Trials are evaluated on rows taken out of the training rows. They are written to `output` with -tune
+    behind it, or to exactly the folder that --output names. The same command resumes a search.
     """
     from deltaw.config import RunConfig
     from deltaw.experiments.tune import tune

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
@@ -190,7 +191,7 @@ def _entry(
 
 def _base_entry(config: RunConfig, place: ExperimentFolder) -> _Entry | None:
     """The untrained model; it can be scored only if it has its own output head."""
-    if config.task != "causal-lm":
+    if tasks.entry_of(config.task).new_head:
         return None
     settings = {
         key: value

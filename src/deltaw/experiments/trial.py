@@ -20,7 +20,7 @@ from deltaw.training.callbacks import Say, silent
 from deltaw.training.fit import load_for
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 VALIDATION_SHARE = 0.1
 VALIDATION_ROWS = 256

@@ -36,6 +36,7 @@ from deltaw.experiments.space import (
 from deltaw.experiments.tuning import TrialResult, Tuning, tuning_markdown
 from deltaw.experiments.weight import weight
 from deltaw.training.callbacks import Say, silent
+from deltaw.training.planning.asked import refuse_memory
 
 if TYPE_CHECKING:
     import optuna
@@ -75,6 +76,7 @@ def tune(
         UserError: the input cannot be used, Optuna is not installed, or no trial succeeded.
     """
     _require_optuna()
+    refuse_memory(config.memory, "tune")
     asked = parse_space(search)
     check_space(config, asked)
     place = ExperimentFolder(Path(os.path.expanduser(folder)), "tuning")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
@@ -32,7 +33,7 @@ from deltaw.training.callbacks import Lines, Say
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import fit, load_for
 from deltaw.training.session import read_data, usual_rate_of
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 Message = Mapping[str, object]
 ADAPTER_FILES = "adapter_*"
@@ -175,7 +176,7 @@ def _score(evaluation: Evaluation) -> dict[str, object]:
 def _total_parameters(config: RunConfig, output: Path) -> int:
     """Parameters of the model with the run's head, counted on fake tensors from its configuration."""
     classes = classes_of(output)
-    outputs = len(classes) if classes is not None else 1 if config.task == "regression" else None
+    outputs = len(classes) if classes is not None else tasks.entry_of(config.task).outputs
     device = choose_device(config.device).value
     with fake_tensors():
         model = skeleton(

@@ -2,7 +2,7 @@
 
 De-quantizing takes far longer than loading, so its result is kept in the cache under the file's own
 digest, and every later run loads the folder. The tensors, the configuration and the tokenizer come from
-transformers' reader; what it leaves out is mended here: the tokenizer's splitting of digits, the
+transformers' reader; what it leaves out is restored here: the tokenizer's splitting of digits, the
 terminators in the generation configuration, and the mark of a quantization that is no longer there.
 
 It does not know what a model is used for, nor how one is loaded from a folder.
@@ -271,7 +271,7 @@ def _require_gguf(path: Path) -> None:
 
 @functools.cache
 def _digest(path: Path, size: int, changed: int) -> str:
-    """The SHA-256 of the file, in hexadecimal; computed again where its size or time of change is another."""
+    """The SHA-256 of the file, in hexadecimal; recomputed where its size or time of change is another."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

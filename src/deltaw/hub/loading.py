@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
@@ -22,24 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.errors import UserError, did_you_mean
+from deltaw import tasks
+from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
-
-Task = Literal["causal-lm", "sequence-classification", "regression", "image-classification", "features"]
-
-# The transformers class of each task, and what to call it in a message.
-TASKS = {
-    "causal-lm": ("AutoModelForCausalLM", "generate text"),
-    "sequence-classification": ("AutoModelForSequenceClassification", "classify text"),
-    "regression": ("AutoModelForSequenceClassification", "score text"),
-    "image-classification": ("AutoModelForImageClassification", "classify images"),
-    "features": ("AutoModel", "compute features"),
-}
-_WITH_NEW_HEAD = ("sequence-classification", "regression", "image-classification")
 
 
 @dataclass
@@ -73,7 +61,7 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     threads: str | int = "auto",
-    task: Task = "causal-lm",
+    task: str = "causal-lm",
     num_labels: int | None = None,
     say: Callable[[str], None] = say_on_stderr,
     attention: str = "sdpa",
@@ -96,8 +84,7 @@ def load(
         UserError: the reference leads nowhere, the weights are damaged or incomplete, the architecture does
             not fit the task, or the machine lacks what was asked for.
     """
-    if task not in TASKS:
-        raise UserError(f"'{task}' is no task", where="task", hint=did_you_mean(task, TASKS))
+    tasks.entry_of(task)
     choices: dict[str, Choice[str] | Choice[int]] = {}
     choices["device"] = placed = choose_device(device)
     choices["precision"] = typed = choose_precision(placed.value, precision)
@@ -154,19 +141,17 @@ def _require_whole_files(folder: Path) -> None:
             ) from error
 
 
-def read_config(
-    folder: Path, task: Task, num_labels: int | None, trust_remote_code: bool
-) -> PretrainedConfig:
+def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
     """The model's configuration, made for ``task``.
 
     Raises:
         UserError: transformers cannot read it.
     """
     extra: dict[str, int | str] = {}
-    if task in _WITH_NEW_HEAD and num_labels is not None:
+    entry = tasks.entry_of(task)
+    if entry.new_head and num_labels is not None:
         extra["num_labels"] = num_labels
-    if task == "regression":
-        extra |= {"num_labels": 1, "problem_type": "regression"}
+    extra |= entry.config
     try:
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra
@@ -183,10 +168,10 @@ def read_config(
 
 
 def _weights(
-    folder: Path, config: PretrainedConfig, task: Task, dtype: str, attention: str, trust_remote_code: bool
+    folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
     """The model, the names of the tensors that its files lack, and the attention it ended up with."""
-    auto = getattr(transformers, TASKS[task][0])
+    auto = getattr(transformers, tasks.entry_of(task).auto_model)
     used = Choice(attention, "as asked" if attention != "sdpa" else "torch's fused attention")
     while True:
         try:
@@ -220,7 +205,7 @@ def _weights(
             ) from error
 
 
-def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder: Path) -> list[str]:
+def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
     """The modules that have no weights in the folder: a task's new head, or else a UserError."""
     prefix = f"{model.base_model_prefix}."
     of_base = [name for name in missing if name.startswith(prefix)]
@@ -228,7 +213,7 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
     of_base = [name for name in of_base if ".pooler." not in name]
     if task == "features":
         of_base = [name for name in missing if not name.startswith("pooler.")]
-    if of_base or (missing and task == "causal-lm"):
+    if of_base or (missing and task != "features" and not tasks.entry_of(task).new_head):
         lacking = of_base or missing
         raise UserError(
             f"the folder's weights lack {len(lacking)} of the model's tensors, the first is '{lacking[0]}'",
@@ -240,25 +225,26 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: Task, folder:
 
 
 def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, whose weights are not looked at.
+    """The configuration of the model in ``folder``, whose weights are not read.
 
     Raises:
         UserError: it cannot do ``task``.
     """
     with quiet():
-        config = read_config(folder, task, None, trust_remote_code)  # type: ignore[arg-type]
-    if not trust_remote_code and type(config) not in getattr(transformers, TASKS[task][0])._model_mapping:
-        raise does_not_fit(config, task, folder)  # type: ignore[arg-type]
+        config = read_config(folder, task, None, trust_remote_code)
+    auto = getattr(transformers, tasks.entry_of(task).auto_model)
+    if not trust_remote_code and type(config) not in auto._model_mapping:
+        raise does_not_fit(config, task, folder)
     return config
 
 
-def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserError:
+def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
     """The refusal of a model that is not made for ``task``; it names what it is made for."""
-    does = TASKS[task][1]
+    does = tasks.entry_of(task).does
     fits = [
-        other
-        for other, (auto, _) in TASKS.items()
-        if other != task and type(config) in getattr(transformers, auto)._model_mapping
+        other.name
+        for other in tasks.entries()
+        if other.name != task and type(config) in getattr(transformers, other.auto_model)._model_mapping
     ]
     return UserError(
         f"a {config.model_type} model does not {does}",
@@ -268,6 +254,6 @@ def does_not_fit(config: PretrainedConfig, task: Task, folder: Path) -> UserErro
 
 
 def _reason(error: Exception) -> BaseException:
-    """What a strict dataclass found, behind its report of where it looked; any other error itself."""
+    """What a strict dataclass found, behind its report of where it searched; any other error itself."""
     cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
     return error if cause is None else cause

@@ -6,7 +6,7 @@
     owner/name[@revision]                   a model hub's id
 
 A reference is settled without loading anything: what cannot work is refused here, with the nearest thing
-that would. What lies behind a hub id is not looked at.
+that would. What lies behind a hub id is not checked here.
 """
 
 from __future__ import annotations

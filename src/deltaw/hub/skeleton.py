@@ -1,7 +1,7 @@
 """A model of the right shape without its weights: made from config.json alone, in no time and no memory.
 
-Within :func:`deltaw.memory.simulation.fake_tensors` its tensors have no values, and what a run would take
-can be found by running it. Knows configurations and transformers' classes; reads no weights.
+Within :func:`deltaw.memory.simulation.fake_tensors` its tensors are fake, and a dry run shows what a run
+would take. Knows configurations and transformers' classes; reads no weights.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from deltaw import tasks
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import TASKS, Task, does_not_fit, first_line, read_config
+from deltaw.hub.loading import does_not_fit, first_line, read_config
 from deltaw.hub.quiet import quiet
+from deltaw.lora import fingerprint
 
 
 def skeleton(
     reference: str | os.PathLike[str],
     *,
     dtype: str,
-    task: Task = "causal-lm",
+    task: str = "causal-lm",
     num_labels: int | None = None,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model that :func:`deltaw.hub.loading.load` would load, in evaluation mode and frozen; its
-    weights are whatever stood in memory, and under a simulation there are none.
+    weights are whatever stood in memory; in a dry run there are none.
 
     Args:
         reference: as for ``load``; a hub id is fetched whole.
@@ -47,7 +48,7 @@ def skeleton(
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
-        auto = getattr(transformers, TASKS[task][0])
+        auto = getattr(transformers, tasks.entry_of(task).auto_model)
         while True:
             try:
                 with no_init_weights():
@@ -74,8 +75,8 @@ def skeleton(
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether the model's tensors hold numbers; in a simulation they do not, and none can be compared."""
-    return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+    """Whether the model's parameters hold numbers; in a dry run they do not, and none can be compared."""
+    return all(fingerprint.has_values(p) for p in model.parameters())
 
 
 def new_modules(
@@ -83,7 +84,7 @@ def new_modules(
 ) -> list[str]:
     """Names of modules whose weights the model's files do not hold, told by the files' headers alone.
 
-    Empty where the files are not there to be looked at. The base model's part of a name may be missing in a
+    Empty where the files are not there. The base model's part of a name may be missing in a
     file, or stand there alone, as it does in files of other tasks.
     """
     folder = config_folder(reference, dtype, trust_remote_code)

@@ -132,7 +132,7 @@ def attend(
     """
     _check_inputs(query, key, value, layout, picked)
     if is_compiled(query, key, value):
-        segments = layout.forest()
+        segments = layout.segments()
         out, logs = _attention(
             query, key, value, segments, window or 0, causal, scaling, softcap or 0.0, picked
         )
@@ -168,7 +168,7 @@ def attend_backward(
     check_shape("the gradient", grad, *query.shape[:2], value.shape[-1])
     if out is not None and is_compiled(query, key, value):
         (logs,) = kept
-        segments, cap = layout.forest(), softcap or 0.0
+        segments, cap = layout.segments(), softcap or 0.0
         return _attention_backward(
             grad, query, key, value, out, logs, segments, window or 0, causal, scaling, cap, picked
         )
@@ -189,7 +189,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, pic
         raise ValueError(f"{query.shape[1]} heads cannot share {key_heads} key heads")
     check_shape("the queries", query, length if picked is None else len(picked), query.shape[1], size)
     check_shape("the values", value, length, key_heads, value.shape[-1])
-    if picked is not None and type(picked) is Tensor:  # without values there is nothing to look at
+    if picked is not None and type(picked) is Tensor:  # a fake tensor holds no positions to check
         check_places(picked, length)
 
 

@@ -110,7 +110,7 @@ class Block:
         """y, like x (…, T, hidden), and what :meth:`backward` wants.
 
         Args:
-            segments: (4, S), see :meth:`deltaw.kernels.layout.Layout.forest`.
+            segments: (4, S), see :meth:`deltaw.kernels.layout.Layout.segments`.
             cosine, sine: (T, turned) in fp32.
         """
         length = x.shape[-2]

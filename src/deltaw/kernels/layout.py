@@ -1,4 +1,4 @@
-"""A flat row of tokens and its prefix tree of segments: who sees whom, cut into tiles of work.
+"""The layout of packed rows: a prefix tree of segments over one sequence of tokens, cut into attention tiles.
 
 A token sees its own segment up to itself, and all of the segment's ancestors. Padding-free packing is the
 tree without edges; rows that share a prefix are children of one segment, which is computed once.
@@ -33,7 +33,7 @@ BATCH_PAIRS = 2**20
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries ``start:stop`` of the flat row against the keys in ``ranges`` (of the flat row, in order)."""
+    """Queries ``start:stop`` of the packed sequence and the ranges of keys that they attend to, in order."""
 
     start: int
     stop: int
@@ -54,7 +54,7 @@ class TileBatch:
     """n tiles of one shape, computed together: L queries against K keys each.
 
     Args:
-        keys: (n, K) place of each key in the flat row; what fills a tile up is place 0, hidden.
+        keys: (n, K) position of each key in the packed sequence; padding of a tile is position 0, hidden.
         hidden: (n, L, W) bool, True where a query must not see one of the **last** W keys; every query sees
             those before. A query that fills a tile up sees at least the first key.
         queries: L.
@@ -75,8 +75,8 @@ class Tiles:
 
     Args:
         batches: in the order of their queries in ``gather``.
-        gather: (S,) place in the flat row of every query of every batch, one batch after another.
-        slots: (T,) where each place of the flat row stands in ``gather``.
+        gather: (S,) position in the packed sequence of every query, one batch after another.
+        slots: (T,) index in ``gather`` of each position of the packed sequence.
         filling: what of ``gather`` only fills tiles up.
     """
 
@@ -88,11 +88,11 @@ class Tiles:
 
 @dataclass(eq=False)
 class Layout:
-    """The prefix tree over a flat row of T tokens.
+    """The prefix tree of packed rows with T tokens.
 
     Args:
-        starts, stops: where each of S segments lies in the flat row; they follow one another without gaps,
-            parents before their children.
+        starts, stops: range of each of S segments in the packed sequence; segments follow one another
+            without gaps, parents before their children.
         parents: index of each segment's parent, -1 for a root.
 
     Raises:
@@ -104,7 +104,7 @@ class Layout:
     parents: np.ndarray
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
-    _forest: Tensor | None = field(default=None, repr=False)
+    _segments: Tensor | None = field(default=None, repr=False)
     # What others have made for this row once, by the id of what they made it from.
     made_of: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
@@ -134,7 +134,7 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Tokens in the flat row."""
+        """Tokens in the packed sequence."""
         return int(self.stops[-1])
 
     def offsets(self) -> np.ndarray:
@@ -149,12 +149,12 @@ class Layout:
         """Position of each token within its own example, counted from the root. Shape (T,)."""
         return np.arange(self.length) + np.repeat(self.offsets() - self.starts, self.stops - self.starts)
 
-    def forest(self) -> Tensor:
-        """Starts, stops, parents and offsets of the segments as one int64 tensor (4, S), kept once made."""
-        if self._forest is None:
+    def segments(self) -> Tensor:
+        """Starts, stops, parents and offsets of the segments as one int64 tensor (4, S), cached."""
+        if self._segments is None:
             rows = np.stack([self.starts, self.stops, self.parents, self.offsets()])
-            self._forest = torch.from_numpy(rows.astype(np.int64))
-        return self._forest
+            self._segments = torch.from_numpy(rows.astype(np.int64))
+        return self._segments
 
     def visible(self, window: int | None = None) -> np.ndarray:
         """The whole visibility as a bool array (T, T): the reference implementation of :meth:`tiles`.

@@ -1,9 +1,8 @@
 """How a kernel becomes an operator of torch: a schema, the kernel, its shapes on fake tensors, its cost.
 
-As operators the kernels are seen by everything that looks at what torch computes: plans that run without
-values, counters of operations, tracers. They have no derivative of their own; the functions that call them
-bring theirs. Where nobody looks they are called directly: the way through torch's dispatcher takes longer
-than a small kernel itself.
+As operators the kernels are visible to everything that observes torch: dry runs on fake tensors, counters of
+operations, tracers. They have no derivative of their own; the functions that call them define it. If nothing
+observes the call, kernels are called directly, because torch's dispatcher takes longer than a small kernel.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def define(
 
 
 def unwatched(*tensors: Tensor) -> bool:
-    """Whether these are tensors with values on the processor, and nobody looks at what is done with them."""
+    """Whether these are real CPU tensors, and no dispatch mode, profiler or compiler observes the call."""
     if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
         return False
     return (

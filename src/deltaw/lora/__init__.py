@@ -10,12 +10,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deltaw.lora.activations import ActivationStart, initialize_from_activations
+    from deltaw.lora.activations import ActivationInit, initialize_from_activations
     from deltaw.lora.adapt import Summary, attach, detach, disabled
     from deltaw.lora.config import LoRAConfig
     from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
     from deltaw.lora.files import OtherBaseModelWarning, load_adapter, read_adapter, save_adapter
     from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
+    from deltaw.lora.layers_bias import (
+        LoRABias,
+        LoRABiasConv,
+        LoRABiasConv1D,
+        LoRABiasConv1d,
+        LoRABiasConv2d,
+        LoRABiasConv3d,
+        LoRABiasLinear,
+    )
     from deltaw.lora.layers_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
     from deltaw.lora.layers_dora import (
         DoRAConv,
@@ -27,10 +36,12 @@ if TYPE_CHECKING:
         DoRALayer,
         DoRALinear,
     )
-    from deltaw.lora.merge import merge, unmerge
+    from deltaw.lora.layers_parameter import LoRAParameter
+    from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
+    from deltaw.lora.merging import merge, unmerge
 
 __all__ = [
-    "ActivationStart",
+    "ActivationInit",
     "DoRAConv",
     "DoRAConv1D",
     "DoRAConv1d",
@@ -39,6 +50,13 @@ __all__ = [
     "DoRAEmbedding",
     "DoRALayer",
     "DoRALinear",
+    "LoRABias",
+    "LoRABiasConv",
+    "LoRABiasConv1D",
+    "LoRABiasConv1d",
+    "LoRABiasConv2d",
+    "LoRABiasConv3d",
+    "LoRABiasLinear",
     "LoRAConfig",
     "LoRAConv",
     "LoRAConv1D",
@@ -48,9 +66,13 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRAParameter",
     "OtherBaseModelWarning",
     "ParameterCount",
     "Summary",
+    "TrainedTokens",
+    "TrainedTokensEmbedding",
+    "TrainedTokensLinear",
     "adapter_parameters",
     "attach",
     "count_parameters",
@@ -67,15 +89,19 @@ __all__ = [
 
 # Names by module.
 _MODULES = {
-    "activations": "ActivationStart initialize_from_activations",
+    "activations": "ActivationInit initialize_from_activations",
     "adapt": "Summary attach detach disabled",
     "config": "LoRAConfig",
     "count": "ParameterCount adapter_parameters count_parameters is_factor_B",
     "files": "OtherBaseModelWarning load_adapter read_adapter save_adapter",
     "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
+    "layers_bias": "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d "
+    "LoRABiasLinear",
     "layers_conv": "LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d",
     "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
-    "merge": "merge unmerge",
+    "layers_parameter": "LoRAParameter",
+    "layers_tokens": "TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
+    "merging": "merge unmerge",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -1,14 +1,14 @@
-"""A start from data: A from the directions in which a layer's own inputs vary most.
+"""Initialization from data: A from the directions in which a layer's own inputs vary most.
 
 EVA (arXiv 2410.07170): the columns of A are the top right-singular vectors of the inputs that the layer sees
 on the user's first batches, about their mean, and B = 0. So W stays as it is, the model's outputs too, and
 the saved file is a plain adapter's.
 
-The vectors are found in one pass over the batches and in bounded memory: of every layer's inputs only the
-k = 2r + 8 strongest directions (r the largest rank) are kept, and each batch is merged into them (the
-sequential Karhunen-Loève transform of Ross et al., IJCV 77, 2008, section 3). It costs 4·k·(in) bytes for
-each distinct input, and for n tokens about 14·n·(in)·k operations, beside the 2·n·(in)·(out) of the layer's
-own forward; layers with the same input (query, key and value) share the work.
+The vectors are found in one pass over the batches and in bounded memory: of every layer's inputs only the k =
+2r + 8 strongest directions (r the largest rank) are kept, and each batch is merged into them (the sequential
+Karhunen-Loève transform of Ross et al., IJCV 77, 2008, section 3). It costs 4·k·(in) bytes for each distinct
+input, and for n tokens about 14·n·(in)·k operations, in addition to the 2·n·(in)·(out) of the layer's own
+forward; layers with the same input (query, key and value) share the work.
 
 It knows no data: whoever calls it runs the model. Padded tokens that go through the model count as any.
 """
@@ -35,18 +35,18 @@ POWERS = 2
 
 
 @dataclass(frozen=True)
-class ActivationStart:
+class ActivationInit:
     """What :func:`initialize_from_activations` did.
 
     Attributes:
-        started: number of layers whose A was filled.
+        initialized: number of layers whose A was filled.
         tokens: the fewest and the most tokens that one of them saw.
         explained: mean share of the inputs' variance along the r directions of A.
         short: layers whose tokens (or inputs) do not span r directions; the other columns of A are of chance.
-        unseen: layers that the batches never reached; they keep their uniform start.
+        unseen: layers that the batches never reached; they keep their uniform A.
     """
 
-    started: int
+    initialized: int
     tokens: tuple[int, int]
     explained: float
     short: tuple[str, ...] = ()
@@ -56,8 +56,8 @@ class ActivationStart:
         fewest, most = self.tokens
         seen = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         lines = [
-            f"A of {self.started} layers starts from {seen} tokens of their inputs; its directions hold "
-            f"{self.explained:.0%} of the variance"
+            f"A of {self.initialized} layers is initialized from {seen} tokens of their inputs; its "
+            f"directions hold {self.explained:.0%} of the variance"
         ]
         for names, said in ((self.short, "saw too few tokens for their rank"), (self.unseen, "were not run")):
             if names:
@@ -67,7 +67,7 @@ class ActivationStart:
 
 def initialize_from_activations(
     model: nn.Module, run_batches: Callable[[], None], *, seed: int = 0
-) -> ActivationStart:
+) -> ActivationInit:
     """Fill A of every adapted layer from the inputs that it sees while ``run_batches`` runs.
 
     Args:
@@ -104,7 +104,7 @@ def initialize_from_activations(
 
 
 @torch.no_grad()
-def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationStart:
+def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationInit:
     """Copy what ``watch`` found into the layers."""
     seen = [(name, layer, watch.inputs[id(layer)]) for name, layer in layers if id(layer) in watch.inputs]
     if not seen:
@@ -117,7 +117,7 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationSta
             raise UserError(
                 f"the inputs of '{name}' are not finite",
                 where="init",
-                hint="look for values that are not finite in the data, or load the model in bf16 or fp32",
+                hint="check the data for values that are not finite, or load the model in bf16 or fp32",
             )
     for _, layer, found in seen:
         directions = found.directions[:, : layer.rank]
@@ -125,8 +125,8 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationSta
         explained.append(found.explained(layer.rank))
         layer.initialized()
     tokens = [found.tokens for _, _, found in seen]
-    return ActivationStart(
-        started=len(seen),
+    return ActivationInit(
+        initialized=len(seen),
         tokens=(min(tokens), max(tokens)),
         explained=float(torch.stack([share.cpu() for share in explained]).mean()),
         short=tuple(

@@ -1,8 +1,8 @@
-"""Put an adapter on a model, and take it off again.
+"""Attach an adapter to a model, and detach it again.
 
-``attach`` freezes the model and replaces the chosen layers by adapted ones over the same weights;
-``detach`` gives the model back as it was found, to the bit; within ``disabled`` it is the base model.
-Everything is checked before anything is changed. It knows no files and no training.
+``attach`` freezes the model and replaces the chosen layers by adapted ones that share their weights.
+``detach`` restores the model exactly. Within ``disabled`` the model gives the base model's outputs.
+Everything is checked before anything is changed. This module knows no files and no training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
     ParameterUpdate,
-    Replacement,
     TrainedBias,
     attached,
     attachment,
@@ -36,7 +35,8 @@ from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for
 from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
 from deltaw.lora.layers_tokens import trained_tokens_of
-from deltaw.lora.merge import shared_weights
+from deltaw.lora.merging import shared_weights
+from deltaw.lora.places import Replacement, spots_of
 from deltaw.lora.select import ParameterTarget, Selection, Target, select
 from deltaw.lora.select_parts import TokenTarget
 
@@ -81,7 +81,7 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> 
 
     A module that stands in several places is adapted once and stands in all of them. A weight that is tied
     to another stays so: adapting one of the two leaves the other alone. A module of ``train_modules`` is
-    copied; the copy is trained and the original kept for :func:`disabled` and :func:`detach`.
+    copied; the copy is trained, and the original is kept for :func:`disabled` and :func:`detach`.
 
     Args:
         model: any module; with an adapter it keeps its class and its names.
@@ -106,9 +106,9 @@ def attach_selected(
     seed: int | None = None,
     filled: bool = True,
 ) -> Summary:
-    """:func:`attach` with the selection made; ``filled=False`` leaves the factors zero, to be loaded."""
+    """:func:`attach` with the selection made; ``filled=False`` leaves zeros, for a file to fill."""
     parameters = list(model.named_parameters())
-    replaced = [p for whole in selection.wholes for p in whole.module.parameters()]
+    replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
     record = Attachment(config, base_fingerprint(parameters, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def attach_selected(
             _refuse_change(model, record)
         for parameter, _ in record.trainable_before:
             parameter.requires_grad_(False)
-        _copy_wholes(model, selection, record, notes)
+        _copy_extra_modules(model, selection, record, notes)
         _train_biases(model, config, record)
         _switch_fast_paths(model, record)
         if changing:
@@ -136,7 +136,7 @@ def attach_selected(
     except BaseException:
         _restore(model, record)
         raise
-    for replacement in (*record.layers, *record.tokens, *record.wholes):
+    for replacement in (*record.layers, *record.tokens, *record.extra_modules):
         replacement.put(replacement.current)
     for update in record.parameters:
         update.put()
@@ -152,7 +152,7 @@ def detach(model: nn.Module) -> None:
     """Take the adapter off: the same module objects, flags and bits as before :func:`attach`.
 
     After ``merge(model, keep_original=False)`` there are no weights from before to give back: then ΔW stays
-    in the weights, with trained biases and whole modules, and only the adapter's own parts go.
+    in the weights, trained biases and extra trainable modules stay too, and only the factors go.
 
     Raises:
         UserError: no adapter is attached.
@@ -177,8 +177,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Ten thousand new layers make the garbage collector look through all of them again and again: a third
-    of the time of attaching, for nothing."""
+    """Pause the garbage collector: with ten thousand new layers it scans them again and again, which takes a
+    third of the time of attaching and frees nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -266,11 +266,7 @@ def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> 
 def _replacement(
     model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module
 ) -> Replacement:
-    places = []
-    for name in names:
-        parent, _, attribute = name.rpartition(".")
-        places.append((model.get_submodule(parent), attribute))
-    return Replacement(names, places, original, current)
+    return Replacement(names, spots_of(model, names), original, current)
 
 
 def _refuse_change(model: nn.Module, record: Attachment) -> None:
@@ -285,13 +281,13 @@ def _refuse_change(model: nn.Module, record: Attachment) -> None:
             raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
 
 
-def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
-    """Copy what is trained whole; weights tied among the copies stay tied."""
-    if not selection.wholes:
+def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
+    """Copy the extra trainable modules; weights tied among the copies stay tied."""
+    if not selection.extra_modules:
         return
     shared = shared_weights(model)
     memo: dict[int, object] = {}
-    for whole in selection.wholes:
+    for whole in selection.extra_modules:
         for tensor in (*whole.module.parameters(), *whole.module.buffers()):
             if not has_values(tensor):
                 # deepcopy would copy the mode that such a tensor belongs to, and break it.
@@ -300,9 +296,9 @@ def _copy_wholes(model: nn.Module, selection: Selection, record: Attachment, not
         trained = copy.deepcopy(whole.module, memo)
         for parameter in trained.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        record.wholes.append(_replacement(model, whole.names, whole.module, trained))
-    copied = {id(m) for whole in selection.wholes for m in whole.module.modules()}
-    for whole in selection.wholes:
+        record.extra_modules.append(_replacement(model, whole.names, whole.module, trained))
+    copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
+    for whole in selection.extra_modules:
         for parameter in whole.module.parameters():
             others = [
                 name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied
@@ -319,7 +315,7 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
         return
     adapted = {id(replacement.original) for replacement in record.layers}
     adapted |= {id(update.layer.holder) for update in record.parameters}
-    whole = {id(m) for replacement in record.wholes for m in replacement.original.modules()}
+    whole = {id(m) for replacement in record.extra_modules for m in replacement.original.modules()}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in whole or (config.bias == "lora_only" and id(module) not in adapted):
@@ -335,8 +331,8 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
 
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
-    """torch's encoder layers read weights past their modules in eval mode: have them call the modules."""
-    replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.wholes)}
+    """In eval mode torch's encoder layers use weights without calling their modules: make them call these."""
+    replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.extra_modules)}
     replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -351,7 +347,7 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
 
 
 def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
-    """Undo what ``record`` says; ``keep_trained`` leaves merged weights, biases and whole modules."""
+    """Undo what ``record`` says; ``keep_trained`` keeps merged weights, biases and extra modules."""
     for update in record.parameters:
         if not keep_trained:
             update.layer.restore_base()
@@ -366,7 +362,7 @@ def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -
                 vars(original)[table][key] = vars(layer)[table][key]
         original.training = layer.training
         replacement.put(original)
-    for whole in () if keep_trained else record.wholes:
+    for whole in () if keep_trained else record.extra_modules:
         whole.put_original(model)
     for bias in record.biases:
         bias.parameter.grad = None

@@ -1,4 +1,4 @@
-"""What a model carries while an adapter is attached: enough to give it back exactly as it was.
+"""The record of an attached adapter: enough to restore the model exactly.
 
 The record hangs on the model as a plain attribute, so that it is copied with it and goes with it.
 """
@@ -16,45 +16,9 @@ from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.layers_parameter import LoRAParameter
+from deltaw.lora.places import Replacement
 
 _ATTRIBUTE = "_deltaw_attachment"
-
-
-@dataclass
-class Replacement:
-    """A module that another one stands in for, in every place where it stood.
-
-    Attributes:
-        names: all full names of the place; the first is the one that files use.
-        places: (parent, attribute) for each.
-        original: the module found there.
-        current: the adapted layer, or the trained copy.
-    """
-
-    names: tuple[str, ...]
-    places: list[tuple[nn.Module, str]]
-    original: nn.Module
-    current: nn.Module
-
-    def put(self, module: nn.Module) -> None:
-        """Let ``module`` stand in all the places."""
-        for parent, attribute in self.places:
-            parent._modules[attribute] = module
-
-    def put_original(self, model: nn.Module) -> None:
-        """Let the module found there stand in them again, where and as its stand-in in ``model`` is now.
-
-        The model may have been moved or cast meanwhile, and the original was not in it. A parameter that
-        it shares with a module that is in the model went along already.
-        """
-        present = {id(p) for p in model.parameters()}
-        mine, theirs = self.original, self.current
-        for own, now in zip(mine.parameters(), theirs.parameters(), strict=True):
-            if id(own) not in present:
-                own.data = own.data.to(device=now.device, dtype=now.dtype)
-        for own_buffer, buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
-            own_buffer.data = own_buffer.data.to(device=buffer.device, dtype=buffer.dtype)
-        self.put(mine.train(theirs.training))
 
 
 @dataclass
@@ -109,7 +73,7 @@ class Attachment:
     config: LoRAConfig
     fingerprint: str | None
     layers: list[Replacement] = field(default_factory=list)
-    wholes: list[Replacement] = field(default_factory=list)
+    extra_modules: list[Replacement] = field(default_factory=list)
     parameters: list[ParameterUpdate] = field(default_factory=list)
     tokens: list[Replacement] = field(default_factory=list)
     biases: list[TrainedBias] = field(default_factory=list)
@@ -190,7 +154,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
 
 @contextlib.contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: weights, biases and whole modules.
+    """Within the block the model is the base model: weights, biases and extra trainable modules.
 
     Raises:
         UserError: no adapter is attached, or it was merged without keeping the weights before.
@@ -210,7 +174,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         for bias in record.biases if record else ():
             stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
             bias.parameter.data = bias.original_here()
-        for whole in record.wholes if record else ():
+        for whole in record.extra_modules if record else ():
             stack.callback(whole.put, whole.current)
             whole.put_original(model)
         yield

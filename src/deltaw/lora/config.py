@@ -66,7 +66,7 @@ class LoRAConfig:
     )
     exclude_modules: str | list[str] | None = field(
         default=None,
-        metadata={"description": "name endings (with all below them) or a regular expression, left out"},
+        metadata={"description": "name endings (with all below them) or a regular expression, not adapted"},
     )
     layers: str | list[int] | None = field(
         default=None, metadata={"description": "layers to adapt, such as '16-', '0-7', '3' or [1, 2]"}

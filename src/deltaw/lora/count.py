@@ -17,7 +17,7 @@ class ParameterCount:
     Attributes:
         total: N, the base model's own parameters; the adapter's are not among them.
         trained: M, the parameters that ask for a gradient.
-        per_module: M by module, those with none left out.
+        per_module: M by module, without those that have none.
     """
 
     total: int
@@ -38,9 +38,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     model = unwrapped(model)
     record = attachment(model)
     base: dict[int, int] = {}
-    for whole in record.wholes if record else ():
+    for whole in record.extra_modules if record else ():
         base.update({id(p): p.numel() for p in whole.original.parameters()})
-    copies = {id(p) for whole in (record.wholes if record else ()) for p in whole.current.parameters()}
+    copies = {id(p) for whole in (record.extra_modules if record else ()) for p in whole.current.parameters()}
     per_module: dict[str, int] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -72,15 +72,15 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     added = {id(layer._parameters[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}
-        added |= {id(p) for whole in record.wholes for p in whole.current.parameters()}
+        added |= {id(p) for whole in record.extra_modules for p in whole.current.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in added]
 
 
 def is_factor_B(name: str) -> bool:
-    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that starts at zero.
+    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that is zero at first.
 
     LoRA+ (arXiv 2402.12354) gives B a higher learning rate than all else. PEFT's LoRA+ gives it also to what
     has one dimension (trained biases, magnitudes), and both factors of an embedding a rate of their own.
-    Here an embedding's B starts at zero as every other B does, where PEFT's A does.
+    Here an embedding's B is zero at first, like every other B; in PEFT its A is.
     """
     return name.rpartition(".")[2] == "lora_B"

@@ -27,7 +27,7 @@ from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
 from deltaw.lora.matching import Named, modules_once, value_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.select import Selection, Target, Whole, select
+from deltaw.lora.select import ExtraModule, Selection, Target, select
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -72,7 +72,7 @@ def save_adapter(
     task_type: str | None = "auto",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, each complete or not at all.
 
     Args:
         model: has an adapter attached.
@@ -237,7 +237,7 @@ def _tensors_of(record: Attachment) -> dict[str, Tensor]:
             tensors[key] = tensor / 2 if half else tensor
     for bias in record.biases:
         tensors[paths.of_parameter(bias.name)] = bias.parameter.detach()
-    for whole in record.wholes:
+    for whole in record.extra_modules:
         for key, value in whole.current.state_dict().items():
             # Copies whose weights are tied to each other must not share memory in the file.
             tensors[f"{paths.of_module(whole.names[0])}.{key}"] = value.detach().clone()
@@ -245,11 +245,11 @@ def _tensors_of(record: Attachment) -> dict[str, Tensor]:
 
 
 def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
-    """What the file's tensors say is adapted and trained whole, checked against its settings."""
+    """What the file's tensors say is adapted and trained in full, checked against its settings."""
     config, tensors = adapter.config, adapter.tensors
     modules = modules_once(model)
     by_name = {name: named for named in modules for name in named.names}
-    wholes = _wholes(config, tensors, modules)
+    extra = _extra_modules(config, tensors, modules)
     selection = select(model, config, strict=False)
     elsewhere = {name for parameter in selection.parameters for name in parameter.names}
     targets: dict[str, Target] = {}
@@ -273,7 +273,7 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     if not (targets or selection.parameters or selection.tokens):
         raise UserError("the file holds no LoRA factors", where=where, hint="save the adapter again")
     chosen = [targets[name] for named in modules for name in named.names if name in targets]
-    whole_modules = {id(inner) for whole in wholes for inner in whole.module.modules()}
+    whole_modules = {id(inner) for whole in extra for inner in whole.module.modules()}
     for target in selection.targets:
         if not any(name in targets for name in target.names) and id(target.module) not in whole_modules:
             missing = f"{PREFIX}{target.names[0]}.lora_A.weight"
@@ -282,11 +282,13 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
                 where=where,
                 hint="load it on the base model that it was trained on, or save the adapter again",
             )
-    return Selection(chosen, wholes, selection.parameters, selection.tokens, selection.matches)
+    return Selection(chosen, extra, selection.parameters, selection.tokens, selection.matches)
 
 
-def _wholes(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]) -> list[Whole]:
-    """The whole modules that the file has tensors for; PEFT matches them by how the name ends."""
+def _extra_modules(
+    config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]
+) -> list[ExtraModule]:
+    """The extra trainable modules that the file has tensors for; PEFT matches them by how the name ends."""
     if not config.train_modules:
         return []
     stored = {without_wrappers(name) for name in tensors}
@@ -297,7 +299,7 @@ def _wholes(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Nam
         if named.names[0] in parents and any(named.names[0].endswith(entry) for entry in config.train_modules)
     ]
     below = {id(inner) for named in found for inner in named.module.modules() if inner is not named.module}
-    return [Whole(named.names, named.module) for named in found if id(named.module) not in below]
+    return [ExtraModule(named.names, named.module) for named in found if id(named.module) not in below]
 
 
 def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, where: str) -> None:
@@ -316,7 +318,7 @@ def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, where: str
         for bias in record.biases:
             key = paths.of_parameter(bias.name)
             bias.parameter.data = _take(left, key, bias.parameter.shape, where).to(bias.parameter)
-        for whole in record.wholes:
+        for whole in record.extra_modules:
             for key, value in whole.current.state_dict().items():
                 full = f"{paths.of_module(whole.names[0])}.{key}"
                 value.copy_(_take(left, full, value.shape, where))
@@ -345,7 +347,7 @@ def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> T
 def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Tensor, where: str) -> None:
     """PEFT writes some of the base model's own weights as well; they are skipped if they are the same."""
     name = key.removeprefix(PREFIX)
-    if any(name.startswith(f"{w.names[0]}.{part}.") for w in record.wholes for part in _WRAPPER_PARTS):
+    if any(name.startswith(f"{w.names[0]}.{part}.") for w in record.extra_modules for part in _WRAPPER_PARTS):
         return
     path, _, attribute = without_wrappers(key).rpartition(".")
     own = None
@@ -368,11 +370,11 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
 
 
 _WRAPPER_PARTS = ("original_module", "modules_to_save")
-"""Under bias 'all' PEFT writes the biases of whole modules a second time under these names."""
+"""Under bias 'all' PEFT writes the biases of extra trainable modules a second time under these names."""
 
 
 def _task_of(model: nn.Module, record: Attachment) -> str | None:
     """PEFT's name of the task; a classifier's promises a trained head, so none is given without one."""
     kind = type(model).__name__
     task = next((name for ending, name in _TASKS.items() if kind.endswith(ending)), None)
-    return None if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not record.wholes else task
+    return None if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not record.extra_modules else task

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SAMPLES = 8
-"""Values looked at per parameter, evenly spread."""
+"""Values read per parameter, evenly spread."""
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterabl
     """The fingerprint of a base model's ``named_parameters()``; None without the values it
     came with.
 
-    ``replaced`` are those whose values the adapter brings itself, such as a new classifier's, which start at
-    random each time: only their names and shapes count.
+    ``replaced`` are those whose values the adapter has itself, such as a new classifier's, which are random
+    each time: only their names and shapes count.
 
     Takes about ten microseconds for each parameter tensor, whatever its size.
     """

@@ -73,7 +73,7 @@ def initialize(layer: Factored, method: str, generator: torch.Generator | None =
     if refused := init_refusal(layer, method):
         raise UserError(refused, where="init", hint="use init 'uniform', or leave this layer out")
     if layer.weight.is_meta:
-        pass  # A model on the meta device has no values to start from.
+        pass  # A model on the meta device has no values.
     elif method in CHANGING_INITS:
         _change(layer, method)
     elif isinstance(layer, nn.Embedding):
@@ -102,7 +102,7 @@ def init_refusal(layer: Factored, method: str) -> str | None:
 
 
 def _linear_or_conv(layer: Factored, method: str, generator: torch.Generator | None) -> None:
-    """PEFT makes A and B as torch layers, which draw their own default start, and then draws A again.
+    """PEFT makes A and B as torch layers, which draw their own default values, and then draws A again.
     As many numbers are thrown away here as there: the seed then stands where PEFT's does."""
     drawn = _empty(tuple(to_peft(layer.lora_A, "lora_A", layer.experts).shape), generator)
     bias = getattr(layer, "lora_bias", None)
@@ -123,7 +123,7 @@ def _linear_or_conv(layer: Factored, method: str, generator: torch.Generator | N
 
 def _embedding(layer: Factored, method: str, generator: torch.Generator | None) -> None:
     """A normal and B zero, where PEFT has it the other way round; as many numbers are drawn as there, so
-    that the layers after an embedding start as PEFT's do."""
+    that the layers after an embedding are initialized as PEFT's are."""
     drawn = _normal((layer.rank, layer.lora_A.shape[0]), generator)
     _normal((layer.lora_B.shape[1], layer.rank), generator)
     if method == "orthogonal":
@@ -138,7 +138,7 @@ def _embedding(layer: Factored, method: str, generator: torch.Generator | None) 
 
 
 def _orthogonal(layer: Factored, generator: torch.Generator | None) -> None:
-    """A from the odd and B from the even rows of one orthogonal matrix, so that A·B = 0 at the start."""
+    """A from the odd and B from the even rows of one orthogonal matrix, so that A·B = 0."""
     half = layer.rank // 2
     rows, _ = torch.linalg.qr(_normal((layer.rank, layer.rank), generator))
     wide_A = _normal((layer.lora_A.shape[0], half), generator)

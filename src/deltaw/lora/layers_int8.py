@@ -1,12 +1,12 @@
-"""A frozen linear layer whose weight is kept as signed bytes, one for each number, with a scale for each row.
+"""A frozen linear layer with an int8-quantized weight, and a scale for each row of it.
 
-    W ≈ (bytes · scale) ∘ 1/columns,        y = (x ∘ columns)·(bytes · scale)ᵀ + b
+    W ≈ (Q · scale) ∘ columns,        y = (x ∘ columns)·(Q · scale)ᵀ + b
 
-Both products of a training step, with Wᵀ and with W, read the same bytes. The inputs are rounded to bytes as
-they come, a scale for each row of tokens. ``columns`` moves size between inputs and weights before either is
-rounded.
+Both products of a training step, with Wᵀ and with W, read the same int8 weight Q. The inputs are quantized as
+they come, with a scale for each token. ``columns`` are SmoothQuant scales (arXiv 2211.10438, eq. 3), one for
+each input.
 
-Knows its own arithmetic; which layers are kept so, and with what columns, is decided elsewhere.
+This module knows its own arithmetic; which layers are quantized, and with what scales, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, columns: Tensor | None = None) -> Int8Linear:
-        """The layer with ``linear``'s weight rounded to bytes and its own bias.
+        """The layer with ``linear``'s weight quantized to int8 and its own bias.
 
         Args:
             columns: (in) fp32, what each input is multiplied with before it is rounded; None for ones.
@@ -52,7 +52,7 @@ class Int8Linear(nn.Linear):
         return frozen_linear(input, self.weight, self.bias, (self.weight_scale, self.weight_columns))
 
     def plain_weight(self) -> Tensor:
-        """W (out, in) in fp32, as the bytes have it."""
+        """W (out, in) in fp32, dequantized."""
         return plain_weight(self.weight, self.weight_scale, self.weight_columns)
 
 
@@ -63,7 +63,7 @@ def plain_weight(weight: Tensor, scale: Tensor, columns: Tensor | None) -> Tenso
 
 
 def weight_scales(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """The scales of a layer whose weight is bytes; None where it is not."""
+    """The scales of a layer with an int8-quantized weight; None for any other."""
     scale = module._buffers.get("weight_scale")
     return None if scale is None else (scale, module._buffers.get("weight_columns"))
 

@@ -27,7 +27,7 @@ class Named:
 
 
 def modules_once(model: nn.Module) -> list[Named]:
-    """Every module once, with all its names, the root left out."""
+    """Every module once, with all its names, without the root."""
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:

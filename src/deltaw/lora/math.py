@@ -2,8 +2,8 @@
 
 W and b are frozen, so a backward needs no gradient of W, and what must be kept for it is the input x,
 h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x in another precision. With
-adapter dropout one byte for each element of x is kept beside it, the mask. Where a compiled kernel serves
-(``kernels/linear.py``) product and update are one, and W may be bytes. The derivation stands in
+adapter dropout a mask of one byte for each element of x is kept too. Where a compiled kernel serves
+(``kernels/linear.py``) product and update are one, and W may be int8-quantized. The derivation stands in
 ``docs/method.md``. Each function has a reference implementation (``*_reference``) composed of torch's
 operations. Tests hold the two together, and the reference is used where a closed form cannot be: when W
 itself is trained, and under ``torch.func`` transforms.
@@ -199,7 +199,7 @@ def embedding(
     """y = c · (W[ids] + scaling · A[ids]·B), with c = ``embed_scale`` or 1.
 
     Args:
-        ids: (...) of whole numbers below the vocabulary's size.
+        ids: (...) of integers below the vocabulary's size.
         weight: (vocabulary, dim); frozen.
         lora_A: (vocabulary, r).
         lora_B: (r, dim).

@@ -128,7 +128,7 @@ def settings_of(
     more_rank = 2 if changed else 1
     more_alpha = (math.sqrt(2) if config.rslora else 2) if changed else 1
     names = [name for name, _ in model.named_modules() if name]
-    whole = [replacement.names[0] for replacement in record.wholes]
+    whole = [replacement.names[0] for replacement in record.extra_modules]
     targets = [replacement.names[0] for replacement in record.layers]
     targets += [update.names[0] for update in record.parameters if update.of_attention]
     settings = dict(DEFAULTS)
@@ -141,7 +141,7 @@ def settings_of(
         "lora_alpha": _plain(config.alpha * more_alpha),
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
-        "modules_to_save": _whole_entries(names, whole) or None,
+        "modules_to_save": _extra_entries(names, whole) or None,
         "r": config.rank * more_rank,
         "rank_pattern": {key: value * more_rank for key, value in config.rank_pattern.items()},
         "target_modules": target_entries(names, list(dict.fromkeys(targets))),
@@ -255,7 +255,7 @@ def attention_counts_twice(version: str | None) -> bool:
     """Whether the PEFT that made a file adds the update of an attention's output projection twice.
 
     True up to the version whose files are written here, and where none is given; see
-    :meth:`~deltaw.lora.peft_paths.FilePaths.counts_twice`. A later one is taken to have this mended.
+    :meth:`~deltaw.lora.peft_paths.FilePaths.counts_twice`. Later ones are taken to have it fixed.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return numbers is None or (int(numbers[1]), int(numbers[2])) <= (0, 21)
@@ -272,7 +272,7 @@ def factor_module(tensor_name: str) -> str | None:
 def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | str:
     """The shortest name endings that match exactly the ``adapted`` among ``names``, sorted.
 
-    Where no ending of a name can tell it from another (``lin`` beside ``block.lin``) a regular expression
+    Where no ending of a name can tell it from another (``lin`` and ``block.lin``) a regular expression
     for all full names is returned instead.
     """
     wanted = list(adapted)
@@ -286,8 +286,8 @@ def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | 
     return sorted(entries)
 
 
-def _whole_entries(names: list[str], whole: list[str]) -> list[str]:
-    """Entries for whole modules; PEFT matches them by how the name ends, dot or no dot."""
+def _extra_entries(names: list[str], whole: list[str]) -> list[str]:
+    """Entries for extra trainable modules; PEFT matches them by how the name ends, dot or no dot."""
     entries = []
     for name in whole:
         ends = [end for end in _endings(name) if all(n in whole for n in names if n.endswith(end))]
@@ -315,5 +315,5 @@ def _escaped(name: str) -> str:
 
 
 def _plain(value: float) -> float | int:
-    """Whole numbers as JSON integers: some readers take no others for alpha."""
+    """ExtraModule numbers as JSON integers: some readers take no others for alpha."""
     return int(value) if float(value).is_integer() else value

@@ -13,76 +13,85 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-Part = TypeVar("Part", nn.Module, nn.Parameter)
+Original = TypeVar("Original", bound="nn.Module | nn.Parameter | None")
+Current = TypeVar("Current", bound="nn.Module | nn.Parameter")
 Spot = tuple[nn.Module, str]
 """A parent module and the attribute under which it holds a child module or a parameter."""
 
 
 @dataclass
-class Place(Generic[Part]):
+class Place(Generic[Original, Current]):
     """Where a module or parameter is, what was there before, and what is there now.
 
     Attributes:
         names: all full names of the place; files use the first.
         spots: (parent, attribute) for each name.
-        before: what was there; None if there was no such parameter (a bias that was added).
-        now: the replacement. It is ``before`` itself if that is trained in place.
+        original: what was there; None if there was no such parameter (a bias that was added).
+        current: the replacement. It is ``original`` itself if that is trained in place.
     """
 
     names: tuple[str, ...]
     spots: list[Spot]
-    before: Part | None
-    now: Part
+    original: Original
+    current: Current
 
     @property
     def name(self) -> str:
         """The name that files use."""
         return self.names[0]
 
-    def put(self, part: Part | None) -> None:
+    def put(self, part: nn.Module | nn.Parameter | None) -> None:
         """Put ``part`` into all the spots."""
         for parent, attribute in self.spots:
-            table = parent._parameters if isinstance(self.now, nn.Parameter) else parent._modules
+            table = parent._parameters if isinstance(self.current, nn.Parameter) else parent._modules
             table[attribute] = part  # type: ignore[assignment]
 
-    def put_now(self) -> None:
+    def put_current(self) -> None:
         """Put the replacement into all the spots."""
-        self.put(self.now)
+        self.put(self.current)
 
-    def put_before(self, model: nn.Module) -> None:
+    def put_original(self, model: nn.Module) -> None:
         """Put back what was there before, on the replacement's device and in its dtype.
 
         ``model`` may have been moved or cast since. Its own parameters went along; those that only
-        ``before`` holds did not.
+        ``original`` holds did not.
         """
-        self._put_before({id(p) for p in model.parameters()})
+        self._put_original({id(p) for p in model.parameters()})
 
-    def _put_before(self, present: Container[int]) -> None:
-        before, now = self.before, self.now
-        if isinstance(before, nn.Parameter) and before is not now and id(before) not in present:
-            _follow(before, now)
-        elif isinstance(before, nn.Module):
-            for name, parameter in before.named_parameters(remove_duplicate=False):
+    def _put_original(self, present: Container[int]) -> None:
+        original, current = self.original, self.current
+        if isinstance(original, nn.Parameter) and isinstance(current, nn.Parameter):
+            if original is not current and id(original) not in present:
+                _follow(original, current)
+        elif isinstance(original, nn.Module) and isinstance(current, nn.Module):
+            for name, parameter in original.named_parameters(remove_duplicate=False):
                 if id(parameter) not in present:
-                    _follow(parameter, now.get_parameter(name))  # type: ignore[union-attr]
-            for name, buffer in before.named_buffers(remove_duplicate=False):
-                _follow(buffer, now.get_buffer(name))  # type: ignore[union-attr]
-            before.train(now.training)  # type: ignore[union-attr]
-        self.put(before)
+                    _follow(parameter, current.get_parameter(name))
+            for name, buffer in original.named_buffers(remove_duplicate=False):
+                _follow(buffer, current.get_buffer(name))
+            original.train(current.training)
+        self.put(original)
+
+
+Replacement = Place[nn.Module, nn.Module]
+"""A module that another one replaces."""
+
+ParameterPlace = Place["nn.Parameter | None", nn.Parameter]
+"""A parameter of the model, and what is trained or loaded in its place."""
 
 
 @contextlib.contextmanager
-def as_before(model: nn.Module, places: Iterable[Place[Part]]) -> Iterator[None]:
-    """Within the block every place of ``model`` holds what it held before."""
+def as_before(model: nn.Module, places: Iterable[Place[Original, Current]]) -> Iterator[None]:
+    """Within the block every place of ``model`` holds its original."""
     chosen = list(places)
     present = {id(p) for p in model.parameters()}
     try:
         for place in chosen:
-            place._put_before(present)
+            place._put_original(present)
         yield
     finally:
         for place in chosen:
-            place.put_now()
+            place.put_current()
 
 
 def spots_of(model: nn.Module, names: Sequence[str]) -> list[Spot]:

@@ -64,7 +64,7 @@ class ParameterTarget:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ExtraModule:
     """A module to train in full, and all the names it stands under."""
 
     names: tuple[str, ...]
@@ -76,7 +76,7 @@ class Selection:
     """What a config means on one model; ``matches`` gives each entry of it the names that it matched."""
 
     targets: list[Target] = field(default_factory=list)
-    wholes: list[Whole] = field(default_factory=list)
+    extra_modules: list[ExtraModule] = field(default_factory=list)
     parameters: list[ParameterTarget] = field(default_factory=list)
     tokens: list[TokenTarget] = field(default_factory=list)
     matches: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -95,8 +95,8 @@ def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selecti
     """
     modules = modules_once(model)
     matches: dict[str, tuple[str, ...]] = {}
-    wholes = _match_wholes(config, modules, matches, strict)
-    inside = {id(m) for whole in wholes for m in whole.module.modules()}
+    extra = _match_extra_modules(config, modules, matches, strict)
+    inside = {id(m) for whole in extra for m in whole.module.modules()}
     kept = _targeted(model, config, modules, inside, matches, strict)
     adapted = {id(m.module) for m in kept}
     paths = match_parameters(model, config, modules, adapted, inside, matches, strict)
@@ -116,7 +116,7 @@ def select(model: nn.Module, config: LoRAConfig, strict: bool = True) -> Selecti
 
     targets = [Target(m.names, m.module, *scale(m.names[0])) for m in kept]
     parameters = [ParameterTarget(p.names, p.module, p.attribute, *scale(p.full_names[0])) for p in paths]
-    return Selection(targets, wholes, parameters, tokens, matches)
+    return Selection(targets, extra, parameters, tokens, matches)
 
 
 def _targeted(
@@ -127,7 +127,7 @@ def _targeted(
     matches: dict[str, tuple[str, ...]],
     strict: bool,
 ) -> list[Named]:
-    """The modules to adapt, those ``inside`` of modules that are trained in full left out."""
+    """The modules to adapt, without those ``inside`` modules that are trained in full."""
     if not config.target_modules:
         return []
     chosen = _match_targets(model, config, modules, matches, strict)
@@ -235,9 +235,9 @@ def _match_excluded(
     return {id(below) for m in found for below in m.module.modules()}
 
 
-def _match_wholes(
+def _match_extra_modules(
     config: LoRAConfig, modules: list[Named], matches: dict[str, tuple[str, ...]], strict: bool
-) -> list[Whole]:
+) -> list[ExtraModule]:
     """The outermost modules that train_modules names and that have parameters."""
     if not config.train_modules:
         return []
@@ -249,7 +249,7 @@ def _match_wholes(
             raise UserError(
                 f"'{named.names[0]}' has no parameters to train", where="train_modules", hint="leave it out"
             )
-    return [Whole(m.names, m.module) for m in outer]
+    return [ExtraModule(m.names, m.module) for m in outer]
 
 
 def layer_index(name: str) -> int | None:

@@ -125,7 +125,7 @@ def match_tokens(
         chosen.append((named, tuple(wanted)))
     for named, tokens in chosen:
         _refuse_tokens(named, tokens, adapted, inside, strict)
-    return _with_tied(chosen, modules, adapted, inside)
+    return _with_tied(model, chosen, modules, adapted, inside)
 
 
 def _input_embedding(model: nn.Module, modules: list[Named]) -> Named:
@@ -185,9 +185,20 @@ def _rows_refusal(named: Named, adapted: set[int], inside: set[int]) -> str | No
 
 
 def _with_tied(
-    chosen: list[tuple[Named, tuple[int, ...]]], modules: list[Named], adapted: set[int], inside: set[int]
+    model: nn.Module,
+    chosen: list[tuple[Named, tuple[int, ...]]],
+    modules: list[Named],
+    adapted: set[int],
+    inside: set[int],
 ) -> list[TokenTarget]:
-    """Modules with the same weight get the same rows; those named with other tokens stay on their own."""
+    """What is tied to the input embedding gets its rows; a module named with other tokens keeps its own.
+
+    As in PEFT, weights count as tied where the model's configuration says so; elsewhere another user of the
+    same weight keeps the old rows.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    says_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    source = getter() if says_tied and callable(getter) else None
     tokens_of = {id(named.module): tokens for named, tokens in chosen}
     targets: list[TokenTarget] = []
     done: set[int] = set()
@@ -199,7 +210,8 @@ def _with_tied(
         tied = [
             other
             for other in modules
-            if other.module is not named.module
+            if named.module is source
+            and other.module is not source
             and other.module._parameters.get("weight") is weight
             and tokens_of.get(id(other.module), tokens) == tokens
         ]

@@ -1,4 +1,4 @@
-"""What a run takes at the moment when it takes most, part by part. Knows numbers alone."""
+"""A run's tensors at their peak, part by part. Knows numbers alone."""
 
 from __future__ import annotations
 

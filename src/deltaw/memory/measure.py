@@ -1,6 +1,6 @@
 """The truth about a run's memory: what torch's allocator gave out, and what the process held.
 
-It looks at the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
+It reads the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
 models and no training.
 """
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.memory import kernel_scratch
+
 _aten = torch.ops.aten
 
 
@@ -76,6 +78,7 @@ def _in_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 _SCRATCH: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+    **kernel_scratch.RULES,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
     _aten.mean.dim: _mean,

@@ -1,4 +1,4 @@
-"""What an operator answers for inputs of given shapes, remembered: models repeat themselves layer by layer.
+"""What an operator returns for inputs of given shapes, remembered: models repeat themselves layer by layer.
 
 The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new,
 which are views of an input and which are an input changed in place. Whenever the same operator comes with
@@ -90,8 +90,8 @@ class Answers:
     def _asked(
         self, func: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]
     ) -> tuple[type, list[_Output]] | None:
-        """Work an answer out on doubles of the fake tensors: torch leaves weak references on what it looks
-        at, and a parameter that has one can no longer be exchanged (``Module.to``)."""
+        """Work an answer out on copies of the fake tensors: torch leaves weak references on what it
+        inspects, and a parameter that has one can no longer be exchanged (``Module.to``)."""
         doubles = {id(t): self._double(t) if isinstance(t, FakeTensor) else t for t in tensors}
         args, kwargs = tree_map_only(Tensor, lambda t: doubles[id(t)], (args, kwargs))
         return _outputs(func, func(*args, **kwargs), [doubles[id(t)] for t in tensors])

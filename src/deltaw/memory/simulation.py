@@ -1,4 +1,4 @@
-"""Run a program on tensors on fake tensors: real code, no arithmetic, no memory.
+"""Dry run of a program on fake tensors: real code, no arithmetic, no memory.
 
 Floating tensors are fake: they have a shape, a type and a storage of the right size with nothing behind it
 (torch's ``FakeTensorMode``). Whole numbers and booleans (token ids, positions, masks, layouts) are computed
@@ -70,7 +70,7 @@ _FILLS = {
 # Whole numbers that are no places: masks, and weights and activations in int8.
 _NO_PLACES = (torch.bool, torch.int8, torch.uint8)
 
-# What is asked of values that are not there: nothing unusual is among them.
+# Answers to questions about values that do not exist: nothing unusual is among them.
 _ANSWERED = {
     **{getattr(_aten.all, name): True for name in ("default", "dim", "dims")},
     **{getattr(_aten.any, name): False for name in ("default", "dim", "dims")},
@@ -78,7 +78,7 @@ _ANSWERED = {
 
 
 class _FakeTensors(TorchDispatchMode):
-    """Sends each operator to real or to fake tensors. Stands above the FakeTensorMode."""
+    """Sends each operator to real or to fake tensors. Is entered after the FakeTensorMode, above it."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _FakeTensors(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and guarding every call against it takes its time
+        return False  # nothing is compiled here, and guarding every call costs time
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -147,7 +147,7 @@ class _FakeTensors(TorchDispatchMode):
         return result
 
     def _chosen(self, func: Callable[..., Any], args: tuple) -> Tensor:
-        """What a mask picks; one on fake tensors picks everything."""
+        """What a mask selects; a fake mask selects everything."""
         mask = args[-1]
         if isinstance(mask, FakeTensor):
             mask = self._real(_aten.ones.default, (list(mask.shape),), {"dtype": torch.bool})
@@ -173,7 +173,7 @@ class _FakeTensors(TorchDispatchMode):
         return torch.empty_strided(result.shape, result.stride(), dtype=args[0].dtype)
 
     def _converted(self, result: Any) -> Any:
-        """Floating tensors that came out of whole numbers, without their values."""
+        """Floating tensors that came out of whole numbers, as fake tensors."""
 
         def convert(tensor: Tensor) -> Tensor:
             if isinstance(tensor, FakeTensor) or _is_whole(tensor.dtype):
@@ -222,7 +222,7 @@ def _modes() -> tuple[FakeTensorMode, _FakeTensors]:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """While open, floating tensors that are made have no values; models and runs can be made and run.
+    """While open, floating tensors that are made are fake; models can be built and runs can be run.
 
     A real floating tensor from before may take part and is not changed. May be opened again, also inside
     itself.
@@ -242,7 +242,7 @@ def simulate(
     models: Iterable[torch.nn.Module] = (),
     vocabularies: Iterable[int] = (),
 ) -> Footprint:
-    """Run ``run`` on fake tensors and tell what it would take.
+    """Run ``run`` on fake tensors and return what it would take.
 
     Args:
         run: is called once, under :func:`fake_tensors`. What it needs of models was made there as well

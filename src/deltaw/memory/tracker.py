@@ -1,7 +1,7 @@
-"""Every storage of tensors from its making to its end: how many bytes live, what they are, when it is most.
+"""Every storage of tensors from birth to end: how many bytes are alive, of what kind, and when the peak is.
 
 A dispatch mode sees what each operator returns; a weak reference to the storage tells of its end. It is the
-same on real tensors and on tensors on fake tensors. What operators allocate inside and give back before they
+same on real tensors and on fake tensors. What operators allocate inside and give back before they
 return is added by :mod:`deltaw.memory.scratch`.
 
 Nothing is decided while the program runs: all births and deaths are kept, and :meth:`MemoryTracker.footprint`
@@ -35,7 +35,7 @@ class _Life:
     """One storage: its bytes, when it was made and gone (numbers of operators), and where.
 
     Attributes:
-        recomputed: made by a module's forward while a backward ran (activation checkpointing).
+        recomputed: made by a module's forward during a backward (activation checkpointing).
         kept: alive when a backward began after the forward that made it.
     """
 
@@ -115,7 +115,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and guarding every call against it takes its time
+        return False  # nothing is compiled here, and guarding every call costs time
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}

@@ -36,7 +36,7 @@ class Product(NamedTuple):
 
 
 class WorkCounter(TorchDispatchMode):
-    """While open, counts what passes.
+    """While open, counts operators and their work.
 
     Attributes:
         operators: how many. operations: floating-point operations of products, convolutions, attention.
@@ -54,7 +54,7 @@ class WorkCounter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and guarding every call against it takes its time
+        return False  # nothing is compiled here, and guarding every call costs time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

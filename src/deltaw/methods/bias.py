@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from deltaw.lora.kinds import is_linear
-from deltaw.lora.places import Place
+from deltaw.lora.places import ParameterPlace
 from deltaw.methods.in_place import InPlace
 from deltaw.methods.parameters import add_biases, inside, names_of, train_places
 
@@ -30,7 +30,7 @@ class Bias(InPlace):
         extra = set(inside(extra_modules, names_of(model)))
         return [n for n in names_of(model) if n.rpartition(".")[2] == "bias" and n not in extra]
 
-    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[Place[nn.Parameter]]:
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         if self.chosen(model, extra_modules):
             return super().start(model, extra_modules, seed)
         places = train_places(model, inside(extra_modules, names_of(model)))

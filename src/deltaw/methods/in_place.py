@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place
+from deltaw.lora.places import ParameterPlace
 from deltaw.methods.base import MethodBase
 from deltaw.methods.files import read_trained, write_trained
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
@@ -30,7 +30,7 @@ class InPlace(MethodBase):
 
     def __init__(self, settings: object = None) -> None:
         super().__init__(settings)
-        self._places: list[Place[nn.Parameter]] = []
+        self._places: list[ParameterPlace] = []
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         """Names of the parameters that are trained, without those of the extra trainable modules."""
@@ -54,7 +54,7 @@ class InPlace(MethodBase):
             )
         return self.summary(model, total, extra_modules)
 
-    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[Place[nn.Parameter]]:
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         """Freeze the model and make what is trained trainable; returns the parameters trained whole."""
         names = [*self.chosen(model, extra_modules), *inside(extra_modules, names_of(model))]
         return train_places(model, names)
@@ -66,7 +66,7 @@ class InPlace(MethodBase):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines = [f"{self.name}: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): {shown}"]
         for place in self._places:
-            if place.now is not place.before and place.before is not None:
+            if place.current is not place.original and place.original is not None:
                 lines.append(
                     f"  note: '{place.name}' was tied; its copy is trained, the other weight stays as it is"
                 )
@@ -79,7 +79,7 @@ class InPlace(MethodBase):
         return as_base(model, self._places, self.name)
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [(place.name, place.now) for place in self._places]
+        return [(place.name, place.current) for place in self._places]
 
     def save(
         self,
@@ -101,7 +101,7 @@ class InPlace(MethodBase):
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of the weights file, by name."""
-        return {place.name: place.now.detach() for place in self._places}
+        return {place.name: place.current.detach() for place in self._places}
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
         tensors, settings = read_trained(Path(folder), self.name)
@@ -110,7 +110,7 @@ class InPlace(MethodBase):
 
     def put(
         self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[Place[nn.Parameter]]:
+    ) -> list[ParameterPlace]:
         """Put the file's tensors into the model, frozen."""
         model.requires_grad_(False)
         return put_loaded(model, tensors, tied, where)
@@ -137,6 +137,6 @@ class SubsetInPlace(InPlace):
 
     def put(
         self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[Place[nn.Parameter]]:
+    ) -> list[ParameterPlace]:
         model.requires_grad_(False)
         return super().put(model, self._subset.put(model, tensors, where), tied, where)

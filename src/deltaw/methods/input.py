@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.lora.places import Place
+from deltaw.lora.places import ParameterPlace
 from deltaw.methods.in_place import SubsetInPlace
 from deltaw.methods.parameters import inside, modules_named, names_of, train_places
 from deltaw.methods.registry import TrainOptions
@@ -49,7 +49,7 @@ class Input(SubsetInPlace):
             return inside(modules_named(model, self.modules, "input.modules"), names_of(model))
         return inside([_input_layer(model)], names_of(model))
 
-    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[Place[nn.Parameter]]:
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         if not self.tokens:
             return super().start(model, extra_modules, seed)
         rows = torch.tensor(sorted({self._token_id(token) for token in self.tokens}), dtype=torch.int32)
@@ -57,7 +57,7 @@ class Input(SubsetInPlace):
         # The rows are trained in the embedding; a tied output layer stays as it is.
         places = train_places(model, [name, *inside(extra_modules, names_of(model))])
         embedding = next(place for place in places if place.name == name)
-        width = embedding.now.shape[1]
+        width = embedding.current.shape[1]
         self._subset.begin(embedding, (rows[:, None] * width + torch.arange(width)).flatten())
         return [place for place in places if place is not embedding]
 
@@ -84,7 +84,7 @@ class Input(SubsetInPlace):
 
     def put(
         self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
-    ) -> list[Place[nn.Parameter]]:
+    ) -> list[ParameterPlace]:
         names = {key.removesuffix(INDICES) for key in tensors if key.endswith(INDICES)}
         # As in training: rows of an embedding that is tied to the output layer change in a copy of it.
         train_places(model, [name for name in names_of(model) if name in names])

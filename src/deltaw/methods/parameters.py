@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.lora.places import Place, as_before, spots_of
+from deltaw.lora.places import ParameterPlace, as_before, spots_of
 
 
 def names_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,7 +44,7 @@ def modules_named(model: nn.Module, entries: Iterable[str], where: str) -> list[
     return list(found)
 
 
-def train_places(model: nn.Module, names: Iterable[str]) -> list[Place[nn.Parameter]]:
+def train_places(model: nn.Module, names: Iterable[str]) -> list[ParameterPlace]:
     """Freeze the model and make the parameters of these names trainable in place.
 
     A parameter that is tied to a name outside ``names`` is copied first. So training one of the two leaves
@@ -59,39 +59,39 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[Place[nn.Parame
     for name in wanted:
         if everywhere[name].is_floating_point():
             together.setdefault(id(everywhere[name]), []).append(name)
-    places: list[Place[nn.Parameter]] = []
+    places: list[ParameterPlace] = []
     for same in together.values():
         before = everywhere[same[0]]
         now: nn.Parameter = before
         if id(before) in outside:
             now = nn.Parameter(before.detach().clone())
-        place = Place(tuple(same), spots_of(model, same), before, now)
+        place = ParameterPlace(tuple(same), spots_of(model, same), before, now)
         now.requires_grad_(True)
-        place.put_now()
+        place.put_current()
         places.append(place)
     return places
 
 
-def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[Place[nn.Parameter]]:
+def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[ParameterPlace]:
     """Give linear layers that have no bias one of zeros (out,), trainable."""
     places = []
     for name, module in modules:
         weight = module._parameters["weight"]
         assert weight is not None
         bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
-        place = Place((f"{name}.bias",), [(module, "bias")], None, bias)
-        place.put_now()
+        place = ParameterPlace((f"{name}.bias",), [(module, "bias")], None, bias)
+        place.put_current()
         places.append(place)
     return places
 
 
-def keep_base(places: Iterable[Place[nn.Parameter]]) -> bool:
+def keep_base(places: Iterable[ParameterPlace]) -> bool:
     """Whether every place still has the base model's own parameter: none was trained in place."""
-    return all(place.now is not place.before for place in places)
+    return all(place.current is not place.original for place in places)
 
 
 def as_base(
-    model: nn.Module, places: Sequence[Place[nn.Parameter]], method: str
+    model: nn.Module, places: Sequence[ParameterPlace], method: str
 ) -> contextlib.AbstractContextManager[None]:
     """Within the block every place has the base model's own parameter.
 
@@ -109,7 +109,7 @@ def as_base(
 
 def put_loaded(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], tied: Mapping[str, Sequence[str]], where: str
-) -> list[Place[nn.Parameter]]:
+) -> list[ParameterPlace]:
     """Put tensors from a file into the model under their names, frozen.
 
     The base model's own parameters are kept, so that they can be put back. A bias may be added where the
@@ -121,7 +121,7 @@ def put_loaded(
     Raises:
         UserError: a name or a shape does not fit the model; nothing is changed then.
     """
-    places: list[Place[nn.Parameter]] = []
+    places: list[ParameterPlace] = []
     hint = "load it onto the base model that it was trained on"
     for name, tensor in tensors.items():
         names = (name, *tied.get(name, ()))
@@ -147,7 +147,7 @@ def put_loaded(
                 hint=hint,
             )
         now = nn.Parameter(tensor.to(device=like.device, dtype=like.dtype), requires_grad=False)
-        places.append(Place(names, spots, before, now))
+        places.append(ParameterPlace(names, spots, before, now))
     for place in places:
-        place.put_now()
+        place.put_current()
     return places

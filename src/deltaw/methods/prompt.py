@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place
+from deltaw.lora.places import ParameterPlace
 from deltaw.methods.base import MethodBase
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.prompt_file import ALWAYS_WHOLE, PromptFile, read_prompt, write_prompt
@@ -64,7 +64,7 @@ class Prompt(MethodBase):
         self.settings: PromptSettings = settings or PromptSettings()
         self.tokenizer = tokenizer
         self.virtual_tokens = self.settings.length
-        self._places: list[Place[nn.Parameter]] = []
+        self._places: list[ParameterPlace] = []
         self._virtual_ids: np.ndarray | None = None
 
     @classmethod
@@ -108,7 +108,7 @@ class Prompt(MethodBase):
             yield
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [("prompt", _layer(model).prompt), *((place.name, place.now) for place in self._places)]
+        return [("prompt", _layer(model).prompt), *((place.name, place.current) for place in self._places)]
 
     def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """The row with the ids of the virtual tokens prepended: (length,) to (k + length,).

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place
+from deltaw.lora.places import ParameterPlace
 from deltaw.methods.in_place import SubsetInPlace
 from deltaw.methods.parameters import inside, names_of, train_places
 from deltaw.methods.settings import RandomSettings
@@ -32,23 +32,23 @@ class Random(SubsetInPlace):
         extra = set(inside(extra_modules, names_of(model)))
         return [name for name in names_of(model) if name not in extra]
 
-    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[Place[nn.Parameter]]:
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         extra = inside(extra_modules, names_of(model))
         places = train_places(model, [*self.chosen(model, extra_modules), *extra])
         spread = [place for place in places if place.name not in extra]
-        counts = self._counts([place.now.numel() for place in spread])
+        counts = self._counts([place.current.numel() for place in spread])
         rng = np.random.default_rng([seed, 3])
         for place, count in zip(spread, counts, strict=True):
             if count:
-                drawn = rng.choice(place.now.numel(), size=count, replace=False, shuffle=False)
+                drawn = rng.choice(place.current.numel(), size=count, replace=False, shuffle=False)
                 self._subset.begin(place, torch.from_numpy(np.sort(drawn).astype(np.int32)))
             else:
-                place.now.requires_grad_(False)
+                place.current.requires_grad_(False)
         return [place for place in places if place.name in extra]
 
     def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
         count = len(self._subset)
-        extra = sum(place.now.numel() for place in self._places)
+        extra = sum(place.current.numel() for place in self._places)
         text = f"random: {count:,} of {total:,} weights trained ({count / total:.2%})"
         return text + (f", and {extra:,} of {', '.join(extra_modules)}" if extra else "")
 

@@ -6,13 +6,11 @@ settings. An entry names its class by text where the class is slow to import, so
 
 from __future__ import annotations
 
-import importlib
 import keyword
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from deltaw.errors import UserError, did_you_mean
+from deltaw.registry import Registry, imported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,15 +65,16 @@ class MethodEntry:
 
     def load(self) -> Implementation:
         """The method's class."""
-        if not isinstance(self.implementation, str):
-            return self.implementation
-        module, _, attribute = self.implementation.partition(":")
-        found: Implementation = getattr(importlib.import_module(module), attribute)
+        found: Implementation = imported(self.implementation)
         return found
 
 
-_entries: dict[str, MethodEntry] = {}
-_listeners: list[Callable[[], None]] = []
+_registry: Registry[MethodEntry] = Registry("method")
+unregister = _registry.unregister
+listen = _registry.listen
+entries = _registry.entries
+names = _registry.names
+entry_of = _registry.entry_of
 
 
 def register(entry: MethodEntry) -> None:
@@ -86,64 +85,19 @@ def register(entry: MethodEntry) -> None:
     """
     if not entry.name.isidentifier() or keyword.iskeyword(entry.name):
         raise ValueError(f"'{entry.name}' cannot name a method and its section")
-    if entry.name in _entries:
-        raise ValueError(f"there is a method '{entry.name}' already")
-    _entries[entry.name] = entry
-    try:
-        _tell()
-    except ValueError:
-        del _entries[entry.name]
-        raise
-
-
-def unregister(name: str) -> None:
-    """Forget a method."""
-    del _entries[name]
-    _tell()
-
-
-def listen(listener: Callable[[], None]) -> None:
-    """Call ``listener`` now, and again whenever the methods change. It may raise ValueError to refuse one."""
-    _listeners.append(listener)
-    listener()
-
-
-def entries() -> tuple[MethodEntry, ...]:
-    """All methods, in the order of registration."""
-    return tuple(_entries.values())
-
-
-def names() -> tuple[str, ...]:
-    """The names of all methods."""
-    return tuple(_entries)
+    _registry.register(entry)
 
 
 def compared_names() -> tuple[str, ...]:
     """The methods that a comparison includes by default."""
-    return tuple(entry.name for entry in _entries.values() if entry.compared)
+    return tuple(entry.name for entry in entries() if entry.compared)
 
 
 def section_names() -> tuple[str, ...]:
     """The methods that have a section of settings."""
-    return tuple(entry.name for entry in _entries.values() if entry.settings is not None)
-
-
-def entry_of(name: str, *, where: str = "method") -> MethodEntry:
-    """The method of this name.
-
-    Raises:
-        UserError: there is none; the message names the nearest.
-    """
-    if name not in _entries:
-        raise UserError(f"there is no method '{name}'", where=where, hint=did_you_mean(name, _entries))
-    return _entries[name]
+    return tuple(entry.name for entry in entries() if entry.settings is not None)
 
 
 def entry_of_adapter(kind: object) -> MethodEntry | None:
     """The method whose adapters carry this ``peft_type``, or this ``method`` where PEFT has no type."""
-    return next((e for e in _entries.values() if kind == (e.peft_type or e.name)), None)
-
-
-def _tell() -> None:
-    for listener in _listeners:
-        listener()
+    return next((e for e in entries() if kind == (e.peft_type or e.name)), None)

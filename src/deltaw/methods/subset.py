@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place
+from deltaw.lora.places import ParameterPlace
 from deltaw.methods.parameters import names_of
 
 INDICES, VALUES = ".indices", ".values"
@@ -41,9 +41,9 @@ class Subset:
     def __len__(self) -> int:
         return sum(part.indices.numel() for part in self._parts)
 
-    def begin(self, place: Place[nn.Parameter], indices: Tensor) -> None:
+    def begin(self, place: ParameterPlace, indices: Tensor) -> None:
         """Train the entries of ``place``'s parameter at ``indices``, ascending flat positions (k,)."""
-        weight = place.now
+        weight = place.current
         at = indices.to(device=weight.device, dtype=torch.int32)
         with torch.no_grad():
             before = weight.data.view(-1).index_select(0, at)

@@ -1,1 +1,1 @@
-"""What a person looks at after a run: tables and figures of an adapter, the model card, the run's page."""
+"""What a person sees: progress on a terminal, and tables and figures of plans, adapters and experiments."""

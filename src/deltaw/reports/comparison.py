@@ -17,7 +17,7 @@ WIDE = 132
 def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
     """For a terminal of ``width`` characters: one table, or two where one would not fit.
 
-    The best is green; methods that could not run are left out.
+    The best is green; methods that could not run are not shown.
     """
     heads = titles(comparison)
     every = range(len(COLUMNS))

@@ -1,7 +1,7 @@
 """A comparison drawn: score over trained parameters, and peak memory by method.
 
-Colours are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name beside it,
-so that none is told by color alone.
+Colors are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name next to it,
+so that color alone tells nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STYLE: dict[Any, object] = {
     "ytick.color": INK,
     "figure.facecolor": "white",
 }
-# Where a label may stand beside its point, in points, the nearest first.
+# Where a label may stand next to its point, in points, the nearest first.
 _PLACES: list[tuple[float, float]] = [
     (distance * x, distance * y)
     for distance in (8, 14, 22, 32, 44, 58)
@@ -111,11 +111,11 @@ def _draw_memory(axes: Axes, results: Sequence[MethodResult]) -> None:
     ]
     kinds = [kind for kind in kinds if any(value is not None for value in kind[2])]
     height = 0.76 / max(1, len(kinds))
-    for number, (name, colour, values) in enumerate(kinds):
+    for number, (name, color, values) in enumerate(kinds):
         offset = (number - (len(kinds) - 1) / 2) * height
         places = [place + offset for place in range(len(results))]
         lengths = [(value or 0) / factor for value in values]
-        axes.barh(places, lengths, height * 0.92, color=colour, label=name)
+        axes.barh(places, lengths, height * 0.92, color=color, label=name)
         for place, value in zip(places, values, strict=True):
             if value is not None:
                 axes.annotate(

@@ -123,7 +123,7 @@ class AdapterReport:
         return sorted(kinds, key=lambda kind: (-_finite(kind.norm), kind.kind))
 
     def layers(self) -> dict[str, float]:
-        """‖ΔW‖_F of each layer, in the order of the layers; modules outside any layer are left out."""
+        """‖ΔW‖_F of each layer, in the order of the layers; without modules outside of layers."""
         squares: dict[str, list[float]] = defaultdict(list)
         for module in self.modules:
             layer = _layer(module.module)

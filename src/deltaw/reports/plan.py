@@ -65,16 +65,16 @@ def plan_table(plan: Plan) -> Table:
     )
     table.add_column("at the peak")
     table.add_column("", justify="right")
-    for name, label, colour, _ in PARTS[:-1]:
+    for name, label, color, _ in PARTS[:-1]:
         if plan.parts.get(name):
-            table.add_row(Text(label, style=colour), gigabytes(plan.parts[name]))
+            table.add_row(Text(label, style=color), gigabytes(plan.parts[name]))
     table.add_row("tensors in all", gigabytes(plan.peak_bytes), style="bold")
     for name, size in plan.resident.items():
         if name != "tensors" and size:
             table.add_row(_RESIDENT[name], gigabytes(size))
     table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
     where = f"the peak falls in the {plan.phase}, at {plan.module or 'no module'}"
-    table.caption = f"{where}; passes of {plan.tokens:,} tokens"
+    table.caption = f"{where}; microbatches of {plan.tokens:,} tokens"
     table.caption_justify = "left"
     return table
 
@@ -128,10 +128,10 @@ def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
         bar = Text(f"{name:>8} ")
         parts = parts_of(plan)
         drawn, sofar = 0, 0
-        for part, _, colour, _ in PARTS:
+        for part, _, color, _ in PARTS:
             sofar += parts.get(part, 0)
             end = round(BAR * sofar / most)
-            bar.append("█" * (end - drawn), style=colour)
+            bar.append("█" * (end - drawn), style=color)
             drawn = end
         lines.append(bar.append(f" {gigabytes(plan.peak_resident_bytes)}"))
     return Group(*lines, *_legend(plans.values(), at_least=most / BAR / 2))
@@ -141,10 +141,10 @@ def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
     """What the colors of the parts mean that any plan has ``at_least`` so many bytes of."""
     margin = " " * 9
     lines = [Text(margin)]
-    for part, label, colour, _ in PARTS:
+    for part, label, color, _ in PARTS:
         if not any(parts_of(plan).get(part, 0) > at_least for plan in plans):
             continue
-        entry = Text("█ ", style=colour).append(f"{label}  ", style="default")
+        entry = Text("█ ", style=color).append(f"{label}  ", style="default")
         if lines[-1].cell_len + entry.cell_len > WIDTH:
             lines.append(Text(margin))
         lines[-1].append_text(entry)
@@ -182,10 +182,10 @@ def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
     names = list(plans)
     for row, name in enumerate(names):
         left = 0.0
-        for part, _, _, colour in PARTS:
+        for part, _, _, color in PARTS:
             size = parts_of(plans[name]).get(part, 0) / 1e9
             if size:
-                axes.barh(row, size, left=left, color=colour, edgecolor="white", linewidth=0.4)
+                axes.barh(row, size, left=left, color=color, edgecolor="white", linewidth=0.4)
             left += size
         axes.text(left, row, f" {left:.2f} GB", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)
@@ -194,7 +194,7 @@ def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     shown = [p for p in PARTS if any(parts_of(plan).get(p[0], 0) for plan in plans.values())]
-    handles = [Patch(color=colour) for *_, colour in shown]
+    handles = [Patch(color=color) for *_, color in shown]
     labels = [label for _, label, *_ in shown]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     with durable.replacing(path) as temporary:

@@ -9,7 +9,7 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The name and list of the model's blocks; None where it has no such list.
 
     Found by structure: of all lists of modules the one with the most parameters, lists inside of its own
-    blocks (experts) left aside, since they have fewer.
+    blocks (experts) left out, since they have fewer.
     """
     found: tuple[str, nn.ModuleList] | None = None
     most = 0

@@ -1,7 +1,7 @@
 """A fused, memory-efficient block: a block under its own name, run by its description.
 
-What its halves compute and keep is said in ``fused_halves``. Where the compiled kernels serve all of a block
-and nobody looks on, both are one call each way (``kernels.block``).
+``fused_halves`` describes what its halves compute and save. If the compiled kernels support all of a block
+and nothing observes torch's calls, forward and backward are one call each (``kernels.block``).
 
 The parts are looked up through the block's description (``roles``) on every call. What was made of them is
 kept until one of them, or what hangs on them, is another. A block with anything trained in it but low-rank
@@ -107,8 +107,8 @@ class _Whole(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, whole: Block, layout: Layout, cosine: Tensor, sine: Tensor, *factors: Tensor
     ) -> Tensor:
-        y, kept = whole.forward(x, layout.forest(), cosine, sine)
-        ctx.whole, ctx.around = whole, (layout.forest(), cosine, sine)
+        y, kept = whole.forward(x, layout.segments(), cosine, sine)
+        ctx.whole, ctx.around = whole, (layout.segments(), cosine, sine)
         ctx.save_for_backward(x, kept)
         return y
 
@@ -118,9 +118,9 @@ class _Whole(torch.autograd.Function):
         x, kept = ctx.saved_tensors
         need_x, *_, need_factors = ctx.needs_input_grad
         whole: Block = ctx.whole
-        forest, cosine, sine = ctx.around
+        segments, cosine, sine = ctx.around
         grad = grads[0].contiguous()
-        d_x, of_factors = whole.backward(grad, x, kept, forest, cosine, sine, need_x, need_factors)
+        d_x, of_factors = whole.backward(grad, x, kept, segments, cosine, sine, need_x, need_factors)
         return d_x, None, None, None, None, *of_factors
 
 
@@ -224,7 +224,7 @@ class FusedBlock:
             self._norms = [part(self.block, path) for path in self.roles.norms]
 
     def _can_run(self, hidden: Tensor) -> bool:
-        """Whether the description can be carried out: every trained parameter is a factor of a known layer,
+        """Whether the fused form can run: every trained parameter is a factor of a known layer,
         and norms are of the input's type."""
         if not self._layers or not all(can_project(layer) for layer in self._layers):
             return False

@@ -5,7 +5,7 @@
 
 with [post] over the sum where there is one; see ``roles``. The stream is x itself, and in a parallel block
 the attention's sum. Kept of the first half are its input, queries, keys, values and the attention's output;
-of the second its input, gate and up. Norms and the activation are computed again in the backward. Inputs that
+of the second its input, gate and up. Norms and the activation are recomputed in the backward. Inputs that
 layers share stand once, and with int8-quantized weights they are rounded once.
 
 Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
@@ -96,7 +96,7 @@ class MLPHalf:
 
 @dataclass
 class Around:
-    """What attention is told beside the tokens.
+    """What attention is told besides the tokens.
 
     Args:
         cosine, sine: (T, n) in fp32; None without rotary positions.
@@ -310,7 +310,7 @@ def _back_through_end(grad: Tensor, ends: Sequence[Tensor | None], norms: HalfNo
 
 
 def _input_again(x: Tensor, inputs: Sequence[Projection], before: Norm | None) -> Tensor | None:
-    """What the input layers were given, computed again; None where no factor wants it."""
+    """What the input layers were given, recomputed; None where no factor wants it."""
     if not any(layer.factors is not None for layer in inputs):
         return None
     return x if before is None else before(x)[0]

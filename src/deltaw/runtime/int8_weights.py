@@ -28,7 +28,7 @@ from deltaw.runtime.blocks import blocks_of
 LARGEST_ERROR = 0.04
 # How much of the inputs' size is moved into the weights, tried in turn; 0 leaves both as they are.
 MOVED = (0.0, 0.5, 0.7)
-# Tokens, and about as many outputs, that are looked at in each layer.
+# Tokens, and about as many outputs, that each layer is calibrated on.
 TOKENS, ROWS = 512, 256
 
 
@@ -38,7 +38,7 @@ class Int8Report:
 
     Attributes:
         layers: of the blocks. kept: names of those that keep their weights, with their error.
-        errors: of every layer, its outputs' relative error on the rows looked at.
+        errors: of every layer, its outputs' relative error on the calibration rows.
     """
 
     layers: int = 0
@@ -47,8 +47,8 @@ class Int8Report:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layer stands in the blocks, so none is kept in bytes"
-        said = f"{self.layers - len(self.kept)} of {self.layers} layers are kept in bytes"
+            return "no linear layer stands in the blocks, so no weight is int8-quantized"
+        said = f"{self.layers - len(self.kept)} of {self.layers} layers are int8-quantized"
         if self.errors:
             said += f", with outputs off by {sum(self.errors.values()) / len(self.errors):.1%} on average"
         if self.kept:
@@ -64,7 +64,7 @@ def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> 
 
     Args:
         model: frozen, without adapters.
-        run: runs the model on some rows; without it nothing is looked at and every layer is taken.
+        run: runs the model on some rows; without it there is no calibration and every layer is taken.
     """
     report = Int8Report()
     found = blocks_of(model)

@@ -1,9 +1,9 @@
 """The frozen prefix of a model: what lies below the lowest module that is trained, and how to pass it over.
 
-An entrance has two sides. Stopping there, a forward pass computes the frozen part alone and hands out what
-comes out of it. Entering there, the model's own forward runs with the frozen part skipped and stored
-values in its place. Nothing is listed by architecture: forms are seen while the model runs, and whoever uses
-an entrance compares results with and without before relying on it.
+A layer entry point has two sides. Stopping there, a forward computes the frozen part alone and hands out what
+comes out of it. Entering there, the model's own forward runs with the frozen part skipped and stored values
+in its place. Nothing is listed by architecture: forms are seen while the model runs, and whoever uses a layer
+entry point compares results with and without it before relying on it.
 
 Knows transformers' models; not data files, losses or where the values are kept.
 """
@@ -62,7 +62,7 @@ class LayerEntry(Protocol):
     def entering(self, hidden: Tensor) -> AbstractContextManager[None]:
         """While open, the model's forward starts here with ``hidden``; :meth:`outputs` must have run once.
 
-        The backward may come after it is closed, with blocks computed again or not.
+        The backward may come after it is closed, with activation checkpointing or without.
         """
 
 
@@ -85,7 +85,7 @@ def lowest_trained(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> L
             passed = True
             place = int(full[len(name) + 1 :].partition(".")[0])
         else:
-            # Parts are made in the order that they are used in; an entrance notices where that is not so.
+            # Parts are made in the order that they are used in; a layer entry point notices if not.
             place = count if passed else -1
         places[id(parameter)] = min(place, places.get(id(parameter), place))
     above = count + 1
@@ -103,7 +103,7 @@ def lowest_trained(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> L
 class BlockEntry:
     """The way out of block ``index - 1``, which is the way into block ``index`` or to what follows the last.
 
-    Values have the form that blocks hand on: (rows, tokens, d), one row where the batch is flat.
+    Values have the form that blocks hand on: (rows, tokens, d), one row where rows are packed.
     """
 
     def __init__(self, model: PreTrainedModel, index: int) -> None:
@@ -121,7 +121,7 @@ class BlockEntry:
     @contextlib.contextmanager
     def entering(self, hidden: Tensor) -> Iterator[None]:
         # Values come out of the last block that is skipped, and do not go into the next by a hook: a
-        # block that is computed again in the backward gets the arguments that it had, but no hook by then.
+        # checkpointed block gets the arguments that it had, but no hook by then.
         form = self._form
         output = hidden if form is None else (hidden, *[None] * (form - 1))
 
@@ -183,7 +183,7 @@ class HeadEntry:
     @contextlib.contextmanager
     def entering(self, hidden: Tensor) -> Iterator[None]:
         if self._module is None:
-            raise RuntimeError("the entrance has not been found yet")
+            raise RuntimeError("the layer entry point has not been found yet")
         output = self._answer(hidden.shape[0])
         hook = self._module.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         try:
@@ -235,15 +235,15 @@ def _stopped(run: Callable[[], object], hooks: list[torch.utils.hooks.RemovableH
     finally:
         for hook in hooks:
             hook.remove()
-    raise RuntimeError("the forward pass does not come by the entrance")
+    raise RuntimeError("the forward does not come by the layer entry point")
 
 
 def _frozen(value: object) -> Tensor:
     """``value`` as it is, where nothing that is trained has a part in it."""
     if not isinstance(value, Tensor) or value.dim() < 2:
-        raise RuntimeError("what comes by the entrance is no tensor of rows")
+        raise RuntimeError("what comes by the layer entry point is no tensor of rows")
     if value.requires_grad:
-        raise RuntimeError("what comes by the entrance depends on what is trained")
+        raise RuntimeError("what comes by the layer entry point depends on what is trained")
     return value.detach()
 
 

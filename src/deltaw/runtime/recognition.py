@@ -2,7 +2,7 @@
 
 Names propose: which layer gives queries, which stands last in the MLP. What names do not say (whether halves
 run one after the other or side by side, where norms stand, how one layer's outputs hold queries and keys,
-whether positions are rotary) is tried: a candidate is taken only if the block computed by it equals the
+whether positions are rotary) is verified: a candidate is taken only if the block computed by it equals the
 block's own code in fp32, forward and backward, on a small copy of the model (see ``small_copy``).
 
 Every parameter of a block must have a role. What is found holds for all blocks of the same signature, the
@@ -58,7 +58,7 @@ Signature = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Told:
-    """What a block's attention is told beside the tokens.
+    """What a block's attention is told besides the tokens.
 
     Args:
         scaling: of scores. window: positions that a token sees, itself among them. softcap: of scores; see
@@ -76,7 +76,7 @@ class Told:
 
 
 def signature(block: nn.Module) -> Signature:
-    """What a block's code depends on, sizes and weights left aside: the class of each part and its flags.
+    """What a block's code depends on, sizes and weights left out: the class of each part and its flags.
 
     Adapted and int8-quantized layers count as the layers that they stand for.
     """
@@ -139,7 +139,7 @@ def candidates(block: nn.Module) -> Iterator[BlockRoles] | str:
     wide = [path for path in norms if path not in heads]
     known = {id(p) for path in (*linear, *norms) for p in modules[path].parameters()}
     if any(id(p) not in known for p in block.parameters()):
-        return "parameters beside its norms and projections"
+        return "parameters besides its norms and projections"
     causal = vars(part(block, holder)).get("is_causal", True) is not False
     return _combined(inputs, outputs[0], shapes, activations[0], wide, heads, head_size, causal)
 

@@ -24,9 +24,9 @@ from deltaw.runtime.roles import real_tensors
 VOCABULARY = 97
 HIDDEN = 64
 INNER = 96
-# Below this many tokens a window hides something from a trial.
+# Below this many tokens a window hides something from the sample.
 WINDOW = 8
-# More distinct layers than this are not looked at.
+# More distinct layers than this are not copied.
 MOST_LAYERS = 16
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "moe_intermediate_size")
 

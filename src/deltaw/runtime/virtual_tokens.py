@@ -2,7 +2,7 @@
 
 A model with V rows in its input embedding gets k more ids, V to V + k - 1, and a table (k, d) of their own
 for them. To everything else (packing, padding, masks, caches) they are tokens like any other, so that a
-soft prompt in front of a row needs no code beside this. The embedding is replaced by an object over the very
+soft prompt in front of a row needs no code besides this. The embedding is replaced by an object over the very
 same weight; a tied output layer notices nothing and predicts the V real tokens only.
 
 It knows modules; not how such a table is started, trained or stored.
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.places import Place, as_before, spots_holding
+from deltaw.lora.adapted import adopt
+from deltaw.lora.places import Place, Replacement, as_before, spots_holding
 
 _RECORD = "_deltaw_virtual_tokens"
 # Tables by which some models (Gemma 3n and 4) give each block embeddings of the very token ids.
@@ -29,7 +30,7 @@ class VirtualTokens(nn.Module):
     """What is added to an embedding's own class; objects are made by :func:`attach`.
 
     Attributes:
-        prompt: (k, d), the embeddings of the ids from ``first_id`` on, in fp32 (fp64 beside an fp64 weight).
+        prompt: (k, d), the embeddings of the ids from ``first_id`` on, in fp32 (fp64 for an fp64 weight).
         first_id: V, the rows of the embedding's own weight.
     """
 
@@ -107,14 +108,14 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
             f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {weight.shape[1]} wide",
             hint="is it the base model that the prompt was trained on?",
         )
-    layer = _adopted(embedding)
+    layer = adopt(_class_over(type(embedding)), embedding)
     # Updates are smaller than what half precision resolves, so the table is fp32 whatever the weight is.
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     layer.prompt = nn.Parameter(prompt.detach().to(device=weight.device, dtype=dtype, copy=True))
     layer.first_id = int(weight.shape[0])
     names = tuple(name for name, module in model.named_modules() if module is embedding)
-    place: Place[nn.Module] = Place(names, spots_holding(model, embedding), embedding, layer)
-    place.put_now()
+    place = Replacement(names, spots_holding(model, embedding), embedding, layer)
+    place.put_current()
     vars(model)[_RECORD] = place
     return layer
 
@@ -123,14 +124,14 @@ def detach(model: nn.Module) -> None:
     """Give the model its own embedding back; nothing happens where there are no virtual tokens."""
     place = _place(model)
     if place is not None:
-        place.put_before(model)
+        place.put_original(model)
         vars(model).pop(_RECORD)
 
 
 def attached(model: nn.Module) -> VirtualTokens | None:
     """The embedding with virtual tokens, or None."""
     place = _place(model)
-    return place.now if place is not None and isinstance(place.now, VirtualTokens) else None
+    return place.current if place is not None and isinstance(place.current, VirtualTokens) else None
 
 
 @contextlib.contextmanager
@@ -141,23 +142,10 @@ def own_embedding(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _place(model: nn.Module) -> Place[nn.Module] | None:
+def _place(model: nn.Module) -> Replacement | None:
     """Where the embedding with virtual tokens stands, and what stood there before."""
     place = vars(model).get(_RECORD)
     return place if isinstance(place, Place) else None
-
-
-def _adopted(embedding: nn.Module) -> VirtualTokens:
-    """A new object of the embedding's class with virtual tokens: the same parameters, buffers, hooks, flags.
-
-    The tables are copied, so that what is added to the new object does not show in the old one.
-    """
-    cls = _class_over(type(embedding))
-    layer = cls.__new__(cls)
-    vars(layer).update(vars(embedding))
-    for table in ("_parameters", "_buffers", "_modules"):
-        vars(layer)[table] = dict(vars(embedding)[table])
-    return layer
 
 
 _CLASSES: dict[type[nn.Module], type[VirtualTokens]] = {}

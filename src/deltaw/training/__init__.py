@@ -1,1 +1,1 @@
-"""The training of an adapter: loop, objective, optimizer, schedule."""
+"""Training an adapter: the loop and its state, losses, microbatches, callbacks. It prints nothing."""

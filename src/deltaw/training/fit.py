@@ -30,14 +30,13 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.planning.asked import parse_bytes
-from deltaw.training.planning.budget import within_memory
+from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Outcome, Step
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 
 @dataclass(frozen=True)
@@ -155,10 +154,12 @@ def planned(
     ``memory`` may have changed.
 
     Raises:
-        UserError: the memory that the machine gives does not suffice, and ``force`` is not set.
+        UserError: the memory that the machine gives does not suffice, and ``force`` is not set; or ``memory``
+            is set where it cannot be kept.
     """
-    budget = None if config.memory is None else parse_bytes(config.memory, where="memory")
-    if choose_device(config.device).value != "cpu":
+    device = choose_device(config.device).value
+    budget = memory_budget(config.memory, device)
+    if device != "cpu":
         return config, None
     limit = memory_limit_bytes().value
     try:
@@ -174,6 +175,8 @@ def planned(
         raise
     except Exception as error:  # whatever a foreign model raises on fake tensors, it may well train
         brief = f"{type(error).__name__}: {str(error)[:100]}"
+        if budget is not None:
+            raise no_plan_to_keep(brief) from error
         callback.on_line(f"no memory plan: the dry run on fake tensors failed ({brief})")
         return config, None
     callback.on_plan(plan, limit)

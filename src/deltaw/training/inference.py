@@ -1,4 +1,4 @@
-"""A finished run, or a bare model, opened for use: evaluation, generation, chat."""
+"""An inference session: a finished run, or a bare model, for evaluation, generation and chat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.config import RunConfig
+from deltaw import tasks
+from deltaw.config import DEFAULT_TASK, RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
@@ -24,14 +25,12 @@ from deltaw.training.evaluation.causal import Score, score
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.session import with_virtual_tokens
-from deltaw.training.tasks.tasks import Task, task_of
-
-_TASK_TYPES = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+from deltaw.training.tasks.base import Task, task_of
 
 
 @dataclass
 class InferenceSession:
-    """A model ready to answer.
+    """A model that is loaded for use.
 
     Attributes:
         config: the run's settings; None where the reference is not a run of deltaw's.
@@ -88,7 +87,7 @@ class InferenceSession:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """While open, the model answers as it did before it was trained."""
+        """While open, the model is the base model."""
         if self.method is None:
             yield
             return
@@ -101,7 +100,7 @@ class InferenceSession:
 
     def require_generation(self) -> None:
         """Raise a UserError where the model does not write text."""
-        if self.task.name != "causal-lm":
+        if not self.task.writes_text:
             raise UserError(
                 f"this is an adapter for {self.task.name}, which writes no text",
                 where=self.loaded.reference,
@@ -134,23 +133,25 @@ def open_run(
             hint=f"train it again: deltaw train {folder / SETTINGS}",
         )
     config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
-    kind, base, classes = task or "causal-lm", model or reference, None
+    kind, base, classes = task or DEFAULT_TASK, model or reference, None
     if adapter:
         settings = read_config(folder)
         base = model or (config.model if config is not None else _base_of(settings, folder))
-        kind = config.task if config is not None else _TASK_TYPES.get(str(settings.get("task_type")), kind)
+        told = tasks.name_of_adapter(settings.get("task_type"))
+        kind = config.task if config is not None else told or kind
         classes = classes_of(folder)
     trust = config.trust_remote_code if config is not None else False
     dtype = choose_precision(choose_device(device).value, precision).value
     work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
-    outputs = len(classes) if classes is not None else 1 if kind == "regression" else None
+    fixed = tasks.entry_of(kind).outputs
+    outputs = len(classes) if classes is not None else fixed
     if adapter and outputs is None and work.has_labels:
         outputs = outputs_of(folder)
     loaded = load(
         base,
         precision=precision,
         device=device,
-        task=kind,  # type: ignore[arg-type]
+        task=kind,
         num_labels=outputs,
         trust_remote_code=trust,
         say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
@@ -158,7 +159,7 @@ def open_run(
     identity = identity_of(loaded.model, precision)
     if precision == "int8":
         say(f"precision int8: {quantize_int8(loaded.model.base_model)}")
-    if classes is None and work.has_labels and kind != "regression":
+    if classes is None and work.has_labels and fixed is None:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)
     method = None
@@ -175,7 +176,7 @@ def score_run(
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Judge an opened model on examples, which are not with virtual tokens prepended yet."""
+    """Evaluate a model on examples that have no virtual tokens yet."""
     rows = [opened.example(example) for example in examples]
     batcher, _ = opened.task.batcher(
         opened.model,
@@ -186,7 +187,7 @@ def score_run(
         method_shares=True,
         virtual_tokens=0,
     )
-    if opened.task.name == "causal-lm":
+    if opened.task.writes_text:
         return score(
             opened.model,
             opened.tokenizer,

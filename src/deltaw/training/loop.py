@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -65,12 +66,10 @@ def train(
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
 
     A step's loss is the sum of the objective's losses over all its microbatches, divided by the units (label
-    tokens) of the whole step: how the rows are cut into microbatches changes nothing. The arguments alone
-    decide the result: random numbers come from ``seed``, and those of the process are as before afterwards,
-    like its threads, signal handlers and garbage collector.
-
-    The first two steps are checked: a parameter that was handed in and is not trained is an error that names
-    it (:mod:`deltaw.training.guarantee`).
+    tokens) of the whole step, so cutting its rows otherwise changes nothing. The arguments alone decide the
+    result: random numbers come from ``seed``. The process is left as it was: its random numbers, threads,
+    signal handlers and garbage collector. The first two steps are checked: a parameter that was handed in and
+    is not trained is an error that names it (:mod:`deltaw.training.guarantee`).
 
     Args:
         objective: the sum of a microbatch's losses, such as
@@ -79,8 +78,8 @@ def train(
         examples: the rows, or groups of rows. batcher: cuts those of a step into microbatches.
         rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
         names: of the parameters, for messages and for saved states.
-        may_skip: whether the model may leave the parameter of this name out of a step by design; then it is
-            a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
+        may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
+            it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
         after_step: called once the optimizer has changed the parameters.
         add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
             those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
@@ -110,52 +109,82 @@ def train(
         betas=betas,
     )
     changed = after_step or (lambda: None)
-    with stop_signals() as signalled, frozen_heap(), own_random_numbers(seed), state:
-        if saved is not None:
-            state.restore(saved)
-            changed()
-        check = TrainedCheck(names, state.trained, may_skip, steps_done=state.step)
-        if on_begin is not None:
+    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop, add_gradients)
+    return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
+
+
+@dataclass
+class _Loop:
+    """A training with all that a step needs."""
+
+    state: TrainState
+    objective: AnyObjective
+    examples: Sequence[Any]
+    batcher: AnyBatcher
+    max_grad_norm: float | None
+    changed: Callable[[], None]
+    should_stop: Callable[[], bool]
+    add_gradients: Callable[[int], float] | None
+
+    def run(
+        self,
+        may_skip: Callable[[str], bool],
+        saved: SavedState | None,
+        on_begin: Callable[[TrainState], None],
+        on_step: Callable[[Step], None],
+    ) -> Outcome:
+        """All steps, from the first or from ``saved``."""
+        state = self.state
+        with stop_signals() as signalled, frozen_heap(), own_random_numbers(state.order.seed), state:
+            if saved is not None:
+                state.restore(saved)
+                self.changed()
+            check = TrainedCheck(state.names, state.trained, may_skip, steps_done=state.step)
             on_begin(state)
-        while state.step < total_steps:
-            begun = time.perf_counter()
-            if signalled() or should_stop():
-                state.sums.interrupted = True
-                break
-            if state.step % STEPS_BETWEEN_TRIMS == 0:
-                trim_memory()
-            rows = [examples[i] for i in state.begin_step()]
-            units = objective.units(rows)
-            sums = _gradients(objective, batcher, rows, units, lambda: signalled() or should_stop())
-            if sums is None:
-                state.abandon_step()
-                state.sums.interrupted = True
-                break
-            general = None if add_gradients is None else add_gradients(state.step)
-            norm = _gradient_norm(state.trained, max_grad_norm)
-            _check_finite(sums.loss / units, norm, where=f"step {state.step + 1} of {total_steps}")
-            rate = state.learning_rate
-            check.before_update()
-            state.update()
-            check.after_update()
-            changed()
-            step = Step(
-                step=state.step + 1,
-                epoch=(state.step + 1) / state.order.steps_per_epoch,
-                loss=sums.loss / units,
-                learning_rate=rate,
-                gradient_norm=norm,
-                rows=len(rows),
-                tokens=sums.row_tokens,
-                computed_tokens=sums.tokens,
-                label_tokens=units,
-                seconds=time.perf_counter() - begun,
-                general_loss=general,
-            )
-            state.end_step(step)
-            if on_step is not None:
+            while state.step < state.total_steps:
+                step = self.step(check, lambda: signalled() or self.should_stop())
+                if step is None:
+                    state.sums.interrupted = True
+                    break
                 on_step(step)
-    return state.sums
+        return state.sums
+
+    def step(self, check: TrainedCheck, stopped: Callable[[], bool]) -> Step | None:
+        """One optimizer step; None, and nothing changed, where it was asked to stop."""
+        state, begun = self.state, time.perf_counter()
+        if stopped():
+            return None
+        if state.step % STEPS_BETWEEN_TRIMS == 0:
+            trim_memory()
+        rows = [self.examples[i] for i in state.begin_step()]
+        units = self.objective.units(rows)
+        sums = _gradients(self.objective, self.batcher, rows, units, stopped)
+        if sums is None:
+            state.abandon_step()
+            return None
+        general = None if self.add_gradients is None else self.add_gradients(state.step)
+        norm = _gradient_norm(state.trained, self.max_grad_norm)
+        _check_finite(sums.loss / units, norm, where=f"step {state.step + 1} of {state.total_steps}")
+        rate = state.learning_rate
+        check.before_update()
+        state.update()
+        check.after_update()
+        self.changed()
+        step = Step(
+            step=state.step + 1,
+            epoch=(state.step + 1) / state.order.steps_per_epoch,
+            loss=sums.loss / units,
+            learning_rate=rate,
+            gradient_norm=norm,
+            rows=len(rows),
+            tokens=sums.row_tokens,
+            computed_tokens=sums.tokens,
+            label_tokens=units,
+            seconds=time.perf_counter() - begun,
+            general_loss=general,
+        )
+        state.end_step(step)
+        return step
 
 
 @dataclass

@@ -77,7 +77,7 @@ class Loss(Protocol):
     """What a training makes small."""
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
-        """The sum of a microbatch's losses, a scalar. It must not depend on how a step is cut."""
+        """The sum of a microbatch's losses, a scalar; independent of how a step is cut."""
         ...
 
     def units(self, rows: Sequence[Any]) -> int:

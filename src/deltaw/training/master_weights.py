@@ -1,8 +1,8 @@
 """Trained parameters of low precision, and the fp32 copies that the optimizer works on.
 
 In bf16 a step of AdamW is mostly smaller than the distance to the next number and would vanish. The copy
-takes the gradient as soon as it is there, in fp32, so that gradients of several passes add up without loss
-and none is kept twice; after the optimizer's step the parameter is the copy, rounded.
+takes the gradient as soon as it is there, in fp32, so that gradients of several microbatches add up without
+loss and none is kept twice; after the optimizer's step the parameter is the copy, rounded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run's folder: what it was told, what it chose, what it measured, and the adapter.
 
-An earlier run in the same folder is moved aside, never written over.
+An earlier run in the same folder is renamed, never overwritten.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         check_output(self.path)
-        self.moved = self._move_aside()
+        self.moved = self._rename_earlier()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._metrics = (self.path / METRICS).open("w", encoding="utf-8", buffering=1)
         except OSError as error:
             raise _not_writable(self.path, error) from error
 
-    def _move_aside(self) -> Path | None:
+    def _rename_earlier(self) -> Path | None:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return None
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        while (renamed := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         try:
-            self.path.rename(aside)
+            self.path.rename(renamed)
         except OSError as error:
             raise UserError(
-                f"cannot move the earlier run aside: {error.strerror or error}",
+                f"cannot rename the earlier run: {error.strerror or error}",
                 where=str(self.path),
                 hint="set 'output' to another folder",
             ) from error
-        return aside
+        return renamed
 
     def write_settings(self, config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> None:
         """``run.yaml`` with every value; ``chosen`` gives, by dotted key, what ``auto`` became and why."""
@@ -108,7 +108,7 @@ def check_output(path: Path) -> None:
         )
     if holds and path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(
-            "the output folder holds an earlier run, which cannot be moved aside from where you are",
+            "the output folder holds an earlier run, and cannot be renamed while you are in it",
             where=str(path),
             hint="set 'output' to a folder below this one",
         )

@@ -1,4 +1,4 @@
-"""Everything that a training needs, put together: model, method, rows, passes, objective.
+"""Everything that a training needs, put together: model, method, rows, batcher, objective.
 
 A run, its plan and a comparison all begin here, so that what is planned is what is run. It knows no folders
 and shows nothing.
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
-from deltaw.data.example import Example
+from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import PeakWatch, release_free_memory
@@ -45,13 +45,12 @@ from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
+from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
-from deltaw.training.tasks.label_objective import start_at_mean
-from deltaw.training.tasks.tasks import RunData, Task, task_of
 
-# Rows that a start which depends on the data looks at.
+# Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
-# Tokens of rows that are looked at before weights are put into bytes.
+# Tokens that int8 quantization is calibrated on.
 CALIBRATION_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
@@ -68,7 +67,7 @@ class Session:
         data: the rows, with the method's virtual tokens prepended.
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
-        prefix: what lies below the lowest trained module, computed once for each row; None where it is not.
+        prefix: outputs of the frozen layers below the lowest trained module, where they are kept; else None.
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
     """
@@ -100,28 +99,27 @@ class Session:
         """How the rows go through the model, for a person."""
         batcher, objective = self.batcher, self.objective
         total, size = self.total_steps, self.config.train.batch_size
-        rows = "flat rows without padding"
+        rows = "padding-free packing"
         if self.task.has_labels or getattr(batcher, "padded", False):
             rows = "padded rows"
-        shared = ", common beginnings computed once" if getattr(batcher, "share", False) else ""
+        shared = ", shared prefixes computed once" if getattr(batcher, "share", False) else ""
         whole = not getattr(objective, "chunked", True)
         head = ", all logits at once (the model's head is not known here)" if whole else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
         return [
             *self._blocks(),
             f"{total} step{'s' if total != 1 else ''} of {size} rows, "
-            f"in passes of up to {tokens} tokens: {rows}{shared}{head}",
+            f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}",
         ]
 
     def _blocks(self) -> list[str]:
         """Which code the model's blocks run, for a person."""
-        reason = loader.why_not()
-        lines = [] if reason is None else [reason]
+        lines = loader.notes()
         if self.task.has_labels or getattr(self.batcher, "padded", False):
             return lines
         with packed_rows(self.model):
             fused = fused_blocks(self.model)
-        kind = "lean" if fused.choice.value else "the model's own code"
+        kind = "fused" if fused.choice.value else "the model's own code"
         return [*lines, f"blocks: {kind} ({fused.choice.why})"]
 
     @contextlib.contextmanager
@@ -131,7 +129,7 @@ class Session:
             yield
 
     def close(self) -> None:
-        """Let go of what is kept on disk."""
+        """Release what is kept on disk."""
         if self.prefix is not None:
             self.prefix.close()
 
@@ -187,7 +185,7 @@ class Session:
         )
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
-        """Judge the model on examples, by default those held out; call within :meth:`running`."""
+        """Evaluate the model on examples, by default those held out; call within :meth:`running`."""
         chosen = self.data.held_out if examples is None else examples
         if not chosen:
             return Evaluation()
@@ -276,8 +274,7 @@ def assemble(
         method_shares=method.can_share_prefixes(),
         virtual_tokens=method.virtual_tokens,
     )
-    if task.name == "regression":
-        start_at_mean(model, new_modules, [example.label for example in data.train])
+    task.initialize_head(model, new_modules, data.train)
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     def calibrate() -> None:
@@ -309,7 +306,7 @@ def assemble(
             session.prefix, kept = cached_prefix(model, objective, batcher, data.every)
         chosen["train.keep_features"] = kept
         if session.prefix is not None:
-            said.append(f"computed once for each row and kept: {kept}")
+            said.append(f"features computed once for each row: {kept}")
     return session
 
 
@@ -338,7 +335,7 @@ def _take_general_answers(session: Session) -> None:
 
 
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
-    """Put the blocks' weights into bytes, looking at a few rows; what was done and what it costs, said.
+    """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
 
     Comes before anything else runs the model: each block's weights are read once, and given back.
     """
@@ -364,16 +361,18 @@ def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str
                 for hidden, int8 in zip(found, (False, True), strict=True)
             )
             said.append(
-                f"  on the first {length} tokens of the rows the loss goes from {before:.4f} to {after:.4f}"
+                f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}"
             )
     release_free_memory()
     return said
 
 
 def with_virtual_tokens(example: Any, method: Method) -> Any:
-    """The example as the model is to see it, with a method's virtual tokens before it."""
+    """The example as the model is to see it, with a method's virtual tokens prepended."""
     if method.virtual_tokens == 0:
         return example
+    if isinstance(example, RowGroup):
+        return RowGroup(tuple(with_virtual_tokens(row, method) for row in example.rows))
     if isinstance(example, Example):
         return example.after(method.virtual_tokens, method.with_virtual_tokens(example.tokens))
     if hasattr(example, "tokens"):
@@ -395,19 +394,19 @@ def head_modules(model: nn.Module) -> list[str]:
 def checkpoint_blocks(
     model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()
 ) -> None:
-    """Keep only each block's input for the backward, and compute the rest of the block again.
+    """Turn activation checkpointing on: a block keeps its input alone, and its backward runs it again.
 
-    The model stays in eval mode, so that its own dropout stays off; only the blocks that know how to be
-    recomputed are told that they train.
+    The model stays in eval mode, so that its own dropout stays off; the checkpointed blocks alone are told
+    that they train.
 
     Args:
         blocks: True for all of them, or how many: the lowest that a backward reaches, since by the time they
-            are computed again what the upper ones kept is gone.
+            run again, the activations of the upper ones are gone.
         trained: the trained parameters; below the lowest of them no backward goes.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"{type(model).__name__} cannot recompute its blocks",
+            f"{type(model).__name__} has no activation checkpointing",
             where="train.checkpointing",
             hint="set train.checkpointing to false, or lower train.tokens_per_pass",
         )

@@ -43,7 +43,7 @@ template <class Op>
 class Backward : Tiles<Op> {
     typedef Tiles<Op> Tile;
     typedef typename Op::Element T;
-    static const int PER = Op::PER_GROUP;
+    static constexpr int PER = Op::PER_GROUP;
 
     const Segments &f;
     const Sizes z;

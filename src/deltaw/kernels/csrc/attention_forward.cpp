@@ -10,7 +10,7 @@ template <class Op>
 class Forward : Tiles<Op> {
     typedef Tiles<Op> Tile;
     typedef typename Op::Element T;
-    static const int PER = Op::PER_GROUP;
+    static constexpr int PER = Op::PER_GROUP;
 
     const Segments &f;
     const Sizes z;

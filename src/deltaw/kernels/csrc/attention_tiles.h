@@ -82,7 +82,7 @@ struct Columns {
 template <class Op>
 struct Tiles {
     typedef typename Op::Element T;
-    static const int PER = Op::PER_GROUP;
+    static constexpr int PER = Op::PER_GROUP;
 
     static const T *at(const HeadRows &r, int64_t token, int64_t head) { return (const T *)r.data + token * r.by_token + head * r.by_head; }
     static T *at(const OutRows &r, int64_t token, int64_t head) { return (T *)r.data + token * r.by_token + head * r.by_head; }

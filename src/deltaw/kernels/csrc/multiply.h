@@ -7,7 +7,7 @@ namespace deltaw {
 
 struct OpF32 {
     typedef float Element;
-    static const int PER_GROUP = 1;
+    static constexpr int PER_GROUP = 1;
     typedef __m512 Sum;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Sum load(const float *p) { return _mm512_loadu_ps(p); }
@@ -18,7 +18,7 @@ struct OpF32 {
 };
 struct OpBF16 {
     typedef bf16 Element;
-    static const int PER_GROUP = 2;
+    static constexpr int PER_GROUP = 2;
     typedef __m512 Sum;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Sum load(const float *p) { return _mm512_loadu_ps(p); }
@@ -31,7 +31,7 @@ struct OpBF16 {
 };
 struct OpInt8 {  // unsigned on the left, signed on the right; sums are integers
     typedef int8_t Element;
-    static const int PER_GROUP = 4;
+    static constexpr int PER_GROUP = 4;
     typedef __m512i Sum;
     static Sum zero() { return _mm512_setzero_si512(); }
     static Sum load(const float *p) { return _mm512_loadu_si512(p); }

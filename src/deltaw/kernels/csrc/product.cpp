@@ -29,9 +29,9 @@ class Part {
     }
 
   private:
-    static const bool INT8_SUMS = Op::PER_GROUP == 4;
-    static const int64_t NUMBER = 4 / Op::PER_GROUP;  // bytes
-    static const int64_t BLOCK_GROUPS = INT8_BLOCK / 4;
+    static constexpr bool INT8_SUMS = Op::PER_GROUP == 4;
+    static constexpr int64_t NUMBER = 4 / Op::PER_GROUP;  // bytes
+    static constexpr int64_t BLOCK_GROUPS = INT8_BLOCK / 4;
 
     const Product &p;
     const bool in_blocks = INT8_SUMS && p.block_scale;

@@ -34,6 +34,7 @@ struct Piece {
 class Arena {
   public:
     size_t piece = 0, used = 0;  // of the piece that is taken from
+    size_t total = 0;            // of all pieces
 
     ~Arena() { release(); }
 
@@ -48,23 +49,26 @@ class Arena {
             piece++, used = 0;
         }
         char *const at = pieces[piece].at + used;
-        used += size;
-        size_t below = 0;
-        for (size_t i = 0; i < piece; i++) below += pieces[i].size;
-        needed = std::max(needed, below + used);
+        used += size, total += size;
+        needed = std::max(needed, total);
         return at;
     }
 
-    void leave(size_t to_piece, size_t to_used) noexcept {
-        piece = to_piece, used = to_used;
+    void leave(size_t to_piece, size_t to_used, size_t to_total) noexcept {
+        piece = to_piece, used = to_used, total = to_total;
         if (--depth == 0) settle();
     }
 
     void release() noexcept {
         drop_from(0);
-        piece = used = 0;
+        piece = used = total = 0;
     }
-    bool in_use() const { return depth > 0; }
+    // Releases all and forgets what was needed, between calls; inside of one, nothing happens.
+    void forget() noexcept {
+        if (depth > 0) return;
+        release();
+        needed = next_size = 0, calls = 0;
+    }
 
   private:
     std::vector<Piece> pieces;
@@ -115,17 +119,15 @@ Arena &arena() {
 
 namespace deltaw {
 
-Scratch::Scratch() : piece(arena().piece), used(arena().used) { arena().enter(); }
-Scratch::~Scratch() { arena().leave(piece, used); }
+Scratch::Scratch() : piece(arena().piece), used(arena().used), total(arena().total) { arena().enter(); }
+Scratch::~Scratch() { arena().leave(piece, used, total); }
 void *Scratch::take_bytes(size_t bytes) { return arena().take(bytes); }
 
 }  // namespace deltaw
 
 int dw_release() {
     return deltaw::guarded([] {
-        deltaw::in_parallel([](int, int) {
-            if (!arena().in_use()) arena().release();
-        });
+        deltaw::in_parallel([](int, int) { arena().forget(); });
     });
 }
 

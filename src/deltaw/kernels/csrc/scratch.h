@@ -25,7 +25,7 @@ class Scratch {
   private:
     void *take_bytes(size_t bytes);
 
-    const size_t piece, used;  // where the arena stood
+    const size_t piece, used, total;  // where the arena stood
 };
 
 }  // namespace deltaw

@@ -1,4 +1,4 @@
-"""How well a model tells classes or numbers: metrics, predictions row by row, and their interval."""
+"""How well a model predicts classes or numbers: metrics, predictions row by row, and their interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deltaw.training.tasks.label_objective import LabelObjective
 class LabelEvaluation(Evaluation):
     """With ``predictions`` in the order of the examples: (rows, classes) logits, or (rows,) numbers.
 
-    ``per_row`` is 1.0 where a class was told and 0.0 elsewhere, or the squared error.
+    ``per_row`` is 1.0 where the class is right and 0.0 elsewhere, or the squared error.
     """
 
     predictions: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -32,7 +32,7 @@ def evaluate_labels(
     batcher: LabelMicroBatcher,
     classes: Sequence[str] = (),
 ) -> LabelEvaluation:
-    """Judge a model on labelled rows.
+    """Evaluate a model on labelled rows.
 
     Raises:
         UserError: the model's predictions are not finite.

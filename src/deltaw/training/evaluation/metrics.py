@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy and its kin, errors and correlations, and how sure one may be of them.
+"""How good predictions are: accuracy, F1, errors, correlations, and confidence intervals of them.
 
 Arrays in, numbers out. A metric that is not defined for what it is given, such as a correlation with a
 constant, is nan. It knows no models.
@@ -30,7 +30,7 @@ def f1_of(counts: np.ndarray, index: int) -> float:
 
 
 def macro_f1(counts: np.ndarray) -> float:
-    """The mean of all classes' F1; classes that neither occur nor are predicted are left out."""
+    """The mean of all classes' F1; without classes that neither occur nor are predicted."""
     scores = np.array([f1_of(counts, index) for index in range(len(counts))])
     return float(np.nanmean(scores)) if not np.isnan(scores).all() else float("nan")
 
@@ -107,7 +107,7 @@ def bootstrap_interval(
         seed: of the draws. level: the share between the bounds. draws: how many samples.
 
     Returns:
-        lower and upper bound; samples of which the statistic is nan are left out, and both are nan where it
+        lower and upper bound; samples of which the statistic is nan do not count, and both are nan where it
         is nan for all.
     """
     rows = np.asarray(rows)

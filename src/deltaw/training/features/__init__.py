@@ -1,1 +1,1 @@
-"""Outputs of the frozen lower part of a model, computed once for each row and kept."""
+"""Outputs of a model's frozen lower layers, computed once for each row and kept."""

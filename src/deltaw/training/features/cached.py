@@ -1,10 +1,10 @@
-"""Features in place of the frozen prefix: passes and an objective that start from stored vectors.
+"""Features in place of the frozen lower layers: a batcher and an objective that start from stored vectors.
 
-What a training is given instead of its own: passes whose rows go through the frozen part once, and an
-objective that enters the model above it. Which vectors of a row are kept is a feed's matter
+A training uses them instead of its own: microbatches whose rows go through the frozen layers once, and an
+objective that resumes the model above them. A feed decides which vectors of a row are kept
 (:mod:`deltaw.training.features.feeds`).
 
-Knows examples, batches, entrances and stores; not files, keys, optimizers or whether it is all worth it.
+Knows examples, batches, layer entry points and stores; not files, keys or optimizers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deltaw.training.microbatches import AnyBatcher, AnyObjective
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedBatch:
-    """A batch and the values that the model is entered with; all else is asked of the batch."""
+    """A batch and the values that the model is resumed with; all else is asked of the batch."""
 
     inner: Any
     features: Tensor
@@ -35,16 +35,16 @@ class CachedBatch:
 
 
 class CachedPrefix:
-    """A model's frozen prefix computed once for each row, then read.
+    """The outputs of a model's frozen lower layers: computed once for each row, then read.
 
     Args:
         feed: which vectors are kept, and how batches are made of them.
-        objective, microbatches: what a training without it would use.
-        rows: the rows that there is room for; others go the usual way.
+        objective, batcher: what a training without it would use.
+        rows: the rows that there is room for; others run from the start.
         store: where the vectors are.
 
     Attributes:
-        objective, microbatches: to be used in place of the given ones, together.
+        objective, batcher: to be used in place of the given ones, together.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CachedPrefix:
 
 
 class CachedMicroBatcher:
-    """Passes that compute what is missing and read the rest; all else is asked of the inner microbatches."""
+    """Microbatches with features, read or computed where missing; all else is asked of the inner batcher."""
 
     def __init__(self, inner: AnyBatcher, prefix: CachedPrefix) -> None:
         self.inner = inner
@@ -80,14 +80,14 @@ class CachedMicroBatcher:
 
 
 class CachedObjective:
-    """The inner objective with the model entered above its frozen prefix; other batches go the usual way.
+    """The inner objective with the model resumed above its frozen layers; other batches run from the start.
 
     All else is asked of the inner objective.
     """
 
     def __init__(self, inner: AnyObjective, entry: LayerEntry) -> None:
         self.inner = inner
-        self._entrance = entry
+        self._entry = entry
 
     def __call__(self, batch: Any) -> Tensor:
         return self._within("__call__", batch)
@@ -108,7 +108,7 @@ class CachedObjective:
         method = getattr(self.inner, name)
         if not isinstance(batch, CachedBatch):
             return method(batch)
-        with self._entrance.entering(batch.features):
+        with self._entry.entering(batch.features):
             return method(batch.inner)
 
     def __getattr__(self, name: str) -> Any:
@@ -160,7 +160,7 @@ class Feed(Protocol):
     """Which vectors of a row are kept, and how batches are made of them.
 
     Attributes:
-        entrance: where the model is entered. device: where the model is.
+        entry: where the model is resumed. device: where the model is.
         kind: tells feeds apart that keep different vectors of the same rows.
     """
 
@@ -186,7 +186,7 @@ class Feed(Protocol):
     def batches(
         self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
-        """Batches of these rows with the values that the model is entered with."""
+        """Batches of these rows with the values that the model is resumed with."""
 
 
 def content_of(example: Any, *more: np.ndarray) -> bytes:

@@ -1,10 +1,10 @@
-"""Which vectors of a row are kept, by where the model is entered, and batches made of them.
+"""Which vectors of a row are kept, by the layer where the model is resumed, and batches made of them.
 
-Below a block: every token's vector, and batches are the microbatches. At a language model's head: the
-vectors that predict a label. At a classifier: one vector a row. The last two need no passes over tokens any
-more; a batch of them is one gather.
+Below a block: every token's vector, and batches are the microbatches. At a language model's head: the vectors
+that predict a label. At a classifier: one vector a row. The last two run no token through the model any more;
+a batch of them is one gather.
 
-Knows examples, batches and entrances; not files, losses or where the vectors are.
+Knows examples, batches and layer entry points; not files, losses or where the vectors are.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Feed:
     def learn(self, batch: Any) -> Tensor:
         hidden = self.entry.outputs(lambda: self._objective(batch))
         self.device = hidden.device
-        self._look(batch, hidden)
+        self._learn_form(batch, hidden)
         return _flat(hidden)
 
     def meet(self, rows: RowIndex) -> None:
@@ -67,8 +67,8 @@ class _Feed:
             for batch in batcher.batches(list(missing.values())):
                 self.keep(batch, index, store)
 
-    def _look(self, batch: Any, hidden: Tensor) -> None:
-        """See the form of what comes out."""
+    def _learn_form(self, batch: Any, hidden: Tensor) -> None:
+        """Note the form of what comes out."""
 
     def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
         """Each example of the batch with the places of its vectors in the flattened ``hidden``."""
@@ -83,7 +83,7 @@ class EveryToken(_Feed):
 
     kind = "every token"
 
-    def _look(self, batch: Any, hidden: Tensor) -> None:
+    def _learn_form(self, batch: Any, hidden: Tensor) -> None:
         self._is_text = "input_ids" in batch.inputs
         self._patches = hidden.shape[1]
         self._tail = hidden.shape[2:]
@@ -102,7 +102,7 @@ class EveryToken(_Feed):
             slots = index.slots([example for example, _ in found])
             if store.done[slots].all():
                 lead = batch.inputs["input_ids"].shape if self._is_text else (batch.rows, self._patches)
-                # What only fills a batch up is seen by nobody; any vector that is there will do.
+                # Nothing attends to what fills a batch up; any vector that is there will do.
                 places = np.full(math.prod(lead), index.starts[slots[0]])
                 places[np.concatenate([own for _, own in found])] = index.places(slots)
                 hidden = store.read(places).to(self.device).view(*lead, *self._tail)
@@ -170,9 +170,9 @@ class WholeRows(_Feed):
     def __init__(self, entry: HeadEntry, objective: AnyObjective) -> None:
         super().__init__(entry, objective)
 
-    def _look(self, batch: Any, hidden: Tensor) -> None:
+    def _learn_form(self, batch: Any, hidden: Tensor) -> None:
         if hidden.dim() != 2:
-            raise RuntimeError("the head looks at several vectors of a row")
+            raise RuntimeError("the head reads several vectors of a row")
         self._template = batch
         self._is_text = "input_ids" in batch.inputs
 
@@ -191,7 +191,7 @@ class WholeRows(_Feed):
             yield CachedBatch(self._batch(part), features)
 
     def _batch(self, rows: Sequence[Any]) -> Any:
-        """A batch of one token a row: no more of its inputs is looked at above the backbone."""
+        """A batch of one token a row: above the backbone no more of its inputs is read."""
         like = self._template
         inputs = {
             key: value[:1, :1].expand(len(rows), *value[:1, :1].shape[1:])
@@ -238,7 +238,7 @@ def _members(rows: Sequence[Any]) -> tuple[Member, ...]:
 
 
 def _parts(rows: Sequence[Any], index: RowIndex) -> Iterator[Sequence[Any]]:
-    """Rows in their order, cut so that none has more than VECTORS_PER_BATCH unless one row alone has."""
+    """Rows in their order, cut so that none has more than VECTORS_PER_BATCH, unless one row alone has."""
     counts = index.counts[index.slots(rows)]
     start = 0
     while start < len(rows):

@@ -1,7 +1,7 @@
-"""Whether the frozen prefix of a training is computed once and kept, and where: tried before it is relied on.
+"""Whether the frozen lower layers run only once for each row, and where their outputs are kept.
 
-The trial runs a few of the user's own rows with and without: the same loss and the same gradients, or there
-is no cache and the run says why. Features that an earlier run has left are compared with new ones as well.
+This is verified first: a few of the user's own rows run with kept features and without. Loss and gradients
+must agree, or there is no cache and the run says why. Features of an earlier run are compared with new ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
@@ -73,17 +74,19 @@ def cached_prefix(
 ) -> tuple[CachedPrefix | None, Choice[str]]:
     """A training's frozen prefix, kept; to be called where the model can run these batches, nothing random.
 
-    What is trained is read off the parameters that require a gradient. On fake tensors the features are kept
-    in memory, so that a plan sees the same steps.
+    What is trained is read off the parameters that require a gradient. In a dry run on fake tensors the store
+    holds shapes alone, so that a plan sees the same steps.
 
     Args:
-        objective, microbatches: what the training would use otherwise.
+        objective, batcher: what the training would use otherwise.
         examples: every row that will come, held-out ones too.
         folder: where stores are. limit: bytes that all stores may take.
 
     Returns:
         the prefix, which is to be closed in the end, and how far up it goes; None and why not.
     """
+    if any(isinstance(example, RowGroup) for example in examples):
+        return None, Choice("off", "rows come in groups")
     trained = [p for p in model.parameters() if p.requires_grad]
     level = lowest_trained(model, trained)
     if level is None:
@@ -96,11 +99,11 @@ def cached_prefix(
         vectors = feed.learn(next(iter(batcher.batches(few))))
         tolerance = _tolerance(vectors.dtype) if has_values(model) else None
         difference = _difference(feed, objective, batcher, few, vectors, trained, tolerance)
-    except Exception as error:  # whatever a foreign model raises here, the usual way is right for it
+    except Exception as error:  # whatever a foreign model raises here, it can train without kept features
         brief = f"{type(error).__name__}: {str(error)[:100]}"
-        return None, Choice("off", f"{type(model).__name__} cannot be entered there ({brief})")
+        return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief})")
     if difference is not None:
-        return None, Choice("off", f"{type(model).__name__} entered there gives {difference}")
+        return None, Choice("off", f"{type(model).__name__} resumed there gives {difference}")
     return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit)
 
 
@@ -220,7 +223,7 @@ def _open_store(
         cached.close()
         raise
     found = f", {known} of {shape.rows} rows there already" if known else ""
-    return cached, Choice(str(level), f"frozen, and so computed once for each row: {kept}{found}")
+    return cached, Choice(str(level), f"frozen below, so run once for each row: {kept}{found}")
 
 
 def _key(

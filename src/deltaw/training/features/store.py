@@ -182,7 +182,7 @@ def open_store(
 
     Args:
         key: fit to be a file's name; says all that the values depend on.
-        about: a line for a person who looks into the folder.
+        about: a line for a person who reads the folder.
         folder: where stores are. limit: bytes that all stores may take.
 
     Raises:
@@ -290,7 +290,7 @@ def _make_room(root: Path, needed: int, limit: int) -> None:
             lock.release()
     if total + needed > limit:
         raise UserError(
-            f"features of {size_text(needed)} do not fit beside the {size_text(total)} of other runs",
+            f"features of {size_text(needed)} do not fit with the {size_text(total)} of other runs",
             where=str(root),
             hint="wait until one of them is done",
         )

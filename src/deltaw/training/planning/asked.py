@@ -23,6 +23,20 @@ def parse_bytes(text: str, where: str = "--budget") -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def refuse_memory(memory: str | None, verb: str) -> None:
+    """Refuse the setting ``memory`` where a verb does not keep it.
+
+    Raises:
+        UserError: it is set.
+    """
+    if memory is not None:
+        raise UserError(
+            f"memory is kept by 'deltaw train', and not by 'deltaw {verb}'",
+            where="memory",
+            hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
+        )
+
+
 def chosen_methods(text: str, own: str) -> list[str]:
     """The methods of a list such as ``lora,head``, or ``all`` of them; the run's ``own`` comes first.
 

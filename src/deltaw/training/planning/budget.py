@@ -1,4 +1,4 @@
-"""The plan turned round: which settings fit into so much memory, and which of them is fastest."""
+"""A search for settings under a memory budget: which of them fit, and which of those is fastest."""
 
 from __future__ import annotations
 
@@ -8,19 +8,45 @@ from collections.abc import Sequence
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.host.rates import measured_rates
 from deltaw.memory.plan import Fitting, Plan
 from deltaw.training.callbacks import Say, silent
+from deltaw.training.planning.asked import parse_bytes
 from deltaw.training.planning.plan_run import plan_run
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 # The share of a budget that is left free for what a plan may be off by.
 LEFT_FREE = 0.04
 TOKENS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
-# What an operator costs before it computes anything, and what the machine computes in that time, roughly:
-# only the order of settings hangs on them.
-SECONDS_PER_OPERATOR = 12e-6
-OPERATIONS_PER_SECOND = {"bf16": 4e11, "fp16": 4e11, "fp32": 1.5e11, "int8": 6e11}
+
+
+def memory_budget(memory: str | None, device: str) -> int | None:
+    """The setting ``memory`` in bytes; None where it is not set.
+
+    Raises:
+        UserError: it is no size, or the run is not on the processor: what a run takes of another device's
+            memory is not planned, so the limit could not be enforced.
+    """
+    if memory is None:
+        return None
+    size = parse_bytes(memory, where="memory")
+    if device != "cpu":
+        raise UserError(
+            f"memory limits what a run takes of main memory, and this run is on {device}",
+            where="memory",
+            hint="leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu",
+        )
+    return size
+
+
+def no_plan_to_keep(why: str) -> UserError:
+    """The refusal of a run that is to keep within ``memory`` and that cannot be planned."""
+    return UserError(
+        f"memory cannot be kept: the dry run on fake tensors failed, so there is no plan ({why})",
+        where="memory",
+        hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
+    )
 
 
 def fitting_settings(
@@ -28,7 +54,7 @@ def fitting_settings(
 ) -> list[Fitting]:
     """Settings whose process stays within ``budget`` bytes, the fastest first.
 
-    For each method (and, for LoRA, each rank) passes become shorter until one fits, without and with
+    For each method (and, for LoRA, each rank) microbatches become shorter until one fits, without and with
     activation checkpointing: what is shorter still would only be slower.
 
     Raises:
@@ -62,7 +88,7 @@ def fitting_settings(
                 plain = try_out(_with_checkpointing(settings, False))
                 found += [plain] if plain is not None else []
                 if plain is not None and plain.tokens_per_pass == TOKENS[0]:
-                    break  # recomputing blocks, or a smaller rank, saves memory that is there
+                    break  # checkpointing, or a smaller rank, saves memory that is there
                 recomputed = try_out(_with_checkpointing(settings, True))
                 found += [recomputed] if recomputed is not None else []
                 if plain is not None or recomputed is not None:
@@ -71,7 +97,7 @@ def fitting_settings(
             say(f"{method}: {error.what}")
         except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
             brief = f"{type(error).__name__}: {str(error)[:100]}"
-            say(f"{method}: the model cannot be run without values ({brief})")
+            say(f"{method}: the model cannot be run on fake tensors ({brief})")
     if not found:
         least = min((plan.peak_resident_bytes for plan in smallest), default=None)
         need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"
@@ -86,16 +112,17 @@ def fitting_settings(
 def within_memory(
     config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int
 ) -> tuple[RunConfig, Plan]:
-    """Settings under which the run stays within ``budget`` bytes: as few blocks computed again as will do.
+    """Settings under which the run stays within ``budget`` bytes, with activation checkpointing in as few
+    blocks as will do.
 
     Plans are right to a few per cent: where something has to be given up, some of the budget is left free for
-    that, as far as computing all blocks again allows.
+    that, as far as checkpointing all blocks allows.
 
     Args:
         plan: of the settings as they are. blocks: how many the model has.
 
     Raises:
-        UserError: computing all of them again does not suffice.
+        UserError: checkpointing all of them does not suffice.
     """
     if plan.peak_resident_bytes <= budget * (1 - LEFT_FREE):
         return config, plan
@@ -107,8 +134,8 @@ def within_memory(
     least = planned(True)
     if least[1].peak_resident_bytes > budget:
         raise UserError(
-            f"the run needs {least[1].peak_resident_bytes:,} bytes with every block computed again, "
-            f"and memory allows {budget:,}",
+            f"the run needs {least[1].peak_resident_bytes:,} bytes with activation checkpointing in every "
+            f"block, and memory allows {budget:,}",
             where="memory",
             hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
         )
@@ -133,7 +160,7 @@ def _with_checkpointing(config: RunConfig, on: bool | int) -> RunConfig:
 
 
 def _fitting(config: RunConfig, plan: Plan) -> Fitting:
-    rate = OPERATIONS_PER_SECOND.get(plan.precision, OPERATIONS_PER_SECOND["fp32"])
+    rates = measured_rates(plan.precision)
     return Fitting(
         method=config.method,
         rank=config.lora.rank if config.method == "lora" else None,
@@ -141,5 +168,5 @@ def _fitting(config: RunConfig, plan: Plan) -> Fitting:
         checkpointing=bool(config.train.checkpointing),
         precision=plan.precision,
         plan=plan,
-        seconds=plan.operations / rate + plan.operators * SECONDS_PER_OPERATOR,
+        seconds=plan.operations / rates.operations_per_second + plan.operators * rates.seconds_per_operator,
     )

@@ -7,6 +7,7 @@ settings, files, rows, versions and machine, is remembered (:mod:`deltaw.trainin
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.callbacks import Say, silent
+from deltaw.training.drift_meter import DriftMeter
+from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.planning.heaviest import (
     DRY_RUN_STEPS,
     Heaviest,
@@ -39,7 +42,7 @@ from deltaw.training.planning.heaviest import (
 from deltaw.training.planning.remembered import Remembered
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
-from deltaw.training.tasks.tasks import RunData, Task
+from deltaw.training.tasks.base import RunData, Task
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
@@ -148,7 +151,7 @@ def _saving_bytes(config: RunConfig, task: Task, dtype: str) -> int:
 
 
 def _fake_model(config: RunConfig, task: Task, data: RunData, dtype: str) -> PreTrainedModel:
-    """The run's model, without values, before anything is done to it."""
+    """The run's model on fake tensors, before the method is applied."""
     with fake_tensors():
         return skeleton(
             config.model,
@@ -182,9 +185,10 @@ class _DryRun:
 
 
 def _dry_run(session: Session) -> _DryRun:
-    """A few of the heaviest steps, and an evaluation of the longest rows."""
+    """A few of the heaviest steps, an evaluation of the longest rows, and the measurement of drift."""
     heaviest = heaviest_step(session)
     telling, marks = TellingBatcher(session, heaviest.labelled), [(0, 0)]
+    meter = DriftMeter(session)
     with session.running(), WorkCounter() as work:
         session.train(
             rows=heaviest.rows,
@@ -196,6 +200,8 @@ def _dry_run(session: Session) -> _DryRun:
     if session.data.held_out:
         with session.running():
             evaluate_rows(session, longest_rows(session))
+    with contextlib.suppress(NoGeneralAnswers):  # nor does the run measure its drift then
+        meter.measure()
     share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
     operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
     return _DryRun(session, heaviest, work, telling, operations, operators)

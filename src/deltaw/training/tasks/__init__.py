@@ -1,1 +1,1 @@
-"""What a model is trained to do: how rows are read, what their loss is, how they are batched."""
+"""What a model is trained to do: how rows are read, batched, turned into a loss, and evaluated."""

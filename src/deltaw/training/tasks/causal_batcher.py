@@ -27,7 +27,7 @@ from deltaw.training.tasks.token_budget import choose_tokens_per_pass, longest_r
 
 @dataclass(frozen=True)
 class CausalMicroBatcher:
-    """How rows of a language model are cut and laid out.
+    """Cuts rows of a language model into microbatches and lays them out.
 
     Attributes:
         tokens_per_pass: the most tokens of a microbatch, unless one row (or group) alone has more.

@@ -1,7 +1,7 @@
 """A language model's output head on hidden vectors, in chunks: all logits never exist at once.
 
 Three functions for three cases: a frozen linear head, whose chunks' logits become their own gradient; any
-head, with log-probabilities whose logits are computed again in the backward; and the weighted sum over any
+head, with log-probabilities whose logits the backward recomputes; and the weighted sum over any
 head, whose gradient is taken in the forward.
 
 Knows tensors and heads; not models' backbones, batches or losses.
@@ -91,7 +91,7 @@ def head_log_probs(
     *,
     chunk: int,
 ) -> Tensor:
-    """log softmax(head(hiddenᵢ)) at targetᵢ of any head; the backward computes each chunk's logits again.
+    """log softmax(head(hiddenᵢ)) at targetᵢ of any head; the backward recomputes each chunk's logits.
 
     Args:
         hidden: (P, d). targets: (P,) class indices.

@@ -71,7 +71,7 @@ def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -
         raise UserError(
             f"the model does not take its images as prepared: {str(error).splitlines()[0]}",
             where=f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels",
-            hint="look whether preprocessor_config.json belongs to the model; without it, images are resized "
+            hint="check that preprocessor_config.json belongs to the model; without it, images are resized "
             "to the model's image_size",
         ) from error
 

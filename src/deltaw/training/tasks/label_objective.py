@@ -1,7 +1,7 @@
 """The objective of labelled rows: cross-entropy of classes, or the squared error of numbers.
 
-A decoder's answer is read at each row's last token, found by the row's length. Transformers finds it by the
-id of the padding token, which fails where that is the end token too, or where there is none.
+A decoder's output is read at each row's last token, found by the row's length. Transformers finds it by the
+id of the padding token, which fails where that is also the end token, or where there is none.
 
 Knows models with a head; not data files, optimizers or schedules.
 """
@@ -30,8 +30,8 @@ class LabelObjective:
         pooled: whether the head is applied here to each row's last token, as is right for a decoder.
 
     Raises:
-        UserError: the model's answer to a row changes with the padding behind it, or a regression's head has
-            more outputs than one.
+        UserError: the model's output for a row depends on the padding behind it, or a regression's head has
+            more than one output.
     """
 
     def __init__(self, model: PreTrainedModel, task: str) -> None:
@@ -123,7 +123,7 @@ def _at_last_token(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Te
 
 
 def _check_padding(model: PreTrainedModel) -> None:
-    """Refuse a model whose answer to a row hangs on what stands behind it."""
+    """Refuse a model whose output for a row depends on the padding behind it."""
     if getattr(model.config, "is_encoder_decoder", False):
         return  # these answer at the end token, which the tokenizer puts at the end of each row
     ids = _trial_ids(model, 8)
@@ -136,9 +136,9 @@ def _check_padding(model: PreTrainedModel) -> None:
         agree = alone.shape == behind.shape and bool(_close(alone, behind))
     if not agree:
         raise UserError(
-            f"{type(model).__name__} answers otherwise when padding follows a row",
+            f"the outputs of {type(model).__name__} change when padding follows a row",
             where="model",
-            hint="choose another model: rows of different lengths could not be told apart from their padding",
+            hint="choose another model: rows of different lengths could not go through it together",
         )
 
 

@@ -44,7 +44,7 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
             raise UserError(
                 f"'{name}' cannot be merged: {reason}", where=name, hint="keep the adapter separate"
             )
-    # Without room for all sums at once, they are formed twice: to look at them, and to keep them.
+    # Without room for all sums at once, they are computed twice: to check them, and to store them.
     sums: dict[str, Tensor] = {}
     for name, layer in layers:
         total = layer.merged_weight()

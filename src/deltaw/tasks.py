@@ -1,0 +1,111 @@
+"""The tasks that exist: what a model can be trained to do. Each registers once, at the end of this module.
+
+Settings, flags and the loading of models follow from an entry. Other code registers its own the same way,
+before it reads any settings. An entry names its class by text where that is slow to import: this module needs
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from deltaw.registry import Registry, imported
+
+if TYPE_CHECKING:
+    from deltaw.training.tasks.base import ModelFiles, Task
+
+
+class Implementation(Protocol):
+    """A task's class."""
+
+    def open(self, name: str, files: ModelFiles) -> Task:
+        """The task ``name`` for the model in these files.
+
+        Raises:
+            UserError: the model cannot do it.
+        """
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One task, as it is registered.
+
+    Attributes:
+        name: the value of the setting ``task``.
+        implementation: the class, or ``"package.module:Class"``, imported at first use; None for what models
+            can be loaded for and not be trained on.
+        auto_model: the class of transformers that loads its models.
+        does: what such a model does, as in "does not ...".
+        new_head: whether a model without a head of the kind gets a new one, which is trained whole.
+        outputs: of the head, where every model has as many.
+        config: what the model's configuration is told.
+        peft_type: what an adapter's ``task_type`` calls it.
+    """
+
+    name: str
+    implementation: str | Implementation | None
+    auto_model: str
+    does: str
+    new_head: bool = False
+    outputs: int | None = None
+    config: Mapping[str, int | str] = field(default_factory=dict)
+    peft_type: str | None = None
+
+    def load(self) -> Implementation:
+        """The task's class."""
+        found: Implementation = imported(self.implementation)
+        return found
+
+
+_registry: Registry[TaskEntry] = Registry("task")
+register = _registry.register
+unregister = _registry.unregister
+listen = _registry.listen
+entries = _registry.entries
+entry_of = _registry.entry_of
+
+
+def names() -> tuple[str, ...]:
+    """The tasks that a model can be trained on."""
+    return tuple(entry.name for entry in entries() if entry.implementation is not None)
+
+
+def name_of_adapter(task_type: object) -> str | None:
+    """The task of an adapter that carries this ``task_type``."""
+    return next((e.name for e in entries() if e.peft_type is not None and e.peft_type == task_type), None)
+
+
+_LABELS = "deltaw.training.tasks.labels:LabelTask"
+for _entry in (
+    TaskEntry(
+        "causal-lm",
+        "deltaw.training.tasks.causal:CausalTask",
+        "AutoModelForCausalLM",
+        "generate text",
+        peft_type="CAUSAL_LM",
+    ),
+    TaskEntry(
+        "sequence-classification",
+        _LABELS,
+        "AutoModelForSequenceClassification",
+        "classify text",
+        new_head=True,
+        peft_type="SEQ_CLS",
+    ),
+    TaskEntry(
+        "regression",
+        _LABELS,
+        "AutoModelForSequenceClassification",
+        "score text",
+        new_head=True,
+        outputs=1,
+        config={"num_labels": 1, "problem_type": "regression"},
+    ),
+    TaskEntry(
+        "image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True
+    ),
+    TaskEntry("features", None, "AutoModel", "compute features"),
+):
+    register(_entry)

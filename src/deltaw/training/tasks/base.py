@@ -1,0 +1,167 @@
+"""What a task is: how its rows are read, what their loss is, how they are batched, how a model is evaluated.
+
+Everything above this package treats tasks alike. A new one is a class in a file of its own and an entry in
+:mod:`deltaw.tasks`. Knows no methods, and no files but those of the data and the model.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw import tasks
+from deltaw.data.report import Report
+from deltaw.data.settings import DataSettings
+from deltaw.host.choices import Choice
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import check_architecture
+from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.training.callbacks import Say, silent
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run.
+
+    Attributes:
+        train, held_out: rows, or groups of rows.
+        report: the account of all rows.
+        classes: names of the classes in the order of the model's outputs; None where there are none.
+        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
+            where nobody measured it.
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    report: Report
+    classes: tuple[str, ...] | None = None
+    read_peak_bytes: int = 0
+
+    @property
+    def every(self) -> list[Any]:
+        return [*self.train, *self.held_out]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model before its weights are read.
+
+    Attributes:
+        reference: as the user wrote it. folder: with its config.json. config: that fits the task.
+        trust_remote_code: as in the settings. say: told what takes long.
+    """
+
+    reference: str
+    folder: Path
+    config: PretrainedConfig
+    trust_remote_code: bool
+    say: Say
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            UserError: it has none.
+        """
+        return load_tokenizer(str(self.folder), say=self.say, trust_remote_code=self.trust_remote_code)
+
+
+class Task(abc.ABC):
+    """One thing that a model can be trained to do.
+
+    Attributes:
+        name: as in the setting ``task``.
+        has_labels: whether a row has one label, which a head of its own predicts.
+        writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
+        tokenizer: None for images.
+    """
+
+    name = ""
+    has_labels = False
+    writes_text = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    @abc.abstractmethod
+    def open(cls, name: str, files: ModelFiles) -> Task:
+        """The task for the model in these files.
+
+        Raises:
+            UserError: the model cannot do it.
+        """
+
+    @abc.abstractmethod
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        """The rows of a run."""
+
+    @abc.abstractmethod
+    def read_file(
+        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
+    ) -> tuple[Sequence[Any], Report]:
+        """One file to evaluate on; ``classes`` are those of the trained adapter."""
+
+    def outputs(self, data: RunData) -> int | None:
+        """How many outputs the model's head must have; None where the model itself says so."""
+        return None
+
+    @abc.abstractmethod
+    def batcher(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Any],
+        *,
+        device: str,
+        tokens_per_pass: int | str,
+        share: bool | str,
+        method_shares: bool,
+        virtual_tokens: int,
+    ) -> tuple[AnyBatcher, dict[str, Choice]]:
+        """How rows become microbatches, and what was chosen for it and why."""
+
+    def initialize_head(  # noqa: B027 - most tasks have nothing to do here
+        self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]
+    ) -> None:
+        """Give modules that the model's files do not hold a better start than chance, from the rows."""
+
+    @abc.abstractmethod
+    def objective(self, model: PreTrainedModel) -> AnyObjective:
+        """The sum of a batch's losses."""
+
+    @abc.abstractmethod
+    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
+        """While open, the model takes the batches of ``batcher``."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        objective: AnyObjective,
+        examples: Sequence[Any],
+        batcher: AnyBatcher,
+        classes: Sequence[str] | None = None,
+    ) -> Evaluation:
+        """How well the model does on examples; ``classes`` are the names of its outputs."""
+
+
+def task_of(name: str, model: str, dtype: str, *, trust_remote_code: bool = False, say: Say = silent) -> Task:
+    """The task of this name for the model that the reference ``model`` means.
+
+    Args:
+        dtype: what the weights will be loaded as, such as ``bf16``: a file that must be converted is
+            converted to it.
+
+    Raises:
+        UserError: there is no such task, the reference leads nowhere, the architecture does not fit the task,
+            or the model has no tokenizer.
+    """
+    entry = tasks.entry_of(name)
+    folder = config_folder(model, dtype, trust_remote_code, say=say)
+    config = check_architecture(folder, name, trust_remote_code)
+    return entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say))

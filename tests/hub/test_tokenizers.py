@@ -1,0 +1,52 @@
+"""A folder's tokenizer is built once while it is in use, and anew when its files change."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+
+import pytest
+
+from deltaw.errors import UserError
+from deltaw.hub.loading import load
+from deltaw.hub.tokenizers import load_tokenizer, saving_bytes, tokenizer_in
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def test_one_tokenizer_is_shared_by_all_who_ask_while_it_is_in_use(folder):
+    first = load_tokenizer(str(folder))
+    assert tokenizer_in(folder) is first and load(str(folder)).tokenizer is first
+    number = id(first)
+    del first
+    gc.collect()
+    again = tokenizer_in(folder)
+    assert again.encode("a") and isinstance(number, int)
+
+
+def test_a_changed_file_is_read_again(folder):
+    first = tokenizer_in(folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**told, "padding_side": "left", "note": "x"}))
+    second = tokenizer_in(folder)
+    assert second is not first and second.padding_side == "left" != first.padding_side
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    assert tokenizer_in(tmp_path) is None and saving_bytes(tmp_path) == 0
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        tokenizer_in(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "times"), [("é" * 3_000_000, 2), ("😀" * 1_000_000, 1.9)])
+def test_what_saving_takes_is_at_least_the_text_in_both_its_forms(tmp_path, text, times):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(text, encoding="utf-8")
+    assert saving_bytes(tmp_path) >= times * os.path.getsize(file)
+    assert saving_bytes(tmp_path) >= os.path.getsize(file) + 4 * len(text) * ("😀" in text)

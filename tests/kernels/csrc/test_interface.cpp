@@ -1,0 +1,41 @@
+// What a caller compares, memory that is not there, and memory that is given back.
+#include "block.h"
+#include "check.h"
+#include "kernels.h"
+#include "tests.h"
+
+void test_interface() {
+    expect(dw_abi() == DW_ABI, "the ABI's number");
+    int64_t found[64] = {};
+    expect(dw_layout_of(0, found, 64) == 13 && found[0] == sizeof(Layer), "a layer's layout");
+    expect(dw_layout_of(1, found, 64) == 6 && found[0] == sizeof(RowNorm), "a norm's layout");
+    expect(dw_layout_of(2, found, 64) == 19 && found[0] == sizeof(BlockParts), "a block's layout");
+    found[1] = 77;
+    expect(dw_layout_of(2, found, 1) == 19 && found[1] == 77, "no more than there is room for");
+    expect(dw_layout_of(3, found, 64) == 0, "no such struct");
+
+    // In the calling thread, and in each of a team: sizes that no memory holds are reported before anything is read.
+    const int64_t huge = (int64_t)1 << 40;
+    int64_t target = 0;
+    float number = 0;
+    expect(dw_class_gradient(1, 4, huge, &number, &target, nullptr, nullptr, nullptr, nullptr) == 1, "no memory for a class gradient");
+    expect(dw_linear(0, 1, huge, 4096, &number, 0, nullptr, 1, nullptr, nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, nullptr, nullptr, 0,
+                     nullptr, nullptr) == 1, "no memory for a product");
+
+    // A call leaves its scratch memory for the next; released, none is held. It comes back when it is needed again.
+    auto attend = [] {
+        const int64_t T = 64, table[4] = {0, T, -1, 0}, strides[8] = {8, 8, 8, 8, 8, 8, 8, 8};
+        Buffer<float> q(T * 8), out(T * 8), logs(T);
+        seed = 5;
+        q.fill();
+        expect(dw_attention(0, table, 1, T, 0, 1, 1, 1, 8, 8, 0.3f, 0.0f, nullptr, T, q.data(), q.data(), q.data(), out.data(), strides, logs.data()) == 0,
+               "attention after memory was given back");
+        return out.numbers();
+    };
+    const Numbers before = attend();
+    expect(dw_scratch_held(0) > 0, "scratch memory is kept");
+    expect(dw_release() == 0 && dw_scratch_held(0) == 0, "scratch memory is given back");
+    expect_close(attend(), before, 0, "the same numbers after memory was given back");
+    expect(dw_scratch_held(1) >= dw_scratch_held(0), "the most that was held");
+    dw_release();
+}

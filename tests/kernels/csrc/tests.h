@@ -1,0 +1,7 @@
+#pragma once
+
+void test_products();
+void test_rows();
+void test_attention();
+void test_block();
+void test_interface();

@@ -1,0 +1,49 @@
+"""Whole runs that train parts of PEFT's ground: planned on fake tensors, checked by the guarantee, saved."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltaw import fit
+from deltaw.lora import load_adapter
+from tests.tiny_models import causal_model
+
+_EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+# Which tokens are trained is up to the tokenizer.
+_RUNS = {
+    "experts": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": _EXPERTS},
+    ),
+    "a fused block's weight": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]}),
+    "tokens of a tied head": ("gemma3", {"target_modules": ["q_proj"], "trainable_token_indices": []}),
+    "tokens alone": ("llama", {"target_modules": [], "trainable_token_indices": []}),
+    "bias on B": ("gpt2", {"lora_bias": True}),
+    "bias on B alone": ("llama", {"target_modules": ["v_proj"], "lora_bias": True}),
+}
+
+
+@pytest.mark.parametrize(("family", "lora"), _RUNS.values(), ids=_RUNS.keys())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_trains_and_saves_every_tensor(family, lora, precision, settings, model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = causal_model(family)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    ids = tokenizer("paint it red", add_special_tokens=False).input_ids
+    if "trainable_token_indices" in lora:
+        lora = {**lora, "trainable_token_indices": sorted(set(ids))}
+    fit(settings(run, model=str(tmp_path / "model"), lora={"rank": 4, **lora}, precision=precision))
+    tensors = safetensors.torch.load_file(run / "adapter_model.safetensors")
+    moved = {key: tensor for key, tensor in tensors.items() if "lora_B" in key}
+    assert all(tensor.any() for tensor in moved.values())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = base(torch.tensor([ids])).logits
+        load_adapter(base, run)
+        assert (base(torch.tensor([ids])).logits - plain).norm() > 1e-3 * plain.norm()

@@ -1,0 +1,98 @@
+"""The bytes that the kernels' threads hold at their peak, as planned and as their arenas counted them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaw.kernels import loader
+from deltaw.kernels.layout import Layout
+from deltaw.memory.scratch import scratch_bytes
+from tests.kernels.conftest import compiled_only, threads  # noqa: F401
+
+pytestmark = [compiled_only, pytest.mark.usefixtures("threads")]
+ops = torch.ops.deltaw
+PAGE = 4096
+
+
+def held(operator, args) -> int:
+    """Bytes of the arenas while it runs again: the first run shows them how much is needed."""
+    kernels = loader.kernels()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # the largest team of these tests: each thread gives back its own
+    loader.release_scratch()
+    torch.set_num_threads(before)
+    operator(*args)
+    loader.kernels().dw_scratch_held(1)
+    operator(*args)
+    return kernels.dw_scratch_held(1)
+
+
+def agree(planned: int, found: int, made_in_python: int = 0) -> None:
+    """Within a tenth, or what pieces of an arena are rounded up to."""
+    planned -= made_in_python
+    rounding = torch.get_num_threads() * (256 * 1024 + 8 * PAGE)
+    assert 0.9 * found - rounding <= planned <= 1.1 * found + rounding, (planned, found)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lengths", [[3000], [150] * 20])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (8, 8, 96)])
+def test_attention(dtype, lengths, heads, key_heads, size):
+    layout = Layout.of_lengths(lengths)
+    q = random(layout.length, heads, size, dtype=dtype)
+    k, v = (random(layout.length, key_heads, size, dtype=dtype) for _ in range(2))
+    rest = (layout.forest(), 0, True, 0.1, 0.0, None)
+    out, logs = ops.attention(q, k, v, *rest)
+    for operator, args in (
+        (ops.attention, (q, k, v, *rest)),
+        (ops.attention_backward, (q, q, k, v, out, logs, *rest)),
+    ):
+        agree(scratch_bytes(operator.default, args, {}), held(operator, args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (1024, 4096, 2048)])
+def test_products(dtype, rows, n_in, n_out):
+    x, weight, grad = (
+        random(rows, n_in, dtype=dtype),
+        random(n_out, n_in, dtype=dtype),
+        random(rows, n_out, dtype=dtype),
+    )
+    A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
+    forward = (x, weight, True, None, None, None, A, B, 1.0, None, None, None)
+    backward = (grad, weight, True, None, None, A, B, 1.0, None, True)
+    _, h = ops.linear(*forward)
+    _, narrow = ops.linear_backward(*backward)
+    for operator, args in (
+        (ops.linear, forward),
+        (ops.linear_backward, backward),
+        (ops.factors_backward, (x, h, grad, narrow, 1.0)),
+    ):
+        agree(scratch_bytes(operator.default, args, {}), held(operator, args))
+
+
+def test_the_gradient_of_classes_and_cross_entropy():
+    rows, classes, width = 300, 40000, 576
+    grad, weight = random(rows, classes).softmax(-1), random(classes, width)
+    targets, scale = torch.arange(rows), torch.rand(classes) + 0.1
+    args = (grad, targets, weight, scale)
+    made_in_python = rows * -(-classes // 128) * 4
+    agree(
+        scratch_bytes(ops.class_gradient_.default, args, {}), held(ops.class_gradient_, args), made_in_python
+    )
+    args = (grad, targets, torch.ones(rows), 1.0, 0.0, True)
+    agree(scratch_bytes(ops.cross_entropy_.default, args, {}), held(ops.cross_entropy_, args))
+
+
+def test_nothing_is_added_without_the_kernels(monkeypatch):
+    layout = Layout.of_lengths([500])
+    q = random(500, 4, 64)
+    args = (q, q, q, layout.forest(), 0, True, 0.1, 0.0, None)
+    assert scratch_bytes(ops.attention.default, args, {}) > 0
+    monkeypatch.setattr(loader, "library", lambda: None)
+    assert scratch_bytes(ops.attention.default, args, {}) == 0

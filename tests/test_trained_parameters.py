@@ -1,0 +1,385 @@
+"""What a run says it trains is trained, and as PEFT trains it: ten steps of AdamW on the same rows.
+
+Every recognized family, with whole modules trained beside the factors: norms, the MLP, the head, embeddings,
+and biases. deltaw runs its own loop over packed rows that share prefixes (padded rows where a family cannot
+run packed ones), in fp32; PEFT runs each row on its own, in fp64, so that what is compared with is exact.
+
+AdamW divides a gradient by its own size. So an element whose gradient is zero by the mathematics (the bias of
+keys that are not rotated: softmax does not see it) moves by rounding alone in fp32, in PEFT as in deltaw, and
+not at all in fp64. Those elements are told by fp64 and left out. A few others have a gradient that passes
+near zero by chance in one of the steps, and are off by a share of that step: of each parameter the worst
+0.2 % may be off by more than the tolerance, though by no more than one step.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from deltaw.data.example import Example
+from deltaw.data.label_batches import LabelBatch, LabelMicroBatcher
+from deltaw.data.labels import LabelledExample
+from deltaw.kernels import loader
+from deltaw.lora import LoRAConfig
+from deltaw.methods.lora import LoRA
+from deltaw.runtime.fused import FusedBlock
+from deltaw.runtime.fused_halves import _MLP
+from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.runtime.padded import padded_rows
+from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.loop import rows_of_step, train
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.label_objective import LabelObjective
+from tests.runtime.families import FALCON, PACKED, VOCABULARY, encoder_of, model_of
+from tests.runtime.test_fused import count_runs
+
+STEPS, BATCH, RATE, SEED = 10, 3, 1e-3, 0
+# Where biases are an option, they are there; a family without any has none to train.
+BIASED = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Gemma": {"attention_bias": True},
+    "Qwen3": {"attention_bias": True},
+    "Falcon": {"bias": True},
+    "Falcon, grouped": {"bias": True},
+}
+NO_BIAS = {"Mistral", "Gemma2", "Gemma3", "SmolLM3", "Phi3"}
+NORMS = {
+    "GPT2": "ln_1",
+    "Falcon": "input_layernorm",
+    "Falcon, grouped": "ln_mlp",
+    "Falcon, halves in turn": "post_attention_layernorm",
+}
+EMBEDDINGS = {"GPTNeoX": "embed_in", "GPT2": "wte", "Falcon": "word_embeddings"}
+TARGETS = {
+    "GPT2": ["c_attn"],
+    "GPTNeoX": ["query_key_value", "dense"],
+    "Falcon": ["query_key_value", "dense"],
+    "Phi": ["q_proj", "v_proj", "dense"],
+    "Phi3": ["qkv_proj", "o_proj"],
+}
+ENCODERS: dict[str, dict[str, list[str]]] = {
+    "Bert": {
+        "targets": ["query", "value"],
+        "norms": ["output.LayerNorm"],
+        "mlp": ["intermediate"],
+        "head": ["classifier"],
+        "embeddings": ["word_embeddings"],
+    },
+    "DistilBert": {
+        "targets": ["q_lin", "v_lin", "out_lin"],
+        "norms": ["sa_layer_norm"],
+        "mlp": ["ffn"],
+        "head": ["pre_classifier", "classifier"],
+        "embeddings": ["word_embeddings"],
+    },
+    "ViT": {
+        "targets": ["q_proj", "v_proj"],
+        "norms": ["layernorm_before"],
+        "mlp": ["mlp"],
+        "head": ["classifier"],
+        "embeddings": ["patch_embeddings"],
+    },
+}
+Settings = tuple[list[str], list[str], str]
+# Without rotary positions softmax does not see the bias of keys: see above.
+KEY_BIASES = ("key.bias", "k_lin.bias", "attention.k_proj.bias")
+KINDS = ("factors", "norms", "mlp", "head", "embeddings", "biases")
+CASES = [
+    (family, kind)
+    for family in (*PACKED, *FALCON)
+    for kind in KINDS
+    if not (kind == "biases" and family in NO_BIAS)
+]
+
+
+def rows() -> list[Example]:
+    """Rows of one stem and different ends, every token of the end a label."""
+    random = np.random.default_rng(0)
+    stem = random.integers(3, VOCABULARY, 6)
+    made = []
+    for number in range(7):
+        tokens = np.concatenate([stem, random.integers(3, VOCABULARY, 5 + number % 3)]).astype(np.int32)
+        made.append(Example(number + 1, tokens, np.arange(len(tokens)) >= 6, 6, None))
+    return made
+
+
+def settings_of(family: str, kind: str) -> Settings:
+    """Targets of the factors, modules that are trained whole, and which biases."""
+    name = family.partition(",")[0]
+    whole = {
+        "norms": [NORMS.get(family, "input_layernorm")],
+        "mlp": ["mlp"]
+        if family != "Falcon, grouped"
+        else ["0.mlp", "1.mlp", "2.mlp"],  # not its norm, ln_mlp
+        "head": ["lm_head"],
+        "embeddings": [EMBEDDINGS.get(name, "embed_tokens")],
+    }.get(kind, [])
+    return TARGETS.get(name, ["q_proj", "v_proj", "o_proj"]), whole, "all" if kind == "biases" else "none"
+
+
+def by_deltaw(model: nn.Module, family: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trained parameters by name, as they were drawn and after the steps; a causal model."""
+    padded = family in FALCON
+    batcher = CausalMicroBatcher(25, share=not padded, padded=padded, device="cpu")
+    running = padded_rows(model) if padded else packed_rows(model)
+    return trained_by_deltaw(model, settings_of(family, kind), CausalObjective, rows(), batcher, running)
+
+
+def trained_by_deltaw(
+    model: nn.Module,
+    settings: Settings,
+    objective: Callable[[nn.Module], Any],
+    examples: list[Any],
+    batcher: Any,
+    running: AbstractContextManager[None],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trained parameters by name, as they were drawn and after the steps."""
+    targets, whole, bias = settings
+    method = LoRA(
+        LoRAConfig(rank=4, alpha=8, target_modules=targets, train_modules=whole, bias=bias)  # type: ignore[arg-type]
+    )
+    method.prepare(model, seed=SEED)
+    named = dict(method.parameters(model))
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in named.items():
+        if name.endswith("lora_B"):  # zero at first, where A has no gradient; a B in use says more
+            parameter.data.normal_(0, 0.1, generator=generator)
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    with running:
+        train(
+            objective(model),
+            list(named.values()),
+            examples,
+            batcher,
+            names=list(named),
+            learning_rate=RATE,
+            total_steps=STEPS,
+            batch_size=BATCH,
+            seed=SEED,
+            schedule="constant",
+            max_grad_norm=None,
+        )
+    return before, {name: parameter.detach() for name, parameter in named.items()}
+
+
+def by_peft(
+    model: nn.Module,
+    settings: Settings,
+    before: dict[str, Tensor],
+    examples: list[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> dict[str, Tensor]:
+    """The same by PEFT in fp64, each row on its own, from the same factors."""
+    targets, whole, bias = settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=targets, modules_to_save=whole or None, bias=bias
+        )  # type: ignore[arg-type]
+        adapted = peft.get_peft_model(model, config).double()
+    trained = {plain(name): p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained.keys() == before.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(before[name].t() if ".lora_" in name else before[name])
+    optimizer = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.0)
+    for step in range(STEPS):
+        chosen = rows_of_step(examples, step, BATCH, SEED)
+        labels = sum(example.label_count for example in chosen)
+        for example in chosen:
+            (loss(adapted, example) / labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: (p.t() if ".lora_" in name else p).detach() for name, p in trained.items()}
+
+
+def causal_loss(model: nn.Module, example: Example) -> Tensor:
+    """The sum of cross-entropies of a row's labels, by all logits."""
+    tokens = torch.from_numpy(example.tokens.astype(np.int64))
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    at = torch.from_numpy(np.flatnonzero(example.is_label))
+    return nn.functional.cross_entropy(logits[at - 1], tokens[at], reduction="sum")
+
+
+def plain(name: str) -> str:
+    """PEFT's name of a parameter as deltaw has it."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.replace(".modules_to_save.default.", ".").replace(".lora_A.default.weight", ".lora_A")
+    return name.replace(".lora_B.default.weight", ".lora_B")
+
+
+def made(family: str, kind: str) -> nn.Module:
+    model = model_of(family, **(BIASED.get(family, {}) if kind == "biases" else {}))
+    if "head" in kind or "embeddings" in kind:
+        untie(model)
+    return model
+
+
+def untie(model: nn.Module) -> None:
+    """Head and embeddings of their own weights, so that one is trained without the other."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_ten_steps_train_what_peft_trains(family, kind, monkeypatch):
+    if family in FALCON and loader.library() is None:
+        pytest.skip(loader.why_not() or "")
+    model = made(family, kind)
+    reference = copy.deepcopy(model)
+    ran = count_runs(monkeypatch)
+    before, found = by_deltaw(model, family, kind)
+    assert bool(ran) == (kind in ("factors", "head", "embeddings"))
+    expected = by_peft(reference, settings_of(family, kind), before, rows(), causal_loss)
+    assert_trained_alike(found, expected, before)
+
+
+def assert_trained_alike(
+    found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]
+) -> None:
+    for name, theirs in expected.items():
+        moved = (theirs - before[name]).abs() > 1e-2 * RATE
+        assert moved.any() or name.endswith(KEY_BIASES), name
+        differences = ((found[name] - theirs).abs() * moved).flatten().sort().values
+        assert differences[-1] <= RATE, name
+        most = differences[: -max(2, len(differences) // 500)].norm()
+        assert most <= 1e-5 * theirs.norm(), f"{name}: {most / theirs.norm():.1e}"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image of random numbers and its class."""
+
+    pixels: Tensor
+    label: int
+    label_count: int = 1
+
+
+class PictureBatcher:
+    """Two images at a time."""
+
+    def batches(self, rows: Sequence[Picture]) -> Iterator[LabelBatch]:
+        for start in range(0, len(rows), 2):
+            part = tuple(rows[start : start + 2])
+            inputs = {"pixel_values": torch.stack([row.pixels for row in part])}
+            targets = torch.tensor([row.label for row in part])
+            yield LabelBatch(inputs, targets, part, len(part), len(part), len(part))  # type: ignore[arg-type]
+
+
+def classifier_of(family: str) -> nn.Module:
+    """An encoder with a new head for three classes, frozen."""
+    base = encoder_of(family)
+    base.config.num_labels = 3
+    kind = "Image" if family == "ViT" else "Sequence"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}For{kind}Classification")(base.config)
+    model.load_state_dict(
+        {f"{model.base_model_prefix}.{name}": tensor for name, tensor in base.state_dict().items()},
+        strict=False,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def labelled(family: str) -> list[Any]:
+    """Rows of several lengths, or images, of three classes."""
+    random = np.random.default_rng(0)
+    if family == "ViT":
+        generator = torch.Generator().manual_seed(0)
+        return [Picture(torch.randn(3, 16, 16, generator=generator), n % 3) for n in range(7)]
+    tokens = [random.integers(3, VOCABULARY, 5 + n).astype(np.int32) for n in range(7)]
+    return [LabelledExample(n + 1, row, n % 3) for n, row in enumerate(tokens)]
+
+
+def labelled_loss(model: nn.Module, example: Any) -> Tensor:
+    """The cross-entropy of one row without padding, or of one image."""
+    if isinstance(example, Picture):
+        logits = model(pixel_values=example.pixels[None].double()).logits
+    else:
+        logits = model(input_ids=torch.from_numpy(example.tokens.astype(np.int64))[None]).logits
+    return nn.functional.cross_entropy(logits, torch.tensor([example.label]), reduction="sum")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ENCODERS)
+def test_ten_steps_train_an_encoder_as_peft_does(family, kind, monkeypatch):
+    named = ENCODERS[family]
+    settings = named["targets"], named.get(kind, []), "all" if kind == "biases" else "none"
+    model = classifier_of(family)
+    reference = copy.deepcopy(model)
+    examples = labelled(family)
+    image = family == "ViT"
+    task = "image-classification" if image else "sequence-classification"
+    batcher = PictureBatcher() if image else LabelMicroBatcher(40, "cpu", segments=False)
+    ran = count_runs(monkeypatch)
+    before, found = trained_by_deltaw(
+        model, settings, lambda m: LabelObjective(m, task), examples, batcher, padded_rows(model)
+    )
+    fused = loader.library() is not None and kind in ("factors", "head", "embeddings")
+    assert bool(ran) == fused
+    expected = by_peft(reference, settings, before, examples, labelled_loss)
+    assert_trained_alike(found, expected, before)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
+def test_a_block_whose_gradient_is_cut_is_caught(family, monkeypatch):
+    model = made(family, "factors")
+    backward = _MLP.backward
+
+    def cut(ctx, *grads):
+        found = backward(ctx, *grads)
+        return *found[:3], *(None for _ in found[3:])
+
+    monkeypatch.setattr("deltaw.runtime.fused.serves_block", lambda *args: False)
+    monkeypatch.setattr(_MLP, "backward", staticmethod(cut))
+    monkeypatch.setitem(TARGETS, family, ["up_proj"] if family == "Llama" else ["dense_h_to_4h"])
+    with pytest.raises(UntrainedParameterError, match="received no gradient"):
+        by_deltaw(model, family, "factors")
+
+
+def test_a_module_copied_whole_attends_over_the_layout_too():
+    """A copy brings a configuration of its own, which must follow the choice of attention."""
+    model = made("Llama", "factors")
+    method = LoRA(LoRAConfig(rank=4, target_modules=["up_proj"], train_modules=["self_attn"]))
+    method.prepare(model, seed=SEED)
+    attention = model.base_model.layers[1].self_attn
+    assert attention.config is not model.config
+    with packed_rows(model):
+        assert attention.config._attn_implementation == model.config._attn_implementation
+    assert attention.config._attn_implementation == "sdpa"
+
+
+def test_a_module_replaced_after_recognition_is_the_one_that_runs(monkeypatch):
+    model = made("Phi3", "factors")
+    with packed_rows(model):
+        assert fused_blocks(model).choice.value
+    other = copy.deepcopy(model.base_model.layers[0].mlp.down_proj)
+    with torch.no_grad():
+        other.weight.mul_(2)
+    tokens = torch.arange(3, 20)
+    example = Example(1, tokens.numpy().astype(np.int32), np.arange(17) >= 6, 0, None)
+    (batch,) = CausalMicroBatcher(25, True, False, "cpu").batches([example])
+    objective = CausalObjective(model)
+    ran = count_runs(monkeypatch)
+    with packed_rows(model), torch.no_grad():
+        before = objective(batch).item()
+        model.base_model.layers[0].mlp.down_proj = other
+        after = objective(batch).item()
+    assert len(ran) == 6 and isinstance(fused_blocks(model).last, FusedBlock)
+    expected = nn.functional.cross_entropy(
+        model(input_ids=tokens[None]).logits[0, 5:-1], tokens[6:], reduction="sum"
+    ).item()
+    assert abs(after - expected) < 1e-4 * abs(expected) and abs(before - expected) > 1e-3

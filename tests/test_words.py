@@ -1,0 +1,82 @@
+"""The words that engineers in this field use, in everything that a user or a developer reads.
+
+Each pattern is a word or phrase that was replaced by a standard term. The list holds only phrases that have
+no second, ordinary meaning in this project.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLACES = {
+    "src": ROOT / "src" / "deltaw",
+    "docs": ROOT / "docs",
+    "examples": ROOT / "examples",
+    "benchmarks": ROOT / "benchmarks",
+    "README": ROOT / "README.md",
+}
+KINDS = {".py", ".cpp", ".h", ".md", ".yaml", ".txt"}
+DATA = {"general_prompts.py"}  # questions for a model, not prose about the project
+
+# Pattern of the replaced phrase: the term to use.
+REPLACED = {
+    r"\btwins?\b": "reference implementation",
+    r"\bmend(?:s|ed|ing)?\b": "hint, fix",
+    r"\bdressed\b": "with virtual tokens prepended",
+    r"\bmasters\b": "master weights",
+    r"\bportions?\b": "microbatch, share",
+    r"\b(?:kept|put|weights|gradients?|logits|layers) in(?:to)? bytes\b": "int8-quantized",
+    r"\bwithout values\b": "fake tensors",
+    r"\bcarr(?:y|ies|ied|ying) out\b": "run",
+    r"\bturn(?:s|ed)? (?:it )?round\b": "search under a memory budget",
+    r"\bnobody (?:looks|watches)\b": "name the condition",
+    r"\b(?:common|shared) beginnings?\b": "shared prefix",
+    r"\bin common at (?:the|their) beginning\b": "shared prefix",
+    r"\bforests?\b": "prefix tree",
+    r"\bflat rows?\b": "packed rows",
+    r"\blean (?:blocks?|way|path)\b": "fused block",
+    r"\bblocks? (?:(?:that )?(?:is|are) )?computed again\b": "activation checkpointing",
+    r"\bentrances?\b": "layer entry point",
+    r"\bjudg(?:e|es|ed|ing)\b": "evaluate",
+    r"\bopened runs?\b": "inference session",
+    r"\b(?:the )?house words?\b": "the project's terms",
+    r"\bone whole road\b": "the whole data flow",
+    r"\b(?:put|left|laid) aside\b": "skipped, dropped, stored",
+}
+
+
+def replaced_words(text: str) -> list[tuple[int, str, str]]:
+    """Line number, the phrase found and the term that replaces it; phrases may run over a line's end."""
+    found = []
+    for pattern, term in REPLACED.items():
+        spaced = pattern.replace(" ", r"[\s#/*]+")
+        for match in re.finditer(spaced, text, re.IGNORECASE):
+            found.append((text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), term))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_replaced_words_do_not_come_back(place: str) -> None:
+    path = PLACES[place]
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in files if file.suffix in KINDS and file.name not in DATA]
+    assert files
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {phrase!r}; use {term!r}"
+        for file in files
+        for line, phrase, term in replaced_words(file.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_replaced_phrase_is_found_in_any_case_and_across_lines() -> None:
+    text = "# Tensors without\n# values are made.\nA Twin of it; the masterstroke of a twinset mends nothing."
+    assert [(line, phrase) for line, phrase, _ in replaced_words(text)] == [
+        (1, "without # values"),
+        (3, "Twin"),
+        (3, "mends"),
+    ]

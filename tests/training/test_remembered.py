@@ -1,0 +1,145 @@
+"""A plan that was made before is found again, and only as long as nothing that it depends on has changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deltaw.config import RunConfig
+from deltaw.errors import UserError
+from deltaw.hub.remembered import recall, remember
+from deltaw.training.planning import plan_run as planning
+from deltaw.training.planning.asked import refuse_memory
+from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
+from deltaw.training.planning.remembered import Remembered, digest_of, recalled
+from deltaw.training.session import read_data
+from tests.conftest import write_rows
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The methods of the dry runs that were made."""
+    made: list[str] = []
+    real = planning._planned
+
+    def spy(config: RunConfig, *others: object) -> object:
+        made.append(config.method)
+        return real(config, *others)
+
+    monkeypatch.setattr(planning, "_planned", spy)
+    return made
+
+
+def test_the_same_run_is_planned_once(settings, tmp_path, own_cache, counted):
+    config = RunConfig.read(settings(tmp_path / "run"))
+    task, data = read_data(config)
+    first = planning.plan_run(config, task, data)
+    elsewhere = RunConfig.read(settings(tmp_path / "other"))
+    assert planning.plan_run(elsewhere, task, data) == first
+    assert counted == ["lora"]
+
+
+@pytest.mark.parametrize("change", ["settings", "rows", "model", "variable", "source", "version"])
+def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
+    change, settings, rows_file, tmp_path, own_cache, counted, monkeypatch
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(rows_file.read_bytes())
+    plain = settings(tmp_path / "run", data={"train": str(rows)})
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(plain["model"]).iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    plain["model"] = str(model)
+    config = RunConfig.read(plain)
+    planning.plan_run(config, *read_data(config))
+    if change == "settings":
+        config = RunConfig.read({**plain, "train": {**plain["train"], "batch_size": 4}})
+    elif change == "rows":
+        write_rows(rows, ({"prompt": f"paint it {n}", "completion": "r"} for n in range(12)))
+    elif change == "model":
+        text = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**text, "num_hidden_layers": 1}))
+    elif change == "variable":
+        monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    elif change == "source":
+        monkeypatch.setattr("deltaw.training.planning.remembered._source", lambda: ["another"])
+    else:
+        monkeypatch.setattr("deltaw.training.planning.remembered.REVISION", -1)
+    planning.plan_run(config, *read_data(config))
+    assert len(counted) == 2
+
+
+def test_a_plan_is_not_taken_for_other_rows_than_those_it_was_made_of(settings, tmp_path, own_cache, counted):
+    config = RunConfig.read(settings(tmp_path / "run"))
+    task, data = read_data(config)
+    planning.plan_run(config, task, data)
+    fewer = type(data)(data.train[:3], data.held_out, data.report)
+    assert digest_of(fewer.every) != digest_of(data.every)
+    planning.plan_run(config, task, fewer)
+    assert len(counted) == 2
+
+
+def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_path, own_cache, counted):
+    config = RunConfig.read(settings(tmp_path / "run", lora={"target_modules": ["nosuch"]}))
+    task, data = read_data(config)
+    with pytest.raises(UserError, match="nosuch"):
+        planning.plan_run(config, task, data)
+    assert Remembered.of(config).refusal.what
+    with pytest.raises(UserError, match="nosuch"):
+        recalled(config, ["lora"])
+    head = config.model_copy(update={"method": "head"})
+    planning.plan_run(head, task, data)
+    known = recalled(head, ["head", "lora"])
+    assert list(known.plans) == ["head"] and any("nosuch" in line for line in known.lines)
+    assert recalled(head, ["head", "bias"]) is None
+
+
+def test_rows_of_a_hub_and_a_damaged_file_are_as_if_nothing_had_been_remembered(
+    settings, tmp_path, own_cache
+):
+    config = RunConfig.read(settings(tmp_path / "run"))
+    hub = config.model_copy(update={"model": "owner/name"})
+    assert Remembered.of(hub) is None and recalled(hub, ["lora"]) is None
+    remember("kind", ["key"], {"n": 1})
+    assert recall("kind", ["key"]) == {"n": 1} and recall("kind", ["other"]) is None
+    (file,) = (own_cache / "remembered" / "kind").iterdir()
+    file.write_text("{")
+    assert recall("kind", ["key"]) is None
+
+
+def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache):
+    config = RunConfig.read(settings(tmp_path / "run"))
+    task, data = read_data(config)
+    made = planning.plan_run(config, task, data)
+    (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run")))
+    program = (
+        "import sys; from deltaw.cli import main\n"
+        "try: main(['plan', sys.argv[1], '--methods', 'lora', '--json'])\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["lora"] == json.loads(json.dumps(made.as_dict()))
+    assert done.stderr.splitlines()[-1] == "False" and "10 rows read" in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_limit_that_nobody_watches_is_refused_by_name(device):
+    assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, device) is None
+    for refuse in (lambda: memory_budget("2GB", device), lambda: refuse_memory("2GB", "tune")):
+        with pytest.raises(UserError) as refused:
+            refuse()
+        assert refused.value.where == "memory"
+    assert no_plan_to_keep("why").where == "memory"
+    refuse_memory(None, "tune")
