@@ -160,6 +160,7 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         "14 adapted layers",
         "  target_modules",
         "blocks: ",
+        "drift: ",
         "compiled kernels",
         "2 steps of 5 rows",
         "step 1/2",
