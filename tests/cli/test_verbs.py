@@ -167,6 +167,7 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         "step 2/2",
         "9 rows in",
         "training loss",
+        "drift: not measured",
         "the adapter is in",
     )
     assert [line for line in err.splitlines() if not line.startswith(known)] == []
