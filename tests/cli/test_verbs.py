@@ -101,7 +101,7 @@ def test_a_runs_own_settings_train_it_again_and_the_earlier_run_is_kept(call, se
     assert call("train", *flags(run)).status == 0
     before = tree(run)
     ended = call("train", run / "run.yaml")
-    assert ended.status == 0 and f"it is now {tmp_path / 'run.1'}" in ended.out
+    assert ended.status == 0 and f"was moved to {tmp_path / 'run.1'}" in ended.out
     assert tree(tmp_path / "run.1") == before
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.yaml", "tokenizer.json"):
         assert (run / name).read_bytes() == before[name], name
@@ -160,12 +160,14 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         "14 adapted layers",
         "  target_modules",
         "blocks: ",
+        "drift: ",
         "compiled kernels",
         "2 steps of 5 rows",
         "step 1/2",
         "step 2/2",
         "9 rows in",
         "training loss",
+        "drift: not measured",
         "the adapter is in",
     )
     assert [line for line in err.splitlines() if not line.startswith(known)] == []

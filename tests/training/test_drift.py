@@ -186,8 +186,8 @@ def test_answers_are_written_once_for_each_model(monkeypatch):
     assert len(calls) == 2
     for file in (general.cache_folder().parent / "general").iterdir():
         file.write_text('{"answers": [[1, "two"]]}')
-    mended = general_answers(model, tokenizer, PROMPTS, identity="this model")
-    assert len(calls) == 3 and (mended[0].tokens == first[0].tokens).all()
+    rewritten = general_answers(model, tokenizer, PROMPTS, identity="this model")
+    assert len(calls) == 3 and (rewritten[0].tokens == first[0].tokens).all()
 
 
 def test_a_model_without_a_template_continues_plain_prompts():

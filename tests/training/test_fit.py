@@ -154,7 +154,7 @@ def test_dropout_turns_sharing_off_unless_it_is_asked_for(settings, tmp_path):
     assert "common beginnings" not in said
     assert "share_prefixes: auto  # False: dropout would" in (result.output / "run.yaml").read_text()
     shared, said = told(settings(tmp_path / "run", lora={"dropout": 0.1}, train={"share_prefixes": True}))
-    assert "common beginnings computed once" in said
+    assert "shared prefixes computed once" in said
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
 
 

@@ -182,8 +182,9 @@ class _Side:
         self._outputs = torch.cat([outputs[row.row] for row in rows])
 
     def parts(self, count: int) -> list[slice]:
-        """``count`` labels in chunks whose logits fit."""
-        chunk = self._objective.chunk
+        """``count`` labels in chunks whose logits are small: some eight tensors of that size are there at
+        once."""
+        chunk = max(1, self._objective.chunk // 8)
         return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
     def log_probabilities(self, part: slice) -> Tensor:
