@@ -7,7 +7,7 @@ import torch
 
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
-from deltaw.memory.scratch import scratch_bytes
+from deltaw.memory.kernel_scratch import arena_bytes
 from tests.kernels.conftest import compiled_only, threads  # noqa: F401
 
 pytestmark = [compiled_only, pytest.mark.usefixtures("threads")]
@@ -28,9 +28,8 @@ def held(operator, args) -> int:
     return kernels.dw_scratch_held(1)
 
 
-def agree(planned: int, found: int, made_in_python: int = 0) -> None:
+def agree(planned: int, found: int) -> None:
     """Within a tenth, or what pieces of an arena are rounded up to."""
-    planned -= made_in_python
     rounding = torch.get_num_threads() * (256 * 1024 + 8 * PAGE)
     assert 0.9 * found - rounding <= planned <= 1.1 * found + rounding, (planned, found)
 
@@ -46,13 +45,13 @@ def test_attention(dtype, lengths, heads, key_heads, size):
     layout = Layout.of_lengths(lengths)
     q = random(layout.length, heads, size, dtype=dtype)
     k, v = (random(layout.length, key_heads, size, dtype=dtype) for _ in range(2))
-    rest = (layout.forest(), 0, True, 0.1, 0.0, None)
+    rest = (layout.segments(), 0, True, 0.1, 0.0, None)
     out, logs = ops.attention(q, k, v, *rest)
     for operator, args in (
         (ops.attention, (q, k, v, *rest)),
         (ops.attention_backward, (q, q, k, v, out, logs, *rest)),
     ):
-        agree(scratch_bytes(operator.default, args, {}), held(operator, args))
+        agree(arena_bytes(operator.default, args, {}), held(operator, args))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -73,7 +72,7 @@ def test_products(dtype, rows, n_in, n_out):
         (ops.linear_backward, backward),
         (ops.factors_backward, (x, h, grad, narrow, 1.0)),
     ):
-        agree(scratch_bytes(operator.default, args, {}), held(operator, args))
+        agree(arena_bytes(operator.default, args, {}), held(operator, args))
 
 
 def test_the_gradient_of_classes_and_cross_entropy():
@@ -81,18 +80,15 @@ def test_the_gradient_of_classes_and_cross_entropy():
     grad, weight = random(rows, classes).softmax(-1), random(classes, width)
     targets, scale = torch.arange(rows), torch.rand(classes) + 0.1
     args = (grad, targets, weight, scale)
-    made_in_python = rows * -(-classes // 128) * 4
-    agree(
-        scratch_bytes(ops.class_gradient_.default, args, {}), held(ops.class_gradient_, args), made_in_python
-    )
+    agree(arena_bytes(ops.class_gradient_.default, args, {}), held(ops.class_gradient_, args))
     args = (grad, targets, torch.ones(rows), 1.0, 0.0, True)
-    agree(scratch_bytes(ops.cross_entropy_.default, args, {}), held(ops.cross_entropy_, args))
+    agree(arena_bytes(ops.cross_entropy_.default, args, {}), held(ops.cross_entropy_, args))
 
 
 def test_nothing_is_added_without_the_kernels(monkeypatch):
     layout = Layout.of_lengths([500])
     q = random(500, 4, 64)
-    args = (q, q, q, layout.forest(), 0, True, 0.1, 0.0, None)
-    assert scratch_bytes(ops.attention.default, args, {}) > 0
+    args = (q, q, q, layout.segments(), 0, True, 0.1, 0.0, None)
+    assert arena_bytes(ops.attention.default, args, {}) > 0
     monkeypatch.setattr(loader, "library", lambda: None)
-    assert scratch_bytes(ops.attention.default, args, {}) == 0
+    assert arena_bytes(ops.attention.default, args, {}) == 0

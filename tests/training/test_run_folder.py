@@ -106,7 +106,7 @@ def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
         if place == "..":
             (tmp_path / "below").mkdir()
             monkeypatch.chdir(tmp_path / "below")
-        with pytest.raises(UserError, match="cannot be renamed|cannot rename"):
+        with pytest.raises(UserError, match=r"cannot be renamed|cannot rename"):
             RunFolder(place)
     assert (tmp_path / SETTINGS).exists()
 

@@ -29,6 +29,7 @@ class Footprint:
         activations_by_module: bytes that each module made and a backward still needs then, largest first.
         timeline: (phase, bytes) along the run, some hundreds of points with every peak kept.
         steady_bytes: what still lives at the end.
+        arena_bytes: the most that the compiled kernels' arenas hold; they are no tensors.
     """
 
     peak_bytes: int
@@ -38,6 +39,7 @@ class Footprint:
     activations_by_module: Mapping[str, int] = field(default_factory=dict)
     timeline: tuple[tuple[str, int], ...] = ()
     steady_bytes: int = 0
+    arena_bytes: int = 0
 
 
 def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, int], ...]:

@@ -1,8 +1,8 @@
 """Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 
-The sizes are those of ``kernels/csrc``, where each thread takes what it needs from an arena of its own.
-Tensors that an operator makes for itself in Python stand here too.
-Without the kernels there is nothing to add.
+The sizes are those of ``kernels/csrc``, where each thread takes what it needs from an arena of its own. An
+arena is no tensor: the allocator of tensors does not see it, and the process holds it between calls. The
+tensors that an operator makes for itself in Python are listed apart. Without the kernels there is neither.
 
 Knows operators and shapes; not models.
 """
@@ -81,8 +81,13 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     inside = max(
         product_bytes(rows, rank, depth, x.dtype.itemsize), product_bytes(rows, outputs, depth, size, rank)
     )
-    made_here = scale is not None and args[10] is None
-    return inside + (rows * (depth + 4) if made_here else 0)
+    return inside
+
+
+def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The input in int8 with a scale a row, made where the caller has none."""
+    rows, depth = args[0].shape
+    return rows * (depth + 4) if args[3] is not None and args[10] is None else 0
 
 
 def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -94,8 +99,13 @@ def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if not args[9]:
         return inside
     size = 1 if scale is not None else grad.dtype.itemsize
-    inside = max(inside, product_bytes(rows, inputs, depth, size, rank))
-    return inside + (rows * (depth + 4 * -(-depth // INT8_BLOCK)) if scale is not None else 0)
+    return max(inside, product_bytes(rows, inputs, depth, size, rank))
+
+
+def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The gradient in int8 with a scale for each block of a row."""
+    rows, depth = args[0].shape
+    return rows * (depth + 4 * -(-depth // INT8_BLOCK)) if args[3] is not None and args[9] else 0
 
 
 def _factors_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -114,8 +124,13 @@ def _class_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     grad, _, weight = args[:3]
     rows, classes = grad.shape
     width = weight.shape[1]
-    made_here = rows * -(-classes // INT8_BLOCK) * 4
-    return made_here + rows * (width + 1) * 4 + product_bytes(rows, width, classes, 1)
+    return rows * (width + 1) * 4 + product_bytes(rows, width, classes, 1)
+
+
+def _class_scales(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """A scale for each block of classes."""
+    rows, classes = args[0].shape
+    return rows * -(-classes // INT8_BLOCK) * 4
 
 
 def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -161,7 +176,8 @@ def _where_compiled(
     return scratch
 
 
-RULES: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+# Bytes that an operator's arenas hold at its peak.
+ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     operator.default: _where_compiled(rule)
     for operator, rule in (
         (_ops.linear, _linear),
@@ -173,3 +189,18 @@ RULES: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
         (_ops.attention_backward, _attention_backward),
     )
 }
+# Bytes of the tensors that an operator makes for itself.
+TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+    operator.default: _where_compiled(rule)
+    for operator, rule in (
+        (_ops.linear, _rounded_input),
+        (_ops.linear_backward, _rounded_gradient),
+        (_ops.class_gradient_, _class_scales),
+    )
+}
+
+
+def arena_bytes(func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """What the kernels' arenas hold at the peak of ``func``, over all threads; 0 for other operators."""
+    rule = ARENAS.get(func)
+    return 0 if rule is None else rule(args, kwargs)

@@ -135,7 +135,8 @@ def resident_parts(
 
     Args:
         process_bytes: what the process holds before the model is loaded.
-        kernel_bytes: what the matrix library builds for the shapes that it meets.
+        kernel_bytes: what the matrix library builds for the shapes that it meets; the arenas of the compiled
+            kernels, which the footprint knows, are added to it.
         feature_bytes: of a mapped file that a run goes through; the system may take their memory back.
         reading_bytes: the process's peak while tokenizer and rows were read.
         mapped_bytes: of files that stay mapped while weights of another type are made from them.
@@ -146,7 +147,7 @@ def resident_parts(
     training = {
         "process": process_bytes,
         "tensors": footprint.peak_bytes,
-        "kernels": kernel_bytes,
+        "kernels": kernel_bytes + footprint.arena_bytes,
         "features": feature_bytes,
         "allocator": int(SLACK * (footprint.peak_bytes - lasting)),
     }

@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 
 
 def scratch_bytes(func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """What ``func`` takes beside its inputs and its result, at its own peak."""
+    """Tensors that ``func`` allocates in addition to its result, at its own peak, in bytes."""
     rule = _SCRATCH.get(func)
     return 0 if rule is None else rule(args, kwargs)
 
@@ -78,7 +78,7 @@ def _in_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 _SCRATCH: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
-    **kernel_scratch.RULES,
+    **kernel_scratch.TENSORS,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
     _aten.mean.dim: _mean,

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deltaw.memory.footprint import KINDS, PHASES, Footprint, coarse
+from deltaw.memory.kernel_scratch import arena_bytes
 from deltaw.memory.scratch import scratch_bytes
 
 _FORWARD, _BACKWARD, _OPTIMIZER = range(3)
@@ -63,7 +64,7 @@ class MemoryTracker(TorchDispatchMode):
         self._vocabularies = set(vocabularies)
         self._names: dict[int, str] = {}
         self._trained: list[weakref.ref[Tensor]] = []
-        self._now = self._peak = self._peak_at = self._scratch_at_peak = 0
+        self._now = self._peak = self._peak_at = self._scratch_at_peak = self._arenas = 0
         self._at = 0
         self._phase = _FORWARD
         self._peak_phase, self._peak_module = _FORWARD, ""
@@ -138,6 +139,7 @@ class MemoryTracker(TorchDispatchMode):
             self._pending = (self._life(args[0]), self._now)
         else:
             self._note_peak(scratch_bytes(func, args, kwargs))
+        self._arenas = max(self._arenas, arena_bytes(func, args, kwargs))
         self._line.append((phase, self._now))
         return result
 
@@ -283,6 +285,7 @@ class MemoryTracker(TorchDispatchMode):
             activations_by_module=dict(sorted(saved.items(), key=lambda item: -item[1])),
             timeline=coarse(self._line),
             steady_bytes=self._now,
+            arena_bytes=self._arenas,
         )
 
 

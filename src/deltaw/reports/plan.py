@@ -83,7 +83,7 @@ def plan_table(plan: Plan) -> Table:
 STATE = ("trained", "gradients", "optimizer")
 _RESIDENT = {
     "process": "interpreter, libraries, rows",
-    "kernels": "kernels of the matrix library",
+    "kernels": "kernels and their scratch",
     "features": "features kept on disk, mapped",
     "allocator": "held by the allocator",
     "reading": "more than that while tokenizer and rows are read",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -32,6 +33,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import attention_of
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
+from deltaw.kernels.linear import linear
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    with attention_of(model, "sdpa"), quiet(), torch.random.fork_rng(devices):
+    with attention_of(model, "sdpa"), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
         torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
@@ -217,6 +219,29 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
             model.generation_config = own_config
             for module in training:
                 module.training = True
+
+
+@contextlib.contextmanager
+def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a plain output head is multiplied by deltaw's own kernel.
+
+    On some processors torch's product of a few bf16 rows with a large vocabulary takes scratch memory of some
+    ten times the head's weight: 620 MB for 49,152 classes of 576, more than a step of training.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.device.type != "cpu" or "forward" in vars(head):
+        yield
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        logits, _ = linear(hidden.flatten(0, -2), head.weight, bias=head.bias)
+        return logits.unflatten(0, hidden.shape[:-1])
+
+    vars(head)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
 
 
 def _decoder(model: PreTrainedModel) -> GenerationMixin:

@@ -7,14 +7,12 @@ tokens. It knows no method and no run; whoever calls makes sure that the model a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import Example
@@ -25,7 +23,6 @@ from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.hub.packages import cache_folder
 from deltaw.hub.skeleton import has_values
-from deltaw.kernels.linear import linear
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.runtime.generation import generate, position_limit
 
@@ -128,37 +125,11 @@ def _written(
     batch_tokens: int,
 ) -> list[list[int]]:
     """The answers' tokens, terminators included."""
-    with _own_head_product(model):
-        completions = generate(
-            model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_tokens=batch_tokens
-        )
+    completions = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_tokens=batch_tokens)
     return [
         [*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])]
         for done in completions
     ]
-
-
-@contextlib.contextmanager
-def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
-    """While open, a plain output head is multiplied by deltaw's own kernel.
-
-    On some processors torch's product of a few bf16 rows with a large vocabulary takes scratch memory of some
-    ten times the head's weight: 620 MB for 49,152 classes of 576, more than a step of training.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.device.type != "cpu":
-        yield
-        return
-
-    def forward(hidden: Tensor) -> Tensor:
-        logits, _ = linear(hidden.flatten(0, -2), head.weight, bias=head.bias)
-        return logits.unflatten(0, hidden.shape[:-1])
-
-    head.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def _example(
