@@ -74,7 +74,7 @@ def plan_table(plan: Plan) -> Table:
             table.add_row(_RESIDENT[name], gigabytes(size))
     table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
     where = f"the peak falls in the {plan.phase}, at {plan.module or 'no module'}"
-    table.caption = f"{where}; microbatches of {plan.tokens:,} tokens"
+    table.caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
     table.caption_justify = "left"
     return table
 
@@ -86,9 +86,9 @@ _RESIDENT = {
     "kernels": "kernels and their scratch",
     "features": "features kept on disk, mapped",
     "allocator": "held by the allocator",
-    "reading": "more than that while tokenizer and rows are read",
-    "loading": "more than that while weights are converted",
-    "saving": "more than that while the tokenizer is saved",
+    "reading": "excess while tokenizer and rows are read",
+    "loading": "excess while weights are converted",
+    "saving": "excess while the tokenizer is saved",
 }
 
 

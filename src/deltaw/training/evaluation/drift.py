@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
+from deltaw.hub.skeleton import has_values
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
@@ -137,8 +138,11 @@ def measure_drift(
     if not isinstance(base, BaseLosses):
         with base(), running():
             before = _Side(model, answers, batcher)
-    with running():
-        after = _Side(model, [as_trained(example) for example in answers], batcher)
+    if before is not None and not has_values(model):
+        after = before  # in a dry run on fake tensors one side takes what the other takes
+    else:
+        with running():
+            after = _Side(model, [as_trained(example) for example in answers], batcher, before)
     targets = _targets(answers)
     sums = torch.zeros(4, dtype=torch.float64)
     for part in after.parts(len(targets)):
@@ -169,11 +173,18 @@ def _targets(answers: Sequence[Example]) -> Tensor:
 class _Side:
     """One of the two models: what its head is applied to, for each label in the order of the rows."""
 
-    def __init__(self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher) -> None:
-        self._objective = CausalObjective(model)
+    def __init__(
+        self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher, other: _Side | None = None
+    ) -> None:
+        # An objective knows its head: one of the other side serves where both have the same.
+        same = other is not None and other.objective.head is model.get_output_embeddings()
+        self.objective: CausalObjective = (
+            other.objective if other is not None and same else CausalObjective(model)
+        )
+        self._model = model
         outputs: dict[int, Tensor] = {}
         for batch in batcher.batches(rows):
-            picked = self._objective.label_outputs(batch)
+            picked = self.objective.label_outputs(batch)
             where = [member.places[member.example.is_label] for member in batch.members]
             labelled = np.unique(np.concatenate(where))
             for member, places in zip(batch.members, where, strict=True):
@@ -183,11 +194,12 @@ class _Side:
 
     def parts(self, count: int) -> list[slice]:
         """``count`` labels in chunks whose logits are small: some eight tensors of that size are there at
-        once."""
-        chunk = max(1, self._objective.chunk // 8)
-        return [slice(start, start + chunk) for start in range(0, count, chunk)]
+        once. In a dry run on fake tensors one chunk tells what all of them take."""
+        chunk = max(1, self.objective.chunk // 8)
+        parts = [slice(start, start + chunk) for start in range(0, count, chunk)]
+        return parts if has_values(self._model) else parts[:1]
 
     def log_probabilities(self, part: slice) -> Tensor:
         """fp32 (p, V) of these labels."""
-        logits = self._objective.logits_of(self._outputs[part])
+        logits = self.objective.logits_of(self._outputs[part])
         return nn.functional.log_softmax(logits.float(), -1)
