@@ -8,6 +8,7 @@ operations are torch's own.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from deltaw.memory.libraries import SHORT, attention_bytes, product_bytes
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv}
+_GROUPED: Any = getattr(_aten, "_grouped_mm", None)
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 HALF = (torch.bfloat16, torch.float16)
 
@@ -35,6 +37,14 @@ class Product(NamedTuple):
     batched: bool = False
 
 
+class Routed(NamedTuple):
+    """A product of routed tokens: its precision, all tokens' rows, and the experts' weight (E, …)."""
+
+    half: bool
+    rows: int
+    weight: tuple[int, ...]
+
+
 class WorkCounter(TorchDispatchMode):
     """While open, counts operators and their work.
 
@@ -42,6 +52,8 @@ class WorkCounter(TorchDispatchMode):
         operators: how many. operations: floating-point operations of products, convolutions, attention.
         products: the matrix products of different shapes.
         lengths: lengths of rows that an attention backward in half precision has met.
+        routed: products of experts with the tokens that a router gives each: by precision and shapes, how
+            many calls there were.
     """
 
     def __init__(self) -> None:
@@ -51,6 +63,7 @@ class WorkCounter(TorchDispatchMode):
         self.lengths: set[int] = set()
         self._seen: set[tuple[object, ...]] = set()
         self.products: list[Product] = []
+        self.routed: Counter[Routed] = Counter()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -66,7 +79,10 @@ class WorkCounter(TorchDispatchMode):
             formula = flop_registry.get(_aten.addmm if packet is _aten.addmm_ else _aten.baddbmm)
         if formula is not None:
             self.operations += int(formula(*args, **kwargs, out_val=result))
-        if packet in _PRODUCTS or packet in (_aten.addmm_, _aten.baddbmm_):
+        if packet is _GROUPED:
+            rows, weight = args[0], args[1]
+            self.routed[Routed(rows.dtype in HALF, rows.shape[0], tuple(weight.shape))] += 1
+        elif packet in _PRODUCTS or packet in (_aten.addmm_, _aten.baddbmm_):
             self._note_product(packet, args)
         elif packet is _ATTENTION_BACKWARD and args[1].dtype in HALF:
             self.lengths.add(args[1].shape[-2])
@@ -88,6 +104,7 @@ def kernel_bytes(
     varying: Sequence[tuple[Collection[int], float]],
     lengths: int = 0,
     tiles: float = 1.0,
+    repeats: float = 1.0,
 ) -> int:
     """What the libraries keep over a run.
 
@@ -99,15 +116,30 @@ def kernel_bytes(
         lengths: different lengths of rows in the run.
         tiles: shapes of attention's tiles in the run, for each in these microbatches: batched products come
             again in as many.
+        repeats: microbatches of the run for each of these. A router gives each expert another number of
+            tokens each time, so each call meets as many shapes as there are experts.
     """
     counts = {True: 0.0, False: 0.0}
     for product in work.products:
         met = (n / max(1, len(seen)) for seen, n in varying if not product.sizes.isdisjoint(seen))
         counts[product.half] += next(met, tiles if product.batched else 1.0)
+    for routed, calls in work.routed.items():
+        counts[routed.half] += _distinct(routed, calls * repeats)
     most = _capacity() * LEFT_BEHIND
     products = sum(min(most, counts[half]) * product_bytes(half) for half in counts if counts[half])
     attention = attention_bytes(max(work.lengths) > SHORT) * lengths if work.lengths else 0
     return int(products + attention)
+
+
+def _distinct(routed: Routed, calls: float) -> float:
+    """Different numbers of rows that the experts of a routed product are expected to meet in so many calls.
+
+    An expert gets from none to about twice its equal share of the tokens. Of ``spread`` values, n draws show
+    spread·(1 − (1 − 1/spread)ⁿ) different ones.
+    """
+    experts = routed.weight[0]
+    spread = max(1.0, 2 * routed.rows / experts)
+    return float(spread * (1 - (1 - 1 / spread) ** (calls * experts)))
 
 
 def _capacity() -> int:

@@ -148,6 +148,7 @@ class TellingBatcher:
         tokens: of the microbatches of the second step.
         sizes, rows, tiles: different numbers of tokens, of rows, and shapes of attention's tiles in all of
             them.
+        made: how many microbatches there were.
     """
 
     def __init__(self, session: Session, labelled: Sequence[Any] = ()) -> None:
@@ -155,7 +156,7 @@ class TellingBatcher:
         self._inner = (session.prefix or session).batcher
         self._labelled = labelled
         self._steps = 0
-        self.tokens = 0
+        self.tokens = self.made = 0
         self.sizes: set[int] = set()
         self.rows: set[int] = set()
         self.tiles: set[TileShape] = set()
@@ -182,6 +183,7 @@ class TellingBatcher:
             self.tokens = sum(sizes[number] for number in {smallest, largest})
         self.sizes.update(sizes[number] for number in (smallest, largest))
         self.rows.update(shapes[number][0] for number in (smallest, largest))
+        self.made += len({smallest, largest})
         kept = None
         for number, batch in enumerate(self._inner.batches(rows)):
             if number == largest and number != smallest and smallest > largest:

@@ -181,6 +181,7 @@ class _DryRun:
             varying=[(telling.sizes, heaviest.token_counts), (telling.rows, heaviest.row_counts)],
             lengths=len({length for _, length in heaviest.every}),
             tiles=max(1.0, heaviest.tile_shapes / max(1, len(telling.tiles))),
+            repeats=self.session.total_steps * len(heaviest.shapes) / max(1, telling.made),
         )
 
 
