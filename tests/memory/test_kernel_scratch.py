@@ -8,6 +8,8 @@ import torch
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.memory.kernel_scratch import arena_bytes
+from deltaw.memory.measure import peak_tensor_bytes
+from deltaw.memory.scratch import scratch_bytes
 from tests.kernels.conftest import compiled_only, threads  # noqa: F401
 
 pytestmark = [compiled_only, pytest.mark.usefixtures("threads")]
@@ -92,3 +94,16 @@ def test_nothing_is_added_without_the_kernels(monkeypatch):
     assert arena_bytes(ops.attention.default, args, {}) > 0
     monkeypatch.setattr(loader, "library", lambda: None)
     assert arena_bytes(ops.attention.default, args, {}) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, with_gradient, monkeypatch):
+    monkeypatch.setattr(loader, "library", lambda: None)
+    logits = random(200, 5000, dtype=dtype)
+    targets, weights = torch.arange(200), torch.ones(200, dtype=torch.promote_types(dtype, torch.float32))
+    args = (logits, targets, weights, 1.0, softcap, with_gradient)
+    peak = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=[logits, targets, weights])
+    held_before = sum(t.numel() * t.element_size() for t in (logits, targets, weights))
+    assert scratch_bytes(ops.cross_entropy_.default, args, {}) == pytest.approx(peak - held_before, rel=0.01)

@@ -163,15 +163,29 @@ def _attention_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int
     return _turned(length, key_heads, key.shape[2], size) + sums + threads * tile
 
 
+def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Without the kernel: the scaled logits and their log-softmax, with a soft cap the logits before it, of a
+    half type a wide copy, and for a gradient the slopes of two of them."""
+    logits, softcap, with_gradient = args[0], args[4], args[5]
+    if _compiled(logits):
+        return 0
+    copies = 2 + (softcap > 0) + (logits.dtype.itemsize == 2) + 2 * bool(with_gradient)
+    return copies * logits.numel() * max(4, logits.dtype.itemsize)
+
+
+def _compiled(first: Tensor) -> bool:
+    """Whether the kernels run on tensors like this one."""
+    served = first.dtype in (torch.bfloat16, torch.float32) and first.device.type == "cpu"
+    return served and loader.library() is not None
+
+
 def _where_compiled(
     rule: Callable[[tuple[Any, ...], Mapping[str, Any]], int],
 ) -> Callable[[tuple[Any, ...], Mapping[str, Any]], int]:
     """The rule where the kernels run: tensors on the processor, in a type that they take."""
 
     def scratch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        first: Tensor = args[0]
-        served = first.dtype in (torch.bfloat16, torch.float32) and first.device.type == "cpu"
-        return rule(args, kwargs) if served and loader.library() is not None else 0
+        return rule(args, kwargs) if _compiled(args[0]) else 0
 
     return scratch
 
@@ -191,12 +205,15 @@ ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
 }
 # Bytes of the tensors that an operator makes for itself.
 TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
-    operator.default: _where_compiled(rule)
-    for operator, rule in (
-        (_ops.linear, _rounded_input),
-        (_ops.linear_backward, _rounded_gradient),
-        (_ops.class_gradient_, _class_scales),
-    )
+    _ops.cross_entropy_.default: _cross_entropy_reference,
+    **{
+        operator.default: _where_compiled(rule)
+        for operator, rule in (
+            (_ops.linear, _rounded_input),
+            (_ops.linear_backward, _rounded_gradient),
+            (_ops.class_gradient_, _class_scales),
+        )
+    },
 }
 
 
