@@ -130,6 +130,7 @@ def resident_parts(
     reading_bytes: int = 0,
     mapped_bytes: int = 0,
     saving_bytes: int = 0,
+    unread_bytes: int = 0,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The parts of the process's main memory at its peak, which add up to it, and the peak of each phase.
 
@@ -141,21 +142,23 @@ def resident_parts(
         reading_bytes: the process's peak while tokenizer and rows were read.
         mapped_bytes: of files that stay mapped while weights of another type are made from them.
         saving_bytes: what writing the tokenizer takes for a moment, with the model loaded.
+        unread_bytes: of weights that are mapped from a file and never touched.
     """
     kinds = footprint.parts
     lasting = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     training = {
         "process": process_bytes,
-        "tensors": footprint.peak_bytes,
+        "tensors": footprint.peak_bytes - unread_bytes,
         "kernels": kernel_bytes + footprint.arena_bytes,
         "features": feature_bytes,
         "allocator": int(SLACK * (footprint.peak_bytes - lasting)),
     }
+    weights = kinds["weights"] - unread_bytes
     phases = {
         "reading": max(reading_bytes, process_bytes),
-        "loading": process_bytes + kinds["weights"] + mapped_bytes,
+        "loading": process_bytes + weights + mapped_bytes,
         "training": sum(training.values()),
-        "saving": process_bytes + kinds["weights"] + kinds["trained"] + saving_bytes,
+        "saving": process_bytes + weights + kinds["trained"] + saving_bytes,
     }
     highest = max(phases, key=lambda name: phases[name])
     excess = {name: 0 for name in PROCESS_PHASES if name != "training"}

@@ -69,6 +69,9 @@ def plan_table(plan: Plan) -> Table:
         if plan.parts.get(name):
             table.add_row(Text(label, style=color), gigabytes(plan.parts[name]))
     table.add_row("tensors in all", gigabytes(plan.peak_bytes), style="bold")
+    if plan.resident["tensors"] < plan.peak_bytes:
+        unread = plan.peak_bytes - plan.resident["tensors"]
+        table.add_row("embedding rows that stay on disk", f"-{gigabytes(unread)}")
     for name, size in plan.resident.items():
         if name != "tensors" and size:
             table.add_row(_RESIDENT[name], gigabytes(size))

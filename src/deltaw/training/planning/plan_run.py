@@ -40,6 +40,7 @@ from deltaw.training.planning.heaviest import (
     token_counts,
 )
 from deltaw.training.planning.remembered import Remembered
+from deltaw.training.planning.unread import unread_bytes
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.base import RunData, Task
@@ -110,6 +111,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     (done,) = made
     with fake_tensors():
         trained = sum(p.numel() for _, p in done.session.method.parameters(model))
+    converted = converted_bytes(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     trim_memory()
     resident, phases = resident_parts(
         footprint,
@@ -117,10 +119,9 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         kernel_bytes=done.kernel_bytes(),
         feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
         reading_bytes=data.read_peak_bytes,
-        mapped_bytes=converted_bytes(
-            model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code
-        ),
+        mapped_bytes=converted,
         saving_bytes=_saving_bytes(config, task, dtype),
+        unread_bytes=unread_bytes(done.session, dtype=dtype, converted=converted),
     )
     return Plan(
         method=config.method,
