@@ -199,6 +199,14 @@ class LoRALinear(LoRALayer, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         bias = self.output_bias()
+        if (places := self.active_places) is not None:
+            with_base = (
+                F.linear(input, self.weight, bias)
+                if scales is None
+                else frozen_linear(input, self.weight, bias, scales)
+            )
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return with_base + closed_form.update_at(input, places, *factors, dropout)
         return closed_form.linear(
             input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
         )
@@ -206,7 +214,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def merge_refusal(self) -> str | None:
         """A sum with ΔW would have to be quantized again."""
         if weight_scales(self) is None:
-            return None
+            return super().merge_refusal()
         return "its weight is int8-quantized; load the model with precision bf16 or fp32 to merge"
 
     @torch.no_grad()
@@ -252,10 +260,14 @@ class LoRAConv1D(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if not self.adapting:
-            flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-            return flat.view(*x.shape[:-1], self.out_features)
         dropout = self.dropout if self.training else 0.0
+        places = self.active_places
+        if not self.adapting or places is not None:
+            flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+            y = flat.view(*x.shape[:-1], self.out_features)
+            if not self.adapting or places is None:
+                return y
+            return y + closed_form.update_at(x, places, self.lora_A, self.lora_B, self.scaling, dropout)
         bias = self.output_bias()
         return closed_form.linear(
             x, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, weight_is_in_out=True
