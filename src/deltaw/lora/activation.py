@@ -128,5 +128,7 @@ def _cache_among(values: Iterable[Any]) -> Any:
 
 def _holds_tokens(cache: Any) -> bool:
     """Whether a cache is in use already; one that does not say so is taken to be."""
-    length = getattr(cache, "get_seq_length", None)
-    return length is None or int(length()) > 0
+    try:
+        return int(cache.get_seq_length()) > 0
+    except (AttributeError, ValueError):  # a cache of states alone, of layers without attention
+        return True
