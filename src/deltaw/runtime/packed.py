@@ -164,7 +164,7 @@ def can_pack(model: PreTrainedModel) -> Choice:
     )
 
 
-def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
+def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
     """A few tokens in a prefix tree of four segments, longer than a small window, as a backbone's inputs."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     length = SAMPLE_TOKENS + (window if window is not None and window <= 64 else 0)
@@ -180,7 +180,7 @@ def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dic
 
 def _reached(model: PreTrainedModel) -> int:
     """How many times attention ran over the layout of a packed row."""
-    _, inputs = _sample(model, TREE)
+    _, inputs = sample_rows(model, TREE)
     with torch.no_grad(), packed_rows(model, fused=False), noting() as notes:
         backbone_of(model)(**inputs)
     return len(notes)
@@ -200,7 +200,7 @@ def _difference(backbone: PreTrainedModel) -> float:
 
 
 def _packed_against_apart(small: PreTrainedModel) -> float:
-    layout, inputs = _sample(small, TREE)
+    layout, inputs = sample_rows(small, TREE)
     stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
     apart = [
         small(input_ids=row[None], use_cache=False).last_hidden_state[0]
@@ -227,4 +227,4 @@ def _packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: _sample(model, TREE)[1])
+PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: sample_rows(model, TREE)[1])
