@@ -141,6 +141,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         operations=done.operations,
         operators=done.operators,
         phases=phases,
+        disk_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
     )
 
 
