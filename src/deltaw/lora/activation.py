@@ -123,7 +123,9 @@ def invocation_starts(ids: Tensor, tokens: Sequence[int]) -> Tensor:
 def _cache_among(values: Iterable[Any]) -> Any:
     """The cache of keys and values, or of states, among arguments or outputs; transformers' versions give it
     different names."""
-    return next((v for v in values if hasattr(v, "get_seq_length") or type(v).__name__.endswith("Cache")), None)
+    return next(
+        (v for v in values if hasattr(v, "get_seq_length") or type(v).__name__.endswith("Cache")), None
+    )
 
 
 def _holds_tokens(cache: Any) -> bool:

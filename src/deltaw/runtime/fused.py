@@ -379,9 +379,7 @@ def _note_tensors(module: nn.Module, state: list[Any]) -> None:
                 state += (id(tensor), place, tensor.requires_grad)
 
 
-def _wide_turns(
-    turns: tuple[Tensor, Tensor], layout: Layout | PartialLayout
-) -> tuple[Tensor, Tensor]:
+def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, n) in fp32 of all rows laid end to end, made once for all blocks of a forward."""
     made = layout.made_of.get(id(turns[0]))
     if made is None or made[0] is not turns[0]:

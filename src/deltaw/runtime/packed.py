@@ -212,9 +212,7 @@ def _packed_against_apart(small: PreTrainedModel) -> float:
     return float((packed - expected).norm() / expected.norm())
 
 
-def _layout_of_call(
-    hidden: Tensor, named: dict[str, Any], causal: bool
-) -> Layout | PartialLayout | None:
+def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
     layout: Layout | PartialLayout | None = named.get("packed_layout")
     if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
         return None

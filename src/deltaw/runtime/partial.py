@@ -111,8 +111,6 @@ class _PartialAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         query, keys, values, out, *kept = ctx.saved_tensors
-        d_q, *others = attend_backward(
-            grads[0], query, keys, values, out, kept, ctx.layout.whole, **ctx.how
-        )
+        d_q, *others = attend_backward(grads[0], query, keys, values, out, kept, ctx.layout.whole, **ctx.how)
         d_k, d_v = (t.index_select(0, ctx.layout.places) for t in others)
         return d_q, d_k, d_v, None, None, None, None, None

@@ -95,9 +95,7 @@ def resolve_invocation(
     return found
 
 
-def _derived(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], chat: bool
-) -> Choice[list[int]]:
+def _derived(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], chat: bool) -> Choice[list[int]]:
     tokens = opening_of_answer(tokenizer) if chat else []
     if tokens:
         return Choice(tokens, f"{tokenizer.decode(tokens)!r} opens the answer in the chat template")

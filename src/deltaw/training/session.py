@@ -264,9 +264,7 @@ def assemble(
         UserError: the method does not fit the model, or a row is too long for it.
     """
     method = choose_method(config, task.tokenizer)
-    invocation = resolve_invocation(
-        method, task.tokenizer, data.train, chat=data.report.template == "chat"
-    )
+    invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
     said: list[str] = []

@@ -178,9 +178,7 @@ class StoredPrompts:
         return keys
 
     @torch.no_grad()
-    def _run(
-        self, batch: PromptedBatch, places: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]
-    ) -> None:
+    def _run(self, batch: PromptedBatch, places: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Run tokens of prompts as the base model does; their keys and values are added to ``keys``."""
         inputs = _part_of(batch, _tensor(places, batch), keys)
         self.backbone(**inputs, **{PLACES: False}, use_cache=False)
