@@ -125,7 +125,7 @@ def test_merging_is_refused():
 
 def test_without_token_ids_nobody_knows_where_it_acts():
     model = activated("llama")
-    with pytest.raises(UserError, match="by the token ids"):
+    with pytest.raises(UserError, match="finds by the token ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
 
 

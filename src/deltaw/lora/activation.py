@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 
 PLACES = "adapter_active"
-"""The keyword with which a caller names the places: a bool tensor of the shape of ``input_ids``, or a bool."""
+"""The keyword with which a caller names the places: bools of the shape of ``input_ids``, or one bool."""
 
 
 class Activation:
@@ -87,7 +87,7 @@ class Activation:
         ids = named.get("input_ids")
         if not isinstance(ids, Tensor):
             raise UserError(
-                "an activated adapter finds the place from which it acts by the token ids, and there are none",
+                "an activated adapter finds by the token ids where it begins to act, and there are none",
                 where="input_ids",
                 hint=f"call the model with input_ids, or name the places in {PLACES}",
             )

@@ -1,7 +1,7 @@
-"""Whether prompts run apart from answers under an activated adapter, and where their keys and values are kept.
+"""Whether prompts run apart from answers under an activated adapter, and where their keys are kept.
 
-This is verified first, on a small copy of the model (``runtime.partial_check``) and on the model itself: a few
-of the user's own rows run in two parts, with keys computed and keys read, and as a whole with the adapter
+This is verified first, on a small copy of the model (``runtime.partial_check``) and on the model itself: a
+few of the user's own rows run in two parts, with keys computed and keys read, and as a whole with the adapter
 masked before the invocation sequence. Loss and gradients must agree, or rows run as a whole and the run says
 why. Keys of an earlier run are compared with new ones.
 """
@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
