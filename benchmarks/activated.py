@@ -1,4 +1,4 @@
-"""Activated LoRA (lora.activation: completion) against plain LoRA on the same rows: speed by epoch, and score.
+"""Activated LoRA (lora.activation: completion) against plain LoRA on the same rows: speed and score.
 
     python benchmarks/activated.py [--data reviews|spider] [--precision auto] [--rates 3e-4 1e-3 3e-3]
 
@@ -197,11 +197,10 @@ def report(results: dict) -> None:
     print("\n| | learning rate | held-out loss | score (95 % interval) | training |")
     print("| --- | ---: | ---: | --- | ---: |")
     for name, found in results["score"].items():
-        value = found["score"]
-        shown = json.dumps(value) if isinstance(value, dict) else str(value)
-        print(
-            f"| {name} | {found['rate']:g} | {found['eval']['loss']:.4f} | {shown} | {found['seconds']:.0f} s |"
-        )
+        value, (low, high) = found["score"]["value"], found["score"]["interval"]
+        shown = f"{found['score']['metric']} {value:.3f} ({low:.3f} to {high:.3f})"
+        loss, taken = found["eval"]["loss"], found["seconds"]
+        print(f"| {name} | {found['rate']:g} | {loss:.4f} | {shown} | {taken:.0f} s |")
 
 
 if __name__ == "__main__":
