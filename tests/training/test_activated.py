@@ -246,6 +246,28 @@ def test_without_room_prompts_are_recomputed_in_each_step(keep, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_where_room_is_short_a_part_of_the_prompts_is_kept(in_memory, tmp_path, monkeypatch):
+    model, examples = adapted("llama"), rows()
+    units = PromptIndex(examples).units
+    room = units * 2 * 2 * 2 * 8 * 4 * 3 // 5  # three fifths of layers · (key, value) · heads · d · bytes
+    monkeypatch.setattr(prompt_store, "MEMORY_BYTES", room if in_memory else 0)
+    expected = masked(model, examples)
+    answers = sum(len(row.tokens) - row.active_from for row in examples)
+    how = {"folder": tmp_path, "limit": 1 if in_memory else room}
+    for run in range(2):
+        with prompts_of(model, examples, **how) as prompts, tokens_run(model) as seen:
+            assert "once for 50% of their tokens" in prompts.choice.why
+            assert prompts.store.shape.units == units // 2 and "take" in prompts.choice.why
+            for epoch in range(2):
+                seen.clear()
+                ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+                assert relative(ours[1], expected[1]) < 5e-5
+                known = units // 2 if epoch or (run and not in_memory) else 0
+                assert sum(seen) >= answers + units - known
+            assert sum(seen) < answers + units
+
+
 def test_pages_of_a_large_store_are_given_back(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESIDENT_BYTES", 4096)
     model, examples = adapted("llama"), rows()

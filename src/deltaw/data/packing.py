@@ -152,12 +152,14 @@ def pack(
     *,
     share: bool = True,
     fill: bool = True,
+    fill_active: bool = False,
     device: str | torch.device = "cpu",
 ) -> Batch:
     """One packed row of all examples as a prefix tree, or one segment a row where ``share`` is off.
 
     With ``fill``, a last segment of its own, which nothing sees and nothing is learned from, fills the row up
-    to a length that is likely to come again (see FILL).
+    to a length that is likely to come again (see FILL); with ``fill_active``, those of its tokens that an
+    activated adapter acts on, to a number of them.
     """
     rows = [row for item in examples for row in rows_of(item)]
     order = sorted(range(len(rows)), key=lambda n: sort_key(rows[n].tokens))
@@ -168,7 +170,8 @@ def pack(
     place = {id(node): i for i, node in enumerate(nodes)}
     parents = [place[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
     lengths = [n.stop - n.start for n in nodes]
-    filler = _filler(sum(lengths)) if fill else 0
+    counted = sum(len(row.tokens) - row.shareable for row in rows) if fill_active else sum(lengths)
+    filler = _filler(counted) if fill else 0
     layout = (
         Layout.of_lengths([*lengths, filler], [*parents, -1])
         if filler
@@ -257,7 +260,11 @@ def batches(
     for part in split_into_microbatches(
         examples, tokens_per_pass, share=share, padded=padded, cost=cost, inactive_cost=inactive_cost
     ):
-        yield pad(part, device=device) if padded else pack(part, share=share, fill=fill, device=device)
+        if padded:
+            yield pad(part, device=device)
+        else:
+            apart = inactive_cost != 1.0
+            yield pack(part, share=share, fill=fill, fill_active=apart, device=device)
 
 
 def _active(rows: Sequence[Example], active: np.ndarray, device: str | torch.device) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from deltaw.training.features.store import (
     FeatureStore,
     MemoryStore,
     NoStore,
+    PartStore,
     Shape,
     ShapeStore,
     open_store,
@@ -50,6 +51,8 @@ from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
+# Shares of the prompts' tokens that are kept: the first one that there is room for.
+SHARES = (1.0, 0.5, 0.25, 0.125)
 # Part of the key: another number where stored values would mean something else.
 REVISION = 1
 # The vectors of the model's width that a token keeps in each block for the backward, roughly.
@@ -194,35 +197,46 @@ def _store(
     folder: Path | None,
     limit: int,
 ) -> tuple[FeatureStore, Choice[str]]:
-    """Where keys and values are kept; nowhere, where there is no room or they are not to be kept."""
-    shape = Shape.of(index.units, index.units, _width(form), dtype)
-    size = size_text(shape.bytes)
+    """Where keys and values are kept: all of them, or those of as many tokens as there is room for."""
     once = "prompts run without the adapter and without a backward"
     if not keep:
         return NoStore(index.units), Choice("recomputed", f"{once}, in each step anew: rows come once")
-    if not has_values(model):
-        return ShapeStore(shape), Choice("kept", f"{once}, once for each row: {size} on the disk")
-    try:
-        key = _key(model, index, shape, batcher)
-        about = f"{type(model).__name__}, keys and values of prompts, {index.units:,} tokens"
-        store = open_store(key, shape, about=about, folder=folder, limit=limit)
-        return store, Choice("kept", f"{once}, once for each row: {size} in {store.folder}")
-    except UserError as error:
-        if shape.bytes > MEMORY_BYTES:
-            return NoStore(index.units), Choice(
-                "recomputed", f"{once}, in each step anew, since {error.what}"
-            )
-        why = f"{once}, once for each row: {size} in memory, since {error.what}"
-        return MemoryStore(shape), Choice("kept", why)
+    real = has_values(model)
+    name = _name(model, index, dtype, batcher) if real else ""
+    refused = ""
+    for share in SHARES:
+        units = int(index.units * share)
+        shape = Shape.of(units, units, _width(form), dtype)
+        size = size_text(shape.bytes)
+        store: FeatureStore
+        try:
+            if real:
+                about = f"{type(model).__name__}, keys and values of {units:,} tokens of prompts"
+                kept = open_store(f"{name}-{units}", shape, about=about, folder=folder, limit=limit)
+                store, where = kept, f"{size} in {kept.folder}"
+            elif shape.bytes > limit:
+                continue
+            else:
+                store, where = ShapeStore(shape), f"{size} on the disk"
+        except UserError as error:
+            refused = refused or error.what
+            if shape.bytes > MEMORY_BYTES:
+                continue
+            store, where = MemoryStore(shape), f"{size} in memory, since {refused}"
+        if share == 1:
+            return store, Choice("kept", f"{once}, once for each row: {where}")
+        part = f"once for {share:.0%} of their tokens and in each step anew for the others: {where}"
+        why = f"{once}, {part}" + (f", since {refused}" if refused not in where else "")
+        return PartStore(store, index.units), Choice("kept", why)
+    return NoStore(index.units), Choice("recomputed", f"{once}, in each step anew, since {refused}")
 
 
-def _key(model: PreTrainedModel, index: PromptIndex, shape: Shape, batcher: CausalMicroBatcher) -> str:
-    """A name for everything that stored values depend on."""
+def _name(model: PreTrainedModel, index: PromptIndex, dtype: torch.dtype, batcher: CausalMicroBatcher) -> str:
+    """For everything that stored values depend on."""
     facts = [
         REVISION,
         "prompts",
-        shape.width,
-        shape.dtype,
+        str(dtype),
         type(model.base_model).__name__,
         {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT},
         frozen_digest(model, Level("head")),

@@ -209,7 +209,7 @@ class PromptedBatcher:
     def __init__(self, inner: CausalMicroBatcher, prompts: StoredPrompts, inactive_cost: float) -> None:
         self.inner = inner
         self._prompts = prompts
-        self._cutting = dataclasses.replace(inner, inactive_cost=inactive_cost, fill=False)
+        self._cutting = dataclasses.replace(inner, inactive_cost=inactive_cost)
 
     def batches(self, rows: Sequence[Item]) -> Iterator[Any]:
         index = self._prompts.index
@@ -222,7 +222,7 @@ class PromptedBatcher:
             for member in batch.members:
                 units[member.places[: member.example.active_from]] = index.places(member.example)
             known = int(self._prompts.store.done[units[units >= 0]].sum())
-            yield PromptedBatch(batch, units, length - known)
+            yield PromptedBatch(batch, units, batch.tokens - known)
 
     def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
         """(1, tokens that count) of each microbatch."""

@@ -140,6 +140,36 @@ class MemoryStore:
         """Nobody else has it."""
 
 
+class PartStore:
+    """A store with room for the first rows alone, each of one unit; the others have to be computed again.
+
+    Args:
+        inner: the store of these. rows: how many there are in all.
+    """
+
+    def __init__(self, inner: FeatureStore, rows: int) -> None:
+        self.inner = inner
+        self.shape = inner.shape
+        self.resident_bytes = inner.resident_bytes
+        self.done = np.zeros(rows, bool)
+        self.done[: inner.shape.rows] = inner.done
+        inner.done = self.done[: inner.shape.rows]
+
+    def read(self, places: np.ndarray) -> Tensor:
+        return self.inner.read(places)
+
+    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
+        fitting = places < self.shape.units
+        if fitting.any():
+            self.inner.write(rows[fitting], places[fitting], values[torch.from_numpy(fitting)])
+
+    def forget(self) -> None:
+        self.inner.forget()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 class ShapeStore:
     """Stands in for a store where tensors have no values: what it reads has the right shape."""
 
