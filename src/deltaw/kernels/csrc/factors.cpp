@@ -25,8 +25,11 @@ template <int ROWS, int VECS, class W>
 __attribute__((noinline)) void add_tokens(const Thin &c, const W *wide, int64_t t0, int64_t t1, int64_t j, int64_t n, float *sums) {
     F16 s[ROWS][VECS];
     First columns[VECS];
+#pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) columns[v] = first(c.N - n - 16 * v);
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
         for (int v = 0; v < VECS; v++) s[i][v] = load16(sums + i * PANEL + 16 * v);
     for (int64_t t = t0; t < t1; t++) {
         I16 w[VECS];
@@ -41,7 +44,9 @@ __attribute__((noinline)) void add_tokens(const Thin &c, const W *wide, int64_t 
             for (int v = 0; v < VECS; v++) Fma::add(s[i][v], spread(word), w[v]);
         }
     }
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
         for (int v = 0; v < VECS; v++) store16(sums + i * PANEL + 16 * v, s[i][v]);
 }
 

@@ -182,10 +182,14 @@ inline __attribute__((always_inline)) void add_products(const char *left, int64_
 template <class Op, int ROWS, int VECS, bool ONTO>
 __attribute__((noinline)) void product(const char *left, int64_t stride, const char *right, int64_t groups, const float *from, int64_t from_ld, float *tile, int64_t ld) {
     typename Op::Sum s[ROWS][VECS];
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
         for (int v = 0; v < VECS; v++) s[i][v] = ONTO ? Op::load(from + i * from_ld + 16 * v) : Op::zero();
     add_products<Op, ROWS, VECS>(left, stride, right, groups, s);
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
         for (int v = 0; v < VECS; v++) Op::store(tile + i * ld + 16 * v, s[i][v]);
 }
 

@@ -28,26 +28,33 @@ struct LowRank {
 template <class LowOp, int ROWS, int VECS>
 inline void finish(const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
     F16 s[ROWS][VECS];
+#pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) {
         const int64_t n = n0 + 16 * v;
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const float *at = tile + i * PANEL + 16 * v;
             s[i][v] = from_int32 ? to_f(load_i(at)) : load16(at);
         }
         if (p.column_scale) {
             const F16 by = load16(p.column_scale + n, first(p.N - n));
+#pragma GCC unroll 12
             for (int i = 0; i < ROWS; i++) s[i][v] = s[i][v] * by;
         }
     }
     if (p.row_scale)
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
             for (int v = 0; v < VECS; v++) s[i][v] = s[i][v] * set_f(p.row_scale[m + i]);
     if (low.groups) add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, s);
     const F16 scale = set_f(p.out_scale);
+#pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) {
         const int64_t n = n0 + 16 * v;
         const First mask = first(p.N - n);
         const F16 bias = bias_of(p, n, mask);
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const int64_t row = m + i;
             F16 y = fma(s[i][v], scale, bias);

@@ -31,11 +31,15 @@ inline void add_blocks(const char *left, int64_t stride, const char *right, int6
     const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
     for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
         I16 s[ROWS][VECS];
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
             for (int v = 0; v < VECS; v++) s[i][v] = load_i(starts + 16 * v);
         add_products<Op, ROWS, VECS>(left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), s);
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const F16 by = set_f(scales[i * blocks]);
+#pragma GCC unroll 2
             for (int v = 0; v < VECS; v++) {
                 float *to = tile + i * PANEL + 16 * v;
                 const F16 x = to_f(s[i][v]);

@@ -32,7 +32,7 @@ struct First { int64_t n; };    // which lanes of a row's end are there
 
 inline First first(int64_t n) { return {n >= 16 ? 16 : n < 0 ? 0 : n}; }
 
-#define DW_EACH for (int i = 0; i < PARTS; i++)
+#define DW_EACH _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; i++)
 // One value of `type` from one expression of the parts' number i.
 #define DW_PARTS(type, expression) type r; DW_EACH r.p[i] = expression; return r
 
@@ -149,12 +149,13 @@ struct Buffered {
     void write(T *p, First f) const { memcpy(p, numbers, f.n * sizeof(T)); }
 };
 
+// Part by part: a copy of the whole would keep the compiler from holding it in registers.
 inline I16 load_i(const void *p) {
     I16 a;
-    memcpy(&a, p, 64);
+    DW_EACH memcpy(&a.p[i], (const char *)p + i * DW_VECTOR_BYTES, DW_VECTOR_BYTES);
     return a;
 }
-inline void store_i(void *p, I16 a) { memcpy(p, &a, 64); }
+inline void store_i(void *p, I16 a) { DW_EACH memcpy((char *)p + i * DW_VECTOR_BYTES, &a.p[i], DW_VECTOR_BYTES); }
 inline I16 load_i(const void *p, First f) { return f.n == 16 ? load_i(p) : load_i(Buffered<int32_t>((const int32_t *)p, f).numbers); }
 inline void store_i(void *p, I16 a, First f) {
     if (f.n == 16) store_i(p, a);
