@@ -1,8 +1,8 @@
-"""The compiled kernels: optional, one shared object for each instruction set, built where a C++17 compiler is.
+"""The compiled kernels: optional, one shared object for each instruction set, built by any C++17 compiler.
 
-Everything else stands in pyproject.toml. The objects are plain C libraries that ctypes loads: they belong to no
-version of Python or torch, so a wheel is tagged py3-none-<platform>. A variant that the compiler cannot build is
-left out with a note; without a compiler deltaw runs on torch's own operations.
+Everything else stands in pyproject.toml. The objects are plain C libraries that ctypes loads: they belong to
+no version of Python or torch, so a wheel is tagged py3-none-<platform>. A variant that the compiler cannot
+build is left out with a note; without a compiler deltaw runs on torch's own operations.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS as usual; DELTAW_VARIANTS="avx2 generic" builds only those.
 """
@@ -25,8 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("src/deltaw/kernels")
 SOURCES = KERNELS / "csrc"
-# Only the C interface leaves an object: a template of the standard library that two variants have compiled with
-# different instructions must never stand in for the other's.
+# Only the C interface leaves an object: a template of the standard library that two variants have compiled
+# with different instructions must never stand in for the other's.
 EXPORTS = "{ global: dw_*; local: *; };\n"
 
 
@@ -121,7 +121,7 @@ class BuildVariants(build_ext):
         return [f"-Wl,--version-script={exports}", "-Wl,--no-undefined", *own]
 
     def copy_extensions_to_source(self) -> None:
-        """Also removes what an earlier build left and this one did not make, which would be loaded otherwise."""
+        """Also removes what an earlier build left and this one did not make: it would be loaded."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
             left, made = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
@@ -159,11 +159,9 @@ def extensions() -> list[Extension]:
     read = [*sorted(map(str, SOURCES.glob("*.h"))), *map(str, SOURCES.glob("*.txt")), "setup.py"]
     variants = variants_module()
     wanted = words_of("DELTAW_VARIANTS")
-    # A mac that compiles for the other kind of processor says so here.
-    arch = next(
-        (flag for before, flag in zip(words_of("ARCHFLAGS"), words_of("ARCHFLAGS")[1:]) if before == "-arch"),
-        None,
-    )
+    # A Mac that compiles for the other kind of processor says so here.
+    arch = words_of("ARCHFLAGS")
+    machine = arch[arch.index("-arch") + 1] if "-arch" in arch else None
     return [
         Extension(
             f"deltaw.kernels.{Path(variant.file).stem}",
@@ -172,7 +170,7 @@ def extensions() -> list[Extension]:
             extra_compile_args=[*common, *variant.flags],
             optional=True,
         )
-        for variant in variants.for_machine(arch)
+        for variant in variants.for_machine(machine)
         if not wanted or variant.name in wanted
     ]
 

@@ -3,8 +3,8 @@
 The list is ``csrc/variants.txt``. It is read by the loader, by ``setup.py``, and by the Makefile through
 ``python -m deltaw.kernels.variants``.
 
-Knows names, flags, processors and what the user asks for; nothing of what is loaded. At the top it imports nothing
-beyond Python's own library, since ``setup.py`` reads this file before anything is installed.
+Knows names, flags, processors and what the user asks for; nothing of what is loaded. At the top it imports
+nothing beyond Python's own library, since ``setup.py`` reads this file before anything is installed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ LIST = FOLDER / "csrc" / "variants.txt"
 # What forces a variant, what switches all of them off, and how that is said.
 VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
 ANY = "auto"
-# How products can be computed: the instruction set's own product of the stored type; weights widened to fp32 while
-# they are laid out; tiles; torch's operators.
+# How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
+# while they are laid out; tiles; torch's operators.
 ARITHMETICS = ("dot", "wide", "tiles", "torch")
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
