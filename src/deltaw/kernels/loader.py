@@ -1,8 +1,8 @@
 """The compiled kernels: which variant of them runs here, and how they are called.
 
 Each variant (``variants.py``) is a shared object of plain C functions, bound to no version of torch or
-Python. It has no threads of its own: it is handed those of torch's OpenMP library, since two pools would fight
-for the cores.
+Python. It has no threads of its own: it is handed those of torch's OpenMP library, since two pools would
+fight for the cores.
 
 ``DELTAW_KERNELS=NAME`` forces a variant, and is refused where that one cannot run; ``NAME:ARITHMETIC`` forces
 how products are computed too (``arithmetic.py``); ``none``, or ``DELTAW_NATIVE=0``, does without compiled
