@@ -46,6 +46,11 @@ class AdaptedLayer(nn.Module):
         return self.enabled and not self.merged and acts
 
     @property
+    def acts_in_part(self) -> bool:
+        """Whether the update acts on some of the tokens alone, or nobody knows on which."""
+        return self.adapting and self.activation is not None and self.activation.kind != "all"
+
+    @property
     def active_places(self) -> Tensor | None:
         """Bool (rows, T): the tokens that the update acts on; None for all of them.
 

@@ -60,12 +60,12 @@ def _attend(
         raise RuntimeError("attention dropout is not drawn on packed rows; put the model in eval mode")
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
     note(module, told, sliding_window, softcap)
-    how = {"scaling": told, "window": sliding_window, "softcap": softcap}
-    rows = query[0], key[0], value[0]
+    how: dict[str, Any] = {"scaling": told, "window": sliding_window, "softcap": softcap}
+    q, k, v = query[0], key[0], value[0]
     if isinstance(packed_layout, PartialLayout):
-        out = partial_attention(*rows, packed_layout, number_of(module), **how)
+        out = partial_attention(q, k, v, packed_layout, number_of(module), **how)
     else:
-        out = packed_attention(*rows, packed_layout, **how)
+        out = packed_attention(q, k, v, packed_layout, **how)
     return out.transpose(0, 1)[None], None
 
 
