@@ -35,7 +35,15 @@ _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # What functions return beside a status, and what each is given; see csrc/kernels.h.
+_ROOMS: dict[str, list[type]] = {
+    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _L, _I, _I],
+    "dw_factors_room": [_I, _L, _L],
+    "dw_class_gradient_room": [_L, _L, _L],
+    "dw_attention_room": [_I, _L, _L, _L, _L, _L],
+    "dw_attention_backward_room": [_I, _L, _L, _L, _L, _L],
+}
 _RESULTS: dict[str, type] = {
+    **dict.fromkeys(_ROOMS, _L),
     "dw_abi": _I,
     "dw_layout_of": _L,
     "dw_scratch_held": _L,
@@ -43,6 +51,7 @@ _RESULTS: dict[str, type] = {
     "dw_arithmetics": _I,
 }
 _SIGNATURES: dict[str, list[type]] = {
+    **_ROOMS,
     "dw_abi": [],
     "dw_layout_of": [_I, _P, _L],
     "dw_threads": [_P] * 4,
