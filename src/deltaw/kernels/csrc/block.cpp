@@ -273,7 +273,7 @@ Rows second_half_backward(const Call &call, const Rows &x, const Kept &kept, con
     const Rows &read = !b.parallel ? kept.x1 : call.picked ? work.x_p : x, &n = normed ? work.n : read;
     const Rows of_stream = b.second.post.used ? work.d_sum : grad, of_down_layer = b.second.after.used ? work.d_branch : of_stream;
     const Rows *const added = b.parallel ? nullptr : &of_stream, *const begun = normed ? nullptr : added;
-    const Rows *const d_n = !wanted ? nullptr : normed ? &work.d_n : &work.d_x1;
+    const Rows *const d_n = wanted ? &work.d_x1 : nullptr;  // before its norm, in the place of what is behind it
     const Rows &d_gate = joint ? work.gate_joint : work.d_gate;
     rows_apart(call.P, [&](int64_t first, int64_t rows) {
         SomeRows some(call, work, first, rows);
@@ -288,7 +288,7 @@ Rows second_half_backward(const Call &call, const Rows &x, const Kept &kept, con
         }
         some.linear_backward(b.gate, d_gate, begun, d_n, work.g_gate);
         if (b.gated && !joint) some.linear_backward(b.up, work.d_up, d_n, d_n, work.g_up);
-        if (normed && wanted) some.norm_backward(b.second.before, work.d_n, read, kept.stats1, added, work.d_x1);
+        if (normed && wanted) some.norm_backward(b.second.before, work.d_x1, read, kept.stats1, added, work.d_x1);
     });
     FactorGradients gradients(b);
     gradients.add(call.P, b.down, work.inner, kept.h_down, of_down_layer, work.g_down, of_down);
@@ -317,7 +317,7 @@ void first_half_backward(const Call &call, const Rows &x, const Kept &kept, cons
     const Rows &n = normed ? work.n : x;
     const Rows of_stream = b.first.post.used ? work.d_sum : grad, of_output_layer = b.first.after.used ? work.d_branch : of_stream;
     const Rows &of_x = call.picked ? work.above : of_stream;  // the stream's share of dx
-    const Rows *const d_n = !dx ? nullptr : normed ? &work.d_n : dx, *const begun = dx && !normed ? &of_x : nullptr;
+    const Rows *const begun = dx && !normed ? &of_x : nullptr;
     const Turns turns(call, work);
     rows_apart(call.P, [&](int64_t first, int64_t rows) {
         SomeRows some(call, work, first, rows);
@@ -327,40 +327,40 @@ void first_half_backward(const Call &call, const Rows &x, const Kept &kept, cons
     attention_backward(call, kept, work);
     auto queries = [&](SomeRows &some) {
         some.rotate(b.heads, work.d_q, turns.cosine_p, turns.sine_p, 1);
-        if (b.of_query.used) some.norm_parts_backward(b.of_query, b.heads, b.head_size, work.d_q, kept.raw_q, kept.stats_q, nullptr, work.d_raw_q);
+        if (b.of_query.used) some.norm_parts_backward(b.of_query, b.heads, b.head_size, work.d_q, kept.raw_q, kept.stats_q, nullptr, work.d_q);
     };
     if (call.picked)
         rows_apart(call.P, [&](int64_t first, int64_t rows) {
             SomeRows some(call, work, first, rows);
             turns.gather(call, some);
             queries(some);
-            if (apart) some.linear_backward(b.query, work.d_raw_q, nullptr, dx ? &work.d_n_p : nullptr, work.g_query);
+            if (apart) some.linear_backward(b.query, work.d_q, nullptr, dx ? &work.d_n_p : nullptr, work.g_query);
         });
     rows_apart(call.T, [&](int64_t first, int64_t rows) {
         SomeRows some(call, work, first, rows);
         if (!call.picked) queries(some);
         some.rotate(b.key_heads, work.d_k, turns.cosine, turns.sine, 1);
-        if (b.of_key.used) some.norm_parts_backward(b.of_key, b.key_heads, b.head_size, work.d_k, kept.raw_k, kept.stats_k, nullptr, work.d_raw_k);
+        if (b.of_key.used) some.norm_parts_backward(b.of_key, b.key_heads, b.head_size, work.d_k, kept.raw_k, kept.stats_k, nullptr, work.d_k);
         if (normed && (of_query[0] || of_key[0] || of_value[0])) some.norm(b.first.before, x, work.n, kept.stats);
         if (dx && call.picked) some.spread(of_stream, work.above);
         if (apart) {
-            if (!call.picked) some.linear_backward(b.query, work.d_raw_q, begun, d_n, work.g_query);
+            if (!call.picked) some.linear_backward(b.query, work.d_q, begun, dx, work.g_query);
             else if (dx) {
-                some.spread(work.d_n_p, *d_n);
-                if (begun) some.add(*d_n, *begun, *d_n);
+                some.spread(work.d_n_p, *dx);
+                if (begun) some.add(*dx, *begun, *dx);
             }
-            some.linear_backward(b.key, work.d_raw_k, d_n, d_n, work.g_key);
-            some.linear_backward(b.value, work.d_v, d_n, d_n, work.g_value);
+            some.linear_backward(b.key, work.d_k, dx, dx, work.g_key);
+            some.linear_backward(b.value, work.d_v, dx, dx, work.g_value);
         } else {
             if (!call.views(b))
                 some.each([&](int64_t t, int64_t p) {
-                    copy_heads(b, 0, work.joint[t], p < 0 ? nullptr : work.d_raw_q[p], IN);
-                    copy_heads(b, 1, work.joint[t], work.d_raw_k[t], IN), copy_heads(b, 2, work.joint[t], work.d_v[t], IN);
+                    copy_heads(b, 0, work.joint[t], p < 0 ? nullptr : work.d_q[p], IN);
+                    copy_heads(b, 1, work.joint[t], work.d_k[t], IN), copy_heads(b, 2, work.joint[t], work.d_v[t], IN);
                 });
-            some.linear_backward(b.query, work.joint, begun, d_n, work.g_query);
+            some.linear_backward(b.query, work.joint, begun, dx, work.g_query);
         }
         if (!dx) return;
-        if (normed) some.norm_backward(b.first.before, work.d_n, x, kept.stats, &of_x, *dx);
+        if (normed) some.norm_backward(b.first.before, *dx, x, kept.stats, &of_x, *dx);
         if (!b.parallel) return;
         if (call.picked) some.spread(work.d_x1, work.above);
         some.add(*dx, call.picked ? work.above : work.d_x1, *dx);
@@ -369,8 +369,8 @@ void first_half_backward(const Call &call, const Rows &x, const Kept &kept, cons
         rows_apart(call.P, [&](int64_t first, int64_t rows) { SomeRows(call, work, first, rows).gather(n, work.n_p, n.stride); });
     FactorGradients gradients(b);
     const bool gathered = call.picked && apart;
-    gradients.add(gathered ? call.P : call.T, b.query, gathered ? work.n_p : n, kept.h_query, apart ? work.d_raw_q : work.joint, work.g_query, of_query);
-    if (apart) gradients.add(call.T, b.key, n, kept.h_key, work.d_raw_k, work.g_key, of_key);
+    gradients.add(gathered ? call.P : call.T, b.query, gathered ? work.n_p : n, kept.h_query, apart ? work.d_q : work.joint, work.g_query, of_query);
+    if (apart) gradients.add(call.T, b.key, n, kept.h_key, work.d_k, work.g_key, of_key);
     if (apart) gradients.add(call.T, b.value, n, kept.h_value, work.d_v, work.g_value, of_value);
     gradients.add(call.P, b.output, kept.out, kept.h_output, of_output_layer, work.g_output, of_output);
     gradients.compute();

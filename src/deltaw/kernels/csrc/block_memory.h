@@ -90,7 +90,7 @@ struct Work {
     Rows x_p, n_p, cosine, sine;  // of picked rows
     Rows inner;
     // Of the backward, where what one half alone needs lies in the same place.
-    Rows d_n, d_n_p, d_x1, d_sum, d_branch, above, d_gate, d_up, d_out, d_q, d_k, d_v, d_raw_q, d_raw_k;
+    Rows d_n_p, d_x1, d_sum, d_branch, above, d_gate, d_up, d_out, d_q, d_k, d_v;
     Rows g_query, g_key, g_value, g_output, g_gate, g_up, g_down;
 
     Work(const BlockParts &b, const Sizes &of, bool backward, Room &from) {
@@ -110,7 +110,7 @@ struct Work {
             if (b.gate_gives_up()) gate_joint = from.take(P, 2 * inside);
             return;
         }
-        d_n = from.take(T, hidden), d_x1 = from.take(P, hidden);
+        d_x1 = from.take(P, hidden);
         if (of.picked) d_n_p = from.take(P, hidden), above = from.take(T, hidden);
         if (b.first.post.used || b.second.post.used) d_sum = from.take(P, hidden);
         if (b.first.after.used || b.second.after.used) d_branch = from.take(P, hidden);
@@ -141,9 +141,6 @@ struct Work {
         if (b.split != APART) joint = from.take(of.T, b.query.out * b.number());
         if (of.views(b)) d_q = joint, d_k = joint.from(wide), d_v = joint.from(wide + narrow);
         else d_q = from.take(of.P, wide), d_k = from.take(of.T, narrow), d_v = from.take(of.T, narrow);
-        d_raw_q = d_q, d_raw_k = d_k;
-        if (b.of_query.used) d_raw_q = from.take(of.P, wide);
-        if (b.of_key.used) d_raw_k = from.take(of.T, narrow);
     }
 };
 
