@@ -171,7 +171,7 @@ WHOLE = {
     "upper blocks, head norms": ("Gemma3", torch.bfloat16, {"layers": [1, 2]}),
     **{
         f"{family}, int8, {name}": (family, dtype, {})
-        for family in ("Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "GPTNeoX")
+        for family in ("Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "GPTNeoX", "GPT2")
         for name, dtype in DTYPES.items()
     },
 }
@@ -297,20 +297,41 @@ def test_dropout_and_trained_weights_go_the_models_own_way(monkeypatch):
     outputs_and_gradients(model, fused=True)
 
 
-def test_weights_in_int8_stay_near_and_say_what_they_cost():
-    model = model_of("Llama", hidden_size=128, intermediate_size=256)
+@pytest.mark.parametrize(
+    ("family", "layers", "one"),
+    [("Llama", 21, "layers.0.self_attn.q_proj"), ("GPT2", 12, "h.0.attn.c_attn")],
+)
+def test_weights_in_int8_stay_near_and_say_what_they_cost(family, layers, one):
+    model = model_of(family, hidden_size=128, intermediate_size=256)
     tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
     expected = model(tokens).logits
     report = quantize_int8(model.base_model, lambda: model(tokens))
-    assert report.layers == 21 and "21 of 21 layers" in str(report)
+    assert report.layers == layers and f"{layers} of {layers} layers" in str(report)
     assert off(model(tokens).logits, expected) < 0.05
-    assert model.base_model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    assert model.base_model.get_submodule(one).weight.dtype == torch.int8
     adapted(model)
     own, own_grads = outputs_and_gradients(model, fused=False)
     out, grads = outputs_and_gradients(model, fused=True)
     assert fused_blocks(model).choice.value and off(out, own) < 0.05
     # Gradients are rounded to bytes too: they agree on the whole, not to the last digit.
     assert all(off(ours, theirs) < 0.3 for ours, theirs in zip(grads, own_grads, strict=True))
+
+
+def test_columns_of_a_conv1d_move_outliers_into_its_weight():
+    errors = []
+    for moved in ((0.0,), (0.0, 0.5, 0.7)):
+        model = model_of("GPT2", hidden_size=128)
+        with torch.no_grad():
+            for block in model.base_model.h:
+                block.ln_1.weight[5] = 300.0  # an input that is large and hardly counts
+                block.attn.c_attn.weight[5] = 1e-4
+        tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("deltaw.runtime.int8_weights.MOVED", moved)
+            patch.setattr("deltaw.runtime.int8_weights.LARGEST_ERROR", 1.0)
+            report = quantize_int8(model.base_model, lambda model=model, tokens=tokens: model(tokens))
+        errors.append(max(report.errors[f"h.{n}.attn.c_attn"] for n in range(3)))
+    assert errors[1] < 0.04 < errors[0]
 
 
 def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
