@@ -1,4 +1,4 @@
-"""Layers with int8-quantized weights: ``Conv1D`` as the linear layer that it stands for, adapters, refusals."""
+"""Layers with int8-quantized weights: ``Conv1D`` as the linear layer it stands for, adapters, refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def adapted_pair(columns: bool) -> tuple[LoRAConv1D, LoRALinear]:
     conv, linear = pair(columns)
     layers = LoRAConv1D.from_conv1d(conv, 4, 8.0), LoRALinear.from_linear(linear, 4, 8.0)
     generator = torch.Generator().manual_seed(1)
-    for one, other in zip((layers[0].lora_A, layers[0].lora_B), (layers[1].lora_A, layers[1].lora_B)):
+    for one, other in zip(
+        (layers[0].lora_A, layers[0].lora_B), (layers[1].lora_A, layers[1].lora_B), strict=True
+    ):
         one.data.normal_(generator=generator)
         other.data.copy_(one.data)
     return layers

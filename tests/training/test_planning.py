@@ -18,13 +18,21 @@ import safetensors
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
-from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.lora.layers_int8 import weight_scales
+from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.progress import TerminalCallback

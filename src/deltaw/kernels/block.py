@@ -1,7 +1,7 @@
 """A transformer's block in one call forward and one backward, where the compiled kernels serve all of it.
 
-    x₁ = x  + output(attention(rotate(queries, keys), values))     all of norm(x)
-    y  = x₁ + down(f(gate) · up), or down(f(gate))                  of norm(x₁), or of norm(x) in parallel blocks
+    x₁ = x  + output(attention(rotate(queries, keys), values))    all of norm(x)
+    y  = x₁ + down(f(gate) · up), or down(f(gate))                 of norm(x₁); in parallel blocks of norm(x)
 
 with norms of queries and keys over each head, after a half's last layer or over the sum where the block has
 them. The same can be composed of the single kernels, and comes out the same to the bit; but where rows are

@@ -104,9 +104,7 @@ class _Whole(torch.autograd.Function):
     """A block in one call each way, to the bit what its two halves give."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, whole: Block, around: Around, *factors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, whole: Block, around: Around, *factors: Tensor) -> Tensor:
         how = around.layout.segments(), around.cosine, around.sine, around.picked
         y, kept = whole.forward(x, *how)
         ctx.whole, ctx.how = whole, how
