@@ -291,13 +291,11 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     ours = loader.arithmetic().as_dict()
     if saved is None or dict(saved) == ours:
         return
-    changed = ", ".join(
-        f"{name} {saved.get(name)} is now {ours[name]}" for name in ours if saved.get(name) != ours[name]
-    )
-    warnings.warn(
     differing = [name for name in ours if saved.get(name) != ours[name]]
-    changed = ", ".join(f"{name} {saved.get(name)} is now {ours[name]}" for name in differing)
-        "not equal to the bit",
+    changed = ", ".join(f"{name}: {ours[name]} instead of {saved.get(name)}" for name in differing)
+    warnings.warn(
+        "products are computed otherwise than when the state was saved, so the training goes on, but not equal "
+        f"to the bit ({changed})",
         ArithmeticChangedWarning,
         stacklevel=3,
     )
