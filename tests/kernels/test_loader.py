@@ -21,6 +21,11 @@ COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if 
 
 
 @pytest.fixture
+def computing():
+    """These tests are of no variant."""
+
+
+@pytest.fixture
 def afresh(monkeypatch):
     """A process that has not looked for kernels yet, and whose user asks for nothing."""
     monkeypatch.delenv(variants.VARIABLE, raising=False)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 PRECISIONS = ("bf16", "fp16", "fp32", "int8")
 # Bf16 is taken where its products reach this share of the rate of fp32: it takes half the memory. A precision
 # that was asked for is called slow where it reaches less than that share of another.
-AS_FAST, SLOW = 0.9, 0.6
+AS_FAST, SLOW = 0.85, 0.6
 _ROOT = Path("/")
 
 

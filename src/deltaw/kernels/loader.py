@@ -44,7 +44,7 @@ _RESULTS: dict[str, type] = {
     "dw_layout_of": _L,
     "dw_scratch_held": _L,
     "dw_ready": _I,
-    "dw_arithmetics": _I,
+    "dw_arithmetics": _L,
 }
 _SIGNATURES: dict[str, list[type]] = {
     "dw_abi": [],

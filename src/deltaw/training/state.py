@@ -294,8 +294,8 @@ def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     differing = [name for name in ours if saved.get(name) != ours[name]]
     changed = ", ".join(f"{name}: {ours[name]} instead of {saved.get(name)}" for name in differing)
     warnings.warn(
-        "products are computed otherwise than when the state was saved, so the training goes on, but not equal "
-        f"to the bit ({changed})",
+        "products are computed otherwise than when the state was saved, so the training goes on, but not "
+        f"equal to the bit ({changed})",
         ArithmeticChangedWarning,
         stacklevel=3,
     )
