@@ -18,8 +18,8 @@ compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_n
 
 
 def ways() -> list[Arithmetic]:
-    """Each variant that this machine runs, with each way that it has of multiplying bf16 and int8; the one in use
-    first."""
+    """Each variant that this machine runs, with each way that it has of multiplying bf16 and int8; the one in
+    use first."""
     found = [loader.arithmetic()]
     for variant in [] if loader.library() is None else loader.usable():
         library = loader.open_variant(variant.name).library
@@ -32,8 +32,8 @@ def ways() -> list[Arithmetic]:
 
 
 def _parameters() -> list[object]:
-    """The way in use, the other ways of its variant, and AVX2 as the first that is quite another in every run;
-    the others take minutes together."""
+    """The way in use, the other ways of its variant, and AVX2 as the first that is quite another in every
+    run; the others take minutes together."""
     own, *others = ways()
     made: list[object] = [pytest.param(own, id=f"{own.kernels}-{own.bf16}")]
     for way in others:
