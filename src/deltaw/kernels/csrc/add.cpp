@@ -1,6 +1,5 @@
 // Sums of rows that no product or norm can take along.
-#include <cstring>
-
+#include "bf16.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -8,14 +7,6 @@ using namespace deltaw;
 
 namespace {
 
-typedef uint16_t bf16;
-
-inline float widened(bf16 v) {
-    const uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
 inline bf16 rounded(float f) {  // to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &f, 4);
@@ -35,7 +26,7 @@ int dw_add(int type, int64_t count, const void *a, const void *b, void *out) {
                 for (int64_t i = begin; i < end; i++) ((float *)out)[i] = ((const float *)a)[i] + ((const float *)b)[i];
                 return;
             }
-            for (int64_t i = begin; i < end; i++) ((bf16 *)out)[i] = rounded(widened(((const bf16 *)a)[i]) + widened(((const bf16 *)b)[i]));
+            for (int64_t i = begin; i < end; i++) ((bf16 *)out)[i] = rounded(to_float(((const bf16 *)a)[i]) + to_float(((const bf16 *)b)[i]));
         });
     });
 }
