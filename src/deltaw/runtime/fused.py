@@ -173,7 +173,7 @@ class FusedBlock:
             return self.own(hidden_states, *args, **kwargs)
         cosine, sine = _wide_turns(turns, layout) if rotary and turns is not None else (None, None)
         few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
-        picked = self.picked if few else None
+        picked = self.picked.contiguous() if few and self.picked is not None else None
         how = (hidden_states, halves, Around(layout, cosine, sine, picked))
         if self.checkpointing and torch.is_grad_enabled():
             y = checkpoint(self._run, *how, use_reentrant=False)
