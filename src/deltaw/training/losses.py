@@ -75,6 +75,11 @@ class RowLogProbs:
         return per_row[to_device(torch.tensor(self.groups), per_row.device)]
 
 
+def unrounded(loss: Tensor) -> Tensor:
+    """A loss without its graph, for adding many up: in fp64, where its device has that."""
+    return loss.detach() if loss.device.type == "mps" else loss.detach().double()
+
+
 class Loss(Protocol):
     """What a training makes small."""
 
