@@ -11,8 +11,6 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from deltaw.host.processor import physical_cores, processor_flags, processor_name, usable_processors
 
 # Flags that decide how fast matrices are multiplied, x86 first, then ARM.
@@ -35,6 +33,8 @@ PACKAGES = ("deltaw", "torch", "transformers", "peft", "trl")
 
 def machine_lines(threads: int | None = None) -> list[str]:
     """The machine and the versions, a line each, to be printed above or below a table."""
+    import torch
+
     known = processor_flags()
     flags = " ".join(flag for flag in FLAGS if flag in known) or "flags unknown"
     cores = physical_cores(usable_processors(), Path("/"))

@@ -1,12 +1,12 @@
 """Fine-tuning on real rows: rows per second, held-out loss and peak memory, compared with TRL and PEFT.
 
-    python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--data sarcasm pronunciations] [--json results.json]
+    python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--data sarcasm pronunciations] [--json FILE]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch over 400 rows: sarcasm headlines, which share
-one prefix of instructions, and pronunciations of words or film reviews, which share none. Each side runs in its
-own process, and the sides alternate; medians are printed. TRL's side is the faster of its precisions on this
-machine. The held-out loss of every adapter is measured by the same code, in fp32, on the same 200 rows, and
-compared with that of the adapter that TRL and PEFT trained in fp32.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch over 400 rows: sarcasm headlines, which
+share one prefix of instructions, and pronunciations of words or film reviews, which share none. Each side
+runs in its own process, and the sides alternate; medians are printed. TRL's side is the faster of its
+precisions on this machine. The held-out loss of every adapter is measured by the same code, in fp32, on the same 200 rows,
+and compared with that of the adapter that TRL and PEFT trained in fp32.
 """
 
 from __future__ import annotations
@@ -178,8 +178,9 @@ def report(data_name: str, results: dict[str, list[dict]], batch_sizes: list[int
         peers = [name for name in sides if name.startswith("TRL")]
         best = max(peers, key=lambda name: statistics.median(speed[name]), default=None)
         exact = _median(runs[EXACT], "held_out_loss") if EXACT in runs else None
-        print(f"\n| {data_name}, {batch_size} rows per step | rows/s | times TRL's best | peak | held-out loss |", end="")
-        print(f" to {EXACT} |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+        title = f"{data_name}, {batch_size} rows per step"
+        print(f"\n| {title} | rows/s | times TRL's best | peak | held-out loss | than {EXACT} |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
         for name, found in runs.items():
             each = [one / two for one, two in zip(speed[name], speed[best], strict=True)] if best else []
             times = f"{statistics.median(each):.2f}" if each else ""

@@ -3,16 +3,16 @@
     python benchmarks/step.py [--model qwen2.5-0.5b] [--repeats 3] [--sides deltaw-auto peft-fp32] [--avx2]
 
 LoRA rank 16 on all linear layers, a label at each token: SmolLM2-135M-Instruct on 2 rows of 512 tokens, or
-random weights of the sizes of Qwen2.5-0.5B, Llama-3.2-1B or Llama-3.2-3B on 1 row of 512. Every side runs in a
-process of its own, and the sides alternate. Each process reports the median of its steps; the table shows
+random weights of the sizes of Qwen2.5-0.5B, Llama-3.2-1B or Llama-3.2-3B on 1 row of 512. Every side runs in
+a process of its own, and the sides alternate. Each process reports the median of its steps; the table shows
 medians over the rounds, and ratios are medians of the rounds' own ratios.
 
-PEFT's side is the fastest of its precisions, compiled or not, on this machine. The floor is a lower bound on the
-time of a step in exact arithmetic: the time of its matrix products alone, as torch computes them in bf16 or in
-fp32, whichever is faster here, with attention and the low-rank update counted at the same rate.
+PEFT's side is the fastest of its precisions, compiled or not, on this machine. The floor is a lower bound on
+the time of a step in exact arithmetic: the time of its matrix products alone, as torch computes them in bf16
+or in fp32, whichever is faster here, with attention and the low-rank update counted at the same rate.
 
-With --avx2 all sides are confined to AVX2: torch and its libraries by their own variables, deltaw's kernels by
-DELTAW_KERNELS.
+With --avx2 all sides are confined to AVX2: torch and its libraries by their own variables, deltaw's kernels
+by DELTAW_KERNELS.
 """
 
 from __future__ import annotations

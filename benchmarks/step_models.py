@@ -76,7 +76,7 @@ def config_of(name: str) -> Any:
 
 
 def made(name: str, folder: Path) -> tuple[str, str]:
-    """The model's reference for deltaw and its folder for transformers; random weights are made if missing."""
+    """The model's reference for deltaw and its folder for transformers; random weights are made once."""
     if MODELS[name].kind is None:
         from deltaw.hub.folders import config_folder
 

@@ -1,8 +1,8 @@
 """A step on a device: the host waits once, at the end, and what a step needs stays on the device.
 
-The meta device stands for a device whose answers take long: torch refuses to read a number from it, to bring a
-tensor back from it, and to find out how many elements of it are True. Whatever makes the host wait for a CUDA
-device is thus an error here, on any machine. The last test counts the same on a CUDA device.
+The meta device stands for a device whose answers take long: torch refuses to read a number from it, to bring
+a tensor back from it, and to find out how many elements of it are True. Whatever makes the host wait for a
+CUDA device is thus an error here, on any machine. The last tests need a CUDA device.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def on_meta(family="llama", **lora):
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Training on the meta device: the list is told how many numbers each reading at a step's end asks for."""
+    """Training on the meta device: the list is told how many numbers are read at the end of each step."""
     optimizers = importlib.import_module("torch.optim.optimizer")
     known = optimizers._get_fused_kernels_supported_devices()
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*known, "meta"])
@@ -148,7 +148,9 @@ def test_a_late_step_that_is_not_finite_changes_neither_parameters_nor_moments()
 
 @pytest.mark.parametrize("skipped", [True, False])
 def test_a_step_of_the_optimizer_is_left_out_where_a_tensor_says_so(skipped):
-    parameters = [torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(n))) for n in (0, 1)]
+    parameters = [
+        torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(n))) for n in (0, 1)
+    ]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     ours, theirs = adamw(parameters, 1e-2), adamw(twins, 1e-2)
     for step in range(4):

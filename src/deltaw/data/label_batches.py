@@ -112,7 +112,9 @@ class LabelMicroBatcher:
         if self.segments and any(row.segments is not None for row in rows):
             inputs["token_type_ids"] = segments
         return LabelBatch(
-            inputs={name: to_device(torch.from_numpy(values), self.device) for name, values in inputs.items()},
+            inputs={
+                name: to_device(torch.from_numpy(values), self.device) for name, values in inputs.items()
+            },
             targets=self._targets(rows),
             examples=tuple(rows),
             rows=len(rows),

@@ -1,4 +1,4 @@
-"""Attention over a prefix tree by torch's FlexAttention (arXiv 2412.05496), for devices that it is compiled on.
+"""Attention over a prefix tree by torch's FlexAttention (arXiv 2412.05496), on devices it is compiled for.
 
 A block mask says which blocks of 128 queries and 128 keys see each other wholly, in part, or not at all; the
 last are skipped. Within a block seen in part, two numbers a token decide: its rank, which is its place in the
@@ -180,7 +180,7 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
 
 
 def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of an (n, n) bool table, how many are True, and their places before those of the others."""
+    """For each row of an (n, n) bool table: how many are True, and all places, those of the True first."""
     places = np.argsort(~blocks, axis=1, kind="stable")
     return blocks.sum(1).astype(np.int32), places.astype(np.int32)
 

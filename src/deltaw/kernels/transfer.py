@@ -1,7 +1,7 @@
 """Tensors from the processor's memory to a device without waiting for it.
 
-A copy from ordinary memory to a CUDA device makes the host wait until all that was queued before is done. From
-page-locked memory it is queued like any other work, and the host prepares the next batch meanwhile.
+A copy from ordinary memory to a CUDA device makes the host wait until all that was queued before is done.
+From page-locked memory it is queued like any other work, and the host prepares the next batch meanwhile.
 
 Knows tensors and devices; not what they hold.
 """

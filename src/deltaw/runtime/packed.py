@@ -71,7 +71,7 @@ def _attend(
 
 
 # No mask function is registered under this name, so that transformers makes no mask: the layout says who sees
-# whom. With one it would look among the positions for rows that were packed, and wait for the device to answer.
+# whom. With one it would look among the positions for packed rows, and wait for the device to answer.
 AttentionInterface.register(ATTENTION, _attend)
 
 

@@ -196,7 +196,7 @@ class _Loop:
 
 @dataclass
 class _Sums:
-    """Over the microbatches of a step: losses (a scalar on their device), tokens of the rows, tokens computed."""
+    """Over the microbatches of a step: losses (on their device), tokens of the rows, tokens computed."""
 
     loss: Tensor
     row_tokens: int = 0

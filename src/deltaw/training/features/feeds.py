@@ -204,7 +204,9 @@ class WholeRows(_Feed):
         return dataclasses.replace(
             like,
             inputs=inputs,
-            targets=to_device(torch.tensor([row.label for row in rows], dtype=like.targets.dtype), self.device),
+            targets=to_device(
+                torch.tensor([row.label for row in rows], dtype=like.targets.dtype), self.device
+            ),
             examples=tuple(rows),
             rows=len(rows),
             row_tokens=sum(len(row.tokens) for row in rows) if self._is_text else per_row * len(rows),
