@@ -5,10 +5,10 @@
 The products of a training step: each linear layer's forward and its gradient of the inputs, and those of the
 output head for 256 labels. deltaw's go through its own operator, in a process of its own for each entry of
 --kernels: a value of DELTAW_KERNELS, "auto" for what deltaw chooses, or "all" for every variant that was
-built and runs here. torch's are its own products of the same type, for int8 the bare product of two int8 matrices;
-deltaw's int8 products also round their input and apply the scales. Both alternate on the same operands, with
-weights that take turns, so that they are not in the cache. A rate is that of a whole model: the operations of
-all its layers over their time.
+built and runs here. torch's are its own products of the same type, for int8 the bare product of two int8
+matrices; deltaw's int8 products also round their input and apply the scales. Both alternate on the same
+operands, with weights that take turns, so that they are not in the cache. A rate is that of a whole model:
+the operations of all its layers over their time.
 """
 
 from __future__ import annotations

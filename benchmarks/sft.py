@@ -5,8 +5,8 @@
 SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch over 400 rows: sarcasm headlines, which
 share one prefix of instructions, and pronunciations of words or film reviews, which share none. Each side
 runs in its own process, and the sides alternate; medians are printed. TRL's side is the faster of its
-precisions on this machine. The held-out loss of every adapter is measured by the same code, in fp32, on the same 200 rows,
-and compared with that of the adapter that TRL and PEFT trained in fp32.
+precisions on this machine. The held-out loss of every adapter is measured by the same code, in fp32, on the
+same 200 rows, and compared with that of the adapter that TRL and PEFT trained in fp32.
 """
 
 from __future__ import annotations

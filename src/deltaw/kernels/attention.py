@@ -3,9 +3,9 @@
 Three ways give the same: a compiled kernel where it serves (``csrc/attention_*.cpp``), torch's FlexAttention
 on devices that it is compiled on (:mod:`deltaw.kernels.flex`), and tiles of torch's own products elsewhere.
 Of the last, each tile of the layout is a few matrix products of its queries against its own keys; tiles of
-one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows of one product, so that nothing is expanded. Kept for the backward are queries, keys
-and values; the weights are computed again, batch by batch, unless they are small beside those (see
-KEPT_WEIGHTS).
+one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows
+of one product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights
+are computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
 
 Knows tensors and tiles; not models, tokens or caches.
 """
