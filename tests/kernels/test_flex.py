@@ -3,6 +3,8 @@ definition, and who takes over where it does not serve."""
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -187,6 +189,21 @@ def test_the_processor_itself_is_not_served():
     assert not flex.serves(*inputs, packed_attention_reference)
     with pytest.raises(ValueError, match="tokens"):
         attention.packed_attention(*inputs, Layout.of_lengths([9, 5]), **HOW)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a processor with a C++ compiler")
+@pytest.mark.parametrize("window, softcap", [(None, None), (70, 20.0)])
+def test_the_compiled_form_follows_the_block_masks(window, softcap):
+    """On a processor, forward alone: unlike the uncompiled form it skips the blocks that are not listed."""
+    for tree in ("longer than a block", "out of order"):
+        layout = Layout.of_lengths(*TREES[tree])
+        inputs = [t.detach().float() for t in random_inputs(layout, heads=4, key_heads=2, size=16)]
+        how = {**HOW, "window": window, "softcap": softcap}
+        with torch.no_grad():
+            ours = flex.tree_attention(*inputs, layout, **how)
+            expected = packed_attention_reference(*inputs, layout, **how)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

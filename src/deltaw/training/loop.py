@@ -170,17 +170,17 @@ class _Loop:
         norm = _gradient_norm(state.trained, self.max_grad_norm)
         where, rate = f"step {state.step + 1} of {state.total_steps}", state.learning_rate
         if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
-            _check_finite(*_read(sums.loss), *_read(norm), where=where)
+            _check_finite(*_read(sums.loss / units, norm), where=where)
         check.before_update()
         state.update(unless=~(torch.isfinite(sums.loss) & torch.isfinite(norm)))
         check.after_update()
         self.changed()
-        total, gradient_norm, general_loss = _read(sums.loss, norm, general)
-        _check_finite(total, gradient_norm, where=where)
+        loss, gradient_norm, general_loss = _read(sums.loss / units, norm, general)
+        _check_finite(loss, gradient_norm, where=where)
         step = Step(
             step=state.step + 1,
             epoch=(state.step + 1) / state.order.steps_per_epoch,
-            loss=total / units,
+            loss=loss,
             learning_rate=rate,
             gradient_norm=gradient_norm,
             rows=len(rows),
