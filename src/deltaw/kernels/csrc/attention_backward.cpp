@@ -42,7 +42,8 @@ struct Sums {
 template <class Op>
 class Backward : Tiles<Op> {
     typedef Tiles<Op> Tile;
-    typedef typename Op::Element T;
+    typedef typename Op::Left T;
+    typedef typename Tile::Number Number;
     static constexpr int PER = Op::PER_GROUP;
 
     const Segments &f;
@@ -60,15 +61,17 @@ class Backward : Tiles<Op> {
         const std::vector<int64_t> begins = shares_of(blocks, z.key_heads, thread_count());
         Sums sums(f.length, z.d, z.dv, begins, count);
         Scratch scratch;
-        T *const turned = scratch.take<T>(z.key_heads * z.d * padded);  // the keys of a number of a head, side by side
+        Number *const turned = scratch.take<Number>(z.key_heads * z.d * padded);  // the keys of a number of a head, side by side
         sums.at = scratch.take<float>(sums.rooms * sums.size);
         Tile::transpose_heads(in.k, z.key_heads, z.d, f.length, turned);
+        const LeftRows<Op> keys(in.k, z.key_heads, z.d, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.d, f.length)));
+        const LeftRows<Op> values(in.v, z.key_heads, z.dv, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.dv, f.length)));
         in_parallel([&](int thread, int) {
             std::vector<Range> ranges;
             if (begins[thread] < begins[thread + 1]) sums.clear(thread);
             for (int64_t i = begins[thread]; i < begins[thread + 1]; i++) {
                 const int64_t h = i / count;
-                run_block(blocks[i % count], h, turned + h * z.d * padded, sums, thread, ranges);
+                run_block(blocks[i % count], h, keys, values, turned + h * z.d * padded, sums, thread, ranges);
             }
         });
         add_up(sums);
@@ -80,7 +83,7 @@ class Backward : Tiles<Op> {
         char *queries, *grads, *queries_along, *grads_along;
         float *scores, *slopes;  // (KEYS, COLUMNS)
         char *pairs;             // the scores' gradients in groups
-        T *weights, *changes;    // (KEYS, COLUMNS)
+        Number *weights, *changes;    // (KEYS, COLUMNS)
         float *sums;             // (d, COLUMNS), of the queries' gradients
         alignas(64) float log[COLUMNS], delta[COLUMNS];
 
@@ -88,10 +91,11 @@ class Backward : Tiles<Op> {
             : queries(scratch.take(z.d / PER * 128)), grads(scratch.take(z.dv / PER * 128)),
               queries_along(scratch.take((z.d + 31) / 32 * panel)), grads_along(scratch.take((z.dv + 31) / 32 * panel)),
               scores(scratch.take<float>(KEYS * COLUMNS)), slopes(scratch.take<float>(KEYS * COLUMNS)), pairs(scratch.take(KEYS * COLUMNS * 4)),
-              weights(scratch.take<T>(KEYS * COLUMNS)), changes(scratch.take<T>(KEYS * COLUMNS)), sums(scratch.take<float>(z.d * COLUMNS)) {}
+              weights(scratch.take<Number>(KEYS * COLUMNS)), changes(scratch.take<Number>(KEYS * COLUMNS)), sums(scratch.take<float>(z.d * COLUMNS)) {}
     };
 
-    void run_block(const Block &b, int64_t key_head, const T *turned, const Sums &sums, int thread, std::vector<Range> &ranges) const {
+    void run_block(const Block &b, int64_t key_head, const LeftRows<Op> &keys, const LeftRows<Op> &values, const Number *turned, const Sums &sums,
+                   int thread, std::vector<Range> &ranges) const {
         const Columns c(f, b, key_head, group);
         const int64_t groups = (c.vecs * 16) / PER, wide_d = sums.wide_d, wide_dv = sums.wide_dv;
         float *const dk = sums.of_keys(thread, key_head), *const dv = sums.of_values(thread, key_head);
@@ -102,21 +106,19 @@ class Backward : Tiles<Op> {
         for (const Range &r : ranges)
             for (int64_t k0 = r.begin; k0 < r.end; k0 += KEYS) {
                 const int64_t n = std::min<int64_t>(KEYS, r.end - k0);
-                products<Op>(n, c.vecs, (const char *)Tile::at(in.k, k0, key_head), in.k.by_token * sizeof(T), room.queries, z.d / PER, room.scores,
-                             COLUMNS);
-                products<Op>(n, c.vecs, (const char *)Tile::at(in.v, k0, key_head), in.v.by_token * sizeof(T), room.grads, z.dv / PER, room.slopes,
-                             COLUMNS);
+                products<Op>(n, c.vecs, keys.at(k0, key_head), keys.stride(), room.queries, z.d / PER, room.scores, COLUMNS);
+                products<Op>(n, c.vecs, values.at(k0, key_head), values.stride(), room.grads, z.dv / PER, room.slopes, COLUMNS);
                 weigh(c, r, k0, n, room);
                 for (int64_t d0 = 0; d0 < z.dv; d0 += 32)
-                    products_onto<Op>(n, z.dv - d0 > 16 ? 2 : 1, (const char *)room.weights, COLUMNS * sizeof(T), room.grads_along + d0 / 32 * panel,
+                    products_onto<Op>(n, z.dv - d0 > 16 ? 2 : 1, (const char *)room.weights, COLUMNS * sizeof(Number), room.grads_along + d0 / 32 * panel,
                                       groups, dv + k0 * wide_dv + d0, wide_dv, dv + k0 * wide_dv + d0, wide_dv);
                 for (int64_t d0 = 0; d0 < z.d; d0 += 32)
-                    products_onto<Op>(n, z.d - d0 > 16 ? 2 : 1, (const char *)room.changes, COLUMNS * sizeof(T), room.queries_along + d0 / 32 * panel,
+                    products_onto<Op>(n, z.d - d0 > 16 ? 2 : 1, (const char *)room.changes, COLUMNS * sizeof(Number), room.queries_along + d0 / 32 * panel,
                                       groups, dk + k0 * wide_d + d0, wide_d, dk + k0 * wide_d + d0, wide_d);
-                products_onto<Op>(z.d, c.vecs, (const char *)(turned + k0), padded * sizeof(T), room.pairs, (n + PER - 1) / PER, room.sums, COLUMNS,
+                products_onto<Op>(z.d, c.vecs, (const char *)(turned + k0), padded * sizeof(Number), room.pairs, (n + PER - 1) / PER, room.sums, COLUMNS,
                                   room.sums, COLUMNS);
             }
-        const __m512 by[2] = {_mm512_set1_ps(z.scaling), _mm512_set1_ps(z.scaling)};
+        const F16 by[2] = {set_f(z.scaling), set_f(z.scaling)};
         Tile::write_columns(room.sums, to.q, c, b, z.d, by);
     }
 
@@ -131,36 +133,36 @@ class Backward : Tiles<Op> {
             if (x >= b.count) continue;
             room.log[x] = in.logs[c.head[x] * f.queries + c.token[x]];
             const T *const out = Tile::at(in.out, c.token[x], c.head[x]), *const grad = Tile::at(in.grad, c.token[x], c.head[x]);
-            __m512 dot = _mm512_setzero_ps();
+            F16 dot = zero_f();
             for (int64_t i = 0; i < z.dv; i += 16) {
-                const __mmask16 m = first(z.dv - i);
-                dot = _mm512_fmadd_ps(load16(out + i, m), load16(grad + i, m), dot);
+                const First m = first(z.dv - i);
+                dot = fma(load16(out + i, m), load16(grad + i, m), dot);
             }
-            room.delta[x] = _mm512_reduce_add_ps(dot);
+            room.delta[x] = sum_of(dot);
         }
     }
 
     // The weights of n keys from k0 on and the gradients of their scores, as rows and (the latter) as groups.
     void weigh(const Columns &c, const Range &r, int64_t k0, int64_t n, const Room &room) const {
-        const __m512 scale = z.scale(), cap = _mm512_set1_ps(z.cap * LOG2E), one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+        const F16 scale = z.scale(), cap = set_f(z.cap * LOG2E), one = set_f(1.0f), zero = zero_f();
         const bool clear = c.clear(r, k0, n);
         for (int l = 0; l < c.vecs; l++) {
-            const __m512 by = _mm512_load_ps(room.log + 16 * l), less = _mm512_load_ps(room.delta + 16 * l);
-            auto of_key = [&](int64_t i, __m512 &p, __m512 &change) {
+            const F16 by = load16(room.log + 16 * l), less = load16(room.delta + 16 * l);
+            auto of_key = [&](int64_t i, F16 &p, F16 &change) {
                 const int64_t place = i * COLUMNS + 16 * l;
-                __m512 s = _mm512_mul_ps(_mm512_loadu_ps(room.scores + place), scale), bend = one;
+                F16 s = load16(room.scores + place) * scale, bend = one;
                 if (z.cap > 0) {
-                    const __m512 t = tanh_16(s);
-                    bend = _mm512_fnmadd_ps(t, t, one);
-                    s = _mm512_mul_ps(cap, t);
+                    const F16 t = tanh_16(s);
+                    bend = fnma(t, t, one);
+                    s = cap * t;
                 }
-                p = Tile::raise(_mm512_sub_ps(s, by));
-                if (!clear) p = _mm512_mask_mov_ps(p, c.hidden(l, r, k0 + i), zero);
-                change = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(room.slopes + place), less));
-                if (z.cap > 0) change = _mm512_mul_ps(change, bend);
+                p = Tile::raise(s - by);
+                if (!clear) p = select(c.hidden(l, r, k0 + i), zero, p);
+                change = p * (load16(room.slopes + place) - less);
+                if (z.cap > 0) change = change * bend;
             };
             for (int64_t i = 0; i < n; i += PER) {
-                __m512 p, change, next_p = zero, next_change = zero;
+                F16 p, change, next_p = zero, next_change = zero;
                 of_key(i, p, change);
                 if (PER == 2 && i + 1 < n) of_key(i + 1, next_p, next_change);
                 const int64_t place = i * COLUMNS + 16 * l;
@@ -176,13 +178,13 @@ class Backward : Tiles<Op> {
             const int64_t h = i / f.length, t = i % f.length;
             for (int values = 0; values < 2; values++) {
                 const int64_t d = values ? z.dv : z.d, line = values ? sums.wide_dv : sums.wide_d;
-                const __m512 by = _mm512_set1_ps(values ? 1.0f : z.scaling);
+                const F16 by = set_f(values ? 1.0f : z.scaling);
                 T *const out = Tile::at(values ? to.v : to.k, t, h);
                 for (int64_t j = 0; j < d; j += 16) {
-                    __m512 s = _mm512_setzero_ps();
+                    F16 s = zero_f();
                     for (int o = 0; o < sums.threads(); o++)
-                        if (sums.met(o, h)) s = _mm512_add_ps(s, _mm512_loadu_ps((values ? sums.of_values(o, h) : sums.of_keys(o, h)) + t * line + j));
-                    store16(out + j, _mm512_mul_ps(s, by), first(d - j));
+                        if (sums.met(o, h)) s = s + load16((values ? sums.of_values(o, h) : sums.of_keys(o, h)) + t * line + j);
+                    store16(out + j, s * by, first(d - j));
                 }
             }
         });
@@ -203,7 +205,6 @@ int dw_attention_backward(int type, const int64_t *segments, int64_t count, int6
         const int64_t *const s = strides;
         const Inputs in{{q, s}, {k, s + 2}, {v, s + 4}, {out, s + 6}, {grad, s + 8}, logs};
         const Gradients to{{dq, s + 10}, {dk, s + 12}, {dv_out, s + 14}};
-        if (type == F32) Backward<OpF32>(f, z, in, to).run();
-        else Backward<OpBF16>(f, z, in, to).run();
+        with_op(type, [&](auto op) { Backward<decltype(op)>(f, z, in, to).run(); });
     });
 }

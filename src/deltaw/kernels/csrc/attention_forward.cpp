@@ -9,7 +9,7 @@ namespace {
 template <class Op>
 class Forward : Tiles<Op> {
     typedef Tiles<Op> Tile;
-    typedef typename Op::Element T;
+    typedef typename Tile::Number Number;
     static constexpr int PER = Op::PER_GROUP;
 
     const Segments &f;
@@ -27,13 +27,14 @@ class Forward : Tiles<Op> {
         const std::vector<Block> blocks = blocks_of(f, group);
         const std::vector<int64_t> begins = shares_of(blocks, z.key_heads, thread_count());
         Scratch scratch;
-        T *const turned = scratch.take<T>(z.key_heads * z.dv * padded);  // the values of a number of a head, side by side
+        Number *const turned = scratch.take<Number>(z.key_heads * z.dv * padded);  // the values of a number of a head, side by side
         Tile::transpose_heads(v, z.key_heads, z.dv, f.length, turned);
+        const LeftRows<Op> keys(k, z.key_heads, z.d, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.d, f.length)));
         in_parallel([&](int thread, int) {
             std::vector<Range> ranges;
             for (int64_t i = begins[thread]; i < begins[thread + 1]; i++) {
                 const int64_t h = i / (int64_t)blocks.size();
-                run_block(blocks[i % blocks.size()], h, turned + h * z.dv * padded, ranges);
+                run_block(blocks[i % blocks.size()], h, keys, turned + h * z.dv * padded, ranges);
             }
         });
     }
@@ -41,11 +42,11 @@ class Forward : Tiles<Op> {
   private:
     // What a block's columns have found so far: the largest score, the sum of weights, the sums of weighted values.
     struct State {
-        __m512 top[2], total[2];
+        F16 top[2], total[2];
         float *sums;  // (dv, COLUMNS)
     };
 
-    void run_block(const Block &b, int64_t key_head, const T *turned, std::vector<Range> &ranges) const {
+    void run_block(const Block &b, int64_t key_head, const LeftRows<Op> &keys, const Number *turned, std::vector<Range> &ranges) const {
         const Columns c(f, b, key_head, group);
         Scratch scratch;
         char *const queries = scratch.take(z.d / PER * 128);
@@ -54,54 +55,54 @@ class Forward : Tiles<Op> {
         State state{{}, {}, scratch.take<float>(z.dv * COLUMNS)};
         Tile::pack_across(q, c, b, z.d, queries);
         memset(state.sums, 0, z.dv * COLUMNS * 4);
-        for (int l = 0; l < 2; l++) state.top[l] = _mm512_set1_ps(-1e30f), state.total[l] = _mm512_setzero_ps();
+        for (int l = 0; l < 2; l++) state.top[l] = set_f(-1e30f), state.total[l] = zero_f();
         ranges_of(f, b, group, ranges);
         for (const Range &r : ranges)
             for (int64_t k0 = r.begin; k0 < r.end; k0 += KEYS) {
                 const int64_t n = std::min<int64_t>(KEYS, r.end - k0);
-                products<Op>(n, c.vecs, (const char *)Tile::at(k, k0, key_head), k.by_token * sizeof(T), queries, z.d / PER, scores, COLUMNS);
+                products<Op>(n, c.vecs, keys.at(k0, key_head), keys.stride(), queries, z.d / PER, scores, COLUMNS);
                 weigh(c, r, k0, n, scores, weights, state);
-                products_onto<Op>(z.dv, c.vecs, (const char *)(turned + k0), padded * sizeof(T), weights, (n + PER - 1) / PER, state.sums, COLUMNS,
+                products_onto<Op>(z.dv, c.vecs, (const char *)(turned + k0), padded * sizeof(Number), weights, (n + PER - 1) / PER, state.sums, COLUMNS,
                                   state.sums, COLUMNS);
             }
-        __m512 by[2];
-        for (int l = 0; l < 2; l++) by[l] = _mm512_div_ps(_mm512_set1_ps(1.0f), state.total[l]);
+        F16 by[2];
+        for (int l = 0; l < 2; l++) by[l] = set_f(1.0f) / state.total[l];
         Tile::write_columns(state.sums, out, c, b, z.dv, by);
         alignas(64) float lanes[COLUMNS], tops[COLUMNS];
-        for (int l = 0; l < 2; l++) _mm512_store_ps(lanes + 16 * l, state.total[l]), _mm512_store_ps(tops + 16 * l, state.top[l]);
+        for (int l = 0; l < 2; l++) store16(lanes + 16 * l, state.total[l]), store16(tops + 16 * l, state.top[l]);
         for (int64_t x = 0; x < b.count; x++) logs[c.head[x] * f.queries + c.token[x]] = tops[x] + __builtin_log2f(lanes[x]);
     }
 
     // The weights of n keys from k0 on, from their scores; what was summed before is scaled where a score is larger.
     void weigh(const Columns &c, const Range &r, int64_t k0, int64_t n, float *scores, char *weights, State &state) const {
-        const __m512 scale = z.scale(), cap = _mm512_set1_ps(z.cap * LOG2E), minus = _mm512_set1_ps(-INFINITY);
-        __m512 most[2] = {state.top[0], state.top[1]};
+        const F16 scale = z.scale(), cap = set_f(z.cap * LOG2E), minus = set_f(-INFINITY);
+        F16 most[2] = {state.top[0], state.top[1]};
         const bool clear = c.clear(r, k0, n);
         for (int64_t i = 0; i < n; i++)
             for (int l = 0; l < c.vecs; l++) {
                 float *const place = scores + i * COLUMNS + 16 * l;
-                __m512 s = _mm512_mul_ps(_mm512_loadu_ps(place), scale);
-                if (z.cap > 0) s = _mm512_mul_ps(cap, tanh_16(s));
-                if (!clear) s = _mm512_mask_mov_ps(s, c.hidden(l, r, k0 + i), minus);
-                _mm512_storeu_ps(place, s);
-                most[l] = _mm512_max_ps(most[l], s);
+                F16 s = load16(place) * scale;
+                if (z.cap > 0) s = cap * tanh_16(s);
+                if (!clear) s = select(c.hidden(l, r, k0 + i), minus, s);
+                store16(place, s);
+                most[l] = max(most[l], s);
             }
         for (int l = 0; l < c.vecs; l++) {
-            if (_mm512_cmp_ps_mask(most[l], state.top[l], _CMP_GT_OQ)) {
-                const __m512 by = exp2_16(_mm512_sub_ps(state.top[l], most[l]));
-                state.total[l] = _mm512_mul_ps(state.total[l], by);
+            if (any(most[l] > state.top[l])) {
+                const F16 by = exp2_16(state.top[l] - most[l]);
+                state.total[l] = state.total[l] * by;
                 for (int64_t i = 0; i < z.dv; i++) {
                     float *const place = state.sums + i * COLUMNS + 16 * l;
-                    _mm512_storeu_ps(place, _mm512_mul_ps(_mm512_loadu_ps(place), by));
+                    store16(place, load16(place) * by);
                 }
                 state.top[l] = most[l];
             }
-            const __m512 top = state.top[l];
-            __m512 total = state.total[l];
+            const F16 top = state.top[l];
+            F16 total = state.total[l];
             for (int64_t i = 0; i < n; i += PER) {
-                __m512 one = Tile::raise(_mm512_sub_ps(_mm512_loadu_ps(scores + i * COLUMNS + 16 * l), top)), two = _mm512_setzero_ps();
-                if (PER == 2 && i + 1 < n) two = Tile::raise(_mm512_sub_ps(_mm512_loadu_ps(scores + (i + 1) * COLUMNS + 16 * l), top));
-                total = _mm512_add_ps(total, _mm512_add_ps(one, two));
+                F16 one = Tile::raise(load16(scores + i * COLUMNS + 16 * l) - top), two = zero_f();
+                if (PER == 2 && i + 1 < n) two = Tile::raise(load16(scores + (i + 1) * COLUMNS + 16 * l) - top);
+                total = total + (one + two);
                 Tile::store_pair(weights + i / PER * 128 + 64 * l, one, two);
             }
             state.total[l] = total;
@@ -122,7 +123,6 @@ int dw_attention(int type, const int64_t *segments, int64_t count, int64_t lengt
         const Sizes z{heads, key_heads, d, dv, scaling, cap};
         const HeadRows of_q(q, strides), of_k(k, strides + 2), of_v(v, strides + 4);
         const OutRows to(out, strides + 6);
-        if (type == F32) Forward<OpF32>(f, z, of_q, of_k, of_v, to, logs).run();
-        else Forward<OpBF16>(f, z, of_q, of_k, of_v, to, logs).run();
+        with_op(type, [&](auto op) { Forward<decltype(op)>(f, z, of_q, of_k, of_v, to, logs).run(); });
     });
 }

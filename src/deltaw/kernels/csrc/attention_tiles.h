@@ -5,7 +5,7 @@
 // weights come out as the next product reads them. Kept for the backward is one number for each column, the logarithm
 // of its sum.
 #pragma once
-#include "multiply.h"
+#include "arithmetic.h"
 #include "scratch.h"
 #include "segments.h"
 #include "threads.h"
@@ -33,7 +33,7 @@ struct Sizes {
 
     int64_t group() const { return heads / key_heads; }
     // Scores times scale() are what cap · tanh is taken of, or exponents of 2.
-    __m512 scale() const { return _mm512_set1_ps(cap > 0 ? scaling / cap : scaling * LOG2E); }
+    F16 scale() const { return set_f(cap > 0 ? scaling / cap : scaling * LOG2E); }
 };
 
 inline int64_t padded_length(int64_t length) { return (length + 15) / 16 * 16 + 16; }
@@ -67,35 +67,52 @@ struct Columns {
     }
 
     // Which of 16 columns a key is hidden from.
-    __mmask16 hidden(int v, const Range &r, int64_t key) const {
-        __mmask16 m = 0;
+    M16 hidden(int v, const Range &r, int64_t key) const {
+        M16 m = no_lanes();
         if (r.own && key > lowest_key)
-            m |= _mm512_cmpgt_epi32_mask(_mm512_set1_epi32((int32_t)key), _mm512_load_si512(last + 16 * v));
+            m = either(m, set_i((int32_t)key) > load_i(last + 16 * v));
         const int64_t position = r.position + key - r.begin;
         if (position < latest_earliest)
-            m |= _mm512_cmplt_epi32_mask(_mm512_set1_epi32((int32_t)position), _mm512_load_si512(earliest + 16 * v));
+            m = either(m, set_i((int32_t)position) < load_i(earliest + 16 * v));
         return m;
     }
 };
 
-// Rows of heads in the forms that products read, by type.
+// Rows of heads in the forms that products read. T is what lies in memory, Number what is multiplied: the same, but where
+// bf16 numbers are widened.
 template <class Op>
 struct Tiles {
-    typedef typename Op::Element T;
+    typedef typename Op::Left T;
     static constexpr int PER = Op::PER_GROUP;
+    typedef typename std::conditional<PER == 1, float, bf16>::type Number;
 
     static const T *at(const HeadRows &r, int64_t token, int64_t head) { return (const T *)r.data + token * r.by_token + head * r.by_head; }
     static T *at(const OutRows &r, int64_t token, int64_t head) { return (T *)r.data + token * r.by_token + head * r.by_head; }
 
+    // Lanes of 16 numbers as they are multiplied.
+    static I16 lanes(const float *p, First m) { return load_i(p, m); }
+    static I16 lanes(const bf16 *p, First m) { return PER == 1 ? load_u16(p, m) << 16 : load_u16(p, m); }
+    static void store_lanes(float *p, I16 x, First m) { store_i(p, x, m); }
+    static void store_lanes(bf16 *p, I16 x, First m) { store_u16(p, x, m); }
+
     // Columns' rows as the right side of a product over the numbers of a head: lanes are columns.
     static void pack_across(const HeadRows &r, const Columns &c, const Block &b, int64_t d, char *into) {
         for (int v = 0; v < 2; v++) {
-            const char *rows[16];
+            const T *rows[16];
             for (int i = 0; i < 16; i++) {
                 const int64_t x = 16 * v + i;
-                rows[i] = x < b.count ? (const char *)at(r, c.token[x], c.head[x]) : nullptr;
+                rows[i] = x < b.count ? at(r, c.token[x], c.head[x]) : nullptr;
             }
-            pack_rows16(rows, d / PER, into + 64 * v, 128);
+            if (!Op::WIDENS) {
+                pack_rows16((const char *const *)rows, d / PER, into + 64 * v, 128);
+                continue;
+            }
+            for (int64_t d0 = 0; d0 < d; d0 += 16) {
+                I16 line[16];
+                for (int i = 0; i < 16; i++) line[i] = rows[i] ? lanes(rows[i] + d0, first(d - d0)) : zero_i();
+                transpose16(line);
+                for (int i = 0; i < 16 && d0 + i < d; i++) store_i(into + (d0 + i) * 128 + 64 * v, line[i]);
+            }
         }
     }
 
@@ -104,47 +121,46 @@ struct Tiles {
         for (int64_t d0 = 0; d0 < d; d0 += 32)
             for (int64_t x = 0; x < COLUMNS; x += PER)
                 for (int v = 0; v < 2; v++, into += 64) {
-                    __mmask16 m = first(d - d0 - 16 * v);
-                    __m512 one = _mm512_setzero_ps(), two = one;
+                    const First m = first(d - d0 - 16 * v);
+                    F16 one = zero_f(), two = one;
                     if (x < b.count) one = load16(at(r, c.token[x], c.head[x]) + d0 + 16 * v, m);
                     if (PER == 2 && x + 1 < b.count) two = load16(at(r, c.token[x + 1], c.head[x + 1]) + d0 + 16 * v, m);
-                    store_pair(into, one, two);
+                    store_i(into, pair(one, two));
                 }
     }
 
-    static __m512 raise(__m512 x) { return PER == 1 ? exp2_16(x) : exp2_16_for_bf16(x); }
+    // Weights of bf16 rows need no more than bf16's precision.
+    static F16 raise(F16 x) { return std::is_same<T, float>::value ? exp2_16(x) : exp2_16_for_bf16(x); }
 
     // Two rows of 16 lanes, interleaved as one line of groups; of fp32 the first alone.
-    static __m512i pair(__m512 one, __m512 two) {
-        if (PER == 1) return (__m512i)one;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(two, one), low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-        return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
+    static I16 pair(F16 one, F16 two) {
+        if (PER == 1) return bits_of(one);
+        return bf16_bits(one) | (bf16_bits(two) << 16);
     }
-    static void store_pair(char *into, __m512 one, __m512 two) { _mm512_store_si512(into, pair(one, two)); }
+    static void store_pair(char *into, F16 one, F16 two) { store_i(into, pair(one, two)); }
 
     // Two rows of 16 lanes, `step` numbers apart; of fp32 the first alone.
-    static void store_two(T *rows, int64_t step, __m512 one, __m512 two) {
+    static void store_two(Number *rows, int64_t step, F16 one, F16 two) {
         store16(rows, one);
         if (PER == 2) store16(rows + step, two);
     }
 
     // The same, and as a pair.
-    static void store_rows_and_pair(T *rows, int64_t step, char *into, __m512 one, __m512 two) {
+    static void store_rows_and_pair(Number *rows, int64_t step, char *into, F16 one, F16 two) {
         if (PER == 1) {
             store16((float *)rows, one);
-            _mm512_store_ps((float *)into, one);
+            store_i(into, bits_of(one));
             return;
         }
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(two, one);
-        const __m256i low = _mm512_castsi512_si256(both), high = _mm512_extracti64x4_epi64(both, 1);
-        _mm256_storeu_si256((__m256i *)rows, low);
-        _mm256_storeu_si256((__m256i *)(rows + step), high);
-        _mm512_store_si512(into, _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+        const I16 low = bf16_bits(one), high = bf16_bits(two);
+        store_u16((bf16 *)rows, low);
+        store_u16((bf16 *)rows + step, high);
+        store_i(into, low | (high << 16));
     }
 
     // (T, heads, d) to (heads, d, padded T), a part of the heads' tiles for each thread. What a group may read beyond the
     // last token is 0.
-    static void transpose_heads(const HeadRows &r, int64_t heads, int64_t d, int64_t length, T *into) {
+    static void transpose_heads(const HeadRows &r, int64_t heads, int64_t d, int64_t length, Number *into) {
         const int64_t padded = padded_length(length), tiles = (length + 15) / 16;
         in_parallel([&](int thread, int threads) {
             int64_t begin, end;
@@ -152,42 +168,58 @@ struct Tiles {
             for (int64_t i = begin; i < end; i++)
                 transpose_head(r, i / tiles, d, length, i % tiles * 16, padded, into + i / tiles * d * padded);
         });
-        for (int64_t i = 0; i < heads * d; i++) memset(into + i * padded + padded - 16, 0, 16 * sizeof(T));
+        for (int64_t i = 0; i < heads * d; i++) memset(into + i * padded + padded - 16, 0, 16 * sizeof(Number));
     }
 
     // 16 tokens of one head.
-    static void transpose_head(const HeadRows &r, int64_t head, int64_t d, int64_t length, int64_t t0, int64_t padded, T *to) {
+    static void transpose_head(const HeadRows &r, int64_t head, int64_t d, int64_t length, int64_t t0, int64_t padded, Number *to) {
         for (int64_t d0 = 0; d0 < d; d0 += 16) {
-            __mmask16 m = first(d - d0);
-            __m512i lines[16];
-            for (int i = 0; i < 16; i++) {
-                lines[i] = _mm512_setzero_si512();
-                if (t0 + i >= length) continue;
-                const T *row = at(r, t0 + i, head) + d0;
-                if (PER == 1) lines[i] = _mm512_maskz_loadu_epi32(m, row);
-                else lines[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row));
-            }
-            transpose16(lines);
-            for (int i = 0; i < 16 && d0 + i < d; i++) {
-                T *line = to + (d0 + i) * padded + t0;
-                if (PER == 1) _mm512_storeu_si512(line, lines[i]);
-                else _mm256_storeu_si256((__m256i *)line, _mm512_cvtepi32_epi16(lines[i]));
-            }
+            const First m = first(d - d0);
+            I16 line[16];
+            for (int i = 0; i < 16; i++) line[i] = t0 + i < length ? lanes(at(r, t0 + i, head) + d0, m) : zero_i();
+            transpose16(line);
+            for (int i = 0; i < 16 && d0 + i < d; i++) store_lanes(to + (d0 + i) * padded + t0, line[i], first(16));
         }
     }
 
     // A (d, 32) tile of sums goes to the columns' rows, each times its lane of `by`.
-    static void write_columns(const float *tile, const OutRows &r, const Columns &c, const Block &b, int64_t d, const __m512 by[2]) {
+    static void write_columns(const float *tile, const OutRows &r, const Columns &c, const Block &b, int64_t d, const F16 by[2]) {
         for (int v = 0; v < c.vecs; v++)
             for (int64_t d0 = 0; d0 < d; d0 += 16) {
-                __m512i lines[16];
+                I16 line[16];
                 for (int i = 0; i < 16; i++)
-                    lines[i] = d0 + i < d ? (__m512i)_mm512_mul_ps(_mm512_loadu_ps(tile + (d0 + i) * COLUMNS + 16 * v), by[v]) : _mm512_setzero_si512();
-                transpose16(lines);
+                    line[i] = d0 + i < d ? bits_of(load16(tile + (d0 + i) * COLUMNS + 16 * v) * by[v]) : zero_i();
+                transpose16(line);
                 for (int i = 0; i < 16 && 16 * v + i < b.count; i++)
-                    store16(at(r, c.token[16 * v + i], c.head[16 * v + i]) + d0, (__m512)lines[i], first(d - d0));
+                    store16(at(r, c.token[16 * v + i], c.head[16 * v + i]) + d0, from_bits(line[i]), first(d - d0));
             }
     }
+};
+
+// Rows of heads as the left side of products: where they lie, or widened into memory of their own, (heads, length, d).
+template <class Op>
+class LeftRows {
+    typedef Tiles<Op> Tile;
+    typedef typename Tile::Number Number;
+
+    const HeadRows r;
+    const int64_t d, length;
+    Number *const wide;
+
+  public:
+    static int64_t numbers(int64_t heads, int64_t d, int64_t length) { return Op::WIDENS ? heads * d * length : 0; }
+
+    // wide: room for numbers(…).
+    LeftRows(const HeadRows &r, int64_t heads, int64_t d, int64_t length, Number *wide) : r(r), d(d), length(length), wide(wide) {
+        if (!Op::WIDENS) return;
+        rows_in_parallel(heads * length, [&](int64_t i) {
+            Op::widen(Tile::at(r, i % length, i / length), d, d, wide + i * d);
+        });
+    }
+    const char *at(int64_t token, int64_t head) const {
+        return Op::WIDENS ? (const char *)(wide + (head * length + token) * d) : (const char *)Tile::at(r, token, head);
+    }
+    int64_t stride() const { return (Op::WIDENS ? d : r.by_token) * (int64_t)sizeof(Number); }
 };
 
 }  // namespace deltaw

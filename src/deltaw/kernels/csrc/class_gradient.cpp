@@ -18,19 +18,19 @@ void quantize_classes(int64_t V, bf16 *row, int64_t target, const float *scales,
     row[target] = 0;
     for (int64_t v0 = 0; v0 < V; v0 += INT8_BLOCK, block_scales++) {
         const int64_t end = std::min(V, v0 + INT8_BLOCK);
-        __m512 most = _mm512_setzero_ps(), least = most;
+        F16 most = zero_f(), least = most;
         for (int64_t v = v0; v < end; v += 16) {
-            const __m512 x = _mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v)));
-            most = _mm512_max_ps(most, x);
-            least = _mm512_min_ps(least, x);
+            const F16 x = load16(row + v, first(end - v)) * load16(scales + v, first(end - v));
+            most = max(most, x);
+            least = min(least, x);
         }
-        const float high = _mm512_reduce_max_ps(most), low = _mm512_reduce_min_ps(least), top = high >= -low ? high : low;
+        const float high = largest_of(most), low = least_of(least), top = high >= -low ? high : low;
         *block_scales = top / 255.0f;
-        const __m512 by = _mm512_set1_ps(top != 0 ? 255.0f / top : 0.0f);
+        const F16 by = set_f(top != 0 ? 255.0f / top : 0.0f);
         for (int64_t v = v0; v < end; v += 16) {
-            const __m512 x = _mm512_mul_ps(_mm512_mul_ps(load16(row + v, first(end - v)), load16(scales + v, first(end - v))), by);
-            const __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
-            _mm_mask_storeu_epi8(out + v, first(end - v), _mm512_cvtusepi32_epi8(q));
+            const F16 x = (load16(row + v, first(end - v)) * load16(scales + v, first(end - v))) * by;
+            const I16 q = max(to_int(x), zero_i());
+            store_u8(out + v, q, first(end - v));
         }
     }
 }
@@ -53,11 +53,11 @@ int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t
         p.left_ld = 2 * V, p.left_zero = 0, p.block_scale = block_scales;
         run_product(p, INT8);
         rows_in_parallel(M, [&](int64_t m) {
-            const __m512 by = _mm512_set1_ps(at_target[m]);
+            const F16 by = set_f(at_target[m]);
             const bf16 *const row = (const bf16 *)weight + targets[m] * D;
             for (int64_t n = 0; n < D; n += 16) {
-                const __mmask16 mask = first(D - n);
-                store16((bf16 *)dh + m * D + n, _mm512_fmadd_ps(by, load16(row + n, mask), load16(sums + m * D + n, mask)), mask);
+                const First mask = first(D - n);
+                store16((bf16 *)dh + m * D + n, fma(by, load16(row + n, mask), load16(sums + m * D + n, mask)), mask);
             }
         });
     });

@@ -1,6 +1,6 @@
 // Cross-entropy of rows of logits, and its gradient in their place.
 #include "kernels.h"
-#include "numbers.h"
+#include "vector.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -11,59 +11,59 @@ namespace {
 // What becomes of a logit before the soft-max: cap · tanh(scale · logit / cap), or scale · logit where cap is 0.
 struct Change {
     float scale, cap;
-    __m512 by = _mm512_set1_ps(scale), limit = _mm512_set1_ps(cap), inverse = _mm512_set1_ps(cap > 0 ? 1 / cap : 0);
+    F16 by = set_f(scale), limit = set_f(cap), inverse = set_f(cap > 0 ? 1 / cap : 0);
 
     Change(float scale, float cap) : scale(scale), cap(cap) {}
 
     template <class T>
-    __m512 value(const T *at, __mmask16 k) const {
-        const __m512 z = _mm512_mul_ps(load16(at, k), by);
-        return cap > 0 ? _mm512_mul_ps(limit, tanh_16(_mm512_mul_ps(z, inverse))) : z;
+    F16 value(const T *at, First k) const {
+        const F16 z = load16(at, k) * by;
+        return cap > 0 ? (limit * tanh_16(z * inverse)) : z;
     }
 };
 
 // The row's logits become weight · ∂loss/∂logits; `raised` holds e^(z - top), `total` their sum, z the target's value.
 template <class T>
 void to_gradient(int64_t V, T *row, int64_t target, float weight, const Change &change, const float *raised, float total, float top, float z) {
-    const __m512 w = _mm512_set1_ps(weight / total), one = _mm512_set1_ps(1.0f);
+    const F16 w = set_f(weight / total), one = set_f(1.0f);
     const float cap = change.cap;
     float slope = change.scale;
     if (cap > 0) slope *= 1 - z / cap * (z / cap);
     const float at_target = weight * (__builtin_expf(z - top) / total - 1) * slope;
     for (int64_t v = 0; v < V; v += 16) {
-        const __mmask16 k = first(V - v);
-        __m512 g = _mm512_mul_ps(_mm512_mul_ps(load16(raised + v), w), change.by);
+        const First k = first(V - v);
+        F16 g = (load16(raised + v) * w) * change.by;
         if (cap > 0) {
-            const __m512 t = _mm512_mul_ps(change.value(row + v, k), change.inverse);
-            g = _mm512_mul_ps(g, _mm512_fnmadd_ps(t, t, one));
+            const F16 t = change.value(row + v, k) * change.inverse;
+            g = g * fnma(t, t, one);
         }
         store16(row + v, g, k);
     }
     alignas(64) const float single[16] = {at_target};
-    store16(row + target, _mm512_load_ps(single), (__mmask16)1);
+    store16(row + target, load16(single), first(1));
 }
 
 // raised: room for V numbers, rounded up to 16, or null where no gradient is wanted.
 template <class T>
 float loss_of_row(int64_t V, T *row, int64_t target, float weight, const Change &change, float *raised) {
-    __m512 most = _mm512_set1_ps(-3e38f);
+    F16 most = set_f(-3e38f);
     for (int64_t v = 0; v < V; v += 16) {
-        const __mmask16 k = first(V - v);
-        most = _mm512_mask_max_ps(most, k, most, change.value(row + v, k));
+        const First k = first(V - v);
+        most = keep_first(k, max(most, change.value(row + v, k)), most);
     }
-    const float top = _mm512_reduce_max_ps(most);
-    const __m512 peak = _mm512_set1_ps(top);
-    __m512 sum = _mm512_setzero_ps();
+    const float top = largest_of(most);
+    const F16 peak = set_f(top);
+    F16 sum = zero_f();
     for (int64_t v = 0; v < V; v += 16) {
-        const __mmask16 k = first(V - v);
-        const __m512 e = exp_16(_mm512_sub_ps(change.value(row + v, k), peak));
+        const First k = first(V - v);
+        const F16 e = exp_16(change.value(row + v, k) - peak);
         if (raised) store16(raised + v, e);
-        sum = _mm512_mask_add_ps(sum, k, sum, e);
+        sum = keep_first(k, sum + e, sum);
     }
-    const float total = _mm512_reduce_add_ps(sum);
+    const float total = sum_of(sum);
     alignas(64) float lane[16];
     const int64_t there = target / 16 * 16;
-    _mm512_store_ps(lane, change.value(row + there, first(V - there)));
+    store16(lane, change.value(row + there, first(V - there)));
     const float z = lane[target % 16];
     if (raised) to_gradient(V, row, target, weight, change, raised, total, top, z);
     return __builtin_logf(total) + top - z;

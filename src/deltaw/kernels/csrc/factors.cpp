@@ -1,41 +1,105 @@
 // The gradients of low-rank factors: products of a thin matrix, transposed, with a wide one, over all rows.
 #include "factors.h"
 
+#include "arithmetic.h"
 #include "kernels.h"
-#include "product.h"
+#include "right_side.h"
 #include "threads.h"
 
 using namespace deltaw;
 
 namespace {
 
-// (M, N) of 2-byte or 4-byte elements to (N, M), rows `to_ld` elements apart; what is beyond M becomes 0.
-void transpose(int64_t M, int64_t N, const void *from, int64_t ld, void *to, int64_t to_ld, int size) {
-    for (int64_t n0 = 0; n0 < N; n0 += 16)
-        for (int64_t m0 = 0; m0 < to_ld; m0 += 16) {
-            const __mmask16 columns = first(N - n0), kept = first(to_ld - m0);
-            __m512i lines[16];
-            for (int i = 0; i < 16; i++) {
-                lines[i] = _mm512_setzero_si512();
-                if (m0 + i >= M) continue;
-                const int64_t at = (m0 + i) * ld + n0;
-                if (size == 4) lines[i] = _mm512_maskz_loadu_epi32(columns, (const float *)from + at);
-                else lines[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, (const bf16 *)from + at));
-            }
-            transpose16(lines);
-            for (int i = 0; i < 16 && n0 + i < N; i++) {
-                const int64_t at = (n0 + i) * to_ld + m0;
-                if (size == 4) _mm512_mask_storeu_epi32((float *)to + at, kept, lines[i]);
-                else _mm256_mask_storeu_epi16((bf16 *)to + at, kept, _mm512_cvtepi32_epi16(lines[i]));
-            }
+// C = scale·thinᵀ·wide, (r, N), or its transpose (N, r); thin (T, r) in fp32 and wide (T, N). Panels of the wide side are
+// read as they lie, and some thin columns' sums at a time stay in registers.
+struct Thin {
+    int64_t T, N, r;
+    const float *thin;
+    float scale;
+    bool transposed;
+    float *out;
+};
+
+// sums (ROWS, 32), of thin columns j … and columns n …, += those of tokens t0 … t1 - 1.
+template <int ROWS, int VECS, class W>
+__attribute__((noinline)) void add_tokens(const Thin &c, const W *wide, int64_t t0, int64_t t1, int64_t j, int64_t n, float *sums) {
+    F16 s[ROWS][VECS];
+    First columns[VECS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; v++) columns[v] = first(c.N - n - 16 * v);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) s[i][v] = load16(sums + i * PANEL + 16 * v);
+    for (int64_t t = t0; t < t1; t++) {
+        I16 w[VECS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) w[v] = bits_of(load16(wide + t * c.N + n + 16 * v, columns[v]));
+        const float *const by = c.thin + t * c.r + j;
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            int32_t word;
+            memcpy(&word, by + i, 4);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; v++) Fma::add(s[i][v], spread(word), w[v]);
         }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) store16(sums + i * PANEL + 16 * v, s[i][v]);
 }
 
-// C = scale·thinᵀ·wide, (r, N), or its transpose (N, r); thin (T, r) and wide (T, N) in bf16, r at most 16. Two rows of
-// the wide side are interleaved in registers, 32 columns at a time, and go into the sums of eight thin columns.
-const int64_t TOKENS_AT_ONCE = 256;  // 16 KiB of wide side, which stay in the first-level cache
+void write_lines(const Thin &c, const float *lines, int64_t n0) {
+    const int64_t count = std::min<int64_t>(PANEL, c.N - n0);
+    for (int64_t j = 0; j < c.r; j++)
+        for (int64_t n = 0; n < count; n++) c.out[c.transposed ? (n0 + n) * c.r + j : j * c.N + n0 + n] = lines[j * PANEL + n] * c.scale;
+}
 
-void thin_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const bf16 *wide, float scale, bool transposed, float *out, int thread,
+const int64_t TOKENS_AT_ONCE = 256;  // of whose wide side a panel stays in the first-level cache
+
+template <class W>
+void thin_product(const Thin &c, const W *wide, int thread, int threads) {
+    int64_t begin, end;
+    part_of((c.N + PANEL - 1) / PANEL, thread, threads, begin, end);
+    const int64_t passes = (c.r + MOST_ROWS - 1) / MOST_ROWS, even = (c.r + passes - 1) / std::max<int64_t>(passes, 1);
+    Scratch scratch;
+    float *const sums = scratch.take<float>(c.r * PANEL);
+    for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t n0 = panel * PANEL;
+        memset(sums, 0, c.r * PANEL * 4);
+        for (int64_t t0 = 0; t0 < c.T; t0 += TOKENS_AT_ONCE)
+            for (int64_t j = 0; j < c.r;) {
+                const int rows = rows_at_once(std::min(even, c.r - j));
+                with_rows(rows, [&](auto count) {
+                    with_vecs(c.N - n0 > 16 ? 2 : 1, [&](auto vecs, int v) {
+                        add_tokens<decltype(count)::value, decltype(vecs)::value>(c, wide, t0, std::min(c.T, t0 + TOKENS_AT_ONCE), j, n0 + 16 * v,
+                                                                                  sums + j * PANEL + 16 * v);
+                    });
+                });
+                j += rows;
+            }
+        write_lines(c, sums, n0);
+    }
+}
+
+// `c.thin` in bf16 is widened here.
+template <class T>
+void thin_product_of(Thin c, const T *thin, const T *wide, int thread, int threads) {
+    Scratch scratch;
+    if (std::is_same<T, bf16>::value) {
+        float *const widened = scratch.take<float>(c.T * c.r + 16);
+        for (int64_t i = 0; i < c.T * c.r; i += 16) store16(widened + i, load16(thin + i, first(c.T * c.r - i)));
+        c.thin = widened;
+    } else c.thin = (const float *)thin;
+    thin_product(c, wide, thread, threads);
+}
+
+#ifdef __AVX512BF16__
+// The same with thin and wide in bf16 and its dot product, r at most 16. Two rows of the wide side are interleaved in
+// registers, 32 columns at a time, and go into the sums of eight thin columns.
+
+void thin_dot_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const bf16 *wide, float scale, bool transposed, float *out, int thread,
                   int threads) {
     const int64_t pairs = (T + 1) / 2, panels = (N + PANEL - 1) / PANEL;
     int64_t begin, end;
@@ -43,12 +107,12 @@ void thin_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const bf16 
     if (begin == end) return;
     Scratch scratch;
     int32_t *const both = scratch.take<int32_t>(pairs * 16);  // two rows of the thin side, interleaved
-    const __mmask16 some = first(r);
+    const First some = first(r);
     for (int64_t t = 0; t < T; t += 2) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, thin + t * r));
-        __m512i high = _mm512_setzero_si512();
-        if (t + 1 < T) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, thin + (t + 1) * r));
-        _mm512_store_si512(both + t / 2 * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const I16 low = load_u16(thin + t * r, some);
+        I16 high = zero_i();
+        if (t + 1 < T) high = load_u16(thin + (t + 1) * r, some);
+        store_i(both + t / 2 * 16, low | (high << 16));
     }
     // Interleaving leaves columns 0-3, 8-11, … in one vector and 4-7, 12-15, … in the other.
     const __m512i first_half = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -56,34 +120,34 @@ void thin_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const bf16 
     for (int64_t panel = begin; panel < end; panel++) {
         const int64_t n0 = panel * PANEL;
         const __mmask32 columns = N - n0 >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (N - n0)) - 1;
-        __m512 sums[16][2] = {};
+        F16 sums[16][2] = {};
         for (int64_t t0 = 0; t0 < T; t0 += TOKENS_AT_ONCE) {
             const int64_t t1 = std::min(T, t0 + TOKENS_AT_ONCE);
             for (int64_t j0 = 0; j0 < r; j0 += 8) {
-                __m512 s[8][2];
+                F16 s[8][2];
                 for (int j = 0; j < 8; j++)
                     for (int v = 0; v < 2; v++) s[j][v] = sums[j0 + j][v];
                 for (int64_t t = t0; t < t1; t += 2) {
                     const bf16 *at = wide + t * N + n0;
                     const __m512i one = _mm512_maskz_loadu_epi16(columns, at);
                     const __m512i two = t + 1 < T ? _mm512_maskz_loadu_epi16(columns, at + N) : _mm512_setzero_si512();
-                    const __m512i low = _mm512_unpacklo_epi16(one, two), high = _mm512_unpackhi_epi16(one, two);
+                    const I16 low{_mm512_unpacklo_epi16(one, two)}, high{_mm512_unpackhi_epi16(one, two)};
                     const int32_t *by = both + t / 2 * 16 + j0;
                     for (int j = 0; j < 8; j++) {
-                        const __m512i b = _mm512_set1_epi32(by[j]);
-                        s[j][0] = OpBF16::add(s[j][0], low, b);
-                        s[j][1] = OpBF16::add(s[j][1], high, b);
+                        const I16 b = set_i(by[j]);
+                        OpBF16::add(s[j][0], low, b);
+                        OpBF16::add(s[j][1], high, b);
                     }
                 }
                 for (int j = 0; j < 8; j++)
                     for (int v = 0; v < 2; v++) sums[j0 + j][v] = s[j][v];
             }
         }
-        const __m512 by = _mm512_set1_ps(scale);
+        const F16 by = set_f(scale);
         alignas(64) float lines[16][PANEL];
         for (int j = 0; j < r; j++) {
-            _mm512_store_ps(lines[j], _mm512_mul_ps(by, _mm512_permutex2var_ps(sums[j][0], first_half, sums[j][1])));
-            _mm512_store_ps(lines[j] + 16, _mm512_mul_ps(by, _mm512_permutex2var_ps(sums[j][0], second_half, sums[j][1])));
+            store16(lines[j], by * F16{_mm512_permutex2var_ps(sums[j][0].v, first_half, sums[j][1].v)});
+            store16(lines[j] + 16, by * F16{_mm512_permutex2var_ps(sums[j][0].v, second_half, sums[j][1].v)});
         }
         const int64_t count = std::min<int64_t>(PANEL, N - n0);
         if (transposed)
@@ -94,26 +158,25 @@ void thin_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const bf16 
     }
 }
 
-// One thread's part. The thin sides are transposed by each thread for itself, which takes less time than waiting for
-// another.
+#endif
+
+// One thread's part. The thin sides are widened by each thread for itself, which takes less time than waiting for another.
 void factors_part(int type, const FactorsBackward &f, int thread, int threads) {
-    if (type == BF16 && f.rank <= 16) {
-        thin_product(f.M, f.in, f.rank, (const bf16 *)f.narrow, (const bf16 *)f.x, 1.0f, true, f.of_A, thread, threads);
-        thin_product(f.M, f.out, f.rank, (const bf16 *)f.h, (const bf16 *)f.grad, f.scaling, false, f.of_B, thread, threads);
+#ifdef __AVX512BF16__
+    if (type == BF16 && f.rank <= 16 && arithmetic_of(BF16) != WIDE) {
+        thin_dot_product(f.M, f.in, f.rank, (const bf16 *)f.narrow, (const bf16 *)f.x, 1.0f, true, f.of_A, thread, threads);
+        thin_dot_product(f.M, f.out, f.rank, (const bf16 *)f.h, (const bf16 *)f.grad, f.scaling, false, f.of_B, thread, threads);
         return;
     }
-    const int size = type == F32 ? 4 : 2;
-    const int64_t count = (f.M + 1) / 2 * 2;  // read in pairs
-    Scratch scratch;
-    char *const across = scratch.take(f.rank * count * size);
-    transpose(f.M, f.rank, f.narrow, f.rank, across, count, size);
-    Product p = plain_product(F32, f.rank, f.in, f.M, across, Right{f.x, f.in, type, 0, 1.0f}, f.of_A);
-    p.left_ld = count, p.transposed = 1, p.out_ld = f.rank;
-    run_product(p, type, thread, threads);
-    transpose(f.M, f.rank, f.h, f.rank, across, count, size);
-    p = plain_product(F32, f.rank, f.out, f.M, across, Right{f.grad, f.out, type, 0, 1.0f}, f.of_B);
-    p.left_ld = count, p.out_scale = f.scaling;
-    run_product(p, type, thread, threads);
+#endif
+    const Thin of_A{f.M, f.in, f.rank, nullptr, 1.0f, true, f.of_A}, of_B{f.M, f.out, f.rank, nullptr, f.scaling, false, f.of_B};
+    if (type == F32) {
+        thin_product_of(of_A, (const float *)f.narrow, (const float *)f.x, thread, threads);
+        thin_product_of(of_B, (const float *)f.h, (const float *)f.grad, thread, threads);
+    } else {
+        thin_product_of(of_A, (const bf16 *)f.narrow, (const bf16 *)f.x, thread, threads);
+        thin_product_of(of_B, (const bf16 *)f.h, (const bf16 *)f.grad, thread, threads);
+    }
 }
 
 }  // namespace

@@ -23,6 +23,13 @@ DW_EXPORT int dw_release();
 // Returns the bytes that all arenas hold now, or with `most` held at most since that was asked last.
 DW_EXPORT int64_t dw_scratch_held(int most);
 
+// Bit a of the result says whether numbers of a type can be multiplied by Arithmetic a (arithmetic.h).
+DW_EXPORT int64_t dw_arithmetics(int type);
+// Sets how numbers of a type are multiplied from now on.
+DW_EXPORT int dw_set_arithmetic(int type, int which);
+// Bytes of a core's second-level cache, which products are cut to.
+DW_EXPORT int dw_set_cache(int64_t bytes);
+
 DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
                         const float *scale, const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank,
                         float scaling, const void *added, uint8_t *x_int8, float *x_scales, int quantize, void *y, void *h);

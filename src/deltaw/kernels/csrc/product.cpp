@@ -2,6 +2,7 @@
 // pieces that stay in the second-level cache.
 #include "product.h"
 
+#include "arithmetic.h"
 #include "product_finish.h"
 #include "product_int8.h"
 #include "threads.h"
@@ -12,13 +13,15 @@ namespace {
 
 const int64_t GROUPS_AT_ONCE = 768;      // 96 KiB of right side, which stay in the second-level cache
 const int64_t GROUPS_OF_MANY = 256;      // where there are more: sums, left and right sides stay there together
-const int64_t LEFT_AT_ONCE = 448 << 10;  // bytes of left side that stay beside it while columns go by
 const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
 
 template <class Op, class LowOp>
 class Part {
   public:
-    Part(const Product &p, int thread, int threads) : p(p) { share_out(thread, threads); }
+    Part(const Product &p, int thread, int threads) : p(p) {
+        share_out(thread, threads);
+        if (begin < end) settle();
+    }
 
     void run() {
         if (begin == end) return;
@@ -28,10 +31,22 @@ class Part {
             for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
     }
 
+    // Bytes that lay_room takes, but for what is rounded up.
+    int64_t room() const {
+        if (begin == end) return 0;
+        int64_t bytes = panels_kept() * line * 128 + low_groups * 128;
+        if (INT8_SUMS) bytes += panels_kept() * starts_each * 4;
+        if (several) bytes += (end - begin) * block * PANEL * 4;
+        if (gather) bytes += gathered_rows * line * 4;
+        if (widen_low) bytes += gathered_rows * low_groups * 4;
+        if (converts_columns()) bytes += 16 * line * 4;
+        return bytes;
+    }
+
   private:
-    static constexpr bool INT8_SUMS = Op::PER_GROUP == 4;
-    static constexpr int64_t NUMBER = 4 / Op::PER_GROUP;  // bytes
-    static constexpr int64_t BLOCK_GROUPS = INT8_BLOCK / 4;
+    static constexpr bool INT8_SUMS = std::is_same<typename Op::Left, uint8_t>::value;
+    static constexpr int64_t NUMBER = sizeof(typename Op::Left);
+    static constexpr int64_t BLOCK_GROUPS = INT8_BLOCK / Op::PER_GROUP;
 
     const Product &p;
     const bool in_blocks = INT8_SUMS && p.block_scale;
@@ -41,17 +56,19 @@ class Part {
     const bool several = groups > GROUPS_AT_ONCE;
     const int64_t most_groups = several ? GROUPS_OF_MANY : GROUPS_AT_ONCE;
     const int64_t line = std::min(groups, most_groups);
+    const bool widen_low = LowOp::WIDENS && p.rank;
 
     // Rows row0 … row1-1 of the left side are this thread's, cut into `cuts` ranges; pieces are (panel, range).
     int64_t row0 = 0, row1 = 0, cuts = 1, begin = 0, end = 0;
     int64_t cut = 0, block = 0;           // rows of a range, and of those that go by at a time
     int64_t first_panel = 0, own = 0;     // panels of this thread
     bool keep = false;                    // panels are laid out for the first block of rows and kept for the others
-    bool gather = false;                  // rows are copied to lie side by side
+    bool gather = false;                  // rows are copied, or widened, to lie side by side
+    int64_t gathered_from = 0, gathered_rows = 0;
     int64_t stride = 0;                   // bytes from row to row
     int64_t starts_each = 0;
 
-    char *right = nullptr, *low_right = nullptr, *gathered = nullptr;
+    char *right = nullptr, *low_right = nullptr, *gathered = nullptr, *low_gathered = nullptr;
     int32_t *starts = nullptr;
     float *tiles = nullptr;
     alignas(64) float small[MOST_ROWS * PANEL];
@@ -73,27 +90,61 @@ class Part {
         }
     }
 
-    void lay_room(Scratch &scratch) {
+    void settle() {
         cut = (row1 - row0 + cuts - 1) / cuts + 1;
-        block = std::min(cut, std::max<int64_t>(8, LEFT_AT_ONCE / (std::max<int64_t>(line, 1) * 4) / MOST_ROWS) * MOST_ROWS);
+        block = std::min(cut, std::max<int64_t>(8, left_at_once() / (std::max<int64_t>(line, 1) * 4) / MOST_ROWS) * MOST_ROWS);
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
         keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
-        gather = several && cuts == 1 && p.left_ld * NUMBER % 1024 == 0;
+        gather = Op::WIDENS || (several && cuts == 1 && p.left_ld * NUMBER % 1024 == 0);
         stride = gather ? line * 4 : p.left_ld * NUMBER;
-        right = scratch.take((keep ? own : 1) * line * 128);
+        gathered_rows = cuts == 1 ? block : row1 - row0;
+    }
+
+    int64_t panels_kept() const { return keep ? own : 1; }
+    bool converts_columns() const { return p.right.by_column && (p.right.type != F32 || Op::PER_GROUP != 1 || p.right.scale != 1.0f); }
+
+    void lay_room(Scratch &scratch) {
+        right = scratch.take(panels_kept() * line * 128);
         low_right = scratch.take(low_groups * 128);
-        if (INT8_SUMS) starts = scratch.take<int32_t>((keep ? own : 1) * starts_each);
+        if (INT8_SUMS) starts = scratch.take<int32_t>(panels_kept() * starts_each);
         if (several) tiles = scratch.take<float>((end - begin) * block * PANEL);
-        if (gather) gathered = scratch.take(block * line * 4);
+        if (gather) gathered = scratch.take(gathered_rows * line * 4);
+        if (widen_low) low_gathered = scratch.take(gathered_rows * low_groups * 4);
+    }
+
+    // Copies the rows that are worked on next: `deep` groups of the left side from g0 on, and with the last the low-rank side.
+    void gather_rows(int64_t b0, int64_t g0, int64_t deep) {
+        int64_t first_row = row0 + b0, end_row = std::min(row1, first_row + block);
+        if (cuts > 1) {  // few rows: all of the ranges that this thread works on
+            const int64_t low = begin % cuts, high = (end - 1) % cuts;
+            const bool all = end - begin >= cuts || low > high;
+            int64_t ignored;
+            first_row = row0, end_row = row1;
+            if (!all) {
+                part_of(row1 - row0, (int)low, (int)cuts, first_row, ignored);
+                part_of(row1 - row0, (int)high, (int)cuts, ignored, end_row);
+                first_row += row0, end_row += row0;
+            }
+        }
+        gathered_from = first_row;
+        const int64_t k0 = g0 * Op::PER_GROUP, room = deep * Op::PER_GROUP;
+        for (int64_t m = first_row; gather && m < end_row; m++) {
+            const typename Op::Left *const from = (const typename Op::Left *)p.left + m * p.left_ld + k0;
+            char *const to = gathered + (m - first_row) * line * 4;
+            if (Op::WIDENS) Op::widen(from, std::min(p.K - k0, room), room, to);
+            else memcpy(to, from, deep * 4);
+        }
+        if (!widen_low || g0 + most_groups < groups) return;
+        for (int64_t m = first_row; m < end_row; m++)
+            LowOp::widen((const typename LowOp::Left *)p.low + m * p.rank, p.rank, low_groups * LowOp::PER_GROUP,
+                         low_gathered + (m - first_row) * low_groups * 4);
     }
 
     // All pieces of one block of rows from b0 on, over `deep` groups from g0 on.
     void run_pieces(int64_t b0, int64_t g0, int64_t deep) {
-        if (gather)
-            for (int64_t m = 0; m < std::min(block, row1 - row0 - b0); m++)
-                memcpy(gathered + m * line * 4, (const char *)p.left + ((row0 + b0 + m) * p.left_ld + g0 * Op::PER_GROUP) * NUMBER, deep * 4);
+        if (gather || widen_low) gather_rows(b0, g0, deep);
         int64_t packed = -1, share = 0;
         Ahead ahead;
         for (int64_t piece = begin; piece < end; piece++) {
@@ -119,10 +170,10 @@ class Part {
         if (keep && b0 > 0) return 0;
         char *const here = right + place * line * 128;
         pack<Op>(p.right, p.K, p.N, n0, g0, deep, here);
-        if (INT8_SUMS) {
+        if constexpr (INT8_SUMS) {
             int32_t *const start = starts + place * starts_each;
             for (int64_t g = 0; g < deep; g += in_blocks ? BLOCK_GROUPS : deep)
-                starts_of_columns(here + g * 128, in_blocks ? std::min(BLOCK_GROUPS, deep - g) : deep, vecs_at(n0), p.left_zero,
+                starts_of_columns<Op>(here + g * 128, in_blocks ? std::min(BLOCK_GROUPS, deep - g) : deep, vecs_at(n0), p.left_zero,
                                   start + (in_blocks ? g / BLOCK_GROUPS * PANEL : 0));
         }
         const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : first_panel;
@@ -140,26 +191,31 @@ class Part {
         for (int64_t m = m0; m < m1;) {
             const int rows = rows_at_once(m1 - m);
             float *const tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
-            const char *left = gather ? gathered + (m - row0 - b0) * line * 4
+            const char *left = gather ? gathered + (m - gathered_from) * line * 4
                                       : (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * NUMBER;
             ahead.fetch(share);
-            if (in_blocks) {
-                const float *const scales = p.block_scale + m * blocks + g0 / BLOCK_GROUPS;
-                if (vecs == 2) add_blocks_of<2>(rows, left, stride, here, deep, start, scales, blocks, g0 == 0, tile);
-                else add_blocks_of<1>(rows, left, stride, here, deep, start, scales, blocks, g0 == 0, tile);
-            } else if (g0 == 0 && !INT8_SUMS) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
-            else {
-                // In int8, each part of a sum has a start of its own.
-                if (INT8_SUMS && g0 > 0) add_starts(tile, rows, vecs, start);
-                const float *const from = g0 > 0 ? tile : (const float *)start;
-                products_onto<Op>(rows, vecs, left, stride, here, deep, from, g0 > 0 ? PANEL : 0, tile, PANEL);
-            }
-            if (last) {
-                if (vecs == 2) finish_rows<LowOp, 2>(rows, p, tile, INT8_SUMS && !in_blocks, m, n0, low_right, low_groups);
-                else finish_rows<LowOp, 1>(rows, p, tile, INT8_SUMS && !in_blocks, m, n0, low_right, low_groups);
-            }
+            const bool fresh = g0 == 0;
+            if constexpr (INT8_SUMS) {
+                if (in_blocks) {
+                    const float *const scales = p.block_scale + m * blocks + g0 / BLOCK_GROUPS;
+                    add_blocks_of<Op>(rows, vecs, left, stride, here, deep, start, scales, blocks, fresh, tile);
+                } else {
+                    // Each part of a sum has a start of its own.
+                    if (!fresh) add_starts(tile, rows, vecs, start);
+                    products_onto<Op>(rows, vecs, left, stride, here, deep, fresh ? (const float *)start : tile, fresh ? 0 : PANEL, tile, PANEL);
+                }
+            } else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
+            else products_onto<Op>(rows, vecs, left, stride, here, deep, tile, PANEL, tile, PANEL);
+            if (last) finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low_of(m));
             m += rows;
         }
+    }
+
+    LowRank low_of(int64_t m) const {
+        if (!p.rank) return {nullptr, nullptr, 0, 0};
+        if (widen_low) return {low_gathered + (m - gathered_from) * low_groups * 4, low_right, low_groups * 4, low_groups};
+        const int64_t bytes = p.rank * (int64_t)sizeof(typename LowOp::Left);
+        return {(const char *)p.low + m * bytes, low_right, bytes, low_groups};
     }
 
     int vecs_at(int64_t n0) const { return p.N - n0 > 16 ? 2 : 1; }
@@ -167,14 +223,31 @@ class Part {
 
 }  // namespace
 
+namespace {
+
+// body(op, low_op) with what multiplies the two parts of a product.
+template <class Body>
+void with_ops(const Product &p, int type, Body &&body) {
+    if (type == INT8) with_op(p.out_type, [&](auto low) { body(OpInt8(), low); });
+    else with_op(type, [&](auto op) { body(op, op); });
+}
+
+}  // namespace
+
 void deltaw::run_product(const Product &p, int type, int thread, int threads) {
     if (p.M <= 0 || p.N <= 0) return;
-    if (type == F32) Part<OpF32, OpF32>(p, thread, threads).run();
-    else if (type == BF16) Part<OpBF16, OpBF16>(p, thread, threads).run();
-    else if (p.out_type == F32) Part<OpInt8, OpF32>(p, thread, threads).run();
-    else Part<OpInt8, OpBF16>(p, thread, threads).run();
+    with_ops(p, type, [&](auto op, auto low) { Part<decltype(op), decltype(low)>(p, thread, threads).run(); });
 }
 
 void deltaw::run_product(const Product &p, int type) {
     in_parallel([&](int thread, int threads) { run_product(p, type, thread, threads); });
+}
+
+int64_t deltaw::product_room(const Product &p, int type, int threads) {
+    int64_t bytes = 0;
+    if (p.M <= 0 || p.N <= 0) return 0;
+    with_ops(p, type, [&](auto op, auto low) {
+        for (int thread = 0; thread < threads; thread++) bytes += Part<decltype(op), decltype(low)>(p, thread, threads).room();
+    });
+    return bytes;
 }

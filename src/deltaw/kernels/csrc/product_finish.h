@@ -5,55 +5,66 @@
 namespace deltaw {
 
 // ROWS sums of 16 columns from n on go out in fp32, transposed.
-inline void store_transposed(const Product &p, int64_t row, int64_t n, __m512 y) {
+inline void store_transposed(const Product &p, int64_t row, int64_t n, F16 y) {
     alignas(64) float lanes[16];
-    _mm512_store_ps(lanes, y);
+    store16(lanes, y);
     float *const out = (float *)p.out;
     for (int j = 0; j < 16 && n + j < p.N; j++) out[(n + j) * p.out_ld + row] = lanes[j];
 }
 
-inline __m512 bias_of(const Product &p, int64_t n, __mmask16 mask) {
-    if (!p.bias) return _mm512_setzero_ps();
+inline F16 bias_of(const Product &p, int64_t n, First mask) {
+    if (!p.bias) return zero_f();
     return p.bias_f32 || p.out_type == F32 ? load16((const float *)p.bias + n, mask) : load16((const bf16 *)p.bias + n, mask);
 }
 
+// The low-rank side: rows of the left as they are multiplied, `stride` bytes apart, the first for the tile's first row; and
+// the right side, laid out.
+struct LowRank {
+    const char *left, *right;
+    int64_t stride, groups;
+};
+
 // A tile (ROWS, 16·VECS) of sums, rows m …, columns n0 …; int32 sums become fp32 times their row's and column's scale.
 template <class LowOp, int ROWS, int VECS>
-inline void finish(const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const char *low_right, int64_t low_groups) {
-    __m512 s[ROWS][VECS];
+inline void finish(const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
+    F16 s[ROWS][VECS];
+#pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) {
         const int64_t n = n0 + 16 * v;
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const float *at = tile + i * PANEL + 16 * v;
-            s[i][v] = from_int32 ? _mm512_cvtepi32_ps(_mm512_loadu_si512(at)) : _mm512_loadu_ps(at);
+            s[i][v] = from_int32 ? to_f(load_i(at)) : load16(at);
         }
         if (p.column_scale) {
-            const __m512 by = load16(p.column_scale + n, first(p.N - n));
-            for (int i = 0; i < ROWS; i++) s[i][v] = _mm512_mul_ps(s[i][v], by);
+            const F16 by = load16(p.column_scale + n, first(p.N - n));
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++) s[i][v] = s[i][v] * by;
         }
     }
     if (p.row_scale)
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < VECS; v++) s[i][v] = _mm512_mul_ps(s[i][v], _mm512_set1_ps(p.row_scale[m + i]));
-    if (low_groups) {
-        const int64_t stride = p.rank * (4 / LowOp::PER_GROUP);
-        add_products<LowOp, ROWS, VECS>((const char *)p.low + m * stride, stride, low_right, low_groups, s);
-    }
-    const __m512 scale = _mm512_set1_ps(p.out_scale);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; v++) s[i][v] = s[i][v] * set_f(p.row_scale[m + i]);
+    if (low.groups) add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, s);
+    const F16 scale = set_f(p.out_scale);
+#pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) {
         const int64_t n = n0 + 16 * v;
-        const __mmask16 mask = first(p.N - n);
-        const __m512 bias = bias_of(p, n, mask);
+        const First mask = first(p.N - n);
+        const F16 bias = bias_of(p, n, mask);
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const int64_t row = m + i;
-            __m512 y = _mm512_fmadd_ps(s[i][v], scale, bias);
+            F16 y = fma(s[i][v], scale, bias);
             if (p.transposed) {
                 store_transposed(p, row, n, y);
                 continue;
             }
             if (p.added) {
-                if (p.out_type == F32) y = _mm512_add_ps(y, load16((const float *)p.added + row * p.added_ld + n, mask));
-                else y = _mm512_add_ps(y, load16((const bf16 *)p.added + row * p.added_ld + n, mask));
+                if (p.out_type == F32) y = y + load16((const float *)p.added + row * p.added_ld + n, mask);
+                else y = y + load16((const bf16 *)p.added + row * p.added_ld + n, mask);
             }
             if (p.out_type == F32) store16((float *)p.out + row * p.out_ld + n, y, mask);
             else store16((bf16 *)p.out + row * p.out_ld + n, y, mask);
@@ -61,16 +72,14 @@ inline void finish(const Product &p, const float *tile, bool from_int32, int64_t
     }
 }
 
-template <class LowOp, int VECS>
-inline void finish_rows(int rows, const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const char *low_right,
-                        int64_t low_groups) {
-    switch (rows) {
-        case 12: finish<LowOp, 12, VECS>(p, tile, from_int32, m, n0, low_right, low_groups); break;
-        case 8: finish<LowOp, 8, VECS>(p, tile, from_int32, m, n0, low_right, low_groups); break;
-        case 4: finish<LowOp, 4, VECS>(p, tile, from_int32, m, n0, low_right, low_groups); break;
-        case 2: finish<LowOp, 2, VECS>(p, tile, from_int32, m, n0, low_right, low_groups); break;
-        default: finish<LowOp, 1, VECS>(p, tile, from_int32, m, n0, low_right, low_groups);
-    }
+template <class LowOp>
+inline void finish_rows(int rows, int vecs, const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
+    with_rows(rows, [&](auto count) {
+        with_vecs(vecs, [&](auto wide, int v) {
+            const LowRank here{low.left, low.right + 64 * v, low.stride, low.groups};
+            finish<LowOp, decltype(count)::value, decltype(wide)::value>(p, tile + 16 * v, from_int32, m, n0 + 16 * v, here);
+        });
+    });
 }
 
 }  // namespace deltaw

@@ -1,7 +1,7 @@
 #include "quantize.h"
 
 #include "kernels.h"
-#include "numbers.h"
+#include "vector.h"
 #include "threads.h"
 
 using namespace deltaw;
@@ -10,24 +10,24 @@ namespace {
 
 template <class T>
 void quantize_row(int64_t K, const T *row, const float *smooth, uint8_t *out, float *scale) {
-    __m512 most = _mm512_setzero_ps();
+    F16 most = zero_f();
     for (int64_t k = 0; k < K; k += 16) {
-        const __mmask16 mask = first(K - k);
-        __m512 v = load16(row + k, mask);
-        if (smooth) v = _mm512_mul_ps(v, load16(smooth + k, mask));
-        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+        const First mask = first(K - k);
+        F16 v = load16(row + k, mask);
+        if (smooth) v = v * load16(smooth + k, mask);
+        most = max(most, abs(v));
     }
-    const float top = _mm512_reduce_max_ps(most);
+    const float top = largest_of(most);
     *scale = top / 127.0f;
-    const __m512 by = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
-    const __m512i low = _mm512_set1_epi32(1), high = _mm512_set1_epi32(255), shift = _mm512_set1_epi32(128);
+    const F16 by = set_f(top > 0 ? 127.0f / top : 0.0f);
+    const I16 low = set_i(1), high = set_i(255), shift = set_i(128);
     for (int64_t k = 0; k < K; k += 16) {
-        const __mmask16 mask = first(K - k);
-        __m512 v = load16(row + k, mask);
-        if (smooth) v = _mm512_mul_ps(v, load16(smooth + k, mask));
-        __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, by)), shift);
-        q = _mm512_min_epi32(_mm512_max_epi32(q, low), high);
-        _mm_mask_storeu_epi8(out + k, mask, _mm512_cvtepi32_epi8(q));
+        const First mask = first(K - k);
+        F16 v = load16(row + k, mask);
+        if (smooth) v = v * load16(smooth + k, mask);
+        I16 q = to_int(v * by) + shift;
+        q = min(max(q, low), high);
+        store_u8(out + k, q, mask);
     }
 }
 

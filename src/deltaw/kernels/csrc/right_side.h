@@ -22,53 +22,86 @@ struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else a
 
 namespace packing {
 
-inline __m256i to_bf16(const float *p, __mmask16 m, __m512 scale) { return round_to_bf16(_mm512_mul_ps(load16(p, m), scale)); }
-inline __m512 inverse(float scale) { return _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f); }
+inline F16 inverse(float scale) { return set_f(scale > 0 ? 1.0f / scale : 0.0f); }
 
-// Where `by_column`: fp32 numbers that are rounded to bf16.
-inline void columns_to_bf16(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
-    Scratch scratch;
-    bf16 *const lines = scratch.take<bf16>(16 * groups * 2);
-    const float *const data = (const float *)b.data;
-    const __m512 scale = _mm512_set1_ps(b.scale);
-    for (int v = 0; v < vecs; v++) {
-        const char *rows[16];
-        for (int i = 0; i < 16; i++) {
-            const int64_t n = n0 + 16 * v + i;
-            bf16 *const to = lines + i * groups * 2;
-            rows[i] = n < N ? (const char *)to : nullptr;
-            if (n >= N) continue;
-            for (int64_t k = 0; k < groups * 2; k += 16)
-                _mm256_mask_storeu_epi16(to + k, first(groups * 2 - k), to_bf16(data + n * b.ld + k0 + k, first(depth - k), scale));
-        }
-        pack_rows16(rows, groups, into + 64 * v, 128);
-    }
-}
-
-// Where `by_column`: bf16 numbers that are rounded to int8.
-inline void columns_to_int8(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
-    Scratch scratch;
-    char *const lines = scratch.take(16 * (groups * 4 + 16));
-    for (int v = 0; v < vecs; v++) {
-        const char *rows[16];
-        for (int i = 0; i < 16; i++) {
-            const int64_t n = n0 + 16 * v + i;
-            char *const to = lines + i * groups * 4;
-            rows[i] = n < N ? to : nullptr;
-            if (n >= N) continue;
-            const __m512 by = inverse(b.int8_scale[n]);
-            for (int64_t k = 0; k < groups * 4; k += 16) {
-                const __m512 x = load16((const bf16 *)b.data + n * b.ld + k0 + k, first(depth - k));
-                _mm_storeu_si128((__m128i *)(to + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by))));
-            }
-        }
-        pack_rows16(rows, groups, into + 64 * v, 128);
-    }
-}
-
+// How a group is made of PER_GROUP rows of numbers, and what a line of numbers becomes before it is cut into groups.
 template <class Op>
-inline void columns_as_they_are(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
-    const int64_t size = 4 / Op::PER_GROUP;
+struct Groups;
+
+// fp32, one a group.
+template <>
+struct Groups<Fma> {
+    typedef float Number;
+    static I16 of_rows(const I16 *numbers) { return numbers[0]; }
+    static void store(float *to, I16 numbers) { store_i(to, numbers); }
+    static void store(float *to, I16 numbers, First m) { store_i(to, numbers, m); }
+    static I16 number(F16 x) { return bits_of(x); }
+    static I16 number(const float *p, First m) { return load_i(p, m); }
+    static I16 number(const bf16 *p, First m) { return load_u16(p, m) << 16; }
+    static I16 number(const int8_t *p, First m) { return bits_of(to_f(load_s8(p, m))); }
+};
+
+// Two numbers of 16 bits.
+struct Pairs {
+    typedef bf16 Number;
+    static I16 of_rows(const I16 *numbers) { return (numbers[0] & set_i(0xffff)) | (numbers[1] << 16); }
+    static void store(bf16 *to, I16 numbers, First m) { store_u16(to, numbers, m); }
+};
+#ifdef DW_BF16_DOT
+template <>
+struct Groups<Bf16Dot> : Pairs {
+    static I16 number(F16 x) { return bf16_bits(x); }
+    static I16 number(const float *p, First m) { return bf16_bits(load16(p, m)); }
+    static I16 number(const bf16 *p, First m) { return load_u16(p, m); }
+    static I16 number(const int8_t *p, First m) { return bf16_bits(to_f(load_s8(p, m))); }
+};
+#endif
+template <>
+struct Groups<Int16Dot> : Pairs {
+    static I16 number(F16 x) { return to_int(x); }
+    static I16 number(const float *p, First m) { return to_int(load16(p, m)); }
+    static I16 number(const bf16 *p, First m) { return to_int(load16(p, m)); }
+    static I16 number(const int8_t *p, First m) { return load_s8(p, m); }
+};
+#ifdef DW_INT8_DOT
+template <>
+struct Groups<Int8Dot> {
+    typedef int8_t Number;
+    static I16 of_rows(const I16 *numbers) {
+        const I16 low = set_i(255);
+        return (numbers[0] & low) | ((numbers[1] & low) << 8) | ((numbers[2] & low) << 16) | (numbers[3] << 24);
+    }
+    // Into room for 16, whatever m is.
+    static void store(int8_t *to, I16 numbers, First) { store_s8(to, numbers); }
+    static I16 number(F16 x) { return to_int(x); }
+    static I16 number(const float *p, First m) { return to_int(load16(p, m)); }
+    static I16 number(const bf16 *p, First m) { return to_int(load16(p, m)); }
+    static I16 number(const int8_t *p, First m) { return load_s8(p, m); }
+};
+#endif
+
+// Which of Groups an Op has: that of its base, which says how it multiplies.
+template <class Op>
+struct KindOf {
+    static Fma of(const Fma *);
+#ifdef DW_BF16_DOT
+    static Bf16Dot of(const Bf16Dot *);
+#endif
+#ifdef DW_INT8_DOT
+    static Int8Dot of(const Int8Dot *);
+#endif
+    static Int16Dot of(const Int16Dot *);
+    typedef Groups<decltype(of((const Op *)nullptr))> type;
+};
+
+// Numbers of one row or column times its scale.
+template <class G, class T>
+inline I16 scaled(const T *p, First m, F16 by) {
+    return G::number(load16(p, m) * by);
+}
+
+// Where `by_column`: numbers that lie as they are multiplied.
+inline void columns_as_they_are(const Right &b, int64_t size, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
     for (int v = 0; v < vecs; v++) {
         const char *rows[16];
         for (int i = 0; i < 16; i++) {
@@ -76,61 +109,75 @@ inline void columns_as_they_are(const Right &b, int64_t N, int64_t n0, int64_t k
             rows[i] = n < N ? (const char *)b.data + (n * b.ld + k0) * size : nullptr;
         }
         pack_rows16(rows, groups, into + 64 * v, 128);
-        if (Op::PER_GROUP == 1 && b.scale != 1.0f)
-            for (int64_t g = 0; g < groups; g++) {
-                float *const at = (float *)(into + 128 * g + 64 * v);
-                _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(b.scale)));
+    }
+}
+
+// Where `by_column`: bf16 numbers widened to fp32, one a group.
+inline void columns_widened(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
+    for (int v = 0; v < vecs; v++)
+        for (int64_t g = 0; g < groups; g += 16) {
+            const First m = first(groups - g);
+            I16 r[16];
+            for (int i = 0; i < 16; i++) {
+                const int64_t n = n0 + 16 * v + i;
+                r[i] = n < N ? load_u16((const bf16 *)b.data + n * b.ld + k0 + g, m) << 16 : zero_i();
             }
-    }
-}
-
-// Not `by_column`: 16 columns from n on, whose groups span rows.
-inline void rows_of_f32(const Right &b, int64_t n, int64_t k0, int64_t groups, __mmask16 m, char *to) {
-    const __m512 scale = _mm512_set1_ps(b.scale);
-    for (int64_t g = 0; g < groups; g++, to += 128)
-        _mm512_store_ps((float *)to, _mm512_mul_ps(load16((const float *)b.data + (k0 + g) * b.ld + n, m), scale));
-}
-
-inline void rows_to_bf16(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, __mmask16 m, char *to) {
-    const __m512 scale = _mm512_set1_ps(b.scale);
-    const float *const data = (const float *)b.data;
-    for (int64_t g = 0; g < groups; g++, to += 128) {
-        const float *const at = data + (k0 + 2 * g) * b.ld + n;
-        __m512i low = _mm512_cvtepu16_epi32(to_bf16(at, m, scale)), high = _mm512_setzero_si512();
-        if (2 * g + 1 < depth) high = _mm512_cvtepu16_epi32(to_bf16(at + b.ld, m, scale));
-        _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-}
-
-inline void rows_of_bf16(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, __mmask16 m, char *to) {
-    const bf16 *const data = (const bf16 *)b.data;
-    for (int64_t g = 0; g < groups; g++, to += 128) {
-        const bf16 *const at = data + (k0 + 2 * g) * b.ld + n;
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at)), high = _mm512_setzero_si512();
-        if (2 * g + 1 < depth) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at + b.ld));
-        _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-}
-
-inline void rows_to_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, __mmask16 m, char *to) {
-    const bf16 *const data = (const bf16 *)b.data + n;
-    for (int64_t g = 0; g < groups; g++, to += 128) {
-        __m512i sum = _mm512_setzero_si512();
-        for (int j = 0; j < 4 && 4 * g + j < depth; j++) {
-            const int64_t k = k0 + 4 * g + j;
-            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load16(data + k * b.ld, m), inverse(b.int8_scale[k])));
-            sum = _mm512_or_si512(sum, _mm512_slli_epi32(_mm512_and_si512(q, _mm512_set1_epi32(255)), 8 * j));
+            transpose16(r);
+            const int64_t count = std::min<int64_t>(16, groups - g);
+            for (int i = 0; i < count; i++) store_i(into + (g + i) * 128 + 64 * v, r[i]);
         }
-        _mm512_store_si512(to, sum);
+}
+
+// Where `by_column`: numbers that are converted on the way, a line of each column at a time. `by` is given a column.
+template <class Op, class T, class Scale>
+inline void columns_converted(const T *data, const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into,
+                              Scale &&by) {
+    typedef typename KindOf<Op>::type G;
+    typedef typename G::Number Number;
+    const int64_t line = groups * Op::PER_GROUP;
+    Scratch scratch;
+    Number *const lines = scratch.take<Number>(16 * line + 16);
+    for (int v = 0; v < vecs; v++) {
+        const char *rows[16];
+        for (int i = 0; i < 16; i++) {
+            const int64_t n = n0 + 16 * v + i;
+            Number *const to = lines + i * line;
+            rows[i] = n < N ? (const char *)to : nullptr;
+            if (n >= N) continue;
+            for (int64_t k = 0; k < line; k += 16) G::store(to + k, by(data + n * b.ld + k0 + k, first(depth - k), n), first(line - k));
+        }
+        pack_rows16(rows, groups, into + 64 * v, 128);
     }
 }
 
-inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, __mmask16 m, char *to) {
+// Not `by_column`: 16 columns from n on, whose groups span rows. `by` is given a row.
+template <class Op, class T, class Scale>
+inline void rows_converted(const T *data, const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, First m, char *to, Scale &&by) {
+    typedef typename KindOf<Op>::type G;
+    constexpr int PER = Op::PER_GROUP;
+    for (int64_t g = 0; g < groups; g++, to += 128) {
+        I16 numbers[PER];
+        for (int j = 0; j < PER; j++) {
+            const int64_t k = PER * g + j;
+            numbers[j] = k < depth ? by(data + (k0 + k) * b.ld + n, m, k0 + k) : zero_i();
+        }
+        store_i(to, G::of_rows(numbers));
+    }
+}
+
+#if defined(DW_INT8_DOT) && defined(__SSE2__)
+// Signed numbers of 8 bits as they lie, four rows to a group.
+inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, int64_t columns, char *to) {
     const int8_t *q = (const int8_t *)b.data + k0 * b.ld + n;
-    const __m128i none = _mm_setzero_si128();
+    const size_t count = (size_t)std::min<int64_t>(16, columns);
     for (int64_t g = 0; g < groups; g++, q += 4 * b.ld, to += 128) {
         __m128i r[4];
-        for (int j = 0; j < 4; j++) r[j] = 4 * g + j < depth ? _mm_maskz_loadu_epi8(m, q + j * b.ld) : none;
+        for (int j = 0; j < 4; j++) {
+            r[j] = _mm_setzero_si128();
+            if (4 * g + j >= depth) continue;
+            if (count == 16) r[j] = _mm_loadu_si128((const __m128i *)(q + j * b.ld));
+            else memcpy(&r[j], q + j * b.ld, count);
+        }
         const __m128i low = _mm_unpacklo_epi8(r[0], r[1]), high = _mm_unpackhi_epi8(r[0], r[1]);
         const __m128i low2 = _mm_unpacklo_epi8(r[2], r[3]), high2 = _mm_unpackhi_epi8(r[2], r[3]);
         _mm_store_si128((__m128i *)to, _mm_unpacklo_epi16(low, low2));
@@ -139,31 +186,59 @@ inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, i
         _mm_store_si128((__m128i *)to + 3, _mm_unpackhi_epi16(high, high2));
     }
 }
+#endif
+
+template <class Op>
+inline void pack_columns(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
+    typedef typename KindOf<Op>::type G;
+    constexpr int64_t SIZE = 4 / Op::PER_GROUP;
+    if (b.type == F32) {
+        if (Op::PER_GROUP == 1 && b.scale == 1.0f) return columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
+        const F16 by = set_f(b.scale);
+        columns_converted<Op>((const float *)b.data, b, N, n0, k0, depth, groups, vecs, into,
+                              [&](const float *p, First m, int64_t) { return scaled<G>(p, m, by); });
+    } else if (b.type == INT8) {
+        if (Op::PER_GROUP == 4) return columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
+        columns_converted<Op>((const int8_t *)b.data, b, N, n0, k0, depth, groups, vecs, into,
+                              [&](const int8_t *p, First m, int64_t) { return G::number(p, m); });
+    } else if (b.int8_scale) {
+        columns_converted<Op>((const bf16 *)b.data, b, N, n0, k0, depth, groups, vecs, into,
+                              [&](const bf16 *p, First m, int64_t n) { return scaled<G>(p, m, inverse(b.int8_scale[n])); });
+    } else if (Op::PER_GROUP == 1) columns_widened(b, N, n0, k0, groups, vecs, into);
+    else columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
+}
+
+template <class Op>
+inline void pack_rows(const Right &b, int64_t N, int64_t n, int64_t k0, int64_t depth, int64_t groups, char *to) {
+    typedef typename KindOf<Op>::type G;
+    const First m = first(N - n);
+    if (b.type == F32) {
+        const F16 by = set_f(b.scale);
+        rows_converted<Op>((const float *)b.data, b, n, k0, depth, groups, m, to,
+                           [&](const float *p, First some, int64_t) { return scaled<G>(p, some, by); });
+    } else if (b.type == INT8) {
+#if defined(DW_INT8_DOT) && defined(__SSE2__)
+        if (Op::PER_GROUP == 4) return rows_of_int8(b, n, k0, depth, groups, N - n, to);
+#endif
+        rows_converted<Op>((const int8_t *)b.data, b, n, k0, depth, groups, m, to,
+                           [&](const int8_t *p, First some, int64_t) { return G::number(p, some); });
+    } else if (b.int8_scale) {
+        rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
+                           [&](const bf16 *p, First some, int64_t k) { return scaled<G>(p, some, inverse(b.int8_scale[k])); });
+    } else
+        rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
+                           [&](const bf16 *p, First some, int64_t) { return G::number(p, some); });
+}
 
 }  // namespace packing
 
 // Columns n0 … n0+31 and groups g0 … g0+groups-1 of the right side, as `products` reads them.
 template <class Op>
 inline void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups, char *into) {
-    const int per = Op::PER_GROUP;
-    const int64_t k0 = g0 * per, depth = std::min(K - k0, groups * per);
+    const int64_t k0 = g0 * Op::PER_GROUP, depth = std::min(K - k0, groups * Op::PER_GROUP);
     const int vecs = N - n0 > 16 ? 2 : 1;
-    if (b.by_column) {
-        if (per == 2 && b.type == F32) packing::columns_to_bf16(b, N, n0, k0, depth, groups, vecs, into);
-        else if (per == 4 && b.type == BF16) packing::columns_to_int8(b, N, n0, k0, depth, groups, vecs, into);
-        else packing::columns_as_they_are<Op>(b, N, n0, k0, groups, vecs, into);
-        return;
-    }
-    for (int v = 0; v < vecs; v++) {
-        const int64_t n = n0 + 16 * v;
-        const __mmask16 m = first(N - n);
-        char *const to = into + 64 * v;
-        if (per == 1) packing::rows_of_f32(b, n, k0, groups, m, to);
-        else if (per == 2 && b.type == F32) packing::rows_to_bf16(b, n, k0, depth, groups, m, to);
-        else if (per == 2) packing::rows_of_bf16(b, n, k0, depth, groups, m, to);
-        else if (b.type == BF16) packing::rows_to_int8(b, n, k0, depth, groups, m, to);
-        else packing::rows_of_int8(b, n, k0, depth, groups, m, to);
-    }
+    if (b.by_column) return packing::pack_columns<Op>(b, N, n0, k0, depth, groups, vecs, into);
+    for (int v = 0; v < vecs; v++) packing::pack_rows<Op>(b, N, n0 + 16 * v, k0, depth, groups, into + 64 * v);
 }
 
 // Fetches the memory that the next panel will be packed from, a few lines at a time while this one is worked on.

@@ -1,7 +1,7 @@
 // What is done to each row of tokens between the products: norms, activations, rotary positions. Sums are in fp32,
 // results are rounded once; what a backward can compute again is not kept.
 #include "kernels.h"
-#include "numbers.h"
+#include "vector.h"
 #include "threads.h"
 
 using namespace deltaw;
@@ -18,25 +18,25 @@ void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T
         const T *row = x + m * ld;
         float mean = 0;
         if (centred) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < D; d += 16) sum = _mm512_add_ps(sum, load16(row + d, first(D - d)));
-            mean = _mm512_reduce_add_ps(sum) / D;
+            F16 sum = zero_f();
+            for (int64_t d = 0; d < D; d += 16) sum = sum + load16(row + d, first(D - d));
+            mean = sum_of(sum) / D;
         }
-        __m512 sum = _mm512_setzero_ps(), mu = _mm512_set1_ps(mean);
+        F16 sum = zero_f(), mu = set_f(mean);
         for (int64_t d = 0; d < D; d += 16) {
-            __mmask16 k = first(D - d);
-            __m512 v = _mm512_maskz_sub_ps(k, load16(row + d, k), mu);
-            sum = _mm512_fmadd_ps(v, v, sum);
+            First k = first(D - d);
+            F16 v = keep_first(k, load16(row + d, k) - mu);
+            sum = fma(v, v, sum);
         }
-        const float rstd = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / D + eps);
+        const float rstd = 1.0f / __builtin_sqrtf(sum_of(sum) / D + eps);
         stats[2 * m] = mean;
         stats[2 * m + 1] = rstd;
-        const __m512 by = _mm512_set1_ps(rstd), shift = _mm512_set1_ps(offset);
+        const F16 by = set_f(rstd), shift = set_f(offset);
         for (int64_t d = 0; d < D; d += 16) {
-            __mmask16 k = first(D - d);
-            __m512 v = _mm512_mul_ps(_mm512_sub_ps(load16(row + d, k), mu), by);
-            if (weight) v = _mm512_mul_ps(v, _mm512_add_ps(load16(weight + d, k), shift));
-            if (bias) v = _mm512_add_ps(v, load16(bias + d, k));
+            First k = first(D - d);
+            F16 v = (load16(row + d, k) - mu) * by;
+            if (weight) v = v * (load16(weight + d, k) + shift);
+            if (bias) v = v + load16(bias + d, k);
             store16(y + m * D + d, v, k);
         }
     });
@@ -48,24 +48,24 @@ void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, co
                    const float *stats, const T *added, T *dx) {
     rows_in_parallel(M, [&](int64_t m) {
         const T *row = x + m * ld, *grad = dy + m * D;
-        const __m512 mu = _mm512_set1_ps(stats[2 * m]), by = _mm512_set1_ps(stats[2 * m + 1]), shift = _mm512_set1_ps(offset);
-        __m512 sum = _mm512_setzero_ps(), dot = _mm512_setzero_ps();
+        const F16 mu = set_f(stats[2 * m]), by = set_f(stats[2 * m + 1]), shift = set_f(offset);
+        F16 sum = zero_f(), dot = zero_f();
         for (int64_t d = 0; d < D; d += 16) {
-            __mmask16 k = first(D - d);
-            __m512 g = load16(grad + d, k);
-            if (weight) g = _mm512_mul_ps(g, _mm512_add_ps(load16(weight + d, k), shift));
-            sum = _mm512_mask_add_ps(sum, k, sum, g);
-            dot = _mm512_mask3_fmadd_ps(g, _mm512_mul_ps(_mm512_sub_ps(load16(row + d, k), mu), by), dot, k);
+            First k = first(D - d);
+            F16 g = load16(grad + d, k);
+            if (weight) g = g * (load16(weight + d, k) + shift);
+            sum = keep_first(k, sum + g, sum);
+            dot = keep_first(k, fma(g, (load16(row + d, k) - mu) * by, dot), dot);
         }
-        const __m512 mean = _mm512_set1_ps(centred ? _mm512_reduce_add_ps(sum) / D : 0.0f);
-        const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / D);
+        const F16 mean = set_f(centred ? sum_of(sum) / D : 0.0f);
+        const F16 slope = set_f(sum_of(dot) / D);
         for (int64_t d = 0; d < D; d += 16) {
-            __mmask16 k = first(D - d);
-            __m512 g = load16(grad + d, k);
-            if (weight) g = _mm512_mul_ps(g, _mm512_add_ps(load16(weight + d, k), shift));
-            __m512 hat = _mm512_mul_ps(_mm512_sub_ps(load16(row + d, k), mu), by);
-            __m512 v = _mm512_mul_ps(by, _mm512_sub_ps(_mm512_sub_ps(g, mean), _mm512_mul_ps(hat, slope)));
-            if (added) v = _mm512_add_ps(v, load16(added + m * D + d, k));
+            First k = first(D - d);
+            F16 g = load16(grad + d, k);
+            if (weight) g = g * (load16(weight + d, k) + shift);
+            F16 hat = (load16(row + d, k) - mu) * by;
+            F16 v = by * ((g - mean) - (hat * slope));
+            if (added) v = v + load16(added + m * D + d, k);
             store16(dx + m * D + d, v, k);
         }
     });
@@ -76,42 +76,42 @@ enum Activation { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
 
 // erf by Abramowitz and Stegun 7.1.26's form with a better fit is too coarse for fp32; this is the series of
 // the complementary error function in Numerical Recipes (erfcc, section 6.2), relative error below 1.2e-7.
-inline __m512 erf_16(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_abs_ps(x);
-    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.5f), z, one));
+inline F16 erf_16(F16 x) {
+    const F16 one = set_f(1.0f), z = abs(x);
+    const F16 t = one / fma(set_f(0.5f), z, one);
     const float c[] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
                        -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
-    __m512 p = _mm512_set1_ps(c[0]);
-    for (int i = 1; i < 10; i++) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(c[i]));
-    __m512 tail = _mm512_mul_ps(t, exp_16(_mm512_fnmadd_ps(z, z, p)));
-    __m512 value = _mm512_sub_ps(one, tail);
-    return _mm512_mask_sub_ps(value, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), value);
+    F16 p = set_f(c[0]);
+    for (int i = 1; i < 10; i++) p = fma(p, t, set_f(c[i]));
+    F16 tail = t * exp_16(fnma(z, z, p));
+    F16 value = one - tail;
+    return select(x < zero_f(), zero_f() - value, value);
 }
 
 // f(x) and f'(x).
-inline void activate(int kind, __m512 x, __m512 &f, __m512 &slope) {
-    const __m512 one = _mm512_set1_ps(1.0f), half = _mm512_set1_ps(0.5f), zero = _mm512_setzero_ps();
+inline void activate(int kind, F16 x, F16 &f, F16 &slope) {
+    const F16 one = set_f(1.0f), half = set_f(0.5f), zero = zero_f();
     if (kind == SILU) {
-        __m512 s = sigmoid_16(x);
-        f = _mm512_mul_ps(x, s);
-        slope = _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one));
+        F16 s = sigmoid_16(x);
+        f = x * s;
+        slope = s * fma(x, one - s, one);
     } else if (kind == GELU_TANH) {
-        const __m512 a = _mm512_set1_ps(0.7978845608f), c = _mm512_set1_ps(0.044715f);
-        __m512 square = _mm512_mul_ps(x, x);
-        __m512 t = tanh_16(_mm512_mul_ps(a, _mm512_mul_ps(x, _mm512_fmadd_ps(c, square, one))));
-        __m512 inner = _mm512_mul_ps(a, _mm512_fmadd_ps(_mm512_set1_ps(3 * 0.044715f), square, one));
-        __m512 lifted = _mm512_mul_ps(half, _mm512_add_ps(one, t));
-        f = _mm512_mul_ps(x, lifted);
-        slope = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(half, x), _mm512_fnmadd_ps(t, t, one)), inner, lifted);
+        const F16 a = set_f(0.7978845608f), c = set_f(0.044715f);
+        F16 square = x * x;
+        F16 t = tanh_16(a * (x * fma(c, square, one)));
+        F16 inner = a * fma(set_f(3 * 0.044715f), square, one);
+        F16 lifted = half * (one + t);
+        f = x * lifted;
+        slope = fma((half * x) * fnma(t, t, one), inner, lifted);
     } else if (kind == GELU) {
-        __m512 lifted = _mm512_mul_ps(half, _mm512_add_ps(one, erf_16(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)))));
-        __m512 density = _mm512_mul_ps(_mm512_set1_ps(0.39894228f), exp_16(_mm512_mul_ps(_mm512_set1_ps(-0.5f), _mm512_mul_ps(x, x))));
-        f = _mm512_mul_ps(x, lifted);
-        slope = _mm512_fmadd_ps(x, density, lifted);
+        F16 lifted = half * (one + erf_16(x * set_f(0.70710678f)));
+        F16 density = set_f(0.39894228f) * exp_16(set_f(-0.5f) * (x * x));
+        f = x * lifted;
+        slope = fma(x, density, lifted);
     } else {
-        __mmask16 up = _mm512_cmp_ps_mask(x, zero, _CMP_GT_OQ);
-        f = _mm512_maskz_mov_ps(up, x);
-        slope = _mm512_maskz_mov_ps(up, one);
+        const M16 up = x > zero;
+        f = select(up, x, zero);
+        slope = select(up, one, zero);
     }
 }
 
@@ -121,10 +121,10 @@ void activation(int kind, int64_t M, int64_t D, const T *gate, const T *up, T *y
     rows_in_parallel(M, [&](int64_t m) {
         for (int64_t d = 0; d < D; d += 16) {
             const int64_t at = m * D + d;
-            __mmask16 k = first(D - d);
-            __m512 f, slope;
+            First k = first(D - d);
+            F16 f, slope;
             activate(kind, load16(gate + at, k), f, slope);
-            if (up) f = _mm512_mul_ps(f, load16(up + at, k));
+            if (up) f = f * load16(up + at, k);
             store16(y + at, f, k);
         }
     });
@@ -136,16 +136,16 @@ void activation_backward(int kind, int64_t M, int64_t D, const T *dy, const T *g
     rows_in_parallel(M, [&](int64_t m) {
         for (int64_t d = 0; d < D; d += 16) {
             const int64_t at = m * D + d;
-            __mmask16 k = first(D - d);
-            __m512 f, slope, g = load16(dy + at, k);
+            First k = first(D - d);
+            F16 f, slope, g = load16(dy + at, k);
             activate(kind, load16(gate + at, k), f, slope);
             if (up) {
-                __m512 u = load16(up + at, k);
-                store16(d_gate + at, _mm512_mul_ps(_mm512_mul_ps(g, u), slope), k);
-                store16(d_up + at, _mm512_mul_ps(g, f), k);
-                if (y) store16(y + at, _mm512_mul_ps(f, u), k);
+                F16 u = load16(up + at, k);
+                store16(d_gate + at, (g * u) * slope, k);
+                store16(d_up + at, g * f, k);
+                if (y) store16(y + at, f * u, k);
             } else {
-                store16(d_gate + at, _mm512_mul_ps(g, slope), k);
+                store16(d_gate + at, g * slope, k);
                 if (y) store16(y + at, f, k);
             }
         }
@@ -166,16 +166,16 @@ void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T *x, int
             const T *from = x + m * ld + h * d;
             T *to = out + m * out_ld + h * d;
             for (int64_t i = 0; i < half; i += 16) {
-                __mmask16 k = first(half - i);
-                __m512 a = load16(from + i, k), b = load16(from + half + i, k);
-                __m512 c1 = load16(c + i, k), c2 = load16(c + half + i, k), s1 = load16(s + i, k), s2 = load16(s + half + i, k);
-                __m512 first_half, second_half;
+                First k = first(half - i);
+                F16 a = load16(from + i, k), b = load16(from + half + i, k);
+                F16 c1 = load16(c + i, k), c2 = load16(c + half + i, k), s1 = load16(s + i, k), s2 = load16(s + half + i, k);
+                F16 first_half, second_half;
                 if (!backward) {
-                    first_half = _mm512_fnmadd_ps(b, s1, _mm512_mul_ps(a, c1));
-                    second_half = _mm512_fmadd_ps(a, s2, _mm512_mul_ps(b, c2));
+                    first_half = fnma(b, s1, a * c1);
+                    second_half = fma(a, s2, b * c2);
                 } else {
-                    first_half = _mm512_fmadd_ps(b, s2, _mm512_mul_ps(a, c1));
-                    second_half = _mm512_fnmadd_ps(a, s1, _mm512_mul_ps(b, c2));
+                    first_half = fma(b, s2, a * c1);
+                    second_half = fnma(a, s1, b * c2);
                 }
                 store16(to + i, first_half, k);
                 store16(to + half + i, second_half, k);

@@ -1,0 +1,44 @@
+#include "arithmetic.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+#include "status.h"
+
+namespace {
+
+#ifdef DW_BF16_DOT
+const int64_t OF_BF16 = 1 << deltaw::DOT | 1 << deltaw::WIDE;
+#else
+const int64_t OF_BF16 = 1 << deltaw::WIDE;
+#endif
+
+std::atomic<int> of_type[3] = {{deltaw::DOT}, {OF_BF16 & 1 ? deltaw::DOT : deltaw::WIDE}, {deltaw::DOT}};
+// As much as most processors' cores have, until the caller says how much this one has.
+std::atomic<int64_t> second_level_cache{1 << 20};
+
+}  // namespace
+
+namespace deltaw {
+
+Arithmetic arithmetic_of(int type) { return (Arithmetic)of_type[type].load(std::memory_order_relaxed); }
+
+// Half of the cache; panels and sums take 64 KiB of it and more of the other half.
+int64_t left_at_once() { return std::max<int64_t>(64 << 10, second_level_cache.load(std::memory_order_relaxed) / 2 - (64 << 10)); }
+
+}  // namespace deltaw
+
+int64_t dw_arithmetics(int type) { return type == deltaw::BF16 ? OF_BF16 : type == deltaw::F32 || type == deltaw::INT8 ? 1 : 0; }
+
+int dw_set_arithmetic(int type, int which) {
+    if (which < 0 || which > 2 || !(dw_arithmetics(type) >> which & 1)) return deltaw::FAILED;
+    of_type[type] = which;
+    return deltaw::OK;
+}
+
+int dw_set_cache(int64_t bytes) {
+    if (bytes <= 0) return deltaw::FAILED;
+    second_level_cache = bytes;
+    return deltaw::OK;
+}

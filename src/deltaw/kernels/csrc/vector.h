@@ -1,0 +1,63 @@
+// Arithmetic on 16 lanes of 32 bits, in as many registers as the processor needs: what is not a product is written once
+// over it. F16 and I16 are 16 numbers of fp32 and int32, M16 is a choice of lanes, First the first lanes of a row's end.
+#pragma once
+#if defined(__AVX512F__)
+#include "vector_avx512.h"
+#else
+#include "vector_parts.h"
+#endif
+
+namespace deltaw {
+
+enum Type { F32 = 0, BF16 = 1, INT8 = 2 };  // as the caller numbers them
+
+inline F16 load16(const bf16 *p) { return from_bits(load_u16(p) << 16); }
+inline F16 load16(const bf16 *p, First m) { return from_bits(load_u16(p, m) << 16); }
+
+// 2^x, to about 2 units in the last place of fp32; 0 below -126, infinity from 128 on, NaN stays NaN.
+inline F16 exp2_16(F16 x) {
+    const F16 n = nearest(x), f = x - n;  // f in [-0.5, 0.5]
+    // Near-minimax polynomial of 2^f on [-0.5, 0.5].
+    F16 p = set_f(1.5353362e-4f);
+    p = fma(p, f, set_f(1.3398874e-3f));
+    p = fma(p, f, set_f(9.6184374e-3f));
+    p = fma(p, f, set_f(5.5503324e-2f));
+    p = fma(p, f, set_f(2.4022648e-1f));
+    p = fma(p, f, set_f(6.9314720e-1f));
+    p = fma(p, f, set_f(1.0f));
+    return select(x < set_f(-126.0f), zero_f(), times_power_of_two(p, n));
+}
+// The same to 3e-6, which is far below what a bf16 number tells apart.
+inline F16 exp2_16_for_bf16(F16 x) {
+    const F16 n = nearest(x), f = x - n;
+    F16 p = set_f(9.57010002e-3f);
+    p = fma(p, f, set_f(5.59178602e-2f));
+    p = fma(p, f, set_f(2.40247449e-1f));
+    p = fma(p, f, set_f(6.93121815e-1f));
+    p = fma(p, f, set_f(9.99999261e-1f));
+    return select(not_less(x, set_f(-126.0f)), times_power_of_two(p, n), zero_f());
+}
+const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+inline F16 exp_16(F16 x) { return exp2_16(x * set_f(LOG2E)); }
+inline F16 sigmoid_16(F16 x) { return set_f(1.0f) / (set_f(1.0f) + exp_16(zero_f() - x)); }
+// 1 - 2 / (1 + e^2x): saturates cleanly on both sides.
+inline F16 tanh_16(F16 x) {
+    const F16 one = set_f(1.0f);
+    return one - set_f(2.0f) / (one + exp_16(x + x));
+}
+
+// A "group" is what one lane of a product takes at a time: one fp32 number, two numbers of 16 bits or four of 8.
+// 16 rows of `groups` groups each (a null row counts as zeros) become `groups` vectors of 16 lanes, `step` bytes
+// apart at `into`: the form in which a product reads its right side.
+inline void pack_rows16(const char *const rows[16], int64_t groups, char *into, int64_t step) {
+    for (int64_t g = 0; g < groups; g += 16) {
+        const First m = first(groups - g);
+        I16 r[16];
+        for (int i = 0; i < 16; i++) r[i] = rows[i] ? load_i(rows[i] + 4 * g, m) : zero_i();
+        transpose16(r);
+        const int64_t n = std::min<int64_t>(16, groups - g);
+        for (int i = 0; i < n; i++) store_i(into + (g + i) * step, r[i]);
+    }
+}
+
+}  // namespace deltaw

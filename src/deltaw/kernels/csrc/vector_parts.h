@@ -1,0 +1,283 @@
+// Sixteen lanes of 32 bits in several registers of the compiler's own vectors (GCC, clang): two of AVX2, four of NEON or of
+// any other processor; see vector.h.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "bf16.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define DW_VECTOR_BYTES 32
+#else
+#define DW_VECTOR_BYTES 16
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+#endif
+
+namespace deltaw {
+
+typedef float vf __attribute__((vector_size(DW_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(DW_VECTOR_BYTES)));
+const int LANES = DW_VECTOR_BYTES / 4, PARTS = 16 / LANES;
+
+struct F16 { vf p[PARTS]; };
+struct I16 { vi p[PARTS]; };
+struct M16 { vi p[PARTS]; };    // a lane is all ones or all zeros
+struct First { int64_t n; };    // which lanes of a row's end are there
+
+inline First first(int64_t n) { return {n >= 16 ? 16 : n < 0 ? 0 : n}; }
+
+#define DW_EACH _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; i++)
+// One value of `type` from one expression of the parts' number i.
+#define DW_PARTS(type, expression) type r; DW_EACH r.p[i] = expression; return r
+
+inline vf one_f(float x) { return x - (vf){}; }
+inline vi one_i(int32_t x) { return x - (vi){}; }
+#if DW_VECTOR_BYTES == 32
+inline vf one_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline vf one_fnma(vf a, vf b, vf c) { return (vf)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline vi one_to_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
+inline vf one_nearest(vf a) { return (vf)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif defined(__ARM_NEON)
+inline vf one_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline vf one_fnma(vf a, vf b, vf c) { return (vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline vi one_to_int(vf a) { return (vi)vcvtnq_s32_f32((float32x4_t)a); }
+inline vf one_nearest(vf a) { return (vf)vrndnq_f32((float32x4_t)a); }
+#else
+inline vf one_fma(vf a, vf b, vf c) { return a * b + c; }
+inline vf one_fnma(vf a, vf b, vf c) { return c - a * b; }
+inline vi one_to_int(vf a) {
+    vi r;
+    for (int i = 0; i < LANES; i++) r[i] = (int32_t)lrintf(a[i]);
+    return r;
+}
+inline vf one_nearest(vf a) {
+    vf r;
+    for (int i = 0; i < LANES; i++) r[i] = nearbyintf(a[i]);
+    return r;
+}
+#endif
+
+inline F16 zero_f() { return {}; }
+inline F16 set_f(float x) { DW_PARTS(F16, one_f(x)); }
+inline F16 operator+(F16 a, F16 b) { DW_PARTS(F16, a.p[i] + b.p[i]); }
+inline F16 operator-(F16 a, F16 b) { DW_PARTS(F16, a.p[i] - b.p[i]); }
+inline F16 operator*(F16 a, F16 b) { DW_PARTS(F16, a.p[i] * b.p[i]); }
+inline F16 operator/(F16 a, F16 b) { DW_PARTS(F16, a.p[i] / b.p[i]); }
+inline F16 fma(F16 a, F16 b, F16 c) { DW_PARTS(F16, one_fma(a.p[i], b.p[i], c.p[i])); }
+inline F16 fnma(F16 a, F16 b, F16 c) { DW_PARTS(F16, one_fnma(a.p[i], b.p[i], c.p[i])); }
+// Where one is NaN, the second, as x86 has it.
+inline F16 max(F16 a, F16 b) { DW_PARTS(F16, a.p[i] > b.p[i] ? a.p[i] : b.p[i]); }
+inline F16 min(F16 a, F16 b) { DW_PARTS(F16, a.p[i] < b.p[i] ? a.p[i] : b.p[i]); }
+inline F16 abs(F16 a) { DW_PARTS(F16, (vf)((vi)a.p[i] & one_i(0x7fffffff))); }
+inline F16 nearest(F16 a) { DW_PARTS(F16, one_nearest(a.p[i])); }
+// a · 2^n for whole n from -126 to 128, a from 0.5 to 1.5; infinity from n = 128 on where a ≥ 1, NaN stays NaN.
+inline F16 times_power_of_two(F16 a, F16 n) {
+    DW_PARTS(F16, (n.p[i] > one_f(128) || (n.p[i] == one_f(128) && a.p[i] >= one_f(1))) ? one_f(INFINITY)
+             : n.p[i] != n.p[i] ? n.p[i] : (vf)((vi)a.p[i] + (one_to_int(n.p[i]) << 23)));
+}
+inline float sum_of(F16 a) {
+    vf s = a.p[0];
+    for (int i = 1; i < PARTS; i++) s += a.p[i];
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) s[i] += s[i + width];
+    return s[0];
+}
+inline float largest_of(F16 a) {
+    float most = a.p[0][0];
+    DW_EACH for (int j = 0; j < LANES; j++) most = most < a.p[i][j] ? a.p[i][j] : most;
+    return most;
+}
+inline float least_of(F16 a) {
+    float least = a.p[0][0];
+    DW_EACH for (int j = 0; j < LANES; j++) least = a.p[i][j] < least ? a.p[i][j] : least;
+    return least;
+}
+
+inline I16 zero_i() { return {}; }
+inline I16 set_i(int32_t x) { DW_PARTS(I16, one_i(x)); }
+inline I16 operator+(I16 a, I16 b) { DW_PARTS(I16, a.p[i] + b.p[i]); }
+inline I16 operator*(I16 a, I16 b) { DW_PARTS(I16, a.p[i] * b.p[i]); }
+inline I16 operator&(I16 a, I16 b) { DW_PARTS(I16, a.p[i] & b.p[i]); }
+inline I16 operator|(I16 a, I16 b) { DW_PARTS(I16, a.p[i] | b.p[i]); }
+inline I16 operator<<(I16 a, int n) { DW_PARTS(I16, a.p[i] << n); }
+inline I16 max(I16 a, I16 b) { DW_PARTS(I16, a.p[i] > b.p[i] ? a.p[i] : b.p[i]); }
+inline I16 min(I16 a, I16 b) { DW_PARTS(I16, a.p[i] < b.p[i] ? a.p[i] : b.p[i]); }
+inline I16 to_int(F16 a) { DW_PARTS(I16, one_to_int(a.p[i])); }
+inline F16 to_f(I16 a) { DW_PARTS(F16, __builtin_convertvector(a.p[i], vf)); }
+inline I16 bits_of(F16 a) { DW_PARTS(I16, (vi)a.p[i]); }
+inline F16 from_bits(I16 a) { DW_PARTS(F16, (vf)a.p[i]); }
+
+inline M16 no_lanes() { return {}; }
+inline M16 either(M16 a, M16 b) { DW_PARTS(M16, a.p[i] | b.p[i]); }
+inline bool any(M16 m) {
+    vi all = m.p[0];
+    for (int i = 1; i < PARTS; i++) all |= m.p[i];
+    int64_t words[DW_VECTOR_BYTES / 8], sum = 0;
+    memcpy(words, &all, sizeof(words));
+    for (int64_t word : words) sum |= word;
+    return sum != 0;
+}
+inline M16 operator<(F16 a, F16 b) { DW_PARTS(M16, (vi)(a.p[i] < b.p[i])); }
+inline M16 operator>(F16 a, F16 b) { DW_PARTS(M16, (vi)(a.p[i] > b.p[i])); }
+inline M16 not_less(F16 a, F16 b) { DW_PARTS(M16, ~(vi)(a.p[i] < b.p[i])); }
+inline M16 operator<(I16 a, I16 b) { DW_PARTS(M16, (vi)(a.p[i] < b.p[i])); }
+inline M16 operator>(I16 a, I16 b) { DW_PARTS(M16, (vi)(a.p[i] > b.p[i])); }
+inline F16 select(M16 m, F16 yes, F16 no) { DW_PARTS(F16, (vf)(((vi)yes.p[i] & m.p[i]) | ((vi)no.p[i] & ~m.p[i]))); }
+inline M16 lanes_of(First f) {
+    static const int32_t ones[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    M16 m;
+    memcpy(&m, ones + 16 - f.n, sizeof(m));
+    return m;
+}
+inline F16 keep_first(First f, F16 a, F16 otherwise = {}) { return f.n == 16 ? a : select(lanes_of(f), a, otherwise); }
+
+// Numbers of a row's end go through a buffer, so that nothing beyond them is touched.
+template <class T>
+struct Buffered {
+    T numbers[16];
+    Buffered() {}
+    Buffered(const T *p, First f) {
+        memset(numbers, 0, sizeof(numbers));
+        memcpy(numbers, p, f.n * sizeof(T));
+    }
+    void write(T *p, First f) const { memcpy(p, numbers, f.n * sizeof(T)); }
+};
+
+// Part by part: a copy of the whole would keep the compiler from holding it in registers.
+inline I16 load_i(const void *p) {
+    I16 a;
+    DW_EACH memcpy(&a.p[i], (const char *)p + i * DW_VECTOR_BYTES, DW_VECTOR_BYTES);
+    return a;
+}
+inline void store_i(void *p, I16 a) { DW_EACH memcpy((char *)p + i * DW_VECTOR_BYTES, &a.p[i], DW_VECTOR_BYTES); }
+inline I16 load_i(const void *p, First f) { return f.n == 16 ? load_i(p) : load_i(Buffered<int32_t>((const int32_t *)p, f).numbers); }
+inline void store_i(void *p, I16 a, First f) {
+    if (f.n == 16) store_i(p, a);
+    else memcpy(p, &a, f.n * 4);
+}
+#if DW_VECTOR_BYTES == 32
+inline I16 load_u16(const bf16 *p) {
+    I16 a;
+    DW_EACH a.p[i] = (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i)));
+    return a;
+}
+inline void store_u16(bf16 *p, I16 a) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    const __m256i both = _mm256_packus_epi32(_mm256_and_si256((__m256i)a.p[0], low), _mm256_and_si256((__m256i)a.p[1], low));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+#elif defined(__ARM_NEON)
+inline I16 load_u16(const bf16 *p) {
+    I16 a;
+    DW_EACH a.p[i] = (vi)vmovl_u16(vld1_u16(p + 4 * i));
+    return a;
+}
+inline void store_u16(bf16 *p, I16 a) { DW_EACH vst1_u16(p + 4 * i, vmovn_u32((uint32x4_t)a.p[i])); }
+#else
+inline I16 load_u16(const bf16 *p) {
+    I16 a;
+    DW_EACH for (int j = 0; j < LANES; j++) a.p[i][j] = p[i * LANES + j];
+    return a;
+}
+inline void store_u16(bf16 *p, I16 a) { DW_EACH for (int j = 0; j < LANES; j++) p[i * LANES + j] = (bf16)a.p[i][j]; }
+#endif
+inline I16 load_u16(const bf16 *p, First f) { return f.n == 16 ? load_u16(p) : load_u16(Buffered<bf16>(p, f).numbers); }
+inline void store_u16(bf16 *p, I16 a, First f) {
+    if (f.n == 16) return store_u16(p, a);
+    Buffered<bf16> b;
+    store_u16(b.numbers, a);
+    b.write(p, f);
+}
+template <class T>
+inline I16 load_bytes(const T *p) {
+#if DW_VECTOR_BYTES == 32
+    const __m128i b = _mm_loadu_si128((const __m128i *)p), upper = _mm_srli_si128(b, 8);
+    if (sizeof(T) && std::is_signed<T>::value) return {{(vi)_mm256_cvtepi8_epi32(b), (vi)_mm256_cvtepi8_epi32(upper)}};
+    return {{(vi)_mm256_cvtepu8_epi32(b), (vi)_mm256_cvtepu8_epi32(upper)}};
+#else
+    I16 a;
+    DW_EACH for (int j = 0; j < LANES; j++) a.p[i][j] = p[i * LANES + j];
+    return a;
+#endif
+}
+inline I16 load_u8(const uint8_t *p, First f) { return load_bytes(f.n == 16 ? p : Buffered<uint8_t>(p, f).numbers); }
+inline I16 load_s8(const int8_t *p, First f) { return load_bytes(f.n == 16 ? p : Buffered<int8_t>(p, f).numbers); }
+// Clamped to the range of T.
+template <class T>
+inline void store_bytes(T *p, I16 a) {
+    a = min(max(a, set_i(std::is_signed<T>::value ? -128 : 0)), set_i(std::is_signed<T>::value ? 127 : 255));
+#if DW_VECTOR_BYTES == 32
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a.p[0], (__m256i)a.p[1]), 0xd8);
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    _mm_storeu_si128((__m128i *)p, std::is_signed<T>::value ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high));
+#else
+    DW_EACH for (int j = 0; j < LANES; j++) p[i * LANES + j] = (T)a.p[i][j];
+#endif
+}
+inline void store_s8(int8_t *p, I16 a) { store_bytes(p, a); }
+inline void store_u8(uint8_t *p, I16 a, First f) {
+    if (f.n == 16) return store_bytes(p, a);
+    Buffered<uint8_t> b;
+    store_bytes(b.numbers, a);
+    b.write(p, f);
+}
+
+inline F16 load16(const float *p) { return from_bits(load_i(p)); }
+inline F16 load16(const float *p, First f) { return from_bits(load_i(p, f)); }
+inline void store16(float *p, F16 a) { store_i(p, bits_of(a)); }
+inline void store16(float *p, F16 a, First f) { store_i(p, bits_of(a), f); }
+
+// The bits of 16 numbers rounded to bf16, in the lower halves of the lanes: to nearest, ties to even; NaN stays NaN.
+inline I16 bf16_bits(F16 a) {
+    I16 r;
+    DW_EACH {
+        typedef uint32_t vu __attribute__((vector_size(DW_VECTOR_BYTES)));
+        const vu x = (vu)a.p[i], rounded = (x + (((x >> 16) & 1) + 0x7fff)) >> 16;
+        r.p[i] = a.p[i] == a.p[i] ? (vi)rounded : one_i(0x7fc0);
+    }
+    return r;
+}
+inline void store16(bf16 *p, F16 a) { store_u16(p, bf16_bits(a)); }
+inline void store16(bf16 *p, F16 a, First f) { store_u16(p, bf16_bits(a), f); }
+
+inline void transpose16(I16 r[16]) {
+#if DW_VECTOR_BYTES == 32
+    for (int rows = 0; rows < 16; rows += 8)
+        for (int part = 0; part < 2; part++) {
+            __m256i a[8], b[8];
+            for (int i = 0; i < 8; i++) a[i] = (__m256i)r[rows + i].p[part];
+            for (int i = 0; i < 4; i++) {
+                b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            }
+            for (int i = 0; i < 2; i++) {
+                a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+                a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+            }
+            for (int i = 0; i < 4; i++) {
+                r[rows + i].p[part] = (vi)_mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+                r[rows + 4 + i].p[part] = (vi)_mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+            }
+        }
+    for (int i = 0; i < 8; i++) std::swap(r[i].p[1], r[8 + i].p[0]);
+#else
+    int32_t from[16][16], to[16][16];
+    memcpy(from, r, sizeof(from));
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
+    memcpy(r, to, sizeof(to));
+#endif
+}
+
+#undef DW_PARTS
+#undef DW_EACH
+
+}  // namespace deltaw
