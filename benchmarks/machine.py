@@ -57,6 +57,13 @@ def print_machine(threads: int | None = None) -> None:
     print("", *machine_lines(threads), sep="\n", flush=True)
 
 
+def kernels_text() -> str:
+    """Which of deltaw's compiled kernels this process uses, and what a run would say about them."""
+    from deltaw.kernels import loader
+
+    return "; ".join([f"kernels {loader.variant() or 'none'}", *loader.notes()])
+
+
 def _version(package: str) -> str | None:
     if package == "deltaw":  # it may be run from its sources, without having been installed
         from deltaw.version import __version__

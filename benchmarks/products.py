@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from machine import print_machine
+from machine import kernels_text, print_machine
 from peak import Peak, peaks
 from step_models import MODELS, config_of, linear_shapes
 
@@ -83,9 +83,8 @@ def every(asked: list[str]) -> list[str]:
     """The values of DELTAW_KERNELS to measure, "all" written out."""
     if "all" not in asked:
         return asked
-    from deltaw.kernels.variants import allowed, file_of
-
     from deltaw.kernels.processor import processor_flags
+    from deltaw.kernels.variants import allowed, file_of
 
     built = [v.name for v in allowed(processor_flags()) if file_of(v).is_file()]
     return [name for given in asked for name in (built if given == "all" else [given])]
@@ -112,8 +111,6 @@ def run(job: dict[str, Any], name: str) -> dict[str, Any] | None:
 def child(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from deltaw.kernels import loader
-
     torch.set_num_threads(job["threads"])
     config, size = config_of(job["model"]), MODELS[job["model"]]
     rows = size.rows * size.length
@@ -126,7 +123,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
             measured.append(
                 {"kind": kind, "shape": [m, i, o], "count": count, "deltaw": ours, "torch": theirs}
             )
-    return {"products": measured, "notes": loader.notes()}
+    return {"products": measured, "notes": [kernels_text()]}
 
 
 def product_seconds(kind: str, rows: int, inputs: int, outputs: int, calls: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from machine import kernels_text
 
 LEARNING_RATE = 2e-4
 RANK, ALPHA = 16, 32
@@ -24,7 +25,6 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.data.example import Example
     from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
-    from deltaw.kernels import loader
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
     from deltaw.runtime.int8_weights import quantize_int8
     from deltaw.runtime.packed import packed_rows
@@ -58,7 +58,7 @@ def deltaw_side(job: dict) -> dict:
             schedule="linear",
         )
     save_adapter(loaded.model, job["output"], base_model=job["model"])
-    how = "; ".join([f"{precision.value} ({precision.why})", *loader.notes()])
+    how = f"{precision.value} ({precision.why}), {kernels_text()}"
     return {"seconds": outcome.seconds, "loss": outcome.loss, "how": how}
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import kernels_text
 from step_models import MODELS, config_of, linear_shapes
 
 RANK, ALPHA = 16, 32
@@ -59,7 +60,6 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
     from deltaw.data.example import Example
     from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
-    from deltaw.kernels import loader
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.int8_weights import quantize_int8
     from deltaw.runtime.packed import packed_rows
@@ -93,7 +93,7 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
             batch_size=len(examples),
             on_step=lambda step: seconds.append(step.seconds),
         )
-    how = "; ".join([f"{precision.value} ({precision.why})", *loader.notes()])
+    how = f"{precision.value} ({precision.why}), {kernels_text()}"
     return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": outcome.loss, "how": how}
 
 
