@@ -160,16 +160,64 @@ void thin_dot_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const b
 
 #endif
 
+#ifdef DW_AMX
+// The same in tiles, r at most 64 or so: the thin side is transposed and is a left side, the wide side a right side whose
+// panels are laid out and multiplied a few groups at a time.
+void thin_tile_product(Thin c, const bf16 *thin, const bf16 *wide, int thread, int threads) {
+    const int64_t STEP = 2 * tiles::GROUPS, GROUPS_AT_ONCE = 128;  // tokens of a step; 16 KiB of a panel
+    const int64_t steps = (c.T + STEP - 1) / STEP, groups = steps * tiles::GROUPS, rows = (c.r + 15) / 16 * 16;
+    int64_t begin, end;
+    part_of((c.N + PANEL - 1) / PANEL, thread, threads, begin, end);
+    if (begin == end) return;
+    Scratch scratch;
+    char *const turned = scratch.take(rows * groups * 4), *const lines = scratch.take(GROUPS_AT_ONCE * 128);
+    float *const sums = scratch.take<float>(rows * PANEL);
+    // Lanes are columns, and each holds two tokens.
+    for (int64_t j = 0; j < rows; j += 16)
+        for (int64_t step = 0; step < steps; step++) {
+            I16 pairs[16];
+            for (int i = 0; i < 16; i++) {
+                const int64_t t = step * STEP + 2 * i;
+                const I16 low = t < c.T ? load_u16(thin + t * c.r + j, first(c.r - j)) : zero_i();
+                const I16 high = t + 1 < c.T ? load_u16(thin + (t + 1) * c.r + j, first(c.r - j)) : zero_i();
+                pairs[i] = low | (high << 16);
+            }
+            transpose16(pairs);
+            for (int i = 0; i < 16; i++) store_i(turned + ((j + i) * groups + step * tiles::GROUPS) * 4, pairs[i]);
+        }
+    const Right right{wide, c.N, BF16, 0, 1.0f};
+    const UseOfTiles use;
+    for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t n0 = panel * PANEL;
+        const int vecs = c.N - n0 > 16 ? 2 : 1;
+        memset(sums, 0, rows * PANEL * 4);
+        for (int64_t g0 = 0; g0 < groups; g0 += GROUPS_AT_ONCE) {
+            const int64_t deep = std::min(groups - g0, GROUPS_AT_ONCE);
+            pack<TilesBF16>(right, c.T, c.N, n0, g0, deep, lines);
+            products_onto<TilesBF16>(rows, vecs, turned + g0 * 4, groups * 4, lines, deep, sums, PANEL, sums, PANEL);
+        }
+        write_lines(c, sums, n0);
+    }
+}
+#endif
+
 // One thread's part. The thin sides are widened by each thread for itself, which takes less time than waiting for another.
 void factors_part(int type, const FactorsBackward &f, int thread, int threads) {
 #ifdef __AVX512BF16__
-    if (type == BF16 && f.rank <= 16 && arithmetic_of(BF16) != WIDE) {
+    if (type == BF16 && f.rank <= 16 && arithmetic_of(BF16) == DOT) {
         thin_dot_product(f.M, f.in, f.rank, (const bf16 *)f.narrow, (const bf16 *)f.x, 1.0f, true, f.of_A, thread, threads);
         thin_dot_product(f.M, f.out, f.rank, (const bf16 *)f.h, (const bf16 *)f.grad, f.scaling, false, f.of_B, thread, threads);
         return;
     }
 #endif
     const Thin of_A{f.M, f.in, f.rank, nullptr, 1.0f, true, f.of_A}, of_B{f.M, f.out, f.rank, nullptr, f.scaling, false, f.of_B};
+#ifdef DW_AMX
+    if (type == BF16 && arithmetic_of(BF16) == TILES) {
+        thin_tile_product(of_A, (const bf16 *)f.narrow, (const bf16 *)f.x, thread, threads);
+        thin_tile_product(of_B, (const bf16 *)f.h, (const bf16 *)f.grad, thread, threads);
+        return;
+    }
+#endif
     if (type == F32) {
         thin_product_of(of_A, (const float *)f.narrow, (const float *)f.x, thread, threads);
         thin_product_of(of_B, (const float *)f.h, (const float *)f.grad, thread, threads);
