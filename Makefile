@@ -2,7 +2,8 @@
 #   make demo      fine-tune a real model on a real task and show what it learned
 #   make test      the tests (`make test-slow`: those that take minutes)
 #   make lint      style and types
-#   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer: those of the
+#                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here)
 #   make bench     the figures of the README, beside the peers
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow lint bench sanitize clean
+.PHONY: demo test test-slow lint bench sanitize sanitize-all clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -35,21 +36,29 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/sft.py
 
-# ---- the kernels under sanitizers: they and their tests as one program
+# ---- the kernels under sanitizers: those of one variant and their tests as one program
+# Of another machine's variants: CXX=aarch64-linux-gnu-g++ VARIANT=neon RUN='qemu-aarch64 -L /usr/aarch64-linux-gnu'
+VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
+VARIANT   ?= $(shell $(VARIANTS) best)
+RUN       ?=
+CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CTESTS    := tests/kernels/csrc
-SANITIZED := build/sanitize
-SANITIZE  := $(shell cat $(CSRC)/compile_flags.txt) -O1 -g -Wall -Wextra -fopenmp -I$(CSRC) \
-             -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := build/sanitize/$(VARIANT)
+SANITIZE   = $(shell cat $(CSRC)/compile_flags.txt) $(shell $(VARIANTS) flags $(VARIANT)) -O1 -g -Wall -Wextra \
+             -fopenmp -I$(CSRC) $(CHECKS)
 OBJECTS   := $(patsubst %.cpp,$(SANITIZED)/%.o,$(notdir $(wildcard $(CSRC)/*.cpp) $(wildcard $(CTESTS)/*.cpp)))
 vpath %.cpp $(CSRC) $(CTESTS)
 
 sanitize: $(SANITIZED)/test_kernels
-	ASAN_OPTIONS=allocator_may_return_null=1 $<
+	ASAN_OPTIONS=allocator_may_return_null=1 $(RUN) $<
+
+sanitize-all:
+	set -e; for variant in $$($(VARIANTS) allowed); do $(MAKE) sanitize VARIANT=$$variant; done
 
 $(SANITIZED)/test_kernels: $(OBJECTS)
 	$(CXX) $(SANITIZE) $^ -o $@
 
-$(SANITIZED)/%.o: %.cpp $(wildcard $(CSRC)/*.h) $(wildcard $(CTESTS)/*.h) $(CSRC)/compile_flags.txt
+$(SANITIZED)/%.o: %.cpp $(wildcard $(CSRC)/*.h) $(wildcard $(CTESTS)/*.h) $(wildcard $(CSRC)/*.txt)
 	@mkdir -p $(SANITIZED)
 	$(CXX) $(SANITIZE) -c $< -o $@
 

@@ -6,35 +6,102 @@ import ctypes
 import ctypes.util
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from deltaw.kernels import loader, structs
+from deltaw.errors import UserError
+from deltaw.kernels import loader, structs, variants
 from tests.kernels.conftest import compiled_only
 
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 
 
+@pytest.fixture
+def afresh(monkeypatch):
+    """A process that has not looked for kernels yet, and whose user asks for nothing."""
+    monkeypatch.delenv(variants.VARIABLE, raising=False)
+    monkeypatch.delenv(variants.OFF, raising=False)
+    for name, value in (("opened", {}), ("using", None), ("why_not", None), ("settled", False)):
+        monkeypatch.setattr(loader._Process, name, value)
+
+
 @pytest.mark.skipif(os.environ.get("DELTAW_NATIVE") == "0", reason="compiled kernels are switched off")
-@pytest.mark.skipif(not loader.platform_is_served(), reason="the kernels are for Linux on x86-64")
+@pytest.mark.skipif(not loader.platform_is_served(), reason="the kernels are not for this system")
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 def test_the_extension_is_built_where_a_compiler_is():
     """Without it nearly all tests of kernels are skipped, and the others try torch's operations alone."""
-    path = loader._extension()
-    assert path is not None, (
-        f"{COMPILER} is here, and the compiled kernels are not: look for the compiler's error in "
+    assert loader.usable(), (
+        f"{COMPILER} is here, and no compiled kernels are: look for the compiler's error in "
         "`python setup.py build_ext --inplace`, or set DELTAW_NATIVE=0 to test without them"
     )
-    loader.load(path)
 
 
 @compiled_only
-def test_a_library_of_another_abi_is_not_used(monkeypatch):
+def test_the_best_variant_that_was_built_is_used_unless_one_is_forced(afresh, monkeypatch):
+    assert loader.variant() == loader.usable()[0].name and loader.why_not() is None
+    for usable in loader.usable():
+        monkeypatch.setattr(loader._Process, "settled", False)
+        monkeypatch.setenv(variants.VARIABLE, usable.name)
+        assert loader.variant() == usable.name
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [(variants.VARIABLE, "none"), (variants.VARIABLE, "torch"), (variants.OFF, "0")],
+)
+def test_kernels_are_switched_off(afresh, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    assert loader.library() is None and not loader.serves(torch.ones(2))
+    assert loader.variant() is None and f"{variable}={value}" in str(loader.why_not())
+
+
+def test_a_forced_variant_that_cannot_run_is_refused(afresh, monkeypatch):
+    """It is never replaced by another: neither one that the processor lacks nor one that was not built."""
+    foreign = next(v for v in variants.every_variant() if v.machine not in ("any", variants.machine()))
+    monkeypatch.setenv(variants.VARIABLE, foreign.name)
+    with pytest.raises(UserError, match=f"'{foreign.name}' need what this processor lacks"):
+        loader.library()
+    monkeypatch.setenv(variants.VARIABLE, "generic")
+    monkeypatch.setattr(variants, "FOLDER", Path("nowhere"))
+    with pytest.raises(UserError, match="'generic' were not built"):
+        loader.library()
+
+
+@compiled_only
+def test_a_forced_variant_of_another_abi_is_refused(afresh, monkeypatch):
+    monkeypatch.setenv(variants.VARIABLE, loader.usable()[0].name)
+    monkeypatch.setattr(loader._Process, "opened", {})
     monkeypatch.setattr(loader, "ABI", loader.ABI + 1)
-    library, why, _ = loader._found.__wrapped__()
-    assert library is None
+    with pytest.raises(UserError, match="cannot be loaded: they were built from other sources"):
+        loader.library()
+
+
+@compiled_only
+@pytest.mark.skipif(
+    shutil.which("nm") is None or sys.platform != "linux", reason="no nm to list symbols with"
+)
+def test_variants_have_only_the_c_interface_in_common():
+    """A function of C++'s library that two of them have compiled could otherwise stand in for the other's."""
+    for variant in loader.usable():
+        listed = subprocess.run(
+            ["nm", "--dynamic", "--defined-only", variants.file_of(variant)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        names = [line.split()[-1] for line in listed.stdout.splitlines()]
+        assert "dw_linear" in names and all(name.startswith("dw_") for name in names), names
+    opened = [loader.open_variant(variant.name).library for variant in loader.usable()]
+    assert len({library._handle for library in opened}) == len(opened)
+
+
+@compiled_only
+def test_a_library_of_another_abi_is_not_used(afresh, monkeypatch):
+    monkeypatch.setattr(loader, "ABI", loader.ABI + 1)
+    assert loader.library() is None
+    why = str(loader.why_not())
     assert f"ABI {loader.ABI - 1}, not {loader.ABI}" in why and "rebuild" in why
 
 
@@ -45,23 +112,25 @@ def test_a_library_without_an_abi_is_not_used():
 
 
 @compiled_only
-def test_a_struct_that_is_laid_out_otherwise_is_named(monkeypatch):
+def test_a_struct_that_is_laid_out_otherwise_is_named(afresh, monkeypatch):
     class RowNorm(ctypes.Structure):
         _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_float), ("bias", ctypes.c_void_p)]
 
     assert structs.differing(loader.kernels()) is None
     monkeypatch.setattr(structs, "MIRRORED", (structs.Layer, RowNorm, structs.BlockParts))
     assert structs.differing(loader.kernels()) == "RowNorm"
-    library, why, _ = loader._found.__wrapped__()
-    assert library is None and "RowNorm" in why
+    monkeypatch.setattr(loader._Process, "opened", {})
+    monkeypatch.setattr(loader._Process, "settled", False)
+    assert loader.library() is None and "RowNorm" in str(loader.why_not())
 
 
 @compiled_only
-def test_no_openmp_library_is_said(monkeypatch):
+def test_no_openmp_library_is_said(afresh, monkeypatch):
     assert loader.threads_note() is None, "torch's OpenMP library is known"
     monkeypatch.setattr(loader, "openmp_functions", lambda: None)
-    library, why, note = loader._found.__wrapped__()
-    assert library is not None and why is None and "one thread" in note
+    monkeypatch.setattr(loader._Process, "opened", {})
+    loader.use(None)
+    assert loader.library() is not None and "one thread" in str(loader.threads_note())
 
 
 @compiled_only

@@ -13,6 +13,7 @@ import warnings
 import click
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.kernels import variants
 from deltaw.version import __version__
 
 VERBS = {
@@ -54,6 +55,7 @@ class _Verbs(click.Group):
 @click.version_option(__version__, prog_name="deltaw")
 def group() -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
+    variants.check_asked()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,8 +1,12 @@
-"""The compiled kernels: where they are, whether this processor can run them, and how they are called.
+"""The compiled kernels: which variant of them runs here, and how they are called.
 
-The extension is plain C++ behind C functions, so it is bound to no version of torch or Python. It has no
-threads of its own: it is handed those of torch's OpenMP library, since two pools would fight for the cores.
-Set ``DELTAW_NATIVE=0`` to do without.
+Each variant (``variants.py``) is a shared object of plain C functions, bound to no version of torch or
+Python. It has no threads of its own: it is handed those of torch's OpenMP library, since two pools would
+fight for the cores.
+
+``DELTAW_KERNELS=NAME`` forces a variant, and is refused where that one cannot run; ``NAME:ARITHMETIC`` forces
+how products are computed too (``arithmetic.py``); ``none``, or ``DELTAW_NATIVE=0``, does without compiled
+kernels. Otherwise the variant of the highest rank is used, until one is chosen by measuring (:func:`use`).
 
 Knows addresses and types of numbers; what the kernels compute is said where they are called.
 """
@@ -10,28 +14,44 @@ Knows addresses and types of numbers; what the kernels compute is said where the
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.machinery
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels.processor import processor_flags
+from deltaw.errors import UserError
+from deltaw.kernels import variants
+from deltaw.kernels.processor import processor_flags, second_level_cache
 from deltaw.kernels.structs import differing
+from deltaw.kernels.variants import Variant
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
-ABI = 1
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
+ABI = 2
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # What functions return beside a status, and what each is given; see csrc/kernels.h.
-_RESULTS: dict[str, type] = {"dw_abi": _I, "dw_layout_of": _L, "dw_scratch_held": _L}
+_ROOMS: dict[str, list[type]] = {
+    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _L, _I, _I],
+    "dw_factors_room": [_I, _L, _L],
+    "dw_class_gradient_room": [_L, _L, _L],
+    "dw_attention_room": [_I, _L, _L, _L, _L, _L],
+    "dw_attention_backward_room": [_I, _L, _L, _L, _L, _L],
+}
+_RESULTS: dict[str, type] = {
+    **dict.fromkeys(_ROOMS, _L),
+    "dw_abi": _I,
+    "dw_layout_of": _L,
+    "dw_scratch_held": _L,
+    "dw_ready": _I,
+    "dw_arithmetics": _I,
+}
 _SIGNATURES: dict[str, list[type]] = {
+    **_ROOMS,
     "dw_abi": [],
     "dw_layout_of": [_I, _P, _L],
     "dw_threads": [_P] * 4,
@@ -47,22 +67,56 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_quantize": [_I, _L, _L, _P, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
+    "dw_add": [_I, _L, _P, _P, _P],
     "dw_activation": [_I, _I, _L, _L, _P, _P, _P],
     "dw_activation_backward": [_I, _I, _L, _L, _P, _P, _P, _P, _P, _P],
     "dw_rotate": [_I, _L, _L, _L, _L, _P, _L, _P, _P, _I, _P, _L],
     "dw_cross_entropy": [_I, _L, _L, _P, _P, _P, _F, _F, _I, _P],
     "dw_attention": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 6],
     "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 10],
-    "dw_block_sizes": [_P, _L, _P],
-    "dw_block": [_P, _L, _P, _P, _L, *[_P] * 5],
-    "dw_block_backward": [_P, _L, _P, _P, _L, *[_P] * 7],
+    "dw_block_sizes": [_P, _L, _L, _P],
+    "dw_block": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 5],
+    "dw_block_backward": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 7],
+}
+# How a variant is told to compute; one that has no choice may lack these.
+_CHOICES: dict[str, list[type]] = {
+    "dw_ready": [],
+    "dw_arithmetics": [_I],
+    "dw_set_arithmetic": [_I, _I],
+    "dw_set_cache": [_L],
 }
 
 
-@functools.cache
+@dataclass(frozen=True)
+class Opened:
+    """A variant that is loaded, and ready to be called.
+
+    Args:
+        threads_note: why it runs on one thread, in one line; None where it does not.
+    """
+
+    variant: Variant
+    library: ctypes.CDLL
+    threads_note: str | None
+
+
+class _Process:
+    """What this process computes with: the variants that are open, and the one in use once it is settled."""
+
+    opened: dict[str, Opened] = {}  # noqa: RUF012
+    using: Opened | None = None
+    why_not: str | None = None
+    settled = False
+
+
 def library() -> ctypes.CDLL | None:
-    """The kernels, ready to be called; None where :func:`why_not` says why."""
-    return _found()[0]
+    """The kernels in use, ready to be called; None where :func:`why_not` says why.
+
+    Raises:
+        UserError: ``DELTAW_KERNELS`` asks for what cannot run here.
+    """
+    found = _in_use()
+    return None if found is None else found.library
 
 
 def kernels() -> ctypes.CDLL:
@@ -73,19 +127,123 @@ def kernels() -> ctypes.CDLL:
     return found
 
 
+def variant() -> str | None:
+    """The name of the variant in use; None where there is none."""
+    found = _in_use()
+    return None if found is None else found.variant.name
+
+
 def why_not() -> str | None:
     """Why the compiled kernels are not used, in one line; None where they are."""
-    return _found()[1]
+    return _Process.why_not if _in_use() is None else None
 
 
 def threads_note() -> str | None:
     """Why the kernels run on one thread, in one line; None where they do not, or are not used."""
-    return _found()[2]
+    found = _in_use()
+    return None if found is None else found.threads_note
 
 
 def notes() -> list[str]:
     """What a run should say about the kernels, a line each; nothing where they run as they should."""
     return [note for note in (why_not(), threads_note()) if note is not None]
+
+
+def use(name: str | None) -> None:
+    """Compute with another variant from now on, one of :func:`usable`; None is the default again.
+
+    Raises:
+        UserError: it cannot run here. OSError, RuntimeError: its file cannot be used.
+    """
+    if name is None:
+        _Process.settled = False
+        return
+    _Process.using, _Process.why_not = open_variant(name), None
+    _Process.settled = True
+
+
+def open_variant(name: str) -> Opened:
+    """The variant ``name``, loaded. Several can be open in one process; :func:`use` says which is called.
+
+    Raises:
+        UserError: there is none of the name, the processor lacks something, or it was not built.
+        OSError, RuntimeError: its file cannot be used.
+    """
+    if name in _Process.opened:
+        return _Process.opened[name]
+    found = variants.named(name, processor_flags())
+    kernels = load(variants.file_of(found))
+    if hasattr(kernels, "dw_ready") and kernels.dw_ready() != 0:
+        raise UserError(
+            f"kernels '{name}' cannot run: the operating system does not grant what they need",
+            where=variants.VARIABLE,
+            hint=f"set {variants.VARIABLE} to another variant, or unset it",
+        )
+    threads = openmp_functions()
+    if threads is not None:
+        kernels.dw_threads(*threads)
+    cache = second_level_cache()
+    if cache is not None and hasattr(kernels, "dw_set_cache"):
+        kernels.dw_set_cache(cache)
+    note = "compiled kernels run on one thread: torch's OpenMP library was not found"
+    opened = Opened(found, kernels, None if threads is not None else note)
+    return _Process.opened.setdefault(name, opened)
+
+
+def usable() -> list[Variant]:
+    """The variants that were built, can be loaded, and run on this processor, the best first."""
+    return [variant for variant in variants.allowed(processor_flags()) if _reason_against(variant) is None]
+
+
+def _reason_against(variant: Variant) -> str | None:
+    """Why a variant that the processor allows is not used; None where it can be."""
+    if not variants.file_of(variant).is_file():
+        return "compiled kernels were not built (install a C++ compiler, then install deltaw again)"
+    try:
+        open_variant(variant.name)
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"compiled kernels cannot be loaded: {error}"
+    except UserError as error:
+        return error.what
+    return None
+
+
+def _in_use() -> Opened | None:
+    if not _Process.settled:
+        _Process.using, _Process.why_not = _found()
+        _Process.settled = True
+    return _Process.using
+
+
+def _found() -> tuple[Opened | None, str | None]:
+    """The variant that the user forces, else the best; where there is none, why."""
+    asked = variants.asked()
+    if asked.kernels == variants.NONE:
+        return None, f"compiled kernels are switched off ({asked.said})"
+    if asked.kernels is not None:
+        try:
+            return open_variant(asked.kernels), None
+        except (OSError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"kernels '{asked.kernels}' cannot be loaded: {error}",
+                where=variants.VARIABLE,
+                hint="install deltaw again to rebuild them",
+            ) from error
+    if not platform_is_served():
+        return None, f"compiled kernels are not for {platform.system()} on {platform.machine()}"
+    reasons = []
+    for variant in variants.allowed(processor_flags()):
+        reason = _reason_against(variant)
+        if reason is None:
+            return open_variant(variant.name), None
+        reasons.append(reason)
+    # What failed says more than what was never built.
+    return None, next((reason for reason in reasons if "not built" not in reason), reasons[0])
+
+
+def platform_is_served() -> bool:
+    """Whether the kernels are built for this system at all."""
+    return platform.system() in ("Linux", "Darwin")
 
 
 def number(dtype: torch.dtype) -> int:
@@ -114,45 +272,6 @@ def serves(*tensors: Tensor | None) -> bool:
     return True
 
 
-@functools.cache
-def _found() -> tuple[ctypes.CDLL | None, str | None, str | None]:
-    """The library, why there is none, and why it runs on one thread."""
-    reason = _unsuitable()
-    if reason is not None:
-        return None, reason, None
-    path = _extension()
-    if path is None:
-        return (
-            None,
-            "compiled kernels were not built (install a C++ compiler, then install deltaw again)",
-            None,
-        )
-    try:
-        kernels = load(path)
-    except (OSError, AttributeError, RuntimeError) as error:
-        return None, f"compiled kernels cannot be loaded: {error}", None
-    threads = openmp_functions()
-    if threads is None:
-        return kernels, None, "compiled kernels run on one thread: torch's OpenMP library was not found"
-    kernels.dw_threads(*threads)
-    return kernels, None, None
-
-
-def _unsuitable() -> str | None:
-    """Why kernels are not even looked for."""
-    if os.environ.get("DELTAW_NATIVE", "1") == "0":
-        return "compiled kernels are switched off (DELTAW_NATIVE=0)"
-    if not platform_is_served():
-        return f"compiled kernels are for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    lacking = [flag for flag in NEEDED if flag not in processor_flags()]
-    return f"compiled kernels need a processor with {', '.join(lacking)}" if lacking else None
-
-
-def platform_is_served() -> bool:
-    """Whether the extension is built for this system at all."""
-    return platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
-
-
 def load(path: Path) -> ctypes.CDLL:
     """The library at ``path``, its functions declared, after it was found to be the one that this code calls.
 
@@ -165,7 +284,9 @@ def load(path: Path) -> ctypes.CDLL:
         raise RuntimeError(
             f"they were built from other sources (ABI {abi}, not {ABI}); install deltaw again to rebuild them"
         )
-    for name, arguments in _SIGNATURES.items():
+    for name, arguments in (_SIGNATURES | _CHOICES).items():
+        if name in _CHOICES and not hasattr(kernels, name):
+            continue
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, _RESULTS.get(name, _I)
         if name not in _RESULTS:
@@ -190,18 +311,8 @@ def _check_status(status: int, function: Any, arguments: tuple[Any, ...]) -> int
 
 def release_scratch() -> None:
     """Give back the memory that the kernels' threads keep to work in; it is taken again when needed."""
-    found = library()
-    if found is not None:
-        found.dw_release()
-
-
-def _extension() -> Path | None:
-    folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_native{suffix}"
-        if path.is_file():
-            return path
-    return None
+    for opened in _Process.opened.values():
+        opened.library.dw_release()
 
 
 def openmp_functions() -> list[ctypes.c_void_p] | None:
@@ -211,8 +322,8 @@ def openmp_functions() -> list[ctypes.c_void_p] | None:
     looked for in what that one is linked with, so no other OpenMP library of the process is taken by mistake.
     """
     wanted = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
-    torch_itself = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    for name in ([os.fspath(torch_itself)] if torch_itself.is_file() else []) + [None]:
+    libraries = [Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{end}" for end in ("so", "dylib")]
+    for name in [*(os.fspath(path) for path in libraries if path.is_file()), None]:
         functions = ctypes.CDLL(name)
         if all(hasattr(functions, symbol) for symbol in wanted):
             return [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in wanted]

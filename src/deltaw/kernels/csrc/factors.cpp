@@ -243,3 +243,12 @@ int dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t ra
         factors_backward(type, &one, 1);
     });
 }
+
+// Bytes of the threads' arenas that dw_factors_backward takes at its peak.
+int64_t dw_factors_room(int type, int64_t M, int64_t rank) {
+    const int64_t threads = thread_count();
+#ifdef __AVX512BF16__
+    if (type == BF16 && rank <= 16 && arithmetic_of(BF16) != WIDE) return threads * ((M + 1) / 2 * 64);
+#endif
+    return threads * (rank * PANEL * 4 + (type == BF16 ? (M * rank + 16) * 4 : 0));
+}

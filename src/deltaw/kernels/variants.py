@@ -1,0 +1,214 @@
+"""The variants of the compiled kernels: which there are, how each is compiled, and which a processor can run.
+
+The list is ``csrc/variants.txt``. It is read by the loader, by ``setup.py``, and by the Makefile through
+``python -m deltaw.kernels.variants``.
+
+Knows names, flags, processors and what the user asks for; nothing of what is loaded. At the top it imports
+nothing beyond Python's own library, since ``setup.py`` reads this file before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIST = FOLDER / "csrc" / "variants.txt"
+# What forces a variant, what switches all of them off, and how that is said.
+VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
+ANY = "auto"
+# How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
+# while they are laid out; tiles; torch's operators.
+ARITHMETICS = ("dot", "wide", "tiles", "torch")
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One instruction set that the kernels are compiled for.
+
+    Args:
+        family: variants of one family include each other; the highest rank of a family is its best.
+        machine: as :func:`machine` names it, or ``any``.
+        needs: words that :func:`deltaw.kernels.processor.processor_flags` must contain.
+        flags: the compiler's, beside those of ``compile_flags.txt``.
+    """
+
+    name: str
+    family: str
+    rank: int
+    machine: str
+    needs: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The name of its shared object, which belongs to no version of Python."""
+        return f"_native_{self.name}.so"
+
+    def lacking(self, flags: Iterable[str], of_machine: str | None = None) -> list[str]:
+        """What a processor with ``flags`` would need beside them; empty where it runs this variant."""
+        of_machine = of_machine or machine()
+        if self.machine not in ("any", of_machine):
+            return [f"the machine type {self.machine} (this is {of_machine})"]
+        return [word for word in self.needs if word not in set(flags)]
+
+
+def machine(name: str | None = None) -> str:
+    """The machine's type, by one name on every system: x86_64, aarch64, or what Python says."""
+    name = (name or platform.machine()).lower()
+    return _MACHINES.get(name, name)
+
+
+def every_variant(file: Path = LIST) -> list[Variant]:
+    """All variants in the order of the list.
+
+    Raises:
+        ValueError: a line of the list does not have its six columns.
+    """
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        columns = [column.strip() for column in line.split("|")]
+        if len(columns) != 6:
+            raise ValueError(f"{file.name}: a variant has six columns, not {len(columns)}: {line}")
+        name, family, rank, on, needs, flags = columns
+        found.append(Variant(name, family, int(rank), on, tuple(needs.split()), tuple(flags.split())))
+    return found
+
+
+def for_machine(name: str | None = None) -> list[Variant]:
+    """The variants that can be compiled for a type of machine, the best first, ``generic`` last."""
+    of = machine(name)
+    return sorted((v for v in every_variant() if v.machine in ("any", of)), key=lambda v: -v.rank)
+
+
+def allowed(flags: Iterable[str], of_machine: str | None = None) -> list[Variant]:
+    """The variants that a processor with ``flags`` can run, the best first."""
+    has = set(flags)
+    return [v for v in for_machine(of_machine) if not v.lacking(has, machine(of_machine))]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user forces: None where that is left to be measured.
+
+    Args:
+        kernels: the name of a variant, or ``none``.
+        arithmetic: how products are to be computed; see :mod:`deltaw.kernels.arithmetic`.
+        said: the variable and its value, as the user wrote them.
+    """
+
+    kernels: str | None = None
+    arithmetic: str | None = None
+    said: str = ""
+
+
+def asked(environment: Mapping[str, str] | None = None) -> Asked:
+    """What ``DELTAW_KERNELS`` and ``DELTAW_NATIVE`` say. Whether the processor can do it is not looked at.
+
+    Raises:
+        UserError: a name that is none, or the two contradict each other.
+    """
+    from deltaw.errors import UserError, did_you_mean
+
+    environment = os.environ if environment is None else environment
+    value, off = environment.get(VARIABLE, "").strip(), environment.get(OFF, "1").strip() == "0"
+    if not value:
+        return Asked(NONE, None, f"{OFF}=0") if off else Asked()
+    said = f"{VARIABLE}={value}"
+    name, _, arithmetic = value.partition(":")
+    known = [v.name for v in every_variant()]
+    if name not in (*known, ANY, NONE, "torch"):
+        hint = did_you_mean(name, [*known, NONE])
+        raise UserError(f"there are no kernels '{name}'", where=said, hint=hint)
+    if arithmetic and arithmetic not in ARITHMETICS:
+        hint = did_you_mean(arithmetic, ARITHMETICS)
+        raise UserError(f"there is no arithmetic '{arithmetic}'", where=said, hint=hint)
+    switched_off = name in (NONE, "torch")
+    if switched_off and arithmetic not in ("", "torch"):
+        raise UserError(
+            f"without compiled kernels there is no arithmetic '{arithmetic}'",
+            where=said,
+            hint=f"name a variant, such as {known[-1]}:{arithmetic}, or leave ':{arithmetic}' out",
+        )
+    if off and not switched_off:
+        raise UserError(
+            f"{said} and {OFF}=0 contradict each other",
+            where=VARIABLE,
+            hint=f"unset one of {VARIABLE} and {OFF}",
+        )
+    return Asked(NONE if switched_off else None if name == ANY else name, arithmetic or None, said)
+
+
+def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Variant:
+    """The variant ``name``, if a processor with ``flags`` runs it and it was built.
+
+    Raises:
+        UserError: no such variant, or it cannot run here; the hint names those that can.
+    """
+    from deltaw.errors import UserError, did_you_mean
+
+    flags = set(flags)
+    found = next((v for v in every_variant() if v.name == name), None)
+    if found is None:
+        hint = did_you_mean(name, [v.name for v in every_variant()])
+        raise UserError(f"there are no kernels '{name}'", where=VARIABLE, hint=hint)
+    built = [v.name for v in allowed(flags, of_machine) if file_of(v).is_file()]
+    hint = (
+        f"this machine runs {', '.join(built)}" if built else "no kernels that run on this machine were built"
+    )
+    lacking = found.lacking(flags, of_machine)
+    if lacking:
+        raise UserError(
+            f"kernels '{name}' need what this processor lacks: {', '.join(lacking)}",
+            where=VARIABLE,
+            hint=hint,
+        )
+    if not file_of(found).is_file():
+        raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=hint)
+    return found
+
+
+def check_asked() -> None:
+    """That the machine can do what the user forces.
+
+    Raises:
+        UserError: it cannot.
+    """
+    from deltaw.kernels.processor import processor_flags
+
+    forced = asked().kernels
+    if forced is not None and forced != NONE:
+        named(forced, processor_flags())
+
+
+def file_of(variant: Variant) -> Path:
+    """Where a variant's shared object lies if it was built."""
+    return FOLDER / variant.file
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """For the Makefile: the name of the best variant that this processor runs, or a variant's flags."""
+    from deltaw.kernels.processor import processor_flags
+
+    parser = argparse.ArgumentParser(prog="python -m deltaw.kernels.variants", description=main.__doc__)
+    parser.add_argument("what", choices=["best", "allowed", "flags"])
+    parser.add_argument("name", nargs="?", choices=[v.name for v in every_variant()])
+    asked = parser.parse_args(arguments)
+    if asked.what == "flags":
+        if asked.name is None:
+            parser.error("flags of which variant?")
+        print(*next(v.flags for v in every_variant() if v.name == asked.name))
+        return
+    runs = allowed(processor_flags())
+    print(*[v.name for v in (runs[:1] if asked.what == "best" else runs)])
+
+
+if __name__ == "__main__":
+    main()

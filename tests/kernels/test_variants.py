@@ -1,0 +1,142 @@
+"""Which variants there are, which a processor runs, and what the user can force."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deltaw.errors import UserError
+from deltaw.kernels import variants
+from deltaw.kernels.processor import processor_flags, second_level_cache
+
+# What processors say of themselves, shortened to what is asked.
+HASWELL = "avx avx2 fma f16c"
+ALDER_LAKE = f"{HASWELL} avx_vnni"
+SKYLAKE_SERVER = f"{HASWELL} avx512f avx512bw avx512vl avx512dq"
+ZEN_4 = f"{SKYLAKE_SERVER} avx512_vnni avx512_bf16"
+SAPPHIRE_RAPIDS = f"{ZEN_4} avx_vnni amx_tile amx_bf16 amx_int8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "best"),
+    [
+        ("sse2", "x86_64", "generic"),
+        (HASWELL, "AMD64", "avx2"),
+        (ALDER_LAKE, "x86_64", "avx2_vnni"),
+        (SKYLAKE_SERVER, "x86_64", "avx512"),
+        (f"{SKYLAKE_SERVER} avx512_vnni", "x86_64", "avx512_vnni"),
+        (ZEN_4, "x86_64", "avx512_bf16"),
+        (SAPPHIRE_RAPIDS, "x86_64", "amx"),
+        (SAPPHIRE_RAPIDS.replace(" amx_int8", ""), "x86_64", "avx512_bf16"),
+        ("asimd", "aarch64", "neon"),
+        ("asimd asimddp", "arm64", "neon_dotprod"),
+        ("asimd asimddp bf16 i8mm", "aarch64", "neon_bf16"),
+        ("", "riscv64", "generic"),
+    ],
+)
+def test_the_best_variant_of_a_processor(flags, machine, best):
+    found = variants.allowed(flags.split(), machine)
+    assert found[0].name == best and found[-1].name == "generic"
+
+
+def test_variants_of_a_family_include_each_other():
+    """So the highest rank of a family is enough to measure: whoever runs it runs the others."""
+    for higher in variants.every_variant():
+        for lower in variants.every_variant():
+            if lower.family == higher.family and lower.rank < higher.rank:
+                assert set(lower.needs) <= set(higher.needs) and lower.machine == higher.machine
+
+
+def test_names_ranks_and_flags_are_consistent():
+    listed = variants.every_variant()
+    assert len({v.name for v in listed}) == len(listed)
+    for variant in listed:
+        # A compiler told of an instruction set that is not asked of the processor would crash there.
+        sets = [flag[2:].replace("-", "").replace("_", "") for flag in variant.flags if flag.startswith("-m")]
+        sets = [word for word in sets if not word.startswith("arch=")]
+        needs = {word.replace("_", "") for word in variant.needs}
+        assert set(sets) <= needs, variant.name
+
+
+def test_a_line_with_a_column_missing_is_an_error(tmp_path):
+    file = tmp_path / "variants.txt"
+    file.write_text("# comment\n\nfast | family | 3 | any | flags\n")
+    with pytest.raises(ValueError, match="six columns"):
+        variants.every_variant(file)
+
+
+@pytest.mark.parametrize(
+    ("value", "kernels", "arithmetic"),
+    [
+        ("avx2", "avx2", None),
+        ("avx512_bf16:wide", "avx512_bf16", "wide"),
+        ("auto:torch", None, "torch"),
+        ("none", "none", None),
+        ("torch:torch", "none", "torch"),
+        ("", None, None),
+    ],
+)
+def test_what_the_user_forces(value, kernels, arithmetic):
+    found = variants.asked({variants.VARIABLE: value})
+    assert (found.kernels, found.arithmetic) == (kernels, arithmetic)
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"DELTAW_KERNELS": "avx3"}, "'avx2'"),
+        ({"DELTAW_KERNELS": "avx2:widest"}, "'wide'"),
+        ({"DELTAW_KERNELS": "none:wide"}, "without compiled kernels"),
+        ({"DELTAW_KERNELS": "avx2", "DELTAW_NATIVE": "0"}, "contradict"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(environment, what):
+    with pytest.raises(UserError, match=what):
+        variants.asked(environment)
+
+
+def test_switching_off_twice_is_no_contradiction():
+    assert variants.asked({"DELTAW_KERNELS": "none", "DELTAW_NATIVE": "0"}).kernels == "none"
+
+
+def test_the_command_line_refuses_a_variant_of_another_machine():
+    """With status 2 and one message, before anything else."""
+    foreign = next(v for v in variants.every_variant() if v.machine not in ("any", variants.machine()))
+    ran = subprocess.run(
+        [sys.executable, "-m", "deltaw", "inspect", "nowhere"],
+        env=os.environ | {variants.VARIABLE: foreign.name, variants.OFF: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert f"'{foreign.name}' need what this processor lacks" in ran.stderr
+
+
+def test_the_size_of_a_cores_second_level_cache(tmp_path):
+    levels = [
+        ("1", "Data", "48K"),
+        ("1", "Instruction", "32K"),
+        ("2", "Unified", "2M"),
+        ("3", "Unified", "260M"),
+    ]
+    assert second_level_cache(tmp_path) is None
+    for number, (level, kind, size) in enumerate(levels):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{number}"
+        folder.mkdir(parents=True)
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(text + "\n")
+    assert second_level_cache(tmp_path) == 2 << 20
+    (tmp_path / "sys/devices/system/cpu/cpu0/cache/index2/size").write_text("much\n")
+    assert second_level_cache(tmp_path) is None
+
+
+def test_the_words_of_the_first_processor_count(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(
+        "model name: fast\nflags: avx2 fma\n\nmodel name: slow\nflags: sse2\n"
+    )
+    assert processor_flags(tmp_path) == {"avx2", "fma"}
