@@ -68,6 +68,7 @@ class Backward : Tiles<Op> {
         const LeftRows<Op> values(in.v, z.key_heads, z.dv, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.dv, f.length)));
         in_parallel([&](int thread, int) {
             std::vector<Range> ranges;
+            const Ready<Op> ready;
             if (begins[thread] < begins[thread + 1]) sums.clear(thread);
             for (int64_t i = begins[thread]; i < begins[thread + 1]; i++) {
                 const int64_t h = i / count;

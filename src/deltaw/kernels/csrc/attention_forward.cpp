@@ -32,6 +32,7 @@ class Forward : Tiles<Op> {
         const LeftRows<Op> keys(k, z.key_heads, z.d, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.d, f.length)));
         in_parallel([&](int thread, int) {
             std::vector<Range> ranges;
+            const Ready<Op> ready;
             for (int64_t i = begins[thread]; i < begins[thread + 1]; i++) {
                 const int64_t h = i / (int64_t)blocks.size();
                 run_block(blocks[i % blocks.size()], h, keys, turned + h * z.dv * padded, ranges);

@@ -23,6 +23,9 @@ DW_EXPORT int dw_release();
 // Returns the bytes that all arenas hold now, or with `most` held at most since that was asked last.
 DW_EXPORT int64_t dw_scratch_held(int most);
 
+// Whether this variant's instructions may be used; to be called before anything that multiplies. One with tiles asks the
+// system for them, and they become its arithmetic.
+DW_EXPORT int dw_ready();
 // Bit a of the result says whether numbers of a type can be multiplied by Arithmetic a (arithmetic.h).
 DW_EXPORT int64_t dw_arithmetics(int type);
 // Sets how numbers of a type are multiplied from now on.
