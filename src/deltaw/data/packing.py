@@ -23,6 +23,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.padding import cut_by_length, side_by_side
 from deltaw.data.prefix_tree import PrefixTree, added_tokens, sort_key
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.transfer import to_device
 
 # What a data set has: rows, or groups of rows that one loss sees together.
 Item: TypeAlias = Example | RowGroup
@@ -203,7 +204,7 @@ def pack(
         },
         predictors=_tensor(before[labelled], device),
         targets=_tensor(tokens[labelled], device),
-        weights=torch.from_numpy(weights[labelled]).to(device),
+        weights=to_device(torch.from_numpy(weights[labelled]), device),
         rows=len(rows),
         row_tokens=sum(len(row.tokens) for row in rows),
         tokens=layout.length - filler,
@@ -313,4 +314,4 @@ def _filler(length: int) -> int:
 
 
 def _tensor(values: np.ndarray, device: str | torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)), device)

@@ -1,8 +1,8 @@
 """A transformers model run over packed rows without padding: its own code, with attention over a prefix tree.
 
-The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``);
-the mask interface answers that no mask is needed. Nothing of the model is patched. Whether a model can be run
-so is not read off a list of names: packed rows are compared with rows of their own.
+The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``),
+and no mask is made. Nothing of the model is patched. Whether a model can be run so is not read off a list of
+names: packed rows are compared with rows of their own.
 
 Knows transformers' models and layouts; not data, losses or training.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
@@ -69,13 +69,9 @@ def _attend(
     return out.transpose(0, 1)[None], None
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
-    """The layout says who sees whom: no mask is made."""
-    return None
-
-
+# No mask function is registered under this name, so that transformers makes no mask: the layout says who sees
+# whom. With one it would look among the positions for packed rows, and wait for the device to answer.
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
@@ -201,6 +197,7 @@ def _difference(backbone: PreTrainedModel) -> float:
     """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own,
     on a small fp32 copy; remembered by class and configuration."""
     key = (type(backbone), backbone.config.to_json_string(use_diff=False), loader.library() is not None)
+    key += (loader.arithmetic(),)
     if key not in _DIFFERENCES:
         with real_tensors(), torch.no_grad():
             _DIFFERENCES[key] = _packed_against_apart(small_copy(backbone))

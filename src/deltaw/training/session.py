@@ -23,7 +23,7 @@ from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import PeakWatch, release_free_memory
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
-from deltaw.kernels import loader
+from deltaw.kernels import flex, loader
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.runtime.generation import position_limit
@@ -119,7 +119,7 @@ class Session:
 
     def _blocks(self) -> list[str]:
         """Which code the model's blocks run, for a person."""
-        lines = loader.notes()
+        lines = [*loader.notes(), *flex.notes()]
         if self.task.has_labels or getattr(self.batcher, "padded", False):
             return lines
         with packed_rows(self.model):

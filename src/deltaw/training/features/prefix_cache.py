@@ -31,6 +31,7 @@ from deltaw.runtime.layer_entry import (
     lowest_trained,
 )
 from deltaw.training.features.cached import CachedPrefix, Feed, RowIndex
+from deltaw.training.features.device_store import on_device
 from deltaw.training.features.feeds import EveryToken, LabelTokens, WholeRows
 from deltaw.training.features.store import (
     LIMIT_BYTES,
@@ -181,6 +182,8 @@ def _open_store(
             if shape.bytes > MEMORY_BYTES:
                 return None, Choice("off", error.what)
             store, kept = MemoryStore(shape), f"{size} in memory, since {error.what}"
+    if has_values(model):
+        store = on_device(store, feed.device)
     cached = CachedPrefix(feed, objective, batcher, rows, store)
     try:
         known = _still_right(cached)
