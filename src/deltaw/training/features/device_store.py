@@ -39,6 +39,11 @@ class DeviceStore:
         """bool (rows,), the inner store's."""
         return self.inner.done
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of the inner store."""
+        return self.inner.resident_bytes
+
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width) on the device."""
         missing = np.unique(places[~self._there[places]])

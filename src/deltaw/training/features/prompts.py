@@ -24,6 +24,7 @@ from deltaw.data.example import Example
 from deltaw.data.invocation import learns
 from deltaw.data.packing import Batch, Item, rows_of
 from deltaw.data.prefix_tree import Node, PrefixTree, sort_key
+from deltaw.kernels.transfer import to_device
 from deltaw.lora.activation import PLACES
 from deltaw.runtime.packed import backbone_of
 from deltaw.runtime.partial import PartialLayout
@@ -197,7 +198,7 @@ def _part_of(
 
 
 def _tensor(places: np.ndarray, batch: PromptedBatch) -> Tensor:
-    return torch.from_numpy(places).to(batch.inner.predictors.device)
+    return to_device(torch.from_numpy(places), batch.inner.predictors.device)
 
 
 class PromptedBatcher:
