@@ -23,12 +23,23 @@ DW_EXPORT int dw_release();
 // Returns the bytes that all arenas hold now, or with `most` held at most since that was asked last.
 DW_EXPORT int64_t dw_scratch_held(int most);
 
+// Whether this variant's instructions may be used; to be called before anything that multiplies. One with tiles asks the
+// system for them, and they become its arithmetic.
+DW_EXPORT int dw_ready();
 // Bit a of the result says whether numbers of a type can be multiplied by Arithmetic a (arithmetic.h).
 DW_EXPORT int64_t dw_arithmetics(int type);
 // Sets how numbers of a type are multiplied from now on.
 DW_EXPORT int dw_set_arithmetic(int type, int which);
 // Bytes of a core's second-level cache, which products are cut to.
 DW_EXPORT int dw_set_cache(int64_t bytes);
+
+// Bytes that all threads' arenas together hold at the peak of a kernel's call, for plans of memory.
+DW_EXPORT int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int64_t rank,
+                                 int backward, int dx);
+DW_EXPORT int64_t dw_factors_room(int type, int64_t M, int64_t rank);
+DW_EXPORT int64_t dw_class_gradient_room(int64_t M, int64_t V, int64_t D);
+DW_EXPORT int64_t dw_attention_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
+DW_EXPORT int64_t dw_attention_backward_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
 
 DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
                         const float *scale, const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank,
