@@ -183,7 +183,8 @@ def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if _multiplied(x, scale):
         return _rounded_input(args, kwargs)
     outputs = weight.shape[0 if by_column else 1]
-    return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None)
+    return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not
+    None)
 
 
 def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -216,7 +217,8 @@ def _reference_bytes(
 
 
 def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
-    """Whether the kernels compute products of rows like these, with weights in int8 where there is a scale."""
+    """Whether the kernels compute products of rows like these, with weights in int8 where there is a
+    scale."""
     return _compiled(left) and loader.multiplies(loader.number(left.dtype if scale is None else torch.int8))
 
 
