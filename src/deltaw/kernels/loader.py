@@ -169,8 +169,10 @@ def compute_with(wanted: Arithmetic | None) -> None:
     if wanted is None:
         _Process.settled = False
         return
-    opened = None if wanted.kernels is None else open_variant(wanted.kernels)
-    _settle(opened, wanted, None if opened is not None else "compiled kernels are not used")
+    if wanted.kernels is None:
+        _settle(None, wanted, why_not() or "compiled kernels are not used")
+    else:
+        _settle(open_variant(wanted.kernels), wanted, None)
 
 
 @contextlib.contextmanager

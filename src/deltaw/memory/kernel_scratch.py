@@ -183,8 +183,9 @@ def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if _multiplied(x, scale):
         return _rounded_input(args, kwargs)
     outputs = weight.shape[0 if by_column else 1]
-    return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not
-    None)
+    return _reference_bytes(
+        x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None
+    )
 
 
 def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
