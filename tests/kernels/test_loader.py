@@ -148,11 +148,10 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash(threads):
         loader.kernels().dw_class_gradient(
             1, 4, 2**40, number.data_ptr(), target.data_ptr(), None, None, None, None
         )
-    with pytest.raises(MemoryError, match="dw_linear"):
-        loader.kernels().dw_linear(
-            0, 1, 2**40, 4096, number.data_ptr(), 0, None, 1, None, None, None, 0, None, None, 0, 1.0,
-            None, None, None, 0, None, None,
-        )  # fmt: skip
+    with pytest.raises(MemoryError, match="dw_factors_backward"):
+        loader.kernels().dw_factors_backward(
+            0, 1, 1, 1, 2**40, number.data_ptr(), None, number.data_ptr(), None, 1.0, None, None
+        )
 
 
 @compiled_only

@@ -34,12 +34,20 @@ from deltaw.kernels.structs import differing
 from deltaw.kernels.variants import Variant
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
-ABI = 1
+ABI = 2
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # What functions return beside a status, and what each is given; see csrc/kernels.h.
+_ROOMS: dict[str, list[type]] = {
+    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _L, _I, _I],
+    "dw_factors_room": [_I, _L, _L],
+    "dw_class_gradient_room": [_L, _L, _L],
+    "dw_attention_room": [_I, _L, _L, _L, _L, _L],
+    "dw_attention_backward_room": [_I, _L, _L, _L, _L, _L],
+}
 _RESULTS: dict[str, type] = {
+    **dict.fromkeys(_ROOMS, _L),
     "dw_abi": _I,
     "dw_layout_of": _L,
     "dw_scratch_held": _L,
@@ -47,6 +55,7 @@ _RESULTS: dict[str, type] = {
     "dw_arithmetics": _L,
 }
 _SIGNATURES: dict[str, list[type]] = {
+    **_ROOMS,
     "dw_abi": [],
     "dw_layout_of": [_I, _P, _L],
     "dw_threads": [_P] * 4,
@@ -62,15 +71,16 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_quantize": [_I, _L, _L, _P, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
+    "dw_add": [_I, _L, _P, _P, _P],
     "dw_activation": [_I, _I, _L, _L, _P, _P, _P],
     "dw_activation_backward": [_I, _I, _L, _L, _P, _P, _P, _P, _P, _P],
     "dw_rotate": [_I, _L, _L, _L, _L, _P, _L, _P, _P, _I, _P, _L],
     "dw_cross_entropy": [_I, _L, _L, _P, _P, _P, _F, _F, _I, _P],
     "dw_attention": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 6],
     "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 10],
-    "dw_block_sizes": [_P, _L, _P],
-    "dw_block": [_P, _L, _P, _P, _L, *[_P] * 5],
-    "dw_block_backward": [_P, _L, _P, _P, _L, *[_P] * 7],
+    "dw_block_sizes": [_P, _L, _L, _P],
+    "dw_block": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 5],
+    "dw_block_backward": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 7],
 }
 # How a variant is told to compute; one that has no choice may lack these.
 _CHOICES: dict[str, list[type]] = {

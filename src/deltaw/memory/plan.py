@@ -40,6 +40,7 @@ class Plan:
         operations: floating-point operations of a step, and the number of ``operators`` that compute them.
         phases: the process's peak in each of :data:`PROCESS_PHASES`.
         arithmetic: the variant of the kernels, and how products are computed, by the type of stored weights.
+        disk_bytes: of features that the run keeps in the cache folder.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Plan:
     operators: int = 0
     phases: Mapping[str, int] = field(default_factory=dict)
     arithmetic: Mapping[str, str] = field(default_factory=dict)
+    disk_bytes: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -79,6 +81,7 @@ class Plan:
             "precision": self.precision,
             "arithmetic": dict(self.arithmetic),
             "operations_per_step": self.operations,
+            "disk_bytes": self.disk_bytes,
         }
 
     def kept(self) -> dict[str, object]:

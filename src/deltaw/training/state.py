@@ -21,7 +21,7 @@ from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.training.master_weights import MasterWeights
-from deltaw.training.optimizer import Schedule, adamw, set_rate
+from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
 
 # Of the layout of a saved state; another number where an older one could not be read.
@@ -199,10 +199,16 @@ class TrainState:
         """Forget a step that was begun: the state is that before it."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self) -> None:
-        """Let the optimizer use the gradients, and bring the result into the parameters."""
+    def update(self, unless: Tensor | None = None) -> None:
+        """Let the optimizer use the gradients, and bring the result into the parameters.
+
+        Args:
+            unless: a bool scalar on the parameters' device, which is not read here: where it is True, nothing
+                but the gradients changes.
+        """
         set_rate(self.optimizer, self.learning_rate)
-        self.optimizer.step()
+        with skipping(self.optimizer, unless):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._master_weights.write_back()
 

@@ -121,7 +121,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         footprint,
         process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=done.kernel_bytes(),
-        feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
+        feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.resident_bytes,
         reading_bytes=data.read_peak_bytes,
         mapped_bytes=converted,
         saving_bytes=_saving_bytes(config, task, dtype),
@@ -146,6 +146,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         operators=done.operators,
         phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
+        disk_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
     )
 
 

@@ -21,6 +21,8 @@ from deltaw.kernels.rows import cross_entropy_
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
+# The same on devices that need larger products to be busy, by kind of device.
+DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew
 # for each chunk, so that small ones are slow.
 FROZEN_CHUNK_BYTES = 24 * 2**20
