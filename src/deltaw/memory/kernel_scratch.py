@@ -1,8 +1,9 @@
 """Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 
 The kernels themselves say what they take, since that differs between processors: each thread takes what it
-needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the process holds it between calls. The
-tensors that an operator makes for itself in Python are listed apart. Without the kernels there is neither.
+needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the
+process holds it between calls. The tensors that an operator makes for itself in Python are listed apart.
+Without the kernels there is neither.
 
 Knows operators and shapes; not models.
 """
@@ -32,7 +33,9 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     x, weight, by_column, scale, _, _, lora_A = args[:7]
     if not _multiplied(x, scale):
         return 0
-    return _room_of_linear(x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False)
+    return _room_of_linear(
+        x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False
+    )
 
 
 def _room_of_linear(
