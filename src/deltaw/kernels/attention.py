@@ -50,10 +50,12 @@ def packed_attention(
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
-    shape = {"window": window, "softcap": softcap}
-    if causal and flex.serves(query, key, value, packed_attention_reference, **shape):
+    if causal:
+        how = {"scaling": scaling, "window": window, "softcap": softcap}
         _check_inputs(*(t.transpose(0, 1) for t in (query, key, value)), layout, None)
-        return flex.tree_attention(query, key, value, layout, scaling=scaling, **shape)
+        served = flex.served(query, key, value, layout, packed_attention_reference, **how)
+        if served is not None:
+            return served
     out = _PackedAttention.apply(
         *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap, causal
     )
