@@ -216,8 +216,8 @@ def test_the_processor_itself_is_not_served():
 def test_the_compiled_form_follows_the_block_masks(window):
     """On a processor, forward alone: unlike the uncompiled form it skips the blocks that are not listed.
 
-    Torch's own template for processors fails to compile for some soft caps, and for lengths that it is not told
-    (torch 2.13), so there are no caps here and each length is compiled by itself.
+    Torch's own template for processors (2.13) fails to compile for some soft caps, and for lengths that it is
+    not told, so there are no caps here, and each length is compiled by itself.
     """
     for tree in ("longer than a block", "out of order"):
         torch._dynamo.reset()

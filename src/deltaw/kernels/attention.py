@@ -51,9 +51,17 @@ def packed_attention(
         inputs), the products with the values in the inputs' own dtype.
     """
     if causal:
-        how = {"scaling": scaling, "window": window, "softcap": softcap}
-        _check_inputs(*(t.transpose(0, 1) for t in (query, key, value)), layout, None)
-        served = flex.served(query, key, value, layout, packed_attention_reference, **how)
+        _check_inputs(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, None)
+        served = flex.served(
+            query,
+            key,
+            value,
+            layout,
+            packed_attention_reference,
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+        )
         if served is not None:
             return served
     out = _PackedAttention.apply(

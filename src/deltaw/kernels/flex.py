@@ -160,30 +160,41 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
 
     seen = visible_pairs(layout, window)
     whole = seen == BLOCK * BLOCK
-    tables = [table for part in ((seen > 0) & ~whole, whole) for table in _listed(part)]
+    some, some_places = _listed((seen > 0) & ~whole, layout.device)
+    all_of, all_places = _listed(whole, layout.device)
     rank, end, position = (
         to_device(torch.from_numpy(numbers.astype(np.int32)), layout.device)
         for numbers in (*ranks(layout), layout.positions())
     )
 
+    reach = layout.length if window is None else window
+
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (rank[key] <= rank[query]) & (rank[query] < end[key])
 
     def sees_near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch, head, query, key) & (position[query] - position[key] < window)
+        return sees(batch, head, query, key) & (position[query] - position[key] < reach)
 
     return BlockMask.from_kv_blocks(
-        *(to_device(torch.from_numpy(table), layout.device)[None, None] for table in tables),
+        some,
+        some_places,
+        all_of,
+        all_places,
         BLOCK_SIZE=BLOCK,
         mask_mod=sees if window is None else sees_near,
         seq_lengths=(layout.length, layout.length),
     )
 
 
-def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of an (n, n) bool table: how many are True, and all places, those of the True first."""
+def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each row of an (n, n) bool table: how many are True, and all places, those of the True first.
+
+    Shapes are FlexAttention's, with a batch and a head of one: (1, 1, n) and (1, 1, n, n).
+    """
     places = np.argsort(~blocks, axis=1, kind="stable")
-    return blocks.sum(1).astype(np.int32), places.astype(np.int32)
+    tables = (torch.from_numpy(table.astype(np.int32)) for table in (blocks.sum(1), places))
+    count, place = (to_device(table, device)[None, None] for table in tables)
+    return count, place
 
 
 def serves(
