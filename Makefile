@@ -3,7 +3,8 @@
 #   make test      the tests (`make test-slow`: those that take minutes)
 #   make lint      style and types
 #   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer: those of the
-#                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here)
+#                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here;
+#                  `make sanitize-tiles`: of products in tiles, emulated)
 #   make bench     the figures of the README, beside the peers
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN    := $(VENV)/bin
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow lint bench sanitize sanitize-all clean
+.PHONY: demo test test-slow lint bench sanitize sanitize-all sanitize-tiles clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -42,10 +43,11 @@ VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
 VARIANT   ?= $(shell $(VARIANTS) best)
 RUN       ?=
 CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
+DEFINES   ?=
 CTESTS    := tests/kernels/csrc
 SANITIZED := build/sanitize/$(VARIANT)
 SANITIZE   = $(shell cat $(CSRC)/compile_flags.txt) $(shell $(VARIANTS) flags $(VARIANT)) -O1 -g -Wall -Wextra \
-             -fopenmp -I$(CSRC) $(CHECKS)
+             -fopenmp -I$(CSRC) $(DEFINES) $(CHECKS)
 OBJECTS   := $(patsubst %.cpp,$(SANITIZED)/%.o,$(notdir $(wildcard $(CSRC)/*.cpp) $(wildcard $(CTESTS)/*.cpp)))
 vpath %.cpp $(CSRC) $(CTESTS)
 
@@ -54,6 +56,10 @@ sanitize: $(SANITIZED)/test_kernels
 
 sanitize-all:
 	set -e; for variant in $$($(VARIANTS) allowed); do $(MAKE) sanitize VARIANT=$$variant; done
+
+# The variant amx with arrays for the processor's tiles, on any processor that has the rest.
+sanitize-tiles:
+	$(MAKE) sanitize VARIANT=avx512_bf16 DEFINES=-DDW_AMX_EMULATED SANITIZED=build/sanitize/tiles
 
 $(SANITIZED)/test_kernels: $(OBJECTS)
 	$(CXX) $(SANITIZE) $^ -o $@

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.activation import Activation
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -26,10 +27,12 @@ class AdaptedLayer(nn.Module):
         merged: whether ``weight`` already holds the update.
         trained: the names of the layer's own trained parameters.
         follows: the layer whose update this one shares, where the weights are tied; else None.
+        activation: where in a row the update acts; None where it acts on all of it.
     """
 
     trained: tuple[str, ...] = ()
     follows: AdaptedLayer | None = None
+    activation: Activation | None = None
 
     weight: Tensor
     enabled: bool
@@ -39,7 +42,14 @@ class AdaptedLayer(nn.Module):
     @property
     def adapting(self) -> bool:
         """Whether ``forward`` adds the update itself."""
-        return self.enabled and not self.merged
+        acts = self.activation is None or self.activation.places is not False
+        return self.enabled and not self.merged and acts
+
+    @property
+    def active_places(self) -> Tensor | None:
+        """Bool (rows, T): the tokens that the update acts on; None for all of them."""
+        places = None if self.activation is None else self.activation.places
+        return places if isinstance(places, Tensor) else None
 
     @property
     def holder(self) -> nn.Module:
@@ -52,6 +62,8 @@ class AdaptedLayer(nn.Module):
 
     def merge_refusal(self) -> str | None:
         """Why the update cannot be put into this weight, or None where it can."""
+        if self.activation is not None:
+            return "it is activated, and acts only from its invocation sequence on, which no one weight does"
         return None
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:

@@ -24,6 +24,7 @@ from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.layout import Layout
 from deltaw.runtime.attention_choice import attending_by
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
+from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
 from deltaw.runtime.recognition import TOLERANCE
 from deltaw.runtime.roles import real_tensors
 from deltaw.runtime.small_copy import small_copy
@@ -46,7 +47,7 @@ def _attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed_layout: Layout | None = None,
+    packed_layout: Layout | PartialLayout | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query (1, heads, T, d) in, (1, T, heads, d) out."""
@@ -58,15 +59,12 @@ def _attend(
         raise RuntimeError("attention dropout is not drawn on packed rows; put the model in eval mode")
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
     note(module, told, sliding_window, softcap)
-    out = packed_attention(
-        query[0],
-        key[0],
-        value[0],
-        packed_layout,
-        scaling=told,
-        window=sliding_window,
-        softcap=softcap,
-    )
+    how = {"scaling": told, "window": sliding_window, "softcap": softcap}
+    rows = query[0], key[0], value[0]
+    if isinstance(packed_layout, PartialLayout):
+        out = partial_attention(*rows, packed_layout, number_of(module), **how)
+    else:
+        out = packed_attention(*rows, packed_layout, **how)
     return out.transpose(0, 1)[None], None
 
 
@@ -162,7 +160,7 @@ def can_pack(model: PreTrainedModel) -> Choice:
     )
 
 
-def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
+def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
     """A few tokens in a prefix tree of four segments, longer than a small window, as a backbone's inputs."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     length = SAMPLE_TOKENS + (window if window is not None and window <= 64 else 0)
@@ -178,7 +176,7 @@ def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dic
 
 def _reached(model: PreTrainedModel) -> int:
     """How many times attention ran over the layout of a packed row."""
-    _, inputs = _sample(model, TREE)
+    _, inputs = sample_rows(model, TREE)
     with torch.no_grad(), packed_rows(model, fused=False), noting() as notes:
         backbone_of(model)(**inputs)
     return len(notes)
@@ -191,6 +189,7 @@ def _difference(backbone: PreTrainedModel) -> float:
     """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own,
     on a small fp32 copy; remembered by class and configuration."""
     key = (type(backbone), backbone.config.to_json_string(use_diff=False), loader.library() is not None)
+    key += (loader.arithmetic(),)
     if key not in _DIFFERENCES:
         with real_tensors(), torch.no_grad():
             _DIFFERENCES[key] = _packed_against_apart(small_copy(backbone))
@@ -198,7 +197,7 @@ def _difference(backbone: PreTrainedModel) -> float:
 
 
 def _packed_against_apart(small: PreTrainedModel) -> float:
-    layout, inputs = _sample(small, TREE)
+    layout, inputs = sample_rows(small, TREE)
     stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
     apart = [
         small(input_ids=row[None], use_cache=False).last_hidden_state[0]
@@ -210,8 +209,8 @@ def _packed_against_apart(small: PreTrainedModel) -> float:
     return float((packed - expected).norm() / expected.norm())
 
 
-def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None:
-    layout: Layout | None = named.get("packed_layout")
+def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
+    layout: Layout | PartialLayout | None = named.get("packed_layout")
     if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
         return None
     return layout
@@ -223,4 +222,4 @@ def _packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: _sample(model, TREE)[1])
+PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: sample_rows(model, TREE)[1])

@@ -8,6 +8,7 @@ bit. Nothing is pickled. Where it is written is somebody else's matter.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
+from deltaw.kernels import loader
 from deltaw.training.master_weights import MasterWeights
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
@@ -26,6 +28,10 @@ from deltaw.training.process import random_state, set_random_state
 VERSION = 1
 # Torch's names for what AdamW keeps of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class ArithmeticChangedWarning(UserWarning):
+    """A training continues with another rounding than it began with."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,7 @@ class TrainState:
             "schedule": asdict(self.schedule),
             "order": asdict(self.order),
             "place": {"epoch": epoch, "position": position},
+            "arithmetic": loader.arithmetic().as_dict(),
             "sums": {f.name: getattr(self.sums, f.name) for f in fields(Outcome) if f.name != "interrupted"},
         }
         return SavedState(values, tensors)
@@ -235,10 +242,14 @@ class TrainState:
     def restore(self, saved: SavedState) -> None:
         """Continue from what :meth:`state` gave.
 
+        Where products are computed in another way than then, they round differently: a warning says so, and
+        the steps to come are not equal to the bit.
+
         Raises:
             UserError: it is the state of another training: of other parameters, rows or schedule.
         """
         self._require_same(saved)
+        _warn_of_other_arithmetic(saved.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
             parameter.copy_(saved.tensors[f"parameter/{name}"])
             kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
@@ -279,6 +290,21 @@ class TrainState:
                     where="the saved state",
                     hint="continue with the model and the settings that it began with",
                 )
+
+
+def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
+    """Say where this process computes products otherwise than the one that saved a state."""
+    ours = loader.arithmetic().as_dict()
+    if saved is None or dict(saved) == ours:
+        return
+    differing = [name for name in ours if saved.get(name) != ours[name]]
+    changed = ", ".join(f"{name}: {ours[name]} instead of {saved.get(name)}" for name in differing)
+    warnings.warn(
+        "products are computed otherwise than when the state was saved, so the training goes on, but not "
+        f"equal to the bit ({changed})",
+        ArithmeticChangedWarning,
+        stacklevel=3,
+    )
 
 
 def _copied(tensor: Tensor) -> Tensor:
