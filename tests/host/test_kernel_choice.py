@@ -92,7 +92,9 @@ def test_rates_are_measured_once_and_remembered(measuring):
     assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
 
 
-@pytest.mark.parametrize("change", ["threads", "sizes", "processor", "flags", "torch", "cache", "kernels"])
+@pytest.mark.parametrize(
+    "change", ["threads", "sizes", "processor", "flags", "torch", "cache", "kernels", "variable"]
+)
 def test_rates_of_another_machine_are_not_believed(change, measuring, monkeypatch):
     choose_kernels(SIZES, 1)
     measurements._used.clear()
@@ -107,6 +109,8 @@ def test_rates_of_another_machine_are_not_believed(change, measuring, monkeypatc
         monkeypatch.setattr(kernel_choice, "processor_flags", lambda: {"another"})
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0")
+    elif change == "variable":
+        monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
     elif change == "cache":
         monkeypatch.setattr(kernel_choice, "second_level_cache", lambda: 1)
     else:
@@ -173,13 +177,16 @@ def test_what_the_user_forces_narrows_the_choice(measuring, monkeypatch):
         loader.compute_with(None)
         name = loader.usable()[-1].name
         monkeypatch.setenv(variants.VARIABLE, name)
-        assert choose_kernels(SIZES, 1).arithmetic.kernels == name
+        found = choose_kernels(SIZES, 1)
+        assert found.arithmetic.kernels == name and "torch" not in found.arithmetic.as_dict().values()
         loader.compute_with(None)
         monkeypatch.setenv(variants.VARIABLE, f"{name}:torch")
         assert choose_kernels(SIZES, 1).arithmetic == Arithmetic(name)
         loader.compute_with(None)
         monkeypatch.setenv(variants.VARIABLE, "none")
         assert choose_kernels(SIZES, 1).arithmetic == Arithmetic()
+        loader.compute_with(Arithmetic())
+        assert loader.why_not() == "compiled kernels are switched off (DELTAW_KERNELS=none)"
 
 
 @compiled_only

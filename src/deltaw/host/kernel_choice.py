@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ from deltaw.kernels.processor import processor_flags, processor_name, second_lev
 MARGIN_OF_TORCH, MARGIN_OF_VARIANT = 1.05, 1.1
 # Another precision is mentioned where its products would take at most this share of the time.
 WORTH_MENTIONING = 0.7
+# The variables that steer the libraries that torch computes with.
+STEERING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_")
 # What products of a precision are stored in.
 STORED_BY_PRECISION = {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
 
@@ -178,6 +181,8 @@ def _key(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> list[ob
         _libraries(tuple(names)),
         [f"{c.stored} {c.name}" for c in candidates],
         as_values(sizes),
+        # What steers torch's own products.
+        sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(STEERING)),
     ]
 
 

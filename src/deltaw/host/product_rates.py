@@ -84,7 +84,10 @@ def candidates() -> list[Candidate]:
     for stored in STORED:
         ways = {name: offered(loader.open_variant(name).library, stored) for name in names}
         of_type = [Candidate(stored, name, way) for name, own in ways.items() for way in own]
-        of_type.append(Candidate(stored, names[0] if names else None, TORCH))
+        if forced.kernels is None or forced.arithmetic == TORCH or not names:
+            # Kernels that were asked for by name compute products too, unless these were left to torch by
+            # name.
+            of_type.append(Candidate(stored, names[0] if names else None, TORCH))
         forced_of_type = [c for c in of_type if c.way == forced.arithmetic]
         found += forced_of_type or of_type
     return found

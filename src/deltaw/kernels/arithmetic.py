@@ -21,8 +21,8 @@ from deltaw.kernels.variants import ARITHMETICS, VARIABLE
 # The types of stored weights, by the kernels' own numbers.
 STORED = ("fp32", "bf16", "int8")
 TORCH = "torch"
-# What a library without a choice computes with.
-DEFAULT = "dot"
+# What promises most where nothing was measured comes first.
+_BY_PROMISE = ("tiles", "dot", "wide")
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ class Arithmetic:
 
 def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:
     """The ways that a library has of computing products with weights of a type; its first is its default."""
-    if not hasattr(library, "dw_arithmetics"):
-        return (DEFAULT,)
     ways = library.dw_arithmetics(STORED.index(stored))
-    return tuple(name for which, name in enumerate(ARITHMETICS) if name != TORCH and ways >> which & 1)
+    return tuple(name for name in _BY_PROMISE if ways >> ARITHMETICS.index(name) & 1)
 
 
 def default_of(kernels: str, library: ctypes.CDLL, forced: str | None = None) -> Arithmetic:
@@ -101,5 +99,4 @@ def tell(library: ctypes.CDLL, arithmetic: Arithmetic) -> None:
             continue
         if way not in offered(library, stored):
             raise ValueError(f"kernels '{arithmetic.kernels}' do not compute {stored} by '{way}'")
-        if hasattr(library, "dw_set_arithmetic"):
-            library.dw_set_arithmetic(number, ARITHMETICS.index(way))
+        library.dw_set_arithmetic(number, ARITHMETICS.index(way))

@@ -59,6 +59,10 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_abi": [],
     "dw_layout_of": [_I, _P, _L],
     "dw_threads": [_P] * 4,
+    "dw_ready": [],
+    "dw_arithmetics": [_I],
+    "dw_set_arithmetic": [_I, _I],
+    "dw_set_cache": [_L],
     "dw_release": [],
     "dw_scratch_held": [_I],
     "dw_linear": [
@@ -81,13 +85,6 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_block_sizes": [_P, _L, _L, _P],
     "dw_block": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 5],
     "dw_block_backward": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 7],
-}
-# How a variant is told to compute; one that has no choice may lack these.
-_CHOICES: dict[str, list[type]] = {
-    "dw_ready": [],
-    "dw_arithmetics": [_I],
-    "dw_set_arithmetic": [_I, _I],
-    "dw_set_cache": [_L],
 }
 
 
@@ -179,8 +176,10 @@ def compute_with(wanted: Arithmetic | None) -> None:
     if wanted is None:
         _Process.settled = False
         return
-    opened = None if wanted.kernels is None else open_variant(wanted.kernels)
-    _settle(opened, wanted, None if opened is not None else "compiled kernels are not used")
+    if wanted.kernels is None:
+        _settle(None, wanted, why_not() or "compiled kernels are not used")
+    else:
+        _settle(open_variant(wanted.kernels), wanted, None)
 
 
 @contextlib.contextmanager
@@ -214,13 +213,23 @@ def open_variant(name: str) -> Opened:
         UserError: there is none of the name, the processor lacks something, or it was not built.
         OSError, RuntimeError: its file cannot be used.
     """
-    if name in _Process.opened:
-        return _Process.opened[name]
-    found = variants.named(name, processor_flags())
-    kernels = load(variants.file_of(found))
-    if hasattr(kernels, "dw_ready") and kernels.dw_ready() != 0:
+    if name not in _Process.opened:
+        found = variants.named(name, processor_flags())
+        _Process.opened[name] = open_file(variants.file_of(found), found)
+    return _Process.opened[name]
+
+
+def open_file(path: Path, variant: Variant) -> Opened:
+    """The shared object at ``path``, ready to be called as ``variant``; it is not in use yet.
+
+    Raises:
+        UserError: the operating system does not grant what it needs. OSError, RuntimeError: it cannot be
+        used.
+    """
+    kernels = load(path)
+    if kernels.dw_ready() != 0:
         raise UserError(
-            f"kernels '{name}' cannot run: the operating system does not grant what they need",
+            f"kernels '{variant.name}' cannot run: the operating system does not grant what they need",
             where=variants.VARIABLE,
             hint=f"set {variants.VARIABLE} to another variant, or unset it",
         )
@@ -228,11 +237,17 @@ def open_variant(name: str) -> Opened:
     if threads is not None:
         kernels.dw_threads(*threads)
     cache = second_level_cache()
-    if cache is not None and hasattr(kernels, "dw_set_cache"):
+    if cache is not None:
         kernels.dw_set_cache(cache)
     note = "compiled kernels run on one thread: torch's OpenMP library was not found"
-    opened = Opened(found, kernels, None if threads is not None else note)
-    return _Process.opened.setdefault(name, opened)
+    return Opened(variant, kernels, None if threads is not None else note)
+
+
+def adopt(opened: Opened) -> None:
+    """Compute with what :func:`open_file` gave from now on; it is found by its variant's name again."""
+    name = opened.variant.name
+    _Process.opened[name] = opened
+    _settle(opened, default_of(name, opened.library), None)
 
 
 def usable() -> list[Variant]:
@@ -331,9 +346,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise RuntimeError(
             f"they were built from other sources (ABI {abi}, not {ABI}); install deltaw again to rebuild them"
         )
-    for name, arguments in (_SIGNATURES | _CHOICES).items():
-        if name in _CHOICES and not hasattr(kernels, name):
-            continue
+    for name, arguments in _SIGNATURES.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, _RESULTS.get(name, _I)
         if name not in _RESULTS:

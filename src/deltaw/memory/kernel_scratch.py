@@ -1,8 +1,9 @@
 """Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 
 The kernels themselves say what they take, since that differs between processors: each thread takes what it
-needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the process holds it between calls. The
-tensors that an operator makes for itself in Python are listed apart. Without the kernels there is neither.
+needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the
+process holds it between calls. The tensors that an operator makes for itself in Python are listed apart.
+Without the kernels there is neither.
 
 Knows operators and shapes; not models.
 """
@@ -32,7 +33,9 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     x, weight, by_column, scale, _, _, lora_A = args[:7]
     if not _multiplied(x, scale):
         return 0
-    return _room_of_linear(x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False)
+    return _room_of_linear(
+        x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False
+    )
 
 
 def _room_of_linear(
@@ -118,7 +121,9 @@ def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if _multiplied(x, scale):
         return _rounded_input(args, kwargs)
     outputs = weight.shape[0 if by_column else 1]
-    return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None)
+    return _reference_bytes(
+        x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None
+    )
 
 
 def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -151,7 +156,8 @@ def _reference_bytes(
 
 
 def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
-    """Whether the kernels compute products of rows like these, with weights in int8 where there is a scale."""
+    """Whether the kernels compute products of rows like these, with weights in int8 where there is a
+    scale."""
     return _compiled(left) and loader.multiplies(loader.number(left.dtype if scale is None else torch.int8))
 
 
