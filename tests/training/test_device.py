@@ -206,6 +206,7 @@ def test_vectors_are_read_where_they_are_used_and_kept_where_they_were(tmp_path,
     inner = open_store("a", SHAPE, folder=tmp_path)
     store, values = filled(inner)
     assert store.done.tolist() == [True, True, False] and store.shape == SHAPE
+    assert store.resident_bytes == inner.resident_bytes
     assert torch.equal(inner.read(np.array([2, 4])), values[[2, 4]])
     monkeypatch.setattr(type(inner), "read", None)  # the copy on the device must do without it
     assert torch.equal(store.read(np.array([2, 4, 2])), values[[2, 4, 2]])
