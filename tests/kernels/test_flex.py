@@ -141,9 +141,10 @@ def test_a_device_of_its_own_is_served_by_it_once_a_trial_agreed(on_this_device)
     layout = Layout.of_lengths(*TREES["a shared prompt"])
     inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
     ours = gradients(packed_attention, inputs, layout, **HOW)
-    assert len(on_this_device) == 2  # the trial, and this call
+    tried = len(flex.TRIED)
+    assert len(on_this_device) == tried + 1  # the trial, and this call
     gradients(packed_attention, inputs, layout, **HOW)
-    assert len(on_this_device) == 3
+    assert len(on_this_device) == tried + 2
     for one, other in zip(ours, gradients(packed_attention_reference, inputs, layout, **HOW), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert flex.notes() == []
@@ -165,6 +166,24 @@ def test_tiles_take_over_where_a_trial_fails_or_differs(fault, on_this_device, m
     (note,) = flex.notes()
     assert "tiles" in note and "\n" not in note
     assert ("no such heads" if fault == "fails" else "another result") in note
+
+
+def test_tiles_take_over_where_a_later_shape_cannot_be_compiled(on_this_device, monkeypatch):
+    works = flex._compiled()
+
+    def particular(query, key, value, **others):
+        if query.shape[2] == layout.length:
+            raise torch._dynamo.exc.TorchDynamoException("not for this length")
+        return works(query, key, value, **others)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: particular)
+    layout = Layout.of_lengths(*TREES["a shared prompt"])
+    inputs = [t.detach().float() for t in random_inputs(layout, size=16)]
+    ours = gradients(packed_attention, inputs, layout, **HOW)
+    for one, other in zip(ours, gradients(packed_attention_reference, inputs, layout, **HOW), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert "not for this length" in flex.notes()[0]
+    assert not flex.serves(*inputs, packed_attention_reference)
 
 
 def test_without_flexattention_in_torch_tiles_run(on_this_device, monkeypatch):
@@ -198,13 +217,18 @@ def test_the_processor_itself_is_not_served():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a processor with a C++ compiler")
-@pytest.mark.parametrize("window, softcap", [(None, None), (70, 20.0)])
-def test_the_compiled_form_follows_the_block_masks(window, softcap):
-    """On a processor, forward alone: unlike the uncompiled form it skips the blocks that are not listed."""
+@pytest.mark.parametrize("window", [None, 70])
+def test_the_compiled_form_follows_the_block_masks(window):
+    """On a processor, forward alone: unlike the uncompiled form it skips the blocks that are not listed.
+
+    Torch's own template for processors (2.13) fails to compile for some soft caps, and for lengths that it is
+    not told, so there are no caps here, and each length is compiled by itself.
+    """
     for tree in ("longer than a block", "out of order"):
+        torch._dynamo.reset()
         layout = Layout.of_lengths(*TREES[tree])
         inputs = [t.detach().float() for t in random_inputs(layout, heads=4, key_heads=2, size=16)]
-        how = {**HOW, "window": window, "softcap": softcap}
+        how = {**HOW, "window": window}
         with torch.no_grad():
             ours = flex.tree_attention(*inputs, layout, **how)
             expected = packed_attention_reference(*inputs, layout, **how)

@@ -11,8 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach, detach, disabled, load_adapter, merge, save_adapter
 from deltaw.lora.activation import invocation_starts
+from deltaw.runtime.packed import packed_rows
 from tests.tiny_models import causal_model
 
 INVOCATION = [5, 7, 9]
@@ -127,6 +129,26 @@ def test_without_token_ids_nobody_knows_where_it_acts():
     model = activated("llama")
     with pytest.raises(UserError, match="finds by the token ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
+    with torch.no_grad(), disabled(model):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_packed_rows_must_say_where_it_acts(ids):
+    model, layout = activated("llama"), Layout.of_lengths([17, 17])
+    inputs = {
+        "input_ids": ids[:2].reshape(1, -1),
+        "position_ids": torch.from_numpy(layout.positions())[None],
+        "packed_layout": layout,
+        "use_cache": False,
+    }
+    active = torch.arange(17) >= torch.tensor([[10], [14]])
+    with torch.no_grad():
+        apart = model(input_ids=ids[:2]).logits
+        with packed_rows(model):
+            with pytest.raises(UserError, match="several rows are packed"):
+                model(**inputs)
+            packed = model(**inputs, adapter_active=active.reshape(1, -1)).logits
+    torch.testing.assert_close(packed.view_as(apart), apart, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,8 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_pat
         for number, logits in enumerate((peft, bare)):
             losses[number] -= float(logits.log_softmax(-1)[at - 1, ids[0, at]].sum())
     score = score_run(opened, examples, max_new_tokens=4)
+    batcher, _ = choose_causal_batcher(opened.model, examples, device="cpu")
+    assert not batcher.padded  # that the adapter is on the model does not keep its rows from being packed
     assert score.metrics["loss"] == pytest.approx(losses[0] / labels, rel=1e-4)
     with opened.base():
         bare_score = score_run(opened, examples, max_new_tokens=4)

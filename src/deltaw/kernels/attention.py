@@ -50,10 +50,20 @@ def packed_attention(
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
-    shape = {"window": window, "softcap": softcap}
-    if causal and flex.serves(query, key, value, packed_attention_reference, **shape):
-        _check_inputs(*(t.transpose(0, 1) for t in (query, key, value)), layout, None)
-        return flex.tree_attention(query, key, value, layout, scaling=scaling, **shape)
+    if causal:
+        _check_inputs(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, None)
+        served = flex.served(
+            query,
+            key,
+            value,
+            layout,
+            packed_attention_reference,
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+        )
+        if served is not None:
+            return served
     out = _PackedAttention.apply(
         *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap, causal
     )

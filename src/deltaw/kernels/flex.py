@@ -9,9 +9,9 @@ tree walked depth first, and the end of its segment's subtree in that order. A q
 Later tokens of the key's own segment and of the segments below it have just these ranks. Packed rows are laid
 out in this order anyway, so that ranks are places.
 
-Whether FlexAttention serves is tried, not listed: the first time that heads of some form come, a small tree
-goes forward and backward through it and through the reference. Where that fails or differs, attention runs in
-tiles (:mod:`deltaw.kernels.attention`), and :func:`notes` says why.
+Whether FlexAttention serves is tried, not listed: the first time that heads of some form come, two small
+trees go forward and backward through it and through the reference. Where that fails or differs, attention
+runs in tiles (:mod:`deltaw.kernels.attention`), and :func:`notes` says why.
 
 Knows tensors and layouts; not models, tokens or caches.
 """
@@ -37,8 +37,9 @@ DEVICES = ("cuda",)
 COUNTED_AT_ONCE = 1024
 # Relative difference (of norms) to the reference that a trial may show, by the type of the inputs.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# Lengths and parents of the tree that a form of heads is tried on: more than a block, shared and alone.
-TRIED = ((150, 40, 37, 30), (-1, 0, 0, -1))
+# Lengths and parents of the trees that a form of heads is tried on: more than a block, shared and alone. They
+# are two of different lengths, since torch compiles anew, for any length, when it meets a second one.
+TRIED = (((150, 40, 37, 30), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2)))
 
 # By what was tried: why FlexAttention does not serve it, or None where it does.
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
@@ -159,30 +160,41 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
 
     seen = visible_pairs(layout, window)
     whole = seen == BLOCK * BLOCK
-    tables = [table for part in ((seen > 0) & ~whole, whole) for table in _listed(part)]
+    some, some_places = _listed((seen > 0) & ~whole, layout.device)
+    all_of, all_places = _listed(whole, layout.device)
     rank, end, position = (
         to_device(torch.from_numpy(numbers.astype(np.int32)), layout.device)
         for numbers in (*ranks(layout), layout.positions())
     )
 
+    reach = layout.length if window is None else window
+
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (rank[key] <= rank[query]) & (rank[query] < end[key])
 
     def sees_near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch, head, query, key) & (position[query] - position[key] < window)
+        return sees(batch, head, query, key) & (position[query] - position[key] < reach)
 
     return BlockMask.from_kv_blocks(
-        *(to_device(torch.from_numpy(table), layout.device)[None, None] for table in tables),
+        some,
+        some_places,
+        all_of,
+        all_places,
         BLOCK_SIZE=BLOCK,
         mask_mod=sees if window is None else sees_near,
         seq_lengths=(layout.length, layout.length),
     )
 
 
-def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of an (n, n) bool table: how many are True, and all places, those of the True first."""
+def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each row of an (n, n) bool table: how many are True, and all places, those of the True first.
+
+    Shapes are FlexAttention's, with a batch and a head of one: (1, 1, n) and (1, 1, n, n).
+    """
     places = np.argsort(~blocks, axis=1, kind="stable")
-    return blocks.sum(1).astype(np.int32), places.astype(np.int32)
+    tables = (torch.from_numpy(table.astype(np.int32)) for table in (blocks.sum(1), places))
+    count, place = (to_device(table, device)[None, None] for table in tables)
+    return count, place
 
 
 def serves(
@@ -205,24 +217,64 @@ def serves(
         return False
     if query.dtype not in TOLERANCE or torch._C._len_torch_dispatch_stack():
         return False
-    form = (
-        query.device,
-        query.dtype,
-        *(t.shape[0] for t in (query, key)),
-        *(t.shape[-1] for t in (query, value)),
-        window is not None,
-        softcap is not None,
-    )
+    form = _form(query, key, value, window, softcap)
     if form not in _TRIALS:
         _TRIALS[form] = _tried((query, key, value), reference, window is not None, softcap)
     return _TRIALS[form] is None
 
 
+def served(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    reference: Callable[..., Tensor],
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor | None:
+    """:func:`tree_attention` where FlexAttention serves; None where it does not.
+
+    Nor does it any longer if torch cannot compile it for a later shape.
+    """
+    if not serves(query, key, value, reference, window=window, softcap=softcap):
+        return None
+    try:
+        return tree_attention(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        _TRIALS[_form(query, key, value, window, softcap)] = _failed(error)
+        return None
+
+
+def _form(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
+) -> tuple[Any, ...]:
+    """What a trial is remembered by."""
+    heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
+    return query.device, query.dtype, *heads, *sizes, window is not None, softcap is not None
+
+
+def _failed(error: Exception) -> str:
+    brief = (str(error).splitlines() or [""])[0][:100]
+    return f"FlexAttention failed ({type(error).__name__}: {brief})"
+
+
 def _tried(
     inputs: tuple[Tensor, ...], reference: Callable[..., Tensor], window: bool, softcap: float | None
 ) -> str | None:
-    """Why FlexAttention does not serve inputs of this form; None where a small tree shows that it does."""
-    layout = Layout.of_lengths(*TRIED)
+    """Why FlexAttention does not serve inputs of this form; None where small trees show that it does."""
+    each = (_tried_on(Layout.of_lengths(*tree), inputs, reference, window, softcap) for tree in TRIED)
+    return next((why for why in each if why is not None), None)
+
+
+def _tried_on(
+    layout: Layout,
+    inputs: tuple[Tensor, ...],
+    reference: Callable[..., Tensor],
+    window: bool,
+    softcap: float | None,
+) -> str | None:
     device, dtype, size = inputs[0].device, inputs[0].dtype, inputs[0].shape[-1]
     layout.device = device
     generator = torch.Generator(device=device).manual_seed(0)
@@ -234,7 +286,7 @@ def _tried(
     try:
         ours = _with_gradients(tree_attention, [t.to(dtype) for t in leaves], layout, how)
     except Exception as error:  # whatever a compiler raises here, tiles do without one
-        return f"FlexAttention failed ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+        return _failed(error)
     expected = _with_gradients(reference, leaves, layout, how)
     for one, other in zip(ours, expected, strict=True):
         difference = float((one.float() - other).norm() / other.norm())

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import UserError
-
 PLACES = "adapter_active"
 """The keyword with which a caller names the places: bools of the shape of ``input_ids``, or one bool."""
 
@@ -35,12 +33,12 @@ class Activation:
 
     Attributes:
         places: bool (rows, T) of the tokens that the model runs at the moment; True for all of them, False
-            for none.
+            for none, None where they cannot be told.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
-        self.places: Tensor | bool = True
+        self.places: Tensor | bool | None = True
         self._names: list[str] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Of each cache, which of its rows are invoked already.
@@ -49,9 +47,11 @@ class Activation:
 
     @property
     def kind(self) -> str:
-        """``all``, ``none``, or ``some`` of the places."""
+        """``all``, ``none``, or ``some`` of the places; ``unknown`` where they cannot be told."""
         if isinstance(self.places, Tensor):
             return "some"
+        if self.places is None:
+            return "unknown"
         return "all" if self.places else "none"
 
     def watch(self, model: nn.Module) -> None:
@@ -82,15 +82,13 @@ class Activation:
         while self._handles:
             self._handles.pop().remove()
 
-    def _looked_up(self, named: Mapping[str, Any]) -> Tensor | bool:
+    def _looked_up(self, named: Mapping[str, Any]) -> Tensor | bool | None:
         """The places of a call with these arguments."""
+        if named.get("packed_layout") is not None:
+            return None  # several rows in one: the last occurrence says nothing of those before
         ids = named.get("input_ids")
         if not isinstance(ids, Tensor):
-            raise UserError(
-                "an activated adapter finds by the token ids where it begins to act, and there are none",
-                where="input_ids",
-                hint=f"call the model with input_ids, or name the places in {PLACES}",
-            )
+            return None
         starts = invocation_starts(ids, self.tokens)
         found = starts < ids.shape[1]
         cache = _cache_among(named.values())

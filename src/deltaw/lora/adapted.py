@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.activation import Activation
+from deltaw.lora.activation import PLACES, Activation
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -46,9 +46,27 @@ class AdaptedLayer(nn.Module):
         return self.enabled and not self.merged and acts
 
     @property
+    def acts_in_part(self) -> bool:
+        """Whether the update acts on some of the tokens alone, or nobody knows on which."""
+        return self.adapting and self.activation is not None and self.activation.kind != "all"
+
+    @property
     def active_places(self) -> Tensor | None:
-        """Bool (rows, T): the tokens that the update acts on; None for all of them."""
-        places = None if self.activation is None else self.activation.places
+        """Bool (rows, T): the tokens that the update acts on; None for all of them.
+
+        Raises:
+            UserError: they cannot be told.
+        """
+        if self.activation is None:
+            return None
+        places = self.activation.places
+        if places is None:
+            raise UserError(
+                "an activated adapter finds by the token ids of each row where it begins to act, and there "
+                "are none, or several rows are packed into one",
+                where="input_ids",
+                hint=f"call the model with input_ids, or name the places in {PLACES}",
+            )
         return places if isinstance(places, Tensor) else None
 
     @property

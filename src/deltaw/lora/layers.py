@@ -272,14 +272,14 @@ class LoRAConv1D(LoRALayer):
         """(..., in) to (..., out)."""
         scales = weight_scales(self)
         dropout = self.dropout if self.training else 0.0
-        places = self.active_places
+        places = self.active_places if self.adapting else None
         if not self.adapting or places is not None:
             if scales is not None:
                 y = frozen_linear(x, self.weight, self.bias, scales)
             else:
                 flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
                 y = flat.view(*x.shape[:-1], self.out_features)
-            if not self.adapting or places is None:
+            if places is None:
                 return y
             return y + closed_form.update_at(x, places, self.lora_A, self.lora_B, self.scaling, dropout)
         bias = self.output_bias()

@@ -22,6 +22,7 @@ from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.layout import Layout
+from deltaw.lora.activation import PLACES, Activation
 from deltaw.runtime.attention_choice import attending_by
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
 from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
@@ -59,12 +60,12 @@ def _attend(
         raise RuntimeError("attention dropout is not drawn on packed rows; put the model in eval mode")
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
     note(module, told, sliding_window, softcap)
-    how = {"scaling": told, "window": sliding_window, "softcap": softcap}
-    rows = query[0], key[0], value[0]
+    how: dict[str, Any] = {"scaling": told, "window": sliding_window, "softcap": softcap}
+    q, k, v = query[0], key[0], value[0]
     if isinstance(packed_layout, PartialLayout):
-        out = partial_attention(*rows, packed_layout, number_of(module), **how)
+        out = partial_attention(q, k, v, packed_layout, number_of(module), **how)
     else:
-        out = packed_attention(*rows, packed_layout, **how)
+        out = packed_attention(q, k, v, packed_layout, **how)
     return out.transpose(0, 1)[None], None
 
 
@@ -80,7 +81,14 @@ def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
     layout = Layout.of_lengths([tokens.shape[1]])
     layout.device = tokens.device
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
+    inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
+    return {**inputs, **_acting_everywhere(model)}
+
+
+def _acting_everywhere(model: nn.Module) -> dict[str, object]:
+    """For tokens that stand for no text: an activated adapter acts on all of them."""
+    activated = any(isinstance(getattr(m, "activation", None), Activation) for m in model.modules())
+    return {PLACES: True} if activated else {}
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -171,7 +179,7 @@ def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout,
     tokens = torch.randint(0, vocabulary, (1, layout.length), generator=generator).to(model.device)
     positions = torch.from_numpy(layout.positions())[None].to(model.device)
     inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
-    return layout, inputs
+    return layout, {**inputs, **_acting_everywhere(model)}
 
 
 def _reached(model: PreTrainedModel) -> int:

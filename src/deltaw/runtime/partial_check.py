@@ -62,7 +62,7 @@ def _apart_against_whole(small: PreTrainedModel) -> float:
         active[stop - ACTIVE : stop] = n not in TREE
     slopes = torch.randn(int(active.sum()), small.config.get_text_config().hidden_size, generator=generator)
     with packed_rows(small, fused=False):
-        whole = small(**inputs, **{PLACES: active[None]}).last_hidden_state[0][active]
+        whole = small(**{**inputs, PLACES: active[None]}).last_hidden_state[0][active]
         of_whole = torch.autograd.grad((whole * slopes).sum(), factors)
     keys: dict[int, tuple[Tensor, Tensor]] = {}
     with packed_rows(small):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.transfer import to_device
-from deltaw.training.features.store import FeatureStore, Shape
+from deltaw.training.features.store import FeatureStore
 
 # Share of the device's free memory that vectors may take; the rest is for training.
 SHARE = 0.25
@@ -25,19 +25,10 @@ class DeviceStore:
     def __init__(self, inner: FeatureStore, device: torch.device) -> None:
         self.inner = inner
         self.device = device
-        shape = inner.shape
+        self.shape = shape = inner.shape
+        self.done = inner.done  # one array for both: what is done is done in both
         self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
         self._there = np.zeros(shape.units, bool)
-
-    @property
-    def shape(self) -> Shape:
-        """Of the inner store."""
-        return self.inner.shape
-
-    @property
-    def done(self) -> np.ndarray:
-        """bool (rows,), the inner store's."""
-        return self.inner.done
 
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width) on the device."""
