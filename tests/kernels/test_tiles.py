@@ -1,4 +1,4 @@
-"""Products in tiles of AMX, with arrays for the processor's tiles: the sources are compiled once more for that."""
+"""Products in tiles of AMX, with arrays for the processor's tiles: the sources are compiled once more."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ def test_gradients_of_classes_have_the_bits_of_dot_products(in_tiles, threads, c
 @pytest.mark.parametrize("size", [(1, 4, 4), (70, 64, 132), (45, 160, 36), (200, 1600, 68)])
 @pytest.mark.parametrize("rank", [2, 16, 34])
 def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
-    t = inputs(*size, rank, torch.bfloat16)
+    rows, n_in, n_out = size
+    t = inputs(rows, n_in, n_out, rank, torch.bfloat16)
     found = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
