@@ -53,22 +53,30 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_tiles(emulated: Path, monkeypatch: pytest.MonkeyPatch):
+def computing():
+    """These tests are of no other variant."""
+
+
+@pytest.fixture
+def in_tiles(emulated: Path):
     """The kernels of the emulation are in use."""
-    opened = with_library.opened(emulated)
-    monkeypatch.setattr(loader._Process, "using", opened)
-    monkeypatch.setattr(loader._Process, "why_not", None)
-    monkeypatch.setattr(loader._Process, "settled", True)
-    yield opened.library
-    for kind in (BF16, INT8):
-        opened.library.dw_set_arithmetic(kind, TILES)
+    with loader.computing():
+        loader.adopt(with_library.opened(emulated))
+        yield loader.kernels()
 
 
 def test_the_kernels_tests_pass_in_tiles(emulated: Path):
     here = Path(__file__).parent
     environment = {**os.environ, with_library.VARIABLE: str(emulated)}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.kernels.with_library", *(here / name for name in SUITE)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.kernels.with_library",
+            *(here / name for name in SUITE),
+        ],
         cwd=here.parents[1],
         env=environment,
         capture_output=True,

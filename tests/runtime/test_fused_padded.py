@@ -60,10 +60,11 @@ def test_fused_blocks_equal_the_models_own(family, checkpointing, lengths, monke
         for block in layers_of(model):
             block.gradient_checkpointing = block.training = True
             block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    ran = count_runs(monkeypatch)
-    out, grads = outputs_and_gradients(model, lengths, fused=True)
     assert fused_padded_blocks(model).choice.value, fused_padded_blocks(model).choice.why
-    assert len(ran) == len(layers_of(model)) * (1 + checkpointing)
+    ran = count_runs(monkeypatch)
+    with counted_calls(monkeypatch) as calls:
+        out, grads = outputs_and_gradients(model, lengths, fused=True)
+    assert len(ran) == len(layers_of(model)) * (1 + checkpointing) == calls.count("forward")
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 2e-4

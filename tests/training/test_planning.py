@@ -206,6 +206,22 @@ def test_int8_weights_are_planned(family, config_of, folders):
     assert plan.trained_parameters == plain.trained_parameters
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_an_activated_adapter_is_planned_with_prompts_run_apart(epochs, config_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    file = write_rows(
+        tmp_path / "rows.jsonl", ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
+    )
+    changes = {"data": {"train": str(file)}, "train": {"max_steps": 3 * epochs, "keep_features": epochs > 1}}
+    whole = planned(config_of("llama", "lora", **changes))
+    plan, peak, *_ = compare(config_of("llama", "lora", lora={"activation": "completion"}, **changes))
+    assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
+    assert plan.peak_bytes < 0.8 * whole.peak_bytes and whole.disk_bytes == 0
+    stored = list((tmp_path / "cache").rglob("values.bin"))
+    assert [file.stat().st_size for file in stored] == ([plan.disk_bytes] if epochs > 1 else [])
+    assert (plan.disk_bytes > 0) == (epochs > 1)
+
+
 def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     config = config_of("vit", "last", train={"keep_features": True, "max_steps": 6})

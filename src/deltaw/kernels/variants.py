@@ -20,6 +20,8 @@ FOLDER = Path(__file__).parent
 LIST = FOLDER / "csrc" / "variants.txt"
 # What forces a variant, what switches all of them off, and how that is said.
 VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
+# What hands measured rates to the processes that a process starts; see deltaw.host.kernel_choice.
+MEASURED = "DELTAW_MEASURED"
 ANY = "auto"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
 # while they are laid out; tiles; torch's operators.

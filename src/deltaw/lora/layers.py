@@ -199,13 +199,21 @@ class LoRALinear(LoRALayer, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         bias = self.output_bias()
+        if (places := self.active_places) is not None:
+            with_base = (
+                F.linear(input, self.weight, bias)
+                if scales is None
+                else frozen_linear(input, self.weight, bias, scales)
+            )
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return with_base + closed_form.update_at(input, places, *factors, dropout)
         return closed_form.linear(
             input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
         )
 
     def merge_refusal(self) -> str | None:
         """A sum with ΔW would have to be quantized again."""
-        return _int8_refusal(self)
+        return _int8_refusal(self) or super().merge_refusal()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -263,12 +271,17 @@ class LoRAConv1D(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         scales = weight_scales(self)
-        if not self.adapting:
-            if scales is not None:
-                return frozen_linear(x, self.weight, self.bias, scales)
-            flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-            return flat.view(*x.shape[:-1], self.out_features)
         dropout = self.dropout if self.training else 0.0
+        places = self.active_places if self.adapting else None
+        if not self.adapting or places is not None:
+            if scales is not None:
+                y = frozen_linear(x, self.weight, self.bias, scales)
+            else:
+                flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+                y = flat.view(*x.shape[:-1], self.out_features)
+            if places is None:
+                return y
+            return y + closed_form.update_at(x, places, self.lora_A, self.lora_B, self.scaling, dropout)
         bias = self.output_bias()
         factors = self.lora_A, self.lora_B
         return closed_form.linear(
@@ -277,7 +290,7 @@ class LoRAConv1D(LoRALayer):
 
     def merge_refusal(self) -> str | None:
         """As of a linear layer."""
-        return _int8_refusal(self)
+        return _int8_refusal(self) or super().merge_refusal()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -1,8 +1,9 @@
 """Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 
 The kernels themselves say what they take, since that differs between processors: each thread takes what it
-needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the process holds it between calls. The
-tensors that an operator makes for itself in Python are listed apart. Without the kernels there is neither.
+needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the
+process holds it between calls. The tensors that an operator makes for itself in Python are listed apart.
+Without the kernels there is neither.
 
 Knows operators and shapes; not models.
 """
@@ -30,7 +31,11 @@ def _up(count: int, to: int) -> int:
 
 def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     x, weight, by_column, scale, _, _, lora_A = args[:7]
-    return _room_of_linear(x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False)
+    if not _multiplied(x, scale):
+        return 0
+    return _room_of_linear(
+        x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False
+    )
 
 
 def _room_of_linear(
@@ -51,6 +56,8 @@ def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     grad, weight, by_column, scale, _, lora_A = args[:6]
+    if not _multiplied(grad, scale):
+        return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
     return _room_of_linear(grad, weight, by_column, scale, rank, True, args[9])
 
@@ -108,6 +115,52 @@ def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return copies * logits.numel() * max(4, logits.dtype.itemsize)
 
 
+def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product: the rounded input, or what the reference makes where torch computes products."""
+    x, weight, by_column, scale, _, bias, lora_A, lora_B, _, added = args[:10]
+    if _multiplied(x, scale):
+        return _rounded_input(args, kwargs)
+    outputs = weight.shape[0 if by_column else 1]
+    return _reference_bytes(
+        x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None
+    )
+
+
+def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product's gradient: the rounded gradient, or what the reference makes."""
+    grad, weight, by_column, scale, _, lora_A, lora_B, _, added, need_x = args[:10]
+    if _multiplied(grad, scale):
+        return _rounded_gradient(args, kwargs)
+    inputs = weight.shape[1 if by_column else 0] if need_x else 0
+    inside = _reference_bytes(grad, weight, scale, inputs, (lora_A, lora_B), added is not None)
+    if scale is None or not inputs:
+        return inside
+    # A gradient that is rounded in blocks is there in fp32 five times.
+    return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
+
+
+def _reference_bytes(
+    left: Tensor, weight: Tensor, scale: Tensor | None, columns: int, factors: tuple[Any, Any], adds: bool
+) -> int:
+    """What a product composed of torch's operators holds at its peak beside its result, of ``columns``."""
+    rows, depth = left.shape
+    size = left.dtype.itemsize
+    # A sum is made while what it is added to is still there.
+    sums = rows * columns * size if adds or factors[0] is not None else 0
+    if factors[1] is not None:
+        sums += factors[1].numel() * (4 + size) if size == 2 else factors[1].numel() * 4
+    if scale is None or not columns:
+        return sums
+    # The left side in int8 and in fp32, the weight and the sums in fp32; the result is not there yet.
+    return max(sums, rows * depth * 5 + weight.numel() * 4 + rows * columns * (4 - size))
+
+
+def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
+    """Whether the kernels compute products of rows like these, with weights in int8 where there is a
+    scale."""
+    return _compiled(left) and loader.multiplies(loader.number(left.dtype if scale is None else torch.int8))
+
+
 def _compiled(first: Tensor) -> bool:
     """Whether the kernels run on tensors like this one."""
     served = first.dtype in (torch.bfloat16, torch.float32) and first.device.type == "cpu"
@@ -141,14 +194,9 @@ ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
 # Bytes of the tensors that an operator makes for itself.
 TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
-    **{
-        operator.default: _where_compiled(rule)
-        for operator, rule in (
-            (_ops.linear, _rounded_input),
-            (_ops.linear_backward, _rounded_gradient),
-            (_ops.class_gradient_, _class_scales),
-        )
-    },
+    _ops.linear.default: _linear_tensors,
+    _ops.linear_backward.default: _linear_backward_tensors,
+    _ops.class_gradient_.default: _where_compiled(_class_scales),
 }
 
 

@@ -35,6 +35,7 @@ from deltaw.runtime.fused_halves import (
     run_attention,
     run_mlp,
 )
+from deltaw.runtime.partial import PartialLayout, number_of
 from deltaw.runtime.projections import Norm, Projection, can_project, factors_of
 from deltaw.runtime.recognition import Told, signature
 from deltaw.runtime.roles import BlockRoles, Norms, activation_kind, part
@@ -56,7 +57,9 @@ class Layouts(Protocol):
     """Finds the layout of a call of a block, by its hidden states and named arguments: the segments of all
     rows laid end to end; None where the call asks for something else."""
 
-    def __call__(self, hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None: ...
+    def __call__(
+        self, hidden: Tensor, named: dict[str, Any], causal: bool
+    ) -> Layout | PartialLayout | None: ...
 
 
 class _Normed(torch.autograd.Function):
@@ -172,9 +175,13 @@ class FusedBlock:
         if halves is None or layout is None:
             return self.own(hidden_states, *args, **kwargs)
         cosine, sine = _wide_turns(turns, layout) if rotary and turns is not None else (None, None)
-        few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
-        picked = self.picked if few else None
-        how = (hidden_states, halves, Around(layout, cosine, sine, picked))
+        if isinstance(layout, PartialLayout):
+            around = Around(layout.whole, cosine, sine, None, layout, number_of(self.block))
+        else:
+            few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
+            picked = self.picked.contiguous() if few and self.picked is not None else None
+            around = Around(layout, cosine, sine, picked)
+        how = (hidden_states, halves, around)
         if self.checkpointing and torch.is_grad_enabled():
             y = checkpoint(self._run, *how, use_reentrant=False)
         else:
@@ -182,7 +189,7 @@ class FusedBlock:
         extra = self.roles.extra_outputs
         return y if extra is None else (y, *[None] * extra)
 
-    def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | None:
+    def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | PartialLayout | None:
         """The call's layout; None where it asks for what only the block's own code knows."""
         if hidden.dim() != 3 or not _on_processor(hidden):
             return None
@@ -279,7 +286,7 @@ class FusedBlock:
     def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around) -> Tensor:
         x, picked = hidden.flatten(0, 1), around.picked
         whole = None
-        if unwatched(hidden) and hidden.is_contiguous():
+        if around.partial is None and unwatched(hidden) and hidden.is_contiguous():
             whole = self._as_whole(x, halves, around)
         if whole is not None:
             y = _Whole.apply(x, whole, around, *self._factors)
@@ -335,6 +342,8 @@ def _note(layer: nn.Module, state: list[Any]) -> None:
     """Note what a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
     of = vars(layer).get
     state += (id(layer), of("training"), of("enabled"), of("merged"), of("scaling"), of("dropout"))
+    activation = of("activation")
+    state.append(None if activation is None else activation.kind)
     _note_tensors(layer, state)
 
 
@@ -347,7 +356,7 @@ def _note_tensors(module: nn.Module, state: list[Any]) -> None:
                 state += (id(tensor), place, tensor.requires_grad)
 
 
-def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, n) in fp32 of all rows laid end to end, made once for all blocks of a forward."""
     made = layout.made_of.get(id(turns[0]))
     if made is None or made[0] is not turns[0]:

@@ -38,6 +38,8 @@ void test_norm(int64_t M, int64_t D, bool centred) {
     }
     expect_close(y.numbers(), expected, tolerance<T>(), what);
     expect_close(dx.numbers(), expected_dx, tolerance<T>(), what + " backward");
+    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centred, stats.data(), added.data(), dy.data()) == 0 && dy.same(dx),
+           what + " backward in place gives the same bits");
 }
 
 double activated(int kind, double x) {
@@ -127,7 +129,8 @@ void test_cross_entropy(int64_t M, int64_t V, double scale, double cap) {
         }
     }
     expect_close(losses.numbers(), expected, cap > 0 ? 1e-4 : 4e-6, what, 1.0);
-    expect_close(logits.numbers(), slope, sizeof(T) == 4 ? 1e-4 : 8e-3, what + " gradient");
+    // Of a certain answer a probability less 1 is left, of which fp32 keeps few digits.
+    expect_close(logits.numbers(), slope, sizeof(T) == 4 ? 1e-4 : 8e-3, what + " gradient", 1e-2);
 }
 
 template <class T>

@@ -137,8 +137,10 @@ struct Work {
     }
     void take_heads(const BlockParts &b, const Sizes &of, Room &from) {
         const int64_t wide = b.wide() * b.number(), narrow = b.narrow() * b.number();
-        d_out = from.take(of.P, wide);
         if (b.split != APART) joint = from.take(of.T, b.query.out * b.number());
+        // Heads are copied into `joint` when nobody needs d_out any more.
+        const bool copied = b.split != APART && !of.views(b);
+        d_out = copied ? Rows{joint.data, wide} : from.take(of.P, wide);
         if (of.views(b)) d_q = joint, d_k = joint.from(wide), d_v = joint.from(wide + narrow);
         else d_q = from.take(of.P, wide), d_k = from.take(of.T, narrow), d_v = from.take(of.T, narrow);
     }

@@ -55,7 +55,7 @@ DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const f
 
 DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,
                       int centred, void *y, float *stats);
-// Where x's rows lie side by side, dx may be dy.
+// dx may be dy.
 DW_EXPORT int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight, float offset,
                                int centred, const float *stats, const void *added, void *dx);
 DW_EXPORT int dw_add(int type, int64_t count, const void *a, const void *b, void *out);

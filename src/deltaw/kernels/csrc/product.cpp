@@ -11,9 +11,15 @@ using namespace deltaw;
 
 namespace {
 
-const int64_t GROUPS_AT_ONCE = 768;      // 96 KiB of right side, which stay in the second-level cache
-const int64_t GROUPS_OF_MANY = 256;      // where there are more: sums, left and right sides stay there together
+const int64_t GROUPS_AT_ONCE = 384;      // 48 KiB of a panel, about what the first-level cache has
+const int64_t GROUPS_OF_MANY = 256;      // where there are more, they are cut evenly into no more than so many
 const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
+
+// Groups of one of the parts that `groups` are cut into, as even as can be.
+int64_t even_part(int64_t groups) {
+    const int64_t parts = (groups + GROUPS_OF_MANY - 1) / GROUPS_OF_MANY, whole = INT8_BLOCK / 2;  // no scale's block is cut
+    return ((groups + parts - 1) / parts + whole - 1) / whole * whole;
+}
 
 // How many rows go by at a time, at most and of so many that are left.
 template <class Op>
@@ -44,7 +50,10 @@ class Part {
         lay_room(scratch);
         const Ready<Op> ready;
         for (int64_t b0 = 0; b0 < cut; b0 += block)
-            for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
+            for (from = begin; from < end; from = to) {
+                to = std::min(end, from + pieces_at_once);
+                for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
+            }
     }
 
     // Bytes that lay_room takes, but for what is rounded up.
@@ -52,7 +61,7 @@ class Part {
         if (begin == end) return 0;
         int64_t bytes = panels_kept() * line * 128 + low_groups * 128;
         if (INT8_SUMS) bytes += panels_kept() * starts_each * 4;
-        if (several) bytes += (end - begin) * block * PANEL * 4;
+        if (several) bytes += pieces_at_once * block * PANEL * 4;
         if (gather) bytes += gathered_rows * line * 4;
         if (widen_low) bytes += gathered_rows * low_groups * 4;
         if (converts_columns()) bytes += 16 * line * 4;
@@ -72,7 +81,7 @@ class Part {
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
     const int64_t low_groups = groups_of_low();
     const bool several = groups > GROUPS_AT_ONCE;
-    const int64_t most_groups = several ? GROUPS_OF_MANY : GROUPS_AT_ONCE;
+    const int64_t most_groups = several ? even_part(groups) : GROUPS_AT_ONCE;
     const int64_t line = std::min(groups, most_groups);
     const bool widen_low = LOW_IN_TILES ? low_groups * LowOp::PER_GROUP != p.rank : LowOp::WIDENS && p.rank;
     // The low-rank part has no scales and is the same kind of product: its sums begin where the others end.
@@ -82,6 +91,7 @@ class Part {
     int64_t row0 = 0, row1 = 0, cuts = 1, begin = 0, end = 0;
     int64_t cut = 0, block = 0;           // rows of a range, and of those that go by at a time
     int64_t first_panel = 0, own = 0;     // panels of this thread
+    int64_t pieces_at_once = 0, from = 0, to = 0;  // pieces whose sums are held, where a product is cut along K
     bool keep = false;                    // panels are laid out for the first block of rows and kept for the others
     bool gather = false;                  // rows are copied, or widened, to lie side by side
     int64_t gathered_from = 0, gathered_rows = 0;
@@ -120,6 +130,8 @@ class Part {
         cut = (row1 - row0 + cuts - 1) / cuts + 1;
         block = std::min(cut, std::max<int64_t>(8, left_at_once() / (std::max<int64_t>(line, 1) * 4) / MOST) * MOST);
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
+        // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
+        pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(16, left_at_once() / (block * PANEL * 4))) : end - begin;
         keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
@@ -135,7 +147,7 @@ class Part {
         right = scratch.take(panels_kept() * line * 128);
         low_right = scratch.take(low_groups * 128);
         if (INT8_SUMS) starts = scratch.take<int32_t>(panels_kept() * starts_each);
-        if (several) tiles = scratch.take<float>((end - begin) * block * PANEL);
+        if (several) tiles = scratch.take<float>(pieces_at_once * block * PANEL);
         if (gather) gathered = scratch.take(gathered_rows * line * 4);
         if (widen_low) low_gathered = scratch.take(gathered_rows * low_groups * 4);
     }
@@ -173,7 +185,7 @@ class Part {
         if (gather || widen_low) gather_rows(b0, g0, deep);
         int64_t packed = -1, share = 0;
         Ahead ahead;
-        for (int64_t piece = begin; piece < end; piece++) {
+        for (int64_t piece = from; piece < to; piece++) {
             int64_t m0, m1;
             part_of(row1 - row0, (int)(piece % cuts), (int)cuts, m0, m1);
             m0 += row0 + b0;
@@ -202,7 +214,7 @@ class Part {
                 starts_of_columns<Op>(here + g * 128, in_blocks ? std::min(BLOCK_GROUPS, deep - g) : deep, vecs_at(n0), p.left_zero,
                                   start + (in_blocks ? g / BLOCK_GROUPS * PANEL : 0));
         }
-        const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : first_panel;
+        const int64_t next = ((to - 1) / cuts > panel) ? panel + 1 : from / cuts;
         const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
         if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
         return ahead.lines() * MOST / std::max<int64_t>(MOST, rows / MOST * MOST) + 1;
@@ -216,7 +228,7 @@ class Part {
         const int32_t *const start = INT8_SUMS ? starts + place * starts_each : nullptr;
         for (int64_t m = m0; m < m1;) {
             const int rows = Steps<Op>::of(m1 - m);
-            float *const tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
+            float *const tile = several ? tiles + ((piece - from) * block + m - m0) * PANEL : small;
             const char *left = gather ? gathered + (m - gathered_from) * line * 4
                                       : (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * NUMBER;
             ahead.fetch(share);
