@@ -23,6 +23,7 @@ from tests.kernels.test_linear import inputs, numbers
 pytestmark = pytest.mark.slow
 # The variant that the emulation is built over: amx without what only tiles need.
 BASE = next(v for v in variants.every_variant() if v.name == "avx512_bf16")
+AMX = next(v for v in variants.every_variant() if v.name == "amx")
 BF16, INT8 = 1, 2
 DOT, TILES = 0, 2
 SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
@@ -160,3 +161,15 @@ def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
     assert torch.equal(one, found[0][0][-1:])
     exact = t["x"].double() @ t["weight"].double().t() + t["bias"].double() + t["added"].double()
     close(found[0][0], exact + 0.5 * found[0][1].double() @ t["lora_B"].double(), torch.bfloat16)
+
+
+@pytest.mark.skipif(not variants.file_of(AMX).is_file(), reason="the variant amx was not built")
+@pytest.mark.skipif("amx_tile" in processor_flags(), reason="this processor has tiles")
+@pytest.mark.skipif(bool(BASE.lacking(processor_flags())), reason=f"this processor does not run {BASE.name}")
+def test_tiles_are_refused_where_the_system_does_not_grant_them():
+    library = loader.load(variants.file_of(AMX))
+    assert library.dw_ready() != 0
+    for kind in (BF16, INT8):
+        assert library.dw_arithmetics(kind) and not library.dw_arithmetics(kind) >> TILES & 1
+        with pytest.raises(RuntimeError):
+            library.dw_set_arithmetic(kind, TILES)
