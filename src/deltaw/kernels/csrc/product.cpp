@@ -158,7 +158,7 @@ class Part {
                 packed = panel;
                 share = lay_out(panel, place, m1 - m0, b0, g0, deep, ahead);
             }
-            multiply(piece, panel * PANEL, place, m0, m1, b0, g0, deep, share, ahead);
+            multiply(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
         }
     }
 
@@ -182,8 +182,7 @@ class Part {
         return ahead.lines() * MOST_ROWS / std::max<int64_t>(MOST_ROWS, rows / MOST_ROWS * MOST_ROWS) + 1;
     }
 
-    void multiply(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t b0, int64_t g0, int64_t deep, int64_t share,
-                  Ahead &ahead) {
+    void multiply(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t g0, int64_t deep, int64_t share, Ahead &ahead) {
         const int vecs = vecs_at(n0);
         const bool last = g0 + most_groups >= groups;
         const char *const here = right + place * line * 128;
