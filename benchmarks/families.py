@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from machine import print_machine
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(choose_threads().value)
-    print(loader.why_not() or "compiled kernels", f"torch {torch.__version__}")
+    print(loader.why_not() or "compiled kernels")
+    print_machine()
     for name, (make, rows, length) in FAMILIES.items():
         torch.manual_seed(0)
         model = make().to(torch.bfloat16).eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
+from machine import print_machine
 from safetensors.torch import load_file
 
 SETTINGS = {
@@ -73,7 +73,7 @@ def main() -> None:
     loss = max(abs(a - b) for a, b in zip(kept[1], plain[1], strict=True))
     weights = max(float((kept[2][n].float() - plain[2][n].float()).abs().max()) for n in plain[2])
     print(f"largest difference of a step's loss {loss:.1e}, of a trained weight {weights:.1e}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print_machine()
 
 
 _WEIGHTS = Path("adapter_model.safetensors")

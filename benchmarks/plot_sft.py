@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLORS = {"deltaw": "#1b6e53", "deltaw int8": "#12503c", "deltaw, sharing off": "#7fb8a4"}
+COLORS = {"deltaw auto": "#1b6e53", "deltaw int8": "#12503c", "deltaw auto, sharing off": "#7fb8a4"}
 PEER = "#b9b9c3"
 
 
@@ -23,8 +23,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("results", type=Path)
     arguments.add_argument("picture", type=Path)
+    arguments.add_argument("--data", default="sarcasm", help="which of the measured rows to draw")
     given = arguments.parse_args()
-    results = json.loads(given.results.read_text())
+    results = json.loads(given.results.read_text())[given.data]
     sizes = sorted({int(key.partition("|")[0]) for key in results})
     sides = list(dict.fromkeys(key.partition("|")[2] for key in results))
 

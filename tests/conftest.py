@@ -1,6 +1,7 @@
 """Fixtures for tests of whole runs: a tiny model in a folder, rows in a file, and a finished run.
 
-No test uses the network or the user's cache.
+No test uses the network or the user's cache, or measures the machine: what is chosen by measuring is the same
+on every machine that has it. Tests of measuring ask for it themselves.
 """
 
 from __future__ import annotations
@@ -15,15 +16,22 @@ import pytest
 from tests.byte_models import byte_tokenizer, tiny_llama
 
 Settings = Callable[..., dict]
+# GFLOP/s by stored type and arithmetic: each variant's own arithmetic wins, and bf16 is no slower than fp32.
+RATES = {
+    "fp32": {"dot": 200.0, "torch": 100.0},
+    "bf16": {"dot": 200.0, "tiles": 150.0, "wide": 120.0, "torch": 90.0},
+    "int8": {"dot": 800.0, "tiles": 700.0, "torch": 50.0},
+}
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "teal", "cyan", "gold")
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Isolate tests from the user's cache and the network, and use one thread."""
+    """Isolate tests from the user's cache, the network and the machine's rates, and use one thread."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from deltaw.kernels import loader
+from deltaw.kernels.arithmetic import Arithmetic, default_of, offered
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 
@@ -14,10 +17,48 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
 
 
+def ways() -> list[Arithmetic]:
+    """Each variant that this machine runs, with each way that it has of multiplying bf16 and int8; the one in
+    use first."""
+    found = [own := loader.arithmetic()]
+    names = [variant.name for variant in loader.usable()]
+    if own.kernels not in names:  # none, or one that only these tests know
+        names = [] if own.kernels is None else [own.kernels]
+    for name in names:
+        library = loader.open_variant(name).library
+        usual = default_of(name, library)
+        of_bf16, of_int8 = offered(library, "bf16"), offered(library, "int8")
+        for number in range(max(len(of_bf16), len(of_int8))):
+            bf16, int8 = of_bf16[min(number, len(of_bf16) - 1)], of_int8[min(number, len(of_int8) - 1)]
+            found.append(replace(usual, bf16=bf16, int8=int8))
+    return list(dict.fromkeys(found))
+
+
+def _parameters() -> list[object]:
+    """The way in use, the other ways of its variant, and AVX2 as the first that is quite another in every
+    run; the others take minutes together."""
+    own, *others = ways()
+    made: list[object] = [pytest.param(own, id=f"{own.kernels}-{own.bf16}")]
+    for way in others:
+        quick = way.kernels in (own.kernels, "avx2")
+        marks = () if quick else pytest.mark.slow
+        made.append(pytest.param(way, id=f"{way.kernels}-{way.bf16}", marks=marks))
+    return made
+
+
+@pytest.fixture(autouse=True, params=_parameters())
+def computing(request: pytest.FixtureRequest):
+    """Runs each test with the kernels of each variant; afterwards the process computes as before."""
+    with loader.computing(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["compiled", "reference"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernels(request: pytest.FixtureRequest, computing: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled kernels, and without them."""
     if request.param == "reference":
+        if computing != ways()[0]:
+            pytest.skip("the reference implementations have no variants")
         monkeypatch.setattr(loader, "library", lambda: None)
     elif loader.library() is None:
         pytest.skip(loader.why_not() or "no compiled kernels")

@@ -20,6 +20,11 @@ ZEN_4 = f"{SKYLAKE_SERVER} avx512_vnni avx512_bf16"
 SAPPHIRE_RAPIDS = f"{ZEN_4} avx_vnni amx_tile amx_bf16 amx_int8"
 
 
+@pytest.fixture
+def computing():
+    """These tests are of no variant."""
+
+
 @pytest.mark.parametrize(
     ("flags", "machine", "best"),
     [

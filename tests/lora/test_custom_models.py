@@ -198,7 +198,6 @@ _TABLE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str,
 }
 _REFUSED = {
     "quantized": ({"use_qalora": True, "qalora_group_size": 2}, "use_qalora"),
-    "activated": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     "replicated": ({"layer_replication": [[0, 1]]}, "layer_replication"),
 }
 

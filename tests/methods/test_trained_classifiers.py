@@ -19,7 +19,7 @@ from deltaw.methods.choose import method_of_folder
 from deltaw.runtime.padded import padded_rows
 from deltaw.training.guarantee import may_skip
 from deltaw.training.loop import train
-from deltaw.training.session import with_virtual_tokens
+from deltaw.training.seen import as_seen
 from deltaw.training.tasks.label_objective import LabelObjective
 from tests.methods.test_trained_exactly import METHODS, Named, changed, check_moved, values_of
 
@@ -53,7 +53,7 @@ def run(model: PreTrainedModel, method: Method, heads: list[str]) -> Named:
         train(
             LabelObjective(model, "sequence-classification"),
             [parameter for _, parameter in named],
-            [with_virtual_tokens(row, method) for row in rows()],
+            [as_seen(row, method) for row in rows()],
             LabelMicroBatcher(1024, "cpu"),
             learning_rate=1e-2,
             total_steps=3,
@@ -67,7 +67,7 @@ def run(model: PreTrainedModel, method: Method, heads: list[str]) -> Named:
 
 def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
     """Of one row at a time, so that no padding is in it."""
-    examples = [row if method is None else with_virtual_tokens(row, method) for row in rows()]
+    examples = [row if method is None else as_seen(row, method) for row in rows()]
     with torch.no_grad():
         ids = [torch.from_numpy(row.tokens).long()[None] for row in examples]
         return torch.cat([model(input_ids=i).logits for i in ids])

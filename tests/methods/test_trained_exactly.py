@@ -29,7 +29,7 @@ from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.guarantee import may_skip
 from deltaw.training.loop import train
-from deltaw.training.session import with_virtual_tokens
+from deltaw.training.seen import as_seen
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.methods.rows import random_rows
@@ -69,7 +69,7 @@ def run(model: PreTrainedModel, method: Method, *, steps: int = 3) -> Named:
     method.prepare(model, seed=0)
     named = method.parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in named}
-    rows = [with_virtual_tokens(row, method) for row in random_rows(6)]
+    rows = [as_seen(row, method) for row in random_rows(6)]
     with packed_rows(model) if packed else torch.enable_grad(), method.evaluating(model):
         train(
             CausalObjective(model),

@@ -16,7 +16,7 @@ from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.packed import can_pack
 from deltaw.runtime.padded import fused_padded_blocks, padded_rows
 from tests.runtime.families import ENCODERS, FALCON, VOCABULARY, adapted, encoder_of, layers_of, model_of, off
-from tests.runtime.test_fused import count_runs
+from tests.runtime.test_fused import count_runs, counted_calls
 
 pytestmark = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
 LENGTHS = ([13, 4, 9, 1], [13, 13, 13, 13])
@@ -60,10 +60,11 @@ def test_fused_blocks_equal_the_models_own(family, checkpointing, lengths, monke
         for block in layers_of(model):
             block.gradient_checkpointing = block.training = True
             block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    ran = count_runs(monkeypatch)
-    out, grads = outputs_and_gradients(model, lengths, fused=True)
     assert fused_padded_blocks(model).choice.value, fused_padded_blocks(model).choice.why
-    assert len(ran) == len(layers_of(model)) * (1 + checkpointing)
+    ran = count_runs(monkeypatch)
+    with counted_calls(monkeypatch) as calls:
+        out, grads = outputs_and_gradients(model, lengths, fused=True)
+    assert len(ran) == len(layers_of(model)) * (1 + checkpointing) == calls.count("forward")
     assert off(out, expected) < 1e-5
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert off(ours, theirs) < 2e-4
@@ -138,3 +139,25 @@ def test_int8_weights_run_fused_and_stay_near(family, monkeypatch):
     ran = count_runs(monkeypatch)
     out, _ = outputs_and_gradients(model, LENGTHS[0], fused=True)
     assert ran and off(out, own) < 0.05
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS[0], [500, 3, 480]], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", [*ENCODERS, *FALCON, "GPT2"])
+def test_a_block_in_one_call_is_the_same_to_the_bit(family, dtype, int8, lengths, monkeypatch):
+    model = made(family, dtype)
+    if int8:
+        inputs, _ = inputs_of(model, LENGTHS[0])
+        assert quantize_int8(model.base_model, lambda: model.base_model(**inputs)).layers
+    adapted(model)
+    assert fused_padded_blocks(model).choice.value  # recognition makes calls of its own
+    with counted_calls(monkeypatch) as calls:
+        out, grads = outputs_and_gradients(model, lengths, fused=True)
+    blocks = len(layers_of(model))
+    assert calls.count("forward") == blocks == calls.count("backward")
+    expected, expected_grads = outputs_and_gradients(model, lengths, fused=True)
+    assert calls.count("forward") == blocks
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert torch.equal(ours, theirs)

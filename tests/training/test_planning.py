@@ -18,13 +18,22 @@ import safetensors
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
+from deltaw.lora.layers_int8 import weight_scales
 from deltaw.memory.footprint import KINDS, PHASES
-from deltaw.memory.measure import peak_tensor_bytes
+from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import Result, fit, load_for, read_data
@@ -90,7 +99,9 @@ def folders(tmp_path_factory):
     tiny_llama(**SHAPE, initializer_range=0.05).save_pretrained(root / "llama")
     BertModel(BertConfig(vocab_size=259, max_position_embeddings=128, **SHAPE)).save_pretrained(root / "bert")
     ViTModel(ViTConfig(image_size=16, patch_size=4, num_channels=1, **SHAPE)).save_pretrained(root / "vit")
-    for family in ("llama", "bert"):
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=128, **sizes)).save_pretrained(root / "gpt2")
+    for family in ("llama", "bert", "gpt2"):
         byte_tokenizer().save_pretrained(root / family)
     marks = [chr(ord("a") + n) * 30 for n in range(26)]
     write_rows(root / "llama.jsonl", ({"prompt": f"say {m}", "completion": m} for m in marks))
@@ -174,6 +185,41 @@ def test_other_tasks_are_planned_alike(family, task, method, config_of, tmp_path
     plan, peak, total, trained = compare(config_of(family, method, task=task, data={"train": str(file)}))
     assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
     assert (plan.total_parameters, plan.trained_parameters) == (total, trained)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_int8_weights_are_planned(family, config_of, folders):
+    changes = {"model": str(folders / family), "data": {"train": str(folders / "llama.jsonl")}}
+    plain, plan = (planned(config_of("llama", "lora", name, **changes)) for name in ("bf16", "int8"))
+    config = config_of("llama", "lora", "int8", **changes)
+    task, data = read_data(config)
+    loaded = load_for(config, task, data)
+    session = assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+    frozen = [p for p in loaded.model.parameters() if not p.requires_grad]
+    layers = sum(weight_scales(module) is not None for module in loaded.model.modules())
+    session.close()
+    assert layers == {"llama": 14, "gpt2": 8}[family]
+    taken = storage_bytes([*frozen, *loaded.model.buffers()])
+    # A dry run has no inputs to calibrate on, and so no SmoothQuant scales.
+    assert plan.parts["weights"] == pytest.approx(taken, rel=0.015)
+    assert plan.parts["weights"] < 0.75 * plain.parts["weights"]
+    assert plan.trained_parameters == plain.trained_parameters
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_an_activated_adapter_is_planned_with_prompts_run_apart(epochs, config_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    file = write_rows(
+        tmp_path / "rows.jsonl", ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
+    )
+    changes = {"data": {"train": str(file)}, "train": {"max_steps": 3 * epochs, "keep_features": epochs > 1}}
+    whole = planned(config_of("llama", "lora", **changes))
+    plan, peak, *_ = compare(config_of("llama", "lora", lora={"activation": "completion"}, **changes))
+    assert plan.peak_bytes == pytest.approx(peak, rel=0.03)
+    assert plan.peak_bytes < 0.8 * whole.peak_bytes and whole.disk_bytes == 0
+    stored = list((tmp_path / "cache").rglob("values.bin"))
+    assert [file.stat().st_size for file in stored] == ([plan.disk_bytes] if epochs > 1 else [])
+    assert (plan.disk_bytes > 0) == (epochs > 1)
 
 
 def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import pytest
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.host import measurements, product_rates
+from deltaw.host.product_rates import Measured
 from deltaw.hub.remembered import recall, remember
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.asked import refuse_memory
@@ -78,6 +80,29 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
         monkeypatch.setattr("deltaw.training.planning.remembered.REVISION", -1)
     planning.plan_run(config, *read_data(config))
     assert len(counted) == 2
+
+
+def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cache, counted, monkeypatch):
+    """Neither where rates were measured anew, nor where the user forces another."""
+    monkeypatch.delenv("DELTAW_MEASURED")
+    monkeypatch.setattr(measurements, "_used", {})
+    config = RunConfig.read(settings(tmp_path / "run"))
+    task, data = read_data(config)
+    rates = {candidate.stored: {} for candidate in product_rates.candidates()}
+    for candidate in product_rates.candidates():
+        rates[candidate.stored][candidate.name] = 50.0 if candidate.way == "torch" else 100.0
+    monkeypatch.setattr(product_rates, "measure", lambda *of: Measured(rates, disturbed=False))
+    first = planning.plan_run(config, task, data)
+    assert planning.plan_run(config, task, data) == first and len(counted) == 1
+    assert recalled(config, ["lora"]).plans == {"lora": first}
+    for kind, key, _ in measurements.basis():
+        slower = {stored: dict.fromkeys(of, 1.0) for stored, of in rates.items()}
+        remember(kind, key, {"rates": slower, "disturbed": False})
+    assert recalled(config, ["lora"]) is None
+    planning.plan_run(config, task, data)
+    assert len(counted) == 2
+    monkeypatch.setenv("DELTAW_KERNELS", "auto:torch")
+    assert recalled(config, ["lora"]) is None
 
 
 def test_a_plan_is_not_taken_for_other_rows_than_those_it_was_made_of(settings, tmp_path, own_cache, counted):

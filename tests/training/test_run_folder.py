@@ -55,6 +55,13 @@ def test_what_the_run_chose_stands_behind_the_setting():
     assert "device: auto  # cpu: asked" in lines
 
 
+def test_what_the_run_chose_without_a_setting_is_written_down_too():
+    config = RunConfig.read({"model": "m", "data": "d"})
+    text = settings_text(config, {"kernels": ("avx2, bf16 products wide", "140 GFLOP/s; torch 90")})
+    assert text.splitlines()[-1] == "# kernels: avx2, bf16 products wide: 140 GFLOP/s; torch 90"
+    assert RunConfig.read(yaml.safe_load(text)) == config
+
+
 def test_an_earlier_run_is_moved_aside_each_time(tmp_path):
     path = tmp_path / "run"
     for number in range(3):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load, save
 
 from deltaw.data.example import Example
 from deltaw.errors import UserError
+from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig
 from deltaw.methods.bias import Bias
 from deltaw.methods.full import Full
@@ -20,7 +23,7 @@ from deltaw.methods.settings import RandomSettings
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.loop import train
 from deltaw.training.process import random_state
-from deltaw.training.state import SavedState
+from deltaw.training.state import ArithmeticChangedWarning, SavedState
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import VOCABULARY, causal_model
@@ -158,6 +161,27 @@ def test_what_a_callback_draws_changes_nothing():
     whole, disturbed = Training().go(), Training()
     disturbed.on_step = lambda: torch.rand(5)
     assert_equal_to_the_bit(disturbed.go(), whole)
+
+
+def test_a_training_that_goes_on_with_another_arithmetic_says_so():
+    """It goes on all the same, and close to what it would have been; the same arithmetic says nothing."""
+    whole = Training().go()
+    half = Training().stopped_after(5)
+    assert half.states[5].values["arithmetic"] == loader.arithmetic().as_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArithmeticChangedWarning)
+        Training().go(saved=half.states[5])
+    own = loader.arithmetic()
+    other = replace(own, fp32="torch") if own.fp32 != "torch" else replace(own, kernels="another")
+    with pytest.MonkeyPatch.context() as patch:
+        if own.kernels is None:
+            patch.setattr(loader, "arithmetic", lambda: other)
+        context = loader.computing(None if own.kernels is None else other)
+        with context, pytest.warns(ArithmeticChangedWarning, match="not equal to the bit"):
+            rest = Training().go(saved=half.states[5])
+    assert [step.step for step in rest.steps] == [6, 7, 8, 9, 10]
+    found, expected = rest.weights(), whole.weights()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
 
 
 def test_the_state_says_where_the_data_and_the_schedule_stand():

@@ -22,6 +22,8 @@ class Example:
         prompt_length: tokens before the last completion; ``tokens[:prompt_length]`` is what a model is
             given to generate it. 0 for plain text.
         answer: text of the last completion without end marks; None for plain text.
+        active_from: the first token that an activated adapter acts on, the row's length where it acts on
+            none; None for adapters that act on all.
     """
 
     row: int
@@ -29,6 +31,13 @@ class Example:
     is_label: np.ndarray
     prompt_length: int
     answer: str | None
+    active_from: int | None = None
+
+    @property
+    def shareable(self) -> int:
+        """Tokens at its beginning that are the same whatever follows, so that rows can share them: not those
+        on which an activated adapter acts, since another row may have them before its own does."""
+        return len(self.tokens) if self.active_from is None else self.active_from
 
     def __len__(self) -> int:
         return len(self.tokens)

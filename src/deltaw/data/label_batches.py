@@ -17,6 +17,7 @@ from deltaw.data.labels import AnyExample, LabelledExample
 from deltaw.data.padding import cut_by_length, microbatch_cost, side_by_side
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
+from deltaw.kernels.transfer import to_device
 
 # Rows are padded to multiples of this: matrix libraries build a kernel for each new shape.
 GRID = 8
@@ -111,7 +112,9 @@ class LabelMicroBatcher:
         if self.segments and any(row.segments is not None for row in rows):
             inputs["token_type_ids"] = segments
         return LabelBatch(
-            inputs={name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()},
+            inputs={
+                name: to_device(torch.from_numpy(values), self.device) for name, values in inputs.items()
+            },
             targets=self._targets(rows),
             examples=tuple(rows),
             rows=len(rows),
@@ -125,7 +128,7 @@ class LabelMicroBatcher:
                 "images need the model's preprocessor", where="task", hint="task: image-classification"
             )
         return LabelBatch(
-            inputs={"pixel_values": self.encoder.encode(rows).to(self.device)},
+            inputs={"pixel_values": to_device(self.encoder.encode(rows), self.device)},
             targets=self._targets(rows),
             examples=tuple(rows),
             rows=len(rows),
@@ -136,4 +139,4 @@ class LabelMicroBatcher:
     def _targets(self, rows: Sequence[AnyExample]) -> Tensor:
         labels = [row.label for row in rows]
         dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
-        return torch.tensor(labels, dtype=dtype, device=self.device)
+        return to_device(torch.tensor(labels, dtype=dtype), self.device)

@@ -10,6 +10,7 @@ Knows tokens and labels; not text, templates or models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,6 +23,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.padding import cut_by_length, side_by_side
 from deltaw.data.prefix_tree import PrefixTree, added_tokens, sort_key
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.transfer import to_device
 
 # What a data set has: rows, or groups of rows that one loss sees together.
 Item: TypeAlias = Example | RowGroup
@@ -50,7 +52,8 @@ class Batch:
 
     Args:
         inputs: keyword arguments for the model: ``input_ids`` and ``position_ids`` (1, T) with the
-            ``packed_layout``, or ``input_ids`` and ``attention_mask`` (rows, longest) where padded.
+            ``packed_layout``, or ``input_ids`` and ``attention_mask`` (rows, longest) where padded; with an
+            activated adapter also ``adapter_active``, the tokens that it acts on.
         predictors: (P,) index, in the flattened tokens, of the token whose output predicts each target.
         targets: (P,) token ids. weights: (P,) how many rows have this label here (fp32).
         rows: rows in it. row_tokens: tokens of all rows, before sharing. tokens: tokens computed.
@@ -94,11 +97,13 @@ def split_into_microbatches(
     share: bool = True,
     padded: bool = False,
     cost: int = 0,
+    inactive_cost: float = 1.0,
 ) -> list[list[Item]]:
     """Cut a step's rows into microbatches, none over the budget unless one row (or group) alone is.
 
     Packed, they are of about equal size, and rows that begin alike come together where ``share`` is on.
-    ``padded``, rows of like length come together, cut where padding and ``cost`` a microbatch are least.
+    ``padded``, rows of like length come together, cut where padding and ``cost`` a microbatch are least. A
+    packed token on which an activated adapter does not act counts ``inactive_cost``.
     """
     if padded:
         by_length = sorted(examples, key=_longest)
@@ -106,8 +111,8 @@ def split_into_microbatches(
         cuts = cut_by_length(lengths, tokens_per_pass, cost, counts)
         return [by_length[start:stop] for start, stop in cuts]
     ordered = sorted(examples, key=lambda e: sort_key(rows_of(e)[0].tokens))
-    sizes = [sum(_added(rows_of(example), share)) for example in ordered]
-    costs = _costs(ordered, share)
+    sizes = [sum(_added(rows_of(example), share, inactive_cost)) for example in ordered]
+    costs = _costs(ordered, share, inactive_cost)
     total = sum(costs)
     target = total / max(1, -(-total // tokens_per_pass))
     parts: list[list[Item]] = []
@@ -123,7 +128,12 @@ def split_into_microbatches(
 
 
 def microbatch_shapes(
-    parts: Sequence[Sequence[Item]], *, share: bool = True, padded: bool = False, fill: bool = True
+    parts: Sequence[Sequence[Item]],
+    *,
+    share: bool = True,
+    padded: bool = False,
+    fill: bool = True,
+    inactive_cost: float = 1.0,
 ) -> list[tuple[int, int]]:
     """(rows, length) of each microbatch, without laying any out; a packed one is one row."""
     shapes = []
@@ -132,7 +142,8 @@ def microbatch_shapes(
         if padded:
             shapes.append((len(rows), max(len(row.tokens) for row in rows)))
         else:
-            size = sum(_added(sorted(rows, key=lambda row: sort_key(row.tokens)), share))
+            ordered = sorted(rows, key=lambda row: sort_key(row.tokens))
+            size = sum(_added(ordered, share, inactive_cost))
             shapes.append((1, size + (_filler(size) if fill else 0)))
     return shapes
 
@@ -142,23 +153,26 @@ def pack(
     *,
     share: bool = True,
     fill: bool = True,
+    fill_active: bool = False,
     device: str | torch.device = "cpu",
 ) -> Batch:
     """One packed row of all examples as a prefix tree, or one segment a row where ``share`` is off.
 
     With ``fill``, a last segment of its own, which nothing sees and nothing is learned from, fills the row up
-    to a length that is likely to come again (see FILL).
+    to a length that is likely to come again (see FILL); with ``fill_active``, those of its tokens that an
+    activated adapter acts on, to a number of them.
     """
     rows = [row for item in examples for row in rows_of(item)]
     order = sorted(range(len(rows)), key=lambda n: sort_key(rows[n].tokens))
     tree = PrefixTree()
     for n in order:
-        tree.insert(rows[n].tokens, share)
+        tree.insert(rows[n].tokens, share, rows[n].shareable)
     nodes = tree.depth_first()
     place = {id(node): i for i, node in enumerate(nodes)}
     parents = [place[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
     lengths = [n.stop - n.start for n in nodes]
-    filler = _filler(sum(lengths)) if fill else 0
+    counted = sum(len(row.tokens) - row.shareable for row in rows) if fill_active else sum(lengths)
+    filler = _filler(counted) if fill else 0
     layout = (
         Layout.of_lengths([*lengths, filler], [*parents, -1])
         if filler
@@ -174,6 +188,9 @@ def pack(
     for member in members:
         weights[member.places] += member.example.is_label
     tokens = np.concatenate([*(n.tokens for n in nodes), np.zeros(filler, np.int32)])
+    active = np.zeros(layout.length, bool)
+    for member in members:
+        active[member.places[member.example.shareable :]] = True
     before = np.arange(layout.length) - 1
     for start, parent in zip(layout.starts, layout.parents, strict=True):
         before[start] = layout.stops[parent] - 1 if parent >= 0 else -1
@@ -183,10 +200,11 @@ def pack(
             "input_ids": _tensor(tokens, device)[None],
             "position_ids": _tensor(layout.positions(), device)[None],
             "packed_layout": layout,
+            **_active(rows, active[None], device),
         },
         predictors=_tensor(before[labelled], device),
         targets=_tensor(tokens[labelled], device),
-        weights=torch.from_numpy(weights[labelled]).to(device),
+        weights=to_device(torch.from_numpy(weights[labelled]), device),
         rows=len(rows),
         row_tokens=sum(len(row.tokens) for row in rows),
         tokens=layout.length - filler,
@@ -202,7 +220,9 @@ def pad(examples: Sequence[Item], *, device: str | torch.device = "cpu") -> Batc
     tokens, mask = side_by_side([row.tokens for row in rows])
     longest = tokens.shape[1]
     predictors, targets, members = [], [], []
+    active = np.zeros(tokens.shape, bool)
     for place, row in enumerate(rows):
+        active[place, row.shareable : len(row.tokens)] = True
         begin = place * longest
         members.append(Member(row, np.arange(begin, begin + len(row.tokens))))
         labelled = np.flatnonzero(row.is_label[1:]) + 1
@@ -210,7 +230,11 @@ def pad(examples: Sequence[Item], *, device: str | torch.device = "cpu") -> Batc
         targets.append(row.tokens[labelled])
     where = np.concatenate(predictors)
     return Batch(
-        inputs={"input_ids": _tensor(tokens, device), "attention_mask": _tensor(mask, device)},
+        inputs={
+            "input_ids": _tensor(tokens, device),
+            "attention_mask": _tensor(mask, device),
+            **_active(rows, active, device),
+        },
         predictors=_tensor(where, device),
         targets=_tensor(np.concatenate(targets), device),
         weights=torch.ones(len(where), device=device),
@@ -231,10 +255,24 @@ def batches(
     fill: bool = True,
     device: str | torch.device = "cpu",
     cost: int = 0,
+    inactive_cost: float = 1.0,
 ) -> Iterator[Batch]:
     """The microbatches of these rows, one after another, each laid out only when its turn comes."""
-    for part in split_into_microbatches(examples, tokens_per_pass, share=share, padded=padded, cost=cost):
-        yield pad(part, device=device) if padded else pack(part, share=share, fill=fill, device=device)
+    for part in split_into_microbatches(
+        examples, tokens_per_pass, share=share, padded=padded, cost=cost, inactive_cost=inactive_cost
+    ):
+        if padded:
+            yield pad(part, device=device)
+        else:
+            apart = inactive_cost != 1.0
+            yield pack(part, share=share, fill=fill, fill_active=apart, device=device)
+
+
+def _active(rows: Sequence[Example], active: np.ndarray, device: str | torch.device) -> dict[str, Tensor]:
+    """The model's argument that says where an activated adapter acts; none for rows without one."""
+    if all(row.active_from is None for row in rows):
+        return {}
+    return {"adapter_active": torch.from_numpy(active).to(device)}
 
 
 def _groups(items: Sequence[Item], order: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -254,14 +292,18 @@ def _longest(item: Item) -> int:
     return max(len(row.tokens) for row in rows_of(item))
 
 
-def _added(rows: Sequence[Example], share: bool) -> list[int]:
-    return added_tokens([row.tokens for row in rows], share)
+def _added(rows: Sequence[Example], share: bool, inactive_cost: float = 1.0) -> list[int]:
+    added = added_tokens([row.tokens for row in rows], share, [row.shareable for row in rows])
+    if inactive_cost == 1.0:
+        return added
+    active = [0 if row.active_from is None else len(row.tokens) - row.active_from for row in rows]
+    return [own + math.ceil((n - own) * inactive_cost) for n, own in zip(added, active, strict=True)]
 
 
-def _costs(ordered: Sequence[Item], share: bool) -> list[int]:
+def _costs(ordered: Sequence[Item], share: bool, inactive_cost: float = 1.0) -> list[int]:
     """Tokens that each row or group adds to a microbatch when it follows the one before it."""
     rows = [row for item in ordered for row in rows_of(item)]
-    each = iter(_added(rows, share))
+    each = iter(_added(rows, share, inactive_cost))
     return [sum(next(each) for _ in rows_of(item)) for item in ordered]
 
 
@@ -272,4 +314,4 @@ def _filler(length: int) -> int:
 
 
 def _tensor(values: np.ndarray, device: str | torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)), device)

@@ -41,9 +41,13 @@ class PrefixTree:
         self._path = [self.root]
         self._last = np.zeros(0, np.int32)
 
-    def insert(self, tokens: np.ndarray, share: bool) -> None:
-        """Add a row; without ``share`` as a branch of its own."""
-        common = common_prefix(self._last, tokens) if share else 0
+    def insert(self, tokens: np.ndarray, share: bool, shareable: int | None = None) -> None:
+        """Add a row; without ``share`` as a branch of its own.
+
+        Args:
+            shareable: how many of its first tokens other rows may share; None for all.
+        """
+        common = common_prefix(self._last, tokens[:shareable]) if share else 0
         while self._path[-1].start >= common and len(self._path) > 1:
             self._path.pop()
         node = self._path[-1]
@@ -57,7 +61,7 @@ class PrefixTree:
             self._path[-1].children.append(leaf)
             self._path.append(leaf)
         self.ends.append(self._path[-1])
-        self._last = tokens
+        self._last = tokens[:shareable]
 
     @staticmethod
     def _split(node: Node, at: int) -> Node:
@@ -92,13 +96,16 @@ def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def added_tokens(ordered: Sequence[np.ndarray], share: bool) -> list[int]:
+def added_tokens(
+    ordered: Sequence[np.ndarray], share: bool, shareable: Sequence[int] | None = None
+) -> list[int]:
     """Tokens that each of the rows, in sorted order, adds to a :class:`PrefixTree` of those before it."""
     added = []
+    limits = [None] * len(ordered) if shareable is None else shareable
     last = np.zeros(0, np.int32)
     path = [(0, 0)]  # start and stop of the nodes of the last row, the root first
-    for tokens in ordered:
-        common = common_prefix(last, tokens) if share else 0
+    for tokens, limit in zip(ordered, limits, strict=True):
+        common = common_prefix(last, tokens[:limit]) if share else 0
         while path[-1][0] >= common and len(path) > 1:
             path.pop()
         start, stop = path[-1]
@@ -110,5 +117,5 @@ def added_tokens(ordered: Sequence[np.ndarray], share: bool) -> list[int]:
         if common < len(tokens):
             path.append((common, len(tokens)))
         added.append(len(tokens) - common)
-        last = tokens
+        last = tokens[:limit]
     return added

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from deltaw.errors import UserError
+from deltaw.host.measurements import for_children, learn
 
 SECONDS_TO_END = 10.0
 
@@ -67,6 +68,7 @@ class Child:
                     message["error"]["what"], where=message["error"]["where"], hint=message["error"]["hint"]
                 )
             else:
+                learn(message.get("measured"))
                 return dict(message["done"])
         status = self.close()
         raise WorkerEnded(self._ended(status))
@@ -96,6 +98,7 @@ class Child:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
+                    env={**os.environ, **for_children()},
                     text=True,
                     encoding="utf-8",
                     start_new_session=os.name == "posix",

@@ -21,6 +21,7 @@ from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.experiments.trial import Stopped, Trial
+from deltaw.host import measurements
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.host.memory import keep_freed_memory
 from deltaw.hub.folders import config_folder
@@ -213,7 +214,8 @@ def main() -> None:
     threading.Thread(target=_lines_of_input, args=(requests,), daemon=True).start()
 
     def send(kind: str, content: object) -> None:
-        answers.write(json.dumps({kind: content}, allow_nan=False) + "\n")
+        # With what was measured, so that the next worker chooses the same arithmetic.
+        answers.write(json.dumps({kind: content, "measured": measurements.used()}, allow_nan=False) + "\n")
 
     def report(content: Message) -> bool:
         send("report", content)

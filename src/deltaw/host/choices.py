@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 # The names of precisions. With int8, the blocks' linear layers are quantized after loading; all else is bf16.
 PRECISIONS = ("bf16", "fp16", "fp32", "int8")
+# Bf16 is taken where its products reach this share of the rate of fp32: it takes half the memory. A precision
+# that was asked for is called slow where it reaches less than that share of another.
+AS_FAST, SLOW = 0.85, 0.6
 _ROOT = Path("/")
 
 
@@ -91,11 +94,17 @@ def choose_device(asked: str = "auto") -> Choice[str]:
     return Choice(asked, "as asked")
 
 
-def choose_precision(device: str, asked: str = "auto", root: Path = _ROOT) -> Choice[str]:
+def choose_precision(
+    device: str, asked: str = "auto", rates: Mapping[str, float] | None = None
+) -> Choice[str]:
     """The type of the frozen weights: a key of :data:`PRECISIONS`.
 
-    ``auto`` is bf16 where the device multiplies bf16 natively and fp32 elsewhere: on x86 processors with
-    ``amx_bf16`` or ``avx512_bf16``, ARM processors with ``bf16``, CUDA from compute capability 8.0.
+    ``auto`` on a processor is bf16, which takes half the memory, where the fastest way to compute products of
+    bf16 weights is about as fast as that of fp32 weights, and fp32 elsewhere. On CUDA it is bf16 from compute
+    capability 8.0 on.
+
+    Args:
+        rates: GFLOP/s of products by the precision of their weights; None measures this machine.
 
     Raises:
         UserError: an unknown precision, fp16 on a processor, or int8 anywhere else.
@@ -116,16 +125,44 @@ def choose_precision(device: str, asked: str = "auto", root: Path = _ROOT) -> Ch
             where="precision",
             hint="use precision: auto or bf16",
         )
-    reason = native_bf16(device, root)
-    if asked == "int8" and reason is None:
-        return Choice("int8", f"as asked, though {_lacks_bf16(kind)}: expect it to be slow")
+    if asked == "fp32":
+        return Choice(asked, "as asked")
+    if kind != "cpu":
+        return _other_device_precision(device, asked)
+    rates = _measured_rates() if rates is None else rates
+    best = max(rates["fp32"], rates["bf16"])
+    shown = f"bf16 products reach {rates['bf16']:.0f} GFLOP/s, fp32 {rates['fp32']:.0f}"
+    if asked == "auto":
+        return Choice("bf16" if rates["bf16"] >= AS_FAST * rates["fp32"] else "fp32", shown)
+    if rates[asked] < SLOW * best:
+        slow = f"{asked} products reach {rates[asked]:.0f} G operations a second on this machine"
+        return Choice(
+            asked, f"as asked, though {slow}, and {best:.0f} in another precision: expect it to be slow"
+        )
+    return Choice(asked, "as asked")
+
+
+def _measured_rates() -> dict[str, float]:
+    """GFLOP/s of products of a usual size by the precision of their weights."""
+    from deltaw.host.kernel_choice import choose_kernels
+    from deltaw.host.product_rates import GENERIC
+
+    measured = choose_kernels(GENERIC, choose_threads().value)
+    return {stored: measured.rate(stored) for stored in ("fp32", "bf16", "int8")}
+
+
+def _other_device_precision(device: str, asked: str) -> Choice[str]:
+    """The precision on a device that is no processor, where ``asked`` is not fp32."""
+    kind = device.partition(":")[0]
+    reason = native_bf16(device)
+    lacking = "this device has no native bf16 (compute capability below 8.0)"
+    if kind != "cuda":
+        lacking = f"bf16 is not taken for granted on {kind}"
     if asked == "bf16" and reason is None:
-        return Choice("bf16", f"as asked, though {_lacks_bf16(kind)}: expect it to be slow")
+        return Choice("bf16", f"as asked, though {lacking}: expect it to be slow")
     if asked != "auto":
         return Choice(asked, "as asked")
-    if reason is None:
-        return Choice("fp32", _lacks_bf16(kind))
-    return Choice("bf16", reason)
+    return Choice("fp32", lacking) if reason is None else Choice("bf16", reason)
 
 
 def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]:
@@ -154,11 +191,3 @@ def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]
     # Of equal bounds the later is named: it says more about why there are not more threads.
     count, why = min(reversed(bounds), key=lambda bound: bound[0])
     return Choice(count, f"physical {why}" if why == "cores" else why)
-
-
-def _lacks_bf16(kind: str) -> str:
-    if kind == "cuda":
-        return "this device has no native bf16 (compute capability below 8.0)"
-    if kind == "cpu":
-        return "this processor does not multiply bf16 natively"
-    return f"bf16 is not taken for granted on {kind}"

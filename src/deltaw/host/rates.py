@@ -1,4 +1,5 @@
-"""How fast this processor computes, measured once: a matrix product, and an operator that hardly computes.
+"""How fast this processor computes: matrix products as they are computed here, and an operator that hardly
+computes.
 
 Good for the order of settings by their time, and no promise of seconds. Knows no models.
 """
@@ -11,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaw.host.choices import dtype_of
+from deltaw.host.kernel_choice import STORED_BY_PRECISION, choose_kernels
 from deltaw.host.processor import processor_flags, processor_name
 from deltaw.hub.remembered import recall, remember
 
-# Rows, inner size and columns of the product that is timed: a linear layer of a small model, one microbatch.
-_PRODUCT = (512, 576, 1536)
 _REPEATS, _TRIALS = 20, 5
 
 
@@ -29,26 +28,24 @@ class Rates:
 
 
 def measured_rates(precision: str) -> Rates:
-    """The rates of this machine with torch's present number of threads.
-
-    Products of int8 weights are counted as those of bf16: a search compares settings of one precision.
+    """The rates of this machine with torch's present number of threads, and the arithmetic chosen for it.
 
     Args:
-        precision: one of :data:`deltaw.host.choices.PRECISIONS`.
+        precision: one of :data:`deltaw.host.choices.PRECISIONS`; its weights are those of most products.
     """
-    threads = torch.get_num_threads()
-    key = [precision, torch.__version__, processor_name(), sorted(processor_flags()), threads]
+    stored = STORED_BY_PRECISION.get(precision, "fp32")
+    return Rates(choose_kernels().rate(stored) * 1e9, _seconds_per_operator())
+
+
+def _seconds_per_operator() -> float:
+    key = [torch.__version__, processor_name(), sorted(processor_flags()), torch.get_num_threads()]
     known = recall("rates", key)
-    if isinstance(known, list) and len(known) == 2 and all(isinstance(n, float) and n > 0 for n in known):
-        return Rates(*known)
-    rows, inner, columns = _PRODUCT
-    left = torch.ones(rows, inner, dtype=dtype_of(precision))
-    right = torch.ones(inner, columns, dtype=dtype_of(precision))
+    if isinstance(known, float) and known > 0:
+        return known
     few = torch.ones(16)
-    product = _fastest(lambda: torch.mm(left, right))
-    rates = Rates(2 * rows * inner * columns / product, _fastest(lambda: few.add(1.0)))
-    remember("rates", key, [rates.operations_per_second, rates.seconds_per_operator])
-    return rates
+    seconds = _fastest(lambda: few.add(1.0))
+    remember("rates", key, seconds)
+    return seconds
 
 
 def _fastest(use: Callable[[], object]) -> float:

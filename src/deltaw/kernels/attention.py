@@ -1,11 +1,11 @@
 """Attention over a prefix tree of segments, forward and backward, without padding and without a whole mask.
 
-Two ways give the same: a compiled kernel where it serves (``csrc/attention_*.cpp``), and tiles of torch's
-own products elsewhere. Of the latter, each tile of the layout is a few matrix products of its queries against
-its own keys; tiles of one shape are computed together. The heads that share a key (grouped-query attention)
-are folded into the rows of one product, so that nothing is expanded. Kept for the backward are queries, keys
-and values; the weights are computed again, batch by batch, unless they are small beside those (see
-KEPT_WEIGHTS).
+Three ways give the same: a compiled kernel where it serves (``csrc/attention_*.cpp``), torch's FlexAttention
+on devices that it is compiled on (:mod:`deltaw.kernels.flex`), and tiles of torch's own products elsewhere.
+Of the last, each tile of the layout is a few matrix products of its queries against its own keys; tiles of
+one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows
+of one product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights
+are computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
 
 Knows tensors and tiles; not models, tokens or caches.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltaw.kernels import loader
+from deltaw.kernels import flex, loader
 from deltaw.kernels.bounds import check_places, check_shape
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import define
@@ -50,6 +50,20 @@ def packed_attention(
         (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
         inputs), the products with the values in the inputs' own dtype.
     """
+    if causal:
+        _check_inputs(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, None)
+        served = flex.served(
+            query,
+            key,
+            value,
+            layout,
+            packed_attention_reference,
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+        )
+        if served is not None:
+            return served
     out = _PackedAttention.apply(
         *(t.transpose(0, 1) for t in (query, key, value)), layout, scaling, window, softcap, causal
     )

@@ -1,11 +1,12 @@
-"""A decoder's block in one call forward and one backward, where the compiled kernels serve all of it.
+"""A transformer's block in one call forward and one backward, where the compiled kernels serve all of it.
 
-    x₁ = x  + output(attention(rotate(queries, keys), values))     all of norm(x)
-    y  = x₁ + down(f(gate) · up)                                    both of norm(x₁)
+    x₁ = x  + output(attention(rotate(queries, keys), values))    all of norm(x)
+    y  = x₁ + down(f(gate) · up), or down(f(gate))                 of norm(x₁); in parallel blocks of norm(x)
 
-The same can be composed of the single kernels, and comes out the same to the bit; but where rows are short,
-some thirty calls a block and direction take as long as what they compute. All that the backward wants beside
-the input lies in one tensor.
+with norms of queries and keys over each head, after a half's last layer or over the sum where the block has
+them. The same can be composed of the single kernels, and comes out the same to the bit; but where rows are
+short, some thirty calls a block and direction take as long as what they compute. All that the backward wants
+beside the input lies in one tensor.
 
 Knows tensors and addresses; not modules, and not who may look on: the caller asks
 :func:`deltaw.kernels.operators.unwatched`.
@@ -15,21 +16,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
+from deltaw.kernels.bounds import check_places
 from deltaw.kernels.linear import can_multiply
 from deltaw.kernels.rows import ACTIVATIONS
-from deltaw.kernels.structs import BlockParts, Layer, RowNorm
+from deltaw.kernels.structs import BlockParts, HalfNorms, Layer, RowNorm
+
+APART, STACKED, GROUPED = range(3)  # see csrc/block.h
 
 
 class LinearTensors(Protocol):
     """A frozen layer and its update, as :func:`deltaw.kernels.linear.linear` takes them."""
 
     weight: Tensor
+    by_column: bool
     bias: Tensor | None
     scale: Tensor | None
     columns: Tensor | None
@@ -53,6 +58,69 @@ class NormTensors(Protocol):
     def centred(self) -> bool: ...
 
 
+class NormsOfHalf(Protocol):
+    """The norms before a half's first layers, after its last one, and over the sum with the stream."""
+
+    @property
+    def before(self) -> NormTensors | None: ...
+    @property
+    def after(self) -> NormTensors | None: ...
+    @property
+    def post(self) -> NormTensors | None: ...
+
+
+class AttentionTensors(Protocol):
+    """The first half.
+
+    Attributes:
+        inputs: queries', keys' and values' layers, or one that gives all: ``grouped`` by key head, or
+            stacked.
+        how: what attention is told: scaling, window, softcap, causal; see
+            :func:`deltaw.kernels.attention.attend`.
+    """
+
+    @property
+    def norms(self) -> NormsOfHalf: ...
+    @property
+    def inputs(self) -> Sequence[LinearTensors]: ...
+    @property
+    def output(self) -> LinearTensors: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def key_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def grouped(self) -> bool: ...
+    @property
+    def query_norm(self) -> NormTensors | None: ...
+    @property
+    def key_norm(self) -> NormTensors | None: ...
+    @property
+    def how(self) -> dict[str, Any]: ...
+
+
+class MLPTensors(Protocol):
+    """The second half.
+
+    Attributes:
+        inputs: gate's and up's layers; or one, which gives both where ``gated``.
+        kind: of the activation, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
+    """
+
+    @property
+    def norms(self) -> NormsOfHalf: ...
+    @property
+    def inputs(self) -> Sequence[LinearTensors]: ...
+    @property
+    def output(self) -> LinearTensors: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def kind(self) -> str: ...
+
+
 _P, _L = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -60,66 +128,77 @@ class Block:
     """The tensors of a block, by address; to be made anew when one of them is another, or lies elsewhere.
 
     Args:
-        layers: queries', keys', values', output's, gate's, up's and down's.
-        norms: before attention and before the gated half.
-        activation: of gates; a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
-        scaling, window, softcap: what attention is told.
+        attention, mlp: the halves.
+        parallel: whether both read the block's input.
         turned: numbers of a head that rotary positions turn; 0 without them.
     """
 
     def __init__(
         self,
-        layers: Sequence[LinearTensors],
-        norms: Sequence[NormTensors],
+        attention: AttentionTensors,
+        mlp: MLPTensors,
         *,
         dtype: torch.dtype,
-        head_size: int,
-        activation: str,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        parallel: bool,
         turned: int,
     ) -> None:
-        weights = [(norm.weight, norm.bias) for norm in norms]
-        self._alive = (list(layers), weights)
-        self._factors = [(layer.lora_A, layer.lora_B) for layer in layers]
-        outputs = [layer.weight.shape[0] for layer in layers]
+        layers = _layers(attention, mlp)
+        norms = _norms(attention, mlp)
+        self._alive = (layers, [(norm.weight, norm.bias) for norm in norms if norm is not None])
+        self._factors = [None if of is None else (of.lora_A, of.lora_B) for of in layers]
+        split = APART if len(attention.inputs) == 3 else GROUPED if attention.grouped else STACKED
+        forms = [_norm(norm) for norm in norms]
         self._parts = BlockParts(
             loader.number(dtype),
-            outputs[0] // head_size,
-            outputs[1] // head_size,
-            head_size,
-            ACTIVATIONS.index(activation),
-            window or 0,
+            attention.heads,
+            attention.key_heads,
+            attention.head_size,
+            ACTIVATIONS.index(mlp.kind),
+            attention.how.get("window") or 0,
             turned,
-            scaling,
-            softcap or 0.0,
-            *(
-                RowNorm(*map(loader.address, pair), norm.eps, norm.offset, norm.centred)
-                for norm, pair in zip(norms, weights, strict=True)
-            ),
-            *map(_layer, layers),
+            attention.how.get("causal", True),
+            split,
+            mlp.gated,
+            parallel,
+            attention.how["scaling"],
+            attention.how.get("softcap") or 0.0,
+            HalfNorms(*forms[:3]),
+            HalfNorms(*forms[3:6]),
+            *forms[6:],
+            *(Layer() if of is None else _layer(of) for of in layers),
         )
         self._at = ctypes.addressof(self._parts)
         self._sizes = (_L * 3)()
-        self._sizes_of = -1
+        self._sizes_of = (-1, -1)
 
     def forward(
-        self, x: Tensor, segments: Tensor, cosine: Tensor | None, sine: Tensor | None
+        self,
+        x: Tensor,
+        segments: Tensor,
+        cosine: Tensor | None,
+        sine: Tensor | None,
+        picked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """y, like x (…, T, hidden), and what :meth:`backward` wants.
+        """y (T or P, hidden) of x (T, hidden), and what :meth:`backward` wants.
 
         Args:
             segments: (4, S), see :meth:`deltaw.kernels.layout.Layout.segments`.
             cosine, sine: (T, turned) in fp32.
+            picked: (P), ascending, P ≥ 1: the rows whose outputs are asked for; None for all.
+
+        Raises:
+            ValueError: the picked places do not ascend. IndexError: one lies outside of the rows.
         """
-        length = x.shape[-2]
-        kept_bytes, scratch_bytes, _ = self._room(length)
+        length, picks = len(x), 0 if picked is None else len(picked)
+        if picked is not None:
+            check_places(picked, length)
+        kept_bytes, scratch_bytes, _ = self._room(length, picks)
         saved, scratch = (torch.empty(n, dtype=torch.uint8) for n in (kept_bytes, scratch_bytes))
-        y = torch.empty_like(x)
+        y = x.new_empty(picks or length, x.shape[1])
         loader.kernels().dw_block(
-            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(cosine),
-            loader.address(sine), saved.data_ptr(), scratch.data_ptr(), y.data_ptr(),
+            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(picked),
+            picks, loader.address(cosine), loader.address(sine), saved.data_ptr(), scratch.data_ptr(),
+            y.data_ptr(),
         )  # fmt: skip
         return y, saved
 
@@ -131,62 +210,106 @@ class Block:
         segments: Tensor,
         cosine: Tensor | None,
         sine: Tensor | None,
+        picked: Tensor | None,
         need_x: bool,
         need_factors: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """∂L/∂x where it is needed, and ∂L/∂A and ∂L/∂B of each layer that has them, in fp32."""
-        length = x.shape[-2]
-        scratch = torch.empty(self._room(length)[2], dtype=torch.uint8)
+        length, picks = len(x), 0 if picked is None else len(picked)
+        scratch = torch.empty(self._room(length, picks)[2], dtype=torch.uint8)
         dx = torch.empty_like(x) if need_x else None
         factors: list[Tensor] = []
         addresses: list[int | None] = []
         for pair in self._factors:
-            for factor in pair:
+            for factor in pair or (None, None):
                 if factor is None or not need_factors:
                     addresses.append(None)
                     continue
                 factors.append(torch.empty(factor.shape))
                 addresses.append(factors[-1].data_ptr())
         loader.kernels().dw_block_backward(
-            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(cosine),
-            loader.address(sine), saved.data_ptr(), scratch.data_ptr(), grad.data_ptr(), loader.address(dx),
-            (_P * len(addresses))(*addresses),
+            self._at, length, x.data_ptr(), segments.data_ptr(), segments.shape[1], loader.address(picked),
+            picks, loader.address(cosine), loader.address(sine), saved.data_ptr(), scratch.data_ptr(),
+            grad.data_ptr(), loader.address(dx), (_P * len(addresses))(*addresses),
         )  # fmt: skip
         return dx, factors
 
-    def _room(self, length: int) -> tuple[int, int, int]:
+    def _room(self, length: int, picks: int) -> tuple[int, int, int]:
         """Bytes kept, and of scratch forward and backward, for so many tokens."""
-        if length != self._sizes_of:
-            loader.kernels().dw_block_sizes(self._at, length, self._sizes)
-            self._sizes_of = length
+        if (length, picks) != self._sizes_of:
+            loader.kernels().dw_block_sizes(self._at, length, picks, self._sizes)
+            self._sizes_of = length, picks
         return tuple(self._sizes)  # type: ignore[return-value]
 
 
-def serves(x: Tensor, layers: Sequence[LinearTensors], norms: Sequence[NormTensors], head_size: int) -> bool:
-    """Whether the kernels take all of a block for rows like x (…, T, hidden)."""
+def serves(x: Tensor, attention: AttentionTensors, mlp: MLPTensors, parallel: bool) -> bool:
+    """Whether the kernels take all of a block for rows like x (T, hidden)."""
+    norms = [norm for norm in _norms(attention, mlp) if norm is not None]
     if not loader.serves(x, *(t for norm in norms for t in (norm.weight, norm.bias))):
         return False
-    for layer in layers:
-        probe = x.new_empty(0, layer.weight.shape[1])
-        if not can_multiply(probe, layer.weight, layer.lora_A, True, layer.scale is not None):
-            return False
-        tensors = (layer.bias, layer.scale, layer.columns, layer.lora_A, layer.lora_B)
-        if any(t is not None and not t.is_contiguous() for t in tensors):
-            return False
-        if layer.bias is not None and layer.bias.dtype not in (torch.float32, x.dtype):
-            return False
-    sizes = [layer.weight.shape[0] for layer in layers]
-    return head_size % 2 == 0 and sizes[1] == sizes[2] and not any(n % head_size for n in sizes[:3])
+    if any(t is not None and not t.is_contiguous() for norm in norms for t in (norm.weight, norm.bias)):
+        return False
+    if not all(_serves_layer(x, layer) for layer in _layers(attention, mlp) if layer is not None):
+        return False
+    ends = [half.norms.after or half.norms.post for half in (attention, mlp)]
+    return not (parallel and any(ends)) and _fit(attention, mlp)
+
+
+def _serves_layer(x: Tensor, layer: LinearTensors) -> bool:
+    probe = x.new_empty(0, _sizes(layer)[0])
+    if not can_multiply(probe, layer.weight, layer.lora_A, layer.by_column, layer.scale is not None):
+        return False
+    tensors = (layer.bias, layer.scale, layer.columns, layer.lora_A, layer.lora_B)
+    if any(t is not None and not t.is_contiguous() for t in tensors):
+        return False
+    return layer.bias is None or layer.bias.dtype in (torch.float32, x.dtype)
+
+
+def _fit(attention: AttentionTensors, mlp: MLPTensors) -> bool:
+    """Whether the layers' outputs are what the halves take them for, and heads of an even size."""
+    size, heads, key_heads = attention.head_size, attention.heads, attention.key_heads
+    if size % 2 or not key_heads or heads % key_heads:
+        return False
+    each = [heads * size, key_heads * size, key_heads * size]
+    expected = each if len(attention.inputs) == 3 else [sum(each)]
+    if [_sizes(layer)[1] for layer in attention.inputs] != expected:
+        return False
+    inner = _sizes(mlp.output)[0]
+    wide = [inner] * len(mlp.inputs) if len(mlp.inputs) == 1 + mlp.gated else [2 * inner]
+    return [_sizes(layer)[1] for layer in mlp.inputs] == wide and mlp.kind in ACTIVATIONS
+
+
+def _layers(attention: AttentionTensors, mlp: MLPTensors) -> list[LinearTensors | None]:
+    """In the kernels' order: queries', keys', values', output's, gate's, up's and down's, or None."""
+    first: list[LinearTensors | None] = [*attention.inputs, *[None] * (3 - len(attention.inputs))]
+    return [*first, attention.output, *mlp.inputs, *[None] * (2 - len(mlp.inputs)), mlp.output]
+
+
+def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[NormTensors | None]:
+    """Before, after and post of each half, then those of queries and keys."""
+    halves = [norm for of in (attention.norms, mlp.norms) for norm in (of.before, of.after, of.post)]
+    return [*halves, attention.query_norm, attention.key_norm]
+
+
+def _norm(of: NormTensors | None) -> RowNorm:
+    if of is None:
+        return RowNorm()
+    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centred, True)
+
+
+def _sizes(of: LinearTensors) -> tuple[int, int]:
+    """Inputs and outputs."""
+    outputs, inputs = of.weight.shape if of.by_column else reversed(of.weight.shape)
+    return inputs, outputs
 
 
 def _layer(of: LinearTensors) -> Layer:
-    outputs, inputs = of.weight.shape
     return Layer(
         *map(loader.address, (of.weight, of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
-        inputs,
-        outputs,
+        *_sizes(of),
         0 if of.lora_A is None else of.lora_A.shape[1],
         loader.number(of.weight.dtype),
+        of.by_column,
         of.bias is not None and of.bias.dtype == torch.float32,
         of.scaling,
     )

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from deltaw.kernels.transfer import to_device
 
 # A further tile in a batch costs about the arithmetic of this many (query, key) pairs over all heads of a
 # small model, measured on a 2-core AVX-512 machine; pairs that filling up to a grid adds count as pairs.
@@ -105,6 +108,8 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
     _segments: Tensor | None = field(default=None, repr=False)
+    # FlexAttention's block masks of this row, by window (:mod:`deltaw.kernels.flex`).
+    masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
     # What others have made for this row once, by the id of what they made it from.
     made_of: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
@@ -287,12 +292,12 @@ class Layout:
         first = int(np.argmax(hidden_columns)) if hidden_columns.any() else seen.shape[2]
         return TileBatch(
             self._tensor(keys),
-            torch.from_numpy(np.ascontiguousarray(hidden_rows[:, :, first:])).to(self.device),
+            self._tensor(np.ascontiguousarray(hidden_rows[:, :, first:])),
             queries,
         )
 
     def _tensor(self, places: np.ndarray) -> Tensor:
-        return torch.from_numpy(places).to(self.device)
+        return to_device(torch.from_numpy(places), self.device)
 
 
 def _grouped(tiles: Sequence[Tile]) -> dict[tuple[int, int], list[Tile]]:

@@ -30,8 +30,9 @@ INT8_BLOCK = 128
 def can_multiply(
     x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True, int8: bool = False
 ) -> bool:
-    """Whether the compiled kernel serves: types, layout, and sizes that fill its groups of numbers."""
-    if not loader.serves(x):
+    """Whether the compiled kernel serves: types, layout, sizes that fill its groups of numbers, and that it
+    is the kernels that compute such products at present."""
+    if not loader.serves(x) or not loader.multiplies(loader.number(INT8 if int8 else x.dtype)):
         return False
     if not (weight.dtype == INT8 or weight.dtype == x.dtype) or not weight.is_contiguous():
         return False

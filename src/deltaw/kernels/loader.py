@@ -6,16 +6,19 @@ fight for the cores.
 
 ``DELTAW_KERNELS=NAME`` forces a variant, and is refused where that one cannot run; ``NAME:ARITHMETIC`` forces
 how products are computed too (``arithmetic.py``); ``none``, or ``DELTAW_NATIVE=0``, does without compiled
-kernels. Otherwise the variant of the highest rank is used, until one is chosen by measuring (:func:`use`).
+kernels. Otherwise the variant of the highest rank is used, until one is chosen by measuring
+(:func:`compute_with`).
 
 Knows addresses and types of numbers; what the kernels compute is said where they are called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,27 +28,41 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.kernels import variants
+from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, default_of, tell
 from deltaw.kernels.processor import processor_flags, second_level_cache
 from deltaw.kernels.structs import differing
 from deltaw.kernels.variants import Variant
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
-ABI = 1
+ABI = 2
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # What functions return beside a status, and what each is given; see csrc/kernels.h.
+_ROOMS: dict[str, list[type]] = {
+    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _L, _I, _I],
+    "dw_factors_room": [_I, _L, _L],
+    "dw_class_gradient_room": [_L, _L, _L],
+    "dw_attention_room": [_I, _L, _L, _L, _L, _L],
+    "dw_attention_backward_room": [_I, _L, _L, _L, _L, _L],
+}
 _RESULTS: dict[str, type] = {
+    **dict.fromkeys(_ROOMS, _L),
     "dw_abi": _I,
     "dw_layout_of": _L,
     "dw_scratch_held": _L,
     "dw_ready": _I,
-    "dw_arithmetics": _I,
+    "dw_arithmetics": _L,
 }
 _SIGNATURES: dict[str, list[type]] = {
+    **_ROOMS,
     "dw_abi": [],
     "dw_layout_of": [_I, _P, _L],
     "dw_threads": [_P] * 4,
+    "dw_ready": [],
+    "dw_arithmetics": [_I],
+    "dw_set_arithmetic": [_I, _I],
+    "dw_set_cache": [_L],
     "dw_release": [],
     "dw_scratch_held": [_I],
     "dw_linear": [
@@ -58,22 +75,16 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_quantize": [_I, _L, _L, _P, _P, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
+    "dw_add": [_I, _L, _P, _P, _P],
     "dw_activation": [_I, _I, _L, _L, _P, _P, _P],
     "dw_activation_backward": [_I, _I, _L, _L, _P, _P, _P, _P, _P, _P],
     "dw_rotate": [_I, _L, _L, _L, _L, _P, _L, _P, _P, _I, _P, _L],
     "dw_cross_entropy": [_I, _L, _L, _P, _P, _P, _F, _F, _I, _P],
     "dw_attention": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 6],
     "dw_attention_backward": [_I, _P, _L, _L, _L, _I, _L, _L, _L, _L, _F, _F, _P, _L, *[_P] * 10],
-    "dw_block_sizes": [_P, _L, _P],
-    "dw_block": [_P, _L, _P, _P, _L, *[_P] * 5],
-    "dw_block_backward": [_P, _L, _P, _P, _L, *[_P] * 7],
-}
-# How a variant is told to compute; one that has no choice may lack these.
-_CHOICES: dict[str, list[type]] = {
-    "dw_ready": [],
-    "dw_arithmetics": [_I],
-    "dw_set_arithmetic": [_I, _I],
-    "dw_set_cache": [_L],
+    "dw_block_sizes": [_P, _L, _L, _P],
+    "dw_block": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 5],
+    "dw_block_backward": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 7],
 }
 
 
@@ -91,10 +102,15 @@ class Opened:
 
 
 class _Process:
-    """What this process computes with: the variants that are open, and the one in use once it is settled."""
+    """What this process computes with: the variants that are open, and the one in use once it is settled.
+
+    ``by_torch`` are the numbers of the types whose products torch computes.
+    """
 
     opened: dict[str, Opened] = {}  # noqa: RUF012
     using: Opened | None = None
+    arithmetic = Arithmetic()
+    by_torch: frozenset[int] = frozenset()
     why_not: str | None = None
     settled = False
 
@@ -139,33 +155,81 @@ def notes() -> list[str]:
     return [note for note in (why_not(), threads_note()) if note is not None]
 
 
-def use(name: str | None) -> None:
-    """Compute with another variant from now on, one of :func:`usable`; None is the default again.
+def arithmetic() -> Arithmetic:
+    """How this process computes at present."""
+    _in_use()
+    return _Process.arithmetic
+
+
+def multiplies(stored: int) -> bool:
+    """Whether the kernels in use compute products with weights of a type, given by :func:`number`."""
+    return _in_use() is not None and stored not in _Process.by_torch
+
+
+def compute_with(wanted: Arithmetic | None) -> None:
+    """Compute so from now on; None is the default again.
 
     Raises:
-        UserError: it cannot run here. OSError, RuntimeError: its file cannot be used.
+        UserError: the variant cannot run here. OSError, RuntimeError: its file cannot be used.
+        ValueError: it has no such arithmetic.
     """
-    if name is None:
+    if wanted is None:
         _Process.settled = False
         return
-    _Process.using, _Process.why_not = open_variant(name), None
+    if wanted.kernels is None:
+        _settle(None, wanted, why_not() or "compiled kernels are not used")
+    else:
+        _settle(open_variant(wanted.kernels), wanted, None)
+
+
+@contextlib.contextmanager
+def computing(wanted: Arithmetic | None = None) -> Iterator[None]:
+    """While open, products may be computed in another way; then as before."""
+    names = ("using", "arithmetic", "by_torch", "why_not", "settled")
+    before = {name: getattr(_Process, name) for name in names}
+    try:
+        if wanted is not None:
+            compute_with(wanted)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(_Process, name, value)
+        if _Process.settled and _Process.using is not None:
+            tell(_Process.using.library, _Process.arithmetic)
+
+
+def _settle(opened: Opened | None, way: Arithmetic, why_not: str | None) -> None:
+    if opened is not None:
+        tell(opened.library, way)
+    _Process.using, _Process.arithmetic, _Process.why_not = opened, way, why_not
+    _Process.by_torch = frozenset(n for n, stored in enumerate(STORED) if way.of(stored) == TORCH)
     _Process.settled = True
 
 
 def open_variant(name: str) -> Opened:
-    """The variant ``name``, loaded. Several can be open in one process; :func:`use` says which is called.
+    """The variant ``name``, loaded. Several can be open in one process; one is in use.
 
     Raises:
         UserError: there is none of the name, the processor lacks something, or it was not built.
         OSError, RuntimeError: its file cannot be used.
     """
-    if name in _Process.opened:
-        return _Process.opened[name]
-    found = variants.named(name, processor_flags())
-    kernels = load(variants.file_of(found))
-    if hasattr(kernels, "dw_ready") and kernels.dw_ready() != 0:
+    if name not in _Process.opened:
+        found = variants.named(name, processor_flags())
+        _Process.opened[name] = open_file(variants.file_of(found), found)
+    return _Process.opened[name]
+
+
+def open_file(path: Path, variant: Variant) -> Opened:
+    """The shared object at ``path``, ready to be called as ``variant``; it is not in use yet.
+
+    Raises:
+        UserError: the operating system does not grant what it needs. OSError, RuntimeError: it cannot be
+        used.
+    """
+    kernels = load(path)
+    if kernels.dw_ready() != 0:
         raise UserError(
-            f"kernels '{name}' cannot run: the operating system does not grant what they need",
+            f"kernels '{variant.name}' cannot run: the operating system does not grant what they need",
             where=variants.VARIABLE,
             hint=f"set {variants.VARIABLE} to another variant, or unset it",
         )
@@ -173,11 +237,17 @@ def open_variant(name: str) -> Opened:
     if threads is not None:
         kernels.dw_threads(*threads)
     cache = second_level_cache()
-    if cache is not None and hasattr(kernels, "dw_set_cache"):
+    if cache is not None:
         kernels.dw_set_cache(cache)
     note = "compiled kernels run on one thread: torch's OpenMP library was not found"
-    opened = Opened(found, kernels, None if threads is not None else note)
-    return _Process.opened.setdefault(name, opened)
+    return Opened(variant, kernels, None if threads is not None else note)
+
+
+def adopt(opened: Opened) -> None:
+    """Compute with what :func:`open_file` gave from now on; it is found by its variant's name again."""
+    name = opened.variant.name
+    _Process.opened[name] = opened
+    _settle(opened, default_of(name, opened.library), None)
 
 
 def usable() -> list[Variant]:
@@ -200,8 +270,10 @@ def _reason_against(variant: Variant) -> str | None:
 
 def _in_use() -> Opened | None:
     if not _Process.settled:
-        _Process.using, _Process.why_not = _found()
-        _Process.settled = True
+        opened, why_not = _found()
+        forced = variants.asked().arithmetic
+        way = default_of(opened.variant.name, opened.library, forced) if opened is not None else Arithmetic()
+        _settle(opened, way, why_not)
     return _Process.using
 
 
@@ -274,9 +346,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise RuntimeError(
             f"they were built from other sources (ABI {abi}, not {ABI}); install deltaw again to rebuild them"
         )
-    for name, arguments in (_SIGNATURES | _CHOICES).items():
-        if name in _CHOICES and not hasattr(kernels, name):
-            continue
+    for name, arguments in _SIGNATURES.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = arguments, _RESULTS.get(name, _I)
         if name not in _RESULTS:

@@ -15,33 +15,47 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("weight", "scale", "smooth", "bias", "A", "B")),
-        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "bias_f32")),
+        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "by_column", "bias_f32")),
         ("scaling", _F),
     ]
 
 
 class RowNorm(ctypes.Structure):
-    """A norm over the last dimension."""
+    """A norm over the last dimension, or none."""
 
-    _fields_ = [("weight", _P), ("bias", _P), ("eps", _F), ("offset", _F), ("centred", _L)]
+    _fields_ = [
+        *((name, _P) for name in ("weight", "bias")),
+        *((name, _F) for name in ("eps", "offset")),
+        *((name, _L) for name in ("centred", "used")),
+    ]
+
+
+class HalfNorms(ctypes.Structure):
+    """The norms of a half of a block."""
+
+    _fields_ = [(name, RowNorm) for name in ("before", "after", "post")]
 
 
 class BlockParts(ctypes.Structure):
-    """A decoder's block."""
+    """A transformer's block."""
 
     _fields_ = [
         *(
             (name, _L)
-            for name in ("type", "heads", "key_heads", "head_size", "activation", "window", "turned")
+            for name in (
+                *("type", "heads", "key_heads", "head_size", "activation", "window", "turned"),
+                *("causal", "split", "gated", "parallel"),
+            )
         ),
         *((name, _F) for name in ("scaling", "softcap")),
-        *((name, RowNorm) for name in ("first", "second")),
+        *((name, HalfNorms) for name in ("first", "second")),
+        *((name, RowNorm) for name in ("of_query", "of_key")),
         *((name, Layer) for name in ("query", "key", "value", "output", "gate", "up", "down")),
     ]
 
 
 # In the order of the library's own numbers.
-MIRRORED: tuple[type[ctypes.Structure], ...] = (Layer, RowNorm, BlockParts)
+MIRRORED: tuple[type[ctypes.Structure], ...] = (Layer, RowNorm, HalfNorms, BlockParts)
 
 
 def differing(library: ctypes.CDLL) -> str | None:

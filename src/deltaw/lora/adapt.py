@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.lora.activation import Activation
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
@@ -32,7 +33,7 @@ from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import count_parameters
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
-from deltaw.lora.kinds import adapter_for
+from deltaw.lora.kinds import adapter_for, is_linear
 from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
 from deltaw.lora.layers_tokens import trained_tokens_of
 from deltaw.lora.merging import shared_weights
@@ -109,6 +110,8 @@ def attach_selected(
     """:func:`attach` with the selection made; ``filled=False`` leaves zeros, for a file to fill."""
     parameters = list(model.named_parameters())
     replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
+    if config.activation == "completion":
+        _refuse_activation(model, config, selection)
     record = Attachment(config, base_fingerprint(parameters, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -140,6 +143,9 @@ def attach_selected(
         replacement.put(replacement.current)
     for update in record.parameters:
         update.put()
+    if config.activation == "completion":
+        _activate(model, record)
+        notes.append(f"active from the last {config.invocation_tokens} of a row on")
     if filled and config.init == "eva":
         notes.append("A is initialized from the first batches, by initialize_from_activations")
     set_attachment(model, record)
@@ -254,6 +260,35 @@ def _named(name: str, error: UserError) -> UserError:
     return UserError(f"'{name}': {error.what}", where=error.where, hint=error.hint)
 
 
+def _refuse_activation(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
+    """An activated adapter needs its sequence as ids, and layers that get one row for each token."""
+    if not isinstance(config.invocation_tokens, list):
+        raise UserError(
+            "an activated adapter is attached with its invocation sequence as token ids",
+            where="invocation_tokens",
+            hint="give ids, such as tokenizer('<|im_start|>assistant').input_ids",
+        )
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for target in selection.targets:
+        if not is_linear(target.module) or target.module is head:
+            what = "the output head" if target.module is head else f"a {type(target.module).__name__}"
+            raise UserError(
+                f"'{target.names[0]}' is {what}, and an activated adapter is for the linear layers of blocks",
+                where="target_modules",
+                hint="leave it out with exclude_modules",
+            )
+
+
+def _activate(model: nn.Module, record: Attachment) -> None:
+    """Let all adapted layers act where the invocation sequence says."""
+    tokens = record.config.invocation_tokens
+    assert isinstance(tokens, list)
+    record.activation = Activation(tokens)
+    for _, layer in record.adapted():
+        vars(layer)["activation"] = record.activation
+    record.activation.watch(model)
+
+
 def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> None:
     """Make the layer with trained rows, and those whose weight is tied to its."""
     leader = trained_tokens_of(target.module, target.tokens)
@@ -348,6 +383,8 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
 
 def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
     """Undo what ``record`` says; ``keep_trained`` keeps merged weights, biases and extra modules."""
+    if record.activation is not None:
+        record.activation.unwatch()
     for update in record.parameters:
         if not keep_trained:
             update.layer.restore_base()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.activation import PLACES, Activation
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -26,10 +27,12 @@ class AdaptedLayer(nn.Module):
         merged: whether ``weight`` already holds the update.
         trained: the names of the layer's own trained parameters.
         follows: the layer whose update this one shares, where the weights are tied; else None.
+        activation: where in a row the update acts; None where it acts on all of it.
     """
 
     trained: tuple[str, ...] = ()
     follows: AdaptedLayer | None = None
+    activation: Activation | None = None
 
     weight: Tensor
     enabled: bool
@@ -39,7 +42,32 @@ class AdaptedLayer(nn.Module):
     @property
     def adapting(self) -> bool:
         """Whether ``forward`` adds the update itself."""
-        return self.enabled and not self.merged
+        acts = self.activation is None or self.activation.places is not False
+        return self.enabled and not self.merged and acts
+
+    @property
+    def acts_in_part(self) -> bool:
+        """Whether the update acts on some of the tokens alone, or nobody knows on which."""
+        return self.adapting and self.activation is not None and self.activation.kind != "all"
+
+    @property
+    def active_places(self) -> Tensor | None:
+        """Bool (rows, T): the tokens that the update acts on; None for all of them.
+
+        Raises:
+            UserError: they cannot be told.
+        """
+        if self.activation is None:
+            return None
+        places = self.activation.places
+        if places is None:
+            raise UserError(
+                "an activated adapter finds by the token ids of each row where it begins to act, and there "
+                "are none, or several rows are packed into one",
+                where="input_ids",
+                hint=f"call the model with input_ids, or name the places in {PLACES}",
+            )
+        return places if isinstance(places, Tensor) else None
 
     @property
     def holder(self) -> nn.Module:
@@ -52,6 +80,8 @@ class AdaptedLayer(nn.Module):
 
     def merge_refusal(self) -> str | None:
         """Why the update cannot be put into this weight, or None where it can."""
+        if self.activation is not None:
+            return "it is activated, and acts only from its invocation sequence on, which no one weight does"
         return None
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:

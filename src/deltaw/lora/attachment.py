@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.activation import Activation
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.layers import LoRALayer
@@ -79,6 +80,7 @@ class Attachment:
     biases: list[TrainedBias] = field(default_factory=list)
     trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     switched: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    activation: Activation | None = None
 
     def adapted(self) -> Iterator[tuple[str, LoRALayer]]:
         """(first name, layer) of everything with factors: layers in the model's order, then parameters."""
@@ -114,6 +116,12 @@ def attachment(model: nn.Module) -> Attachment | None:
     """The record on ``model``, or None."""
     record = vars(model).get(_ATTRIBUTE)
     return record if isinstance(record, Attachment) else None
+
+
+def activation_of(model: nn.Module) -> Activation | None:
+    """Where in a row the model's adapter acts; None where there is none, or it acts on all tokens."""
+    record = attachment(unwrapped(model))
+    return None if record is None else record.activation
 
 
 def attached(model: nn.Module) -> Attachment:

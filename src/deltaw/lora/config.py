@@ -20,6 +20,7 @@ CHANGING_INITS = ("pissa", "olora")
 INITS = ("uniform", "gaussian", "orthogonal", *CHANGING_INITS, "eva")
 BIASES = ("none", "all", "lora_only")
 KEYWORDS = ("all-linear", "attention", "mlp")
+ACTIVATIONS = ("always", "completion")
 
 PEFT_NAMES = {
     "r": "rank",
@@ -30,6 +31,7 @@ PEFT_NAMES = {
     "use_dora": "dora",
     "layers_to_transform": "layers",
     "modules_to_save": "train_modules",
+    "alora_invocation_tokens": "invocation_tokens",
 }
 """PEFT's name of a setting, and ours."""
 
@@ -117,6 +119,20 @@ class LoRAConfig:
         default_factory=list,
         metadata={"description": "extra trainable modules, trained in full, by the ending of their name"},
     )
+    activation: str = field(
+        default="always",
+        metadata={
+            "description": "tokens on which the adapter acts: always (all), or completion (from the "
+            "invocation sequence on, the start of the answer; Activated LoRA)"
+        },
+    )
+    invocation_tokens: list[int] | str | None = field(
+        default=None,
+        metadata={
+            "description": "the sequence that switches an activated adapter on, as token ids or text; null: "
+            "what opens the answer in the chat template, or ends all prompts"
+        },
+    )
 
     def __post_init__(self) -> None:
         self.rank = _whole_number("rank", self.rank)
@@ -159,7 +175,38 @@ class LoRAConfig:
                 f"init 'orthogonal' needs an even rank, not {odd[0]}", where="rank", hint=f"use {odd[0] + 1}"
             )
         self.train_modules = _entries("train_modules", self.train_modules)
+        _one_of("activation", self.activation, ACTIVATIONS)
+        self.invocation_tokens = _invocation(self.invocation_tokens)
         self._refuse_combinations()
+        if self.activation == "completion":
+            self._refuse_beside_activation()
+        elif self.invocation_tokens is not None:
+            raise UserError(
+                "invocation_tokens are for an adapter that is not always active",
+                where="invocation_tokens",
+                hint="set activation: completion, or leave them out",
+            )
+
+    def _refuse_beside_activation(self) -> None:
+        """What would change the base model's own part of a row, and so is not activated LoRA."""
+        changing = "init" if self.init in CHANGING_INITS else ""
+        for key, value in (
+            ("dora", self.dora),
+            ("lora_bias", self.lora_bias),
+            ("bias", self.bias != "none"),
+            (changing, changing),
+            ("target_parameters", self.target_parameters),
+            ("trainable_token_indices", self.trainable_token_indices),
+            ("train_modules", self.train_modules),
+        ):
+            if value:
+                told = f"{key} '{getattr(self, key)}'" if isinstance(getattr(self, key), str) else key
+                raise UserError(
+                    f"activation 'completion' and {told} do not go together: only plain updates of linear "
+                    "layers can act from a token on",
+                    where=key,
+                    hint=f"leave {key} out, or set activation: always",
+                )
 
     def _refuse_combinations(self) -> None:
         """Settings that have no meaning together, in PEFT's files either."""
@@ -211,6 +258,8 @@ class LoRAConfig:
                 value = [value]
             if value is not None:
                 values[name] = value
+                if key == "alora_invocation_tokens":
+                    values.setdefault("activation", "completion")
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -286,6 +335,19 @@ def _tokens(value: object) -> list[int] | dict[str, list[int]] | None:
     if isinstance(value, Mapping):
         return {_expression("trainable_token_indices", key): _ids(ids) for key, ids in value.items()} or None
     return _ids(value) or None
+
+
+def _invocation(value: object) -> list[int] | str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    numbers = list(value) if isinstance(value, list | tuple) else []
+    if numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        return numbers
+    raise UserError(
+        f"invocation_tokens cannot be {value!r}",
+        where="invocation_tokens",
+        hint="give token ids, such as [1, 520, 198], or the text that opens an answer",
+    )
 
 
 def _ids(value: object) -> list[int]:

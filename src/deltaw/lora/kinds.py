@@ -21,7 +21,7 @@ from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_bias import LoRABiasConv, LoRABiasConv1D, LoRABiasLinear
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
-from deltaw.lora.layers_int8 import Int8Linear
+from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear, weight_scales
 from deltaw.lora.layers_parameter import attention_refusal
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,7 +36,9 @@ PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear"})
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' ``Conv1D``, told without importing transformers."""
+    """Whether it is transformers' ``Conv1D``, int8-quantized or not, told without importing transformers."""
+    if isinstance(module, Int8Conv1D):
+        return True
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in module._parameters
 
 
@@ -62,7 +64,7 @@ def refusal(module: nn.Module) -> str | None:
         return f"the weight of this {kind} is computed from other parameters (a parametrization)"
     if isinstance(weight, UninitializedParameter):
         return f"this {kind} has no size before its first forward"
-    if weight.dtype not in FLOATS and not isinstance(module, Int8Linear):
+    if weight.dtype not in FLOATS and weight_scales(module) is None:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
     return None
 
@@ -126,6 +128,12 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
 
     Not for ``nn.MultiheadAttention``, which has two updates and no adapted layer.
     """
+    if dora and weight_scales(module) is not None:
+        raise UserError(
+            "DoRA needs the norms of its weights, which are int8-quantized here",
+            where="dora",
+            hint="load the model with precision bf16 or fp32",
+        )
     if isinstance(module, nn.Linear):
         return (LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear).from_linear
     if isinstance(module, nn.Embedding):

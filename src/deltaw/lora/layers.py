@@ -199,15 +199,21 @@ class LoRALinear(LoRALayer, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         bias = self.output_bias()
+        if (places := self.active_places) is not None:
+            with_base = (
+                F.linear(input, self.weight, bias)
+                if scales is None
+                else frozen_linear(input, self.weight, bias, scales)
+            )
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return with_base + closed_form.update_at(input, places, *factors, dropout)
         return closed_form.linear(
             input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
         )
 
     def merge_refusal(self) -> str | None:
         """A sum with ΔW would have to be quantized again."""
-        if weight_scales(self) is None:
-            return None
-        return "its weight is int8-quantized; load the model with precision bf16 or fp32 to merge"
+        return _int8_refusal(self) or super().merge_refusal()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -215,8 +221,15 @@ class LoRALinear(LoRALayer, nn.Linear):
         return (self.lora_B.t() @ self.lora_A.t()).mul_(self.scaling)
 
 
+def _int8_refusal(layer: nn.Module) -> str | None:
+    if weight_scales(layer) is None:
+        return None
+    return "its weight is int8-quantized; load the model with precision bf16 or fp32 to merge"
+
+
 class LoRAConv1D(LoRALayer):
-    """The same over transformers' ``Conv1D``: a linear layer whose weight is (in, out), as in GPT-2."""
+    """The same over transformers' ``Conv1D``: a linear layer whose weight is (in, out), as in GPT-2; in int8
+    it is (out, in), see :class:`~deltaw.lora.layers_int8.Int8Conv1D`."""
 
     bias: nn.Parameter
     nf: int
@@ -234,37 +247,56 @@ class LoRAConv1D(LoRALayer):
         init: str | None = "uniform",
         generator: torch.Generator | None = None,
     ) -> LoRAConv1D:
-        """The adapted layer over ``module``'s own weight (in, out) and bias (out)."""
+        """The adapted layer over ``module``'s own weight and bias (out)."""
         layer = adopt(cls, module)
-        n_in, n_out = layer.weight.shape
+        n_in, n_out = layer.in_features, layer.out_features
         layer._begin(((n_in, rank), (rank, n_out)), rank, alpha, dropout, rslora, init, generator)
         return layer
 
     @property
     def in_features(self) -> int:
         """Size of x."""
-        return int(self.weight.shape[0])
+        return int(self.weight.shape[0 if self.weight_is_in_out else 1])
 
     @property
     def out_features(self) -> int:
         """Size of y."""
-        return int(self.weight.shape[1])
+        return int(self.weight.shape[1 if self.weight_is_in_out else 0])
+
+    @property
+    def weight_is_in_out(self) -> bool:
+        """Whether the weight is (in, out), as in ``Conv1D``; else (out, in)."""
+        return weight_scales(self) is None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if not self.adapting:
-            flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-            return flat.view(*x.shape[:-1], self.out_features)
+        scales = weight_scales(self)
         dropout = self.dropout if self.training else 0.0
+        places = self.active_places if self.adapting else None
+        if not self.adapting or places is not None:
+            if scales is not None:
+                y = frozen_linear(x, self.weight, self.bias, scales)
+            else:
+                flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+                y = flat.view(*x.shape[:-1], self.out_features)
+            if places is None:
+                return y
+            return y + closed_form.update_at(x, places, self.lora_A, self.lora_B, self.scaling, dropout)
         bias = self.output_bias()
+        factors = self.lora_A, self.lora_B
         return closed_form.linear(
-            x, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, weight_is_in_out=True
+            x, self.weight, bias, *factors, self.scaling, dropout, self.weight_is_in_out, scales
         )
+
+    def merge_refusal(self) -> str | None:
+        """As of a linear layer."""
+        return _int8_refusal(self) or super().merge_refusal()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW = scaling · A·B of shape (in, out)."""
-        return (self.lora_A @ self.lora_B).mul_(self.scaling)
+        """ΔW = scaling · A·B of shape (in, out); (out, in) for a weight in int8."""
+        delta = (self.lora_A @ self.lora_B).mul_(self.scaling)
+        return delta if self.weight_is_in_out else delta.t()
 
     def extra_repr(self) -> str:
         """Sizes, rank and alpha."""

@@ -28,7 +28,7 @@ class LoRABias(LoRALayer):
 
     def _add_parameters(self) -> None:
         self._unmerged_bias = None
-        outputs = self.weight.shape[0] if isinstance(self, nn.Linear | LoRAConv) else self.weight.shape[1]
+        outputs = self.weight.shape[0] if isinstance(self, LoRAConv) else self.lora_B.shape[1]
         self.lora_bias = nn.Parameter(self.lora_B.new_zeros(outputs))
 
     def output_bias(self) -> Tensor:

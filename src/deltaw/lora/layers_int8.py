@@ -1,10 +1,10 @@
-"""A frozen linear layer with an int8-quantized weight, and a scale for each row of it.
+"""Frozen linear layers with an int8-quantized weight, and a scale for each row of it.
 
     W ≈ (Q · scale) ∘ columns,        y = (x ∘ columns)·(Q · scale)ᵀ + b
 
 Both products of a training step, with Wᵀ and with W, read the same int8 weight Q. The inputs are quantized as
 they come, with a scale for each token. ``columns`` are SmoothQuant scales (arXiv 2211.10438, eq. 3), one for
-each input.
+each input. A ``Conv1D`` of transformers, whose weight is (in, out), keeps it transposed.
 
 This module knows its own arithmetic; which layers are quantized, and with what scales, is decided elsewhere.
 """
@@ -33,18 +33,8 @@ class Int8Linear(nn.Linear):
             columns: (in) fp32, what each input is multiplied with before it is rounded; None for ones.
         """
         layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
+        _quantize(layer, linear, linear.weight, columns)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        with torch.no_grad():
-            weight = linear.weight if columns is None else linear.weight.float() / columns
-            steps, scale = kernels.quantized_rows(weight)
-        layer.weight = nn.Parameter(steps, requires_grad=False)
-        layer.register_parameter("bias", linear.bias)
-        if linear.bias is not None:
-            linear.bias.requires_grad_(False)
-        layer.register_buffer("weight_scale", scale)
-        layer.register_buffer("weight_columns", columns)
-        layer.training = linear.training
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -54,6 +44,52 @@ class Int8Linear(nn.Linear):
     def plain_weight(self) -> Tensor:
         """W (out, in) in fp32, dequantized."""
         return plain_weight(self.weight, self.weight_scale, self.weight_columns)
+
+
+class Int8Conv1D(nn.Module):
+    """The same in the place of transformers' ``Conv1D``: y = x·W + b with Wᵀ (out, in) in int8; frozen."""
+
+    weight_scale: Tensor
+    weight_columns: Tensor | None
+
+    @classmethod
+    def from_conv1d(cls, module: nn.Module, columns: Tensor | None = None) -> Int8Conv1D:
+        """The layer with the weight of ``module`` transposed and quantized to int8, and its own bias.
+
+        Args:
+            columns: as in :meth:`Int8Linear.from_linear`.
+        """
+        layer = cls.__new__(cls)
+        _quantize(layer, module, module.get_parameter("weight").t(), columns)
+        layer.nf, layer.nx = layer.weight.shape  # as Conv1D calls its outputs and inputs
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return frozen_linear(x, self.weight, self.bias, (self.weight_scale, self.weight_columns))
+
+    def plain_weight(self) -> Tensor:
+        """W (in, out) in fp32, dequantized."""
+        return plain_weight(self.weight, self.weight_scale, self.weight_columns).t()
+
+    def extra_repr(self) -> str:
+        """Its sizes, as ``Conv1D`` shows them."""
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+def _quantize(layer: nn.Module, of: nn.Module, weight: Tensor, columns: Tensor | None) -> None:
+    """Give a new layer the weight (out, in) in int8, its scales, and the bias of the layer it stands for."""
+    nn.Module.__init__(layer)
+    with torch.no_grad():
+        steps, scale = kernels.quantized_rows(weight if columns is None else weight.float() / columns)
+    layer.weight = nn.Parameter(steps.contiguous(), requires_grad=False)
+    bias = of._parameters.get("bias")
+    layer.register_parameter("bias", bias)
+    if bias is not None:
+        bias.requires_grad_(False)
+    layer.register_buffer("weight_scale", scale)
+    layer.register_buffer("weight_columns", columns)
+    layer.training = of.training
 
 
 def plain_weight(weight: Tensor, scale: Tensor, columns: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
 
 
@@ -79,6 +80,34 @@ def linear_reference(
     base = F.linear(x, weight.t() if weight_is_in_out else weight, bias)
     seen = x if mask is None else x * mask
     return base + (seen @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
+
+
+def update_at(
+    x: Tensor,
+    places: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """scaling · dropout(x)·A·B at some tokens, and 0 at the others; by autograd.
+
+    Args:
+        x: (..., in). places: bool, as many as there are rows of x, in the order of these.
+
+    Raises:
+        UserError: x has other rows than there are tokens.
+    """
+    if places.numel() != rows_of(x):
+        raise UserError(
+            f"a layer was given {rows_of(x)} rows for {places.numel()} tokens, so that it cannot be told on "
+            "which of them the adapter acts",
+            where="lora.activation",
+            hint="leave such layers (experts, for instance) out of lora.target_modules",
+        )
+    seen = F.dropout(x, dropout) if dropout > 0.0 else x
+    narrow = (seen @ lora_A.to(x.dtype)) * places.reshape(*x.shape[:-1], 1).to(x.dtype)
+    return narrow @ (lora_B * scaling).to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):

@@ -71,6 +71,7 @@ DEFAULTS: dict[str, object] = {
 
 _READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "exclude_modules",
@@ -133,6 +134,7 @@ def settings_of(
     targets += [update.names[0] for update in record.parameters if update.of_attention]
     settings = dict(DEFAULTS)
     settings |= {
+        "alora_invocation_tokens": config.invocation_tokens,
         "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
         "base_model_name_or_path": base_model,
         "bias": config.bias,

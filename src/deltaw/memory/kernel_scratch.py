@@ -1,8 +1,9 @@
 """Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
 
-The sizes are those of ``kernels/csrc``, where each thread takes what it needs from an arena of its own. An
-arena is no tensor: the allocator of tensors does not see it, and the process holds it between calls. The
-tensors that an operator makes for itself in Python are listed apart. Without the kernels there is neither.
+The kernels themselves say what they take, since that differs between processors: each thread takes what it
+needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the
+process holds it between calls. The tensors that an operator makes for itself in Python are listed apart.
+Without the kernels there is neither.
 
 Knows operators and shapes; not models.
 """
@@ -22,66 +23,29 @@ from deltaw.kernels.linear import INT8_BLOCK
 assert attention and class_gradient and linear and rows
 
 _ops = torch.ops.deltaw
-# The numbers of csrc: columns and keys of a tile of attention, columns of a panel and bytes of its lines.
-COLUMNS, KEYS, PANEL, LINE = 32, 96, 32, 128
-ROWS_FOR_EACH, MOST_ROWS = 384, 12
-GROUPS_AT_ONCE, GROUPS_OF_MANY = 768, 256
-LEFT_AT_ONCE, KEPT_AT_MOST = 448 << 10, 4 << 20
 
 
 def _up(count: int, to: int) -> int:
     return -(-count // to) * to
 
 
-def product_bytes(rows: int, outputs: int, depth: int, size: int, rank: int = 0) -> int:
-    """Of a product (rows, depth)·(depth, outputs) over all threads; ``size`` is that of a left number.
-
-    Panels that are laid out, sums of deep products, rows that are copied side by side: csrc/product.cpp.
-    """
-    if not rows or not outputs:
-        return 0
-    threads = torch.get_num_threads()
-    panels, groups = _up(outputs, PANEL) // PANEL, _up(depth * size, 4) // 4
-    several = groups > GROUPS_AT_ONCE
-    line = min(groups, GROUPS_OF_MANY) if several else groups
-    if rows >= ROWS_FOR_EACH * threads:
-        own, cut, cuts = panels, rows // threads + 2, 1
-    else:
-        cuts = _cuts(rows, panels, threads)
-        own, cut = _up(panels * cuts, threads) // threads, rows // cuts + 2
-    block = min(cut, max(8, LEFT_AT_ONCE // (max(line, 1) * 4) // MOST_ROWS) * MOST_ROWS)
-    own_panels = _up(own, cuts) // cuts
-    keep = not several and block < cut and own_panels * line * LINE <= KEPT_AT_MOST
-    room = (own_panels if keep else 1) * line * LINE + _up(rank, 2) * LINE
-    if several:
-        room += own * block * PANEL * 4
-        if cuts == 1 and depth * size % 1024 == 0:
-            room += block * line * 4
-    return threads * room
-
-
-def _cuts(rows: int, panels: int, threads: int) -> int:
-    """Into how many ranges rows are cut so that pieces share out evenly."""
-    cuts = 1
-    while cuts * 2 * 24 <= rows and cuts < 64:
-        pieces = panels * cuts
-        if _up(pieces, threads) * 16 <= pieces * 17:
-            break
-        cuts *= 2
-    return cuts
-
-
 def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     x, weight, by_column, scale, _, _, lora_A = args[:7]
-    rows, depth = x.shape
-    outputs = weight.shape[0 if by_column else 1]
-    rank = 0 if lora_A is None else lora_A.shape[1]
-    size = 1 if scale is not None else x.dtype.itemsize
-    # One after the other: h = x·A, and the product itself.
-    inside = max(
-        product_bytes(rows, rank, depth, x.dtype.itemsize), product_bytes(rows, outputs, depth, size, rank)
+    if not _multiplied(x, scale):
+        return 0
+    return _room_of_linear(
+        x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False
     )
-    return inside
+
+
+def _room_of_linear(
+    x: Tensor, weight: Tensor, by_column: bool, scale: Tensor | None, rank: int, backward: bool, need_x: bool
+) -> int:
+    out, inputs = weight.shape if by_column else weight.shape[::-1]
+    return loader.kernels().dw_linear_room(
+        loader.number(x.dtype), x.shape[0], out, inputs, loader.number(weight.dtype), by_column,
+        scale is not None, rank, backward, need_x,
+    )  # fmt: skip
 
 
 def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -92,14 +56,10 @@ def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     grad, weight, by_column, scale, _, lora_A = args[:6]
-    rows, depth = grad.shape
-    inputs = weight.shape[1 if by_column else 0]
+    if not _multiplied(grad, scale):
+        return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
-    inside = product_bytes(rows, rank, depth, grad.dtype.itemsize)
-    if not args[9]:
-        return inside
-    size = 1 if scale is not None else grad.dtype.itemsize
-    return max(inside, product_bytes(rows, inputs, depth, size, rank))
+    return _room_of_linear(grad, weight, by_column, scale, rank, True, args[9])
 
 
 def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -110,21 +70,12 @@ def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _factors_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     x, h = args[:2]
-    rows, rank = h.shape
-    threads = torch.get_num_threads()
-    if x.dtype == torch.bfloat16 and rank <= 16:
-        return threads * _up(rows, 2) // 2 * 64
-    wide = max(x.shape[1], args[2].shape[1])
-    return threads * rank * _up(rows, 2) * x.dtype.itemsize + product_bytes(
-        rank, wide, rows, x.dtype.itemsize
-    )
+    return loader.kernels().dw_factors_room(loader.number(x.dtype), *h.shape)
 
 
 def _class_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     grad, _, weight = args[:3]
-    rows, classes = grad.shape
-    width = weight.shape[1]
-    return rows * (width + 1) * 4 + product_bytes(rows, width, classes, 1)
+    return loader.kernels().dw_class_gradient_room(*grad.shape, weight.shape[1])
 
 
 def _class_scales(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -138,29 +89,20 @@ def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return torch.get_num_threads() * _up(logits.shape[1], 16) * 4 if with_gradient else 0
 
 
-def _turned(tokens: int, key_heads: int, width: int, size: int) -> int:
-    """Keys or values, transposed."""
-    return key_heads * width * (_up(tokens, 16) + 16) * size
-
-
 def _attention_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     query, _, value = args[:3]
-    length, key_heads, width = value.shape
-    size = query.dtype.itemsize
-    tile = query.shape[2] * size * COLUMNS + KEYS * COLUMNS * 4 + KEYS * LINE + width * COLUMNS * 4
-    return _turned(length, key_heads, width, size) + torch.get_num_threads() * tile
+    return _room_of_attention("dw_attention_room", query, value)
 
 
 def _attention_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    _, query, key, value = args[:4]
+    return _room_of_attention("dw_attention_backward_room", args[1], args[3])
+
+
+def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:
+    _, heads, depth = query.shape
     length, key_heads, width = value.shape
-    threads, depth, size = torch.get_num_threads(), query.shape[2], query.dtype.itemsize
-    # Each thread sums the gradients of keys and values in fp32, for each key head that it meets: where one
-    # thread ends within a head, the next begins there.
-    sums = (key_heads + threads - 1) * length * (_up(depth, 32) + _up(width, 32)) * 4
-    tile = (depth + _up(depth, 32) + width + _up(width, 32)) * size * COLUMNS
-    tile += KEYS * COLUMNS * (12 + 2 * size) + depth * COLUMNS * 4
-    return _turned(length, key_heads, key.shape[2], size) + sums + threads * tile
+    room = getattr(loader.kernels(), function)
+    return room(loader.number(query.dtype), length, heads, key_heads, depth, width)
 
 
 def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -171,6 +113,52 @@ def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         return 0
     copies = 2 + (softcap > 0) + (logits.dtype.itemsize == 2) + 2 * bool(with_gradient)
     return copies * logits.numel() * max(4, logits.dtype.itemsize)
+
+
+def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product: the rounded input, or what the reference makes where torch computes products."""
+    x, weight, by_column, scale, _, bias, lora_A, lora_B, _, added = args[:10]
+    if _multiplied(x, scale):
+        return _rounded_input(args, kwargs)
+    outputs = weight.shape[0 if by_column else 1]
+    return _reference_bytes(
+        x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None
+    )
+
+
+def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product's gradient: the rounded gradient, or what the reference makes."""
+    grad, weight, by_column, scale, _, lora_A, lora_B, _, added, need_x = args[:10]
+    if _multiplied(grad, scale):
+        return _rounded_gradient(args, kwargs)
+    inputs = weight.shape[1 if by_column else 0] if need_x else 0
+    inside = _reference_bytes(grad, weight, scale, inputs, (lora_A, lora_B), added is not None)
+    if scale is None or not inputs:
+        return inside
+    # A gradient that is rounded in blocks is there in fp32 five times.
+    return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
+
+
+def _reference_bytes(
+    left: Tensor, weight: Tensor, scale: Tensor | None, columns: int, factors: tuple[Any, Any], adds: bool
+) -> int:
+    """What a product composed of torch's operators holds at its peak beside its result, of ``columns``."""
+    rows, depth = left.shape
+    size = left.dtype.itemsize
+    # A sum is made while what it is added to is still there.
+    sums = rows * columns * size if adds or factors[0] is not None else 0
+    if factors[1] is not None:
+        sums += factors[1].numel() * (4 + size) if size == 2 else factors[1].numel() * 4
+    if scale is None or not columns:
+        return sums
+    # The left side in int8 and in fp32, the weight and the sums in fp32; the result is not there yet.
+    return max(sums, rows * depth * 5 + weight.numel() * 4 + rows * columns * (4 - size))
+
+
+def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
+    """Whether the kernels compute products of rows like these, with weights in int8 where there is a
+    scale."""
+    return _compiled(left) and loader.multiplies(loader.number(left.dtype if scale is None else torch.int8))
 
 
 def _compiled(first: Tensor) -> bool:
@@ -206,14 +194,9 @@ ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
 # Bytes of the tensors that an operator makes for itself.
 TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
-    **{
-        operator.default: _where_compiled(rule)
-        for operator, rule in (
-            (_ops.linear, _rounded_input),
-            (_ops.linear_backward, _rounded_gradient),
-            (_ops.class_gradient_, _class_scales),
-        )
-    },
+    _ops.linear.default: _linear_tensors,
+    _ops.linear_backward.default: _linear_backward_tensors,
+    _ops.class_gradient_.default: _where_compiled(_class_scales),
 }
 
 

@@ -39,6 +39,8 @@ class Plan:
         precision: of the frozen weights.
         operations: floating-point operations of a step, and the number of ``operators`` that compute them.
         phases: the process's peak in each of :data:`PROCESS_PHASES`.
+        arithmetic: the variant of the kernels, and how products are computed, by the type of stored weights.
+        disk_bytes: of features that the run keeps in the cache folder.
     """
 
     method: str
@@ -58,6 +60,8 @@ class Plan:
     operations: int = 0
     operators: int = 0
     phases: Mapping[str, int] = field(default_factory=dict)
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+    disk_bytes: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -75,7 +79,9 @@ class Plan:
             "tokens_per_pass": self.tokens,
             "rows_per_step": self.rows,
             "precision": self.precision,
+            "arithmetic": dict(self.arithmetic),
             "operations_per_step": self.operations,
+            "disk_bytes": self.disk_bytes,
         }
 
     def kept(self) -> dict[str, object]:

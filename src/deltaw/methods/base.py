@@ -36,12 +36,21 @@ class Method(Protocol):
             the rate for a model with hidden size 4,096.
         falls_with_width: whether narrower models want a higher rate.
         virtual_tokens: the number of positions that it prepends to each row.
+        activates: whether what it trains acts only from an invocation sequence on.
+        invocation_given: that sequence as the user gave it, ids or text; None where it is to be derived.
+        invocation: its token ids, once they are known; else None.
     """
 
     name: str
     usual_rate: float
     falls_with_width: bool
     virtual_tokens: int
+    activates: bool
+    invocation_given: Sequence[int] | str | None
+    invocation: Sequence[int] | None
+
+    def invoke_by(self, tokens: Sequence[int]) -> None:
+        """Be told the invocation sequence, before :meth:`prepare`."""
 
     def prepare(
         self,
@@ -115,6 +124,9 @@ class MethodBase:
 
     falls_with_width = True
     virtual_tokens = 0
+    activates: bool = False
+    invocation_given: Sequence[int] | str | None = None
+    invocation: Sequence[int] | None = None
 
     def __init__(self, settings: object = None) -> None:
         self.settings = settings
@@ -129,6 +141,9 @@ class MethodBase:
     ) -> Made:
         """See :class:`deltaw.methods.registry.Implementation`."""
         return cls() if section is None else cls(section)
+
+    def invoke_by(self, tokens: Sequence[int]) -> None:
+        """Nothing: most methods act on all tokens."""
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

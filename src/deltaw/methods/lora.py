@@ -23,6 +23,7 @@ from deltaw.lora import (
     load_adapter,
     save_adapter,
 )
+from deltaw.lora.attachment import attached
 from deltaw.methods.base import MethodBase
 from deltaw.methods.registry import TrainOptions
 
@@ -49,6 +50,26 @@ class LoRA(MethodBase):
     ) -> LoRA:
         config = section if isinstance(section, LoRAConfig) else None
         return cls(config, 1.0 if train is None else train.b_rate)
+
+    @property
+    def activates(self) -> bool:  # type: ignore[override]
+        """Whether the adapter acts from an invocation sequence on (arXiv 2504.12397)."""
+        return self.config.activation == "completion"
+
+    @property
+    def invocation_given(self) -> Sequence[int] | str | None:  # type: ignore[override]
+        """As the settings have it."""
+        return self.config.invocation_tokens
+
+    @property
+    def invocation(self) -> Sequence[int] | None:  # type: ignore[override]
+        """The sequence as token ids, once it is known."""
+        tokens = self.config.invocation_tokens
+        return tokens if isinstance(tokens, list) else None
+
+    def invoke_by(self, tokens: Sequence[int]) -> None:
+        """Take the invocation sequence."""
+        self.config = dataclasses.replace(self.config, invocation_tokens=list(tokens))
 
     def prepare(
         self,
@@ -101,11 +122,15 @@ class LoRA(MethodBase):
         save_adapter(model, Path(folder), base_model=base_model, metadata=metadata)
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
-        return f"{load_adapter(model, Path(folder)).adapted} layers are adapted by {folder}"
+        adapted = load_adapter(model, Path(folder)).adapted
+        self.config = attached(model).config
+        said = f"{adapted} layers are adapted by {folder}"
+        return f"{said}, from {list(self.invocation)} on" if self.invocation is not None else said
 
     def can_share_prefixes(self) -> bool:
-        """Not with dropout: rows that share tokens would share their dropout masks."""
-        return self.config.dropout == 0
+        """Not with dropout: rows that share tokens would share their dropout masks. An activated adapter
+        does not act on what rows share."""
+        return self.config.dropout == 0 or self.activates
 
 
 def _draw(model: nn.Module, dropout: bool) -> None:

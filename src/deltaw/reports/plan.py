@@ -76,6 +76,8 @@ def plan_table(plan: Plan) -> Table:
         if name != "tensors" and size:
             table.add_row(_RESIDENT[name], gigabytes(size))
     table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
+    if plan.disk_bytes:
+        table.add_row("features on the disk", gigabytes(plan.disk_bytes))
     where = f"the peak falls in the {plan.phase}, at {plan.module or 'no module'}"
     table.caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
     table.caption_justify = "left"
@@ -87,7 +89,7 @@ STATE = ("trained", "gradients", "optimizer")
 _RESIDENT = {
     "process": "interpreter, libraries, rows",
     "kernels": "kernels and their scratch",
-    "features": "features kept on disk, mapped",
+    "features": "of features on the disk, mapped",
     "allocator": "held by the allocator",
     "reading": "excess while tokenizer and rows are read",
     "loading": "excess while weights are converted",

@@ -35,6 +35,7 @@ from deltaw.runtime.fused_halves import (
     run_attention,
     run_mlp,
 )
+from deltaw.runtime.partial import PartialLayout, number_of
 from deltaw.runtime.projections import Norm, Projection, can_project, factors_of
 from deltaw.runtime.recognition import Told, signature
 from deltaw.runtime.roles import BlockRoles, Norms, activation_kind, part
@@ -56,7 +57,9 @@ class Layouts(Protocol):
     """Finds the layout of a call of a block, by its hidden states and named arguments: the segments of all
     rows laid end to end; None where the call asks for something else."""
 
-    def __call__(self, hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None: ...
+    def __call__(
+        self, hidden: Tensor, named: dict[str, Any], causal: bool
+    ) -> Layout | PartialLayout | None: ...
 
 
 class _Normed(torch.autograd.Function):
@@ -104,11 +107,10 @@ class _Whole(torch.autograd.Function):
     """A block in one call each way, to the bit what its two halves give."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, whole: Block, layout: Layout, cosine: Tensor, sine: Tensor, *factors: Tensor
-    ) -> Tensor:
-        y, kept = whole.forward(x, layout.segments(), cosine, sine)
-        ctx.whole, ctx.around = whole, (layout.segments(), cosine, sine)
+    def forward(ctx: Any, x: Tensor, whole: Block, around: Around, *factors: Tensor) -> Tensor:
+        how = around.layout.segments(), around.cosine, around.sine, around.picked
+        y, kept = whole.forward(x, *how)
+        ctx.whole, ctx.how = whole, how
         ctx.save_for_backward(x, kept)
         return y
 
@@ -118,10 +120,8 @@ class _Whole(torch.autograd.Function):
         x, kept = ctx.saved_tensors
         need_x, *_, need_factors = ctx.needs_input_grad
         whole: Block = ctx.whole
-        segments, cosine, sine = ctx.around
-        grad = grads[0].contiguous()
-        d_x, of_factors = whole.backward(grad, x, kept, segments, cosine, sine, need_x, need_factors)
-        return d_x, None, None, None, None, *of_factors
+        d_x, of_factors = whole.backward(grads[0].contiguous(), x, kept, *ctx.how, need_x, need_factors)
+        return d_x, None, None, *of_factors
 
 
 class FusedBlock:
@@ -175,9 +175,13 @@ class FusedBlock:
         if halves is None or layout is None:
             return self.own(hidden_states, *args, **kwargs)
         cosine, sine = _wide_turns(turns, layout) if rotary and turns is not None else (None, None)
-        few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
-        picked = self.picked if few else None
-        how = (hidden_states, halves, Around(layout, cosine, sine, picked))
+        if isinstance(layout, PartialLayout):
+            around = Around(layout.whole, cosine, sine, None, layout, number_of(self.block))
+        else:
+            few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
+            picked = self.picked.contiguous() if few and self.picked is not None else None
+            around = Around(layout, cosine, sine, picked)
+        how = (hidden_states, halves, around)
         if self.checkpointing and torch.is_grad_enabled():
             y = checkpoint(self._run, *how, use_reentrant=False)
         else:
@@ -185,7 +189,7 @@ class FusedBlock:
         extra = self.roles.extra_outputs
         return y if extra is None else (y, *[None] * extra)
 
-    def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | None:
+    def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | PartialLayout | None:
         """The call's layout; None where it asks for what only the block's own code knows."""
         if hidden.dim() != 3 or not _on_processor(hidden):
             return None
@@ -281,16 +285,17 @@ class FusedBlock:
 
     def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around) -> Tensor:
         x, picked = hidden.flatten(0, 1), around.picked
-        if picked is None and unwatched(hidden) and hidden.is_contiguous():
+        whole = None
+        if around.partial is None and unwatched(hidden) and hidden.is_contiguous():
             whole = self._as_whole(x, halves, around)
-            if whole is not None:
-                y = _Whole.apply(x, whole, around.layout, around.cosine, around.sine, *self._factors)
-                return y.view(hidden.shape)
-        y = run_attention(x, halves[0], around)
-        if self.roles.parallel:
-            y = run_mlp(x if picked is None else x.index_select(0, picked), y, halves[1])
+        if whole is not None:
+            y = _Whole.apply(x, whole, around, *self._factors)
         else:
-            y = run_mlp(y, None, halves[1])
+            y = run_attention(x, halves[0], around)
+            if self.roles.parallel:
+                y = run_mlp(x if picked is None else x.index_select(0, picked), y, halves[1])
+            else:
+                y = run_mlp(y, None, halves[1])
         y = y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
         return y.view(hidden.shape)
 
@@ -301,42 +306,20 @@ class FusedBlock:
         if self._whole is not None:
             return self._whole
         attention, mlp = halves
-        if not _fits_one_call(self.roles) or around.cosine is None:
+        parallel = self.roles.parallel
+        if not serves_block(hidden, attention, mlp, parallel):
             return None
         layers = [*attention.projections, *mlp.projections]
-        norms = [norm for norm in (attention.norms.before, mlp.norms.before) if norm is not None]
-        if not serves_block(hidden, layers, norms, attention.head_size):
-            return None
         if len({layer.lora_A.requires_grad for layer in layers if layer.lora_A is not None}) > 1:
             return None
-        how = {name: value for name, value in attention.how.items() if name != "causal"}
         self._factors = factors_of(layers)
-        self._whole = Block(
-            layers,
-            norms,
-            dtype=hidden.dtype,
-            head_size=attention.head_size,
-            activation=mlp.kind,
-            turned=around.cosine.shape[-1],
-            **how,
-        )
+        turned = 0 if around.cosine is None else around.cosine.shape[-1]
+        self._whole = Block(attention, mlp, dtype=hidden.dtype, parallel=parallel, turned=turned)
         return self._whole
 
 
 def _half_norms(places: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
     return HalfNorms(*(norms.get(path or "") for path in (places.before, places.after, places.post)))
-
-
-def _fits_one_call(roles: BlockRoles) -> bool:
-    """Whether the block is of the one form that the kernels have as one call."""
-    attention, mlp = roles.attention, roles.mlp
-    if roles.parallel or attention.split != "apart" or not mlp.gated or len(mlp.inputs) != 2:
-        return False
-    if attention.query_norm is not None or not attention.rotary or not attention.causal:
-        return False
-    return all(
-        n.before is not None and n.after is None and n.post is None for n in (attention.norms, mlp.norms)
-    )
 
 
 def _compiled_serves(hidden: Tensor, roles: BlockRoles) -> bool:
@@ -359,6 +342,8 @@ def _note(layer: nn.Module, state: list[Any]) -> None:
     """Note what a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
     of = vars(layer).get
     state += (id(layer), of("training"), of("enabled"), of("merged"), of("scaling"), of("dropout"))
+    activation = of("activation")
+    state.append(None if activation is None else activation.kind)
     _note_tensors(layer, state)
 
 
@@ -371,7 +356,7 @@ def _note_tensors(module: nn.Module, state: list[Any]) -> None:
                 state += (id(tensor), place, tensor.requires_grad)
 
 
-def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, n) in fp32 of all rows laid end to end, made once for all blocks of a forward."""
     made = layout.made_of.get(id(turns[0]))
     if made is None or made[0] is not turns[0]:

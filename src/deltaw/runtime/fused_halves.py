@@ -27,6 +27,7 @@ from torch import Tensor
 from deltaw.kernels import rows
 from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
+from deltaw.runtime.partial import PartialLayout
 from deltaw.runtime.projections import (
     Norm,
     Projection,
@@ -101,12 +102,29 @@ class Around:
     Args:
         cosine, sine: (T, n) in fp32; None without rotary positions.
         picked: (P), ascending: the places whose outputs are asked for; None for all.
+        partial: of a row whose other tokens' keys are known; then all T tokens here are those that run, and
+            ``number`` is the layer's.
     """
 
     layout: Layout
     cosine: Tensor | None = None
     sine: Tensor | None = None
     picked: Tensor | None = None
+    partial: PartialLayout | None = None
+    number: int = 0
+
+    @property
+    def queries(self) -> Tensor | None:
+        """Where in the layout the queries stand; None where each token asks."""
+        return self.picked if self.partial is None else self.partial.places
+
+    def with_known(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens of the layout."""
+        return (key, value) if self.partial is None else self.partial.joined(self.number, key, value)
+
+    def own(self, grad: Tensor) -> Tensor:
+        """Of the gradient of all keys, or values, that of the tokens which run."""
+        return grad if self.partial is None else grad.index_select(0, self.partial.places)
 
     @property
     def rotary(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -145,7 +163,8 @@ class _Attention(torch.autograd.Function):
             raw_k, (k, stats_k) = k, half.key_norm.over_heads(k)
         if around.rotary:
             q, k = (rows.rotate(t, *turn) for t, turn in zip((q, k), around.rotary, strict=True))
-        out, kept = attend(q, k, v, around.layout, picked=picked, **half.how)
+        k, v = around.with_known(k, v)
+        out, kept = attend(q, k, v, around.layout, picked=around.queries, **half.how)
         y, h_o, ends = _end_of_half(half.output, out.flatten(1), at(x, picked), norms)
         ctx.half, ctx.around, ctx.count = half, around, len(h)
         ctx.save_for_backward(
@@ -167,9 +186,10 @@ class _Attention(torch.autograd.Function):
         d_out, narrow = half.output.backward(above, None, True)
         of_output = half.output.factors_backward(out.flatten(1), h_o, above, narrow)
         d_q, d_k, d_v = attend_backward(
-            d_out.view_as(out), q, k, v, out, kept, around.layout, picked=picked, **half.how
+            d_out.view_as(out), q, k, v, out, kept, around.layout, picked=around.queries, **half.how
         )
         del d_out
+        d_k, d_v = around.own(d_k), around.own(d_v)
         if around.rotary:
             d_q, d_k = (
                 rows.rotate(t, *turn, backward=True)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.linear import quantized_reference, quantized_rows
-from deltaw.lora.layers_int8 import Int8Linear
+from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
+from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
 from deltaw.runtime.blocks import blocks_of
 
 # A layer keeps its weights where rounding to bytes moves its outputs by more than this share of their norm.
@@ -74,7 +75,7 @@ def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> 
     if run is None:
         for _, parent, child, linear in _layers(prefix, blocks):
             report.layers += 1
-            setattr(parent, child, Int8Linear.from_linear(linear))
+            setattr(parent, child, _in_int8(linear))
         return report
     handles: list[Any] = []
     for number, block in enumerate(blocks):
@@ -92,14 +93,35 @@ def quantize_int8(model: nn.Module, run: Callable[[], object] | None = None) -> 
     return report
 
 
-def _layers(prefix: str, root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
+def _layers(prefix: str, root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
     """Name, parent, name in it, and layer of each linear layer that can be kept in int8."""
     layers = []
     for name, module in root.named_modules():
         for child, layer in module.named_children():
-            if type(layer) is nn.Linear and layer.in_features % 4 == 0 and layer.out_features % 4 == 0:
+            if _can_be_int8(layer):
                 layers.append((".".join(filter(None, (prefix, name, child))), module, child, layer))
     return layers
+
+
+def _can_be_int8(layer: nn.Module) -> bool:
+    kind = type(layer)
+    if isinstance(layer, Int8Conv1D) or not (
+        kind is nn.Linear or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(layer)
+    ):
+        return False
+    return all(size % 4 == 0 for size in layer.get_parameter("weight").shape)
+
+
+def _in_int8(layer: nn.Module, columns: Tensor | None = None) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return Int8Linear.from_linear(layer, columns)
+    return Int8Conv1D.from_conv1d(layer, columns)
+
+
+def _rows(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in)."""
+    weight = layer.get_parameter("weight")
+    return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
 def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -108,13 +130,13 @@ def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]
 
 
 def _change(
-    layers: list[tuple[str, nn.Module, str, nn.Linear]],
+    layers: list[tuple[str, nn.Module, str, nn.Module]],
     inputs: dict[int, Tensor],
     report: Int8Report,
     *_: object,
 ) -> None:
     """After a block's own forward: its layers in int8, and its weights given back."""
-    together: dict[int, list[tuple[str, nn.Module, str, nn.Linear]]] = {}
+    together: dict[int, list[tuple[str, nn.Module, str, nn.Module]]] = {}
     for layer in layers:
         if id(layer[3]) in inputs:
             together.setdefault(inputs[id(layer[3])].data_ptr(), []).append(layer)
@@ -127,17 +149,18 @@ def _change(
             if error > LARGEST_ERROR:
                 report.kept[name] = error
                 continue
-            setattr(parent, child, Int8Linear.from_linear(linear, columns))
-            give_back(linear.weight)
+            setattr(parent, child, _in_int8(linear, columns))
+            give_back(linear.get_parameter("weight"))
     inputs.clear()
 
 
-def _best(x: Tensor, linears: list[nn.Linear]) -> tuple[Tensor | None, list[float]]:
+def _best(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, list[float]]:
     """The columns for layers with one input that give the least error in sum, and each layer's error."""
     size = x.abs().amax(0)
-    reach = torch.stack([linear.weight.abs().amax(0).float() for linear in linears]).amax(0)
+    every = [_rows(linear) for linear in linears]
+    reach = torch.stack([rows.abs().amax(0).float() for rows in every]).amax(0)
     # Rows are rounded each by itself, so that some of them tell of all.
-    weights = [linear.weight[:: max(1, linear.out_features // ROWS)].float() for linear in linears]
+    weights = [rows[:: max(1, len(rows) // ROWS)].float() for rows in every]
     best: tuple[float, Tensor | None, list[float]] | None = None
     wanted = [x @ w.t() for w in weights]
     for moved in MOVED:

@@ -1,8 +1,8 @@
 """A transformers model run over packed rows without padding: its own code, with attention over a prefix tree.
 
-The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``);
-the mask interface answers that no mask is needed. Nothing of the model is patched. Whether a model can be run
-so is not read off a list of names: packed rows are compared with rows of their own.
+The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``),
+and no mask is made. Nothing of the model is patched. Whether a model can be run so is not read off a list of
+names: packed rows are compared with rows of their own.
 
 Knows transformers' models and layouts; not data, losses or training.
 """
@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.layout import Layout
+from deltaw.lora.activation import PLACES, Activation
 from deltaw.runtime.attention_choice import attending_by
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
+from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
 from deltaw.runtime.recognition import TOLERANCE
 from deltaw.runtime.roles import real_tensors
 from deltaw.runtime.small_copy import small_copy
@@ -46,7 +48,7 @@ def _attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed_layout: Layout | None = None,
+    packed_layout: Layout | PartialLayout | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query (1, heads, T, d) in, (1, T, heads, d) out."""
@@ -58,25 +60,18 @@ def _attend(
         raise RuntimeError("attention dropout is not drawn on packed rows; put the model in eval mode")
     told = query.shape[-1] ** -0.5 if scaling is None else scaling
     note(module, told, sliding_window, softcap)
-    out = packed_attention(
-        query[0],
-        key[0],
-        value[0],
-        packed_layout,
-        scaling=told,
-        window=sliding_window,
-        softcap=softcap,
-    )
+    how: dict[str, Any] = {"scaling": told, "window": sliding_window, "softcap": softcap}
+    q, k, v = query[0], key[0], value[0]
+    if isinstance(packed_layout, PartialLayout):
+        out = partial_attention(q, k, v, packed_layout, number_of(module), **how)
+    else:
+        out = packed_attention(q, k, v, packed_layout, **how)
     return out.transpose(0, 1)[None], None
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
-    """The layout says who sees whom: no mask is made."""
-    return None
-
-
+# No mask function is registered under this name, so that transformers makes no mask: the layout says who sees
+# whom. With one it would look among the positions for packed rows, and wait for the device to answer.
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
@@ -86,7 +81,14 @@ def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
     layout = Layout.of_lengths([tokens.shape[1]])
     layout.device = tokens.device
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
+    inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
+    return {**inputs, **_acting_everywhere(model)}
+
+
+def _acting_everywhere(model: nn.Module) -> dict[str, object]:
+    """For tokens that stand for no text: an activated adapter acts on all of them."""
+    activated = any(isinstance(getattr(m, "activation", None), Activation) for m in model.modules())
+    return {PLACES: True} if activated else {}
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -166,7 +168,7 @@ def can_pack(model: PreTrainedModel) -> Choice:
     )
 
 
-def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
+def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
     """A few tokens in a prefix tree of four segments, longer than a small window, as a backbone's inputs."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     length = SAMPLE_TOKENS + (window if window is not None and window <= 64 else 0)
@@ -177,12 +179,12 @@ def _sample(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dic
     tokens = torch.randint(0, vocabulary, (1, layout.length), generator=generator).to(model.device)
     positions = torch.from_numpy(layout.positions())[None].to(model.device)
     inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
-    return layout, inputs
+    return layout, {**inputs, **_acting_everywhere(model)}
 
 
 def _reached(model: PreTrainedModel) -> int:
     """How many times attention ran over the layout of a packed row."""
-    _, inputs = _sample(model, TREE)
+    _, inputs = sample_rows(model, TREE)
     with torch.no_grad(), packed_rows(model, fused=False), noting() as notes:
         backbone_of(model)(**inputs)
     return len(notes)
@@ -195,6 +197,7 @@ def _difference(backbone: PreTrainedModel) -> float:
     """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own,
     on a small fp32 copy; remembered by class and configuration."""
     key = (type(backbone), backbone.config.to_json_string(use_diff=False), loader.library() is not None)
+    key += (loader.arithmetic(),)
     if key not in _DIFFERENCES:
         with real_tensors(), torch.no_grad():
             _DIFFERENCES[key] = _packed_against_apart(small_copy(backbone))
@@ -202,7 +205,7 @@ def _difference(backbone: PreTrainedModel) -> float:
 
 
 def _packed_against_apart(small: PreTrainedModel) -> float:
-    layout, inputs = _sample(small, TREE)
+    layout, inputs = sample_rows(small, TREE)
     stem, left, right, alone = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
     apart = [
         small(input_ids=row[None], use_cache=False).last_hidden_state[0]
@@ -214,8 +217,8 @@ def _packed_against_apart(small: PreTrainedModel) -> float:
     return float((packed - expected).norm() / expected.norm())
 
 
-def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None:
-    layout: Layout | None = named.get("packed_layout")
+def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
+    layout: Layout | PartialLayout | None = named.get("packed_layout")
     if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
         return None
     return layout
@@ -227,4 +230,4 @@ def _packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: _sample(model, TREE)[1])
+PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: sample_rows(model, TREE)[1])

@@ -162,6 +162,8 @@ def can_project(layer: nn.Module) -> bool:
     if kind is LoRALinear or kind is LoRAConv1D:
         if layer.training and vars(layer)["dropout"] > 0.0:
             return False
+        if isinstance(layer, LoRALayer) and layer.acts_in_part:
+            return False
     elif not (
         kind is nn.Linear
         or kind.__name__ in PLAIN_LINEAR_CLASSES

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from deltaw.lora.kinds import is_conv1d
 from deltaw.lora.layers import LoRAConv1D
+from deltaw.lora.layers_int8 import weight_scales
 
 # Activation functions by the class names that transformers and torch give them, and the kernels' own names.
 ACTIVATIONS = {
@@ -172,8 +173,8 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def by_column(layer: nn.Module) -> bool:
-    """Whether the weight is (out, in), as of ``nn.Linear``; else (in, out), as of ``Conv1D``."""
-    return not (isinstance(layer, LoRAConv1D) or is_conv1d(layer))
+    """Whether the weight is (out, in), as of ``nn.Linear`` and in int8; else (in, out), as of ``Conv1D``."""
+    return weight_scales(layer) is not None or not (isinstance(layer, LoRAConv1D) or is_conv1d(layer))
 
 
 def activation_kind(module: nn.Module) -> str | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from deltaw.training.evaluation.drift import BaseLosses, Drift, base_losses, measure_drift
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import MEASURED
-from deltaw.training.session import Session, with_virtual_tokens
+from deltaw.training.seen import as_seen
+from deltaw.training.session import Session
 
 
 class DriftMeter:
@@ -59,5 +60,5 @@ class DriftMeter:
                 session.batcher,
                 base=noted or (lambda: session.method.without(model)),
                 running=session.running,
-                as_trained=lambda example: with_virtual_tokens(example, session.method),
+                as_trained=lambda example: as_seen(example, session.method),
             )

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from deltaw.host.choices import choose_device, choose_precision
 from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
+from deltaw.kernels import loader
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.training.callbacks import Callback, Say, silent
@@ -51,6 +52,7 @@ class Result:
     trained_parameters: int = 0
     writes_text: bool = True
     drift: Drift | None = None
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -80,6 +82,7 @@ class Result:
             "drift": None if self.drift is None else self.drift.as_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
+            "arithmetic": dict(self.arithmetic) or None,
             "interrupted": done.interrupted,
         }
 
@@ -144,6 +147,7 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         trained_parameters=trained,
         writes_text=not task.has_labels,
         drift=drift,
+        arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
     )
 
 
@@ -213,6 +217,9 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
     )
     for name, choice in loaded.choices.items():
         say(f"{name}: {choice}")
+    faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
+    if faster is not None:
+        say(faster)
     return loaded
 
 

@@ -24,7 +24,7 @@ from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.evaluation.causal import Score, score
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
-from deltaw.training.session import with_virtual_tokens
+from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
 
 
@@ -78,7 +78,7 @@ class InferenceSession:
 
     def example(self, example: Any) -> Any:
         """An example as the model is to see it."""
-        return example if self.method is None or self._bare else with_virtual_tokens(example, self.method)
+        return example if self.method is None or self._bare else as_seen(example, self.method)
 
     @property
     def virtual_tokens(self) -> int:

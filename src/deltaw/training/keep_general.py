@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from deltaw.data.example import Example
 from deltaw.data.packing import epoch_order
+from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 
 
@@ -51,13 +54,14 @@ class KeepGeneral:
         orders = {epoch: epoch_order(count, epoch, self._seed) for epoch in set((places // count).tolist())}
         return [self._rows[orders[place // count][place % count]] for place in places.tolist()]
 
-    def __call__(self, step: int) -> float:
-        """Add the gradients for step ``step``; the mean loss of its answers in nats a token, unweighted."""
+    def __call__(self, step: int) -> Tensor:
+        """Add the gradients for step ``step``; the mean loss of its answers in nats a token, unweighted: a
+        scalar on the model's device, which is not waited for."""
         rows = self.rows_of(step)
         units = self._objective.units(rows)
-        total = 0.0
+        total = torch.zeros(())
         for batch in self._batcher.batches(rows):
             loss = self._objective(batch)
             (self._weight * loss / units).backward()
-            total += loss.item()
+            total = total + unrounded(loss)
         return total / units

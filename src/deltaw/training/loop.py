@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
+from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.optimizer import Schedule
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
@@ -50,7 +52,7 @@ def train(
     names: Sequence[str] | None = None,
     may_skip: Callable[[str], bool] = lambda name: False,
     after_step: Callable[[], None] | None = None,
-    add_gradients: Callable[[int], float] | None = None,
+    add_gradients: Callable[[int], Tensor | float] | None = None,
     batch_size: int = 16,
     seed: int = 0,
     schedule: str = "linear",
@@ -70,6 +72,8 @@ def train(
     result: random numbers come from ``seed``. The process is left as it was: its random numbers, threads,
     signal handlers and garbage collector. The first two steps are checked: a parameter that was handed in and
     is not trained is an error that names it (:mod:`deltaw.training.guarantee`).
+
+    Later steps wait for the device once, at their end, when all of their work has been queued.
 
     Args:
         objective: the sum of a microbatch's losses, such as
@@ -124,7 +128,7 @@ class _Loop:
     max_grad_norm: float | None
     changed: Callable[[], None]
     should_stop: Callable[[], bool]
-    add_gradients: Callable[[int], float] | None
+    add_gradients: Callable[[int], Tensor | float] | None
 
     def run(
         self,
@@ -162,26 +166,29 @@ class _Loop:
         if sums is None:
             state.abandon_step()
             return None
-        general = None if self.add_gradients is None else self.add_gradients(state.step)
+        general = 0.0 if self.add_gradients is None else self.add_gradients(state.step)
         norm = _gradient_norm(state.trained, self.max_grad_norm)
-        _check_finite(sums.loss / units, norm, where=f"step {state.step + 1} of {state.total_steps}")
-        rate = state.learning_rate
+        where, rate = f"step {state.step + 1} of {state.total_steps}", state.learning_rate
+        if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
+            _check_finite(*_read(sums.loss / units, norm), where=where)
         check.before_update()
-        state.update()
+        state.update(unless=~(torch.isfinite(sums.loss) & torch.isfinite(norm)))
         check.after_update()
         self.changed()
+        loss, gradient_norm, general_loss = _read(sums.loss / units, norm, general)
+        _check_finite(loss, gradient_norm, where=where)
         step = Step(
             step=state.step + 1,
             epoch=(state.step + 1) / state.order.steps_per_epoch,
-            loss=sums.loss / units,
+            loss=loss,
             learning_rate=rate,
-            gradient_norm=norm,
+            gradient_norm=gradient_norm,
             rows=len(rows),
             tokens=sums.row_tokens,
             computed_tokens=sums.tokens,
             label_tokens=units,
             seconds=time.perf_counter() - begun,
-            general_loss=general,
+            general_loss=None if self.add_gradients is None else general_loss,
         )
         state.end_step(step)
         return step
@@ -189,11 +196,16 @@ class _Loop:
 
 @dataclass
 class _Sums:
-    """Over the microbatches of a step: losses, tokens of the rows, tokens computed."""
+    """Over the microbatches of a step: losses (on their device), tokens of the rows, tokens computed."""
 
-    loss: float = 0.0
+    loss: Tensor
     row_tokens: int = 0
     tokens: int = 0
+
+    def add(self, loss: Tensor, row_tokens: int, tokens: int) -> None:
+        self.loss = self.loss + unrounded(loss)
+        self.row_tokens += row_tokens
+        self.tokens += tokens
 
 
 def _gradients(
@@ -204,17 +216,20 @@ def _gradients(
     stopped: Callable[[], bool],
 ) -> _Sums | None:
     """Add up the gradients of the mean loss over these rows, microbatch by microbatch; None where it was
-    asked to stop on the way."""
-    sums = _Sums()
+    asked to stop on the way. Nothing waits for the device."""
+    sums = _Sums(torch.zeros(()))
     for batch in batcher.batches(rows):
         loss = objective(batch)
         (loss / units).backward()
-        sums.loss += loss.item()
-        sums.row_tokens += batch.row_tokens
-        sums.tokens += batch.tokens
+        sums.add(loss, batch.row_tokens, batch.tokens)
         if stopped():
             return None
     return sums
+
+
+def _read(*numbers: Tensor | float) -> list[float]:
+    """A step's numbers: the one place where the host waits for the device."""
+    return [float(number) for number in numbers]
 
 
 def _check_finite(loss: float, norm: float, *, where: str) -> None:
@@ -227,9 +242,10 @@ def _check_finite(loss: float, norm: float, *, where: str) -> None:
     )
 
 
-def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
     """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if limit is not None and norm > limit:
+    # On the processor looking is free, and saves going over all gradients; a device would be waited for.
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    return norm

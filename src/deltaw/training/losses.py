@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltaw.data.example import Example
 from deltaw.data.packing import Batch
+from deltaw.kernels.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +48,8 @@ class RowLogProbs:
         device = values.device
         return cls(
             values,
-            torch.from_numpy(index).to(device),
-            torch.from_numpy(row).to(device),
+            to_device(torch.from_numpy(index), device),
+            to_device(torch.from_numpy(row), device),
             tuple(member.example for member in batch.members),
             batch.groups,
         )
@@ -60,7 +61,8 @@ class RowLogProbs:
 
     def counts(self) -> Tensor:
         """(rows,) labels of each row, in the type of ``values``."""
-        return torch.bincount(self.row, minlength=len(self.rows)).to(self.values.dtype)
+        zeros = self.values.new_zeros(len(self.rows))
+        return zeros.index_add(0, self.row, zeros.new_ones(len(self.row)))
 
     def grouped(self, per_row: Tensor) -> Tensor:
         """(rows,) to (groups, rows of a group), in each group's order.
@@ -70,7 +72,12 @@ class RowLogProbs:
         """
         if not self.groups or len({len(group) for group in self.groups}) != 1:
             raise ValueError("the rows of this microbatch are not in groups of one size")
-        return per_row[torch.tensor(self.groups, device=per_row.device)]
+        return per_row[to_device(torch.tensor(self.groups), per_row.device)]
+
+
+def unrounded(loss: Tensor) -> Tensor:
+    """A loss without its graph, for adding many up: in fp64, where its device has that."""
+    return loss.detach() if loss.device.type == "mps" else loss.detach().double()
 
 
 class Loss(Protocol):

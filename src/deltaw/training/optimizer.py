@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -41,6 +42,23 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """The learning rate of the next step, times each group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
+
+
+@contextlib.contextmanager
+def skipping(optimizer: torch.optim.Optimizer, unless: Tensor | None) -> Iterator[None]:
+    """While open, a step of a fused optimizer changes nothing where ``unless``, a bool scalar on the
+    parameters' device, is True. The device decides, so nobody waits for the answer.
+
+    This is how torch's own scaler of gradients leaves steps out (``torch.amp.GradScaler``).
+    """
+    if unless is None:
+        yield
+        return
+    optimizer.found_inf = unless.float()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What a training changes in the process that it runs in, and how all of it is put back.
 
-Somebody who imports the library has a process of their own: threads, random numbers, signal handlers and the
-garbage collector are as before once a call returns. Only the command line, whose process is deltaw's, changes
-the allocator (:func:`deltaw.host.memory.keep_freed_memory`), which cannot be put back.
+Somebody who imports the library has a process of their own: threads, random numbers, the way products are
+computed, signal handlers and the garbage collector are as before once a call returns. Only the command line,
+whose process is deltaw's, changes the allocator (:func:`deltaw.host.memory.keep_freed_memory`), which cannot
+be put back.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from types import FrameType
 
 import torch
 from torch import Tensor
+
+from deltaw.kernels import loader
 
 
 def random_state() -> dict[str, Tensor]:
@@ -65,8 +68,9 @@ def own_threads(count: int | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def guest() -> Iterator[None]:
-    """Around a whole call: the threads and random numbers of the process are its own again afterwards."""
-    with own_threads(), own_random_numbers():
+    """Around a whole call: the threads, the random numbers and the arithmetic of the process are its own
+    again afterwards."""
+    with own_threads(), own_random_numbers(), loader.computing():
         yield
 
 

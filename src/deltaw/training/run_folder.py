@@ -123,8 +123,10 @@ def _not_writable(path: Path, error: OSError) -> UserError:
 
 
 def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> str:
-    """The settings as YAML that can be read again, with a comment behind each value that the run chose."""
+    """The settings as YAML that can be read again, with a comment behind each value that the run chose; what
+    it chose without a setting, such as ``kernels``, is a comment of its own."""
     lines = []
+    of_settings = set()
     section = ""
     for line in yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=1000).splitlines():
         key = line.partition(":")[0]
@@ -133,6 +135,8 @@ def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -
         dotted = key if key == section else f"{section}.{key.strip()}"
         if dotted in chosen:
             value, why = chosen[dotted]
+            of_settings.add(dotted)
             line += f"  # {value}: {why}"
         lines.append(line)
+    lines += [f"# {key}: {value}: {why}" for key, (value, why) in chosen.items() if key not in of_settings]
     return "\n".join(lines) + "\n"

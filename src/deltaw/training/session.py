@@ -17,13 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
-from deltaw.data.example import Example, RowGroup
+from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import PeakWatch, release_free_memory
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
-from deltaw.kernels import loader
+from deltaw.kernels import flex, loader
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.runtime.generation import position_limit
@@ -40,10 +40,14 @@ from deltaw.training.evaluation.general import (
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
+from deltaw.training.features.prompt_store import stored_prompts
+from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.seen import KEY as INVOCATION
+from deltaw.training.seen import as_seen, resolve_invocation
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
@@ -67,7 +71,8 @@ class Session:
         data: the rows, with the method's virtual tokens prepended.
         chosen: by dotted key, what the run chose itself and why.
         said: lines about what is trained.
-        prefix: outputs of the frozen layers below the lowest trained module, where they are kept; else None.
+        prefix: outputs of the frozen layers below the lowest trained module, where they are kept, or prompts
+            that run apart from answers; else None.
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
     """
@@ -81,7 +86,7 @@ class Session:
     objective: AnyObjective
     chosen: dict[str, Choice] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
-    prefix: CachedPrefix | None = None
+    prefix: CachedPrefix | StoredPrompts | None = None
     identity: str | None = None
     general: Sequence[Example] = ()
 
@@ -114,7 +119,7 @@ class Session:
 
     def _blocks(self) -> list[str]:
         """Which code the model's blocks run, for a person."""
-        lines = loader.notes()
+        lines = [*loader.notes(), *flex.notes()]
         if self.task.has_labels or getattr(self.batcher, "padded", False):
             return lines
         with packed_rows(self.model):
@@ -259,6 +264,7 @@ def assemble(
         UserError: the method does not fit the model, or a row is too long for it.
     """
     method = choose_method(config, task.tokenizer)
+    invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
     said: list[str] = []
@@ -287,13 +293,15 @@ def assemble(
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
+    if invocation is not None:
+        chosen[INVOCATION] = invocation
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
     data = replace(
         data,
-        train=[with_virtual_tokens(example, method) for example in data.train],
-        held_out=[with_virtual_tokens(example, method) for example in data.held_out],
+        train=[as_seen(example, method) for example in data.train],
+        held_out=[as_seen(example, method) for example in data.held_out],
     )
     with method.evaluating(model):
         objective = task.objective(model)
@@ -301,7 +309,13 @@ def assemble(
     if settings.keep_general:
         _take_general_answers(session)
     seen_again = session.total_steps * settings.batch_size > len(data.train)
-    if settings.keep_features is True or (settings.keep_features == "auto" and seen_again):
+    keep = settings.keep_features is True or (settings.keep_features == "auto" and seen_again)
+    if invocation is not None:
+        with session.running(), method.evaluating(model):
+            session.prefix, kept = stored_prompts(model, objective, batcher, data.every, keep=keep)
+        chosen["train.keep_features"] = kept
+        said += [f"the adapter acts from {invocation} on", f"prompts: {kept}"]
+    elif keep:
         with session.running(), method.evaluating(model):
             session.prefix, kept = cached_prefix(model, objective, batcher, data.every)
         chosen["train.keep_features"] = kept
@@ -327,7 +341,7 @@ def _take_general_answers(session: Session) -> None:
             where="train.keep_general",
             hint="set train.keep_general: 0",
         ) from reason
-    session.general = [with_virtual_tokens(answer, session.method) for answer in answers]
+    session.general = [as_seen(answer, session.method) for answer in answers]
     session.said.append(
         f"keep_general {weight:g}: each step also learns one of {len(answers)} general answers of the base "
         "model, which are not counted among the rows"
@@ -365,23 +379,6 @@ def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str
             )
     release_free_memory()
     return said
-
-
-def with_virtual_tokens(example: Any, method: Method) -> Any:
-    """The example as the model is to see it, with a method's virtual tokens prepended."""
-    if method.virtual_tokens == 0:
-        return example
-    if isinstance(example, RowGroup):
-        return RowGroup(tuple(with_virtual_tokens(row, method) for row in example.rows))
-    if isinstance(example, Example):
-        return example.after(method.virtual_tokens, method.with_virtual_tokens(example.tokens))
-    if hasattr(example, "tokens"):
-        return replace(example, tokens=method.with_virtual_tokens(example.tokens))
-    raise UserError(
-        f"method '{method.name}' puts tokens before a row, and images have none",
-        where="method",
-        hint="choose another method",
-    )
 
 
 def head_modules(model: nn.Module) -> list[str]:

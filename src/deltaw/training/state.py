@@ -8,6 +8,7 @@ bit. Nothing is pickled. Where it is written is somebody else's matter.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
+from deltaw.kernels import loader
 from deltaw.training.master_weights import MasterWeights
-from deltaw.training.optimizer import Schedule, adamw, set_rate
+from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
 
 # Of the layout of a saved state; another number where an older one could not be read.
 VERSION = 1
 # Torch's names for what AdamW keeps of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class ArithmeticChangedWarning(UserWarning):
+    """A training continues with another rounding than it began with."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +199,16 @@ class TrainState:
         """Forget a step that was begun: the state is that before it."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self) -> None:
-        """Let the optimizer use the gradients, and bring the result into the parameters."""
+    def update(self, unless: Tensor | None = None) -> None:
+        """Let the optimizer use the gradients, and bring the result into the parameters.
+
+        Args:
+            unless: a bool scalar on the parameters' device, which is not read here: where it is True, nothing
+                but the gradients changes.
+        """
         set_rate(self.optimizer, self.learning_rate)
-        self.optimizer.step()
+        with skipping(self.optimizer, unless):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._master_weights.write_back()
 
@@ -221,6 +233,7 @@ class TrainState:
             "schedule": asdict(self.schedule),
             "order": asdict(self.order),
             "place": {"epoch": epoch, "position": position},
+            "arithmetic": loader.arithmetic().as_dict(),
             "sums": {f.name: getattr(self.sums, f.name) for f in fields(Outcome) if f.name != "interrupted"},
         }
         return SavedState(values, tensors)
@@ -229,10 +242,14 @@ class TrainState:
     def restore(self, saved: SavedState) -> None:
         """Continue from what :meth:`state` gave.
 
+        Where products are computed in another way than then, they round differently: a warning says so, and
+        the steps to come are not equal to the bit.
+
         Raises:
             UserError: it is the state of another training: of other parameters, rows or schedule.
         """
         self._require_same(saved)
+        _warn_of_other_arithmetic(saved.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
             parameter.copy_(saved.tensors[f"parameter/{name}"])
             kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
@@ -273,6 +290,21 @@ class TrainState:
                     where="the saved state",
                     hint="continue with the model and the settings that it began with",
                 )
+
+
+def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
+    """Say where this process computes products otherwise than the one that saved a state."""
+    ours = loader.arithmetic().as_dict()
+    if saved is None or dict(saved) == ours:
+        return
+    differing = [name for name in ours if saved.get(name) != ours[name]]
+    changed = ", ".join(f"{name}: {ours[name]} instead of {saved.get(name)}" for name in differing)
+    warnings.warn(
+        "products are computed otherwise than when the state was saved, so the training goes on, but not "
+        f"equal to the bit ({changed})",
+        ArithmeticChangedWarning,
+        stacklevel=3,
+    )
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -24,7 +24,11 @@ bool choose(int which) {
 }  // namespace
 
 int main() {
-    test_vector();
+    if (dw_ready() != 0) {
+        printf("skipped: the system does not let the kernels' instructions be used\n");
+        return 0;
+    }
+    test_vector(), test_tiles();
     for (int threads = 1; threads <= 3; threads++) {
         omp_set_num_threads(threads);
         if (threads > 1) dw_threads((void *)GOMP_parallel, (void *)omp_get_thread_num, (void *)omp_get_num_threads, (void *)omp_get_max_threads);

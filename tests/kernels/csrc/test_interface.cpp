@@ -7,12 +7,13 @@
 void test_interface() {
     expect(dw_abi() == DW_ABI, "the ABI's number");
     int64_t found[64] = {};
-    expect(dw_layout_of(0, found, 64) == 13 && found[0] == sizeof(Layer), "a layer's layout");
-    expect(dw_layout_of(1, found, 64) == 6 && found[0] == sizeof(RowNorm), "a norm's layout");
-    expect(dw_layout_of(2, found, 64) == 19 && found[0] == sizeof(BlockParts), "a block's layout");
+    expect(dw_layout_of(0, found, 64) == 14 && found[0] == sizeof(Layer), "a layer's layout");
+    expect(dw_layout_of(1, found, 64) == 7 && found[0] == sizeof(RowNorm), "a norm's layout");
+    expect(dw_layout_of(2, found, 64) == 4 && found[0] == sizeof(HalfNorms), "the layout of a half's norms");
+    expect(dw_layout_of(3, found, 64) == 25 && found[0] == sizeof(BlockParts), "a block's layout");
     found[1] = 77;
-    expect(dw_layout_of(2, found, 1) == 19 && found[1] == 77, "no more than there is room for");
-    expect(dw_layout_of(3, found, 64) == 0, "no such struct");
+    expect(dw_layout_of(3, found, 1) == 25 && found[1] == 77, "no more than there is room for");
+    expect(dw_layout_of(4, found, 64) == 0, "no such struct");
 
     // In the calling thread, and in each of a team: sizes that no memory holds are reported before anything is read.
     const int64_t huge = (int64_t)1 << 40;

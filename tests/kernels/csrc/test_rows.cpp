@@ -38,6 +38,8 @@ void test_norm(int64_t M, int64_t D, bool centred) {
     }
     expect_close(y.numbers(), expected, tolerance<T>(), what);
     expect_close(dx.numbers(), expected_dx, tolerance<T>(), what + " backward");
+    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centred, stats.data(), added.data(), dy.data()) == 0 && dy.same(dx),
+           what + " backward in place gives the same bits");
 }
 
 double activated(int kind, double x) {

@@ -6,3 +6,4 @@ void test_rows();
 void test_attention();
 void test_block();
 void test_interface();
+void test_tiles();

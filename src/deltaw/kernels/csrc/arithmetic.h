@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "multiply.h"
+#include "multiply_tiles.h"
 
 namespace deltaw {
 
@@ -18,6 +18,9 @@ int64_t left_at_once();
 template <class Body>
 inline void with_op(int type, Body &&body) {
     if (type == F32) return body(OpF32());
+#ifdef DW_AMX
+    if (arithmetic_of(BF16) == TILES) return body(TilesBF16());
+#endif
 #ifdef DW_BF16_DOT
     if (arithmetic_of(BF16) == DOT) return body(OpBF16());
 #endif

@@ -68,6 +68,7 @@ class Backward : Tiles<Op> {
         const LeftRows<Op> values(in.v, z.key_heads, z.dv, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.dv, f.length)));
         in_parallel([&](int thread, int) {
             std::vector<Range> ranges;
+            const Ready<Op> ready;
             if (begins[thread] < begins[thread + 1]) sums.clear(thread);
             for (int64_t i = begins[thread]; i < begins[thread + 1]; i++) {
                 const int64_t h = i / count;
@@ -75,6 +76,17 @@ class Backward : Tiles<Op> {
             }
         });
         add_up(sums);
+    }
+
+    // Bytes of the threads' arenas that run() takes at its peak. Each thread sums the gradients of keys and values for each key
+    // head that it meets: where one thread ends within a head, the next begins there.
+    static int64_t room(const Sizes &z, int64_t length) {
+        const int64_t threads = thread_count(), wide = (z.d + 31) / 32 * 32 + (z.dv + 31) / 32 * 32;
+        const int64_t sums = (z.key_heads + threads - 1) * length * wide * 4;
+        const int64_t shared = z.key_heads * z.d * padded_length(length) + LeftRows<Op>::numbers(z.key_heads, z.d + z.dv, length);
+        const int64_t each = (z.d + z.dv) / PER * 128 + wide / 32 * (COLUMNS / PER * 128) + KEYS * COLUMNS * (12 + 2 * sizeof(Number)) +
+                             z.d * COLUMNS * 4;
+        return sums + shared * sizeof(Number) + threads * each;
     }
 
   private:
@@ -207,4 +219,11 @@ int dw_attention_backward(int type, const int64_t *segments, int64_t count, int6
         const Gradients to{{dq, s + 10}, {dk, s + 12}, {dv_out, s + 14}};
         with_op(type, [&](auto op) { Backward<decltype(op)>(f, z, in, to).run(); });
     });
+}
+
+// Bytes of the threads' arenas that dw_attention_backward takes at its peak.
+int64_t dw_attention_backward_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv) {
+    int64_t bytes = 0;
+    with_op(type, [&](auto op) { bytes = Backward<decltype(op)>::room(Sizes{heads, key_heads, d, dv, 1.0f, 0.0f}, length); });
+    return bytes;
 }

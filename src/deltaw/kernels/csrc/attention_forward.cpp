@@ -32,11 +32,19 @@ class Forward : Tiles<Op> {
         const LeftRows<Op> keys(k, z.key_heads, z.d, f.length, scratch.take<Number>(LeftRows<Op>::numbers(z.key_heads, z.d, f.length)));
         in_parallel([&](int thread, int) {
             std::vector<Range> ranges;
+            const Ready<Op> ready;
             for (int64_t i = begins[thread]; i < begins[thread + 1]; i++) {
                 const int64_t h = i / (int64_t)blocks.size();
                 run_block(blocks[i % blocks.size()], h, keys, turned + h * z.dv * padded, ranges);
             }
         });
+    }
+
+    // Bytes of the threads' arenas that run() takes at its peak.
+    static int64_t room(const Sizes &z, int64_t length) {
+        const int64_t shared = z.key_heads * (z.dv * padded_length(length)) + LeftRows<Op>::numbers(z.key_heads, z.d, length);
+        const int64_t each = z.d / PER * 128 + KEYS * COLUMNS * 4 + KEYS * 128 + z.dv * COLUMNS * 4;
+        return shared * sizeof(Number) + thread_count() * each;
     }
 
   private:
@@ -125,4 +133,11 @@ int dw_attention(int type, const int64_t *segments, int64_t count, int64_t lengt
         const OutRows to(out, strides + 6);
         with_op(type, [&](auto op) { Forward<decltype(op)>(f, z, of_q, of_k, of_v, to, logs).run(); });
     });
+}
+
+// Bytes of the threads' arenas that dw_attention takes at its peak.
+int64_t dw_attention_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv) {
+    int64_t bytes = 0;
+    with_op(type, [&](auto op) { bytes = Forward<decltype(op)>::room(Sizes{heads, key_heads, d, dv, 1.0f, 0.0f}, length); });
+    return bytes;
 }

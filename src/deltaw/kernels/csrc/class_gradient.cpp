@@ -35,7 +35,19 @@ void quantize_classes(int64_t V, bf16 *row, int64_t target, const float *scales,
     }
 }
 
+Product of_classes(int64_t M, int64_t V, int64_t D, const void *grad, const void *weight, const float *scales, const float *block_scales, float *sums) {
+    Product p = plain_product(F32, M, D, V, grad, Right{weight, D, BF16, 0, 1.0f, scales}, sums);
+    p.left_ld = 2 * V, p.left_zero = 0, p.block_scale = block_scales;
+    return p;
+}
+
 }  // namespace
+
+// Bytes of the threads' arenas that dw_class_gradient takes at its peak.
+int64_t dw_class_gradient_room(int64_t M, int64_t V, int64_t D) {
+    const float unit = 1.0f;
+    return M * (D + 1) * 4 + product_room(of_classes(M, V, D, nullptr, nullptr, &unit, &unit, nullptr), INT8, thread_count());
+}
 
 // dh (M, D) = grad (M, V) · weight, both in bf16; grad is overwritten. block_scales (M, V / INT8_BLOCK rounded up).
 int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
@@ -49,9 +61,7 @@ int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t
             at_target[m] = to_float(row[targets[m]]);
             quantize_classes(V, row, targets[m], scales, block_scales + m * int8_blocks(V));
         });
-        Product p = plain_product(F32, M, D, V, grad, Right{weight, D, BF16, 0, 1.0f, scales}, sums);
-        p.left_ld = 2 * V, p.left_zero = 0, p.block_scale = block_scales;
-        run_product(p, INT8);
+        run_product(of_classes(M, V, D, grad, weight, scales, block_scales, sums), INT8);
         rows_in_parallel(M, [&](int64_t m) {
             const F16 by = set_f(at_target[m]);
             const bf16 *const row = (const bf16 *)weight + targets[m] * D;

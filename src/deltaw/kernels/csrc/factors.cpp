@@ -159,16 +159,76 @@ void thin_dot_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const b
 
 #endif
 
+#ifdef DW_AMX
+// The same in tiles: the thin side, transposed, is a left side; the wide side is a right side, whose panels are laid out
+// and multiplied a few groups at a time.
+struct TurnedThin {
+    static constexpr int64_t TOKENS = 2 * tiles::GROUPS;  // of a step
+    static constexpr int64_t GROUPS_AT_ONCE = 128;        // 16 KiB of a panel
+    const int64_t steps, groups, rows;
+
+    TurnedThin(int64_t T, int64_t r) : steps((T + TOKENS - 1) / TOKENS), groups(steps * tiles::GROUPS), rows((r + 15) / 16 * 16) {}
+
+    int64_t room() const { return rows * groups * 4 + GROUPS_AT_ONCE * 128 + rows * PANEL * 4; }
+
+    // (rows, T) of pairs of tokens from thin (T, r); zeros where there is none.
+    void turn(const bf16 *thin, int64_t T, int64_t r, char *into) const {
+        for (int64_t j = 0; j < rows; j += 16)
+            for (int64_t step = 0; step < steps; step++) {
+                I16 pairs[16];
+                for (int i = 0; i < 16; i++) {
+                    const int64_t t = step * TOKENS + 2 * i;
+                    pairs[i] = zero_i();
+                    if (t < T) pairs[i] = load_u16(thin + t * r + j, first(r - j));
+                    if (t + 1 < T) pairs[i] = pairs[i] | (load_u16(thin + (t + 1) * r + j, first(r - j)) << 16);
+                }
+                transpose16(pairs);
+                for (int i = 0; i < 16; i++) store_i(into + ((j + i) * groups + step * tiles::GROUPS) * 4, pairs[i]);
+            }
+    }
+};
+
+void thin_tile_product(const Thin &c, const bf16 *thin, const bf16 *wide, int thread, int threads) {
+    const TurnedThin size(c.T, c.r);
+    int64_t begin, end;
+    part_of((c.N + PANEL - 1) / PANEL, thread, threads, begin, end);
+    if (begin == end) return;
+    Scratch scratch;
+    char *const turned = scratch.take(size.rows * size.groups * 4), *const lines = scratch.take(size.GROUPS_AT_ONCE * 128);
+    float *const sums = scratch.take<float>(size.rows * PANEL);
+    size.turn(thin, c.T, c.r, turned);
+    const Right right{wide, c.N, BF16, 0, 1.0f};
+    const Ready<TilesBF16> ready;
+    for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t n0 = panel * PANEL;
+        memset(sums, 0, size.rows * PANEL * 4);
+        for (int64_t g0 = 0; g0 < size.groups; g0 += size.GROUPS_AT_ONCE) {
+            const int64_t deep = std::min(size.groups - g0, size.GROUPS_AT_ONCE);
+            pack<TilesBF16>(right, c.T, c.N, n0, g0, deep, lines);
+            products_onto<TilesBF16>(size.rows, c.N - n0 > 16 ? 2 : 1, turned + g0 * 4, size.groups * 4, lines, deep, sums, PANEL, sums, PANEL);
+        }
+        write_lines(c, sums, n0);
+    }
+}
+#endif
+
 // One thread's part. The thin sides are widened by each thread for itself, which takes less time than waiting for another.
 void factors_part(int type, const FactorsBackward &f, int thread, int threads) {
 #ifdef __AVX512BF16__
-    if (type == BF16 && f.rank <= 16 && arithmetic_of(BF16) != WIDE) {
+    if (type == BF16 && f.rank <= 16 && arithmetic_of(BF16) == DOT) {
         thin_dot_product(f.M, f.in, f.rank, (const bf16 *)f.narrow, (const bf16 *)f.x, 1.0f, true, f.of_A, thread, threads);
         thin_dot_product(f.M, f.out, f.rank, (const bf16 *)f.h, (const bf16 *)f.grad, f.scaling, false, f.of_B, thread, threads);
         return;
     }
 #endif
     const Thin of_A{f.M, f.in, f.rank, nullptr, 1.0f, true, f.of_A}, of_B{f.M, f.out, f.rank, nullptr, f.scaling, false, f.of_B};
+#ifdef DW_AMX
+    if (type == BF16 && arithmetic_of(BF16) == TILES) {
+        thin_tile_product(of_A, (const bf16 *)f.narrow, (const bf16 *)f.x, thread, threads);
+        thin_tile_product(of_B, (const bf16 *)f.h, (const bf16 *)f.grad, thread, threads);
+        return;
+    }
+#endif
     if (type == F32) {
         thin_product_of(of_A, (const float *)f.narrow, (const float *)f.x, thread, threads);
         thin_product_of(of_B, (const float *)f.h, (const float *)f.grad, thread, threads);
@@ -193,4 +253,16 @@ int dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t ra
         const FactorsBackward one{M, in, out, rank, x, h, grad, narrow, scaling, of_A, of_B};
         factors_backward(type, &one, 1);
     });
+}
+
+// Bytes of the threads' arenas that dw_factors_backward takes at its peak.
+int64_t dw_factors_room(int type, int64_t M, int64_t rank) {
+    const int64_t threads = thread_count();
+#ifdef DW_AMX
+    if (type == BF16 && arithmetic_of(BF16) == TILES) return threads * TurnedThin(M, rank).room();
+#endif
+#ifdef __AVX512BF16__
+    if (type == BF16 && rank <= 16 && arithmetic_of(BF16) == DOT) return threads * ((M + 1) / 2 * 64);
+#endif
+    return threads * (rank * PANEL * 4 + (type == BF16 ? (M * rank + 16) * 4 : 0));
 }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // To be raised whenever a function's arguments or a struct of block.h change; the caller compares it with its own.
-const int DW_ABI = 1;
+const int DW_ABI = 2;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 
@@ -23,12 +23,23 @@ DW_EXPORT int dw_release();
 // Returns the bytes that all arenas hold now, or with `most` held at most since that was asked last.
 DW_EXPORT int64_t dw_scratch_held(int most);
 
+// Whether this variant's instructions may be used; to be called before anything that multiplies. One with tiles asks the
+// system for them, and they become its arithmetic.
+DW_EXPORT int dw_ready();
 // Bit a of the result says whether numbers of a type can be multiplied by Arithmetic a (arithmetic.h).
 DW_EXPORT int64_t dw_arithmetics(int type);
 // Sets how numbers of a type are multiplied from now on.
 DW_EXPORT int dw_set_arithmetic(int type, int which);
 // Bytes of a core's second-level cache, which products are cut to.
 DW_EXPORT int dw_set_cache(int64_t bytes);
+
+// Bytes that all threads' arenas together hold at the peak of a kernel's call, for plans of memory.
+DW_EXPORT int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int64_t rank,
+                                 int backward, int dx);
+DW_EXPORT int64_t dw_factors_room(int type, int64_t M, int64_t rank);
+DW_EXPORT int64_t dw_class_gradient_room(int64_t M, int64_t V, int64_t D);
+DW_EXPORT int64_t dw_attention_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
+DW_EXPORT int64_t dw_attention_backward_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
 
 DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
                         const float *scale, const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank,
@@ -44,8 +55,10 @@ DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const f
 
 DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,
                       int centred, void *y, float *stats);
+// dx may be dy.
 DW_EXPORT int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight, float offset,
                                int centred, const float *stats, const void *added, void *dx);
+DW_EXPORT int dw_add(int type, int64_t count, const void *a, const void *b, void *out);
 DW_EXPORT int dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y);
 DW_EXPORT int dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up, void *d_gate,
                                      void *d_up, void *y);
@@ -62,10 +75,10 @@ DW_EXPORT int dw_attention_backward(int type, const int64_t *segments, int64_t c
                                     int64_t picks, const void *q, const void *k, const void *v, const void *out, const void *grad, void *dq,
                                     void *dk, void *dv_out, const int64_t *strides, const float *logs);
 
-DW_EXPORT int dw_block_sizes(const BlockParts *block, int64_t T, int64_t *sizes);
-DW_EXPORT int dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const float *cosine,
-                       const float *sine, void *kept_memory, void *scratch_memory, void *out);
-DW_EXPORT int dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const float *cosine,
-                                const float *sine, void *kept_memory, void *scratch_memory, void *grad_memory, void *dx_memory,
-                                float *const *factors);
+DW_EXPORT int dw_block_sizes(const BlockParts *block, int64_t T, int64_t picks, int64_t *sizes);
+DW_EXPORT int dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *picked,
+                       int64_t picks, const float *cosine, const float *sine, void *kept_memory, void *scratch_memory, void *out);
+DW_EXPORT int dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *picked,
+                                int64_t picks, const float *cosine, const float *sine, void *kept_memory, void *scratch_memory,
+                                void *grad_memory, void *dx_memory, float *const *factors);
 }

@@ -1,4 +1,6 @@
 // A linear layer with its low-rank update, forward and backward.
+#include <algorithm>
+
 #include "kernels.h"
 #include "product.h"
 #include "quantize.h"
@@ -69,4 +71,22 @@ int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void 
             run_product(p, scale ? INT8 : type);
         });
     });
+}
+
+// Bytes of the threads' arenas that dw_linear takes at its peak, or with `backward` dw_linear_backward; `dx`: where a gradient
+// of the input is wanted. The products are those of the functions above, of which only the sizes count here.
+int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int64_t rank, int backward, int dx) {
+    const int threads = thread_count();
+    const bool apart = M >= ROWS_FOR_EACH * threads;
+    const int64_t rows = apart ? (M + threads - 1) / threads : M, N = backward ? in : out, K = backward ? out : in;
+    const float unit = 1.0f;
+    auto room = [&](Product p, int of_type) { return apart ? threads * product_room(p, of_type, 1) : product_room(p, of_type, threads); };
+    int64_t most = 0;
+    if (rank) most = room(plain_product(type, rows, rank, K, nullptr, Right{nullptr, rank, F32, backward, unit}, nullptr), type);
+    if (backward && !dx) return most;
+    const Right right{nullptr, by_column ? in : out, weight_type, backward ? !by_column : by_column, unit, scaled ? &unit : nullptr};
+    Product p = plain_product(type, rows, N, K, nullptr, right, nullptr);
+    if (scaled) (backward ? p.block_scale : p.row_scale) = &unit;
+    p.rank = rank, p.low_right = Right{nullptr, rank, F32, backward, unit};
+    return std::max(most, room(p, scaled ? INT8 : type));
 }

@@ -191,6 +191,20 @@ struct OpInt8 : Int16Dot {
 };
 #endif
 
+// ---- what is known of products in tiles here (multiply_tiles.h) -----------------------------------------------
+
+template <class Op> struct InTiles : std::false_type {};
+// What a thread holds while it multiplies.
+template <class Op> struct Ready {
+    Ready() {}
+};
+// The Op whose sums are in registers, for what is a part of something else there.
+template <class Op> struct InRegisters { typedef Op type; };
+
+template <class Op, bool ONTO>
+inline void products_in_tiles(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
+                              int64_t from_ld, float *tile, int64_t ld);
+
 // ---- rows of the left side times a panel ---------------------------------------------------------------------
 
 #if defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -310,6 +324,7 @@ inline void with_vecs(int vecs, Body &&body) {
 template <class Op, bool ONTO>
 inline void products_from(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
                           int64_t from_ld, float *tile, int64_t ld) {
+    if constexpr (InTiles<Op>::value) return products_in_tiles<Op, ONTO>(rows, vecs, left, stride, right, groups, from, from_ld, tile, ld);
     for (int64_t i = 0; i < rows;) {
         const int n = rows_at_once(rows - i);
         with_rows(n, [&](auto count) {

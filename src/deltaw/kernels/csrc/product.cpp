@@ -11,9 +11,30 @@ using namespace deltaw;
 
 namespace {
 
-const int64_t GROUPS_AT_ONCE = 768;      // 96 KiB of right side, which stay in the second-level cache
-const int64_t GROUPS_OF_MANY = 256;      // where there are more: sums, left and right sides stay there together
+const int64_t GROUPS_AT_ONCE = 384;      // 48 KiB of a panel, about what the first-level cache has
+const int64_t GROUPS_OF_MANY = 256;      // where there are more, they are cut evenly into no more than so many
 const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
+
+// Groups of one of the parts that `groups` are cut into, as even as can be.
+int64_t even_part(int64_t groups) {
+    const int64_t parts = (groups + GROUPS_OF_MANY - 1) / GROUPS_OF_MANY, whole = INT8_BLOCK / 2;  // no scale's block is cut
+    return ((groups + parts - 1) / parts + whole - 1) / whole * whole;
+}
+
+// How many rows go by at a time, at most and of so many that are left.
+template <class Op>
+struct Steps {
+    static constexpr int MOST = MOST_ROWS;
+    static int of(int64_t rows) { return rows_at_once(rows); }
+};
+#ifdef DW_AMX
+struct StepsOfTiles {
+    static constexpr int MOST = 2 * tiles::ROWS;
+    static int of(int64_t rows) { return tiles::rows_at_once(rows); }
+};
+template <> struct Steps<TilesBF16> : StepsOfTiles {};
+template <> struct Steps<TilesInt8> : StepsOfTiles {};
+#endif
 
 template <class Op, class LowOp>
 class Part {
@@ -27,8 +48,12 @@ class Part {
         if (begin == end) return;
         Scratch scratch;
         lay_room(scratch);
+        const Ready<Op> ready;
         for (int64_t b0 = 0; b0 < cut; b0 += block)
-            for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
+            for (from = begin; from < end; from = to) {
+                to = std::min(end, from + pieces_at_once);
+                for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
+            }
     }
 
     // Bytes that lay_room takes, but for what is rounded up.
@@ -36,7 +61,7 @@ class Part {
         if (begin == end) return 0;
         int64_t bytes = panels_kept() * line * 128 + low_groups * 128;
         if (INT8_SUMS) bytes += panels_kept() * starts_each * 4;
-        if (several) bytes += (end - begin) * block * PANEL * 4;
+        if (several) bytes += pieces_at_once * block * PANEL * 4;
         if (gather) bytes += gathered_rows * line * 4;
         if (widen_low) bytes += gathered_rows * low_groups * 4;
         if (converts_columns()) bytes += 16 * line * 4;
@@ -47,21 +72,26 @@ class Part {
     static constexpr bool INT8_SUMS = std::is_same<typename Op::Left, uint8_t>::value;
     static constexpr int64_t NUMBER = sizeof(typename Op::Left);
     static constexpr int64_t BLOCK_GROUPS = INT8_BLOCK / Op::PER_GROUP;
+    static constexpr int MOST = Steps<Op>::MOST;
+    static constexpr bool LOW_IN_TILES = InTiles<LowOp>::value;
 
     const Product &p;
     const bool in_blocks = INT8_SUMS && p.block_scale;
     const int64_t blocks = int8_blocks(p.K);
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
-    const int64_t low_groups = (p.rank + LowOp::PER_GROUP - 1) / LowOp::PER_GROUP;
+    const int64_t low_groups = groups_of_low();
     const bool several = groups > GROUPS_AT_ONCE;
-    const int64_t most_groups = several ? GROUPS_OF_MANY : GROUPS_AT_ONCE;
+    const int64_t most_groups = several ? even_part(groups) : GROUPS_AT_ONCE;
     const int64_t line = std::min(groups, most_groups);
-    const bool widen_low = LowOp::WIDENS && p.rank;
+    const bool widen_low = LOW_IN_TILES ? low_groups * LowOp::PER_GROUP != p.rank : LowOp::WIDENS && p.rank;
+    // The low-rank part has no scales and is the same kind of product: its sums begin where the others end.
+    const bool low_joins = LOW_IN_TILES && !INT8_SUMS && !p.row_scale && !p.column_scale;
 
     // Rows row0 … row1-1 of the left side are this thread's, cut into `cuts` ranges; pieces are (panel, range).
     int64_t row0 = 0, row1 = 0, cuts = 1, begin = 0, end = 0;
     int64_t cut = 0, block = 0;           // rows of a range, and of those that go by at a time
     int64_t first_panel = 0, own = 0;     // panels of this thread
+    int64_t pieces_at_once = 0, from = 0, to = 0;  // pieces whose sums are held, where a product is cut along K
     bool keep = false;                    // panels are laid out for the first block of rows and kept for the others
     bool gather = false;                  // rows are copied, or widened, to lie side by side
     int64_t gathered_from = 0, gathered_rows = 0;
@@ -71,7 +101,13 @@ class Part {
     char *right = nullptr, *low_right = nullptr, *gathered = nullptr, *low_gathered = nullptr;
     int32_t *starts = nullptr;
     float *tiles = nullptr;
-    alignas(64) float small[MOST_ROWS * PANEL];
+    alignas(64) float small[MOST * PANEL], low_products[LOW_IN_TILES ? MOST * PANEL : 1];
+
+    // Tiles take so many at a time: zeros are added where the rank is less.
+    int64_t groups_of_low() const {
+        const int64_t found = (p.rank + LowOp::PER_GROUP - 1) / LowOp::PER_GROUP;
+        return LOW_IN_TILES ? (found + 15) / 16 * 16 : found;
+    }
 
     // Many rows are shared out among the threads, so that each finds its rows in its own cache, where the norm or the
     // product before has left them. Else pieces are shared out, and rows are cut only where panels alone would not
@@ -92,8 +128,10 @@ class Part {
 
     void settle() {
         cut = (row1 - row0 + cuts - 1) / cuts + 1;
-        block = std::min(cut, std::max<int64_t>(8, left_at_once() / (std::max<int64_t>(line, 1) * 4) / MOST_ROWS) * MOST_ROWS);
+        block = std::min(cut, std::max<int64_t>(8, left_at_once() / (std::max<int64_t>(line, 1) * 4) / MOST) * MOST);
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
+        // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
+        pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(16, left_at_once() / (block * PANEL * 4))) : end - begin;
         keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
@@ -109,7 +147,7 @@ class Part {
         right = scratch.take(panels_kept() * line * 128);
         low_right = scratch.take(low_groups * 128);
         if (INT8_SUMS) starts = scratch.take<int32_t>(panels_kept() * starts_each);
-        if (several) tiles = scratch.take<float>((end - begin) * block * PANEL);
+        if (several) tiles = scratch.take<float>(pieces_at_once * block * PANEL);
         if (gather) gathered = scratch.take(gathered_rows * line * 4);
         if (widen_low) low_gathered = scratch.take(gathered_rows * low_groups * 4);
     }
@@ -147,7 +185,7 @@ class Part {
         if (gather || widen_low) gather_rows(b0, g0, deep);
         int64_t packed = -1, share = 0;
         Ahead ahead;
-        for (int64_t piece = begin; piece < end; piece++) {
+        for (int64_t piece = from; piece < to; piece++) {
             int64_t m0, m1;
             part_of(row1 - row0, (int)(piece % cuts), (int)cuts, m0, m1);
             m0 += row0 + b0;
@@ -176,10 +214,10 @@ class Part {
                 starts_of_columns<Op>(here + g * 128, in_blocks ? std::min(BLOCK_GROUPS, deep - g) : deep, vecs_at(n0), p.left_zero,
                                   start + (in_blocks ? g / BLOCK_GROUPS * PANEL : 0));
         }
-        const int64_t next = ((end - 1) / cuts > panel) ? panel + 1 : first_panel;
+        const int64_t next = ((to - 1) / cuts > panel) ? panel + 1 : from / cuts;
         const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
         if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
-        return ahead.lines() * MOST_ROWS / std::max<int64_t>(MOST_ROWS, rows / MOST_ROWS * MOST_ROWS) + 1;
+        return ahead.lines() * MOST / std::max<int64_t>(MOST, rows / MOST * MOST) + 1;
     }
 
     void multiply(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t g0, int64_t deep, int64_t share, Ahead &ahead) {
@@ -188,12 +226,14 @@ class Part {
         const char *const here = right + place * line * 128;
         const int32_t *const start = INT8_SUMS ? starts + place * starts_each : nullptr;
         for (int64_t m = m0; m < m1;) {
-            const int rows = rows_at_once(m1 - m);
-            float *const tile = several ? tiles + ((piece - begin) * block + m - m0) * PANEL : small;
+            const int rows = Steps<Op>::of(m1 - m);
+            float *const tile = several ? tiles + ((piece - from) * block + m - m0) * PANEL : small;
             const char *left = gather ? gathered + (m - gathered_from) * line * 4
                                       : (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * NUMBER;
             ahead.fetch(share);
             const bool fresh = g0 == 0;
+            LowRank low = low_of(m);
+            if (!last) low.groups = 0;
             if constexpr (INT8_SUMS) {
                 if (in_blocks) {
                     const float *const scales = p.block_scale + m * blocks + g0 / BLOCK_GROUPS;
@@ -203,18 +243,34 @@ class Part {
                     if (!fresh) add_starts(tile, rows, vecs, start);
                     products_onto<Op>(rows, vecs, left, stride, here, deep, fresh ? (const float *)start : tile, fresh ? 0 : PANEL, tile, PANEL);
                 }
-            } else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
+            } else if constexpr (InTiles<Op>::value) multiply_in_tiles(rows, vecs, left, here, deep, fresh, low_joins ? low : LowRank{}, tile);
+            else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
             else products_onto<Op>(rows, vecs, left, stride, here, deep, tile, PANEL, tile, PANEL);
-            if (last) finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low_of(m));
+            if (last) {
+                if constexpr (LOW_IN_TILES)
+                    if (low.groups && !low_joins) {
+                        products<LowOp>(rows, vecs, low.left, low.stride, low.right, low.groups, low_products, PANEL);
+                        low.products = low_products;
+                    }
+                finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low);
+            }
             m += rows;
         }
     }
 
+    void multiply_in_tiles(int rows, int vecs, const char *left, const char *here, int64_t deep, bool fresh, const LowRank &low, float *tile) {
+#ifdef DW_AMX
+        tiles::More more;
+        if (low.groups) more = {low.left, low.stride, low.right, low.groups};
+        tiles::products_at_once<Op>(rows, vecs, left, stride, here, deep, fresh ? nullptr : tile, PANEL, tile, PANEL, more);
+#endif
+    }
+
     LowRank low_of(int64_t m) const {
-        if (!p.rank) return {nullptr, nullptr, 0, 0};
-        if (widen_low) return {low_gathered + (m - gathered_from) * low_groups * 4, low_right, low_groups * 4, low_groups};
+        if (!p.rank) return {nullptr, nullptr, 0, 0, nullptr};
+        if (widen_low) return {low_gathered + (m - gathered_from) * low_groups * 4, low_right, low_groups * 4, low_groups, nullptr};
         const int64_t bytes = p.rank * (int64_t)sizeof(typename LowOp::Left);
-        return {(const char *)p.low + m * bytes, low_right, bytes, low_groups};
+        return {(const char *)p.low + m * bytes, low_right, bytes, low_groups, nullptr};
     }
 
     int vecs_at(int64_t n0) const { return p.N - n0 > 16 ? 2 : 1; }
@@ -227,8 +283,13 @@ namespace {
 // body(op, low_op) with what multiplies the two parts of a product.
 template <class Body>
 void with_ops(const Product &p, int type, Body &&body) {
-    if (type == INT8) with_op(p.out_type, [&](auto low) { body(OpInt8(), low); });
-    else with_op(type, [&](auto op) { body(op, op); });
+    if (type != INT8) return with_op(type, [&](auto op) { body(op, op); });
+    with_op(p.out_type, [&](auto low) {
+#ifdef DW_AMX
+        if (arithmetic_of(INT8) == TILES) return body(TilesInt8(), low);
+#endif
+        body(OpInt8(), typename InRegisters<decltype(low)>::type());
+    });
 }
 
 }  // namespace

@@ -18,10 +18,17 @@ inline F16 bias_of(const Product &p, int64_t n, First mask) {
 }
 
 // The low-rank side: rows of the left as they are multiplied, `stride` bytes apart, the first for the tile's first row; and
-// the right side, laid out.
+// the right side, laid out. Or a tile of their products.
 struct LowRank {
     const char *left, *right;
     int64_t stride, groups;
+    const float *products;
+
+    // For what begins so many rows and columns further on.
+    LowRank at(int rows, int columns) const {
+        if (!groups) return *this;
+        return {left + rows * stride, right + 4 * columns, stride, groups, products ? products + rows * PANEL + columns : nullptr};
+    }
 };
 
 // A tile (ROWS, 16·VECS) of sums, rows m …, columns n0 …; int32 sums become fp32 times their row's and column's scale.
@@ -47,7 +54,13 @@ inline void finish(const Product &p, const float *tile, bool from_int32, int64_t
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
             for (int v = 0; v < VECS; v++) s[i][v] = s[i][v] * set_f(p.row_scale[m + i]);
-    if (low.groups) add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, s);
+    if constexpr (InTiles<LowOp>::value) {
+        if (low.products)
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+                for (int v = 0; v < VECS; v++) s[i][v] = s[i][v] + load16(low.products + i * PANEL + 16 * v);
+    } else if (low.groups) add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, s);
     const F16 scale = set_f(p.out_scale);
 #pragma GCC unroll 2
     for (int v = 0; v < VECS; v++) {
@@ -72,14 +85,19 @@ inline void finish(const Product &p, const float *tile, bool from_int32, int64_t
     }
 }
 
+// Any number of rows.
 template <class LowOp>
 inline void finish_rows(int rows, int vecs, const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
-    with_rows(rows, [&](auto count) {
-        with_vecs(vecs, [&](auto wide, int v) {
-            const LowRank here{low.left, low.right + 64 * v, low.stride, low.groups};
-            finish<LowOp, decltype(count)::value, decltype(wide)::value>(p, tile + 16 * v, from_int32, m, n0 + 16 * v, here);
+    for (int i = 0; i < rows;) {
+        const int some = rows_at_once(rows - i);
+        with_rows(some, [&](auto count) {
+            with_vecs(vecs, [&](auto wide, int v) {
+                finish<LowOp, decltype(count)::value, decltype(wide)::value>(p, tile + i * PANEL + 16 * v, from_int32, m + i, n0 + 16 * v,
+                                                                             low.at(i, 16 * v));
+            });
         });
-    });
+        i += some;
+    }
 }
 
 }  // namespace deltaw

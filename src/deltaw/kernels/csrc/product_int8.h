@@ -1,5 +1,6 @@
 // Sums of int8 products: where they begin, and how those of blocks with scales of their own are added up.
 #pragma once
+#include "multiply_tiles.h"
 #include "product.h"
 #include "quantize.h"
 
@@ -49,9 +50,34 @@ inline void add_blocks(const char *left, int64_t stride, const char *right, int6
     }
 }
 
+#ifdef DW_AMX
+// The same in tiles, of as many rows as they take at once.
+template <class Op>
+inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
+                                const float *scales, int64_t blocks, bool fresh, float *tile) {
+    const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
+    alignas(64) float sums[2 * tiles::ROWS * PANEL];
+    for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
+        tiles::products_at_once<Op>(rows, vecs, left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), (const float *)starts, 0, sums,
+                                    PANEL, {});
+        for (int i = 0; i < rows; i++) {
+            const F16 by = set_f(scales[i * blocks]);
+            for (int v = 0; v < vecs; v++) {
+                float *const to = tile + i * PANEL + 16 * v;
+                const F16 x = to_f(load_i(sums + i * PANEL + 16 * v));
+                store16(to, fresh ? x * by : fma(x, by, load16(to)));
+            }
+        }
+    }
+}
+#endif
+
 template <class Op>
 inline void add_blocks_of(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
                           const float *scales, int64_t blocks, bool fresh, float *tile) {
+#ifdef DW_AMX
+    if constexpr (InTiles<Op>::value) return add_blocks_in_tiles<Op>(rows, vecs, left, stride, right, groups, starts, scales, blocks, fresh, tile);
+#endif
     with_rows(rows, [&](auto count) {
         with_vecs(vecs, [&](auto wide, int v) {
             add_blocks<Op, decltype(count)::value, decltype(wide)::value>(left, stride, right + 64 * v, groups, starts + 16 * v, scales, blocks,

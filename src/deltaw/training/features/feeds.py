@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deltaw.data.packing import Batch, Member
+from deltaw.kernels.transfer import to_device
 from deltaw.runtime.layer_entry import BackboneEntry, HeadEntry, LayerEntry
 from deltaw.training.features.cached import CachedBatch, RowIndex, content_of
 from deltaw.training.features.store import FeatureStore
@@ -75,7 +76,7 @@ class _Feed:
         raise TypeError("a feed says where a row's vectors are")
 
     def _tensor(self, places: np.ndarray) -> Tensor:
-        return torch.from_numpy(places).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(places), self.device)
 
 
 class EveryToken(_Feed):
@@ -105,7 +106,7 @@ class EveryToken(_Feed):
                 # Nothing attends to what fills a batch up; any vector that is there will do.
                 places = np.full(math.prod(lead), index.starts[slots[0]])
                 places[np.concatenate([own for _, own in found])] = index.places(slots)
-                hidden = store.read(places).to(self.device).view(*lead, *self._tail)
+                hidden = to_device(store.read(places), self.device).view(*lead, *self._tail)
             else:
                 hidden = self.keep(batch, index, store)
             yield CachedBatch(batch, hidden)
@@ -149,14 +150,14 @@ class LabelTokens(_Feed):
             batch = Batch(
                 inputs={},
                 predictors=torch.arange(count, device=self.device),
-                targets=self._targets.index_select(0, torch.from_numpy(places)).to(self.device),
+                targets=to_device(self._targets.index_select(0, torch.from_numpy(places)), self.device),
                 weights=torch.ones(count, device=self.device),
                 rows=len(part),
                 row_tokens=sum(len(example.tokens) for example in part),
                 tokens=count,
                 members=_members(part),
             )
-            yield CachedBatch(batch, store.read(places).to(self.device)[None])
+            yield CachedBatch(batch, to_device(store.read(places), self.device)[None])
 
     def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
         return [(m.example, m.places[_predictors(m.example)]) for m in batch.members]
@@ -187,7 +188,7 @@ class WholeRows(_Feed):
     ) -> Iterator[CachedBatch]:
         self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):
-            features = store.read(index.starts[index.slots(part)]).to(self.device)
+            features = to_device(store.read(index.starts[index.slots(part)]), self.device)
             yield CachedBatch(self._batch(part), features)
 
     def _batch(self, rows: Sequence[Any]) -> Any:
@@ -203,7 +204,9 @@ class WholeRows(_Feed):
         return dataclasses.replace(
             like,
             inputs=inputs,
-            targets=torch.tensor([row.label for row in rows], dtype=like.targets.dtype, device=self.device),
+            targets=to_device(
+                torch.tensor([row.label for row in rows], dtype=like.targets.dtype), self.device
+            ),
             examples=tuple(rows),
             rows=len(rows),
             row_tokens=sum(len(row.tokens) for row in rows) if self._is_text else per_row * len(rows),

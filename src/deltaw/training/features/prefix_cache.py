@@ -31,6 +31,7 @@ from deltaw.runtime.layer_entry import (
     lowest_trained,
 )
 from deltaw.training.features.cached import CachedPrefix, Feed, RowIndex
+from deltaw.training.features.device_store import on_device
 from deltaw.training.features.feeds import EveryToken, LabelTokens, WholeRows
 from deltaw.training.features.store import (
     LIMIT_BYTES,
@@ -41,6 +42,13 @@ from deltaw.training.features.store import (
     open_store,
     size_text,
 )
+from deltaw.training.features.trial import (
+    TRIED_ROWS,
+    few_rows,
+    loss_and_gradients,
+    near,
+    tolerance_of,
+)
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.causal_objective import CausalObjective
 
@@ -48,11 +56,10 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 LEAST_FROZEN = 1 / 8
 # Features that find no room on the disk are kept in memory up to this size.
 MEMORY_BYTES = 256 * 2**20
-TRIED_ROWS = 3
 # Part of the key: another number where stored values would mean something else.
 REVISION = 1
 # What a configuration says that no feature depends on.
-_IRRELEVANT = {
+IRRELEVANT = {
     "_name_or_path",
     "transformers_version",
     "architectures",
@@ -93,11 +100,11 @@ def cached_prefix(
         return None, Choice("off", "training reaches down to the first block")
     if level.kind == "block" and level.index < LEAST_FROZEN * level.count:
         return None, Choice("off", f"only {level} are frozen")
-    few = _few(examples)
+    few = few_rows(examples)
     try:
         feed = _feed(model, level, objective)
         vectors = feed.learn(next(iter(batcher.batches(few))))
-        tolerance = _tolerance(vectors.dtype) if has_values(model) else None
+        tolerance = tolerance_of(vectors.dtype) if has_values(model) else None
         difference = _difference(feed, objective, batcher, few, vectors, trained, tolerance)
     except Exception as error:  # whatever a foreign model raises here, it can train without kept features
         brief = f"{type(error).__name__}: {str(error)[:100]}"
@@ -114,13 +121,6 @@ def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective) -> Feed
     if isinstance(objective, CausalObjective):
         return LabelTokens(BackboneEntry(model), objective)
     return WholeRows(HeadEntry(model), objective)
-
-
-def _few(examples: Sequence[Any]) -> list[Any]:
-    """A few rows of different lengths, none of them long."""
-    ordered = sorted(examples, key=len)
-    places = sorted({0, len(ordered) // 4, len(ordered) // 2})
-    return [ordered[place] for place in places][:TRIED_ROWS]
 
 
 def _indexed(feed: Feed, examples: Sequence[Any]) -> RowIndex:
@@ -143,50 +143,16 @@ def _difference(
     rows = _indexed(feed, few)
     shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
     cached = CachedPrefix(feed, objective, batcher, rows, MemoryStore(shape))
-    usual = _loss_and_gradients(objective, batcher, few, trained)
+    usual = loss_and_gradients(objective, batcher, few, trained)
     for _ in range(2):
-        ours = _loss_and_gradients(cached.objective, cached.batcher, few, trained)
+        ours = loss_and_gradients(cached.objective, cached.batcher, few, trained)
         if tolerance is None:
             continue
-        if not _near(usual[:1], ours[:1], tolerance):
+        if not near(usual[:1], ours[:1], tolerance):
             return "another loss"
-        if not _near(usual[1:], ours[1:], tolerance):
+        if not near(usual[1:], ours[1:], tolerance):
             return "other gradients"
     return None
-
-
-def _loss_and_gradients(
-    objective: AnyObjective, batcher: AnyBatcher, few: Sequence[Any], trained: Sequence[nn.Parameter]
-) -> list[Tensor | None]:
-    """The sum of losses, and its gradient for each trained parameter, None where it has none."""
-    total: list[Tensor | None] = [None] * (1 + len(trained))
-    for batch in batcher.batches(few):
-        loss = objective(batch)
-        parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
-        for n, part in enumerate(parts):
-            before = total[n]
-            total[n] = part if before is None or part is None else before + part
-    return total
-
-
-def _near(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], tolerance: float) -> bool:
-    """Whether all together differ by no more than ``tolerance`` of their norm."""
-    if [e is None for e in expected] != [f is None for f in found]:
-        return False
-    pairs = [
-        (e.float(), f.float())
-        for e, f in zip(expected, found, strict=True)
-        if e is not None and f is not None
-    ]
-    if not pairs:
-        return True
-    difference = torch.stack([(e - f).square().sum() for e, f in pairs]).sum().sqrt()
-    norm = torch.stack([e.square().sum() for e, _ in pairs]).sum().sqrt()
-    return bool(difference <= tolerance * norm)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
 
 
 def _open_store(
@@ -216,6 +182,8 @@ def _open_store(
             if shape.bytes > MEMORY_BYTES:
                 return None, Choice("off", error.what)
             store, kept = MemoryStore(shape), f"{size} in memory, since {error.what}"
+    if has_values(model):
+        store = on_device(store, feed.device)
     cached = CachedPrefix(feed, objective, batcher, rows, store)
     try:
         known = _still_right(cached)
@@ -230,7 +198,7 @@ def _key(
     model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: AnyBatcher
 ) -> str:
     """A name for everything that stored values depend on."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT}
     facts = [
         REVISION,
         str(level),
@@ -259,7 +227,7 @@ def _still_right(cached: CachedPrefix) -> int:
     for batch in cached.batcher.inner.batches([cached.rows.distinct[slot] for slot in slots]):
         cached.feed.keep(batch, cached.rows, cached.store)
     after = cached.store.read(cached.rows.places(slots))
-    if _near([after], [before], _tolerance(before.dtype)):
+    if near([after], [before], tolerance_of(before.dtype)):
         return len(done)
     cached.store.forget()
     return 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import shutil
 import time
@@ -37,6 +38,9 @@ LEFT_FREE_BYTES = 2**30
 SECONDS_BETWEEN_MARKS = 2.0
 # Runs that may work with features of the same rows at the same time.
 COPIES = 4
+# Pages of a mapped store that a process holds at most, roughly: they are given back then, and read again from
+# the system's own cache.
+RESIDENT_BYTES = 256 * 2**20
 VALUES, DONE, DESCRIPTION = "values.bin", "done.bin", "store.json"
 
 
@@ -75,6 +79,10 @@ class FeatureStore(Protocol):
     done: np.ndarray
     """bool (rows,)."""
 
+    @property
+    def resident_bytes(self) -> int:
+        """Main memory that it takes at most."""
+
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width)."""
 
@@ -88,11 +96,33 @@ class FeatureStore(Protocol):
         """Let others have it."""
 
 
+class NoStore:
+    """Keeps nothing: all is computed again each time."""
+
+    def __init__(self, rows: int) -> None:
+        self.shape = Shape(rows, 0, 0, "float32")
+        self.done = np.zeros(rows, bool)
+        self.resident_bytes = 0
+
+    def read(self, places: np.ndarray) -> Tensor:
+        return torch.zeros(len(places), 0)
+
+    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
+        """There is nowhere to keep it."""
+
+    def forget(self) -> None:
+        """Nothing is there."""
+
+    def close(self) -> None:
+        """Nobody else has it."""
+
+
 class MemoryStore:
     """A store that is gone with the process."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
+        self.resident_bytes = shape.bytes
         self.done = np.zeros(shape.rows, bool)
         self._values = torch.zeros(shape.units, shape.width, dtype=shape.torch_dtype)
 
@@ -110,11 +140,42 @@ class MemoryStore:
         """Nobody else has it."""
 
 
+class PartStore:
+    """A store with room for the first rows alone, each of one unit; the others have to be computed again.
+
+    Args:
+        inner: the store of these. rows: how many there are in all.
+    """
+
+    def __init__(self, inner: FeatureStore, rows: int) -> None:
+        self.inner = inner
+        self.shape = inner.shape
+        self.resident_bytes = inner.resident_bytes
+        self.done = np.zeros(rows, bool)
+        self.done[: inner.shape.rows] = inner.done
+        inner.done = self.done[: inner.shape.rows]
+
+    def read(self, places: np.ndarray) -> Tensor:
+        return self.inner.read(places)
+
+    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
+        fitting = places < self.shape.units
+        if fitting.any():
+            self.inner.write(rows[fitting], places[fitting], values[torch.from_numpy(fitting)])
+
+    def forget(self) -> None:
+        self.inner.forget()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 class ShapeStore:
     """Stands in for a store where tensors have no values: what it reads has the right shape."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
+        self.resident_bytes = min(shape.bytes, RESIDENT_BYTES)
         self.done = np.zeros(shape.rows, bool)
 
     def read(self, places: np.ndarray) -> Tensor:
@@ -135,6 +196,7 @@ class DiskStore:
 
     def __init__(self, folder: Path, shape: Shape, lock: FileLock) -> None:
         self.shape = shape
+        self.resident_bytes = min(shape.bytes, RESIDENT_BYTES)
         self.folder = folder
         self._lock = lock
         self._map = np.memmap(folder / VALUES, np.uint8, "r+", shape=(shape.bytes,))
@@ -142,15 +204,27 @@ class DiskStore:
         self._marks = np.memmap(folder / DONE, np.uint8, "r+", shape=(shape.rows,))
         self.done = self._marks != 0
         self._marked = time.monotonic()
+        self._touched = 0
 
     def read(self, places: np.ndarray) -> Tensor:
-        return self._values.index_select(0, torch.from_numpy(places))
+        values = self._values.index_select(0, torch.from_numpy(places))
+        self._touch(len(places))
+        return values
 
     def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
         self._values.index_copy_(0, torch.from_numpy(places), values.detach().cpu())
         self.done[rows] = True
+        self._touch(len(places))
         if time.monotonic() - self._marked > SECONDS_BETWEEN_MARKS:
             self.mark()
+
+    def _touch(self, units: int) -> None:
+        """Count pages that were touched, and give all back once they are many."""
+        self._touched += units * max(self.shape.width * self.shape.torch_dtype.itemsize, mmap.PAGESIZE)
+        if self._touched > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            # Of a shared mapping nothing is lost by it, what is not on the disk yet included.
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+            self._touched = 0
 
     def mark(self) -> None:
         """Bring the values to the disk, and then the marks that say so."""

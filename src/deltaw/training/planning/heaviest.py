@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from deltaw.kernels.layout import Layout
+from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.loop import rows_of_step
 from deltaw.training.session import Session
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
@@ -68,6 +69,8 @@ def heaviest_step(session: Session) -> Heaviest:
     """Find the step with the largest microbatch, among equals the one with the most labels; and another step
     where labels may outweigh tokens."""
     settings, batcher = session.config.train, session.batcher
+    if isinstance(session.prefix, StoredPrompts):
+        batcher = session.prefix.batcher
     total = session.total_steps
     if session.prefix is not None:
         # What is kept is computed in the first epoch alone.

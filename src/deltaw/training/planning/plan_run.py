@@ -19,10 +19,13 @@ from transformers import PreTrainedModel
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.host.kernel_choice import settle_kernels
+from deltaw.host.measurements import basis
 from deltaw.host.memory import resident_bytes, trim_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
+from deltaw.kernels import loader
 from deltaw.memory.libraries import warm_up
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
@@ -82,7 +85,7 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
             remembered.keep_refusal(error, data.every)
         raise
     if remembered is not None:
-        remembered.keep(made, data.every, data.report.lines())
+        remembered.keep(made, data.every, data.report.lines(), basis())
     return made
 
 
@@ -91,9 +94,10 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     threads = choose_threads(config.threads).value
     torch.set_num_threads(threads)  # what some operators take besides their results depends on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    model = _fake_model(config, task, data, dtype)
+    settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     before = resident_bytes()
-    model = _fake_model(config, task, data, dtype)
     total = sum(p.numel() for p in model.parameters())
     if config.precision == "int8":
         with fake_tensors():
@@ -117,7 +121,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         footprint,
         process_bytes=process_bytes or max(before, resident_bytes()),
         kernel_bytes=done.kernel_bytes(),
-        feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
+        feature_bytes=0 if done.session.prefix is None else done.session.prefix.store.resident_bytes,
         reading_bytes=data.read_peak_bytes,
         mapped_bytes=converted,
         saving_bytes=_saving_bytes(config, task, dtype),
@@ -141,6 +145,8 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         operations=done.operations,
         operators=done.operators,
         phases=phases,
+        arithmetic=loader.arithmetic().as_dict(),
+        disk_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
     )
 
 

@@ -1,9 +1,10 @@
 """A plan that was made before, found again by all that it depends on.
 
 These are: the settings, the files of model and rows, the versions of deltaw's own source and of the libraries
-under it, the processor with its limits, and the environment variables that steer them. Files count by name,
-size and time of change; small ones by their content. Where it cannot be told whether something changed, as
-with rows from a hub, nothing is remembered.
+under it, the processor with its limits, the environment variables that steer them, and the measured rates
+that precision and arithmetic were chosen by. Files count by name, size and time of change; small ones by
+their content. Where it cannot be told whether something changed, as with rows from a hub, nothing is
+remembered.
 
 No torch is imported here: a plan that is remembered is shown before torch could be.
 """
@@ -25,7 +26,8 @@ from deltaw.host import cgroup
 from deltaw.host.processor import processor_flags, processor_name, usable_processors
 from deltaw.hub import packages
 from deltaw.hub.references import resolve
-from deltaw.hub.remembered import recall, remember
+from deltaw.hub.remembered import recall, remember, stamp
+from deltaw.kernels.variants import MEASURED
 from deltaw.memory.plan import Plan
 
 KIND = "plans"
@@ -87,18 +89,33 @@ class Remembered:
         return UserError(str(told["what"]), where=told["where"], hint=told["hint"])
 
     def plan(self, rows: Iterable[Any] | None = None) -> Plan | None:
-        """The plan; None where there is none, or where it was made of other ``rows`` than these."""
+        """The plan; None where there is none, or where it was made of other ``rows`` than these, or with what
+        was chosen by other rates."""
         kept = self.found.get("plan")
         if not isinstance(kept, dict) or (rows is not None and self.found.get("rows") != digest_of(rows)):
+            return None
+        if any(stamp(kind, key) != known for kind, key, known in self.found.get("measured", ())):
             return None
         try:
             return Plan.from_kept(kept)
         except TypeError:
             return None
 
-    def keep(self, plan: Plan, rows: Iterable[Any], lines: Sequence[str]) -> None:
-        """Remember a plan, with the account of the rows that it was made of."""
-        remember(KIND, self.key, {"plan": plan.kept(), "rows": digest_of(rows), "lines": list(lines)})
+    def keep(
+        self, plan: Plan, rows: Iterable[Any], lines: Sequence[str], measured: Sequence[Sequence[object]] = ()
+    ) -> None:
+        """Remember a plan, with the account of the rows that it was made of.
+
+        Args:
+            measured: kind, key and state of each remembered result that the plan rests on.
+        """
+        told = {
+            "plan": plan.kept(),
+            "rows": digest_of(rows),
+            "lines": list(lines),
+            "measured": list(measured),
+        }
+        remember(KIND, self.key, told)
 
     def keep_refusal(self, error: UserError, rows: Iterable[Any]) -> None:
         """Remember that the method does not fit."""
@@ -208,7 +225,10 @@ def _machine() -> list[object]:
     told = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(_VARIABLES) and name not in _NO_MATTER
+        if name.startswith(_VARIABLES)
+        and name not in _NO_MATTER
+        # Rates of certain sizes, which a process hands to another, are what that one would remember too.
+        and (name != MEASURED or '"*"' in value)
     }
     cards = sorted(str(card) for card in Path("/dev").glob("nvidia[0-9]*"))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")

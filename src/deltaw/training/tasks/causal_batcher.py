@@ -34,6 +34,8 @@ class CausalMicroBatcher:
         share: whether shared prefixes are computed once. padded: whether rows are padded, not packed.
         device: where batches are put.
         fill: whether packed rows are filled up to lengths that come again.
+        inactive_cost: what a token counts on which an activated adapter does not act, where such tokens are
+            not run with the others.
     """
 
     tokens_per_pass: int
@@ -41,10 +43,17 @@ class CausalMicroBatcher:
     padded: bool
     device: str
     fill: bool = True
+    inactive_cost: float = 1.0
 
     def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
-        return microbatch_shapes(self._split(rows), share=self.share, padded=self.padded, fill=self.fill)
+        return microbatch_shapes(
+            self._split(rows),
+            share=self.share,
+            padded=self.padded,
+            fill=self.fill,
+            inactive_cost=self.inactive_cost,
+        )
 
     def labels(self, rows: Sequence[Item]) -> list[int]:
         """Labels in each microbatch."""
@@ -67,12 +76,18 @@ class CausalMicroBatcher:
             fill=self.fill,
             device=self.device,
             cost=microbatch_cost(self.device),
+            inactive_cost=self.inactive_cost,
         )
 
     def _split(self, rows: Sequence[Item]) -> list[list[Item]]:
         cost = microbatch_cost(self.device)
         return split_into_microbatches(
-            rows, self.tokens_per_pass, share=self.share, padded=self.padded, cost=cost
+            rows,
+            self.tokens_per_pass,
+            share=self.share,
+            padded=self.padded,
+            cost=cost,
+            inactive_cost=self.inactive_cost,
         )
 
 

@@ -21,9 +21,11 @@ from deltaw.kernels.rows import cross_entropy_
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
-# Bytes of a frozen head's logits at a time, which become their own gradient. The head's weight is read anew
-# for each chunk, so that small ones are slow.
-FROZEN_CHUNK_BYTES = 24 * 2**20
+# The same on devices that need larger products to be busy, by kind of device.
+DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
+# Bytes of a frozen head's logits at a time, which become their own gradient, and rows at least: the head's
+# weight is read and laid out anew for each chunk, which takes as long as some thirty rows.
+FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 192
 
 
 def frozen_head_log_probs(
@@ -60,7 +62,9 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if wanted else None
         ones = hidden.new_ones(len(targets), dtype=loss_dtype(hidden))
         losses = []
-        chunk = max(1, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
+        chunk = _even_chunk(
+            len(hidden), max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
+        )
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits, _ = products.linear(hidden[part], head, scale=scales, bias=bias)
@@ -81,6 +85,11 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         (slopes,) = ctx.saved_tensors  # of the losses, which are minus the log-probabilities
         return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None, None, None, None, None
+
+
+def _even_chunk(rows: int, most: int) -> int:
+    """Rows of each chunk, as even as can be and no more than ``most``."""
+    return max(1, -(-rows // max(1, -(-rows // most))))
 
 
 def head_log_probs(

@@ -22,6 +22,7 @@ from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs
 from deltaw.training.tasks.causal_head import (
     CHUNK_BYTES,
+    DEVICE_CHUNK_BYTES,
     chunked_cross_entropy,
     cross_entropy_sum,
     final_logits,
@@ -160,8 +161,9 @@ def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *,
 
 
 def _chunk(model: PreTrainedModel) -> int:
-    """Labels whose fp32 logits fit CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+    """Labels whose fp32 logits fit in what a chunk may take on the model's device."""
+    room = DEVICE_CHUNK_BYTES.get(model.device.type, CHUNK_BYTES)
+    return max(1, room // (4 * model.config.get_text_config().vocab_size))
 
 
 def _is_int8(model: nn.Module) -> bool:

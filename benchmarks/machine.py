@@ -1,0 +1,75 @@
+"""What a benchmark prints with every table: the processor and its flags, threads, and versions.
+
+A figure without the machine that it was measured on says nothing: which arithmetic is fastest differs between
+processors by more than any two programs do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from deltaw.host.processor import physical_cores, processor_flags, processor_name, usable_processors
+
+# Flags that decide how fast matrices are multiplied, x86 first, then ARM.
+FLAGS = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+# Variables that change which instructions are used.
+VARIABLES = (
+    "DELTAW_KERNELS",
+    "DELTAW_NATIVE",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "OMP_NUM_THREADS",
+)
+PACKAGES = ("deltaw", "torch", "transformers", "peft", "trl")
+
+
+def machine_lines(threads: int | None = None) -> list[str]:
+    """The machine and the versions, a line each, to be printed above or below a table."""
+    import torch
+
+    known = processor_flags()
+    flags = " ".join(flag for flag in FLAGS if flag in known) or "flags unknown"
+    cores = physical_cores(usable_processors(), Path("/"))
+    count = torch.get_num_threads() if threads is None else threads
+    lines = [
+        f"processor: {processor_name()} ({platform.machine()}, {platform.system()}); {flags}; "
+        f"{cores} core{'s' if cores != 1 else ''}, {count} thread{'s' if count != 1 else ''}",
+        f"versions: Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
+    ]
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(0)
+        lines.append(f"card: {torch.cuda.get_device_name(0)}, compute capability {major}.{minor}")
+    given = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return [*lines, f"environment: {' '.join(given)}"] if given else lines
+
+
+def print_machine(threads: int | None = None) -> None:
+    """Print :func:`machine_lines`, an empty line before them."""
+    print("", *machine_lines(threads), sep="\n", flush=True)
+
+
+def kernels_text() -> str:
+    """Which of deltaw's compiled kernels this process uses, and what a run would say about them."""
+    from deltaw.kernels import loader
+
+    return "; ".join([f"kernels {loader.variant() or 'none'}", *loader.notes()])
+
+
+def _version(package: str) -> str | None:
+    if package == "deltaw":  # it may be run from its sources, without having been installed
+        from deltaw.version import __version__
+
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

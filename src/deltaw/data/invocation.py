@@ -1,0 +1,85 @@
+"""The invocation sequence of an activated adapter: what it is, and where it stands in a row.
+
+The sequence is what opens the assistant's turn in the chat template; without a template, what all prompts end
+with. Knows tokenizers and examples; not adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import jinja2
+import numpy as np
+
+from deltaw.data.example import Example
+from deltaw.data.prefix_tree import common_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens that a derived sequence has at most. It is there to be found again, and the last occurrence counts.
+LONGEST = 16
+# Questions that end differently, so that nothing of theirs is taken for the opening of an answer.
+_QUESTIONS = ("Why?", "Name a colour", "7 + 5 =", "Thank you.")
+
+
+def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which the chat template opens the assistant's turn; empty where there are none of
+    their own."""
+    wholes = []
+    text = ""
+    try:
+        for question in _QUESTIONS:
+            message = [{"role": "user", "content": question}]
+            asked, bare = (
+                str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=generation))
+                for generation in (True, False)
+            )
+            if not asked.startswith(bare) or asked == bare:
+                return []
+            text = asked[len(bare) :]
+            wholes.append(np.asarray(tokenizer(asked, add_special_tokens=False)["input_ids"], np.int32))
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return []  # whoever renders rows with it says what is wrong
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _common_ending(wholes, len(alone))
+
+
+def ending_of_prompts(rows: Iterable[Example]) -> list[int]:
+    """The tokens that all prompts end with; empty where there are none, or rows without a prompt."""
+    return _common_ending([row.tokens[: row.prompt_length] for row in rows], LONGEST)
+
+
+def _common_ending(sequences: Sequence[np.ndarray], most: int) -> list[int]:
+    """The longest common ending of token sequences, of at most so many tokens."""
+    if not sequences:
+        return []
+    ending = sequences[0][::-1][:most]
+    for other in sequences[1:]:
+        ending = ending[: common_prefix(ending, other[::-1])]
+    return [int(token) for token in ending[::-1]]
+
+
+def activated(row: Example, invocation: Sequence[int]) -> Example:
+    """The row with the place where an adapter of this sequence begins to act.
+
+    That is the last occurrence in what precedes the last completion, as when the model is to write it. So a
+    completion that quotes the sequence changes nothing. Without an occurrence the adapter acts nowhere.
+    """
+    first_label = int(np.flatnonzero(row.is_label)[0]) if row.is_label.any() else len(row.tokens)
+    prompt = row.tokens[: row.prompt_length or first_label]
+    size = len(invocation)
+    start = len(row.tokens)
+    if len(prompt) >= size:
+        windows = np.lib.stride_tricks.sliding_window_view(prompt, size)
+        found = np.flatnonzero((windows == np.asarray(invocation)).all(1))
+        start = int(found[-1]) if len(found) else start
+    return replace(row, active_from=start)
+
+
+def learns(row: Example) -> bool:
+    """Whether an activated adapter acts before each of the row's labels, so that all of them are learned."""
+    labels = np.flatnonzero(row.is_label)
+    return row.active_from is None or len(labels) == 0 or int(labels[0]) > row.active_from

@@ -1,0 +1,102 @@
+"""How products are computed: for each type that weights are stored in, one of four ways.
+
+``dot``: the instruction set's own product of that type, such as a multiply-add of fp32 or the dot product of
+bf16 or int8. ``wide``: bf16 weights are widened to fp32 while they are laid out, and multiplied as fp32.
+``tiles``: AMX.
+``torch``: torch's operators, where the compiled kernels would be slower; attention, norms and the rest stay
+compiled. Each rounds differently, so a run writes down which it used.
+
+Knows a library's answers and numbers; not which library is in use (``loader.py``), and nothing of speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from deltaw.errors import UserError
+from deltaw.kernels.variants import ARITHMETICS, VARIABLE
+
+# The types of stored weights, by the kernels' own numbers.
+STORED = ("fp32", "bf16", "int8")
+TORCH = "torch"
+# What promises most where nothing was measured comes first.
+_BY_PROMISE = ("tiles", "dot", "wide")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a process computes.
+
+    Attributes:
+        kernels: the name of the variant; None without compiled kernels.
+        fp32, bf16, int8: how products with weights of the type are computed; names of ARITHMETICS.
+    """
+
+    kernels: str | None = None
+    fp32: str = TORCH
+    bf16: str = TORCH
+    int8: str = TORCH
+
+    def of(self, stored: str) -> str:
+        """How products with weights stored as ``stored`` are computed."""
+        return str(getattr(self, stored))
+
+    def as_dict(self) -> dict[str, str]:
+        """Plain values, ready for JSON."""
+        return {name: value or "none" for name, value in asdict(self).items()}
+
+    @classmethod
+    def read(cls, values: Mapping[str, object]) -> Arithmetic:
+        """What :meth:`as_dict` gave.
+
+        Raises:
+            ValueError: the values are no arithmetic.
+        """
+        found = {name: values.get(name) for name in ("kernels", *STORED)}
+        if any(found[stored] not in ARITHMETICS for stored in STORED) or not isinstance(
+            found["kernels"], str
+        ):
+            raise ValueError(f"no arithmetic: {dict(values)}")
+        kernels = None if found["kernels"] == "none" else str(found["kernels"])
+        return cls(kernels, *(str(found[stored]) for stored in STORED))
+
+
+def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:
+    """The ways that a library has of computing products with weights of a type; its first is its default."""
+    ways = library.dw_arithmetics(STORED.index(stored))
+    return tuple(name for name in _BY_PROMISE if ways >> ARITHMETICS.index(name) & 1)
+
+
+def default_of(kernels: str, library: ctypes.CDLL, forced: str | None = None) -> Arithmetic:
+    """What a library computes with where nothing was measured: ``forced`` for the types that have it, else
+    its own default.
+
+    Raises:
+        UserError: no type has what is forced.
+    """
+    ways = {stored: (*offered(library, stored), TORCH) for stored in STORED}
+    if forced is not None and not any(forced in of for of in ways.values()):
+        known = sorted({way for of in ways.values() for way in of})
+        raise UserError(
+            f"kernels '{kernels}' have no arithmetic '{forced}'",
+            where=VARIABLE,
+            hint=f"they have {', '.join(known)}",
+        )
+    return Arithmetic(kernels, **{s: forced if forced in of else of[0] for s, of in ways.items()})
+
+
+def tell(library: ctypes.CDLL, arithmetic: Arithmetic) -> None:
+    """Have a library compute so from now on.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    for number, stored in enumerate(STORED):
+        way = arithmetic.of(stored)
+        if way == TORCH:
+            continue
+        if way not in offered(library, stored):
+            raise ValueError(f"kernels '{arithmetic.kernels}' do not compute {stored} by '{way}'")
+        library.dw_set_arithmetic(number, ARITHMETICS.index(way))

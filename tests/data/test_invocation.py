@@ -1,0 +1,78 @@
+"""Which tokens invoke an adapter, and from where on it acts in a row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deltaw.data.example import Example
+from deltaw.data.invocation import activated, ending_of_prompts, learns, opening_of_answer
+from deltaw.data.packing import microbatch_shapes, pack, pad, split_into_microbatches
+from tests.byte_models import byte_tokenizer
+
+
+def row(prompt: list[int], answer: list[int], number: int = 1) -> Example:
+    tokens = np.asarray([*prompt, *answer], np.int32)
+    return Example(number, tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), "answer")
+
+
+def test_the_chat_template_opens_answers():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(opening_of_answer(tokenizer)) == "<|im_start|>assistant\n"
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    assert opening_of_answer(tokenizer) == []
+    tokenizer.chat_template = "{{ nothing.like.this }}"
+    assert opening_of_answer(tokenizer) == []
+
+
+def test_prompts_end_alike():
+    assert ending_of_prompts([row([1, 2, 3], [9]), row([4, 2, 3], [9]), row([5, 5, 2, 3], [3])]) == [2, 3]
+    assert ending_of_prompts([row([1, 2], [9]), row([1, 3], [9])]) == []
+    assert ending_of_prompts([row([1, 2], [9]), row([], [9])]) == []
+    assert len(ending_of_prompts([row(list(range(50)), [9])])) == 16
+
+
+def test_the_last_occurrence_before_the_answer_counts():
+    assert activated(row([7, 8, 1, 7, 8, 2], [3]), [7, 8]).active_from == 3
+    assert activated(row([7, 8, 1], [7, 8]), [7, 8]).active_from == 0
+    nowhere = activated(row([7, 1, 8], [3]), [7, 8])
+    assert nowhere.active_from == 4 and not learns(nowhere)
+    assert learns(activated(row([1, 7, 8], [3]), [7, 8]))
+    early = activated(row([1, 7, 8], [3]), [7, 8])
+    early.is_label[1] = True  # an earlier answer, which the adapter does not write
+    assert not learns(early)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_share_what_the_adapter_does_not_act_on_and_no_more(share):
+    stem = list(range(10, 20))
+    rows = [
+        activated(row([*stem, 7, 8], [30, 31]), [7, 8]),
+        activated(row([*stem, 7, 8], [30, 32]), [7, 8]),
+        # A prompt that quotes what is another row's answer.
+        activated(row([*stem, 7, 8, 30, 31, 40, 7, 8], [33]), [7, 8]),
+    ]
+    batch = pack(rows, share=share, fill=False)
+    active = batch.inputs["adapter_active"].numpy()[0]
+    tokens = batch.inputs["input_ids"].numpy()[0]
+    for member in batch.members:
+        start = member.example.active_from
+        np.testing.assert_array_equal(tokens[member.places], member.example.tokens)
+        np.testing.assert_array_equal(active[member.places], np.arange(len(member.places)) >= start)
+    assert active.sum() == 4 + 4 + 3
+    assert len(tokens) == (10 + 4 + 4 + 8 if share else 14 + 14 + 18)
+    assert microbatch_shapes([rows], share=share, fill=False) == [(1, len(tokens))]
+
+
+def test_padded_rows_say_where_the_adapter_acts():
+    rows = [activated(row([1, 2, 7], [3]), [7]), activated(row([7], [3, 4, 5, 6]), [7])]
+    active = pad(rows).inputs["adapter_active"]
+    assert active.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert "adapter_active" not in pad([row([1], [2])]).inputs
+
+
+def test_tokens_before_the_adapter_can_count_less():
+    rows = [activated(row([*range(10 + n, 50 + n), 7], [3, 4]), [7]) for n in range(4)]
+    assert len(split_into_microbatches(rows, 50)) == 4
+    assert len(split_into_microbatches(rows, 50, inactive_cost=0.1)) == 1
+    assert microbatch_shapes([rows], inactive_cost=0.1, fill=False) == [(1, 4 * (3 + 4))]

@@ -1,0 +1,261 @@
+"""Kernels and arithmetic are chosen by rates, and by none that another machine or a hand wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from deltaw.errors import UserError
+from deltaw.host import kernel_choice, measurements, product_rates
+from deltaw.host.kernel_choice import KernelChoice, choose_kernels, chosen_of
+from deltaw.host.product_rates import Candidate, Measured, Sizes, believable, sizes_of
+from deltaw.hub.remembered import recall, remember
+from deltaw.kernels import linear, loader, variants
+from deltaw.kernels.arithmetic import STORED, Arithmetic, offered
+
+SIZES = Sizes(128, 256, 128)
+compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
+
+
+def candidates_of(rates):
+    """The candidates that a table of rates is of, in its order."""
+    found = []
+    for stored, by_name in rates.items():
+        for name in by_name:
+            kernels, _, way = name.rpartition(":")
+            found.append(Candidate(stored, kernels or None, way))
+    return found
+
+
+def chosen(fp32, bf16, int8):
+    rates = {"fp32": fp32, "bf16": bf16, "int8": int8}
+    return chosen_of(rates, candidates_of(rates))
+
+
+@pytest.fixture
+def measuring(monkeypatch, tmp_path):
+    """A process that was told nothing, with a cache of its own; counts what it measures."""
+    monkeypatch.delenv(variants.MEASURED)
+    monkeypatch.delenv(variants.VARIABLE, raising=False)
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measurements, "_used", {})
+    monkeypatch.setattr(measurements, "_learned", {})
+    calls = []
+
+    def measure(sizes, threads):
+        calls.append((sizes, threads))
+        rates = {stored: {} for stored in STORED}
+        for number, candidate in enumerate(product_rates.candidates()):
+            rates[candidate.stored][candidate.name] = 100.0 + number + len(calls)
+        return Measured(rates, disturbed=False)
+
+    monkeypatch.setattr(product_rates, "measure", measure)
+    return calls
+
+
+def test_the_fastest_arithmetic_of_each_type_is_chosen():
+    found = chosen(
+        {"a:dot": 300, "torch": 290},
+        {"a:dot": 158, "a:wide": 290, "torch": 160},
+        {"a:dot": 900, "a:tiles": 2000, "torch": 50},
+    )
+    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles")
+
+
+def test_torch_wins_where_it_is_clearly_faster():
+    found = chosen({"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50})
+    assert found == Arithmetic("a", fp32="dot", bf16="torch", int8="dot")
+
+
+def test_a_lower_variant_wins_where_it_is_clearly_faster():
+    """The whole choice is one variant, since a process calls one."""
+    slow = {"high:dot": 100, "low:dot": 105, "torch": 50}
+    assert chosen(slow, slow, slow).kernels == "high"
+    fast = {"high:dot": 100, "low:dot": 150, "torch": 50}
+    assert chosen(fast, fast, fast) == Arithmetic("low", "dot", "dot", "dot")
+
+
+def test_without_kernels_torch_computes():
+    assert chosen({"torch": 300}, {"torch": 160}, {"torch": 9}) == Arithmetic()
+
+
+def test_rates_are_measured_once_and_remembered(measuring):
+    first = choose_kernels(SIZES, 1)
+    assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
+    measurements._used.clear()  # another process
+    assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
+
+
+@pytest.mark.parametrize(
+    "change", ["threads", "sizes", "processor", "flags", "torch", "cache", "kernels", "variable"]
+)
+def test_rates_of_another_machine_are_not_believed(change, measuring, monkeypatch):
+    choose_kernels(SIZES, 1)
+    measurements._used.clear()
+    sizes, threads = SIZES, 1
+    if change == "threads":
+        threads = 2
+    elif change == "sizes":
+        sizes = Sizes(128, 512, 128)
+    elif change == "processor":
+        monkeypatch.setattr(kernel_choice, "processor_name", lambda: "another")
+    elif change == "flags":
+        monkeypatch.setattr(kernel_choice, "processor_flags", lambda: {"another"})
+    elif change == "torch":
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    elif change == "variable":
+        monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    elif change == "cache":
+        monkeypatch.setattr(kernel_choice, "second_level_cache", lambda: 1)
+    else:
+        monkeypatch.setattr(kernel_choice, "_libraries", lambda names: [["another", "build"]])
+    choose_kernels(sizes, threads)
+    assert len(measuring) == 2
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        7,
+        {},
+        {"rates": {}},
+        {"rates": {"fp32": {"torch": 1.0}}},
+        {"rates": {stored: {"avx9:dot": 1e6, "torch": 1.0} for stored in STORED}},
+    ],
+)
+def test_a_file_that_somebody_wrote_is_not_believed(nonsense, measuring):
+    choose_kernels(SIZES, 1)
+    ((key, _),) = measurements._used.values()
+    measurements._used.clear()
+    remember(measurements.KIND, key, nonsense)
+    choose_kernels(SIZES, 1)
+    assert len(measuring) == 2
+
+
+@pytest.mark.parametrize("rate", [0, -5.0, "fast", None, float("inf"), float("nan"), 1e9])
+def test_rates_that_no_processor_has_are_not_believed(rate):
+    candidates = [Candidate(stored, None, "torch") for stored in STORED]
+    assert believable({stored: {"torch": 100} for stored in STORED}, candidates) is not None
+    assert believable({stored: {"torch": rate} for stored in STORED}, candidates) is None
+
+
+def test_what_was_measured_beside_other_programs_is_not_remembered(measuring, monkeypatch):
+    real = product_rates.measure
+    monkeypatch.setattr(product_rates, "measure", lambda *of: Measured(real(*of).rates, disturbed=True))
+    assert "busy" in choose_kernels(SIZES, 1).why("bf16")
+    ((key, _),) = measurements._used.values()
+    assert recall(measurements.KIND, key) is None
+    choose_kernels(SIZES, 1)
+    assert len(measuring) == 1, "this process keeps to it all the same"
+
+
+def test_processes_that_this_one_starts_choose_alike(measuring, monkeypatch):
+    own = choose_kernels(SIZES, 1)
+    handed = measurements.for_children()
+    measurements._used.clear()
+    monkeypatch.setenv("DELTAW_CACHE", "/nowhere/that/can/be/written")
+    monkeypatch.setenv(variants.MEASURED, handed[variants.MEASURED])
+    assert choose_kernels(SIZES, 1).rates == own.rates and len(measuring) == 1
+    # And the other way: what a child measured, the next child is told.
+    monkeypatch.delenv(variants.MEASURED)
+    told = measurements.used()
+    measurements._used.clear()
+    measurements.learn(told)
+    assert json.loads(measurements.for_children()[variants.MEASURED]) == told
+    assert choose_kernels(SIZES, 1).rates == own.rates and len(measuring) == 1
+
+
+@compiled_only
+def test_what_the_user_forces_narrows_the_choice(measuring, monkeypatch):
+    with loader.computing():
+        loader.compute_with(None)
+        name = loader.usable()[-1].name
+        monkeypatch.setenv(variants.VARIABLE, name)
+        found = choose_kernels(SIZES, 1)
+        assert found.arithmetic.kernels == name and "torch" not in found.arithmetic.as_dict().values()
+        loader.compute_with(None)
+        monkeypatch.setenv(variants.VARIABLE, f"{name}:torch")
+        assert choose_kernels(SIZES, 1).arithmetic == Arithmetic(name)
+        loader.compute_with(None)
+        monkeypatch.setenv(variants.VARIABLE, "none")
+        assert choose_kernels(SIZES, 1).arithmetic == Arithmetic()
+        loader.compute_with(Arithmetic())
+        assert loader.why_not() == "compiled kernels are switched off (DELTAW_KERNELS=none)"
+
+
+@compiled_only
+def test_an_arithmetic_that_a_variant_lacks_is_refused(monkeypatch):
+    lacking = loader.usable()[-1].name  # the generic one, or another without AMX
+    assert "tiles" not in offered(loader.open_variant(lacking).library, "bf16")
+    monkeypatch.setenv(variants.VARIABLE, f"{lacking}:tiles")
+    with loader.computing(), pytest.raises(UserError, match=f"'{lacking}' have no arithmetic 'tiles'"):
+        loader.compute_with(None)
+        choose_kernels(SIZES, 1)
+
+
+@compiled_only
+def test_products_go_to_torch_where_that_was_chosen():
+    x, weight = torch.randn(8, 64), torch.randn(32, 64)
+    own = loader.arithmetic()
+    with loader.computing(Arithmetic(own.kernels, fp32="torch", bf16=own.bf16, int8=own.int8)):
+        assert not linear.can_multiply(x, weight, None)
+        assert linear.can_multiply(x.bfloat16(), weight.bfloat16(), None)
+        assert torch.equal(linear.linear(x, weight)[0], x @ weight.t())
+        assert loader.serves(x), "everything else stays compiled"
+    assert linear.can_multiply(x, weight, None) and loader.arithmetic() == own
+
+
+def test_a_run_says_what_was_chosen_and_what_would_be_faster():
+    rates = {
+        "fp32": {"a:dot": 300.0, "torch": 290.0},
+        "bf16": {"a:dot": 158.0, "a:wide": 290.0, "torch": 160.0},
+        "int8": {"a:dot": 900.0, "torch": 50.0},
+    }
+    choice = KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, 2, rates)
+    assert choice.value("bf16") == "a, bf16 products wide"
+    assert choice.why("bf16") == "290 GFLOP/s; torch 160, dot 158"
+    assert "int8 would take about 32 % of the time of products" in str(choice.faster_precision("bf16"))
+    assert choice.faster_precision("int8") is None
+    slower = {**rates, "int8": {"a:dot": 350.0, "torch": 50.0}}
+    assert KernelChoice(choice.arithmetic, SIZES, 2, slower).faster_precision("bf16") is None
+
+
+def test_sizes_follow_from_a_models_configuration():
+    llama = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9)
+    assert sizes_of(llama) == Sizes(576, 1536, 576)
+    wide = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=32)
+    assert sizes_of(wide) == Sizes(64, 96, 128)
+    assert sizes_of(GPT2Config(n_embd=48, n_head=4)) == Sizes(48, 192, 48)
+    assert sizes_of(object()) == Sizes(1024, 4096, 1024)
+
+
+@compiled_only
+def test_measuring_times_each_candidate_and_leaves_the_process_as_it_was():
+    """Some rate of each, of the order of the others; torch's random numbers and the arithmetic are
+    untouched."""
+    before, state, threads = loader.arithmetic(), torch.get_rng_state(), torch.get_num_threads()
+    measured = product_rates.measure(SIZES, 1)
+    assert believable(measured.rates, product_rates.candidates()) is not None
+    assert loader.arithmetic() == before and torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_process_that_forces_none_measures_torch_alone():
+    program = (
+        "from deltaw.host.product_rates import Sizes, measure\n"
+        "print({s: list(r) for s, r in measure(Sizes(64, 64, 64), 1).rates.items()})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {variants.VARIABLE: "none"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str({stored: ["torch"] for stored in STORED})

@@ -1,0 +1,162 @@
+"""Products in tiles of AMX, with arrays for the processor's tiles: the sources are compiled once more for
+that."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltaw.kernels import class_gradient as head
+from deltaw.kernels import linear as products
+from deltaw.kernels import loader, variants
+from deltaw.kernels.processor import processor_flags
+from tests.kernels import with_library
+from tests.kernels.conftest import close
+from tests.kernels.test_linear import inputs, numbers
+
+pytestmark = pytest.mark.slow
+# The variant that the emulation is built over: amx without what only tiles need.
+BASE = next(v for v in variants.every_variant() if v.name == "avx512_bf16")
+BF16, INT8 = 1, 2
+DOT, TILES = 0, 2
+SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared object of the emulation."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    if BASE.lacking(processor_flags()):
+        pytest.skip(f"this processor does not run {BASE.name}")
+    folder = tmp_path_factory.mktemp("tiles")
+    common = (variants.LIST.parent / "compile_flags.txt").read_text().split()
+    flags = [*common, *BASE.flags, "-DDW_AMX_EMULATED", "-fPIC"]
+
+    def compiled(source: Path) -> Path:
+        to = folder / f"{source.stem}.o"
+        subprocess.run([compiler, *flags, "-c", source, "-o", to], check=True)
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as several:
+        objects = list(several.map(compiled, sorted(variants.LIST.parent.glob("*.cpp"))))
+    library = folder / "tiles.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+    return library
+
+
+@pytest.fixture
+def computing():
+    """These tests are of no other variant."""
+
+
+@pytest.fixture
+def in_tiles(emulated: Path):
+    """The kernels of the emulation are in use."""
+    with loader.computing():
+        loader.adopt(with_library.opened(emulated))
+        yield loader.kernels()
+
+
+def test_the_kernels_tests_pass_in_tiles(emulated: Path):
+    here = Path(__file__).parent
+    environment = {**os.environ, with_library.VARIABLE: str(emulated)}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.kernels.with_library",
+            *(here / name for name in SUITE),
+        ],
+        cwd=here.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_tiles_can_be_chosen_and_are_the_default(in_tiles):
+    for kind in (BF16, INT8):
+        assert in_tiles.dw_arithmetics(kind) >> TILES & 1
+    assert not in_tiles.dw_arithmetics(0) >> TILES & 1
+    x, weight = numbers(40, 200).bfloat16(), numbers(48, 200, seed=1).bfloat16()
+    by_default = _product(x, weight)
+    in_tiles.dw_set_arithmetic(BF16, DOT)
+    by_dot = _product(x, weight)
+    in_tiles.dw_set_arithmetic(BF16, TILES)
+    # Sums in another order, which only shows where they are not rounded to bf16.
+    assert torch.equal(by_default, _product(x, weight)) and not torch.equal(by_default, by_dot)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """xᵀ·x in fp32, as a gradient of a factor that is x itself."""
+    of_A, _ = products.factors_backward(x, weight.new_zeros(len(x), 48), x, x[:, :48].contiguous(), 1.0)
+    return of_A
+
+
+# Sums of int8 products are exact, and all that is done to them is the same.
+@pytest.mark.parametrize("rows", [1, 15, 16, 33, 63, 101])
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (132, 20), (576, 100), (3200, 36)])
+def test_int8_products_have_the_bits_of_dot_products(in_tiles, threads, rows, n_in, n_out):
+    x = numbers(rows, n_in).float()
+    grad = numbers(rows, n_out, seed=1).float()
+    scale = torch.rand(n_out, generator=torch.Generator().manual_seed(2)) + 0.5
+    weight = (numbers(n_out, n_in, seed=3) * 40).clamp(-127, 127).to(torch.int8)
+    found = []
+    for arithmetic in (DOT, TILES, TILES):
+        in_tiles.dw_set_arithmetic(INT8, arithmetic)
+        y, _ = products.linear(x, weight, True, scale, None, None, None, None, 1.0, None)
+        dx, _ = products.linear_backward(grad, weight, True, scale, None, None, None, 1.0, None)
+        found.append((y, dx))
+    for y, dx in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1])
+
+
+@pytest.mark.parametrize("classes", [5, 129, 1001, 4100])
+def test_gradients_of_classes_have_the_bits_of_dot_products(in_tiles, threads, classes):
+    weight = numbers(classes, 52).bfloat16()
+    targets = torch.arange(67) * 7 % classes
+    grad = numbers(67, classes, seed=1).exp().softmax(-1)
+    grad[torch.arange(67), targets] -= 1
+    scales = weight.float().abs().amax(1) / 127
+    found = []
+    for arithmetic in (DOT, TILES):
+        in_tiles.dw_set_arithmetic(INT8, arithmetic)
+        found.append(head.class_gradient_(grad.bfloat16(), targets, weight, scales))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("size", [(1, 4, 4), (70, 64, 132), (45, 160, 36), (200, 1600, 68)])
+@pytest.mark.parametrize("rank", [2, 16, 34])
+def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
+    t = inputs(*size, rank, torch.bfloat16)
+    found = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        y, h = products.linear(
+            t["x"], t["weight"], True, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"]
+        )
+        dx, narrow = products.linear_backward(
+            t["grad"], t["weight"], True, None, None, t["lora_A"], t["lora_B"], 0.5, t["x"]
+        )
+        found.append((y, h, dx, narrow, *products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)))
+    for others in found[1:]:
+        assert all(torch.equal(*both) for both in zip(found[0], others, strict=True))
+    # A row by itself has the bits that it has among others.
+    one, _ = products.linear(
+        t["x"][-1:], t["weight"], True, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"][-1:]
+    )
+    assert torch.equal(one, found[0][0][-1:])
+    exact = t["x"].double() @ t["weight"].double().t() + t["bias"].double() + t["added"].double()
+    close(found[0][0], exact + 0.5 * found[0][1].double() @ t["lora_B"].double(), torch.bfloat16)

@@ -1,0 +1,144 @@
+"""What benchmarks compute from measurements, the models they make, and what they say of the machine.
+
+Nothing is timed for its speed here: the benchmarks themselves are run by hand.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.host.processor import processor_name
+from deltaw.hub.loading import load
+
+pytest.importorskip("psutil")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks import one another as scripts of one folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in ("machine", "step", "step_models", "step_sides", "products", "peak"):
+        sys.modules.pop(name, None)
+
+
+def test_the_machine_is_named_with_flags_threads_and_versions(monkeypatch):
+    import machine
+
+    monkeypatch.setattr(machine, "processor_flags", lambda: {"avx2", "amx_int8", "nonsense"})
+    monkeypatch.setenv("DELTAW_KERNELS", "avx2")
+    text = "\n".join(machine.machine_lines(3))
+    assert processor_name() in text and "; avx2 amx_int8; " in text and "nonsense" not in text
+    assert "3 threads" in text and f"torch {torch.__version__}" in text and "DELTAW_KERNELS=avx2" in text
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b"])
+def test_counted_layers_are_those_of_the_model(name):
+    import step_models
+    from transformers import AutoModelForCausalLM
+
+    config = step_models.config_of(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    blocks = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    assert step_models.linear_shapes(config) == Counter((m.in_features, m.out_features) for m in blocks)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert step_models.parameter_count(config) == weights
+    published = {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}
+    assert sum(p.numel() for p in model.parameters()) == published[name]
+
+
+def test_random_weights_are_written_once_and_loaded_by_both_sides(tmp_path, monkeypatch):
+    import step_models
+    from transformers import AutoModelForCausalLM
+
+    sizes = {**step_models.QWEN, "vocab_size": 97, "hidden_size": 28, "num_hidden_layers": 1}
+    tiny = step_models.Size(1, 8, "Qwen2", tuple({**sizes, "intermediate_size": 16}.items()))
+    monkeypatch.setitem(step_models.MODELS, "tiny", tiny)
+    reference, folder = step_models.made("tiny", tmp_path)
+    written = (Path(folder) / "done").stat().st_mtime_ns
+    assert step_models.made("tiny", tmp_path) == (reference, folder)
+    assert (Path(folder) / "done").stat().st_mtime_ns == written
+    ours = load(reference, precision="bf16", device="cpu", say=lambda line: None).model
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    mine, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
+    assert all(p.abs().max() > 0 for n, p in mine.items() if n.endswith("bias"))
+
+
+def test_ratios_are_to_peft_at_its_best_round_by_round():
+    import step
+
+    found = {
+        "deltaw-auto": [{"tokens_per_second": s, "how": "fp32 (measured)"} for s in (200.0, 300.0, 90.0)],
+        **{
+            name: [{"tokens_per_second": s} for s in each]
+            for name, each in {
+                "peft-fp32": (100.0, 100.0, 30.0),  # the fastest in two of three rounds
+                "peft-bf16": (50.0, 60.0, 90.0),
+                "peft-bf16-checkpointing": (400.0, 400.0, 400.0),  # not what is compared with
+                "floor-bf16": (100.0, 100.0, 100.0),
+                "floor-fp32": (250.0, 400.0, 100.0),
+            }.items()
+        },
+    }
+    (line,) = step.summary(found)
+    assert "3.00 times PEFT's best (peft-fp32; rounds 2.00 to 3.00)" in line
+    assert "80% of torch's best exact product rate (floor-fp32)" in line and "fp32 (measured)" in line
+
+
+def test_every_usual_side_exists_and_avx2_confines_each():
+    import step
+
+    assert set(step.USUAL) | set(step.USUAL_AVX2) <= set(step.SIDES)
+    assert not [name for name in step.USUAL_AVX2 if "bf16" in name]  # emulated there
+    compiled = {name for name, side in step.SIDES.items() if side.get("compiled")}
+    assert compiled and compiled <= set(step.USUAL)
+
+
+def test_a_side_that_does_not_fit_is_skipped_aloud(monkeypatch, capsys):
+    import step
+
+    monkeypatch.setattr(step.psutil, "virtual_memory", lambda: type("M", (), {"available": 9e9})())
+    assert step.fits("deltaw-int8", "llama-3.2-3b") and step.fits("floor-fp32", "llama-3.2-3b")
+    assert not step.fits("peft-fp32", "llama-3.2-3b")
+    assert "peft-fp32 is skipped" in capsys.readouterr().out
+
+
+def test_rates_of_a_model_weigh_its_layers_by_their_number():
+    import products
+    from peak import Peak
+
+    result = {
+        "products": [
+            {"kind": "fp32", "shape": [10, 5, 5], "count": 3, "deltaw": 1.0, "torch": 2.0},
+            {"kind": "fp32", "shape": [10, 5, 20], "count": 1, "deltaw": 7.0, "torch": 4.0},
+            {"kind": "int8", "shape": [10, 5, 5], "count": 2, "deltaw": 0.5, "torch": 1.0},
+        ],
+        "notes": [],
+    }
+    assert products.rate(result, "fp32", "deltaw") == (3 * 1000 + 4000) / (3 + 7)
+    assert products.rate(result, "fp32", "torch") == 7000 / (6 + 4)
+    known = {"fp32": Peak(1400.0, "a loop"), "int8": Peak(0.0, "unknown")}
+    assert products.top_rate({"auto": result}, "fp32", known) == 1400.0
+    assert products.top_rate({"auto": result}, "int8", known) == 2000.0  # the best that was measured
+    lines = products.table("smollm2", {"auto": result}, known, ["fp32", "int8"])
+    assert "100% of 0 | 100% of 0 | 50% of 0 |" in lines[2] and "100% of 0 |" in lines[3]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler was found")
+def test_peaks_are_measured_for_what_the_processor_has():
+    import peak
+
+    flags = peak.processor_flags()
+    for kind, found in peak.peaks(1).items():
+        has = any(flag in flags for flag, _, _ in peak.LOOPS[kind]) and peak.TILES.get(kind) not in flags
+        assert (found.rate > 0) == has, found.why

@@ -1,0 +1,475 @@
+"""Training an activated adapter: prompts run apart, once, and the gradients are those of masked rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from deltaw.config import RunConfig
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.invocation import activated
+from deltaw.errors import UserError
+from deltaw.host.choices import Choice
+from deltaw.lora import LoRAConfig, adapter_parameters, attach
+from deltaw.runtime import partial_check
+from deltaw.runtime.packed import backbone_of, packed_rows
+from deltaw.training.evaluation.causal import evaluate_causal
+from deltaw.training.features import prompt_store, store
+from deltaw.training.features.prompt_store import stored_prompts
+from deltaw.training.features.prompts import PromptIndex, StoredPrompts
+from deltaw.training.fit import fit, load_for
+from deltaw.training.inference import open_run, score_run
+from deltaw.training.losses import RowLogProbs
+from deltaw.training.seen import resolve_invocation
+from deltaw.training.session import assemble, checkpoint_blocks, read_data
+from deltaw.training.tasks.causal_batcher import choose_causal_batcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.byte_models import byte_tokenizer
+from tests.conftest import COLOURS, laid_over, write_rows
+from tests.tiny_models import causal_model
+
+INVOCATION = [5, 7, 9]
+FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "qwen3", "neox", "phi3", "cohere")
+
+
+def rows(count: int = 9) -> list[Example]:
+    """Rows some of whose prompts begin alike, and two of whose prompts are the same."""
+    chance = np.random.default_rng(0)
+    stem, made = chance.integers(10, 97, 8), []
+    for n in range(count):
+        begin = stem[: chance.integers(3, 9)] if n % 3 else stem[:0]
+        prompt = np.concatenate([begin, chance.integers(10, 97, chance.integers(2, 9)), INVOCATION])
+        if n == 4:
+            prompt = made[3].tokens[: made[3].prompt_length]
+        tokens = np.concatenate([prompt, chance.integers(10, 97, chance.integers(1, 6))]).astype(np.int32)
+        is_label = np.arange(len(tokens)) >= len(prompt)
+        made.append(activated(Example(n + 1, tokens, is_label, len(prompt), "answer"), INVOCATION))
+    return made
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
+    model = causal_model(family).to(dtype)
+    settings = {"rank": 4, "alpha": 8, "activation": "completion", "invocation_tokens": INVOCATION}
+    attach(model, LoRAConfig(**{**settings, **changes}), seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@contextlib.contextmanager
+def prompts_of(model: nn.Module, examples: list, folder: Path, **how: object) -> Iterator[StoredPrompts]:
+    batcher, _ = choose_causal_batcher(model, examples, device="cpu", tokens_per_pass=40)
+    with packed_rows(model):
+        prompts, choice = stored_prompts(
+            model, CausalObjective(model), batcher, examples, folder=folder, **how
+        )
+        assert prompts is not None, choice.why
+        prompts.choice = choice
+        try:
+            yield prompts
+        finally:
+            prompts.close()
+
+
+def loss_and_gradients(model: nn.Module, objective, batcher, examples) -> tuple[Tensor, list[Tensor]]:
+    factors = [p for _, p in adapter_parameters(model)]
+    loss, grads = torch.zeros(()), [torch.zeros_like(p) for p in factors]
+    for batch in batcher.batches(examples):
+        part = objective(batch)
+        loss = loss + part.detach()
+        for total, grad in zip(grads, torch.autograd.grad(part, factors), strict=True):
+            total += grad
+    return loss, grads
+
+
+def masked(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tensor]]:
+    """The definition: rows one by one through the model's own code, whose adapter looks at the tokens."""
+    factors = [p for _, p in adapter_parameters(model)]
+    loss: Tensor | float = 0.0
+    for row in examples:
+        ids = torch.from_numpy(row.tokens).long()
+        log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        for place in np.flatnonzero(row.is_label):
+            loss = loss - log_probs[place - 1, ids[place]]
+    assert isinstance(loss, Tensor)
+    return loss.detach(), list(torch.autograd.grad(loss, factors))
+
+
+@contextlib.contextmanager
+def tokens_run(model: nn.Module) -> Iterator[list[int]]:
+    """How many tokens each call of the backbone sees."""
+    seen: list[int] = []
+    hook = backbone_of(model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def relative(found: list[Tensor], expected: list[Tensor]) -> float:
+    difference = sum((a - b).double().square().sum() for a, b in zip(found, expected, strict=True))
+    return float((difference / sum(b.double().square().sum() for b in expected)).sqrt())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_masked_rows(family, tmp_path):
+    model, examples = adapted(family), rows()
+    loss, grads = masked(model, examples)
+    with prompts_of(model, examples, tmp_path) as prompts:
+        assert prompts.choice.value == "kept"
+        for _ in range(2):  # computed, then read
+            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            assert float(ours[0]) == pytest.approx(float(loss), rel=1e-5)
+            assert relative(ours[1], grads) < 5e-5
+        whole = loss_and_gradients(model, prompts.objective.inner, prompts.batcher.inner, examples)
+        assert relative(whole[1], grads) < 5e-5
+    everywhere = [
+        Example(row.row, row.tokens, row.is_label, row.prompt_length, row.answer, active_from=0)
+        for row in examples
+    ]
+    batcher, _ = choose_causal_batcher(model, everywhere, device="cpu")
+    with packed_rows(model):
+        other = loss_and_gradients(model, CausalObjective(model), batcher, everywhere)
+    assert relative(other[1], grads) > 0.1  # or else this test shows nothing
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi"])
+def test_gradients_are_those_of_masked_rows_in_float64(family, tmp_path):
+    # Of these families transformers' own code computes in float64 throughout.
+    model, examples = adapted(family, torch.float64), rows()
+    loss, grads = masked(model, examples)
+    with prompts_of(model, examples, tmp_path) as prompts:
+        for _ in range(2):
+            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            assert float(ours[0]) == pytest.approx(float(loss), rel=1e-12)
+            assert relative(ours[1], grads) < 1e-13
+
+
+def test_a_later_epoch_runs_no_token_of_a_prompt(tmp_path):
+    model, examples = adapted("llama"), rows()
+    answers = sum(len(row.tokens) - row.active_from for row in examples)
+    index = PromptIndex(examples)
+    assert index.units < sum(row.active_from for row in examples)  # beginnings are shared
+    with prompts_of(model, examples, tmp_path) as prompts, tokens_run(model) as seen:
+        batches = list(prompts.batcher.batches(examples))
+        loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        assert sum(seen) == answers + index.units
+        seen.clear()
+        loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        assert sum(seen) == answers
+        assert sum(b.tokens for b in prompts.batcher.batches(examples)) == answers
+        assert sum(b.tokens for b in batches) >= answers + index.units
+        assert all(batch.inner.inputs["adapter_active"].any() for batch in batches)
+
+
+def test_prompts_keep_no_activations(tmp_path):
+    model, examples = adapted("llama"), rows()
+    with prompts_of(model, examples, tmp_path) as prompts:
+        kept: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.shape[0] if t.dim() else 0) or t, lambda t: t
+        )
+        batch = next(iter(prompts.batcher.batches(examples)))
+        with hooks:
+            prompts.objective(batch)
+        active = int((batch.units < 0).sum())
+        # The row's keys and values alone are as long as the row.
+        long = [n for n in kept if n == len(batch.units)]
+        assert len(long) == 2 * model.config.num_hidden_layers and kept.count(active) > len(long)
+
+
+def test_a_store_is_found_again_by_the_next_run(tmp_path):
+    examples = rows()
+    model = adapted("llama")
+    with prompts_of(model, examples, tmp_path) as prompts:
+        before = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+    again = adapted("llama")
+    with prompts_of(again, rows()[::-1], tmp_path) as prompts, tokens_run(again) as seen:
+        assert (
+            f"{prompts.index.units:,} of {prompts.index.units:,} tokens there already" in prompts.choice.why
+        )
+        # The identity of rows is another; what they hold is the same.
+        examples = prompts.index._rows
+        after = loss_and_gradients(again, prompts.objective, prompts.batcher, examples)
+        assert sum(seen) == sum(len(row.tokens) - row.active_from for row in examples)
+    assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-6)
+    assert relative(after[1], before[1]) < 1e-5
+    assert len(list(tmp_path.glob("*/values.bin"))) == 1
+
+
+def test_a_store_of_other_weights_or_wrong_values_is_not_believed(tmp_path):
+    examples = rows()
+    model = adapted("llama")
+    expected = masked(model, examples)
+    with prompts_of(model, examples, tmp_path) as prompts:
+        loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+    (values,) = tmp_path.glob("*/values.bin")
+    content = np.fromfile(values, np.float32)
+    (content + 0.1).tofile(values)
+    with prompts_of(model, examples, tmp_path) as prompts:
+        assert not prompts.store.done.any() and "there already" not in prompts.choice.why
+        ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        assert relative(ours[1], expected[1]) < 5e-5
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
+    with prompts_of(model, examples, tmp_path) as prompts:
+        assert not prompts.store.done.any()
+    assert len(list(tmp_path.glob("*/values.bin"))) == 2
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_without_room_prompts_are_recomputed_in_each_step(keep, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_store, "MEMORY_BYTES", 0)
+    model, examples = adapted("llama"), rows()
+    expected = masked(model, examples)
+    with prompts_of(model, examples, tmp_path, keep=keep, limit=1) as prompts, tokens_run(model) as seen:
+        assert prompts.choice.value == "recomputed" and prompts.store.shape.bytes == 0
+        assert ("take" in prompts.choice.why) == keep
+        for _ in range(2):
+            seen.clear()
+            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            assert relative(ours[1], expected[1]) < 5e-5
+            assert sum(seen) > sum(len(row.tokens) - row.active_from for row in examples)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_where_room_is_short_a_part_of_the_prompts_is_kept(in_memory, tmp_path, monkeypatch):
+    model, examples = adapted("llama"), rows()
+    units = PromptIndex(examples).units
+    room = units * 2 * 2 * 2 * 8 * 4 * 3 // 5  # three fifths of layers · (key, value) · heads · d · bytes
+    monkeypatch.setattr(prompt_store, "MEMORY_BYTES", room if in_memory else 0)
+    expected = masked(model, examples)
+    answers = sum(len(row.tokens) - row.active_from for row in examples)
+    how = {"folder": tmp_path, "limit": 1 if in_memory else room}
+    for run in range(2):
+        with prompts_of(model, examples, **how) as prompts, tokens_run(model) as seen:
+            assert "once for 50% of their tokens" in prompts.choice.why
+            assert prompts.store.shape.units == units // 2 and "take" in prompts.choice.why
+            for epoch in range(2):
+                seen.clear()
+                ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+                assert relative(ours[1], expected[1]) < 5e-5
+                known = units // 2 if epoch or (run and not in_memory) else 0
+                assert sum(seen) >= answers + units - known
+            assert sum(seen) < answers + units
+
+
+def test_pages_of_a_large_store_are_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "RESIDENT_BYTES", 4096)
+    model, examples = adapted("llama"), rows()
+    with prompts_of(model, examples, tmp_path) as prompts:
+        first = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        second = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        assert prompts.store.resident_bytes == 4096 < prompts.store.shape.bytes
+    assert relative(second[1], first[1]) < 1e-6
+
+
+def test_how_rows_are_cut_changes_nothing(tmp_path):
+    model, examples = adapted("llama"), rows()
+    expected = masked(model, examples)
+    for tokens in (1, 17, 1000):
+        batcher, _ = choose_causal_batcher(model, examples, device="cpu", tokens_per_pass=tokens)
+        with packed_rows(model):
+            prompts, _ = stored_prompts(model, CausalObjective(model), batcher, examples, keep=False)
+            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+        assert relative(ours[1], expected[1]) < 5e-5
+
+
+def test_checkpointing_recomputes_answers_over_the_same_keys(tmp_path):
+    model, examples = adapted("llama"), rows()
+    expected = masked(model, examples)
+    checkpoint_blocks(model, True, [p for _, p in adapter_parameters(model)])
+    with prompts_of(model, examples, tmp_path) as prompts:
+        for _ in range(2):
+            ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
+            assert relative(ours[1], expected[1]) < 5e-5
+
+
+def test_rows_in_groups_and_losses_of_rows_see_the_answers(tmp_path):
+    model, examples = adapted("llama"), rows(8)
+    groups = [RowGroup((examples[n], examples[n + 1])) for n in range(0, 8, 2)]
+    with prompts_of(model, groups, tmp_path) as prompts:
+        sums = {}
+        for batch in prompts.batcher.batches(groups):
+            per_row = RowLogProbs.of(batch, prompts.objective.token_log_probs(batch))
+            sums.update(zip(map(id, per_row.rows), per_row.sums().tolist(), strict=True))
+            assert len(batch.groups) == batch.rows / 2
+    for row in examples:
+        assert sums[id(row)] == pytest.approx(-float(masked(model, [row])[0]), rel=1e-5)
+
+
+def test_rows_that_are_not_known_run_as_a_whole(tmp_path):
+    model, examples = adapted("llama"), rows(12)
+    expected = masked(model, examples[9:])
+    with prompts_of(model, examples[:9], tmp_path) as prompts:
+        ours = loss_and_gradients(model, prompts.objective, prompts.batcher, examples[9:])
+        evaluated = evaluate_causal(prompts.objective, examples, prompts.batcher).metrics["loss"]
+    assert relative(ours[1], expected[1]) < 5e-5
+    labels = sum(row.label_count for row in examples)
+    assert evaluated == pytest.approx(float(masked(model, examples)[0]) / labels, rel=1e-5)
+
+
+def test_a_model_that_cannot_pack_runs_padded_rows_with_the_adapter_masked():
+    model, examples = adapted("bloom"), rows()
+    expected = masked(model, examples)
+    batcher, _ = choose_causal_batcher(model, examples, device="cpu")
+    objective = CausalObjective(model)
+    prompts, choice = stored_prompts(model, objective, batcher, examples)
+    assert prompts is None and choice.value == "masked" and "padded" in choice.why
+    ours = loss_and_gradients(model, objective, batcher, examples)
+    assert relative(ours[1], expected[1]) < 5e-5
+
+
+def test_a_model_that_gives_something_else_apart_runs_whole_rows(monkeypatch):
+    model, examples = adapted("llama"), rows()
+    right = partial_check.can_run_apart(model)
+    assert right.value
+    own = partial_check._run
+    monkeypatch.setattr(partial_check, "_DIFFERENCES", {})
+    # As if the adapter acted on the prompt as well.
+    monkeypatch.setattr(partial_check, "_run", lambda *of, acting: own(*of, acting=True))
+    batcher, _ = choose_causal_batcher(model, examples, device="cpu")
+    with packed_rows(model):
+        prompts, choice = stored_prompts(model, CausalObjective(model), batcher, examples)
+    assert prompts is None and "gives something else" in choice.why
+
+
+# Whole runs
+
+
+@pytest.fixture
+def settings(model_folder, rows_file, tmp_path):
+    def made(**changes: object) -> dict:
+        plain = {
+            "model": str(model_folder),
+            "data": {"train": str(rows_file), "eval": 3},
+            "lora": {"rank": 4, "activation": "completion"},
+            "train": {"epochs": 4, "batch_size": 4, "learning_rate": 0.02},
+            "precision": "fp32",
+            "device": "cpu",
+            "output": str(tmp_path / "run"),
+        }
+        return laid_over(plain, changes)
+
+    return made
+
+
+def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_path, model_folder):
+    result = fit(settings())
+    invocation = byte_tokenizer()("<|im_start|>assistant\n")["input_ids"]
+    saved = json.loads((result.output / "adapter_config.json").read_text())
+    assert saved["alora_invocation_tokens"] == invocation
+    told = (result.output / "run.yaml").read_text()
+    assert "opens the answer in the chat template" in told and "keep_features: auto  # kept" in told
+    steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "computed_tokens" in step]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["computed_tokens"] < 0.5 * steps[0]["computed_tokens"]
+
+    opened = open_run(str(result.output), say=lambda line: None, device="cpu", precision="fp32")
+    examples, _ = opened.task.read_file(settings()["data"]["train"], opened.data, None)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), result.output)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    losses, labels = [0.0, 0.0], 0
+    for row in examples:
+        ids = torch.from_numpy(row.tokens).long()[None]
+        at = np.flatnonzero(row.is_label)
+        labels += len(at)
+        with torch.no_grad():
+            ours, peft, bare = (
+                m(input_ids=ids).logits[0] for m in (opened.model, theirs.eval(), base.eval())
+            )
+        torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
+        for number, logits in enumerate((peft, bare)):
+            losses[number] -= float(logits.log_softmax(-1)[at - 1, ids[0, at]].sum())
+    score = score_run(opened, examples, max_new_tokens=4)
+    batcher, _ = choose_causal_batcher(opened.model, examples, device="cpu")
+    assert not batcher.padded  # that the adapter is on the model does not keep its rows from being packed
+    assert score.metrics["loss"] == pytest.approx(losses[0] / labels, rel=1e-4)
+    with opened.base():
+        bare_score = score_run(opened, examples, max_new_tokens=4)
+    assert bare_score.metrics["loss"] == pytest.approx(losses[1] / labels, rel=1e-4)
+
+
+def test_the_apart_run_and_the_masked_run_train_the_same(settings, tmp_path, monkeypatch):
+    apart = fit(settings(output=str(tmp_path / "apart")))
+    monkeypatch.setattr(
+        "deltaw.training.session.stored_prompts",
+        lambda *of, **how: (None, Choice("masked", "as a test has it")),
+    )
+    whole = fit(settings(output=str(tmp_path / "whole")))
+    assert apart.outcome.computed_tokens < whole.outcome.computed_tokens
+    assert apart.outcome.loss == pytest.approx(whole.outcome.loss, rel=1e-3)
+
+
+def test_one_epoch_keeps_nothing_on_the_disk(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    result = fit(settings(train={"epochs": 1, "batch_size": 7}))
+    assert "recomputed: prompts run without the adapter" in (result.output / "run.yaml").read_text()
+    assert not (tmp_path / "cache" / "features").exists()
+
+
+def test_text_and_ids_and_endings_of_plain_prompts_invoke(settings, tmp_path):
+    file = write_rows(
+        tmp_path / "plain.jsonl", ({"prompt": f"{c}? Answer:", "completion": f" {c[0]}"} for c in COLOURS)
+    )
+    tokenizer = byte_tokenizer()
+    answer, colon = (tokenizer(text)["input_ids"] for text in ("Answer:", ":"))
+    for given, expected in ((None, "? Answer:"), ("Answer:", "Answer:"), (colon, ":")):
+        config = RunConfig.read(
+            settings(
+                data={"train": str(file), "template": "plain"},
+                lora={"invocation_tokens": given},
+            )
+        )
+        task, data = read_data(config)
+        model = load_for(config, task, data).model
+        session = assemble(config, task, data, model, device="cpu")
+        found = session.chosen["lora.invocation_tokens"]
+        assert tokenizer.decode(found.value) == expected
+        assert all(row.active_from == row.prompt_length - len(found.value) for row in session.data.train)
+        session.close()
+    assert len(answer) == 7
+
+
+def test_what_cannot_be_trained_so_is_refused(settings, tmp_path):
+    plain = write_rows(tmp_path / "plain.jsonl", ({"prompt": c, "completion": c[0]} for c in "abcdefgh"))
+    asked = {"data": {"train": str(plain), "template": "plain"}}
+    with pytest.raises(UserError, match="no invocation sequence can be derived") as error:
+        fit(settings(**asked))
+    assert "Answer:" in error.value.hint
+    with pytest.raises(UserError, match=r"8 of 8 rows do not have|5 of 5 rows do not have"):
+        fit(settings(**asked, lora={"invocation_tokens": "zz"}))
+    talk = [
+        {"messages": [{"role": r, "content": f"{c}{n}"} for n, r in enumerate(("user", "assistant") * 2)]}
+        for c in COLOURS
+    ]
+    several = write_rows(tmp_path / "talk.jsonl", talk)
+    with pytest.raises(UserError, match="labels before the last") as error:
+        fit(settings(data={"train": str(several)}))
+    assert "data.labels: last" in error.value.hint
+    fit(settings(data={"train": str(several), "labels": "last"}, train={"max_steps": 1}))
+    labels = write_rows(tmp_path / "labels.jsonl", ({"text": c, "label": c[0]} for c in COLOURS * 2))
+    with pytest.raises(UserError, match="models that write an answer"):
+        fit(settings(task="sequence-classification", data={"train": str(labels)}))
+
+
+def test_other_methods_have_no_invocation():
+    class Method:
+        activates = False
+
+    assert resolve_invocation(Method(), None, [], chat=True) is None

@@ -1,0 +1,284 @@
+"""A step on a device: the host waits once, at the end, and what a step needs stays on the device.
+
+The meta device stands for a device whose answers take long: torch refuses to read a number from it, to bring
+a tensor back from it, and to find out how many elements of it are True. Whatever makes the host wait for a
+CUDA device is thus an error here, on any machine. The last tests need a CUDA device.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from deltaw.data.example import RowGroup
+from deltaw.errors import UserError
+from deltaw.kernels.transfer import to_device
+from deltaw.lora import LoRAConfig
+from deltaw.methods.lora import LoRA
+from deltaw.runtime.packed import packed_rows
+from deltaw.training import loop
+from deltaw.training.features import device_store
+from deltaw.training.features.device_store import DeviceStore, on_device
+from deltaw.training.features.store import MemoryStore, Shape, open_store
+from deltaw.training.keep_general import KeepGeneral
+from deltaw.training.loop import train
+from deltaw.training.optimizer import adamw, skipping
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from tests.tiny_models import causal_model
+from tests.training.test_loop import Run, examples
+from tests.training.toy_preference import Preference
+
+cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+
+
+def on_meta(family="llama", **lora):
+    """A tiny model whose tensors have no values, with its trained parameters and its objective."""
+    model = causal_model(family)
+    method = LoRA(LoRAConfig(rank=4, alpha=8, **lora))
+    method.prepare(model, seed=0)
+    with method.evaluating(model):
+        objective = CausalObjective(model)
+    model.to("meta")
+    return model, [p for _, p in method.parameters(model)], objective
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Training on the meta device: the list is told how many numbers are read at the end of each step."""
+    optimizers = importlib.import_module("torch.optim.optimizer")
+    known = optimizers._get_fused_kernels_supported_devices()
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*known, "meta"])
+    asked: list[int] = []
+
+    def read(*numbers):
+        asked.append(len(numbers))
+        return [1.0] * len(numbers)
+
+    monkeypatch.setattr(loop, "_read", read)
+    return asked
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_step_of_packed_rows_waits_once(family, share, unread):
+    model, parameters, objective = on_meta(family)
+    batcher = CausalMicroBatcher(40, share, False, "meta")
+    with packed_rows(model):
+        outcome = train(objective, parameters, examples(), batcher, learning_rate=1e-3, total_steps=3)
+    assert unread == [3, 3, 3] and outcome.steps == 3
+
+
+@pytest.mark.parametrize("lora", [{"dora": True}, {"dropout": 0.1}, {"lora_bias": True}])
+def test_other_kinds_of_factors_wait_no_more_often(lora, unread):
+    model, parameters, objective = on_meta(**lora)
+    with packed_rows(model):
+        train(
+            objective,
+            parameters,
+            examples(),
+            CausalMicroBatcher(1000, True, False, "meta"),
+            learning_rate=1e-3,
+            total_steps=2,
+        )
+    assert unread == [3, 3]
+
+
+def test_a_loss_over_pairs_of_rows_waits_no_more_often(unread):
+    model, parameters, objective = on_meta()
+    rows = examples(8)
+    pairs = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
+    objective.loss = Preference()
+    batcher = CausalMicroBatcher(40, True, False, "meta")
+    with packed_rows(model):
+        train(objective, parameters, pairs, batcher, learning_rate=1e-3, total_steps=2)
+    assert unread == [3, 3]
+
+
+def test_kept_general_answers_are_read_with_the_rest(unread):
+    model, parameters, objective = on_meta()
+    batcher = CausalMicroBatcher(1000, True, False, "meta")
+    keep = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
+    with packed_rows(model):
+        train(
+            objective,
+            parameters,
+            examples(),
+            batcher,
+            learning_rate=1e-3,
+            total_steps=2,
+            add_gradients=keep,
+        )
+    assert unread == [3, 3]
+
+
+def test_the_guard_sees_what_waits(unread):
+    model, parameters, objective = on_meta()
+
+    def reading(batch):
+        loss = objective(batch)
+        float(loss)
+        return loss
+
+    reading.units = objective.units
+    with packed_rows(model), pytest.raises(RuntimeError, match="meta"):
+        batcher = CausalMicroBatcher(1000, True, False, "meta")
+        train(reading, parameters, examples(), batcher, learning_rate=1e-3, total_steps=1)
+
+
+def test_a_late_step_that_is_not_finite_changes_neither_parameters_nor_moments():
+    run = Run(total_steps=6)
+    kept = {}
+
+    def spoil(step):
+        if step.step == 4:  # no longer checked, so that only the device knows in time
+            kept["factors"] = {n: f.clone() for n, f in run.factors().items()}
+            with torch.no_grad():
+                run.frozen["model.norm.weight"].fill_(torch.inf)
+
+    with pytest.raises(UserError, match="diverged") as refused:
+        run.go(on_step=spoil)
+    assert refused.value.where == "step 5 of 6"
+    for name, factor in run.factors().items():
+        assert torch.equal(factor, kept["factors"][name])
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_step_of_the_optimizer_is_left_out_where_a_tensor_says_so(skipped):
+    parameters = [
+        torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(n))) for n in (0, 1)
+    ]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    ours, theirs = adamw(parameters, 1e-2), adamw(twins, 1e-2)
+    for step in range(4):
+        for p in (*parameters, *twins):
+            p.grad = torch.full_like(p, step + 1.0)
+        if step == 2 and skipped:
+            for p in parameters:
+                p.grad.fill_(torch.nan)
+        with skipping(ours, torch.tensor(step == 2 and skipped)):
+            ours.step()
+        if not (step == 2 and skipped):
+            theirs.step()
+    assert not hasattr(ours, "found_inf")
+    for one, other in zip(parameters, twins, strict=True):
+        assert torch.equal(one, other)
+        for key, value in ours.state[one].items():
+            assert torch.equal(value, theirs.state[other][key])
+
+
+SHAPE = Shape.of(rows=3, units=6, width=2, dtype=torch.float32)
+
+
+def filled(inner):
+    store = DeviceStore(inner, torch.device("cpu"))
+    values = torch.arange(12.0).view(6, 2)
+    store.write(np.array([0, 1]), np.array([4, 0, 2]), values[[4, 0, 2]])
+    return store, values
+
+
+def test_vectors_are_read_where_they_are_used_and_kept_where_they_were(tmp_path, monkeypatch):
+    inner = open_store("a", SHAPE, folder=tmp_path)
+    store, values = filled(inner)
+    assert store.done.tolist() == [True, True, False] and store.shape == SHAPE
+    assert torch.equal(inner.read(np.array([2, 4])), values[[2, 4]])
+    monkeypatch.setattr(type(inner), "read", None)  # the copy on the device must do without it
+    assert torch.equal(store.read(np.array([2, 4, 2])), values[[2, 4, 2]])
+
+
+def test_vectors_of_an_earlier_run_are_brought_over_once(monkeypatch):
+    inner = MemoryStore(SHAPE)
+    _, values = filled(inner)
+    store = DeviceStore(inner, torch.device("cpu"))
+    asked = []
+    read = inner.read
+    monkeypatch.setattr(inner, "read", lambda places: asked.append(places.tolist()) or read(places))
+    for _ in range(2):
+        assert torch.equal(store.read(np.array([4, 0, 4])), values[[4, 0, 4]])
+    assert asked == [[0, 4]]
+    store.forget()
+    assert not inner.done.any()
+    assert torch.equal(store.read(np.array([0])), values[[0]]) and asked[1:] == [[0]]
+
+
+def test_only_a_device_with_room_of_its_own_keeps_a_copy(monkeypatch):
+    inner = MemoryStore(SHAPE)
+    assert on_device(inner, torch.device("cpu")) is inner
+    monkeypatch.setattr(device_store, "DeviceStore", lambda store, device: "a copy")
+    for free, expected in ((1000, "a copy"), (100, inner)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert on_device(inner, torch.device("cuda")) is expected
+
+
+def test_a_tensor_stays_what_it_is_on_its_way_to_a_device():
+    tensor = torch.arange(5)
+    assert to_device(tensor, "cpu") is tensor
+    assert to_device(tensor, "meta").is_meta and to_device(tensor, "meta").shape == tensor.shape
+
+
+@pytest.mark.gpu
+@cuda_only
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
+    model = causal_model(family).to("cuda")
+    method = LoRA(LoRAConfig(rank=4, alpha=8))
+    method.prepare(model, seed=0)
+    with method.evaluating(model):
+        objective = CausalObjective(model)
+    batcher = CausalMicroBatcher(40, True, False, "cuda")
+    read = loop._read
+
+    def allowed(*numbers):
+        torch.cuda.set_sync_debug_mode("default")
+        found = read(*numbers)
+        return found
+
+    def watch(step):
+        if step.step >= 3:  # the first steps are checked parameter by parameter, and compile
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(loop, "_read", allowed)
+    try:
+        with packed_rows(model):
+            parameters = [p for _, p in method.parameters(model)]
+            train(
+                objective,
+                parameters,
+                examples(),
+                batcher,
+                learning_rate=1e-3,
+                total_steps=6,
+                on_step=watch,
+            )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@cuda_only
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_training_on_a_gpu_is_that_on_the_processor(family):
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = causal_model(family).to(device)
+        method = LoRA(LoRAConfig(rank=4, alpha=8))
+        method.prepare(model, seed=0)
+        with method.evaluating(model):
+            objective = CausalObjective(model)
+        steps = []
+        with packed_rows(model):
+            train(
+                objective,
+                [p for _, p in method.parameters(model)],
+                examples(),
+                CausalMicroBatcher(1000, True, False, device),
+                learning_rate=1e-3,
+                total_steps=4,
+                on_step=steps.append,
+            )
+        losses.append([step.loss for step in steps])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)  # FlexAttention multiplies fp32 in TF32
