@@ -75,7 +75,8 @@ struct Bf16Dot : FloatSums {
 #define DW_BF16_DOT 1
 struct Bf16Dot : FloatSums {
     static constexpr int PER_GROUP = 2, ROWS_OF_SUMS = 2;
-    static void add2(vf &s, vi a, vi b) { s = (vf)vbfmmlaq_f32((float32x4_t)s, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+    // As assembly for the same reason.
+    static void add2(vf &s, vi a, vi b) { __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(s) : "w"(a), "w"(b)); }
     static void add(Sum &s, Word a, const I16 &b) {
         for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vbfdotq_laneq_f32((float32x4_t)s.p[i], (bfloat16x8_t)b.p[i], (bfloat16x8_t)a, 0);
     }
@@ -101,7 +102,7 @@ struct Int8Dot : IntSums {
 #define DW_INT8_DOT 1
 struct Int8Dot : IntSums {
     static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 0, ROWS_OF_SUMS = 2;
-    static void add2(vi &s, vi a, vi b) { s = (vi)vusmmlaq_s32((int32x4_t)s, (uint8x16_t)a, (int8x16_t)b); }
+    static void add2(vi &s, vi a, vi b) { __asm__("usmmla %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(a), "w"(b)); }
     static void add(Sum &s, Word a, const I16 &b) {
         for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vsudotq_laneq_s32((int32x4_t)s.p[i], (int8x16_t)b.p[i], (uint8x16_t)a, 0);
     }
@@ -221,8 +222,8 @@ inline __attribute__((always_inline)) int64_t add_in_twos(const char *left, int6
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i += 2)
         for (int p = 0; p < PARTS; p++) turn(s[i][0].p[p], s[i + 1][0].p[p]);
-    int64_t g = 0;
-    for (; g + 2 <= groups; g += 2) {
+    const int64_t twos = groups / 2 * 2;
+    for (int64_t g = 0; g < twos; g += 2) {
         vi a[ROWS / 2];
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i += 2) {
@@ -245,7 +246,7 @@ inline __attribute__((always_inline)) int64_t add_in_twos(const char *left, int6
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i += 2)
         for (int p = 0; p < PARTS; p++) turn(s[i][0].p[p], s[i + 1][0].p[p]);
-    return g;
+    return twos;
 }
 #else
 template <class Op, int ROWS, int VECS>

@@ -258,13 +258,15 @@ class Part {
         }
     }
 
-    void multiply_in_tiles(int rows, int vecs, const char *left, const char *here, int64_t deep, bool fresh, const LowRank &low, float *tile) {
 #ifdef DW_AMX
+    void multiply_in_tiles(int rows, int vecs, const char *left, const char *here, int64_t deep, bool fresh, const LowRank &low, float *tile) {
         tiles::More more;
         if (low.groups) more = {low.left, low.stride, low.right, low.groups};
         tiles::products_at_once<Op>(rows, vecs, left, stride, here, deep, fresh ? nullptr : tile, PANEL, tile, PANEL, more);
-#endif
     }
+#else
+    void multiply_in_tiles(int, int, const char *, const char *, int64_t, bool, const LowRank &, float *) {}
+#endif
 
     LowRank low_of(int64_t m) const {
         if (!p.rank) return {nullptr, nullptr, 0, 0, nullptr};
