@@ -1,4 +1,4 @@
-"""The kernels of processors that are not at hand: their tests in C++ under an emulator (``make kernels-arm``)."""
+"""The kernels of processors that are not at hand: their tests in C++ under an emulator (``kernels-arm``)."""
 
 from __future__ import annotations
 

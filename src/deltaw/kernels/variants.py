@@ -196,8 +196,8 @@ def file_of(variant: Variant) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """For the Makefile: the best variant that this processor runs, each that it runs, all of a type of machine,
-    or a variant's flags."""
+    """For the Makefile: the best variant that this processor runs, each that it runs, all of a type of
+    machine, or a variant's flags."""
     from deltaw.kernels.processor import processor_flags
 
     parser = argparse.ArgumentParser(prog="python -m deltaw.kernels.variants", description=main.__doc__)
