@@ -35,11 +35,6 @@ class DeviceStore:
         """Main memory that the inner store takes at most."""
         return self.inner.resident_bytes
 
-    @property
-    def resident_bytes(self) -> int:
-        """Of the inner store."""
-        return self.inner.resident_bytes
-
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width) on the device."""
         missing = np.unique(places[~self._there[places]])
