@@ -164,14 +164,14 @@ class StoredPrompts:
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, keys and values (T, key heads, d) with those of the store at these places."""
         assert self.form is not None
-        values = self.store.read(units)
-        length, at = len(batch.units), 0
         where = _tensor(places, batch)
+        values = to_device(self.store.read(units), where.device)
+        length, at = len(batch.units), 0
         keys: dict[int, tuple[Tensor, Tensor]] = {}
         for number in sorted(self.form):
             both = []
             for shape in self.form[number]:
-                part = values[:, at : at + shape.numel()].to(where.device)
+                part = values[:, at : at + shape.numel()]
                 whole = part.new_zeros(length, *shape)
                 both.append(whole.index_copy_(0, where, part.view(-1, *shape)))
                 at += shape.numel()
