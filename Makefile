@@ -5,6 +5,8 @@
 #   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer: those of the
 #                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here;
 #                  `make sanitize-tiles`: of products in tiles, emulated)
+#   make kernels-arm  the same tests of the variants for ARM, under an emulator of such a processor (Debian's packages
+#                  g++-aarch64-linux-gnu and qemu-user); on an ARM machine `make sanitize-all` needs none
 #   make bench     the figures of the README, beside the peers
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ BIN    := $(VENV)/bin
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow lint bench sanitize sanitize-all sanitize-tiles clean
+.PHONY: demo test test-slow lint bench sanitize sanitize-all sanitize-tiles kernels-arm clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -38,21 +40,21 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/sft.py
 
 # ---- the kernels under sanitizers: those of one variant and their tests as one program
-# Of another machine's variants: CXX=aarch64-linux-gnu-g++ VARIANT=neon RUN='qemu-aarch64 -L /usr/aarch64-linux-gnu'
 VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
 VARIANT   ?= $(shell $(VARIANTS) best)
 RUN       ?=
 CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
+OPTIMIZE  ?= -O1
 DEFINES   ?=
 CTESTS    := tests/kernels/csrc
 SANITIZED := build/sanitize/$(VARIANT)
-SANITIZE   = $(shell cat $(CSRC)/compile_flags.txt) $(shell $(VARIANTS) flags $(VARIANT)) -O1 -g -Wall -Wextra \
+SANITIZE   = $(shell cat $(CSRC)/compile_flags.txt) $(shell $(VARIANTS) flags $(VARIANT)) $(OPTIMIZE) -g -Wall -Wextra \
              -fopenmp -I$(CSRC) $(DEFINES) $(CHECKS)
 OBJECTS   := $(patsubst %.cpp,$(SANITIZED)/%.o,$(notdir $(wildcard $(CSRC)/*.cpp) $(wildcard $(CTESTS)/*.cpp)))
 vpath %.cpp $(CSRC) $(CTESTS)
 
 sanitize: $(SANITIZED)/test_kernels
-	ASAN_OPTIONS=allocator_may_return_null=1 $(RUN) $<
+	OMP_WAIT_POLICY=passive ASAN_OPTIONS=allocator_may_return_null=1 $(RUN) $<
 
 sanitize-all:
 	set -e; for variant in $$($(VARIANTS) allowed); do $(MAKE) sanitize VARIANT=$$variant; done
@@ -60,6 +62,21 @@ sanitize-all:
 # The variant amx with arrays for the processor's tiles, on any processor that has the rest.
 sanitize-tiles:
 	$(MAKE) sanitize VARIANT=avx512_bf16 DEFINES=-DDW_AMX_EMULATED SANITIZED=build/sanitize/tiles
+
+# The emulator's processor has all that the variants need. It does not run AddressSanitizer's programs; what is read or
+# written beyond a buffer's end is still found, since the tests' buffers end where a page begins that may not be touched.
+ARM_CXX      ?= aarch64-linux-gnu-g++
+ARM_RUN      ?= qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu
+ARM_VARIANTS ?= $(filter-out generic,$(shell $(VARIANTS) all --machine aarch64))
+
+kernels-arm:
+	@set -e; for tool in $(firstword $(ARM_CXX)) $(firstword $(ARM_RUN)); do \
+	  if ! command -v $$tool > /dev/null; then echo "skipped: there is no $$tool here"; exit 0; fi; \
+	done; \
+	for variant in $(ARM_VARIANTS); do \
+	  echo "$$variant:"; \
+	  $(MAKE) sanitize VARIANT=$$variant CXX="$(ARM_CXX)" RUN="$(ARM_RUN)" OPTIMIZE=-O2 CHECKS= SANITIZED=build/arm/$$variant; \
+	done
 
 $(SANITIZED)/test_kernels: $(OBJECTS)
 	$(CXX) $(SANITIZE) $^ -o $@

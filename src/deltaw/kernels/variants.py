@@ -196,17 +196,22 @@ def file_of(variant: Variant) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """For the Makefile: the name of the best variant that this processor runs, or a variant's flags."""
+    """For the Makefile: the best variant that this processor runs, each that it runs, all of a type of
+    machine, or a variant's flags."""
     from deltaw.kernels.processor import processor_flags
 
     parser = argparse.ArgumentParser(prog="python -m deltaw.kernels.variants", description=main.__doc__)
-    parser.add_argument("what", choices=["best", "allowed", "flags"])
+    parser.add_argument("what", choices=["best", "allowed", "all", "flags"])
     parser.add_argument("name", nargs="?", choices=[v.name for v in every_variant()])
+    parser.add_argument("--machine", help="for `all`: the type of machine; this one's by default")
     asked = parser.parse_args(arguments)
     if asked.what == "flags":
         if asked.name is None:
             parser.error("flags of which variant?")
         print(*next(v.flags for v in every_variant() if v.name == asked.name))
+        return
+    if asked.what == "all":
+        print(*[v.name for v in for_machine(asked.machine)])
         return
     runs = allowed(processor_flags())
     print(*[v.name for v in (runs[:1] if asked.what == "best" else runs)])

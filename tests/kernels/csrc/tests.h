@@ -1,5 +1,6 @@
 #pragma once
 
+void test_vector();
 void test_products();
 void test_rows();
 void test_attention();

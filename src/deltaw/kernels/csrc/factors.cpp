@@ -38,10 +38,9 @@ __attribute__((noinline)) void add_tokens(const Thin &c, const W *wide, int64_t 
         const float *const by = c.thin + t * c.r + j;
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
-            int32_t word;
-            memcpy(&word, by + i, 4);
+            const Word a = word_at(by + i);
 #pragma GCC unroll 2
-            for (int v = 0; v < VECS; v++) Fma::add(s[i][v], spread(word), w[v]);
+            for (int v = 0; v < VECS; v++) Fma::add(s[i][v], a, w[v]);
         }
     }
 #pragma GCC unroll 12

@@ -15,17 +15,36 @@ const int MOST_ROWS = 6, VECS_AT_ONCE = 1;
 typedef vi Word;
 inline Word spread(int32_t x) { return one_i(x); }
 #endif
+// The group that lies at p.
+#if defined(__ARM_NEON)
+// In the first lane alone, which NEON multiplies by as it is: spreading it would take a place among the products.
+inline Word word_at(const void *p) {
+    typedef int32_t __attribute__((may_alias, aligned(1))) Group;
+    Word word;
+    __asm__("ldr %s0, %1" : "=w"(word) : "m"(*(const Group *)p));
+    return word;
+}
+#else
+inline Word word_at(const void *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return spread(x);
+}
+#endif
 
 // ---- how a group is multiplied -------------------------------------------------------------------------------
 
+// ROWS_OF_SUMS: 2 where the processor also multiplies two rows by two columns, with an add2 for it; else 1.
 struct FloatSums {
     typedef F16 Sum;
+    static constexpr int ROWS_OF_SUMS = 1;
     static Sum zero() { return zero_f(); }
     static Sum load(const float *p) { return load16(p); }
     static void store(float *p, Sum s) { store16(p, s); }
 };
 struct IntSums {
     typedef I16 Sum;
+    static constexpr int ROWS_OF_SUMS = 1;
     static Sum zero() { return zero_i(); }
     static Sum load(const float *p) { return load_i(p); }
     static void store(float *p, Sum s) { store_i(p, s); }
@@ -37,6 +56,8 @@ struct Fma : FloatSums {
     static void add(Sum &s, Word a, const I16 &b) {
 #if defined(__AVX512F__)
         s.v = _mm512_fmadd_ps(_mm512_castsi512_ps(a.v), _mm512_castsi512_ps(b.v), s.v);
+#elif defined(__ARM_NEON)
+        for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vfmaq_laneq_f32((float32x4_t)s.p[i], (float32x4_t)b.p[i], (float32x4_t)a, 0);
 #else
         for (int i = 0; i < PARTS; i++) s.p[i] = one_fma((vf)a, (vf)b.p[i], s.p[i]);
 #endif
@@ -53,9 +74,11 @@ struct Bf16Dot : FloatSums {
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define DW_BF16_DOT 1
 struct Bf16Dot : FloatSums {
-    static constexpr int PER_GROUP = 2;
+    static constexpr int PER_GROUP = 2, ROWS_OF_SUMS = 2;
+    // As assembly for the same reason.
+    static void add2(vf &s, vi a, vi b) { __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(s) : "w"(a), "w"(b)); }
     static void add(Sum &s, Word a, const I16 &b) {
-        for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vbfdotq_f32((float32x4_t)s.p[i], (bfloat16x8_t)a, (bfloat16x8_t)b.p[i]);
+        for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vbfdotq_laneq_f32((float32x4_t)s.p[i], (bfloat16x8_t)b.p[i], (bfloat16x8_t)a, 0);
     }
 };
 #endif
@@ -66,7 +89,6 @@ struct Bf16Dot : FloatSums {
 struct Int8Dot : IntSums {
     static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 0;
     static void add(Sum &s, Word a, const I16 &b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(s.v) : "v"(a.v), "v"(b.v)); }
-    static Word of_left(int32_t x) { return spread(x); }
 };
 #elif defined(__AVXVNNI__)
 #define DW_INT8_DOT 1
@@ -75,25 +97,24 @@ struct Int8Dot : IntSums {
     static void add(Sum &s, Word a, const I16 &b) {
         for (int i = 0; i < PARTS; i++) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s.p[i]) : "x"(a), "x"(b.p[i]));
     }
-    static Word of_left(int32_t x) { return spread(x); }
 };
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 #define DW_INT8_DOT 1
 struct Int8Dot : IntSums {
-    static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 0;
+    static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 0, ROWS_OF_SUMS = 2;
+    static void add2(vi &s, vi a, vi b) { __asm__("usmmla %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(a), "w"(b)); }
     static void add(Sum &s, Word a, const I16 &b) {
-        for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vusdotq_s32((int32x4_t)s.p[i], (uint8x16_t)a, (int8x16_t)b.p[i]);
+        for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vsudotq_laneq_s32((int32x4_t)s.p[i], (int8x16_t)b.p[i], (uint8x16_t)a, 0);
     }
-    static Word of_left(int32_t x) { return spread(x); }
 };
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define DW_INT8_DOT 1
+#define DW_INT8_DOT_OF_SIGNED 1
 struct Int8Dot : IntSums {  // of signed numbers alone: the left side's less 128
     static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 128;
     static void add(Sum &s, Word a, const I16 &b) {
-        for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vdotq_s32((int32x4_t)s.p[i], (int8x16_t)a, (int8x16_t)b.p[i]);
+        for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vdotq_laneq_s32((int32x4_t)s.p[i], (int8x16_t)b.p[i], (int8x16_t)a, 0);
     }
-    static Word of_left(int32_t x) { return spread((int32_t)((uint32_t)x ^ 0x80808080u)); }
 };
 #endif
 
@@ -105,6 +126,14 @@ struct Int16Dot : IntSums {
         s.v = _mm512_add_epi32(s.v, _mm512_madd_epi16(a.v, b.v));
 #elif defined(__AVX2__)
         for (int i = 0; i < PARTS; i++) s.p[i] += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b.p[i]);
+#elif defined(__ARM_NEON)
+        // Each column's first number in one half of a register, the second in the other: the same for all rows.
+        const uint8x16_t apart = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+        for (int i = 0; i < PARTS; i++) {
+            const int16x8_t column = (int16x8_t)vqtbl1q_u8((uint8x16_t)b.p[i], apart);
+            const int32x4_t sum = vmlal_laneq_s16((int32x4_t)s.p[i], vget_low_s16(column), (int16x8_t)a, 0);
+            s.p[i] = (vi)vmlal_high_laneq_s16(sum, column, (int16x8_t)a, 1);
+        }
 #else
         for (int i = 0; i < PARTS; i++) s.p[i] += ((a << 16) >> 16) * ((b.p[i] << 16) >> 16) + (a >> 16) * (b.p[i] >> 16);
 #endif
@@ -116,7 +145,6 @@ struct Int16Dot : IntSums {
 template <class Dot>
 struct AsItLies : Dot {
     static constexpr bool WIDENS = false;
-    static Word of_left(int32_t x) { return spread(x); }
 };
 
 struct OpF32 : AsItLies<Fma> {
@@ -127,7 +155,6 @@ struct OpF32 : AsItLies<Fma> {
 struct OpWide : Fma {
     typedef bf16 Left;
     static constexpr bool WIDENS = true;
-    static Word of_left(int32_t x) { return spread(x); }
     // `count` numbers, and zeros up to `room`, which is below count + 16.
     static void widen(const Left *from, int64_t count, int64_t room, void *to) {
         for (int64_t k = 0; k < room; k += 16) store16((float *)to + k, load16(from + k, first(count - k)), first(room - k));
@@ -139,17 +166,26 @@ struct OpBF16 : AsItLies<Bf16Dot> {
     static void widen(const Left *, int64_t, int64_t, void *) {}
 };
 #endif
-#ifdef DW_INT8_DOT
+#ifdef DW_INT8_DOT_OF_SIGNED
 struct OpInt8 : Int8Dot {
     typedef uint8_t Left;
-    static constexpr bool WIDENS = false;
+    static constexpr bool WIDENS = true;
+    // Not wider, but signed.
+    static void widen(const Left *from, int64_t count, int64_t room, void *to) {
+        int64_t k = 0;
+        for (; k + 16 <= count; k += 16) vst1q_u8((uint8_t *)to + k, veorq_u8(vld1q_u8(from + k), vdupq_n_u8(128)));
+        for (; k < room; k++) ((uint8_t *)to)[k] = k < count ? from[k] ^ 128 : 0;
+    }
+};
+#elif defined(DW_INT8_DOT)
+struct OpInt8 : AsItLies<Int8Dot> {
+    typedef uint8_t Left;
     static void widen(const Left *, int64_t, int64_t, void *) {}
 };
 #else
 struct OpInt8 : Int16Dot {
     typedef uint8_t Left;
     static constexpr bool WIDENS = true;
-    static Word of_left(int32_t x) { return spread(x); }
     static void widen(const Left *from, int64_t count, int64_t room, void *to) {
         for (int64_t k = 0; k < room; k += 16) store_u16((bf16 *)to + k, load_u8(from + k, first(count - k)), first(room - k));
     }
@@ -172,19 +208,66 @@ inline void products_in_tiles(int64_t rows, int vecs, const char *left, int64_t 
 
 // ---- rows of the left side times a panel ---------------------------------------------------------------------
 
+#if defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// The halves of two registers change places: four sums of each of two rows become two rows by two columns, twice, or back.
+template <class V>
+inline void turn(V &a, V &b) {
+    const int64x2_t one = (int64x2_t)a, two = (int64x2_t)b;
+    a = (V)vtrn1q_s64(one, two), b = (V)vtrn2q_s64(one, two);
+}
+// add_products two rows and two groups at a time. Returns how many groups it took: the last may be left over.
+template <class Op, int ROWS>
+inline __attribute__((always_inline)) int64_t add_in_twos(const char *left, int64_t stride, const char *right, int64_t groups,
+                                                          typename Op::Sum (&s)[ROWS][1]) {
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i += 2)
+        for (int p = 0; p < PARTS; p++) turn(s[i][0].p[p], s[i + 1][0].p[p]);
+    const int64_t twos = groups / 2 * 2;
+    for (int64_t g = 0; g < twos; g += 2) {
+        vi a[ROWS / 2];
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i += 2) {
+            const int32_t *const at = (const int32_t *)(left + i * stride + 4 * g);
+            a[i / 2] = (vi)vcombine_s32(vld1_s32(at), vld1_s32((const int32_t *)((const char *)at + stride)));
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) {
+            const int32x4_t one = vld1q_s32((const int32_t *)(right + 128 * g + 16 * p));
+            const int32x4_t two = vld1q_s32((const int32_t *)(right + 128 * (g + 1) + 16 * p));
+            const vi b = (vi)vzip1q_s32(one, two), b2 = (vi)vzip2q_s32(one, two);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i += 2) {
+                Op::add2(s[i][0].p[p], a[i / 2], b);
+                Op::add2(s[i + 1][0].p[p], a[i / 2], b2);
+            }
+            __asm__ volatile("" ::: "memory");  // loads of the next columns before here would push sums out of registers
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i += 2)
+        for (int p = 0; p < PARTS; p++) turn(s[i][0].p[p], s[i + 1][0].p[p]);
+    return twos;
+}
+#else
+template <class Op, int ROWS, int VECS>
+inline int64_t add_in_twos(const char *, int64_t, const char *, int64_t, typename Op::Sum (&)[ROWS][VECS]) {
+    return 0;
+}
+#endif
+
 // s (ROWS, 16·VECS) += left (ROWS rows, `stride` bytes apart) · right (`groups` lines of 128 bytes).
 template <class Op, int ROWS, int VECS>
 inline __attribute__((always_inline)) void add_products(const char *left, int64_t stride, const char *right, int64_t groups,
                                                         typename Op::Sum (&s)[ROWS][VECS]) {
-    for (int64_t g = 0; g < groups; g++) {
+    int64_t g = 0;
+    if constexpr (ROWS % 2 == 0 && Op::ROWS_OF_SUMS == 2) g = add_in_twos<Op>(left, stride, right, groups, s);
+    for (; g < groups; g++) {
         I16 b[VECS];
 #pragma GCC unroll 2
         for (int v = 0; v < VECS; v++) b[v] = load_i(right + 128 * g + 64 * v);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
-            int32_t word;
-            memcpy(&word, left + i * stride + 4 * g, 4);
-            const Word a = Op::of_left(word);
+            const Word a = word_at(left + i * stride + 4 * g);
 #pragma GCC unroll 2
             for (int v = 0; v < VECS; v++) Op::add(s[i][v], a, b[v]);
         }

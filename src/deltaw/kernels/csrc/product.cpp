@@ -196,7 +196,7 @@ class Part {
                 packed = panel;
                 share = lay_out(panel, place, m1 - m0, b0, g0, deep, ahead);
             }
-            multiply(piece, panel * PANEL, place, m0, m1, b0, g0, deep, share, ahead);
+            multiply(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
         }
     }
 
@@ -220,8 +220,7 @@ class Part {
         return ahead.lines() * MOST / std::max<int64_t>(MOST, rows / MOST * MOST) + 1;
     }
 
-    void multiply(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t b0, int64_t g0, int64_t deep, int64_t share,
-                  Ahead &ahead) {
+    void multiply(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t g0, int64_t deep, int64_t share, Ahead &ahead) {
         const int vecs = vecs_at(n0);
         const bool last = g0 + most_groups >= groups;
         const char *const here = right + place * line * 128;
@@ -259,13 +258,15 @@ class Part {
         }
     }
 
-    void multiply_in_tiles(int rows, int vecs, const char *left, const char *here, int64_t deep, bool fresh, const LowRank &low, float *tile) {
 #ifdef DW_AMX
+    void multiply_in_tiles(int rows, int vecs, const char *left, const char *here, int64_t deep, bool fresh, const LowRank &low, float *tile) {
         tiles::More more;
         if (low.groups) more = {low.left, low.stride, low.right, low.groups};
         tiles::products_at_once<Op>(rows, vecs, left, stride, here, deep, fresh ? nullptr : tile, PANEL, tile, PANEL, more);
-#endif
     }
+#else
+    void multiply_in_tiles(int, int, const char *, const char *, int64_t, bool, const LowRank &, float *) {}
+#endif
 
     LowRank low_of(int64_t m) const {
         if (!p.rank) return {nullptr, nullptr, 0, 0, nullptr};

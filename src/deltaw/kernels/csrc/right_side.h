@@ -186,6 +186,21 @@ inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, i
         _mm_store_si128((__m128i *)to + 3, _mm_unpackhi_epi16(high, high2));
     }
 }
+#define DW_ROWS_OF_INT8 1
+#elif defined(DW_INT8_DOT) && defined(__ARM_NEON)
+inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, int64_t columns, char *to) {
+    const int8_t *q = (const int8_t *)b.data + k0 * b.ld + n;
+    const size_t count = (size_t)std::min<int64_t>(16, columns);
+    for (int64_t g = 0; g < groups; g++, q += 4 * b.ld, to += 128) {
+        int8x16x4_t r{};
+        for (int j = 0; j < 4 && 4 * g + j < depth; j++) {
+            if (count == 16) r.val[j] = vld1q_s8(q + j * b.ld);
+            else memcpy(&r.val[j], q + j * b.ld, count);
+        }
+        vst4q_s8((int8_t *)to, r);
+    }
+}
+#define DW_ROWS_OF_INT8 1
 #endif
 
 template <class Op>
@@ -217,7 +232,7 @@ inline void pack_rows(const Right &b, int64_t N, int64_t n, int64_t k0, int64_t 
         rows_converted<Op>((const float *)b.data, b, n, k0, depth, groups, m, to,
                            [&](const float *p, First some, int64_t) { return scaled<G>(p, some, by); });
     } else if (b.type == INT8) {
-#if defined(DW_INT8_DOT) && defined(__SSE2__)
+#if defined(DW_ROWS_OF_INT8)
         if (Op::PER_GROUP == 4) return rows_of_int8(b, n, k0, depth, groups, N - n, to);
 #endif
         rows_converted<Op>((const int8_t *)b.data, b, n, k0, depth, groups, m, to,

@@ -84,9 +84,13 @@ inline F16 times_power_of_two(F16 a, F16 n) {
 inline float sum_of(F16 a) {
     vf s = a.p[0];
     for (int i = 1; i < PARTS; i++) s += a.p[i];
+#if defined(__ARM_NEON)
+    return vaddvq_f32((float32x4_t)s);
+#else
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) s[i] += s[i + width];
     return s[0];
+#endif
 }
 inline float largest_of(F16 a) {
     float most = a.p[0][0];
@@ -174,11 +178,14 @@ inline void store_u16(bf16 *p, I16 a) {
 }
 #elif defined(__ARM_NEON)
 inline I16 load_u16(const bf16 *p) {
-    I16 a;
-    DW_EACH a.p[i] = (vi)vmovl_u16(vld1_u16(p + 4 * i));
-    return a;
+    const uint16x8_t low = vld1q_u16(p), high = vld1q_u16(p + 8);
+    return {{(vi)vmovl_u16(vget_low_u16(low)), (vi)vmovl_high_u16(low), (vi)vmovl_u16(vget_low_u16(high)), (vi)vmovl_high_u16(high)}};
 }
-inline void store_u16(bf16 *p, I16 a) { DW_EACH vst1_u16(p + 4 * i, vmovn_u32((uint32x4_t)a.p[i])); }
+inline void store_u16(bf16 *p, I16 a) {
+    // The lower halves of the lanes of two registers.
+    vst1q_u16(p, vuzp1q_u16((uint16x8_t)a.p[0], (uint16x8_t)a.p[1]));
+    vst1q_u16(p + 8, vuzp1q_u16((uint16x8_t)a.p[2], (uint16x8_t)a.p[3]));
+}
 #else
 inline I16 load_u16(const bf16 *p) {
     I16 a;
@@ -200,6 +207,15 @@ inline I16 load_bytes(const T *p) {
     const __m128i b = _mm_loadu_si128((const __m128i *)p), upper = _mm_srli_si128(b, 8);
     if (sizeof(T) && std::is_signed<T>::value) return {{(vi)_mm256_cvtepi8_epi32(b), (vi)_mm256_cvtepi8_epi32(upper)}};
     return {{(vi)_mm256_cvtepu8_epi32(b), (vi)_mm256_cvtepu8_epi32(upper)}};
+#elif defined(__ARM_NEON)
+    if (std::is_signed<T>::value) {
+        const int8x16_t b = vld1q_s8((const int8_t *)p);
+        const int16x8_t low = vmovl_s8(vget_low_s8(b)), high = vmovl_high_s8(b);
+        return {{(vi)vmovl_s16(vget_low_s16(low)), (vi)vmovl_high_s16(low), (vi)vmovl_s16(vget_low_s16(high)), (vi)vmovl_high_s16(high)}};
+    }
+    const uint8x16_t b = vld1q_u8((const uint8_t *)p);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(b)), high = vmovl_high_u8(b);
+    return {{(vi)vmovl_u16(vget_low_u16(low)), (vi)vmovl_high_u16(low), (vi)vmovl_u16(vget_low_u16(high)), (vi)vmovl_high_u16(high)}};
 #else
     I16 a;
     DW_EACH for (int j = 0; j < LANES; j++) a.p[i][j] = p[i * LANES + j];
@@ -211,12 +227,18 @@ inline I16 load_s8(const int8_t *p, First f) { return load_bytes(f.n == 16 ? p :
 // Clamped to the range of T.
 template <class T>
 inline void store_bytes(T *p, I16 a) {
-    a = min(max(a, set_i(std::is_signed<T>::value ? -128 : 0)), set_i(std::is_signed<T>::value ? 127 : 255));
 #if DW_VECTOR_BYTES == 32
+    a = min(max(a, set_i(std::is_signed<T>::value ? -128 : 0)), set_i(std::is_signed<T>::value ? 127 : 255));
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a.p[0], (__m256i)a.p[1]), 0xd8);
     const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
     _mm_storeu_si128((__m128i *)p, std::is_signed<T>::value ? _mm_packs_epi16(low, high) : _mm_packus_epi16(low, high));
+#elif defined(__ARM_NEON)
+    const int16x8_t low = vqmovn_high_s32(vqmovn_s32((int32x4_t)a.p[0]), (int32x4_t)a.p[1]);
+    const int16x8_t high = vqmovn_high_s32(vqmovn_s32((int32x4_t)a.p[2]), (int32x4_t)a.p[3]);
+    if (std::is_signed<T>::value) vst1q_s8((int8_t *)p, vqmovn_high_s16(vqmovn_s16(low), high));
+    else vst1q_u8((uint8_t *)p, vqmovun_high_s16(vqmovun_s16(low), high));
 #else
+    a = min(max(a, set_i(std::is_signed<T>::value ? -128 : 0)), set_i(std::is_signed<T>::value ? 127 : 255));
     DW_EACH for (int j = 0; j < LANES; j++) p[i * LANES + j] = (T)a.p[i][j];
 #endif
 }
@@ -236,14 +258,28 @@ inline void store16(float *p, F16 a, First f) { store_i(p, bits_of(a), f); }
 // The bits of 16 numbers rounded to bf16, in the lower halves of the lanes: to nearest, ties to even; NaN stays NaN.
 inline I16 bf16_bits(F16 a) {
     I16 r;
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    DW_EACH r.p[i] = (vi)vmovl_u16((uint16x4_t)vcvt_bf16_f32((float32x4_t)a.p[i]));
+#else
     DW_EACH {
         typedef uint32_t vu __attribute__((vector_size(DW_VECTOR_BYTES)));
         const vu x = (vu)a.p[i], rounded = (x + (((x >> 16) & 1) + 0x7fff)) >> 16;
         r.p[i] = a.p[i] == a.p[i] ? (vi)rounded : one_i(0x7fc0);
     }
+#endif
     return r;
 }
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void store16(bf16 *p, F16 a) {
+    for (int i = 0; i < PARTS; i += 2) {
+        const bfloat16x8_t low = vcvtq_low_bf16_f32((float32x4_t)a.p[i]);
+        const uint16x8_t both = (uint16x8_t)vcvtq_high_bf16_f32(low, (float32x4_t)a.p[i + 1]);
+        vst1q_u16(p + 4 * i, both);
+    }
+}
+#else
 inline void store16(bf16 *p, F16 a) { store_u16(p, bf16_bits(a)); }
+#endif
 inline void store16(bf16 *p, F16 a, First f) { store_u16(p, bf16_bits(a), f); }
 
 inline void transpose16(I16 r[16]) {
@@ -268,6 +304,19 @@ inline void transpose16(I16 r[16]) {
             }
         }
     for (int i = 0; i < 8; i++) std::swap(r[i].p[1], r[8 + i].p[0]);
+#elif defined(__ARM_NEON)
+    for (int rows = 0; rows < 16; rows += 4)
+        for (int part = 0; part < 4; part++) {
+            const int32x4_t a = (int32x4_t)r[rows].p[part], b = (int32x4_t)r[rows + 1].p[part];
+            const int32x4_t c = (int32x4_t)r[rows + 2].p[part], d = (int32x4_t)r[rows + 3].p[part];
+            const int64x2_t ab = (int64x2_t)vtrn1q_s32(a, b), ab2 = (int64x2_t)vtrn2q_s32(a, b);
+            const int64x2_t cd = (int64x2_t)vtrn1q_s32(c, d), cd2 = (int64x2_t)vtrn2q_s32(c, d);
+            r[rows].p[part] = (vi)vtrn1q_s64(ab, cd), r[rows + 1].p[part] = (vi)vtrn1q_s64(ab2, cd2);
+            r[rows + 2].p[part] = (vi)vtrn2q_s64(ab, cd), r[rows + 3].p[part] = (vi)vtrn2q_s64(ab2, cd2);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int part = 1; part < 4; part++)
+            for (int rows = 0; rows < 4 * part; rows += 4) std::swap(r[rows + i].p[part], r[4 * part + i].p[rows / 4]);
 #else
     int32_t from[16][16], to[16][16];
     memcpy(from, r, sizeof(from));
