@@ -32,6 +32,11 @@ TREES = {
 }
 
 
+@pytest.fixture
+def computing():
+    """These tests are of no variant."""
+
+
 @pytest.fixture(autouse=True)
 def _derivative_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The uncompiled form has a derivative on a processor, which torch offers for compiled ones alone."""

@@ -1,5 +1,4 @@
-"""Products in tiles of AMX, with arrays for the processor's tiles: the sources are compiled once more for
-that."""
+"""Products in tiles of AMX, with arrays for the processor's tiles: the sources are compiled once more."""
 
 from __future__ import annotations
 
@@ -24,6 +23,7 @@ from tests.kernels.test_linear import inputs, numbers
 pytestmark = pytest.mark.slow
 # The variant that the emulation is built over: amx without what only tiles need.
 BASE = next(v for v in variants.every_variant() if v.name == "avx512_bf16")
+AMX = next(v for v in variants.every_variant() if v.name == "amx")
 BF16, INT8 = 1, 2
 DOT, TILES = 0, 2
 SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
@@ -140,7 +140,8 @@ def test_gradients_of_classes_have_the_bits_of_dot_products(in_tiles, threads, c
 @pytest.mark.parametrize("size", [(1, 4, 4), (70, 64, 132), (45, 160, 36), (200, 1600, 68)])
 @pytest.mark.parametrize("rank", [2, 16, 34])
 def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
-    t = inputs(*size, rank, torch.bfloat16)
+    rows, n_in, n_out = size
+    t = inputs(rows, n_in, n_out, rank, torch.bfloat16)
     found = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
@@ -160,3 +161,15 @@ def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
     assert torch.equal(one, found[0][0][-1:])
     exact = t["x"].double() @ t["weight"].double().t() + t["bias"].double() + t["added"].double()
     close(found[0][0], exact + 0.5 * found[0][1].double() @ t["lora_B"].double(), torch.bfloat16)
+
+
+@pytest.mark.skipif(not variants.file_of(AMX).is_file(), reason="the variant amx was not built")
+@pytest.mark.skipif("amx_tile" in processor_flags(), reason="this processor has tiles")
+@pytest.mark.skipif(bool(BASE.lacking(processor_flags())), reason=f"this processor does not run {BASE.name}")
+def test_tiles_are_refused_where_the_system_does_not_grant_them():
+    library = loader.load(variants.file_of(AMX))
+    assert library.dw_ready() != 0
+    for kind in (BF16, INT8):
+        assert library.dw_arithmetics(kind) and not library.dw_arithmetics(kind) >> TILES & 1
+        with pytest.raises(RuntimeError):
+            library.dw_set_arithmetic(kind, TILES)

@@ -400,6 +400,9 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_pat
     batcher, _ = choose_causal_batcher(opened.model, examples, device="cpu")
     assert not batcher.padded  # that the adapter is on the model does not keep its rows from being packed
     assert score.metrics["loss"] == pytest.approx(losses[0] / labels, rel=1e-4)
+    prompt = examples[0].tokens[: examples[0].prompt_length]
+    assert opened.not_invoked([prompt]) is None
+    assert "1 of 2 prompts do not have '<|im_start|>assistant" in opened.not_invoked([prompt, prompt[:3]])
     with opened.base():
         bare_score = score_run(opened, examples, max_new_tokens=4)
     assert bare_score.metrics["loss"] == pytest.approx(losses[1] / labels, rel=1e-4)

@@ -15,6 +15,8 @@ import torch
 
 from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
+from deltaw.kernels.attention import attend, attend_backward
+from deltaw.kernels.layout import Layout
 from deltaw.kernels.transfer import to_device
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
@@ -29,6 +31,8 @@ from deltaw.training.optimizer import adamw, skipping
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import causal_model
+from tests.training.test_activated import INVOCATION
+from tests.training.test_activated import rows as activated_rows
 from tests.training.test_loop import Run, examples
 from tests.training.toy_preference import Preference
 
@@ -85,6 +89,24 @@ def test_other_kinds_of_factors_wait_no_more_often(lora, unread):
             total_steps=2,
         )
     assert unread == [3, 3]
+
+
+def test_rows_on_part_of_which_an_adapter_acts_wait_no_more_often(unread):
+    model, parameters, objective = on_meta(activation="completion", invocation_tokens=INVOCATION)
+    batcher = CausalMicroBatcher(40, True, False, "meta")
+    with packed_rows(model):
+        train(objective, parameters, activated_rows(), batcher, learning_rate=1e-3, total_steps=2)
+    assert unread == [3, 3]
+
+
+def test_places_of_queries_on_a_device_are_not_read():
+    layout = Layout.of_lengths([5, 3], [-1, 0])
+    layout.device = torch.device("meta")
+    query, key = (torch.empty(n, 2, 4, device="meta") for n in (3, 8))
+    picked = torch.empty(3, dtype=torch.int64, device="meta")
+    out, kept = attend(query, key, key, layout, scaling=0.5, picked=picked)
+    grads = attend_backward(out, query, key, key, None, kept, layout, scaling=0.5, picked=picked)
+    assert out.shape == grads[0].shape == query.shape
 
 
 def test_a_loss_over_pairs_of_rows_waits_no_more_often(unread):
@@ -184,6 +206,7 @@ def test_vectors_are_read_where_they_are_used_and_kept_where_they_were(tmp_path,
     inner = open_store("a", SHAPE, folder=tmp_path)
     store, values = filled(inner)
     assert store.done.tolist() == [True, True, False] and store.shape == SHAPE
+    assert store.resident_bytes == inner.resident_bytes
     assert torch.equal(inner.read(np.array([2, 4])), values[[2, 4]])
     monkeypatch.setattr(type(inner), "read", None)  # the copy on the device must do without it
     assert torch.equal(store.read(np.array([2, 4, 2])), values[[2, 4, 2]])

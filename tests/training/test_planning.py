@@ -31,6 +31,7 @@ from transformers import (
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
+from deltaw.kernels import loader
 from deltaw.lora.layers_int8 import weight_scales
 from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
@@ -41,7 +42,7 @@ from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
 from tests.byte_models import byte_tokenizer, tiny_llama
-from tests.conftest import laid_over, write_rows
+from tests.conftest import RATES, laid_over, write_rows
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 TASKS = {"llama": "causal-lm", "bert": "sequence-classification", "vit": "image-classification"}
@@ -173,6 +174,18 @@ def test_a_plan_is_what_the_run_takes(family, method, precision, checkpointing, 
     assert sum(plan.parts.values()) == plan.peak_bytes
     assert sum(plan.resident.values()) == plan.peak_resident_bytes > plan.peak_bytes
     assert all(size >= 0 for size in (*plan.parts.values(), *plan.resident.values()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_of, monkeypatch):
+    rates = {stored: {**of, "torch": 1e4} for stored, of in RATES.items()}
+    monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": rates}))
+    with loader.computing():
+        plan, peak, *_ = compare(config_of("llama", "lora", precision))
+    assert plan.arithmetic[precision] == "torch"
+    assert plan.peak_bytes == pytest.approx(
+        peak, rel=0.03, abs=HALF_PRODUCTS if precision == "bf16" else None
+    )
 
 
 @pytest.mark.parametrize(

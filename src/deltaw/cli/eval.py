@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from deltaw import tasks
 from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.data.example import Example
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.reports.scores import answer_table, confusion_table, general_table, score_table
@@ -72,6 +73,10 @@ def command(
     if not examples:
         raise UserError("the run held no rows out", where=run, hint="name a file with --data")
     examples = examples[:rows]
+    prompts = [e.tokens[: e.prompt_length] for e in examples if isinstance(e, Example) and e.prompt_length]
+    note = opened.not_invoked(prompts)
+    if note is not None:
+        out.print(note, highlight=False, markup=False)
 
     def scored() -> Score:
         with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:

@@ -50,6 +50,9 @@ def command(
     opened.require_generation()
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
 
+    if (line := opened.not_invoked(tokens)) is not None:
+        notes.print(line, highlight=False, markup=False)
+
     def completed() -> list[str]:
         return [
             c.text

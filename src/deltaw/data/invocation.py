@@ -69,14 +69,17 @@ def activated(row: Example, invocation: Sequence[int]) -> Example:
     completion that quotes the sequence changes nothing. Without an occurrence the adapter acts nowhere.
     """
     first_label = int(np.flatnonzero(row.is_label)[0]) if row.is_label.any() else len(row.tokens)
-    prompt = row.tokens[: row.prompt_length or first_label]
-    size = len(invocation)
-    start = len(row.tokens)
-    if len(prompt) >= size:
-        windows = np.lib.stride_tricks.sliding_window_view(prompt, size)
-        found = np.flatnonzero((windows == np.asarray(invocation)).all(1))
-        start = int(found[-1]) if len(found) else start
-    return replace(row, active_from=start)
+    start = last_occurrence(row.tokens[: row.prompt_length or first_label], invocation)
+    return replace(row, active_from=len(row.tokens) if start is None else start)
+
+
+def last_occurrence(tokens: np.ndarray, invocation: Sequence[int]) -> int | None:
+    """Where the sequence last begins in tokens (length,); None where it does not occur."""
+    if len(tokens) < len(invocation):
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(invocation))
+    found = np.flatnonzero((windows == np.asarray(invocation)).all(1))
+    return int(found[-1]) if len(found) else None
 
 
 def learns(row: Example) -> bool:

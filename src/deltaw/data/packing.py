@@ -272,7 +272,7 @@ def _active(rows: Sequence[Example], active: np.ndarray, device: str | torch.dev
     """The model's argument that says where an activated adapter acts; none for rows without one."""
     if all(row.active_from is None for row in rows):
         return {}
-    return {"adapter_active": torch.from_numpy(active).to(device)}
+    return {"adapter_active": to_device(torch.from_numpy(active), device)}
 
 
 def _groups(items: Sequence[Item], order: Sequence[int]) -> tuple[tuple[int, ...], ...]:

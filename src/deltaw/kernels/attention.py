@@ -203,7 +203,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, pic
         raise ValueError(f"{query.shape[1]} heads cannot share {key_heads} key heads")
     check_shape("the queries", query, length if picked is None else len(picked), query.shape[1], size)
     check_shape("the values", value, length, key_heads, value.shape[-1])
-    if picked is not None and type(picked) is Tensor:  # a fake tensor holds no positions to check
+    # A fake tensor holds no positions to check. A device would be waited for, and torch checks indices there.
+    if picked is not None and type(picked) is Tensor and picked.device.type == "cpu":
         check_places(picked, length)
 
 

@@ -49,6 +49,10 @@ class Int8Linear(nn.Linear):
 class Int8Conv1D(nn.Module):
     """The same in the place of transformers' ``Conv1D``: y = x·W + b with Wᵀ (out, in) in int8; frozen."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    nf: int
+    nx: int
     weight_scale: Tensor
     weight_columns: Tensor | None
 

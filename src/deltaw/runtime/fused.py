@@ -120,7 +120,9 @@ class _Whole(torch.autograd.Function):
         x, kept = ctx.saved_tensors
         need_x, *_, need_factors = ctx.needs_input_grad
         whole: Block = ctx.whole
-        d_x, of_factors = whole.backward(grads[0].contiguous(), x, kept, *ctx.how, need_x, need_factors)
+        segments, cosine, sine, picked = ctx.how
+        grad, needs = grads[0].contiguous(), (need_x, need_factors)
+        d_x, of_factors = whole.backward(grad, x, kept, segments, cosine, sine, picked, *needs)
         return d_x, None, None, *of_factors
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
 from deltaw.config import DEFAULT_TASK, RunConfig
+from deltaw.data.invocation import last_occurrence
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
@@ -75,6 +76,18 @@ class InferenceSession:
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """A prompt as the model is to see it."""
         return tokens if self.method is None or self._bare else self.method.with_virtual_tokens(tokens)
+
+    def not_invoked(self, prompts: Sequence[np.ndarray]) -> str | None:
+        """A line about prompts that an activated adapter does not act after; None where there are none."""
+        invocation = None if self.method is None else self.method.invocation
+        if invocation is None:
+            return None
+        count = sum(last_occurrence(prompt, invocation) is None for prompt in prompts)
+        if not count:
+            return None
+        text = self.tokenizer.decode(list(invocation))
+        many = f"{count:,} of {len(prompts):,} prompts do" if len(prompts) > 1 else "the prompt does"
+        return f"{many} not have {text!r}, from which on the adapter acts: the base model alone answers"
 
     def example(self, example: Any) -> Any:
         """An example as the model is to see it."""

@@ -129,7 +129,8 @@ void test_cross_entropy(int64_t M, int64_t V, double scale, double cap) {
         }
     }
     expect_close(losses.numbers(), expected, cap > 0 ? 1e-4 : 4e-6, what, 1.0);
-    expect_close(logits.numbers(), slope, sizeof(T) == 4 ? 1e-4 : 8e-3, what + " gradient");
+    // Of a certain answer a probability less 1 is left, of which fp32 keeps few digits.
+    expect_close(logits.numbers(), slope, sizeof(T) == 4 ? 1e-4 : 8e-3, what + " gradient", 1e-2);
 }
 
 template <class T>

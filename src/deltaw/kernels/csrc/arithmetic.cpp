@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "status.h"
 
-#if defined(DW_AMX) && !defined(DW_AMX_EMULATED)
+#if defined(DW_AMX) && !defined(DW_AMX_EMULATED) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -24,6 +24,8 @@ const int64_t OF_BF16 = 1 << deltaw::WIDE;
 bool has_tiles() {
 #ifdef DW_AMX_EMULATED
     return true;
+#elif !defined(__linux__)
+    return false;  // no other system is known to grant them
 #else
     const long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl's code and the number of the processor's state
     static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;

@@ -51,6 +51,19 @@ inline void add_blocks(const char *left, int64_t stride, const char *right, int6
 }
 
 #ifdef DW_AMX
+// tile (rows, 16·VECS) = or += int32 sums times a scale for each row, `blocks` numbers apart.
+template <int VECS, bool FRESH>
+inline void add_scaled(int rows, const float *sums, const float *scales, int64_t blocks, float *tile) {
+    for (int i = 0; i < rows; i++, sums += PANEL, tile += PANEL, scales += blocks) {
+        const F16 by = set_f(*scales);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) {
+            const F16 x = to_f(load_i(sums + 16 * v));
+            store16(tile + 16 * v, FRESH ? x * by : fma(x, by, load16(tile + 16 * v)));
+        }
+    }
+}
+
 // The same in tiles, of as many rows as they take at once.
 template <class Op>
 inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
@@ -60,14 +73,8 @@ inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t st
     for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
         tiles::products_at_once<Op>(rows, vecs, left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), (const float *)starts, 0, sums,
                                     PANEL, {});
-        for (int i = 0; i < rows; i++) {
-            const F16 by = set_f(scales[i * blocks]);
-            for (int v = 0; v < vecs; v++) {
-                float *const to = tile + i * PANEL + 16 * v;
-                const F16 x = to_f(load_i(sums + i * PANEL + 16 * v));
-                store16(to, fresh ? x * by : fma(x, by, load16(to)));
-            }
-        }
+        if (vecs == 2) fresh ? add_scaled<2, true>(rows, sums, scales, blocks, tile) : add_scaled<2, false>(rows, sums, scales, blocks, tile);
+        else fresh ? add_scaled<1, true>(rows, sums, scales, blocks, tile) : add_scaled<1, false>(rows, sums, scales, blocks, tile);
     }
 }
 #endif

@@ -30,6 +30,11 @@ class DeviceStore:
         self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
         self._there = np.zeros(shape.units, bool)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Main memory that the inner store takes at most."""
+        return self.inner.resident_bytes
+
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width) on the device."""
         missing = np.unique(places[~self._there[places]])

@@ -27,6 +27,7 @@ from deltaw.hub.skeleton import has_values
 from deltaw.lora import adapter_parameters, is_factor_B
 from deltaw.runtime.layer_entry import Level, frozen_digest
 from deltaw.runtime.partial_check import can_run_apart
+from deltaw.training.features.device_store import on_device
 from deltaw.training.features.prefix_cache import IRRELEVANT, MEMORY_BYTES
 from deltaw.training.features.prompts import Form, PromptIndex, StoredPrompts
 from deltaw.training.features.store import (
@@ -224,7 +225,7 @@ def _store(
                 continue
             store, where = MemoryStore(shape), f"{size} in memory, since {refused}"
         if share == 1:
-            return store, Choice("kept", f"{once}, once for each row: {where}")
+            return on_device(store, model.device), Choice("kept", f"{once}, once for each row: {where}")
         part = f"once for {share:.0%} of their tokens and in each step anew for the others: {where}"
         why = f"{once}, {part}" + (f", since {refused}" if refused not in where else "")
         return PartStore(store, index.units), Choice("kept", why)

@@ -24,6 +24,7 @@ from deltaw.data.example import Example
 from deltaw.data.invocation import learns
 from deltaw.data.packing import Batch, Item, rows_of
 from deltaw.data.prefix_tree import Node, PrefixTree, sort_key
+from deltaw.kernels.transfer import to_device
 from deltaw.lora.activation import PLACES
 from deltaw.runtime.packed import backbone_of
 from deltaw.runtime.partial import PartialLayout
@@ -163,14 +164,14 @@ class StoredPrompts:
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, keys and values (T, key heads, d) with those of the store at these places."""
         assert self.form is not None
-        values = self.store.read(units)
-        length, at = len(batch.units), 0
         where = _tensor(places, batch)
+        values = to_device(self.store.read(units), where.device)
+        length, at = len(batch.units), 0
         keys: dict[int, tuple[Tensor, Tensor]] = {}
         for number in sorted(self.form):
             both = []
             for shape in self.form[number]:
-                part = values[:, at : at + shape.numel()].to(where.device)
+                part = values[:, at : at + shape.numel()]
                 whole = part.new_zeros(length, *shape)
                 both.append(whole.index_copy_(0, where, part.view(-1, *shape)))
                 at += shape.numel()
@@ -197,7 +198,7 @@ def _part_of(
 
 
 def _tensor(places: np.ndarray, batch: PromptedBatch) -> Tensor:
-    return torch.from_numpy(places).to(batch.inner.predictors.device)
+    return to_device(torch.from_numpy(places), batch.inner.predictors.device)
 
 
 class PromptedBatcher:
