@@ -152,6 +152,8 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         "precision: fp32",
         "threads: 1",
         "attention: sdpa",
+        "kernels: ",
+        "precision: int8 would take about ",
         str(flags(tmp_path)[3]),
         "9 rows kept",
         "1 row held out",
@@ -171,6 +173,7 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         "the adapter is in",
     )
     assert [line for line in err.splitlines() if not line.startswith(known)] == []
+    assert any(line.startswith("kernels: ") and ", fp32 products " in line for line in err.splitlines())
 
     out, err = finished(start("generate", tmp_path / "run", "--max-new-tokens", "2"), stdin="paint it red\n")
     assert "Warning" not in err and "adapted" in err

@@ -42,7 +42,7 @@ def test_loaded_model_is_frozen_in_eval_mode_and_the_same(llama_folder: Path) ->
 
 def test_choices_come_with_reasons(llama_folder: Path) -> None:
     loaded = quietly(llama_folder)
-    assert set(loaded.choices) == {"device", "precision", "threads", "attention"}
+    assert set(loaded.choices) == {"device", "precision", "threads", "attention", "kernels"}
     assert loaded.choices["precision"].value == "fp32"
     assert all(choice.why for choice in loaded.choices.values())
 

@@ -74,9 +74,8 @@ def command(
         raise UserError("the run held no rows out", where=run, hint="name a file with --data")
     examples = examples[:rows]
     prompts = [e.tokens[: e.prompt_length] for e in examples if isinstance(e, Example) and e.prompt_length]
-    note = opened.not_invoked(prompts)
-    if note is not None:
-        out.print(note, highlight=False, markup=False)
+    if (lacking := opened.not_invoked(prompts)) is not None:
+        out.print(lacking, highlight=False, markup=False)
 
     def scored() -> Score:
         with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:

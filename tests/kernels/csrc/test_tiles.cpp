@@ -24,8 +24,8 @@ struct OfInt8 {
     typedef TilesInt8 Op;
     typedef uint8_t Left;
     typedef int8_t Right;
-    static Left left() { return (uint8_t)(128 + 60 * random_number()); }
-    static Right right() { return (int8_t)(60 * random_number()); }
+    static Left left() { return (uint8_t)(128 + 35 * random_number()); }
+    static Right right() { return (int8_t)(35 * random_number()); }
     static double sum(float stored) {
         int32_t bits;
         memcpy(&bits, &stored, 4);

@@ -27,13 +27,9 @@ class DeviceStore:
         self.device = device
         self.shape = shape = inner.shape
         self.done = inner.done  # one array for both: what is done is done in both
+        self.resident_bytes = inner.resident_bytes
         self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
         self._there = np.zeros(shape.units, bool)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Main memory that the inner store takes at most."""
-        return self.inner.resident_bytes
 
     def read(self, places: np.ndarray) -> Tensor:
         """(n,) places to (n, width) on the device."""
