@@ -127,8 +127,9 @@ void test_tree(const Tree &tree, const How &how) {
     }
     const double near = sizeof(T) == 4 ? 2e-5 : 2e-2;
     expect_close(ours, exact, near, what + " out"), expect_close(ours_v, exact_v, near, what + " of values");
-    // Where a query sees one key alone, its weight has no slope.
-    expect_close(ours_q, exact_q, near, what + " of queries", 0.05), expect_close(ours_k, exact_k, near, what + " of keys", 0.05);
+    // Where a query sees one key alone, its weight has no slope: what is left of two equal sums of dv products, each
+    // about 2^-24 of the sum of their sizes, is compared with numbers of size 0.25.
+    expect_close(ours_q, exact_q, near, what + " of queries", 0.25), expect_close(ours_k, exact_k, near, what + " of keys", 0.25);
 }
 
 // What lies outside is refused; nothing is written.
