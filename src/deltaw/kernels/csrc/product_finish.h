@@ -1,4 +1,5 @@
-// What becomes of a tile of sums: scales, the low-rank part, bias and what is added, all in registers, and out.
+// What becomes of a tile of sums, while it is in the first-level cache: scales, the low-rank part, bias and what is added, and
+// out.
 #pragma once
 #include "product.h"
 
@@ -23,81 +24,54 @@ struct LowRank {
     const char *left, *right;
     int64_t stride, groups;
     const float *products;
-
-    // For what begins so many rows and columns further on.
-    LowRank at(int rows, int columns) const {
-        if (!groups) return *this;
-        return {left + rows * stride, right + 4 * columns, stride, groups, products ? products + rows * PANEL + columns : nullptr};
-    }
 };
 
-// A tile (ROWS, 16·VECS) of sums, rows m …, columns n0 …; int32 sums become fp32 times their row's and column's scale.
-template <class LowOp, int ROWS, int VECS>
-inline void finish(const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
-    F16 s[ROWS][VECS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; v++) {
+// int32 or fp32 sums become fp32 times their row's and column's scale, in place.
+inline void scale_sums(const Product &p, int rows, int vecs, float *tile, bool from_int32, int64_t m, int64_t n0) {
+    for (int v = 0; v < vecs; v++) {
         const int64_t n = n0 + 16 * v;
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            const float *at = tile + i * PANEL + 16 * v;
-            s[i][v] = from_int32 ? to_f(load_i(at)) : load16(at);
-        }
-        if (p.column_scale) {
-            const F16 by = load16(p.column_scale + n, first(p.N - n));
-#pragma GCC unroll 12
-            for (int i = 0; i < ROWS; i++) s[i][v] = s[i][v] * by;
-        }
-    }
-    if (p.row_scale)
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECS; v++) s[i][v] = s[i][v] * set_f(p.row_scale[m + i]);
-    if constexpr (InTiles<LowOp>::value) {
-        if (low.products)
-#pragma GCC unroll 12
-            for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
-                for (int v = 0; v < VECS; v++) s[i][v] = s[i][v] + load16(low.products + i * PANEL + 16 * v);
-    } else if (low.groups) add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, s);
-    const F16 scale = set_f(p.out_scale);
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; v++) {
-        const int64_t n = n0 + 16 * v;
-        const First mask = first(p.N - n);
-        const F16 bias = bias_of(p, n, mask);
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++) {
-            const int64_t row = m + i;
-            F16 y = fma(s[i][v], scale, bias);
-            if (p.transposed) {
-                store_transposed(p, row, n, y);
-                continue;
-            }
-            if (p.added) {
-                if (p.out_type == F32) y = y + load16((const float *)p.added + row * p.added_ld + n, mask);
-                else y = y + load16((const bf16 *)p.added + row * p.added_ld + n, mask);
-            }
-            if (p.out_type == F32) store16((float *)p.out + row * p.out_ld + n, y, mask);
-            else store16((bf16 *)p.out + row * p.out_ld + n, y, mask);
+        const F16 by_column = p.column_scale ? load16(p.column_scale + n, first(p.N - n)) : set_f(1.0f);
+        for (int i = 0; i < rows; i++) {
+            float *const at = tile + i * PANEL + 16 * v;
+            F16 x = (from_int32 ? to_f(load_i(at)) : load16(at)) * by_column;
+            if (p.row_scale) x = x * set_f(p.row_scale[m + i]);
+            store16(at, x);
         }
     }
 }
 
-// Any number of rows.
-template <class LowOp>
-inline void finish_rows(int rows, int vecs, const Product &p, const float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
-    for (int i = 0; i < rows;) {
-        const int some = rows_at_once(rows - i);
-        with_rows(some, [&](auto count) {
-            with_vecs(vecs, [&](auto wide, int v) {
-                finish<LowOp, decltype(count)::value, decltype(wide)::value>(p, tile + i * PANEL + 16 * v, from_int32, m + i, n0 + 16 * v,
-                                                                             low.at(i, 16 * v));
-            });
-        });
-        i += some;
+// Sums go out as numbers of type T, with bias and what is added.
+template <class T>
+inline void write_sums(const Product &p, int rows, int vecs, const float *tile, int64_t m, int64_t n0) {
+    const F16 scale = set_f(p.out_scale);
+    for (int v = 0; v < vecs; v++) {
+        const int64_t n = n0 + 16 * v;
+        const First mask = first(p.N - n);
+        const F16 bias = bias_of(p, n, mask);
+        for (int i = 0; i < rows; i++) {
+            const int64_t row = m + i;
+            F16 y = fma(load16(tile + i * PANEL + 16 * v), scale, bias);
+            if (p.added) y = y + load16((const T *)p.added + row * p.added_ld + n, mask);
+            if (p.transposed) store_transposed(p, row, n, y);
+            else store16((T *)p.out + row * p.out_ld + n, y, mask);
+        }
     }
+}
+
+// A tile (rows, 16·vecs) of sums, rows m …, columns n0 …, which is changed on the way.
+template <class LowOp>
+inline void finish_rows(int rows, int vecs, const Product &p, float *tile, bool from_int32, int64_t m, int64_t n0, const LowRank &low) {
+    if (from_int32 || p.column_scale || p.row_scale) scale_sums(p, rows, vecs, tile, from_int32, m, n0);
+    if constexpr (InTiles<LowOp>::value) {
+        for (int i = 0; low.products && i < rows; i++)
+            for (int v = 0; v < vecs; v++) {
+                float *const at = tile + i * PANEL + 16 * v;
+                store16(at, load16(at) + load16(low.products + i * PANEL + 16 * v));
+            }
+    } else if (low.groups)
+        products_onto<LowOp>(rows, vecs, low.left, low.stride, low.right, low.groups, tile, PANEL, tile, PANEL);
+    if (p.out_type == F32) write_sums<float>(p, rows, vecs, tile, m, n0);
+    else write_sums<bf16>(p, rows, vecs, tile, m, n0);
 }
 
 }  // namespace deltaw
