@@ -131,7 +131,7 @@ class Part {
         block = std::min(cut, std::max<int64_t>(8, left_at_once() / (std::max<int64_t>(line, 1) * 4) / MOST) * MOST);
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
         // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
-        pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(16, left_at_once() / (block * PANEL * 4))) : end - begin;
+        pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(8, left_at_once() / 2 / (block * PANEL * 4))) : end - begin;
         keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
