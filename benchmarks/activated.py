@@ -18,7 +18,6 @@ import argparse
 import bz2
 import csv
 import json
-import math
 import os
 import platform
 import random
@@ -201,24 +200,19 @@ def score(settings: dict, activation: str, train: Path, rates: list[float], work
         print(f"{activation}, learning rate {rate:g}: validation loss {tried[rate]:.4f}", flush=True)
     best = min(tried, key=lambda rate: tried[rate])
     done = trained(best, {})
-    return {"rate": best, "tried": tried, **{key: done[key] for key in ("eval", "seconds", "rows")}}
-
-
-def wilson(share: float, rows: int) -> tuple[float, float]:
-    """The 95 % interval of a share of so many rows (Wilson 1927)."""
-    z = 1.96
-    middle = share + z * z / (2 * rows)
-    spread = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return (middle - spread) / (1 + z * z / rows), (middle + spread) / (1 + z * z / rows)
+    return {"rate": best, "tried": tried, **{key: done[key] for key in ("eval", "score", "seconds", "rows")}}
 
 
 def report(results: dict) -> None:
     print("\n| | learning rate | held-out loss | score (95 % interval) | training |")
     print("| --- | ---: | ---: | --- | ---: |")
     for name, found in results["score"].items():
-        share, rows = found["eval"]["exact_match"], found["eval"]["rows"]
-        low, high = wilson(share, rows)
-        shown = f"exact match {share:.3f} ({low:.3f} to {high:.3f}, {rows} rows)"
+        # Rows that are longer than a run takes are dropped, and none may be left.
+        if found["score"] is None:
+            print(f"| {name} | {found['rate']:g} | none fits | | {found['seconds']:.0f} s |")
+            continue
+        value, (low, high) = found["score"]["value"], found["score"]["interval"]
+        shown = f"{found['score']['metric']} {value:.3f} ({low:.3f} to {high:.3f})"
         loss, taken = found["eval"]["loss"], found["seconds"]
         print(f"| {name} | {found['rate']:g} | {loss:.4f} | {shown} | {taken:.0f} s |")
 
