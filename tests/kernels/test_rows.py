@@ -97,7 +97,7 @@ def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
     (exact * weights.double()).sum().backward()
     kept = logits.clone()
     losses = rows.cross_entropy_(kept, targets, weights, scale=scale, softcap=softcap, grad=False)
-    # log Σ exp is rounded as a number of at least 1: of an answer that is nearly certain, little is left of it.
+    # log Σ exp is rounded as a number of at least 1, of which a nearly certain answer leaves little.
     close(losses + 1, exact.detach() + 1, torch.bfloat16 if softcap else torch.float32)
     assert torch.equal(kept, logits)
     rows.cross_entropy_(kept, targets, weights, scale=scale, softcap=softcap, grad=True)
