@@ -20,8 +20,7 @@ void test_interface() {
     int64_t target = 0;
     float number = 0;
     expect(dw_class_gradient(1, 4, huge, &number, &target, nullptr, nullptr, nullptr, nullptr) == 1, "no memory for a class gradient");
-    expect(dw_linear(0, 1, huge, 4096, &number, 0, nullptr, 1, nullptr, nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, nullptr, nullptr, 0,
-                     nullptr, nullptr) == 1, "no memory for a product");
+    expect(dw_factors_backward(0, 1, 1, 1, huge, &number, nullptr, &number, nullptr, 1.0f, nullptr, nullptr) == 1, "no memory for factors");
 
     // A call leaves its scratch memory for the next; released, none is held. It comes back when it is needed again.
     auto attend = [] {
