@@ -19,6 +19,7 @@ from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.inference import InferenceSession, open_run, score_run
 from deltaw.training.inference_drift import answers_side_by_side, drift_of
+from deltaw.training.tasks.eval_sets import read_run_data
 
 
 @click.command("eval")
@@ -64,7 +65,7 @@ def command(
         settings = opened.data or DataSettings(train=data)
         examples, report = opened.task.read_file(data, settings, opened.classes)
     elif opened.config is not None:
-        held_out = opened.task.read(opened.config.data, seed=opened.config.train.seed)
+        held_out = read_run_data(opened.task, opened.config.data, seed=opened.config.train.seed)
         examples, report = held_out.held_out, held_out.report
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")

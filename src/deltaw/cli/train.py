@@ -24,7 +24,7 @@ def command(settings: str | None, as_json: bool, **given: str | None) -> int:
     if result.interrupted:
         out.print(f"interrupted after {done.steps} steps: the adapter is saved in {result.output}")
     elif done.seconds:
-        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.metrics.items())
+        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.named_metrics().items())
         planned = result.planned_memory_bytes
         plan_note = "" if planned is None else f" (planned {planned / 1e9:.2f} GB)"
         out.print(

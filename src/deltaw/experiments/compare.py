@@ -173,7 +173,7 @@ def _entry(
     """A method with its stored results, unless those were made with other settings."""
     asked = list(rates[method]) if method in rates else None
     fixed = config.train.learning_rate
-    if asked is None and fixed != "auto":
+    if asked is None and not isinstance(fixed, str):
         asked = [float(fixed)]
     config = config.model_copy(update={"method": method, "output": str(place.path / method)})
     settings = settings_of(config, without=(RATE_KEY,)) | {"share of steps for tuning": share}

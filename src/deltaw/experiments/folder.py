@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deltaw.config import RunConfig
-from deltaw.data.settings import held_out_number, held_out_reference
+from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods import registry
@@ -147,7 +147,10 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
     for key, reference in {
         "the model's files": config.model,
         "the file data.train": config.data.train,
-        "the file data.eval": held_out_reference(config.data.eval),
+        **{
+            f"the file data.eval{name and '.'}{name}": held_out_reference(share)
+            for name, share in eval_sets(config.data.eval).items()
+        },
     }.items():
         if reference is not None and (content := content_of(reference)):
             flat[key] = content

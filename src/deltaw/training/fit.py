@@ -31,12 +31,15 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.monitoring.monitor import Monitor, check_monitored
+from deltaw.training.monitoring.rate_search import choose_rate
+from deltaw.training.monitoring.time_budget import now
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
-from deltaw.training.state import Outcome, Step
+from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 
 
@@ -53,6 +56,8 @@ class Result:
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
+    best: Mapping[str, object] | None = None
+    stopped_early: str | None = None
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -79,6 +84,9 @@ class Result:
             "trained_parameters": self.trained_parameters,
             "eval": self.evaluation.as_dict() or None,
             "score": self.evaluation.score(),
+            "best_step": None if self.best is None else self.best["step"],
+            "best": self.best,
+            "stopped_early": self.stopped_early,
             "drift": None if self.drift is None else self.drift.as_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
@@ -107,9 +115,11 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, callback: Callb
 
 
 def _fit(config: RunConfig, callback: Callback) -> Result:
+    began = now()
     output = Path(os.path.expanduser(config.output))
     check_output(output)
     task, data = read_data(config, callback.on_line)
+    check_monitored(config, task, data)
     config, plan = planned(config, task, data, callback)
     loaded = load_for(config, task, data, callback.on_line)
     device = str(loaded.choices["device"].value)
@@ -120,13 +130,22 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
     folder = RunFolder(output)
     if folder.moved is not None:
         callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
-    chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
-    folder.write_settings(config, chosen)
+    monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
+
+    def write_settings() -> None:
+        chosen = {**loaded.choices, **session.chosen}
+        folder.write_settings(config, {key: (c.value, c.why) for key, c in chosen.items()})
+
+    write_settings()
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
     meter = DriftMeter(session)
     try:
-        outcome, evaluation = _train(session, folder, callback)
+        searched = choose_rate(session, folder.path, callback)
+        monitor.before()
+        outcome = _train(session, folder, monitor, callback, go_on=searched)
+        evaluation = monitor.evaluation
+        write_settings()  # with what was chosen on the way
         drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
     except UntrainedParameterError:
         raise
@@ -148,6 +167,8 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         writes_text=not task.has_labels,
         drift=drift,
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
+        best=monitor.best.as_dict(),
+        stopped_early=monitor.stopped,
     )
 
 
@@ -223,33 +244,35 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
     return loaded
 
 
-def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Outcome, Evaluation]:
+def _train(
+    session: Session, folder: RunFolder, monitor: Monitor, callback: Callback, *, go_on: bool
+) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
-    trained."""
-    total = session.total_steps
-    every = session.config.train.eval_every
+    trained. Without ``go_on`` it ends before the first step."""
     for line in session.lines():
         callback.on_line(line)
     release_free_memory()
 
-    def evaluate(step: int) -> Evaluation:
-        measured = session.evaluate()
-        if measured.metrics:
-            folder.write_metrics({"step": step, "eval": measured.as_dict()})
-            callback.on_evaluation(step, measured)
-        return measured
+    def on_begin(state: TrainState) -> None:
+        monitor.begin(state)
+        callback.on_begin(state)
 
     def on_step(step: Step) -> None:
         folder.write_metrics(step.as_dict())
         callback.on_step(step)
-        if every and step.step % every == 0 and step.step < total:
-            evaluate(step.step)
+        monitor.on_step(step)
 
-    outcome, sound, evaluation = None, True, Evaluation()
+    def save(to: Path) -> None:
+        save_adapter(session, to)
+
+    outcome, sound = None, True
     with session.running():
         try:
             outcome = session.train(
-                on_begin=callback.on_begin, on_step=on_step, should_stop=callback.should_stop
+                on_begin=on_begin,
+                on_step=on_step,
+                should_stop=lambda: not go_on or callback.should_stop(),
+                ended=monitor.ended,
             )
         except UntrainedParameterError:
             sound = False  # nothing is saved as trained that is not
@@ -257,10 +280,11 @@ def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Out
         finally:
             callback.on_end(outcome)
             if sound:
-                save_adapter(session, folder.path)
+                save(folder.path)
         if not outcome.interrupted:
-            evaluation = evaluate(outcome.steps)
-    return outcome, evaluation
+            monitor.finish(outcome.steps)
+        monitor.put_best(outcome.steps, save, finished=not outcome.interrupted)
+    return outcome
 
 
 def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:

@@ -46,11 +46,13 @@ from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.optimizer import Schedule
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.training.tasks.eval_sets import read_run_data
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
@@ -58,6 +60,8 @@ CALIBRATION_ROWS = 256
 CALIBRATION_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
+# The setting whose value a run may choose itself.
+RATE = "train.learning_rate"
 
 
 @dataclass
@@ -93,7 +97,10 @@ class Session:
     @property
     def learning_rate(self) -> float:
         rate = self.config.train.learning_rate
-        return usual_rate_of(self.method, self.model.config) if rate == "auto" else float(rate)
+        if not isinstance(rate, str):
+            return float(rate)
+        found = self.chosen.get(RATE)
+        return usual_rate_of(self.method, self.model.config) if found is None else float(found.value)
 
     @property
     def total_steps(self) -> int:
@@ -144,9 +151,11 @@ class Session:
         on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        ended: Callable[[], bool] = lambda: False,
         saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
+        schedule: Schedule | None = None,
         rows: Sequence[Any] | None = None,
         batch_size: int | None = None,
         batcher: AnyBatcher | None = None,
@@ -169,7 +178,7 @@ class Session:
             add_gradients=self._keep_general(),
             batch_size=batch_size or settings.batch_size,
             seed=settings.seed,
-            schedule=settings.schedule,
+            schedule=schedule or settings.schedule,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             betas=settings.betas,
@@ -178,6 +187,8 @@ class Session:
             on_begin=on_begin,
             on_step=on_step,
             should_stop=should_stop,
+            ended=ended,
+            plans_steps=settings.time is not None,
         )
 
     def _keep_general(self) -> KeepGeneral | None:
@@ -227,7 +238,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch:
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = task.read(config.data, seed=config.train.seed)
+        data = read_run_data(task, config.data, seed=config.train.seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -297,12 +308,8 @@ def assemble(
         chosen[INVOCATION] = invocation
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
-        chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
-    data = replace(
-        data,
-        train=[as_seen(example, method) for example in data.train],
-        held_out=[as_seen(example, method) for example in data.held_out],
-    )
+        chosen[RATE] = Choice(rate, f"usual for method {method.name} on a model this wide")
+    data = data.mapped(lambda example: as_seen(example, method))
     with method.evaluating(model):
         objective = task.objective(model)
     session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)

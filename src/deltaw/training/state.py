@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,8 @@ class TrainState:
         schedule, order: of learning rates and of rows.
         rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
         weight_decay, betas: AdamW's.
+        plans_steps: whether the number of steps is planned on the way (:meth:`replan`), so that a saved state
+            brings its own.
 
     Attributes:
         names, trained: the parameters as the optimizer has them: fp32 master weights of those in 16 bits.
@@ -155,7 +157,9 @@ class TrainState:
         rate_factors: Sequence[float] | None = None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
+        plans_steps: bool = False,
     ) -> None:
+        self._plans_steps = plans_steps
         self.names = list(parameters)
         self.schedule = schedule
         self.order = order
@@ -180,6 +184,10 @@ class TrainState:
     def learning_rate(self) -> float:
         """Of the next step."""
         return self.schedule.rate(self.step)
+
+    def replan(self, total_steps: int) -> None:
+        """Let the training end after so many steps instead; its schedule then reaches the end there."""
+        self.schedule = self.schedule.replanned(self.step, total_steps)
 
     def __enter__(self) -> TrainState:
         self._master_weights.__enter__()
@@ -248,6 +256,8 @@ class TrainState:
         Raises:
             UserError: it is the state of another training: of other parameters, rows or schedule.
         """
+        if self._plans_steps:
+            self.schedule = _planned(self.schedule, saved.values["schedule"])
         self._require_same(saved)
         _warn_of_other_arithmetic(saved.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
@@ -290,6 +300,12 @@ class TrainState:
                     where="the saved state",
                     hint="continue with the model and the settings that it began with",
                 )
+
+
+def _planned(schedule: Schedule, saved: Mapping[str, Any]) -> Schedule:
+    """The schedule with the number of steps that the saved one had planned."""
+    planned = ("total_steps", "warmup", "since", "decayed")
+    return replace(schedule, **{name: saved[name] for name in planned if name in saved})
 
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ class Evaluation:
             form (a correlation).
         interval: the interval of ``main`` at 95 %, by resampling rows.
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
+        name: of the set of rows, where it has one. others: the evaluations of further sets, by name.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -33,17 +34,37 @@ class Evaluation:
     interval: tuple[float, float] | None = None
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
+    name: str = ""
+    others: Mapping[str, Evaluation] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
-        """The metrics, ready for JSON, which has no nan: null."""
-        return {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
+        own: dict[str, object] = {
+            name: value if math.isfinite(value) else None for name, value in self.metrics.items()
+        }
+        if not self.name:
+            return own
+        return {self.name: own, **{name: other.as_dict() for name, other in self.others.items()}}
+
+    def named_metrics(self) -> dict[str, float]:
+        """The metrics of all sets in one, for a person: those of a set with a name begin with it."""
+        prefix = f"{self.name} " if self.name else ""
+        named = {f"{prefix}{key}": value for key, value in self.metrics.items()}
+        for set_name, other in self.others.items():
+            named |= {f"{set_name} {key}": value for key, value in other.metrics.items()}
+        return named
 
     def score(self) -> dict[str, object] | None:
         """The main metric with its interval, ready for JSON; None where nothing was evaluated."""
         if not self.metrics:
             return None
         interval = None if self.interval is None else [float(bound) for bound in self.interval]
-        return {"metric": self.main, "value": self.as_dict()[self.main], "interval": interval}
+        value = self.metrics[self.main]
+        return {
+            "metric": self.main,
+            "value": value if math.isfinite(value) else None,
+            "interval": interval,
+        }
 
 
 def mean_interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:

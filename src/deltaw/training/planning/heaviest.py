@@ -99,7 +99,7 @@ def heaviest_step(session: Session) -> Heaviest:
         heavy = max(found, key=weigh)
         if weigh(heavy) > 1.01 * weigh(largest):
             labelled = rows_of(heavy[2])
-    held_out = session.data.held_out
+    held_out = [row for rows in session.data.sets.values() for row in rows]
     return Heaviest(
         rows_of(largest[2]),
         batcher.shapes(rows_of(largest[2])),
@@ -205,7 +205,8 @@ class TellingBatcher:
 
 def longest_rows(session: Session) -> Sequence[Any]:
     """Held-out rows that make up the largest microbatch of an evaluation."""
-    ordered = sorted(session.data.held_out, key=len, reverse=True)
+    held_out = [row for rows in session.data.sets.values() for row in rows]
+    ordered = sorted(held_out, key=len, reverse=True)
     most = getattr(session.batcher, "tokens_per_pass", 0)
     total, count = 0, 0
     for row in ordered:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config import RunConfig
+from deltaw.data.settings import eval_sets
 from deltaw.errors import UserError
 from deltaw.host import cgroup
 from deltaw.host.processor import processor_flags, processor_name, usable_processors
@@ -176,7 +177,7 @@ def digest_of(rows: Iterable[Any]) -> str:
 def _files_of(config: RunConfig) -> list[object] | None:
     """Stamps of the files of model and rows; None where some of them are not known."""
     references = [config.data.train]
-    references += [config.data.eval] if isinstance(config.data.eval, str) else []
+    references += [name for name in eval_sets(config.data.eval).values() if isinstance(name, str)]
     try:
         source = resolve(config.model)
     except UserError:
