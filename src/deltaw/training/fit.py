@@ -144,7 +144,7 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         searched = choose_rate(session, folder.path, callback)
         monitor.before()
         outcome = _train(session, folder, monitor, callback, go_on=searched)
-        evaluation = monitor.evaluation
+        evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
         write_settings()  # with what was chosen on the way
         drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
     except UntrainedParameterError:

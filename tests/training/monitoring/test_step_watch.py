@@ -83,7 +83,7 @@ def test_steps_that_are_nearly_all_clipped_are_told_with_a_limit_that_would_not(
     random = np.random.default_rng(6)
     norms = 5.0 * np.exp(0.1 * random.standard_normal(300))
     ((number, warning),) = warnings(2 + 0.1 * random.standard_normal(300), norms, limit=1.0)
-    assert number == WINDOW and warning.kind == "clipped" and "a limit of 10 or" not in warning.text
+    assert number == 2 * WINDOW and warning.kind == "clipped" and "a limit of 10 or" not in warning.text
     assert 8 <= float(warning.text.split("a limit of ")[1].split()[0]) <= 20
     assert warnings(2 + 0.1 * random.standard_normal(300), norms, limit=20.0) == []
     half = np.where(np.arange(300) % 2, 5.0, 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 
 from deltaw.config import RunConfig
@@ -107,8 +108,6 @@ def test_a_run_that_gets_slow_at_its_end_stops_in_time():
 
 
 def test_noise_is_no_reason_to_plan_anew():
-    import numpy as np
-
     random = np.random.default_rng(0)
     clock, state = Clock(), State(100_000)
     lines = run(budget_of(1000, clock), clock, state, lambda n: 1.0 + 0.1 * random.standard_normal())

@@ -16,8 +16,9 @@ import numpy as np
 SMOOTHING = 2.0
 # The rate that is chosen lies so many times below that of the lowest smoothed loss.
 BELOW_LOWEST = 3.0
-# A fall of the smoothed loss of less than so many standard deviations of the losses around it is noise.
-NOISE = 3.0
+# A fall from the mean of the first losses to the lowest smoothed one is noise up to so many standard deviations
+# of single losses. The lowest of some ten independent means lies about half a one below by chance.
+NOISE, FIRST = 2.0, 5
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def read_curve(
     smoothed = smooth(losses)
     told = {"rates": list(rates), "losses": list(losses), "smoothed": smoothed, "diverged": diverged}
     at = int(np.argmin(smoothed)) if smoothed else 0
-    noise = _noise(losses, smoothed)
-    if len(smoothed) < 4 or smoothed[0] - smoothed[at] <= NOISE * noise:
+    fall = sum(losses[:FIRST]) / FIRST - smoothed[at] if smoothed else 0.0
+    if at < FIRST or fall <= NOISE * _noise(losses, smoothed):
         why = "the method's usual rate: in the range test the loss fell by no more than its noise"
         return RateSearch(**told, lowest=None, steepest=None, chosen=usual, why=why, usual=usual)  # type: ignore[arg-type]
     logs = np.log(np.asarray(rates))
@@ -110,12 +111,11 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def _noise(losses: Sequence[float], smoothed: Sequence[float]) -> float:
-    """Standard error of the smoothed losses, by how the losses scatter around them.
+    """Standard deviation of single losses, by how they scatter around the smoothed ones.
 
     The median tells it, since losses that run away at the end are no noise.
     """
-    if not losses:
-        return math.inf
     off = np.abs(np.asarray(losses) - np.asarray(smoothed))
-    neighbors = SMOOTHING * 2.0 * math.sqrt(math.pi)  # as many losses weigh as much as their normal weights
-    return float(1.4826 * np.median(off) / math.sqrt(neighbors))
+    own = 1.0 / (SMOOTHING * math.sqrt(2 * math.pi))  # a loss's share of its own smoothed one
+    squares = 1.0 / (SMOOTHING * 2.0 * math.sqrt(math.pi))  # the sum of all squared shares
+    return float(1.4826 * np.median(off) / math.sqrt(1.0 - 2.0 * own + squares))

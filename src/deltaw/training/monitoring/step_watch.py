@@ -57,6 +57,7 @@ class StepWatch:
     """
 
     max_grad_norm: float | None
+    _seen: int = 0
     _norms: list[float] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
     _lowest: tuple[float, float] | None = None  # mean of the losses, and the squared error of that mean
@@ -66,6 +67,7 @@ class StepWatch:
     def see(self, step: Step) -> list[StepWarning]:
         """The warnings after this step, which are mostly none."""
         found = []
+        self._seen += 1
         if math.isfinite(step.gradient_norm) and step.gradient_norm > 0:
             found += [self._jump(step), self._clipped(step)]
         if math.isfinite(step.loss):
@@ -76,6 +78,7 @@ class StepWatch:
 
     def state(self) -> dict[str, Any]:
         return {
+            "seen": self._seen,
             "norms": self._norms,
             "losses": self._losses,
             "lowest": self._lowest,
@@ -84,6 +87,7 @@ class StepWatch:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        self._seen = state["seen"]
         self._norms, self._losses = list(state["norms"]), list(state["losses"])
         self._lowest = None if state["lowest"] is None else (state["lowest"][0], state["lowest"][1])
         self._risen, self._said = state["risen"], list(state["said"])
@@ -109,7 +113,7 @@ class StepWatch:
     def _clipped(self, step: Step) -> StepWarning | None:
         """Nearly all of the last steps were clipped, so that the limit sets the length of each."""
         limit, norms = self.max_grad_norm, self._norms
-        if limit is None or len(norms) < WINDOW:
+        if limit is None or self._seen < 2 * WINDOW:  # gradients are large at first in many trainings
             return None
         share = sum(norm > limit for norm in norms) / len(norms)
         if share < CLIPPED:

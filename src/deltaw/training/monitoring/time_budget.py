@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,9 +22,10 @@ UNMEASURED = 1
 # Steps that are measured before the first plan; more of them, until this share of the budget is spent.
 FEWEST, MOST, MEASURING_SHARE = 3, 16, 0.02
 # The speed is that of so many last steps.
-WINDOW = 32
-# A plan is made anew where it misses by this share of the steps to come, and by more than ``SLACK`` steps.
-TOLERANCE, SLACK = 0.05, 2
+WINDOW = 64
+# A plan is made anew where it misses by this share of the steps to come, by more standard errors of the speed
+# than these, and by more than ``SLACK`` steps.
+TOLERANCE, ERRORS, SLACK = 0.05, 3.0, 2
 # Kept back of the whole budget, for what no estimate knows.
 MARGIN = 0.02
 
@@ -84,6 +86,7 @@ class TimeBudget:
     _mark: float | None = None
     _durations: list[float] = field(default_factory=list)
     _skipped: int = 0
+    _error_planned: float = 0.0
 
     def spent(self) -> float:
         """Seconds since the run began, those of earlier processes included."""
@@ -173,6 +176,11 @@ class TimeBudget:
     def _step_seconds(self) -> float:
         return sum(self._durations) / len(self._durations)
 
+    def _speed_error(self) -> float:
+        """The standard error of the mean step, as a share of it."""
+        times = self._durations
+        return statistics.stdev(times) / math.sqrt(len(times)) / max(1e-9, statistics.fmean(times))
+
     def _left(self) -> float:
         """Seconds that are left for steps, and for evaluations between them."""
         kept = self.ending.evaluation + self.ending.after + MARGIN * self.seconds
@@ -184,10 +192,12 @@ class TimeBudget:
         total = min(self.most_steps, state.step + fitting)
         to_come = max(1, state.total_steps - state.step)
         off = abs(total - state.total_steps)
-        if self._planned and (off <= SLACK or off <= TOLERANCE * to_come):
+        error = self._speed_error()
+        tolerance = max(TOLERANCE, ERRORS * math.hypot(error, self._error_planned))
+        if self._planned and (off <= SLACK or off <= tolerance * to_come):
             return None
         again = self._planned
-        self._planned = True
+        self._planned, self._error_planned = True, error
         changed = total != state.total_steps
         state.replan(total)
         if again and not changed:
