@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from deltaw.data.report import Report
-from deltaw.data.settings import DataSettings, held_out_number, held_out_reference
+from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError, did_you_mean
 
@@ -191,7 +191,7 @@ def _units(keys: list[bytes], groups: list[Hashable]) -> list[int]:
     return [root(place) for place in range(len(keys))]
 
 
-def _held_out_size(share: float | str | None, distinct: int) -> int:
+def _held_out_size(share: EvalSets, distinct: int) -> int:
     """How many of ``distinct`` rows are held out; a share holds out at least one if that leaves one."""
     number = held_out_number(share)
     if number == 0:

@@ -96,6 +96,7 @@ def test_a_run_that_searches_is_the_run_with_the_rate_that_it_found(settings, tm
 
 def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(rate_search, "ABOVE", 1e6)
+    monkeypatch.setattr(rate_search, "RUN_AWAY", 1.2)  # a tiny model's loss is near its worst from the start
     session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
     with session.running():
         found = search_rate(session)
