@@ -34,7 +34,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
-from deltaw.training.not_finite import NotFinite
+from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
@@ -284,7 +284,8 @@ def _train(
 ) -> tuple[Outcome, Evaluation]:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
     trained."""
-    total, every = session.total_steps, session.config.train.eval_every
+    settings = session.config.train
+    total, every, skip = session.total_steps, settings.eval_every, settings.not_finite == "skip"
     checkpoints = record.checkpoints
     for line in session.lines():
         callback.on_line(line)
@@ -321,8 +322,7 @@ def _train(
             outcome = session.train(
                 on_begin=on_begin,
                 on_step=on_step,
-                on_skip=on_skip,
-                diagnose=record.diagnose,
+                not_finite=WhenNotFinite(skip, on_skip, record.diagnose),
                 should_stop=callback.should_stop,
                 saved=record.saved,
             )

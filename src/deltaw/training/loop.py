@@ -20,7 +20,7 @@ from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
-from deltaw.training.not_finite import MOST_IN_ROW, Diagnose, NotFinite, NotFiniteError
+from deltaw.training.not_finite import MOST_IN_ROW, NotFinite, NotFiniteError, WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
 from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
@@ -65,9 +65,7 @@ def train(
     on_begin: Callable[[TrainState], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    skip_not_finite: bool = False,
-    on_skip: Callable[[NotFinite], None] | None = None,
-    diagnose: Diagnose | None = None,
+    not_finite: WhenNotFinite | None = None,
 ) -> Outcome:
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
 
@@ -98,9 +96,7 @@ def train(
         on_begin: given the state before the first step; ``state.state()`` can be taken between steps.
         on_step: told of each step after it; the time it takes is not counted.
         should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
-        skip_not_finite: leave out steps whose loss or gradient is not finite, up to ``MOST_IN_ROW`` in a row.
-        on_skip: told of such a step in place of ``on_step``.
-        diagnose: asked what is wrong with such a step before it ends the training.
+        not_finite: what to do with steps whose loss or gradient is not finite; None: end the training.
 
     Returns:
         sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop. The
@@ -120,22 +116,9 @@ def train(
         weight_decay=weight_decay,
         betas=betas,
     )
-    changed = after_step or (lambda: None)
-    loop = _Loop(
-        state,
-        objective,
-        examples,
-        batcher,
-        max_grad_norm,
-        changed,
-        should_stop,
-        add_gradients,
-        skip_not_finite,
-        diagnose or (lambda found: ()),
-    )
-    return loop.run(
-        may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None), on_skip
-    )
+    changed, odd = after_step or (lambda: None), not_finite or WhenNotFinite()
+    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop, add_gradients, odd)
+    return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
 
 @dataclass
@@ -150,8 +133,7 @@ class _Loop:
     changed: Callable[[], None]
     should_stop: Callable[[], bool]
     add_gradients: Callable[[int], Tensor | float] | None
-    skip_not_finite: bool
-    diagnose: Diagnose
+    not_finite: WhenNotFinite
 
     def run(
         self,
@@ -159,7 +141,6 @@ class _Loop:
         saved: SavedState | None,
         on_begin: Callable[[TrainState], None],
         on_step: Callable[[Step], None],
-        on_skip: Callable[[NotFinite], None] | None,
     ) -> Outcome:
         """All steps, from the first or from ``saved``."""
         state = self.state
@@ -176,8 +157,8 @@ class _Loop:
                     break
                 if isinstance(step, Step):
                     on_step(step)
-                elif on_skip is not None:
-                    on_skip(step)
+                else:
+                    self.not_finite.on_skip(step)
         return state.sums
 
     def step(self, check: TrainedCheck, stopped: Callable[[], bool]) -> Step | NotFinite | None:
@@ -233,12 +214,12 @@ class _Loop:
         """
         state = self.state
         found = NotFinite(state.step + 1, state.total_steps, places, loss, gradient_norm, state.learning_rate)
-        if self.skip_not_finite and state.skipped_in_row + 1 < MOST_IN_ROW:
+        if self.not_finite.skip and state.skipped_in_row + 1 < MOST_IN_ROW:
             state.skip_step()
             return found
         state.abandon_step()
         state.begin_step()  # the diagnosis draws the random numbers that the step did
-        lines = self.diagnose(found)
+        lines = self.not_finite.diagnose(found)
         state.abandon_step()
         raise NotFiniteError(found, lines, state.skipped_in_row)
 

@@ -49,6 +49,20 @@ class NotFinite:
 Diagnose: TypeAlias = Callable[[NotFinite], Sequence[str]]
 
 
+@dataclass(frozen=True)
+class WhenNotFinite:
+    """What a training does with such steps.
+
+    Attributes:
+        skip: leave them out, up to ``MOST_IN_ROW`` in a row; else the first ends the training.
+        on_skip: told of one that is left out. diagnose: asked about one that ends the training.
+    """
+
+    skip: bool = False
+    on_skip: Callable[[NotFinite], None] = lambda found: None
+    diagnose: Diagnose = lambda found: ()
+
+
 class NotFiniteError(UserError):
     """A training has diverged. The trained parameters are those before the step.
 
