@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
@@ -26,7 +27,9 @@ from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.training.callbacks import Callback, Say, silent
 from deltaw.training.card import write_card
+from deltaw.training.checkpoints import listed
 from deltaw.training.drift_meter import DriftMeter
+from deltaw.training.endings import clear_end
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
@@ -34,11 +37,22 @@ from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rate_search import choose_rate
 from deltaw.training.monitoring.time_budget import now
+from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.run_folder import RunFolder, check_output
+from deltaw.training.record import RunRecord
+from deltaw.training.resuming import (
+    choices_of,
+    compute_as,
+    require_same_model,
+    require_same_rows,
+    rows_facts,
+)
+from deltaw.training.run_folder import RunFolder, check_output, is_unfinished
+from deltaw.training.run_state import FOLDER
 from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.start import Start, begin, settings_of
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 
@@ -58,6 +72,8 @@ class Result:
     arithmetic: Mapping[str, str] = field(default_factory=dict)
     best: Mapping[str, object] | None = None
     stopped_early: str | None = None
+    resumed_from_step: int | None = None
+    checkpoints: Sequence[Path] = ()
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -92,71 +108,111 @@ class Result:
             "planned_memory_bytes": self.planned_memory_bytes,
             "arithmetic": dict(self.arithmetic) or None,
             "interrupted": done.interrupted,
+            "skipped_steps": done.skipped,
+            "resumed_from_step": self.resumed_from_step,
+            "checkpoints": [os.fspath(path) for path in self.checkpoints],
         }
 
 
-def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, callback: Callback | None = None) -> Result:
+def fit(
+    config: RunConfig | Mapping | str | os.PathLike[str] | None = None,
+    *,
+    callback: Callback | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+) -> Result:
     """Train as ``config`` says and write the run's folder.
 
-    The process is left as it was: its threads, random numbers, signal handlers and garbage collector.
+    A run in the same folder that was not done goes on from its last checkpoint. The process is left as it
+    was: its threads, random numbers, signal handlers and garbage collector.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.
         callback: told of everything on the way; without one, the run is silent.
+        resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
+            then a dictionary of settings that change, or None.
+        fresh: begin with the first step, whatever is in the folder; it is moved.
 
     Raises:
-        UserError: something the user gave cannot be used; nothing was written then, or the adapter as it was
-            before a step that diverged.
+        UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
+            memory or no room on the disk, or the training diverged: what was trained before is kept.
         UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
     """
+    if resume is not None:
+        if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
+            raise UserError(
+                "a run that goes on has its own settings and its own folder",
+                where=str(resume),
+                hint="give single settings to change, and neither a file of settings, 'output' nor fresh",
+            )
+        config = {**(config or {}), "output": os.fspath(resume)}
+        config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
     config = RunConfig.read(config)
-    with guest():
-        return _fit(config, callback or Callback())
-
-
-def _fit(config: RunConfig, callback: Callback) -> Result:
-    began = now()
     output = Path(os.path.expanduser(config.output))
-    check_output(output)
-    task, data = read_data(config, callback.on_line)
-    check_monitored(config, task, data)
-    config, plan = planned(config, task, data, callback)
+    callback = callback or Callback()
+    with guest():
+        check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
+        start = begin(output, config, asked=resume is not None, fresh=fresh, say=callback.on_line)
+        try:
+            return _fit(start, output, callback)
+        finally:
+            if start.lock is not None:
+                start.lock.release()
+
+
+def _fit(start: Start, output: Path, callback: Callback) -> Result:
+    began = now()
+    task, data = read_data(start.config, callback.on_line)
+    check_monitored(start.config, task, data)
+    rows = rows_facts(data.train, data.held_out)
+    if start.found is not None:
+        require_same_rows(start.found.values["rows"], rows, start.asked, output)
+    config, plan = planned(start.config, task, data, callback)
     loaded = load_for(config, task, data, callback.on_line)
+    if start.found is not None:
+        compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
     session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     for line in session.said:
         callback.on_line(line)
+    if start.found is not None:
+        require_same_model(start.found.values["model"], session, output)
+    start.check_length(session.total_steps)
 
-    folder = RunFolder(output)
+    folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
         callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
+    choices = choices_of(session, loaded.choices)
+    record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
     monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
+    record.add("monitor", monitor, durable=monitor.checkpointed)
+    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
 
     def write_settings() -> None:
-        chosen = {**loaded.choices, **session.chosen}
-        folder.write_settings(config, {key: (c.value, c.why) for key, c in chosen.items()})
+        chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
+        folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
 
-    write_settings()
-    if task.tokenizer is not None:
-        folder.write_tokenizer(task.tokenizer)
-    meter = DriftMeter(session)
     try:
-        searched = choose_rate(session, folder.path, callback)
-        monitor.before()
-        outcome = _train(session, folder, monitor, callback, go_on=searched)
-        evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
-        write_settings()  # with what was chosen on the way
-        drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
-    except UntrainedParameterError:
-        raise
-    except UserError:
-        callback.on_line(f"the adapter as it was before that step is in {folder.path}")
+        with clear_end(output, where=record.where, last=record.checkpoints.settled):
+            write_settings()
+            if task.tokenizer is not None:
+                folder.write_tokenizer(task.tokenizer)
+            meter = DriftMeter(session)
+            searched = choose_rate(session, folder.path, callback)
+            record.chose(choices_of(session, loaded.choices))
+            outcome = _train(session, folder, record, monitor, callback, go_on=searched)
+            evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
+            write_settings()  # with what was chosen on the way
+            drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
+            write_card(folder.path, session, outcome, evaluation, trained, drift)
+            record.done(outcome)
+            monitor.done(outcome, goes_on=record.checkpoints.enabled)
+    except BaseException as error:
+        record.failed(error)
         raise
     finally:
         folder.close()
         session.close()
-    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
-    write_card(folder.path, session, outcome, evaluation, trained, drift)
     return Result(
         folder.path,
         outcome,
@@ -169,6 +225,8 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
         best=monitor.best.as_dict(),
         stopped_early=monitor.stopped,
+        resumed_from_step=start.step,
+        checkpoints=listed(output / FOLDER),
     )
 
 
@@ -245,46 +303,80 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
 
 
 def _train(
-    session: Session, folder: RunFolder, monitor: Monitor, callback: Callback, *, go_on: bool
+    session: Session,
+    folder: RunFolder,
+    record: RunRecord,
+    monitor: Monitor,
+    callback: Callback,
+    *,
+    go_on: bool,
 ) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
     trained. Without ``go_on`` it ends before the first step."""
+    skip, checkpoints = session.config.train.not_finite == "skip", record.checkpoints
     for line in session.lines():
         callback.on_line(line)
     release_free_memory()
 
     def on_begin(state: TrainState) -> None:
+        record.begin(state)
         monitor.begin(state)
         callback.on_begin(state)
 
     def on_step(step: Step) -> None:
         folder.write_metrics(step.as_dict())
         callback.on_step(step)
-        monitor.on_step(step)
+        after(step.step, monitor.on_step(step))
+
+    def on_skip(found: NotFinite) -> None:
+        folder.write_metrics(found.as_dict())
+        callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
+        after(found.step, monitor.on_skip(found.step))
+
+    def after(step: int, judged: Evaluation | None) -> None:
+        checkpoints.step_done(best=judged is not None and checkpoints.evaluated(step, judged))
 
     def save(to: Path) -> None:
         save_adapter(session, to)
 
-    outcome, sound = None, True
+    record.restore()
+    monitor.before()
     with session.running():
         try:
             outcome = session.train(
                 on_begin=on_begin,
                 on_step=on_step,
+                not_finite=WhenNotFinite(skip, on_skip, record.diagnose),
                 should_stop=lambda: not go_on or callback.should_stop(),
                 ended=monitor.ended,
+                saved=record.saved,
             )
-        except UntrainedParameterError:
-            sound = False  # nothing is saved as trained that is not
+        except BaseException as error:
+            callback.on_end(None)
+            _keep_adapter(session, folder.path, error, callback)
             raise
-        finally:
-            callback.on_end(outcome)
-            if sound:
-                save(folder.path)
+        callback.on_end(outcome)
+        checkpoints.write()
+        save(folder.path)
         if not outcome.interrupted:
-            monitor.finish(outcome.steps)
-        monitor.put_best(outcome.steps, save, finished=not outcome.interrupted)
+            checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
+        monitor.put_best(outcome.steps, save, evaluate=not outcome.interrupted)
+        checkpoints.close()
     return outcome
+
+
+def _keep_adapter(session: Session, folder: Path, error: BaseException, callback: Callback) -> None:
+    """After an error, save what was trained before it, where that is sound: not what is said to be trained
+    and is not, nor what an interruption at once may have left half changed."""
+    if isinstance(error, UntrainedParameterError | KeyboardInterrupt):
+        return
+    try:
+        save_adapter(session, folder)
+    except (UserError, OSError, SafetensorError) as another:
+        callback.on_line(f"the adapter could not be saved: {another}")
+        return
+    if isinstance(error, UserError):
+        callback.on_line(f"the adapter as it was before that step is in {folder}")
 
 
 def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:

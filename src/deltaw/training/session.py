@@ -46,6 +46,7 @@ from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation
@@ -152,6 +153,7 @@ class Session:
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         ended: Callable[[], bool] = lambda: False,
+        not_finite: WhenNotFinite | None = None,
         saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
@@ -189,6 +191,7 @@ class Session:
             should_stop=should_stop,
             ended=ended,
             plans_steps=settings.time is not None,
+            not_finite=not_finite,
         )
 
     def _keep_general(self) -> KeepGeneral | None:

@@ -6,7 +6,8 @@ Knows steps and metrics; not models, files or how a run ends.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.host.choices import Choice
@@ -27,6 +28,12 @@ def deciding_metric(evaluation: Evaluation, *, writes_text: bool) -> tuple[str, 
     if writes_text and "loss" in evaluation.metrics:
         return "loss", False
     return evaluation.main, evaluation.higher_is_better
+
+
+def judged(evaluation: Evaluation, *, writes_text: bool) -> Evaluation:
+    """The evaluation with the deciding metric as its main one."""
+    metric, higher = deciding_metric(evaluation, writes_text=writes_text)
+    return replace(evaluation, main=metric, higher_is_better=higher)
 
 
 def usual_eval_every(total_steps: int, batch_size: int, held_out: int) -> Choice[int]:
@@ -91,6 +98,6 @@ class BestScore:
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "value": self.value, "metric": self.metric, "waited": self.waited}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self.step, self.value = state["step"], state["value"]
         self.metric, self.waited = state["metric"], state["waited"]

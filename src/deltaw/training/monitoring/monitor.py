@@ -22,13 +22,13 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best_parameters import BestParameters
-from deltaw.training.monitoring.best_score import BestScore, usual_eval_every
+from deltaw.training.monitoring.best_score import BestScore, judged, usual_eval_every
 from deltaw.training.monitoring.ending import Costs
 from deltaw.training.monitoring.step_watch import StepWatch
 from deltaw.training.monitoring.time_budget import TimeBudget, now
 from deltaw.training.monitoring.written_answers import Sample, Samples, WrittenAnswers
 from deltaw.training.session import Session
-from deltaw.training.state import Step, TrainState
+from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
 
 # Beside the best adapter: that of the last step.
@@ -100,6 +100,7 @@ class Monitor:
         self._evaluated: int | None = None
         self._evaluation: Evaluation | None = None
         self._state: TrainState | None = None
+        self._written_best: int | None = None
         self._costs = Costs(session, self._answers.count)
         self.budget: TimeBudget | None = None
         if train.time is not None:
@@ -126,26 +127,38 @@ class Monitor:
         if self.budget is not None:
             self.budget.begin()
 
-    def on_step(self, step: Step) -> None:
-        """A step is done. Call within ``session.running()``."""
-        budget, state = self.budget, self._state
-        assert state is not None
-        if budget is not None:
-            budget.step_done()
+    def on_step(self, step: Step) -> Evaluation | None:
+        """A step is done. Call within ``session.running()``.
+
+        Returns:
+            the evaluation that followed, with the deciding metric as its main one; None where none was due.
+        """
+        if self.budget is not None:
+            self.budget.step_done()
+        self._costs.see(step)
         for warning in self._watch.see(step):
             self._write({"step": step.step, "warning": warning.as_dict()})
             self._callback.on_line(warning.text)
-        if self._every and step.step % self._every == 0 and step.step < state.total_steps:
-            self._evaluate(step.step)
-        if budget is None:
-            return
-        self._costs.see(step)
-        self._costs.tell(budget.ending)
-        line = budget.plan(state, self._every)
-        if line is not None:
-            self._callback.on_line(line)
-            self._settle_every(state.total_steps)
-        budget.go_on()
+        return self._after(step.step)
+
+    def on_skip(self, step: int) -> Evaluation | None:
+        """A step was left out. Else as :meth:`on_step`."""
+        return self._after(step)
+
+    def _after(self, step: int) -> Evaluation | None:
+        """What follows a step: an evaluation, and the plan of the steps to come."""
+        budget, state, found = self.budget, self._state, None
+        assert state is not None
+        if self._every and step % self._every == 0 and step < state.total_steps:
+            found = self._evaluate(step)
+        if budget is not None:
+            self._costs.tell(budget.ending)
+            line = budget.plan(state, self._every)
+            if line is not None:
+                self._callback.on_line(line)
+                self._settle_every(state.total_steps)
+            budget.go_on()
+        return found
 
     def ended(self) -> bool:
         """Whether the run is to end here, before its last step."""
@@ -160,21 +173,22 @@ class Monitor:
         return self.stopped is not None
 
     def finish(self, step: int) -> Evaluation:
-        """The evaluation after the last step. Call within ``session.running()``, after the training."""
+        """The evaluation after the last step, with the deciding metric as its main one. Call within
+        ``session.running()``, after the training."""
         if self._evaluated != step:
             self._evaluate(step)
         elif self._evaluation is None:  # it was evaluated by an earlier process, and told then
             self._evaluation = self._measured()
-        return self._evaluation or Evaluation()
+        return self._judged(self._evaluation or Evaluation())
 
-    def put_best(self, step: int, save: Callable[[Path], None], *, finished: bool) -> None:
+    def put_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
         """Make the run's adapter the best one, with the last beside it; nothing where the last is asked for.
 
         Call within ``session.running()``, after the training.
 
         Args:
             step: the last one. save: writes the adapter into a folder.
-            finished: whether the run is over; else it may go on, and needs what it kept.
+            evaluate: whether the best one is to be evaluated for :attr:`evaluation`.
         """
         best = self.best.step
         if self._kept is None or best is None:
@@ -187,9 +201,12 @@ class Monitor:
                 f"the adapter is that of step {best}, which was the best ({self.best.metric} "
                 f"{self.best.value:.4f}); that of step {step} is in {self._folder / LAST}"
             )
-            if finished:
+            if evaluate:
                 self._evaluation = self._measured()
-        if finished:
+
+    def done(self, outcome: Outcome, *, goes_on: bool) -> None:
+        """The run is over, and all is written; what it kept goes, unless a later run can go on from here."""
+        if self._kept is not None and not goes_on and not outcome.interrupted:
             self._kept.remove()
 
     @property
@@ -198,12 +215,13 @@ class Monitor:
         return self._evaluation or Evaluation()
 
     def checkpointed(self) -> None:
-        """A checkpoint with the present state was written."""
+        """The checkpoint with what :meth:`state` gave last is on the disk."""
         if self._kept is not None:
-            self._kept.checkpointed(self.best.step)
+            self._kept.checkpointed(self._written_best)
 
     def state(self) -> dict[str, Any]:
         """All of it as plain values, ready for JSON; between two steps."""
+        self._written_best = self.best.step
         return {
             "best": self.best.state(),
             "watch": self._watch.state(),
@@ -213,7 +231,7 @@ class Monitor:
             "budget": None if self.budget is None else self.budget.state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave, before :meth:`before`."""
         self.best.restore(state["best"])
         self._watch.restore(state["watch"])
@@ -271,20 +289,24 @@ class Monitor:
         name, *others = found
         return replace(found[name], name=name, others={other: found[other] for other in others})
 
-    def _evaluate(self, step: int) -> None:
+    def _judged(self, evaluation: Evaluation) -> Evaluation:
+        return judged(evaluation, writes_text=self._session.task.writes_text)
+
+    def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, tell it, and note whether it is the best so far."""
         timed = contextlib.nullcontext() if self.budget is None else self.budget.evaluating()
         with timed:
             measured = self._measured()
             self._evaluated, self._evaluation = step, measured
             if not measured.metrics:
-                return
+                return None
             self._write({"step": step, "eval": measured.as_dict()})
             self._callback.on_evaluation(step, measured)
             if len(self._samples):
                 self._tell_samples(step, self._samples.of_adapter())
             if self.best.see(step, measured, writes_text=self._session.task.writes_text) and self._kept:
                 self._kept.keep(step)
+            return self._judged(measured)
 
     def _tell_samples(self, step: int, samples: list[Sample]) -> None:
         self._write({"step": step, "samples": [sample.as_dict() for sample in samples]})

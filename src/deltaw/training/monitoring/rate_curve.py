@@ -16,8 +16,8 @@ import numpy as np
 SMOOTHING = 2.0
 # The rate that is chosen lies so many times below that of the lowest smoothed loss.
 BELOW_LOWEST = 3.0
-# A fall from the mean of the first losses to the lowest smoothed one is noise up to so many standard deviations
-# of single losses. The lowest of some ten independent means lies about half a one below by chance.
+# A fall from the mean of the first losses to the lowest smoothed one is noise up to so many standard
+# deviations of single losses. The lowest of some ten independent means lies half a one below by chance.
 NOISE, FIRST = 2.0, 5
 
 

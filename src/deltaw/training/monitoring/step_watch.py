@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,14 +79,14 @@ class StepWatch:
     def state(self) -> dict[str, Any]:
         return {
             "seen": self._seen,
-            "norms": self._norms,
-            "losses": self._losses,
+            "norms": list(self._norms),
+            "losses": list(self._losses),
             "lowest": self._lowest,
             "risen": self._risen,
-            "said": self._said,
+            "said": list(self._said),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self._seen = state["seen"]
         self._norms, self._losses = list(state["norms"]), list(state["losses"])
         self._lowest = None if state["lowest"] is None else (state["lowest"][0], state["lowest"][1])

@@ -11,7 +11,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,9 +101,9 @@ class TimeBudget:
         """The first step of this process is about to begin.
 
         Raises:
-            UserError: the time is over already.
+            UserError: the time is over, and no step was ever done.
         """
-        if self.spent() >= self.seconds:
+        if self.spent() >= self.seconds and not self._spent_before:
             raise UserError(
                 f"the time is over before the first step: {self.spent():.0f} s went into reading the model "
                 "and the rows",
@@ -161,7 +161,7 @@ class TimeBudget:
             "evaluation_measured": self.ending.measured,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self._spent_before = float(state["spent"])
         self._planned = bool(state["planned"])
         self.ending.evaluation = float(state["evaluation"])
