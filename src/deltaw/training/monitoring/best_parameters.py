@@ -38,6 +38,7 @@ class BestParameters:
         self._session = session
         self._folder = folder / FOLDER
         self._needed: int | None = None  # by the last checkpoint
+        self._newest: int | None = None
 
     def keep(self, step: int) -> None:
         """Write the parameters as they are now, whole or not at all."""
@@ -46,12 +47,13 @@ class BestParameters:
         }
         with replacing(self._file(step)) as temporary:
             save_file(tensors, temporary, metadata={"step": str(step)})
+        self._newest = step
         self._remove_but({step, self._needed})
 
     def checkpointed(self, best_step: int | None) -> None:
-        """A checkpoint was written, when ``best_step`` was the best: earlier ones are no longer needed."""
+        """A checkpoint is on the disk, written when ``best_step`` was the best: earlier ones may go."""
         self._needed = best_step
-        self._remove_but({best_step})
+        self._remove_but({best_step, self._newest})
 
     def has(self, step: int) -> bool:
         """Whether the parameters of this step are there and whole."""
