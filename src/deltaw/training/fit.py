@@ -333,8 +333,8 @@ def _train(
         callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
         after(found.step, monitor.on_skip(found.step))
 
-    def after(step: int, judged: Evaluation | None) -> None:
-        checkpoints.step_done(best=judged is not None and checkpoints.evaluated(step, judged))
+    def after(step: int, decided: Evaluation | None) -> None:
+        checkpoints.step_done(best=decided is not None and checkpoints.evaluated(step, decided))
 
     def save(to: Path) -> None:
         save_adapter(session, to)

@@ -66,7 +66,6 @@ def train(
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     ended: Callable[[], bool] = lambda: False,
-    plans_steps: bool = False,
     not_finite: WhenNotFinite | None = None,
 ) -> Outcome:
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
@@ -100,41 +99,25 @@ def train(
         on_step: told of each step after it; the time it takes is not counted.
         should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
         ended: asked before each step; True ends the training as its last step does.
-        plans_steps: see :class:`deltaw.training.state.TrainState`.
         not_finite: what to do with steps whose loss or gradient is not finite; None: end the training.
 
     Returns:
-        sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop. The
-        parameters are those of the last whole step.
+        sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop.
 
     Raises:
-        NotFiniteError: the loss or the gradient is no longer finite; the parameters are those before that
-            step.
+        NotFiniteError: the loss or the gradient is not finite; the parameters are those before that step.
         UntrainedParameterError: a parameter has no gradient in the first step, or did not move in two.
     """
     names = list(names or (f"parameter {n}" for n in range(len(parameters))))
     if isinstance(schedule, str):
         schedule = Schedule(schedule, learning_rate, total_steps, warmup)
+    named, order = dict(zip(names, parameters, strict=True)), RowOrder(len(examples), batch_size, seed)
     state = TrainState(
-        dict(zip(names, parameters, strict=True)),
-        schedule,
-        RowOrder(len(examples), batch_size, seed),
-        rate_factors=rate_factors,
-        weight_decay=weight_decay,
-        betas=betas,
-        plans_steps=plans_steps,
+        named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
     )
+    changed, odd = after_step or (lambda: None), not_finite or WhenNotFinite()
     loop = _Loop(
-        state,
-        objective,
-        examples,
-        batcher,
-        max_grad_norm,
-        changed=after_step or (lambda: None),
-        should_stop=should_stop,
-        ended=ended,
-        add_gradients=add_gradients,
-        not_finite=not_finite or WhenNotFinite(),
+        state, objective, examples, batcher, max_grad_norm, changed, should_stop, ended, add_gradients, odd
     )
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 

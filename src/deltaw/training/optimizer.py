@@ -68,14 +68,16 @@ class Schedule:
     Attributes:
         name: of :data:`SCHEDULES`. learning_rate: its peak. total_steps: of the training.
         warmup: steps of linear warm-up, or a share of ``total_steps`` where below 1.
-        since: step from which on ``total_steps`` was planned anew; 0 where it never was.
-        decayed: the share of the decay that was done by then.
+        planned: whether ``total_steps`` was planned on the way (:meth:`replanned`).
+        since: the step that this was done at, after the warm-up; else 0. decayed: the share of the decay that
+            was done by then.
     """
 
     name: str
     learning_rate: float
     total_steps: int
     warmup: float = 0.0
+    planned: bool = False
     since: int = 0
     decayed: float = 0.0
 
@@ -95,9 +97,10 @@ class Schedule:
         warm = warmup_steps(self.warmup, self.total_steps)
         if step <= warm:
             warm = max(step, warmup_steps(self.warmup, total_steps))
-            return replace(self, total_steps=total_steps, warmup=float(warm) if warm else 0.0)
+            return replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
         done = self._decayed(step, warm)
-        return replace(self, total_steps=total_steps, warmup=float(warm), since=step, decayed=done)
+        changed = {"total_steps": total_steps, "warmup": float(warm), "since": step, "decayed": done}
+        return replace(self, **changed, planned=True)
 
     def _decayed(self, step: int, warm: int) -> float:
         """The share of the decay that is done at ``step``, after the warm-up."""

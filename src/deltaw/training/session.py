@@ -190,7 +190,6 @@ class Session:
             on_step=on_step,
             should_stop=should_stop,
             ended=ended,
-            plans_steps=settings.time is not None,
             not_finite=not_finite,
         )
 

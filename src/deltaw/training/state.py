@@ -150,8 +150,6 @@ class TrainState:
         schedule, order: of learning rates and of rows.
         rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
         weight_decay, betas: AdamW's.
-        plans_steps: whether the number of steps is planned on the way (:meth:`replan`), so that a saved state
-            brings its own.
 
     Attributes:
         names, trained: the parameters as the optimizer has them: fp32 master weights of those in 16 bits.
@@ -168,9 +166,7 @@ class TrainState:
         rate_factors: Sequence[float] | None = None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
-        plans_steps: bool = False,
     ) -> None:
-        self._plans_steps = plans_steps
         self.names = list(parameters)
         self.schedule = schedule
         self.order = order
@@ -198,7 +194,8 @@ class TrainState:
         return self.schedule.rate(self.step)
 
     def replan(self, total_steps: int) -> None:
-        """Let the training end after so many steps instead; its schedule then reaches the end there."""
+        """Let the training end after so many steps instead; its schedule then reaches its end there. A saved
+        state brings the number that was planned."""
         self.schedule = self.schedule.replanned(self.step, total_steps)
 
     def __enter__(self) -> TrainState:
@@ -283,7 +280,7 @@ class TrainState:
         Raises:
             UserError: it is the state of another training: of other parameters, rows or schedule.
         """
-        if self._plans_steps:
+        if saved.values["schedule"].get("planned"):
             self.schedule = _planned(self.schedule, saved.values["schedule"])
         self._require_same(saved)
         _warn_of_other_arithmetic(saved.values.get("arithmetic"))
@@ -334,9 +331,9 @@ def _require_shape(name: str, parameter: Tensor, value: Tensor) -> None:
 
 
 def _planned(schedule: Schedule, saved: Mapping[str, Any]) -> Schedule:
-    """The schedule with the number of steps that the saved one had planned."""
-    planned = ("total_steps", "warmup", "since", "decayed")
-    return replace(schedule, **{name: saved[name] for name in planned if name in saved})
+    """The schedule with the number of steps that the saved one had planned on the way."""
+    planned = ("total_steps", "warmup", "since", "decayed", "planned")
+    return replace(schedule, **{name: saved[name] for name in planned})
 
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:

@@ -5,6 +5,7 @@ A copy of a run's folder, made while the run goes on, is what a process leaves t
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -139,3 +140,31 @@ def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings
     result = fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=killed)
     assert any("are gone: the best is sought anew" in line for line in killed.lines)
     assert result.best["step"] > 8
+
+
+def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(
+    settings, tmp_path, monkeypatch
+):
+    looks = itertools.count()
+
+    def clock():
+        return 0.25 * next(looks)  # each look takes time, and a step has a few of them
+
+    for module in ("fit", "monitoring.monitor"):
+        monkeypatch.setattr(f"deltaw.training.{module}.now", clock)
+
+    class Told(Killed):
+        total = begun = None
+
+        def on_begin(self, state):
+            self.state, self.begun = state, state.total_steps
+
+    run = tmp_path / "run"
+    train = {**TRAIN, "epochs": 1000, "time": "60s", "eval_every": None, "eval_answers": 0, "samples": 0}
+    first, second = Told(run, tmp_path, [("step", 25)]), Told()
+    whole = fit(settings(run, train=train), callback=first)
+    goes_on(tmp_path / "step-25", run)
+    result = fit(settings(run, train=train), callback=second)
+    assert first.begun == 3000 and second.begun < 300, "the plan is that of the first process"
+    assert second.state.schedule.planned and result.resumed_from_step == 24
+    assert 0.6 * whole.outcome.steps < result.outcome.steps <= 1.4 * whole.outcome.steps

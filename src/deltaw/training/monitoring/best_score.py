@@ -30,7 +30,7 @@ def deciding_metric(evaluation: Evaluation, *, writes_text: bool) -> tuple[str, 
     return evaluation.main, evaluation.higher_is_better
 
 
-def judged(evaluation: Evaluation, *, writes_text: bool) -> Evaluation:
+def decided(evaluation: Evaluation, *, writes_text: bool) -> Evaluation:
     """The evaluation with the deciding metric as its main one."""
     metric, higher = deciding_metric(evaluation, writes_text=writes_text)
     return replace(evaluation, main=metric, higher_is_better=higher)

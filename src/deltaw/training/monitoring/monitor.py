@@ -22,7 +22,7 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best_parameters import BestParameters
-from deltaw.training.monitoring.best_score import BestScore, judged, usual_eval_every
+from deltaw.training.monitoring.best_score import BestScore, decided, usual_eval_every
 from deltaw.training.monitoring.ending import Costs
 from deltaw.training.monitoring.step_watch import StepWatch
 from deltaw.training.monitoring.time_budget import TimeBudget, now
@@ -179,7 +179,7 @@ class Monitor:
             self._evaluate(step)
         elif self._evaluation is None:  # it was evaluated by an earlier process, and told then
             self._evaluation = self._measured()
-        return self._judged(self._evaluation or Evaluation())
+        return self._decided(self._evaluation or Evaluation())
 
     def put_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
         """Make the run's adapter the best one, with the last beside it; nothing where the last is asked for.
@@ -289,8 +289,8 @@ class Monitor:
         name, *others = found
         return replace(found[name], name=name, others={other: found[other] for other in others})
 
-    def _judged(self, evaluation: Evaluation) -> Evaluation:
-        return judged(evaluation, writes_text=self._session.task.writes_text)
+    def _decided(self, evaluation: Evaluation) -> Evaluation:
+        return decided(evaluation, writes_text=self._session.task.writes_text)
 
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, tell it, and note whether it is the best so far."""
@@ -306,7 +306,7 @@ class Monitor:
                 self._tell_samples(step, self._samples.of_adapter())
             if self.best.see(step, measured, writes_text=self._session.task.writes_text) and self._kept:
                 self._kept.keep(step)
-            return self._judged(measured)
+            return self._decided(measured)
 
     def _tell_samples(self, step: int, samples: list[Sample]) -> None:
         self._write({"step": step, "samples": [sample.as_dict() for sample in samples]})
