@@ -26,7 +26,8 @@ class RateSearch:
     """What a range test came to.
 
     Attributes:
-        rates, losses: of each step, until the loss ran away. smoothed: the losses, smoothed over steps.
+        rates, losses: of each step, until the loss ran away.
+        smoothed: the losses, smoothed over steps; those that run away count as much as they may fall.
         lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before.
         chosen, why: the rate for the training.
         usual: the method's usual rate, for comparison.
@@ -62,11 +63,15 @@ def read_curve(
         usual: the method's usual rate.
         diverged: whether the loss ran away after the last of them.
     """
-    smoothed = smooth(losses)
+    # One loss that runs away would hide all that its neighbors say.
+    first = sum(losses[:FIRST]) / FIRST
+    most = 2.0 * first - min(losses, default=0.0)
+    bounded = [min(loss, most) for loss in losses]
+    smoothed = smooth(bounded)
     told = {"rates": list(rates), "losses": list(losses), "smoothed": smoothed, "diverged": diverged}
     at = int(np.argmin(smoothed)) if smoothed else 0
-    fall = sum(losses[:FIRST]) / FIRST - smoothed[at] if smoothed else 0.0
-    if at < FIRST or fall <= NOISE * _noise(losses, smoothed):
+    fall = first - smoothed[at] if smoothed else 0.0
+    if at < FIRST or fall <= NOISE * _noise(bounded, smoothed):
         why = "the method's usual rate: in the range test the loss fell by no more than its noise"
         return RateSearch(**told, lowest=None, steepest=None, chosen=usual, why=why, usual=usual)  # type: ignore[arg-type]
     logs = np.log(np.asarray(rates))
