@@ -46,6 +46,7 @@ from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
@@ -144,6 +145,7 @@ class Session:
         on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        not_finite: WhenNotFinite | None = None,
         saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
@@ -178,6 +180,7 @@ class Session:
             on_begin=on_begin,
             on_step=on_step,
             should_stop=should_stop,
+            not_finite=not_finite,
         )
 
     def _keep_general(self) -> KeepGeneral | None:
