@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deltaw.data.bad_rows import BadRows
+from deltaw.data.chunk import ChunkReader
 from deltaw.data.example import Example
-from deltaw.data.formats import choose_form, read_prompt, read_records, unused_columns
+from deltaw.data.formats import choose_form, unused_columns
+from deltaw.data.messages import read_prompt
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Rows, read_rows
 from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
-from deltaw.data.templates import Encoded, Encoder, TemplateName
+from deltaw.data.templates import Encoder, TemplateName
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Prepared:
     train: list[Example]
     held_out: list[Example]
     report: Report
+    skipped: BadRows
 
 
 def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Prepared:
@@ -48,11 +52,12 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
-    encoder = Encoder(tokenizer, settings.template, settings.labels)
+    encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
     rows = read_rows(settings.train)
     check_group(rows, settings.group)
     chosen = choose(len(rows), settings.rows, seed)
-    examples, kept, report = _examples(rows, chosen, settings, encoder)
+    bad = BadRows(settings.bad_rows)
+    examples, kept, report = _examples(rows, chosen, settings, encoder, bad)
     train, held_out, report = divide(
         examples,
         groups_of(rows, kept, settings.group),
@@ -62,7 +67,7 @@ def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed:
         key=_key,
         read_apart=lambda reference: prepare_file(reference, settings, tokenizer),
     )
-    return Prepared(train, held_out, report)
+    return Prepared(train, held_out, report, bad)
 
 
 def prepare_file(
@@ -75,9 +80,10 @@ def prepare_file(
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
-    encoder = Encoder(tokenizer, settings.template, settings.labels)
+    encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
     rows = read_rows(reference)
-    examples, _, report = _examples(rows, range(len(rows)), settings, encoder)
+    bad = BadRows(settings.bad_rows)
+    examples, _, report = _examples(rows, range(len(rows)), settings, encoder, bad)
     return examples, evaluated(examples, report, _key)
 
 
@@ -99,47 +105,32 @@ def encode_prompt(
     settings = settings_or_template
     if isinstance(settings, DataSettings):
         template: TemplateName = "plain" if settings.form == "text" else settings.template
+        date = settings.date
     else:
-        template = settings
+        template, date = settings, None
     messages = prompt if isinstance(prompt, str) else read_prompt(prompt, "the prompt")
-    return np.asarray(Encoder(tokenizer, template).prompt(messages), dtype=np.int32)
+    return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
 
 
 def _examples(
-    rows: Rows, chosen: Sequence[int], settings: DataSettings, encoder: Encoder
+    rows: Rows, chosen: Sequence[int], settings: DataSettings, encoder: Encoder, bad: BadRows
 ) -> tuple[list[Example], list[int], Report]:
     """The rows at ``chosen`` as examples of at most ``max_length`` tokens that have labels, and their indices
     in ``rows``."""
     form = choose_form(rows, settings.form, settings.columns)
     template = "plain" if form.name == "text" else encoder.template
+    reader = ChunkReader(encoder, form, settings, bad)
     examples: list[Example] = []
     kept: list[int] = []
-    long: list[tuple[int, int]] = []
-    trailing = without_label = cut = tokens_cut = dropped = 0
     for start in range(0, len(chosen), _CHUNK):
         indices = chosen[start : start + _CHUNK]
-        records = read_records(rows, indices, form, settings.columns)
-        trailing += sum(getattr(record, "trailing", 0) > 0 for record in records)
-        encoded = encoder.encode(records, [rows.place(index) for index in indices])
-        for index, row in zip(indices, encoded, strict=True):
-            excess = len(row.tokens) - settings.max_length
-            if excess > 0:
-                long.append((index, len(row.tokens)))
-                dropped += settings.long_rows == "drop"
-                if settings.long_rows != "cut":
-                    continue
-            example = _example(rows[index][0], row, settings.max_length)
-            if not example.is_label.any():
-                without_label += 1
-                continue
-            if excess > 0:
-                cut, tokens_cut = cut + 1, tokens_cut + excess
-            examples.append(example)
-            kept.append(index)
-    if long and settings.long_rows == "error":
-        raise too_long(rows, long, settings.max_length)
+        for index, found in zip(indices, reader.read(rows, indices), strict=True):
+            examples += found
+            kept += [index] * len(found)
+    reader.check()
+    account = reader.account
     if not examples:
-        raise _nothing_left(rows, dropped, without_label)
+        raise _nothing_left(rows, account.dropped_long, account.without_label)
     unused = unused_columns(rows, form, settings.columns)
     return (
         examples,
@@ -151,22 +142,11 @@ def _examples(
             rows_read=len(rows),
             rows_kept=len(examples),
             not_chosen=len(rows) - len(chosen),
-            cut=cut,
-            tokens_cut=tokens_cut,
-            dropped_long=dropped,
-            without_label=without_label,
-            trailing_turns=trailing,
+            bad_rows=dict(bad.counts),
+            **account.as_dict(),
             unused_columns=tuple(column for column in unused if column != settings.group),
         ),
     )
-
-
-def _example(number: int, encoded: Encoded, max_length: int) -> Example:
-    tokens = np.asarray(encoded.tokens[:max_length], dtype=np.int32)
-    is_label = np.zeros(len(tokens), dtype=bool)
-    for start, end in encoded.spans:
-        is_label[start:end] = True
-    return Example(number, tokens, is_label, min(encoded.prompt_length, len(tokens)), encoded.answer)
 
 
 def _key(example: Example) -> bytes:
@@ -174,18 +154,6 @@ def _key(example: Example) -> bytes:
     digest = hashlib.blake2b(example.tokens.tobytes(), digest_size=16)
     digest.update(np.packbits(example.is_label).tobytes())
     return digest.digest()
-
-
-def too_long(rows: Rows, long: Sequence[tuple[int, int]], limit: int) -> UserError:
-    """The error for rows, given as (index, tokens), that have more than ``limit`` tokens."""
-    index, length = long[0]
-    longest = max(length for _, length in long)
-    many = f"{len(long):,} rows are" if len(long) > 1 else "1 row is"
-    return UserError(
-        f"{many} longer than {limit:,} tokens; the first has {length:,}",
-        where=rows.place(index),
-        hint=f"set data.max_length: {longest} to fit all, or data.long_rows: cut (truncate) or drop",
-    )
 
 
 def _nothing_left(rows: Rows, dropped: int, without_label: int) -> UserError:

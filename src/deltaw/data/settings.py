@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError, did_you_mean
@@ -72,6 +73,13 @@ class DataSettings:
         default=None,
         metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
     )
+    date: str | None = field(
+        default=None,
+        metadata={
+            "description": "what a chat template that asks for the current date is told, such as 2026-01-31; "
+            "null: today's"
+        },
+    )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
@@ -114,6 +122,13 @@ class DataSettings:
             raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
+        check_date(self.date)
+        if self.chat_template is not None and self.template == "plain":
+            raise UserError(
+                "data.chat_template is given, and data.template: plain uses none",
+                where="data.template",
+                hint="remove one of them",
+            )
         known = known_columns()
         for name in self.columns:
             if name not in known:
