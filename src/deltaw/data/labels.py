@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deltaw.data.chunk import too_long
 from deltaw.data.classes import LabelColumns, class_name, class_numbers, find_columns, number
+from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pixels import ImageExample, image_rows, read_images
-from deltaw.data.prepare import too_long
 from deltaw.data.report import Report
+from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import Rows, read_rows
+from deltaw.data.sources import read_rows
 from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
 from deltaw.errors import UserError
 
@@ -99,7 +101,7 @@ def prepare_labelled(
     """
     reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
     rows, others = reader.open(settings.train)
-    check_group(rows, settings.group)
+    check_group(rows.name, rows.columns, settings.group)
     examples, kept, report = reader.read(rows, choose(len(rows), settings.rows, seed))
     found = reader.classes
     train, held_out, report = divide(
@@ -111,7 +113,7 @@ def prepare_labelled(
         key=_key,
         read_apart=lambda name: prepare_label_file(name, settings, tokenizer, task, found),
     )
-    _check_variety(train, found, settings.train)
+    _check_variety(train, found, shown(settings.train))
     return PreparedLabels(train, held_out, _with_counts(report, train, found), found)
 
 
@@ -152,9 +154,21 @@ class _Reader:
         self.task = task
         self.classes = classes
 
-    def open(self, reference: str) -> tuple[Rows, int]:
+    def open(self, train: Train) -> tuple[Rows, int]:
         """The rows, and how many files of an image folder are not images."""
-        return image_rows(reference) if self.task == "image-classification" else (read_rows(reference), 0)
+        found = []
+        for source in sources_of(train):
+            if source.weight != 1 or source.columns is not None or source.form is not None:
+                raise UserError(
+                    "a source of labeled rows has no weight, columns or form of its own",
+                    where=f"data.train, {source.reference}",
+                    hint="name the sources alone: data.train: [a.csv, b.csv]",
+                )
+            is_image = self.task == "image-classification"
+            found.append(image_rows(source.reference) if is_image else (read_rows(source.reference), 0))
+        if len(found) == 1:
+            return found[0]
+        return Rows.joined(shown(train), [rows for rows, _ in found]), sum(others for _, others in found)
 
     def read(self, rows: Rows, chosen: Sequence[int]) -> tuple[list[AnyExample], list[int], Report]:
         """The usable rows among ``chosen`` as examples, their indices in ``rows``, and the report."""
@@ -227,7 +241,9 @@ class _Reader:
                 examples.append(LabelledExample(rows.number(index), ids, label, segments))
                 kept.append(index)
         if long and long_rows == "error":
-            raise too_long(rows, long, limit)
+            longest = max(length for _, length in long)
+            place = rows.place(long[0][0])
+            raise too_long(place, long[0][1], count=len(long), longest=longest, limit=limit)
         if not examples:
             raise _nothing_left(rows, len(long))
         report = replace(

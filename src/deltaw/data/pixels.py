@@ -198,7 +198,6 @@ class _ColumnReader:
     def __init__(self, rows: Rows, column: str) -> None:
         self._rows = rows
         self._column = column
-        self._base = Path(os.path.expanduser(rows.name)).parent
 
     def __call__(self, index: int) -> tuple[np.ndarray | Path | bytes, bool]:
         """The image, and whether it is given as an array."""
@@ -209,7 +208,7 @@ class _ColumnReader:
         if isinstance(value, Path | bytes):
             return value, False
         if isinstance(value, str) and value:
-            return self._base / value, False
+            return Path(os.path.expanduser(self._rows.file(index))).parent / value, False
         if isinstance(value, Image.Image):
             return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB")), False
         if isinstance(value, list | np.ndarray):

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deltaw import tasks
 from deltaw.data.report import Report
+from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
@@ -46,8 +47,9 @@ class RunData:
     read_peak_bytes: int = 0
 
     @property
-    def every(self) -> list[Any]:
-        return [*self.train, *self.held_out]
+    def every(self) -> Sequence[Any]:
+        """All rows, those to train on first."""
+        return joined(self.train, self.held_out)
 
 
 @dataclass(frozen=True)
