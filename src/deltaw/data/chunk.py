@@ -15,8 +15,8 @@ from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, Record, read_records
 from deltaw.data.long_rows import split_long
+from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import Rows
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 

@@ -19,8 +19,9 @@ from deltaw.data.messages import (
     read_messages,
     read_tools,
     text_of,
+    without_nulls,
 )
-from deltaw.data.sources import Row, Rows
+from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError, did_you_mean
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
@@ -145,6 +146,8 @@ def read_records(
     records: list[Record | None] = []
     for place, index in enumerate(indices):
         _, row = rows[index]
+        if rows.fills_nulls:
+            row = {column: without_nulls(value) for column, value in row.items()}
         try:
             records.append(read_record(row, form, columns, rows.place(index)))
         except BadRowError as error:

@@ -7,6 +7,7 @@ knows neither models nor batches.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,10 +24,12 @@ from deltaw.data.classes import (
     find_columns,
     number,
 )
+from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pixels import ImageExample, image_rows, read_images
 from deltaw.data.report import Report
+from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import Rows, read_rows
+from deltaw.data.sources import read_rows
 from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
 from deltaw.errors import UserError
 
@@ -109,7 +112,7 @@ def prepare_labelled(
     """
     reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
     rows, others = reader.open(settings.train)
-    check_group(rows, settings.group)
+    check_group(rows.name, rows.columns, settings.group)
     examples, kept, report = reader.read(rows, choose(len(rows), settings.rows, seed))
     found = reader.classes
     train, held_out, report = divide(
@@ -121,7 +124,7 @@ def prepare_labelled(
         key=_key,
         read_apart=lambda name: prepare_label_file(name, settings, tokenizer, task, found, reader.bad),
     )
-    _check_variety(train, found, settings.train)
+    _check_variety(train, found, shown(settings.train))
     return PreparedLabels(train, held_out, _with_counts(report, train, found), found, reader.bad)
 
 
@@ -167,19 +170,37 @@ class _Reader:
                 hint="set it to cut or drop",
             )
         self.bad = BadRows(settings.bad_rows) if bad is None else bad
+        self._known: Counter[str] = Counter()
         self.settings = settings
         self.tokenizer = tokenizer
         self.task = task
         self.classes = classes
 
-    def open(self, reference: str) -> tuple[Rows, int]:
+    def open(self, train: Train) -> tuple[Rows, int]:
         """The rows, and how many files of an image folder are not images."""
-        return image_rows(reference) if self.task == "image-classification" else (read_rows(reference), 0)
+        found = []
+        self._known = self.bad.counts.copy()
+        on_bad = self.bad.add_unreadable if self.bad.mode == "skip" else None
+        for source in sources_of(train):
+            if source.weight != 1 or source.columns is not None or source.form is not None:
+                raise UserError(
+                    "a source of labeled rows has no weight, columns or form of its own",
+                    where=f"data.train, {source.reference}",
+                    hint="name the sources alone: data.train: [a.csv, b.csv]",
+                )
+            is_image = self.task == "image-classification"
+            if is_image:
+                found.append(image_rows(source.reference, on_bad))
+            else:
+                found.append((read_rows(source.reference, on_bad), 0))
+        if len(found) == 1:
+            return found[0]
+        return Rows.joined(shown(train), [rows for rows, _ in found]), sum(others for _, others in found)
 
     def read(self, rows: Rows, chosen: Sequence[int]) -> tuple[list[AnyExample], list[int], Report]:
         """The usable rows among ``chosen`` as examples, their indices in ``rows``, and the report."""
         columns = find_columns(rows, self.settings, self.task)
-        known = self.bad.counts.copy()
+        unreadable = len(self.bad) - self._known.total()
         chosen_rows = len(chosen)
         chosen, labels = self._labels(rows, chosen, columns)
         pairs = [(index, label) for index, label in zip(chosen, labels, strict=True) if label is not None]
@@ -191,7 +212,7 @@ class _Reader:
             source=rows.name,
             form="labeled images",
             template="",
-            rows_read=len(rows),
+            rows_read=len(rows) + unreadable,
             rows_kept=len(usable),
             not_chosen=len(rows) - chosen_rows,
             other_classes=len(chosen) - len(usable),
@@ -202,7 +223,7 @@ class _Reader:
             examples, usable, report = self._images(rows, usable, kept, columns, report)
         else:
             examples, usable, report = self._texts(rows, usable, kept, columns, report)
-        return examples, usable, replace(report, bad_rows=dict(self.bad.counts - known))
+        return examples, usable, replace(report, bad_rows=dict(self.bad.counts - self._known))
 
     def _images(
         self,

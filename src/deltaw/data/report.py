@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 class Report:
     """The row counts of one preparation.
 
-    ``rows_read + added = not_chosen + skipped + dropped_long + without_label + other_classes + rows_kept``,
-    plus ``duplicates`` if they were dropped (not ``duplicates_kept``), plus ``held_out`` if those rows come
-    from the same file (``held_out_source`` is None). A row that becomes several examples is counted once in
-    ``rows_read``; the others are in ``added``, and each example is counted like a row from then on.
+    ``rows_read + added = rows_kept + not_chosen + not_drawn + skipped + dropped_long + without_label +
+    other_classes``, plus ``duplicates`` if they were dropped (not ``duplicates_kept``), plus ``held_out`` if
+    those rows come from the same file (``held_out_source`` is None). A row that becomes several examples is
+    counted once in ``rows_read``; the others are in ``added``, and each counts like a row from then on.
 
     Attributes:
         source: the reference that the rows came from.
@@ -49,6 +49,9 @@ class Report:
         image_sizes: smallest and largest height and width of the images, if they differ.
         other_files: files in an image folder that are not images.
         unused_columns: columns of the file that were not read.
+        repeated: rows that come in an epoch again because their source has a weight above 1.
+        not_drawn: rows that are left out because their source has a weight with a fraction, and not drawn.
+        sources: by reference, where there are several, the source's ``weight`` and its ``rows`` in an epoch.
         evaluation: the report of the separate evaluation file, if there is one.
     """
 
@@ -86,6 +89,9 @@ class Report:
     image_sizes: tuple[int, int, int, int] | None = None
     other_files: int = 0
     unused_columns: tuple[str, ...] = ()
+    repeated: int = 0
+    not_drawn: int = 0
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluation: Report | None = None
 
     @property
@@ -131,9 +137,13 @@ class Report:
                 f"{self.labels_cut:,} of them labels",
             ),
             (self.trailing_turns, "truncated after the assistant's last turn: nothing answers what follows"),
+            (self.repeated, "more in an epoch: their source has a weight above 1"),
+            (self.not_drawn, "left out: their source has a weight with a fraction"),
             (self.overlap, "of the evaluation file are also training rows, which inflates its scores"),
         ]
         lines += [f"{_rows(count)} {what}" for count, what in losses if count]
+        for reference, told in self.sources.items():
+            lines.append(f"{reference}: weight {told['weight']:g}, {_rows(int(told['rows']))} in an epoch")
         if self.unused_columns:
             lines.append("unused columns: " + ", ".join(self.unused_columns))
         if self.evaluation:

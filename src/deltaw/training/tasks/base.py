@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.bad_rows import BadRows
 from deltaw.data.report import Report
+from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
@@ -49,8 +50,9 @@ class RunData:
     skipped: BadRows | None = None
 
     @property
-    def every(self) -> list[Any]:
-        return [*self.train, *self.held_out]
+    def every(self) -> Sequence[Any]:
+        """All rows, those to train on first."""
+        return joined(self.train, self.held_out)
 
 
 @dataclass(frozen=True)
