@@ -181,6 +181,7 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
             folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
+            folder.write_skipped(data.skipped)
             meter = DriftMeter(session)
             outcome, evaluation = _train(session, folder, record, callback)
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
