@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +17,15 @@ import torch
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.kernels import loader
+from deltaw.lora.count import count_parameters
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
-from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.card import write_card
 from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.base import Evaluation
@@ -37,7 +38,9 @@ from deltaw.training.process import guest
 from deltaw.training.run_folder import RunFolder, check_output
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Outcome, Step
+from deltaw.training.summary import RunSummary
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,16 @@ def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, callback: Callb
         UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
     """
     config = RunConfig.read(config)
-    with guest():
-        return _fit(config, callback or Callback())
+    with guest(), Tracking(config, callback or Callback()) as told, RunSummary() as summary:
+        return summary.finished(_fit(config, told, summary))
 
 
-def _fit(config: RunConfig, callback: Callback) -> Result:
+def _fit(config: RunConfig, callback: Callback, summary: RunSummary) -> Result:
     output = Path(os.path.expanduser(config.output))
     check_output(output)
     task, data = read_data(config, callback.on_line)
     config, plan = planned(config, task, data, callback)
-    loaded = load_for(config, task, data, callback.on_line)
+    loaded = load_for(config, task, data, callback.on_line, callback.on_choice)
     device = str(loaded.choices["device"].value)
     session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     for line in session.said:
@@ -124,6 +127,11 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
     folder.write_settings(config, chosen)
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    choices = {**loaded.choices, **session.chosen}
+    summary.begin(folder.path, session, plan, choices, memory_limit_bytes().value)
+    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
+    total = count_parameters(session.model).total
+    callback.on_start(RunStart(folder.path, config, choices, total, trained, session.total_steps))
     meter = DriftMeter(session)
     try:
         outcome, evaluation = _train(session, folder, callback)
@@ -136,7 +144,6 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
     finally:
         folder.close()
         session.close()
-    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
     write_card(folder.path, session, outcome, evaluation, trained, drift)
     return Result(
         folder.path,
@@ -202,7 +209,13 @@ def count_blocks(config: RunConfig, task: Task, say: Say) -> int:
     return int(getattr(text, "num_hidden_layers", 1))
 
 
-def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) -> LoadedModel:
+def load_for(
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    say: Say = silent,
+    choose: Callable[[str, Choice], None] | None = None,
+) -> LoadedModel:
     """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
     torch.manual_seed(config.train.seed)
     loaded = load(
@@ -216,7 +229,10 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
         say=say,
     )
     for name, choice in loaded.choices.items():
-        say(f"{name}: {choice}")
+        if choose is None:
+            say(f"{name}: {choice}")
+        else:
+            choose(name, choice)
     faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
     if faster is not None:
         say(faster)
