@@ -24,6 +24,7 @@ VERBS = {
     "chat": "talk with a model and its adapter",
     "compare": "train with several methods, and put cost and score side by side",
     "tune": "search for settings that train best",
+    "runs": "the runs of a folder as a table, or some of them compared",
     "inspect": "an adapter's rank, size, targets and norms on one page",
 }
 
