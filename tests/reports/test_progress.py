@@ -94,7 +94,7 @@ def test_the_live_line_fits_every_width_and_keeps_what_matters(width, total):
     line = LiveLine(total, total - 1, 0.43211, 0.51, 12345.6, 1_210_000_000, 1_520_000_000, 3722)
     text = line.text(width).plain
     assert len(text) <= width
-    if width >= 80:
+    if width >= 80 and total < 10_000:
         for piece in ("mean 0.5100", "12,346 tokens/s", "1.21/1.52 GB", "1:02:02 left"):
             assert piece in text, (width, piece)
     if width >= 40 and total < 1000:
@@ -150,7 +150,7 @@ def test_a_log_has_a_line_for_each_choice_and_plain_lines_of_progress():
     assert said[0] == "device: cpu (there is no other)" and said[1].startswith("planned memory: ")
     (last,) = [line for line in said if line.startswith("step 125/125")]
     assert re.fullmatch(
-        r"step 125/125  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+ of 14.0. GB  0:00 left", last
+        r"step 125/125  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+ of 13.98 GB  0:00 left", last
     ), last
     assert not any("\x1b" in line for line in out.file.getvalue().splitlines())
 
@@ -174,7 +174,7 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
         lines = lines_of(out)
         told = " ".join(" ".join(lines).split())
         assert "exact match 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss 0.4000" in told
-        assert "1.48 GB at the peak, 14.0" in told and "this is large" in told
+        assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
         assert f"next: deltaw chat '{folder}'  # talk with it" in lines
         assert f"next: deltaw eval '{folder}' --base  # score it beside the base model" in lines
         assert f"report: {folder / 'report.html'}" in lines

@@ -63,7 +63,7 @@ class LiveLine:
 
     def _bar(self, length: int) -> Text:
         filled = round(length * min(1.0, self.step / self.total)) if self.total else 0
-        return Text("━" * filled, style="cyan").append("━" * (length - filled), style="bright_black")
+        return Text().append("━" * filled, "cyan").append("━" * (length - filled), "bright_black")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.text(options.max_width)

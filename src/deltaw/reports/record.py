@@ -279,6 +279,11 @@ def _whole(value: object) -> int | None:
     return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def number(value: object) -> float | None:
+    """A finite number; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def numbers(values: Sequence[object]) -> list[float]:
     """Those of a list that are finite numbers."""
-    return [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+    return [found for value in values if (found := number(value)) is not None]

@@ -12,13 +12,16 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"

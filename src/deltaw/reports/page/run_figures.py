@@ -12,7 +12,7 @@ from deltaw.reports.page.curves import evenly, smoothed, thinned
 from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
 from deltaw.reports.plan import PARTS
-from deltaw.reports.record import RunRecord
+from deltaw.reports.record import RunRecord, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short
 
 # Rows of the table behind a curve.
@@ -188,8 +188,8 @@ def memory_figure(record: RunRecord) -> Figure | None:
     if not isinstance(parts, Mapping) or not record.planned_bytes:
         return None
     planned = record.planned_bytes
-    sizes = {name: float(size) for name, size in parts.items() if isinstance(size, int | float)}
-    sizes["process"] = max(0.0, planned - float(plan.get("peak_bytes") or sum(sizes.values())))
+    sizes = {name: found for name, size in parts.items() if (found := number(size)) is not None}
+    sizes["process"] = max(0.0, planned - (number(plan.get("peak_bytes")) or sum(sizes.values())))
     drawn = [(f"p{n}", label, sizes.get(name, 0.0)) for n, (name, label, *_) in enumerate(PARTS, 1)]
     drawn = [part for part in drawn if part[2] > 0]
     given = [Bar("planned", gigabytes(planned), drawn)]
@@ -198,8 +198,7 @@ def memory_figure(record: RunRecord) -> Figure | None:
         given.append(Bar("measured", gigabytes(peak), [("measured", "measured", float(peak))]))
         off = (peak - planned) / planned
         text += f"; {gigabytes(peak)} measured at its peak, {abs(off):.1%} {'more' if off > 0 else 'less'}"
-    limit = plan.get("limit_bytes")
-    if isinstance(limit, int | float) and limit > 0:
+    if limit := number(plan.get("limit_bytes")):
         text += f". The machine gives {gigabytes(int(limit))}"
     rows = [(label, gigabytes(int(size)), f"{size / planned:.1%}") for _, label, size in drawn]
     rows.append(("planned in all", gigabytes(planned), "100.0%"))
@@ -220,14 +219,14 @@ def length_figure(record: RunRecord) -> Figure | None:
     lengths = record.data.get("lengths")
     if not isinstance(lengths, Mapping):
         return None
-    edges, counts = lengths.get("edges") or [], lengths.get("rows") or []
+    edges, counts = ([int(n) for n in numbers(_list(lengths.get(key)))] for key in ("edges", "rows"))
     if len(edges) < 2 or len(edges) != len(counts) + 1:
         return None
-    text = f"Tokens of the training rows; half of them have up to {lengths.get('median', 0):,.0f}"
-    if lengths.get("labels_median"):
-        text += f", of which {lengths['labels_median']:,.0f} are trained on in the median row"
+    text = f"Tokens of the training rows; half of them have up to {count(number(lengths.get('median')))}"
+    if labels := number(lengths.get("labels_median")):
+        text += f", of which {count(labels)} are trained on in the median row"
     if lengths.get("sampled") != lengths.get("of"):
-        text += f" (of {lengths.get('sampled'):,} rows out of {lengths.get('of'):,})"
+        text += f" ({count(number(lengths.get('sampled')))} rows of {count(number(lengths.get('of')))})"
     rows = [
         (f"{start:,} to {end - 1:,}" if end - start > 1 else f"{start:,}", f"{number:,}")
         for start, end, number in zip(edges, edges[1:], counts, strict=False)
@@ -323,3 +322,7 @@ def _step(value: float) -> str:
 
 def _formatted(metric: str) -> Callable[[float], str]:
     return lambda value: metric_value(metric, value)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

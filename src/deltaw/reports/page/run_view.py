@@ -18,8 +18,9 @@ from deltaw.reports.page.figure import Numbers
 from deltaw.reports.page.learned import what_was_learned
 from deltaw.reports.page.learned_figures import learned_figures
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
-from deltaw.reports.record import KILLED, RunRecord
+from deltaw.reports.record import KILLED, RunRecord, number, numbers
 from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, short, shown, when
+from deltaw.training.evaluation.drift import LARGE
 from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next_commands
 
 # The most prompts whose answers are shown, answers in between of one, and characters of a text.
@@ -62,7 +63,7 @@ def run_view(record: RunRecord) -> dict[str, Any]:
         "state_text": _state_text(record),
         "when": when(record.started),
         "when_machine": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.started)),
-        "error": record.error,
+        "error": {key: str(record.error.get(key) or "") for key in ("what", "where", "hint")},
         "notices": notices(record),
         "headline": headline(record),
         "curves": curves,
@@ -123,8 +124,8 @@ def headline(record: RunRecord) -> list[Fact]:
         facts.append(Fact("held-out loss", short(losses[-1][1]), "after training"))
     score = record.score
     if score is not None and score[0] != metric:
-        told = _map(record.result.get("score")).get("interval")
-        bounds = [metric_value(score[0], float(bound)) for bound in told] if isinstance(told, list) else []
+        told = numbers(_list(_map(record.result.get("score")).get("interval")))
+        bounds = [metric_value(score[0], bound) for bound in told]
         more = f"95 % interval {bounds[0]} to {bounds[1]}" if len(bounds) == 2 else "on held-out rows"
         facts.append(Fact(metric_name(score[0]), metric_value(*score), more))
     _, steps = record.metrics.column("loss")
@@ -145,8 +146,8 @@ def headline(record: RunRecord) -> list[Fact]:
         facts.append(Fact("peak memory", gigabytes(record.peak_bytes), more))
     elif record.planned_bytes:
         facts.append(Fact("memory planned", gigabytes(record.planned_bytes)))
-    trained = record.plan.get("trained_parameters") or record.result.get("trained_parameters")
-    total_parameters = record.plan.get("total_parameters")
+    trained = number(record.plan.get("trained_parameters") or record.result.get("trained_parameters"))
+    total_parameters = number(record.plan.get("total_parameters"))
     if trained:
         share = f"{trained / total_parameters:.2%} of {count(total_parameters)}" if total_parameters else ""
         facts.append(Fact("trained parameters", count(trained), share))
@@ -168,9 +169,8 @@ def notices(record: RunRecord) -> list[str]:
         found.append(f"The run ended after {record.steps:,} steps{total}. The same command goes on with it.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
-    drift = _map(record.result.get("drift"))
-    change = drift.get("change")
-    if isinstance(change, int | float) and change > 0.1:
+    change = number(_map(record.result.get("drift")).get("change"))
+    if change is not None and change > LARGE:
         found.append(
             "Drift is large: the model may answer other questions worse than the base model. Try "
             "train.keep_general: 1, a lower train.learning_rate, or fewer train.epochs."
@@ -183,8 +183,8 @@ def drift_text(record: RunRecord) -> str:
     drift: Mapping[str, Any] = _map(record.result.get("drift"))
     if not drift and record.metrics.drifts:
         drift = record.metrics.drifts[-1][1]
-    base, loss, same = drift.get("base_loss"), drift.get("loss"), drift.get("same")
-    if not all(isinstance(value, int | float) for value in (base, loss, same)):
+    base, loss, same = (number(drift.get(name)) for name in ("base_loss", "loss", "same"))
+    if base is None or loss is None or same is None:
         return ""
     return (
         f"Drift: the loss on the base model's own answers to general questions went from {base:.2f} to "
@@ -228,9 +228,9 @@ def examples_of(told: object) -> list[dict[str, Any]]:
     for example in _list(told):
         if not isinstance(example, Mapping):
             continue
-        size = f"{example.get('tokens', 0):,} tokens"
+        size = f"{count(number(example.get('tokens')))} tokens"
         if "label_tokens" in example:
-            size += f", {example['label_tokens']:,} of them trained on"
+            size += f", {count(number(example['label_tokens']))} of them trained on"
         if "label" in example:
             size += f", label: {example['label']}"
         pieces = [
@@ -283,12 +283,11 @@ def commands_of(record: RunRecord) -> list[dict[str, str]]:
 def machine_text(record: RunRecord) -> str:
     """What the run ran on, in a sentence."""
     machine = _map(record.summary.get("machine"))
-    if not machine:
-        return ""
-    parts = [f"{machine.get('processor')}, {machine.get('processors')} processors"]
-    if isinstance(machine.get("memory_bytes"), int):
-        parts.append(f"{gigabytes(machine['memory_bytes'])} of memory")
-    parts.append(str(machine.get("system", "")))
+    memory = number(machine.get("memory_bytes"))
+    parts = [str(machine.get("processor") or "")]
+    parts.append(f"{machine['processors']} processors" if "processors" in machine else "")
+    parts.append(f"{gigabytes(int(memory))} of memory" if memory is not None else "")
+    parts.append(str(machine.get("system") or ""))
     return "; ".join(part for part in parts if part)
 
 

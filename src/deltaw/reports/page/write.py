@@ -17,9 +17,11 @@ from markupsafe import Markup
 from deltaw.durable import write_text
 from deltaw.reports.page.compare_view import compare_view
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.record import RunRecord, read_run
+from deltaw.reports.record import RunRecord, find_runs, read_run
 
 NAME = "report.html"
+# Of several runs, in the folder that holds them.
+COMPARISON = "comparison.html"
 
 
 @lru_cache(maxsize=1)
@@ -57,3 +59,13 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder) / NAME
     write_text(path, run_page(read_run(folder)))
     return path
+
+
+def write_pages(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the page of each run below a folder, and where there are several, one that compares them."""
+    runs = find_runs(Path(folder))
+    written = [write_page(run) for run in runs]
+    if len(runs) > 1:
+        written.append(Path(folder) / COMPARISON)
+        write_text(written[-1], comparison_page([read_run(run) for run in runs]))
+    return written
