@@ -77,7 +77,7 @@ def command(
     for line in [*findings(comparison), *failures(comparison)]:
         out.print(line)
     write_pages(folder)
-    out.print(f"table, numbers and figure are in {folder}: comparison.md, .json, .png; curves: comparison.html")
+    out.print(f"table, numbers, figure and curves are in {folder}: comparison.md, .json, .png, .html")
     if as_json:
         print_json(comparison.as_dict())
     return 0

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltaw.reports.page.write import NAME as REPORT
-from deltaw.reports.wording import duration, gigabytes, metric_name, metric_value, short
+from deltaw.reports.wording import duration, gigabytes, metric_name, metric_value, rate
 from deltaw.training.fit import Result
 from deltaw.training.summary import FINISHED, INTERRUPTED, next_commands
 
@@ -49,7 +49,7 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         yield (
             "training",
             f"{done.rows:,} rows, {done.steps:,} steps in {duration(done.seconds)}: "
-            f"{short(done.rows / done.seconds)} rows/s, {done.tokens / done.seconds:,.0f} tokens/s",
+            f"{rate(done.rows / done.seconds)} rows/s, {done.tokens / done.seconds:,.0f} tokens/s",
         )
     if done.steps:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"

@@ -11,7 +11,17 @@ from typing import Any
 
 from deltaw.reports.page.figure import Numbers
 from deltaw.reports.record import RunRecord
-from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, short, shown, when
+from deltaw.reports.wording import (
+    count,
+    duration,
+    gigabytes,
+    metric_name,
+    metric_value,
+    rate,
+    short,
+    shown,
+    when,
+)
 
 # Settings that differ between any two runs and say nothing.
 UNTOLD = ("output",)
@@ -49,7 +59,7 @@ def result_rows(records: Sequence[RunRecord]) -> Numbers:
         ("drift, nats per token", ["" if c is None else f"{c:+.2f}" for c in changes]),
         ("training loss, mean", [_or_empty(record.result.get("train_loss"), short) for record in records]),
         ("training time", [duration(record.seconds) if record.seconds else "" for record in records]),
-        ("rows a second", [_or_empty(record.rows_per_second, short) for record in records]),
+        ("rows a second", [_or_empty(record.rows_per_second, rate) for record in records]),
         ("tokens a second", [_or_empty(record.tokens_per_second, count) for record in records]),
         ("peak memory", [_or_empty(record.peak_bytes, gigabytes) for record in records]),
         ("planned memory", [_or_empty(record.planned_bytes, gigabytes) for record in records]),
@@ -60,7 +70,7 @@ def result_rows(records: Sequence[RunRecord]) -> Numbers:
         ("began", [when(record.started) for record in records]),
     ]
     kept = [(name, *cells) for name, cells in rows if any(cells)]
-    return Numbers("Results of each run", ("", *names_of(records)), kept)
+    return Numbers("Results of each run", ("result", *names_of(records)), kept)
 
 
 def differing_settings(records: Sequence[RunRecord]) -> Numbers:
@@ -73,7 +83,7 @@ def differing_settings(records: Sequence[RunRecord]) -> Numbers:
         values = [shown(record.setting(key)) if key in record.flat_settings else "" for record in records]
         if len(set(values)) > 1:
             rows.append((key, *values))
-    return Numbers("Settings that differ", ("setting", *names_of(records)), rows)
+    return Numbers("Values by run", ("setting", *names_of(records)), rows)
 
 
 def same_prompts(records: Sequence[RunRecord], most: int = 8) -> list[dict[str, Any]]:

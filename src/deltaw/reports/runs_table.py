@@ -120,7 +120,7 @@ def comparison_tables(records: Sequence[RunRecord], width: int) -> list[Renderab
 
 def _numbers(numbers: Numbers, names: Sequence[str], part: slice, title: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title or "", overflow="fold")
+    table.add_column(title or numbers.head[0], overflow="fold")
     for name in names[part]:
         table.add_column(Text(name), justify="right", overflow="fold")
     for first, *cells in numbers.rows:

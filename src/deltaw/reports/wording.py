@@ -7,7 +7,18 @@ import time
 
 from deltaw.reports.plan import gigabytes
 
-__all__ = ["count", "duration", "gigabytes", "metric_name", "metric_value", "short", "shown", "when"]
+__all__ = [
+    "count",
+    "duration",
+    "gigabytes",
+    "metric_name",
+    "metric_value",
+    "rate",
+    "short",
+    "shown",
+    "tick",
+    "when",
+]
 
 # Metrics that are shares of rows, shown in percent.
 SHARES = ("accuracy", "exact_match", "macro_f1", "f1", "match")
@@ -40,6 +51,19 @@ def short(value: float | None) -> str:
     if size < 1e-3:
         return f"{value:.3g}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}" if size >= 1 else f"{value:.4f}"
+
+
+def tick(value: float) -> str:
+    """A round number on an axis: ``0.5``, ``20``, ``1,000``, ``1e-05``."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.6g}"
+
+
+def rate(value: float | None) -> str:
+    """Three significant digits: ``4.00``, ``45.3``, ``1,234``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:,.{digits}f}"
 
 
 def count(value: float | None) -> str:

@@ -13,7 +13,7 @@ from deltaw.reports.page.curves import smoothed, thinned
 from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Curve, line_chart, swatch
 from deltaw.reports.record import RunRecord
-from deltaw.reports.wording import metric_name, metric_value, short, when
+from deltaw.reports.wording import metric_name, metric_value, short, tick, when
 
 # Kinds of curves that the style sheet tells apart, by color and by dashes; the first is not dashed.
 KINDS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
@@ -102,7 +102,7 @@ def _figure(
         said,
         curves,
         x_format=lambda value: "step 0" if value == 0 else f"{value:,.0f}",
-        y_format=wording,
+        y_format=(lambda value: f"{100 * value:.4g}%") if wording(0.5).endswith("%") else tick,
         log=log,
         x_from=0,
         height=260 if identity == "loss" else 210,

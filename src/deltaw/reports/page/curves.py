@@ -32,10 +32,11 @@ def thinned(x: np.ndarray, y: np.ndarray, places: int = PLACES) -> tuple[np.ndar
 
 
 def smoothed(y: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """A running mean whose memory is a share of the curve, at least four steps, unbiased at its beginning."""
+    """A running mean whose memory is a share of the curve, at least four steps or an eighth of it, whichever
+    is less; unbiased at its beginning."""
     if not len(y):
         return y
-    keep = 1 - 1 / max(4.0, share * len(y))
+    keep = 1 - 1 / max(1.0, min(4.0, len(y) / 8), share * len(y))
     found = np.empty(len(y))
     mean = weight = 0.0
     for place, value in enumerate(y.tolist()):

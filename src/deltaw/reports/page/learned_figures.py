@@ -41,7 +41,7 @@ def norm_figure(learned: Learned) -> Figure:
         "‖ΔW‖, the size of the change of each weight" if learned.is_update else "the norm of what was saved"
     )
     top = max(learned.parts, key=lambda part: part.norm)
-    text = f"The darker, the larger is {what}. Largest: {top.name} ({short(top.norm)})."
+    text = f"The stronger the color, the larger is {what}. Largest: {top.name} ({short(top.norm)})."
     rows = [
         (
             str(layer),
@@ -106,7 +106,7 @@ def spectrum_figure(learned: Learned) -> Figure:
             "Singular values of ΔW",
             text,
             curves,
-            x_format=lambda value: f"{value:.0f}",
+            x_format=lambda value: f"σ{value:.0f}",
             y_format=lambda value: f"{value:.0%}" if value >= 0.01 else f"{value:.2%}",
             log=True,
         ),

@@ -13,7 +13,7 @@ from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
 from deltaw.reports.plan import PARTS
 from deltaw.reports.record import RunRecord, number, numbers
-from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short
+from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
 
 # Rows of the table behind a curve.
 ROWS = 40
@@ -78,7 +78,7 @@ def loss_figure(record: RunRecord) -> Figure | None:
         "Loss",
         said + ".",
         line_chart(
-            "loss", "Loss over steps", said, curves, x_format=_step, y_format=short, x_from=0, height=280
+            "loss", "Loss over steps", said, curves, x_format=_step, y_format=tick, x_from=0, height=280
         ),
         Numbers("Loss by step", head, rows, _selected(len(steps), len(rows))),
         legend,
@@ -172,7 +172,7 @@ def _figure_of(
         curves,
         x_format=_step,
         x_from=0,
-        y_format=short,
+        y_format=tick,
         from_zero=from_zero,
         log=False if from_zero else None,
     )
@@ -259,7 +259,7 @@ def rate_figure(record: RunRecord) -> Figure | None:
             text,
             [Curve(found, "c1", dots=len(found) < 60)],
             x_format=lambda value: f"{value:.0e}",
-            y_format=short,
+            y_format=tick,
             log=False,
             log_x=True,
         ),
@@ -321,7 +321,8 @@ def _step(value: float) -> str:
 
 
 def _formatted(metric: str) -> Callable[[float], str]:
-    return lambda value: metric_value(metric, value)
+    share = metric_value(metric, 0.5).endswith("%")
+    return lambda value: f"{100 * value:.4g}%" if share else tick(value)
 
 
 def _list(value: object) -> list[object]:

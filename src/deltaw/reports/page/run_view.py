@@ -19,7 +19,17 @@ from deltaw.reports.page.learned import what_was_learned
 from deltaw.reports.page.learned_figures import learned_figures
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
 from deltaw.reports.record import KILLED, RunRecord, number, numbers
-from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, short, shown, when
+from deltaw.reports.wording import (
+    count,
+    duration,
+    gigabytes,
+    metric_name,
+    metric_value,
+    rate,
+    short,
+    shown,
+    when,
+)
 from deltaw.training.evaluation.drift import LARGE
 from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next_commands
 
@@ -136,7 +146,7 @@ def headline(record: RunRecord) -> list[Fact]:
         )
     if record.rows_per_second:
         more = f"{count(record.tokens_per_second)} tokens a second"
-        facts.append(Fact("speed", f"{short(record.rows_per_second)} rows/s", more))
+        facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", more))
     if record.seconds:
         total = record.total_steps
         of = f" of {total:,}" if total is not None and total != record.steps else ""
