@@ -25,6 +25,7 @@ VERBS = {
     "data": "what rows become, and what is wrong with them",
     "compare": "train with several methods, and put cost and score side by side",
     "tune": "search for settings that train best",
+    "runs": "the runs of a folder as a table, or some of them compared",
     "inspect": "an adapter's rank, size, targets and norms on one page",
 }
 

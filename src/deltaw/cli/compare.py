@@ -47,6 +47,7 @@ def command(
     from deltaw.methods import registry
     from deltaw.reports.comparison import comparison_tables
     from deltaw.reports.comparison_figure import draw_comparison
+    from deltaw.reports.page.write import write_pages
 
     out = console(as_json)
     flags = nested(given)
@@ -75,7 +76,8 @@ def command(
     out.print()
     for line in [*findings(comparison), *failures(comparison)]:
         out.print(line)
-    out.print(f"table, numbers and figure are in {folder}: comparison.md, .json, .png")
+    write_pages(folder)
+    out.print(f"table, numbers, figure and curves are in {folder}: comparison.md, .json, .png, .html")
     if as_json:
         print_json(comparison.as_dict())
     return 0

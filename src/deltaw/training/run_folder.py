@@ -12,15 +12,18 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from deltaw.config import RunConfig
 from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
 from deltaw.training.run_state import FOLDER, RunLock, read_status
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
