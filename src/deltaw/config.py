@@ -59,7 +59,7 @@ class RunConfig(BaseModel):
         "auto", description="of the frozen weights; int8: of the blocks' linear layers, bf16 elsewhere"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: int | Literal["auto"] = Field("auto", description="processor threads")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="processor threads")
     trust_remote_code: bool = Field(
         False, description="run code that comes with a model; only if you know it"
     )

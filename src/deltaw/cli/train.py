@@ -5,10 +5,6 @@ from __future__ import annotations
 import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
-from deltaw.config import RunConfig
-from deltaw.host.memory import keep_freed_memory
-from deltaw.reports.progress import TerminalCallback
-from deltaw.training.fit import fit
 
 
 @click.command("train")
@@ -17,6 +13,11 @@ from deltaw.training.fit import fit
 @json_flag
 def command(settings: str | None, as_json: bool, **given: str | None) -> int:
     """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it."""
+    from deltaw.config import RunConfig
+    from deltaw.host.memory import keep_freed_memory
+    from deltaw.reports.progress import TerminalCallback
+    from deltaw.training.fit import fit
+
     out = console(as_json)
     keep_freed_memory()
     result = fit(RunConfig.read(settings, nested(given)), callback=TerminalCallback(out))

@@ -37,6 +37,7 @@ from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
+from deltaw.working import working
 
 # Counted up when a folder converted by an older version must not be used any more.
 _REVISION = 1
@@ -74,7 +75,8 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
     cache = packages.cache_folder() / "gguf"
     dtype = "bf16" if dtype == "int8" else dtype  # bytes are made from bf16 once it is loaded
     status = gguf_path.stat()
-    digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
+    with working(f"checking {gguf_path.name}"):
+        digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
     target = cache / f"{digest[:16]}-{dtype}-v{_REVISION}"
     if target.is_dir():
         return target
@@ -121,7 +123,8 @@ def _build(path: Path, dtype: str, target: Path, say: Callable[[str], None]) -> 
         shutil.rmtree(abandoned, ignore_errors=True)  # left by a process that was killed on the way
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        _convert_in_child(path, dtype, partial, say)
+        with working(f"converting {path.name}"):
+            _convert_in_child(path, dtype, partial, say)
         for file in partial.iterdir():
             file.chmod(0o644)
             with file.open("rb") as written:
