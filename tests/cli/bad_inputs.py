@@ -447,7 +447,7 @@ def a_settings_file_that_is_none(draw: random.Random, bench: Bench, number: int)
             b"model: *nothing",
             b"model: m\n---\nmodel: n\n",
             b"\x00",
-            "model: \x07".encode(),
+            b"model: \x07",
         ]
     )
     file = bench.folder / "odd.yaml"

@@ -97,6 +97,10 @@ class Examination:
             Text(f"{facts.processor}: {facts.cores} cores, {facts.processors} processors"),
             Text(),
             self._rates(),
+            Text(
+                f"billion operations a second with {facts.kernels.threads} threads, hidden size "
+                f"{facts.kernels.sizes.hidden}; * is used"
+            ),
             Text(),
             self._findings(),
             Text(),
@@ -107,7 +111,7 @@ class Examination:
     def _rates(self) -> Table:
         """Products by kernels and arithmetic, what runs use marked by a star."""
         choice = self.facts.kernels
-        table = Table(box=None, pad_edge=False, title_justify="left")
+        table = Table(box=None, pad_edge=False)
         table.add_column("products by")
         for stored in STORED:
             table.add_column(stored, justify="right")
@@ -120,11 +124,6 @@ class Examination:
                 used = name == (TORCH if way == TORCH else f"{choice.arithmetic.kernels}:{way}")
                 cells.append("" if rate is None else f"{'* ' if used else ''}{rate:,.0f}")
             table.add_row("the math library (torch)" if name == TORCH else name, *cells)
-        sizes = choice.sizes
-        table.caption = (
-            f"billion operations a second, {choice.threads} threads, hidden size {sizes.hidden}; * is used"
-        )
-        table.caption_justify = "left"
         return table
 
     def _findings(self) -> Table:
