@@ -7,6 +7,7 @@ message, which ``--traceback`` makes longer.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Whoever adds it to a command that failed writes it at the end, behind the verb.
     asked = TRACEBACK in given or os.environ.get(faults.VARIABLE, "0") not in ("", "0")
     given = [argument for argument in given if argument != TRACEBACK]
+    _print_any_text()
     try:
         with warnings.catch_warnings(), listening(None):
             warnings.showwarning = _show_warning
@@ -96,6 +98,16 @@ def main(arguments: list[str] | None = None) -> None:
         status, message = faults.explained(error, traceback=asked)
         click.echo(message, err=True)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_any_text() -> None:
+    """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, and
+    read what they cannot decode, so that a verb can refuse it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

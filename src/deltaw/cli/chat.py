@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaw.cli.options import console, model_flags
+from deltaw.cli.options import as_text, console, model_flags
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def command(
             continue
         talk.append({"role": "user", "content": line})
         try:
+            as_text(line, "your line")
             if with_base and opened.adapter:
                 _answer(opened, talk, "base", max_new_tokens, temperature, base=True)
             name = "adapter" if opened.adapter else "model"

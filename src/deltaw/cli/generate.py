@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -46,6 +46,7 @@ def command(
 
     notes = console(True)
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
         raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)

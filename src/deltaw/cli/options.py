@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 from rich.console import Console
 
 from deltaw.config import parse_yaml, settings
+from deltaw.errors import UserError
 from deltaw.reports.working import WorkingDisplay
 from deltaw.working import listen
 
@@ -94,6 +95,22 @@ def json_flag(command: Command) -> Command:
         is_flag=True,
         help="one JSON object on standard output, the rest on standard error",
     )(command)
+
+
+def as_text(given: str, where: str) -> str:
+    """What a user wrote, which must be text: bytes that are not UTF-8 arrive as halves of surrogate pairs.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = given.encode("utf-8", "backslashreplace").decode()[:80]
+        raise UserError(
+            f"{shown!r} is not UTF-8 text", where=where, hint="write it in UTF-8, or remove the character"
+        ) from error
+    return given
 
 
 def model_flags(command: Command) -> Command:

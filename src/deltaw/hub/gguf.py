@@ -197,7 +197,9 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True, **extra
         )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
         raise UserError(
             f"the .gguf file cannot be converted: {_first_line(error)}",
             where=str(path),
@@ -220,7 +222,9 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     """The tokenizer, and what to say about it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
         raise UserError(
             f"the tokenizer inside the .gguf file cannot be read: {_first_line(error)}",
             where=str(path),
