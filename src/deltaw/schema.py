@@ -111,12 +111,12 @@ def _nullable(entry: Schema) -> Schema:
         kinds = entry["anyOf"]
         assert isinstance(kinds, list)
         return {**entry, "anyOf": [*kinds, {"type": "null"}]}
-    about = {key: entry.pop(key) for key in ("description", "default") if key in entry}
+    about: Schema = {key: entry.pop(key) for key in ("description", "default") if key in entry}
     return {"anyOf": [entry, {"type": "null"}], **about}
 
 
 def _or_a_file(section: Schema) -> Schema:
-    about = {key: section.pop(key) for key in ("description", "default") if key in section}
+    about: Schema = {key: section.pop(key) for key in ("description", "default") if key in section}
     return {"anyOf": [{"type": "string"}, section], **about}
 
 

@@ -98,10 +98,10 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
             return Look(task, "images", len(rows), tuple(rows.columns), None, classes=_classes(rows, task))
         longest, estimated = _longest(rows, reference, model, task)
         if task == DEFAULT_TASK:
-            form, classes = f"the form '{choose_form(rows).name}'", ()
-        else:
-            form, classes = "labeled text", _classes(rows, task)
-        return Look(task, form, len(rows), tuple(rows.columns), longest, estimated, classes)
+            form = f"the form '{choose_form(rows).name}'"
+            return Look(task, form, len(rows), tuple(rows.columns), longest, estimated)
+        classes = _classes(rows, task)
+        return Look(task, "labeled text", len(rows), tuple(rows.columns), longest, estimated, classes)
 
 
 def settings_text(model: str, data: str, task: str, look: Look | None, file: str) -> str:
