@@ -29,6 +29,8 @@ SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
 # How names end of what is being written; deltaw.durable gives the same to its files.
 PARTIAL = ".part"
+# Bytes of a file's or folder's name on the usual file systems.
+_LONGEST_NAME = 255
 
 
 class RunFolder:
@@ -165,6 +167,8 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
         there = path
         while not there.exists():
             there = there.parent
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not there.stat().st_mode & 0o222:
             # The system lets its administrator write even here; who marked the folder meant that nobody does.
             raise PermissionError(errno.EACCES, "it is marked read-only")
