@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from deltaw.data.chat_template import check_date
-from deltaw.data.formats import FormName
+from deltaw.data.formats import FormName, known_columns
 from deltaw.data.mixture import Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
@@ -107,6 +107,13 @@ class DataSettings:
         default="all-turns",
         metadata={
             "description": "which answers of a conversation are labels: all-turns, or the last one only"
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "description": "of the rows that are used and held out; null: train.seed. Set it to repeat a run "
+            "with other seeds on the same rows"
         },
     )
     group: str | None = field(
