@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.kernels import loader
+from deltaw.lora.count import count_parameters
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
-from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.card import write_card
 from deltaw.training.checkpoints import listed
 from deltaw.training.drift_meter import DriftMeter
@@ -51,7 +52,9 @@ from deltaw.training.run_state import FOLDER
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.start import Start, begin, settings_of
 from deltaw.training.state import Outcome, Step, TrainState
+from deltaw.training.summary import RunSummary
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Result:
     peak_memory_bytes: int
     plan: Plan | None = None
     trained_parameters: int = 0
+    method: str = ""
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
@@ -142,23 +146,23 @@ def fit(
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
     callback = callback or Callback()
-    with guest():
+    with guest(), Tracking(config, callback) as told, RunSummary() as summary:
         check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
-        start = begin(output, config, asked=resume is not None, fresh=fresh, say=callback.on_line)
+        start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            return _fit(start, output, callback)
+            return summary.finished(_fit(start, output, told, summary))
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
-def _fit(start: Start, output: Path, callback: Callback) -> Result:
+def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) -> Result:
     task, data = read_data(start.config, callback.on_line)
     rows = rows_facts(data.train, data.held_out)
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
     config, plan = planned(start.config, task, data, callback)
-    loaded = load_for(config, task, data, callback.on_line)
+    loaded = load_for(config, task, data, callback.on_line, callback.on_choice)
     if start.found is not None:
         compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
@@ -174,13 +178,18 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
         callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
     choices = choices_of(session, loaded.choices)
     record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
-    chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
+    of_run = {**loaded.choices, **session.chosen}
+    chosen = {key: (c.value, c.why) for key, c in of_run.items()}
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
+    total = count_parameters(session.model).total
     try:
         with clear_end(output, where=record.where, last=record.checkpoints.settled):
             folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
+            folder.write_skipped(data.skipped)
+            summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
+            callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
             outcome, evaluation = _train(session, folder, record, callback)
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
@@ -199,6 +208,7 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
         _peak_bytes(device),
         plan=plan,
         trained_parameters=trained,
+        method=session.method.name,
         writes_text=not task.has_labels,
         drift=drift,
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
@@ -258,7 +268,13 @@ def count_blocks(config: RunConfig, task: Task, say: Say) -> int:
     return int(getattr(text, "num_hidden_layers", 1))
 
 
-def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) -> LoadedModel:
+def load_for(
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    say: Say = silent,
+    choose: Callable[[str, Choice], None] | None = None,
+) -> LoadedModel:
     """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
     torch.manual_seed(config.train.seed)
     loaded = load(
@@ -272,7 +288,10 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
         say=say,
     )
     for name, choice in loaded.choices.items():
-        say(f"{name}: {choice}")
+        if choose is None:
+            say(f"{name}: {choice}")
+        else:
+            choose(name, choice)
     faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
     if faster is not None:
         say(faster)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
+from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
@@ -48,10 +49,11 @@ from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.seen import KEY as INVOCATION
-from deltaw.training.seen import as_seen, resolve_invocation
+from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.working import working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
@@ -198,7 +200,7 @@ class Session:
         if not chosen:
             return Evaluation()
         way = self.prefix or self
-        with self.method.evaluating(self.model):
+        with self.method.evaluating(self.model), working("evaluating"):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
@@ -227,10 +229,12 @@ class Session:
 
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    with PeakWatch() as watch:
+    with PeakWatch() as watch, working("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = task.read(config.data, seed=config.train.seed)
+        data = task.read(config.data, seed=config.data_seed)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -292,7 +296,8 @@ def assemble(
             for batch in batcher.batches(data.train[:CALIBRATION_ROWS]):
                 objective(batch)
 
-    said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+    with working(f"preparing method {method.name}"):
+        said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
@@ -303,8 +308,8 @@ def assemble(
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
     data = replace(
         data,
-        train=[as_seen(example, method) for example in data.train],
-        held_out=[as_seen(example, method) for example in data.held_out],
+        train=rows_as_seen(data.train, method),
+        held_out=rows_as_seen(data.held_out, method),
     )
     with method.evaluating(model):
         objective = task.objective(model)
@@ -351,6 +356,7 @@ def _take_general_answers(session: Session) -> None:
     )
 
 
+@working("quantizing the weights to int8")
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
     """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
 
