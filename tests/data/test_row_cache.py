@@ -315,13 +315,13 @@ def test_who_comes_second_waits_and_reads_what_the_first_wrote(
 
         def second() -> None:
             with RowCache("k", said.append) as cache:
-                found.append(cache.find(lambda rows, facts: facts))
+                found.append(cache.find(lambda *told: told))
 
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(0.3)
         assert thread.is_alive() and "waiting" in said[0]
-        assert first.find(lambda rows, facts: facts) is None
+        assert first.find(lambda *told: told) is None
     thread.join(20)
     assert found == [None]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.formats import read_prompt
+from deltaw.data.bad_rows import BadRows
+from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
 from deltaw.data.progress import Say, silent
 from deltaw.data.report import Report
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to train on, examples held out for evaluation, and the report on all rows."""
+    """Examples to train on, examples held out for evaluation, the report on all rows, and those that were
+    skipped because they cannot be used."""
 
     train: RowView
     held_out: RowView
     report: Report
+    skipped: BadRows
 
 
 def prepare(
@@ -51,7 +54,8 @@ def prepare(
         UserError: the data cannot be used; the message names the file and the row.
     """
     sources = sources_of(settings.train)
-    read = read_stored(sources, settings, tokenizer, seed=seed, say=say)
+    bad = BadRows(settings.bad_rows)
+    read = read_stored(sources, settings, tokenizer, bad, seed=seed, say=say)
     rows = read.rows
     ordinals = rows.ordinals()
     linked = ordinals if (np.diff(ordinals) == 0).any() else None  # examples that one row became
@@ -64,25 +68,34 @@ def prepare(
     if apart is None:
         held_out = RowView(rows, divided.held_out)
     else:
-        held_out, evaluation = prepare_file(apart, settings, tokenizer, say=say)
+        held_out, evaluation = prepare_file(apart, settings, tokenizer, bad, say=say)
         overlap = count_overlap(rows.keys()[divided.train], held_out.store.keys())
         report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
     longest = max(int(side.lengths.max(initial=0)) for side in (train, held_out))
-    return Prepared(train, held_out, replace(report, held_out=len(held_out), longest=longest))
+    return Prepared(train, held_out, replace(report, held_out=len(held_out), longest=longest), bad)
 
 
 def prepare_file(
-    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, say: Say = silent
+    reference: str,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows | None = None,
+    *,
+    say: Say = silent,
 ) -> tuple[RowView, Report]:
     """Read and render one file as evaluation data, with all its rows, duplicates included.
 
     It ignores ``train``, ``eval``, ``duplicates``, ``group`` and ``rows`` of ``settings``.
 
+    Args:
+        bad: also told of rows that cannot be used.
+
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
     settings = replace(settings, rows=None, group=None)
-    read = read_stored([Source(reference)], settings, tokenizer, say=say)
+    bad = BadRows(settings.bad_rows) if bad is None else bad
+    read = read_stored([Source(reference)], settings, tokenizer, bad, say=say)
     examples = RowView(read.rows, np.arange(len(read.rows)))
     lengths = examples.lengths
     return examples, replace(
@@ -114,10 +127,11 @@ def encode_prompt(
     settings = settings_or_template
     if isinstance(settings, DataSettings):
         template: TemplateName = "plain" if settings.form == "text" else settings.template
+        date = settings.date
     else:
-        template = settings
+        template, date = settings, None
     messages = prompt if isinstance(prompt, str) else read_prompt(prompt, "the prompt")
-    return np.asarray(Encoder(tokenizer, template).prompt(messages), dtype=np.int32)
+    return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
 
 
 def _counted(

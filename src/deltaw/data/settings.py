@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName
 from deltaw.data.mixture import Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
@@ -74,6 +75,13 @@ class DataSettings:
         default=None,
         metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
     )
+    date: str | None = field(
+        default=None,
+        metadata={
+            "description": "what a chat template that asks for the current date is told, such as 2026-01-31; "
+            "null: today's"
+        },
+    )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
@@ -116,6 +124,13 @@ class DataSettings:
             raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
+        check_date(self.date)
+        if self.chat_template is not None and self.template == "plain":
+            raise UserError(
+                "data.chat_template is given, and data.template: plain uses none",
+                where="data.template",
+                hint="remove one of them",
+            )
         columns_are_known(self.columns, "data.columns")
         sources_of(self.train)
         if self.classes is not None:

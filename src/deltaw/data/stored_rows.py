@@ -6,14 +6,15 @@ It knows sources, chunks and the cache; not duplicates, splits or weights.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.chunk import ChunkReader
+from deltaw.data.bad_rows import BadRowError, BadRows
+from deltaw.data.chunk import Account, ChunkReader
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
 from deltaw.data.progress import Progress, Say
@@ -62,6 +63,7 @@ def read_stored(
     sources: Sequence[Source],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows,
     *,
     seed: int = 0,
     say: Say,
@@ -70,6 +72,7 @@ def read_stored(
 
     Args:
         settings: the ``data:`` section; its ``train``, ``eval`` and ``duplicates`` do not matter here.
+        bad: told of rows that cannot be used.
         seed: of the rows that are chosen, where ``rows`` asks for fewer.
         say: told how far a long reading is.
 
@@ -79,10 +82,11 @@ def read_stored(
     reading = _Reading.of(sources, settings, tokenizer, seed, say)
     with contextlib.ExitStack() as opened:
         cache = _cache(reading, tokenizer, opened)
-        found = None if cache is None else cache.find(reading.known)
-        if found is not None:
-            return found
-        return reading.into(opened.enter_context(RowWriter(cache)))
+        read = None if cache is None else cache.find(reading.known)
+        if read is None:
+            read = reading.into(opened.enter_context(RowWriter(cache)))
+    bad.extend(reading.bad)
+    return read
 
 
 def _cache(
@@ -95,8 +99,8 @@ def _cache(
     contents = [stream.identity() for stream in reading.streams]
     if any(content is None for content in contents):
         return None
-    template = reading.encoder.template
-    facts = facts_of(reading.sources, contents, settings, tokenizer, template, reading.seed)
+    encoder = reading.encoder.identity
+    facts = facts_of(reading.sources, contents, settings, tokenizer, encoder, reading.seed)
     if facts is None:
         return None
     try:
@@ -115,6 +119,7 @@ class _Reading:
     streams: Sequence[RowStream]
     settings: DataSettings
     encoder: Encoder
+    bad: BadRows
     seed: int
     say: Say
     name: str
@@ -128,17 +133,25 @@ class _Reading:
         seed: int,
         say: Say,
     ) -> _Reading:
-        encoder = Encoder(tokenizer, settings.template, settings.labels)
-        streams = [open_source(source.reference) for source in sources]
+        bad = BadRows(settings.bad_rows)
+        encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
+
+        def on_bad(error: UserError, reason: str, row: object) -> None:
+            bad.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
+
+        skip = on_bad if settings.bad_rows == "skip" else None
+        streams = [open_source(source.reference, skip) for source in sources]
         name = " + ".join(source.reference for source in sources)
-        return cls(sources, streams, settings, encoder, seed, say, name)
+        return cls(sources, streams, settings, encoder, bad, seed, say, name)
 
     @property
     def bytes(self) -> int:
         return sum(stream.bytes for stream in self.streams)
 
-    def known(self, rows: RowStore, facts: dict[str, Any]) -> Read:
-        """Rows that were kept, with what was counted when they were made."""
+    def known(self, rows: RowStore, facts: dict[str, Any], skipped: Path) -> Read:
+        """Rows that were kept, with what was counted when they were made, and the list of skipped ones."""
+        if facts["report"]["bad_rows"]:
+            self.bad.extend(BadRows.read(skipped))
         told = dict(facts["report"])
         told["unused_columns"] = tuple(told["unused_columns"])
         return Read(rows, Report(source=self.name, **told), list(facts["ends"]))
@@ -157,7 +170,7 @@ class _Reading:
         begin = 0
         for source, stream, form in zip(self.sources, self.streams, forms, strict=True):
             settings = replace(self.settings, columns=self._columns(source))
-            readers.append(reader := ChunkReader(self.encoder, form, settings))
+            readers.append(reader := ChunkReader(self.encoder, form, settings, self.bad))
             for chunk in stream.chunks():
                 self._add(chunk, begin, chosen, reader, writer)
                 begin += len(chunk)
@@ -169,7 +182,8 @@ class _Reading:
             "ends": np.cumsum(counts).tolist(),
         }
         keep = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
-        rows = writer.finish(f"{self.name}: {len(writer):,} examples", facts, keep=keep)
+        about = f"{self.name}: {len(writer):,} examples"
+        rows = writer.finish(about, facts, keep=keep, write_skipped=self.bad.write if self.bad else None)
         return Read(rows, report, list(facts["ends"]))
 
     def _columns(self, source: Source) -> dict[str, str]:
@@ -212,25 +226,26 @@ class _Reading:
         Raises:
             UserError: none is left.
         """
-        account: Counter[str] = sum((reader.account for reader in readers), Counter())
+        account = sum((reader.account for reader in readers), Account())
         if not kept:
-            raise _nothing_left(self.name, account["dropped_long"], account["without_label"])
+            raise _nothing_left(self.name, account.dropped_long, account.without_label, len(self.bad))
         names = dict.fromkeys(form.name for form in forms)
         templates = dict.fromkeys("plain" if form.name == "text" else self.encoder.template for form in forms)
         unused: dict[str, None] = {}
         for source, stream, form in zip(self.sources, self.streams, forms, strict=True):
             unused.update(dict.fromkeys(unused_columns(stream, form, self._columns(source))))
         unused.pop(str(self.settings.group), None)
-        rows = sum(stream.rows for stream in self.streams)
+        rows, unread = (sum(counts) for counts in zip(*((s.rows, s.bad) for s in self.streams), strict=True))
         return Report(
             source=self.name,
             form=" + ".join(names),
             template=" + ".join(templates),
-            rows_read=rows,
+            rows_read=rows + unread,
             rows_kept=kept,
             not_chosen=rows - chosen,
             unused_columns=tuple(unused),
-            **account,
+            bad_rows=dict(self.bad.counts),
+            **account.as_dict(),
         )
 
 
@@ -242,9 +257,11 @@ def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
     return [index - begin for index in chosen[first:last]]
 
 
-def _nothing_left(name: str, dropped: int, without_label: int) -> UserError:
+def _nothing_left(name: str, dropped: int, without_label: int, skipped: int) -> UserError:
+    unusable = f", {skipped:,} cannot be used" if skipped else ""
     return UserError(
-        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label",
+        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label"
+        + unusable,
         where=name,
         hint="raise data.max_length, or check the answers: empty and truncated ones have no label",
     )

@@ -124,6 +124,7 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
     folder.write_settings(config, chosen)
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    folder.write_skipped(data.skipped)
     meter = DriftMeter(session)
     try:
         outcome, evaluation = _train(session, folder, callback)

@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.config import RunConfig
+from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
 
@@ -74,6 +75,11 @@ class RunFolder:
             for file in (p for p in Path(made).rglob("*") if p.is_file()):
                 with replacing(self.path / file.relative_to(made)) as temporary:
                     shutil.copyfile(file, temporary)
+
+    def write_skipped(self, skipped: BadRows | None) -> None:
+        """The rows that cannot be used, where there are any."""
+        if skipped:
+            skipped.write(self.path / SKIPPED_ROWS)
 
     def write_metrics(self, line: Mapping[str, object]) -> None:
         """One more line of ``metrics.jsonl``; it is in the file when this returns."""

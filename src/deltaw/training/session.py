@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
+from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
@@ -224,6 +225,8 @@ class Session:
 
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch:
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.report import Report
 from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
@@ -38,6 +39,7 @@ class RunData:
         classes: names of the classes in the order of the model's outputs; None where there are none.
         read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
             where nobody measured it.
+        skipped: rows that cannot be used (``data.bad_rows: skip``).
     """
 
     train: Sequence[Any]
@@ -45,6 +47,7 @@ class RunData:
     report: Report
     classes: tuple[str, ...] | None = None
     read_peak_bytes: int = 0
+    skipped: BadRows | None = None
 
     @property
     def every(self) -> Sequence[Any]:

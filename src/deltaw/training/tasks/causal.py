@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data import prepare, prepare_file
+from deltaw.data.chat_template import with_chat_template
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
@@ -38,8 +39,9 @@ class CausalTask(Task):
         return cls(files.tokenizer(), files.say)
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
         prepared = prepare(settings, self.tokenizer, seed=seed, say=self._say)
-        return RunData(prepared.train, prepared.held_out, prepared.report)
+        return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
 
     def read_file(
         self, reference: str, settings: DataSettings, classes: Sequence[str] | None
