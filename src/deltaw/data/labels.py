@@ -254,7 +254,7 @@ class _Reader:
                     numbers.append(number(value, columns.label, where))
                 else:
                     name = class_name(value, columns.label, where)
-                    if name is None and not drop:
+                    if name is None and self.bad.mode == "skip" and not drop:
                         raise empty_label(where)
                     names.append(name)
             except BadRowError as error:
