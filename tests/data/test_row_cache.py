@@ -112,7 +112,7 @@ def test_many_rows_are_trained_on_from_the_disk_alike(
         {"columns": {"prompt": "completion", "completion": "prompt"}},
         {"rows": 30},
         {"group": "film"},
-        {"tokenizer": make_tokenizer(CHATML.replace("assistant", "model"))},
+        {"tokenizer": make_tokenizer("<s>" + CHATML)},
         {"tokenizer": make_tokenizer(merges=[("e", "s")])},
         {"tokenizer": make_tokenizer(eos="</s>")},
     ],
@@ -168,7 +168,7 @@ def test_a_template_that_shows_the_date_is_rendered_anew_each_day(
     reading(data, dated)
     reading(data, dated)
     assert len(tokenized) == 1
-    monkeypatch.setattr("deltaw.data.row_key._today", lambda: "2001-01-01")
+    monkeypatch.setattr("deltaw.data.templates.todays_date", lambda: "2001-01-01")
     reading(data, dated)
     assert len(tokenized) == 2
 
