@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Literal
 
@@ -80,7 +80,11 @@ class BadRows:
 
     def extend(self, other: BadRows) -> None:
         """Add rows that were skipped elsewhere."""
-        for line in other.lines():
+        self.put(other.lines())
+
+    def put(self, lines: Iterable[dict[str, object]]) -> None:
+        """Add rows as :meth:`lines` tells them."""
+        for line in lines:
             self._put(line)
 
     def lines(self) -> Iterator[dict[str, object]]:

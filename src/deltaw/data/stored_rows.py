@@ -6,7 +6,8 @@ It knows sources, chunks and the cache; not duplicates, splits or weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.bad_rows import BadRowError, BadRows
-from deltaw.data.chunk import Account, ChunkReader
+from deltaw.data.chunk import Account, ChunkReader, LongRows
+from deltaw.data.example import Example
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
 from deltaw.data.progress import Progress, Say
@@ -28,6 +30,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source
 from deltaw.data.split import check_group, choose, group_digest, groups_of
 from deltaw.data.templates import Encoder
+from deltaw.data.workers import in_order, processes
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 1.0
 # Below this, looking for kept rows takes longer than making them.
 TINY_BYTES = 2**18
+# Files that are larger are read by several processes.
+SEVERAL_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -166,17 +171,18 @@ class _Reading:
         counts = [stream.rows for stream in self.streams]
         chosen = choose(sum(counts), self.settings.rows, self.seed)
         progress = Progress(self.say, f"tokenizing {self.name}", self.bytes)
-        readers = []
-        begin = 0
-        for source, stream, form in zip(self.sources, self.streams, forms, strict=True):
-            settings = replace(self.settings, columns=self._columns(source))
-            readers.append(reader := ChunkReader(self.encoder, form, settings, self.bad))
-            for chunk in stream.chunks():
-                self._add(chunk, begin, chosen, reader, writer)
-                begin += len(chunk)
-                progress.at(begin, sum(s.position for s in self.streams))
-            reader.check()
-        report = self._report(forms, readers, len(chosen), len(writer))
+        account, long = Account(), LongRows()
+        count = processes() if self.bytes > SEVERAL_BYTES else 1
+        read = functools.partial(self._read_part, forms)
+        for part in in_order(self._parts(chosen), read, count):
+            writer.add(part.examples, part.ordinals, part.groups)
+            account += part.account
+            long.extend(part.long)
+            self.bad.put(part.skipped)
+            progress.at(part.end, sum(stream.position for stream in self.streams))
+        if long.count:
+            raise long.error(self.settings.max_length)
+        report = self._report(forms, account, len(chosen), len(writer))
         facts = {
             "report": {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")},
             "ends": np.cumsum(counts).tolist(),
@@ -199,34 +205,39 @@ class _Reading:
             forms.append(choose_form(stream, source.form or self.settings.form, self._columns(source)))
         return forms
 
-    def _add(
-        self, chunk: Rows, begin: int, chosen: Sequence[int], reader: ChunkReader, writer: RowWriter
-    ) -> None:
-        """Give the examples of the chosen rows of a chunk, whose first row is number ``begin``, to the
-        writer."""
-        indices = _inside(chosen, begin, len(chunk))
-        if not len(indices):
-            return
-        lists = reader.read(chunk, indices)
-        examples, ordinals, groups = [], [], []
-        of_rows = [b""] * len(lists)
-        if self.settings.group is not None:
-            of_rows = [group_digest(value) for value in groups_of(chunk, indices, self.settings.group)]
-        for index, group, found in zip(indices, of_rows, lists, strict=True):
-            examples += found
-            ordinals += [begin + index] * len(found)
-            groups += [group] * len(found)
-        writer.add(examples, ordinals, groups if self.settings.group is not None else ())
+    def _parts(self, chosen: Sequence[int]) -> Iterator[_Part]:
+        """The chosen rows of all sources, in chunks."""
+        begin = 0
+        for source, stream in enumerate(self.streams):
+            for chunk in stream.chunks():
+                indices = _inside(chosen, begin, len(chunk))
+                if len(indices):
+                    yield _Part(source, chunk, indices, begin)
+                begin += len(chunk)
 
-    def _report(
-        self, forms: Sequence[Form], readers: Sequence[ChunkReader], chosen: int, kept: int
-    ) -> Report:
+    def _read_part(self, forms: Sequence[Form], part: _Part) -> _PartRead:
+        """The examples of some rows, each with the number of its row over all sources, and with its group."""
+        settings = replace(self.settings, columns=self._columns(self.sources[part.source]))
+        bad = BadRows(settings.bad_rows)
+        reader = ChunkReader(self.encoder, forms[part.source], settings, bad)
+        lists = reader.read(part.chunk, part.indices)
+        values = groups_of(part.chunk, part.indices, settings.group)
+        examples: list[Example] = []
+        ordinals: list[int] = []
+        groups: list[bytes] = []
+        for index, value, found in zip(part.indices, values, lists, strict=True):
+            examples += found
+            ordinals += [part.begin + index] * len(found)
+            groups += [group_digest(value)] * len(found) if settings.group is not None else []
+        end = part.begin + len(part.chunk)
+        return _PartRead(examples, ordinals, groups, reader.account, reader.long, list(bad.lines()), end)
+
+    def _report(self, forms: Sequence[Form], account: Account, chosen: int, kept: int) -> Report:
         """What became of the rows.
 
         Raises:
             UserError: none is left.
         """
-        account = sum((reader.account for reader in readers), Account())
         if not kept:
             raise _nothing_left(self.name, account.dropped_long, account.without_label, len(self.bad))
         names = dict.fromkeys(form.name for form in forms)
@@ -247,6 +258,29 @@ class _Reading:
             bad_rows=dict(self.bad.counts),
             **account.as_dict(),
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows to be read: those at ``indices`` of a chunk, whose first row is number ``begin`` of all."""
+
+    source: int
+    chunk: Rows
+    indices: Sequence[int]
+    begin: int
+
+
+@dataclass(frozen=True)
+class _PartRead:
+    """What became of the rows of a part, the last of which is before number ``end``."""
+
+    examples: list[Example]
+    ordinals: list[int]
+    groups: list[bytes]
+    account: Account
+    long: LongRows
+    skipped: list[dict[str, object]]
+    end: int
 
 
 def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
