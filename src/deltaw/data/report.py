@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 class Report:
     """The row counts of one preparation.
 
-    ``rows_read + added = rows_kept + not_chosen + not_drawn + skipped + dropped_long + without_label +
-    other_classes``, plus ``duplicates`` if they were dropped (not ``duplicates_kept``), plus ``held_out`` if
+    ``rows_read + added = not_chosen + not_drawn + skipped + dropped_long + without_label + other_classes +
+    rows_kept``, plus ``duplicates`` if they were dropped (not ``duplicates_kept``), plus ``held_out`` if
     those rows come from the same file (``held_out_source`` is None). A row that becomes several examples is
-    counted once in ``rows_read``; the others are in ``added``, and each counts like a row from then on.
+    counted once in ``rows_read``; the others are in ``added``, and each example is counted like a row from
+    then on.
 
     Attributes:
         source: the reference that the rows came from.
