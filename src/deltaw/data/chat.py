@@ -71,6 +71,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._marks = marks
         self._ends = ends
+        self._special = dict(tokenizer.special_tokens_map)
         self._date = date
         self._templates: dict[bool, str] = {}
 
@@ -111,13 +112,17 @@ class ChatRenderer:
             ) from error
 
     def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
-        return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-            list(messages),  # type: ignore[arg-type]
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
+        texts, _ = render_jinja_template(
+            [list(messages)],  # type: ignore[list-item]
             tools=list(tools) or None,
             chat_template=self.template(bool(tools)),
-            tokenize=False,
             add_generation_prompt=generation,
+            **self._special,
         )
+        return str(texts[0])
 
     def answers(self, conversation: Conversation, where: str, *, only_last: bool) -> list[Answer]:
         """The answers that are labels, each in its context; if there are none, the last one.
