@@ -112,7 +112,7 @@ def test_many_rows_are_trained_on_from_the_disk_alike(
         {"columns": {"prompt": "completion", "completion": "prompt"}},
         {"rows": 30},
         {"group": "film"},
-        {"tokenizer": make_tokenizer(CHATML + "{# changed #}")},
+        {"tokenizer": make_tokenizer("<s>" + CHATML)},
         {"tokenizer": make_tokenizer(merges=[("e", "s")])},
         {"tokenizer": make_tokenizer(eos="</s>")},
     ],
@@ -168,7 +168,7 @@ def test_a_template_that_shows_the_date_is_rendered_anew_each_day(
     reading(data, dated)
     reading(data, dated)
     assert len(tokenized) == 1
-    monkeypatch.setattr("deltaw.data.row_key._today", lambda: "2001-01-01")
+    monkeypatch.setattr("deltaw.data.templates.todays_date", lambda: "2001-01-01")
     reading(data, dated)
     assert len(tokenized) == 2
 
@@ -315,13 +315,13 @@ def test_who_comes_second_waits_and_reads_what_the_first_wrote(
 
         def second() -> None:
             with RowCache("k", said.append) as cache:
-                found.append(cache.find(lambda rows, facts: facts))
+                found.append(cache.find(lambda *told: told))
 
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(0.3)
         assert thread.is_alive() and "waiting" in said[0]
-        assert first.find(lambda rows, facts: facts) is None
+        assert first.find(lambda *told: told) is None
     thread.join(20)
     assert found == [None]
 

@@ -116,3 +116,16 @@ def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings
     }
     clean = fit(settings(tmp_path / "clean", train={"max_steps": 1})).output
     assert not (clean / SKIPPED_ROWS).exists()
+
+
+def test_the_date_that_a_template_writes_is_told_with_the_settings(
+    tmp_path: Path, settings, model_folder
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ strftime_now('%d %b %Y') }}\n" + tokenizer_of("chatml").chat_template)
+    data = {"chat_template": str(own)}
+    output = fit(settings(tmp_path / "run", data=data, train={"max_steps": 1})).output
+    (line,) = [line for line in (output / "run.yaml").read_text().splitlines() if "date:" in line]
+    assert line.startswith("  date: null  # 20") and "the chat template writes the date" in line
+    pinned = fit(settings(tmp_path / "pinned", data={**data, "date": "2026-01-31"}, train={"max_steps": 1}))
+    assert "date: '2026-01-31'\n" in (pinned.output / "run.yaml").read_text()

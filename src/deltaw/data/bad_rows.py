@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Literal
 
@@ -81,9 +81,13 @@ class BadRows:
         """As :meth:`add`, for a row that a file's reader cannot read."""
         self.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
 
-    def extend(self, others: BadRows) -> None:
-        """Add the rows of another list."""
-        for line in others.lines():
+    def extend(self, other: BadRows) -> None:
+        """Add rows that were skipped elsewhere."""
+        self.put(other.lines())
+
+    def put(self, lines: Iterable[dict[str, object]]) -> None:
+        """Add rows as :meth:`lines` tells them."""
+        for line in lines:
             self._put(line)
 
     def lines(self) -> Iterator[dict[str, object]]:

@@ -64,6 +64,13 @@ class LongRows:
         self.count += 1
         self.longest = max(self.longest, tokens)
 
+    def extend(self, other: LongRows) -> None:
+        """Count those of rows that come later."""
+        if not self.count:
+            self.first, self.tokens = other.first, other.tokens
+        self.count += other.count
+        self.longest = max(self.longest, other.longest)
+
     def error(self, limit: int, *, can_split: bool = True) -> UserError:
         """What is said of them."""
         many = f"{self.count:,} rows are" if self.count > 1 else "1 row is"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to train on, examples held out for evaluation, the report on all rows, and rows that cannot be
-    used."""
+    """Examples to train on, examples held out for evaluation, the report on all rows, and those that were
+    skipped because they cannot be used."""
 
     train: RowView
     held_out: RowView
@@ -54,7 +54,8 @@ def prepare(
         UserError: the data cannot be used; the message names the file and the row.
     """
     sources = sources_of(settings.train)
-    read = read_stored(sources, settings, tokenizer, seed=seed, say=say)
+    bad = BadRows(settings.bad_rows)
+    read = read_stored(sources, settings, tokenizer, bad, seed=seed, say=say)
     rows = read.rows
     ordinals = rows.ordinals()
     linked = ordinals if (np.diff(ordinals) == 0).any() else None  # examples that one row became
@@ -67,37 +68,37 @@ def prepare(
     if apart is None:
         held_out = RowView(rows, divided.held_out)
     else:
-        held_out, evaluation, bad = _read_file(apart, settings, tokenizer, say)
-        read.skipped.extend(bad)
+        held_out, evaluation = prepare_file(apart, settings, tokenizer, bad, say=say)
         overlap = count_overlap(rows.keys()[divided.train], held_out.store.keys())
         report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
     longest = max(int(side.lengths.max(initial=0)) for side in (train, held_out))
-    report = replace(report, held_out=len(held_out), longest=longest)
-    return Prepared(train, held_out, report, read.skipped)
+    return Prepared(train, held_out, replace(report, held_out=len(held_out), longest=longest), bad)
 
 
 def prepare_file(
-    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, say: Say = silent
+    reference: str,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows | None = None,
+    *,
+    say: Say = silent,
 ) -> tuple[RowView, Report]:
     """Read and render one file as evaluation data, with all its rows, duplicates included.
 
     It ignores ``train``, ``eval``, ``duplicates``, ``group`` and ``rows`` of ``settings``.
 
+    Args:
+        bad: also told of rows that cannot be used.
+
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
-    examples, report, _ = _read_file(reference, settings, tokenizer, say)
-    return examples, report
-
-
-def _read_file(
-    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, say: Say
-) -> tuple[RowView, Report, BadRows]:
     settings = replace(settings, rows=None, group=None)
-    read = read_stored([Source(reference)], settings, tokenizer, say=say)
+    bad = BadRows(settings.bad_rows) if bad is None else bad
+    read = read_stored([Source(reference)], settings, tokenizer, bad, say=say)
     examples = RowView(read.rows, np.arange(len(read.rows)))
     lengths = examples.lengths
-    report = replace(
+    return examples, replace(
         read.report,
         rows_kept=len(examples),
         tokens=int(lengths.sum()),
@@ -106,7 +107,6 @@ def _read_file(
         duplicates=count_duplicates(read.rows.keys()),
         duplicates_kept=True,
     )
-    return examples, report, read.skipped
 
 
 def encode_prompt(

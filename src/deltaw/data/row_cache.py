@@ -20,7 +20,6 @@ from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from deltaw.data.bad_rows import BadRows
 from deltaw.data.example import Example
 from deltaw.data.progress import Say
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
@@ -35,7 +34,7 @@ LIMIT_BYTES = 64 * 2**30
 SPILL_BYTES = 96 * 2**20
 # What an example takes in memory beside its tokens and its answer, roughly.
 _OBJECTS = 600
-_ROWS, _ABOUT, _LOCK, _SKIPPED = ".arrow", ".json", ".lock", ".skipped.jsonl"
+_ROWS, _ABOUT, _SKIPPED, _LOCK = ".arrow", ".json", ".skipped.jsonl", ".lock"
 
 T = TypeVar("T")
 
@@ -88,24 +87,28 @@ class RowCache:
 
     @property
     def skipped(self) -> Path:
-        """Of the rows that cannot be used, where there are any."""
+        """Of the list of rows that were skipped."""
         return self.folder / f"{self._key}{_SKIPPED}"
 
-    def find(self, read: Callable[[RowStore, dict[str, Any]], T]) -> T | None:
-        """What ``read`` makes of the rows and of what was told of them; None where they are not there, or
-        not whole."""
+    def find(self, read: Callable[[RowStore, dict[str, Any], Path], T]) -> T | None:
+        """What ``read`` makes of the rows, of what was told of them, and of the list of skipped ones; None
+        where they are not there, or not whole."""
         about = self.path.with_suffix(_ABOUT)
         try:
             told = json.loads(about.read_text(encoding="utf-8"))
-            found = read(self._open(told), dict(told["facts"]))
+            found = read(self._open(told), dict(told["facts"]), self.skipped)
             os.utime(about)
-        except FileNotFoundError:
-            return None
+        except FileNotFoundError as error:
+            if error.filename == str(about):
+                return None
+            return self._damaged()
         except (OSError, ValueError, KeyError, TypeError, DamagedRowsError):
-            self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
-            _remove(self.folder, self._key)
-            return None
+            return self._damaged()
         return found
+
+    def _damaged(self) -> None:
+        self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
+        _remove(self.folder, self._key)
 
     def _open(self, told: dict[str, Any]) -> RowStore:
         file = self.path.open("rb")
@@ -190,14 +193,19 @@ class RowWriter:
         return self._count
 
     def finish(
-        self, about: str, facts: Mapping[str, object], *, keep: bool, skipped: BadRows | None = None
+        self,
+        about: str,
+        facts: Mapping[str, object],
+        *,
+        keep: bool,
+        write_skipped: Callable[[Path], object] | None = None,
     ) -> RowStore:
         """All examples, to be called once.
 
         Args:
             about: a line for a person who reads the cache's folder. facts: kept with the rows.
             keep: whether few rows, which are in memory, are to be kept in the cache too.
-            skipped: rows that cannot be used, kept with the others.
+            write_skipped: writes the list of rows that were skipped, if there are any.
         """
         memory, in_memory = self._memory, self._writer is None
         if in_memory and (self._cache is None or not keep):
@@ -211,8 +219,8 @@ class RowWriter:
                 self._file.flush()
                 return DiskRows(self._file, "a temporary file", grouped=self._grouped)
             self._open.close()
-            if skipped:
-                skipped.write(self._cache.skipped)
+            if write_skipped is not None:
+                write_skipped(self._cache.skipped)
             self._cache.describe(self._count, self._grouped, about, facts)
         except UserError:
             if not in_memory:

@@ -6,7 +6,6 @@ It knows how to tell whether one of these changed; not what is stored.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -38,14 +37,13 @@ def facts_of(
     """Everything that the rows depend on, as JSON can hold it; None where the tokenizer does not say.
 
     Args:
-        contents: of each source. encoder: how records are rendered.
+        contents: of each source. encoder: how records are rendered, the template and its date included.
         seed: decides which rows are chosen, where fewer are asked for.
     """
     identity = tokenizer_identity(tokenizer)
     if identity is None:
         return None
     values = dataclasses.asdict(settings)
-    template = settings.chat_template
     return {
         "format": FORMAT,
         "code": _code(),
@@ -62,8 +60,6 @@ def facts_of(
         "chosen": None if settings.rows is None else [settings.rows, seed],
         "tokenizer": identity,
         "encoder": encoder,
-        "template": None if template is None else _content(template),
-        "date": settings.date or _date(tokenizer, template),
     }
 
 
@@ -80,25 +76,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
     ]
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _date(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
-    """Today, where the template may show it."""
-    texts = [json.dumps(tokenizer.chat_template, default=str)]
-    if template is not None and Path(template).is_file():
-        texts.append(Path(template).read_text(encoding="utf-8", errors="replace"))
-    return _today() if any("strftime_now" in text for text in texts) else None
-
-
-def _today() -> str:
-    return str(datetime.date.today())
-
-
-def _content(path: str) -> str:
-    try:
-        return hashlib.blake2b(Path(path).expanduser().read_bytes(), digest_size=16).hexdigest()
-    except OSError:
-        return ""  # whoever renders with it says what is wrong
 
 
 @functools.cache

@@ -6,15 +6,17 @@ It knows sources, chunks and the cache; not duplicates, splits or weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.bad_rows import BadRows
-from deltaw.data.chunk import Account, ChunkReader
+from deltaw.data.bad_rows import BadRowError, BadRows
+from deltaw.data.chunk import Account, ChunkReader, LongRows
+from deltaw.data.example import Example
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
 from deltaw.data.progress import Progress, Say
@@ -28,6 +30,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source
 from deltaw.data.split import check_group, choose, group_digest, groups_of
 from deltaw.data.templates import Encoder
+from deltaw.data.workers import in_order, processes
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 1.0
 # Below this, looking for kept rows takes longer than making them.
 TINY_BYTES = 2**18
+# Files that are larger are read by several processes.
+SEVERAL_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,11 @@ class Read:
     Attributes:
         rows: their examples. report: what became of the others.
         ends: by source, how many rows there are up to its last.
-        skipped: rows that cannot be used.
     """
 
     rows: RowStore
     report: Report
     ends: list[int]
-    skipped: BadRows
 
     def source_of(self, places: np.ndarray) -> np.ndarray:
         """(n,) the number of the source that each example comes from."""
@@ -65,6 +68,7 @@ def read_stored(
     sources: Sequence[Source],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows,
     *,
     seed: int = 0,
     say: Say,
@@ -73,6 +77,7 @@ def read_stored(
 
     Args:
         settings: the ``data:`` section; its ``train``, ``eval`` and ``duplicates`` do not matter here.
+        bad: told of rows that cannot be used.
         seed: of the rows that are chosen, where ``rows`` asks for fewer.
         say: told how far a long reading is.
 
@@ -82,14 +87,11 @@ def read_stored(
     reading = _Reading.of(sources, settings, tokenizer, seed, say)
     with contextlib.ExitStack() as opened:
         cache = _cache(reading, tokenizer, opened)
-        found = (
-            None
-            if cache is None
-            else cache.find(lambda rows, facts: reading.known(rows, facts, cache.skipped))
-        )
-        if found is not None:
-            return found
-        return reading.into(opened.enter_context(RowWriter(cache)))
+        read = None if cache is None else cache.find(reading.known)
+        if read is None:
+            read = reading.into(opened.enter_context(RowWriter(cache)))
+    bad.extend(reading.bad)
+    return read
 
 
 def _cache(
@@ -102,8 +104,8 @@ def _cache(
     contents = [stream.identity() for stream in reading.streams]
     if any(content is None for content in contents):
         return None
-    template = reading.encoder.template
-    facts = facts_of(reading.sources, contents, settings, tokenizer, template, reading.seed)
+    encoder = reading.encoder.identity
+    facts = facts_of(reading.sources, contents, settings, tokenizer, encoder, reading.seed)
     if facts is None:
         return None
     try:
@@ -122,10 +124,10 @@ class _Reading:
     streams: Sequence[RowStream]
     settings: DataSettings
     encoder: Encoder
+    bad: BadRows
     seed: int
     say: Say
     name: str
-    bad: BadRows
 
     @classmethod
     def of(
@@ -136,23 +138,28 @@ class _Reading:
         seed: int,
         say: Say,
     ) -> _Reading:
-        encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
         bad = BadRows(settings.bad_rows)
-        on_bad = bad.add_unreadable if settings.bad_rows == "skip" else None
-        streams = [open_source(source.reference, on_bad) for source in sources]
+        encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
+
+        def on_bad(error: UserError, reason: str, row: object) -> None:
+            bad.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
+
+        skip = on_bad if settings.bad_rows == "skip" else None
+        streams = [open_source(source.reference, skip) for source in sources]
         name = " + ".join(source.reference for source in sources)
-        return cls(sources, streams, settings, encoder, seed, say, name, bad)
+        return cls(sources, streams, settings, encoder, bad, seed, say, name)
 
     @property
     def bytes(self) -> int:
         return sum(stream.bytes for stream in self.streams)
 
     def known(self, rows: RowStore, facts: dict[str, Any], skipped: Path) -> Read:
-        """Rows that were kept, with what was counted and skipped when they were made."""
+        """Rows that were kept, with what was counted when they were made, and the list of skipped ones."""
+        if facts["report"]["bad_rows"]:
+            self.bad.extend(BadRows.read(skipped))
         told = dict(facts["report"])
         told["unused_columns"] = tuple(told["unused_columns"])
-        bad = BadRows.read(skipped) if told["bad_rows"] else self.bad
-        return Read(rows, Report(source=self.name, **told), list(facts["ends"]), bad)
+        return Read(rows, Report(source=self.name, **told), list(facts["ends"]))
 
     def into(self, writer: RowWriter) -> Read:
         """Read all usable rows and give them to ``writer``.
@@ -164,25 +171,26 @@ class _Reading:
         counts = [stream.rows for stream in self.streams]
         chosen = choose(sum(counts), self.settings.rows, self.seed)
         progress = Progress(self.say, f"tokenizing {self.name}", self.bytes)
-        readers = []
-        begin = 0
-        for source, stream, form in zip(self.sources, self.streams, forms, strict=True):
-            settings = replace(self.settings, columns=self._columns(source))
-            readers.append(reader := ChunkReader(self.encoder, form, settings, self.bad))
-            for chunk in stream.chunks():
-                self._add(chunk, begin, chosen, reader, writer)
-                begin += len(chunk)
-                progress.at(begin, sum(s.position for s in self.streams))
-            reader.check()
-        report = self._report(forms, readers, len(chosen), len(writer))
+        account, long = Account(), LongRows()
+        count = processes() if self.bytes > SEVERAL_BYTES else 1
+        read = functools.partial(self._read_part, forms)
+        for part in in_order(self._parts(chosen), read, count):
+            writer.add(part.examples, part.ordinals, part.groups)
+            account += part.account
+            long.extend(part.long)
+            self.bad.put(part.skipped)
+            progress.at(part.end, sum(stream.position for stream in self.streams))
+        if long.count:
+            raise long.error(self.settings.max_length)
+        report = self._report(forms, account, len(chosen), len(writer))
         facts = {
             "report": {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")},
             "ends": np.cumsum(counts).tolist(),
         }
         keep = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
         about = f"{self.name}: {len(writer):,} examples"
-        rows = writer.finish(about, facts, keep=keep, skipped=self.bad)
-        return Read(rows, report, list(facts["ends"]), self.bad)
+        rows = writer.finish(about, facts, keep=keep, write_skipped=self.bad.write if self.bad else None)
+        return Read(rows, report, list(facts["ends"]))
 
     def _columns(self, source: Source) -> dict[str, str]:
         return self.settings.columns if source.columns is None else source.columns
@@ -197,55 +205,83 @@ class _Reading:
             forms.append(choose_form(stream, source.form or self.settings.form, self._columns(source)))
         return forms
 
-    def _add(
-        self, chunk: Rows, begin: int, chosen: Sequence[int], reader: ChunkReader, writer: RowWriter
-    ) -> None:
-        """Give the examples of the chosen rows of a chunk, whose first row is number ``begin``, to the
-        writer."""
-        indices = _inside(chosen, begin, len(chunk))
-        if not len(indices):
-            return
-        lists = reader.read(chunk, indices)
-        examples, ordinals, groups = [], [], []
-        of_rows = [b""] * len(lists)
-        if self.settings.group is not None:
-            of_rows = [group_digest(value) for value in groups_of(chunk, indices, self.settings.group)]
-        for index, group, found in zip(indices, of_rows, lists, strict=True):
-            examples += found
-            ordinals += [begin + index] * len(found)
-            groups += [group] * len(found)
-        writer.add(examples, ordinals, groups if self.settings.group is not None else ())
+    def _parts(self, chosen: Sequence[int]) -> Iterator[_Part]:
+        """The chosen rows of all sources, in chunks."""
+        begin = 0
+        for source, stream in enumerate(self.streams):
+            for chunk in stream.chunks():
+                indices = _inside(chosen, begin, len(chunk))
+                if len(indices):
+                    yield _Part(source, chunk, indices, begin)
+                begin += len(chunk)
 
-    def _report(
-        self, forms: Sequence[Form], readers: Sequence[ChunkReader], chosen: int, kept: int
-    ) -> Report:
+    def _read_part(self, forms: Sequence[Form], part: _Part) -> _PartRead:
+        """The examples of some rows, each with the number of its row over all sources, and with its group."""
+        settings = replace(self.settings, columns=self._columns(self.sources[part.source]))
+        bad = BadRows(settings.bad_rows)
+        reader = ChunkReader(self.encoder, forms[part.source], settings, bad)
+        lists = reader.read(part.chunk, part.indices)
+        values = groups_of(part.chunk, part.indices, settings.group)
+        examples: list[Example] = []
+        ordinals: list[int] = []
+        groups: list[bytes] = []
+        for index, value, found in zip(part.indices, values, lists, strict=True):
+            examples += found
+            ordinals += [part.begin + index] * len(found)
+            groups += [group_digest(value)] * len(found) if settings.group is not None else []
+        end = part.begin + len(part.chunk)
+        return _PartRead(examples, ordinals, groups, reader.account, reader.long, list(bad.lines()), end)
+
+    def _report(self, forms: Sequence[Form], account: Account, chosen: int, kept: int) -> Report:
         """What became of the rows.
 
         Raises:
             UserError: none is left.
         """
-        account = sum((reader.account for reader in readers), Account())
         if not kept:
-            raise _nothing_left(self.name, account, len(self.bad))
+            raise _nothing_left(self.name, account.dropped_long, account.without_label, len(self.bad))
         names = dict.fromkeys(form.name for form in forms)
         templates = dict.fromkeys("plain" if form.name == "text" else self.encoder.template for form in forms)
         unused: dict[str, None] = {}
         for source, stream, form in zip(self.sources, self.streams, forms, strict=True):
             unused.update(dict.fromkeys(unused_columns(stream, form, self._columns(source))))
         unused.pop(str(self.settings.group), None)
-        rows = sum(stream.rows for stream in self.streams)
-        unreadable = sum(stream.bad for stream in self.streams)
+        rows, unread = (sum(counts) for counts in zip(*((s.rows, s.bad) for s in self.streams), strict=True))
         return Report(
             source=self.name,
             form=" + ".join(names),
             template=" + ".join(templates),
-            rows_read=rows + unreadable,
+            rows_read=rows + unread,
             rows_kept=kept,
             not_chosen=rows - chosen,
             unused_columns=tuple(unused),
+            date=self.encoder.dated if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
             **account.as_dict(),
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows to be read: those at ``indices`` of a chunk, whose first row is number ``begin`` of all."""
+
+    source: int
+    chunk: Rows
+    indices: Sequence[int]
+    begin: int
+
+
+@dataclass(frozen=True)
+class _PartRead:
+    """What became of the rows of a part, the last of which is before number ``end``."""
+
+    examples: list[Example]
+    ordinals: list[int]
+    groups: list[bytes]
+    account: Account
+    long: LongRows
+    skipped: list[dict[str, object]]
+    end: int
 
 
 def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
@@ -256,11 +292,11 @@ def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
     return [index - begin for index in chosen[first:last]]
 
 
-def _nothing_left(name: str, account: Account, bad: int) -> UserError:
-    unusable = f", {bad:,} cannot be used" if bad else ""
+def _nothing_left(name: str, dropped: int, without_label: int, skipped: int) -> UserError:
+    unusable = f", {skipped:,} cannot be used" if skipped else ""
     return UserError(
-        f"no row is left to train on: {account.dropped_long:,} are too long, and "
-        f"{account.without_label:,} have no label{unusable}",
+        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label"
+        + unusable,
         where=name,
         hint="raise data.max_length, or check the answers: empty and truncated ones have no label",
     )

@@ -303,6 +303,8 @@ def assemble(
         checkpoint_blocks(model, settings.checkpointing, trained)
     if invocation is not None:
         chosen[INVOCATION] = invocation
+    if data.report.date is not None and config.data.date is None:
+        chosen["data.date"] = Choice(data.report.date, "the chat template writes the date of the run's start")
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
