@@ -110,3 +110,7 @@ def test_rows_have_the_date_of_the_settings(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("llama3.2")
     prepared = prepare(DataSettings(str(rows), eval=None, date="2026-02-28"), tokenizer)
     assert "28 Feb 2026" in tokenizer.decode(prepared.train[0].tokens)
+    assert prepared.report.date == "2026-02-28"
+    assert "the date into each row: 2026-02-28" in "\n".join(prepared.report.lines())
+    plain = prepare(DataSettings(str(rows), eval=None, template="plain"), tokenizer)
+    assert plain.report.date is None

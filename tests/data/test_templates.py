@@ -151,6 +151,18 @@ def test_where_a_template_writes_two_end_marks_the_first_ends_the_turn() -> None
     assert labelled(encode(talk("a", "b", "c", "d"), PHI)) == ["b<|end|>", "d<|end|>"]
 
 
+def test_a_turn_ends_with_the_token_at_which_generation_stops() -> None:
+    """Some templates close the answer first, and then the turn."""
+    closes = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|end|><s><|im_end|></s>")
+    tokenizer = make_tokenizer(closes)
+    assert labelled(encode(talk("a", "b", "c", "d"), closes.replace("<|end|>", "</s>"))) == [
+        "b</s><s><|im_end|>",
+        "d</s><s><|im_end|>",
+    ]
+    assert labelled(encode(talk("a", "b"), closes)) == ["b<|end|>"]
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
 def test_a_template_that_writes_bos_gives_it_once() -> None:
     encoded = encode(talk("a", "b", "c", "d"), MISTRAL, bos=True, eos="</s>")
     assert text_of(encoded.tokens) == "<s>[INST] a [/INST] b</s>[INST] c [/INST] d</s>"
@@ -289,6 +301,32 @@ def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
     assert last == "noon<|im_end|>"
     with pytest.raises(UserError, match="changes the answer in turn 2"):
         encode(conversation, CHATML)
+
+
+def test_arguments_of_calls_are_given_as_text_to_a_template_that_wants_it() -> None:
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+    messages = (
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    )
+    joins = CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}"
+        "{% endfor %}",
+    )
+    encoded = encode(Conversation(messages, (False, True)), joins)
+    assert labelled(encoded) == ['clock{"zone": "UTC"}<|im_end|>']
+
+
+def test_an_empty_thought_closes_the_one_that_the_prompt_opens() -> None:
+    opens = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    encoded = encode(talk("a", "b"), opens)
+    assert labelled(encoded) == ["</think>b<|im_end|>"]
+    assert text_of(encoded.tokens).count("<think>") == 1
 
 
 def test_a_prompt_and_its_completion_become_a_question_and_its_answer() -> None:

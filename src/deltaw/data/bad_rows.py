@@ -74,9 +74,12 @@ class BadRows:
         """Skip one row, or raise ``error``."""
         if self.mode == "error":
             raise error
-        text = json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>")
-        shown: object = json.loads(text) if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+        shown = _shown(row)
         self._put({"where": error.where, "reason": error.reason, "error": error.what, "row": shown})
+
+    def add_unreadable(self, error: UserError, reason: str, row: object) -> None:
+        """As :meth:`add`, for a row that a file's reader cannot read."""
+        self.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
 
     def extend(self, other: BadRows) -> None:
         """Add rows that were skipped elsewhere."""
@@ -112,3 +115,16 @@ class BadRows:
         # Half of a surrogate pair has no UTF-8; its escape is JSON.
         text = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace")
         self._file.write(text + b"\n")
+
+
+def _shown(row: object) -> object:
+    """A row for the list; a long one, and one with numbers that JSON does not have, as a string."""
+    if isinstance(row, bytes):
+        row = row.decode("utf-8", "replace")
+    text = json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>")
+    if len(text) > _SHOWN:
+        return (row if isinstance(row, str) else text)[:_SHOWN] + "…"
+    try:
+        return json.loads(json.dumps(json.loads(text), allow_nan=False))
+    except ValueError:
+        return text

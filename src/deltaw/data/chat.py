@@ -8,6 +8,7 @@ that it is written in. This module knows text; tokens are :mod:`deltaw.data.temp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ class Answer:
     Attributes:
         turn: its place among the messages.
         prompt: what a model is given to write it, rendered.
-        said: the answer, through the first of the special tokens that end its turn.
+        said: the answer, through the special token that ends its turn.
         ended: whether there is such a token; otherwise the answer ends with the tokenizer's eos.
         learned: whether it is a label.
         text: the answer alone, without end marks.
@@ -60,13 +61,17 @@ class ChatRenderer:
 
     Args:
         tokenizer: with a chat template.
-        marks: the special tokens as text, longest first.
+        marks: the special tokens as text, longest first. ends: those that end a text.
         date: what templates that ask for the current date are told, as 2026-01-31.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], date: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], ends: frozenset[str], date: str
+    ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks
+        self._ends = ends
+        self._special = dict(tokenizer.special_tokens_map)
         self._date = date
         self._templates: dict[bool, str] = {}
 
@@ -93,20 +98,31 @@ class ChatRenderer:
             BadRowError: the template does not accept them.
         """
         try:
-            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-                list(messages),  # type: ignore[arg-type]
-                tools=list(tools) or None,
-                chat_template=self.template(bool(tools)),
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
+            return self._rendered(messages, generation, tools)
         except _FAULTS as error:
+            if any(message.get("tool_calls") for message in messages):
+                # Some templates want the arguments of calls as JSON text.
+                with contextlib.suppress(*_FAULTS):
+                    return self._rendered([_with_text_arguments(m) for m in messages], generation, tools)
             raise BadRowError(
                 f"the model's chat template does not accept this conversation: {error}",
                 reason="refused by the chat template",
                 where=where,
                 hint="change the conversation, or set data.template: plain",
             ) from error
+
+    def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
+        texts, _ = render_jinja_template(
+            [list(messages)],  # type: ignore[list-item]
+            tools=list(tools) or None,
+            chat_template=self.template(bool(tools)),
+            add_generation_prompt=generation,
+            **self._special,
+        )
+        return str(texts[0])
 
     def answers(self, conversation: Conversation, where: str, *, only_last: bool) -> list[Answer]:
         """The answers that are labels, each in its context; if there are none, the last one.
@@ -139,8 +155,8 @@ class ChatRenderer:
 
     def without_marks(self, text: str) -> str:
         """An answer without the special tokens that close it."""
-        body, first_mark = self._peel(text)
-        return text if first_mark is None else body
+        body, end_of_turn = self._peel(text)
+        return text if end_of_turn is None else body
 
     def _answer(self, conversation: Conversation, turn: int, where: str) -> Answer:
         messages, tools = conversation.messages, conversation.tools
@@ -150,26 +166,26 @@ class ChatRenderer:
         said = _after(prompt, end, str(messages[turn - 1]["content"]))
         if said is None:
             raise _refused(f"the prompt before turn {turn + 1} is not found in the rendered turn", where)
-        body, first_mark = self._peel(said)
+        body, end_of_turn = self._peel(said)
         content = self.without_marks(str(message["content"]))
         opened = _OPEN_THOUGHT.search(prompt) is not None
         thinks = self._thinking(opened, body, message, content, turn, where)
         if thinks is not None:
-            closing = "" if first_mark is None else said[len(body) : first_mark]
-            return Answer(turn, prompt, thinks + closing, first_mark is not None, True, content)
+            closing = "" if end_of_turn is None else said[len(body) : end_of_turn]
+            return Answer(turn, prompt, thinks + closing, end_of_turn is not None, True, content)
         if message.get("tool_calls"):
             shown = _shows_calls(body, message)
         else:
             shown = _ends_with(body, _THOUGHT_BEGINS.sub("", content) if opened else content)
-        if not shown and first_mark is not None:
+        if not shown and end_of_turn is not None:
             raise _refused(f"it changes the answer in turn {turn + 1}", where)
         if not shown and (
             any(mark in said for mark in self._marks)
             or not self._heeds_generation(conversation, turn, prompt)
         ):
             raise _refused(f"it adds text after the answer in turn {turn + 1}", where)
-        said = said.rstrip() if first_mark is None else said[:first_mark]
-        return Answer(turn, prompt, said, first_mark is not None, True, content)
+        said = said.rstrip() if end_of_turn is None else said[:end_of_turn]
+        return Answer(turn, prompt, said, end_of_turn is not None, True, content)
 
     def _thinking(
         self, opened: bool, body: str, message: Message, content: str, turn: int, where: str
@@ -204,14 +220,20 @@ class ChatRenderer:
         return self.render(before, "", generation=False, tools=conversation.tools) != prompt
 
     def _peel(self, text: str) -> tuple[str, int | None]:
-        """Text without the special tokens that close it, and where the first of these ends; None if none
-        does."""
-        stop, first = len(text.rstrip()), None
+        """Text without the special tokens that close it, and where the end of the turn ends; None if no such
+        token closes the text.
+
+        That is the first of them that ends a text, or simply the first: ``<|end|>`` where a template writes
+        ``<|end|><|endoftext|>``.
+        """
+        stop, end, is_end = len(text.rstrip()), None, False
         while True:
             mark = next((mark for mark in self._marks if text.endswith(mark, 0, stop)), None)
             if mark is None:
-                return text[:stop], first
-            first, stop = stop, len(text[: stop - len(mark)].rstrip())
+                return text[:stop], end
+            if mark in self._ends or not is_end:
+                end, is_end = stop, mark in self._ends
+            stop = len(text[: stop - len(mark)].rstrip())
 
 
 def _after(prompt: str, end: str, asked: str) -> str | None:
@@ -227,11 +249,14 @@ def _after(prompt: str, end: str, asked: str) -> str | None:
     if place < 0:
         return None
     ending = prompt[place:]
-    for known in (ending, _OPEN_THOUGHT.sub("", ending)):
-        at = end.rfind(known)
-        if at >= 0 and known:
-            return end[at + len(known) :]
-    return None
+    at = end.rfind(ending)
+    if at >= 0:
+        return end[at + len(ending) :]
+    unopened = _OPEN_THOUGHT.sub("", ending)
+    at = end.rfind(unopened)
+    if at < 0 or not unopened:
+        return None
+    return _THOUGHT_BEGINS.sub("", end[at + len(unopened) :])
 
 
 def _squeeze(text: str) -> str:
@@ -257,6 +282,15 @@ def _shows_calls(text: str, message: Message) -> bool:
     return (
         _shows(text, str(message["content"])) and bool(names) and all(name and name in text for name in names)
     )
+
+
+def _with_text_arguments(message: Message) -> Message:
+    calls = []
+    for call in message.get("tool_calls") or ():  # type: ignore[attr-defined]
+        function = dict(call.get("function", call))
+        function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _name_of(tool: Message) -> str:

@@ -216,7 +216,7 @@ def bad_rows_found(bad: BadRows, settings: DataSettings, where: str) -> list[Fin
             "bad_rows",
             "error" if refused else "warning",
             count,
-            f"{_rows(count)}{where} cannot be used: {reason}",
+            f"{count_rows(count)}{where} that cannot be used: {reason}",
             "correct them, or set data.bad_rows: skip" if refused else "they are skipped",
             tuple(rows.get(reason, ())),
         )
@@ -226,7 +226,7 @@ def bad_rows_found(bad: BadRows, settings: DataSettings, where: str) -> list[Fin
 
 def _nothing(facts: Facts) -> list[Finding]:
     if len(facts):
-        few = f"there are only {_rows(facts.rows)}"
+        few = f"there are only {count_rows(facts.rows)}"
         return [Finding("few_rows", "note", int(facts.rows < _FEW_ROWS) and facts.rows, few)]
     return [Finding("no_rows", "error", 1, "no row can be used")]
 
@@ -236,16 +236,16 @@ def _long_rows(facts: Facts, settings: DataSettings, where: str) -> list[Finding
     long = np.flatnonzero(lengths > settings.max_length)
     if not len(long):
         return []
-    counted = f"{_rows(len(long))}{where} longer than data.max_length ({settings.max_length:,} tokens)"
+    counted = f"{count_rows(len(long))}{where} longer than data.max_length ({settings.max_length:,} tokens)"
     longest = int(lengths.max())
     hint = f"data.max_length: {longest} fits all"
     if settings.long_rows == "drop":
         labels = int(np.array(facts.labels)[long].sum())
-        counted += f" are dropped, with {labels:,} labels"
+        counted += f": dropped, with {labels:,} labels"
     elif settings.long_rows == "cut":
-        counted += f" are truncated, and lose {int(lost[long].sum()):,} labels"
+        counted += f": truncated, {int(lost[long].sum()):,} labels lost"
     elif settings.long_rows == "split":
-        counted += " are divided; no label is lost"
+        counted += ": divided, no label lost"
     else:
         hint += "; data.long_rows: cut, drop or split"
     levels: dict[str, Level] = {"error": "error", "split": "note"}
@@ -261,7 +261,7 @@ def _without_labels(facts: Facts, labels: np.ndarray) -> list[Finding]:
         return [
             Finding("no_labels", "error", len(without), "no row has a label: there is nothing to train on")
         ]
-    text = f"{_rows(len(without))} have no label, such as an empty answer, and are dropped"
+    text = f"{count_rows(len(without))} without a label, such as an empty answer (dropped)"
     return [Finding("without_label", "warning", len(without), text, None, _places(facts, without))]
 
 
@@ -278,17 +278,17 @@ def _ends(facts: Facts, labels: np.ndarray, end_names: Mapping[int, str]) -> lis
         text = f"no token that ends a text ({known}) is ever trained: the model will not learn to stop"
         hint = "let the chat template end each turn with one, or set data.template: plain"
         return [Finding("end_never_trained", "error", trained, text, hint)]
-    text = f"{lacking:,} of {trained:,} examples do not end with a token that ends a text ({known})"
+    text = f"{_examples(lacking)} of {trained:,} without a token at the end that ends a text ({known})"
     return [Finding("end_not_trained", "warning", lacking, text)]
 
 
 def _duplicates(facts: Facts, keys: np.ndarray, settings: DataSettings) -> list[Finding]:
     again = _again(keys)
     done = "dropped" if settings.duplicates == "drop" else "kept, since data.duplicates is keep"
-    exact = f"{_examples(len(again))} have the same tokens and labels as an earlier one, and are {done}"
+    exact = f"{_examples(len(again))} with the same tokens and labels as an earlier one ({done})"
     distinct = np.setdiff1d(facts.first_of_rows(), again)
     near = distinct[_again(np.array(facts.text)[distinct])]
-    alike = f"{_rows(len(near))} differ from an earlier one only in case, spacing or punctuation"
+    alike = f"{count_rows(len(near))} like an earlier one but for case, spacing or punctuation"
     return [
         Finding("duplicates", "warning", len(again), exact, None, _places(facts, again)),
         Finding("near_duplicates", "note", len(near), alike, None, _places(facts, near)),
@@ -306,7 +306,8 @@ def _contradictions(facts: Facts, keys: np.ndarray, prompts: np.ndarray) -> list
     other_answer = same_prompt & (ordered_answers[1:] != ordered_answers[:-1])
     contradicted = np.unique(ordered_prompts[1:][other_answer])
     rows = np.sort(asked[np.isin(prompts[asked], contradicted)])
-    text = f"{len(contradicted):,} prompts have different answers in different rows ({_examples(len(rows))})"
+    prompts_found = "1 prompt" if len(contradicted) == 1 else f"{len(contradicted):,} prompts"
+    text = f"{prompts_found} with different answers in different rows ({_examples(len(rows))})"
     hint = "if one answer is right, correct the others; with data.group they stay on one side of the split"
     found = [Finding("contradictions", "warning", len(contradicted), text, hint, _places(facts, rows))]
     if len(np.unique(answers)) == 1 and len(np.unique(prompts[asked])) > 1:
@@ -326,7 +327,7 @@ def _overlap(facts: Facts, others: Facts, name: str) -> list[Finding]:
             "overlap",
             "warning",
             len(exact),
-            f"{_examples(len(exact))} of {name} are also training rows, which inflates the scores",
+            f"{_examples(len(exact))} of {name} that are also training rows, which inflates the scores",
             "remove them from one of the files",
             _places(others, exact),
         ),
@@ -334,7 +335,7 @@ def _overlap(facts: Facts, others: Facts, name: str) -> list[Finding]:
             "prompt_overlap",
             "warning",
             len(only_prompt),
-            f"{_examples(len(only_prompt))} of {name} have the prompt of a training row",
+            f"{_examples(len(only_prompt))} of {name} with the prompt of a training row",
             None,
             _places(others, only_prompt),
         ),
@@ -342,13 +343,13 @@ def _overlap(facts: Facts, others: Facts, name: str) -> list[Finding]:
 
 
 _TEXTS: dict[str, tuple[Level, str, str | None]] = {
-    "blank": ("warning", "hold only white space", "remove them"),
-    "empty_answer": ("warning", "end with an empty answer", "write the answers, or remove the rows"),
-    "answer_without_letters": ("warning", "have an answer without a letter or digit", None),
-    "lost_characters": ("warning", "hold �, which stands for a character that was lost", "decode them anew"),
+    "blank": ("warning", "with only white space", "remove them"),
+    "empty_answer": ("warning", "with an empty answer at the end", "write the answers, or remove the rows"),
+    "answer_without_letters": ("warning", "with an answer that has no letter or digit", None),
+    "lost_characters": ("warning", "with �, which stands for a character that was lost", "decode them anew"),
     "special_tokens_in_text": (
         "warning",
-        "hold a special token as text, which the model reads as the token itself",
+        "with a special token written in the text, which the model reads as the token itself",
         "remove it from the text, unless it is meant",
     ),
 }
@@ -360,7 +361,7 @@ def _texts(facts: Facts) -> list[Finding]:
             name,
             level,
             facts.counts[name],
-            f"{_rows(facts.counts[name])} {text}",
+            f"{count_rows(facts.counts[name])} {text}",
             hint,
             tuple(facts.notable.get(name, ())),
         )
@@ -371,10 +372,10 @@ def _texts(facts: Facts) -> list[Finding]:
 def _proportions(facts: Facts, lengths: np.ndarray, labels: np.ndarray) -> list[Finding]:
     share = labels.sum() / max(1, lengths.sum())
     few = f"only {share:.1%} of the tokens are labels; the rest is computed and not learned from"
-    unrolled = "become several examples, since the template rewrites earlier turns"
+    unrolled = "of which several examples come, since the template rewrites earlier turns"
     return [
         Finding("few_labels", "note", int(0 < share < _FEW_LABELS) and int(labels.sum()), few),
-        Finding("unrolled", "note", facts.unrolled, f"{_rows(facts.unrolled)} {unrolled}"),
+        Finding("unrolled", "note", facts.unrolled, f"{count_rows(facts.unrolled)} {unrolled}"),
     ]
 
 
@@ -386,7 +387,8 @@ def _again(keys: np.ndarray) -> np.ndarray:
     return np.flatnonzero(again)
 
 
-def _rows(count: int) -> str:
+def count_rows(count: int) -> str:
+    """``1 row`` or ``2 rows``."""
     return "1 row" if count == 1 else f"{count:,} rows"
 
 

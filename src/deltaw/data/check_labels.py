@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaw.data.bad_rows import BadRows
-from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
+from deltaw.data.check import Check, Finding, bad_rows_found, count_rows, lengths_of, ordered
 from deltaw.data.labels import AnyExample, LabelledExample
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
@@ -41,13 +41,13 @@ def check_labelled(
     found = bad_rows_found(bad, settings, "")
     lengths = np.array([len(e) for e in examples if isinstance(e, LabelledExample)])
     long = [e for e in examples if isinstance(e, LabelledExample) and len(e) > settings.max_length]
-    ways = {"error": "and are refused", "drop": "and are dropped", "cut": "and are truncated"}
+    ways = {"error": "", "drop": ": dropped", "cut": ": truncated"}
     found.append(
         Finding(
             "long_rows",
             "error" if settings.long_rows == "error" else "warning",
             len(long),
-            f"{len(long):,} rows are longer than data.max_length ({settings.max_length:,} tokens) "
+            f"{count_rows(len(long))} longer than data.max_length ({settings.max_length:,} tokens)"
             + ways.get(settings.long_rows, ""),
             f"data.max_length: {int(lengths.max(initial=0))} fits all",
             _rows(long, report.source),
@@ -60,7 +60,7 @@ def check_labelled(
             "duplicates",
             "warning",
             len(again),
-            f"{len(again):,} rows have the same content and label as an earlier one, and are {what}",
+            f"{count_rows(len(again))} with the same content and label as an earlier one ({what})",
             None,
             _rows(again, report.source),
         )
@@ -74,7 +74,7 @@ def check_labelled(
             "contradictions",
             "warning",
             sum(len(of_content) > 1 for of_content in labels.values()),
-            f"{len(torn):,} rows have content that has another label elsewhere",
+            f"{count_rows(len(torn))} with content that has another label elsewhere",
             "if one label is right, correct the others",
             _rows(torn, report.source),
         )
@@ -133,7 +133,7 @@ def _overlap(
             "overlap",
             "warning",
             len(exact),
-            f"{len(exact):,} rows of {name} are also training rows, which inflates the scores",
+            f"{count_rows(len(exact))} of {name} that are also training rows, which inflates the scores",
             "remove them from one of the files",
             _rows(exact, name),
         ),
@@ -141,7 +141,7 @@ def _overlap(
             "prompt_overlap",
             "warning",
             len(alike),
-            f"{len(alike):,} rows of {name} have the content of a training row and another label",
+            f"{count_rows(len(alike))} of {name} with the content of a training row and another label",
             None,
             _rows(alike, name),
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,8 @@ class Account:
         theirs = other.as_dict()
         return Account(**{name: count + theirs[name] for name, count in self.as_dict().items()})
 
-    def as_dict(self) -> dict[str, int]:
-        """The counts by name."""
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, all of them integers, by name."""
         return dataclasses.asdict(self)
 
 

@@ -27,7 +27,6 @@ from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
-from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +160,7 @@ class _Collector:
 
     def add_source(self, source: Source) -> None:
         """Read all of its rows."""
-        stream = open_source(source.reference, self._unreadable)
+        stream = open_source(source.reference, self.facts.bad.add_unreadable)
         stream.scan()
         columns = self._settings.columns if source.columns is None else source.columns
         form: Form | None = None
@@ -171,9 +170,6 @@ class _Collector:
             self.facts.template = "plain" if form.name == "text" else self._encoder.template
             self._add_chunk(chunk, form, columns)
             self._on_rows(self.facts.rows)
-
-    def _unreadable(self, error: UserError, reason: str, row: object) -> None:
-        self.facts.bad.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
 
     def _add_chunk(self, rows: Rows, form: Form, columns: Mapping[str, str]) -> None:
         facts = self.facts

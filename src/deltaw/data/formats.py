@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from deltaw.data.bad_rows import BadRowError, Refuse, refuse
 from deltaw.data.messages import (
@@ -19,8 +19,9 @@ from deltaw.data.messages import (
     read_messages,
     read_tools,
     text_of,
+    without_nulls,
 )
-from deltaw.data.sources import Row, Rows
+from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError, did_you_mean
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
@@ -84,7 +85,17 @@ def known_columns() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS]))
 
 
-def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
+class HasColumns(Protocol):
+    """A file, or several, of which the columns are known."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+
+def check_columns(rows: HasColumns, columns: Mapping[str, str]) -> None:
     """Raise a UserError if ``data.columns`` names a column that the file does not have."""
     for ours, theirs in columns.items():
         if theirs not in rows.columns:
@@ -95,7 +106,7 @@ def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
             )
 
 
-def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
+def choose_form(rows: HasColumns, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
     """The format of a file by its columns, or ``form``, if the file has its columns.
 
     Args:
@@ -123,7 +134,7 @@ def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | Non
     return fitting[0]
 
 
-def unused_columns(rows: Rows, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
+def unused_columns(rows: HasColumns, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Columns of the file that ``form`` does not read."""
     used = {columns.get(name, name) for name in form.needs + form.can_use}
     return tuple(column for column in rows.columns if column not in used)
@@ -145,6 +156,8 @@ def read_records(
     records: list[Record | None] = []
     for place, index in enumerate(indices):
         _, row = rows[index]
+        if rows.fills_nulls:
+            row = {column: without_nulls(value) for column, value in row.items()}
         try:
             records.append(read_record(row, form, columns, rows.place(index)))
         except BadRowError as error:
@@ -174,7 +187,7 @@ def read_record(row: Row, form: Form, columns: Mapping[str, str], where: str) ->
     return form.read(row, where)
 
 
-def _no_form(rows: Rows, what: str, lacking: str | None) -> UserError:
+def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
     known = known_columns()
     if lacking:
         hint = f"did you mean data.columns: {{{lacking}: …}}? "

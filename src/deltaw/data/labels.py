@@ -7,6 +7,7 @@ knows neither models nor batches.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -169,6 +170,7 @@ class _Reader:
                 hint="set it to cut or drop",
             )
         self.bad = BadRows(settings.bad_rows) if bad is None else bad
+        self._known: Counter[str] = Counter()
         self.settings = settings
         self.tokenizer = tokenizer
         self.task = task
@@ -177,6 +179,8 @@ class _Reader:
     def open(self, train: Train) -> tuple[Rows, int]:
         """The rows, and how many files of an image folder are not images."""
         found = []
+        self._known = self.bad.counts.copy()
+        on_bad = self.bad.add_unreadable if self.bad.mode == "skip" else None
         for source in sources_of(train):
             if source.weight != 1 or source.columns is not None or source.form is not None:
                 raise UserError(
@@ -185,7 +189,10 @@ class _Reader:
                     hint="name the sources alone: data.train: [a.csv, b.csv]",
                 )
             is_image = self.task == "image-classification"
-            found.append(image_rows(source.reference) if is_image else (read_rows(source.reference), 0))
+            if is_image:
+                found.append(image_rows(source.reference, on_bad))
+            else:
+                found.append((read_rows(source.reference, on_bad), 0))
         if len(found) == 1:
             return found[0]
         return Rows.joined(shown(train), [rows for rows, _ in found]), sum(others for _, others in found)
@@ -193,7 +200,7 @@ class _Reader:
     def read(self, rows: Rows, chosen: Sequence[int]) -> tuple[list[AnyExample], list[int], Report]:
         """The usable rows among ``chosen`` as examples, their indices in ``rows``, and the report."""
         columns = find_columns(rows, self.settings, self.task)
-        known = self.bad.counts.copy()
+        unreadable = len(self.bad) - self._known.total()
         chosen_rows = len(chosen)
         chosen, labels = self._labels(rows, chosen, columns)
         pairs = [(index, label) for index, label in zip(chosen, labels, strict=True) if label is not None]
@@ -205,7 +212,7 @@ class _Reader:
             source=rows.name,
             form="labeled images",
             template="",
-            rows_read=len(rows),
+            rows_read=len(rows) + unreadable,
             rows_kept=len(usable),
             not_chosen=len(rows) - chosen_rows,
             other_classes=len(chosen) - len(usable),
@@ -216,7 +223,7 @@ class _Reader:
             examples, usable, report = self._images(rows, usable, kept, columns, report)
         else:
             examples, usable, report = self._texts(rows, usable, kept, columns, report)
-        return examples, usable, replace(report, bad_rows=dict(self.bad.counts - known))
+        return examples, usable, replace(report, bad_rows=dict(self.bad.counts - self._known))
 
     def _images(
         self,

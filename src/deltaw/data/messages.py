@@ -207,6 +207,13 @@ def reasoning(message: Message) -> str:
     return str(found).strip()
 
 
+def without_nulls(value: object) -> object:
+    """A row's value without the keys that typed columns fill with null where a row has no value."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def _is_blank(message: Message) -> bool:
     return not (str(message["content"]).strip() or message.get("tool_calls") or reasoning(message))
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from deltaw.data.bad_rows import BadRowError, Refuse, refuse
 from deltaw.data.classes import LabelColumns
+from deltaw.data.row_files import OnBad
 from deltaw.data.sources import KINDS, Rows, read_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
@@ -68,7 +69,7 @@ class ImageExample:
         return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
 
 
-def image_rows(reference: str) -> tuple[Rows, int]:
+def image_rows(reference: str, on_bad: OnBad | None = None) -> tuple[Rows, int]:
     """Read a folder with a subfolder for each class, or whatever :func:`read_rows` reads.
 
     Returns:
@@ -81,7 +82,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
     is_package = packages.is_package_reference(reference)
     path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
     if not path.is_dir():
-        return read_rows(reference), 0
+        return read_rows(reference, on_bad), 0
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
@@ -91,7 +92,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
             hint="put the images of each class into a subfolder named after it",
         )
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
-        return read_rows(reference), 0
+        return read_rows(reference, on_bad), 0
     if _PARTS.issuperset(folder.name.lower() for folder in folders):
         raise UserError(
             f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}",

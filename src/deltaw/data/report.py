@@ -23,6 +23,7 @@ class Report:
         source: the reference that the rows came from.
         form: what the rows were read as, such as "messages".
         template: "chat" or "plain"; empty for labeled rows, which have no template.
+        date: what the template writes into rows as the current date; None if it writes none.
         rows_read: rows in the file.
         not_chosen: rows skipped because ``data.rows`` asked for fewer.
         rows_kept: rows to train on (of an evaluation file, rows to evaluate on).
@@ -90,6 +91,7 @@ class Report:
     image_sizes: tuple[int, int, int, int] | None = None
     other_files: int = 0
     unused_columns: tuple[str, ...] = ()
+    date: str | None = None
     repeated: int = 0
     not_drawn: int = 0
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -145,6 +147,8 @@ class Report:
         lines += [f"{_rows(count)} {what}" for count, what in losses if count]
         for reference, told in self.sources.items():
             lines.append(f"{reference}: weight {told['weight']:g}, {_rows(int(told['rows']))} in an epoch")
+        if self.date:
+            lines.append(f"the template writes the date into each row: {self.date} (data.date sets it)")
         if self.unused_columns:
             lines.append("unused columns: " + ", ".join(self.unused_columns))
         if self.evaluation:

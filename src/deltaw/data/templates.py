@@ -95,13 +95,15 @@ class Encoder:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         special = {number for number, token in added.items() if token.special}
-        special |= {*tokenizer.all_special_ids, *turn_ends(tokenizer)}
+        ends = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+        special |= {*tokenizer.all_special_ids, *ends}
         self._special_ids = frozenset(special)
         texts = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special))}
         self._leading = _leading_tokens(tokenizer)
         self._date = date or todays_date()
         marks = tuple(sorted(texts - {""}, key=len, reverse=True))
-        self._renderer = ChatRenderer(tokenizer, marks, self._date)
+        names = frozenset(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ends)))
+        self._renderer = ChatRenderer(tokenizer, marks, names, self._date)
 
     @property
     def template(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaw.config import RunConfig
-from deltaw.data.bad_rows import BadRowError, BadRows
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import Check, check_facts
 from deltaw.data.check_labels import check_labelled
@@ -137,12 +137,7 @@ def _shown_texts(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
     assert tokenizer is not None  # a task without labels reads text
     encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
     for source in sources_of(settings.train):
-        unreadable = BadRows("skip")
-
-        def on_bad(error: UserError, reason: str, row: object, found: BadRows = unreadable) -> None:
-            found.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
-
-        stream = open_source(source.reference, on_bad)
+        stream = open_source(source.reference, BadRows("skip").add_unreadable)
         stream.scan()
         own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
         for chunk in stream.chunks():

@@ -28,6 +28,7 @@ from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
+from deltaw.working import working
 
 
 @dataclass
@@ -176,7 +177,9 @@ def open_run(
     )
     identity = identity_of(loaded.model, precision)
     if precision == "int8":
-        say(f"precision int8: {quantize_int8(loaded.model.base_model)}")
+        with working("quantizing the weights to int8"):
+            report = quantize_int8(loaded.model.base_model)
+        say(f"precision int8: {report}")
     if classes is None and work.has_labels and fixed is None:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)

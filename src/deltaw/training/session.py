@@ -47,11 +47,13 @@ from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.working import working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
@@ -145,6 +147,7 @@ class Session:
         on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        not_finite: WhenNotFinite | None = None,
         saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
@@ -179,6 +182,7 @@ class Session:
             on_begin=on_begin,
             on_step=on_step,
             should_stop=should_stop,
+            not_finite=not_finite,
         )
 
     def _keep_general(self) -> KeepGeneral | None:
@@ -196,7 +200,7 @@ class Session:
         if not chosen:
             return Evaluation()
         way = self.prefix or self
-        with self.method.evaluating(self.model):
+        with self.method.evaluating(self.model), working("evaluating"):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
@@ -228,9 +232,9 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    with PeakWatch() as watch:
+    with PeakWatch() as watch, working("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = task.read(config.data, seed=config.train.seed)
+        data = task.read(config.data, seed=config.data_seed)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -292,12 +296,15 @@ def assemble(
             for batch in batcher.batches(data.train[:CALIBRATION_ROWS]):
                 objective(batch)
 
-    said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+    with working(f"preparing method {method.name}"):
+        said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
     if invocation is not None:
         chosen[INVOCATION] = invocation
+    if data.report.date is not None and config.data.date is None:
+        chosen["data.date"] = Choice(data.report.date, "the chat template writes the date of the run's start")
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
@@ -351,6 +358,7 @@ def _take_general_answers(session: Session) -> None:
     )
 
 
+@working("quantizing the weights to int8")
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
     """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
 

@@ -49,26 +49,27 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
     """
     total, labels = 0.0, 0
     losses: list[float] = []
-    exact: list[bool] = []
+    predicted: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(examples), ROWS_AT_ONCE):
         part = list(examples[start : start + ROWS_AT_ONCE])
-        found: dict[int, tuple[float, bool]] = {}
+        found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
         for batch in batcher.batches(part):
-            each, right = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+            each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+            targets = batch.targets.cpu().numpy()
             index, owner = label_places(batch)
             for number, member in enumerate(batch.members):
                 at = index[owner == number]
-                found[id(member.example)] = float(each[at].mean()), bool(right[at].all())
+                found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
                 total += float(each[at].sum())
                 labels += len(at)
         rows_alone = [row for item in part for row in rows_of(item)]
         losses += [found[id(row)][0] for row in rows_alone]
-        exact += [found[id(row)][1] for row in rows_alone if row.answer is not None]
+        predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
     metrics = _loss_metrics(total / labels)
-    if exact:
-        rows = np.array(exact, dtype=np.float64)
+    if predicted:
+        rows = np.array([np.array_equal(*pair) for pair in predicted], dtype=np.float64)
         metrics["exact_match"] = float(rows.mean())
-        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows))
+        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows), predicted=predicted)
     rows = np.array(losses)
     return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
 

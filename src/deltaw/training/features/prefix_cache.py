@@ -239,10 +239,14 @@ def _still_right(cached: CachedPrefix) -> int:
     if not len(done):
         return 0
     slots = done[:: max(1, len(done) // TRIED_ROWS)][:TRIED_ROWS]
+    few = [cached.rows.distinct[slot] for slot in slots]
     before = cached.store.read(cached.rows.places(slots))
-    for batch in cached.batcher.inner.batches([cached.rows.distinct[slot] for slot in slots]):
-        cached.feed.keep(batch, cached.rows, cached.store)
-    after = cached.store.read(cached.rows.places(slots))
+    again = _indexed(cached.feed, few)
+    shape = Shape.of(len(again.contents), again.units, before.shape[1], before.dtype)
+    fresh = MemoryStore(shape)
+    for batch in cached.batcher.inner.batches(few):
+        cached.feed.keep(batch, again, fresh)
+    after = fresh.read(again.places(again.slots(few))).to(before.device)
     if near([after], [before], tolerance_of(before.dtype)):
         return len(done)
     cached.store.forget()
