@@ -96,7 +96,7 @@ def same_prompts(records: Sequence[RunRecord], most: int = 8) -> list[dict[str, 
                 sample.prompt, {"expected": sample.expected, "row": sample.row, "of": {}}
             )
             entry["of"][name] = sample.answer
-    found = []
+    found: list[dict[str, Any]] = []
     for prompt, entry in answers.items():
         if len(entry["of"]) > 1 and len(found) < most:
             name = f"Row {entry['row']}" if entry["row"] is not None else f"Prompt {len(found) + 1}"

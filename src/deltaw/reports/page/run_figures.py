@@ -23,7 +23,7 @@ STEP = "step"
 
 def curve_figures(record: RunRecord) -> list[Figure]:
     """The loss first, then what else was measured over the steps."""
-    figures = [loss_figure(record), *metric_figures(record)]
+    figures: list[Figure | None] = [loss_figure(record), *metric_figures(record)]
     columns: list[tuple[str, str, str, str]] = [
         ("learning_rate", "Learning rate", "The learning rate that each step used.", "learning rate"),
         (
@@ -87,7 +87,7 @@ def loss_figure(record: RunRecord) -> Figure | None:
 
 def metric_figures(record: RunRecord) -> list[Figure]:
     """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
-    figures = []
+    figures: list[Figure] = []
     for name in record.metrics.metric_names():
         found = record.metrics.evaluated(name)
         if name in (record.loss_metric, "perplexity") or len(found) < 2 or len(figures) >= 6:

@@ -168,15 +168,14 @@ def notices(record: RunRecord) -> list[str]:
     """What a person should know before reading on."""
     found = []
     if record.state == RUNNING:
-        total = record.total_steps
-        of = f" of {total:,}" if total else ""
+        of = f" of {record.total_steps:,}" if record.total_steps else ""
         found.append(
             f"This run goes on: step {record.steps:,}{of}. The page is written again at each evaluation and "
             "at least every few minutes; reload it to see more."
         )
     if record.state in (INTERRUPTED, KILLED):
-        total = f" of {record.total_steps:,}" if record.total_steps else ""
-        found.append(f"The run ended after {record.steps:,} steps{total}. The same command goes on with it.")
+        of = f" of {record.total_steps:,}" if record.total_steps else ""
+        found.append(f"The run ended after {record.steps:,} steps{of}. The same command goes on with it.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
     change = number(_map(record.result.get("drift")).get("change"))
@@ -207,7 +206,7 @@ def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
-    found = []
+    found: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
         ends = [answers[0], answers[-1]] if len(answers) > 1 else answers
