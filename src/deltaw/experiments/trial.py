@@ -9,12 +9,13 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from deltaw.config import RunConfig
+from deltaw.data.sequences import picked
 from deltaw.errors import UserError
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.fit import load_for
@@ -25,8 +26,6 @@ from deltaw.training.tasks.base import RunData, Task
 VALIDATION_SHARE = 0.1
 VALIDATION_ROWS = 256
 _SPLITTING = 4  # selects a random stream of its own for the seed
-
-Row = TypeVar("Row")
 
 
 class Stopped(Exception):
@@ -148,7 +147,7 @@ class Trial:
             gc.collect()
 
 
-def split_off(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+def split_off(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """Rows to train on and validation rows: a tenth of the rows and at most 256, drawn by the seed.
 
     Raises:
@@ -161,6 +160,6 @@ def split_off(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
             hint="give more rows, or fix train.learning_rate so that nothing is tuned",
         )
     count = min(VALIDATION_ROWS, max(1, round(VALIDATION_SHARE * len(rows))))
-    drawn = set(np.random.default_rng([seed % 2**64, _SPLITTING]).permutation(len(rows))[:count].tolist())
-    training = [row for place, row in enumerate(rows) if place not in drawn]
-    return training, [row for place, row in enumerate(rows) if place in drawn]
+    drawn = np.zeros(len(rows), bool)
+    drawn[np.random.default_rng([seed % 2**64, _SPLITTING]).permutation(len(rows))[:count]] = True
+    return picked(rows, np.flatnonzero(~drawn)), picked(rows, np.flatnonzero(drawn))

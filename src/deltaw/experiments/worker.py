@@ -129,7 +129,10 @@ class Worker:
     def run(self, request: Message) -> Message:
         """Make one whole run, as ``deltaw train`` does."""
         config = _config(request)
-        result = fit(config, callback=Lines(self._say))
+        # A comparison keeps whole results; a run that was stopped in its midst is made again.
+        once = {"checkpoint_every": None, "checkpoint_minutes": None}
+        config = config.model_copy(update={"train": config.train.model_copy(update=once)})
+        result = fit(config, callback=Lines(self._say), fresh=True)
         if result.interrupted:
             raise UserError("the run was stopped by a signal", hint="start the comparison again")
         return {

@@ -15,7 +15,7 @@ from deltaw.training.fit import Result
 from deltaw.training.summary import FINISHED, INTERRUPTED, next_commands
 
 
-def show_end(console: Console, result: Result, method: str) -> None:
+def show_end(console: Console, result: Result) -> None:
     """A table on a terminal, lines elsewhere; below it the next commands, each on a line of its own, so that
     it can be copied."""
     if console.is_terminal:
@@ -33,7 +33,7 @@ def show_end(console: Console, result: Result, method: str) -> None:
         for line in closing_lines(result):
             console.print(line)
     state = INTERRUPTED if result.interrupted else FINISHED
-    commands = next_commands(result.output, state, method, result.writes_text)
+    commands = next_commands(result.output, state, result.method, result.writes_text)
     if (result.output / REPORT).is_file():
         console.print(f"report: {result.output / REPORT}")
     for entry in commands:

@@ -72,23 +72,33 @@ class PageCallback(Callback):
         self._next = max(self._clock() + INTERVAL, self._not_before)
 
 
-def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, callback: Callback | None = None) -> Result:
+def fit(
+    config: RunConfig | Mapping | str | os.PathLike[str] | None = None,
+    *,
+    callback: Callback | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+) -> Result:
     """Train as ``config`` says and write the run's folder, with a page about the run in it.
 
-    The process is left as it was: its threads, random numbers, signal handlers and garbage collector.
+    A run in the same folder that was not done goes on from its last checkpoint. The process is left as it
+    was: its threads, random numbers, signal handlers and garbage collector.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.
         callback: told of everything on the way; without one, the run is silent.
+        resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
+            then a dictionary of settings that change, or None.
+        fresh: begin with the first step, whatever is in the folder; it is moved.
 
     Raises:
-        UserError: something the user gave cannot be used; nothing was written then, or the adapter as it was
-            before a step that diverged.
+        UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
+            memory or no room on the disk, or the training diverged: what was trained before is kept.
         UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
     """
     told = callback or Callback()
     page = PageCallback(told)
     try:
-        return train(config, callback=Callbacks(told, page))
+        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh)
     finally:
         page.close()

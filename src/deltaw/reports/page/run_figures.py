@@ -12,7 +12,7 @@ from deltaw.reports.page.curves import evenly, smoothed, thinned
 from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
 from deltaw.reports.plan import PARTS
-from deltaw.reports.record import RunRecord, number, numbers
+from deltaw.reports.recorded import RecordedRun, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
 
 # Rows of the table behind a curve.
@@ -21,7 +21,7 @@ ROWS = 40
 STEP = "step"
 
 
-def curve_figures(record: RunRecord) -> list[Figure]:
+def curve_figures(record: RecordedRun) -> list[Figure]:
     """The loss first, then what else was measured over the steps."""
     figures: list[Figure | None] = [loss_figure(record), *metric_figures(record)]
     columns: list[tuple[str, str, str, str]] = [
@@ -49,7 +49,7 @@ def curve_figures(record: RunRecord) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def loss_figure(record: RunRecord) -> Figure | None:
+def loss_figure(record: RecordedRun) -> Figure | None:
     """Training loss, raw and smoothed, with the held-out loss."""
     steps, losses = record.metrics.column("loss")
     if not len(steps):
@@ -85,7 +85,7 @@ def loss_figure(record: RunRecord) -> Figure | None:
     )
 
 
-def metric_figures(record: RunRecord) -> list[Figure]:
+def metric_figures(record: RecordedRun) -> list[Figure]:
     """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
     figures: list[Figure] = []
     for name in record.metrics.metric_names():
@@ -119,7 +119,7 @@ def metric_figures(record: RunRecord) -> list[Figure]:
 
 
 def column_figure(
-    record: RunRecord, column: str, title: str, text: str, unit: str, *, smooth: bool = False
+    record: RecordedRun, column: str, title: str, text: str, unit: str, *, smooth: bool = False
 ) -> Figure | None:
     """One column of the metrics over the steps; None where there is none."""
     steps, values = record.metrics.column(column)
@@ -128,7 +128,7 @@ def column_figure(
     return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth=smooth)
 
 
-def speed_figure(record: RunRecord) -> Figure | None:
+def speed_figure(record: RecordedRun) -> Figure | None:
     """Tokens a second, step by step."""
     steps, seconds = record.metrics.column("seconds")
     if not len(steps):
@@ -181,7 +181,7 @@ def _figure_of(
     return Figure(identity, title, text, drawn, numbers, legend)
 
 
-def memory_figure(record: RunRecord) -> Figure | None:
+def memory_figure(record: RecordedRun) -> Figure | None:
     """Planned memory by part, and what was measured; None where nothing was planned or measured."""
     plan, peak = record.plan, record.peak_bytes
     parts = plan.get("parts")
@@ -214,7 +214,7 @@ def memory_figure(record: RunRecord) -> Figure | None:
     )
 
 
-def length_figure(record: RunRecord) -> Figure | None:
+def length_figure(record: RecordedRun) -> Figure | None:
     """How long the rows are."""
     lengths = record.data.get("lengths")
     if not isinstance(lengths, Mapping):
@@ -240,7 +240,7 @@ def length_figure(record: RunRecord) -> Figure | None:
     )
 
 
-def rate_figure(record: RunRecord) -> Figure | None:
+def rate_figure(record: RecordedRun) -> Figure | None:
     """The range test of the learning rate: loss over the rate tried; None where there was none."""
     found = _rates(record.learning_rates)
     if len(found) < 2:

@@ -34,7 +34,7 @@ HIGHER_IS_BETTER = ("accuracy", "exact_match", "f1", "match", "pearson", "spearm
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RecordedRun:
     """One run.
 
     Attributes:
@@ -185,7 +185,7 @@ class RunRecord:
         return flat
 
 
-def read_run(folder: str | os.PathLike[str]) -> RunRecord:
+def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
     """Read a run's folder.
 
     Raises:
@@ -201,7 +201,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord:
     text = _text(path / SETTINGS) or ""
     files = [path / name for name in (SETTINGS, METRICS, summary_file.NAME)]
     times = [file.stat().st_mtime for file in files if file.is_file()]
-    return RunRecord(
+    return RecordedRun(
         folder=path,
         settings=_mapping(_yaml(text)),
         settings_text=text,
