@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,8 @@ def metric_figures(record: RecordedRun) -> list[Figure]:
     figures: list[Figure] = []
     for name in record.metrics.metric_names():
         found = record.metrics.evaluated(name)
-        if name in (record.loss_metric, "perplexity") or len(found) < 2 or len(figures) >= 6:
+        told = name == record.loss_metric or name.rpartition("/")[2] == "perplexity"
+        if told or len(found) < 2 or len(figures) >= 8:
             continue
         title = metric_name(name)
         values = [(float(step), value) for step, value in found]
@@ -242,13 +242,29 @@ def length_figure(record: RecordedRun) -> Figure | None:
 
 def rate_figure(record: RecordedRun) -> Figure | None:
     """The range test of the learning rate: loss over the rate tried; None where there was none."""
-    found = _rates(record.learning_rates)
-    if len(found) < 2:
+    told = record.learning_rates
+    if not isinstance(told, Mapping):
         return None
-    chosen = record.setting("train.learning_rate")
-    said = f"Loss while the learning rate rose from {found[0][0]:.2g} to {found[-1][0]:.2g}"
-    text = said + (f"; {chosen:.2g} was chosen" if isinstance(chosen, float) else "")
-    rows = [(f"{found[i][0]:.3g}", short(found[i][1])) for i in evenly(len(found), ROWS)]
+    losses, mean = _over_rates(told, "losses"), _over_rates(told, "smoothed")
+    if len(losses) < 2:
+        return None
+    chosen, usual = number(told.get("chosen")), number(told.get("usual"))
+    text = f"Loss while the learning rate rose from {losses[0][0]:.2g} to {losses[-1][0]:.2g}"
+    if chosen is not None:
+        text += f"; {chosen:.2g} was chosen"
+    if usual is not None:
+        text += f", and {usual:.2g} is usual"
+    if isinstance(told.get("why"), str):
+        text += f" ({told['why']})"
+    curves = [Curve(losses, "c1 raw"), Curve(mean or losses, "c1")]
+    if chosen is not None:
+        lowest, highest = min(loss for _, loss in losses), max(loss for _, loss in losses)
+        curves.append(Curve([(chosen, lowest), (chosen, highest)], "c2"))
+    by_rate = dict(mean)
+    rows = [
+        (f"{losses[i][0]:.3g}", short(losses[i][1]), short(by_rate.get(losses[i][0])))
+        for i in evenly(len(losses), ROWS)
+    ]
     return Figure(
         "rate-search",
         "Search of the learning rate",
@@ -257,37 +273,26 @@ def rate_figure(record: RecordedRun) -> Figure | None:
             "rate-search",
             "Loss over learning rate",
             text,
-            [Curve(found, "c1", dots=len(found) < 60)],
+            curves,
             x_format=lambda value: f"{value:.0e}",
             y_format=tick,
             log=False,
             log_x=True,
         ),
-        Numbers("Loss by learning rate", ("learning rate", "loss"), rows),
+        Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows),
+        [
+            (swatch("c1"), "smoothed"),
+            (swatch("c1 raw"), "each step"),
+            *([(swatch("c2"), "chosen")] if chosen is not None else []),
+        ],
     )
 
 
-def _rates(told: Any) -> list[tuple[float, float]]:
-    """Learning rate and loss of each point of a search, by rate."""
-    points = told
-    if isinstance(told, Mapping):
-        points = next((told[key] for key in ("points", "curve", "tried", "steps") if key in told), None)
-        if points is None and isinstance(told.get("rates"), list) and isinstance(told.get("losses"), list):
-            points = list(zip(told["rates"], told["losses"], strict=False))
-    found = []
-    for point in points if isinstance(points, list) else []:
-        if isinstance(point, Mapping):
-            rate = point.get("learning_rate", point.get("rate"))
-            loss = point.get("smoothed", point.get("loss"))
-        elif isinstance(point, Sequence) and len(point) >= 2:
-            rate, loss = point[0], point[1]
-        else:
-            continue
-        if not (isinstance(rate, int | float) and isinstance(loss, int | float)):
-            continue
-        if rate > 0 and math.isfinite(rate) and math.isfinite(loss):
-            found.append((float(rate), float(loss)))
-    return sorted(found)
+def _over_rates(told: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
+    """Learning rate and loss of each step of a search, by rate."""
+    pairs = zip(_list(told.get("rates")), _list(told.get(name)), strict=False)
+    found = [(number(rate), number(loss)) for rate, loss in pairs]
+    return sorted((rate, loss) for rate, loss in found if rate is not None and loss is not None and rate > 0)
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
