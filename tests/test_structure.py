@@ -23,13 +23,13 @@ PACKAGE = SOURCE / "deltaw"
 # From the bottom to the top. A package may import packages on its own level and below.
 LEVELS = (
     ("errors", "version"),
-    ("durable", "registry"),
+    ("durable", "registry", "working"),
     ("tasks",),
     ("kernels",),
     ("lora",),
     ("hub", "host"),
     ("runtime",),
-    ("memory", "methods", "data", "config", "train_settings"),
+    ("memory", "methods", "data", "config", "train_settings", "schema"),
     ("training",),
     ("experiments", "serving", "export"),
     ("reports",),

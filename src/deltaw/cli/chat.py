@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from deltaw.cli.options import console, model_flags
-from deltaw.data import encode_prompt
+from deltaw.cli.options import as_text, console, model_flags
 from deltaw.errors import UserError
-from deltaw.runtime.generation import stream
-from deltaw.training.inference import InferenceSession, open_run
+
+if TYPE_CHECKING:
+    from deltaw.training.inference import InferenceSession
 
 
 @click.command("chat")
@@ -35,6 +36,8 @@ def command(
 ) -> None:
     """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D
     ends; /new starts over."""
+    from deltaw.training.inference import open_run
+
     notes = console(True)
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     opened.require_generation()
@@ -46,6 +49,7 @@ def command(
             continue
         talk.append({"role": "user", "content": line})
         try:
+            as_text(line, "your line")
             if with_base and opened.adapter:
                 _answer(opened, talk, "base", max_new_tokens, temperature, base=True)
             name = "adapter" if opened.adapter else "model"
@@ -75,6 +79,9 @@ def _answer(
     *,
     base: bool = False,
 ) -> str:
+    from deltaw.data import encode_prompt
+    from deltaw.runtime.generation import stream
+
     prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
     click.echo(f"{name}: ", nl=False)
     pieces = []

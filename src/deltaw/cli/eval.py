@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from deltaw import tasks
 from deltaw.cli.options import console, json_flag, model_flags, print_json
-from deltaw.data.example import Example
-from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.reports.scores import answer_table, confusion_table, general_table, score_table
-from deltaw.training.evaluation.causal import Score
-from deltaw.training.evaluation.drift import Drift
-from deltaw.training.evaluation.general import NoGeneralAnswers
-from deltaw.training.inference import InferenceSession, open_run, score_run
-from deltaw.training.inference_drift import answers_side_by_side, drift_of
-from deltaw.training.tasks.eval_sets import read_run_data
+from deltaw.working import working
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deltaw.training.evaluation.causal import Score
+    from deltaw.training.evaluation.drift import Drift
+    from deltaw.training.inference import InferenceSession
 
 
 @click.command("eval")
@@ -59,13 +57,19 @@ def command(
     as_json: bool,
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
+    from deltaw.data.example import Example
+    from deltaw.data.settings import DataSettings
+    from deltaw.reports.scores import answer_table, confusion_table, score_table
+    from deltaw.training.inference import open_run, score_run
+    from deltaw.training.tasks.eval_sets import read_run_data
+
     out = console(as_json)
     opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
     if data is not None:
         settings = opened.data or DataSettings(train=data)
         examples, report = opened.task.read_file(data, settings, opened.classes)
     elif opened.config is not None:
-        held_out = read_run_data(opened.task, opened.config.data, seed=opened.config.train.seed)
+        held_out = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed)
         examples, report = held_out.held_out, held_out.report
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")
@@ -79,13 +83,12 @@ def command(
         out.print(lacking, highlight=False, markup=False)
 
     def scored() -> Score:
-        with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
-            answering = bar.add_task("answering", total=len(examples))
+        with working("evaluating", len(examples)) as advance:
             return score_run(
                 opened,
                 examples,
                 max_new_tokens=max_new_tokens,
-                on_progress=lambda done, total: bar.update(answering, completed=done, total=total),
+                on_progress=lambda done, total: advance(done),
             )
 
     scores: dict[str, Score] = {}
@@ -114,6 +117,10 @@ def command(
 
 def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None:
     """How far general answers moved, shown; with ``general`` of them side by side."""
+    from deltaw.reports.scores import general_table
+    from deltaw.training.evaluation.general import NoGeneralAnswers
+    from deltaw.training.inference_drift import answers_side_by_side, drift_of
+
     try:
         drift = drift_of(opened)
         for line in [] if drift is None else drift.lines():

@@ -6,11 +6,9 @@ import sys
 
 import click
 
-from deltaw.cli.options import console, json_flag, model_flags, print_json
-from deltaw.data import encode_prompt
+from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
 from deltaw.errors import UserError
-from deltaw.runtime.generation import generate
-from deltaw.training.inference import open_run
+from deltaw.working import working
 
 
 @click.command("generate")
@@ -42,8 +40,13 @@ def command(
 ) -> None:
     """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
     standard input."""
+    from deltaw.data import encode_prompt
+    from deltaw.runtime.generation import generate
+    from deltaw.training.inference import open_run
+
     notes = console(True)
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
         raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
@@ -54,9 +57,8 @@ def command(
         notes.print(line, highlight=False, markup=False)
 
     def completed() -> list[str]:
-        return [
-            c.text
-            for c in generate(
+        with working("writing", len(tokens)) as advance:
+            completions = generate(
                 opened.model,
                 opened.tokenizer,
                 [opened.prompt(t) for t in tokens],
@@ -64,8 +66,9 @@ def command(
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
+                on_progress=lambda done, _: advance(done),
             )
-        ]
+        return [completion.text for completion in completions]
 
     base: list[str] | None = None
     if with_base:

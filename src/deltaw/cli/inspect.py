@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from deltaw.cli.options import console, json_flag, print_json
-from deltaw.reports.inspect import inspect_adapter
 
 
 @click.command("inspect")
@@ -13,6 +12,8 @@ from deltaw.reports.inspect import inspect_adapter
 @json_flag
 def command(adapter: str, as_json: bool) -> None:
     """Rank, size, targets, norms and effective ranks of ADAPTER, a folder."""
+    from deltaw.reports.inspect import inspect_adapter
+
     report = inspect_adapter(adapter)
     if as_json:
         print_json(report.as_dict())

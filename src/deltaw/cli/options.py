@@ -8,11 +8,23 @@ from typing import TypeVar
 
 import click
 import yaml
+from click.shell_completion import CompletionItem
 from rich.console import Console
 
 from deltaw.config import parse_yaml, settings
+from deltaw.errors import UserError
+from deltaw.reports.working import WorkingDisplay
+from deltaw.working import listen
 
 Command = TypeVar("Command", bound=Callable)
+# Settings whose values are files or folders, for a shell that completes them.
+FILES = {
+    "model": "file",
+    "data.train": "file",
+    "data.eval": "file",
+    "data.chat_template": "file",
+    "output": "dir",
+}
 
 
 def settings_flags(command: Command) -> Command:
@@ -28,8 +40,22 @@ def settings_flags(command: Command) -> Command:
             metavar="VALUE",
             default=None,
             help=setting.description + default,
+            shell_complete=completing(setting.key),
         )(command)
     return command
+
+
+def completing(key: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """What a shell offers as values of a setting: its choices, or files."""
+
+    def complete(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+        from deltaw.schema import values_of
+
+        values = [CompletionItem(value) for value in values_of(key) if value.startswith(begun)]
+        files = [CompletionItem(begun, type=FILES[key])] if key in FILES else []
+        return values or files
+
+    return complete
 
 
 def nested(given: Mapping[str, object]) -> dict:
@@ -43,15 +69,20 @@ def nested(given: Mapping[str, object]) -> dict:
         at = result
         for section in sections:
             at = at.setdefault(section, {})
-        is_text = keys[argument].annotation in (str, "str")
+        is_text = keys[argument].annotation in (str, "str") or (
+            argument == _argument_name("data.train") and not str(text).lstrip().startswith("[")
+        )
         at[leaf] = str(text) if is_text else _value(str(text))
     return result
 
 
 def console(as_json: bool) -> Console:
-    """Where a person reads: standard output, or standard error where that belongs to the JSON."""
+    """Where a person reads: standard output, or standard error where that belongs to the JSON. Long work is
+    shown there too, up to the verb's end."""
     # What is printed holds the user's own text, whose brackets and colons mean nothing here.
-    return Console(stderr=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    made = Console(stderr=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    listen(WorkingDisplay(made))
+    return made
 
 
 def print_json(value: object) -> None:
@@ -68,13 +99,37 @@ def json_flag(command: Command) -> Command:
     )(command)
 
 
+def as_text(given: str, where: str) -> str:
+    """What a user wrote, which must be text: bytes that are not UTF-8 arrive as halves of surrogate pairs.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = given.encode("utf-8", "backslashreplace").decode()[:80]
+        raise UserError(
+            f"{shown!r} is not UTF-8 text", where=where, hint="write it in UTF-8, or remove the character"
+        ) from error
+    return given
+
+
 def model_flags(command: Command) -> Command:
     """Flags of the verbs that open a run: which base model, and how it is loaded."""
     command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
-    command = click.option("--precision", default="auto", help="auto, bf16, fp32, int8")(command)
-    return click.option("--model", default=None, help="the base model, where the folder does not name it")(
-        command
-    )
+    command = click.option(
+        "--precision",
+        default="auto",
+        help="auto, bf16, fp32, int8",
+        shell_complete=completing("precision"),
+    )(command)
+    return click.option(
+        "--model",
+        default=None,
+        help="the base model, where the folder does not name it",
+        shell_complete=completing("model"),
+    )(command)
 
 
 def _argument_name(key: str) -> str:

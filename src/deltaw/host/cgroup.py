@@ -50,6 +50,23 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
+def memory_free(root: Path = Path("/")) -> int | None:
+    """The bytes that the process's groups may still take, or None where nothing limits them.
+
+    What the kernel holds of files and can drop at once counts as free.
+    """
+    free = []
+    for folder in _group_folders(root, "memory"):
+        names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+        limits = [limit for name in names if (limit := _positive(folder / name))]
+        used = _positive(folder / "memory.current") or _positive(folder / "memory.usage_in_bytes")
+        if limits and used is not None:
+            stat = dict(line.split()[:2] for line in _lines(folder / "memory.stat") if " " in line)
+            droppable = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
+            free.append(max(0, min(limits) - used + int(droppable)))
+    return min(free, default=None)
+
+
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
     """The folders of the process's group and of every group above it, for one controller."""
     for line in _lines(root / "proc/self/cgroup"):

@@ -31,6 +31,29 @@ def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
     return Choice(physical, "physical memory")
 
 
+def free_memory_bytes(root: Path = _ROOT) -> int:
+    """The bytes of main memory that this process could still take: the machine's, or its control group's."""
+    available = int(psutil.virtual_memory().available)
+    for line in _read(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    in_group = cgroup.memory_free(root)
+    return available if in_group is None else min(available, in_group)
+
+
+def swap_bytes(root: Path = _ROOT) -> tuple[int, int]:
+    """The bytes of swap space in use, and of all."""
+    sizes = {}
+    for line in _read(root / "proc/meminfo").splitlines():
+        key, _, value = line.partition(":")
+        if key in ("SwapTotal", "SwapFree"):
+            sizes[key] = int(value.split()[0]) * 1024
+    if len(sizes) == 2:
+        return sizes["SwapTotal"] - sizes["SwapFree"], sizes["SwapTotal"]
+    swap = psutil.swap_memory()
+    return int(swap.used), int(swap.total)
+
+
 def resident_bytes() -> int:
     """The bytes of main memory that this process holds now."""
     return int(psutil.Process().memory_info().rss)

@@ -37,6 +37,7 @@ from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
+from deltaw.working import working
 
 # Counted up when a folder converted by an older version must not be used any more.
 _REVISION = 1
@@ -74,7 +75,8 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
     cache = packages.cache_folder() / "gguf"
     dtype = "bf16" if dtype == "int8" else dtype  # bytes are made from bf16 once it is loaded
     status = gguf_path.stat()
-    digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
+    with working(f"checking {gguf_path.name}"):
+        digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
     target = cache / f"{digest[:16]}-{dtype}-v{_REVISION}"
     if target.is_dir():
         return target
@@ -121,7 +123,8 @@ def _build(path: Path, dtype: str, target: Path, say: Callable[[str], None]) -> 
         shutil.rmtree(abandoned, ignore_errors=True)  # left by a process that was killed on the way
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        _convert_in_child(path, dtype, partial, say)
+        with working(f"converting {path.name}"):
+            _convert_in_child(path, dtype, partial, say)
         for file in partial.iterdir():
             file.chmod(0o644)
             with file.open("rb") as written:
@@ -194,7 +197,9 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True, **extra
         )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
         raise UserError(
             f"the .gguf file cannot be converted: {_first_line(error)}",
             where=str(path),
@@ -217,7 +222,9 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     """The tokenizer, and what to say about it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
         raise UserError(
             f"the tokenizer inside the .gguf file cannot be read: {_first_line(error)}",
             where=str(path),

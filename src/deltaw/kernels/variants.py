@@ -125,9 +125,9 @@ def asked(environment: Mapping[str, str] | None = None) -> Asked:
         return Asked(NONE, None, f"{OFF}=0") if off else Asked()
     said = f"{VARIABLE}={value}"
     name, _, arithmetic = value.partition(":")
-    known = [v.name for v in every_variant()]
+    known, here = [v.name for v in every_variant()], [v.name for v in for_machine()]
     if name not in (*known, ANY, NONE, "torch"):
-        hint = did_you_mean(name, [*known, NONE])
+        hint = did_you_mean(name, [*here, NONE])
         raise UserError(f"there are no kernels '{name}'", where=said, hint=hint)
     if arithmetic and arithmetic not in ARITHMETICS:
         hint = did_you_mean(arithmetic, ARITHMETICS)
@@ -137,7 +137,7 @@ def asked(environment: Mapping[str, str] | None = None) -> Asked:
         raise UserError(
             f"without compiled kernels there is no arithmetic '{arithmetic}'",
             where=said,
-            hint=f"name a variant, such as {known[-1]}:{arithmetic}, or leave ':{arithmetic}' out",
+            hint=f"name a variant, such as {here[0]}:{arithmetic}, or leave ':{arithmetic}' out",
         )
     if off and not switched_off:
         raise UserError(
@@ -159,7 +159,7 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
     flags = set(flags)
     found = next((v for v in every_variant() if v.name == name), None)
     if found is None:
-        hint = did_you_mean(name, [v.name for v in every_variant()])
+        hint = did_you_mean(name, [v.name for v in for_machine(of_machine)])
         raise UserError(f"there are no kernels '{name}'", where=VARIABLE, hint=hint)
     built = [v.name for v in allowed(flags, of_machine) if file_of(v).is_file()]
     hint = (

@@ -22,6 +22,10 @@ BIASES = ("none", "all", "lora_only")
 KEYWORDS = ("all-linear", "attention", "mlp")
 ACTIVATIONS = ("always", "completion")
 
+# Of the settings' JSON schema: what a type does not say.
+_NUMBER = {"type": "integer", "minimum": 0}
+_ONE_OR_MORE = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+
 PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -51,13 +55,23 @@ class LoRAConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    rank: int = field(default=16, metadata={"description": "rank r of ΔW = scaling · A·B"})
+    rank: int = field(
+        default=16,
+        metadata={"description": "rank r of ΔW = scaling · A·B", "json_schema_extra": {"minimum": 1}},
+    )
     alpha: float = field(
-        default=32.0, metadata={"description": "scaling is alpha / rank, or alpha / √rank with rslora"}
+        default=32.0,
+        metadata={
+            "description": "scaling is alpha / rank, or alpha / √rank with rslora",
+            "json_schema_extra": {"exclusiveMinimum": 0},
+        },
     )
     dropout: float = field(
         default=0.0,
-        metadata={"description": "share of the adapter's inputs set to zero while training, 0 ≤ p < 1"},
+        metadata={
+            "description": "share of the adapter's inputs set to zero while training, 0 ≤ p < 1",
+            "json_schema_extra": {"minimum": 0, "exclusiveMaximum": 1},
+        },
     )
     target_modules: str | list[str] = field(
         default="all-linear",
@@ -71,7 +85,13 @@ class LoRAConfig:
         metadata={"description": "name endings (with all below them) or a regular expression, not adapted"},
     )
     layers: str | list[int] | None = field(
-        default=None, metadata={"description": "layers to adapt, such as '16-', '0-7', '3' or [1, 2]"}
+        default=None,
+        metadata={
+            "description": "layers to adapt, such as '16-', '0-7', '3' or [1, 2]",
+            "json_schema_extra": {
+                "anyOf": [{"type": "string"}, _NUMBER, {"type": "array", "items": _NUMBER}, {"type": "null"}]
+            },
+        },
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
@@ -84,7 +104,8 @@ class LoRAConfig:
     init: str = field(
         default="uniform",
         metadata={
-            "description": "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva"
+            "description": "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva",
+            "json_schema_extra": {"enum": list(INITS)},
         },
     )
     rslora: bool = field(
@@ -95,7 +116,11 @@ class LoRAConfig:
         metadata={"description": "train the norm of every output's weights apart from their direction"},
     )
     bias: str = field(
-        default="none", metadata={"description": "biases trained as well: none, all, or lora_only"}
+        default="none",
+        metadata={
+            "description": "biases trained as well: none, all, or lora_only",
+            "json_schema_extra": {"enum": list(BIASES)},
+        },
     )
     lora_bias: bool = field(
         default=False,
@@ -105,7 +130,8 @@ class LoRAConfig:
         default_factory=list,
         metadata={
             "description": "parameters of two or three dimensions to adapt, by the ending of their full "
-            "name, such as 'experts.gate_up_proj'"
+            "name, such as 'experts.gate_up_proj'",
+            "json_schema_extra": _ONE_OR_MORE,
         },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
@@ -117,13 +143,17 @@ class LoRAConfig:
     )
     train_modules: list[str] = field(
         default_factory=list,
-        metadata={"description": "extra trainable modules, trained in full, by the ending of their name"},
+        metadata={
+            "description": "extra trainable modules, trained in full, by the ending of their name",
+            "json_schema_extra": _ONE_OR_MORE,
+        },
     )
     activation: str = field(
         default="always",
         metadata={
             "description": "tokens on which the adapter acts: always (all), or completion (from the "
-            "invocation sequence on, the start of the answer; Activated LoRA)"
+            "invocation sequence on, the start of the answer; Activated LoRA)",
+            "json_schema_extra": {"enum": list(ACTIVATIONS)},
         },
     )
     invocation_tokens: list[int] | str | None = field(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from deltaw.errors import UserError
 from deltaw.methods import registry
-from deltaw.methods.base import Method
+from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import read_config
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) ->
     if entry is None:
         raise UserError(
             f"the adapter is of the unknown kind {kind!r}",
-            where=str(folder),
+            where=str(folder / ADAPTER_CONFIG),
             hint="give a LoRA, a prompt-tuning or one of deltaw's own adapters",
         )
     return entry.load().from_run(None, train=None, tokenizer=tokenizer)

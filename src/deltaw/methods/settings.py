@@ -74,7 +74,13 @@ class PromptSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    length: int = field(default=20, metadata={"description": "virtual tokens prepended to every row"})
+    length: int = field(
+        default=20,
+        metadata={
+            "description": "virtual tokens prepended to every row",
+            "json_schema_extra": {"minimum": 1},
+        },
+    )
     init: Literal["random", "text"] = field(
         default="random",
         metadata={
@@ -123,7 +129,10 @@ class RandomSettings:
 
     weights: float = field(
         default=0.01,
-        metadata={"description": "weights trained by method random: a share (below 1), or a number of them"},
+        metadata={
+            "description": "weights trained by method random: a share (below 1), or a number of them",
+            "json_schema_extra": {"exclusiveMinimum": 0},
+        },
     )
 
     def __post_init__(self) -> None:
@@ -151,7 +160,13 @@ class LastSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    blocks: int = field(default=2, metadata={"description": "blocks trained by method last, from the top"})
+    blocks: int = field(
+        default=2,
+        metadata={
+            "description": "blocks trained by method last, from the top",
+            "json_schema_extra": {"minimum": 1},
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.blocks < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.kernels import loader
+from deltaw.lora.count import count_parameters
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
-from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.card import write_card
 from deltaw.training.checkpoints import listed
 from deltaw.training.drift_meter import DriftMeter
@@ -54,7 +55,9 @@ from deltaw.training.run_state import FOLDER
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.start import Start, begin, settings_of
 from deltaw.training.state import Outcome, Step, TrainState
+from deltaw.training.summary import RunSummary
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Result:
     stopped_early: str | None = None
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
+    method: str = "lora"
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -149,18 +153,18 @@ def fit(
         config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
-    callback = callback or Callback()
-    with guest():
+    with guest(), Tracking(config, callback or Callback()) as told:
         check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
-        start = begin(output, config, asked=resume is not None, fresh=fresh, say=callback.on_line)
+        start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            return _fit(start, output, callback)
+            with RunSummary() as summary:
+                return summary.finished(_fit(start, output, told, summary))
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
-def _fit(start: Start, output: Path, callback: Callback) -> Result:
+def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) -> Result:
     began = now()
     task, data = read_data(start.config, callback.on_line)
     check_monitored(start.config, task, data)
@@ -168,7 +172,7 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
     config, plan = planned(start.config, task, data, callback)
-    loaded = load_for(config, task, data, callback.on_line)
+    loaded = load_for(config, task, data, callback.on_line, callback.on_choice)
     if start.found is not None:
         compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
@@ -187,6 +191,7 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
     monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
     record.add("monitor", monitor, durable=monitor.checkpointed)
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
+    total = count_parameters(session.model).total
 
     def write_settings() -> None:
         chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
@@ -197,9 +202,13 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
             write_settings()
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
-            meter = DriftMeter(session)
+            folder.write_skipped(data.skipped)
             searched = choose_rate(session, folder.path, callback)
             record.chose(choices_of(session, loaded.choices))
+            of_run = {**loaded.choices, **session.chosen}
+            summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
+            callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
+            meter = DriftMeter(session)
             outcome = _train(session, folder, record, monitor, callback, go_on=searched)
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
@@ -227,6 +236,7 @@ def _fit(start: Start, output: Path, callback: Callback) -> Result:
         stopped_early=monitor.stopped,
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
+        method=config.method,
     )
 
 
@@ -281,7 +291,13 @@ def count_blocks(config: RunConfig, task: Task, say: Say) -> int:
     return int(getattr(text, "num_hidden_layers", 1))
 
 
-def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) -> LoadedModel:
+def load_for(
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    say: Say = silent,
+    choose: Callable[[str, Choice], None] | None = None,
+) -> LoadedModel:
     """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
     torch.manual_seed(config.train.seed)
     loaded = load(
@@ -295,7 +311,10 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
         say=say,
     )
     for name, choice in loaded.choices.items():
-        say(f"{name}: {choice}")
+        if choose is None:
+            say(f"{name}: {choice}")
+        else:
+            choose(name, choice)
     faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
     if faster is not None:
         say(faster)

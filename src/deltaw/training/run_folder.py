@@ -12,19 +12,25 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from deltaw.config import RunConfig
+from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
 from deltaw.training.run_state import FOLDER, RunLock, read_status
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
 # How names end of what is being written; deltaw.durable gives the same to its files.
 PARTIAL = ".part"
+# Bytes of a file's or folder's name on the usual file systems.
+_LONGEST_NAME = 255
 
 
 class RunFolder:
@@ -68,7 +74,8 @@ class RunFolder:
         try:
             self._clear_leftovers()
             self.lines = self._cut_metrics(lines_kept or 0)
-            self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
+            # Not buffered: a line that found no room is not tried again when the file is closed.
+            self._metrics = (self.path / METRICS).open("ab", buffering=0)
         except OSError as error:
             self._lock.release()
             raise _not_writable(self.path, error) from error
@@ -117,14 +124,20 @@ class RunFolder:
                 with replacing(self.path / file.relative_to(made)) as temporary:
                     shutil.copyfile(file, temporary)
 
+    def write_skipped(self, skipped: BadRows | None) -> None:
+        """The rows that cannot be used, where there are any."""
+        if skipped:
+            skipped.write(self.path / SKIPPED_ROWS)
+
     def write_metrics(self, line: Mapping[str, object]) -> None:
         """One more line of ``metrics.jsonl``; it is in the file when this returns."""
-        self._metrics.write(json.dumps(line) + "\n")
+        text = (json.dumps(line) + "\n").encode()
+        if self._metrics.write(text) != len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path / METRICS))
         self.lines += 1
 
     def sync_metrics(self) -> int:
         """Bring the metrics to the disk; how many lines they have."""
-        self._metrics.flush()
         os.fsync(self._metrics.fileno())
         return self.lines
 
@@ -156,6 +169,8 @@ def check_output(path: Path, *, goes_on: bool = False) -> None:
         there = path
         while not there.exists():
             there = there.parent
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not there.stat().st_mode & 0o222:
             # The system lets its administrator write even here; who marked the folder meant that nobody does.
             raise PermissionError(errno.EACCES, "it is marked read-only")

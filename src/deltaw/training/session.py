@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
+from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
@@ -49,11 +50,12 @@ from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.seen import KEY as INVOCATION
-from deltaw.training.seen import as_seen, resolve_invocation
+from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
 from deltaw.training.tasks.eval_sets import read_run_data
+from deltaw.working import working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
@@ -208,7 +210,7 @@ class Session:
         if not chosen:
             return Evaluation()
         way = self.prefix or self
-        with self.method.evaluating(self.model):
+        with self.method.evaluating(self.model), working("evaluating"):
             return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
@@ -237,10 +239,12 @@ class Session:
 
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    with PeakWatch() as watch:
+    with PeakWatch() as watch, working("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = read_run_data(task, config.data, seed=config.train.seed, say=say)
+        data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -302,16 +306,19 @@ def assemble(
             for batch in batcher.batches(data.train[:CALIBRATION_ROWS]):
                 objective(batch)
 
-    said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+    with working(f"preparing method {method.name}"):
+        said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
     if invocation is not None:
         chosen[INVOCATION] = invocation
+    if data.report.date is not None and config.data.date is None:
+        chosen["data.date"] = Choice(data.report.date, "the chat template writes the date of the run's start")
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
         chosen[RATE] = Choice(rate, f"usual for method {method.name} on a model this wide")
-    data = data.mapped(lambda example: as_seen(example, method))
+    data = data.mapped(lambda rows: rows_as_seen(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
     session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
@@ -357,6 +364,7 @@ def _take_general_answers(session: Session) -> None:
     )
 
 
+@working("quantizing the weights to int8")
 def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
     """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
 

@@ -24,6 +24,8 @@ class Evaluation:
             form (a correlation).
         interval: the interval of ``main`` at 95 %, by resampling rows.
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
+        predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
+            at each of its labels, and the labels themselves; empty where the model writes no text.
         name: of the set of rows, where it has one. others: the evaluations of further sets, by name.
     """
 
@@ -34,6 +36,7 @@ class Evaluation:
     interval: tuple[float, float] | None = None
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
+    predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
     name: str = ""
     others: Mapping[str, Evaluation] = field(default_factory=dict)
 

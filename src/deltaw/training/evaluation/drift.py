@@ -20,6 +20,7 @@ from deltaw.data.example import Example
 from deltaw.hub.skeleton import has_values
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.working import working
 
 # A change of the loss above this, in nats per token, is worth a warning. A model that answers every question
 # with its task's label differs from the base model mostly at the first token of an answer: some 4 nats there
@@ -114,6 +115,7 @@ def base_losses(
 
 
 @torch.no_grad()
+@working("measuring drift")
 def measure_drift(
     model: PreTrainedModel,
     answers: Sequence[Example],

@@ -25,6 +25,7 @@ from deltaw.hub.packages import cache_folder
 from deltaw.hub.skeleton import has_values
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.runtime.generation import generate, position_limit
+from deltaw.working import working
 
 # The most tokens of an answer. Longer answers cost time and say little more: a model that has drifted does so
 # from the first words on.
@@ -125,7 +126,15 @@ def _written(
     batch_tokens: int,
 ) -> list[list[int]]:
     """The answers' tokens, terminators included."""
-    completions = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_tokens=batch_tokens)
+    with working("letting the base model answer general questions", len(prompts)) as advance:
+        completions = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=ANSWER_TOKENS,
+            batch_tokens=batch_tokens,
+            on_progress=lambda done, _: advance(done),
+        )
     return [
         [*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])]
         for done in completions

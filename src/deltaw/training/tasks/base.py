@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.report import Report
+from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
@@ -39,6 +41,7 @@ class RunData:
         classes: names of the classes in the order of the model's outputs; None where there are none.
         read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
             where nobody measured it.
+        skipped: rows that cannot be used (``data.bad_rows: skip``).
     """
 
     train: Sequence[Any]
@@ -46,26 +49,26 @@ class RunData:
     report: Report
     classes: tuple[str, ...] | None = None
     read_peak_bytes: int = 0
+    skipped: BadRows | None = None
     eval_sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def sets(self) -> Mapping[str, Sequence[Any]]:
         """The sets of held-out rows by name, in their order; one set without a name is called ''."""
-        return self.eval_sets or ({"": self.held_out} if self.held_out else {})
+        return self.eval_sets or ({"": self.held_out} if len(self.held_out) else {})
 
     @property
-    def every(self) -> list[Any]:
-        return [*self.train, *(row for rows in self.sets.values() for row in rows)]
+    def every(self) -> Sequence[Any]:
+        """All rows, those to train on first."""
+        return joined(self.train, *(self.sets.values() or [self.held_out]))
 
-    def mapped(self, change: Callable[[Any], Any]) -> RunData:
-        """With every row as ``change`` makes it."""
-        sets = {name: [change(row) for row in rows] for name, rows in self.sets.items()}
-        return replace(
-            self,
-            train=[change(row) for row in self.train],
-            held_out=next(iter(sets.values()), []),
-            eval_sets=sets if self.eval_sets else {},
-        )
+    def mapped(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> RunData:
+        """With all rows as ``change`` makes them."""
+        held_out = change(self.held_out)
+        others = [(name, rows) for name, rows in self.eval_sets.items() if rows is not self.held_out]
+        changed = {name: change(rows) for name, rows in others}
+        sets = {name: changed.get(name, held_out) for name in self.eval_sets}
+        return replace(self, train=change(self.train), held_out=held_out, eval_sets=sets)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Long work says what it is doing, to whoever listens.
+
+Converting a file, planning or measuring takes seconds in the middle of other code. It announces itself with
+:func:`working`; a program that shows progress listens (:func:`listening`). As with Python's logging, the code
+in between passes nothing along, and without a listener nothing happens. Lines that belong to a run's account
+are told to its callback instead.
+
+Knows no terminal. Imports nothing of deltaw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Protocol
+
+# Told how much of the work is done, in the unit of its total.
+Advance = Callable[[float], None]
+
+
+class Listener(Protocol):
+    """Shows work that is going on. Works may be nested; the innermost ends first."""
+
+    def began(self, what: str, total: float | None) -> None:
+        """Work begins: what it is, in a few words, and how much of it there is, where that is known."""
+
+    def advanced(self, done: float) -> None:
+        """So much of the innermost work is done, all in all."""
+
+    def ended(self) -> None:
+        """The innermost work has ended, in whatever way."""
+
+
+_listener: ContextVar[Listener | None] = ContextVar("deltaw_listener", default=None)
+
+
+@contextlib.contextmanager
+def working(what: str, total: float | None = None) -> Iterator[Advance]:
+    """While open, ``what`` is going on; call what it yields with how much of ``total`` is done.
+
+    Args:
+        what: in a few words, such as "converting model.gguf".
+        total: how much there is, in any unit; None where that is not known.
+    """
+    listener = _listener.get()
+    if listener is None:
+        yield _ignore
+        return
+    listener.began(what, total)
+    try:
+        yield listener.advanced
+    finally:
+        listener.ended()
+
+
+@contextlib.contextmanager
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Within the block, and only in this thread, work is told to ``listener``; None: to nobody."""
+    before = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
+
+
+def listen(listener: Listener) -> None:
+    """Tell work to ``listener`` from here on, up to the end of the innermost :func:`listening`."""
+    _listener.set(listener)
+
+
+def _ignore(done: float) -> None:
+    """Nobody listens."""

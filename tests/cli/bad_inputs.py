@@ -1,0 +1,727 @@
+"""Generated bad inputs: each family makes as many different ones as there are seeds.
+
+A case is the arguments of a verb that cannot work, and words that its message must hold: the file, the row or
+the key that it concerns.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import yaml
+
+from deltaw.config import settings
+from deltaw.schema import run_schema
+
+ROWS = [{"prompt": f"paint it {colour}", "completion": colour[0]} for colour in ("red", "blue", "grey")]
+VERBS = ("eval", "generate", "chat", "inspect")
+
+
+@dataclass
+class Bench:
+    """Where cases are made: a folder of their own, a sound model, sound rows and a finished run to copy."""
+
+    folder: Path
+    model: Path
+    rows: Path
+    run: Path
+
+    def settings(self, **instead: object) -> Path:
+        """A settings file of a short run, with other values for some dotted keys."""
+        values: dict = {
+            "model": str(self.model),
+            "data": {"train": str(self.rows), "eval": 2},
+            "train": {"batch_size": 5, "drift": False},
+            "precision": "fp32",
+            "threads": 1,
+        }
+        for key, value in instead.items():
+            at = values
+            *sections, leaf = key.split(".")
+            for section in sections:
+                at = at.setdefault(section, {})
+            at[leaf] = value
+        file = self.folder / "settings.yaml"
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return file
+
+    def trains_on(self, data: object, **instead: object) -> list[str]:
+        return ["train", str(self.settings(**{"data.train": str(data), **instead}))]
+
+    def copied_model(self) -> Path:
+        return Path(shutil.copytree(self.model, self.folder / "model"))
+
+    def copied_run(self) -> Path:
+        return Path(shutil.copytree(self.run, self.folder / "adapter"))
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad input. ``words``: of each tuple, one must be in the message."""
+
+    arguments: Sequence[object]
+    words: Sequence[str | tuple[str, ...]]
+    stdin: str = ""
+
+
+Family = Callable[[random.Random, Bench, int], Bad]
+FAMILIES: dict[str, tuple[Family, int]] = {}
+
+
+def family(count: int) -> Callable[[Family], Family]:
+    """Register a family, of which so many cases are made."""
+
+    def register(made: Family) -> Family:
+        FAMILIES[made.__name__] = (made, count)
+        return made
+
+    return register
+
+
+def every_case() -> list[tuple[str, int]]:
+    """Family and seed of each case."""
+    return [(name, seed) for name, (_, count) in FAMILIES.items() for seed in range(count)]
+
+
+def make(name: str, seed: int, bench: Bench) -> Bad:
+    return FAMILIES[name][0](random.Random(f"{name} {seed}"), bench, seed)
+
+
+# --- Files of rows ---------------------------------------------------------------------------------------
+
+
+def lines(rows: Sequence[object]) -> list[bytes]:
+    return [json.dumps(row).encode() for row in rows]
+
+
+def _bad_line(draw: random.Random, good: bytes) -> bytes:
+    """A line that is no row: not JSON, not UTF-8, not an object, or with a value that is no text."""
+    at = draw.randrange(1, len(good))
+    key = draw.choice(["prompt", "completion"])
+    other = {"prompt": "completion", "completion": "prompt"}[key]
+    value = draw.choice(
+        [b"NaN", b"-Infinity", b"1e999", b"7" * 5000, b"true", b"[]", b"{}", b"[[1]]", b"0.5", b'"\\ud800"']
+    )
+    return draw.choice(
+        [
+            good[:at],
+            good[:at] + b"\x00" + good[at:],
+            good[:at] + bytes([draw.choice([0x80, 0xC0, 0xFF, 0xE9])]) + good[at:],
+            good + b"}",
+            b"[" * draw.choice([3, 200_000]),
+            b'{"a":' * draw.choice([3, 200_000]),
+            json.dumps(draw.choice([[], ["a"], 5, "text", True, None])).encode(),
+            b'{"%s": %s, "%s": "x"}' % (key.encode(), value, other.encode()),
+            b'{"%s": "x"}' % key.encode(),
+            b'{"%s": null, "%s": "x"}' % (key.encode(), other.encode()),
+            b"prompt: red",
+            b"{'prompt': 'a', 'completion': 'b'}",
+            b'{"prompt": "a", "completion": "b",}',
+        ]
+    )
+
+
+@family(70)
+def a_line_that_is_no_row(draw: random.Random, bench: Bench, number: int) -> Bad:
+    rows = lines(ROWS * draw.randint(1, 3))
+    at = draw.randrange(len(rows))
+    rows[at] = _bad_line(draw, rows[at])
+    file = bench.folder / "rows.jsonl"
+    file.write_bytes(b"\n".join(rows) + draw.choice([b"", b"\n"]))
+    return Bad(bench.trains_on(file), ["rows.jsonl", (f"line {at + 1}", f"row {at + 1}")])
+
+
+@family(12)
+def a_json_file_that_is_no_list_of_rows(draw: random.Random, bench: Bench, number: int) -> Bad:
+    good = json.dumps(ROWS).encode()
+    content = draw.choice(
+        [
+            good[: draw.randrange(1, len(good))],
+            json.dumps({"data": ROWS}).encode(),
+            json.dumps(ROWS)[:-1].encode() + b', "text"]',
+            b"[" * 200_000,
+            b"\n".join(lines(ROWS)),
+            b"5",
+            b'"' + b"x" * 10,
+            good.decode().encode("utf-16"),
+            b"null",
+        ]
+    )
+    file = bench.folder / "rows.json"
+    file.write_bytes(content)
+    return Bad(bench.trains_on(file), ["rows.json"])
+
+
+@family(14)
+def a_table_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
+    rows = [f'"paint, it {n}",{n}' for n in range(5)]
+    at = draw.randrange(5)
+    header = "prompt,completion"
+    kind = draw.randrange(6)
+    if kind == 0:
+        rows[at] += draw.choice([",more", ",", ",a,b"])
+    elif kind == 1:
+        rows[at] = "one cell"
+    elif kind == 2:
+        rows[at] = f'"paint, it {at},{at}'
+    elif kind == 3:
+        header = draw.choice(["prompt,prompt", "a,b", "question,answer", ","])
+    elif kind == 4:
+        rows[at] = f'"paint" it,{at}'
+    text = "\n".join([header, *rows])
+    content = text.encode("utf-16") if kind == 5 else text.encode()
+    file = bench.folder / draw.choice(["rows.csv", "rows.csv.gz"])
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return Bad(bench.trains_on(file), [file.name])
+
+
+@family(16)
+def a_file_of_columns_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
+    file = bench.folder / draw.choice(["rows.parquet", "rows.arrow"])
+    columns: dict[str, list] = {"prompt": [row["prompt"] for row in ROWS], "completion": ["a", "b", "c"]}
+    kind = draw.randrange(5)
+    if kind == 1:
+        columns["completion"] = draw.choice([[1, 2, 3], [0.5, float("nan"), 1], [[1], [], [2]], [None] * 3])
+    elif kind == 2:
+        columns = {"left": [1, 2], "right": [3, 4]}
+    elif kind == 3:
+        columns = {"prompt": pyarrow.array([], "string"), "completion": pyarrow.array([], "string")}  # type: ignore[dict-item]
+    table = pyarrow.table(columns)
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    if kind == 0:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: draw.randrange(1, len(whole) - 8)])
+    elif kind == 4:
+        file.write_bytes(draw.randbytes(draw.randint(1, 3000)))
+    return Bad(bench.trains_on(file), [file.name])
+
+
+@family(16)
+def a_compressed_file_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
+    pack, ending = draw.choice([(gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz")])
+    whole = pack(b"\n".join(lines(ROWS * 50)))
+    kind = draw.randrange(4)
+    if kind == 0:
+        content = whole[: draw.randrange(1, len(whole) - 1)]
+    elif kind == 1:
+        content = b"\n".join(lines(ROWS))
+    elif kind == 2:
+        content = draw.randbytes(200)
+    else:
+        content = pack(b"\n".join(lines(ROWS)) + b"\n{")
+    file = bench.folder / f"rows.jsonl.{ending}"
+    file.write_bytes(content)
+    return Bad(bench.trains_on(file), [file.name])
+
+
+@family(12)
+def a_file_without_rows(draw: random.Random, bench: Bench, number: int) -> Bad:
+    name, content = draw.choice(
+        [
+            ("rows.jsonl", b""),
+            ("rows.jsonl", b"\n \n\t\n"),
+            ("rows.json", b"[]"),
+            ("rows.json", b"  "),
+            ("rows.csv", b""),
+            ("rows.csv", b"prompt,completion\n"),
+            ("rows.jsonl.gz", gzip.compress(b"")),
+            ("rows.jsonl.gz", b""),
+            ("rows.parquet", b""),
+            ("rows.tsv.xz", lzma.compress(b"prompt\tcompletion\n\n")),
+            ("rows.txt", b"a text"),
+            ("rows", b'{"text": "a"}'),
+        ]
+    )
+    file = bench.folder / name
+    file.write_bytes(content)
+    return Bad(bench.trains_on(file), [name])
+
+
+def _bad_turn(draw: random.Random) -> object:
+    return draw.choice(
+        [
+            {"role": "oracle", "content": "x"},
+            {"role": "user"},
+            {"content": "x"},
+            {"role": "user", "content": 5},
+            {"role": "assistant", "content": [["x"]]},
+            {"role": None, "content": "x"},
+            {"role": ["user"], "content": "x"},
+            {"role": "user", "content": {"a": 1}},
+            {"role": "assistant", "content": float("nan")},
+            "hello",
+            5,
+            None,
+            [],
+        ]
+    )
+
+
+@family(20)
+def a_conversation_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
+    sound = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    at = draw.randrange(3)
+    rows: list[dict] = [{"messages": list(sound)} for _ in range(3)]
+    kind = draw.randrange(4)
+    if kind == 0:
+        rows[at]["messages"][draw.randrange(2)] = _bad_turn(draw)
+    elif kind == 1:
+        rows[at]["messages"] = draw.choice([[], {}, "text", 5, sound[:1], sound[::-1], [sound]])
+    elif kind == 2:
+        rows[at] = {"conversations": "x"}
+    else:
+        rows = [
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+            for _ in range(3)
+        ]
+        rows[at]["conversations"][1] = draw.choice(
+            [{"from": "oracle", "value": "x"}, {"from": "gpt"}, 5, None]
+        )
+    file = bench.folder / "talks.jsonl"
+    file.write_bytes(b"\n".join(lines(rows)))
+    return Bad(bench.trains_on(file), ["talks.jsonl", f"row {at + 1}"])
+
+
+@family(16)
+def labels_that_are_none(draw: random.Random, bench: Bench, number: int) -> Bad:
+    task = draw.choice(["sequence-classification", "regression"])
+    rows: list[dict] = [{"text": f"row {n}", "label": n % 2} for n in range(8)]
+    at = draw.randrange(8)
+    if task == "regression":
+        rows[at]["label"] = draw.choice(
+            ["many", float("nan"), float("inf"), "", None, [1], {}, True, "1e999"]
+        )
+    else:
+        rows[at]["label"] = draw.choice([0.5, [1], {}, None, "", float("nan"), float("inf")])
+    if draw.random() < 0.2:
+        rows[at] = {"text": draw.choice([5, None, ["a"], {}]), "label": 1}
+    file = bench.folder / "labels.jsonl"
+    file.write_bytes(b"\n".join(lines(rows)))
+    return Bad(bench.trains_on(file, task=task), ["labels.jsonl", f"row {at + 1}"])
+
+
+# --- Settings --------------------------------------------------------------------------------------------
+
+KEYS = [setting.key for setting in settings()]
+# Values that hardly any setting takes; those that the schema of the settings refuses are given.
+ODD = [
+    {"a": {"b": []}},
+    [[{}]],
+    -1,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    1e300,
+    2**70,
+    "no such value",
+    "",
+    "\x00",
+    [1, "a"],
+    True,
+    0,
+    2.5,
+    [],
+    "[unclosed",
+    "-5GB",
+]
+
+
+@family(max(2 * len(KEYS), 150))
+def a_setting_with_a_value_that_it_cannot_have(draw: random.Random, bench: Bench, number: int) -> Bad:
+    validator = jsonschema.Draft202012Validator(run_schema())
+    while True:
+        key = draw.choice([key for key in KEYS if key != "output"])  # a flag gives that one
+        value = draw.choice(ODD)
+        file = bench.settings(**{key: value})
+        if not validator.is_valid(yaml.safe_load(file.read_text(encoding="utf-8"))) and not _coerced(
+            key, value
+        ):
+            return Bad(["train", file], [key.rpartition(".")[2], "settings.yaml"])
+
+
+def _coerced(key: str, value: object) -> bool:
+    """Whether a reader may take a value of a near type for the one that it wants, as 1 for true."""
+    if isinstance(value, str):
+        return False
+    near_text = key.startswith("data.") and isinstance(value, int | float)
+    return near_text or isinstance(value, bool) or value in (0, 1, [])
+
+
+@family(20)
+def a_key_that_is_misspelt(draw: random.Random, bench: Bench, number: int) -> Bad:
+    key = draw.choice([key for key in KEYS if len(key.rpartition(".")[2]) > 3])
+    section, dot, leaf = key.rpartition(".")
+    at = draw.randrange(len(leaf) - 1)
+    slips = [
+        leaf[:at] + leaf[at + 1 :],
+        leaf[:at] + leaf[at + 1] + leaf[at] + leaf[at + 2 :],
+        leaf[:at] + leaf[at] * 2 + leaf[at + 1 :] + "x",
+        leaf.upper(),
+    ]
+    known = {*KEYS, *(key.partition(".")[0] for key in KEYS)}
+    slip = next(s for s in draw.sample(slips, 4) if f"{section}{dot}{s}" not in known)
+    return Bad(["train", bench.settings(**{f"{section}{dot}{slip}": 1})], ["settings.yaml", slip])
+
+
+CONFLICTS: list[tuple[dict[str, object], str]] = [
+    ({"input.modules": ["a"], "input.tokens": ["b"], "method": "input"}, "input"),
+    ({"prompt.init": "text", "method": "prompt"}, "prompt.text"),
+    ({"prompt.text": "x", "method": "prompt"}, "prompt"),
+    ({"lora.dora": True, "lora.lora_bias": True}, "lora_bias"),
+    ({"lora.activation": "completion", "lora.dora": True}, "dora"),
+    ({"lora.invocation_tokens": [1]}, "invocation_tokens"),
+    ({"lora.r": 4, "lora.rank": 4}, "rank"),
+    ({"lora.init": "orthogonal", "lora.rank": 3}, "rank"),
+    ({"lora.target_modules": []}, "target_modules"),
+    ({"lora.target_modules": ["no_such_module"]}, "no_such_module"),
+    ({"lora.layers": "7-"}, "layers"),
+    ({"lora.layers": "5-2"}, "layers"),
+    ({"lora.rank_pattern": {"no_such": 4}}, "no_such"),
+    ({"lora.target_parameters": ["no.such.parameter"]}, "no.such.parameter"),
+    ({"lora.train_modules": ["no_such"]}, "no_such"),
+    ({"lora.trainable_token_indices": [10**6]}, "trainable_token_indices"),
+    ({"data.classes": ["a", "a"]}, "data.classes"),
+    ({"data.group": "no_such_column"}, "no_such_column"),
+    ({"data.columns": {"prompt": "no_such_column"}}, "no_such_column"),
+    ({"data.form": "alpaca"}, "alpaca"),
+    ({"data.eval": 10**9}, "data.eval"),
+    ({"data.max_length": 2}, "max_length"),
+    ({"data.chat_template": "no-such-file.jinja"}, "no-such-file.jinja"),
+    ({"task": "image-classification"}, "image"),
+    ({"precision": "int8", "lora.dora": True}, "int8"),
+    ({"method": "last", "last.blocks": 99}, "blocks"),
+    ({"method": "head", "head.modules": ["no_such"]}, "no_such"),
+    ({"device": "cuda:99"}, "device"),
+    ({"device": "tpu"}, "tpu"),
+    ({"model": ""}, "model"),
+    ({"data.train": ""}, "data"),
+    ({"data.eval": ""}, "data"),
+    ({"memory": "1KB"}, "memory"),
+    ({"memory": "much"}, "memory"),
+    ({"train.time": "soon"}, "time"),
+]
+
+
+@family(len(CONFLICTS))
+def settings_that_do_not_go_together(draw: random.Random, bench: Bench, number: int) -> Bad:
+    changes, word = CONFLICTS[number]
+    return Bad(["train", bench.settings(**changes)], [word])
+
+
+@family(16)
+def a_settings_file_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
+    bomb = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    content = draw.choice(
+        [
+            b"\xff\xfe\x00",
+            b"model: m\n  data: [\n",
+            b"- model: m\n",
+            b"just a text",
+            b"5",
+            b"model: !!python/object/apply:os.system ['true']\n",
+            b"model: m\nmodel: n\ndata: d\n",
+            b"model: m\ndata: d\ntrain: {epochs: 1, epochs: 2}\n",
+            b"[" * 5000,
+            b"{a: " * 3000,
+            b"\t\tmodel: m",
+            b"model: @m",
+            b"model: m\ndata: d\n? [a, b]\n: c\n",
+            b"model: m\ndata: d\n<<: 5\n",
+            b"output: 2024-13-45",
+            "\n".join([*bomb, "model: *i"]).encode(),
+            b"model: *nothing",
+            b"model: m\n---\nmodel: n\n",
+            b"\x00",
+            b"model: \x07",
+        ]
+    )
+    file = bench.folder / "odd.yaml"
+    file.write_bytes(content)
+    return Bad(["train", file], ["odd.yaml"])
+
+
+FLAGS: list[tuple[list[str], str]] = [
+    (["train", "--train.learning_rat", "1"], "--train.learning_rat"),
+    (["trian"], "trian"),
+    (["train", "a", "b"], "b"),
+    (["plan", "SETTINGS", "--methods", "lora,no_such"], "no_such"),
+    (["plan", "SETTINGS", "--budget", "much"], "much"),
+    (["plan", "SETTINGS", "--budget", "-3GB"], "-3GB"),
+    (["plan", "SETTINGS", "--budget", "1B"], "1"),
+    (["plan", "SETTINGS", "--picture", "plan.docx"], ".docx"),
+    (["compare", "SETTINGS", "--methods", "no_such"], "no_such"),
+    (["compare", "SETTINGS", "--rates", "lora"], "lora"),
+    (["compare", "SETTINGS", "--rates", "lora=fast"], "fast"),
+    (["compare", "SETTINGS", "--rates", "lora=-1"], "-1"),
+    (["compare", "SETTINGS", "--share", "2"], "--share"),
+    (["tune", "SETTINGS", "--search", "lora.rank"], "lora.rank"),
+    (["tune", "SETTINGS", "--search", "lora.rnk=[1, 2]"], "lora.rnk"),
+    (["tune", "SETTINGS", "--search", "lora.rank=[]"], "lora.rank"),
+    (["tune", "SETTINGS", "--search", "lora.rank=8..4"], "lora.rank"),
+    (["tune", "SETTINGS", "--trials", "0"], "--trials"),
+    (["eval", "RUN", "--rows", "0"], "--rows"),
+    (["eval", "RUN", "--rows", "many"], "--rows"),
+    (["eval", "RUN", "--data", "no.jsonl"], "no.jsonl"),
+    (["eval", "RUN", "--precision", "fp12"], "fp12"),
+    (["eval", "RUN", "--device", "tpu"], "tpu"),
+    (["eval", "RUN", "--task", "no_such"], "no_such"),
+    (["eval"], "RUN"),
+    (["generate", "RUN"], "prompt"),
+    (["generate", "RUN", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+    (["generate", "RUN", "--prompt", "x", "--temperature", "nan"], "temperature"),
+    (["generate", "RUN", "--prompt", "x", "--top-p", "0"], "--top-p"),
+    (["generate", "RUN", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+    (["generate", "RUN", "--prompt", "x" * 500], "128"),
+    (["generate", "RUN", "--prompt", "\ud800"], "prompt"),
+    (["chat", "RUN", "--max-new-tokens", "x"], "--max-new-tokens"),
+    (["chat"], "RUN"),
+    (["inspect"], "ADAPTER"),
+    (["init", "new.yaml", "--data", "no.docx", "--task", "no_such"], "no_such"),
+    (["completion", "tcsh"], "tcsh"),
+    (["schema", "more"], "more"),
+    (["doctor", "--model", "no/such/model"], "no/such/model"),
+]
+
+
+@family(len(FLAGS))
+def flags_that_cannot_be_used(draw: random.Random, bench: Bench, number: int) -> Bad:
+    arguments, word = FLAGS[number]
+    places = {"SETTINGS": str(bench.settings()), "RUN": str(bench.run)}
+    return Bad([places.get(argument, argument) for argument in arguments], [word])
+
+
+# --- Paths -----------------------------------------------------------------------------------------------
+
+NAMES = [
+    "[x].jsonl",
+    "a\nb.jsonl",
+    "x" * 300 + ".jsonl",
+    "%s{0}.jsonl",
+    " ",
+    "*.jsonl",
+    "\\",
+    "a\x1b[31m.jsonl",
+]
+
+
+@family(24)
+def data_that_is_not_there(draw: random.Random, bench: Bench, number: int) -> Bad:
+    kind = draw.randrange(6)
+    place = bench.folder / "data"
+    place.mkdir()
+    name: object = place / draw.choice(NAMES)
+    word = "data"
+    if kind == 0:
+        (place / "loop.jsonl").symlink_to(place / "loop.jsonl")
+        name = word = str(place / "loop.jsonl")
+    elif kind == 1:
+        name = word = str(place)
+        if draw.random() < 0.5:
+            (place / "notes.txt").write_text("x")
+    elif kind == 2:
+        (place / "folder.jsonl").mkdir()
+        name = word = str(place / "folder.jsonl")
+    elif kind == 3:
+        name = word = draw.choice(
+            [
+                "pypi:",
+                "pypi:x",
+                "pypi:x==",
+                "pypi:x==1/../../y",
+                "no such thing",
+                "a/b/c/d",
+                "http://x/y.jsonl",
+            ]
+        )
+    elif kind == 4:
+        name = place / "rows.jsonl" / "inner.jsonl"
+        (place / "rows.jsonl").write_text('{"text": "a"}')
+    which = draw.choice(["data.train", "data.eval"]) if kind != 3 else "data.train"
+    return Bad(["train", bench.settings(**{which: str(name)})], [word])
+
+
+@family(8)
+def a_name_that_is_no_text(draw: random.Random, bench: Bench, number: int) -> Bad:
+    """Arguments of a command may hold any bytes; Python shows those that are not UTF-8 as surrogates."""
+    name = os.fsdecode(b"caf\xe9" + draw.choice([b".jsonl", b"", b".yaml"]))
+    place = str(bench.folder / name)
+    arguments = draw.choice(
+        [
+            ["train", place],
+            ["train", str(bench.settings()), "--data", place],
+            ["train", str(bench.settings()), "--model", place],
+            ["eval", place],
+            ["inspect", place],
+            ["generate", place, "--prompt", "x"],
+        ]
+    )
+    return Bad(arguments, ["caf"])
+
+
+@family(12)
+def an_output_that_cannot_be_written(draw: random.Random, bench: Bench, number: int) -> Bad:
+    place = bench.folder / "place"
+    kind = draw.randrange(5)
+    if kind == 0:
+        place.write_text("kept")
+        output = place / draw.choice(["", "run", "a/b"])
+    elif kind == 1:
+        place.symlink_to(place)
+        output = place / draw.choice(["", "run"])
+    elif kind == 2:
+        output = place / ("x" * 300)
+    elif kind == 3:
+        place.mkdir()
+        (place / draw.choice(["thesis.tex", "[a].txt", "run.txt"])).write_text("kept")
+        output = place
+    else:
+        output = Path("/proc/deltaw-run")
+    return Bad(["train", bench.settings(output=str(output))], ["place" if kind < 4 else "/proc"])
+
+
+# --- Models and adapters ---------------------------------------------------------------------------------
+
+
+def _damaged(draw: random.Random, file: Path) -> None:
+    """A file cut short, emptied, or with a garbled beginning."""
+    whole = file.read_bytes()
+    cut = whole[: draw.randrange(1, max(2, len(whole) // 2))]
+    garbled = draw.randbytes(32) + whole[32:]
+    file.write_bytes(draw.choice([cut, b"", garbled, b"\x00" * 64]))
+
+
+BAD_JSON = ["", "{", "[]", "5", "null", '"text"', "{]", '{"a": }', "\x00"]
+
+
+@family(36)
+def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
+    model = bench.copied_model()
+    kind = draw.randrange(10)
+    weights = model / "model.safetensors"
+    config = json.loads((model / "config.json").read_text())
+    if kind == 0:
+        _damaged(draw, weights)
+    elif kind == 1:
+        weights.unlink()
+        for name in draw.choice([[], ["pytorch_model.bin"], ["model.pt"], ["weights.ckpt"]]):
+            (model / name).write_bytes(b"\x80\x04K\x01.")
+    elif kind == 2:
+        (model / "config.json").write_text(draw.choice(BAD_JSON))
+    elif kind == 3:
+        (model / "config.json").unlink()
+    elif kind == 4:
+        key = draw.choice(["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
+        config[key] = draw.choice([-1, 0, "x", None, [1], 0.5, {}, 77])
+        (model / "config.json").write_text(json.dumps(config))
+    elif kind == 5:
+        config["model_type"] = draw.choice(["no-such-type", "", 5, None, "bert"])
+        (model / "config.json").write_text(json.dumps(config))
+    elif kind == 6:
+        (model / "tokenizer.json").write_text(draw.choice([*BAD_JSON, "{}"]))
+    elif kind == 7:
+        (model / "tokenizer.json").unlink()
+    elif kind == 8:
+        index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+        text = draw.choice([json.dumps(index), *BAD_JSON])
+        (model / "model.safetensors.index.json").write_text(text)
+    else:
+        template = draw.choice(["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "", "{{ no.such }}"])
+        (model / "chat_template.jinja").write_text(template)
+        return Bad(
+            [*bench.trains_on(bench.rows, **{"data.template": "chat"}), "--model", str(model)],
+            [("template", "model")],
+        )
+    verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind not in (0, 1, 4, 8) else [])])
+    if verb in ("train", "plan"):
+        return Bad([verb, bench.settings(model=str(model))], ["model"])
+    more = ["--data", bench.rows] if verb == "eval" else ["--prompt", "x"]
+    return Bad([verb, model, *more], ["model"])
+
+
+@family(6)
+def a_model_that_is_none(draw: random.Random, bench: Bench, number: int) -> Bad:
+    name, content = draw.choice(
+        [
+            ("noise.gguf", b"GGUF\x03\x00\x00\x00" + draw.randbytes(100)),
+            ("other.gguf", draw.randbytes(100)),
+            ("empty.gguf", b""),
+            ("pytorch_model.bin", b"\x80\x04K\x01."),
+            ("model.safetensors", b"x"),
+            ("model.onnx", b"x"),
+        ]
+    )
+    (bench.folder / name).write_bytes(content)
+    return Bad(["train", bench.settings(model=str(bench.folder / name))], [name])
+
+
+def _opens(draw: random.Random, run: Path) -> tuple[list[object], str]:
+    verb = draw.choice(VERBS)
+    return {
+        "eval": ([verb, run], ""),
+        "generate": ([verb, run, "--prompt", "x"], ""),
+        "chat": ([verb, run], "x\n"),
+        "inspect": ([verb, run], ""),
+    }[verb]
+
+
+@family(40)
+def an_adapter_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> Bad:
+    run = bench.copied_run()
+    weights, config = run / "adapter_model.safetensors", run / "adapter_config.json"
+    arguments, stdin = _opens(draw, run)
+    kind = draw.randrange(5)
+    word: str | tuple[str, ...] = weights.name
+    if kind == 0:
+        _damaged(draw, weights)
+    elif kind == 1:
+        weights.unlink()
+        if draw.random() < 0.5:
+            (run / "adapter_model.bin").write_bytes(b"\x80\x04K\x01.")
+    elif kind == 2:
+        config.write_text(draw.choice(BAD_JSON))
+        word = config.name
+    elif kind == 3:
+        values = json.loads(config.read_text())
+        key = draw.choice(["r", "lora_alpha", "peft_type", "target_modules"])
+        values[key] = draw.choice([-1, "x", [[1]], {"a": 1}, 0, *([0.5] if key != "lora_alpha" else [])])
+        config.write_text(json.dumps(values))
+        word = (config.name, weights.name)
+    else:
+        (run / "run.yaml").write_text(draw.choice(["{", "- a", "model: 5", "modl: m", "data: {form: novel}"]))
+        if arguments[0] == "inspect":  # which reads no settings
+            arguments, stdin = ["eval", run], ""
+        word = "run.yaml"
+    return Bad(arguments, [word], stdin)
+
+
+@family(14)
+def a_folder_that_is_no_run(draw: random.Random, bench: Bench, number: int) -> Bad:
+    run = bench.folder / "adapter"
+    kind = draw.randrange(4)
+    if kind == 0:
+        run.mkdir()
+    elif kind == 1:
+        run.write_text("a file")
+    elif kind == 2:
+        run = bench.copied_run()
+        (run / "adapter_config.json").unlink()
+    arguments, stdin = _opens(draw, run)
+    return Bad(arguments, ["adapter"], stdin)

@@ -1,0 +1,67 @@
+"""`deltaw doctor`, with and without compiled kernels."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cli.conftest import start
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_one_object_with_and_without_compiled_kernels(tmp_path, monkeypatch, model_folder, native):
+    monkeypatch.setenv("DELTAW_NATIVE", native)
+    monkeypatch.setenv("DELTAW_KERNEL", "avx2")  # misspelt
+    process = start("doctor", "--output", tmp_path / "runs", "--model", model_folder, "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    told = json.loads(out)
+    assert told.keys() >= {
+        "deltaw",
+        "status",
+        "processor",
+        "kernels",
+        "memory",
+        "disks",
+        "packages",
+        "optional",
+        "gpus",
+        "environment",
+        "model",
+        "findings",
+    }
+    assert told["model"]["reference"] == str(model_folder)
+    assert told["environment"]["DELTAW_NATIVE"] == native
+    findings = told["findings"]
+    assert {f["severity"] for f in findings} <= {"ok", "note", "warning"}
+    assert any("DELTAW_KERNEL " in f["what"] and "DELTAW_KERNELS" in f["hint"] for f in findings)
+    off = [f for f in findings if "switched off" in f["what"]]
+    assert bool(off) == (native == "0")
+    if native == "0":
+        assert told["kernels"]["chosen"]["kernels"] == "none"
+        assert told["kernels"]["rates"]["fp32"].keys() == {"torch"}
+
+
+def test_a_report_leaves_nothing_behind(call, tmp_path):
+    ended = call("doctor", "--output", tmp_path / "runs")
+    assert ended.status == 0 and "products by" in ended.out and "training works" in ended.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_makes_training_impossible_has_status_2_and_still_one_object(call, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    ended = call("doctor", "--output", tmp_path / "file" / "runs", "--json")
+    assert ended.status == 2
+    told = json.loads(ended.out)
+    assert told["status"] == "problem"
+    (problem,) = [f for f in told["findings"] if f["severity"] == "problem"]
+    assert str(tmp_path / "file") in problem["what"]
+
+
+def test_what_the_user_gets_wrong_is_refused(call, tmp_path, monkeypatch):
+    ended = call("doctor", "--model", tmp_path / "no" / "model")
+    assert ended.status == 2 and "no model" in ended.err
+    monkeypatch.setenv("DELTAW_KERNELS", "avx1024")
+    ended = call("doctor")
+    assert ended.status == 2 and "avx1024" in ended.err

