@@ -18,7 +18,7 @@ WRITTEN = 4.0
 # Tokens of a general prompt with its template.
 PROMPT_TOKENS = 60
 # Writing files: seconds, and bytes per second.
-SAVING_SECONDS, SAVING_RATE = 1.0, 50e6
+SAVING_SECONDS, SAVING_RATE = 2.0, 50e6
 
 
 class Costs:
