@@ -13,10 +13,23 @@ from collections.abc import Iterator, Mapping
 from pydantic.json_schema import GenerateJsonSchema
 
 from deltaw.config import RunConfig, settings
+from deltaw.data.formats import known_columns
 from deltaw.lora.config import PEFT_NAMES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, object]
+_NULL: Schema = {"type": "null"}
+
+
+# What the checks of the data section add to the types of its settings.
+_OF_DATA: dict[str, Schema] = {
+    "eval": {"minimum": 0},
+    "max_length": {"minimum": 2},
+    "rows": {"minimum": 1},
+    "columns": {"propertyNames": {"enum": list(known_columns())}},
+    # Names of classes may look like numbers.
+    "classes": {"anyOf": [{"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2}, _NULL]},
+}
 
 
 class _Plain(GenerateJsonSchema):
@@ -36,7 +49,7 @@ def run_schema() -> Schema:
         name: _described(entry, parts, may_be_null=name not in required)
         for name, entry in made["properties"].items()
     }
-    properties["data"] = _or_a_file(properties["data"])
+    properties["data"] = _or_rows_alone(properties["data"])
     if any(key.startswith("lora.") for key in known):
         _add_pefts_names(properties["lora"])
     return {
@@ -110,14 +123,20 @@ def _nullable(entry: Schema) -> Schema:
     if "anyOf" in entry:
         kinds = entry["anyOf"]
         assert isinstance(kinds, list)
-        return {**entry, "anyOf": [*kinds, {"type": "null"}]}
+        return {**entry, "anyOf": [*kinds, _NULL]}
     about: Schema = {key: entry.pop(key) for key in ("description", "default") if key in entry}
-    return {"anyOf": [entry, {"type": "null"}], **about}
+    return {"anyOf": [entry, _NULL], **about}
 
 
-def _or_a_file(section: Schema) -> Schema:
+def _or_rows_alone(section: Schema) -> Schema:
+    """The data section, or what ``data.train`` may be in its place."""
+    leaves = section["properties"]
+    assert isinstance(leaves, dict)
+    for name, more in _OF_DATA.items():
+        leaves[name] = {**leaves[name], **more}
     about: Schema = {key: section.pop(key) for key in ("description", "default") if key in section}
-    return {"anyOf": [{"type": "string"}, section], **about}
+    alone = {key: value for key, value in leaves["train"].items() if key != "description"}
+    return {"anyOf": [*alone.get("anyOf", [alone]), section], **about}
 
 
 def _add_pefts_names(section: Schema) -> None:

@@ -14,9 +14,6 @@ from deltaw.data.formats import FormName, known_columns
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError, did_you_mean
 
-# Of the settings' JSON schema: names of classes, which may look like numbers.
-_NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
-
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -38,27 +35,13 @@ class DataSettings:
         default=0.05,
         metadata={
             "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
-            "(from 1), a file or another reference, or null for none",
-            "json_schema_extra": {"minimum": 0},
+            "(from 1), a file or another reference, or null for none"
         },
     )
-    max_length: int = field(
-        default=2048,
-        metadata={"description": "the most tokens in a row", "json_schema_extra": {"minimum": 2}},
-    )
-    long_rows: Literal["error", "cut", "drop", "split"] = field(
+    max_length: int = field(default=2048, metadata={"description": "the most tokens in a row"})
+    long_rows: Literal["error", "cut", "drop"] = field(
         default="error",
-        metadata={
-            "description": "longer rows: error refuses the data, cut truncates them, drop drops them, split "
-            "divides them into several rows"
-        },
-    )
-    bad_rows: Literal["error", "skip"] = field(
-        default="error",
-        metadata={
-            "description": "rows that cannot be used: error refuses the data, skip leaves them out and lists "
-            "them with the reason in the run's folder"
-        },
+        metadata={"description": "longer rows: error refuses the data, cut truncates them, drop drops them"},
     )
     duplicates: Literal["drop", "keep"] = field(
         default="drop",
@@ -75,23 +58,14 @@ class DataSettings:
             "description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
         },
     )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
-    )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "description": "the file's columns by our names, as in {prompt: question, completion: answer}",
-            "json_schema_extra": {"propertyNames": {"enum": list(known_columns())}},
+            "description": "the file's columns by our names, as in {prompt: question, completion: answer}"
         },
     )
     rows: int | None = field(
-        default=None,
-        metadata={
-            "description": "use this many rows only, chosen at random by the seed",
-            "json_schema_extra": {"minimum": 1},
-        },
+        default=None, metadata={"description": "use this many rows only, chosen at random by the seed"}
     )
     labels: LabelsName = field(
         default="all-turns",
@@ -103,18 +77,10 @@ class DataSettings:
         default=None,
         metadata={"description": "a column: rows with the same value are all trained on or all held out"},
     )
-    cache: bool | Literal["auto"] = field(
-        default="auto",
-        metadata={
-            "description": "keep the rows' tokens on disk and read them from there the next time; auto: if "
-            "the data is large"
-        },
-    )
     classes: list[str] | None = field(
         default=None,
         metadata={
-            "description": "the classes in the order of the model's outputs; null: those of the data, sorted",
-            "json_schema_extra": {"anyOf": [_NAMES, {"type": "null"}]},
+            "description": "the classes in the order of the model's outputs; null: those of the data, sorted"
         },
     )
     other_classes: Literal["error", "drop"] = field(
