@@ -649,7 +649,7 @@ def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> B
             [*bench.trains_on(bench.rows, **{"data.template": "chat"}), "--model", str(model)],
             [("template", "model")],
         )
-    verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind not in (0, 1, 4, 8) else [])])
+    verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind in (2, 3, 6, 7) else [])])
     if verb in ("train", "plan"):
         return Bad([verb, bench.settings(model=str(model))], ["model"])
     more = ["--data", bench.rows] if verb == "eval" else ["--prompt", "x"]
