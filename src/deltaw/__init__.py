@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         save_adapter,
         unmerge,
     )
-    from deltaw.training.fit import fit
+    from deltaw.reports.run import fit
     from deltaw.training.loop import train
     from deltaw.training.planning.plan_run import plan
 
@@ -65,7 +65,7 @@ __all__ = [
 
 # Names that do not come from deltaw.lora.
 _ELSEWHERE = {
-    "fit": "deltaw.training.fit",
+    "fit": "deltaw.reports.run",
     "plan": "deltaw.training.planning.plan_run",
     "train": "deltaw.training.loop",
     "RunConfig": "deltaw.config",

@@ -43,9 +43,9 @@ class RunConfig(BaseModel):
     )
     # Its choices come from the registry of tasks.
     task: str = _TASK
-    data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str) else v)] = (
-        Field(description="rows to train on and how to read them; a file name alone means data.train")
-    )
+    data: Annotated[
+        DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str | list) else v)
+    ] = Field(description="rows to train on and how to read them; a file name alone means data.train")
     # Its choices, and a section for each method that has settings, come from the registry of methods.
     method: str = _METHOD
     if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class RunConfig(BaseModel):
         None, description="also send metrics to this tracker"
     )
     output: str = Field("runs/latest", min_length=1, description="folder that the run is written to")
+
+    @property
+    def data_seed(self) -> int:
+        """Of the rows that are used and held out."""
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     @classmethod
     def read(
@@ -289,7 +294,7 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
     merged = dict(below)
     for key, value in above.items():
         known = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(known, str) and key == "data":
+        if isinstance(value, Mapping) and isinstance(known, str | list) and key == "data":
             known = {"train": known}
         if isinstance(value, Mapping) and isinstance(known, Mapping):
             merged[key] = _overlaid(known, value)

@@ -13,23 +13,11 @@ from collections.abc import Iterator, Mapping
 from pydantic.json_schema import GenerateJsonSchema
 
 from deltaw.config import RunConfig, settings
-from deltaw.data.formats import known_columns
 from deltaw.lora.config import PEFT_NAMES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, object]
 _NULL: Schema = {"type": "null"}
-
-
-# What the checks of the data section add to the types of its settings.
-_OF_DATA: dict[str, Schema] = {
-    "eval": {"minimum": 0},
-    "max_length": {"minimum": 2},
-    "rows": {"minimum": 1},
-    "columns": {"propertyNames": {"enum": list(known_columns())}},
-    # Names of classes may look like numbers.
-    "classes": {"anyOf": [{"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2}, _NULL]},
-}
 
 
 class _Plain(GenerateJsonSchema):
@@ -132,8 +120,6 @@ def _or_rows_alone(section: Schema) -> Schema:
     """The data section, or what ``data.train`` may be in its place."""
     leaves = section["properties"]
     assert isinstance(leaves, dict)
-    for name, more in _OF_DATA.items():
-        leaves[name] = {**leaves[name], **more}
     about: Schema = {key: section.pop(key) for key in ("description", "default") if key in section}
     alone = {key: value for key, value in leaves["train"].items() if key != "description"}
     return {"anyOf": [*alone.get("anyOf", [alone]), section], **about}

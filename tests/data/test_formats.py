@@ -16,10 +16,10 @@ from deltaw.data.formats import (
     Text,
     choose_form,
     forms,
-    read_prompt,
     read_records,
     unused_columns,
 )
+from deltaw.data.messages import read_prompt
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError
 

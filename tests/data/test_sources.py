@@ -28,6 +28,13 @@ def refusal(reference: object) -> UserError:
     return refused.value
 
 
+def zstd(data: bytes) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as file:
+        file.write(data)
+    return buffer.getvalue().to_pybytes()
+
+
 def as_csv(path: Path, delimiter: str = ",") -> bytes:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
@@ -46,6 +53,8 @@ NAMES = [
     "r.jsonl.bz2",
     "r.json.xz",
     "R.TSV.GZ",
+    "r.jsonl.zst",
+    "r.csv.zst",
 ]
 
 
@@ -62,10 +71,8 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
             data = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
         else:
             data = json.dumps(ROWS).encode()
-        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(
-            path.suffix.lower(), bytes
-        )
-        path.write_bytes(pack(data))
+        packs = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+        path.write_bytes(packs.get(path.suffix.lower(), bytes)(data))
     rows = read_rows(str(path))
     assert list(rows) == [(1, ROWS[0]), (2, ROWS[1])]
     assert rows.columns == ["prompt", "completion"]
@@ -144,7 +151,7 @@ def test_tables_with_uneven_rows_or_broken_quotes_are_refused_by_row(tmp_path: P
     assert "'text' appears twice" in refusal(path).what
 
 
-@pytest.mark.parametrize("name", ["d.csv.gz", "d.jsonl.bz2", "d.jsonl.xz", "d.parquet"])
+@pytest.mark.parametrize("name", ["d.csv.gz", "d.jsonl.bz2", "d.jsonl.xz", "d.jsonl.zst", "d.parquet"])
 def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(b"not what the name says")
@@ -153,6 +160,19 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(b"text\n" + b"a\n" * 999)[:-9])
         refusal(path)
+
+
+def test_a_zstd_file_that_ends_early_is_refused(tmp_path: Path) -> None:
+    whole = zstd(b"".join(b'{"text": "%d"}\n' % n for n in range(2000)))
+    path = tmp_path / "d.jsonl.zst"
+    path.write_bytes(whole[:-9])
+    assert refusal(path).where.startswith(str(path))
+
+
+def test_zstd_files_joined_end_to_end_are_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl.zst"
+    path.write_bytes(zstd(b'{"text": "1"}\n') + zstd(b'{"text": "2"}\n'))
+    assert [row["text"] for _, row in read_rows(str(path))] == ["1", "2"]
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
@@ -187,7 +207,28 @@ def test_a_folder_of_nothing_of_several_kinds_or_with_test_data_is_refused(tmp_p
     (tmp_path / "test-00.jsonl").write_text('{"text": "1"}\n')
     assert "also holds evaluation data ('test-00.jsonl')" in refusal(tmp_path).what
     (tmp_path / "c.csv").write_text("text\na\n")
-    assert "several types (csv, jsonl)" in refusal(tmp_path).what
+    error = refusal(tmp_path)
+    assert "several types (csv, jsonl)" in error.what
+    assert "a list" in str(error.hint) and "c.csv" in str(error.hint)
+
+
+def test_folders_inside_a_folder_are_read_too(tmp_path: Path) -> None:
+    for name in ("en/2.jsonl", "en/1.jsonl.gz", "de/old/1.jsonl", ".git/x.jsonl", "__MACOSX/y.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"text": name}).encode()
+        path.write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    rows = read_rows(str(tmp_path))
+    assert [row["text"] for _, row in rows] == ["de/old/1.jsonl", "en/1.jsonl.gz", "en/2.jsonl"]
+    assert rows.place(1) == f"{tmp_path}/en/1.jsonl.gz, row 1"
+
+
+def test_evaluation_data_in_a_folder_inside_is_refused(tmp_path: Path) -> None:
+    for name in ("train/a.jsonl", "validation/a.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"text": "1"}\n')
+    assert "('validation/a.jsonl')" in refusal(tmp_path).what
+    assert len(read_rows(str(tmp_path / "train"))) == 1
 
 
 def test_a_member_of_a_package_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +254,29 @@ def test_a_hub_id_is_loaded_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("owner/name", "test[:2]"), ("owner/name", "train")]
     assert list(rows) == [(1, {"text": "a", "label": 0}), (2, {"text": "b", "label": 1})]
     assert rows.columns == ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "asked"),
+    [
+        ("owner/name@v1.2", {"split": "train", "revision": "v1.2"}),
+        ("owner/name@refs/pr/3:test", {"split": "test", "revision": "refs/pr/3"}),
+        ("owner/name/20231101.en:train[:10%]", {"split": "train[:10%]", "name": "20231101.en"}),
+        ("owner/name/en@5f3c:a+b", {"split": "a+b", "name": "en", "revision": "5f3c"}),
+    ],
+)
+def test_a_hub_id_may_have_a_configuration_and_a_revision(
+    reference: str, asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def load(identity: str, **more: str) -> datasets.Dataset:
+        given.append((identity, more))
+        return datasets.Dataset.from_dict({"text": ["a"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(read_rows(reference)) == [(1, {"text": "a"})]
+    assert given == [("owner/name", asked)]
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

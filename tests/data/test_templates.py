@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import Conversation, Pair, Record, Text
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
@@ -63,11 +64,18 @@ def talk(*contents: str, system: str | None = None, learned: tuple[bool, ...] | 
     return Conversation(tuple(messages), learned or default)
 
 
-def encode(
+def unrolled(
     record: Record, template: str | None = CHATML, labels: str = "all-turns", **kind: object
-) -> Encoded:
+) -> list[Encoded]:
+    """The examples that a record becomes."""
     tokenizer = make_tokenizer(template, **kind)  # type: ignore[arg-type]
     return Encoder(tokenizer, "auto", labels).encode([record], ["data.jsonl, row 7"])[0]  # type: ignore[arg-type]
+
+
+def encode(record: Record, *arguments: object, **kind: object) -> Encoded:
+    """The only example that a record becomes."""
+    (encoded,) = unrolled(record, *arguments, **kind)  # type: ignore[arg-type]
+    return encoded
 
 
 def labelled(encoded: Encoded) -> list[str]:
@@ -92,7 +100,7 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(
 ) -> None:
     tokenizer = make_tokenizer()
     conversation = talk(*(content for pair in turns for content in pair), system=system)
-    encoded = Encoder(tokenizer).encode([conversation], ["row 1"])[0]
+    ((encoded,),) = Encoder(tokenizer).encode([conversation], ["row 1"])
     # An independent way: find the answers in the text, and map characters to tokens.
     text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
     tokenized = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -118,7 +126,7 @@ def test_the_newline_after_the_end_of_turn_is_no_label() -> None:
 def test_the_prompt_is_what_the_model_is_given_when_it_generates() -> None:
     tokenizer = make_tokenizer()
     conversation = talk("a", "b", "c", "d", system="s")
-    encoded = Encoder(tokenizer).encode([conversation], ["row 1"])[0]
+    ((encoded,),) = Encoder(tokenizer).encode([conversation], ["row 1"])
     given_prompt = Encoder(tokenizer).prompt(conversation.messages[:-1])
     assert encoded.tokens[: encoded.prompt_length] == given_prompt
 
@@ -157,10 +165,12 @@ def test_a_default_system_prompt_is_part_of_the_prompt() -> None:
     assert labelled(encoded) == ["yes<|im_end|>"]
 
 
-def test_without_an_end_mark_the_eos_token_is_appended_to_the_last_answer() -> None:
-    encoded = encode(talk("a", "b", "c", "d"), NO_END)
-    assert text_of(encoded.tokens) == "user: a\nassistant: b\nuser: c\nassistant: d<|im_end|>"
-    assert labelled(encoded) == [" b", " d<|im_end|>"]
+def test_without_an_end_mark_every_answer_learns_to_end_with_eos() -> None:
+    first, second = unrolled(talk("a", "b", "c", "d"), NO_END)
+    assert text_of(first.tokens) == "user: a\nassistant: b<|im_end|>"
+    assert labelled(first) == [" b<|im_end|>"]
+    assert text_of(second.tokens) == "user: a\nassistant: b\nuser: c\nassistant: d<|im_end|>"
+    assert labelled(second) == [" d<|im_end|>"]
 
 
 def test_an_end_written_in_plain_letters_is_learned() -> None:
@@ -172,29 +182,42 @@ def test_thoughts_that_the_template_adds_to_a_single_answer_are_learned() -> Non
 
 
 @pytest.mark.parametrize("template", [THINKS_LAST, HARMONY])
-def test_answers_that_are_rendered_otherwise_when_more_follows_are_refused_unless_only_the_last_is_learned(
+def test_answers_that_are_rendered_otherwise_when_more_follows_are_examples_of_their_own(
     template: str,
 ) -> None:
     conversation = talk("a", "final", "c", "final")
-    with pytest.raises(UserError, match="renders turn 2 differently") as refused:
-        encode(conversation, template)
-    assert refused.value.where == "data.jsonl, row 7"
-    assert "data.labels: last" in str(refused.value.hint)
-    assert labelled(encode(conversation, template, labels="last"))[0].rstrip("/s<>im_end|").endswith("final")
+    first, second = unrolled(conversation, template)
+    assert labelled(first) == labelled(second)
+    assert labelled(second)[0].rstrip("/s<>im_end|").endswith("final")
+    assert first.turns == (1,) and second.turns == (3,)
+    assert unrolled(conversation, template, labels="last") == [second]
+    # What the model is given to write each of them is what precedes the label.
+    tokenizer = make_tokenizer(template)
+    for example, turn in ((first, 1), (second, 3)):
+        given_prompt = Encoder(tokenizer).prompt(conversation.messages[:turn])
+        assert example.tokens[: example.prompt_length] == given_prompt
+        assert example.spans == [(len(given_prompt), len(example.tokens))]
 
 
-def test_a_template_that_strips_the_thought_from_the_answer_is_refused() -> None:
-    with pytest.raises(UserError, match="changes the answer in turn 2"):
-        encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)
+def test_turns_are_one_example_up_to_where_the_template_rewrites_them() -> None:
+    """Only the last answer is rendered with a thought: those before it agree with each other."""
+    first, second, third = unrolled(talk("a", "b", "c", "d", "e", "f"), THINKS_LAST)
+    assert [text_of(e.tokens).count("<think>") for e in (first, second, third)] == [1, 1, 1]
+    conversation = talk("a", "<think>hm</think>b", "c", "d", "e", "f")
+    thought, rest = unrolled(conversation, STRIPS_HISTORY)
+    assert labelled(thought) == ["<think>hm</think>b<|im_end|>"]
+    assert labelled(rest) == ["d<|im_end|>", "f<|im_end|>"]
+    assert "hm" not in text_of(rest.tokens)
 
 
-def test_a_template_that_strips_thoughts_from_history_is_refused_unless_only_the_last_is_learned() -> None:
-    conversation = talk("a", "<think>hm</think>b", "c", "<think>oh</think>d")
-    with pytest.raises(UserError, match="renders turn 2 differently"):
-        encode(conversation, STRIPS_HISTORY)
-    encoded = encode(conversation, STRIPS_HISTORY, labels="last")
-    assert labelled(encoded) == ["<think>oh</think>d<|im_end|>"]
-    assert "hm" not in text_of(encoded.tokens)
+def test_a_thought_that_a_template_strips_is_learned_before_its_answer() -> None:
+    assert labelled(encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)) == [
+        "<think>hm</think>b<|im_end|>"
+    ]
+    first, second = unrolled(talk("a", "<think>hm</think>b", "c", "<think>oh</think>d"), STRIPS_THOUGHT)
+    assert labelled(first) == ["<think>hm</think>b<|im_end|>"]
+    assert labelled(second) == ["<think>oh</think>d<|im_end|>"]
+    assert "hm" not in text_of(second.tokens)
 
 
 def test_a_template_that_prompts_when_it_is_not_asked_to_is_refused() -> None:
@@ -208,16 +231,28 @@ def test_a_template_that_leaves_the_system_message_out_is_refused() -> None:
         encode(talk("a", "b", system="Speak French."), deaf)
 
 
-def test_a_template_whose_prompt_is_no_prefix_of_the_text_is_refused() -> None:
+def test_an_answer_is_learned_after_its_own_prompt_if_the_template_renders_it_differently_later() -> None:
     counts = "{{ messages | length }}" + CHATML
-    with pytest.raises(UserError, match="is not a prefix of the rendered turn"):
-        encode(talk("a", "b"), counts)
+    first, second = unrolled(talk("a", "b", "c", "d"), counts)
+    assert text_of(first.tokens).startswith("1<|im_start|>user")
+    assert text_of(second.tokens).startswith("3<|im_start|>user")
+    assert (labelled(first), labelled(second)) == (["b<|im_end|>"], ["d<|im_end|>"])
 
 
-def test_a_prompt_whose_tokens_merge_with_the_answer_is_refused() -> None:
+def test_a_template_whose_prompt_is_not_in_the_text_is_refused() -> None:
+    renamed = CHATML.replace("<|im_start|>assistant", "<|im_start|>bot")
+    with pytest.raises(BadRowError, match="is not found in the rendered turn"):
+        encode(talk("a", "b"), renamed)
+
+
+def test_an_answer_whose_tokens_would_merge_with_the_prompt_is_tokenized_apart_as_when_it_is_written() -> (
+    None
+):
     newlines = [("Ċ", "Ċ")]
-    with pytest.raises(UserError, match="tokens of the prompt change"):
-        encode(talk("a", "\nb"), merges=newlines)
+    encoded = encode(talk("a", "\nb"), merges=newlines)
+    assert labelled(encoded) == ["\nb<|im_end|>"]
+    tokenizer = make_tokenizer(merges=newlines)
+    assert encoded.tokens[: encoded.prompt_length] == Encoder(tokenizer).prompt("a")
     assert labelled(encode(talk("a", "b"), merges=newlines)) == ["b<|im_end|>"]
 
 
@@ -259,6 +294,27 @@ def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
 def test_a_prompt_and_its_completion_become_a_question_and_its_answer() -> None:
     assert encode(Pair("hi", "yes")) == encode(talk("hi", "yes"))
     assert encode(Pair("hi", "yes", system="s")) == encode(talk("hi", "yes", system="s"))
+
+
+def test_rows_that_cannot_be_used_are_told_of_and_the_others_encoded() -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    told: list[tuple[int, str]] = []
+    records = [talk("a", "b"), talk("a", "b", system="s"), None, talk("c", "d")]
+    encoded = Encoder(make_tokenizer(strict)).encode(
+        records, ["1", "2", "3", "4"], lambda place, error: told.append((place, error.reason))
+    )
+    assert [len(examples) for examples in encoded] == [1, 0, 0, 1]
+    assert told == [(1, "refused by the chat template")]
+
+
+def test_what_rows_become_has_an_identity() -> None:
+    def identity(template: str | None = CHATML, labels: str = "all-turns", date: str | None = None) -> str:
+        return Encoder(make_tokenizer(template), "auto", labels, date).identity  # type: ignore[arg-type]
+
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    assert identity() == identity(date="2026-01-31")
+    assert len({identity(), identity(PHI), identity(None), identity(labels="last")}) == 4
+    assert identity(dated, date="2026-01-31") != identity(dated, date="2026-02-01")
 
 
 def test_a_chat_template_that_is_not_there_cannot_be_asked_for() -> None:

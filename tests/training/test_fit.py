@@ -53,8 +53,10 @@ def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
         ADAPTER,
         "adapter_config.json",
         "chat_template.jinja",
+        "checkpoints",
         "metrics.jsonl",
         "run.yaml",
+        "summary.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

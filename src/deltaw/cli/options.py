@@ -69,7 +69,9 @@ def nested(given: Mapping[str, object]) -> dict:
         at = result
         for section in sections:
             at = at.setdefault(section, {})
-        is_text = keys[argument].annotation in (str, "str")
+        is_text = keys[argument].annotation in (str, "str") or (
+            argument == _argument_name("data.train") and not str(text).lstrip().startswith("[")
+        )
         at[leaf] = str(text) if is_text else _value(str(text))
     return result
 

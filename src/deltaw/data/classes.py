@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import check_columns
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Rows
@@ -19,6 +20,7 @@ _TEXTS = ("sentence", "review", "content", "document", "question", "comment", "t
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 _LABELS = ("labels", "target", "class", "category")
 _IMAGES = ("image", "img", "images", "picture")
+NO_LABEL = "a label that is no class or number"
 # A column with more values than this, most in one row only, is hardly one of classes.
 _MANY = 50
 
@@ -79,7 +81,7 @@ def class_name(value: object, column: str, where: str) -> str | None:
     """A class's name as text; None if the cell is empty.
 
     Raises:
-        UserError: the value is a list, an object or a fraction.
+        BadRowError: the value is a list, an object or a fraction.
     """
     if value is None or value == "":
         return None
@@ -90,13 +92,15 @@ def class_name(value: object, column: str, where: str) -> str | None:
     if isinstance(value, str | int):
         return str(value)
     if isinstance(value, float):
-        raise UserError(
+        raise BadRowError(
             f"'{column}' holds {value}, which is not a class",
+            reason=NO_LABEL,
             where=where,
             hint="set task: regression to predict numbers, or data.columns: {label: …} to the right column",
         )
-    raise UserError(
+    raise BadRowError(
         f"'{column}' holds a {type(value).__name__}, not one class",
+        reason=NO_LABEL,
         where=where,
         hint="give each row one class, as text or an integer",
     )
@@ -106,7 +110,7 @@ def number(value: object, column: str, where: str) -> float:
     """A label of a regression.
 
     Raises:
-        UserError: it is not a finite number.
+        BadRowError: it is not a finite number.
     """
     result = math.nan
     if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -116,8 +120,9 @@ def number(value: object, column: str, where: str) -> float:
             result = math.nan
     if not math.isfinite(result):
         shown = "empty" if value is None or value == "" else repr(value)
-        raise UserError(
+        raise BadRowError(
             f"'{column}' must be a finite number but is {shown}",
+            reason=NO_LABEL,
             where=where,
             hint="write a number, remove the row, or name the right column in data.columns: {label: …}",
         )
@@ -151,7 +156,7 @@ def class_numbers(
         if drop or (name in given if given else name is not None):
             continue
         if name is None:
-            raise UserError("the label is empty", where=where, hint="write its class, or remove the row")
+            raise empty_label(where)
         known = f"the classes are {listed(given)}"
         if trained is not None:
             what = f"the label '{name}' was not seen in training"
@@ -173,6 +178,12 @@ def class_numbers(
                 hint=did_you_mean(lacking[0], others),
             )
     return classes, [None if name is None else numbers.get(name) for name in names]
+
+
+def empty_label(where: str) -> BadRowError:
+    """What is said of a row that has no class."""
+    hint = "write its class, or remove the row"
+    return BadRowError("the label is empty", reason="an empty label", where=where, hint=hint)
 
 
 def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:

@@ -47,6 +47,15 @@ class Example:
         """How many tokens are labels."""
         return int(self.is_label.sum())
 
+    def shortened(self, length: int) -> Example:
+        """The first ``length`` tokens of this row."""
+        return replace(
+            self,
+            tokens=self.tokens[:length],
+            is_label=self.is_label[:length],
+            prompt_length=min(self.prompt_length, length),
+        )
+
     def after(self, added: int, tokens: np.ndarray) -> Example:
         """This row as ``tokens``, the first ``added`` of which were put before it and are no labels.
 

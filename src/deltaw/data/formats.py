@@ -6,14 +6,25 @@ It knows the usual formats of fine-tuning data and nothing of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from deltaw.data.sources import Row, Rows
+from deltaw.data.bad_rows import BadRowError, Refuse, refuse
+from deltaw.data.messages import (
+    MALFORMED,
+    WRONG_TYPE,
+    Conversation,
+    Message,
+    conversation,
+    read_messages,
+    read_tools,
+    text_of,
+    without_nulls,
+)
+from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError, did_you_mean
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
-Message = dict[str, object]
 # Columns of labeled rows besides 'text' (see deltaw.data.classes).
 LABELLED_COLUMNS = ("label", "text_pair", "image")
 
@@ -43,21 +54,6 @@ class Pair:
         return Conversation(tuple(messages), (False,) * (len(messages) - 1) + (True,))
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Messages with ``role`` and ``content``; the last is the assistant's.
-
-    Attributes:
-        messages: the turns.
-        learned: for each turn, whether it may be a label.
-        trailing: turns after the assistant's last one, which were dropped.
-    """
-
-    messages: tuple[Message, ...]
-    learned: tuple[bool, ...]
-    trailing: int = 0
-
-
 Record = Text | Pair | Conversation
 
 
@@ -74,9 +70,9 @@ class Form:
 def forms() -> tuple[Form, ...]:
     """All formats, in the order in which they are tried."""
     return (
-        Form("messages", ("messages",), (), _read_messages),
-        Form("sharegpt", ("conversations",), ("system",), _read_sharegpt),
-        Form("prompt-completion", ("prompt", "completion"), ("system",), _read_pair),
+        Form("messages", ("messages",), ("tools",), _read_messages),
+        Form("sharegpt", ("conversations",), ("system", "tools"), _read_sharegpt),
+        Form("prompt-completion", ("prompt", "completion"), ("system", "tools"), _read_pair),
         Form("alpaca", ("instruction", "output"), ("input", "system"), _read_alpaca),
         Form("evals", ("input", "ideal"), (), _read_evals),
         Form("text", ("text",), (), _read_text),
@@ -89,7 +85,17 @@ def known_columns() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS]))
 
 
-def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
+class HasColumns(Protocol):
+    """A file, or several, of which the columns are known."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+
+def check_columns(rows: HasColumns, columns: Mapping[str, str]) -> None:
     """Raise a UserError if ``data.columns`` names a column that the file does not have."""
     for ours, theirs in columns.items():
         if theirs not in rows.columns:
@@ -100,7 +106,7 @@ def check_columns(rows: Rows, columns: Mapping[str, str]) -> None:
             )
 
 
-def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
+def choose_form(rows: HasColumns, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
     """The format of a file by its columns, or ``form``, if the file has its columns.
 
     Args:
@@ -128,39 +134,60 @@ def choose_form(rows: Rows, form: str = "auto", columns: Mapping[str, str] | Non
     return fitting[0]
 
 
-def unused_columns(rows: Rows, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
+def unused_columns(rows: HasColumns, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
     """Columns of the file that ``form`` does not read."""
     used = {columns.get(name, name) for name in form.needs + form.can_use}
     return tuple(column for column in rows.columns if column not in used)
 
 
-def read_records(rows: Rows, indices: Sequence[int], form: Form, columns: Mapping[str, str]) -> list[Record]:
-    """The rows at ``indices`` as records.
+def read_records(
+    rows: Rows,
+    indices: Sequence[int],
+    form: Form,
+    columns: Mapping[str, str],
+    on_bad: Refuse = refuse,
+) -> list[Record | None]:
+    """The rows at ``indices`` as records; None for one that ``on_bad`` was told of.
 
     Raises:
-        UserError: a row lacks a column, or a value has the wrong type; the message names the row, the key
+        BadRowError: a row lacks a column, or a value has the wrong type; the message names the row, the key
             and, in a conversation, the turn.
     """
-    records = []
-    for index in indices:
+    records: list[Record | None] = []
+    for place, index in enumerate(indices):
         _, row = rows[index]
-        if columns:
-            row = {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
-        where = rows.place(index)
-        for column in form.needs:
-            if row.get(column) is None:
-                found = "is empty (null)" if column in row else "is missing"
-                shown = columns.get(column, column)
-                raise UserError(
-                    f"'{shown}' {found}",
-                    where=where,
-                    hint=f"every row of the format '{form.name}' has {_list(form.needs)}",
-                )
-        records.append(form.read(row, where))
+        if rows.fills_nulls:
+            row = {column: without_nulls(value) for column, value in row.items()}
+        try:
+            records.append(read_record(row, form, columns, rows.place(index)))
+        except BadRowError as error:
+            on_bad(place, error)
+            records.append(None)
     return records
 
 
-def _no_form(rows: Rows, what: str, lacking: str | None) -> UserError:
+def read_record(row: Row, form: Form, columns: Mapping[str, str], where: str) -> Record:
+    """One row as a record.
+
+    Raises:
+        BadRowError: it lacks a column, or a value has the wrong type.
+    """
+    if columns:
+        row = {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+    for column in form.needs:
+        if row.get(column) is None:
+            found = "is empty (null)" if column in row else "is missing"
+            shown = columns.get(column, column)
+            raise BadRowError(
+                f"'{shown}' {found}",
+                reason=f"'{shown}' {found}",
+                where=where,
+                hint=f"every row of the format '{form.name}' has {_list(form.needs)}",
+            )
+    return form.read(row, where)
+
+
+def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
     known = known_columns()
     if lacking:
         hint = f"did you mean data.columns: {{{lacking}: …}}? "
@@ -181,74 +208,62 @@ def _list(names: Sequence[str]) -> str:
     return shown + (", …" if len(names) > 20 else "") if shown else "none"
 
 
-def _string(value: object, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise UserError(f"'{key}' must be text but is {kind}", where=where, hint="write it as a string")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"'{key}' holds half of a surrogate pair, which is not text",
-                where=where,
-                hint="write the whole character, or remove it",
-            ) from error
-    return value
-
-
 def _system(row: Row, where: str) -> str | None:
     value = row.get("system")
-    return None if value is None or value == "" else _string(value, "system", where)
+    return None if value is None or value == "" else text_of(value, "system", where)
 
 
 def _read_text(row: Row, where: str) -> Text:
-    return Text(_string(row["text"], "text", where))
+    return Text(text_of(row["text"], "text", where))
 
 
 def _read_pair(row: Row, where: str) -> Record:
     prompt, completion, system = row["prompt"], row["completion"], _system(row, where)
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return Pair(_string(prompt, "prompt", where), _string(completion, "completion", where), system)
+    tools = read_tools(row.get("tools"), where)
+    if not (tools or isinstance(prompt, list) or isinstance(completion, list)):
+        return Pair(text_of(prompt, "prompt", where), text_of(completion, "completion", where), system)
     if isinstance(prompt, list):
-        before = _messages(prompt, "prompt", where)
+        before = read_messages(prompt, "prompt", where)
     else:
-        before = [{"role": "user", "content": _string(prompt, "prompt", where)}]
+        before = [{"role": "user", "content": text_of(prompt, "prompt", where)}]
     if isinstance(completion, list):
-        after = _messages(completion, "completion", where)
+        after = read_messages(completion, "completion", where)
     else:
-        after = [{"role": "assistant", "content": _string(completion, "completion", where)}]
-    return _conversation(_with_system(system, before), after, where)
+        after = [{"role": "assistant", "content": text_of(completion, "completion", where)}]
+    return conversation(_with_system(system, before), after, where, tools)
 
 
 def _read_alpaca(row: Row, where: str) -> Conversation:
-    instruction = _string(row["instruction"], "instruction", where)
+    instruction = text_of(row["instruction"], "instruction", where)
     given = row.get("input")
-    given = "" if given is None else _string(given, "input", where)
+    given = "" if given is None else text_of(given, "input", where)
     question: Message = {
         "role": "user",
         "content": f"{instruction}\n\n{given}" if given.strip() else instruction,
     }
-    answer: Message = {"role": "assistant", "content": _string(row["output"], "output", where)}
-    return _conversation(_with_system(_system(row, where), [question]), [answer], where)
+    answer: Message = {"role": "assistant", "content": text_of(row["output"], "output", where)}
+    return conversation(_with_system(_system(row, where), [question]), [answer], where)
 
 
 def _read_evals(row: Row, where: str) -> Record:
     ideal = row["ideal"]
     if isinstance(ideal, list):
         if not ideal:
-            raise UserError("'ideal' is an empty list", where=where, hint="give at least one answer")
+            raise BadRowError(
+                "'ideal' is an empty list", reason="no answer", where=where, hint="give at least one answer"
+            )
         ideal = ideal[0]
-    answer = _string(ideal, "ideal", where)
+    answer = text_of(ideal, "ideal", where)
     if not isinstance(row["input"], list):
-        return Pair(_string(row["input"], "input", where), answer)
-    return _conversation(
-        _messages(row["input"], "input", where), [{"role": "assistant", "content": answer}], where
+        return Pair(text_of(row["input"], "input", where), answer)
+    return conversation(
+        read_messages(row["input"], "input", where), [{"role": "assistant", "content": answer}], where
     )
 
 
 def _read_messages(row: Row, where: str) -> Conversation:
-    return _conversation([], _messages(row["messages"], "messages", where), where)
+    tools = read_tools(row.get("tools"), where)
+    return conversation([], read_messages(row["messages"], "messages", where), where, tools)
 
 
 _SHAREGPT_ROLES = {
@@ -257,14 +272,17 @@ _SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",
 }
 
 
 def _read_sharegpt(row: Row, where: str) -> Conversation:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        raise UserError(
+        raise BadRowError(
             f"'conversations' must be a list but is a {type(turns).__name__}",
+            reason=WRONG_TYPE,
             where=where,
             hint='write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]',
         )
@@ -272,116 +290,30 @@ def _read_sharegpt(row: Row, where: str) -> Conversation:
     for number, turn in enumerate(turns, start=1):
         place = f"{where}, turn {number}"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise UserError(
+            raise BadRowError(
                 "a turn must be an object with 'from' and 'value'",
+                reason=MALFORMED,
                 where=place,
                 hint='write it as {"from": "human", "value": "…"}',
             )
-        speaker = _string(turn["from"], "from", place)
+        speaker = text_of(turn["from"], "from", place)
         if speaker not in _SHAREGPT_ROLES:
-            raise UserError(
+            raise BadRowError(
                 f"'{speaker}' is not a known speaker",
+                reason=MALFORMED,
                 where=place,
                 hint=did_you_mean(speaker, _SHAREGPT_ROLES),
             )
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": _string(turn["value"], "value", place)})
-    return _conversation([], _with_system(_system(row, where), messages), where)
+        message: Message = {
+            "role": _SHAREGPT_ROLES[speaker],
+            "content": text_of(turn["value"], "value", place),
+        }
+        if turn.get("weight") is not None:
+            message["weight"] = turn["weight"]
+        messages.append(message)
+    tools = read_tools(row.get("tools"), where)
+    return conversation([], _with_system(_system(row, where), messages), where, tools)
 
 
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system else messages
-
-
-_ROLES = ("system", "user", "assistant", "tool")
-
-
-def _messages(value: object, key: str, where: str) -> list[Message]:
-    """A list of messages, each with a known role and text as content; null keys are dropped."""
-    if not isinstance(value, list):
-        raise UserError(
-            f"'{key}' must be a list of messages but is a {type(value).__name__}",
-            where=where,
-            hint='write it as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
-        )
-    messages: list[Message] = []
-    for number, turn in enumerate(value, start=1):
-        place = f"{where}, turn {number}"
-        if not isinstance(turn, dict):
-            raise UserError(
-                f"a message must be an object but is a {type(turn).__name__}",
-                where=place,
-                hint="a message is " + '{"role": "user", "content": "…"}',
-            )
-        message: Message = {name: part for name, part in turn.items() if part is not None}
-        role = message.get("role")
-        if not isinstance(role, str) or role not in _ROLES:
-            hint = f": {did_you_mean(role, _ROLES)}" if isinstance(role, str) else ""
-            raise UserError(f"the role is {role!r}{hint}", where=place, hint=f"the roles are {_list(_ROLES)}")
-        if role == "assistant" and message.get("tool_calls"):
-            message.setdefault("content", "")
-        message["content"] = _string(message.get("content"), "content", place)
-        messages.append(message)
-    return messages
-
-
-def _conversation(before: list[Message], after: list[Message], where: str) -> Conversation:
-    """Join the context and the part that may be labels, and check the order of the turns."""
-    turns = before + after
-    _check_order(turns, where)
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
-    if last < len(before):
-        raise UserError(
-            "no turn is the assistant's, so there is no label",
-            where=where,
-            hint="end the conversation with a message of the role 'assistant'",
-        )
-    learned = tuple(
-        turn["role"] == "assistant" and i >= len(before) and turn.pop("weight", 1) != 0
-        for i, turn in enumerate(turns[: last + 1])
-    )
-    return Conversation(tuple(turns[: last + 1]), learned, trailing=len(turns) - last - 1)
-
-
-def _check_order(turns: Sequence[Message], where: str) -> None:
-    """System first or not at all, then user and assistant by turns; a tool answers the assistant."""
-    may_follow = {
-        None: ("system", "user"),
-        "system": ("user", "assistant"),
-        "user": ("assistant",),
-        "assistant": ("user", "tool"),
-        "tool": ("assistant", "tool"),
-    }
-    previous: str | None = None
-    for number, turn in enumerate(turns, start=1):
-        role = str(turn["role"])
-        if role not in may_follow[previous]:
-            after = f"cannot follow '{previous}'" if previous else "cannot begin a conversation"
-            allowed = " or ".join(f"'{name}'" for name in may_follow[previous])
-            raise UserError(
-                f"turn {number} is out of order: '{role}' {after}",
-                where=f"{where}, turn {number}",
-                hint=f"expected {allowed}",
-            )
-        previous = role
-
-
-def read_prompt(value: object, where: str) -> list[Message]:
-    """Messages that ask for an answer.
-
-    Raises:
-        UserError: they are not messages, are out of order, or end with the assistant's.
-    """
-    messages = _messages(value, "messages", where)
-    _check_order(messages, where)
-    if not messages or messages[-1]["role"] == "assistant":
-        raise UserError("there is no question to answer", where=where, hint="end with a message of the user")
-    return messages
-
-
-def without_blank_answers(conversation: Conversation) -> Conversation:
-    """The same, with empty answers of the assistant marked as no labels."""
-    learned = tuple(
-        may and bool(str(message["content"]).strip() or message.get("tool_calls"))
-        for may, message in zip(conversation.learned, conversation.messages, strict=True)
-    )
-    return replace(conversation, learned=learned)

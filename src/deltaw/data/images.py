@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
 from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
+from deltaw.data.mixture import shown
 from deltaw.data.pixels import ImageExample
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
@@ -33,8 +34,8 @@ def prepare_images(
         UserError: the data cannot be used; the message names the file and the row.
     """
     prepared = prepare_labelled(settings, None, _TASK, seed=seed, classes=classes)
-    encoder.check(prepared.train, settings.train)
-    encoder.check(prepared.held_out, prepared.report.held_out_source or settings.train)
+    encoder.check(prepared.train, shown(settings.train))
+    encoder.check(prepared.held_out, prepared.report.held_out_source or shown(settings.train))
     return prepared
 
 

@@ -49,16 +49,18 @@ def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def ending_of_prompts(rows: Iterable[Example]) -> list[int]:
     """The tokens that all prompts end with; empty where there are none, or rows without a prompt."""
-    return _common_ending([row.tokens[: row.prompt_length] for row in rows], LONGEST)
+    return _common_ending((row.tokens[: row.prompt_length] for row in rows), LONGEST)
 
 
-def _common_ending(sequences: Sequence[np.ndarray], most: int) -> list[int]:
+def _common_ending(sequences: Iterable[np.ndarray], most: int) -> list[int]:
     """The longest common ending of token sequences, of at most so many tokens."""
-    if not sequences:
+    ending: np.ndarray | None = None
+    for other in sequences:
+        ending = other[::-1][:most] if ending is None else ending[: common_prefix(ending, other[::-1])]
+        if not len(ending):
+            break
+    if ending is None:
         return []
-    ending = sequences[0][::-1][:most]
-    for other in sequences[1:]:
-        ending = ending[: common_prefix(ending, other[::-1])]
     return [int(token) for token in ending[::-1]]
 
 

@@ -7,18 +7,29 @@ knows neither models nor batches.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.classes import LabelColumns, class_name, class_numbers, find_columns, number
+from deltaw.data.bad_rows import BadRowError, BadRows
+from deltaw.data.chunk import LongRows
+from deltaw.data.classes import (
+    LabelColumns,
+    class_name,
+    class_numbers,
+    empty_label,
+    find_columns,
+    number,
+)
+from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pixels import ImageExample, image_rows, read_images
-from deltaw.data.prepare import too_long
 from deltaw.data.report import Report
+from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import Rows, read_rows
+from deltaw.data.sources import read_rows
 from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
 from deltaw.errors import UserError
 
@@ -68,13 +79,15 @@ AnyExample = LabelledExample | ImageExample
 class PreparedLabels:
     """Examples to train on, examples held out, the report on all rows, and the classes.
 
-    ``classes`` are in the order of the model's outputs; None for a regression.
+    ``classes`` are in the order of the model's outputs; None for a regression. ``skipped`` are rows that
+    cannot be used.
     """
 
     train: list[AnyExample]
     held_out: list[AnyExample]
     report: Report
     classes: tuple[str, ...] | None
+    skipped: BadRows
 
 
 def prepare_labelled(
@@ -99,7 +112,7 @@ def prepare_labelled(
     """
     reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
     rows, others = reader.open(settings.train)
-    check_group(rows, settings.group)
+    check_group(rows.name, rows.columns, settings.group)
     examples, kept, report = reader.read(rows, choose(len(rows), settings.rows, seed))
     found = reader.classes
     train, held_out, report = divide(
@@ -109,10 +122,10 @@ def prepare_labelled(
         settings,
         seed=seed,
         key=_key,
-        read_apart=lambda name: prepare_label_file(name, settings, tokenizer, task, found),
+        read_apart=lambda name: prepare_label_file(name, settings, tokenizer, task, found, reader.bad),
     )
-    _check_variety(train, found, settings.train)
-    return PreparedLabels(train, held_out, _with_counts(report, train, found), found)
+    _check_variety(train, found, shown(settings.train))
+    return PreparedLabels(train, held_out, _with_counts(report, train, found), found, reader.bad)
 
 
 def prepare_label_file(
@@ -121,16 +134,18 @@ def prepare_label_file(
     tokenizer: PreTrainedTokenizerBase | None,
     task: str,
     classes: Sequence[str] | None,
+    bad: BadRows | None = None,
 ) -> tuple[list[AnyExample], Report]:
     """Read one file as evaluation data, with all its rows, duplicates included.
 
     Args:
         classes: of the model that is evaluated, in the order of its outputs; None for a regression.
+        bad: also told of rows that cannot be used.
 
     Raises:
         UserError: the data cannot be used, or a label is none of the classes; the message names file and row.
     """
-    reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes))
+    reader = _Reader(settings, tokenizer, task, None if classes is None else tuple(classes), bad)
     rows, others = reader.open(reference)
     examples, _, report = reader.read(rows, range(len(rows)))
     report = evaluated(examples, replace(report, other_files=others), _key)
@@ -146,20 +161,48 @@ class _Reader:
         tokenizer: PreTrainedTokenizerBase | None,
         task: str,
         classes: tuple[str, ...] | None,
+        bad: BadRows | None = None,
     ) -> None:
+        if settings.long_rows == "split":
+            raise UserError(
+                "a labeled row cannot be divided: its label is one of all of it",
+                where="data.long_rows: split",
+                hint="set it to cut or drop",
+            )
+        self.bad = BadRows(settings.bad_rows) if bad is None else bad
+        self._known: Counter[str] = Counter()
         self.settings = settings
         self.tokenizer = tokenizer
         self.task = task
         self.classes = classes
 
-    def open(self, reference: str) -> tuple[Rows, int]:
+    def open(self, train: Train) -> tuple[Rows, int]:
         """The rows, and how many files of an image folder are not images."""
-        return image_rows(reference) if self.task == "image-classification" else (read_rows(reference), 0)
+        found = []
+        self._known = self.bad.counts.copy()
+        on_bad = self.bad.add_unreadable if self.bad.mode == "skip" else None
+        for source in sources_of(train):
+            if source.weight != 1 or source.columns is not None or source.form is not None:
+                raise UserError(
+                    "a source of labeled rows has no weight, columns or form of its own",
+                    where=f"data.train, {source.reference}",
+                    hint="name the sources alone: data.train: [a.csv, b.csv]",
+                )
+            is_image = self.task == "image-classification"
+            if is_image:
+                found.append(image_rows(source.reference, on_bad))
+            else:
+                found.append((read_rows(source.reference, on_bad), 0))
+        if len(found) == 1:
+            return found[0]
+        return Rows.joined(shown(train), [rows for rows, _ in found]), sum(others for _, others in found)
 
     def read(self, rows: Rows, chosen: Sequence[int]) -> tuple[list[AnyExample], list[int], Report]:
         """The usable rows among ``chosen`` as examples, their indices in ``rows``, and the report."""
         columns = find_columns(rows, self.settings, self.task)
-        labels = self._labels(rows, chosen, columns)
+        unreadable = len(self.bad) - self._known.total()
+        chosen_rows = len(chosen)
+        chosen, labels = self._labels(rows, chosen, columns)
         pairs = [(index, label) for index, label in zip(chosen, labels, strict=True) if label is not None]
         if not pairs:
             raise _nothing_left(rows, 0)
@@ -169,31 +212,72 @@ class _Reader:
             source=rows.name,
             form="labeled images",
             template="",
-            rows_read=len(rows),
+            rows_read=len(rows) + unreadable,
             rows_kept=len(usable),
-            not_chosen=len(rows) - len(chosen),
+            not_chosen=len(rows) - chosen_rows,
             other_classes=len(chosen) - len(usable),
             unused_columns=tuple(column for column in rows.columns if column not in used),
         )
-        if self.task != "image-classification":
-            return self._texts(rows, usable, [label for _, label in pairs], columns, report)
-        images = read_images(rows, usable, columns, [int(label) for _, label in pairs])
+        kept = [label for _, label in pairs]
+        if self.task == "image-classification":
+            examples, usable, report = self._images(rows, usable, kept, columns, report)
+        else:
+            examples, usable, report = self._texts(rows, usable, kept, columns, report)
+        return examples, usable, replace(report, bad_rows=dict(self.bad.counts - self._known))
+
+    def _images(
+        self,
+        rows: Rows,
+        usable: Sequence[int],
+        labels: Sequence[int | float],
+        columns: LabelColumns,
+        report: Report,
+    ) -> tuple[list[AnyExample], list[int], Report]:
+        numbers = [int(label) for label in labels]
+        found = read_images(rows, usable, columns, numbers, lambda k, e: self._skip(rows, usable[k], e))
+        images = [image for image in found if image is not None]
+        if not images:
+            raise _nothing_left(rows, 0)
+        kept = [index for index, image in zip(usable, found, strict=True) if image is not None]
         sizes = np.array([image.size for image in images])
         if (sizes != sizes[0]).any():
             low, high = sizes.min(0).tolist(), sizes.max(0).tolist()
             report = replace(report, image_sizes=(low[0], low[1], high[0], high[1]))
-        return list(images), usable, report
+        return list(images), kept, replace(report, rows_kept=len(images))
 
-    def _labels(self, rows: Rows, chosen: Sequence[int], columns: LabelColumns) -> list[int | float | None]:
-        values = [rows[index][1].get(columns.label) for index in chosen]
-        places = [rows.place(index) for index in chosen]
+    def _labels(
+        self, rows: Rows, chosen: Sequence[int], columns: LabelColumns
+    ) -> tuple[list[int], list[int | float | None]]:
+        """The rows at ``chosen`` that have a label, and their labels; None for a class that is not wanted."""
+        kept: list[int] = []
+        names: list[str | None] = []
+        numbers: list[int | float | None] = []
+        given = self.classes if self.classes is not None else self.settings.classes
+        drop = bool(given) and self.settings.other_classes == "drop"
+        for index in chosen:
+            value, where = rows[index][1].get(columns.label), rows.place(index)
+            try:
+                if self.task == "regression":
+                    numbers.append(number(value, columns.label, where))
+                else:
+                    name = class_name(value, columns.label, where)
+                    if name is None and self.bad.mode == "skip" and not drop:
+                        raise empty_label(where)
+                    names.append(name)
+            except BadRowError as error:
+                self._skip(rows, index, error)
+                continue
+            kept.append(index)
         if self.task == "regression":
-            return [number(v, columns.label, where) for v, where in zip(values, places, strict=True)]
-        names = [class_name(v, columns.label, where) for v, where in zip(values, places, strict=True)]
-        self.classes, numbers = class_numbers(
+            return kept, numbers
+        places = [rows.place(index) for index in kept]
+        self.classes, classes = class_numbers(
             names, places, self.settings, source=rows.name, trained=self.classes
         )
-        return list(numbers)
+        return kept, list(classes)
+
+    def _skip(self, rows: Rows, index: int, error: BadRowError) -> None:
+        self.bad.add(error, rows[index][1])
 
     def _texts(
         self,
@@ -207,36 +291,45 @@ class _Reader:
         tokenize = _Tokenizing(self.tokenizer, limit, columns)
         examples: list[AnyExample] = []
         kept: list[int] = []
-        long: list[tuple[int, int]] = []
+        long = LongRows()
         cut = tokens_cut = 0
         for start in range(0, len(usable), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            texts = [tokenize.texts(rows, index) for index in usable[part]]
-            tokens = tokenize(texts)
-            for index, label, text, (ids, segments) in zip(
-                usable[part], labels[part], texts, tokens, strict=True
+            texts: list[tuple[int, int | float, tuple[str, ...]]] = []
+            for index, label in zip(
+                usable[start : start + _CHUNK], labels[start : start + _CHUNK], strict=True
             ):
+                try:
+                    texts.append((index, label, tokenize.texts(rows, index)))
+                except BadRowError as error:
+                    self._skip(rows, index, error)
+            tokens = tokenize([text for _, _, text in texts]) if texts else []
+            for (index, label, text), (ids, segments) in zip(texts, tokens, strict=True):
                 if len(ids) > limit:
-                    long.append((index, len(ids)))
+                    long.add(rows.place(index), len(ids))
                     if long_rows != "cut":
                         continue
                     cut, tokens_cut = cut + 1, tokens_cut + len(ids) - limit
                     ids, segments = tokenize([text], cut=True)[0]
                 if not len(ids):
-                    raise UserError("the text is empty", where=rows.place(index), hint="remove the row")
+                    where = rows.place(index)
+                    empty = BadRowError(
+                        "the text is empty", reason="an empty text", where=where, hint="remove the row"
+                    )
+                    self._skip(rows, index, empty)
+                    continue
                 examples.append(LabelledExample(rows.number(index), ids, label, segments))
                 kept.append(index)
-        if long and long_rows == "error":
-            raise too_long(rows, long, limit)
+        if long.count and long_rows == "error":
+            raise long.error(limit, can_split=False)
         if not examples:
-            raise _nothing_left(rows, len(long))
+            raise _nothing_left(rows, long.count)
         report = replace(
             report,
             form="labeled pairs of texts" if columns.text_pair else "labeled text",
             rows_kept=len(examples),
             cut=cut,
             tokens_cut=tokens_cut,
-            dropped_long=len(long) if long_rows == "drop" else 0,
+            dropped_long=long.count if long_rows == "drop" else 0,
         )
         return examples, kept, report
 
@@ -267,8 +360,9 @@ class _Tokenizing:
             if not isinstance(row.get(column), str):
                 value = row.get(column)
                 kind = "null" if value is None else f"a {type(value).__name__}"
-                raise UserError(
+                raise BadRowError(
                     f"'{column}' must be text but is {kind}",
+                    reason="a value of the wrong type",
                     where=rows.place(index),
                     hint="write it as a string, or remove the row",
                 )
@@ -314,7 +408,8 @@ def _check_variety(train: Sequence[AnyExample], classes: tuple[str, ...] | None,
 
 def _nothing_left(rows: Rows, dropped: int) -> UserError:
     return UserError(
-        f"no row is left to train on: {dropped:,} are too long, and the others are of other classes",
+        f"no row is left to train on: {dropped:,} are too long, and the others are of other classes or "
+        "cannot be used",
         where=rows.name,
         hint="raise data.max_length, or check data.classes",
     )

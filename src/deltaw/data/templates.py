@@ -1,66 +1,65 @@
 """Records become tokens, with a mask that says which of them are labels.
 
-There are two renderings: the tokenizer's chat template, and plain text. A chat template is arbitrary code, so
-its output is checked. For every answer that is a label, the prompt rendered alone must be a prefix of the
-whole, in text and in tokens, and the answer must be where the mask says. Otherwise the row is refused. Labels
-are found by position; no token is masked because of its value. This module does not know files, length limits
+There are two renderings: the tokenizer's chat template, and plain text. Labels are found by position: what
+precedes an answer is rendered and tokenized alone, as it is when a model is to write the answer, and these
+tokens are no labels. No token is masked because of its value. This module does not know files, length limits
 or batches.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import jinja2
-
-from deltaw.data.formats import Conversation, Message, Pair, Record, Text, without_blank_answers
+from deltaw.data.bad_rows import BadRowError, Refuse, refuse
+from deltaw.data.chat import Answer, ChatRenderer
+from deltaw.data.chat_template import asks_for_date, todays_date
+from deltaw.data.formats import Pair, Record, Text
+from deltaw.data.messages import Conversation, Message, without_blank_answers
+from deltaw.data.plain import PlainPart, plain_context, plain_parts
+from deltaw.data.unroll import fewest
 from deltaw.errors import UserError
+from deltaw.hub.terminators import turn_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TemplateName = Literal["auto", "chat", "plain"]
 LabelsName = Literal["all-turns", "last"]
-_REFUSED_HINT = (
-    "set data.labels: last to train on the last answer only, set data.template: plain to do without the "
-    "template, or correct it"
-)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A record's tokens.
+    """The tokens of a record, or of some turns of it.
 
     Attributes:
         tokens: token ids, up to the end of the last completion.
         spans: half-open ranges of labels in ``tokens``.
         prompt_length: tokens before the last completion.
         answer: the last completion without end marks; None for plain text.
+        turns: of a conversation, for each of ``spans`` its place among the messages.
     """
 
     tokens: list[int]
     spans: list[tuple[int, int]]
     prompt_length: int
     answer: str | None
+    turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A conversation with the renderings that are needed to find its labels."""
+    """A conversation with its answers, each of which is tokenized twice: without and with its prompt."""
 
     conversation: Conversation
-    turns: list[int]
-    prompts: list[str]
-    ends: list[str]
+    answers: list[Answer]
     where: str
 
     @property
     def texts(self) -> list[str]:
-        """Prompts and ends, alternating; the last end is the whole conversation."""
-        return [text for pair in zip(self.prompts, self.ends, strict=True) for text in pair]
+        return [text for answer in self.answers for text in (answer.prompt, answer.prompt + answer.said)]
 
 
 class Encoder:
@@ -70,6 +69,7 @@ class Encoder:
         tokenizer: of the model to be trained.
         template: "chat", "plain", or "auto": chat if the tokenizer has a template.
         labels: "all-turns" makes every answer of the assistant a label, "last" the last one only.
+        date: what templates that ask for the current date are told, as 2026-01-31; None for today's.
 
     Raises:
         UserError: "chat" is asked for, and the tokenizer has no template.
@@ -80,64 +80,102 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         template: TemplateName = "auto",
         labels: LabelsName = "all-turns",
+        date: str | None = None,
     ) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
             raise UserError(
                 "the model's tokenizer has no chat template",
                 where="data.template: chat",
-                hint="set data.template: plain, or use the instruction-tuned model",
+                hint="set data.template: plain, name a file in data.chat_template, or use the "
+                "instruction-tuned model",
             )
         self.chat = has_template if template == "auto" else template == "chat"
         self.labels = labels
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        special = {number for number, token in added.items() if token.special} | set(
-            tokenizer.all_special_ids
-        )
+        special = {number for number, token in added.items() if token.special}
+        special |= {*tokenizer.all_special_ids, *turn_ends(tokenizer)}
         self._special_ids = frozenset(special)
         texts = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special))}
-        self._special_texts = tuple(sorted(texts - {""}, key=len, reverse=True))
         self._leading = _leading_tokens(tokenizer)
+        self._date = date or todays_date()
+        marks = tuple(sorted(texts - {""}, key=len, reverse=True))
+        self._renderer = ChatRenderer(tokenizer, marks, self._date)
 
     @property
     def template(self) -> str:
         """The rendering in use, "chat" or "plain"."""
         return "chat" if self.chat else "plain"
 
-    def encode(self, records: Sequence[Record], places: Sequence[str]) -> list[Encoded]:
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The tokens that begin every plain text, such as BOS."""
+        return tuple(self._leading)
+
+    @property
+    def dated(self) -> str | None:
+        """The date that the template writes into rows; None if it writes none."""
+        return self._date if self.chat and asks_for_date(str(self._tokenizer.chat_template)) else None
+
+    @property
+    def identity(self) -> str:
+        """A hash of what the tokens of a record depend on, besides the tokenizer's vocabulary."""
+        parts = [self.template, self.labels, str(self.dated), repr(self._leading), str(self._special_ids)]
+        parts.append(repr(self._tokenizer.chat_template) if self.chat else "")
+        parts.append(str(self._tokenizer.eos_token_id))
+        return hashlib.blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+    def encode(
+        self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse = refuse
+    ) -> list[list[Encoded]]:
         """Encode records; ``places`` says where each of them is, for messages.
 
+        Returns:
+            for each record its tokens, in order: several if the template renders earlier turns differently
+            once more turns follow, none for a record that is None or that ``on_bad`` was told of.
+
         Raises:
-            UserError: the template does not render a record, or its labels cannot be found.
+            BadRowError: the template does not render a record, or its labels cannot be found.
         """
         drafts: dict[int, _Draft] = {}
-        pieces: dict[int, list[_Piece]] = {}
+        parts: dict[int, list[PlainPart]] = {}
         for index, (record, where) in enumerate(zip(records, places, strict=True)):
-            if isinstance(record, Pair) and self.chat:
-                record = record.conversation()
-            if isinstance(record, Conversation) and self.chat:
-                drafts[index] = self._draft(without_blank_answers(record), where)
-            else:
-                pieces[index] = _plain_pieces(record, where)
+            try:
+                if isinstance(record, Pair) and self.chat:
+                    record = record.conversation()
+                if isinstance(record, Conversation) and self.chat:
+                    drafts[index] = self._draft(without_blank_answers(record), where)
+                elif record is not None:
+                    parts[index] = plain_parts(record, where)
+            except BadRowError as error:
+                on_bad(index, error)
         texts = [text for draft in drafts.values() for text in draft.texts]
-        texts += [piece.text for parts in pieces.values() for piece in parts]
+        texts += [part.text for found in parts.values() for part in found]
         tokens = iter(self._tokenize(texts))
-        encoded: dict[int, Encoded] = {}
+        encoded: list[list[Encoded]] = [[] for _ in records]
         for index, draft in drafts.items():
-            encoded[index] = self._finish(draft, [next(tokens) for _ in draft.texts])
-        for index, parts in pieces.items():
-            encoded[index] = self._join(parts, [next(tokens) for _ in parts], records[index])
-        return [encoded[index] for index in range(len(records))]
+            rendered = [next(tokens) for _ in draft.texts]
+            try:
+                encoded[index] = self._finish(draft, rendered)
+            except BadRowError as error:
+                on_bad(index, error)
+        for index, found in parts.items():
+            encoded[index] = [self._join(found, [next(tokens) for _ in found], records[index])]
+        return encoded
 
     def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """The tokens of ``prompt``, rendered as in training, for a model to answer."""
         if self.chat:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            return self._tokenize([self._render(prompt, "the prompt", generation=True)])[0]
-        text = prompt if isinstance(prompt, str) else _plain_context(prompt)
+            return self._tokenize([self._renderer.render(prompt, "the prompt", generation=True)])[0]
+        text = prompt if isinstance(prompt, str) else plain_context(prompt)
         return self._with_leading(self._tokenize([text])[0])
+
+    def without_marks(self, answer: str) -> str:
+        """An answer without the special tokens that close it."""
+        return self._renderer.without_marks(answer)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -149,121 +187,72 @@ class Encoder:
 
     # The chat template
 
-    def _render(self, messages: Sequence[Message], where: str, generation: bool) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-                list(messages),  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise UserError(
-                f"the model's chat template does not accept this conversation: {error}",
-                where=where,
-                hint="change the conversation, or set data.template: plain",
-            ) from error
-
     def _draft(self, conversation: Conversation, where: str) -> _Draft:
-        """Render prompts and ends, and check the texts."""
-        messages = conversation.messages
-        last = len(messages) - 1
-        learned = [turn for turn in range(last) if conversation.learned[turn] and self.labels == "all-turns"]
-        turns = [*learned, last]
-        prompts = [self._render(messages[:turn], where, generation=True) for turn in turns]
-        ends = [self._render(messages[: turn + 1], where, generation=False) for turn in turns]
-        for turn, prompt, end in zip(turns, prompts, ends, strict=True):
-            if not end.startswith(prompt):
-                raise _refused(
-                    f"the prompt before turn {turn + 1} is not a prefix of the rendered turn", where
-                )
-        for number, message in enumerate(messages, start=1):
-            if message["role"] != "assistant" and not _shows(ends[-1], str(message["content"])):
-                raise _refused(f"it omits the content of turn {number} ('{message['role']}')", where)
-        return _Draft(conversation, turns, prompts, ends, where)
+        answers = self._renderer.answers(conversation, where, only_last=self.labels == "last")
+        return _Draft(conversation, answers, where)
 
-    def _finish(self, draft: _Draft, tokens: list[list[int]]) -> Encoded:
-        """Find the labels by the tokens of the renderings, and check the tokens."""
-        prompts, ends = tokens[0::2], tokens[1::2]
-        whole = ends[-1]
-        spans: list[tuple[int, int]] = []
-        for k, turn in enumerate(draft.turns):
-            start = len(prompts[k])
-            through = self._through_end(draft, k, start, ends[k])
-            if through[:start] != prompts[k]:
-                raise _refused(f"the tokens of the prompt change when turn {turn + 1} follows", draft.where)
-            if turn == draft.turns[-1]:
-                whole = through
-            elif whole[: len(through)] != through:
-                raise _refused(f"it renders turn {turn + 1} differently once more turns follow", draft.where)
-            if draft.conversation.learned[turn]:
-                spans.append((start, len(through)))
-        answer = str(draft.conversation.messages[-1]["content"])
-        return Encoded(whole, spans, len(prompts[-1]), self._without_marks(answer))
+    def _finish(self, draft: _Draft, tokens: list[list[int]]) -> list[Encoded]:
+        """Divide the answers among as few examples as their contexts allow, and check them."""
+        prompts = tokens[0::2]
+        wholes = [
+            self._with_prompt(draft, answer, prompt, whole)
+            for answer, prompt, whole in zip(draft.answers, prompts, tokens[1::2], strict=True)
+        ]
+        found: list[Encoded] = []
+        for group in fewest(wholes):
+            last = draft.answers[group[-1]]
+            if last is not draft.answers[-1]:
+                self._renderer.check_context(last, draft.conversation, draft.where)
+            learned = [n for n in group if draft.answers[n].learned]
+            spans = [(len(prompts[n]), len(wholes[n])) for n in learned]
+            turns = tuple(draft.answers[n].turn for n in learned)
+            found.append(Encoded(wholes[group[-1]], spans, len(prompts[group[-1]]), last.text, turns))
+        return found
 
-    def _through_end(self, draft: _Draft, k: int, start: int, tokens: list[int]) -> list[int]:
-        """The tokens up to the end mark of turn ``draft.turns[k]``, included.
+    def _with_prompt(self, draft: _Draft, answer: Answer, prompt: list[int], whole: list[int]) -> list[int]:
+        """The tokens of a prompt and its answer, through the end of the turn.
 
-        The end mark is the first of the special tokens that close the turn, with only white space between
-        them: ``<|im_end|>`` in ChatML, ``<|end|>`` if a template writes ``<|end|><|endoftext|>``.
+        The prompt's tokens are those of the prompt alone: that is what the model will be given.
         """
-        turn = draft.turns[k]
-        message = draft.conversation.messages[turn]
-        said = draft.ends[k][len(draft.prompts[k]) :]
-        body, marks = self._peel(said)
-        content = self._peel(str(message["content"]))[0]
-        called = bool(message.get("tool_calls"))
-        ends_with_answer = _shows_calls(body, message) if called else _ends_with(body, content)
-        special = [i for i in range(start, len(tokens)) if tokens[i] in self._special_ids]
-        if marks:
-            if draft.conversation.learned[turn] and not ends_with_answer:
-                raise _refused(f"it changes the answer in turn {turn + 1}", draft.where)
-            if marks > len(special):
-                raise _refused(f"the end of turn {turn + 1} is not found in the tokens", draft.where)
-            return tokens[: special[-marks] + 1]
-        if not ends_with_answer and (special or not self._heeds_generation(draft, turn)):
-            raise _refused(f"it adds text after the answer in turn {turn + 1}", draft.where)
-        tokens = self._tokenize([draft.prompts[k] + said.rstrip()])[0]
-        return self._with_eos(tokens) if k == len(draft.turns) - 1 else tokens
+        if whole[: len(prompt)] != prompt:
+            text = answer.prompt + answer.said
+            whole = prompt + self._tokenize([answer.said])[0]
+            if self._text(whole) != self._text(self._tokenize([text])[0]):
+                what = f"the tokens of the prompt change when turn {answer.turn + 1} follows"
+                raise _not_found(what, draft)
+        if not answer.ended:
+            return self._with_eos(whole)
+        if answer.said and whole[-1] not in self._special_ids:
+            raise _not_found(f"the end of turn {answer.turn + 1} is not found in the tokens", draft)
+        return whole
 
-    def _heeds_generation(self, draft: _Draft, turn: int) -> bool:
-        """Whether the template renders the prompt for an answer only on request."""
-        before = self._render(draft.conversation.messages[:turn], draft.where, generation=False)
-        return before != draft.prompts[draft.turns.index(turn)]
-
-    def _peel(self, text: str) -> tuple[str, int]:
-        """Text without the special tokens that close it, and their number."""
-        text, marks = text.rstrip(), 0
-        while text.endswith(self._special_texts):
-            mark = next(special for special in self._special_texts if text.endswith(special))
-            text, marks = text[: -len(mark)].rstrip(), marks + 1
-        return text, marks
-
-    def _without_marks(self, answer: str) -> str:
-        text, marks = self._peel(answer)
-        return text if marks else answer
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     # Plain text
 
-    def _join(self, pieces: list[_Piece], tokens: list[list[int]], record: Record) -> Encoded:
+    def _join(self, parts: list[PlainPart], tokens: list[list[int]], record: Record | None) -> Encoded:
         joined: list[int] = []
         spans: list[tuple[int, int]] = []
+        turns: list[int] = []
         prompt_length = 0
-        for number, (piece, ids) in enumerate(zip(pieces, tokens, strict=True)):
+        for number, (part, ids) in enumerate(zip(parts, tokens, strict=True)):
             if number == 0:
                 ids = self._with_leading(ids)
             start = len(joined)
-            joined += self._with_eos(ids) if piece.completion else ids
-            if not piece.completion:
+            joined += self._with_eos(ids) if part.completion else ids
+            if not part.completion:
                 continue
             prompt_length = start
-            last = number == len(pieces) - 1
-            if piece.learned and (last or self.labels == "all-turns"):
+            last = number == len(parts) - 1
+            if part.learned and (last or self.labels == "all-turns"):
                 # Nothing precedes the first token, so it is never predicted.
                 spans.append((max(start, 1), len(joined)))
-        if isinstance(record, Text):
+                turns += [] if part.turn is None else [part.turn]
+        if record is None or isinstance(record, Text):
             return Encoded(joined, spans, 0, None)
         answer = record.completion if isinstance(record, Pair) else str(record.messages[-1]["content"])
-        return Encoded(joined, spans, prompt_length, self._without_marks(answer))
+        return Encoded(joined, spans, prompt_length, self.without_marks(answer), tuple(turns))
 
     def _with_leading(self, tokens: list[int]) -> list[int]:
         """With the tokens that the tokenizer adds before any text, such as BOS, once."""
@@ -272,41 +261,6 @@ class Encoder:
     def _with_eos(self, tokens: list[int]) -> list[int]:
         eos = self._tokenizer.eos_token_id
         return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A piece of plain text that is tokenized on its own."""
-
-    text: str
-    completion: bool
-    learned: bool
-
-
-def _plain_pieces(record: Record, where: str) -> list[_Piece]:
-    if isinstance(record, Text):
-        return [_Piece(record.text, completion=True, learned=bool(record.text.strip()))]
-    if isinstance(record, Pair):
-        prompt = f"{record.system}\n{record.prompt}" if record.system else record.prompt
-        learned = bool(record.completion.strip())
-        return [_Piece(prompt, False, False), _Piece(record.completion, True, learned)]
-    pieces: list[_Piece] = []
-    context: list[Message] = []
-    record = without_blank_answers(record)
-    for message, learned in zip(record.messages, record.learned, strict=True):
-        if message.get("tool_calls"):
-            raise UserError("tool calls need a chat template", where=where, hint="set data.template: chat")
-        if message["role"] != "assistant":
-            context.append(message)
-            continue
-        pieces.append(_Piece(_plain_context(context), False, False))
-        pieces.append(_Piece(str(message["content"]), True, learned))
-        context = []
-    return pieces
-
-
-def _plain_context(messages: Sequence[Message]) -> str:
-    return "".join(f"{message['content']}\n" for message in messages)
 
 
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -319,33 +273,10 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def _ends_with(text: str, content: str) -> bool:
-    """Whether ``text`` ends with ``content``, ignoring white space, which templates trim."""
-    return text.endswith(content.strip()) or _squeeze(text).endswith(_squeeze(content))
-
-
-def _shows(text: str, content: str) -> bool:
-    """Whether ``text`` contains ``content``: as it is, ignoring white space, or as a JSON string."""
-    if content.strip() in text or _squeeze(content) in _squeeze(text):
-        return True
-    return json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text
-
-
-def _shows_calls(text: str, message: Message) -> bool:
-    """Whether an answer with tool calls is rendered with its text and the names of the tools."""
-    calls = message["tool_calls"] if isinstance(message["tool_calls"], list) else []
-    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
-    names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
-    return (
-        _shows(text, str(message["content"])) and bool(names) and all(name and name in text for name in names)
-    )
-
-
-def _refused(what: str, where: str) -> UserError:
-    return UserError(
-        f"the labels cannot be found with the model's chat template: {what}", where=where, hint=_REFUSED_HINT
+def _not_found(what: str, draft: _Draft) -> BadRowError:
+    return BadRowError(
+        f"the labels cannot be found with the model's chat template: {what}",
+        reason="labels not found with the chat template",
+        where=draft.where,
+        hint="set data.template: plain to do without the template, or data.chat_template to one of your own",
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deltaw.config import RunConfig
+from deltaw.data.mixture import references
 from deltaw.data.settings import held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
@@ -78,9 +79,9 @@ class ExperimentFolder:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2)
         write_text(self.path / name, text + "\n")
 
-    def remove_unfinished(self, run: Path) -> None:
+    def remove(self, run: Path) -> None:
         """Delete an incomplete run inside this folder."""
-        if run.is_dir() and run.parent == self.path:
+        if run.is_dir() and self.path in run.parents:
             shutil.rmtree(run)
 
     def close(self, *, discard: bool = False) -> None:
@@ -144,9 +145,12 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
             {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         )
         flat |= {key: v for key, v in entries.items() if key not in without}
+    trained_on = references(config.data.train)
+    several = trained_on if len(trained_on) > 1 else []
     for key, reference in {
+        "the file data.train": None if several else trained_on[0],
         "the model's files": config.model,
-        "the file data.train": config.data.train,
+        **{f"the file {file}": file for file in several},
         "the file data.eval": held_out_reference(config.data.eval),
     }.items():
         if reference is not None and (content := content_of(reference)):

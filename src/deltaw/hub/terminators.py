@@ -6,8 +6,13 @@ often not the tokenizer's ``eos``. A generation that watches only one of them do
 
 from __future__ import annotations
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 # The tokens with which published chat models end a turn or a document.
 _ENDS = (
@@ -39,6 +44,25 @@ def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | No
         if tokenizer.eos_token_id is not None:
             found.add(int(tokenizer.eos_token_id))
         # Only tokens that are matched whole in a text: an ordinary vocabulary entry is no terminator.
-        added = tokenizer.get_added_vocab()
-        found.update(added[end] for end in _ENDS if end in added)
+        found.update(turn_ends(tokenizer))
+    return sorted(found)
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of published end-of-turn and end-of-document tokens that the tokenizer knows as one added
+    token."""
+    added = tokenizer.get_added_vocab()
+    return sorted(added[end] for end in _ENDS if end in added)
+
+
+def terminators_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As :func:`terminators`, for a model whose weights are not loaded, by the files in its folder."""
+    found = set(terminators(None, tokenizer))
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        declared = settings.get("eos_token_id")
+        if declared is not None:
+            found.update([declared] if isinstance(declared, int) else declared)
     return sorted(found)

@@ -1,16 +1,19 @@
-"""What a person sees of a run: its lines, and its progress as a bar on a terminal or as lines elsewhere."""
+"""What a person sees of a run while it goes on: a header and a live line on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
+from deltaw.host.choices import Choice
 from deltaw.host.memory import resident_bytes
 from deltaw.memory.plan import Plan
+from deltaw.reports.header import run_header
+from deltaw.reports.live import LiveLine, clock
 from deltaw.reports.plan import plan_lines
-from deltaw.training.callbacks import Callback
+from deltaw.training.callbacks import Callback, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Outcome, Step, TrainState
 
@@ -21,64 +24,84 @@ SMOOTHING = 0.9
 
 
 class TerminalCallback(Callback):
-    """Shows a run on a console: its choices and its plan; while it trains, the loss (a running mean), tokens
-    per second, the time left and the process's resident memory."""
+    """Shows a run on a console.
+
+    On a terminal: notes as they come, one table with all that was chosen, and while it trains one line with
+    the loss and its running mean, tokens per second, memory now and planned, and the time left. Elsewhere
+    each of these is a line of text.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._total = 0
-        self._loss: float | None = None
+        self._line = LiveLine(0)
+        self._live: Live | None = None
+        self._plan: tuple[Plan, int] | None = None
+        self._mean: float | None = None
         self._tokens = 0
         self._seconds = 0.0
+        self._steps = 0
         self._said = time.monotonic()
-        self._bar: Progress | None = None
 
     def on_line(self, line: str) -> None:
         self.console.print(line, highlight=False)
 
+    def on_choice(self, name: str, choice: Choice) -> None:
+        if not self.console.is_terminal:  # a terminal has them in the header
+            super().on_choice(name, choice)
+
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
-        for line in plan_lines(plan, limit_bytes):
-            self.on_line(line)
+        self._plan = (plan, limit_bytes)
+        if not self.console.is_terminal or plan.peak_resident_bytes > limit_bytes:
+            for line in plan_lines(plan, limit_bytes):
+                self.on_line(line)
+
+    def on_start(self, start: RunStart) -> None:
+        if self.console.is_terminal:
+            plan, limit = self._plan or (None, None)
+            self.console.print(run_header(start, plan, limit, self.console.width), soft_wrap=False)
 
     def on_begin(self, state: TrainState) -> None:
-        self._total = state.total_steps
+        planned = None if self._plan is None else self._plan[0].peak_resident_bytes
+        self._line = LiveLine(state.total_steps, state.step, planned=planned)
         self._said = time.monotonic()
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TextColumn("left"),
-                TimeRemainingColumn(compact=True),
-                console=self.console,
-            )
-            self._bar.add_task("", total=self._total, completed=state.step, facts="")
-            self._bar.start()
+            self._live = Live(self._line, console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
 
     def on_step(self, step: Step) -> None:
-        self._loss = step.loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * step.loss
+        line = self._line
+        self._mean = step.loss if self._mean is None else SMOOTHING * self._mean + (1 - SMOOTHING) * step.loss
         self._tokens += step.tokens
         self._seconds += step.seconds
-        facts = (
-            f"loss {self._loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s"
-            f"  {resident_bytes() / 1e9:.2f} GB"
-        )
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step.step, facts=facts)
+        self._steps += 1
+        line.step, line.loss, line.mean = step.step, step.loss, self._mean
+        line.tokens_per_second = self._tokens / self._seconds if self._seconds else None
+        line.memory = resident_bytes()
+        line.left = self._seconds / self._steps * (line.total - step.step)
+        if self._live is not None:
             return
         now = time.monotonic()
-        if now - self._said >= PLAIN_INTERVAL or step.step in (1, self._total):
+        if now - self._said >= PLAIN_INTERVAL or step.step in (1, line.total):
             self._said = now
-            left = self._seconds / step.step * (self._total - step.step)
-            self.on_line(f"step {step.step}/{self._total}  {facts}  {left:.0f} s left")
+            self.on_line(plain_line(line))
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        if step < self._total:
+        if step < self._line.total:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-            self.on_line(f"step {step}/{self._total}  held-out {shown}")
+            self.on_line(f"step {step}/{self._line.total}  held-out {shown}")
 
     def on_end(self, outcome: Outcome | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def plain_line(line: LiveLine) -> str:
+    """All of a live line as text for a log."""
+    of = "" if line.planned is None else f" of {line.planned / 1e9:.2f}"
+    speed = "" if line.tokens_per_second is None else f"  {line.tokens_per_second:,.0f} tokens/s"
+    left = "" if line.left is None else f"  {clock(line.left)} left"
+    return (
+        f"step {line.step}/{line.total}  loss {line.loss:.4f}  mean {line.mean:.4f}{speed}  "
+        f"{line.memory / 1e9:.2f}{of} GB{left}"
+    )

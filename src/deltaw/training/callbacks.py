@@ -6,10 +6,14 @@ has one that draws on a terminal (:mod:`deltaw.reports.progress`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    from deltaw.config import RunConfig
+    from deltaw.host.choices import Choice
     from deltaw.memory.plan import Plan
     from deltaw.training.evaluation.base import Evaluation
     from deltaw.training.state import Outcome, Step, TrainState
@@ -22,15 +26,43 @@ def silent(line: str) -> None:
     """Tell nobody."""
 
 
+@dataclass(frozen=True)
+class RunStart:
+    """A run whose folder is there and of which everything is chosen.
+
+    Attributes:
+        folder: of the run.
+        config: the settings.
+        chosen: by name or dotted key, what the run chose itself and why.
+        total_parameters, trained_parameters: N and M.
+        total_steps: optimizer steps that are planned.
+    """
+
+    folder: Path
+    config: RunConfig
+    chosen: Mapping[str, Choice]
+    total_parameters: int
+    trained_parameters: int
+    total_steps: int
+
+
 class Callback:
     """Told of what a run does, in the order of the methods below. An exception ends the run."""
 
     def on_line(self, line: str) -> None:
         """A choice, a note or an account of the rows, in words."""
 
+    def on_choice(self, name: str, choice: Choice) -> None:
+        """The run chose a value itself. A line, unless overridden: a callback that shows them as a table has
+        them all in ``on_start``."""
+        self.on_line(f"{name}: {choice}")
+
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
         """The memory that the run will need, and the bytes that the machine gives; not where no plan can be
         made."""
+
+    def on_start(self, start: RunStart) -> None:
+        """The run's folder is there, and everything is chosen; nothing is trained yet."""
 
     def on_begin(self, state: TrainState) -> None:
         """The first step is about to begin. ``state`` stays current: ``state.state()`` is what a later run
@@ -59,3 +91,28 @@ class Lines(Callback):
 
     def on_line(self, line: str) -> None:
         self._say(line)
+
+
+class Callbacks(Callback):
+    """Several callbacks as one: each is told everything, in this order; any of them may stop the run."""
+
+    def __init__(self, *callbacks: Callback) -> None:
+        self._callbacks = callbacks
+
+    def should_stop(self) -> bool:
+        return any(callback.should_stop() for callback in self._callbacks)
+
+
+def _to_each(name: str) -> Callable[..., None]:
+    def tell(self: Callbacks, *arguments: Any, **named: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, name)(*arguments, **named)
+
+    tell.__name__, tell.__doc__ = name, getattr(Callback, name).__doc__
+    return tell
+
+
+# Whatever a callback is told, so that one that is added later is not forgotten here.
+for _name in vars(Callback):
+    if _name.startswith("on_"):
+        setattr(Callbacks, _name, _to_each(_name))

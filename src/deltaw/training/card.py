@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deltaw.data.mixture import shown
 from deltaw.durable import write_text
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
@@ -30,7 +31,7 @@ def write_card(
         "base model": config.model,
         "task": config.task,
         "method": config.method,
-        "training data": config.data.train,
+        "training data": shown(config.data.train),
         "rows": str(outcome.rows),
         "optimizer steps": str(outcome.steps),
         "trained parameters": f"{trained_parameters:,}",

@@ -9,35 +9,52 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host.choices import choose_device, choose_precision
+from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.kernels import loader
+from deltaw.lora.count import count_parameters
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
-from deltaw.training.callbacks import Callback, Say, silent
+from deltaw.training.callbacks import Callback, RunStart, Say, silent
 from deltaw.training.card import write_card
+from deltaw.training.checkpoints import listed
 from deltaw.training.drift_meter import DriftMeter
+from deltaw.training.endings import clear_end
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.run_folder import RunFolder, check_output
+from deltaw.training.record import RunRecord
+from deltaw.training.resuming import (
+    choices_of,
+    compute_as,
+    require_same_model,
+    require_same_rows,
+    rows_facts,
+)
+from deltaw.training.run_folder import RunFolder, check_output, is_unfinished
+from deltaw.training.run_state import FOLDER
 from deltaw.training.session import Session, assemble, read_data
-from deltaw.training.state import Outcome, Step
+from deltaw.training.start import Start, begin, settings_of
+from deltaw.training.state import Outcome, Step, TrainState
+from deltaw.training.summary import RunSummary
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,12 @@ class Result:
     peak_memory_bytes: int
     plan: Plan | None = None
     trained_parameters: int = 0
+    method: str = ""
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
+    resumed_from_step: int | None = None
+    checkpoints: Sequence[Path] = ()
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -84,60 +104,103 @@ class Result:
             "planned_memory_bytes": self.planned_memory_bytes,
             "arithmetic": dict(self.arithmetic) or None,
             "interrupted": done.interrupted,
+            "skipped_steps": done.skipped,
+            "resumed_from_step": self.resumed_from_step,
+            "checkpoints": [os.fspath(path) for path in self.checkpoints],
         }
 
 
-def fit(config: RunConfig | Mapping | str | os.PathLike[str], *, callback: Callback | None = None) -> Result:
+def fit(
+    config: RunConfig | Mapping | str | os.PathLike[str] | None = None,
+    *,
+    callback: Callback | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+) -> Result:
     """Train as ``config`` says and write the run's folder.
 
-    The process is left as it was: its threads, random numbers, signal handlers and garbage collector.
+    A run in the same folder that was not done goes on from its last checkpoint. The process is left as it
+    was: its threads, random numbers, signal handlers and garbage collector.
 
     Args:
         config: settings, a dictionary of them, or the path of a YAML file.
         callback: told of everything on the way; without one, the run is silent.
+        resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
+            then a dictionary of settings that change, or None.
+        fresh: begin with the first step, whatever is in the folder; it is moved.
 
     Raises:
-        UserError: something the user gave cannot be used; nothing was written then, or the adapter as it was
-            before a step that diverged.
+        UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
+            memory or no room on the disk, or the training diverged: what was trained before is kept.
         UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
     """
+    if resume is not None:
+        if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
+            raise UserError(
+                "a run that goes on has its own settings and its own folder",
+                where=str(resume),
+                hint="give single settings to change, and neither a file of settings, 'output' nor fresh",
+            )
+        config = {**(config or {}), "output": os.fspath(resume)}
+        config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
     config = RunConfig.read(config)
-    with guest():
-        return _fit(config, callback or Callback())
-
-
-def _fit(config: RunConfig, callback: Callback) -> Result:
     output = Path(os.path.expanduser(config.output))
-    check_output(output)
-    task, data = read_data(config, callback.on_line)
-    config, plan = planned(config, task, data, callback)
-    loaded = load_for(config, task, data, callback.on_line)
+    callback = callback or Callback()
+    with guest(), Tracking(config, callback) as told, RunSummary() as summary:
+        check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
+        start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
+        try:
+            return summary.finished(_fit(start, output, told, summary))
+        finally:
+            if start.lock is not None:
+                start.lock.release()
+
+
+def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) -> Result:
+    task, data = read_data(start.config, callback.on_line)
+    rows = rows_facts(data.train, data.held_out)
+    if start.found is not None:
+        require_same_rows(start.found.values["rows"], rows, start.asked, output)
+    config, plan = planned(start.config, task, data, callback)
+    loaded = load_for(config, task, data, callback.on_line, callback.on_choice)
+    if start.found is not None:
+        compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
     session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     for line in session.said:
         callback.on_line(line)
+    if start.found is not None:
+        require_same_model(start.found.values["model"], session, output)
+    start.check_length(session.total_steps)
 
-    folder = RunFolder(output)
+    folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
     if folder.moved is not None:
         callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
-    chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
-    folder.write_settings(config, chosen)
-    if task.tokenizer is not None:
-        folder.write_tokenizer(task.tokenizer)
-    meter = DriftMeter(session)
+    choices = choices_of(session, loaded.choices)
+    record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
+    of_run = {**loaded.choices, **session.chosen}
+    chosen = {key: (c.value, c.why) for key, c in of_run.items()}
+    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
+    total = count_parameters(session.model).total
     try:
-        outcome, evaluation = _train(session, folder, callback)
-        drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
-    except UntrainedParameterError:
-        raise
-    except UserError:
-        callback.on_line(f"the adapter as it was before that step is in {folder.path}")
+        with clear_end(output, where=record.where, last=record.checkpoints.settled):
+            folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
+            if task.tokenizer is not None:
+                folder.write_tokenizer(task.tokenizer)
+            folder.write_skipped(data.skipped)
+            summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
+            callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
+            meter = DriftMeter(session)
+            outcome, evaluation = _train(session, folder, record, callback)
+            drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
+            write_card(folder.path, session, outcome, evaluation, trained, drift)
+            record.done(outcome)
+    except BaseException as error:
+        record.failed(error)
         raise
     finally:
         folder.close()
         session.close()
-    trained = sum(p.numel() for _, p in session.method.parameters(session.model))
-    write_card(folder.path, session, outcome, evaluation, trained, drift)
     return Result(
         folder.path,
         outcome,
@@ -145,9 +208,12 @@ def _fit(config: RunConfig, callback: Callback) -> Result:
         _peak_bytes(device),
         plan=plan,
         trained_parameters=trained,
+        method=session.method.name,
         writes_text=not task.has_labels,
         drift=drift,
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
+        resumed_from_step=start.step,
+        checkpoints=listed(output / FOLDER),
     )
 
 
@@ -202,7 +268,13 @@ def count_blocks(config: RunConfig, task: Task, say: Say) -> int:
     return int(getattr(text, "num_hidden_layers", 1))
 
 
-def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) -> LoadedModel:
+def load_for(
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    say: Say = silent,
+    choose: Callable[[str, Choice], None] | None = None,
+) -> LoadedModel:
     """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
     torch.manual_seed(config.train.seed)
     loaded = load(
@@ -216,18 +288,24 @@ def load_for(config: RunConfig, task: Task, data: RunData, say: Say = silent) ->
         say=say,
     )
     for name, choice in loaded.choices.items():
-        say(f"{name}: {choice}")
+        if choose is None:
+            say(f"{name}: {choice}")
+        else:
+            choose(name, choice)
     faster = None if loaded.kernels is None else loaded.kernels.faster_precision(config.precision)
     if faster is not None:
         say(faster)
     return loaded
 
 
-def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Outcome, Evaluation]:
+def _train(
+    session: Session, folder: RunFolder, record: RunRecord, callback: Callback
+) -> tuple[Outcome, Evaluation]:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
     trained."""
-    total = session.total_steps
-    every = session.config.train.eval_every
+    settings = session.config.train
+    total, every, skip = session.total_steps, settings.eval_every, settings.not_finite == "skip"
+    checkpoints = record.checkpoints
     for line in session.lines():
         callback.on_line(line)
     release_free_memory()
@@ -239,28 +317,59 @@ def _train(session: Session, folder: RunFolder, callback: Callback) -> tuple[Out
             callback.on_evaluation(step, measured)
         return measured
 
+    def on_begin(state: TrainState) -> None:
+        record.begin(state)
+        callback.on_begin(state)
+
     def on_step(step: Step) -> None:
         folder.write_metrics(step.as_dict())
         callback.on_step(step)
-        if every and step.step % every == 0 and step.step < total:
-            evaluate(step.step)
+        after(step.step)
 
-    outcome, sound, evaluation = None, True, Evaluation()
+    def on_skip(found: NotFinite) -> None:
+        folder.write_metrics(found.as_dict())
+        callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
+        after(found.step)
+
+    def after(step: int) -> None:
+        due = every and step % every == 0 and step < total
+        checkpoints.step_done(best=bool(due) and checkpoints.evaluated(step, evaluate(step)))
+
+    record.restore()
     with session.running():
         try:
             outcome = session.train(
-                on_begin=callback.on_begin, on_step=on_step, should_stop=callback.should_stop
+                on_begin=on_begin,
+                on_step=on_step,
+                not_finite=WhenNotFinite(skip, on_skip, record.diagnose),
+                should_stop=callback.should_stop,
+                saved=record.saved,
             )
-        except UntrainedParameterError:
-            sound = False  # nothing is saved as trained that is not
+        except BaseException as error:
+            callback.on_end(None)
+            _keep_adapter(session, folder.path, error, callback)
             raise
-        finally:
-            callback.on_end(outcome)
-            if sound:
-                save_adapter(session, folder.path)
-        if not outcome.interrupted:
-            evaluation = evaluate(outcome.steps)
+        callback.on_end(outcome)
+        checkpoints.write()
+        save_adapter(session, folder.path)
+        evaluation = Evaluation() if outcome.interrupted else evaluate(outcome.steps)
+        checkpoints.evaluated(outcome.steps, evaluation)
+        checkpoints.close()
     return outcome, evaluation
+
+
+def _keep_adapter(session: Session, folder: Path, error: BaseException, callback: Callback) -> None:
+    """After an error, save what was trained before it, where that is sound: not what is said to be trained
+    and is not, nor what an interruption at once may have left half changed."""
+    if isinstance(error, UntrainedParameterError | KeyboardInterrupt):
+        return
+    try:
+        save_adapter(session, folder)
+    except (UserError, OSError, SafetensorError) as another:
+        callback.on_line(f"the adapter could not be saved: {another}")
+        return
+    if isinstance(error, UserError):
+        callback.on_line(f"the adapter as it was before that step is in {folder}")
 
 
 def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:

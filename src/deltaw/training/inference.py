@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
 from deltaw.config import DEFAULT_TASK, RunConfig
+from deltaw.data.chat_template import with_chat_template
 from deltaw.data.invocation import last_occurrence
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
@@ -147,6 +148,8 @@ def open_run(
             hint=f"train it again: deltaw train {folder / SETTINGS}",
         )
     config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
+    if config is not None:
+        config = with_saved_template(config, folder)
     kind, base, classes = task or DEFAULT_TASK, model or reference, None
     if adapter:
         settings = read_config(folder)
@@ -157,6 +160,8 @@ def open_run(
     trust = config.trust_remote_code if config is not None else False
     dtype = choose_precision(choose_device(device).value, precision).value
     work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
+    if config is not None and work.tokenizer is not None:
+        work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
     fixed = tasks.entry_of(kind).outputs
     outputs = len(classes) if classes is not None else fixed
     if adapter and outputs is None and work.has_labels:
@@ -183,6 +188,14 @@ def open_run(
         method = method_of_folder(folder, work.tokenizer)
         say(method.load(loaded.model, folder))
     return InferenceSession(loaded, config, method, work, classes, identity)
+
+
+def with_saved_template(config: RunConfig, folder: Path) -> RunConfig:
+    """The settings with the chat template that the run saved, instead of the file that it was given."""
+    saved = folder / "chat_template.jinja"
+    if config.data.chat_template is None or not saved.is_file():
+        return config
+    return config.model_copy(update={"data": replace(config.data, chat_template=str(saved))})
 
 
 def score_run(

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import UserError
 from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
 from deltaw.training.losses import unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
+from deltaw.training.not_finite import MOST_IN_ROW, NotFinite, NotFiniteError, WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
 from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
@@ -64,6 +65,7 @@ def train(
     on_begin: Callable[[TrainState], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    not_finite: WhenNotFinite | None = None,
 ) -> Outcome:
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
 
@@ -94,13 +96,15 @@ def train(
         on_begin: given the state before the first step; ``state.state()`` can be taken between steps.
         on_step: told of each step after it; the time it takes is not counted.
         should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
+        not_finite: what to do with steps whose loss or gradient is not finite; None: end the training.
 
     Returns:
         sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop. The
         parameters are those of the last whole step.
 
     Raises:
-        UserError: the loss or the gradient is no longer finite; the parameters are those before that step.
+        NotFiniteError: the loss or the gradient is no longer finite; the parameters are those before that
+            step.
         UntrainedParameterError: a parameter has no gradient in the first step, or did not move in two.
     """
     names = list(names or (f"parameter {n}" for n in range(len(parameters))))
@@ -112,8 +116,8 @@ def train(
         weight_decay=weight_decay,
         betas=betas,
     )
-    changed = after_step or (lambda: None)
-    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop, add_gradients)
+    changed, odd = after_step or (lambda: None), not_finite or WhenNotFinite()
+    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop, add_gradients, odd)
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
 
@@ -129,6 +133,7 @@ class _Loop:
     changed: Callable[[], None]
     should_stop: Callable[[], bool]
     add_gradients: Callable[[int], Tensor | float] | None
+    not_finite: WhenNotFinite
 
     def run(
         self,
@@ -150,17 +155,22 @@ class _Loop:
                 if step is None:
                     state.sums.interrupted = True
                     break
-                on_step(step)
+                if isinstance(step, Step):
+                    on_step(step)
+                else:
+                    self.not_finite.on_skip(step)
         return state.sums
 
-    def step(self, check: TrainedCheck, stopped: Callable[[], bool]) -> Step | None:
-        """One optimizer step; None, and nothing changed, where it was asked to stop."""
+    def step(self, check: TrainedCheck, stopped: Callable[[], bool]) -> Step | NotFinite | None:
+        """One optimizer step, or one that is left out; None, and nothing changed, where it was asked to
+        stop."""
         state, begun = self.state, time.perf_counter()
         if stopped():
             return None
         if state.step % STEPS_BETWEEN_TRIMS == 0:
             trim_memory()
-        rows = [self.examples[i] for i in state.begin_step()]
+        places = state.begin_step()
+        rows = [self.examples[i] for i in places]
         units = self.objective.units(rows)
         sums = _gradients(self.objective, self.batcher, rows, units, stopped)
         if sums is None:
@@ -168,15 +178,18 @@ class _Loop:
             return None
         general = 0.0 if self.add_gradients is None else self.add_gradients(state.step)
         norm = _gradient_norm(state.trained, self.max_grad_norm)
-        where, rate = f"step {state.step + 1} of {state.total_steps}", state.learning_rate
+        rate = state.learning_rate
         if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
-            _check_finite(*_read(sums.loss / units, norm), where=where)
+            loss, gradient_norm = _read(sums.loss / units, norm)
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                return self.leave_out(places, loss, gradient_norm)
         check.before_update()
         state.update(unless=~(torch.isfinite(sums.loss) & torch.isfinite(norm)))
         check.after_update()
         self.changed()
         loss, gradient_norm, general_loss = _read(sums.loss / units, norm, general)
-        _check_finite(loss, gradient_norm, where=where)
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            return self.leave_out(places, loss, gradient_norm)
         step = Step(
             step=state.step + 1,
             epoch=(state.step + 1) / state.order.steps_per_epoch,
@@ -192,6 +205,23 @@ class _Loop:
         )
         state.end_step(step)
         return step
+
+    def leave_out(self, places: np.ndarray, loss: float, gradient_norm: float) -> NotFinite:
+        """Count a step without effect, or end the training.
+
+        Raises:
+            NotFiniteError: such steps are not to be skipped, or too many of them came in a row.
+        """
+        state = self.state
+        found = NotFinite(state.step + 1, state.total_steps, places, loss, gradient_norm, state.learning_rate)
+        if self.not_finite.skip and state.skipped_in_row + 1 < MOST_IN_ROW:
+            state.skip_step()
+            return found
+        state.abandon_step()
+        state.begin_step()  # the diagnosis draws the random numbers that the step did
+        lines = self.not_finite.diagnose(found)
+        state.abandon_step()
+        raise NotFiniteError(found, lines, state.skipped_in_row)
 
 
 @dataclass
@@ -230,16 +260,6 @@ def _gradients(
 def _read(*numbers: Tensor | float) -> list[float]:
     """A step's numbers: the one place where the host waits for the device."""
     return [float(number) for number in numbers]
-
-
-def _check_finite(loss: float, norm: float, *, where: str) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    raise UserError(
-        f"training diverged: loss {loss:.3g}, gradient norm {norm:.3g}",
-        where=where,
-        hint="lower train.learning_rate, or lengthen train.warmup",
-    )
 
 
 def _gradient_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:

@@ -1,6 +1,6 @@
 """A run's folder: what it was told, what it chose, what it measured, and the adapter.
 
-An earlier run in the same folder is renamed, never overwritten.
+An earlier run in the same folder is renamed, never overwritten. A run that goes on keeps its folder.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from deltaw.config import RunConfig
+from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
+from deltaw.training.run_state import FOLDER, RunLock, read_status
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"
+# How names end of what is being written; deltaw.durable gives the same to its files.
+PARTIAL = ".part"
 # Bytes of a file's or folder's name on the usual file systems.
 _LONGEST_NAME = 255
 
@@ -31,26 +38,65 @@ class RunFolder:
 
     Args:
         path: made where it does not exist.
+        lock: of the folder, where it was taken already; else it is taken now.
+        lines_kept: of the metrics, for a run that goes on in its folder; None for a new run.
 
     Attributes:
         moved: where an earlier run in this folder went; None where there was none.
+        lines: that the metrics have.
 
     Raises:
-        UserError: the folder cannot be written, or holds something that is not a run.
+        UserError: the folder cannot be written, is in use, or holds something that is not a run.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        lock: RunLock | None = None,
+        lines_kept: int | None = None,
+    ) -> None:
         self.path = Path(path)
-        check_output(self.path)
-        self.moved = self._rename_earlier()
+        goes_on = lines_kept is not None
+        self._lock = lock
+        check_output(self.path, goes_on=goes_on)
+        self.moved = None if goes_on else self._rename_earlier()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (self.path / METRICS).open("w", encoding="utf-8", buffering=1)
         except OSError as error:
             raise _not_writable(self.path, error) from error
+        if self._lock is None or self.moved is not None:
+            # The folder that was moved took its lock along.
+            taken = RunLock(self.path)
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = taken
+        try:
+            self._clear_leftovers()
+            self.lines = self._cut_metrics(lines_kept or 0)
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            self._lock.release()
+            raise _not_writable(self.path, error) from error
+
+    def _clear_leftovers(self) -> None:
+        for file in [file for file in self.path.iterdir() if _is_leftover(file)]:
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
+
+    def _cut_metrics(self, kept: int) -> int:
+        """Leave the first lines of the metrics; how many there are."""
+        path = self.path / METRICS
+        whole = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = [line for line in whole.splitlines(keepends=True)[:kept] if line.endswith("\n")]
+        if "".join(lines) != whole:
+            write_text(path, "".join(lines))
+        return len(lines)
 
     def _rename_earlier(self) -> Path | None:
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or not _belongs_to_a_run(self.path):
             return None
         number = 1
         while (renamed := self.path.with_name(f"{self.path.name}.{number}")).exists():
@@ -71,22 +117,48 @@ class RunFolder:
 
     def write_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The tokenizer with its chat template, so that whoever has the folder renders as the run did."""
-        with tempfile.TemporaryDirectory(dir=self.path) as made:
+        with tempfile.TemporaryDirectory(prefix=".tokenizer.", suffix=PARTIAL, dir=self.path) as made:
             tokenizer.save_pretrained(made)
             for file in (p for p in Path(made).rglob("*") if p.is_file()):
                 with replacing(self.path / file.relative_to(made)) as temporary:
                     shutil.copyfile(file, temporary)
 
+    def write_skipped(self, skipped: BadRows | None) -> None:
+        """The rows that cannot be used, where there are any."""
+        if skipped:
+            skipped.write(self.path / SKIPPED_ROWS)
+
     def write_metrics(self, line: Mapping[str, object]) -> None:
         """One more line of ``metrics.jsonl``; it is in the file when this returns."""
         self._metrics.write(json.dumps(line) + "\n")
+        self.lines += 1
+
+    def sync_metrics(self) -> int:
+        """Bring the metrics to the disk; how many lines they have."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self.lines
 
     def close(self) -> None:
-        self._metrics.close()
+        """Close the metrics and let others have the folder."""
+        try:
+            self._metrics.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
 
-def check_output(path: Path) -> None:
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder holds a run that was not done."""
+    status = read_status(path)
+    return status is not None and status.state != "finished"
+
+
+def check_output(path: Path, *, goes_on: bool = False) -> None:
     """Refuse, before any work is done, a folder that a run could not be written to. Leaves no trace.
+
+    Args:
+        goes_on: whether a run that is there goes on, so that the folder is not renamed.
 
     Raises:
         UserError: it cannot be written, or holds something that is not a run.
@@ -104,18 +176,31 @@ def check_output(path: Path) -> None:
             holds = sorted(p.name for p in path.iterdir()) if path.exists() else []
     except OSError as error:
         raise _not_writable(path, error) from error
-    if holds and SETTINGS not in holds and METRICS not in holds:
+    if holds not in ([], [FOLDER]) and SETTINGS not in holds and METRICS not in holds:
         raise UserError(
             f"the output folder holds files that are not a run's, such as '{holds[0]}'",
             where=str(path),
             hint="set 'output' to a new or empty folder",
         )
-    if holds and path.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if holds and not goes_on and path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(
             "the output folder holds an earlier run, and cannot be renamed while you are in it",
             where=str(path),
             hint="set 'output' to a folder below this one",
         )
+
+
+def _belongs_to_a_run(path: Path) -> bool:
+    """Whether anything is there but what a run that was killed at its very beginning leaves."""
+    if read_status(path) is not None:
+        return True
+    empty = {METRICS} if (path / METRICS).is_file() and (path / METRICS).stat().st_size == 0 else set()
+    return any(file.name not in {FOLDER, *empty} for file in path.iterdir() if not _is_leftover(file))
+
+
+def _is_leftover(file: Path) -> bool:
+    """Whether a killed process left it half written."""
+    return file.name.startswith(".") and file.name.endswith(PARTIAL)
 
 
 def _not_writable(path: Path, error: OSError) -> UserError:

@@ -6,15 +6,17 @@ Knows methods and examples; not models or batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.invocation import activated, ending_of_prompts, learns, opening_of_answer
 from deltaw.data.packing import rows_of
+from deltaw.data.sequences import lengths_of, picked
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.methods.base import Method
@@ -48,6 +50,46 @@ def as_seen(example: Any, method: Method) -> Any:
     )
 
 
+def rows_as_seen(rows: Sequence[Any], method: Method) -> Sequence[Any]:
+    """All rows as the model is to see them: a list of a list's rows, a view of stored ones.
+
+    Raises:
+        UserError: as :func:`as_seen`.
+    """
+    if method.virtual_tokens == 0 and method.invocation is None:
+        return rows
+    return [as_seen(row, method) for row in rows] if isinstance(rows, list) else SeenRows(rows, method)
+
+
+class SeenRows(Sequence[Any]):
+    """Stored rows as the model is to see them, each made when it is asked for."""
+
+    def __init__(self, rows: Sequence[Any], method: Method) -> None:
+        self._rows = rows
+        self._method = method
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return SeenRows(self._rows[index], self._method)
+        return as_seen(self._rows[index], self._method)
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._rows:
+            yield as_seen(row, self._method)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each, virtual ones included."""
+        return lengths_of(self._rows) + self._method.virtual_tokens
+
+    def picked(self, indices: np.ndarray) -> SeenRows:
+        """The rows at these indices."""
+        return SeenRows(picked(self._rows, indices), self._method)
+
+
 def resolve_invocation(
     method: Method, tokenizer: PreTrainedTokenizerBase | None, rows: Sequence[Any], *, chat: bool
 ) -> Choice[list[int]] | None:
@@ -64,30 +106,36 @@ def resolve_invocation(
     """
     if not method.activates:
         return None
-    every = [row for item in rows for row in rows_of(item)] if tokenizer is not None else []
-    if tokenizer is None or not all(isinstance(row, Example) for row in every):
+    if tokenizer is None or not all(isinstance(row, Example) for row in _each(rows)):
         raise _only_for_answers()
     given = method.invocation_given
     if given is not None:
         tokens = tokenizer(given, add_special_tokens=False)["input_ids"] if isinstance(given, str) else given
         found = Choice(list(tokens), "as given")
     else:
-        found = _derived(tokenizer, every, chat)
+        found = _derived(tokenizer, _each(rows), chat)
     method.invoke_by(found.value)
-    seen = [activated(row, found.value) for row in every]
     text = tokenizer.decode(found.value)
-    without = [row.row for row in seen if row.active_from == len(row.tokens)]
+    without: list[int] = []
+    before: list[int] = []
+    count = 0
+    for row in _each(rows):
+        count += 1
+        seen = activated(row, found.value)
+        if seen.active_from == len(seen.tokens):
+            without.append(row.row)
+        elif not learns(seen):
+            before.append(row.row)
     if without:
         raise UserError(
-            f"{len(without):,} of {len(seen):,} rows do not have the invocation sequence {text!r} "
+            f"{len(without):,} of {count:,} rows do not have the invocation sequence {text!r} "
             f"({found.value}) in their prompt, so that the adapter would not act on them",
             where=f"row {without[0]}",
             hint=f"set {KEY} to tokens that all prompts have, or let all prompts end alike",
         )
-    before = [row.row for row in seen if not learns(row)]
     if before:
         raise UserError(
-            f"{len(before):,} of {len(seen):,} rows have labels before the last {text!r}, where the adapter "
+            f"{len(before):,} of {count:,} rows have labels before the last {text!r}, where the adapter "
             "does not act",
             where=f"row {before[0]}",
             hint="set data.labels: last, or lora.activation: always",
@@ -95,7 +143,12 @@ def resolve_invocation(
     return found
 
 
-def _derived(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], chat: bool) -> Choice[list[int]]:
+def _each(rows: Sequence[Any]) -> Iterator[Any]:
+    """The rows of all groups, and those that come alone."""
+    return (row for item in rows for row in rows_of(item))
+
+
+def _derived(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example], chat: bool) -> Choice[list[int]]:
     tokens = opening_of_answer(tokenizer) if chat else []
     if tokens:
         return Choice(tokens, f"{tokenizer.decode(tokens)!r} opens the answer in the chat template")

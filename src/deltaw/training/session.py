@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
+from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
@@ -46,8 +47,9 @@ from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.seen import KEY as INVOCATION
-from deltaw.training.seen import as_seen, resolve_invocation
+from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
@@ -145,6 +147,7 @@ class Session:
         on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        not_finite: WhenNotFinite | None = None,
         saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
@@ -179,6 +182,7 @@ class Session:
             on_begin=on_begin,
             on_step=on_step,
             should_stop=should_stop,
+            not_finite=not_finite,
         )
 
     def _keep_general(self) -> KeepGeneral | None:
@@ -225,10 +229,12 @@ class Session:
 
 def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     """The task of a run and its rows, before any weight is read."""
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = task.read(config.data, seed=config.train.seed)
+        data = task.read(config.data, seed=config.data_seed)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -302,8 +308,8 @@ def assemble(
         chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
     data = replace(
         data,
-        train=[as_seen(example, method) for example in data.train],
-        held_out=[as_seen(example, method) for example in data.held_out],
+        train=rows_as_seen(data.train, method),
+        held_out=rows_as_seen(data.held_out, method),
     )
     with method.evaluating(model):
         objective = task.objective(model)

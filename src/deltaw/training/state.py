@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,11 @@ class Step:
 
 @dataclass
 class Outcome:
-    """Sums over a training's steps: ``loss`` is the mean over all units (label tokens) seen."""
+    """Sums over a training's steps: ``loss`` is the mean over all units (label tokens) seen.
+
+    ``skipped`` of the ``steps`` changed nothing, since their loss or gradient was not finite; they are in no
+    other sum.
+    """
 
     steps: int = 0
     rows: int = 0
@@ -74,6 +78,7 @@ class Outcome:
     label_tokens: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
+    skipped: int = 0
     interrupted: bool = False
 
     @property
@@ -123,11 +128,17 @@ class SavedState:
     """A training's state without its objects.
 
     Attributes:
-        values: plain values, ready for JSON. tensors: by name, on the processor.
+        values: plain values, ready for JSON. tensors: by name; they may be read from a file one by one.
     """
 
     values: dict[str, Any]
-    tensors: dict[str, Tensor] = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def lasting(self, total_steps: int) -> SavedState:
+        """The same state for a training of another length. The steps to come have the learning rates that a
+        training of this length has at their place; those done keep what they had."""
+        schedule = self.values["schedule"] | {"total_steps": total_steps}
+        return replace(self, values=self.values | {"schedule": schedule})
 
 
 class TrainState:
@@ -143,7 +154,7 @@ class TrainState:
     Attributes:
         names, trained: the parameters as the optimizer has them: fp32 master weights of those in 16 bits.
         optimizer: over ``trained``.
-        sums: over the steps so far.
+        sums: over the steps so far. skipped_in_row: the last so many steps were skipped.
     """
 
     def __init__(
@@ -160,6 +171,7 @@ class TrainState:
         self.schedule = schedule
         self.order = order
         self.sums = Outcome()
+        self.skipped_in_row = 0
         self._master_weights = MasterWeights(list(parameters.values()))
         self.trained = self._master_weights.trained
         self.optimizer = adamw(
@@ -215,15 +227,29 @@ class TrainState:
     def end_step(self, step: Step) -> None:
         """Count a step that is done."""
         self.sums.add(step)
+        self.skipped_in_row = 0
+        self._random = random_state()
+
+    def skip_step(self) -> None:
+        """Count a step that was begun and changes nothing; the schedule and the rows go on."""
+        self.abandon_step()
+        self.sums.steps += 1
+        self.sums.skipped += 1
+        self.skipped_in_row += 1
         self._random = random_state()
 
     def state(self) -> SavedState:
         """All of it, copied: between two steps, or once the training is over."""
+        seen = self.view()
+        return SavedState(seen.values, {name: _copied(tensor) for name, tensor in seen.tensors.items()})
+
+    def view(self) -> SavedState:
+        """As :meth:`state`, with the training's own tensors, which the next step changes."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.trained, strict=True):
-            tensors[f"parameter/{name}"] = _copied(parameter)
+            tensors[f"parameter/{name}"] = parameter.detach()
             kept = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{key}/{name}": _copied(kept[key]) for key in MOMENTS if key in kept}
+            tensors |= {f"{key}/{name}": kept[key] for key in MOMENTS if key in kept}
         tensors |= {f"random/{device}": state for device, state in self._random.items()}
         epoch, position = self.order.place(self.step)
         values: dict[str, Any] = {
@@ -234,6 +260,7 @@ class TrainState:
             "order": asdict(self.order),
             "place": {"epoch": epoch, "position": position},
             "arithmetic": loader.arithmetic().as_dict(),
+            "skipped_in_row": self.skipped_in_row,
             "sums": {f.name: getattr(self.sums, f.name) for f in fields(Outcome) if f.name != "interrupted"},
         }
         return SavedState(values, tensors)
@@ -251,16 +278,19 @@ class TrainState:
         self._require_same(saved)
         _warn_of_other_arithmetic(saved.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
-            parameter.copy_(saved.tensors[f"parameter/{name}"])
+            value = saved.tensors[f"parameter/{name}"]
+            _require_shape(name, parameter, value)
+            parameter.copy_(value)
             kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
             on_device = {k: t.to(parameter.device, copy=True) for k, t in kept.items() if t is not None}
             if on_device:
                 self.optimizer.state[parameter] = on_device
         self._master_weights.write_back()
         self.sums = Outcome(**saved.values["sums"])
+        self.skipped_in_row = saved.values["skipped_in_row"]
         prefix = "random/"
         self._random = {
-            key.removeprefix(prefix): state for key, state in saved.tensors.items() if key.startswith(prefix)
+            key.removeprefix(prefix): saved.tensors[key] for key in saved.tensors if key.startswith(prefix)
         }
 
     def _require_same(self, saved: SavedState) -> None:
@@ -282,14 +312,15 @@ class TrainState:
                     where="the saved state",
                     hint="continue with the settings and the data that it began with",
                 )
-        for name, parameter in zip(self.names, self.trained, strict=True):
-            shape = saved.tensors[f"parameter/{name}"].shape
-            if shape != parameter.shape:
-                raise UserError(
-                    f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(shape)} in the saved state",
-                    where="the saved state",
-                    hint="continue with the model and the settings that it began with",
-                )
+
+
+def _require_shape(name: str, parameter: Tensor, value: Tensor) -> None:
+    if value.shape != parameter.shape:
+        raise UserError(
+            f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state",
+            where="the saved state",
+            hint="continue with the model and the settings that it began with",
+        )
 
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:

@@ -18,6 +18,7 @@ from deltaw.runtime.packed import packed_rows
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.losses import label_places
 from deltaw.training.microbatches import AnyBatcher
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 
@@ -47,25 +48,29 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
         UserError: the loss is not finite.
     """
     total, labels = 0.0, 0
-    losses: dict[int, float] = {}
-    exact: dict[int, bool] = {}
-    for batch in batcher.batches(examples):
-        each, right = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
-        index, owner = label_places(batch)
-        for number, member in enumerate(batch.members):
-            at = index[owner == number]
-            losses[id(member.example)] = float(each[at].mean())
-            exact[id(member.example)] = bool(right[at].all())
-            total += float(each[at].sum())
-            labels += len(at)
+    losses: list[float] = []
+    predicted: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, len(examples), ROWS_AT_ONCE):
+        part = list(examples[start : start + ROWS_AT_ONCE])
+        found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
+        for batch in batcher.batches(part):
+            each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+            targets = batch.targets.cpu().numpy()
+            index, owner = label_places(batch)
+            for number, member in enumerate(batch.members):
+                at = index[owner == number]
+                found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
+                total += float(each[at].sum())
+                labels += len(at)
+        rows_alone = [row for item in part for row in rows_of(item)]
+        losses += [found[id(row)][0] for row in rows_alone]
+        predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
     metrics = _loss_metrics(total / labels)
-    rows_alone = [row for item in examples for row in rows_of(item)]
-    with_answer = [e for e in rows_alone if e.answer is not None]
-    if with_answer:
-        rows = np.array([exact[id(e)] for e in with_answer], dtype=np.float64)
+    if predicted:
+        rows = np.array([np.array_equal(*pair) for pair in predicted], dtype=np.float64)
         metrics["exact_match"] = float(rows.mean())
-        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows))
-    rows = np.array([losses[id(e)] for e in rows_alone])
+        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows), predicted=predicted)
+    rows = np.array(losses)
     return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -119,23 +120,24 @@ class RowIndex:
     """Where each row's vectors are: rows of the same content share them, and their order does not matter.
 
     Args:
-        examples: all rows. contents: what each one's vectors depend on. units: how many vectors each has.
+        examples: all rows. content: what a row's vectors depend on. units: how many vectors it has.
 
     Attributes:
-        distinct: one example of each content, in the order of the store's rows.
+        contents: of the store's rows, in their order. distinct: one example of each.
         starts: (rows,) place of the first vector. counts: (rows,) how many there are.
     """
 
-    def __init__(self, examples: Sequence[Any], contents: Sequence[bytes], units: Sequence[int]) -> None:
-        self.contents = sorted(set(contents))
-        number = {content: n for n, content in enumerate(self.contents)}
-        self._examples = list(examples)  # kept, so that nothing else gets the identity of one of them
-        self._slots = {id(e): number[c] for e, c in zip(examples, contents, strict=True)}
-        self.distinct: list[Any] = [None] * len(number)
-        self.counts = np.zeros(len(number), np.int64)
-        for example, content, count in zip(examples, contents, units, strict=True):
-            self.distinct[number[content]] = example
-            self.counts[number[content]] = count
+    def __init__(
+        self, examples: Iterable[Any], content: Callable[[Any], bytes], units: Callable[[Any], int]
+    ) -> None:
+        found = {content(example): example for example in examples}
+        self.contents = sorted(found)
+        self.distinct: list[Any] = [found[one] for one in self.contents]
+        self.counts = np.fromiter(map(units, self.distinct), np.int64, len(self.distinct))
+        self._content = content
+        self._number = {one: n for n, one in enumerate(self.contents)}
+        # Stored rows are made anew each time; of rows that stay, the content is looked at once.
+        self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self.starts = np.cumsum(self.counts) - self.counts
 
     @property
@@ -143,11 +145,18 @@ class RowIndex:
         return int(self.counts.sum())
 
     def know(self, rows: Sequence[Any]) -> bool:
-        return all(id(row) in self._slots for row in rows)
+        return all(self._slot(row) >= 0 for row in rows)
 
     def slots(self, rows: Sequence[Any]) -> np.ndarray:
         """(n,) the rows of the store that hold these examples."""
-        return np.fromiter((self._slots[id(row)] for row in rows), np.int64, len(rows))
+        return np.fromiter(map(self._slot, rows), np.int64, len(rows))
+
+    def _slot(self, row: Any) -> int:
+        """The row of the store; -1 where there is none."""
+        slot = self._known.get(row)
+        if slot is None:
+            slot = self._known[row] = self._number.get(self._content(row), -1)
+        return slot
 
     def places(self, slots: np.ndarray) -> np.ndarray:
         """The places of all their vectors, one row after another."""

@@ -52,6 +52,10 @@ class DeviceStore:
         self._there[:] = False
         self.inner.forget()
 
+    def mark(self) -> None:
+        """Bring everything to the disk."""
+        self.inner.mark()
+
     def close(self) -> None:
         """Let others have the inner store, and the device its memory."""
         self._values = self._values[:0].clone()

@@ -49,6 +49,11 @@ class _Feed:
     def keep(self, batch: Any, rows: RowIndex, store: FeatureStore) -> Tensor:
         hidden = self.entry.outputs(lambda: self._objective(batch))
         found = self._sources(batch, hidden)
+        # What is stored stays: a training that is resumed reads the very values that it read before.
+        new = ~store.done[rows.slots([example for example, _ in found])]
+        found = [pair for pair, is_new in zip(found, new, strict=True) if is_new]
+        if not found:
+            return hidden
         slots = rows.slots([example for example, _ in found])
         sources = np.concatenate([places for _, places in found])
         targets = rows.places(slots)

@@ -56,6 +56,8 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 LEAST_FROZEN = 1 / 8
 # Features that find no room on the disk are kept in memory up to this size.
 MEMORY_BYTES = 256 * 2**20
+# From so many rows on, their features are estimated before all are looked at.
+MANY_ROWS = 200_000
 # Part of the key: another number where stored values would mean something else.
 REVISION = 1
 # What a configuration says that no feature depends on.
@@ -92,7 +94,7 @@ def cached_prefix(
     Returns:
         the prefix, which is to be closed in the end, and how far up it goes; None and why not.
     """
-    if any(isinstance(example, RowGroup) for example in examples):
+    if any(isinstance(example, RowGroup) for example in examples[:1]):
         return None, Choice("off", "rows come in groups")
     trained = [p for p in model.parameters() if p.requires_grad]
     level = lowest_trained(model, trained)
@@ -111,6 +113,9 @@ def cached_prefix(
         return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief})")
     if difference is not None:
         return None, Choice("off", f"{type(model).__name__} resumed there gives {difference}")
+    too_large = _too_large(feed, examples, vectors, limit)
+    if too_large is not None:
+        return None, Choice("off", f"features would take about {too_large}")
     return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit)
 
 
@@ -124,7 +129,18 @@ def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective) -> Feed
 
 
 def _indexed(feed: Feed, examples: Sequence[Any]) -> RowIndex:
-    return RowIndex(examples, [feed.content(e) for e in examples], [feed.units(e) for e in examples])
+    return RowIndex(examples, feed.content, feed.units)
+
+
+def _too_large(feed: Feed, examples: Sequence[Any], vectors: Tensor, limit: int) -> str | None:
+    """Of very many rows, about what their features would take, where that is far more than the limit: they
+    are not even counted then."""
+    if len(examples) <= MANY_ROWS:
+        return None
+    few = [examples[place] for place in range(0, len(examples), len(examples) // 256)]
+    units = sum(feed.units(example) for example in few) / len(few) * len(examples)
+    size = int(units * vectors.shape[1] * vectors.element_size())
+    return size_text(size) if size > 2 * limit else None
 
 
 def _difference(
@@ -223,10 +239,14 @@ def _still_right(cached: CachedPrefix) -> int:
     if not len(done):
         return 0
     slots = done[:: max(1, len(done) // TRIED_ROWS)][:TRIED_ROWS]
+    few = [cached.rows.distinct[slot] for slot in slots]
     before = cached.store.read(cached.rows.places(slots))
-    for batch in cached.batcher.inner.batches([cached.rows.distinct[slot] for slot in slots]):
-        cached.feed.keep(batch, cached.rows, cached.store)
-    after = cached.store.read(cached.rows.places(slots))
+    again = _indexed(cached.feed, few)
+    shape = Shape.of(len(again.contents), again.units, before.shape[1], before.dtype)
+    fresh = MemoryStore(shape)
+    for batch in cached.batcher.inner.batches(few):
+        cached.feed.keep(batch, again, fresh)
+    after = fresh.read(again.places(again.slots(few))).to(before.device)
     if near([after], [before], tolerance_of(before.dtype)):
         return len(done)
     cached.store.forget()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
 from deltaw.data.packing import Item, rows_of
+from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
@@ -54,6 +55,8 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 
 # Shares of the prompts' tokens that are kept: the first one that there is room for.
 SHARES = (1.0, 0.5, 0.25, 0.125)
+# Rows of more tokens than this are not sorted into one tree, which is in memory.
+MANY_TOKENS = 100_000_000
 # Part of the key: another number where stored values would mean something else.
 REVISION = 1
 # The vectors of the model's width that a token keeps in each block for the backward, roughly.
@@ -91,6 +94,8 @@ def stored_prompts(
         return None, Choice("masked", whole + "the task has batches of its own")
     if batcher.padded:
         return None, Choice("masked", whole + "rows are padded")
+    if int(lengths_of(examples).sum()) > MANY_TOKENS:
+        return None, Choice("masked", whole + "there are too many rows to tell prompts that begin alike")
     index = PromptIndex(examples)
     if not index.units:
         return None, Choice("masked", whole + "nothing precedes it")

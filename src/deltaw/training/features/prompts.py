@@ -48,9 +48,9 @@ class PromptIndex:
     """
 
     def __init__(self, examples: Sequence[Item]) -> None:
-        rows = [row for item in examples for row in rows_of(item)]
-        self._rows = [row for row in rows if row.active_from is not None and learns(row)]
-        prompts = [row.tokens[: row.active_from] for row in self._rows]
+        every = (row for item in examples for row in rows_of(item))
+        found = {_prompt(row).tobytes(): _prompt(row) for row in every if _is_learned(row)}
+        prompts = list(found.values())
         tree = PrefixTree()
         order = sorted(range(len(prompts)), key=lambda n: sort_key(prompts[n]))
         for n in order:
@@ -60,19 +60,23 @@ class PromptIndex:
         begins = dict(zip(map(id, nodes), np.cumsum([0, *lengths])[:-1].tolist(), strict=True))
         self.units = sum(lengths)
         self._begins: dict[int, int] = begins
-        # The rows are kept, so that nothing else gets the identity of one of them.
-        self._ends = {id(self._rows[n]): end for n, end in zip(order, tree.ends, strict=True)}
+        names = list(found)
+        self._ends = {names[n]: end for n, end in zip(order, tree.ends, strict=True)}
         self._root = tree.root
         self._nodes = nodes
 
     def know(self, items: Sequence[Item]) -> bool:
         """Whether all these rows are among them."""
-        return all(id(row) in self._ends for item in items for row in rows_of(item))
+        return all(
+            _is_learned(row) and _prompt(row).tobytes() in self._ends
+            for item in items
+            for row in rows_of(item)
+        )
 
     def places(self, row: Example) -> np.ndarray:
         """(tokens of its prompt,) units."""
         parts: list[np.ndarray] = []
-        node: Node | None = self._ends[id(row)]
+        node: Node | None = self._ends[_prompt(row).tobytes()]
         while node is not None and node is not self._root:
             begin = self._begins[id(node)]
             parts.append(np.arange(begin, begin + len(node.tokens)))
@@ -87,6 +91,16 @@ class PromptIndex:
             digest.update(above.to_bytes(8, "little", signed=True) + len(node.tokens).to_bytes(8, "little"))
             digest.update(node.tokens.astype("<i4").tobytes())
         return digest.digest()
+
+
+def _is_learned(row: Example) -> bool:
+    """Whether an adapter acts on the row, and before each of its labels."""
+    return row.active_from is not None and learns(row)
+
+
+def _prompt(row: Example) -> np.ndarray:
+    """The tokens on which the adapter does not act."""
+    return row.tokens[: row.active_from]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

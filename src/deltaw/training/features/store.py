@@ -92,6 +92,9 @@ class FeatureStore(Protocol):
     def forget(self) -> None:
         """No row has its values any longer."""
 
+    def mark(self) -> None:
+        """Bring everything to the disk."""
+
     def close(self) -> None:
         """Let others have it."""
 
@@ -111,6 +114,9 @@ class NoStore:
         """There is nowhere to keep it."""
 
     def forget(self) -> None:
+        """Nothing is there."""
+
+    def mark(self) -> None:
         """Nothing is there."""
 
     def close(self) -> None:
@@ -135,6 +141,9 @@ class MemoryStore:
 
     def forget(self) -> None:
         self.done[:] = False
+
+    def mark(self) -> None:
+        """It is not on the disk."""
 
     def close(self) -> None:
         """Nobody else has it."""
@@ -166,6 +175,9 @@ class PartStore:
     def forget(self) -> None:
         self.inner.forget()
 
+    def mark(self) -> None:
+        self.inner.mark()
+
     def close(self) -> None:
         self.inner.close()
 
@@ -186,6 +198,9 @@ class ShapeStore:
 
     def forget(self) -> None:
         self.done[:] = False
+
+    def mark(self) -> None:
+        """It is not on the disk."""
 
     def close(self) -> None:
         """Nobody else has it."""

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from deltaw.data.sequences import lengths_of
 from deltaw.kernels.layout import Layout
 from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.loop import rows_of_step
 from deltaw.training.session import Session
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 
 # Tiles of one shape: how many, queries, keys.
 TileShape: TypeAlias = tuple[int, int, int]
@@ -99,7 +102,8 @@ def heaviest_step(session: Session) -> Heaviest:
         heavy = max(found, key=weigh)
         if weigh(heavy) > 1.01 * weigh(largest):
             labelled = rows_of(heavy[2])
-    held_out = session.data.held_out
+    # Of a large evaluation, the first rows show what shapes there are.
+    held_out = session.data.held_out[:ROWS_AT_ONCE]
     return Heaviest(
         rows_of(largest[2]),
         batcher.shapes(rows_of(largest[2])),
@@ -205,15 +209,16 @@ class TellingBatcher:
 
 def longest_rows(session: Session) -> Sequence[Any]:
     """Held-out rows that make up the largest microbatch of an evaluation."""
-    ordered = sorted(session.data.held_out, key=len, reverse=True)
+    held_out = session.data.held_out
+    ordered = np.argsort(-lengths_of(held_out), kind="stable")
     most = getattr(session.batcher, "tokens_per_pass", 0)
-    total, count = 0, 0
-    for row in ordered:
-        count += 1
-        total += sum(token_counts(session.batcher.shapes([row])))
+    total, rows = 0, []
+    for place in ordered.tolist():
+        rows.append(held_out[place])
+        total += sum(token_counts(session.batcher.shapes(rows[-1:])))
         if total >= 2 * most:
             break
-    return ordered[:count]
+    return rows
 
 
 def _kinds(trained: set[Any], evaluated: set[Any]) -> float:

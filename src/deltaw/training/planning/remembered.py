@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.config import RunConfig
+from deltaw.data.mixture import references
 from deltaw.errors import UserError
 from deltaw.host import cgroup
 from deltaw.host.processor import processor_flags, processor_name, usable_processors
@@ -163,6 +164,9 @@ def recalled(config: RunConfig, methods: Sequence[str]) -> Recalled | None:
 
 def digest_of(rows: Iterable[Any]) -> str:
     """A hash of what a plan sees of examples: tokens and labels, or their sizes where they have none."""
+    known = getattr(rows, "digest", None)
+    if known is not None:
+        return known().hex()
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(len(row).to_bytes(8, "little"))
@@ -175,8 +179,8 @@ def digest_of(rows: Iterable[Any]) -> str:
 
 def _files_of(config: RunConfig) -> list[object] | None:
     """Stamps of the files of model and rows; None where some of them are not known."""
-    references = [config.data.train]
-    references += [config.data.eval] if isinstance(config.data.eval, str) else []
+    trained_on = references(config.data.train)
+    trained_on += [config.data.eval] if isinstance(config.data.eval, str) else []
     try:
         source = resolve(config.model)
     except UserError:
@@ -184,7 +188,7 @@ def _files_of(config: RunConfig) -> list[object] | None:
     if source.kind == "hub":
         return None
     stamps: list[object] = [_stamps(source.path)]
-    for reference in references:
+    for reference in trained_on:
         path = Path(os.path.expanduser(reference))
         if packages.is_package_reference(reference):
             stamps.append(reference)  # a version, once published, does not change

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from deltaw.data.sequences import used_tokens
 from deltaw.hub.folders import config_folder
 from deltaw.training.session import Session
 
@@ -37,10 +38,9 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     folder = config_folder(session.config.model, dtype, session.config.trust_remote_code)
     if sum(parameter is weight for _, parameter in names) != 1 or not any(folder.glob("*.safetensors")):
         return 0
-    rows = [example.tokens for example in session.data.every if hasattr(example, "tokens")]
-    if not rows:
+    tokens = used_tokens(session.data.every).astype(np.int64)
+    if not len(tokens):
         return 0
-    tokens = np.unique(np.concatenate(rows).astype(np.int64))
     row_bytes = weight.shape[1] * weight.element_size()
     first, last = tokens * row_bytes // REGION, ((tokens + 1) * row_bytes - 1) // REGION
     touched = len(np.unique(np.concatenate([first, last]))) * max(REGION, row_bytes)

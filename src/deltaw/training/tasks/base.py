@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
+from deltaw.data.bad_rows import BadRows
 from deltaw.data.report import Report
+from deltaw.data.sequences import joined
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
@@ -37,6 +39,7 @@ class RunData:
         classes: names of the classes in the order of the model's outputs; None where there are none.
         read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
             where nobody measured it.
+        skipped: rows that cannot be used (``data.bad_rows: skip``).
     """
 
     train: Sequence[Any]
@@ -44,10 +47,12 @@ class RunData:
     report: Report
     classes: tuple[str, ...] | None = None
     read_peak_bytes: int = 0
+    skipped: BadRows | None = None
 
     @property
-    def every(self) -> list[Any]:
-        return [*self.train, *self.held_out]
+    def every(self) -> Sequence[Any]:
+        """All rows, those to train on first."""
+        return joined(self.train, self.held_out)
 
 
 @dataclass(frozen=True)

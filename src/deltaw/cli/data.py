@@ -1,0 +1,91 @@
+"""`deltaw data`: what rows become, and what is wrong with them, before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.config import RunConfig
+from deltaw.errors import UserError
+from deltaw.reports.data_check import check_lines
+from deltaw.reports.data_row import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
+from deltaw.training.data_view import check_data, shown_rows
+from deltaw.training.run_folder import SETTINGS
+
+
+@click.group("data")
+def command() -> None:
+    """What rows become when a model is trained on them, and what is wrong with them."""
+
+
+@command.command("show")
+@click.argument("file", required=False, type=click.Path())
+@click.option("--row", default=None, type=click.IntRange(1), help="the row of this number, as in messages")
+@click.option(
+    "--rows", "count", default=None, type=click.IntRange(1), help="so many rows  [default: 3, or 1]"
+)
+@click.option("--settings", default=None, type=click.Path(), help="a YAML file with the run's settings")
+@settings_flags
+@json_flag
+def show(
+    file: str | None,
+    row: int | None,
+    count: int | None,
+    settings: str | None,
+    as_json: bool,
+    **given: str | None,
+) -> None:
+    """Show what rows of FILE become: their tokens as text, and which of them are trained on.
+
+    FILE is data, a run's YAML file, or a run's folder. --model names the model whose tokenizer reads it.
+    """
+    out = console(as_json)
+    config = _config(file, settings, given)
+    found = shown_rows(config, row, count or (3 if row is None else 1), out.print)
+    if as_json:
+        print_json({"rows": [row_as_dict(one) for one in found]})
+        return
+    color = out.is_terminal and not out.no_color
+    out.print(LEGEND if color else PLAIN_LEGEND)
+    for one in found:
+        for line in row_lines(one, color=color):
+            out.print(line)
+
+
+@command.command("check")
+@click.argument("file", required=False, type=click.Path())
+@click.option("--settings", default=None, type=click.Path(), help="a YAML file with the run's settings")
+@settings_flags
+@json_flag
+def check(file: str | None, settings: str | None, as_json: bool, **given: str | None) -> int:
+    """Look for what is wrong with the rows of FILE: long, empty, repeated or contradictory ones, and more.
+
+    FILE is data, a run's YAML file, or a run's folder. --model names the model whose tokenizer reads it. Ends
+    with status 2 if training would fail or be pointless.
+    """
+    out = console(as_json)
+    found = check_data(_config(file, settings, given), out.print)
+    for line in check_lines(found):
+        out.print(line)
+    if as_json:
+        print_json(found.as_dict())
+    return 0 if found.usable else 2
+
+
+def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
+    """The settings of a run on ``file``, which may itself be settings or a run's folder."""
+    flags = nested(given)
+    if file is None:
+        return RunConfig.read(settings, flags)
+    path = Path(file)
+    itself = (
+        path if path.suffix in (".yaml", ".yml") else path / SETTINGS if (path / SETTINGS).is_file() else None
+    )
+    if itself is not None:
+        if settings is not None:
+            raise UserError(f"'{file}' holds settings, and --settings names others", hint="give one of them")
+        return RunConfig.read(itself, flags)
+    flags["data"] = {**flags.get("data", {}), "train": file}
+    return RunConfig.read(settings, flags)

@@ -1,0 +1,55 @@
+"""`deltaw runs`: the runs of a folder, or some of them side by side."""
+
+from __future__ import annotations
+
+import click
+
+from deltaw.cli.options import console, json_flag, print_json
+
+
+@click.command("runs")
+@click.argument("names", nargs=-1, type=click.Path())
+@click.option(
+    "--output", default=None, type=click.Path(), help="with two or more runs: write a page that compares them"
+)
+@click.option(
+    "--report", is_flag=True, help="write report.html of each run again, from the files in its folder"
+)
+@json_flag
+def command(names: tuple[str, ...], output: str | None, report: bool, as_json: bool) -> None:
+    """List the runs below a folder, by default the folder `runs`; compare the runs that NAMES lists.
+
+    A name is the path of a run, or its name in the folder `runs`.
+    """
+    from deltaw.errors import UserError
+    from deltaw.reports.choose_runs import choose_runs
+    from deltaw.reports.comparing import as_values
+    from deltaw.reports.page.write import comparison_page, write_page
+    from deltaw.reports.runs_table import comparison_tables, runs_table
+
+    out = console(as_json)
+    chosen = choose_runs(names)
+    records = chosen.records
+    if output is not None:
+        if len(records) < 2:
+            raise UserError(
+                "a comparison needs two runs",
+                where="--output",
+                hint="name two or more: deltaw runs ONE OTHER",
+            )
+        from deltaw.durable import write_text
+
+        write_text(output, comparison_page(records))
+    written = [write_page(record.folder) for record in records] if report else []
+    if as_json:
+        print_json({"runs": as_values(records), "page": output, "reports": [str(path) for path in written]})
+    elif not records:
+        out.print(f"there are no runs in {chosen.where}")
+    elif chosen.compared:
+        for table in comparison_tables(records, out.width):
+            out.print(table, soft_wrap=False)
+            out.print()
+    else:
+        out.print(runs_table(records, out.width), soft_wrap=False)
+    for path in [*written, *([output] if output else [])]:
+        out.print(f"page: {path}")

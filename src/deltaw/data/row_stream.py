@@ -1,0 +1,342 @@
+"""Rows read in chunks, so that a file may be larger than memory.
+
+A stream is read twice: :meth:`RowStream.scan` finds the columns, the number of rows and lines that are not
+readable, before anything slow begins; :meth:`RowStream.chunks` gives the rows. Rows of a small file are kept
+from the first reading. A file that changes between the two is an error.
+
+It knows files and data sets of a hub; not references, formats or tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from deltaw.data.row_files import (
+    TYPED,
+    ArrowBatches,
+    OnBad,
+    Opened,
+    TableReader,
+    decode,
+    delimiter_of,
+    kind_of,
+    read_json,
+    read_lines,
+    reading,
+)
+from deltaw.data.rows import Row, Rows
+from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+# A chunk ends with the row that fills one of these.
+CHUNK_ROWS = 4096
+CHUNK_BYTES = 4 * 2**20
+# Rows of at most so many bytes are kept from the first reading.
+KEPT_BYTES = 16 * 2**20
+# Files of this many bytes at most count by their whole content, larger ones by parts of it.
+SMALL_BYTES = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
+
+# Number, row and bytes of it.
+NumberedRow = tuple[int, Row, int]
+
+
+class Part(Protocol):
+    """A file of a source, or a data set of a hub.
+
+    Attributes:
+        name: for messages. bytes: its size; 0 where it is not known.
+        position: bytes read so far. fills_nulls: as in :class:`Rows`.
+    """
+
+    name: str
+    bytes: int
+    position: int
+    fills_nulls: bool
+
+    def known(self) -> tuple[list[str], int] | None:
+        """Columns and number of rows, where they are known without reading."""
+
+    def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
+        """All rows."""
+
+    def stamp(self) -> object:
+        """Changes when the part is written to; cheap."""
+
+    def identity(self) -> object | None:
+        """What tells this content from any other; None where nothing does."""
+
+
+class FilePart:
+    """A file, compressed or not."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self.position = 0
+        self._path = path
+        self._kind = str(kind_of(path))
+        self.fills_nulls = self._kind in TYPED
+        with reading(name):
+            self.bytes = path.stat().st_size
+
+    def known(self) -> tuple[list[str], int] | None:
+        if self._kind != "parquet":
+            return None
+        batches = ArrowBatches(self._path, self.name, self._kind)
+        return None if batches.rows is None else (batches.columns, batches.rows)
+
+    def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
+        if self.fills_nulls:
+            yield from self._read_arrow()
+            return
+        with reading(self.name), Opened(self._path) as opened:
+            for row in self._read_text(opened, on_bad):
+                self.position = opened.position
+                yield row
+
+    def _read_text(self, opened: Opened, on_bad: OnBad | None) -> Iterator[NumberedRow]:
+        if self._kind == "jsonl":
+            yield from read_lines(opened.file, self.name, on_bad)
+        elif self._kind == "json":
+            text = decode(opened.file.read(), self.name)
+            rows = read_json(text, self.name)
+            each = len(text) // max(1, len(rows))
+            yield from ((number, row, each) for number, row in enumerate(rows, start=1))
+        else:
+            reader = TableReader(opened.file, self.name, delimiter_of(self._path), on_bad)
+            for number, cells in reader:
+                row = dict(zip(reader.header, cells, strict=True))
+                yield number, row, sum(map(len, cells))
+
+    def _read_arrow(self) -> Iterator[NumberedRow]:
+        number = taken = 0
+        batches = ArrowBatches(self._path, self.name, self._kind)
+        for rows, size in batches:
+            taken += size
+            self.position = min(self.bytes, taken)
+            for row in rows:
+                number += 1
+                yield number, row, size // len(rows)
+
+    def stamp(self) -> object:
+        try:
+            status = self._path.stat()
+        except OSError as error:
+            raise UserError(
+                f"the file disappeared while it was read: {error.strerror or error}",
+                where=self.name,
+                hint="start again when it is there for good",
+            ) from error
+        return status.st_size, status.st_mtime_ns, status.st_ino
+
+    def identity(self) -> object | None:
+        with reading(self.name):
+            return content_identity(self._path)
+
+
+class HubPart:
+    """A split of a data set that was loaded from a hub; its library keeps it on the disk."""
+
+    def __init__(self, found: datasets.Dataset, name: str) -> None:
+        self.name = name
+        self.bytes = self.position = 0
+        self.fills_nulls = True
+        self._found = found
+
+    def known(self) -> tuple[list[str], int] | None:
+        return list(self._found.column_names), len(self._found)
+
+    def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
+        names = list(self._found.column_names)
+        for start in range(0, len(self._found), 256):
+            columns = self._found[start : start + 256]
+            for number, values in enumerate(zip(*(columns[n] for n in names), strict=True), start=start + 1):
+                yield number, dict(zip(names, values, strict=True)), _size_of(values)
+
+    def stamp(self) -> object:
+        return len(self._found)
+
+    def identity(self) -> object | None:
+        files = [Path(file["filename"]) for file in self._found.cache_files]
+        return [self.name, len(self._found), *map(content_identity, files)] if files else None
+
+
+class RowStream:
+    """The rows of one source, in chunks.
+
+    Args:
+        name: the reference, as given. parts: its files.
+        on_bad: told of lines that cannot be read, in the first reading; they are skipped then.
+
+    Attributes:
+        columns: names of all columns, in the order in which they first appear; known after :meth:`scan`.
+        rows: how many rows there are, without the skipped ones. bad: how many were skipped.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Part], *, on_bad: OnBad | None = None) -> None:
+        self.name = name
+        self.columns: list[str] = []
+        self.rows = self.bad = 0
+        self.fills_nulls = any(part.fills_nulls for part in parts)
+        self._parts = list(parts)
+        self._on_bad = on_bad
+        self._first_bad: UserError | None = None
+        self._stamps = [part.stamp() for part in parts]
+        self._kept: list[tuple[str, list[int], list[Row]]] | None = []
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(part.bytes for part in self._parts)
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far in the present reading."""
+        return sum(part.position for part in self._parts)
+
+    def identity(self) -> list[object] | None:
+        """What tells this content from any other; None where something does not say."""
+        found = [part.identity() for part in self._parts]
+        return None if any(one is None for one in found) else found
+
+    def scan(self, on_rows: Callable[[int, int], object] = lambda rows, position: None) -> None:
+        """Read everything once: columns, number of rows, errors.
+
+        Args:
+            on_rows: told now and then how many rows and bytes were read so far.
+
+        Raises:
+            UserError: a file cannot be read, or there is no row.
+        """
+        columns: dict[str, None] = {}
+        taken = 0
+        for part in self._parts:
+            known = part.known()
+            if known is not None:
+                columns.update(dict.fromkeys(known[0] if known[1] else ()))
+                self.rows += known[1]
+                self._kept = None
+                continue
+            numbers: list[int] = []
+            rows: list[Row] = []
+            for number, row, size in part.read(None if self._on_bad is None else self._skipped):
+                self.rows += 1
+                if not columns.keys() >= row.keys():
+                    columns.update(dict.fromkeys(row))
+                if self._kept is not None:
+                    taken += size
+                    numbers.append(number)
+                    rows.append(row)
+                    if taken > KEPT_BYTES:
+                        self._kept = None
+                        numbers, rows = [], []
+                if self.rows % CHUNK_ROWS == 0:
+                    on_rows(self.rows, self.position)
+            if self._kept is not None:
+                self._kept.append((part.name, numbers, rows))
+        if not self.rows:
+            raise _empty(self.name, self._first_bad)
+        self.columns = list(columns)
+
+    def chunks(self) -> Iterator[Rows]:
+        """All rows in their order, some at a time.
+
+        Raises:
+            UserError: a file cannot be read, or is not what it was when the stream was opened.
+        """
+        count = 0
+        for part in self._parts:
+            part.position = 0
+        for chunk in self._read_chunks() if self._kept is None else self._kept_chunks():
+            count += len(chunk)
+            yield chunk
+        stamps = [part.stamp() for part in self._parts]
+        changed = [p for p, a, b in zip(self._parts, self._stamps, stamps, strict=True) if a != b]
+        if changed or count != self.rows:
+            raise UserError(
+                "the file changed while it was read",
+                where=changed[0].name if changed else self.name,
+                hint="start again when nothing writes to it",
+            )
+
+    def _kept_chunks(self) -> Iterator[Rows]:
+        for name, numbers, rows in self._kept or ():
+            for start in range(0, len(rows), CHUNK_ROWS):
+                part = slice(start, start + CHUNK_ROWS)
+                yield self._chunk(name, numbers[part], rows[part])
+
+    def _read_chunks(self) -> Iterator[Rows]:
+        passed_over = None if self._on_bad is None else _told_before
+        for part in self._parts:
+            numbers: list[int] = []
+            rows: list[Row] = []
+            taken = 0
+            for number, row, size in part.read(passed_over):
+                numbers.append(number)
+                rows.append(row)
+                taken += size
+                if len(rows) == CHUNK_ROWS or taken >= CHUNK_BYTES:
+                    yield self._chunk(part.name, numbers, rows)
+                    numbers, rows, taken = [], [], 0
+            if rows:
+                yield self._chunk(part.name, numbers, rows)
+
+    def _chunk(self, part: str, numbers: list[int], rows: list[Row]) -> Rows:
+        return Rows(self.name, [(part, numbers, rows)], self.columns, fills_nulls=self.fills_nulls)
+
+    def _skipped(self, error: UserError, reason: str, row: object) -> None:
+        self.bad += 1
+        self._first_bad = self._first_bad or error
+        if self._on_bad is not None:
+            self._on_bad(error, reason, row)
+
+
+def _told_before(error: UserError, reason: str, row: object) -> None:
+    """The first reading told of it."""
+
+
+def content_identity(path: Path) -> list[object]:
+    """What tells a file's content from any other: a hash of all of it, or of a large file its path, size,
+    times of change, and a hash of parts spread over it."""
+    status = path.stat()
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        if status.st_size <= SMALL_BYTES:
+            while block := file.read(2**20):
+                digest.update(block)
+            return [digest.hexdigest()]
+        sample(file, status.st_size, digest)
+    # The time of the last change of status cannot be set back, as that of content can.
+    times = [status.st_mtime_ns, status.st_ctime_ns if os.name == "posix" else 0]
+    return [str(path.resolve()), status.st_size, *times, digest.hexdigest()]
+
+
+def sample(file: Any, size: int, digest: Any) -> None:
+    """Feed parts of a file of ``size`` bytes, spread evenly from its first to its last byte, to a hash."""
+    step = max(1, (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+    for start in range(0, max(1, size - _SAMPLE_BYTES + 1), step):
+        file.seek(start)
+        digest.update(file.read(_SAMPLE_BYTES))
+    file.seek(max(0, size - _SAMPLE_BYTES))
+    digest.update(file.read(_SAMPLE_BYTES))
+
+
+def _size_of(value: object) -> int:
+    """Roughly the bytes of a row's values."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size_of, value.values()))
+    return sum(map(_size_of, value)) if isinstance(value, list | tuple) else 8
+
+
+def _empty(name: str, bad: UserError | None) -> UserError:
+    if bad is not None:
+        return UserError(f"no row can be read; the first error: {bad.what}", where=bad.where, hint=bad.hint)
+    return UserError("the file is empty: it has no row", where=name, hint="name the file that has the rows")

@@ -1,0 +1,120 @@
+"""Rows with their numbers: a whole file, several, or a chunk of one.
+
+It knows where in a file a row is, for messages; not how files are read.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
+
+Row = Mapping[str, object]
+
+
+class Rows(Sequence[tuple[int, Row]]):
+    """Rows with their numbers: a sequence of ``(number, row)``.
+
+    Args:
+        name: the reference, as given.
+        parts: for each file, its name, the numbers of its rows (from 1; lines in JSON Lines) and the rows.
+        columns: names of all columns, in the order in which they first appear.
+        fills_nulls: whether the rows come from typed columns, which hold null where a row has no value.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[tuple[str, Sequence[int], Sequence[Row]]],
+        columns: Sequence[str] | None = None,
+        *,
+        fills_nulls: bool = False,
+    ) -> None:
+        self.name = name
+        self.fills_nulls = fills_nulls
+        self._parts = list(parts)
+        self._starts = [0]
+        for _, numbers, _rows in self._parts:
+            self._starts.append(self._starts[-1] + len(numbers))
+        self.columns = list(columns) if columns is not None else _columns_of(self._parts)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        """``(number, row)`` for an index, a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        part, inside = self._find(index % len(self))
+        _, numbers, rows = self._parts[part]
+        return numbers[inside], rows[inside]
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        for _, numbers, rows in self._parts:
+            yield from zip(numbers, rows, strict=True)
+
+    def number(self, index: int) -> int:
+        """The number of the row at ``index``."""
+        part, inside = self._find(index)
+        return self._parts[part][1][inside]
+
+    def place(self, index: int) -> str:
+        """Where the row at ``index`` is, for a message: ``"data.jsonl, row 7"``."""
+        part, inside = self._find(index)
+        name, numbers, _ = self._parts[part]
+        return f"{name}, row {numbers[inside]}"
+
+    def tables(self) -> list[Table] | None:
+        """The files as tables, if all of them are."""
+        tables = [rows for _, _, rows in self._parts if isinstance(rows, Table)]
+        return tables if len(tables) == len(self._parts) else None
+
+    def file(self, index: int) -> str:
+        """The name of the file that the row at ``index`` is in."""
+        return self._parts[self._find(index)[0]][0]
+
+    @staticmethod
+    def joined(name: str, several: Sequence[Rows]) -> Rows:
+        """The rows of several sources, one after another."""
+        columns = dict.fromkeys(column for rows in several for column in rows.columns)
+        fills = any(rows.fills_nulls for rows in several)
+        return Rows(name, [p for rows in several for p in rows._parts], list(columns), fills_nulls=fills)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = bisect.bisect_right(self._starts, index) - 1
+        return part, index - self._starts[part]
+
+
+class Table(Sequence[Row]):
+    """The rows of a table, which all have the same columns: stored as cells, made into rows on access.
+
+    Args:
+        header: names of the columns. rows: the cells of each row.
+        has_header: whether the names come from the file.
+    """
+
+    def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]], has_header: bool = True) -> None:
+        self.header = list(header)
+        self.has_header = has_header
+        self.cells = rows
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return dict(zip(self.header, self.cells[index], strict=True))
+
+
+def _columns_of(parts: Sequence[tuple[str, Sequence[int], Sequence[Row]]]) -> list[str]:
+    columns: dict[str, None] = {}
+    for _, _, rows in parts:
+        if isinstance(rows, Table):
+            columns.update(dict.fromkeys(rows.header if len(rows) else ()))
+            continue
+        for row in rows:
+            if not columns.keys() >= row.keys():
+                columns.update(dict.fromkeys(row))
+    return list(columns)

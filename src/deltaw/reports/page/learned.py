@@ -1,0 +1,204 @@
+"""Where a run learned: the size of what it saved, by layer and kind of module, from the adapter's files.
+
+For factors A and B that is the norm of ΔW and its singular values, computed from the factors alone
+(:mod:`deltaw.reports.adapter_math`). Other methods save tensors, of which it gives the norms. It knows no
+page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from deltaw.errors import UserError
+from deltaw.lora import read_adapter
+from deltaw.lora.peft_updates import content_of
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from deltaw.reports.adapter_math import effective_rank, singular_values
+
+# Bytes of weights above which their norms are not computed for a page.
+LARGEST = 4_000_000_000
+# Singular values that are kept of a module.
+VALUES = 64
+# The order in which a block computes its projections; files have them by name.
+COMPUTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one module, or one tensor, came to.
+
+    Attributes:
+        name: its name in the model. layer: its first number; None outside of layers. kind: its name without
+            numbers and what all names have in common.
+        norm: ‖ΔW‖_F, or of the saved tensor.
+        values: the singular values of ΔW, descending; empty for a tensor.
+        effective_rank: of ΔW; None for a tensor.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    norm: float
+    values: Sequence[float] = ()
+    effective_rank: float | None = None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What an adapter holds.
+
+    Attributes:
+        parts: in the order of the model.
+        is_update: whether the norms are those of ΔW, and not of what was saved instead.
+        others: names and norms of what an adapter with factors holds besides them.
+        note: why there is less than usual; empty otherwise.
+    """
+
+    parts: Sequence[Part] = ()
+    is_update: bool = True
+    others: Sequence[tuple[str, float]] = ()
+    note: str = ""
+
+    @property
+    def norm(self) -> float:
+        """Over all parts."""
+        return _together(part.norm for part in self.parts)
+
+    def layers(self) -> list[int]:
+        return sorted({part.layer for part in self.parts if part.layer is not None})
+
+    def kinds(self) -> list[str]:
+        """Kinds of modules: those of attention and MLP as a block computes them, others as they come."""
+        found = list(dict.fromkeys(part.kind for part in self.parts))
+        return sorted(found, key=lambda kind: COMPUTED.index(kind) if kind in COMPUTED else len(COMPUTED))
+
+    def grid(self) -> dict[str, dict[int | None, float]]:
+        """By kind and layer, the norm of all parts there; parts outside of layers are at None."""
+        squares: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for part in self.parts:
+            squares[part.kind][part.layer].append(part.norm)
+        return {
+            kind: {layer: _together(norms) for layer, norms in row.items()} for kind, row in squares.items()
+        }
+
+    def by_layer(self) -> list[tuple[int, float, list[float], Part]]:
+        """Each layer's norm, its three largest singular values, and the part that changed most."""
+        found = []
+        for layer in self.layers():
+            parts = [part for part in self.parts if part.layer == layer]
+            top = sorted((value for part in parts for value in part.values[:3]), reverse=True)[:3]
+            found.append((layer, _together(p.norm for p in parts), top, max(parts, key=lambda p: p.norm)))
+        return found
+
+
+def what_was_learned(folder: Path) -> Learned | None:
+    """Measure the adapter in a run's folder; None where it holds none yet."""
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    size = weights.stat().st_size
+    if size > LARGEST:
+        return Learned(note=f"The adapter has {size / 1e9:.1f} GB, too much to measure for a page.")
+    try:
+        if _has_factors(weights):
+            return _of_factors(folder)
+        return _of_tensors(weights)
+    except (UserError, SafetensorError, OSError, ValueError, RuntimeError) as error:
+        brief = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Learned(note=f"The adapter could not be measured: {brief}")
+
+
+def _has_factors(weights: Path) -> bool:
+    with safe_open(weights, "pt") as file:
+        return any(".lora_" in name for name in file.keys())  # noqa: SIM118
+
+
+def _of_factors(folder: Path) -> Learned:
+    content = content_of(read_adapter(folder))
+    names = [update.name for update in content.updates]
+    kinds = dict(zip(names, kinds_of(names), strict=True))
+    parts = []
+    for update in content.updates:
+        values = [
+            singular_values(a, b, update.scaling * update.times)
+            for a, b in update.pairs()
+            if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+        ]
+        if not values:
+            continue
+        together = torch.cat(values).sort(descending=True).values
+        rank = sum(effective_rank(one) for one in values) / len(values)
+        name = update.name
+        norm = float(together.square().sum().sqrt())
+        kept = [float(value) for value in together[:VALUES]]
+        parts.append(Part(name, layer_of(name), kinds[name], norm, kept, rank))
+    others = [(name, float(t.double().norm())) for name, t in content.others.items()]
+    return Learned(_in_order(parts), True, others)
+
+
+def _of_tensors(weights: Path) -> Learned:
+    """The norms of saved tensors, one of them in memory at a time."""
+    norms: dict[str, float] = {}
+    with safe_open(weights, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point():
+                norms[name] = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    kinds = kinds_of(list(norms))
+    parts = [
+        Part(name, layer_of(name), kind, norm)
+        for (name, norm), kind in zip(norms.items(), kinds, strict=True)
+        if math.isfinite(norm)
+    ]
+    return Learned(_in_order(parts), False, note=_meaning(weights.parent))
+
+
+def _meaning(folder: Path) -> str:
+    """What the saved tensors of a method are."""
+    try:
+        method = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("method")
+    except (OSError, ValueError):
+        method = None
+    named = f"The method {method}" if method else "This method"
+    return (
+        f"{named} saves values, not the factors of a change: these are the norms of what it saved, not of "
+        "what changed."
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """The first number in a module's name."""
+    found = _NUMBER.search(name)
+    return int(found[0]) if found else None
+
+
+def kinds_of(names: Sequence[str]) -> list[str]:
+    """Names without numbers, cut to the last parts that tell them apart."""
+    patterns = [[part for part in name.split(".") if not part.isdigit()] for name in names]
+    distinct = {tuple(pattern) for pattern in patterns}
+    short: dict[tuple[str, ...], str] = {}
+    for pattern in distinct:
+        for length in range(1, len(pattern) + 1):
+            if sum(other[-length:] == pattern[-length:] for other in distinct) == 1:
+                break
+        short[pattern] = ".".join(pattern[-length:])
+    return [short[tuple(pattern)] for pattern in patterns]
+
+
+def _in_order(parts: list[Part]) -> list[Part]:
+    """By layer, those outside of layers last."""
+    return sorted(parts, key=lambda part: math.inf if part.layer is None else part.layer)
+
+
+def _together(norms: Iterable[float]) -> float:
+    return math.sqrt(sum(norm * norm for norm in norms))

@@ -1,0 +1,329 @@
+"""The figures of one run's page: its curves, its memory, its rows, and the search of its learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deltaw.reports.page.curves import evenly, smoothed, thinned
+from deltaw.reports.page.figure import Figure, Numbers
+from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
+from deltaw.reports.plan import PARTS
+from deltaw.reports.record import RunRecord, number, numbers
+from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
+
+# Rows of the table behind a curve.
+ROWS = 40
+# The word for the horizontal axis of all curves over a run.
+STEP = "step"
+
+
+def curve_figures(record: RunRecord) -> list[Figure]:
+    """The loss first, then what else was measured over the steps."""
+    figures = [loss_figure(record), *metric_figures(record)]
+    columns: list[tuple[str, str, str, str]] = [
+        ("learning_rate", "Learning rate", "The learning rate that each step used.", "learning rate"),
+        (
+            "gradient_norm",
+            "Gradient norm",
+            "The norm of each step's gradient before it was clipped.",
+            "gradient norm",
+        ),
+    ]
+    for name, title, text, unit in columns:
+        figures.append(column_figure(record, name, title, text, unit, smooth=name == "gradient_norm"))
+    figures.append(speed_figure(record))
+    figures.append(
+        column_figure(
+            record,
+            "general_loss",
+            "General answers",
+            "The loss on the base model's own answers that each step also learns (train.keep_general).",
+            "loss, nats per token",
+            smooth=True,
+        )
+    )
+    return [figure for figure in figures if figure is not None]
+
+
+def loss_figure(record: RunRecord) -> Figure | None:
+    """Training loss, raw and smoothed, with the held-out loss."""
+    steps, losses = record.metrics.column("loss")
+    if not len(steps):
+        return None
+    mean = smoothed(losses)
+    metric = record.loss_metric
+    held_out = record.metrics.evaluated(metric) if metric else []
+    curves = [
+        Curve(_points(steps, losses), "c1 raw"),
+        Curve(_points(steps, mean), "c1"),
+        Curve([(float(step), value) for step, value in held_out], "c2", dots=True),
+    ]
+    legend = [(swatch("c1"), "training, running mean"), (swatch("c1 raw"), "training, each step")]
+    said = f"The training loss went from {short(mean[0])} to {short(mean[-1])} over {len(steps):,} steps"
+    if held_out:
+        legend.append((swatch("c2"), "held-out rows"))
+        said += f"; on rows held out it was {short(held_out[-1][1])} at the last evaluation"
+    by_step = dict(held_out)
+    rows = [
+        (f"{steps[i]:,.0f}", short(losses[i]), short(mean[i]), _at(by_step, steps[i]))
+        for i in _rows_with(steps, by_step)
+    ]
+    head = ("step", "loss", "running mean", "held-out")
+    return Figure(
+        "loss",
+        "Loss",
+        said + ".",
+        line_chart(
+            "loss", "Loss over steps", said, curves, x_format=_step, y_format=tick, x_from=0, height=280
+        ),
+        Numbers("Loss by step", head, rows, _selected(len(steps), len(rows))),
+        legend,
+    )
+
+
+def metric_figures(record: RunRecord) -> list[Figure]:
+    """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
+    figures = []
+    for name in record.metrics.metric_names():
+        found = record.metrics.evaluated(name)
+        if name in (record.loss_metric, "perplexity") or len(found) < 2 or len(figures) >= 6:
+            continue
+        title = metric_name(name)
+        values = [(float(step), value) for step, value in found]
+        said = (
+            f"{title.capitalize()} on held-out rows, from {metric_value(name, found[0][1])} to "
+            f"{metric_value(name, found[-1][1])}"
+        )
+        identity = f"metric-{len(figures) + 1}"
+        thin = _thin_points(values)
+        drawn = line_chart(
+            identity,
+            f"{title} over steps",
+            said,
+            [Curve(thin, "c2", dots=len(thin) < 100)],
+            x_format=_step,
+            x_from=0,
+            y_format=_formatted(name),
+            log=False,
+        )
+        rows = [(f"{found[i][0]:,}", metric_value(name, found[i][1])) for i in evenly(len(found), ROWS)]
+        numbers = Numbers(
+            f"{title.capitalize()} by step", ("step", title), rows, _selected(len(found), len(rows))
+        )
+        figures.append(Figure(identity, title.capitalize(), said + ".", drawn, numbers))
+    return figures
+
+
+def column_figure(
+    record: RunRecord, column: str, title: str, text: str, unit: str, *, smooth: bool = False
+) -> Figure | None:
+    """One column of the metrics over the steps; None where there is none."""
+    steps, values = record.metrics.column(column)
+    if not len(steps):
+        return None
+    return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth=smooth)
+
+
+def speed_figure(record: RunRecord) -> Figure | None:
+    """Tokens a second, step by step."""
+    steps, seconds = record.metrics.column("seconds")
+    if not len(steps):
+        return None
+    tokens = record.metrics.columns["tokens"][np.isfinite(record.metrics.columns["seconds"])]
+    there = (seconds > 0) & np.isfinite(tokens)
+    if not there.any():
+        return None
+    overall = tokens[there].sum() / seconds[there].sum()
+    text = f"Tokens of the data that went through each second; {count(overall)} over the whole run."
+    rates = tokens[there] / seconds[there]
+    return _figure_of(
+        "speed", "Speed", text, "tokens per second", steps[there], rates, smooth=True, from_zero=True
+    )
+
+
+def _figure_of(
+    identity: str,
+    title: str,
+    text: str,
+    unit: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    *,
+    smooth: bool,
+    from_zero: bool = False,
+) -> Figure:
+    mean = smoothed(values) if smooth else values
+    curves = [Curve(_points(steps, mean), "c1")]
+    legend = []
+    if smooth:
+        curves.insert(0, Curve(_points(steps, values), "c1 raw"))
+        legend = [(swatch("c1"), "running mean"), (swatch("c1 raw"), "each step")]
+    said = (
+        f"{unit} from {short(values[0])} at step {steps[0]:,.0f} to {short(values[-1])} at {steps[-1]:,.0f}"
+    )
+    drawn = line_chart(
+        identity,
+        f"{title} over steps",
+        said,
+        curves,
+        x_format=_step,
+        x_from=0,
+        y_format=tick,
+        from_zero=from_zero,
+        log=False if from_zero else None,
+    )
+    rows = [(f"{steps[i]:,.0f}", short(values[i])) for i in evenly(len(steps), ROWS)]
+    numbers = Numbers(f"{title} by step", ("step", unit), rows, _selected(len(steps), len(rows)))
+    return Figure(identity, title, text, drawn, numbers, legend)
+
+
+def memory_figure(record: RunRecord) -> Figure | None:
+    """Planned memory by part, and what was measured; None where nothing was planned or measured."""
+    plan, peak = record.plan, record.peak_bytes
+    parts = plan.get("parts")
+    if not isinstance(parts, Mapping) or not record.planned_bytes:
+        return None
+    planned = record.planned_bytes
+    sizes = {name: found for name, size in parts.items() if (found := number(size)) is not None}
+    sizes["process"] = max(0.0, planned - (number(plan.get("peak_bytes")) or sum(sizes.values())))
+    drawn = [(f"p{n}", label, sizes.get(name, 0.0)) for n, (name, label, *_) in enumerate(PARTS, 1)]
+    drawn = [part for part in drawn if part[2] > 0]
+    given = [Bar("planned", gigabytes(planned), drawn)]
+    text = f"{gigabytes(planned)} planned before the run began"
+    if peak:
+        given.append(Bar("measured", gigabytes(peak), [("measured", "measured", float(peak))]))
+        off = (peak - planned) / planned
+        text += f"; {gigabytes(peak)} measured at its peak, {abs(off):.1%} {'more' if off > 0 else 'less'}"
+    if limit := number(plan.get("limit_bytes")):
+        text += f". The machine gives {gigabytes(int(limit))}"
+    rows = [(label, gigabytes(int(size)), f"{size / planned:.1%}") for _, label, size in drawn]
+    rows.append(("planned in all", gigabytes(planned), "100.0%"))
+    if peak:
+        rows.append(("measured at the peak", gigabytes(peak), f"{peak / planned:.1%}"))
+    return Figure(
+        "memory",
+        "Memory planned and measured",
+        text + ".",
+        bars("memory", "Memory planned and measured", text, given),
+        Numbers("Memory at the peak by part", ("part", "size", "of the plan"), rows),
+        [(swatch(kind, area=True), label) for kind, label, size in drawn if size > 0.005 * planned],
+    )
+
+
+def length_figure(record: RunRecord) -> Figure | None:
+    """How long the rows are."""
+    lengths = record.data.get("lengths")
+    if not isinstance(lengths, Mapping):
+        return None
+    edges, counts = ([int(n) for n in numbers(_list(lengths.get(key)))] for key in ("edges", "rows"))
+    if len(edges) < 2 or len(edges) != len(counts) + 1:
+        return None
+    text = f"Tokens of the training rows; half of them have up to {count(number(lengths.get('median')))}"
+    if labels := number(lengths.get("labels_median")):
+        text += f", of which {count(labels)} are trained on in the median row"
+    if lengths.get("sampled") != lengths.get("of"):
+        text += f" ({count(number(lengths.get('sampled')))} rows of {count(number(lengths.get('of')))})"
+    rows = [
+        (f"{start:,} to {end - 1:,}" if end - start > 1 else f"{start:,}", f"{number:,}")
+        for start, end, number in zip(edges, edges[1:], counts, strict=False)
+    ]
+    return Figure(
+        "lengths",
+        "How long the rows are",
+        text + ".",
+        histogram("lengths", "Rows by number of tokens", text, edges, counts, "tokens"),
+        Numbers("Rows by number of tokens", ("tokens", "rows"), rows),
+    )
+
+
+def rate_figure(record: RunRecord) -> Figure | None:
+    """The range test of the learning rate: loss over the rate tried; None where there was none."""
+    found = _rates(record.learning_rates)
+    if len(found) < 2:
+        return None
+    chosen = record.setting("train.learning_rate")
+    said = f"Loss while the learning rate rose from {found[0][0]:.2g} to {found[-1][0]:.2g}"
+    text = said + (f"; {chosen:.2g} was chosen" if isinstance(chosen, float) else "")
+    rows = [(f"{found[i][0]:.3g}", short(found[i][1])) for i in evenly(len(found), ROWS)]
+    return Figure(
+        "rate-search",
+        "Search of the learning rate",
+        text + ".",
+        line_chart(
+            "rate-search",
+            "Loss over learning rate",
+            text,
+            [Curve(found, "c1", dots=len(found) < 60)],
+            x_format=lambda value: f"{value:.0e}",
+            y_format=tick,
+            log=False,
+            log_x=True,
+        ),
+        Numbers("Loss by learning rate", ("learning rate", "loss"), rows),
+    )
+
+
+def _rates(told: Any) -> list[tuple[float, float]]:
+    """Learning rate and loss of each point of a search, by rate."""
+    points = told
+    if isinstance(told, Mapping):
+        points = next((told[key] for key in ("points", "curve", "tried", "steps") if key in told), None)
+        if points is None and isinstance(told.get("rates"), list) and isinstance(told.get("losses"), list):
+            points = list(zip(told["rates"], told["losses"], strict=False))
+    found = []
+    for point in points if isinstance(points, list) else []:
+        if isinstance(point, Mapping):
+            rate = point.get("learning_rate", point.get("rate"))
+            loss = point.get("smoothed", point.get("loss"))
+        elif isinstance(point, Sequence) and len(point) >= 2:
+            rate, loss = point[0], point[1]
+        else:
+            continue
+        if not (isinstance(rate, int | float) and isinstance(loss, int | float)):
+            continue
+        if rate > 0 and math.isfinite(rate) and math.isfinite(loss):
+            found.append((float(rate), float(loss)))
+    return sorted(found)
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    thin_x, thin_y = thinned(x, y)
+    return list(zip(thin_x.tolist(), thin_y.tolist(), strict=True))
+
+
+def _thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    x, y = np.array(points).T
+    return _points(x, y)
+
+
+def _rows_with(steps: np.ndarray, evaluated: Mapping[int, float]) -> list[int]:
+    """Places for a table: evenly spread, and those of some evaluations."""
+    places = set(evenly(len(steps), ROWS // 2))
+    index = {int(step): place for place, step in enumerate(steps)} if evaluated else {}
+    known = [index[step] for step in evaluated if step in index]
+    return sorted(places | {known[i] for i in evenly(len(known), ROWS // 2)})
+
+
+def _at(evaluated: Mapping[int, float], step: float) -> str:
+    return short(evaluated[int(step)]) if int(step) in evaluated else ""
+
+
+def _selected(there: int, shown: int) -> str:
+    return f"{shown} of {there:,}, evenly spread; all are in metrics.jsonl" if shown < there else ""
+
+
+def _step(value: float) -> str:
+    return f"{STEP} {value:,.0f}" if value == 0 else f"{value:,.0f}"
+
+
+def _formatted(metric: str) -> Callable[[float], str]:
+    share = metric_value(metric, 0.5).endswith("%")
+    return lambda value: f"{100 * value:.4g}%" if share else tick(value)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

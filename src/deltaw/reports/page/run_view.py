@@ -1,0 +1,317 @@
+"""What the page of one run says, put together from its record: headline, answers, rows, settings, commands.
+
+Everything here is plain text and figures; the template decides where it stands, and escapes it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltaw.config import settings as all_settings
+from deltaw.reports.metrics_file import SampleAnswer
+from deltaw.reports.page.curves import smoothed
+from deltaw.reports.page.figure import Numbers
+from deltaw.reports.page.learned import what_was_learned
+from deltaw.reports.page.learned_figures import learned_figures
+from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
+from deltaw.reports.record import KILLED, RunRecord, number, numbers
+from deltaw.reports.wording import (
+    count,
+    duration,
+    gigabytes,
+    metric_name,
+    metric_value,
+    rate,
+    short,
+    shown,
+    when,
+)
+from deltaw.training.evaluation.drift import LARGE
+from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next_commands
+
+# The most prompts whose answers are shown, answers in between of one, and characters of a text.
+PROMPTS, BETWEEN, TEXT = 12, 20, 3000
+SETTINGS_TEXT = 40_000
+STATES = {
+    RUNNING: "running",
+    FINISHED: "finished",
+    INTERRUPTED: "interrupted",
+    FAILED: "failed",
+    KILLED: "killed before its end",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One of the large numbers at the top."""
+
+    name: str
+    value: str
+    more: str = ""
+
+
+def run_view(record: RunRecord) -> dict[str, Any]:
+    """The variables of the template ``run.html``."""
+    learned = what_was_learned(record.folder)
+    curves = curve_figures(record)
+    answers = answers_of(record.metrics.samples)
+    examples = examples_of(record.data.get("examples"))
+    lines = [str(line) for line in _list(record.data.get("lines"))]
+    changed = settings_table(record)
+    view: dict[str, Any] = {
+        "title": f"{record.name} – deltaw run",
+        "name": record.name,
+        "folder": os.fspath(record.folder),
+        "model": record.model,
+        "method": record.method,
+        "task": record.task,
+        "state": record.state,
+        "state_text": _state_text(record),
+        "when": when(record.started),
+        "when_machine": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.started)),
+        "error": {key: str(record.error.get(key) or "") for key in ("what", "where", "hint")},
+        "notices": notices(record),
+        "headline": headline(record),
+        "curves": curves,
+        "rates": rate_figure(record),
+        "answers": answers,
+        "drift": drift_text(record),
+        "memory": memory_figure(record),
+        "data_lines": lines,
+        "lengths": length_figure(record),
+        "examples": examples,
+        "masked": any(piece["trained"] for example in examples for piece in example["pieces"]),
+        "learned": [] if learned is None else learned_figures(learned),
+        "learned_note": "" if learned is None else learned.note,
+        "others": Numbers(
+            "Norms of what the adapter holds besides A and B",
+            ("name", "norm"),
+            [] if learned is None else [(name, short(norm)) for name, norm in learned.others[:60]],
+        ),
+        "settings": changed,
+        "settings_text": record.settings_text[:SETTINGS_TEXT],
+        "commands": commands_of(record),
+        "machine": machine_text(record),
+        "versions": ", ".join(
+            f"{name} {value}" for name, value in _map(record.summary.get("versions")).items()
+        ),
+        "written": when(time.time()),
+    }
+    sections = (
+        ("result", "Result", True),
+        ("curves", "Training", curves),
+        ("answers", "Answers", answers or view["drift"]),
+        ("memory-heading", "Memory", view["memory"]),
+        ("data", "Data", lines or examples),
+        ("learned-heading", "What changed", view["learned"] or view["learned_note"]),
+        ("settings", "Settings", changed.rows),
+        ("next", "To go on", True),
+    )
+    view["contents"] = [(identity, text) for identity, text, there in sections if there]
+    return view
+
+
+def headline(record: RunRecord) -> list[Fact]:
+    """The numbers that a person looks for first."""
+    facts = []
+    metric = record.loss_metric
+    losses = record.metrics.evaluated(metric) if metric else []
+    if len(losses) > 1:
+        facts.append(
+            Fact(
+                "held-out loss",
+                f"{short(losses[0][1])} → {short(losses[-1][1])}",
+                "before and after training"
+                if losses[0][0] == 0
+                else f"from step {losses[0][0]:,} to the end",
+            )
+        )
+    elif losses:
+        facts.append(Fact("held-out loss", short(losses[-1][1]), "after training"))
+    score = record.score
+    if score is not None and score[0] != metric:
+        told = numbers(_list(_map(record.result.get("score")).get("interval")))
+        bounds = [metric_value(score[0], bound) for bound in told]
+        more = f"95 % interval {bounds[0]} to {bounds[1]}" if len(bounds) == 2 else "on held-out rows"
+        facts.append(Fact(metric_name(score[0]), metric_value(*score), more))
+    _, steps = record.metrics.column("loss")
+    if len(steps) and len(losses) < 2:
+        mean = smoothed(steps)
+        facts.append(
+            Fact("training loss", f"{short(mean[0])} → {short(mean[-1])}", "first step, and mean of the last")
+        )
+    if record.rows_per_second:
+        more = f"{count(record.tokens_per_second)} tokens a second"
+        facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", more))
+    if record.seconds:
+        total = record.total_steps
+        of = f" of {total:,}" if total is not None and total != record.steps else ""
+        facts.append(Fact("training time", duration(record.seconds), f"{record.steps:,}{of} steps"))
+    if record.peak_bytes:
+        more = f"planned {gigabytes(record.planned_bytes)}" if record.planned_bytes else ""
+        facts.append(Fact("peak memory", gigabytes(record.peak_bytes), more))
+    elif record.planned_bytes:
+        facts.append(Fact("memory planned", gigabytes(record.planned_bytes)))
+    trained = number(record.plan.get("trained_parameters") or record.result.get("trained_parameters"))
+    total_parameters = number(record.plan.get("total_parameters"))
+    if trained:
+        share = f"{trained / total_parameters:.2%} of {count(total_parameters)}" if total_parameters else ""
+        facts.append(Fact("trained parameters", count(trained), share))
+    return facts
+
+
+def notices(record: RunRecord) -> list[str]:
+    """What a person should know before reading on."""
+    found = []
+    if record.state == RUNNING:
+        total = record.total_steps
+        of = f" of {total:,}" if total else ""
+        found.append(
+            f"This run goes on: step {record.steps:,}{of}. The page is written again at each evaluation and "
+            "at least every few minutes; reload it to see more."
+        )
+    if record.state in (INTERRUPTED, KILLED):
+        total = f" of {record.total_steps:,}" if record.total_steps else ""
+        found.append(f"The run ended after {record.steps:,} steps{total}. The same command goes on with it.")
+    if record.metrics.damaged:
+        found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
+    change = number(_map(record.result.get("drift")).get("change"))
+    if change is not None and change > LARGE:
+        found.append(
+            "Drift is large: the model may answer other questions worse than the base model. Try "
+            "train.keep_general: 1, a lower train.learning_rate, or fewer train.epochs."
+        )
+    return found
+
+
+def drift_text(record: RunRecord) -> str:
+    """How far general answers moved, in a sentence; empty where it was not measured."""
+    drift: Mapping[str, Any] = _map(record.result.get("drift"))
+    if not drift and record.metrics.drifts:
+        drift = record.metrics.drifts[-1][1]
+    base, loss, same = (number(drift.get(name)) for name in ("base_loss", "loss", "same"))
+    if base is None or loss is None or same is None:
+        return ""
+    return (
+        f"Drift: the loss on the base model's own answers to general questions went from {base:.2f} to "
+        f"{loss:.2f} nats per token; {same:.0%} of their tokens are unchanged."
+    )
+
+
+def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
+    """Each prompt with its first and its last answer, and those in between."""
+    grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
+    for sample in samples:
+        grouped.setdefault((sample.row, sample.prompt), []).append(sample)
+    found = []
+    for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
+        answers = sorted(answers, key=lambda sample: sample.step)
+        ends = [answers[0], answers[-1]] if len(answers) > 1 else answers
+        between = answers[1:-1]
+        name = f"row {row}" if row is not None else f"prompt {len(found) + 1}"
+        found.append(
+            {
+                "row": row,
+                "row_name": name,
+                "prompt": _cut(prompt),
+                "expected": None if answers[-1].expected is None else _cut(answers[-1].expected),
+                "shown": [_answer(sample) for sample in ends],
+                "between": [_answer(sample) for sample in between[-BETWEEN:]],
+            }
+        )
+    return found
+
+
+def _answer(sample: SampleAnswer) -> dict[str, Any]:
+    right = None if sample.expected is None else sample.answer.strip() == sample.expected.strip()
+    named = "before training" if sample.step == 0 else f"step {sample.step:,}"
+    return {"when": named, "answer": _cut(sample.answer) or "(nothing)", "right": right}
+
+
+def examples_of(told: object) -> list[dict[str, Any]]:
+    """Rows with their pieces, as summary.json has them."""
+    found = []
+    for example in _list(told):
+        if not isinstance(example, Mapping):
+            continue
+        size = f"{count(number(example.get('tokens')))} tokens"
+        if "label_tokens" in example:
+            size += f", {count(number(example['label_tokens']))} of them trained on"
+        if "label" in example:
+            size += f", label: {example['label']}"
+        pieces = [
+            {"text": str(piece.get("text", "")), "trained": piece.get("trained") is True}
+            for piece in _list(example.get("pieces"))
+            if isinstance(piece, Mapping)
+        ]
+        why = str(example.get("why", "one row"))
+        found.append({"row": example.get("row", "?"), "why": why, "size": size, "pieces": pieces})
+    return found
+
+
+def settings_table(record: RunRecord) -> Numbers:
+    """The settings that are not the defaults, and what the run chose itself, with the reason."""
+    defaults = {setting.key: setting.default for setting in all_settings()}
+    chosen = _map(record.summary.get("chosen"))
+    rows = []
+    for key, value in record.flat_settings.items():
+        choice = _map(chosen.get(key))
+        if "value" in choice:
+            rows.append((key, shown(choice["value"]), str(choice.get("why", ""))))
+        elif key not in defaults or _differs(value, defaults[key]):
+            rows.append((key, shown(value), "as set"))
+    known = set(record.flat_settings)
+    rows += [
+        (key, shown(_map(choice).get("value")), str(_map(choice).get("why", "")))
+        for key, choice in chosen.items()
+        if key not in known
+    ]
+    return Numbers(
+        "Settings that are not the default, and what was chosen", ("setting", "value", "why"), rows
+    )
+
+
+def _differs(value: object, default: object) -> bool:
+    if isinstance(default, tuple):
+        default = list(default)
+    return value != default
+
+
+def commands_of(record: RunRecord) -> list[dict[str, str]]:
+    """Commands to go on with: those in the summary, or the usual ones."""
+    told = [entry for entry in _list(record.summary.get("commands")) if isinstance(entry, Mapping)]
+    if told:
+        return [{"command": str(e.get("command", "")), "what": str(e.get("what", ""))} for e in told]
+    writes = record.task == "causal-lm"
+    return next_commands(record.folder, record.state, record.method, writes)
+
+
+def machine_text(record: RunRecord) -> str:
+    """What the run ran on, in a sentence."""
+    machine = _map(record.summary.get("machine"))
+    memory = number(machine.get("memory_bytes"))
+    parts = [str(machine.get("processor") or "")]
+    parts.append(f"{machine['processors']} processors" if "processors" in machine else "")
+    parts.append(f"{gigabytes(int(memory))} of memory" if memory is not None else "")
+    parts.append(str(machine.get("system") or ""))
+    return "; ".join(part for part in parts if part)
+
+
+def _state_text(record: RunRecord) -> str:
+    return STATES.get(record.state, "state not known")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT else f"{text[:TEXT]} … {len(text) - TEXT:,} more characters"
+
+
+def _map(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

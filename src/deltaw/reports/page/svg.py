@@ -1,0 +1,287 @@
+"""Small drawings as inline SVG: curves, a heat map, bars. Text keeps its size at every width of the page.
+
+A drawing has no margin at its left: the numbers of the vertical axis stand on their grid lines, as in a
+newspaper, so that the same drawing serves a phone and a wide screen. What is drawn lies in an inner SVG that
+is stretched; text and grid lines lie outside of it. Colors are classes of the page's style sheet. Knows no
+run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from deltaw.reports.page.curves import is_logarithmic, linear_ticks, log_ticks
+
+WIDTH = 1000  # of the stretched inner drawing
+TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line.
+
+    Attributes:
+        points: x and y, by x. kind: a class of the style sheet, such as "c1" or "c1 raw".
+        dots: whether each point is marked.
+    """
+
+    points: Sequence[Point]
+    kind: str
+    dots: bool = False
+
+
+def drawing(identity: str, title: str, description: str, height: int, inside: Markup) -> Markup:
+    """An SVG that fills the width, with a title and a description for whoever does not see it."""
+    return Markup(
+        '<svg class="drawing" width="100%" height="{}" role="img" aria-labelledby="{}-t {}-d">'
+        '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
+    ).format(height, identity, identity, identity, title, identity, description, inside)
+
+
+def line_chart(
+    identity: str,
+    title: str,
+    description: str,
+    curves: Sequence[Curve],
+    *,
+    x_format: Callable[[float], str],
+    y_format: Callable[[float], str],
+    log: bool | None = None,
+    log_x: bool = False,
+    x_from: float | None = None,
+    from_zero: bool = False,
+    height: int = 210,
+) -> Markup:
+    """Curves over one horizontal axis.
+
+    Args:
+        log: a logarithmic vertical axis; None where that is easier to read.
+        log_x: a logarithmic horizontal axis. x_from: where it begins; None at the first point.
+        from_zero: the vertical axis begins at zero, if it is not logarithmic.
+    """
+    points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    if not points:
+        return drawing(identity, title, description, 40, Markup('<text x="0" y="24">nothing yet</text>'))
+    values = [y for _, y in points]
+    log = is_logarithmic(values) if log is None else log and min(values) > 0
+    low, high = _range(values, log, from_zero)
+    left = min(x for x, _ in points) if x_from is None else x_from
+    right = max(x for x, _ in points)
+    if right <= left:
+        left, right = left - 1, right + 1
+    plot = height - TOP - BOTTOM
+
+    def down(value: float) -> float:
+        place = _share(value, low, high, log)
+        return TOP + plot * (1 - place)
+
+    def along(value: float) -> float:
+        return _share(value, left, right, log_x)
+
+    pieces = []
+    for tick in log_ticks(low, high) if log else linear_ticks(low, high):
+        y = down(tick)
+        pieces.append(Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y))
+    inner = [_path(curve, along, lambda value: down(value) - TOP) for curve in curves]
+    pieces.append(
+        Markup(
+            '<svg y="{}" width="100%" height="{}" viewBox="0 0 {} {}" preserveAspectRatio="none" '
+            'overflow="visible">{}</svg>'
+        ).format(TOP, plot, WIDTH, plot, Markup("").join(inner))
+    )
+    for tick in log_ticks(low, high) if log else linear_ticks(low, high):
+        pieces.append(
+            Markup('<text class="halo" x="0" y="{:.1f}">{}</text>').format(down(tick) - 4, y_format(tick))
+        )
+    pieces.append(_x_axis(left, right, along, x_format, height, log_x))
+    return drawing(identity, title, description, height, Markup("").join(pieces))
+
+
+def _range(values: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if from_zero and not log:
+        low = min(0.0, low)
+    if low == high:
+        gap = abs(low) * 0.1 or 1.0
+        return (low / 1.5, high * 1.5) if log else (low - gap, high + gap)
+    if log:
+        return low, high
+    gap = 0.04 * (high - low)
+    return (low if from_zero and low == 0 else low - gap), high + gap
+
+
+def _share(value: float, low: float, high: float, log: bool) -> float:
+    if log:
+        return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+    return (value - low) / (high - low)
+
+
+def _path(curve: Curve, along: Callable[[float], float], down: Callable[[float], float]) -> Markup:
+    places = [(WIDTH * along(x), down(y)) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
+    pieces = []
+    if len(places) > 1:
+        d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        pieces.append(Markup('<path class="{}" d="{}"/>').format(curve.kind, d))
+    if curve.dots or len(places) == 1:
+        # A line of no length with round ends is a dot, however the drawing is stretched.
+        d = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
+        pieces.append(Markup('<path class="{} dots" d="{}"/>').format(curve.kind, d))
+    return Markup("").join(pieces)
+
+
+def _x_axis(
+    left: float,
+    right: float,
+    along: Callable[[float], float],
+    name: Callable[[float], str],
+    height: int,
+    log: bool,
+) -> Markup:
+    ticks = log_ticks(left, right, 4) if log else linear_ticks(left, right, 4)
+    pieces = []
+    for tick in ticks:
+        place = along(tick)
+        anchor = "start" if place < 0.06 else "end" if place > 0.94 else "middle"
+        pieces.append(
+            Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{}</text>').format(
+                100 * place, height - 6, anchor, name(tick)
+            )
+        )
+    return Markup("").join(pieces)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One line of a heat map: its name, what stands at its right end, and a value for each column."""
+
+    name: str
+    note: str
+    values: Sequence[float | None]
+
+
+def heat_map(
+    identity: str,
+    title: str,
+    description: str,
+    strips: Sequence[Strip],
+    columns: Sequence[str],
+    value_format: Callable[[float], str],
+) -> Markup:
+    """Strips of cells below each other; the darker a cell, the larger its share of the largest value."""
+    top = max((v for strip in strips for v in strip.values if v is not None), default=0.0) or 1.0
+    line, cell = 36, 16
+    pieces = []
+    for number, strip in enumerate(strips):
+        y = number * line
+        pieces.append(Markup('<text x="0" y="{}">{}</text>').format(y + 13, strip.name))
+        pieces.append(
+            Markup('<text class="quiet" x="100%" y="{}" text-anchor="end">{}</text>').format(
+                y + 13, strip.note
+            )
+        )
+        cells = [
+            Markup(
+                '<rect class="cell" x="{}" y="0" width="1" height="1" fill-opacity="{:.3f}">{}</rect>'
+            ).format(place, 0.06 + 0.94 * value / top, _hover(f"{columns[place]}: {value_format(value)}"))
+            for place, value in enumerate(strip.values)
+            if value is not None
+        ]
+        pieces.append(
+            Markup(
+                '<svg y="{}" width="100%" height="{}" viewBox="0 0 {} 1" preserveAspectRatio="none">{}</svg>'
+            ).format(y + 18, cell, max(1, len(columns)), Markup("").join(cells))
+        )
+    height = line * len(strips) + 18
+    if columns:
+        for place, anchor in ((0, "start"), (len(columns) - 1, "end")):
+            if place or anchor == "start":
+                pieces.append(
+                    Markup('<text class="quiet" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+                        "0" if anchor == "start" else "100%", height - 4, anchor, columns[place]
+                    )
+                )
+    return drawing(identity, title, description, height, Markup("").join(pieces))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of parts: its name and total, and the parts' kind (a class of the style sheet), name and size."""
+
+    name: str
+    note: str
+    parts: Sequence[tuple[str, str, float]]
+
+
+def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> Markup:
+    """Bars below each other on one scale."""
+    most = max(sum(size for *_, size in bar.parts) for bar in given) or 1.0
+    line, thick = 44, 20
+    pieces = []
+    for number, bar in enumerate(given):
+        y = number * line
+        pieces.append(Markup('<text x="0" y="{}">{}</text>').format(y + 13, bar.name))
+        pieces.append(Markup('<text x="100%" y="{}" text-anchor="end">{}</text>').format(y + 13, bar.note))
+        sofar = 0.0
+        for kind, name, size in bar.parts:
+            if size <= 0:
+                continue
+            pieces.append(
+                Markup(
+                    '<rect class="part {}" x="{:.3f}%" y="{}" width="{:.3f}%" height="{}">{}</rect>'
+                ).format(kind, 100 * sofar / most, y + 19, 100 * size / most, thick, _hover(name))
+            )
+            sofar += size
+    height = line * len(given) + 2
+    return drawing(identity, title, description, height, Markup("").join(pieces))
+
+
+def histogram(
+    identity: str, title: str, description: str, edges: Sequence[float], counts: Sequence[int], name: str
+) -> Markup:
+    """Upright bars over bins."""
+    most, height = max(counts, default=0) or 1, 130
+    low, span = edges[0], (edges[-1] - edges[0]) or 1
+    plot = height - 10 - BOTTOM
+    pieces = []
+    for start, end, number in zip(edges, edges[1:], counts, strict=False):
+        tall = plot * number / most
+        pieces.append(
+            Markup(
+                '<rect class="column" x="{:.3f}%" y="{:.1f}" width="{:.3f}%" height="{:.1f}">{}</rect>'
+            ).format(
+                100 * (start - low) / span,
+                10 + plot - tall,
+                max(0.4, 100 * (end - start) / span - 0.5),
+                tall,
+                _hover(f"{start:g} to {end - 1:g} {name}: {number:,}"),
+            )
+        )
+    pieces.append(Markup('<line class="grid" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(10 + plot))
+    for place, anchor, value in ((0, "start", edges[0]), (100, "end", edges[-1] - 1)):
+        pieces.append(
+            Markup('<text x="{}%" y="{}" text-anchor="{}">{}</text>').format(
+                place, height - 6, anchor, f"{value:,.0f} {name}"
+            )
+        )
+    return drawing(identity, title, description, height, Markup("").join(pieces))
+
+
+def swatch(kind: str, *, area: bool = False) -> Markup:
+    """The sign of a curve, or of an area, in a legend."""
+    if area:
+        return Markup(
+            '<svg class="swatch" width="12" height="12" aria-hidden="true"><rect class="part {}" '
+            'width="12" height="12"/></svg>'
+        ).format(kind)
+    return Markup(
+        '<svg class="swatch" width="26" height="12" aria-hidden="true"><path class="{}" d="M1 6H25"/></svg>'
+    ).format(kind)
+
+
+def _hover(text: str) -> Markup:
+    return Markup("<title>{}</title>").format(escape(text))

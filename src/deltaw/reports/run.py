@@ -1,0 +1,104 @@
+"""A run that leaves its page: :func:`deltaw.training.fit.fit` with ``report.html`` written on the way.
+
+This is what the command line and ``deltaw.fit`` call; training itself knows no reports. A page that cannot be
+written is told, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from deltaw.config import RunConfig
+from deltaw.reports.page.write import write_page
+from deltaw.training.callbacks import Callback, Callbacks, RunStart
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.fit import Result
+from deltaw.training.fit import fit as train
+from deltaw.training.state import Step
+
+# Seconds between two pages of a run that is not evaluated meanwhile.
+INTERVAL = 120.0
+# A page takes at most this share of the time: after one that took long, the next one waits longer.
+SHARE = 0.01
+
+
+class PageCallback(Callback):
+    """Writes a run's page when it is evaluated, at intervals, and once it is over.
+
+    Args:
+        tell: told in one line where a page cannot be written, once.
+        clock: seconds; a test has its own.
+    """
+
+    def __init__(self, tell: Callback, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._clock = tell, clock
+        self._folder: Path | None = None
+        self._not_before = 0.0
+        self._next = 0.0
+        self._failed = False
+
+    def on_start(self, start: RunStart) -> None:
+        self._folder = start.folder
+        self._next = self._clock() + INTERVAL
+
+    def on_step(self, step: Step) -> None:
+        if self._clock() >= self._next:
+            self._write()
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        if self._clock() >= self._not_before:
+            self._write()
+
+    def close(self) -> None:
+        """Write the last page, if the run has a folder. Called once all other files are there."""
+        if self._folder is not None:
+            self._write()
+
+    def _write(self) -> None:
+        assert self._folder is not None
+        begun = self._clock()
+        try:
+            write_page(self._folder)
+        except Exception as error:  # whatever is wrong with a page, it must not end the training
+            if not self._failed:
+                brief = (str(error).splitlines() or [""])[0]
+                self._tell.on_line(f"report.html: not written ({type(error).__name__}: {brief[:160]})")
+            self._failed = True
+        took = self._clock() - begun
+        self._not_before = self._clock() + took / SHARE
+        self._next = max(self._clock() + INTERVAL, self._not_before)
+
+
+def fit(
+    config: RunConfig | Mapping | str | os.PathLike[str] | None = None,
+    *,
+    callback: Callback | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+) -> Result:
+    """Train as ``config`` says and write the run's folder, with a page about the run in it.
+
+    A run in the same folder that was not done goes on from its last checkpoint. The process is left as it
+    was: its threads, random numbers, signal handlers and garbage collector.
+
+    Args:
+        config: settings, a dictionary of them, or the path of a YAML file.
+        callback: told of everything on the way; without one, the run is silent.
+        resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
+            then a dictionary of settings that change, or None.
+        fresh: begin with the first step, whatever is in the folder; it is moved.
+
+    Raises:
+        UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
+            memory or no room on the disk, or the training diverged: what was trained before is kept.
+        UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
+    """
+    told = callback or Callback()
+    page = PageCallback(told)
+    try:
+        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh)
+    finally:
+        page.close()

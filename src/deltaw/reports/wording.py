@@ -1,0 +1,113 @@
+"""Numbers as a person reads them: metrics, durations, times, sizes, rates. Knows no run."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from deltaw.reports.plan import gigabytes
+
+__all__ = [
+    "count",
+    "duration",
+    "gigabytes",
+    "metric_name",
+    "metric_value",
+    "rate",
+    "short",
+    "shown",
+    "tick",
+    "when",
+]
+
+# Metrics that are shares of rows, shown in percent.
+SHARES = ("accuracy", "exact_match", "macro_f1", "f1", "match")
+MISSING = "–"
+
+
+def metric_name(name: str) -> str:
+    """``exact_match`` as ``exact match``; ``mse`` as it is."""
+    return name.replace("_", " ")
+
+
+def metric_value(name: str, value: float | None) -> str:
+    """A share in percent, anything else with four digits."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if name.rpartition("/")[2] in SHARES:
+        return f"{value:.1%}"
+    return short(value)
+
+
+def short(value: float | None) -> str:
+    """Four significant digits, without a long tail: ``0.4213``, ``12.34``, ``1,234``, ``9.2e-06``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 1000:
+        return f"{value:,.0f}" if size < 1e7 else f"{value:.3g}"
+    if size < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}" if size >= 1 else f"{value:.4f}"
+
+
+def tick(value: float) -> str:
+    """A round number on an axis: ``0.5``, ``20``, ``1,000``, ``1e-05``."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.6g}"
+
+
+def rate(value: float | None) -> str:
+    """Three significant digits: ``4.00``, ``45.3``, ``1,234``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:,.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A whole number: ``12,345``; large ones as ``4.88 M``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """``4.2 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def when(seconds: float | None, *, short: bool = False) -> str:
+    """A time of this machine's clock: ``2026-11-26 05:43``."""
+    if not seconds or not math.isfinite(seconds):
+        return MISSING
+    return time.strftime("%m-%d %H:%M" if short else "%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def shown(value: object) -> str:
+    """A setting's value as YAML would have it, in one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(shown(entry) for entry in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,272 @@
+"""When a training writes checkpoints, which of them are kept, and which one a later run goes on from.
+
+The tensors are written between two steps, straight from the training's own memory; flushing them to the disk,
+which takes longer, is left to a thread. A checkpoint counts once it is durable, and only then are older ones
+deleted.
+
+Knows a training's state and what others want kept with it; not what a run is told, nor how a folder is laid
+out (:mod:`deltaw.training.checkpoint_files`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from deltaw.errors import UserError
+from deltaw.training import checkpoint_files as files
+from deltaw.training.checkpoint_files import Checkpoint, DamagedCheckpoint
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.state import SavedState, TrainState
+
+# What a checkpoint's values hold; the last four say how the run began.
+_KEYS = {"training", "metrics_lines", "best", "extras", "settings", "choices", "rows", "model"}
+
+
+class Stateful(Protocol):
+    """Something that changes over a training and must be as it was when the training goes on."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as plain values ready for JSON; a copy."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be as :meth:`state` said."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: that they are in; made with the first.
+        every: steps between two; None: by time alone. minutes: between two; None: by steps alone.
+        keep: of the last ones. The one with the best evaluation is kept as well.
+        about: what every checkpoint of the run holds: ``settings``, ``choices``, ``rows`` and ``model``.
+        extras: by name, whose state is written with the training's.
+        sync: called before one is written; makes durable what belongs to it, and returns the number of lines
+            that the metrics have.
+        durable: called between two steps once one is on the disk.
+
+    Attributes:
+        enabled: whether any are written at all.
+        last: the newest one that was written, durable or not yet; None where there is none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int | None,
+        minutes: float | None,
+        keep: int,
+        about: Mapping[str, object],
+        extras: Mapping[str, Stateful] | None = None,
+        sync: Callable[[], int] = lambda: 0,
+        durable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder
+        self.enabled = every is not None or minutes is not None
+        self.last: Path | None = None
+        self._every = every
+        self._minutes = minutes
+        self._keep = keep
+        self._about = dict(about)
+        self._extras = extras if extras is not None else {}
+        self._sync = sync
+        self._durable = durable
+        self._state: TrainState | None = None
+        self._best: tuple[float, int] | None = None
+        self._written: int | None = None
+        self._since = time.monotonic()
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def begin(self, state: TrainState) -> None:
+        """The first step is about to begin; ``state`` stays current."""
+        self._state = state
+        self._since = time.monotonic()
+
+    def went_on_from(self, found: Checkpoint) -> None:
+        """Count a checkpoint that the training goes on from, and restore what it holds for others.
+
+        Raises:
+            KeyError, TypeError, ValueError: it holds something else.
+        """
+        self.last = found.path
+        self._written = found.step
+        best = found.values["best"]
+        if best is not None:
+            self._best = (float(best["rank"]), int(best["step"]))
+        for name, extra in self._extras.items():
+            if name in found.values["extras"]:
+                extra.restore(found.values["extras"][name])
+
+    def clear(self, after: int) -> None:
+        """Remove what killed processes left half written, and the damaged checkpoints after a step."""
+        if not self.enabled and not self.folder.is_dir():
+            return
+        files.clear_leftovers(self.folder)
+        for step in _steps_in(self.folder):
+            if step > after:
+                files.delete(self.folder / files.name_of(step))
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> bool:
+        """Note how well the model did after a step; whether it never did better."""
+        value = evaluation.metrics.get(evaluation.main, math.nan)
+        rank = value if evaluation.higher_is_better else -value
+        if not math.isfinite(rank) or (self._best is not None and rank <= self._best[0]):
+            return False
+        self._best = (rank, step)
+        return True
+
+    def step_done(self, best: bool = False) -> None:
+        """Call after each step and what follows it: writes a checkpoint where one is due, and ends the
+        training where the last one could not be written.
+
+        Args:
+            best: whether the model was just found to be better than ever.
+
+        Raises:
+            UserError: the disk is full or fails.
+        """
+        self.check()
+        state = self._state
+        if state is None or not self.enabled:
+            return
+        by_steps = self._every is not None and state.step % self._every == 0
+        by_time = self._minutes is not None and time.monotonic() - self._since >= 60 * self._minutes
+        if by_steps or by_time or best or state.step == state.total_steps:
+            self.write()
+
+    def write(self) -> None:
+        """Write a checkpoint now, unless there is one of this step; between two steps, or after the last.
+
+        Raises:
+            UserError: the disk is full or fails.
+        """
+        self.check(until_durable=True)
+        state = self._state
+        if state is None or not self.enabled or state.step == self._written:
+            return
+        step = state.step
+        try:
+            lines = self._sync()
+            saved = state.view()
+            values = {
+                **self._about,
+                "training": saved.values,
+                "metrics_lines": lines,
+                **self.beside(),
+            }
+            draft = files.write(self.folder, step, values, saved.tensors)
+        except OSError as error:
+            raise self._cannot_write(step, error) from error
+        self._written = step
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending = self._writer.submit(self._finish, draft, step)
+        self._since = time.monotonic()
+
+    def beside(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the training: ``best`` and ``extras``."""
+        best = None if self._best is None else {"rank": self._best[0], "step": self._best[1]}
+        return {"best": best, "extras": {name: extra.state() for name, extra in self._extras.items()}}
+
+    def check(self, *, until_durable: bool = False) -> None:
+        """Learn what became of the last checkpoint.
+
+        Args:
+            until_durable: wait for it.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending = self._pending
+        if pending is None or not (until_durable or pending.done()):
+            return
+        self._pending = None
+        try:
+            pending.result()
+        except OSError as error:
+            step, self._written = self._written or 0, None
+            raise self._cannot_write(step, error) from error
+        self._durable()
+
+    def settled(self) -> Path | None:
+        """The newest checkpoint, once one that is being written is durable or has failed."""
+        if self._pending is not None:
+            wait([self._pending])
+        return self.last
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is durable, and end the thread.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try:
+            self.check(until_durable=True)
+            if self._written is not None and self.enabled:
+                self._delete_others(self._written)  # the last evaluation may have found another one best
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+
+    def _finish(self, draft: files.Draft, step: int) -> None:
+        """In the thread: make a checkpoint durable, then delete those that it replaces."""
+        self.last = draft.publish()
+        self._delete_others(step)
+
+    def _delete_others(self, step: int) -> None:
+        """Delete the checkpoints that are neither among the last ones, nor the best, nor that of a step."""
+        there = sorted(_steps_in(self.folder), reverse=True)
+        kept = set(there[: self._keep]) | {step}
+        if self._best is not None:
+            kept.add(self._best[1])
+        for other in there:
+            if other not in kept:
+                files.delete(self.folder / files.name_of(other))
+
+    def _cannot_write(self, step: int, error: OSError) -> UserError:
+        before = "" if self.last is None else f": it goes on from {self.last.name}"
+        return UserError(
+            f"the checkpoint of step {step} cannot be written: {error.strerror or error}",
+            where=str(self.folder),
+            hint=f"make room there and run the same command again{before}",
+        )
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by name, the oldest first; they are not verified."""
+    return [folder / files.name_of(step) for step in sorted(_steps_in(folder))]
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """The newest whole checkpoint in a folder, and the damaged ones that are newer, with what is wrong."""
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(listed(folder)):
+        try:
+            found = files.read(path)
+            missing = sorted(_KEYS.difference(found.values))
+            if missing:
+                raise DamagedCheckpoint(f"it has no '{missing[0]}', so another program wrote it")
+            return found, damaged
+        except DamagedCheckpoint as error:
+            damaged.append((path, str(error)))
+    return None, damaged
+
+
+def training_of(found: Checkpoint) -> SavedState:
+    """The training's state in a checkpoint."""
+    return SavedState(found.values["training"], found.tensors)
+
+
+def _steps_in(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    found = [(files.step_of(path.name), path) for path in folder.iterdir()]
+    return [step for step, path in found if step is not None and path.is_dir()]

@@ -1,0 +1,235 @@
+"""A run's data before the run: what is wrong with it, and what single rows become.
+
+It reads rows as a run does, and needs the model's tokenizer but none of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deltaw.config import RunConfig
+from deltaw.data.bad_rows import BadRows
+from deltaw.data.chat_template import with_chat_template
+from deltaw.data.check import Check, check_facts
+from deltaw.data.check_labels import check_labelled
+from deltaw.data.chunk import Account, ChunkReader
+from deltaw.data.example import Example
+from deltaw.data.facts import collect
+from deltaw.data.formats import choose_form
+from deltaw.data.labels import AnyExample, LabelledExample, prepare_label_file
+from deltaw.data.mixture import shown, sources_of
+from deltaw.data.pieces import Piece, pieces
+from deltaw.data.report import Report
+from deltaw.data.rows import Rows
+from deltaw.data.settings import DataSettings, held_out_reference
+from deltaw.data.sources import open_source
+from deltaw.data.templates import Encoder
+from deltaw.errors import UserError
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.hub.folders import config_folder
+from deltaw.hub.terminators import terminators_in
+from deltaw.training.callbacks import Say, silent
+from deltaw.training.tasks.base import Task, task_of
+
+# Longer than any row.
+_UNLIMITED = 2**30
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """One example of a row.
+
+    Attributes:
+        tokens, labels: how many. pieces: its text.
+        label: of a labeled row, the class or the number.
+    """
+
+    tokens: int
+    labels: int
+    pieces: tuple[Piece, ...]
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row of a file and what it becomes.
+
+    Attributes:
+        row: its number. where: its place. examples: none if it is not used.
+        notes: what happens to it, if not just one example comes of it.
+    """
+
+    row: int
+    where: str
+    examples: tuple[ShownExample, ...]
+    notes: tuple[str, ...] = ()
+
+
+def check_data(config: RunConfig, say: Say = silent) -> Check:
+    """Check all rows that a run would train and evaluate on.
+
+    Raises:
+        UserError: the data cannot be read at all, or the settings do not fit it.
+    """
+    task, settings = _opened(config, say)
+    source, apart = shown(settings.train), held_out_reference(settings.eval)
+    if task.has_labels:
+        return _check_labelled(task, settings, source, apart)
+    tokenizer = task.tokenizer
+    assert tokenizer is not None  # a task without labels reads text
+    ends = terminators_in(_folder(config, say), tokenizer)
+    names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
+    facts = collect(settings.train, settings, tokenizer, ends)
+    held_out = None if apart is None else (apart, collect(apart, settings, tokenizer, ends))
+    return check_facts(facts, settings, source, end_names=names, held_out=held_out)
+
+
+def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = silent) -> Iterator[ShownRow]:
+    """Rows of the training data and what they become.
+
+    Args:
+        first: the number of the first row, as in messages; None for the first in the file.
+        count: how many rows.
+
+    Raises:
+        UserError: the data cannot be read, or has no row of that number.
+    """
+    task, settings = _opened(config, say)
+    rows = _shown_labelled(task, settings) if task.has_labels else _shown_texts(task, settings)
+    given = 0
+    for row in rows:
+        if first is not None and row.row < first and not given:
+            continue
+        if first is not None and not given and row.row > first:
+            break
+        yield row
+        given += 1
+        if given == count:
+            return
+    if not given:
+        raise UserError(
+            f"there is no row {first}",
+            where=shown(settings.train),
+            hint="rows are counted from 1; in JSON Lines, the number is that of the line",
+        )
+
+
+def _opened(config: RunConfig, say: Say) -> tuple[Task, DataSettings]:
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+    if task.tokenizer is not None and not task.has_labels:
+        task.tokenizer = with_chat_template(task.tokenizer, config.data.chat_template)
+    return task, config.data
+
+
+def _folder(config: RunConfig, say: Say) -> Path:
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    return config_folder(config.model, dtype, config.trust_remote_code, say=say)
+
+
+# Text
+
+
+def _shown_texts(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
+    tokenizer = task.tokenizer
+    assert tokenizer is not None  # a task without labels reads text
+    encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
+    for source in sources_of(settings.train):
+        stream = open_source(source.reference, BadRows("skip").add_unreadable)
+        stream.scan()
+        own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
+        for chunk in stream.chunks():
+            form = choose_form(chunk, source.form or settings.form, own.columns)
+            for index in range(len(chunk)):
+                reader = _Reader(encoder, form, own)
+                yield reader.shown(chunk, index, task)
+
+
+class _Reader:
+    """Reads single rows, and says what became of each."""
+
+    def __init__(self, encoder: Encoder, form: object, settings: DataSettings) -> None:
+        self._settings = settings
+        self._bad = BadRows("skip")
+        refuses = settings.long_rows == "error"
+        limits = replace(settings, max_length=_UNLIMITED) if refuses else settings
+        self._reader = ChunkReader(encoder, form, limits, self._bad)  # type: ignore[arg-type]
+
+    def shown(self, rows: Rows, index: int, task: Task) -> ShownRow:
+        """The row at ``index``."""
+        assert task.tokenizer is not None
+        (examples,) = self._reader.read(rows, [index])
+        found = []
+        for example in examples:
+            parts = tuple(pieces(example.tokens, example.is_label, task.tokenizer))
+            found.append(ShownExample(len(example), example.label_count, parts))
+        return ShownRow(rows.number(index), rows.place(index), tuple(found), tuple(self._notes(examples)))
+
+    def _notes(self, examples: list[Example]) -> Iterator[str]:
+        account, limit = self._reader.account, self._settings.max_length
+        for line in self._bad.lines():
+            done = "refused" if self._settings.bad_rows == "error" else "skipped"
+            yield f"{done}: {line['error']}"
+        if any(len(example) > limit for example in examples):
+            yield f"refused: longer than data.max_length ({limit:,} tokens)"
+        yield from _notes_of(account, limit)
+
+
+def _notes_of(account: Account, limit: int) -> Iterator[str]:
+    if account.unrolled:
+        yield f"{account.unrolled_examples} examples, since the template rewrites earlier turns"
+    if account.split:
+        yield f"divided into {account.split_examples} examples of at most {limit:,} tokens"
+    if account.cut:
+        lost = f"{account.tokens_cut:,} lost, {account.labels_cut:,} of them labels"
+        yield f"truncated to {limit:,} tokens: {lost}"
+    if account.dropped_long:
+        lost = f"{account.labels_dropped:,} labels lost"
+        yield f"dropped: longer than data.max_length ({limit:,} tokens), {lost}"
+    if account.without_label:
+        yield "dropped: no label"
+    if account.trailing_turns:
+        yield "truncated after the assistant's last turn: nothing answers what follows"
+
+
+# Labels
+
+
+def _check_labelled(task: Task, settings: DataSettings, source: str, apart: str | None) -> Check:
+    bad = BadRows("skip")
+    examples, report = _read_labelled(task, settings, settings.train, None, bad)
+    held_out = None
+    if apart is not None:
+        classes = tuple(report.class_counts) or None
+        held_out = apart, _read_labelled(task, settings, apart, classes, BadRows("skip"))[0]
+    return check_labelled(examples, replace(report, source=source), bad, settings, held_out)
+
+
+def _read_labelled(
+    task: Task, settings: DataSettings, train: object, classes: tuple[str, ...] | None, bad: BadRows
+) -> tuple[list[AnyExample], Report]:
+    whole = replace(settings, bad_rows="skip", long_rows="cut", max_length=_UNLIMITED)
+    tokenizer = None if task.name == "image-classification" else task.tokenizer
+    return prepare_label_file(train, whole, tokenizer, task.name, classes, bad)  # type: ignore[arg-type]
+
+
+def _shown_labelled(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
+    bad = BadRows("skip")
+    examples, report = _read_labelled(task, settings, settings.train, None, bad)
+    names = list(report.class_counts)
+    for example in examples:
+        label = names[int(example.label)] if names else f"{example.label:g}"
+        if isinstance(example, LabelledExample) and task.tokenizer is not None:
+            parts = tuple(pieces(example.tokens, [False] * len(example), task.tokenizer))
+            shown_example = ShownExample(len(example), 1, parts, label)
+            long = len(example) > settings.max_length
+        else:
+            height, width = getattr(example, "size", (0, 0))
+            text = f"an image of {height}×{width} pixels"
+            shown_example = ShownExample(1, 1, (Piece(text, False, False, 1),), label)
+            long = False
+        note = f"longer than data.max_length ({settings.max_length:,} tokens): {settings.long_rows}"
+        where = f"{shown(settings.train)}, row {example.row}"
+        yield ShownRow(example.row, where, (shown_example,), (note,) if long else ())

@@ -1,0 +1,292 @@
+"""Whether a run goes on from a checkpoint, and with which settings.
+
+A run that goes on must be the run that it was: a changed setting that would make it another one is refused by
+name. What was chosen automatically is taken from the checkpoint, since it decides the rounding: every later
+step is then equal to the bit.
+
+Knows settings, choices and rows; not models or tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaw.config import RunConfig, settings
+from deltaw.data.example import RowGroup
+from deltaw.errors import UserError
+from deltaw.host.choices import Choice, choose_device
+from deltaw.kernels import loader, variants
+from deltaw.kernels.arithmetic import Arithmetic
+from deltaw.methods import registry
+from deltaw.training.session import Session
+
+# How long a training is; may change where the user says that it goes on.
+LENGTH = ("train.epochs", "train.max_steps", "train.time")
+# May change at any time, since no step depends on them.
+FREE = {
+    "output",
+    "force",
+    "track",
+    "trust_remote_code",
+    "data.cache",
+    "train.eval_every",
+    "train.eval_answers",
+    "train.samples",
+    "train.early_stopping",
+    "train.adapter",
+    "train.drift",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.not_finite",
+}
+# May change, but then the steps to come are rounded in another way.
+ROUNDING = {
+    "device",
+    "threads",
+    "memory",
+    "train.tokens_per_pass",
+    "train.share_prefixes",
+    "train.checkpointing",
+    "train.keep_features",
+}
+# Rows that a digest sees at most; of more rows it sees so many, evenly spread.
+DIGEST_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from what a run began with; ``before`` is what it was resolved to."""
+
+    key: str
+    before: object
+    now: object
+
+    def __str__(self) -> str:
+        return f"'{self.key}' is {_shown(self.now)}, and the run began with {_shown(self.before)}"
+
+
+def dumped(config: RunConfig) -> dict[str, Any]:
+    """Every setting as plain values, nested as in the file."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    return values
+
+
+def changes(
+    before: Mapping[str, Any], now: RunConfig, choices: Mapping[str, object] | None = None
+) -> list[Change]:
+    """The settings that differ and matter to the run.
+
+    Sections of methods that are not used do not matter, nor does an ``auto`` that became its own choice, or
+    another way to write the same path. Rows are compared by what they are, not by where they lie.
+
+    Args:
+        before: as :func:`dumped`. choices: what was chosen automatically then, by dotted key.
+    """
+    theirs, ours = flat(before), flat(dumped(now))
+    unused = {entry.name for entry in registry.registered()} - {now.method}
+    found = []
+    for key in sorted({*theirs, *ours}):
+        old, new = theirs.get(key), ours.get(key)
+        if old == new or key.partition(".")[0] in unused:
+            continue
+        chosen = (choices or {}).get(key)
+        if chosen is not None and new == chosen:
+            continue
+        if key in ("model", "output", "data.train", "data.eval") and _same_place(old, new):
+            continue
+        found.append(Change(key, chosen if old == "auto" and chosen is not None else old, new))
+    return found
+
+
+def refusal(found: Sequence[Change], *, asked: bool) -> list[Change]:
+    """Those of the changes with which the run would be another one.
+
+    Args:
+        asked: whether the user said that it goes on, so that it may become longer.
+    """
+    allowed = FREE | ROUNDING | (set(LENGTH) if asked else set())
+    # The rows themselves are compared once they are read.
+    return [change for change in found if change.key not in {*allowed, "data.train"}]
+
+
+def with_choices(
+    config: RunConfig, before: Mapping[str, Any], choices: Mapping[str, object]
+) -> tuple[RunConfig, list[str]]:
+    """The settings with what was chosen automatically in place of every ``auto`` that the user has not
+    changed since, and lines about what cannot be chosen so again."""
+    theirs, ours = flat(before), flat(dumped(config))
+    said: list[str] = []
+    flags: dict[str, Any] = {}
+    for key in (setting.key for setting in settings()):
+        if key not in choices or key not in ours or ours[key] != theirs.get(key):
+            continue
+        value = choices[key]
+        if key == "device" and not _is_there(str(value)):
+            said.append(f"the run began on {value}, which is not here: its steps will be rounded otherwise")
+            continue
+        section, _, leaf = key.rpartition(".")
+        if section:
+            flags.setdefault(section, {})[leaf] = value
+        else:
+            flags[leaf] = value
+    return RunConfig.read(dumped(config), flags), said
+
+
+def choices_of(session: Session, loaded: Mapping[str, Choice]) -> dict[str, object]:
+    """What a run chose itself, by dotted key: all that decides how its steps are rounded.
+
+    Args:
+        loaded: the choices of :class:`deltaw.hub.loading.LoadedModel`.
+    """
+    keys = {setting.key for setting in settings()}
+    chosen = {key: choice.value for key, choice in {**loaded, **session.chosen}.items() if key in keys}
+    kept = chosen.get("train.keep_features", "off")
+    return {
+        **chosen,
+        "train.keep_features": kept not in ("off", "recomputed"),
+        "train.learning_rate": session.learning_rate,
+        "train.checkpointing": session.config.train.checkpointing,
+    }
+
+
+def require_same_model(before: object, session: Session, run: Path) -> None:
+    """Refuse weights that are not those that a run began with.
+
+    Raises:
+        UserError: they differ.
+    """
+    if before is not None and session.identity is not None and before != session.identity:
+        raise UserError(
+            "the model's weights are not those that the run began with, so it cannot go on",
+            where=f"model: {session.config.model}",
+            hint=f"bring the model back to go on, or {START_ANEW}".format(run=run),
+        )
+
+
+def compute_as(arithmetic: object) -> None:
+    """Compute products as a training did when its state was saved, where this machine can; whoever restores
+    the state warns where it cannot. ``DELTAW_KERNELS`` goes first."""
+    if not isinstance(arithmetic, Mapping) or variants.asked().kernels is not None:
+        return
+    if dict(arithmetic) == loader.arithmetic().as_dict():
+        return
+    try:
+        loader.compute_with(Arithmetic.read(arithmetic))
+    except (UserError, OSError, RuntimeError, ValueError):
+        return
+
+
+def digest_of_rows(rows: Sequence[Any]) -> str:
+    """A hash of what a training sees of rows: their number, tokens and labels, in order."""
+    digest = hashlib.blake2b(len(rows).to_bytes(8, "little"), digest_size=16)
+    step = max(1, -(-len(rows) // DIGEST_ROWS))
+    for place in range(0, len(rows), step):
+        item = rows[place]
+        for row in item.rows if isinstance(item, RowGroup) else (item,):
+            kind: Any = type(row)
+            for name in _seen_fields(kind):
+                value = getattr(row, name)
+                whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+                digest.update(len(whole).to_bytes(8, "little") + whole)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _seen_fields(kind: Any) -> tuple[str, ...]:
+    """The fields of a kind of row that a training sees; not where the row was read."""
+    names = (field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
+    return tuple(name for name in names if name not in ("row", "image"))  # an image has a digest
+
+
+def rows_facts(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, object]:
+    """What a checkpoint says of a run's rows."""
+    return {
+        "train": {"count": len(train), "digest": digest_of_rows(train)},
+        "eval": {"count": len(held_out), "digest": digest_of_rows(held_out)},
+    }
+
+
+def require_same_rows(
+    before: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, run: Path
+) -> None:
+    """Refuse rows that are not those that a run began with.
+
+    Raises:
+        UserError: they differ; it names the setting that the rows come from.
+    """
+    for part, what in (("train", "rows to train on"), ("eval", "held-out rows")):
+        theirs, ours = before.get(part), now[part]
+        if theirs == ours:
+            continue
+        counts = "" if not isinstance(theirs, Mapping) else f"{theirs.get('count', 0):,}"
+        count = f"{ours['count']:,} rows, and there were {counts}" if counts else "they differ"
+        if isinstance(theirs, Mapping) and theirs.get("count") == ours["count"]:
+            count = f"still {counts} rows, but not the same ones"
+        source = config.data.train if part == "train" or not isinstance(config.data.eval, str) else None
+        raise UserError(
+            f"the {what} have changed since the run began ({count}), so it cannot go on",
+            where=f"data.{part}: {source or config.data.eval}",
+            hint=f"bring the data back to go on, or {START_ANEW}".format(run=run),
+        )
+
+
+START_ANEW = "set 'output' to another folder, or start anew with --fresh (what is in {run} is moved)"
+
+
+def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> UserError:
+    """The error for settings with which a run cannot go on.
+
+    Args:
+        done: how far it came, in words.
+    """
+    longer = [change.key for change in found if change.key in LENGTH]
+    way = f"go on with 'deltaw train --resume {run}' and the new length, " if longer and not asked else ""
+    if len(longer) != len(found):
+        way = "undo the change to go on, "
+    return UserError(
+        f"the run in this folder is not finished ({done}), and cannot go on with other settings: "
+        + "; ".join(str(change) for change in found[:4])
+        + (f"; and {len(found) - 4} more" if len(found) > 4 else ""),
+        where=str(run),
+        hint=way + START_ANEW.format(run=run),
+    )
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key, as :func:`deltaw.config.settings` names them."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _same_place(first: object, second: object) -> bool:
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    paths = [os.path.realpath(os.path.expanduser(path)) for path in (first, second)]
+    return paths[0] == paths[1] and os.path.exists(paths[0])
+
+
+def _is_there(device: str) -> bool:
+    try:
+        choose_device(device)
+    except UserError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,248 @@
+"""`deltaw data`: what rows become and what is wrong with them, as a person and a program read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.byte_models import tiny_llama
+from tests.data.chat_templates import tokenizer_of
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "Capital of Peru?"},
+            {"role": "assistant", "content": "<think>\nSouth.\n</think>\n\nLima."},
+            {"role": "user", "content": "Chile?"},
+            {"role": "assistant", "content": "Santiago."},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "a"}]},
+    {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "Yes."}]},
+    {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "No."}]},
+    {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "Yes."}]},
+]
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the template and the tokens of Qwen 3."""
+    folder = tmp_path_factory.mktemp("models") / "thinker"
+    tokenizer = tokenizer_of("qwen3")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "not JSON\n", encoding="utf-8")
+    return path
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_row_is_shown_with_what_is_trained_on_between_marks(call, thinker, file):
+    ended = call("data", "show", file, "--model", thinker, "--row", 1)
+    assert (ended.status, ended.err) == (0, "")
+    assert "between « and »" in ended.out
+    assert "2 examples, since the template rewrites earlier turns" in ended.out
+    assert "<|im_start|>assistant\n«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n" in ended.out
+    assert "<|im_start|>assistant\nLima.<|im_end|>\n<|im_start|>user\nChile?<|im_end|>" in ended.out
+    assert "53 tokens, 18 of them labels (34%)" in ended.out
+
+
+def test_rows_are_shown_in_order_and_those_that_cannot_be_used_with_the_reason(call, thinker, file):
+    ended = call("data", "show", file, "--model", thinker, "--rows", 2)
+    assert ended.status == 0
+    assert f"{file}, row 1" in ended.out and f"{file}, row 2" in ended.out
+    assert f"{file}, row 3" not in ended.out
+    assert "refused: no turn is the assistant's" in ended.out
+    skipped = call("data", "show", file, "--model", thinker, "--row", 2, "--data.bad_rows", "skip")
+    assert "skipped: no turn is the assistant's" in skipped.out
+
+
+def test_what_the_settings_do_to_a_row_is_said(call, thinker, file):
+    def said(*flags):
+        return call("data", "show", file, "--model", thinker, "--row", 3, "--data.max_length", 30, *flags).out
+
+    assert "refused: longer than data.max_length (30 tokens)" in said()
+    assert "truncated to 30 tokens: 5 lost, 5 of them labels" in said("--data.long_rows", "cut")
+    assert "dropped: longer than data.max_length (30 tokens), 11 labels lost" in said(
+        "--data.long_rows", "drop"
+    )
+    assert "divided into 2 examples of at most 30 tokens" in said("--data.long_rows", "split")
+    assert "«Yes.<|endoftext|>" not in said() and "Same?\n«Yes." in said("--data.template", "plain")
+
+
+def test_rows_as_json_are_one_object(call, thinker, file):
+    ended = call("data", "show", file, "--model", thinker, "--rows", 3, "--json")
+    told = json.loads(ended.out)
+    assert [row["row"] for row in told["rows"]] == [1, 2, 3]
+    first, second = told["rows"][0]["examples"]
+    assert "".join(piece["text"] for piece in second["pieces"] if piece["label"]) == (
+        "<think>\n\n</think>\n\nSantiago.<|im_end|>"
+    )
+    assert first["label_tokens"] == 18 and first["pieces"][0] == {
+        "text": "<|im_start|>",
+        "label": False,
+        "special": True,
+        "tokens": 1,
+    }
+    assert told["rows"][1]["examples"] == [] and "no turn" in told["rows"][1]["notes"][0]
+
+
+def test_a_row_that_is_not_there_and_a_missing_model_are_refused(call, thinker, file):
+    ended = call("data", "show", file, "--model", thinker, "--row", 77)
+    assert ended.status == 2 and "there is no row 77" in ended.err
+    ended = call("data", "show", file)
+    assert ended.status == 2 and "'model' is not given" in ended.err
+    ended = call("data", "check", file.parent / "none.jsonl", "--model", thinker)
+    assert ended.status == 2 and "none.jsonl" in ended.err and ended.out == ""
+
+
+def test_a_check_names_what_is_wrong_and_ends_with_status_2_if_training_would_fail(call, thinker, file):
+    ended = call("data", "check", file, "--model", thinker)
+    assert (ended.status, ended.err) == (2, "")
+    for said in (
+        "6 rows read as messages (chat template)",
+        "error: 1 row that cannot be used: not JSON",
+        f"{file}, row 2: no turn is the assistant's",
+        "warning: 1 example with the same tokens and labels as an earlier one (dropped)",
+        "warning: 1 prompt with different answers in different rows (3 examples)",
+        "note: 1 row of which several examples come",
+        "trained to end with <|im_end|> in 5 examples",
+        "unusable: training would fail or be pointless",
+    ):
+        assert said in ended.out
+    assert max(len(line) for line in ended.out.splitlines() if str(file) not in line) <= 110
+
+
+def test_warnings_alone_are_no_failure(call, thinker, file):
+    ended = call("data", "check", file, "--model", thinker, "--data.bad_rows", "skip")
+    assert ended.status == 0
+    assert "warnings: it can be trained on" in ended.out and "they are skipped" in ended.out
+
+
+def test_nothing_wrong_is_said_too(call, thinker, tmp_path):
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(30)]
+    ended = call("data", "check", write(tmp_path / "d.jsonl", rows), "--model", thinker)
+    assert ended.status == 0
+    assert "fine: nothing was found" in ended.out and "█" in ended.out
+
+
+def test_a_check_as_json_is_one_object_whatever_it_finds(call, thinker, file):
+    ended = call("data", "check", file, "--model", thinker, "--json")
+    told = json.loads(ended.out)
+    assert ended.status == 2 and "unusable" in ended.err
+    assert (told["verdict"], told["rows"], told["examples"], told["form"]) == ("unusable", 6, 5, "messages")
+    findings = {finding["name"]: finding for finding in told["findings"]}
+    assert findings["contradictions"]["count"] == 1
+    assert findings["contradictions"]["rows"] == [f"{file}, row {n}" for n in (3, 4, 5)]
+    assert findings["duplicates"]["level"] == "warning"
+    assert sum(b["examples"] for b in told["lengths"]["bins"]) == told["examples"]
+    assert told["ends"] == {"<|im_end|>": 5}
+    assert 0 < told["label_tokens"] < told["tokens"]
+
+
+def test_a_model_that_would_never_learn_to_stop_is_an_error(call, thinker, tmp_path):
+    """Long rows are truncated, so that each of them loses the end of its turn."""
+    rows = write(tmp_path / "d.jsonl", [{"prompt": f"{n}", "completion": "x"} for n in range(30)])
+    template = tmp_path / "endless.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    ended = call("data", "check", rows, "--model", thinker, "--data.chat_template", template)
+    # Without an end of turn that the tokenizer knows, eos is appended.
+    assert ended.status == 0 and "trained to end with <|im_end|> in 30 examples" in ended.out
+    folder = tmp_path / "other"
+    tokenizer = tokenizer_of("generation")
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
+    tokenizer.chat_template = template.read_text().replace("</s>", "<stop>")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ended = call("data", "check", rows, "--model", folder)
+    assert ended.status == 2 and "is ever trained: the model will not learn to stop" in ended.out
+
+
+def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
+    train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
+    apart = [
+        train[4],
+        {"prompt": "What is 5?", "completion": "Five."},
+        {"prompt": "New?", "completion": "Yes."},
+    ]
+    files = write(tmp_path / "d.jsonl", train), write(tmp_path / "t.jsonl", apart)
+    ended = call("data", "check", files[0], "--data.eval", files[1], "--model", thinker)
+    assert ended.status == 0
+    assert f"1 example of {files[1]} that are also training rows" in ended.out
+    assert f"1 example of {files[1]} with the prompt of a training row" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Odd?", "completion": "..."}, "1 row with an answer that has no letter or digit"),
+        ({"prompt": "Odd?", "completion": " "}, "1 row with an empty answer at the end"),
+        ({"prompt": " ", "completion": ""}, "1 row with only white space"),
+        ({"prompt": "Caf\ufffd?", "completion": "Yes."}, "1 row with �"),
+        ({"prompt": "<|im_end|>", "completion": "Yes."}, "1 row with a special token written in the text"),
+        ({"prompt": "what is 7", "completion": "IT IS 7!"}, "1 row like an earlier one but for case"),
+    ],
+)
+def test_odd_texts_are_found(call, thinker, tmp_path, row, said):
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
+    path = write(tmp_path / "d.jsonl", rows)
+    assert said not in call("data", "check", path, "--model", thinker).out
+    ended = call("data", "check", write(path, [*rows, row]), "--model", thinker)
+    assert ended.status == 0 and said in ended.out and f"{path}, row 31" in ended.out
+
+
+def test_settings_come_from_a_file_or_a_run(call, thinker, file, tmp_path, finished_run):
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        yaml.safe_dump({"model": str(thinker), "data": {"train": str(file), "template": "plain"}})
+    )
+    assert "(plain template)" in call("data", "check", settings).out
+    assert "(plain template)" in call("data", "check", file, "--settings", settings).out
+    assert "paint it red" in call("data", "show", finished_run).out
+    ended = call("data", "show", settings, "--settings", settings)
+    assert ended.status == 2 and "--settings names others" in ended.err
+
+
+def test_labeled_rows_are_checked_and_shown(call, thinker, tmp_path):
+    rows = [{"text": f"film {n}", "label": "good" if n % 3 else "bad"} for n in range(40)]
+    rows += [
+        {"text": "film 3", "label": "good"},
+        {"text": "rare film", "label": "odd"},
+        {"text": 3, "label": "good"},
+    ]
+    rows += [{"text": "rarer film", "label": "odd"}, rows[0]]
+    path = write(tmp_path / "d.jsonl", rows)
+    flags = ("--model", thinker, "--task", "sequence-classification")
+    ended = call("data", "check", path, *flags)
+    assert ended.status == 2
+    assert "error: 1 row that cannot be used: a value of the wrong type" in ended.out
+    assert "3 classes, rows of each: bad 15, good 27, odd 2" in ended.out
+    assert "warning: classes with less than 10% of the rows of the largest: odd (2)" in ended.out
+    assert "warning: 2 rows with content that has another label elsewhere" in ended.out
+    assert "warning: 1 row with the same content and label as an earlier one (dropped)" in ended.out
+    assert call("data", "check", path, *flags, "--data.bad_rows", "skip").status == 0
+    told = json.loads(call("data", "check", path, *flags, "--json").out)
+    assert told["class_counts"] == {"bad": 15, "good": 27, "odd": 2} and told["label_tokens"] is None
+    shown = call("data", "show", path, *flags, "--row", 2)
+    assert "label 'good'" in shown.out and "film 1" in shown.out
+
+
+def test_help_says_what_the_verbs_do(call):
+    assert "show" in call("data", "--help").out and "check" in call("data", "--help").out
+    assert "--row" in call("data", "show", "--help").out
+    assert call("data", "chek", "d.jsonl").status == 2

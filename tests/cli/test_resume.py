@@ -1,0 +1,175 @@
+"""`deltaw train` killed from outside, and started again with the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.cli.conftest import start, tree
+from tests.training.test_checkpoints import assert_same_run
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
+
+
+def resumable(flags, run, **instead):
+    # Short steps: what the process is killed in is mostly an evaluation or a checkpoint.
+    given = {
+        "train__epochs": 150,
+        "train__checkpoint_every": 7,
+        "train__eval_every": 20,
+        "data.eval": 2,
+        **instead,
+    }
+    return flags(run, **given)
+
+
+def wait_for(process, ready):
+    until = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.01)
+
+
+def lines_of(run):
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait_for_lines(process, run, count):
+    before = lines_of(run)
+    wait_for(process, lambda: lines_of(run) != before and lines_of(run) > count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_killed_three_times_is_the_run_that_is_not(flags, tmp_path, call, number):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert call("train", *resumable(flags, whole)).status == 0
+    for count in range(3):
+        process = start("train", *resumable(flags, run))
+        try:
+            wait_for_lines(process, run, 30 + 60 * count)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), err
+        if number != signal.SIGKILL:
+            assert f"deltaw train --resume {run}" in err or "interrupted" in err
+    done = call("train", *resumable(flags, run), "--json")
+    told = json.loads(done.out)
+    assert done.status == 0 and told["resumed_from_step"] > 50
+    assert told["checkpoints"] and all(os.path.isdir(path) for path in told["checkpoints"])
+    assert_same_run(run, whole)
+
+
+def test_a_killed_process_leaves_no_lock_and_a_living_one_does(flags, tmp_path, call):
+    run = tmp_path / "run"
+    process = start("train", *flags(run, train__epochs=100000, train__checkpoint_every=5))
+    try:
+        wait_for(process, lambda: lines_of(run) > 12)
+        refused = call("train", *flags(run, train__epochs=100000))
+        assert refused.status == 2 and f"process {process.pid} is training into this folder" in refused.err
+        assert refused.err.count("\n") == 3 and process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    shorter = call("train", "--resume", run, "--train.max_steps", 20)
+    assert shorter.status in (0, 2), shorter.err
+    assert "goes on from" in shorter.out + shorter.err or "has done" in shorter.err
+
+
+def test_a_second_signal_ends_at_once_and_the_run_goes_on(flags, tmp_path):
+    run = tmp_path / "run"
+    process = start("train", *flags(run, train__epochs=100000, train__checkpoint_every=2))
+    try:
+        wait_for(process, lambda: lines_of(run) > 6)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in (130, -signal.SIGTERM) and "Traceback" not in err
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_resume_and_fresh_on_the_command_line(flags, tmp_path, call):
+    run = tmp_path / "run"
+    assert call("train", *flags(run, train__epochs=2)).status == 0
+    nothing_left = call("train", "--resume", run)
+    assert nothing_left.status == 2 and "has done" in nothing_left.err
+    longer = call("train", "--resume", run, "--train.epochs", 4, "--json")
+    assert longer.status == 0 and json.loads(longer.out)["resumed_from_step"] == 4
+    assert json.loads(longer.out)["steps"] == 8
+    other = call("train", "--resume", run, "--train.epochs", 5, "--lora.rank", 3)
+    assert other.status == 2 and "'lora.rank' is 3" in other.err
+    both = call("train", run / "run.yaml", "--resume", run)
+    assert both.status == 2 and "its own settings" in both.err
+    for flag in (["--output", tmp_path / "other"], ["--fresh"]):
+        assert call("train", "--resume", run, *flag).status == 2
+    nowhere = call("train", "--resume", tmp_path / "nowhere")
+    assert nowhere.status == 2 and "no run to go on with" in nowhere.err
+    assert not (tmp_path / "nowhere").exists() and not (tmp_path / "other").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is(flags, tmp_path, call):
+    run = tmp_path / "run"
+    assert call("train", *flags(run)).status == 0
+    before = tree(run)
+    for changes in (
+        ["--train.batch_size", 2],
+        ["--train.seed", 5],
+        ["--method", "head"],
+        ["--train.epochs", 0.1],
+    ):
+        assert call("train", "--resume", run, "--train.epochs", 3, *changes).status == 2
+        assert tree(run) == before
+    for damage in (b"", b"{}", b"\xff" * 30):
+        status = run / "checkpoints" / "status.json"
+        kept = status.read_bytes()
+        status.write_bytes(damage)
+        assert call("train", "--resume", run, "--train.epochs", 3).status == 2
+        status.write_bytes(kept)
+    assert tree(run) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB, which takes the rights to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(flags, tmp_path, call, small_disk):
+    """Filled at some place of the run: it ends clearly, and goes on once there is room."""
+    common = {"train__epochs": 30, "train__checkpoint_every": 3, "data.eval": 2}
+    whole, run = tmp_path / "whole", small_disk / "run"
+    assert call("train", *flags(whole, **common)).status == 0
+    process = start("train", *flags(run, **common))
+    wait_for(process, lambda: lines_of(run) > 15)
+    os.kill(process.pid, signal.SIGSTOP)
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.kill(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err and ("No space left" in err or "disk is full" in err)
+    filler.unlink()
+    done = call("train", *flags(run, **common), "--json")
+    assert done.status == 0 and json.loads(done.out)["resumed_from_step"] >= 12
+    assert_same_run(run, whole)

@@ -1,0 +1,53 @@
+"""Rows that cannot be used: an error at the first, or skipped with their reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deltaw.data.bad_rows import BadRowError, BadRows
+
+
+def error(reason: str = "odd", where: str = "d.jsonl, row 3") -> BadRowError:
+    return BadRowError("it is odd", reason=reason, where=where, hint="make it even")
+
+
+def test_the_first_is_an_error_unless_they_are_to_be_skipped() -> None:
+    with pytest.raises(BadRowError, match="it is odd"):
+        BadRows().add(error(), {"text": 1})
+
+
+def test_skipped_rows_are_counted_by_reason_and_listed_with_their_place() -> None:
+    bad = BadRows("skip")
+    for reason in ("odd", "odd", "even"):
+        bad.add(error(reason), {"text": 1})
+    assert (len(bad), dict(bad.counts)) == (3, {"odd": 2, "even": 1})
+    assert list(bad.lines())[2] == {
+        "where": "d.jsonl, row 3",
+        "reason": "even",
+        "error": "it is odd",
+        "row": {"text": 1},
+    }
+
+
+def test_a_long_row_is_shortened_and_odd_values_do_no_harm() -> None:
+    bad = BadRows("skip")
+    bad.add(error(), {"text": "x" * 10_000})
+    bad.add(error(), {"text": "\ud800", "image": b"123", "number": float("nan")})
+    first, second = bad.lines()
+    assert isinstance(first["row"], str) and len(first["row"]) < 2100 and first["row"].endswith("…")
+    assert "123" not in str(second["row"]) and "bytes" in str(second["row"])
+
+
+def test_the_list_is_written_and_read_again(tmp_path: Path) -> None:
+    bad = BadRows("skip")
+    bad.add(error("odd"), {"text": "é\ud800"})
+    bad.add(error("even"), "not JSON at all {")
+    bad.write(tmp_path / "skipped.jsonl")
+    for line in (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    again = BadRows.read(tmp_path / "skipped.jsonl")
+    assert again.counts == bad.counts
+    assert list(again.lines()) == list(bad.lines())

@@ -1,0 +1,336 @@
+"""What is trained on, for the templates of published models: the assistant's text and its end of turn, no more.
+
+Every expectation is written by hand: the text that the model sees, with what it is trained on between « and ».
+"""
+
+# ruff: noqa: E501 - texts are easier to compare in lines as long as they are
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from deltaw.data.bad_rows import BadRowError
+from deltaw.data.formats import Conversation, Pair, Record, Text
+from deltaw.data.messages import Message, conversation
+from deltaw.data.templates import Encoded, Encoder
+from tests.data.chat_templates import tokenizer_of
+
+DATE = "2026-01-31"
+ANSWERS = ("Lima.", "Santiago.")
+THOUGHTS = ("<think>\nSouth.\n</think>\n\nLima.", "<think>\nFar south.\n</think>\n\nSantiago.")
+TOOLS: tuple[Message, ...] = (
+    {"type": "function", "function": {"name": "clock", "description": "the time", "parameters": {}}},
+)
+
+
+def talk(*answers: str, system: str | None = None) -> Conversation:
+    """Questions on capitals with these answers."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for question, answer in zip(("Capital of Peru?", "Chile?"), answers, strict=False):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return conversation([], messages, "row 1")
+
+
+def call(thought: str = "") -> Conversation:
+    """A question that is answered with the help of a tool."""
+    calls = [
+        {"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}
+    ]
+    messages: list[Message] = [
+        {"role": "user", "content": "Time in Lima?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    if thought:
+        messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = thought
+    return conversation([], messages, "row 1", TOOLS)
+
+
+def marked(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
+    """The text of an example with « and » around what is trained on."""
+
+    def text(count: int) -> str:
+        return str(tokenizer.decode(encoded.tokens[:count], clean_up_tokenization_spaces=False))
+
+    shown, done = "", 0
+    for start, stop in encoded.spans:
+        shown += f"{text(start)[len(text(done)) :]}«{text(stop)[len(text(start)) :]}»"
+        done = stop
+    return shown + text(len(encoded.tokens))[len(text(done)) :]
+
+
+def examples(family: str, record: Record, **settings: object) -> list[str]:
+    tokenizer = tokenizer_of(family)
+    encoder = Encoder(tokenizer, date=DATE, **settings)  # type: ignore[arg-type]
+    return [marked(tokenizer, encoded) for encoded in encoder.encode([record], ["row 1"])[0]]
+
+
+# Two questions and two answers.
+TWO_TURNS = {
+    "chatml": [
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
+    ],
+    "generation": [
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
+    ],
+    "llama2": ["<s> [INST] Capital of Peru? [/INST]« Lima. </s>»<s> [INST] Chile? [/INST]« Santiago. </s>»"],
+    "llama3": [
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nCapital of Peru?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Lima.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nChile?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Santiago.<|eot_id|>»"
+    ],
+    "llama3.2": [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 31 Jan 2026\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nCapital of Peru?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Lima.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nChile?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Santiago.<|eot_id|>»"
+    ],
+    "qwen2.5": [
+        "<|im_start|>system\nYou are a default assistant.<|im_end|>\n"
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
+    ],
+    "qwen3": [
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\n\n</think>\n\nLima.<|im_end|>»",
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
+    ],
+    "gemma2": [
+        "<bos><start_of_turn>user\nCapital of Peru?<end_of_turn>\n<start_of_turn>model\n«Lima.<end_of_turn>»\n"
+        "<start_of_turn>user\nChile?<end_of_turn>\n<start_of_turn>model\n«Santiago.<end_of_turn>»"
+    ],
+    "gemma3": [
+        "<bos><start_of_turn>user\nCapital of Peru?<end_of_turn>\n<start_of_turn>model\n«Lima.<end_of_turn>»\n"
+        "<start_of_turn>user\nChile?<end_of_turn>\n<start_of_turn>model\n«Santiago.<end_of_turn>»"
+    ],
+    "mistral1": ["<s> [INST] Capital of Peru? [/INST]« Lima.</s>» [INST] Chile? [/INST]« Santiago.</s>»"],
+    "mistral3": ["<s>[INST] Capital of Peru?[/INST]« Lima.</s>»[INST] Chile?[/INST]« Santiago.</s>»"],
+    "phi3": [
+        "<|user|> \nCapital of Peru?<|end|> \n<|assistant|> \n«Lima.<|end|>» \n"
+        "<|user|> \nChile?<|end|> \n<|assistant|> \n«Santiago.<|end|>»"
+    ],
+    "phi4": [
+        "<|im_start|>user<|im_sep|>Capital of Peru?<|im_end|><|im_start|>assistant<|im_sep|>«Lima.<|im_end|>»"
+        "<|im_start|>user<|im_sep|>Chile?<|im_end|><|im_start|>assistant<|im_sep|>«Santiago.<|im_end|>»"
+    ],
+    "phi4-mini": [
+        "<|user|>Capital of Peru?<|end|><|assistant|>«Lima.<|end|>»"
+        "<|user|>Chile?<|end|><|assistant|>«Santiago.<|end|>»"
+    ],
+    "zephyr": [
+        "<|user|>\nCapital of Peru?</s> \n<|assistant|>\n«Lima.</s>» \n"
+        "<|user|>\nChile?</s> \n<|assistant|>\n«Santiago.</s>»"
+    ],
+    "base": ["Capital of Peru?\n«Lima.<|endoftext|>»Chile?\n«Santiago.<|endoftext|>»"],
+}
+
+
+@pytest.mark.parametrize("family", TWO_TURNS)
+def test_every_answer_and_its_end_are_trained_and_nothing_else(family: str) -> None:
+    assert examples(family, talk(*ANSWERS)) == TWO_TURNS[family]
+
+
+@pytest.mark.parametrize("family", TWO_TURNS)
+def test_the_last_answer_alone_is_trained_if_asked_for(family: str) -> None:
+    last = TWO_TURNS[family][-1]
+    before, _, answer = last.rpartition("«")
+    expected = before.replace("«", "").replace("»", "") + "«" + answer
+    assert examples(family, talk(*ANSWERS), labels="last") == [expected]
+
+
+@pytest.mark.parametrize("family", TWO_TURNS)
+def test_a_single_turn_is_the_beginning_of_two(family: str) -> None:
+    first = TWO_TURNS[family][0]
+    expected = first[: first.index("»") + 1]
+    assert examples(family, talk(ANSWERS[0])) == [expected]
+    assert examples(family, Pair("Capital of Peru?", "Lima."))[0] in (
+        expected,
+        "Capital of Peru?«Lima.<|endoftext|>»",
+    )
+
+
+@pytest.mark.parametrize("family", [family for family in TWO_TURNS if family != "base"])
+def test_white_space_around_an_answer_is_trained_as_far_as_the_template_keeps_it(family: str) -> None:
+    (shown,) = examples(family, talk("Lima. \n"))
+    answer = shown[shown.index("«") + 1 : shown.index("»")]
+    trims = family in ("llama2", "llama3", "llama3.2", "gemma2", "gemma3")
+    assert answer.replace("Lima. \n", "Lima.") == TWO_TURNS[family][0].partition("«")[2].partition("»")[0]
+    assert ("Lima. \n" in answer) is not trims
+
+
+# With a system message.
+SYSTEM = {
+    "llama2": [
+        "<s> [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nCapital of Peru? [/INST]« Lima. </s>»"
+        "<s> [INST] Chile? [/INST]« Santiago. </s>»"
+    ],
+    "llama3.2": [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 31 Jan 2026\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nCapital of Peru?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Lima.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nChile?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Santiago.<|eot_id|>»"
+    ],
+    "qwen2.5": [
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
+    ],
+    "gemma3": [
+        "<bos><start_of_turn>user\nBe brief.\n\nCapital of Peru?<end_of_turn>\n<start_of_turn>model\n"
+        "«Lima.<end_of_turn>»\n"
+        "<start_of_turn>user\nChile?<end_of_turn>\n<start_of_turn>model\n«Santiago.<end_of_turn>»"
+    ],
+    # The system message stands in the question that is being answered, and in no other.
+    "mistral3": [
+        "<s>[INST] Be brief.\n\nCapital of Peru?[/INST]« Lima.</s>»",
+        "<s>[INST] Capital of Peru?[/INST] Lima.</s>[INST] Be brief.\n\nChile?[/INST]« Santiago.</s>»",
+    ],
+    "phi4": [
+        "<|im_start|>system<|im_sep|>Be brief.<|im_end|>"
+        "<|im_start|>user<|im_sep|>Capital of Peru?<|im_end|><|im_start|>assistant<|im_sep|>«Lima.<|im_end|>»"
+        "<|im_start|>user<|im_sep|>Chile?<|im_end|><|im_start|>assistant<|im_sep|>«Santiago.<|im_end|>»"
+    ],
+    "zephyr": [
+        "<|system|>\nBe brief.</s> \n<|user|>\nCapital of Peru?</s> \n<|assistant|>\n«Lima.</s>» \n"
+        "<|user|>\nChile?</s> \n<|assistant|>\n«Santiago.</s>»"
+    ],
+    "base": ["Be brief.\nCapital of Peru?\n«Lima.<|endoftext|>»Chile?\n«Santiago.<|endoftext|>»"],
+}
+
+
+@pytest.mark.parametrize("family", SYSTEM)
+def test_a_system_message_is_context_wherever_the_template_puts_it(family: str) -> None:
+    assert examples(family, talk(*ANSWERS, system="Be brief.")) == SYSTEM[family]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral1"])
+def test_a_template_that_takes_no_system_message_refuses_the_row(family: str) -> None:
+    with pytest.raises(BadRowError, match="does not accept this conversation") as refused:
+        examples(family, talk(*ANSWERS, system="Be brief."))
+    assert refused.value.reason == "refused by the chat template"
+
+
+# Reasoning before the answers.
+THINKING = {
+    "chatml": [
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»"
+    ],
+    "qwen3": [
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\nSouth.\n</think>\n\nLima.<|im_end|>»",
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>\n"
+        "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
+        "«<think>\nFar south.\n</think>\n\nSantiago.<|im_end|>»",
+    ],
+    "deepseek-r1": [
+        "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜><think>\n"
+        "«South.\n</think>\n\nLima.<｜end▁of▁sentence｜>»",
+        "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜>\n\nLima.<｜end▁of▁sentence｜>"
+        "<｜User｜>Chile?<｜Assistant｜><think>\n«Far south.\n</think>\n\nSantiago.<｜end▁of▁sentence｜>»",
+    ],
+}
+
+
+@pytest.mark.parametrize("family", THINKING)
+def test_thoughts_are_trained_in_the_context_in_which_they_are_thought(family: str) -> None:
+    assert examples(family, talk(*THOUGHTS)) == THINKING[family]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek-r1"])
+def test_reasoning_apart_from_the_content_is_trained_alike(family: str) -> None:
+    apart = talk(*ANSWERS)
+    for message, thought in zip(apart.messages[1::2], ("South.", "Far south."), strict=True):
+        message["reasoning_content"] = thought
+    shown = examples(family, apart)
+    assert [text.partition("«")[2] for text in shown] == [text.partition("«")[2] for text in THINKING[family]]
+
+
+def test_reasoning_that_a_template_would_drop_is_refused() -> None:
+    apart = talk("Lima.")
+    apart.messages[1]["reasoning_content"] = "South."
+    with pytest.raises(BadRowError, match="drops the reasoning of turn 2"):
+        examples("llama3", apart)
+
+
+def test_an_answer_without_a_thought_is_refused_where_the_prompt_opens_one() -> None:
+    with pytest.raises(BadRowError, match="opens a thought, and turn 2 has none"):
+        examples("deepseek-r1", talk("Lima."))
+
+
+def test_turns_that_the_template_leaves_as_they_are_share_an_example() -> None:
+    """After the last question, Qwen 3 keeps the thoughts: a call of a tool and what follows it are one."""
+    shown = examples("qwen3", call("Ask."))
+    assert len(shown) == 1
+    assert shown[0].count("«<think>\nAsk.\n</think>\n\n") == 2
+
+
+# With a tool.
+CALL = '{"name": "clock", "arguments": {"zone": "PET"}}'
+TRAINED_CALLS = {
+    "qwen2.5": [[f"<tool_call>\n{CALL}\n</tool_call><|im_end|>", "Noon.<|im_end|>"]],
+    "qwen3": [
+        [f"<think>\n\n</think>\n\n<tool_call>\n{CALL}\n</tool_call><|im_end|>"],
+        ["<think>\n\n</think>\n\nNoon.<|im_end|>"],
+    ],
+    "llama3.2": [
+        ['{"name": "clock", "parameters": {"zone": "PET"}}<|eot_id|>', "Noon.<|eot_id|>"],
+    ],
+    "mistral3": [[f'[TOOL_CALLS] [{CALL[:-1]}, "id": "abcdefghi"}}]</s>', " Noon.</s>"]],
+}
+
+
+@pytest.mark.parametrize("family", TRAINED_CALLS)
+def test_a_call_of_a_tool_is_trained_and_its_result_is_not(family: str) -> None:
+    shown = examples(family, call())
+    assert [[part.partition("»")[0] for part in text.split("«")[1:]] for text in shown] == TRAINED_CALLS[
+        family
+    ]
+    assert all("clock" in text.partition("«")[0] and "the time" in text.partition("«")[0] for text in shown)
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma3", "zephyr"])
+def test_tools_that_the_template_omits_are_refused(family: str) -> None:
+    single = talk("Lima.")
+    with pytest.raises(BadRowError, match="omits the tool 'clock'"):
+        examples(family, Conversation(single.messages, single.learned, tools=TOOLS))
+
+
+# Base models.
+
+
+def test_base_models_read_plain_text_with_bos_once_and_eos_at_the_end() -> None:
+    assert examples("base-bos", Text("Lima is old.")) == ["<s>« Lima is old.</s>»"]
+    assert examples("base-bos", Text("<s>Lima is old.")) == ["<s>« Lima is old.</s>»"]
+    assert examples("base-bos", Pair("Q: Peru?\nA:", " Lima.")) == ["<s> Q: Peru?\nA:«  Lima.</s>»"]
+    assert examples("base", Text("Lima is old.")) == ["L«ima is old.<|endoftext|>»"]
+
+
+# Against transformers, where a template says itself what the assistant generates.
+
+
+def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
+    tokenizer = tokenizer_of("generation")
+    record = talk(*ANSWERS, system="Be brief.")
+    theirs = tokenizer.apply_chat_template(
+        list(record.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    (ours,) = Encoder(tokenizer).encode([record], ["row 1"])[0]
+    mask = [0] * len(theirs["input_ids"])
+    for start, stop in ours.spans:
+        mask[start:stop] = [1] * (stop - start)
+    assert theirs["input_ids"][: len(ours.tokens)] == ours.tokens
+    assert theirs["assistant_masks"] == mask

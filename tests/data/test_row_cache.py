@@ -1,0 +1,372 @@
+"""Rows are tokenized once: kept, found again, made anew when anything changed, and never believed half."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from deltaw.data import DataSettings, Prepared, prepare, prepare_file, row_cache, row_stream
+from deltaw.data.chunk import ChunkReader
+from deltaw.data.row_cache import RowCache, make_room
+from deltaw.data.row_store import DiskRows, MemoryRows
+from deltaw.errors import UserError
+from tests.data.conftest import CHATML, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+Read = Callable[..., Prepared]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {"prompt": f"question {n % 57}", "completion": f"answer {n % 57}", "film": n % 9} for n in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows were tokenized, chunk by chunk."""
+    counts: list[int] = []
+    read = ChunkReader.read
+    monkeypatch.setattr(
+        ChunkReader,
+        "read",
+        lambda self, rows, indices: counts.append(len(indices)) or read(self, rows, indices),
+    )
+    return counts
+
+
+def reading(data: Path, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: int = 0, **settings: object):
+    chosen = {"cache": True, "eval": 0.2, **settings}
+    said: list[str] = []
+    prepared = prepare(DataSettings(str(data), **chosen), tokenizer, seed=seed, say=said.append)  # type: ignore[arg-type]
+    return prepared, said
+
+
+def content(prepared: Prepared) -> list[tuple[int, bytes, bytes, int, str | None]]:
+    return [
+        (e.row, e.tokens.tobytes(), e.is_label.tobytes(), e.prompt_length, e.answer)
+        for e in [*prepared.train, *prepared.held_out]
+    ]
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".arrow"))
+
+
+def test_a_second_preparation_reads_what_the_first_wrote(
+    data: Path, folder: Path, tokenized: list[int]
+) -> None:
+    first, _ = reading(data)
+    assert tokenized == [60] and entries(folder) == [".arrow", ".json"]
+    second, said = reading(data)
+    assert tokenized == [60] and not said
+    assert isinstance(second.train.store, DiskRows)
+    assert content(second) == content(first)
+    assert second.report == first.report
+    assert len(second.held_out) == 11 and second.report.duplicates == 3
+
+
+def test_many_rows_are_trained_on_from_the_disk_alike(
+    data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for settings in ({}, {"group": "film"}, {"rows": 40}, {"duplicates": "keep"}, {"eval": str(data)}):
+        small, _ = reading(data, **{"cache": False, **settings})
+        assert isinstance(small.train.store, MemoryRows)
+        with monkeypatch.context() as patch:
+            patch.setattr(row_cache, "SPILL_BYTES", 0)
+            patch.setattr(row_stream, "KEPT_BYTES", 0)
+            patch.setattr(row_stream, "CHUNK_ROWS", 7)
+            large, _ = reading(data, **{"cache": False, **settings})
+            assert isinstance(large.train.store, DiskRows)
+        assert content(large) == content(small)
+        assert large.report == small.report
+    assert list(folder.iterdir()) == []  # nothing is kept, and temporary files have no name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 900},
+        {"labels": "last"},
+        {"template": "plain"},
+        {"long_rows": "drop"},
+        {"columns": {"prompt": "completion", "completion": "prompt"}},
+        {"rows": 30},
+        {"group": "film"},
+        {"tokenizer": make_tokenizer(CHATML + "{# changed #}")},
+        {"tokenizer": make_tokenizer(merges=[("e", "s")])},
+        {"tokenizer": make_tokenizer(eos="</s>")},
+    ],
+)
+def test_rows_are_tokenized_anew_when_anything_changed(
+    change: dict[str, object], data: Path, folder: Path, tokenized: list[int]
+) -> None:
+    reading(data)
+    changed, _ = reading(data, **change)  # type: ignore[arg-type]
+    assert len(tokenized) == 2
+    again, _ = reading(data, **change)  # type: ignore[arg-type]
+    assert len(tokenized) == 2
+    assert content(again) == content(changed)
+
+
+@pytest.mark.parametrize("change", [{"eval": 5}, {"seed": 3}, {"duplicates": "keep"}, {"cache": "auto"}])
+def test_rows_are_not_tokenized_anew_for_what_does_not_matter(
+    change: dict[str, object], data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltaw.data.stored_rows.TINY_BYTES", 0)
+    reading(data)
+    changed, _ = reading(data, **change)  # type: ignore[arg-type]
+    assert len(tokenized) == 1
+    anew, _ = reading(data, **{**change, "cache": False})  # type: ignore[arg-type]
+    assert content(changed) == content(anew) and changed.report == anew.report
+
+
+def test_the_seed_matters_where_it_draws_rows(data: Path, folder: Path, tokenized: list[int]) -> None:
+    reading(data, rows=30)
+    reading(data, rows=30, seed=1)
+    assert len(tokenized) == 2
+
+
+@pytest.mark.parametrize("small", [0, 2**20])
+def test_a_file_that_changed_is_read_anew(
+    small: int, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_stream, "SMALL_BYTES", small)
+    reading(data)
+    before = data.stat()
+    data.write_bytes(data.read_bytes().replace(b"question 11", b"question XX"))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert data.stat().st_size == before.st_size and data.stat().st_mtime_ns == before.st_mtime_ns
+    changed, _ = reading(data)
+    assert len(tokenized) == 2
+    assert any("question XX" in TOKENIZER.decode(e.tokens) for e in [*changed.train, *changed.held_out])
+
+
+def test_a_template_that_shows_the_date_is_rendered_anew_each_day(
+    data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = make_tokenizer("{{ strftime_now('%Y') and '' }}" + CHATML)
+    reading(data, dated)
+    reading(data, dated)
+    assert len(tokenized) == 1
+    monkeypatch.setattr("deltaw.data.row_key._today", lambda: "2001-01-01")
+    reading(data, dated)
+    assert len(tokenized) == 2
+
+
+def test_small_files_are_kept_only_where_asked_or_slow(
+    data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading(data, cache="auto")
+    assert not folder.exists()
+    monkeypatch.setattr("deltaw.data.stored_rows.TINY_BYTES", 0)
+    reading(data, cache="auto")
+    assert entries(folder) == []
+    monkeypatch.setattr("deltaw.data.stored_rows.LONG_SECONDS", 0.0)
+    reading(data, cache="auto")
+    assert entries(folder) == [".arrow", ".json"]
+    reading(data, cache=False)
+    assert len(tokenized) == 4
+    reading(data, cache="auto")
+    assert len(tokenized) == 4
+
+
+def test_an_evaluation_file_is_kept_apart(data: Path, folder: Path, tokenized: list[int]) -> None:
+    settings = DataSettings("elsewhere.jsonl", cache=True)
+    first, report = prepare_file(str(data), settings, TOKENIZER)
+    second, again = prepare_file(str(data), settings, TOKENIZER)
+    assert len(tokenized) == 1 and report == again
+    assert [e.row for e in first] == [e.row for e in second] == list(range(1, 61))
+
+
+# Damage and kills
+
+
+def damaged(folder: Path, suffix: str, change: Callable[[bytes], bytes]) -> None:
+    (path,) = folder.glob(f"*{suffix}")
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change"),
+    [
+        (".arrow", lambda b: b[:-100]),
+        (".arrow", lambda b: b[:500] + bytes([b[500] ^ 1]) + b[501:]),
+        (".arrow", lambda b: b""),
+        (".json", lambda b: b[: len(b) // 2]),
+        (".json", lambda b: b"[]"),
+        (".json", lambda b: b.replace(b'"rows": 60', b'"rows": 61')),
+        (".json", lambda b: b.replace(b'"ends"', b'"sdne"')),
+    ],
+)
+def test_a_damaged_entry_is_noticed_and_made_anew(
+    suffix: str, change: Callable[[bytes], bytes], data: Path, folder: Path, tokenized: list[int]
+) -> None:
+    first, _ = reading(data)
+    damaged(folder, suffix, change)
+    second, said = reading(data)
+    assert len(tokenized) == 2 and "damaged" in said[0]
+    assert content(second) == content(first)
+    reading(data)
+    assert len(tokenized) == 2
+
+
+def test_rows_without_their_description_are_not_believed(
+    data: Path, folder: Path, tokenized: list[int]
+) -> None:
+    reading(data)
+    next(folder.glob("*.json")).unlink()
+    reading(data)
+    assert len(tokenized) == 2 and entries(folder) == [".arrow", ".json"]
+
+
+def test_damage_between_the_samples_is_noticed_when_the_row_is_read(
+    data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_cache, "sample", lambda file, size, digest: None)
+    reading(data, eval=None)
+    (path,) = folder.glob("*.arrow")
+    place = int(DiskRows(path.open("rb"), "", grouped=False)._places["tokens"][0])
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x07")
+    prepared, _ = reading(data, eval=None)
+    with pytest.raises(UserError, match="damaged"):
+        list(prepared.train)
+    again, _ = reading(data, eval=None)
+    assert len(tokenized) == 2 and len(list(again.train)) == 57
+
+
+def in_another_process(data: Path, folder: Path, before: str = "") -> subprocess.Popen[str]:
+    program = f"""
+        import os, sys
+        from deltaw.data import DataSettings, prepare, row_cache
+        from tests.data.conftest import make_tokenizer
+        {before}
+        prepared = prepare(DataSettings({str(data)!r}, cache=True), make_tokenizer())
+        print(len(prepared.train), prepared.train.digest().hex())
+    """
+    env = {**os.environ, "DELTAW_CACHE": str(folder.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], env=env, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "row_cache.RowWriter._write",  # before anything is written
+        "row_cache.RowCache.describe",  # the rows are there, their description is not
+    ],
+)
+def test_a_killed_preparation_leaves_nothing_that_is_believed(
+    moment: str, data: Path, folder: Path, tokenized: list[int]
+) -> None:
+    killed = in_another_process(data, folder, f"{moment} = lambda *a, **k: os.kill(os.getpid(), 9)")
+    assert killed.wait(60) == -9
+    prepared, said = reading(data)
+    assert tokenized == [60] and not said
+    assert len(prepared.train) + len(prepared.held_out) == 57
+    assert entries(folder) == [".arrow", ".json"]
+
+
+def test_what_a_killed_preparation_wrote_is_removed(data: Path, folder: Path) -> None:
+    kill = "write = row_cache.RowWriter._write\n"
+    kill += "        def half(self):\n            write(self)\n            os.kill(os.getpid(), 9)\n"
+    killed = in_another_process(data, folder, kill + "        row_cache.RowWriter._write = half")
+    assert killed.wait(60) == -9
+    assert [path.name for path in folder.iterdir() if path.suffix == ".part"]
+    reading(data)
+    assert not [path.name for path in folder.iterdir() if path.suffix == ".part"]
+
+
+def test_two_processes_at_once_come_to_the_same(data: Path, folder: Path) -> None:
+    both = [in_another_process(data, folder) for _ in range(2)]
+    told = [process.communicate(timeout=100)[0] for process in both]
+    assert told[0] == told[1] != ""
+    assert entries(folder) == [".arrow", ".json"]
+
+
+def test_who_comes_second_waits_and_reads_what_the_first_wrote(
+    data: Path, folder: Path, tokenized: list[int]
+) -> None:
+    with RowCache("k", lambda line: None) as first:
+        said: list[str] = []
+        found: list[object] = []
+
+        def second() -> None:
+            with RowCache("k", said.append) as cache:
+                found.append(cache.find(lambda rows, facts: facts))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and "waiting" in said[0]
+        assert first.find(lambda rows, facts: facts) is None
+    thread.join(20)
+    assert found == [None]
+
+
+# Room
+
+
+def test_the_longest_unused_entries_make_room(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for age, key in enumerate(("new", "middle", "old")):
+        (folder / f"{key}.arrow").write_bytes(bytes(100))
+        (folder / f"{key}.json").write_text("{}")
+        os.utime(folder / f"{key}.json", (1000 - age, 1000 - age))
+    make_room(folder, 250)
+    assert sorted(path.stem for path in folder.glob("*.json")) == ["middle", "new"]
+    with RowCache("middle", lambda line: None):
+        make_room(folder, 50)  # a process works with the one, the other is too large alone
+    assert sorted(path.stem for path in folder.glob("*.arrow")) == ["middle"]
+    make_room(folder, 50, but="middle")
+    assert (folder / "middle.arrow").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltaw.data.stored_rows.TINY_BYTES", 0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "file"))
+    prepared, _ = reading(data, cache="auto")
+    assert len(prepared.train) == 46
+    with pytest.raises(UserError, match="cannot be kept") as refused:
+        reading(data)
+    assert "DELTAW_CACHE" in str(refused.value.hint)
+
+
+def test_a_full_disk_is_said_where_rows_need_it(
+    data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
+
+    class Full(MemoryRows):
+        def batch(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(row_cache, "MemoryRows", Full)
+    with pytest.raises(UserError, match="No space left"):
+        reading(data)
+    assert entries(folder) == [] and not list(folder.glob(".*.part"))

@@ -1,0 +1,145 @@
+"""Examples on the disk are the examples that were written, and damage to one is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.data.example import Example
+from deltaw.data.row_cache import RowWriter
+from deltaw.data.row_store import DamagedRowsError, DiskRows, MemoryRows, RowView, schema
+from deltaw.errors import UserError
+
+
+def example(number: int, tokens: list[int], labels: list[bool], answer: str | None) -> Example:
+    return Example(
+        number, np.asarray(tokens, np.int32), np.asarray(labels, bool), min(3, len(tokens)), answer
+    )
+
+
+EXAMPLES = st.lists(
+    st.builds(
+        lambda number, pairs, answer: example(number, [t for t, _ in pairs], [b for _, b in pairs], answer),
+        st.integers(1, 2**40),
+        st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=20),
+        st.none() | st.text(max_size=5),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def on_disk(batches: list[list[Example]], path: Path, group: bytes | None = None) -> DiskRows:
+    with path.open("wb") as file, pyarrow.ipc.new_file(file, schema()) as writer:
+        count = 0
+        for batch in batches:
+            rows = MemoryRows()
+            numbers = range(count, count + len(batch))
+            rows.add(batch, list(numbers), [] if group is None else [group] * len(batch))
+            writer.write_batch(rows.batch())
+            count += len(batch)
+    return DiskRows(path.open("rb"), str(path), grouped=group is not None)
+
+
+def same(a: Example, b: Example) -> bool:
+    return (
+        (a.row, a.prompt_length, a.answer) == (b.row, b.prompt_length, b.answer)
+        and a.tokens.dtype == b.tokens.dtype == np.int32
+        and a.is_label.dtype == b.is_label.dtype == bool
+        and np.array_equal(a.tokens, b.tokens)
+        and np.array_equal(a.is_label, b.is_label)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(EXAMPLES, EXAMPLES)
+def test_what_is_read_is_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, first: list[Example], second: list[Example]
+) -> None:
+    every = first + second
+    rows = on_disk([first, second], tmp_path_factory.mktemp("rows") / "r.arrow", group=b"g" * 16)
+    memory = MemoryRows()
+    memory.add(every, list(range(len(every))), [b"g" * 16] * len(every))
+    assert len(rows) == len(every)
+    assert all(same(rows.example(n), one) for n, one in enumerate(every))
+    for name in ("lengths", "label_counts", "keys", "groups", "ordinals", "used_tokens"):
+        np.testing.assert_array_equal(getattr(rows, name)(), getattr(memory, name)())
+    places = np.arange(len(every))[::-1]
+    assert RowView(rows, places).digest() == RowView(memory, places).digest()
+
+
+def test_tokens_of_a_stored_row_can_be_written_to(tmp_path: Path) -> None:
+    found = on_disk([[example(1, [5, 6], [False, True], None)]], tmp_path / "r.arrow").example(0)
+    found.tokens[0] = 7  # as torch.from_numpy requires
+    assert found.tokens.tolist() == [7, 6]
+
+
+def test_any_arrow_program_reads_the_file(tmp_path: Path) -> None:
+    on_disk([[example(4, [5, 6, 7], [False, True, True], "é")]], tmp_path / "r.arrow")
+    with pyarrow.memory_map(str(tmp_path / "r.arrow")) as file:
+        (row,) = pyarrow.ipc.open_file(file).read_all().to_pylist()
+    assert (row["row"], row["tokens"], row["label_spans"]) == (4, [5, 6, 7], [1, 3])
+    assert bytes(row["answer"]).decode() == "é"
+
+
+def test_a_view_is_a_sequence(tmp_path: Path) -> None:
+    every = [example(n, [n] * (n + 1), [True] * (n + 1), None) for n in range(6)]
+    view = RowView(on_disk([every], tmp_path / "r.arrow"), np.array([4, 1, 1, 5]))
+    assert [row.row for row in view] == [4, 1, 1, 5]
+    assert [row.row for row in view[1:]] == [1, 1, 5] and view[-1].row == 5
+    assert [row.row for row in view.picked(np.array([3, 0]))] == [5, 4]
+    assert view.lengths.tolist() == view.label_counts.tolist() == [5, 2, 2, 6]
+    with pytest.raises(IndexError):
+        view[4]
+
+
+@pytest.mark.parametrize("where", ["tokens", "label_spans", "key"])
+def test_a_damaged_row_is_never_trained_on(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.arrow"
+    rows = on_disk([[example(n, [n] * 9, [False] * 5 + [True] * 4, "a") for n in range(3)]], path)
+    told: list[bool] = []
+    rows = DiskRows(path.open("rb"), str(path), grouped=False, on_damage=lambda: told.append(True))
+    place = int(rows._places[where][0])
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x03")
+    with pytest.raises(UserError, match="damaged"):
+        rows.example(0)
+    assert told and rows.example(1).tokens.tolist() == [1] * 9
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"", lambda b: b"x" * len(b)])
+def test_a_file_that_is_not_whole_is_refused(damage, tmp_path: Path) -> None:
+    path = tmp_path / "r.arrow"
+    on_disk([[example(1, [1, 2], [False, True], None)]], path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedRowsError):
+        DiskRows(path.open("rb"), str(path), grouped=False)
+
+
+def test_an_arrow_file_of_other_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.arrow"
+    table = pyarrow.table({"text": ["a"]})
+    with path.open("wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DamagedRowsError):
+        DiskRows(path.open("rb"), str(path), grouped=False)
+
+
+def test_few_examples_stay_in_memory_and_many_go_to_a_file() -> None:
+    every = [example(n, [n, 1], [False, True], str(n)) for n in range(50)]
+    for spill, kind in ((10**9, MemoryRows), (2000, DiskRows)):
+        with RowWriter(spill=spill) as writer:
+            for start in range(0, 50, 10):
+                numbers = list(range(start, start + 10))
+                writer.add(every[start : start + 10], numbers, [])
+            rows = writer.finish("about", {}, keep=False)
+        assert type(rows) is kind
+        assert all(same(rows.example(n), one) for n, one in enumerate(every))
+        assert rows.groups() is None

@@ -1,0 +1,82 @@
+"""What a page of HTML must be: well formed, without scripts and references to elsewhere, readable by all."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+VOID = {"meta", "br", "hr", "img", "input", "link", "line", "rect", "path"}
+
+
+class Page(HTMLParser):
+    """A page's elements, and what is wrong with them (``faults``)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.faults: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.named: list[str] = []
+        self.headings: list[int] = []
+        self.tags: dict[str, int] = {}
+        self.words: list[str] = []
+        self.marked: list[str] = []
+        self.drawings: list[dict[str, bool]] = []
+        self.feed(text)
+        self.close()
+        self.faults += [f"<{tag}> is not closed" for tag in self.open]
+        self.faults += [f"id '{i}' is there twice" for i in {i for i in self.ids if self.ids.count(i) > 1}]
+        self.faults += [f"'{name}' is named, and not there" for name in self.named if name not in self.ids]
+        for before, after in zip([0, *self.headings], self.headings, strict=False):
+            if after > before + 1:
+                self.faults.append(f"a heading of level {after} follows one of level {before}")
+        if re.search(r"""(?:href|src|url\()\s*=?\s*["']?(?:https?:)?//""", text):
+            self.faults.append("something is fetched from elsewhere")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        if "id" in given:
+            self.ids.append(given["id"])
+        for name in ("aria-labelledby", "aria-describedby"):
+            self.named += given.get(name, "").split()
+        if given.get("href", "").startswith("#"):
+            self.named.append(given["href"][1:])
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "script" or any(name.startswith("on") for name in given):
+            self.faults.append(f"a script: <{tag}>")
+        if tag == "th" and given.get("scope") not in ("col", "row"):
+            self.faults.append("a <th> without scope")
+        if given.get("role") == "img":
+            self.drawings.append({"title": False, "desc": False})
+        if tag in ("title", "desc") and self.drawings and "svg" in self.open:
+            self.drawings[-1][tag] = True
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        if not self.open or self.open[-1] != tag:
+            self.faults.append(f"</{tag}> closes {self.open[-1:] or 'nothing'}, at {self.getpos()}")
+        if tag in self.open:
+            while self.open and self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if "mark" in self.open:
+            self.marked.append(data)
+
+    @property
+    def text(self) -> str:
+        """All words, with single spaces."""
+        return " ".join(" ".join(self.words).split())

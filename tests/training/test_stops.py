@@ -1,0 +1,118 @@
+"""A model trained on answers and their end of turn stops, and a run's folder renders as the run did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deltaw.data import encode_prompt
+from deltaw.data.bad_rows import SKIPPED_ROWS
+from deltaw.errors import UserError
+from deltaw.runtime.generation import generate
+from deltaw.training.fit import fit
+from deltaw.training.inference import open_run
+from tests.byte_models import tiny_llama
+from tests.conftest import COLOURS, write_rows
+from tests.data.chat_templates import tokenizer_of
+
+
+def model_in(folder: Path, family: str) -> str:
+    """An untrained model with the tokens and the template of a family."""
+    tokenizer = tokenizer_of(family)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1, **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(folder: Path, model: str, rows: Path, **data: object) -> Path:
+    return fit(
+        {
+            "model": model,
+            "data": {"train": str(rows), "eval": None, **data},
+            "method": "full",
+            "train": {
+                "learning_rate": 1e-2,
+                "batch_size": 10,
+                "max_steps": 150,
+                "epochs": 1000,
+                "schedule": "cosine",
+            },
+            "precision": "fp32",
+            "device": "cpu",
+            "threads": 1,
+            "output": str(folder / "run"),
+        }
+    ).output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [
+        ("chatml", "<|im_end|>"),
+        ("gemma3", "<end_of_turn>"),
+        ("mistral1", "</s>"),
+        ("phi3", "<|end|>"),
+        ("qwen3", "<|im_end|>"),
+        ("base", "<|endoftext|>"),
+    ],
+)
+def test_a_trained_model_ends_its_turn_by_itself(tmp_path: Path, family: str, end: str) -> None:
+    rows = write_rows(
+        tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLOURS)
+    )
+    trained = run(tmp_path, model_in(tmp_path / "model", family), rows)
+    opened = open_run(str(trained), say=lambda line: None)
+    prompts = [encode_prompt(f"paint it {c}: ", opened.data or "auto", opened.tokenizer) for c in COLOURS]
+    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=40)
+    assert all(answer.stopped for answer in answers)
+    assert {opened.tokenizer.convert_ids_to_tokens(answer.terminator) for answer in answers} == {end}
+    right = sum(answer.text.strip().endswith(f"{c[0]}!") for answer, c in zip(answers, COLOURS, strict=True))
+    assert right >= 8
+
+
+def test_a_run_saves_its_own_template_and_is_asked_with_it(tmp_path: Path, settings, model_folder) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ m.role }} says {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant says {% endif %}"
+    )
+    output = fit(settings(tmp_path / "run", data={"chat_template": str(own)}, train={"max_steps": 1})).output
+    assert (output / "chat_template.jinja").read_text() == own.read_text()
+    own.unlink()  # the run's folder is enough
+    opened = open_run(str(output), say=lambda line: None)
+    asked = encode_prompt("hi", opened.data or "auto", opened.tokenizer)
+    assert opened.tokenizer.decode(asked) == "user says hi<|im_end|>assistant says "
+    bare = open_run(str(model_folder), say=lambda line: None)
+    assert "says" not in bare.tokenizer.decode(encode_prompt("hi", "auto", bare.tokenizer))
+    assert opened.config is not None
+    held_out = opened.task.read(opened.config.data, seed=0).held_out
+    assert "says" in opened.tokenizer.decode(held_out[0].tokens)
+
+
+def test_a_template_with_a_fault_is_refused_before_anything_else(tmp_path: Path, settings) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("fine\n{% for m in messages %}")
+    with pytest.raises(UserError, match="is not Jinja") as refused:
+        fit(settings(tmp_path / "run", model=str(tmp_path / "no model"), data={"chat_template": str(own)}))
+    assert refused.value.where == f"{own}, line 2"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings) -> None:
+    rows = write_rows(
+        tmp_path / "d.jsonl", ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS)
+    )
+    rows.write_text(rows.read_text() + '{"prompt": 3, "completion": "x"}\n{broken\n')
+    data = {"train": str(rows), "bad_rows": "skip"}
+    output = fit(settings(tmp_path / "run", data=data, train={"max_steps": 1})).output
+    lines = [json.loads(line) for line in (output / SKIPPED_ROWS).read_text().splitlines()]
+    assert {(line["where"], line["reason"]) for line in lines} == {
+        (f"{rows}, row 11", "a value of the wrong type"),
+        (f"{rows}, line 12", "not JSON"),
+    }
+    clean = fit(settings(tmp_path / "clean", train={"max_steps": 1})).output
+    assert not (clean / SKIPPED_ROWS).exists()

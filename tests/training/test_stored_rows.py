@@ -1,0 +1,79 @@
+"""A run whose rows are on the disk is the run whose rows are in memory, to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from deltaw.config import RunConfig
+from deltaw.data import row_cache
+from deltaw.data.row_store import DiskRows, MemoryRows
+from deltaw.data.sequences import lengths_of
+from deltaw.experiments.trial import split_off
+from deltaw.training.fit import fit
+from deltaw.training.planning.remembered import digest_of
+from deltaw.training.session import read_data
+from deltaw.training.tasks import causal_batcher
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(params=["lora", "prompt", "features", "head"])
+def kind(request):
+    return {
+        "lora": {},
+        "prompt": {"method": "prompt"},
+        "features": {"lora": {"layers": [1]}, "train": {"keep_features": True}},
+        "head": {"method": "head", "train": {"keep_features": True}},
+    }[request.param]
+
+
+def outcome(result):
+    steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        for key in [key for key in step if "second" in key]:
+            del step[key]
+    return steps, result.evaluation.metrics
+
+
+def test_rows_on_the_disk_train_alike(settings, tmp_path, kind, monkeypatch):
+    told = {**kind, "train": {"epochs": 2, **kind.get("train", {})}}
+    small = fit(settings(tmp_path / "small", **told))
+    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
+    monkeypatch.setattr(causal_batcher, "ROWS_AT_ONCE", 10**9)
+    large = fit(settings(tmp_path / "large", **told))
+    found = [load_file(run.output / ADAPTER) for run in (small, large)]
+    assert found[0].keys() == found[1].keys()
+    assert all((found[0][name] == found[1][name]).all() for name in found[0])
+    assert outcome(small) == outcome(large)
+
+
+def test_an_evaluation_in_parts_gives_the_same_metrics(settings, tmp_path, monkeypatch):
+    told = {"data": {"eval": 5}, "train": {"max_steps": 1}}
+    whole = fit(settings(tmp_path / "whole", **told)).evaluation
+    monkeypatch.setattr(causal_batcher, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("deltaw.training.evaluation.causal.ROWS_AT_ONCE", 2)
+    parts = fit(settings(tmp_path / "parts", **told)).evaluation
+    assert len(parts.per_row) == 5
+    np.testing.assert_array_equal(parts.per_row, whole.per_row)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
+
+
+def test_what_a_run_asks_of_all_rows_needs_no_row(settings, tmp_path, monkeypatch):
+    """Lengths, the order of an epoch, a plan's key and validation rows come without an example made."""
+    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
+    config = RunConfig.read(settings(tmp_path / "run"))
+    _, data = read_data(config)
+    assert isinstance(data.train.store, DiskRows)
+    monkeypatch.setattr(DiskRows, "example", None)
+    assert len(lengths_of(data.every)) == len(data.every) == 10
+    training, validation = split_off(data.train, 0)
+    assert len(training) + len(validation) == len(data.train)
+    on_disk = digest_of(data.every)
+    monkeypatch.undo()
+    _, data = read_data(config)
+    assert isinstance(data.train.store, MemoryRows)
+    assert digest_of(data.every) == on_disk

@@ -1,0 +1,162 @@
+"""summary.json: written at the beginning and at the end, however a run ends; small; its rows as trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.errors import UserError
+from deltaw.training.callbacks import Callback
+from deltaw.training.example_rows import TEXT, example_rows, length_counts
+from deltaw.training.fit import fit
+from deltaw.training.summary import NAME, is_alive, next_commands, plain, this_process
+from tests.byte_models import byte_tokenizer
+
+
+class Reads(Callback):
+    """Reads the summary at the first step; raises what it is given."""
+
+    def __init__(self, folder, error=None):
+        self.folder, self.error, self.told = folder, error, None
+
+    def on_step(self, step):
+        self.told = json.loads((self.folder / NAME).read_text())
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_run_that_goes_on_says_so_and_names_its_process(settings, tmp_path):
+    reads = Reads(tmp_path / "run")
+    result = fit(settings(tmp_path / "run"), callback=reads)
+    told = reads.told
+    assert told["state"] == "running" and told["ended"] is None and "result" not in told
+    assert told["process"]["id"] == os.getpid() and is_alive(told["process"]) is True
+    assert told["total_steps"] == result.outcome.steps
+    assert told["plan"]["peak_resident_bytes"] == result.plan.peak_resident_bytes
+    assert told["chosen"]["device"] == {"value": "cpu", "why": "as asked"}
+    assert told["data"]["counts"]["rows_read"] == 10 and "10 rows read" in told["data"]["lines"][0]
+    assert told["versions"]["torch"] and told["machine"]["processors"] >= 1
+    last = json.loads((tmp_path / "run" / NAME).read_text())
+    assert last["state"] == "finished" and last["result"] == result.as_dict()
+    assert last["ended"] >= last["started"] == told["started"]
+    assert (tmp_path / "run" / NAME).stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "what"),
+    [
+        (KeyboardInterrupt(), "interrupted", None),
+        (UserError("no room", where="the disk", hint="free some"), "failed", "no room"),
+        (RuntimeError("of a callback"), "failed", "RuntimeError: of a callback"),
+    ],
+)
+def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
+    with pytest.raises(type(error)):
+        fit(settings(tmp_path / "run"), callback=Reads(tmp_path / "run", error))
+    told = json.loads((tmp_path / "run" / NAME).read_text())
+    assert told["state"] == state and told.get("error", {}).get("what") == what
+    assert any("--resume" in entry["command"] for entry in told["commands"])
+
+
+def test_a_summary_that_cannot_be_written_at_the_end_is_a_warning(settings, tmp_path):
+    class Removes(Callback):
+        def on_end(self, outcome):
+            (tmp_path / "run" / NAME).unlink()
+            (tmp_path / "run" / NAME).mkdir()
+
+    with pytest.warns(UserWarning, match="could not be written"):
+        result = fit(settings(tmp_path / "run"), callback=Removes())
+    assert result.outcome.steps == 3
+
+
+def test_rows_are_shown_with_the_mask_that_is_trained(settings, tmp_path):
+    tokenizer = byte_tokenizer()
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    tokens = np.array(tokenizer.encode(text), dtype=np.int32)
+    mask = np.zeros(len(tokens), bool)
+    mask[-4:] = True
+    virtual = np.r_[np.array([len(tokenizer), len(tokenizer) + 1], dtype=np.int32), tokens]
+    rows = [
+        Example(3, tokens, mask, 0, None),
+        Example(5, virtual, np.r_[np.zeros(2, bool), mask], 0, None),
+    ]
+    first, second = example_rows(rows, tokenizer, None)
+    assert (first["row"], first["tokens"], first["label_tokens"]) == (3, len(tokens), 4)
+    assert [(p["text"], p["trained"]) for p in first["pieces"]] == [
+        (text.removesuffix("yes<|im_end|>"), False),
+        ("yes<|im_end|>", True),
+    ]
+    assert second["pieces"][0] == {"text": "[2 virtual tokens]", "trained": False}
+    assert second["why"] == "the longest row"
+    assert len(example_rows([RowGroup(tuple(rows))], tokenizer, None)) == 2
+    assert example_rows([], tokenizer, None) == []
+
+
+def test_rows_of_any_length_and_number_stay_small():
+    tokenizer = byte_tokenizer()
+
+    def row(number, length):
+        mask = np.arange(length) % 2 == 1
+        return Example(number, np.full(length, 70, np.int32), mask, 0, None)
+
+    class Many:
+        """A million rows that are made when they are asked for."""
+
+        asked = 0
+
+        def __len__(self):
+            return 1_000_000
+
+        def __getitem__(self, place):
+            self.asked += 1
+            return row(place + 1, 5 + (place + 7) % 3000)
+
+    many = Many()
+    shown = example_rows(many, tokenizer, None)
+    assert len(shown) == 6 and many.asked < 50_000
+    assert {"the longest row", "the shortest row"} <= {entry["why"] for entry in shown}
+    assert max(entry["tokens"] for entry in shown) > 2900 and min(entry["tokens"] for entry in shown) < 10
+    for entry in shown:
+        assert sum(len(piece["text"]) for piece in entry["pieces"]) < TEXT + 200
+    counts = length_counts(many)
+    assert sum(counts["rows"]) == counts["sampled"] == 20_000 and counts["of"] == 1_000_000
+    assert counts["edges"][0] == 5 and len(counts["edges"]) == len(counts["rows"]) + 1
+    one = row(1, 10_000)
+    (only,) = example_rows([Example(1, one.tokens, np.zeros(10_000, bool), 0, None)], tokenizer, None)
+    assert "characters" in only["pieces"][0]["text"]
+
+
+def test_values_become_plain_and_bounded():
+    told = plain({"a": float("nan"), "b": "x" * 10_000, "c": list(range(1000)), "d": {1: np.int64(3)}})
+    assert told["a"] is None and len(told["b"]) == 4000
+    assert len(told["c"]) == 65 and told["c"][-1] == "… and 936 more"
+    json.dumps(told, allow_nan=False)
+    many = plain({str(n): n for n in range(1000)})
+    assert len(many) == 65 and many["…"] == "and 936 more"
+
+
+def test_a_process_that_has_ended_is_known():
+    script = (
+        "import json; from deltaw.training.summary import this_process; print(json.dumps(this_process()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert is_alive(json.loads(done.stdout)) is False
+    own = this_process()
+    assert is_alive(own) is True
+    assert is_alive({**own, "begun": own["begun"] - 60}) is False, "the number was used again"
+    assert is_alive({**own, "host": "elsewhere"}) is None and is_alive({}) is None
+
+
+def test_commands_quote_the_folder(tmp_path):
+    told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
+    assert f"deltaw chat '{tmp_path}/a b'" in told
+    assert not any(
+        "chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)]
+    )
+    assert not any("chat" in e["command"] for e in next_commands(tmp_path, "finished", "head", False))

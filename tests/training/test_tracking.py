@@ -1,0 +1,146 @@
+"""Trackers get a run's settings, steps and evaluations; one that is missing is refused, one that fails is
+dropped.
+
+TensorBoard and trackio are tested with their own packages where these are installed. wandb is replaced by a
+module that records what it is told.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import types
+
+import pytest
+
+from deltaw.errors import UserError
+from deltaw.training import tracking
+from deltaw.training.callbacks import Lines
+from deltaw.training.fit import fit
+
+
+def metrics(folder, key):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def installed(name):
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+
+
+@installed("tensorboard")
+def test_tensorboard_has_every_number_of_the_run(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = fit(settings(tmp_path / "run", track="tensorboard", train={"epochs": 2, "eval_every": 3}))
+    told = EventAccumulator(str(result.output / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    told.Reload()
+    for name in ("loss", "learning_rate", "gradient_norm"):
+        found = {event.step: event.value for event in told.Scalars(f"train/{name}")}
+        assert found == pytest.approx(metrics(result.output, name), rel=1e-6)
+    held_out = metrics(result.output, "eval")
+    found = {event.step: event.value for event in told.Scalars("eval/loss")}
+    assert found == pytest.approx({step: values["loss"] for step, values in held_out.items()}, rel=1e-6)
+    assert min(event.value for event in told.Scalars("train/tokens_per_second")) > 0
+    (text,) = told.Tensors("settings/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert "| lora.rank | 4 |" in table and f"| output | {result.output} |" in table
+    assert "| trained_parameters |" in table and "| precision | fp32 |" in table
+
+
+@installed("trackio")
+def test_trackio_has_every_number_of_the_run(settings, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_PROJECT", "of-a-test")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # it reads its folder when it is imported
+    result = fit(settings(tmp_path / "my-run", track="trackio", train={"eval_every": 2}))
+    assert capfd.readouterr().out == ""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    logs = SQLiteStorage.get_logs("of-a-test", "my-run")
+    losses = {entry["step"]: entry["train/loss"] for entry in logs if "train/loss" in entry}
+    assert losses == pytest.approx(metrics(result.output, "loss"))
+    held_out = {entry["step"]: entry["eval/loss"] for entry in logs if "eval/loss" in entry}
+    assert held_out == pytest.approx({s: v["loss"] for s, v in metrics(result.output, "eval").items()})
+
+
+class RecordingWandB(types.ModuleType):
+    """As much of wandb as a run uses."""
+
+    def __init__(self, fail_at=None):
+        super().__init__("wandb")
+        self.__spec__ = importlib.util.spec_from_loader("wandb", None)
+        self.inits, self.logged, self.finished, self.fail_at = [], [], 0, fail_at
+
+    def Settings(self, **given):
+        return given
+
+    def init(self, **given):
+        print("wandb says a lot")
+        self.inits.append(given)
+        return self
+
+    def log(self, values, step):
+        if step == self.fail_at:
+            raise ConnectionError("the network is gone\nand more")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_is_told_settings_steps_and_evaluations(settings, tmp_path, monkeypatch, capfd):
+    wandb = RecordingWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    result = fit(settings(tmp_path / "run", track="wandb"))
+    (init,) = wandb.inits
+    assert init["project"] == "mine" and init["name"] == "run" and init["dir"] == str(result.output)
+    assert init["config"]["lora.rank"] == 4 and init["config"]["train.learning_rate"] == 1e-2
+    json.dumps(init["config"])
+    losses = {step: values["train/loss"] for step, values in wandb.logged if "train/loss" in values}
+    assert losses == metrics(result.output, "loss") and wandb.finished == 1
+    assert [step for step, values in wandb.logged if "eval/loss" in values] == [3]
+    assert capfd.readouterr().out == "", "what a tracker prints is not the run's"
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(settings, tmp_path, monkeypatch):
+    wandb = RecordingWandB(fail_at=2)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    said = []
+    result = fit(settings(tmp_path / "run", track="wandb", train={"epochs": 2}), callback=Lines(said.append))
+    assert result.outcome.steps == 6
+    assert [line for line in said if "wandb" in line] == [
+        "track wandb: failed, and gets nothing more (ConnectionError: the network is gone)"
+    ]
+    assert [step for step, _ in wandb.logged] == [1]
+
+
+def test_a_run_that_fails_lets_its_tracker_finish(settings, tmp_path, monkeypatch):
+    wandb = RecordingWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match="diverged"):
+        fit(settings(tmp_path / "run", track="wandb", lora={"alpha": 1e20}, train={"epochs": 2}))
+    assert wandb.finished == 1
+
+
+@pytest.mark.parametrize("name", tracking.PACKAGES)
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(
+    settings, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=f"needs the package {name}") as refused:
+        fit(settings(tmp_path / "run", track=name, model=str(tmp_path / "no model is there")))
+    assert f"pip install {name}" in refused.value.hint and refused.value.where == "track"
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_tracker_of_the_settings_is_there():
+    from typing import get_args
+
+    from deltaw.config import RunConfig
+
+    named = {name for kind in get_args(RunConfig.model_fields["track"].annotation) for name in get_args(kind)}
+    assert named == set(tracking.TRACKERS) == set(tracking.PACKAGES)
