@@ -29,7 +29,7 @@ LEVELS = (
     ("lora",),
     ("hub", "host"),
     ("runtime",),
-    ("memory", "methods", "data", "config"),
+    ("memory", "methods", "data", "config", "train_settings"),
     ("training",),
     ("experiments", "serving", "export"),
     ("reports",),

@@ -21,70 +21,10 @@ from deltaw import tasks
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
 from deltaw.methods import registry
+from deltaw.train_settings import TrainSettings
 
 if TYPE_CHECKING:
     from deltaw.lora.config import LoRAConfig
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TrainSettings(BaseModel):
-    """The ``train:`` section: how long, how fast, in which microbatches."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
-    learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto"] = Field(
-        "auto", description="peak learning rate of AdamW; auto: the method's usual one"
-    )
-    b_rate: float = Field(1.0, gt=0, le=1e4, description="LoRA+: factor on the learning rate of B")
-    epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
-    max_steps: int | None = Field(
-        None, ge=1, description="stop after so many optimizer steps, whatever epochs says"
-    )
-    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
-    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="the most tokens in a microbatch; more needs more memory"
-    )
-    share_prefixes: bool | Literal["auto"] = Field(
-        "auto",
-        description="compute prefixes that rows share once; auto: unless lora.dropout",
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="learning rate after the warm-up: constant, or decayed to zero"
-    )
-    warmup: float = Field(0.03, ge=0, description="steps of linear warm-up; below 1, a share of all steps")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="clip gradients to this norm; null: never")
-    keep_features: bool | Literal["auto"] = Field(
-        "auto",
-        description="run the frozen layers below the lowest trained module once for each row, and keep their "
-        "outputs on disk; auto: if rows are seen again",
-    )
-    checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        False,
-        description="activation checkpointing of all blocks; a number: of so many blocks",
-    )
-    keep_general: float = Field(
-        0.0,
-        ge=0,
-        le=1e3,
-        description="weight of the loss of the base model's own general answers, one of which each step also "
-        "learns; 0: none",
-    )
-    drift: bool | Literal["auto"] = Field(
-        "auto",
-        description="at the end, measure how far general answers moved from the base model's; auto: where a "
-        "language model is large enough to give any",
-    )
-    eval_every: int | None = Field(
-        None, ge=1, description="evaluate after every so many steps; always at the end"
-    )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows"
-    )
-
 
 DEFAULT_TASK = "causal-lm"
 _TASK = Field(DEFAULT_TASK, description="what the model is trained to do")
@@ -122,6 +62,9 @@ class RunConfig(BaseModel):
     threads: int | Literal["auto"] = Field("auto", description="processor threads")
     trust_remote_code: bool = Field(
         False, description="run code that comes with a model; only if you know it"
+    )
+    track: Literal["tensorboard", "trackio", "wandb"] | None = Field(
+        None, description="also send metrics to this tracker"
     )
     output: str = Field("runs/latest", description="folder that the run is written to")
 

@@ -39,9 +39,19 @@ class DataSettings:
         },
     )
     max_length: int = field(default=2048, metadata={"description": "the most tokens in a row"})
-    long_rows: Literal["error", "cut", "drop"] = field(
+    long_rows: Literal["error", "cut", "drop", "split"] = field(
         default="error",
-        metadata={"description": "longer rows: error refuses the data, cut truncates them, drop drops them"},
+        metadata={
+            "description": "longer rows: error refuses the data, cut truncates them, drop drops them, split "
+            "divides them into several rows"
+        },
+    )
+    bad_rows: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "description": "rows that cannot be used: error refuses the data, skip leaves them out and lists "
+            "them with the reason in the run's folder"
+        },
     )
     duplicates: Literal["drop", "keep"] = field(
         default="drop",
@@ -57,6 +67,10 @@ class DataSettings:
         metadata={
             "description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
         },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"description": "a file with a chat template (Jinja) that replaces the tokenizer's"},
     )
     columns: dict[str, str] = field(
         default_factory=dict,
@@ -76,6 +90,13 @@ class DataSettings:
     group: str | None = field(
         default=None,
         metadata={"description": "a column: rows with the same value are all trained on or all held out"},
+    )
+    cache: bool | Literal["auto"] = field(
+        default="auto",
+        metadata={
+            "description": "keep the rows' tokens on disk and read them from there the next time; auto: if "
+            "the data is large"
+        },
     )
     classes: list[str] | None = field(
         default=None,
