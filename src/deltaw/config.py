@@ -68,6 +68,11 @@ class RunConfig(BaseModel):
     )
     output: str = Field("runs/latest", description="folder that the run is written to")
 
+    @property
+    def data_seed(self) -> int:
+        """Of the rows that are used and held out."""
+        return self.train.seed if self.data.seed is None else self.data.seed
+
     @classmethod
     def read(
         cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None

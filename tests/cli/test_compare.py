@@ -77,6 +77,9 @@ def test_ctrl_c_says_how_to_go_on(call, file, monkeypatch):
         ("compare", ["--methods", "lora", "--rates", "head=1e-3"], ["'head'", "'lora'"]),
         ("compare", ["--data.eval", "null"], ["no rows are held out", "data.eval"]),
         ("compare", ["--share", "0"], ["--share"]),
+        ("compare", ["--seeds", "0"], ["--seeds"]),
+        ("compare", ["--methods", "lora,head", "--reference", "hed"], ["'hed'", "did you mean 'head'"]),
+        ("compare", ["--budget", "soon"], ["'soon' is not a time", "10m"]),
         ("tune", ["--search", "lora.rnk=[4]"], ["lora.rank"]),
         ("tune", ["--search", "lora.rank=4"], ["neither a range nor a list"]),
         ("tune", ["--trials", "0"], ["--trials"]),
@@ -89,6 +92,18 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(call, file, t
     for word in words:
         assert word in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_seeds_reference_and_budget_from_the_command_line(call, file, tmp_path, monkeypatch):
+    use_worker_here(monkeypatch)
+    flags = ["--methods", "head,bias", "--rates", "head=1e-2", "--rates", "bias=1e-2", "--seeds", "2"]
+    ended = call("compare", file, *flags, "--reference", "bias", "--budget", "1s", "--json")
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["seeds"] == [0, 1] and told["asked_reference"] == "bias"
+    assert [len(method["seeds"]) for method in told["methods"]] == [2, 2]
+    stored = json.loads((tmp_path / "run-compare" / "pieces" / "head.json").read_text())
+    assert stored["settings"]["train.time"] == "1s"
 
 
 def test_a_search_from_the_command_line(call, file, tmp_path, monkeypatch):

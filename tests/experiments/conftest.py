@@ -63,6 +63,7 @@ def study_settings(settings: Settings, tmp_path_factory: pytest.TempPathFactory)
 
     def make(output: Path, **changes: object) -> dict:
         train = {"learning_rate": "auto", "batch_size": 8, "epochs": 2, **changes.pop("train", {})}
-        return settings(output, data={"train": str(file), "eval": 8}, train=train, **changes)
+        data = {"train": str(file), "eval": 8, **changes.pop("data", {})}
+        return settings(output, data=data, train=train, **changes)
 
     return make

@@ -18,6 +18,7 @@ from deltaw.experiments.compare import compare
 from deltaw.host.memory import peak_resident_bytes
 from deltaw.reports.comparison import comparison_tables
 from deltaw.reports.comparison_figure import draw_comparison
+from deltaw.training.session import read_data
 from tests.experiments.conftest import WorkerHere, use_worker_here
 
 METHODS = ["lora", "head", "last"]
@@ -77,9 +78,10 @@ class TestThreeMethods:
         assert lora.trained_parameters == 4 * sum(
             2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48) for _ in range(2)
         )
-        config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+        run = folder / "lora" / "seed-0"
+        config = json.loads((run / "adapter_config.json").read_text())
         assert config["r"] == settings["lora"]["rank"]
-        assert lora.adapter_bytes == sum(p.stat().st_size for p in (folder / "lora").glob("adapter_*"))
+        assert lora.adapter_bytes == sum(p.stat().st_size for p in run.glob("adapter_*"))
         assert 0 < lora.peak_bytes <= peak_resident_bytes()
         assert lora.total_parameters > lora.trained_parameters
         assert comparison.held_out_rows == 8 and comparison.metric == "exact_match"
@@ -119,6 +121,7 @@ class TestThreeMethods:
     def test_every_piece_is_told_with_its_time_and_what_is_left(self, done):
         *_, said, _ = done
         assert said.count("validation loss") >= 6 and said.count(": trained at ") == 2
+        assert "not flattened in 6 steps" in said
         assert " so far, about " in said
 
     def test_a_second_call_runs_nothing_that_is_done(self, done, again):
@@ -192,8 +195,8 @@ def test_a_run_that_did_not_end_leaves_no_trace(here, study_settings, tmp_path, 
 
     def killed(self, do, *args, **request):
         if do == "run":
-            (tmp_path / "out" / "head").mkdir()
-            (tmp_path / "out" / "head" / "metrics.jsonl").write_text("")
+            (tmp_path / "out" / "head" / "seed-0").mkdir(parents=True)
+            (tmp_path / "out" / "head" / "seed-0" / "metrics.jsonl").write_text("")
             raise WorkerEnded("its process was ended by SIGKILL")
         return answer(self, do, *args, **request)
 
@@ -203,7 +206,139 @@ def test_a_run_that_did_not_end_leaves_no_trace(here, study_settings, tmp_path, 
     monkeypatch.setattr(here, "ask", answer)
     comparison, _ = compared(settings, tmp_path / "out", ["head"])
     assert comparison.results[0].score is not None
-    assert not (tmp_path / "out" / "head.1").exists()
+    assert [p.name for p in (tmp_path / "out" / "head").iterdir()] == ["seed-0"]
+
+
+class TestSeeds:
+    """Three seeds of two methods at fixed rates."""
+
+    RATES = {"lora": [1e-2], "head": [1e-2]}  # noqa: RUF012 - never changed
+
+    @pytest.fixture(scope="class")
+    def done(self, study_settings, tmp_path_factory):
+        base = tmp_path_factory.mktemp("seeds")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DELTAW_CACHE", str(base / "cache"))
+            use_worker_here(patch)
+            settings = study_settings(base / "run", train={"seed": 5})
+            comparison, said = compared(
+                settings, base / "out", ["lora", "head"], rates=self.RATES, seeds=3, reference="head"
+            )
+            return settings, base / "out", comparison, said, list(WorkerHere.asked)
+
+    def test_each_seed_is_trained_by_all_methods_before_the_next(self, done):
+        assert done[-1] == ["base", *["run lora", "run head"] * 3]
+
+    def test_seeds_change_the_training_and_not_the_rows(self, done):
+        _, folder, comparison, *_ = done
+        stored = json.loads((folder / "pieces" / "lora.json").read_text())["runs"]
+        assert list(stored) == ["5", "6", "7"] == [str(seed) for seed in comparison.seeds]
+        assert len({run["validation_loss"] for run in stored.values()}) == 3
+        held_out = set()
+        for seed in (5, 6, 7):
+            run = folder / "lora" / f"seed-{seed}"
+            config = RunConfig.read(run / "run.yaml")
+            assert config.train.seed == seed and config.data_seed == 5
+            _, data = read_data(config)
+            held_out.add(tuple(example.row for example in data.held_out))
+        assert len(held_out) == 1
+
+    def test_the_score_is_the_mean_and_differences_are_to_the_reference(self, done):
+        comparison = done[2]
+        by_name = {result.method: result for result in comparison.results}
+        for result in by_name.values():
+            assert len(result.seeds) == 3
+            assert result.score == pytest.approx(sum(seed.score for seed in result.seeds) / 3)
+            assert 0 <= result.interval[0] <= result.score <= result.interval[1] <= 1
+        assert comparison.reference == "head" and by_name["head"].difference == 0
+        lora = by_name["lora"]
+        assert lora.difference == pytest.approx(lora.score - by_name["head"].score)
+        assert lora.difference_interval[0] <= lora.difference <= lora.difference_interval[1]
+
+    def test_page_numbers_and_table_have_the_seeds(self, done):
+        folder = done[1]
+        page = (folder / "comparison.md").read_text()
+        assert "## Seed by seed" in page and "to head (95 % interval)" in page and "3 seeds" in page
+        numbers = json.loads((folder / "comparison.json").read_text())
+        assert numbers["seeds"] == [5, 6, 7] and numbers["reference"] == "head"
+        assert [len(method["seeds"]) for method in numbers["methods"]] == [3, 3]
+        assert numbers["methods"][0]["flattened"] is False
+        assert all(seed["validation"] for method in numbers["methods"] for seed in method["seeds"])
+        assert any("Not flattened when the budget ended: " in line for line in numbers["findings"])
+        assert not any("One seed is weak evidence" in line for line in numbers["findings"])
+
+    def test_more_seeds_and_fewer_reuse_what_is_there(self, done, here, tmp_path):
+        settings, folder, comparison, *_ = done
+        shutil.copytree(folder, tmp_path / "out")
+        _, said = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=4)
+        assert here.asked == ["run lora", "run head"] and "lora: 3 of 4 seeds trained before" in said
+        here.asked = []
+        one, said = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES)
+        assert here.asked == [] and "lora: done before" in said
+        first = {r.method: r.seeds[0].score for r in comparison.results}
+        assert {r.method: r.score for r in one.results} == first
+
+    def test_an_interruption_between_seeds_loses_no_seed(self, done, here, tmp_path, monkeypatch):
+        settings, _, comparison, *_ = done
+        answer = here.ask
+
+        def interrupted(self, do, *args, **request):
+            if here.asked.count("run lora") == 2 and do == "run":
+                raise KeyboardInterrupt
+            return answer(self, do, *args, **request)
+
+        monkeypatch.setattr(here, "ask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=3)
+        so_far = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        assert so_far["seeds"] == [5] and all(m["score"] is not None for m in so_far["methods"])
+        monkeypatch.setattr(here, "ask", answer)
+        here.asked = []
+        again, _ = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=3)
+        assert here.asked == ["run head", "run lora", "run head"]
+        assert {r.method: (r.score, r.seeds[2].validation_loss) for r in again.results} == {
+            r.method: (r.score, r.seeds[2].validation_loss) for r in comparison.results
+        }
+
+    def test_a_seed_that_diverges_is_named_and_its_method_not_scored(self, done, here, tmp_path, monkeypatch):
+        settings = done[0]
+        answer = here.ask
+
+        def diverging(self, do, *args, **request):
+            config = request.get("config", {})
+            if do == "run" and config["method"] == "lora" and config["train"]["seed"] == 6:
+                raise UserError("training diverged")
+            return answer(self, do, *args, **request)
+
+        monkeypatch.setattr(here, "ask", diverging)
+        comparison, said = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=2)
+        assert "lora: not possible: seed 6: training diverged" in said
+        assert comparison.results[-1].method == "lora" and comparison.results[-1].score is None
+        assert len(comparison.results[0].seeds) == 2
+
+
+def test_a_model_that_cannot_learn_is_not_ranked(here, study_settings, tmp_path):
+    """At a rate of next to nothing the model stays as it is, and answers every row alike."""
+    settings = study_settings(tmp_path / "run", train={"max_steps": 2})
+    comparison, said = compared(
+        settings, tmp_path / "out", ["head", "bias"], rates={"bias": [1e-9], "head": [0.05]}, seeds=2
+    )
+    bias = next(result for result in comparison.results if result.method == "bias")
+    assert comparison.base.one_answer is not None
+    assert bias.learned_nothing and not bias.ranked and comparison.results[-1] is bias
+    assert "bias: trained at 1e-09, seed 1: one answer to every row" in said
+    assert "bias learned nothing with every seed" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_time_can_be_the_budget(here, study_settings, tmp_path):
+    settings = study_settings(tmp_path / "run", train={"time": "1s", "max_steps": 30})
+    comparison, _ = compared(settings, tmp_path / "out", ["head"], rates={"head": [1e-3]})
+    assert 1 <= comparison.results[0].steps <= 30
+    for changes, word in [({"time": "soon"}, "not a time"), ({}, "--reference")]:
+        given = study_settings(tmp_path / "run", train=changes)
+        with pytest.raises(UserError, match=word):
+            compared(given, tmp_path / "other", ["head"], reference=None if changes else "lora")
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_method_that_diverges_at_all_rates_says_so(here, study_settings, tmp_path, monkeypatch):

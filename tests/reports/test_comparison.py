@@ -8,15 +8,11 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from deltaw.experiments.comparison import (
-    Comparison,
-    MethodResult,
-    comparison_markdown,
-    duration,
-    findings,
-    size,
-)
+from deltaw.experiments.comparison import Comparison, MethodResult, SeedResult, duration, size
+from deltaw.experiments.findings import as_json, comparison_markdown, findings
+from deltaw.reports.comparison import comparison_tables
 from deltaw.reports.comparison_figure import draw_comparison
 
 
@@ -36,8 +32,21 @@ def result(method, score, *, away=(-0.5, -0.1), trained=1000, **other):
     )
 
 
-def comparison(*results, **other):
-    return Comparison("out", "model", "causal-lm", "exact_match", True, 50, tuple(results), **other)
+def seeds(*scores, flattened=True, one_answer=()):
+    return tuple(
+        SeedResult(
+            n, score, 40, 30, flattened, 9.0, 0.5, ((10, 0.6), (30, 0.5)), "0" if n in one_answer else None
+        )
+        for n, score in enumerate(scores)
+    )
+
+
+def comparison(*results, reference=None, **other):
+    best = next((r.method for r in results if r.ranked), None)
+    named = {"reference": reference or best, "asked_reference": reference, "seeds": (0, 1, 2)}
+    return Comparison(
+        "out", "model", "causal-lm", "exact_match", True, 50, tuple(results), **{**named, **other}
+    )
 
 
 BEST = result("lora", 0.8, away=(0.0, 0.0))
@@ -46,8 +55,8 @@ BEST = result("lora", 0.8, away=(0.0, 0.0))
 def test_methods_that_rows_do_not_tell_apart_are_named_with_the_cheapest():
     near = result("prompt", 0.75, away=(-0.2, 0.1), trained=10)
     said = "\n".join(findings(comparison(BEST, near, result("bias", 0.3))))
-    assert "lora is best: exact_match 80.0 % (70.0–90.0) on 50 held-out rows." in said
-    assert "do not tell prompt from it" in said and "Clearly worse: bias." in said
+    assert "lora is best: exact_match 80.0 % (70.0–90.0) on 50 held-out rows, mean of 3 seeds." in said
+    assert "These seeds and rows do not tell prompt from it" in said and "Clearly worse: bias." in said
     assert "prompt takes the fewest parameters (10)" in said
 
 
@@ -57,7 +66,7 @@ def test_equal_scores_share_the_first_place():
 
 
 def test_the_untrained_model_is_set_against_the_best():
-    base = MethodResult("untrained", score=0.1, difference_interval=(-0.8, -0.6))
+    base = MethodResult("untrained", score=0.1, difference=-0.7, difference_interval=(-0.8, -0.6))
     assert "lora is clearly better than the untrained model." in findings(comparison(BEST, base=base))
     base = replace(base, difference_interval=(-0.8, 0.1))
     assert "lora is not clearly better than the untrained model." in findings(comparison(BEST, base=base))
@@ -74,7 +83,7 @@ def test_page_and_numbers_hold_what_could_not_run():
     failed = MethodResult("prompt", error="images have no tokens")
     made = comparison(BEST, failed)
     assert "- prompt: images have no tokens" in comparison_markdown(made)
-    assert json.dumps(made.as_dict(), allow_nan=False)
+    assert json.dumps(as_json(made), allow_nan=False)
 
 
 def test_nothing_but_failures_can_be_shown_too(tmp_path):
@@ -108,3 +117,94 @@ def test_the_figure_is_the_same_however_many_methods_there_are(tmp_path):
         image = Image.open(io.BytesIO((tmp_path / "figure.png").read_bytes()))
         assert image.format == "PNG" and image.width == 1800
         assert len(set(image.convert("L").resize((180, 80)).tobytes())) > 20
+
+
+def test_one_seed_is_called_weak_evidence():
+    assert not any("weak evidence" in line for line in findings(comparison(BEST)))
+    said = "\n".join(findings(comparison(BEST, result("bias", 0.75, away=(-0.2, 0.1)), seeds=(0,))))
+    assert "One seed is weak evidence" in said and "These rows do not tell bias from it" in said
+
+
+def test_what_gives_one_answer_is_neither_ranked_nor_a_reference():
+    same = result("bias", 0.9, seeds=seeds(0.9, 0.9, 0.9, one_answer=(0, 1, 2)))
+    near = result("prompt", 0.75, away=(-0.2, 0.1), trained=10)
+    made = comparison(BEST, near, same)
+    said = "\n".join(findings(made))
+    assert "lora is best" in said and "prompt from it" in said
+    assert "bias learned nothing with every seed: it gives every row the same answer ('0')" in said
+    assert made.ranked == [BEST, near] and "bias from it" not in said
+    line = next(text for text in comparison_markdown(made).splitlines() if text.startswith("| bias"))
+    assert line.endswith("| one answer to all |")
+    assert as_json(made)["methods"][-1]["learned_nothing"] is True
+
+
+def test_one_answer_with_some_seeds_is_said_and_ranked():
+    made = comparison(replace(BEST, seeds=seeds(0.8, 0.8, 0.6, one_answer=(2,))))
+    assert "lora gives one answer to every row with 1 of 3 seeds." in findings(made)
+    assert made.ranked == list(made.results)
+
+
+def test_no_better_than_the_most_frequent_answer_is_said():
+    made = [replace(BEST, over_constant_interval=bounds) for bounds in ((-0.1, 0.2), (0.1, 0.2))]
+    line = "lora is not clearly better than the answer 'no' to every row (61.3 %)."
+    said = [findings(comparison(r, constant_answer="no", constant_score=0.613)) for r in made]
+    assert [line in lines for lines in said] == [True, False]
+
+
+def test_what_had_not_flattened_is_warned_of():
+    some = seeds(0.8, 0.8, flattened=False) + seeds(0.8)
+    slow = result("bias", 0.5, seeds=seeds(0.5, 0.5, 0.5, flattened=False))
+    made = comparison(replace(BEST, seeds=some), slow, result("head", 0.4, seeds=seeds(0.4, 0.4, 0.4)))
+    said = "\n".join(findings(made))
+    assert "Not flattened when the budget ended: lora (2 of 3 seeds) and bias." in said
+    page = comparison_markdown(made)
+    lines = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    cells = {name: next(x for x in lines if name in x) for name in ("lora", "bias", "head")}
+    assert "1 of 3" in cells["lora"] and "no" in cells["bias"] and "yes" in cells["head"]
+    assert "| bias | 2 | 50.0 % | 40 | 30 | no | 0.5000 |" in page
+
+
+def test_a_named_reference_is_what_others_are_compared_with():
+    full = result("full", 0.7, away=(0.0, 0.0))
+    better = replace(result("lora", 0.8, away=(0.05, 0.15)), difference=0.1)
+    near = replace(result("last", 0.72, away=(-0.1, 0.1)), difference=0.02)
+    worse = replace(result("head", 0.2, away=(-0.6, -0.4)), difference=-0.5)
+    made = comparison(better, near, full, worse, reference="full")
+    said = "\n".join(findings(made))
+    assert "lora is best" in said
+    assert "Compared with full, clearly better: lora; clearly worse: head; not told apart: last." in said
+    assert "Clearly worse" not in said and "from it" not in said
+    page = comparison_markdown(made)
+    assert "to full (95 % interval)" in page and "| reference |" in page
+    lost = comparison(better, asked_reference="full")
+    assert "full cannot be the reference: it has no score that is ranked." in findings(lost)
+
+
+def test_a_lower_loss_is_better():
+    low = replace(result("lora", 0.3, away=(-0.2, -0.1)), difference=-0.15)
+    full = result("full", 0.45, away=(0.0, 0.0))
+    made = replace(comparison(low, full, reference="full"), metric="loss", higher_is_better=False)
+    assert "Compared with full, clearly better: lora." in findings(made)
+
+
+def test_all_columns_fit_their_terminal():
+    made = comparison(replace(BEST, seeds=seeds(0.8, 0.8, 0.8), steps=1234, adapter_bytes=10**6))
+    for width in (80, 152):
+        out = io.StringIO()
+        for table in comparison_tables(made, width):
+            Console(file=out, width=width).print(table)
+        assert "…" not in out.getvalue() and "flattened" in out.getvalue()
+
+
+def test_the_figure_shows_seeds_and_what_did_not_flatten(tmp_path):
+    """Other pixels with other seeds, when not flattened, and for one answer."""
+    drawn = set()
+    for made in (
+        replace(BEST, seeds=seeds(0.8, 0.8, 0.8)),
+        replace(BEST, seeds=seeds(0.7, 0.8, 0.9)),
+        replace(BEST, seeds=seeds(0.7, 0.8, 0.9, flattened=False)),
+        replace(BEST, seeds=seeds(0.7, 0.8, 0.9, one_answer=(0, 1, 2))),
+    ):
+        draw_comparison(comparison(made), tmp_path / "figure.png")
+        drawn.add((tmp_path / "figure.png").read_bytes())
+    assert len(drawn) == 4

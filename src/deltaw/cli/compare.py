@@ -22,7 +22,25 @@ from deltaw.cli.options import console, json_flag, nested, print_json, settings_
     "--share",
     default=None,
     type=click.FloatRange(0, 1, min_open=True),
-    help="share of a run's steps that each learning rate is tried for  [default: 0.3]",
+    help="share of the budget that each learning rate is tried for  [default: 0.3]",
+)
+@click.option(
+    "--seeds",
+    default=1,
+    type=click.IntRange(1),
+    help="train each method with so many seeds, on the same rows; 3 or more make evidence  [default: 1]",
+)
+@click.option(
+    "--reference",
+    default=None,
+    metavar="METHOD",
+    help="the method that all others are compared with  [default: the best]",
+)
+@click.option(
+    "--budget",
+    default=None,
+    metavar="TIME",
+    help="the most time that one training may take, such as 10m, as --train.time  [default: train.epochs]",
 )
 @settings_flags
 @json_flag
@@ -31,18 +49,24 @@ def command(
     methods: str | None,
     rates: tuple[str, ...],
     share: float | None,
+    seeds: int,
+    reference: str | None,
+    budget: str | None,
     as_json: bool,
     **given: str | None,
 ) -> int:
     """Train with each of several methods: SETTINGS is a YAML file, as for train.
 
-    A learning rate is found for each method, then each trains on the same rows in the same order, and all are
-    scored on the same held-out rows. The comparison is written to `output` with -compare behind it, or to
-    exactly the folder that --output names; the same command goes on with one that was interrupted.
+    A learning rate is found for each method, then each trains on the same rows, with each seed, until its
+    validation loss flattens or the budget ends (train.epochs, train.max_steps or --budget). All are scored on
+    the same held-out rows, with intervals over seeds and rows. The comparison is written to `output` with
+    -compare behind it, or to exactly the folder that --output names; the same command goes on with one that
+    was interrupted.
     """
     from deltaw.config import RunConfig
     from deltaw.experiments.compare import SHARE, check_methods, compare
-    from deltaw.experiments.comparison import failures, findings
+    from deltaw.experiments.findings import as_json as as_plain
+    from deltaw.experiments.findings import failures, findings
     from deltaw.experiments.rates import parse_rates
     from deltaw.methods import registry
     from deltaw.reports.comparison import comparison_tables
@@ -50,6 +74,8 @@ def command(
 
     out = console(as_json)
     flags = nested(given)
+    if budget is not None:
+        flags.setdefault("train", {})["time"] = budget
     config = RunConfig.read(settings, flags)
     named = [name.strip() for name in (methods or "").split(",") if name.strip()]
     if methods is None:
@@ -63,6 +89,8 @@ def command(
             folder=folder,
             rates=parse_rates(rates, chosen),
             share=share or SHARE,
+            seeds=seeds,
+            reference=reference,
             say=out.print,
             draw=draw_comparison,
         )
@@ -77,5 +105,5 @@ def command(
         out.print(line)
     out.print(f"table, numbers and figure are in {folder}: comparison.md, .json, .png")
     if as_json:
-        print_json(comparison.as_dict())
+        print_json(as_plain(comparison))
     return 0

@@ -64,7 +64,7 @@ def command(
         settings = opened.data or DataSettings(train=data)
         examples, report = opened.task.read_file(data, settings, opened.classes)
     elif opened.config is not None:
-        held_out = opened.task.read(opened.config.data, seed=opened.config.train.seed)
+        held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed)
         examples, report = held_out.held_out, held_out.report
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")

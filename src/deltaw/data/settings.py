@@ -87,6 +87,13 @@ class DataSettings:
             "description": "which answers of a conversation are labels: all-turns, or the last one only"
         },
     )
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "description": "of the rows that are used and held out; null: train.seed. Set it to repeat a run "
+            "with other seeds on the same rows"
+        },
+    )
     group: str | None = field(
         default=None,
         metadata={"description": "a column: rows with the same value are all trained on or all held out"},

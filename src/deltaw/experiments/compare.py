@@ -1,97 +1,44 @@
-"""Compare methods on the same rows: find a learning rate for each method, then train each once.
+"""Compare methods on the same rows: find a learning rate for each method, then train it with each seed.
 
-One worker process tries the rates and keeps the model between them. Each final run has a process of its own,
-so that its peak memory is measured alone. Every result is stored at once, and an interrupted comparison
-resumes from what is stored. The parent process loads no model.
+One worker process tries the rates, with the first seed, and keeps the model between them. Each final training
+has a process of its own, so that its peak memory is measured alone. All methods are trained with one seed
+before any is trained with the next. Every result is stored at once, and an interrupted comparison resumes
+from what is stored. The parent process loads no model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
 
 from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
-from deltaw.errors import UserError
+from deltaw.errors import UserError, did_you_mean
+from deltaw.experiments.budget import seconds_of
 from deltaw.experiments.child import Child, WorkerEnded
-from deltaw.experiments.comparison import BASE, Comparison, MethodResult, comparison_markdown
+from deltaw.experiments.comparison import BASE, Comparison
+from deltaw.experiments.entry import Entry
+from deltaw.experiments.findings import as_json, comparison_markdown
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
+from deltaw.experiments.gathering import gathered
 from deltaw.experiments.pace import Pace
-from deltaw.experiments.rates import best_rate, grid, next_rate
 from deltaw.methods import registry
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.evaluation.metrics import bootstrap_interval
 
-# The share of a run's steps for which a learning rate is tried.
+# The share of the budget for which a learning rate is tried.
 SHARE = 0.3
+SEEDS = 1
+# Of the way in which methods are trained and scored; another number where older results are not comparable.
+PROCEDURE = 2
 # Cost of evaluating the untrained model, in trainings; used for the remaining time only.
 BASE_WORK = 0.2
 PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
-RATE_KEY = "train.learning_rate"
-
-
-@dataclass
-class _Entry:
-    """One method of the comparison.
-
-    Attributes:
-        piece: what is stored on disk: ``settings``, ``usual_rate``, ``rates`` (pairs of rate and loss) and
-            ``run``.
-        asked: the rates to try; None for the grid around the usual one.
-    """
-
-    method: str
-    config: RunConfig
-    asked: list[float] | None
-    piece: dict[str, object] = field(default_factory=dict)
-    error: UserError | None = None
-
-    @property
-    def losses(self) -> dict[float, float]:
-        pairs = self.piece.get("rates")
-        return {
-            float(rate): math.inf if loss is None else float(loss)
-            for rate, loss in (pairs if isinstance(pairs, list) else [])
-        }
-
-    @property
-    def planned(self) -> list[float] | None:
-        """The rates to try; None until the usual one is known."""
-        usual = self.piece.get("usual_rate")
-        return self.asked or (grid(float(str(usual))) if usual is not None else None)
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the learning rate is given."""
-        return self.asked is not None and len(self.asked) == 1
-
-    def next_rate(self) -> float | None:
-        if self.fixed or self.planned is None:
-            return None
-        return next_rate(self.planned, self._counted(), extend=self.asked is None)
-
-    def chosen(self) -> float | None:
-        if self.fixed and self.asked is not None:
-            return self.asked[0]
-        return best_rate(self._counted())
-
-    def _counted(self) -> dict[float, float]:
-        """Losses of the rates in this comparison; rates that only an earlier one was given are ignored."""
-        if self.asked is None:
-            return self.losses
-        return {rate: loss for rate, loss in self.losses.items() if rate in self.asked}
-
-    @property
-    def run(self) -> dict[str, object] | None:
-        """The results of the final run, if it used the chosen rate."""
-        run = self.piece.get("run")
-        return run if isinstance(run, dict) and run.get("learning_rate") == self.chosen() else None
+# Settings that a comparison sets itself; results of another rate are told by the rate.
+OWN = ("train.learning_rate", "train.schedule")
 
 
 def check_methods(methods: Sequence[str]) -> list[str]:
@@ -114,10 +61,15 @@ def compare(
     folder: str | os.PathLike[str],
     rates: Mapping[str, Sequence[float]] | None = None,
     share: float = SHARE,
+    seeds: int = SEEDS,
+    reference: str | None = None,
     say: Say = silent,
     draw: Callable[[Comparison, Path], None] | None = None,
 ) -> Comparison:
     """Train each method on the same rows and score all of them on the same held-out rows.
+
+    Each training goes on until its validation loss flattens or its budget ends: ``train.time``, or else the
+    steps of ``train.max_steps`` or ``train.epochs``.
 
     Args:
         config: the settings of every run; its ``method`` and ``output`` are ignored.
@@ -125,7 +77,9 @@ def compare(
         folder: where everything is written; a comparison that exists there is resumed.
         rates: learning rates to try, by method; a single rate is used without a trial. The default is
             ``train.learning_rate`` if that is a number, else a grid around the method's usual rate.
-        share: the share of a run's steps for which a rate is tried.
+        share: the share of the budget for which a rate is tried.
+        seeds: with how many seeds each method is trained: ``train.seed`` and those after it.
+        reference: the method that all others are compared with; the best by default.
         say: told lines that a person may want to read.
         draw: writes the finished comparison's figure to a path; None writes no figure.
 
@@ -134,25 +88,34 @@ def compare(
             result gives the reason for each instead.
     """
     methods = check_methods(methods)
-    require_held_out(config)
+    _check(config, methods, seeds, reference)
+    # The same rows for all seeds.
+    config = config.model_copy(update={"data": dataclasses.replace(config.data, seed=config.data_seed)})
+    numbers = [config.train.seed + number for number in range(seeds)]
     place = ExperimentFolder(Path(os.path.expanduser(folder)), "comparison")
     nothing = True
     try:
-        entries = [_entry(config, method, rates or {}, share, place, say) for method in methods]
+        entries = [_entry(config, method, rates or {}, share, numbers, place, say) for method in methods]
         base = _base_entry(config, place)
-        pace = Pace(say, _work(entries, base, share))
+        pace = Pace(say, _work(entries, base, share, numbers))
+
+        def known() -> Comparison:
+            seeds = _done(entries, numbers)
+            return gathered(config, entries, base, seeds=seeds, reference=reference, folder=str(place.path))
+
         with Child(place.log("tuning")) as child:
             if base is not None:
                 _evaluate_base(base, child, place, pace)
             for entry in entries:
-                _tune(entry, child, place, pace, share)
-        for entry in entries:
-            _run(entry, place, pace)
-            nothing = nothing and entry.run is None
-            _write(_gathered(config, entries, base, place), place)
+                _tune(entry, child, place, pace, share, numbers)
+        for seed in numbers:
+            for entry in entries:
+                _run(entry, seed, numbers, place, pace)
+                nothing = nothing and not entry.runs(numbers)
+                _write(known(), place)
         if nothing:
             raise next(entry.error for entry in entries if entry.error is not None)
-        comparison = _gathered(config, entries, base, place)
+        comparison = known()
         _write(comparison, place, draw)
         return comparison
     except KeyboardInterrupt:
@@ -162,34 +125,56 @@ def compare(
         place.close(discard=nothing)
 
 
+def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str | None) -> None:
+    """Refuse what cannot be compared, before anything is written."""
+    require_held_out(config)
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}", where="--seeds", hint="train with at least one seed")
+    if reference is not None and reference not in methods:
+        raise UserError(
+            f"'{reference}' is not one of the methods that are compared",
+            where="--reference",
+            hint=did_you_mean(reference, methods),
+        )
+    if config.train.time is not None:
+        seconds_of(config.train.time)
+
+
 def _entry(
     config: RunConfig,
     method: str,
     rates: Mapping[str, Sequence[float]],
     share: float,
+    seeds: Sequence[int],
     place: ExperimentFolder,
     say: Say,
-) -> _Entry:
+) -> Entry:
     """A method with its stored results, unless those were made with other settings."""
     asked = list(rates[method]) if method in rates else None
     fixed = config.train.learning_rate
-    if asked is None and fixed != "auto":
+    if asked is None and not isinstance(fixed, str):
         asked = [float(fixed)]
     config = config.model_copy(update={"method": method, "output": str(place.path / method)})
-    settings = settings_of(config, without=(RATE_KEY,)) | {"share of steps for tuning": share}
+    settings = settings_of(config, without=OWN) | {
+        "share of the budget for tuning": share,
+        "procedure": PROCEDURE,
+    }
     piece = place.piece(method)
     if piece and (lines := changed(piece.get("settings"), settings)):
         say(f"{method} starts anew: {'; '.join(lines[:4])}")
         piece = {}
-    entry = _Entry(method, config, asked, {**piece, "settings": settings})
-    if entry.run is not None:
+    entry = Entry(method, config, asked, {**piece, "settings": settings})
+    done = len(entry.runs(seeds))
+    if done == len(seeds):
         say(f"{method}: done before")
+    elif done:
+        say(f"{method}: {done} of {len(seeds)} seeds trained before")
     elif entry.losses:
         say(f"{method}: {len(entry.losses)} learning rates tried before")
     return entry
 
 
-def _base_entry(config: RunConfig, place: ExperimentFolder) -> _Entry | None:
+def _base_entry(config: RunConfig, place: ExperimentFolder) -> Entry | None:
     """The untrained model; it can be scored only if it has its own output head."""
     if tasks.entry_of(config.task).new_head:
         return None
@@ -197,24 +182,31 @@ def _base_entry(config: RunConfig, place: ExperimentFolder) -> _Entry | None:
         key: value
         for key, value in settings_of(config).items()
         if not key.startswith(("train.", "method", "lora."))
-    } | {"train.seed": config.train.seed}
+    } | {"train.seed": config.train.seed, "procedure": PROCEDURE}
     piece = place.piece(BASE)
     if changed(piece.get("settings"), settings):
         piece = {"settings": settings}
-    return _Entry(BASE, config, [0.0], piece)
+    return Entry(BASE, config, [0.0], piece)
 
 
-def _work(entries: Sequence[_Entry], base: _Entry | None, share: float) -> float:
+def _work(entries: Sequence[Entry], base: Entry | None, share: float, seeds: Sequence[int]) -> float:
     """Number of trainings that remain, not counting rates beyond the grid."""
     work = 0.0 if base is None or "score" in base.piece else BASE_WORK
     for entry in entries:
         if not entry.fixed:
             work += share * (3 if entry.planned is None else len(set(entry.planned) - set(entry.losses)))
-        work += 0 if entry.run is not None else 1
+        work += len(seeds) - len(entry.runs(seeds))
     return work
 
 
-def _evaluate_base(base: _Entry, child: Child, place: ExperimentFolder, pace: Pace) -> None:
+def _done(entries: Sequence[Entry], seeds: Sequence[int]) -> list[int]:
+    """The seeds with which every method that can run is trained; at least the first."""
+    able = [entry for entry in entries if entry.error is None]
+    done = [seed for seed in seeds if all(entry.run(seed) is not None for entry in able)]
+    return done or list(seeds[:1])
+
+
+def _evaluate_base(base: Entry, child: Child, place: ExperimentFolder, pace: Pace) -> None:
     if "score" in base.piece:
         return
     try:
@@ -226,7 +218,9 @@ def _evaluate_base(base: _Entry, child: Child, place: ExperimentFolder, pace: Pa
     pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
 
 
-def _tune(entry: _Entry, child: Child, place: ExperimentFolder, pace: Pace, share: float) -> None:
+def _tune(
+    entry: Entry, child: Child, place: ExperimentFolder, pace: Pace, share: float, seeds: Sequence[int]
+) -> None:
     """Try learning rates until the best is known; an error is stored in the entry."""
     if entry.fixed or (entry.planned is not None and entry.next_rate() is None and entry.losses):
         return
@@ -248,37 +242,56 @@ def _tune(entry: _Entry, child: Child, place: ExperimentFolder, pace: Pace, shar
                 hint=f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}",
             )
     except (UserError, WorkerEnded) as error:
-        _failed(entry, error, pace, share)
+        untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
+        _failed(entry, error, pace, len(seeds) + untried * share)
 
 
-def _run(entry: _Entry, place: ExperimentFolder, pace: Pace) -> None:
-    """Make the final run in a process of its own."""
+def _run(entry: Entry, seed: int, seeds: Sequence[int], place: ExperimentFolder, pace: Pace) -> None:
+    """Make the final training with one seed in a process of its own."""
     rate = entry.chosen()
-    if entry.error is not None or entry.run is not None or rate is None:
+    if entry.error is not None or entry.run(seed) is not None or rate is None:
         return
-    train = entry.config.train.model_copy(update={"learning_rate": rate})
-    config = entry.config.model_copy(update={"train": train})
-    if "run" not in entry.piece:
-        place.remove_unfinished(Path(config.output))
-    entry.piece.pop("run", None)
+    folder = Path(entry.config.output) / f"seed-{seed}"
+    train = entry.config.train.model_copy(update={"learning_rate": rate, "seed": seed})
+    config = entry.config.model_copy(update={"train": train, "output": str(folder)})
+    if str(seed) not in (entry.piece.get("runs") or {}):
+        place.remove(folder)
+    entry.store(seed, None)
     place.write_piece(entry.method, entry.piece)
     try:
-        with Child(place.log(entry.method)) as child:
-            found = child.ask("run", config=config.model_dump(mode="json"))
+        with Child(place.log(f"{entry.method}-seed-{seed}")) as child:
+            # The plan is the same for every seed.
+            found = child.ask("run", config=config.model_dump(mode="json"), plan=seed == seeds[0])
     except (UserError, WorkerEnded) as error:
-        _failed(entry, error, pace, 0.0)
+        left = [other for other in seeds if other >= seed]
+        _failed(entry, error, pace, float(len(left)), "" if len(seeds) == 1 else f"seed {seed}: ")
         return
-    entry.piece["run"] = {"learning_rate": rate, **found}
+    entry.store(seed, {"learning_rate": rate, **found})
     place.write_piece(entry.method, entry.piece)
-    pace.did(f"{entry.method}: trained at {rate:g}: {_score_text(found)}", 1.0)
+    which = "" if len(seeds) == 1 else f", seed {seed}"
+    pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)
 
 
-def _failed(entry: _Entry, error: UserError | WorkerEnded, pace: Pace, share: float) -> None:
-    """Store why a method has no result; the other methods continue."""
-    entry.error = error if isinstance(error, UserError) else UserError(str(error))
-    untried = 0 if entry.fixed else 3 - len(entry.losses)
-    pace.more(-1.0 - max(0, untried) * share)
+def _failed(entry: Entry, error: UserError | WorkerEnded, pace: Pace, work: float, which: str = "") -> None:
+    """Store why a method has no result; the other methods continue.
+
+    Args:
+        work: that need not be done now.
+        which: what it failed with.
+    """
+    where, hint = (error.where, error.hint) if isinstance(error, UserError) else (None, None)
+    what = error.what if isinstance(error, UserError) else str(error)
+    entry.error = UserError(f"{which}{what}", where=where, hint=hint)
+    pace.more(-work)
     pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
+
+
+def _run_text(found: Mapping[str, object]) -> str:
+    """A final training in a few words."""
+    flat = f"{'flattened' if found['flattened'] else 'not flattened'} in {found['steps']} steps"
+    if found.get("one_answer") is not None:
+        return f"one answer to every row ('{found['one_answer']}'), {flat}"
+    return f"{_score_text(found)}, {flat}"
 
 
 def _score_text(found: Mapping[str, object]) -> str:
@@ -286,97 +299,12 @@ def _score_text(found: Mapping[str, object]) -> str:
     return f"{score['metric']} {score['value']:.4f}" if isinstance(score, dict) else "no score"
 
 
-def _gathered(
-    config: RunConfig, entries: Sequence[_Entry], base: _Entry | None, place: ExperimentFolder
-) -> Comparison:
-    """Everything known so far, the best first, with each method's distance to it."""
-    pairs = [(_result(entry, entry.run), entry.run or {}) for entry in entries]
-    scored = [found for result, found in pairs if result.score is not None]
-    metric, higher = "", True
-    if scored:
-        metric = str(scored[0]["score"]["metric"])  # type: ignore[index]
-        higher = bool(scored[0]["higher_is_better"])
-    pairs.sort(key=lambda pair: _order(pair[0].score, higher))
-    lines = [_with_difference(result, found, pairs[0][1]) for result, found in pairs]
-    untrained = None
-    if base is not None and "score" in base.piece:
-        untrained = _with_difference(_result(base, base.piece), base.piece, pairs[0][1])
-    rows = pairs[0][1].get("per_row")
-    return Comparison(
-        folder=str(place.path),
-        model=config.model,
-        task=config.task,
-        metric=metric,
-        higher_is_better=higher,
-        held_out_rows=len(rows) if isinstance(rows, list) else 0,
-        results=tuple(lines),
-        base=untrained,
-    )
-
-
-def _order(score: float | None, higher: bool) -> float:
-    if score is None:
-        return math.inf
-    return -score if higher else score
-
-
-def _result(entry: _Entry, found: Mapping[str, object] | None) -> MethodResult:
-    if entry.error is not None or found is None:
-        error = entry.error
-        why = "not yet run" if error is None else f"{error.what}{f' ({error.where})' if error.where else ''}"
-        return MethodResult(entry.method, error=why, rates=_pairs(entry))
-    score = found["score"] if isinstance(found["score"], dict) else {}
-    interval = score.get("interval")
-    is_run = entry.method != BASE
-
-    def number(key: str) -> int | None:
-        value = found.get(key)
-        return None if value is None else int(str(value))
-
-    return MethodResult(
-        entry.method,
-        learning_rate=entry.chosen() if is_run else None,
-        rates=_pairs(entry),
-        trained_parameters=number("trained_parameters") if is_run else 0,
-        total_parameters=number("total_parameters"),
-        adapter_bytes=number("adapter_bytes"),
-        planned_bytes=number("planned_memory_bytes"),
-        peak_bytes=number("peak_memory_bytes"),
-        seconds=float(str(found["seconds"])) if is_run else None,
-        steps=number("steps"),
-        score=score.get("value"),
-        interval=(interval[0], interval[1]) if interval else None,
-    )
-
-
-def _pairs(entry: _Entry) -> tuple[tuple[float, float | None], ...]:
-    tried = entry._counted() if not entry.fixed else {}
-    return tuple((rate, loss if math.isfinite(loss) else None) for rate, loss in sorted(tried.items()))
-
-
-def _with_difference(
-    result: MethodResult, found: Mapping[str, object], best: Mapping[str, object]
-) -> MethodResult:
-    """Add the difference from the best method on the same rows, with a paired bootstrap interval."""
-    ours, theirs = found.get("per_row"), best.get("per_row")
-    if result.score is None or not isinstance(ours, list) or not isinstance(theirs, list):
-        return result
-    if len(ours) != len(theirs):
-        return result
-    differences = np.asarray(ours) - np.asarray(theirs)
-    return replace(
-        result,
-        difference=float(differences.mean()),
-        difference_interval=bootstrap_interval(differences),
-    )
-
-
 def _write(
     comparison: Comparison,
     place: ExperimentFolder,
     draw: Callable[[Comparison, Path], None] | None = None,
 ) -> None:
-    place.write_json(NUMBERS, comparison.as_dict())
+    place.write_json(NUMBERS, as_json(comparison))
     if draw is not None:
         with replacing(place.path / FIGURE) as temporary:
             draw(comparison, temporary)

@@ -1,6 +1,7 @@
-"""Methods side by side: what each trains, what it costs, how well it does: sentences, Markdown, JSON.
+"""Methods side by side: what each trains, what it costs, how well it does: a table, Markdown, JSON.
 
 It knows numbers alone: not how they were made, and not how a terminal or a figure shows them.
+:mod:`deltaw.experiments.findings` puts them into sentences.
 """
 
 from __future__ import annotations
@@ -16,19 +17,47 @@ BASE = "untrained"
 
 
 @dataclass(frozen=True)
+class SeedResult:
+    """One final training of a method.
+
+    Attributes:
+        seed: of the initialization, the order of rows and dropout.
+        score: on the held-out rows, at the step of the lowest validation loss, ``best_step``.
+        steps, seconds: of the whole training, without evaluations.
+        flattened: whether the validation loss flattened before the budget ended.
+        validation_loss: the lowest. validation: step and loss of each evaluation.
+        one_answer: what every row was answered; None where answers differ.
+    """
+
+    seed: int
+    score: float | None
+    steps: int
+    best_step: int
+    flattened: bool
+    seconds: float
+    validation_loss: float
+    validation: tuple[tuple[int, float], ...] = ()
+    one_answer: str | None = None
+
+
+@dataclass(frozen=True)
 class MethodResult:
     """One method's line; what is not known is None.
 
     Attributes:
         method: its name, or ``untrained`` for the base model.
-        learning_rate: of the final run.
+        learning_rate: of the final trainings.
         rates: those that were tried, with their validation loss; None where training diverged.
         trained_parameters: M. total_parameters: N, of the base model with its head.
         adapter_bytes: of the files that hold what was trained.
-        planned_bytes, peak_bytes: peak memory of the run, planned and measured.
-        seconds: of the training loop, over ``steps`` optimizer steps.
-        score, interval: the metric on the held-out rows, and its interval at 95 %.
-        difference, difference_interval: score minus the best method's, over the same rows.
+        planned_bytes, peak_bytes: peak memory of a training, planned and measured, the most of all seeds.
+        seconds, steps: of the training loop, the mean over seeds.
+        score, interval: the metric on the held-out rows, the mean over seeds, and its interval at 95 % over
+            seeds and rows.
+        difference, difference_interval: score minus that of the comparison's reference, over the same seeds
+            and rows.
+        over_constant, over_constant_interval: score minus that of the best answer to give to every row.
+        seeds: one by one. one_answer: of the untrained model, what it answers to every row.
         error: why there is no result.
     """
 
@@ -46,13 +75,32 @@ class MethodResult:
     interval: Interval | None = None
     difference: float | None = None
     difference_interval: Interval | None = None
+    over_constant: float | None = None
+    over_constant_interval: Interval | None = None
+    seeds: tuple[SeedResult, ...] = ()
+    one_answer: str | None = None
     error: str | None = None
 
     @property
     def clearly_other(self) -> bool:
-        """Whether the interval of the difference to the best leaves zero out."""
+        """Whether the interval of the difference to the reference leaves zero out."""
         bounds = self.difference_interval
         return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether it gives one answer to every row, with every seed."""
+        return bool(self.seeds) and all(seed.one_answer is not None for seed in self.seeds)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it takes part in the ranking."""
+        return self.score is not None and not self.learned_nothing
+
+    @property
+    def flattened(self) -> int:
+        """With how many seeds the validation loss flattened."""
+        return sum(seed.flattened for seed in self.seeds)
 
 
 @dataclass(frozen=True)
@@ -62,9 +110,14 @@ class Comparison:
     Attributes:
         folder: where it is written. model, task: as in the settings.
         metric: the name of the score. higher_is_better: which way it counts.
-        held_out_rows: that the score is taken over.
-        results: one line a method, the best first, those without a score last.
+        held_out_rows: that the score is taken over. training_rows: without validation rows.
+        results: one line a method, the best first, then those that learned nothing, then those without a
+            score.
         base: the untrained model's line, where it has a score.
+        seeds: with which each method was trained.
+        reference: the method that the others are compared with. asked_reference: the one that was named for
+            it; None for the best.
+        constant_answer, constant_score: the best answer to give to every row, and its score.
     """
 
     folder: str
@@ -75,10 +128,21 @@ class Comparison:
     held_out_rows: int
     results: tuple[MethodResult, ...]
     base: MethodResult | None = None
+    training_rows: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    reference: str | None = None
+    asked_reference: str | None = None
+    constant_answer: str | None = None
+    constant_score: float | None = None
 
     @property
     def scored(self) -> list[MethodResult]:
         return [result for result in self.results if result.score is not None]
+
+    @property
+    def ranked(self) -> list[MethodResult]:
+        """Those that have a score and learned something, the best first."""
+        return [result for result in self.results if result.ranked]
 
     @property
     def lines(self) -> list[MethodResult]:
@@ -89,7 +153,11 @@ class Comparison:
         """Plain values for JSON."""
         values = asdict(self)
         values["methods"] = values.pop("results")
-        values["findings"] = findings(self)
+        for result, method in zip(self.results, values["methods"], strict=True):
+            method |= {
+                "learned_nothing": result.learned_nothing,
+                "flattened": result.flattened == len(result.seeds) if result.seeds else None,
+            }
         return {key: _plain(value) for key, value in values.items()}
 
 
@@ -102,6 +170,8 @@ COLUMNS = (
     "memory planned",
     "measured",
     "time",
+    "steps",
+    "flattened",
     "score (95 % interval)",
     "to the best (95 % interval)",
 )
@@ -112,65 +182,9 @@ def failures(comparison: Comparison) -> list[str]:
     return [f"{result.method}: {result.error}" for result in comparison.results if result.error is not None]
 
 
-def findings(comparison: Comparison) -> list[str]:
-    """What the numbers say, in sentences."""
-    scored = comparison.scored
-    if not scored:
-        return []
-    best = scored[0]
-    rows = f"{comparison.held_out_rows} held-out row{'s' if comparison.held_out_rows != 1 else ''}"
-    equal = [r for r in scored if r.score == best.score]
-    are = f"{best.method} is best" if len(equal) == 1 else f"{_listed(equal)} share the best score"
-    lines = [f"{are}: {comparison.metric} {_score(comparison, best)} on {rows}."]
-    near = [r for r in scored[1:] if r.difference_interval is not None and not r.clearly_other]
-    far = [r for r in scored[1:] if r.clearly_other]
-    if near:
-        lines.append(
-            f"These rows do not tell {_listed(near)} from it: the interval of the difference holds 0."
-        )
-        lines += _cheapest([best, *near])
-    if far:
-        lines.append(f"Clearly worse: {_listed(far)}.")
-    base = comparison.base
-    if base is not None and base.difference_interval is not None:
-        better = "is clearly better than" if base.clearly_other else "is not clearly better than"
-        lines.append(f"{best.method} {better} the untrained model.")
-    return lines + [line for result in scored for line in _edge(result)]
-
-
-def _cheapest(equals: Sequence[MethodResult]) -> list[str]:
-    """Of methods that rows do not tell apart, which asks for least."""
-    said: dict[str, list[str]] = {}
-    small = min(equals, key=lambda r: r.trained_parameters or math.inf)
-    if small.trained_parameters:
-        said.setdefault(small.method, []).append(f"the fewest parameters ({small.trained_parameters:,})")
-    fused = min(equals, key=lambda r: r.peak_bytes or math.inf)
-    if fused.peak_bytes:
-        said.setdefault(fused.method, []).append(f"the least memory ({size(fused.peak_bytes)})")
-    quick = min(equals, key=lambda r: r.seconds or math.inf)
-    if quick.seconds:
-        said.setdefault(quick.method, []).append(f"the least time ({duration(quick.seconds)})")
-    parts = [f"{method} takes {_joined(what)}" for method, what in said.items()]
-    return [f"Of these, {', '.join(parts)}."] if parts else []
-
-
-def _edge(result: MethodResult) -> list[str]:
-    """Whether a better learning rate may lie beyond those that were tried."""
-    rates = sorted(rate for rate, _ in result.rates)
-    if len(rates) < 2 or result.learning_rate not in (rates[0], rates[-1]):
-        return []
-    way = "lower" if result.learning_rate == rates[0] else "higher"
-    return [
-        f"{result.method}: its best learning rate, {result.learning_rate:g}, is the {way[:-2]}est tried; "
-        f"a {way} one may do better (--rates)."
-    ]
-
-
 def cells(comparison: Comparison, result: MethodResult) -> list[str]:
     """A line's texts, in the order of :data:`COLUMNS`; empty where nothing is known."""
     trained, total = result.trained_parameters, result.total_parameters
-    best = comparison.scored[0] if comparison.scored else None
-    difference = "best" if result is best else _difference(comparison, result)
     return [
         result.method,
         "" if result.learning_rate is None else f"{result.learning_rate:g}",
@@ -184,77 +198,67 @@ def cells(comparison: Comparison, result: MethodResult) -> list[str]:
         "" if result.planned_bytes is None else size(result.planned_bytes),
         "" if result.peak_bytes is None else size(result.peak_bytes),
         "" if result.seconds is None else duration(result.seconds),
-        _score(comparison, result),
-        difference,
+        "" if result.steps is None else f"{result.steps:,}",
+        _flattened(result),
+        score_text(comparison, result),
+        _relation(comparison, result),
     ]
 
 
-def comparison_markdown(comparison: Comparison, figure: str | None = None) -> str:
-    """The table, what it says, and what was tried, as a page.
+def _flattened(result: MethodResult) -> str:
+    if not result.seeds:
+        return ""
+    count = len(result.seeds)
+    if result.flattened in (0, count):
+        return "yes" if result.flattened else "no"
+    return f"{result.flattened} of {count}"
 
-    Args:
-        figure: the name of an image file beside the page.
-    """
-    count = comparison.held_out_rows
-    lines = [
-        "# Methods compared",
-        "",
-        f"Model `{comparison.model}`, task {comparison.task}: the same rows, seed and steps for each method; "
-        f"scored on {count} held-out rows that no choice was made by.",
-        "",
-        f"| {' | '.join(titles(comparison))} |",
-        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
-        *[f"| {' | '.join(cells(comparison, r))} |" for r in comparison.lines if r.error is None],
-        "",
-        *[f"- {line}" for line in findings(comparison)],
-        *[f"- {line}" for line in failures(comparison)],
-        "",
-    ]
-    if figure is not None:
-        lines += [f"![score over trained parameters, and peak memory]({figure})", ""]
-    tried = [result for result in comparison.results if len(result.rates) > 1]
-    if tried:
-        lines += ["## Learning rates tried", "", "| method | rate: validation loss |", "| --- | --- |"]
-        lines += [f"| {result.method} | {_rates(result)} |" for result in tried]
-        lines += [
-            "",
-            "The loss is that of rows taken out of the training rows, after a part of the steps.",
-            "",
-        ]
-    return "\n".join(lines)
+
+def _relation(comparison: Comparison, result: MethodResult) -> str:
+    """The difference from the reference, or why there is none."""
+    if result.learned_nothing:
+        return "one answer to all"
+    if result.method == comparison.reference:
+        return "reference" if comparison.asked_reference else "best"
+    return _difference(comparison, result)
 
 
 def titles(comparison: Comparison) -> list[str]:
-    """The heads of the columns, the score under its metric's name."""
-    return [title.replace("score", comparison.metric.replace("_", " ") or "score") for title in COLUMNS]
+    """The heads of the columns, the score under its metric's name, the difference under its reference's."""
+    reference = comparison.asked_reference and comparison.reference
+    return [
+        title.replace("score", comparison.metric.replace("_", " ") or "score").replace(
+            "to the best", f"to {reference}" if reference else "to the best"
+        )
+        for title in COLUMNS
+    ]
 
 
-def _rates(result: MethodResult) -> str:
-    return ", ".join(
-        f"{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in sorted(result.rates)
-    )
-
-
-def _score(comparison: Comparison, result: MethodResult) -> str:
+def score_text(comparison: Comparison, result: MethodResult) -> str:
+    """A score with its interval; empty where there is none."""
     if result.score is None:
         return ""
-    unit = " %" if comparison.metric in SHARES else ""
-    text = _number(comparison, result.score) + unit
+    text = number_text(comparison, result.score) + unit(comparison)
     if result.interval is not None:
-        text += " ({}–{})".format(*(_number(comparison, bound) for bound in result.interval))
+        text += " ({}–{})".format(*(number_text(comparison, bound) for bound in result.interval))
     return text
 
 
 def _difference(comparison: Comparison, result: MethodResult) -> str:
     if result.difference is None:
         return ""
-    text = _number(comparison, result.difference, "+")
+    text = number_text(comparison, result.difference, "+")
     if result.difference_interval is not None:
-        text += " ({} to {})".format(*(_number(comparison, b, "+") for b in result.difference_interval))
+        text += " ({} to {})".format(*(number_text(comparison, b, "+") for b in result.difference_interval))
     return text
 
 
-def _number(comparison: Comparison, value: float, sign: str = "") -> str:
+def unit(comparison: Comparison) -> str:
+    """What stands behind a score."""
+    return " %" if comparison.metric in SHARES else ""
+
+
+def number_text(comparison: Comparison, value: float, sign: str = "") -> str:
     """A score, or a difference of scores, of shares in percent without their mark."""
     text = f"{100 * value:{sign}.1f}" if comparison.metric in SHARES else f"{value:{sign}.4f}"
     return text.replace("-", "−")
@@ -276,11 +280,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _listed(results: Sequence[MethodResult]) -> str:
-    return _joined([result.method for result in results])
+def listed(results: Sequence[MethodResult]) -> str:
+    """Their names, with "and" before the last."""
+    return joined([result.method for result in results])
 
 
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
+    """The parts, with "and" before the last."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

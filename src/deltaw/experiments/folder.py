@@ -78,9 +78,9 @@ class ExperimentFolder:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2)
         write_text(self.path / name, text + "\n")
 
-    def remove_unfinished(self, run: Path) -> None:
+    def remove(self, run: Path) -> None:
         """Delete an incomplete run inside this folder."""
-        if run.is_dir() and run.parent == self.path:
+        if run.is_dir() and self.path in run.parents:
             shutil.rmtree(run)
 
     def close(self, *, discard: bool = False) -> None:

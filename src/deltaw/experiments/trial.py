@@ -13,9 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.experiments.budget import Budget
+from deltaw.experiments.until_flat import Curve, until_flat
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.fit import load_for
 from deltaw.training.session import Session, assemble, read_data
@@ -40,23 +43,30 @@ class Trial:
         config: the run's settings.
         say: told lines that a person may want to read.
         known: task and rows, if they have been read already.
+        once: whether it is trained only once, so that no copy of the initialization is kept.
 
     Attributes:
         session: the training.
         task, data: what was read; another trial on the same rows can reuse them.
         training, validation: rows to train on, and rows to evaluate on.
+        chosen: by dotted key, what was chosen without being told, and why.
 
     Raises:
         UserError: as for a run, or there are too few rows for a validation set.
     """
 
     def __init__(
-        self, config: RunConfig, say: Say = silent, known: tuple[Task, RunData] | None = None
+        self,
+        config: RunConfig,
+        say: Say = silent,
+        known: tuple[Task, RunData] | None = None,
+        *,
+        once: bool = False,
     ) -> None:
         # Features of frozen layers are computed once for all repetitions.
-        train = config.train.model_copy(update={"keep_features": True})
-        self.config = config.model_copy(update={"train": train})
+        self.config = with_features(config)
         self._say = say
+        self._once = once
         self.task, self.data = known or read_data(self.config, say)
         self._spoilt = False
         self._open()
@@ -71,11 +81,11 @@ class Trial:
             device=str(loaded.choices["device"].value),
             new_modules=loaded.new_modules,
         )
+        self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:
             self._say(line)
-        self.training, self.validation = split_off(self.session.data.train, self.config.train.seed)
-        model = self.session.model
-        self._start = [p.detach().clone() for _, p in self.session.method.parameters(model)]
+        self.training, self.validation = split_off(self.session.data.train, self.config.data_seed)
+        self._start = [] if self._once else [p.detach().clone() for _, p in self._parameters()]
 
     def steps(self, share: float) -> int:
         """Number of steps that make up a share of the run's."""
@@ -127,6 +137,40 @@ class Trial:
         self._spoilt = False
         return loss
 
+    def until_flat(
+        self,
+        rate: float,
+        budget: Budget,
+        *,
+        on_step: Callable[[Step], None] = lambda step: None,
+        on_validation: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> Curve:
+        """Train from the initialization until the validation loss flattens or the budget ends.
+
+        Raises:
+            UserError: training diverged.
+            Stopped: a signal arrived.
+        """
+        if self._spoilt:
+            self.close()
+            self._open()
+        self._spoilt = True
+        self._restore()
+        with self.session.running():
+            curve = until_flat(
+                self.session,
+                self.training,
+                self.validation,
+                rate=rate,
+                budget=budget,
+                on_step=on_step,
+                on_validation=on_validation,
+            )
+        if curve.outcome.interrupted:
+            raise Stopped
+        self._spoilt = False
+        return curve
+
     def _validated(self) -> float:
         metrics = self.session.evaluate(self.validation).metrics
         return metrics["loss"] if "loss" in metrics else metrics["mse"]
@@ -134,11 +178,15 @@ class Trial:
     @torch.no_grad()
     def _restore(self) -> None:
         """Reset the trained parameters to those before the first step; the loop seeds itself."""
-        method, model = self.session.method, self.session.model
-        for (_, parameter), start in zip(method.parameters(model), self._start, strict=True):
+        if self._once:
+            return
+        for (_, parameter), start in zip(self._parameters(), self._start, strict=True):
             parameter.copy_(start)
             parameter.grad = None
-        method.after_step(model)
+        self.session.method.after_step(self.session.model)
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.session.method.parameters(self.session.model))
 
     def close(self) -> None:
         """Release the model and the feature files."""
@@ -146,6 +194,12 @@ class Trial:
             self.session.close()
             del self.session, self._start
             gc.collect()
+
+
+def with_features(config: RunConfig) -> RunConfig:
+    """The settings with what frozen layers give kept, since every row is seen again."""
+    train = config.train.model_copy(update={"keep_features": True})
+    return config.model_copy(update={"train": train})
 
 
 def split_off(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:

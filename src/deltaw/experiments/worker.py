@@ -20,6 +20,8 @@ from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
+from deltaw.experiments.budget import budget_of
+from deltaw.experiments.final import final_run, scores
 from deltaw.experiments.trial import Stopped, Trial
 from deltaw.host import measurements
 from deltaw.host.choices import choose_device, choose_precision
@@ -30,14 +32,12 @@ from deltaw.hub.skeleton import skeleton
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method
 from deltaw.methods.files import classes_of
-from deltaw.training.callbacks import Lines, Say
-from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.fit import fit, load_for
+from deltaw.training.callbacks import Say
+from deltaw.training.fit import load_for
 from deltaw.training.session import read_data, usual_rate_of
 from deltaw.training.tasks.base import RunData, Task
 
 Message = Mapping[str, object]
-ADAPTER_FILES = "adapter_*"
 
 
 class Worker:
@@ -80,12 +80,17 @@ class Worker:
         return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(trial)}
 
     def rate(self, request: Message) -> Message:
-        """Train the open trial at one learning rate."""
+        """Train the open trial at one learning rate, for a share of the budget at most."""
         if self._trial is None:
             raise RuntimeError("'rate' was requested before 'open'")
-        rate, share = float(str(request["rate"])), float(str(request["share"]))
-        loss = self._trial.loss(rate, self._trial.steps(share))
-        return {"loss": loss if math.isfinite(loss) else None}
+        trial, rate, share = self._trial, float(str(request["rate"])), float(str(request["share"]))
+        budget = budget_of(trial.config.train, len(trial.training)).times(share)
+        try:
+            curve = trial.until_flat(rate, budget)
+        except UserError as error:
+            self._say(f"learning rate {rate:g}: {error.what}")
+            return {"loss": None}
+        return {"loss": curve.best_loss, "steps": curve.outcome.steps}
 
     def trial(self, request: Message) -> Message:
         """Train with new settings and evaluate on the way; the parent may end the trial early."""
@@ -124,24 +129,18 @@ class Worker:
         with task.running(loaded.model, batcher):
             objective = task.objective(loaded.model)
             evaluation = task.evaluate(objective, data.held_out, batcher, data.classes)
-        return _score(evaluation)
+        return scores(task, data.held_out, evaluation)
 
     def run(self, request: Message) -> Message:
-        """Make one whole run, as ``deltaw train`` does."""
+        """Make one final training, with a folder of its own."""
+        self._close()
         config = _config(request)
-        result = fit(config, callback=Lines(self._say))
-        if result.interrupted:
-            raise UserError("the run was stopped by a signal", hint="start the comparison again")
-        return {
-            **result.as_dict(),
-            **_score(result.evaluation),
-            "total_parameters": _total_parameters(config, result.output),
-            "adapter_bytes": sum(file.stat().st_size for file in result.output.glob(ADAPTER_FILES)),
-        }
+        found = final_run(config, self._say, plan=bool(request["plan"]))
+        return {**found, "total_parameters": _total_parameters(config, Path(str(found["output"])))}
 
     def _open_store(self, config: RunConfig) -> Trial:
         self._close()
-        key = (config.data, config.task, config.model, config.train.seed)
+        key = (config.data, config.task, config.model, config.data_seed)
         known = self._known[1] if self._known is not None and self._known[0] == key else None
         self._trial = Trial(config, self._say, known)
         self._known = (key, (self._trial.task, self._trial.data))
@@ -162,16 +161,6 @@ def _config(request: Message) -> RunConfig:
 
 def _rows_of(trial: Trial) -> dict[str, object]:
     return {"training_rows": len(trial.training), "validation_rows": len(trial.validation)}
-
-
-def _score(evaluation: Evaluation) -> dict[str, object]:
-    per_row = evaluation.per_row
-    return {
-        "eval": evaluation.as_dict() or None,
-        "score": evaluation.score(),
-        "higher_is_better": evaluation.higher_is_better,
-        "per_row": None if per_row is None else [float(value) for value in per_row],
-    }
 
 
 def _total_parameters(config: RunConfig, output: Path) -> int:

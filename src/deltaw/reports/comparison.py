@@ -11,13 +11,13 @@ from deltaw.experiments.comparison import COLUMNS, Comparison, cells, titles
 # The columns that hold what a method costs; on a narrow terminal the rest is a table of its own.
 _COSTS = 8
 # Characters that the whole table takes.
-WIDE = 132
+WIDE = 152
 
 
 def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
     """For a terminal of ``width`` characters: one table, or two where one would not fit.
 
-    The best is green; methods that could not run are not shown.
+    The best is green; what learned nothing is dim; methods that could not run are not shown.
     """
     heads = titles(comparison)
     every = range(len(COLUMNS))
@@ -30,8 +30,8 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
             table.add_column(title, justify="right" if column else "left", no_wrap=True)
         for result in comparison.lines:
             if result.error is None:
-                best = bool(comparison.scored) and result is comparison.scored[0]
-                style = "green" if best else "dim" if result is comparison.base else ""
+                best = bool(comparison.ranked) and result is comparison.ranked[0]
+                style = "green" if best else "" if result.ranked and result is not comparison.base else "dim"
                 texts = cells(comparison, result)
                 table.add_row(*(Text(texts[column], style=style) for column in columns))
         tables.append(table)

@@ -1,5 +1,8 @@
 """A comparison drawn: score over trained parameters, and peak memory by method.
 
+A point is a method's score with its interval, and small marks beside it are its seeds. It is filled if every
+training flattened, hollow if not, and a grey cross if the method gives one answer to every row.
+
 Colors are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name next to it,
 so that color alone tells nothing.
 """
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-SCORE, PLANNED, MEASURED = "#0072B2", "#E69F00", "#0072B2"
+SCORE, SEED, PLANNED, MEASURED = "#0072B2", "#56B4E9", "#E69F00", "#0072B2"
 INK, GREY, GRID = "#222222", "#666666", "#DDDDDD"
 _STYLE: dict[Any, object] = {
     "font.size": 11,
@@ -70,21 +73,28 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
             point.x,
             point.value,
             yerr=[[point.value - point.low], [point.high - point.value]],
-            fmt="o",
-            color=SCORE,
+            fmt="x" if point.kind == "same" else "o",
+            color=GREY if point.kind == "same" else SCORE,
+            markerfacecolor="white" if point.kind == "unfinished" else None,
             markersize=7,
             elinewidth=1.4,
             capsize=3,
+            zorder=3,
         )
+        if len(point.seeds) > 1:
+            axes.plot([point.x] * len(point.seeds), point.seeds, "_", color=SEED, markersize=11, zorder=2)
     axes.set_xscale("log")
     axes.margins(x=0.16, y=0.12)
     factor = 100 if comparison.metric in SHARES else 1
-    if comparison.base is not None and comparison.base.score is not None:
-        value = factor * comparison.base.score
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
+    levels = {} if comparison.base is None else {"untrained": comparison.base.score}
+    levels["one answer to every row"] = comparison.constant_score
+    for text, level in levels.items():
+        if level is None:
+            continue
+        axes.axhline(factor * level, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
         axes.annotate(
-            "untrained",
-            (1, value),
+            text,
+            (1, factor * level),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 4),
             textcoords="offset points",
@@ -94,9 +104,16 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     name = comparison.metric.replace("_", " ")
     better = "higher is better" if comparison.higher_is_better else "lower is better"
     axes.set_ylabel(f"{name}{', %' if factor == 100 else ''} ({better})")
-    axes.set_xlabel("trained parameters")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    axes.set_title(f"{name.capitalize()} on {comparison.held_out_rows} held-out rows, 95 % intervals")
+    seeds = f", {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
+    rows = f"{comparison.held_out_rows} held-out rows{seeds}"
+    axes.set_title(f"{name.capitalize()} on {rows}, 95 % intervals")
+    kinds = {point.kind for point in _points(comparison)}
+    notes = {"unfinished": "hollow: not flattened", "same": "cross: one answer to every row"}
+    shown = [note for kind, note in notes.items() if kind in kinds]
+    if any(len(point.seeds) > 1 for point in _points(comparison)):
+        shown.insert(0, "bars: seeds")
+    axes.set_xlabel("\n".join(["trained parameters", *(["; ".join(shown)] if shown else [])]))
     axes.grid(True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
 
@@ -185,6 +202,8 @@ class _Point:
     value: float
     low: float
     high: float
+    seeds: tuple[float, ...]
+    kind: str
 
 
 def _points(comparison: Comparison) -> list[_Point]:
@@ -202,8 +221,15 @@ def _points(comparison: Comparison) -> list[_Point]:
         value = factor * (result.score or 0.0)
         low, high = result.interval or (result.score or 0.0, result.score or 0.0)
         low, high = min(value, factor * low), max(value, factor * high)
-        points.append(_Point(result.method, 10**last, value, low, high))
+        seeds = tuple(factor * seed.score for seed in result.seeds if seed.score is not None)
+        points.append(_Point(result.method, 10**last, value, low, high, seeds, _kind(result)))
     return points
+
+
+def _kind(result: MethodResult) -> str:
+    if result.learned_nothing:
+        return "same"
+    return "unfinished" if result.flattened < len(result.seeds) else "finished"
 
 
 def _side(place: tuple[float, float]) -> str:

@@ -227,7 +227,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch:
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = task.read(config.data, seed=config.train.seed)
+        data = task.read(config.data, seed=config.data_seed)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)

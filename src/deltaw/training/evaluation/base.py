@@ -24,6 +24,8 @@ class Evaluation:
             form (a correlation).
         interval: the interval of ``main`` at 95 %, by resampling rows.
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
+        predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
+            at each of its labels, and the labels themselves; empty where the model writes no text.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class Evaluation:
     interval: tuple[float, float] | None = None
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
+    predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, object]:
         """The metrics, ready for JSON, which has no nan: null."""

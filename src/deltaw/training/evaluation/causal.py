@@ -48,23 +48,25 @@ def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batche
     """
     total, labels = 0.0, 0
     losses: dict[int, float] = {}
-    exact: dict[int, bool] = {}
+    predicted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for batch in batcher.batches(examples):
-        each, right = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+        each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+        targets = batch.targets.cpu().numpy()
         index, owner = label_places(batch)
         for number, member in enumerate(batch.members):
             at = index[owner == number]
             losses[id(member.example)] = float(each[at].mean())
-            exact[id(member.example)] = bool(right[at].all())
+            predicted[id(member.example)] = likeliest[at], targets[at]
             total += float(each[at].sum())
             labels += len(at)
     metrics = _loss_metrics(total / labels)
     rows_alone = [row for item in examples for row in rows_of(item)]
     with_answer = [e for e in rows_alone if e.answer is not None]
     if with_answer:
-        rows = np.array([exact[id(e)] for e in with_answer], dtype=np.float64)
+        pairs = [predicted[id(e)] for e in with_answer]
+        rows = np.array([np.array_equal(*pair) for pair in pairs], dtype=np.float64)
         metrics["exact_match"] = float(rows.mean())
-        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows))
+        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows), predicted=pairs)
     rows = np.array([losses[id(e)] for e in rows_alone])
     return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
 

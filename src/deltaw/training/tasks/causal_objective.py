@@ -99,15 +99,15 @@ class CausalObjective:
 
     @torch.no_grad()
     def evaluate_rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """For each label its cross-entropy (P,), and whether it is the likeliest token (P,)."""
-        losses, right = [], []
+        """For each label its cross-entropy (P,), and the likeliest token in its place, int64 (P,)."""
+        losses, likeliest = [], []
         for rows, targets in zip(
             self._picked(batch).split(self.chunk), batch.targets.split(self.chunk), strict=True
         ):
             logits = (self._logits(rows) if self.chunked else rows).float()
             losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
-            right.append(logits.argmax(-1) == targets)
-        return torch.cat(losses), torch.cat(right)
+            likeliest.append(logits.argmax(-1))
+        return torch.cat(losses), torch.cat(likeliest)
 
     @torch.no_grad()
     def label_outputs(self, batch: Batch) -> Tensor:

@@ -1,0 +1,67 @@
+"""Intervals over seeds and rows together: how often they hold, and what widens them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deltaw.experiments.intervals import interval_of, mean_squares, t_quantile
+
+
+def width(interval):
+    return interval[1] - interval[0]
+
+
+@pytest.mark.parametrize(
+    ("freedom", "bound"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397)]
+)
+def test_bounds_of_t_are_those_of_the_tables(freedom, bound):
+    assert t_quantile(0.95, freedom) == pytest.approx(bound, rel=1e-4)
+
+
+def test_between_whole_degrees_of_freedom_the_bound_lies_between():
+    assert t_quantile(0.95, 2) > t_quantile(0.95, 2.4) > t_quantile(0.95, 3)
+    assert t_quantile(0.95, 1e9) == pytest.approx(1.962, abs=2e-3)
+
+
+def test_the_mean_squares_add_up_to_the_whole_variation():
+    scores = np.random.default_rng(0).normal(size=(4, 30))
+    of_seeds, of_rows, of_rest = mean_squares(scores)
+    whole = ((scores - scores.mean()) ** 2).sum()
+    assert 3 * of_seeds + 29 * of_rows + 3 * 29 * of_rest == pytest.approx(whole)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    rows = (np.random.default_rng(0).random(400) < 0.7).astype(float)
+    alike = np.stack([rows, rows, rows])
+    apart = alike + np.array([[-0.1], [0.0], [0.1]])
+    one = width(interval_of(rows[None]))
+    assert width(interval_of(alike)) == pytest.approx(one, rel=0.1), "the same model again tells nothing new"
+    assert width(interval_of(apart)) > 3 * one
+    assert np.mean(interval_of(apart)) == pytest.approx(rows.mean())
+
+
+def test_more_rows_do_not_narrow_what_seeds_decide():
+    offsets = np.array([[-0.1], [0.0], [0.1]])
+    few, many = (interval_of(np.zeros((3, rows)) + offsets) for rows in (10, 10_000))
+    assert width(few) == pytest.approx(width(many)) == pytest.approx(2 * 4.30265 * 0.1 / 3**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("of_seeds", "of_rows"), [(0.0, 0.4), (0.02, 0.4), (0.2, 0.1)])
+def test_the_interval_holds_as_often_as_it_says(of_seeds, of_rows):
+    """Drawn again and again with new seeds and rows, about 95 % of the intervals hold the true mean."""
+    drawn = np.random.default_rng(3)
+    held = 0
+    for _ in range(400):
+        seeds = drawn.normal(0, of_seeds, (3, 1)) if of_seeds else np.zeros((3, 1))
+        scores = 0.7 + seeds + drawn.normal(0, of_rows, (1, 60)) + drawn.normal(0, 0.2, (3, 60))
+        low, high = interval_of(scores)
+        held += low <= 0.7 <= high
+    assert held / 400 > 0.91
+
+
+def test_scores_that_are_all_equal_leave_no_doubt():
+    assert interval_of(np.ones((3, 5))) == (1.0, 1.0)
+    assert interval_of(np.ones((1, 5))) == (1.0, 1.0)
+    low, high = interval_of(np.array([[0.1], [0.2], [0.3]]))
+    assert low < 0.2 < high
