@@ -19,6 +19,7 @@ from deltaw.host.memory import peak_resident_bytes
 from deltaw.reports.comparison import comparison_tables
 from deltaw.reports.comparison_figure import draw_comparison
 from deltaw.training.session import read_data
+from tests.conftest import write_rows
 from tests.experiments.conftest import WorkerHere, use_worker_here
 
 METHODS = ["lora", "head", "last"]
@@ -317,17 +318,23 @@ class TestSeeds:
         assert len(comparison.results[0].seeds) == 2
 
 
-def test_a_model_that_cannot_learn_is_not_ranked(here, study_settings, tmp_path):
-    """At a rate of next to nothing the model stays as it is, and answers every row alike."""
-    settings = study_settings(tmp_path / "run", train={"max_steps": 2})
-    comparison, said = compared(
-        settings, tmp_path / "out", ["head", "bias"], rates={"bias": [1e-9], "head": [0.05]}, seeds=2
+def test_a_model_that_answers_every_row_alike_is_not_ranked(here, study_settings, tmp_path):
+    """Nothing in the rows tells their answers, so that the most frequent one is all there is to learn."""
+    rows = [{"prompt": f"row {n}", "completion": "b" if n * 7919 % 101 % 4 == 0 else "a"} for n in range(60)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = study_settings(
+        tmp_path / "run", data={"train": str(file), "eval": 20, "seed": 3}, train={"max_steps": 20}
     )
+    rates = {"bias": [0.05], "head": [1e-6]}
+    comparison, said = compared(settings, tmp_path / "out", ["head", "bias"], rates=rates, seeds=2)
     bias = next(result for result in comparison.results if result.method == "bias")
-    assert comparison.base.one_answer is not None
-    assert bias.learned_nothing and not bias.ranked and comparison.results[-1] is bias
-    assert "bias: trained at 1e-09, seed 1: one answer to every row" in said
-    assert "bias learned nothing with every seed" in (tmp_path / "out" / "comparison.md").read_text()
+    assert [seed.one_answer for seed in bias.seeds] == ["a", "a"]
+    assert bias.learned_nothing and not bias.ranked and bias.score == comparison.constant_score > 0.5
+    assert comparison.ranked[0].method == "head", "its answers differ, though all of them are wrong"
+    assert "bias: trained at 0.05, seed 1: one answer to every row ('a')" in said
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "bias learned nothing with every seed" in page
+    assert "head is not clearly better than the answer 'a' to every row" in page
 
 
 def test_time_can_be_the_budget(here, study_settings, tmp_path):

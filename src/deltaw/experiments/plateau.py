@@ -3,10 +3,11 @@
 A training has flattened if its second half brought next to nothing: the best validation loss of the later
 half of its evaluations is not at least 1 % below the best of the earlier half. In other words, training
 twice as long lowered the loss by less than 1 %. Once the loss is small, a thousandth of the first one counts
-as nothing too: a loss that approaches zero falls by some share for ever. The rule has no fixed patience, since a loss may stay where
-it is for a while before it falls: the longer a training has gone on, the longer it is waited for. It is
-applied at a constant learning rate. A rate that decays to zero ends every descent, whether there is more to
-learn or not.
+as nothing too: a loss that approaches zero falls by some share for ever.
+
+The rule has no fixed patience, since a loss may stay where it is for a while before it falls: the longer a
+training has gone on, the longer it is waited for. It is applied at a constant learning rate. A rate that
+decays to zero ends every descent, whether there is more to learn or not.
 
 It knows numbers alone.
 """
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# By how much the later half must be lower for the training to go on: as a share of the best loss of the earlier
-# half, and as a share of the first loss.
+# By how much the later half must be lower for the training to go on: a share of the best loss of the earlier
+# half, and one of the first loss.
 TOLERANCE, OF_FIRST = 0.01, 0.001
 # Evaluations below which nothing is called flat.
 FEWEST = 8

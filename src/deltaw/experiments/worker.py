@@ -135,7 +135,7 @@ class Worker:
         """Make one final training, with a folder of its own."""
         self._close()
         config = _config(request)
-        found = final_run(config, self._say, plan=bool(request["plan"]))
+        found = final_run(config, self._say, plan=bool(request.get("plan", True)))
         return {**found, "total_parameters": _total_parameters(config, Path(str(found["output"])))}
 
     def _open_store(self, config: RunConfig) -> Trial:
