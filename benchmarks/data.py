@@ -4,8 +4,9 @@
 
 Generates JSON Lines of film reviews (real sentences, drawn at random), prepares them with SmolLM2's tokenizer
 in a process of its own, and prints megabytes a second and resident memory on the way: beside tokenizer and
-libraries, it should not grow with the file. A second process prepares the same file again, and reads rows in
-the random order of an epoch.
+libraries, it should not grow with the file. Where several processes read, the memory that the others have for
+themselves is added. The rate for each second of processor time does not depend on what else the machine does.
+A second process prepares the same file again, and reads rows in the random order of an epoch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -84,18 +86,24 @@ def measure(path: Path, template: str) -> None:
     before = process.memory_info().rss
 
     def more() -> str:
-        return f"{(process.memory_info().rss - before) / 1e6:.0f} MB more memory"
+        own = (process.memory_info().rss - before) / 1e6
+        others = [child.memory_full_info().uss / 1e6 for child in process.children()]
+        return f"{own:.0f} MB more memory" + "".join(f" + {other:.0f}" for other in others)
+
+    def cpu() -> float:
+        both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(used.ru_utime + used.ru_stime for used in both)
 
     def say(line: str) -> None:
         print(f"  {line}; {more()}", flush=True)
 
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), cpu()
     prepared = prepare(DataSettings(str(path), template=template, cache=True), tokenizer, say=say)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - begun
+    seconds, used = time.perf_counter() - begun, cpu() - used
     size = path.stat().st_size
     print(
         f"  {prepared.report.rows_read:,} rows, {prepared.report.tokens:,} tokens: {seconds:.1f} s, "
-        f"{size / seconds / 1e6:.1f} MB/s; {more()}"
+        f"{size / seconds / 1e6:.1f} MB/s, {size / used / 1e6:.2f} MB in a second of processor time; {more()}"
     )
     order = np.random.default_rng(0).permutation(len(prepared.train))[:20_000]
     begun = time.perf_counter()

@@ -95,6 +95,7 @@ def test_many_rows_are_trained_on_from_the_disk_alike(
             patch.setattr(row_cache, "SPILL_BYTES", 0)
             patch.setattr(row_stream, "KEPT_BYTES", 0)
             patch.setattr(row_stream, "CHUNK_ROWS", 7)
+            patch.setattr(row_cache, "BATCH_ROWS", 10)
             large, _ = reading(data, **{"cache": False, **settings})
             assert isinstance(large.train.store, DiskRows)
         assert content(large) == content(small)

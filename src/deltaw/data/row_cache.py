@@ -32,6 +32,8 @@ from deltaw.hub.packages import cache_folder
 LIMIT_BYTES = 64 * 2**30
 # Rows that take more than this in memory go to the disk.
 SPILL_BYTES = 96 * 2**20
+# Rows of a record batch of the file, at least.
+BATCH_ROWS = 4096
 # What an example takes in memory beside its tokens and its answer, roughly.
 _OBJECTS = 600
 _ROWS, _ABOUT, _SKIPPED, _LOCK = ".arrow", ".json", ".skipped.jsonl", ".lock"
@@ -186,7 +188,7 @@ class RowWriter:
         self._count += len(examples)
         self._grouped = self._grouped or bool(groups)
         self._bytes += sum(5 * len(e) + len(e.answer or "") + _OBJECTS for e in examples)
-        if self._writer is not None or self._bytes > self._spill:
+        if self._bytes > self._spill and (self._writer is None or len(self._memory) >= BATCH_ROWS):
             self._write()
 
     def __len__(self) -> int:

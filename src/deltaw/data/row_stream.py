@@ -34,9 +34,9 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     import datasets
 
-# A chunk ends with the row that fills one of these.
-CHUNK_ROWS = 4096
-CHUNK_BYTES = 4 * 2**20
+# A chunk ends with the row that fills one of these. The tokenizer takes about forty times its bytes.
+CHUNK_ROWS = 1024
+CHUNK_BYTES = 2**20
 # Rows of at most so many bytes are kept from the first reading.
 KEPT_BYTES = 16 * 2**20
 # Files of this many bytes at most count by their whole content, larger ones by parts of it.

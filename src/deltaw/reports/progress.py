@@ -34,6 +34,7 @@ class TerminalCallback(Callback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._line = LiveLine(0)
+        self._state: TrainState | None = None
         self._live: Live | None = None
         self._plan: tuple[Plan, int] | None = None
         self._mean: float | None = None
@@ -63,6 +64,7 @@ class TerminalCallback(Callback):
     def on_begin(self, state: TrainState) -> None:
         planned = None if self._plan is None else self._plan[0].peak_resident_bytes
         self._line = LiveLine(state.total_steps, state.step, planned=planned)
+        self._state = state
         self._said = time.monotonic()
         if self.console.is_terminal:
             self._live = Live(self._line, console=self.console, refresh_per_second=4, transient=True)
@@ -75,6 +77,8 @@ class TerminalCallback(Callback):
         self._seconds += step.seconds
         self._steps += 1
         line.step, line.loss, line.mean = step.step, step.loss, self._mean
+        if self._state is not None:
+            line.total = self._state.total_steps  # a time budget plans it anew
         line.tokens_per_second = self._tokens / self._seconds if self._seconds else None
         line.memory = resident_bytes()
         line.left = self._seconds / self._steps * (line.total - step.step)

@@ -73,6 +73,7 @@ class Result:
     arithmetic: Mapping[str, str] = field(default_factory=dict)
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
+    method: str = "lora"
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -145,12 +146,12 @@ def fit(
         config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
-    callback = callback or Callback()
-    with guest(), Tracking(config, callback) as told, RunSummary() as summary:
+    with guest(), Tracking(config, callback or Callback()) as told:
         check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            return summary.finished(_fit(start, output, told, summary))
+            with RunSummary() as summary:
+                return summary.finished(_fit(start, output, told, summary))
         finally:
             if start.lock is not None:
                 start.lock.release()
@@ -214,6 +215,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
+        method=config.method,
     )
 
 
