@@ -78,7 +78,6 @@ class Result:
     stopped_early: str | None = None
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
-    method: str = "lora"
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -238,7 +237,6 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         stopped_early=monitor.stopped,
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
-        method=config.method,
     )
 
 
