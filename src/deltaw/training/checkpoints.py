@@ -60,7 +60,7 @@ class Checkpoints:
         durable: called between two steps once one is on the disk.
 
     Attributes:
-        enabled: whether any are written at all.
+        enabled: whether any are written at all. about, durable: as given.
         last: the newest one that was written, durable or not yet; None where there is none.
     """
 
@@ -82,10 +82,10 @@ class Checkpoints:
         self._every = every
         self._minutes = minutes
         self._keep = keep
-        self._about = dict(about)
+        self.about = dict(about)
         self._extras = extras if extras is not None else {}
         self._sync = sync
-        self._durable = durable
+        self.durable = durable
         self._state: TrainState | None = None
         self._best: tuple[float, int] | None = None
         self._written: int | None = None
@@ -165,7 +165,7 @@ class Checkpoints:
             lines = self._sync()
             saved = state.view()
             values = {
-                **self._about,
+                **self.about,
                 "training": saved.values,
                 "metrics_lines": lines,
                 **self.beside(),
@@ -202,7 +202,7 @@ class Checkpoints:
         except OSError as error:
             step, self._written = self._written or 0, None
             raise self._cannot_write(step, error) from error
-        self._durable()
+        self.durable()
 
     def settled(self) -> Path | None:
         """The newest checkpoint, once one that is being written is durable or has failed."""
