@@ -175,7 +175,7 @@ class Encoder:
         if isinstance(prompt, str):
             return self._with_leading(self._tokenize([prompt])[0])
         # With some answer at the end, the messages are a row; what precedes that answer is the prompt.
-        messages = (*prompt, {"role": "assistant", "content": "a"})
+        messages: tuple[Message, ...] = (*prompt, {"role": "assistant", "content": "a"})
         parts = plain_parts(Conversation(messages, (False,) * len(messages)), "the prompt")
         row = self._join(parts, self._tokenize([part.text for part in parts]), None)
         return row.tokens[: row.prompt_length]
