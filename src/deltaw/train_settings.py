@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -74,8 +76,10 @@ class TrainSettings(BaseModel):
         description="at each evaluation, let the model answer so many held-out rows and compare the answers "
         "with the rows' own",
     )
-    samples: int = Field(
-        2, ge=0, description="held-out prompts whose answers are shown at each evaluation; 0: none"
+    samples: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="held-out prompts whose answers are shown at each evaluation; auto: 2, where a language "
+        "model is large enough to give any",
     )
     early_stopping: int | None = Field(
         None, ge=1, description="stop after so many evaluations in a row without improvement; null: never"
@@ -99,3 +103,27 @@ class TrainSettings(BaseModel):
     seed: int = Field(
         0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows"
     )
+
+    @field_validator("time")
+    @classmethod
+    def _is_duration(cls, given: str | None) -> str | None:
+        if given is not None:
+            duration_seconds(given)
+        return given
+
+
+def duration_seconds(text: str) -> float:
+    """The seconds of a duration such as ``90s``, ``30m``, ``1h30m`` or ``2d``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    compact = text.replace(" ", "").lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", compact)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != compact or not 0 < seconds < math.inf:
+        raise ValueError("Input should be a duration such as 90s, 30m, 1h30m or 2d")
+    return seconds
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -56,12 +56,12 @@ def test_a_run_that_is_killed_three_times_is_the_run_that_is_not(flags, tmp_path
         try:
             wait_for_lines(process, run, 30 + 60 * count)
             process.send_signal(number)
-            _, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), err
         if number != signal.SIGKILL:
-            assert f"deltaw train --resume {run}" in err or "interrupted" in err
+            assert f"go on with: deltaw train --resume {run}" in out and "interrupted after" in out
     done = call("train", *resumable(flags, run), "--json")
     told = json.loads(done.out)
     assert done.status == 0 and told["resumed_from_step"] > 50

@@ -11,7 +11,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page
-from deltaw.reports.record import read_run
+from deltaw.reports.recorded import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 
@@ -47,7 +47,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     assert "1 answers in between" in told or "2 answers in between" in told
     assert page.marked[1:] == ["the answer<|im_end|>"]
     assert "usual for lora" in told and "0.00092" in told
-    assert "deltaw chat" in told and "--resume" in told
+    assert "deltaw chat" in told and "deltaw eval" in told
     assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
     assert "nats per token; 91% of their tokens are unchanged" in told
 
@@ -170,6 +170,34 @@ def test_a_page_is_replaced_whole(tmp_path, monkeypatch):
         write_page(folder)
     assert (folder / NAME).read_text() == before
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_search_of_the_learning_rate_is_shown(tmp_path):
+    folder = write_run(tmp_path / "one")
+    assert "Search of the learning rate" not in page_of(folder).words
+    rates = [10.0**power for power in range(-6, 0)]
+    told = {"rates": rates, "losses": [3, 3, 2, 1, 2, 9], "smoothed": [3, 3, 2.2, 1.4, 1.9, 8]}
+    told |= {"chosen": 3e-4, "usual": 9.2e-4, "why": "a third of the lowest", "diverged": True}
+    (folder / "learning_rate.json").write_text(json.dumps(told))
+    page = page_of(folder)
+    assert "Search of the learning rate" in page.words
+    assert "0.0003 was chosen, and 0.00092 is usual (a third of the lowest)" in page.text
+    for broken in ("[]", '{"rates": [1], "losses": "x"}', '{"rates": [null, 0, "a"], "losses": [1, 2, 3]}'):
+        (folder / "learning_rate.json").write_text(broken)
+        assert "Search of the learning rate" not in page_of(folder).words
+
+
+def test_several_sets_of_held_out_rows_are_told_apart(tmp_path):
+    folder = write_run(tmp_path / "one", every=1000)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"eval"' not in line]
+    for step in (0, 30, 60):
+        sets = {"own": {"loss": 2 - step / 40}, "trivia": {"loss": 1.5, "exact_match": step / 100}}
+        kept.append(json.dumps({"step": step, "eval": sets}))
+    (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    page = page_of(folder)
+    assert "held-out loss 2.000 → 0.5000 before and after training" in page.text
+    assert {"Trivia loss", "Trivia exact match"} <= set(page.words) and "Own loss" not in page.words
 
 
 def test_runs_are_compared_on_one_page(tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.reports.page.write import comparison_page, run_page
-from deltaw.reports.record import read_run
+from deltaw.reports.recorded import read_run
 from tests.reports.run_folders import write_factors, write_run
 
 BROWSER = next(

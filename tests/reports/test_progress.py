@@ -170,7 +170,7 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
     (folder / "report.html").write_text("x")
     for width in (80, 50):
         out = console(width)
-        show_end(out, result(folder), "lora")
+        show_end(out, result(folder))
         lines = lines_of(out)
         told = " ".join(" ".join(lines).split())
         assert "exact match 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss 0.4000" in told
@@ -184,9 +184,10 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     out = console(terminal=False)
+    (tmp_path / "checkpoints" / "step-000100").mkdir(parents=True)
     ended = result(tmp_path)
     ended.outcome.interrupted = True
-    show_end(out, ended, "lora")
+    show_end(out, ended)
     assert lines_of(out)[0] == f"interrupted after 125 steps: the adapter is saved in {tmp_path}"
     assert any(line.startswith(f"next: deltaw train --resume {tmp_path}") for line in lines_of(out))
     assert not any("chat" in line for line in lines_of(out))

@@ -9,7 +9,7 @@ import pytest
 import deltaw
 from deltaw.errors import UserError
 from deltaw.reports import run as reports_run
-from deltaw.reports.record import read_run
+from deltaw.reports.recorded import read_run
 from deltaw.training.callbacks import Callback, Lines
 from tests.reports.html_pages import Page
 

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.training.optimizer import SCHEDULES, adamw, learning_rate_factor, warmup_steps
+from deltaw.training.optimizer import (
+    SCHEDULES,
+    RisingRates,
+    Schedule,
+    adamw,
+    learning_rate_factor,
+    warmup_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +63,29 @@ def test_two_steps_are_adamw_written_out():
         corrected = mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + tiny)
         expected = expected * (1 - rate * decay) - rate * corrected
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_a_schedule_that_is_planned_anew_goes_on_from_its_rate(name):
+    first = Schedule(name, 2.0, 100, 0.1)
+    for step, total in [(40, 60), (40, 400), (10, 30), (99, 120)]:
+        second = first.replanned(step, total)
+        assert second.rate(step) == pytest.approx(first.rate(step))
+        later = [second.rate(s) for s in range(step, total)]
+        assert later == sorted(later, reverse=True) and second.rate(total) == pytest.approx(
+            2.0 if name == "constant" else 0.0, abs=1e-9
+        )
+        third = second.replanned(step + 5, total + 50)
+        assert third.rate(step + 5) == pytest.approx(second.rate(step + 5))
+        assert third.rate(total + 50) == pytest.approx(2.0 if name == "constant" else 0.0, abs=1e-9)
+
+
+def test_a_share_of_warm_up_follows_the_first_plan():
+    planned = Schedule("linear", 1.0, 100_000, 0.03).replanned(8, 200)
+    assert planned.rate(7) < 1.0 == planned.rate(8) and planned.rate(200) == 0.0
+    assert Schedule("linear", 1.0, 100_000, 0.03).replanned(2, 200).rate(5) == pytest.approx(6 / 7)
+
+
+def test_rates_rise_by_the_same_factor_from_the_lowest_to_the_highest():
+    rates = [RisingRates("constant", 1e-1, 5, lowest=1e-5).rate(step) for step in range(5)]
+    assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])

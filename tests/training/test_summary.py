@@ -61,7 +61,8 @@ def test_an_error_is_the_runs_end(settings, tmp_path, error, state, what):
         fit(settings(tmp_path / "run"), callback=Reads(tmp_path / "run", error))
     told = json.loads((tmp_path / "run" / NAME).read_text())
     assert told["state"] == state and told.get("error", {}).get("what") == what
-    assert any("--resume" in entry["command"] for entry in told["commands"])
+    resumes = any("--resume" in entry["command"] for entry in told["commands"])
+    assert resumes == any((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_a_summary_that_cannot_be_written_at_the_end_is_a_warning(settings, tmp_path):
@@ -88,11 +89,13 @@ def test_rows_are_shown_with_the_mask_that_is_trained(settings, tmp_path):
     ]
     first, second = example_rows(rows, tokenizer, None)
     assert (first["row"], first["tokens"], first["label_tokens"]) == (3, len(tokens), 4)
-    assert [(p["text"], p["trained"]) for p in first["pieces"]] == [
-        (text.removesuffix("yes<|im_end|>"), False),
-        ("yes<|im_end|>", True),
+    assert "".join(piece["text"] for piece in first["pieces"]) == text
+    assert [p for p in first["pieces"] if p["trained"]] == [
+        {"text": "yes", "trained": True},
+        {"text": "<|im_end|>", "trained": True, "special": True},
     ]
-    assert second["pieces"][0] == {"text": "[2 virtual tokens]", "trained": False}
+    assert first["pieces"][0] == {"text": "<|im_start|>", "trained": False, "special": True}
+    assert second["pieces"][0] == {"text": "[2 virtual tokens]", "trained": False, "special": True}
     assert second["why"] == "the longest row"
     assert len(example_rows([RowGroup(tuple(rows))], tokenizer, None)) == 2
     assert example_rows([], tokenizer, None) == []
@@ -151,6 +154,19 @@ def test_a_process_that_has_ended_is_known():
     assert is_alive(own) is True
     assert is_alive({**own, "begun": own["begun"] - 60}) is False, "the number was used again"
     assert is_alive({**own, "host": "elsewhere"}) is None and is_alive({}) is None
+
+
+def test_a_run_that_goes_on_began_when_it_began(settings, tmp_path):
+    class Stops(Callback):
+        def should_stop(self):
+            return True
+
+    assert fit(settings(tmp_path / "run"), callback=Stops()).interrupted
+    before = json.loads((tmp_path / "run" / NAME).read_text())
+    assert before["state"] == "interrupted"
+    fit(settings(tmp_path / "run"))
+    after = json.loads((tmp_path / "run" / NAME).read_text())
+    assert after["state"] == "finished" and after["started"] == before["started"] < after["ended"]
 
 
 def test_commands_quote_the_folder(tmp_path):

@@ -61,6 +61,7 @@ def command(
     from deltaw.data.settings import DataSettings
     from deltaw.reports.scores import answer_table, confusion_table, score_table
     from deltaw.training.inference import open_run, score_run
+    from deltaw.training.tasks.eval_sets import read_run_data
 
     out = console(as_json)
     opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
@@ -68,7 +69,7 @@ def command(
         settings = opened.data or DataSettings(train=data)
         examples, report = opened.task.read_file(data, settings, opened.classes)
     elif opened.config is not None:
-        held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed)
+        held_out = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed)
         examples, report = held_out.held_out, held_out.report
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")

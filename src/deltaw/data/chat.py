@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -71,7 +71,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._marks = marks
         self._ends = ends
-        self._special = dict(tokenizer.special_tokens_map)
+        self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._date = date
         self._templates: dict[bool, str] = {}
 

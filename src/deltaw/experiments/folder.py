@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from deltaw.config import RunConfig
 from deltaw.data.mixture import references
-from deltaw.data.settings import held_out_number, held_out_reference
+from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods import registry
@@ -151,7 +151,10 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
         "the file data.train": None if several else trained_on[0],
         "the model's files": config.model,
         **{f"the file {file}": file for file in several},
-        "the file data.eval": held_out_reference(config.data.eval),
+        **{
+            f"the file data.eval{name and '.'}{name}": held_out_reference(share)
+            for name, share in eval_sets(config.data.eval).items()
+        },
     }.items():
         if reference is not None and (content := content_of(reference)):
             flat[key] = content

@@ -209,7 +209,7 @@ def present(config: RunConfig, space: Space, usual_rate: float) -> dict[str, obj
         else:
             section, dot, leaf = key.partition(".")
             value = dumped[section][leaf] if dot else dumped[section]
-        if key == "train.learning_rate" and value == "auto":
+        if key == "train.learning_rate" and isinstance(value, str):
             value = usual_rate
         if not domain.holds(value):
             return None

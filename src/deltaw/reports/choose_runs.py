@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.reports.record import RunRecord, find_runs, is_run, read_run
+from deltaw.reports.recorded import RecordedRun, find_runs, is_run, read_run
 
 # Where runs are by default.
 FOLDER = "runs"
@@ -18,7 +18,7 @@ FOLDER = "runs"
 class Chosen:
     """Runs, and whether they are to be compared rather than listed. where: the folder, for a message."""
 
-    records: list[RunRecord]
+    records: list[RecordedRun]
     compared: bool
     where: str
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaw.reports.page.figure import Numbers
-from deltaw.reports.record import RunRecord
+from deltaw.reports.recorded import RecordedRun
 from deltaw.reports.wording import (
     count,
     duration,
@@ -27,7 +27,7 @@ from deltaw.reports.wording import (
 UNTOLD = ("output",)
 
 
-def names_of(records: Sequence[RunRecord]) -> list[str]:
+def names_of(records: Sequence[RecordedRun]) -> list[str]:
     """A short name for each run, unique among them: as much of its path as it takes."""
     paths = [record.folder.resolve().parts for record in records]
     names = []
@@ -39,7 +39,7 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
 
 
-def result_rows(records: Sequence[RunRecord]) -> Numbers:
+def result_rows(records: Sequence[RecordedRun]) -> Numbers:
     """One row a result, one column a run; rows that no run has are left out."""
     rows: list[tuple[str, list[str]]] = [
         ("state", [record.state for record in records]),
@@ -73,7 +73,7 @@ def result_rows(records: Sequence[RunRecord]) -> Numbers:
     return Numbers("Results of each run", ("result", *names_of(records)), kept)
 
 
-def differing_settings(records: Sequence[RunRecord]) -> Numbers:
+def differing_settings(records: Sequence[RecordedRun]) -> Numbers:
     """The settings that are not the same in all runs, as they were set or chosen."""
     keys = dict.fromkeys(key for record in records for key in record.flat_settings)
     rows = []
@@ -86,7 +86,7 @@ def differing_settings(records: Sequence[RunRecord]) -> Numbers:
     return Numbers("Values by run", ("setting", *names_of(records)), rows)
 
 
-def same_prompts(records: Sequence[RunRecord], most: int = 8) -> list[dict[str, Any]]:
+def same_prompts(records: Sequence[RecordedRun], most: int = 8) -> list[dict[str, Any]]:
     """Prompts that at least two runs answered, with the last answer of each."""
     names = names_of(records)
     answers: dict[str, dict[str, Any]] = {}
@@ -96,7 +96,7 @@ def same_prompts(records: Sequence[RunRecord], most: int = 8) -> list[dict[str, 
                 sample.prompt, {"expected": sample.expected, "row": sample.row, "of": {}}
             )
             entry["of"][name] = sample.answer
-    found = []
+    found: list[dict[str, Any]] = []
     for prompt, entry in answers.items():
         if len(entry["of"]) > 1 and len(found) < most:
             name = f"Row {entry['row']}" if entry["row"] is not None else f"Prompt {len(found) + 1}"
@@ -111,7 +111,7 @@ def same_prompts(records: Sequence[RunRecord], most: int = 8) -> list[dict[str, 
     return found
 
 
-def as_values(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def as_values(records: Sequence[RecordedRun]) -> list[dict[str, Any]]:
     """Each run as plain values, ready for JSON."""
     return [
         {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -13,8 +15,11 @@ from deltaw.memory.plan import Plan
 from deltaw.reports.header import run_header
 from deltaw.reports.live import LiveLine, clock
 from deltaw.reports.plan import plan_lines
+from deltaw.reports.rate_figure import write_rate_figure
 from deltaw.training.callbacks import Callback, RunStart
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.monitoring.rate_curve import RateSearch
+from deltaw.training.monitoring.written_answers import Sample
 from deltaw.training.state import Outcome, Step, TrainState
 
 # Seconds between lines where there is no terminal to redraw.
@@ -34,6 +39,7 @@ class TerminalCallback(Callback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._line = LiveLine(0)
+        self._state: TrainState | None = None
         self._live: Live | None = None
         self._plan: tuple[Plan, int] | None = None
         self._mean: float | None = None
@@ -63,6 +69,7 @@ class TerminalCallback(Callback):
     def on_begin(self, state: TrainState) -> None:
         planned = None if self._plan is None else self._plan[0].peak_resident_bytes
         self._line = LiveLine(state.total_steps, state.step, planned=planned)
+        self._state = state
         self._said = time.monotonic()
         if self.console.is_terminal:
             self._live = Live(self._line, console=self.console, refresh_per_second=4, transient=True)
@@ -75,6 +82,8 @@ class TerminalCallback(Callback):
         self._seconds += step.seconds
         self._steps += 1
         line.step, line.loss, line.mean = step.step, step.loss, self._mean
+        if self._state is not None:
+            line.total = self._state.total_steps  # a time budget plans it anew
         line.tokens_per_second = self._tokens / self._seconds if self._seconds else None
         line.memory = resident_bytes()
         line.left = self._seconds / self._steps * (line.total - step.step)
@@ -87,8 +96,17 @@ class TerminalCallback(Callback):
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if step < self._line.total:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.named_metrics().items())
             self.on_line(f"step {step}/{self._line.total}  held-out {shown}")
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        who = "base model" if step == 0 else f"step {step}"
+        for sample in samples:
+            shown = (_one_line(sample.prompt), _one_line(sample.answer), _one_line(sample.expected))
+            self.on_line("{}, row {}: {} -> {} (expected {})".format(who, sample.row, *shown))
+
+    def on_rate_search(self, search: RateSearch, folder: Path) -> None:
+        write_rate_figure(search, folder)
 
     def on_end(self, outcome: Outcome | None) -> None:
         if self._live is not None:
@@ -105,3 +123,9 @@ def plain_line(line: LiveLine) -> str:
         f"step {line.step}/{line.total}  loss {line.loss:.4f}  mean {line.mean:.4f}{speed}  "
         f"{line.memory / 1e9:.2f}{of} GB{left}"
     )
+
+
+def _one_line(text: str, most: int = 60) -> str:
+    """A text in one line of so many characters, in quotation marks."""
+    joined = " ".join(text.split())
+    return f'"{joined if len(joined) <= most else joined[: most - 1] + "…"}"'

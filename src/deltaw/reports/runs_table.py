@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deltaw.reports.comparing import differing_settings, names_of, result_rows
 from deltaw.reports.page.figure import Numbers
-from deltaw.reports.record import RunRecord
+from deltaw.reports.recorded import RecordedRun
 from deltaw.reports.wording import count, duration, metric_name, metric_value, short, when
 from deltaw.training.summary import FINISHED, INTERRUPTED, RUNNING
 
@@ -31,28 +31,28 @@ class Column:
     """
 
     title: str
-    text: Callable[[RunRecord], str]
+    text: Callable[[RecordedRun], str]
     importance: int
     right: bool = True
 
 
-def _steps(record: RunRecord) -> str:
+def _steps(record: RecordedRun) -> str:
     total = record.total_steps
     return f"{record.steps:,}" if total in (None, record.steps) else f"{record.steps:,}/{total:,}"
 
 
-def _score(record: RunRecord) -> str:
+def _score(record: RecordedRun) -> str:
     score = record.score
     if score is None or score[0] == record.loss_metric:
         return ""
     return f"{metric_name(score[0])} {metric_value(*score)}"
 
 
-def _memory(record: RunRecord) -> str:
+def _memory(record: RecordedRun) -> str:
     return "" if record.peak_bytes is None else f"{record.peak_bytes / 1e9:.2f} GB"
 
 
-def _model(record: RunRecord) -> str:
+def _model(record: RecordedRun) -> str:
     reference = record.model.rstrip("/")
     last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
     return _shortened(last.removeprefix("pypi:"), MODEL)
@@ -72,7 +72,7 @@ COLUMNS = (
 )
 
 
-def runs_table(records: Sequence[RunRecord], width: int) -> RenderableType:
+def runs_table(records: Sequence[RecordedRun], width: int) -> RenderableType:
     """One line a run, the latest last, in at most ``width`` characters where that can be."""
     records = sorted(records, key=lambda record: record.started)
     names = [_shortened(name, NAME) for name in names_of(records)]
@@ -101,7 +101,7 @@ def runs_table(records: Sequence[RunRecord], width: int) -> RenderableType:
     return Group(table, note)
 
 
-def comparison_tables(records: Sequence[RunRecord], width: int) -> list[RenderableType]:
+def comparison_tables(records: Sequence[RecordedRun], width: int) -> list[RenderableType]:
     """Results and differing settings, one run a column; runs that do not fit are in further tables."""
     names = [_shortened(name, NAME) for name in names_of(records)]
     longest = max(len(name) for name in names) + 2

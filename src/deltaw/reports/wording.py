@@ -26,8 +26,8 @@ MISSING = "–"
 
 
 def metric_name(name: str) -> str:
-    """``exact_match`` as ``exact match``; ``mse`` as it is."""
-    return name.replace("_", " ")
+    """``exact_match`` as ``exact match``; of a named set ``trivia/loss`` as ``trivia loss``."""
+    return name.replace("_", " ").replace("/", " ")
 
 
 def metric_value(name: str, value: float | None) -> str:

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deltaw.config import RunConfig
     from deltaw.host.choices import Choice
     from deltaw.memory.plan import Plan
     from deltaw.training.evaluation.base import Evaluation
+    from deltaw.training.monitoring.rate_curve import RateSearch
+    from deltaw.training.monitoring.written_answers import Sample
     from deltaw.training.state import Outcome, Step, TrainState
 
 # Told one line of text that a person may want to read.
@@ -64,6 +68,9 @@ class Callback:
     def on_start(self, start: RunStart) -> None:
         """The run's folder is there, and everything is chosen; nothing is trained yet."""
 
+    def on_rate_search(self, search: RateSearch, folder: Path) -> None:
+        """A learning rate was found by a range test; ``folder`` is the run's, which holds the numbers."""
+
     def on_begin(self, state: TrainState) -> None:
         """The first step is about to begin. ``state`` stays current: ``state.state()`` is what a later run
         continues from."""
@@ -73,6 +80,9 @@ class Callback:
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The held-out rows were evaluated after so many steps."""
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """The model's answers to a few held-out prompts after so many steps; at step 0 the base model's."""
 
     def should_stop(self) -> bool:
         """Asked after each microbatch. True ends the run as Ctrl-C does: the adapter as of the last whole

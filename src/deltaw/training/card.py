@@ -37,7 +37,7 @@ def write_card(
         "trained parameters": f"{trained_parameters:,}",
         "learning rate": f"{session.learning_rate:g}",
         "training loss": f"{outcome.loss:.4f}" if outcome.steps else "none",
-        **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.metrics.items() if math.isfinite(v)},
+        **{f"held-out {k}": f"{v:.4f}" for k, v in evaluation.named_metrics().items() if math.isfinite(v)},
     }
     if drift is not None:
         facts["drift"] = drift.lines()[0].removeprefix("drift: ")

@@ -23,8 +23,17 @@ from deltaw.training.checkpoint_files import Checkpoint, DamagedCheckpoint
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import SavedState, TrainState
 
-# What a checkpoint's values hold; the last four say how the run began.
-_KEYS = {"training", "metrics_lines", "best", "extras", "settings", "choices", "rows", "model"}
+# What a checkpoint's values hold, and of which kind; the last four say how the run began.
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "training": dict,
+    "metrics_lines": int,
+    "best": (dict, type(None)),
+    "extras": dict,
+    "settings": dict,
+    "choices": dict,
+    "rows": dict,
+    "model": (str, type(None)),
+}
 
 
 class Stateful(Protocol):
@@ -51,7 +60,7 @@ class Checkpoints:
         durable: called between two steps once one is on the disk.
 
     Attributes:
-        enabled: whether any are written at all.
+        enabled: whether any are written at all. about, durable: as given.
         last: the newest one that was written, durable or not yet; None where there is none.
     """
 
@@ -73,10 +82,10 @@ class Checkpoints:
         self._every = every
         self._minutes = minutes
         self._keep = keep
-        self._about = dict(about)
+        self.about = dict(about)
         self._extras = extras if extras is not None else {}
         self._sync = sync
-        self._durable = durable
+        self.durable = durable
         self._state: TrainState | None = None
         self._best: tuple[float, int] | None = None
         self._written: int | None = None
@@ -156,7 +165,7 @@ class Checkpoints:
             lines = self._sync()
             saved = state.view()
             values = {
-                **self._about,
+                **self.about,
                 "training": saved.values,
                 "metrics_lines": lines,
                 **self.beside(),
@@ -193,7 +202,7 @@ class Checkpoints:
         except OSError as error:
             step, self._written = self._written or 0, None
             raise self._cannot_write(step, error) from error
-        self._durable()
+        self.durable()
 
     def settled(self) -> Path | None:
         """The newest checkpoint, once one that is being written is durable or has failed."""
@@ -251,9 +260,9 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     for path in reversed(listed(folder)):
         try:
             found = files.read(path)
-            missing = sorted(_KEYS.difference(found.values))
-            if missing:
-                raise DamagedCheckpoint(f"it has no '{missing[0]}', so another program wrote it")
+            for key, kind in _KEYS.items():
+                if key not in found.values or not isinstance(found.values[key], kind):
+                    raise DamagedCheckpoint(f"it has no '{key}' of a run, so another program wrote it")
             return found, damaged
         except DamagedCheckpoint as error:
             damaged.append((path, str(error)))

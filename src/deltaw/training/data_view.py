@@ -5,7 +5,7 @@ It reads rows as a run does, and needs the model's tokenizer but none of its wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
         UserError: the data cannot be read at all, or the settings do not fit it.
     """
     task, settings = _opened(config, say)
-    source, apart = shown(settings.train), held_out_reference(settings.eval)
+    source, apart = shown(settings.train), _held_out_files(settings)
     if task.has_labels:
         return _check_labelled(task, settings, source, apart)
     tokenizer = task.tokenizer
@@ -82,7 +82,7 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
     ends = terminators_in(_folder(config, say), tokenizer)
     names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
     facts = collect(settings.train, settings, tokenizer, ends)
-    held_out = None if apart is None else (apart, collect(apart, settings, tokenizer, ends))
+    held_out = [(name, collect(name, settings, tokenizer, ends)) for name in apart]
     return check_facts(facts, settings, source, end_names=names, held_out=held_out)
 
 
@@ -122,6 +122,13 @@ def _opened(config: RunConfig, say: Say) -> tuple[Task, DataSettings]:
     if task.tokenizer is not None and not task.has_labels:
         task.tokenizer = with_chat_template(task.tokenizer, config.data.chat_template)
     return task, config.data
+
+
+def _held_out_files(settings: DataSettings) -> list[str]:
+    """The separate files that are evaluated on."""
+    given = settings.eval
+    shares = list(given.values()) if isinstance(given, Mapping) else [given]
+    return [file for file in map(held_out_reference, shares) if file is not None]
 
 
 def _folder(config: RunConfig, say: Say) -> Path:
@@ -197,13 +204,11 @@ def _notes_of(account: Account, limit: int) -> Iterator[str]:
 # Labels
 
 
-def _check_labelled(task: Task, settings: DataSettings, source: str, apart: str | None) -> Check:
+def _check_labelled(task: Task, settings: DataSettings, source: str, apart: Sequence[str]) -> Check:
     bad = BadRows("skip")
     examples, report = _read_labelled(task, settings, settings.train, None, bad)
-    held_out = None
-    if apart is not None:
-        classes = tuple(report.class_counts) or None
-        held_out = apart, _read_labelled(task, settings, apart, classes, BadRows("skip"))[0]
+    classes = tuple(report.class_counts) or None
+    held_out = [(name, _read_labelled(task, settings, name, classes, BadRows("skip"))[0]) for name in apart]
     return check_labelled(examples, replace(report, source=source), bad, settings, held_out)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.example import Example, RowGroup
+from deltaw.data.pieces import pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,8 @@ def example_rows(
 
     Returns:
         for each row its number in the file, why it is shown, its tokens, how many of them are labels, its
-        pieces ``{"text", "trained"}``, and its label where it has one.
+        pieces ``{"text", "trained"}``, special tokens with
+        ``"special"``, and its label where it has one.
     """
     if not len(rows):
         return []
@@ -121,31 +123,31 @@ def _described(
 def _pieces(
     tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, object]]:
-    """Runs of tokens with the same mask, as text with special tokens in it."""
+    """Runs of tokens with the same mask, as text; a special token is a piece of its own."""
     known = len(tokenizer)
-    kinds = mask.astype(int) + 2 * (tokens >= known)  # a method's virtual tokens have no text
-    cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(tokens)]
-    pieces: list[dict[str, object]] = []
+    virtual = tokens >= known  # of a method; they have no text
+    cuts = [0, *(np.flatnonzero(np.diff(virtual)) + 1).tolist(), len(tokens)]
+    found: list[dict[str, object]] = []
     for start, end in itertools.pairwise(cuts):
-        if start == end:
-            continue
-        if tokens[start] >= known:
+        if start < end and virtual[start]:
             text = f"[{end - start} virtual token{'s' if end - start > 1 else ''}]"
-        else:
-            text = str(tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False))
-        pieces.append({"text": text, "trained": bool(mask[start])})
-    return pieces
+            found.append({"text": text, "trained": False, "special": True})
+        elif start < end:
+            for piece in pieces(tokens[start:end], mask[start:end], tokenizer):
+                told: dict[str, object] = {"text": piece.text, "trained": piece.label}
+                found.append({**told, "special": True} if piece.special else told)
+    return found
 
 
-def _bounded(pieces: list[dict[str, object]]) -> list[dict[str, object]]:
+def _bounded(given: list[dict[str, object]]) -> list[dict[str, object]]:
     """Pieces of at most :data:`TEXT` characters together: what is left out is counted in its place."""
     kept: list[dict[str, object]] = []
     left = TEXT
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(given):
         text = str(piece["text"])
         most = min(PIECE, left)
         if most <= 0:
-            rest = sum(len(str(p["text"])) for p in pieces[number:])
+            rest = sum(len(str(p["text"])) for p in given[number:])
             kept.append({"text": f" … {rest:,} more characters", "trained": False, "cut": True})
             break
         left -= min(len(text), most)

@@ -35,6 +35,9 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.monitoring.monitor import Monitor, check_monitored
+from deltaw.training.monitoring.rate_search import choose_rate
+from deltaw.training.monitoring.time_budget import now
 from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
@@ -71,6 +74,8 @@ class Result:
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
+    best: Mapping[str, object] | None = None
+    stopped_early: str | None = None
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
 
@@ -99,6 +104,9 @@ class Result:
             "trained_parameters": self.trained_parameters,
             "eval": self.evaluation.as_dict() or None,
             "score": self.evaluation.score(),
+            "best_step": None if self.best is None else self.best["step"],
+            "best": self.best,
+            "stopped_early": self.stopped_early,
             "drift": None if self.drift is None else self.drift.as_dict(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
@@ -145,19 +153,21 @@ def fit(
         config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
-    callback = callback or Callback()
-    with guest(), Tracking(config, callback) as told, RunSummary() as summary:
+    with guest(), Tracking(config, callback or Callback()) as told:
         check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
-            return summary.finished(_fit(start, output, told, summary))
+            with RunSummary() as summary:
+                return summary.finished(_fit(start, output, told, summary))
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
 def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) -> Result:
+    began = now()
     task, data = read_data(start.config, callback.on_line)
+    check_monitored(start.config, task, data)
     rows = rows_facts(data.train, data.held_out)
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
@@ -178,23 +188,34 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         callback.on_line(f"{output} held an earlier run, which was moved to {folder.moved}")
     choices = choices_of(session, loaded.choices)
     record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
-    of_run = {**loaded.choices, **session.chosen}
-    chosen = {key: (c.value, c.why) for key, c in of_run.items()}
+    monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
+    record.add("monitor", monitor, durable=monitor.checkpointed)
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
     total = count_parameters(session.model).total
+    of_run = {**loaded.choices, **session.chosen}
+
+    def write_settings() -> None:
+        chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
+        folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
+
     try:
         with clear_end(output, where=record.where, last=record.checkpoints.settled):
-            folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
+            write_settings()
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
             summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
-            outcome, evaluation = _train(session, folder, record, callback)
+            searched = choose_rate(session, folder.path, callback)
+            record.chose(choices_of(session, loaded.choices))
+            outcome = _train(session, folder, record, monitor, callback, go_on=searched)
+            evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
+            write_settings()  # with what was chosen on the way
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
             write_card(folder.path, session, outcome, evaluation, trained, drift)
             record.done(outcome)
+            monitor.done(outcome, goes_on=record.checkpoints.enabled)
     except BaseException as error:
         record.failed(error)
         raise
@@ -212,6 +233,8 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         writes_text=not task.has_labels,
         drift=drift,
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
+        best=monitor.best.as_dict(),
+        stopped_early=monitor.stopped,
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
     )
@@ -299,50 +322,52 @@ def load_for(
 
 
 def _train(
-    session: Session, folder: RunFolder, record: RunRecord, callback: Callback
-) -> tuple[Outcome, Evaluation]:
+    session: Session,
+    folder: RunFolder,
+    record: RunRecord,
+    monitor: Monitor,
+    callback: Callback,
+    *,
+    go_on: bool,
+) -> Outcome:
     """The training and its evaluations; the adapter is saved however the training ends, unless it was not
-    trained."""
-    settings = session.config.train
-    total, every, skip = session.total_steps, settings.eval_every, settings.not_finite == "skip"
-    checkpoints = record.checkpoints
+    trained. Without ``go_on`` it ends before the first step."""
+    skip, checkpoints = session.config.train.not_finite == "skip", record.checkpoints
     for line in session.lines():
         callback.on_line(line)
     release_free_memory()
 
-    def evaluate(step: int) -> Evaluation:
-        measured = session.evaluate()
-        if measured.metrics:
-            folder.write_metrics({"step": step, "eval": measured.as_dict()})
-            callback.on_evaluation(step, measured)
-        return measured
-
     def on_begin(state: TrainState) -> None:
         record.begin(state)
+        monitor.begin(state)
         callback.on_begin(state)
 
     def on_step(step: Step) -> None:
         folder.write_metrics(step.as_dict())
         callback.on_step(step)
-        after(step.step)
+        after(step.step, monitor.on_step(step))
 
     def on_skip(found: NotFinite) -> None:
         folder.write_metrics(found.as_dict())
         callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
-        after(found.step)
+        after(found.step, monitor.on_skip(found.step))
 
-    def after(step: int) -> None:
-        due = every and step % every == 0 and step < total
-        checkpoints.step_done(best=bool(due) and checkpoints.evaluated(step, evaluate(step)))
+    def after(step: int, decided: Evaluation | None) -> None:
+        checkpoints.step_done(best=decided is not None and checkpoints.evaluated(step, decided))
+
+    def save(to: Path) -> None:
+        save_adapter(session, to)
 
     record.restore()
+    monitor.before()
     with session.running():
         try:
             outcome = session.train(
                 on_begin=on_begin,
                 on_step=on_step,
                 not_finite=WhenNotFinite(skip, on_skip, record.diagnose),
-                should_stop=callback.should_stop,
+                should_stop=lambda: not go_on or callback.should_stop(),
+                ended=monitor.ended,
                 saved=record.saved,
             )
         except BaseException as error:
@@ -351,11 +376,12 @@ def _train(
             raise
         callback.on_end(outcome)
         checkpoints.write()
-        save_adapter(session, folder.path)
-        evaluation = Evaluation() if outcome.interrupted else evaluate(outcome.steps)
-        checkpoints.evaluated(outcome.steps, evaluation)
+        save(folder.path)
+        if not outcome.interrupted:
+            checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
+        monitor.put_best(outcome.steps, save, evaluate=not outcome.interrupted)
         checkpoints.close()
-    return outcome, evaluation
+    return outcome
 
 
 def _keep_adapter(session: Session, folder: Path, error: BaseException, callback: Callback) -> None:

@@ -56,7 +56,7 @@ def train(
     add_gradients: Callable[[int], Tensor | float] | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    schedule: str = "linear",
+    schedule: str | Schedule = "linear",
     warmup: float = 0.0,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -65,6 +65,7 @@ def train(
     on_begin: Callable[[TrainState], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ended: Callable[[], bool] = lambda: False,
     not_finite: WhenNotFinite | None = None,
 ) -> Outcome:
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
@@ -90,34 +91,34 @@ def train(
         add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
             those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
         batch_size: rows per step. seed: of the order of rows, and of dropout.
-        schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`.
+        schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`; a whole schedule takes the place of
+            ``learning_rate``, ``total_steps`` and ``warmup``.
         max_grad_norm: gradients are scaled down to this norm; None: never.
         saved: the state of an earlier training with the same arguments, which goes on from there.
         on_begin: given the state before the first step; ``state.state()`` can be taken between steps.
         on_step: told of each step after it; the time it takes is not counted.
         should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
+        ended: asked before each step; True ends the training as its last step does.
         not_finite: what to do with steps whose loss or gradient is not finite; None: end the training.
 
     Returns:
-        sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop. The
-        parameters are those of the last whole step.
+        sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop.
 
     Raises:
-        NotFiniteError: the loss or the gradient is no longer finite; the parameters are those before that
-            step.
+        NotFiniteError: the loss or the gradient is not finite; the parameters are those before that step.
         UntrainedParameterError: a parameter has no gradient in the first step, or did not move in two.
     """
     names = list(names or (f"parameter {n}" for n in range(len(parameters))))
+    if isinstance(schedule, str):
+        schedule = Schedule(schedule, learning_rate, total_steps, warmup)
+    named, order = dict(zip(names, parameters, strict=True)), RowOrder(len(examples), batch_size, seed)
     state = TrainState(
-        dict(zip(names, parameters, strict=True)),
-        Schedule(schedule, learning_rate, total_steps, warmup),
-        RowOrder(len(examples), batch_size, seed),
-        rate_factors=rate_factors,
-        weight_decay=weight_decay,
-        betas=betas,
+        named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
     )
     changed, odd = after_step or (lambda: None), not_finite or WhenNotFinite()
-    loop = _Loop(state, objective, examples, batcher, max_grad_norm, changed, should_stop, add_gradients, odd)
+    loop = _Loop(
+        state, objective, examples, batcher, max_grad_norm, changed, should_stop, ended, add_gradients, odd
+    )
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
 
@@ -132,6 +133,7 @@ class _Loop:
     max_grad_norm: float | None
     changed: Callable[[], None]
     should_stop: Callable[[], bool]
+    ended: Callable[[], bool]
     add_gradients: Callable[[int], Tensor | float] | None
     not_finite: WhenNotFinite
 
@@ -150,7 +152,7 @@ class _Loop:
                 self.changed()
             check = TrainedCheck(state.names, state.trained, may_skip, steps_done=state.step)
             on_begin(state)
-            while state.step < state.total_steps:
+            while state.step < state.total_steps and not self.ended():
                 step = self.step(check, lambda: signalled() or self.should_stop())
                 if step is None:
                     state.sums.interrupted = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +68,55 @@ class Schedule:
     Attributes:
         name: of :data:`SCHEDULES`. learning_rate: its peak. total_steps: of the training.
         warmup: steps of linear warm-up, or a share of ``total_steps`` where below 1.
+        planned: whether ``total_steps`` was planned on the way (:meth:`replanned`).
+        since: the step that this was done at, after the warm-up; else 0. decayed: the share of the decay that
+            was done by then.
     """
 
     name: str
     learning_rate: float
     total_steps: int
     warmup: float = 0.0
+    planned: bool = False
+    since: int = 0
+    decayed: float = 0.0
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step`` (from 0)."""
         warm = warmup_steps(self.warmup, self.total_steps)
-        return self.learning_rate * learning_rate_factor(step, self.total_steps, warm, self.name)
+        if step < warm or self.since <= warm:
+            return self.learning_rate * learning_rate_factor(step, self.total_steps, warm, self.name)
+        return self.learning_rate * decay_factor(self._decayed(step, warm), self.name)
+
+    def replanned(self, step: int, total_steps: int) -> Schedule:
+        """The schedule of a training that is to end after ``total_steps`` instead, with ``step`` steps done.
+
+        The rate goes on from where it is and reaches zero at the new end. During the warm-up, a share of it
+        becomes that share of the new total, and no fewer steps than are done.
+        """
+        warm = warmup_steps(self.warmup, self.total_steps)
+        if step <= warm:
+            warm = max(step, warmup_steps(self.warmup, total_steps))
+            return replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
+        done = self._decayed(step, warm)
+        changed = {"total_steps": total_steps, "warmup": float(warm), "since": step, "decayed": done}
+        return replace(self, **changed, planned=True)
+
+    def _decayed(self, step: int, warm: int) -> float:
+        """The share of the decay that is done at ``step``, after the warm-up."""
+        begin, before = (self.since, self.decayed) if self.since > warm else (warm, 0.0)
+        return before + (1.0 - before) * (step - begin) / max(1, self.total_steps - begin)
+
+
+@dataclass(frozen=True)
+class RisingRates(Schedule):
+    """Rates that rise by the same factor from step to step, from ``lowest`` to ``learning_rate``."""
+
+    lowest: float = 0.0
+
+    def rate(self, step: int) -> float:
+        share = step / max(1, self.total_steps - 1)
+        return self.lowest * (self.learning_rate / self.lowest) ** share
 
 
 def warmup_steps(warmup: float, total: int) -> int:
@@ -96,5 +134,11 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
         return 1.0
-    done = (step - warmup) / max(1, total - warmup)
+    return decay_factor((step - warmup) / max(1, total - warmup), schedule)
+
+
+def decay_factor(done: float, schedule: str) -> float:
+    """Share of the peak learning rate once the share ``done`` of the decay is behind."""
+    if schedule == "constant":
+        return 1.0
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

@@ -5,7 +5,7 @@ Knows a session, a folder and how the run began; not the training's steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +77,19 @@ class RunRecord:
             sync=folder.sync_metrics,
         )
         self._write("running")
+
+    def add(self, name: str, extra: Stateful, *, durable: Callable[[], None]) -> None:
+        """Keep what changes over the run with every checkpoint; before :meth:`restore`.
+
+        Args:
+            durable: called between two steps once a checkpoint is on the disk.
+        """
+        self.extras[name] = extra
+        self.checkpoints.durable = durable
+
+    def chose(self, choices: Mapping[str, object]) -> None:
+        """The run chose more than it had when this was made."""
+        self.checkpoints.about["choices"] = dict(choices)
 
     @property
     def saved(self) -> SavedState | None:

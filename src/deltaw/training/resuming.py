@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from deltaw.config import RunConfig, settings
-from deltaw.data.example import RowGroup
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.row_store import RowView, key_of
+from deltaw.data.sequences import Joined
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device
 from deltaw.kernels import loader, variants
@@ -59,8 +61,6 @@ ROUNDING = {
     "train.checkpointing",
     "train.keep_features",
 }
-# Rows that a digest sees at most; of more rows it sees so many, evenly spread.
-DIGEST_ROWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,25 @@ def compute_as(arithmetic: object) -> None:
 
 
 def digest_of_rows(rows: Sequence[Any]) -> str:
-    """A hash of what a training sees of rows: their number, tokens and labels, in order."""
-    digest = hashlib.blake2b(len(rows).to_bytes(8, "little"), digest_size=16)
-    step = max(1, -(-len(rows) // DIGEST_ROWS))
-    for place in range(0, len(rows), step):
-        item = rows[place]
+    """A hash of what a training sees of rows, in order; stored rows are not read for it."""
+    if isinstance(rows, RowView | Joined):
+        return rows.digest().hex()
+    digest = hashlib.blake2b(digest_size=16)
+    for item in rows:
         for row in item.rows if isinstance(item, RowGroup) else (item,):
-            kind: Any = type(row)
-            for name in _seen_fields(kind):
-                value = getattr(row, name)
-                whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
-                digest.update(len(whole).to_bytes(8, "little") + whole)
+            # As stored rows do it, so that it does not matter whether rows are stored.
+            digest.update(key_of(row) if isinstance(row, Example) else _key_of_fields(row))
     return digest.hexdigest()
+
+
+def _key_of_fields(row: Any) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    kind: Any = type(row)
+    for name in _seen_fields(kind):
+        value = getattr(row, name)
+        whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        digest.update(len(whole).to_bytes(8, "little") + whole)
+    return digest.digest()
 
 
 @functools.cache

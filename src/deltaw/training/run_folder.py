@@ -74,7 +74,8 @@ class RunFolder:
         try:
             self._clear_leftovers()
             self.lines = self._cut_metrics(lines_kept or 0)
-            self._metrics = (self.path / METRICS).open("a", encoding="utf-8", buffering=1)
+            # Not buffered: a line that found no room is not tried again when the file is closed.
+            self._metrics = (self.path / METRICS).open("ab", buffering=0)
         except OSError as error:
             self._lock.release()
             raise _not_writable(self.path, error) from error
@@ -130,12 +131,13 @@ class RunFolder:
 
     def write_metrics(self, line: Mapping[str, object]) -> None:
         """One more line of ``metrics.jsonl``; it is in the file when this returns."""
-        self._metrics.write(json.dumps(line) + "\n")
+        text = (json.dumps(line) + "\n").encode()
+        if self._metrics.write(text) != len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self.path / METRICS))
         self.lines += 1
 
     def sync_metrics(self) -> int:
         """Bring the metrics to the disk; how many lines they have."""
-        self._metrics.flush()
         os.fsync(self._metrics.fileno())
         return self.lines
 

@@ -48,11 +48,13 @@ from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.not_finite import WhenNotFinite
+from deltaw.training.optimizer import Schedule
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.training.tasks.eval_sets import read_run_data
 from deltaw.working import working
 
 # Rows that an initialization which depends on the data is calibrated on.
@@ -61,6 +63,8 @@ CALIBRATION_ROWS = 256
 CALIBRATION_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
+# The setting whose value a run may choose itself.
+RATE = "train.learning_rate"
 
 
 @dataclass
@@ -96,7 +100,10 @@ class Session:
     @property
     def learning_rate(self) -> float:
         rate = self.config.train.learning_rate
-        return usual_rate_of(self.method, self.model.config) if rate == "auto" else float(rate)
+        if not isinstance(rate, str):
+            return float(rate)
+        found = self.chosen.get(RATE)
+        return usual_rate_of(self.method, self.model.config) if found is None else float(found.value)
 
     @property
     def total_steps(self) -> int:
@@ -147,10 +154,12 @@ class Session:
         on_begin: Callable[[TrainState], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        ended: Callable[[], bool] = lambda: False,
         not_finite: WhenNotFinite | None = None,
         saved: SavedState | None = None,
         total_steps: int | None = None,
         learning_rate: float | None = None,
+        schedule: Schedule | None = None,
         rows: Sequence[Any] | None = None,
         batch_size: int | None = None,
         batcher: AnyBatcher | None = None,
@@ -173,7 +182,7 @@ class Session:
             add_gradients=self._keep_general(),
             batch_size=batch_size or settings.batch_size,
             seed=settings.seed,
-            schedule=settings.schedule,
+            schedule=schedule or settings.schedule,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             betas=settings.betas,
@@ -182,6 +191,7 @@ class Session:
             on_begin=on_begin,
             on_step=on_step,
             should_stop=should_stop,
+            ended=ended,
             not_finite=not_finite,
         )
 
@@ -234,7 +244,7 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
-        data = task.read(config.data, seed=config.data_seed)
+        data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
         say(line)
@@ -307,12 +317,8 @@ def assemble(
         chosen["data.date"] = Choice(data.report.date, "the chat template writes the date of the run's start")
     if settings.learning_rate == "auto":
         rate = usual_rate_of(method, model.config)
-        chosen["train.learning_rate"] = Choice(rate, f"usual for method {method.name} on a model this wide")
-    data = replace(
-        data,
-        train=rows_as_seen(data.train, method),
-        held_out=rows_as_seen(data.held_out, method),
-    )
+        chosen[RATE] = Choice(rate, f"usual for method {method.name} on a model this wide")
+    data = data.mapped(lambda rows: rows_as_seen(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
     session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)

@@ -86,7 +86,9 @@ class Start:
 
     def as_begun(self) -> dict[str, tuple[object, str]]:
         """What was chosen when the run began, for the settings that leave it open."""
-        open_keys = {key for key, value in flat(dumped(self.asked)).items() if value in ("auto", "search")}
+        open_keys = {
+            key for key, value in flat(dumped(self.asked)).items() if value in ("auto", "search", None)
+        }
         return {k: (v, "as the run began") for k, v in self.choices.items() if k in open_keys}
 
     def check_length(self, total_steps: int) -> None:

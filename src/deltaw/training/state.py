@@ -193,6 +193,11 @@ class TrainState:
         """Of the next step."""
         return self.schedule.rate(self.step)
 
+    def replan(self, total_steps: int) -> None:
+        """Let the training end after so many steps instead; its schedule then reaches its end there. A saved
+        state brings the number that was planned."""
+        self.schedule = self.schedule.replanned(self.step, total_steps)
+
     def __enter__(self) -> TrainState:
         self._master_weights.__enter__()
         self._random = random_state()
@@ -275,6 +280,8 @@ class TrainState:
         Raises:
             UserError: it is the state of another training: of other parameters, rows or schedule.
         """
+        if saved.values["schedule"].get("planned"):
+            self.schedule = _planned(self.schedule, saved.values["schedule"])
         self._require_same(saved)
         _warn_of_other_arithmetic(saved.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
@@ -321,6 +328,12 @@ def _require_shape(name: str, parameter: Tensor, value: Tensor) -> None:
             where="the saved state",
             hint="continue with the model and the settings that it began with",
         )
+
+
+def _planned(schedule: Schedule, saved: Mapping[str, Any]) -> Schedule:
+    """The schedule with the number of steps that the saved one had planned on the way."""
+    planned = ("total_steps", "warmup", "since", "decayed", "planned")
+    return replace(schedule, **{name: saved[name] for name in planned})
 
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:

@@ -28,6 +28,7 @@ from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.host.processor import processor_name, usable_processors
 from deltaw.training.example_rows import example_rows, length_counts
+from deltaw.training.run_state import FOLDER
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class RunSummary:
         self._values = {
             "version": VERSION,
             "state": RUNNING,
-            "started": time.time(),
+            "started": _started(folder) or time.time(),
             "ended": None,
             "process": this_process(),
             "model": config.model,
@@ -139,6 +140,15 @@ class RunSummary:
         write_text(self._folder / NAME, text + "\n")
 
 
+def _started(folder: Path) -> float | None:
+    """When the run that goes on in a folder began; None where none was there."""
+    try:
+        told = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return float(told["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> list[dict[str, str]]:
     """Commands to go on with, each with what it does."""
     run = shlex.quote(os.fspath(folder))
@@ -149,7 +159,8 @@ def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> l
         commands.append((f"deltaw eval {run} --base", "score it beside the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))
-    commands.append((f"deltaw train --resume {run}", "train further" if state == FINISHED else "go on"))
+    if any((folder / FOLDER).glob("step-*")):
+        commands.append((f"deltaw train --resume {run}", "train further" if state == FINISHED else "go on"))
     if folder.parent != folder:
         commands.append((f"deltaw runs {shlex.quote(os.fspath(folder.parent))}", "list this and other runs"))
     return [{"command": command, "what": what} for command, what in commands]

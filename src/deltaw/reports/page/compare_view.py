@@ -12,14 +12,14 @@ from deltaw.reports.comparing import differing_settings, names_of, result_rows, 
 from deltaw.reports.page.curves import smoothed, thinned
 from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Curve, line_chart, swatch
-from deltaw.reports.record import RunRecord
+from deltaw.reports.recorded import RecordedRun
 from deltaw.reports.wording import metric_name, metric_value, short, tick, when
 
 # Kinds of curves that the style sheet tells apart, by color and by dashes; the first is not dashed.
 KINDS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 
 
-def compare_view(records: Sequence[RunRecord]) -> dict[str, Any]:
+def compare_view(records: Sequence[RecordedRun]) -> dict[str, Any]:
     """The variables of the template ``compare.html``."""
     figures = compared_figures(records)
     answers = same_prompts(records)
@@ -41,7 +41,7 @@ def compare_view(records: Sequence[RunRecord]) -> dict[str, Any]:
     }
 
 
-def compared_figures(records: Sequence[RunRecord]) -> list[Figure]:
+def compared_figures(records: Sequence[RecordedRun]) -> list[Figure]:
     """Training loss, every held-out metric that at least one run has, learning rate and gradient norm."""
     figures = [_column(records, "loss", "Training loss", short, smooth=True)]
     metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
@@ -52,7 +52,7 @@ def compared_figures(records: Sequence[RunRecord]) -> list[Figure]:
 
 
 def _column(
-    records: Sequence[RunRecord], column: str, title: str, wording: Callable[[float], str], *, smooth: bool
+    records: Sequence[RecordedRun], column: str, title: str, wording: Callable[[float], str], *, smooth: bool
 ) -> Figure | None:
     found = []
     for record in records:
@@ -64,7 +64,7 @@ def _column(
     return _figure(records, column.replace("_", "-"), title, said, found, wording, None)
 
 
-def _metric(records: Sequence[RunRecord], name: str) -> Figure | None:
+def _metric(records: Sequence[RecordedRun], name: str) -> Figure | None:
     found = []
     for record in records:
         points = np.array(record.metrics.evaluated(name), dtype=float).reshape(-1, 2)
@@ -79,7 +79,7 @@ def _metric(records: Sequence[RunRecord], name: str) -> Figure | None:
 
 
 def _figure(
-    records: Sequence[RunRecord],
+    records: Sequence[RecordedRun],
     identity: str,
     title: str,
     said: str,

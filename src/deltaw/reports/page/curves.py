@@ -48,9 +48,9 @@ def smoothed(y: np.ndarray, share: float = 0.02) -> np.ndarray:
 
 def is_logarithmic(values: Sequence[float] | np.ndarray) -> bool:
     """Whether all values are positive and spread over more than :data:`LOG_FROM`."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    return bool(len(values)) and values.min() > 0 and values.max() / values.min() > LOG_FROM
+    found = np.asarray(values, dtype=float)
+    found = found[np.isfinite(found)]
+    return bool(len(found) and found.min() > 0 and found.max() / found.min() > LOG_FROM)
 
 
 def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:

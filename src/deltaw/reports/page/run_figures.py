@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from deltaw.reports.page.curves import evenly, smoothed, thinned
 from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
 from deltaw.reports.plan import PARTS
-from deltaw.reports.record import RunRecord, number, numbers
+from deltaw.reports.recorded import RecordedRun, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
 
 # Rows of the table behind a curve.
@@ -21,9 +20,9 @@ ROWS = 40
 STEP = "step"
 
 
-def curve_figures(record: RunRecord) -> list[Figure]:
+def curve_figures(record: RecordedRun) -> list[Figure]:
     """The loss first, then what else was measured over the steps."""
-    figures = [loss_figure(record), *metric_figures(record)]
+    figures: list[Figure | None] = [loss_figure(record), *metric_figures(record)]
     columns: list[tuple[str, str, str, str]] = [
         ("learning_rate", "Learning rate", "The learning rate that each step used.", "learning rate"),
         (
@@ -49,7 +48,7 @@ def curve_figures(record: RunRecord) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def loss_figure(record: RunRecord) -> Figure | None:
+def loss_figure(record: RecordedRun) -> Figure | None:
     """Training loss, raw and smoothed, with the held-out loss."""
     steps, losses = record.metrics.column("loss")
     if not len(steps):
@@ -85,12 +84,13 @@ def loss_figure(record: RunRecord) -> Figure | None:
     )
 
 
-def metric_figures(record: RunRecord) -> list[Figure]:
+def metric_figures(record: RecordedRun) -> list[Figure]:
     """Metrics of the held-out rows that were evaluated more than once, apart from the loss."""
-    figures = []
+    figures: list[Figure] = []
     for name in record.metrics.metric_names():
         found = record.metrics.evaluated(name)
-        if name in (record.loss_metric, "perplexity") or len(found) < 2 or len(figures) >= 6:
+        told = name == record.loss_metric or name.rpartition("/")[2] == "perplexity"
+        if told or len(found) < 2 or len(figures) >= 8:
             continue
         title = metric_name(name)
         values = [(float(step), value) for step, value in found]
@@ -119,7 +119,7 @@ def metric_figures(record: RunRecord) -> list[Figure]:
 
 
 def column_figure(
-    record: RunRecord, column: str, title: str, text: str, unit: str, *, smooth: bool = False
+    record: RecordedRun, column: str, title: str, text: str, unit: str, *, smooth: bool = False
 ) -> Figure | None:
     """One column of the metrics over the steps; None where there is none."""
     steps, values = record.metrics.column(column)
@@ -128,7 +128,7 @@ def column_figure(
     return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth=smooth)
 
 
-def speed_figure(record: RunRecord) -> Figure | None:
+def speed_figure(record: RecordedRun) -> Figure | None:
     """Tokens a second, step by step."""
     steps, seconds = record.metrics.column("seconds")
     if not len(steps):
@@ -181,7 +181,7 @@ def _figure_of(
     return Figure(identity, title, text, drawn, numbers, legend)
 
 
-def memory_figure(record: RunRecord) -> Figure | None:
+def memory_figure(record: RecordedRun) -> Figure | None:
     """Planned memory by part, and what was measured; None where nothing was planned or measured."""
     plan, peak = record.plan, record.peak_bytes
     parts = plan.get("parts")
@@ -214,7 +214,7 @@ def memory_figure(record: RunRecord) -> Figure | None:
     )
 
 
-def length_figure(record: RunRecord) -> Figure | None:
+def length_figure(record: RecordedRun) -> Figure | None:
     """How long the rows are."""
     lengths = record.data.get("lengths")
     if not isinstance(lengths, Mapping):
@@ -240,15 +240,31 @@ def length_figure(record: RunRecord) -> Figure | None:
     )
 
 
-def rate_figure(record: RunRecord) -> Figure | None:
+def rate_figure(record: RecordedRun) -> Figure | None:
     """The range test of the learning rate: loss over the rate tried; None where there was none."""
-    found = _rates(record.learning_rates)
-    if len(found) < 2:
+    told = record.learning_rates
+    if not isinstance(told, Mapping):
         return None
-    chosen = record.setting("train.learning_rate")
-    said = f"Loss while the learning rate rose from {found[0][0]:.2g} to {found[-1][0]:.2g}"
-    text = said + (f"; {chosen:.2g} was chosen" if isinstance(chosen, float) else "")
-    rows = [(f"{found[i][0]:.3g}", short(found[i][1])) for i in evenly(len(found), ROWS)]
+    losses, mean = _over_rates(told, "losses"), _over_rates(told, "smoothed")
+    if len(losses) < 2:
+        return None
+    chosen, usual = number(told.get("chosen")), number(told.get("usual"))
+    text = f"Loss while the learning rate rose from {losses[0][0]:.2g} to {losses[-1][0]:.2g}"
+    if chosen is not None:
+        text += f"; {chosen:.2g} was chosen"
+    if usual is not None:
+        text += f", and {usual:.2g} is usual"
+    if isinstance(told.get("why"), str):
+        text += f" ({told['why']})"
+    curves = [Curve(losses, "c1 raw"), Curve(mean or losses, "c1")]
+    if chosen is not None:
+        lowest, highest = min(loss for _, loss in losses), max(loss for _, loss in losses)
+        curves.append(Curve([(chosen, lowest), (chosen, highest)], "c2"))
+    by_rate = dict(mean)
+    rows = [
+        (f"{losses[i][0]:.3g}", short(losses[i][1]), short(by_rate.get(losses[i][0])))
+        for i in evenly(len(losses), ROWS)
+    ]
     return Figure(
         "rate-search",
         "Search of the learning rate",
@@ -257,37 +273,26 @@ def rate_figure(record: RunRecord) -> Figure | None:
             "rate-search",
             "Loss over learning rate",
             text,
-            [Curve(found, "c1", dots=len(found) < 60)],
+            curves,
             x_format=lambda value: f"{value:.0e}",
             y_format=tick,
             log=False,
             log_x=True,
         ),
-        Numbers("Loss by learning rate", ("learning rate", "loss"), rows),
+        Numbers("Loss by learning rate", ("learning rate", "loss", "smoothed"), rows),
+        [
+            (swatch("c1"), "smoothed"),
+            (swatch("c1 raw"), "each step"),
+            *([(swatch("c2"), "chosen")] if chosen is not None else []),
+        ],
     )
 
 
-def _rates(told: Any) -> list[tuple[float, float]]:
-    """Learning rate and loss of each point of a search, by rate."""
-    points = told
-    if isinstance(told, Mapping):
-        points = next((told[key] for key in ("points", "curve", "tried", "steps") if key in told), None)
-        if points is None and isinstance(told.get("rates"), list) and isinstance(told.get("losses"), list):
-            points = list(zip(told["rates"], told["losses"], strict=False))
-    found = []
-    for point in points if isinstance(points, list) else []:
-        if isinstance(point, Mapping):
-            rate = point.get("learning_rate", point.get("rate"))
-            loss = point.get("smoothed", point.get("loss"))
-        elif isinstance(point, Sequence) and len(point) >= 2:
-            rate, loss = point[0], point[1]
-        else:
-            continue
-        if not (isinstance(rate, int | float) and isinstance(loss, int | float)):
-            continue
-        if rate > 0 and math.isfinite(rate) and math.isfinite(loss):
-            found.append((float(rate), float(loss)))
-    return sorted(found)
+def _over_rates(told: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
+    """Learning rate and loss of each step of a search, by rate."""
+    pairs = zip(_list(told.get("rates")), _list(told.get(name)), strict=False)
+    found = [(number(rate), number(loss)) for rate, loss in pairs]
+    return sorted((rate, loss) for rate, loss in found if rate is not None and loss is not None and rate > 0)
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:

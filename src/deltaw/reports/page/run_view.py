@@ -18,7 +18,7 @@ from deltaw.reports.page.figure import Numbers
 from deltaw.reports.page.learned import what_was_learned
 from deltaw.reports.page.learned_figures import learned_figures
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
-from deltaw.reports.record import KILLED, RunRecord, number, numbers
+from deltaw.reports.recorded import KILLED, RecordedRun, number, numbers
 from deltaw.reports.wording import (
     count,
     duration,
@@ -54,7 +54,7 @@ class Fact:
     more: str = ""
 
 
-def run_view(record: RunRecord) -> dict[str, Any]:
+def run_view(record: RecordedRun) -> dict[str, Any]:
     """The variables of the template ``run.html``."""
     learned = what_was_learned(record.folder)
     curves = curve_figures(record)
@@ -115,7 +115,7 @@ def run_view(record: RunRecord) -> dict[str, Any]:
     return view
 
 
-def headline(record: RunRecord) -> list[Fact]:
+def headline(record: RecordedRun) -> list[Fact]:
     """The numbers that a person looks for first."""
     facts = []
     metric = record.loss_metric
@@ -164,19 +164,18 @@ def headline(record: RunRecord) -> list[Fact]:
     return facts
 
 
-def notices(record: RunRecord) -> list[str]:
+def notices(record: RecordedRun) -> list[str]:
     """What a person should know before reading on."""
     found = []
     if record.state == RUNNING:
-        total = record.total_steps
-        of = f" of {total:,}" if total else ""
+        of = f" of {record.total_steps:,}" if record.total_steps else ""
         found.append(
             f"This run goes on: step {record.steps:,}{of}. The page is written again at each evaluation and "
             "at least every few minutes; reload it to see more."
         )
     if record.state in (INTERRUPTED, KILLED):
-        total = f" of {record.total_steps:,}" if record.total_steps else ""
-        found.append(f"The run ended after {record.steps:,} steps{total}. The same command goes on with it.")
+        of = f" of {record.total_steps:,}" if record.total_steps else ""
+        found.append(f"The run ended after {record.steps:,} steps{of}. The same command goes on with it.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
     change = number(_map(record.result.get("drift")).get("change"))
@@ -188,7 +187,7 @@ def notices(record: RunRecord) -> list[str]:
     return found
 
 
-def drift_text(record: RunRecord) -> str:
+def drift_text(record: RecordedRun) -> str:
     """How far general answers moved, in a sentence; empty where it was not measured."""
     drift: Mapping[str, Any] = _map(record.result.get("drift"))
     if not drift and record.metrics.drifts:
@@ -207,7 +206,7 @@ def answers_of(samples: Sequence[SampleAnswer]) -> list[dict[str, Any]]:
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
-    found = []
+    found: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
         ends = [answers[0], answers[-1]] if len(answers) > 1 else answers
@@ -244,7 +243,11 @@ def examples_of(told: object) -> list[dict[str, Any]]:
         if "label" in example:
             size += f", label: {example['label']}"
         pieces = [
-            {"text": str(piece.get("text", "")), "trained": piece.get("trained") is True}
+            {
+                "text": str(piece.get("text", "")),
+                "trained": piece.get("trained") is True,
+                "special": piece.get("special") is True,
+            }
             for piece in _list(example.get("pieces"))
             if isinstance(piece, Mapping)
         ]
@@ -253,7 +256,7 @@ def examples_of(told: object) -> list[dict[str, Any]]:
     return found
 
 
-def settings_table(record: RunRecord) -> Numbers:
+def settings_table(record: RecordedRun) -> Numbers:
     """The settings that are not the defaults, and what the run chose itself, with the reason."""
     defaults = {setting.key: setting.default for setting in all_settings()}
     chosen = _map(record.summary.get("chosen"))
@@ -281,7 +284,7 @@ def _differs(value: object, default: object) -> bool:
     return value != default
 
 
-def commands_of(record: RunRecord) -> list[dict[str, str]]:
+def commands_of(record: RecordedRun) -> list[dict[str, str]]:
     """Commands to go on with: those in the summary, or the usual ones."""
     told = [entry for entry in _list(record.summary.get("commands")) if isinstance(entry, Mapping)]
     if told:
@@ -290,7 +293,7 @@ def commands_of(record: RunRecord) -> list[dict[str, str]]:
     return next_commands(record.folder, record.state, record.method, writes)
 
 
-def machine_text(record: RunRecord) -> str:
+def machine_text(record: RecordedRun) -> str:
     """What the run ran on, in a sentence."""
     machine = _map(record.summary.get("machine"))
     memory = number(machine.get("memory_bytes"))
@@ -301,7 +304,7 @@ def machine_text(record: RunRecord) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _state_text(record: RunRecord) -> str:
+def _state_text(record: RecordedRun) -> str:
     return STATES.get(record.state, "state not known")
 
 

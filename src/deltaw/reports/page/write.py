@@ -17,7 +17,7 @@ from markupsafe import Markup
 from deltaw.durable import write_text
 from deltaw.reports.page.compare_view import compare_view
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.record import RunRecord, find_runs, read_run
+from deltaw.reports.recorded import RecordedRun, find_runs, read_run
 
 NAME = "report.html"
 # Of several runs, in the folder that holds them.
@@ -36,13 +36,13 @@ def _templates() -> tuple[Environment, Markup]:
     return environment, style
 
 
-def run_page(record: RunRecord) -> str:
+def run_page(record: RecordedRun) -> str:
     """One run as a page."""
     environment, style = _templates()
     return environment.get_template("run.html").render(style=style, **run_view(record)).strip() + "\n"
 
 
-def comparison_page(records: Sequence[RunRecord]) -> str:
+def comparison_page(records: Sequence[RecordedRun]) -> str:
     """Several runs side by side."""
     environment, style = _templates()
     return (

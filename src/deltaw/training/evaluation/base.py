@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ class Evaluation:
         classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
         predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
             at each of its labels, and the labels themselves; empty where the model writes no text.
+        name: of the set of rows, where it has one. others: the evaluations of further sets, by name.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -36,17 +37,37 @@ class Evaluation:
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
+    name: str = ""
+    others: Mapping[str, Evaluation] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
-        """The metrics, ready for JSON, which has no nan: null."""
-        return {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
+        own: dict[str, object] = {
+            name: value if math.isfinite(value) else None for name, value in self.metrics.items()
+        }
+        if not self.name:
+            return own
+        return {self.name: own, **{name: other.as_dict() for name, other in self.others.items()}}
+
+    def named_metrics(self) -> dict[str, float]:
+        """The metrics of all sets in one, for a person: those of a set with a name begin with it."""
+        prefix = f"{self.name} " if self.name else ""
+        named = {f"{prefix}{key}": value for key, value in self.metrics.items()}
+        for set_name, other in self.others.items():
+            named |= {f"{set_name} {key}": value for key, value in other.metrics.items()}
+        return named
 
     def score(self) -> dict[str, object] | None:
         """The main metric with its interval, ready for JSON; None where nothing was evaluated."""
         if not self.metrics:
             return None
         interval = None if self.interval is None else [float(bound) for bound in self.interval]
-        return {"metric": self.main, "value": self.as_dict()[self.main], "interval": interval}
+        value = self.metrics[self.main]
+        return {
+            "metric": self.main,
+            "value": value if math.isfinite(value) else None,
+            "interval": interval,
+        }
 
 
 def mean_interval(per_row: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -90,12 +90,14 @@ def answers(
     examples: Sequence[Example],
     *,
     max_new_tokens: int | None = None,
+    batch_tokens: int = 4096,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """Greedy completions of the examples that have an answer, in their order.
 
     Args:
         max_new_tokens: by default as many as the longest answer has, and a few more.
+        batch_tokens: the most tokens that are decoded together.
     """
     asked = [e for e in examples if e.answer is not None]
     if not asked:
@@ -106,6 +108,7 @@ def answers(
         tokenizer,
         [e.tokens[: e.prompt_length] for e in asked],
         max_new_tokens=max_new_tokens or longest + 4,
+        batch_tokens=batch_tokens,
         on_progress=on_progress,
     )
     return [

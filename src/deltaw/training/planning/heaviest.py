@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from deltaw.data.sequences import lengths_of
+from deltaw.data.sequences import joined, lengths_of
 from deltaw.kernels.layout import Layout
 from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.loop import rows_of_step
@@ -103,7 +103,7 @@ def heaviest_step(session: Session) -> Heaviest:
         if weigh(heavy) > 1.01 * weigh(largest):
             labelled = rows_of(heavy[2])
     # Of a large evaluation, the first rows show what shapes there are.
-    held_out = session.data.held_out[:ROWS_AT_ONCE]
+    held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
     return Heaviest(
         rows_of(largest[2]),
         batcher.shapes(rows_of(largest[2])),
@@ -209,7 +209,7 @@ class TellingBatcher:
 
 def longest_rows(session: Session) -> Sequence[Any]:
     """Held-out rows that make up the largest microbatch of an evaluation."""
-    held_out = session.data.held_out
+    held_out = joined(*session.data.sets.values())
     ordered = np.argsort(-lengths_of(held_out), kind="stable")
     most = getattr(session.batcher, "tokens_per_pass", 0)
     total, rows = 0, []

@@ -34,6 +34,7 @@ from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
+from deltaw.training.monitoring.rate_search import as_it_was
 from deltaw.training.planning.heaviest import (
     DRY_RUN_STEPS,
     Heaviest,
@@ -199,7 +200,10 @@ def _dry_run(session: Session) -> _DryRun:
     heaviest = heaviest_step(session)
     telling, marks = TellingBatcher(session, heaviest.labelled), [(0, 0)]
     meter = DriftMeter(session)
-    with session.running(), WorkCounter() as work:
+    # A search for the learning rate trains as the run does, beside a copy of what is trained.
+    searches = session.config.train.learning_rate == "search"
+    copied = as_it_was(session) if searches else contextlib.nullcontext()
+    with session.running(), copied, WorkCounter() as work:
         session.train(
             rows=heaviest.rows,
             batch_size=len(heaviest.rows),

@@ -22,6 +22,7 @@ from typing import Any
 
 from deltaw.config import RunConfig
 from deltaw.data.mixture import references
+from deltaw.data.settings import eval_sets
 from deltaw.errors import UserError
 from deltaw.host import cgroup
 from deltaw.host.processor import processor_flags, processor_name, usable_processors
@@ -179,8 +180,8 @@ def digest_of(rows: Iterable[Any]) -> str:
 
 def _files_of(config: RunConfig) -> list[object] | None:
     """Stamps of the files of model and rows; None where some of them are not known."""
-    trained_on = references(config.data.train)
-    trained_on += [config.data.eval] if isinstance(config.data.eval, str) else []
+    named = references(config.data.train)
+    named += [name for name in eval_sets(config.data.eval).values() if isinstance(name, str)]
     try:
         source = resolve(config.model)
     except UserError:
@@ -188,7 +189,7 @@ def _files_of(config: RunConfig) -> list[object] | None:
     if source.kind == "hub":
         return None
     stamps: list[object] = [_stamps(source.path)]
-    for reference in trained_on:
+    for reference in named:
         path = Path(os.path.expanduser(reference))
         if packages.is_package_reference(reference):
             stamps.append(reference)  # a version, once published, does not change

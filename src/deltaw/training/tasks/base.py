@@ -7,9 +7,9 @@ Everything above this package treats tasks alike. A new one is a class in a file
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class RunData:
 
     Attributes:
         train, held_out: rows, or groups of rows.
+        eval_sets: all sets of held-out rows by name, the first of which is ``held_out``; empty where
+            ``data.eval`` gives no names.
         report: the account of all rows.
         classes: names of the classes in the order of the model's outputs; None where there are none.
         read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
@@ -48,11 +50,27 @@ class RunData:
     classes: tuple[str, ...] | None = None
     read_peak_bytes: int = 0
     skipped: BadRows | None = None
+    eval_sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> Mapping[str, Sequence[Any]]:
+        """The sets of held-out rows by name, in their order; one set without a name is called ''."""
+        return self.eval_sets or ({"": self.held_out} if len(self.held_out) else {})
 
     @property
     def every(self) -> Sequence[Any]:
         """All rows, those to train on first."""
-        return joined(self.train, self.held_out)
+        return joined(self.train, *self.sets.values())
+
+    def mapped(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> RunData:
+        """With each sequence of rows as ``change`` makes it."""
+        sets = {name: change(rows) for name, rows in self.sets.items()}
+        return replace(
+            self,
+            train=change(self.train),
+            held_out=next(iter(sets.values()), []),
+            eval_sets=sets if self.eval_sets else {},
+        )
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,11 @@ from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, is_a
 KILLED = "killed"
 UNKNOWN = "unknown"
 LEARNING_RATES = "learning_rate.json"
-# Metrics where a higher value is better; of all others a lower one is.
-HIGHER_IS_BETTER = ("accuracy", "exact_match", "f1", "match", "pearson", "spearman", "r2", "score", "auc")
+LOSSES = ("loss", "mse")
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RecordedRun:
     """One run.
 
     Attributes:
@@ -146,8 +145,9 @@ class RunRecord:
         name, value = told.get("metric"), told.get("value")
         if isinstance(name, str) and isinstance(value, int | float):
             return name, float(value)
-        names = [name for name in self.metrics.metric_names() if name not in ("loss", "perplexity")]
-        for name in [*names, "loss"]:
+        names = self.metrics.metric_names()
+        plain = [name for name in names if name.rpartition("/")[2] not in (*LOSSES, "perplexity")]
+        for name in [*plain, *names]:
             if found := self.metrics.evaluated(name):
                 return name, found[-1][1]
         return None
@@ -161,9 +161,10 @@ class RunRecord:
 
     @property
     def loss_metric(self) -> str | None:
-        """The name of the held-out metric that is a loss; None where none is."""
+        """The name of the held-out metric that is a loss, of several sets the first one's; None where none
+        is."""
         names = self.metrics.metric_names()
-        return next((n for n in ("loss", "cross_entropy", "mean_squared_error", "mse") if n in names), None)
+        return next((n for loss in LOSSES for n in names if n.rpartition("/")[2] == loss), None)
 
     @property
     def error(self) -> Mapping[str, Any]:
@@ -185,7 +186,7 @@ class RunRecord:
         return flat
 
 
-def read_run(folder: str | os.PathLike[str]) -> RunRecord:
+def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
     """Read a run's folder.
 
     Raises:
@@ -201,7 +202,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord:
     text = _text(path / SETTINGS) or ""
     files = [path / name for name in (SETTINGS, METRICS, summary_file.NAME)]
     times = [file.stat().st_mtime for file in files if file.is_file()]
-    return RunRecord(
+    return RecordedRun(
         folder=path,
         settings=_mapping(_yaml(text)),
         settings_text=text,
@@ -239,12 +240,6 @@ def find_runs(folder: Path, depth: int = 3) -> list[Path]:
         elif depth > 1 and os.access(path, os.R_OK | os.X_OK):
             found += find_runs(path, depth - 1)
     return found
-
-
-def higher_is_better(metric: str) -> bool:
-    """Which way a metric is read, by its name."""
-    last = metric.rpartition("/")[2]
-    return any(word in last for word in HIGHER_IS_BETTER)
 
 
 def _text(path: Path) -> str | None:

@@ -1,0 +1,336 @@
+"""Whole runs on a tiny model: early stopping, the best adapter, named sets, answers, samples, time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltaw.config import RunConfig
+from deltaw.data.settings import DataSettings, drawn_set, eval_sets
+from deltaw.errors import UserError
+from deltaw.training.callbacks import Callback
+from deltaw.training.fit import fit
+from deltaw.training.inference import open_run, score_run
+from deltaw.training.monitoring import best_score
+from tests.conftest import COLOURS, write_rows
+
+ADAPTER = "adapter_model.safetensors"
+RUINED = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 8, "eval_every": 2}
+
+
+@pytest.fixture(scope="session")
+def contrary(tmp_path_factory):
+    """Rows with other answers than those that are trained on, so that training soon makes them unlikely."""
+    rows = [{"prompt": f"paint it {c}", "completion": "z"} for c in COLOURS[:4]]
+    return {"eval": str(write_rows(tmp_path_factory.mktemp("contrary") / "rows.jsonl", rows))}
+
+
+class Told(Callback):
+    def __init__(self):
+        self.lines, self.samples, self.evaluations = [], [], []
+
+    def on_line(self, line):
+        self.lines.append(line)
+
+    def on_samples(self, step, samples):
+        self.samples.append((step, samples))
+
+    def on_evaluation(self, step, evaluation):
+        self.evaluations.append((step, evaluation))
+
+
+def metrics(folder, key=None):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if key is None else [line for line in lines if key in line]
+
+
+def losses_by_step(folder):
+    return {line["step"]: line["eval"]["loss"] for line in metrics(folder, "eval")}
+
+
+@pytest.fixture
+def worst(monkeypatch):
+    """The highest loss counts as the best, so that the best step of a run that learns is an early one."""
+    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+
+
+def test_a_run_stops_once_it_has_not_improved_for_long(settings, tmp_path, contrary):
+    told = Told()
+    result = fit(
+        settings(tmp_path / "run", data=contrary, train={**RUINED, "early_stopping": 2}), callback=told
+    )
+    losses = losses_by_step(result.output)
+    best = min(losses, key=losses.get)
+    steps = sorted(losses)
+    assert result.outcome.steps == steps[-1] < 24 and not result.interrupted
+    assert steps.index(best) == len(steps) - 3, "two evaluations without improvement after the best one"
+    assert result.as_dict()["best_step"] == best
+    assert result.as_dict()["best"] == {"step": best, "metric": "loss", "value": losses[best]}
+    assert "early stopping" in result.as_dict()["stopped_early"]
+    assert sum("early stopping" in line for line in told.lines) == 1
+    assert result.evaluation.metrics["loss"] == losses[steps[-1]], "the adapter is the last by default"
+    assert len(losses) == len(metrics(result.output, "eval")), "no step is evaluated twice"
+
+
+def test_a_run_that_keeps_improving_is_not_stopped(settings, tmp_path):
+    train = {"learning_rate": 1e-3, "eval_every": 1, "early_stopping": 1, "epochs": 2}
+    result = fit(settings(tmp_path / "run", train=train))
+    assert result.outcome.steps == 6 and result.stopped_early is None
+
+
+@pytest.mark.parametrize(
+    ("method", "section"),
+    [
+        ("lora", {"rank": 4}),
+        ("head", {}),
+        ("prompt", {"length": 2}),
+        ("bias", {}),
+        ("random", {"weights": 500}),
+        ("full", {}),
+        ("input", {}),
+        ("last", {"blocks": 1}),
+    ],
+)
+def test_the_best_adapter_is_kept_with_the_last_beside_it(settings, tmp_path, worst, method, section):
+    model = {}
+    if method == "bias":
+        from tests.byte_models import byte_tokenizer, tiny_gpt2
+
+        tiny_gpt2().save_pretrained(tmp_path / "gpt2")
+        byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+        model = {"model": str(tmp_path / "gpt2")}
+    name = {} if not section else {method: section}
+    told = Told()
+    changes = {**model, "method": method, **name, "train": {**RUINED, "epochs": 4, "adapter": "best"}}
+    result = fit(settings(tmp_path / "run", **changes), callback=told)
+    losses = losses_by_step(result.output)
+    best = max(losses, key=losses.get)
+    last = result.outcome.steps
+    assert best < last, "this test needs a run whose best step is not its last"
+    assert result.as_dict()["best_step"] == best
+    assert result.evaluation.metrics["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert not (result.output / "best").exists()
+    for folder, step in [(result.output, best), (result.output / "last", last)]:
+        opened = open_run(
+            str(folder),
+            model=model.get("model", settings(tmp_path)["model"]),
+            precision="fp32",
+            device="cpu",
+            say=lambda line: None,
+        )
+        config = RunConfig.read(result.output / "run.yaml")
+        rows = opened.task.read(config.data, seed=0).held_out
+        assert score_run(opened, rows).metrics["loss"] == pytest.approx(losses[step], rel=1e-4)
+    assert any(f"the adapter is that of step {best}" in line for line in told.lines)
+
+
+def test_a_best_adapter_that_is_the_last_is_in_both_places(settings, tmp_path):
+    train = {"learning_rate": 1e-3, "eval_every": 1, "adapter": "best", "epochs": 2}
+    result = fit(settings(tmp_path / "run", train=train))
+    top, last = (load_file(folder / ADAPTER) for folder in (result.output, result.output / "last"))
+    assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
+
+
+def test_an_interrupted_run_has_its_best_adapter_too(settings, tmp_path, worst):
+    class Stops(Told):
+        def should_stop(self):
+            return len(self.evaluations) == 5
+
+    train = {**RUINED, "adapter": "best"}
+    result = fit(settings(tmp_path / "run", train=train), callback=Stops())
+    assert result.interrupted and result.best["step"] < result.outcome.steps
+    top, last = (load_file(folder / ADAPTER) for folder in (result.output, result.output / "last"))
+    assert not all(torch.equal(top[name], last[name]) for name in top)
+    assert (result.output / "best").is_dir(), "a run that goes on needs it"
+
+
+@pytest.mark.parametrize("train", [{"early_stopping": 3}, {"adapter": "best"}])
+def test_how_often_to_evaluate_is_chosen_and_said_where_it_matters(settings, tmp_path, train):
+    told = Told()
+    train = {"epochs": 4, "learning_rate": 1e-4, **train}
+    result = fit(settings(tmp_path / "run", train=train), callback=told)
+    assert [line["step"] for line in metrics(result.output, "eval")] == [3, 6, 9, 12]
+    assert any("evaluating every 3 steps" in line for line in told.lines)
+    assert "eval_every: null  # 3: " in (result.output / "run.yaml").read_text()
+    assert RunConfig.read(result.output / "run.yaml").train.eval_every is None
+
+
+@pytest.mark.parametrize("train", [{"early_stopping": 3}, {"adapter": "best"}, {"eval_answers": 4}])
+def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path, train):
+    with pytest.raises(UserError, match=f"train.{next(iter(train))}") as error:
+        fit(settings(tmp_path / "run", data={"eval": None}, train=train))
+    assert "data.eval" in error.value.hint and not (tmp_path / "run").exists()
+
+
+# Several sets
+
+
+def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, tmp_path):
+    rows = [{"prompt": f"paint it {c}", "completion": "no"} for c in COLOURS[:4]]
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    told = Told()
+    data = {"eval": {"others": str(other), "held_out": 2}}
+    result = fit(settings(tmp_path / "run", data=data, train={"eval_every": 2}), callback=told)
+    for line in metrics(result.output, "eval"):
+        assert list(line["eval"]) == ["others", "held_out"]
+        assert line["eval"]["others"].keys() == {"loss", "perplexity", "exact_match"}
+    answer = result.as_dict()
+    assert answer["eval"] == metrics(result.output, "eval")[-1]["eval"]
+    assert answer["score"]["value"] == answer["eval"]["others"]["exact_match"]
+    assert result.best["value"] == min(
+        line["eval"]["others"]["loss"] for line in metrics(result.output, "eval")
+    )
+    assert any("evaluation set 'others': 4 rows" in line for line in told.lines)
+    assert "held-out held_out loss" in (result.output / "README.md").read_text()
+    assert RunConfig.read(result.output / "run.yaml").data.eval == data["eval"]
+
+
+def test_a_set_is_evaluated_as_it_would_be_alone(settings, tmp_path):
+    other = write_rows(
+        tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLOURS[:5]]
+    )
+    several = fit(settings(tmp_path / "several", data={"eval": {"drawn": 3, "other": str(other)}})).as_dict()
+    drawn = fit(settings(tmp_path / "drawn", data={"eval": 3})).as_dict()
+    assert several["eval"]["drawn"] == pytest.approx(drawn["eval"])
+    opened = open_run(str(tmp_path / "several"), precision="fp32", device="cpu", say=lambda line: None)
+    rows, _ = opened.task.read_file(str(other), DataSettings(train="unused"), None)
+    assert several["eval"]["other"]["loss"] == pytest.approx(
+        score_run(opened, rows).metrics["loss"], rel=1e-4
+    )
+
+
+def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_file):
+    told = Told()
+    shutil.copy(rows_file, tmp_path / "same.jsonl")
+    data = {"eval": {"held_out": 2, "same": str(tmp_path / "same.jsonl")}}
+    fit(settings(tmp_path / "run", data=data, train={"max_steps": 1}), callback=told)
+    assert any("8 of them are also training rows" in line for line in told.lines)
+
+
+@pytest.mark.parametrize(
+    ("sets", "problem"),
+    [
+        ({"a": 0.1, "b": 0.2}, "both to be drawn"),
+        ({}, "names no set"),
+        ({"a": 0}, "has no rows"),
+        ({"a": -1}, "data.eval is -1"),
+        ({"": 0.1}, "no name"),
+        ({"a": "missing.jsonl", "b": "gone.jsonl"}, "missing.jsonl"),
+        ({"a": 0.3, "b": "gone.jsonl"}, "gone.jsonl"),
+    ],
+)
+def test_sets_that_cannot_be_are_refused(settings, tmp_path, sets, problem):
+    with pytest.raises(UserError) as error:
+        fit(
+            settings(tmp_path / "run")
+            | {"data": {"train": settings(tmp_path)["data"]["train"], "eval": sets}}
+        )
+    assert problem in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_names_of_sets():
+    assert eval_sets(None) == {} and eval_sets(0.1) == {"": 0.1}
+    assert drawn_set({"a": "x.jsonl", "b": 0.5}) == "b" and drawn_set({"a": "x.jsonl"}) is None
+    assert drawn_set("0.1") == "" and drawn_set("x.jsonl") is None
+
+
+# Answers and samples
+
+
+def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
+    train = {"eval_every": 2, "eval_answers": 2, "epochs": 12, "batch_size": 8, "learning_rate": 3e-2}
+    changes = {"data": {"eval": str(tmp_path / "same.jsonl")}, "train": {**train, "schedule": "constant"}}
+    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS]
+    write_rows(tmp_path / "same.jsonl", rows[:4])
+    result = fit(settings(tmp_path / "run", **changes))
+    found = [line["eval"]["written_exact_match"] for line in metrics(result.output, "eval")]
+    assert set(found) <= {0.0, 0.5, 1.0} and found[-1] == 1.0 > found[0]
+    assert result.as_dict()["score"]["metric"] == "exact_match"
+
+
+def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
+    lora = {"dropout": 0.1}
+    plain = fit(settings(tmp_path / "plain", lora=lora, train={"epochs": 3}))
+    train = {"epochs": 3, "eval_every": 1, "eval_answers": 2, "samples": 2, "adapter": "best"}
+    watched = fit(settings(tmp_path / "watched", lora=lora, train=train))
+
+    def losses(run):
+        lines = [line for line in metrics(run.output) if "loss" in line]
+        return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+
+    assert losses(plain) == losses(watched)
+    last = watched.output / "last" / ADAPTER
+    assert all(
+        torch.equal(tensor, load_file(last)[name])
+        for name, tensor in load_file(plain.output / ADAPTER).items()
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+def test_samples_show_the_base_models_answers_and_the_adapters(settings, tmp_path, method):
+    told = Told()
+    train = {"samples": 1, "eval_every": 2, "learning_rate": 5e-2, "epochs": 2}
+    result = fit(settings(tmp_path / "run", method=method, train=train), callback=told)
+    lines = metrics(result.output, "samples")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6] == [step for step, _ in told.samples]
+    for line, (_, samples) in zip(lines, told.samples, strict=True):
+        (sample,) = line["samples"]
+        assert sample.keys() == {"row", "prompt", "expected", "answer"}
+        assert sample["prompt"].startswith("paint it ") and samples[0].as_dict() == sample
+        assert sample["prompt"].removeprefix("paint it ").startswith(sample["expected"])
+    model, folder = settings(tmp_path)["model"], result.output
+    for reference, line in [(model, lines[0]), (str(folder), lines[-1])]:
+        opened = open_run(reference, precision="fp32", device="cpu", say=lambda line: None)
+        rows = opened.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out
+        (row,) = [row for row in rows if row.row == line["samples"][0]["row"]]
+        (answer,) = score_run(opened, [row], max_new_tokens=16).answers
+        assert answer.written == line["samples"][0]["answer"]
+
+
+def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_path):
+    told = Told()
+    result = fit(settings(tmp_path / "run", train={"max_steps": 1}), callback=told)
+    assert told.samples == [] and "samples: auto  # 0: a model of" in (result.output / "run.yaml").read_text()
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"it is {c}"} for c in COLOURS])
+    changes = {"data": {"train": str(text)}, "train": {"max_steps": 1, "samples": 2}}
+    fit(settings(tmp_path / "text", **changes), callback=told)
+    assert told.samples == []
+
+
+# A time budget
+
+
+def test_a_run_with_a_time_budget_plans_its_steps_and_ends(settings, tmp_path, monkeypatch):
+    looks = itertools.count()
+
+    def clock():
+        return 0.25 * next(looks)  # each look takes time, and a step has a few of them
+
+    monkeypatch.setattr("deltaw.training.fit.now", clock)
+    monkeypatch.setattr("deltaw.training.monitoring.monitor.now", clock)
+    told = Told()
+    train = {"time": "60s", "epochs": 1000, "schedule": "cosine"}
+    result = fit(settings(tmp_path / "run", train=train), callback=told)
+    planned = [line for line in told.lines if line.startswith("time 60s")]
+    assert planned and "steps planned" in planned[0]
+    assert 10 < result.outcome.steps < 200 and not result.interrupted
+    rates = [line["learning_rate"] for line in metrics(result.output) if "learning_rate" in line]
+    assert rates[-1] < 0.2 * max(rates)
+    assert result.evaluation.metrics
+
+
+# Warnings
+
+
+def test_a_warning_is_said_and_stands_among_the_metrics(settings, tmp_path):
+    told = Told()
+    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "epochs": 67}
+    result = fit(settings(tmp_path / "run", train=train), callback=told)
+    (line,) = metrics(result.output, "warning")
+    assert (line["step"], line["warning"]["kind"]) == (200, "clipped")
+    assert sum("were clipped to train.max_grad_norm 0.001" in said for said in told.lines) == 1

@@ -1,0 +1,127 @@
+"""A range test before training leaves no trace but the rate, whichever method trains."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltaw.config import RunConfig
+from deltaw.training.callbacks import Callback
+from deltaw.training.fit import fit, load_for
+from deltaw.training.monitoring import rate_search
+from deltaw.training.monitoring.rate_search import search_rate
+from deltaw.training.session import assemble, read_data
+from tests.byte_models import byte_tokenizer, tiny_gpt2
+
+ADAPTER = "adapter_model.safetensors"
+METHODS = [
+    ("lora", {"rank": 4, "dropout": 0.1}),
+    ("lora", {"rank": 4, "dora": True}),
+    ("head", {}),
+    ("prompt", {"length": 2}),
+    ("bias", {}),
+    ("random", {"weights": 500}),
+    ("full", {}),
+    ("input", {}),
+    ("last", {"blocks": 1}),
+]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_gpt2().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def session_of(settings):
+    config = RunConfig.read(settings)
+    task, data = read_data(config)
+    loaded = load_for(config, task, data)
+    return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("method", "section"), METHODS)
+def test_every_tensor_of_the_model_and_the_random_numbers_are_as_before(
+    settings, tmp_path, gpt2, method, section, precision
+):
+    changes = {"method": method, "precision": precision, "train": {"learning_rate": "search"}}
+    if section:
+        changes[method] = section
+    if method == "bias":
+        changes["model"] = gpt2
+    session = session_of(settings(tmp_path / "run", **changes))
+    before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    random = torch.get_rng_state()
+    with session.running():
+        found = search_rate(session)
+    assert found is not None and len(found.rates) >= 5
+    assert found.rates == sorted(found.rates) and found.rates[0] == pytest.approx(found.usual / 30)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, tensor in session.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for _, parameter in session.method.parameters(session.model))
+
+
+def test_a_run_that_searches_is_the_run_with_the_rate_that_it_found(settings, tmp_path):
+    lines = []
+
+    class Told(Callback):
+        found = None
+
+        def on_line(self, line):
+            lines.append(line)
+
+        def on_rate_search(self, search, folder):
+            self.found = (search, folder)
+
+    told = Told()
+    result = fit(settings(tmp_path / "search", train={"learning_rate": "search", "epochs": 3}), callback=told)
+    search, folder = told.found
+    written = json.loads((result.output / "learning_rate.json").read_text())
+    assert written == search.as_dict() and folder == result.output
+    assert f"learning_rate: search  # {search.chosen}: " in (result.output / "run.yaml").read_text()
+    assert any(line.startswith(f"learning rate {search.chosen:g}: ") for line in lines)
+    same = fit(settings(tmp_path / "same", train={"learning_rate": search.chosen, "epochs": 3}))
+    ours, theirs = (load_file(run.output / ADAPTER) for run in (result, same))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 10))
+
+
+def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(rate_search, "ABOVE", 1e6)
+    monkeypatch.setattr(rate_search, "RUN_AWAY", 1.2)  # a tiny model's loss is near its worst from the start
+    session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
+    with session.running():
+        found = search_rate(session)
+    assert found is not None and found.diverged and found.rates[-1] < found.usual * 1e6 / 2
+    assert found.chosen < found.rates[-1]
+
+
+def test_a_run_that_goes_on_takes_the_rate_that_was_found_before(settings, tmp_path, monkeypatch):
+    session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
+    (tmp_path / "run").mkdir()
+    assert rate_search.choose_rate(session, tmp_path / "run", Callback())
+    rate = session.learning_rate
+    again = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
+    monkeypatch.setattr(rate_search, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
+    assert rate_search.choose_rate(again, tmp_path / "run", Callback())
+    assert again.learning_rate == rate != again.config.train.learning_rate
+
+
+def test_a_search_that_is_stopped_ends_the_run_with_nothing_trained(settings, tmp_path):
+    class Stops(Callback):
+        asked = 0
+
+        def should_stop(self):
+            self.asked += 1
+            return self.asked == 4  # once, as a signal comes once
+
+    result = fit(settings(tmp_path / "run", train={"learning_rate": "search"}), callback=Stops())
+    assert result.interrupted and result.outcome.steps == 0

@@ -1,0 +1,170 @@
+"""What a run watches goes on with it: a run that is killed and started again ends as if nothing had happened.
+
+A copy of a run's folder, made while the run goes on, is what a process leaves that is killed at that moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import pytest
+
+import deltaw
+from deltaw.training.callbacks import Callback
+from deltaw.training.fit import fit
+from deltaw.training.monitoring import best_score, rate_search
+
+ADAPTER = "adapter_model.safetensors"
+TRAIN = {
+    "epochs": 5,
+    "learning_rate": 2e-2,
+    "schedule": "constant",
+    "checkpoint_every": 4,
+    "checkpoint_minutes": None,
+    "eval_every": 3,
+    "eval_answers": 2,
+    "samples": 1,
+}
+
+
+class Killed(Callback):
+    """Copies the run's folder after steps and within evaluations; what was said since."""
+
+    def __init__(self, run=None, into=None, moments=()):
+        self.run, self.into, self.moments, self.lines = run, into, set(moments), []
+
+    def on_line(self, line):
+        self.lines.append(line)
+
+    def on_step(self, step):
+        self._take("step", step.step)
+
+    def on_evaluation(self, step, evaluation):
+        self._take("evaluation", step)
+
+    def _take(self, *moment):
+        if moment in self.moments:
+            shutil.copytree(self.run, self.into / f"{moment[0]}-{moment[1]}")
+
+
+def outcome_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines, (folder / ADAPTER).read_bytes()
+
+
+def goes_on(copy, run):
+    """The killed run in the place of the whole one, started again with the same command."""
+    shutil.rmtree(run)
+    shutil.copytree(copy, run)
+
+
+@pytest.mark.parametrize("adapter", ["best", "last"])
+def test_a_killed_run_keeps_its_best_adapter_and_its_samples(settings, tmp_path, monkeypatch, adapter):
+    # The highest loss counts as the best, so that the best step is early and must be remembered.
+    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+    run = tmp_path / "run"
+    told = settings(run, train={**TRAIN, "adapter": adapter})
+    moments = [("step", 5), ("evaluation", 9), ("step", 14), ("evaluation", 15)]
+    whole = fit(told, callback=Killed(run, tmp_path, moments))
+    expected, best = outcome_of(run), whole.as_dict()["best"]
+    assert best["step"] < 9 and (run / "last").is_dir() == (adapter == "best")
+    last = (run / "last" / ADAPTER).read_bytes() if adapter == "best" else None
+    for kind, step in moments:
+        goes_on(tmp_path / f"{kind}-{step}", run)
+        result = fit(told)
+        assert result.resumed_from_step is not None
+        assert outcome_of(run) == expected and result.as_dict()["best"] == best
+        assert result.evaluation.metrics == pytest.approx(whole.evaluation.metrics)
+        if last is not None:
+            assert (run / "last" / ADAPTER).read_bytes() == last
+
+
+def test_a_killed_run_stops_early_where_it_would_have(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+    run = tmp_path / "run"
+    told = settings(run, train={**TRAIN, "early_stopping": 2})
+    moments = [("step", 8), ("evaluation", 9)]
+    whole = fit(told, callback=Killed(run, tmp_path, moments))
+    assert whole.outcome.steps == 9 and whole.best["step"] == 3
+    expected = outcome_of(run)
+    for kind, step in moments:
+        goes_on(tmp_path / f"{kind}-{step}", run)
+        result = fit(told)
+        assert outcome_of(run) == expected
+        assert (result.outcome.steps, result.stopped_early) == (9, whole.stopped_early)
+
+
+def test_a_killed_run_does_not_search_its_rate_again(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    told = settings(run, train={**TRAIN, "learning_rate": "search"})
+    fit(told, callback=Killed(run, tmp_path, [("step", 2), ("step", 6)]))
+    expected, rate = outcome_of(run), json.loads((run / "learning_rate.json").read_text())["chosen"]
+    monkeypatch.setattr(rate_search, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
+    for step in (2, 6):
+        goes_on(tmp_path / f"step-{step}", run)
+        fit(told)
+        assert outcome_of(run) == expected
+        assert f"learning_rate: search  # {rate}: " in (run / "run.yaml").read_text()
+
+
+def test_a_finished_run_that_is_trained_further_remembers_its_best(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+    run = tmp_path / "run"
+    first = fit(settings(run, train={**TRAIN, "adapter": "best"}))
+    adapter = (run / ADAPTER).read_bytes()
+    killed = Killed()
+    second = deltaw.fit({"train": {"epochs": 7}}, resume=run, callback=killed)
+    assert second.outcome.steps == 21 and second.best == first.best
+    assert (run / ADAPTER).read_bytes() == adapter
+    assert not any("gone" in line for line in killed.lines)
+
+
+def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings, tmp_path):
+    run, killed = tmp_path / "run", Killed()
+
+    class Stop(Callback):
+        steps = 0
+
+        def on_step(self, step):
+            self.steps = step.step
+
+        def should_stop(self):
+            return self.steps >= 8
+
+    fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=Stop())
+    shutil.rmtree(run / "best")
+    result = fit(settings(run, train={**TRAIN, "adapter": "best"}), callback=killed)
+    assert any("are gone: the best is sought anew" in line for line in killed.lines)
+    assert result.best["step"] > 8
+
+
+def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(
+    settings, tmp_path, monkeypatch
+):
+    looks = itertools.count()
+
+    def clock():
+        return 0.25 * next(looks)  # each look takes time, and a step has a few of them
+
+    for module in ("fit", "monitoring.monitor"):
+        monkeypatch.setattr(f"deltaw.training.{module}.now", clock)
+
+    class Told(Killed):
+        total = begun = None
+
+        def on_begin(self, state):
+            self.state, self.begun = state, state.total_steps
+
+    run = tmp_path / "run"
+    train = {**TRAIN, "epochs": 1000, "time": "60s", "eval_every": None, "eval_answers": 0, "samples": 0}
+    first, second = Told(run, tmp_path, [("step", 25)]), Told()
+    whole = fit(settings(run, train=train), callback=first)
+    goes_on(tmp_path / "step-25", run)
+    result = fit(settings(run, train=train), callback=second)
+    assert first.begun == 3000 and second.begun < 300, "the plan is that of the first process"
+    assert second.state.schedule.planned and result.resumed_from_step == 24
+    assert 0.6 * whole.outcome.steps < result.outcome.steps <= 1.4 * whole.outcome.steps

@@ -1,0 +1,126 @@
+"""Warnings from the numbers of steps: none on a training's normal noise, and one where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from deltaw.training.monitoring.step_watch import RISE_WINDOW, WINDOW, StepWatch
+from deltaw.training.state import Step
+
+
+def step(number, loss=1.0, norm=0.5):
+    return Step(number, 0.1, float(loss), 1e-3, float(norm), 8, 100, 100, 50, 0.1)
+
+
+def warnings(losses, norms, limit=1.0):
+    watch = StepWatch(limit)
+    return [
+        (number, warning)
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
+        for warning in watch.see(step(number, loss, norm))
+    ]
+
+
+def a_training(seed, steps=2000, noise=0.3, tail=0.0):
+    """Losses and norms as a training gives them: falling at first, then noise around a level."""
+    random = np.random.default_rng(seed)
+    falling = np.exp(-np.arange(steps) / 80)
+    losses = 1.5 + 2 * falling + noise * random.standard_normal(steps)
+    spread = noise * random.standard_t(4, steps) if tail else noise * random.standard_normal(steps)
+    norms = (0.3 + 3 * falling) * np.exp(spread)
+    return losses, norms
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("noise", [0.05, 0.3])
+def test_normal_noise_gives_no_warning(seed, noise):
+    losses, norms = a_training(seed, noise=noise)
+    assert warnings(losses, norms) == []
+
+
+def test_norms_that_grow_slowly_as_in_a_warm_up_give_no_warning():
+    rising = (
+        0.1 * np.exp(np.linspace(0, 4, 300)) * np.exp(0.2 * np.random.default_rng(0).standard_normal(300))
+    )
+    assert warnings(np.ones(300) + 0.1 * np.sin(np.arange(300)), rising, limit=None) == []
+
+
+def test_epochs_that_step_down_give_no_warning():
+    random = np.random.default_rng(1)
+    losses = np.repeat([2.0, 1.4, 0.9, 0.8], 150) + 0.2 * random.standard_normal(600)
+    assert warnings(losses, np.full(600, 0.5) * np.exp(0.3 * random.standard_normal(600))) == []
+
+
+def test_a_gradient_that_jumps_is_told_once_with_its_numbers():
+    losses, norms = a_training(3)
+    norms[[500, 900]] = 60.0
+    ((number, warning),) = warnings(losses, norms)
+    assert number == 501 and warning.kind == "gradient_norm" and "step 501" in warning.text
+    assert warning.as_dict()["value"] == 60.0
+    assert warning.as_dict()["median"] == pytest.approx(np.median(norms[400:500]), rel=0.05)
+    json.dumps(warning.as_dict(), allow_nan=False)
+
+
+def test_the_rule_for_jumps_does_not_depend_on_the_scale_of_the_gradients():
+    losses, norms = a_training(4)
+    norms[700] = 100.0
+    found = [[n for n, _ in warnings(losses, scale * norms, None)] for scale in (1e-6, 1.0, 1e6)]
+    assert found == [[701]] * 3
+
+
+def test_a_jump_that_wide_noise_has_too_is_none():
+    random = np.random.default_rng(5)
+    norms = np.exp(1.5 * random.standard_normal(400))
+    norms[300] = 1.9 * norms[200:300].max()
+    assert warnings(np.ones(400) + 0.1 * random.standard_normal(400), norms, None) == []
+
+
+def test_steps_that_are_nearly_all_clipped_are_told_with_a_limit_that_would_not():
+    random = np.random.default_rng(6)
+    norms = 5.0 * np.exp(0.1 * random.standard_normal(300))
+    ((number, warning),) = warnings(2 + 0.1 * random.standard_normal(300), norms, limit=1.0)
+    assert number == 2 * WINDOW and warning.kind == "clipped" and "a limit of 10 or" not in warning.text
+    assert 8 <= float(warning.text.split("a limit of ")[1].split()[0]) <= 20
+    assert warnings(2 + 0.1 * random.standard_normal(300), norms, limit=20.0) == []
+    half = np.where(np.arange(300) % 2, 5.0, 0.5)
+    assert warnings(2 + 0.1 * random.standard_normal(300), half, limit=1.0) == []
+
+
+def test_a_loss_that_rises_for_long_is_told_and_one_bad_stretch_is_not():
+    random = np.random.default_rng(7)
+    level = np.concatenate([np.linspace(3, 1.5, 200), np.full(200, 1.5), np.linspace(1.5, 3.0, 300)])
+    losses = level + 0.2 * random.standard_normal(700)
+    norms = np.full(700, 0.5)
+    ((number, warning),) = warnings(losses, norms)
+    assert warning.kind == "rising_loss" and 450 < number < 700
+    assert warning.facts["value"] > warning.facts["lowest"] == pytest.approx(1.5, abs=0.1)
+    stretch = np.full(700, 1.5) + 0.2 * random.standard_normal(700)
+    stretch[300 : 300 + RISE_WINDOW // 3] += 1.0
+    assert warnings(stretch, norms) == []
+
+
+def test_numbers_that_are_not_finite_are_passed_over():
+    watch = StepWatch(1.0)
+    for number in range(1, 200):
+        assert watch.see(step(number, math.nan, math.inf)) == []
+
+
+def test_it_goes_on_from_its_state_wherever_it_is_cut():
+    losses, norms = a_training(8, steps=900)
+    norms[600:] *= 1 + np.arange(300)  # a jump some time, then clipped
+    losses[500:] += np.linspace(0, 5, 400)
+    whole = warnings(losses, norms)
+    assert {warning.kind for _, warning in whole} == {"gradient_norm", "clipped", "rising_loss"} or len(whole)
+    for cut in (10, 555, 620, 800):
+        first, second, found = StepWatch(1.0), StepWatch(1.0), []
+        for number in range(1, 901):
+            watch = first if number <= cut else second
+            if number == cut + 1:
+                second.restore(json.loads(json.dumps(first.state())))
+            now = step(number, losses[number - 1], norms[number - 1])
+            found += [(number, warning) for warning in watch.see(now)]
+        assert found == whole
