@@ -70,6 +70,7 @@ class Result:
     peak_memory_bytes: int
     plan: Plan | None = None
     trained_parameters: int = 0
+    method: str = ""
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
