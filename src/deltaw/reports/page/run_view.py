@@ -176,6 +176,13 @@ def notices(record: RecordedRun) -> list[str]:
     if record.state in (INTERRUPTED, KILLED):
         of = f" of {record.total_steps:,}" if record.total_steps else ""
         found.append(f"The run ended after {record.steps:,} steps{of}. The same command goes on with it.")
+    if isinstance(record.result.get("stopped_early"), str):
+        found.append(f"Stopped early: {record.result['stopped_early']}.")
+    if record.metrics.skipped:
+        found.append(
+            f"{record.metrics.skipped} steps with a loss or gradient that is not finite were left out."
+        )
+    found += [f"At step {step:,}: {text}" for step, text in record.metrics.warnings[:6] if text]
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
     change = number(_map(record.result.get("drift")).get("change"))
