@@ -187,6 +187,20 @@ def test_a_search_of_the_learning_rate_is_shown(tmp_path):
         assert "Search of the learning rate" not in page_of(folder).words
 
 
+def test_what_happened_on_the_way_is_noted(tmp_path):
+    folder = write_run(tmp_path / "one")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "warning": {"kind": "rising_loss", "mean": 2.0}}\n')
+        file.write('{"step": 61, "skipped": {"loss": "nan"}, "learning_rate": 1e-3}\n')
+    told = json.loads((folder / "summary.json").read_text())
+    told["result"]["stopped_early"] = "3 evaluations without improvement"
+    (folder / "summary.json").write_text(json.dumps(told))
+    page = page_of(folder)
+    assert "At step 12: the training loss was rising." in page.text
+    assert "1 steps with a loss or gradient that is not finite were left out." in page.text
+    assert "Stopped early: 3 evaluations without improvement." in page.text
+
+
 def test_several_sets_of_held_out_rows_are_told_apart(tmp_path):
     folder = write_run(tmp_path / "one", every=1000)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
