@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page
+from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page, write_pages
 from deltaw.reports.recorded import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
@@ -228,3 +228,11 @@ def test_runs_are_compared_on_one_page(tmp_path):
     for kind in ("c1", "c2", "c3"):
         assert text.count(f'<path class="{kind}"') >= 2
     assert len(text) < LIMIT
+
+
+def test_the_runs_of_a_folder_each_get_a_page_and_several_get_one_in_common(tmp_path):
+    one = write_run(tmp_path / "one")
+    assert write_pages(tmp_path) == [one / NAME]
+    two = write_run(tmp_path / "two", seed=1)
+    assert write_pages(tmp_path) == [one / NAME, two / NAME, tmp_path / "comparison.html"]
+    assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
