@@ -99,9 +99,8 @@ class Schedule:
             warm = max(step, warmup_steps(self.warmup, total_steps))
             return replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
         done = self._decayed(step, warm)
-        return replace(
-            self, total_steps=total_steps, warmup=float(warm), since=step, decayed=done, planned=True
-        )
+        later = replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
+        return replace(later, since=step, decayed=done)
 
     def _decayed(self, step: int, warm: int) -> float:
         """The share of the decay that is done at ``step``, after the warm-up."""
