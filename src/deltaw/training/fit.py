@@ -192,7 +192,6 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
     record.add("monitor", monitor, durable=monitor.checkpointed)
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
     total = count_parameters(session.model).total
-    of_run = {**loaded.choices, **session.chosen}
 
     def write_settings() -> None:
         chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
@@ -204,11 +203,12 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
+            searched = choose_rate(session, folder.path, callback)
+            record.chose(choices_of(session, loaded.choices))
+            of_run = {**loaded.choices, **session.chosen}
             summary.begin(folder.path, session, plan, of_run, memory_limit_bytes().value)
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
-            searched = choose_rate(session, folder.path, callback)
-            record.chose(choices_of(session, loaded.choices))
             outcome = _train(session, folder, record, monitor, callback, go_on=searched)
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
@@ -229,7 +229,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         _peak_bytes(device),
         plan=plan,
         trained_parameters=trained,
-        method=session.method.name,
+        method=config.method,
         writes_text=not task.has_labels,
         drift=drift,
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},

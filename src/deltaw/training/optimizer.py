@@ -99,8 +99,9 @@ class Schedule:
             warm = max(step, warmup_steps(self.warmup, total_steps))
             return replace(self, total_steps=total_steps, warmup=float(warm), planned=True)
         done = self._decayed(step, warm)
-        changed = {"total_steps": total_steps, "warmup": float(warm), "since": step, "decayed": done}
-        return replace(self, **changed, planned=True)
+        return replace(
+            self, total_steps=total_steps, warmup=float(warm), since=step, decayed=done, planned=True
+        )
 
     def _decayed(self, step: int, warm: int) -> float:
         """The share of the decay that is done at ``step``, after the warm-up."""

@@ -14,8 +14,9 @@ import numpy as np
 
 # Width of the smoothing, in steps of the test: the losses of neighboring steps are of different rows.
 SMOOTHING = 2.0
-# The rate that is chosen lies so many times below that of the lowest smoothed loss.
-BELOW_LOWEST = 3.0
+# The curve is level up to the rate at which the smoothed loss has risen again by this share of its fall.
+# Where it is lowest before that is chance. The rate that is chosen lies so many times below that end.
+LEVEL, BELOW_END = 0.05, 5.0
 # A fall from the mean of the first losses to the lowest smoothed one is noise up to so many standard
 # deviations of single losses. The lowest of some ten independent means lies half a one below by chance.
 NOISE, FIRST = 2.0, 5
@@ -28,7 +29,8 @@ class RateSearch:
     Attributes:
         rates, losses: of each step, until the loss ran away.
         smoothed: the losses, smoothed over steps; those that run away count as much as they may fall.
-        lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before.
+        lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before. end: the
+            highest one at which it is still about as low.
         chosen, why: the rate for the training.
         usual: the method's usual rate, for comparison.
         diverged: whether the loss ran away before the highest rate.
@@ -39,6 +41,7 @@ class RateSearch:
     smoothed: list[float]
     lowest: float | None
     steepest: float | None
+    end: float | None
     chosen: float
     why: str
     usual: float
@@ -54,9 +57,9 @@ def read_curve(
 ) -> RateSearch:
     """The rate that a range test's curve speaks for.
 
-    It is a third of the rate at which the smoothed loss is lowest. Beyond that point a rate does harm within
-    a few steps, and a whole training, whose steps add up, wants less. Where the loss does not fall by more
-    than its noise, the curve says nothing, and the method's usual rate is taken.
+    It is a fifth of the highest rate at which the smoothed loss is about as low as anywhere. Beyond that end
+    a rate does harm within a few steps, and a whole training, whose steps add up, wants less. Where the loss
+    does not fall by more than its noise, the curve says nothing, and the method's usual rate is taken.
 
     Args:
         rates, losses: of each step, in rising order of rates.
@@ -73,20 +76,23 @@ def read_curve(
     fall = first - smoothed[at] if smoothed else 0.0
     if at < FIRST or fall <= NOISE * _noise(bounded, smoothed):
         why = "the method's usual rate: in the range test the loss fell by no more than its noise"
-        return RateSearch(**told, lowest=None, steepest=None, chosen=usual, why=why, usual=usual)  # type: ignore[arg-type]
+        return RateSearch(**told, lowest=None, steepest=None, end=None, chosen=usual, why=why, usual=usual)  # type: ignore[arg-type]
     logs = np.log(np.asarray(rates))
     slopes = np.gradient(np.asarray(smoothed), logs)
     steepest = float(rates[int(np.argmin(slopes[: at + 1]))])
-    chosen = float(f"{rates[at] / BELOW_LOWEST:.2g}")
-    edge = ", the highest rate tried" if at == len(rates) - 1 and not diverged else ""
+    level = smoothed[at] + LEVEL * fall
+    end = next((n - 1 for n in range(at, len(smoothed)) if smoothed[n] > level), len(smoothed) - 1)
+    chosen = float(f"{rates[end] / BELOW_END:.2g}")
+    edge = ", the highest rate tried" if end == len(rates) - 1 and not diverged else ""
     why = (
-        f"range test: a third of the rate with the lowest loss, {rates[at]:.2g}{edge}; usual for the method "
-        f"is {usual:.2g}"
+        f"range test: a fifth of the highest rate at which the loss is still low, {rates[end]:.2g}{edge}; "
+        f"usual for the method is {usual:.2g}"
     )
     return RateSearch(
         **told,  # type: ignore[arg-type]
         lowest=float(rates[at]),
         steepest=steepest,
+        end=float(rates[end]),
         chosen=chosen,
         why=why,
         usual=usual,

@@ -70,7 +70,9 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     """The learning rate that a range test finds; None where it was asked to stop. Call within
     ``session.running()``."""
     usual = usual_rate_of(session.method, session.model.config)
-    steps = min(MOST, max(FEWEST, session.total_steps // 4))
+    # Within a time budget nobody knows yet how many steps there will be.
+    timed = session.config.train.time is not None
+    steps = FEWEST if timed else min(MOST, max(FEWEST, session.total_steps // 4))
     schedule = RisingRates("constant", usual * ABOVE, steps, lowest=usual / BELOW)
     rates: list[float] = []
     losses: list[float] = []

@@ -180,8 +180,8 @@ def digest_of(rows: Iterable[Any]) -> str:
 
 def _files_of(config: RunConfig) -> list[object] | None:
     """Stamps of the files of model and rows; None where some of them are not known."""
-    named = references(config.data.train)
-    named += [name for name in eval_sets(config.data.eval).values() if isinstance(name, str)]
+    trained_on = references(config.data.train)
+    trained_on += [name for name in eval_sets(config.data.eval).values() if isinstance(name, str)]
     try:
         source = resolve(config.model)
     except UserError:
@@ -189,7 +189,7 @@ def _files_of(config: RunConfig) -> list[object] | None:
     if source.kind == "hub":
         return None
     stamps: list[object] = [_stamps(source.path)]
-    for reference in named:
+    for reference in trained_on:
         path = Path(os.path.expanduser(reference))
         if packages.is_package_reference(reference):
             stamps.append(reference)  # a version, once published, does not change

@@ -60,17 +60,15 @@ class RunData:
     @property
     def every(self) -> Sequence[Any]:
         """All rows, those to train on first."""
-        return joined(self.train, *self.sets.values())
+        return joined(self.train, *(self.sets.values() or [self.held_out]))
 
     def mapped(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> RunData:
-        """With each sequence of rows as ``change`` makes it."""
-        sets = {name: change(rows) for name, rows in self.sets.items()}
-        return replace(
-            self,
-            train=change(self.train),
-            held_out=next(iter(sets.values()), []),
-            eval_sets=sets if self.eval_sets else {},
-        )
+        """With all rows as ``change`` makes them."""
+        held_out = change(self.held_out)
+        others = [(name, rows) for name, rows in self.eval_sets.items() if rows is not self.held_out]
+        changed = {name: change(rows) for name, rows in others}
+        sets = {name: changed.get(name, held_out) for name in self.eval_sets}
+        return replace(self, train=change(self.train), held_out=held_out, eval_sets=sets)
 
 
 @dataclass(frozen=True)
