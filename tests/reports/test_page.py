@@ -44,7 +44,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     ):
         assert heading in told
     assert "before training no idea ✗ not as expected" in told and "step 60 answer 60 ✓ as expected" in told
-    assert "1 answers in between" in told or "2 answers in between" in told
+    assert "2 answers in between, row 7" in told
     assert page.marked[1:] == ["the answer<|im_end|>"]
     assert "usual for lora" in told and "0.00092" in told
     assert "deltaw chat" in told and "deltaw eval" in told
@@ -197,7 +197,7 @@ def test_what_happened_on_the_way_is_noted(tmp_path):
     (folder / "summary.json").write_text(json.dumps(told))
     page = page_of(folder)
     assert "At step 12: the training loss was rising." in page.text
-    assert "1 steps with a loss or gradient that is not finite were left out." in page.text
+    assert "1 step with a loss or gradient that is not finite left out." in page.text
     assert "Stopped early: 3 evaluations without improvement." in page.text
 
 

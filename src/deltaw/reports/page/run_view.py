@@ -184,9 +184,8 @@ def notices(record: RecordedRun) -> list[str]:
     if isinstance(record.result.get("stopped_early"), str):
         found.append(f"Stopped early: {record.result['stopped_early']}.")
     if record.metrics.skipped:
-        found.append(
-            f"{record.metrics.skipped} steps with a loss or gradient that is not finite were left out."
-        )
+        steps = "1 step" if record.metrics.skipped == 1 else f"{record.metrics.skipped:,} steps"
+        found.append(f"{steps} with a loss or gradient that is not finite left out.")
     for step, kind in record.metrics.warnings[:6]:
         found.append(f"At step {step:,}: {WARNINGS.get(kind, metric_name(kind))}.")
     if record.metrics.damaged:
