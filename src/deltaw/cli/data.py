@@ -82,6 +82,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
 def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
     """The settings of a run on ``file``, which may itself be settings or a run's folder."""
     from deltaw.config import RunConfig
+    from deltaw.training.inference import with_saved_template
     from deltaw.training.run_folder import SETTINGS
 
     flags = nested(given)
@@ -94,6 +95,6 @@ def _config(file: str | None, settings: str | None, given: dict[str, str | None]
     if itself is not None:
         if settings is not None:
             raise UserError(f"'{file}' holds settings, and --settings names others", hint="give one of them")
-        return RunConfig.read(itself, flags)
+        return with_saved_template(RunConfig.read(itself, flags), path)
     flags["data"] = {**flags.get("data", {}), "train": file}
     return RunConfig.read(settings, flags)

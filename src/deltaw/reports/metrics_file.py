@@ -51,7 +51,7 @@ class Metrics:
         columns: by name of :data:`COLUMNS`, one number a step (nan where a line has none), in the order of
             the steps.
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
-        samples: the sample answers. drifts: step and its numbers. warnings: step and text.
+        samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
         skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read.
     """
@@ -126,7 +126,7 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
         metrics.drifts.append((step, dict(_flat(values["drift"]))))
     warning = values.get("warning")
     if isinstance(warning, Mapping):
-        metrics.warnings.append((step, str(warning.get("text") or warning.get("kind") or "")))
+        metrics.warnings.append((step, str(warning.get("kind", ""))))
     metrics.skipped += "skipped" in values
     if isinstance(values.get("samples"), list):
         metrics.samples += [_sample(step, one) for one in values["samples"] if isinstance(one, Mapping)]

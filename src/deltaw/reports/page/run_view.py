@@ -36,6 +36,11 @@ from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next
 # The most prompts whose answers are shown, answers in between of one, and characters of a text.
 PROMPTS, BETWEEN, TEXT = 12, 20, 3000
 SETTINGS_TEXT = 40_000
+WARNINGS = {
+    "gradient_norm": "the gradient norm was far above what it had been",
+    "clipped": "nearly all gradients were clipped",
+    "rising_loss": "the training loss was rising",
+}
 STATES = {
     RUNNING: "running",
     FINISHED: "finished",
@@ -182,7 +187,8 @@ def notices(record: RecordedRun) -> list[str]:
         found.append(
             f"{record.metrics.skipped} steps with a loss or gradient that is not finite were left out."
         )
-    found += [f"At step {step:,}: {text}" for step, text in record.metrics.warnings[:6] if text]
+    for step, kind in record.metrics.warnings[:6]:
+        found.append(f"At step {step:,}: {WARNINGS.get(kind, metric_name(kind))}.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
     change = number(_map(record.result.get("drift")).get("change"))
