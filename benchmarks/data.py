@@ -98,7 +98,9 @@ def measure(path: Path, template: str) -> None:
         print(f"  {line}; {more()}", flush=True)
 
     begun, used = time.perf_counter(), cpu()
-    prepared = prepare(DataSettings(str(path), template=template, cache=True), tokenizer, say=say)  # type: ignore[arg-type]
+    prepared = prepare(
+        DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, say=say
+    )  # type: ignore[arg-type]
     seconds, used = time.perf_counter() - begun, cpu() - used
     size = path.stat().st_size
     print(

@@ -61,6 +61,8 @@ def test_settings_that_a_run_writes_down_fit(validator, finished_run: Path) -> N
 LEAST = {"model": "m", "data": {"train": "d"}}
 TAKEN = [
     {**LEAST, "data": "rows.jsonl"},
+    {**LEAST, "data": ["a.jsonl", {"from": "b.jsonl", "weight": 2, "columns": {"prompt": "q"}}]},
+    {**LEAST, "data": {"train": ["a.jsonl", {"from": "b.jsonl", "form": "text"}]}},
     {**LEAST, "train": None, "lora": None},
     {**LEAST, "lora": {"r": 8, "lora_alpha": 16, "init_lora_weights": True, "modules_to_save": ["lm_head"]}},
     {**LEAST, "lora": {"layers": 3}},
@@ -75,6 +77,11 @@ REFUSED = [
     {**LEAST, "modl": "m"},
     {**LEAST, "data": {"trian": "d"}},
     {**LEAST, "data": {}},
+    {**LEAST, "data": []},
+    {**LEAST, "data": {"train": ["a", {"from": "b", "wieght": 2}]}},
+    {**LEAST, "data": {"train": [{"weight": 2}]}},
+    {**LEAST, "data": {"train": [{"from": "b", "weight": 0}]}},
+    {**LEAST, "data": {"train": [{"from": "b", "form": "novel"}]}},
     {**LEAST, "lora": {"rnk": 4}},
     {**LEAST, "lora": {"rank": 0}},
     {**LEAST, "lora": {"rank": 2.5}},

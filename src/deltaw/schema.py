@@ -17,6 +17,7 @@ from deltaw.lora.config import PEFT_NAMES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, object]
+_NULL: Schema = {"type": "null"}
 
 
 class _Plain(GenerateJsonSchema):
@@ -36,7 +37,7 @@ def run_schema() -> Schema:
         name: _described(entry, parts, may_be_null=name not in required)
         for name, entry in made["properties"].items()
     }
-    properties["data"] = _or_a_file(properties["data"])
+    properties["data"] = _or_rows_alone(properties["data"])
     if any(key.startswith("lora.") for key in known):
         _add_pefts_names(properties["lora"])
     return {
@@ -110,14 +111,18 @@ def _nullable(entry: Schema) -> Schema:
     if "anyOf" in entry:
         kinds = entry["anyOf"]
         assert isinstance(kinds, list)
-        return {**entry, "anyOf": [*kinds, {"type": "null"}]}
+        return {**entry, "anyOf": [*kinds, _NULL]}
     about: Schema = {key: entry.pop(key) for key in ("description", "default") if key in entry}
-    return {"anyOf": [entry, {"type": "null"}], **about}
+    return {"anyOf": [entry, _NULL], **about}
 
 
-def _or_a_file(section: Schema) -> Schema:
+def _or_rows_alone(section: Schema) -> Schema:
+    """The data section, or what ``data.train`` may be in its place."""
+    leaves = section["properties"]
+    assert isinstance(leaves, dict)
     about: Schema = {key: section.pop(key) for key in ("description", "default") if key in section}
-    return {"anyOf": [{"type": "string"}, section], **about}
+    alone = {key: value for key, value in leaves["train"].items() if key != "description"}
+    return {"anyOf": [*alone.get("anyOf", [alone]), section], **about}
 
 
 def _add_pefts_names(section: Schema) -> None:

@@ -25,6 +25,7 @@ import yaml
 
 from deltaw.config import settings
 from deltaw.schema import run_schema
+from deltaw.training import checkpoint_files
 
 ROWS = [{"prompt": f"paint it {colour}", "completion": colour[0]} for colour in ("red", "blue", "grey")]
 VERBS = ("eval", "generate", "chat", "inspect")
@@ -381,6 +382,14 @@ def a_key_that_is_misspelt(draw: random.Random, bench: Bench, number: int) -> Ba
 
 
 CONFLICTS: list[tuple[dict[str, object], str]] = [
+    ({"data.train": []}, "data.train"),
+    ({"data.train": ["no-such.jsonl", "nor-this.jsonl"]}, "no-such.jsonl"),
+    ({"data.train": [{"weight": 2}]}, "entry 1"),
+    ({"data.train": [{"from": "x.jsonl", "wieght": 2}]}, "wieght"),
+    ({"data.train": [{"from": "x.jsonl", "weight": -1}]}, "entry 1"),
+    ({"data.train": [{"from": "x.jsonl", "weight": float("nan")}]}, "entry 1"),
+    ({"data.train": [{"from": "x.jsonl", "columns": {"promt": "a"}}]}, "promt"),
+    ({"data.date": "yesterday"}, "date"),
     ({"input.modules": ["a"], "input.tokens": ["b"], "method": "input"}, "input"),
     ({"prompt.init": "text", "method": "prompt"}, "prompt.text"),
     ({"prompt.text": "x", "method": "prompt"}, "prompt"),
@@ -498,6 +507,17 @@ FLAGS: list[tuple[list[str], str]] = [
     (["completion", "tcsh"], "tcsh"),
     (["schema", "more"], "more"),
     (["doctor", "--model", "no/such/model"], "no/such/model"),
+    (["data", "show", "no.jsonl", "--model", "MODEL"], "no.jsonl"),
+    (["data", "check", "no.jsonl", "--model", "MODEL"], "no.jsonl"),
+    (["data", "show", "ROWS", "--model", "MODEL", "--row", "999"], "999"),
+    (["data", "show", "ROWS", "--model", "MODEL", "--data.form", "novel"], "novel"),
+    (["data", "check", "ROWS", "--model", "no/such/model"], "no/such/model"),
+    (["data", "check", "ROWS"], "model"),
+    (["data", "frobnicate"], "frobnicate"),
+    (["runs", "no_such_run"], "no_such_run"),
+    (["runs", "RUN", "--output", "page.html"], "--output"),
+    (["train", "--resume", "no_such_run"], "no_such_run"),
+    (["train", "SETTINGS", "--resume", "RUN"], "--resume"),
 ]
 
 
@@ -505,6 +525,7 @@ FLAGS: list[tuple[list[str], str]] = [
 def flags_that_cannot_be_used(draw: random.Random, bench: Bench, number: int) -> Bad:
     arguments, word = FLAGS[number]
     places = {"SETTINGS": str(bench.settings()), "RUN": str(bench.run)}
+    places |= {"MODEL": str(bench.model), "ROWS": str(bench.rows)}
     return Bad([places.get(argument, argument) for argument in arguments], [word])
 
 
@@ -649,7 +670,7 @@ def a_model_that_is_damaged(draw: random.Random, bench: Bench, number: int) -> B
             [*bench.trains_on(bench.rows, **{"data.template": "chat"}), "--model", str(model)],
             [("template", "model")],
         )
-    verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind not in (0, 1, 4, 8) else [])])
+    verb = draw.choice(["train", "eval", "generate", *(["plan"] if kind in (2, 3, 6, 7) else [])])
     if verb in ("train", "plan"):
         return Bad([verb, bench.settings(model=str(model))], ["model"])
     more = ["--data", bench.rows] if verb == "eval" else ["--prompt", "x"]
@@ -710,6 +731,52 @@ def an_adapter_that_is_damaged(draw: random.Random, bench: Bench, number: int) -
             arguments, stdin = ["eval", run], ""
         word = "run.yaml"
     return Bad(arguments, [word], stdin)
+
+
+OTHER_SETTINGS = [
+    ("--lora.rank", "2"),
+    ("--lora.target_modules", "attention"),
+    ("--method", "head"),
+    ("--train.seed", "5"),
+    ("--train.batch_size", "2"),
+    ("--train.schedule", "constant"),
+    ("--data.eval", "1"),
+    ("--data.max_length", "64"),
+]
+
+
+@family(40)
+def a_run_that_cannot_go_on(draw: random.Random, bench: Bench, number: int) -> Bad:
+    run = bench.copied_run()
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    more: list[object] = ["--train.epochs", "6"]
+    word = "adapter"
+    kind = draw.randrange(7)
+    file = checkpoint / draw.choice(["manifest.json", "state.json", "state.safetensors"])
+    if kind == 0:
+        _damaged(draw, file)
+    elif kind == 1:
+        file.unlink()
+    elif kind == 2:
+        (checkpoint / "manifest.json").write_text(draw.choice(BAD_JSON))
+    elif kind == 3:  # whole, with checksums that fit, and not a run's
+        found = checkpoint_files.read(checkpoint)
+        key = draw.choice(["training", "settings", "choices", "rows", "metrics_lines", "extras"])
+        values = {**found.values, key: draw.choice([None, "x", [], ["a"]])}
+        if draw.random() < 0.3:
+            del values[key]
+        tensors = {name: found.tensors[name].clone() for name in found.tensors}
+        checkpoint_files.write(checkpoint.parent, found.step, values, tensors).publish()
+    elif kind == 4:
+        (run / "run.yaml").write_text(draw.choice(["{", "- a", "model: 5", "modl: m", "data: {form: novel}"]))
+        word = "run.yaml"
+    elif kind == 5:
+        flag, value = draw.choice(OTHER_SETTINGS)
+        more += [flag, value]
+        word = flag[2:]
+    else:
+        more = draw.choice([[], ["--train.epochs", "1"], ["--train.max_steps", "2"]])
+    return Bad(["train", "--resume", run, *more], [word])
 
 
 @family(14)

@@ -35,7 +35,8 @@ def earlier(tmp_path: Path, finished_run: Path) -> Path:
 def check(name: str, seed: int, bench: Bench, earlier: Path, call: Call, monkeypatch) -> None:
     bad = bad_inputs.make(name, seed, bench)
     given = list(bad.arguments)
-    trains = given[0] in ("train", "compare", "tune") and name != "an_output_that_cannot_be_written"
+    trains = given[0] in ("train", "compare", "tune") and "--resume" not in given
+    trains = trains and name != "an_output_that_cannot_be_written"
     inside, before, run = tree_of(bench.folder), tree(earlier), tree(bench.run)
     monkeypatch.chdir(bench.folder)
     outputs = (bench.folder.parent / "new" / "run", earlier) if trains else (None,)

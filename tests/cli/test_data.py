@@ -187,6 +187,19 @@ def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
     assert f"1 example of {files[1]} with the prompt of a training row" in ended.out
 
 
+def test_every_evaluation_file_is_compared(call, thinker, tmp_path):
+    train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
+    files = [
+        write(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("d", train), ("t", train[3:4]), ("u", train[5:7]))
+    ]
+    sets = f"{{one: {files[1]}, two: {files[2]}, drawn: 0.1}}"
+    ended = call("data", "check", files[0], "--data.eval", sets, "--model", thinker)
+    assert ended.status == 0
+    assert f"1 example of {files[1]} that are also" in ended.out
+    assert f"2 examples of {files[2]} that are also" in ended.out
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -71,6 +71,10 @@ def test_images_need_a_model_by_name(call, tmp_path):
 def test_data_that_is_elsewhere_or_cannot_be_used(call, tmp_path, monkeypatch):
     assert call("init", tmp_path / "a.yaml", "--data", "owner/name", "--yes").status == 0
     assert "not on this machine" in (tmp_path / "a.yaml").read_text()
+    long = write_rows(tmp_path / "long.jsonl", [{"text": "a"}, {"text": "ab " * 1000}])
+    ended = call("init", tmp_path / "long.yaml", "--data", long, "--yes")
+    assert "about 1,036 tokens" in ended.out  # the model's own tokenizer is not here
+    assert RunConfig.read(tmp_path / "long.yaml").data.max_length == 1280
     odd = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
     ended = call("init", tmp_path / "b.yaml", "--data", odd, "--yes")
     assert ended.status == 2 and "left" in ended.err and not (tmp_path / "b.yaml").exists()

@@ -173,6 +173,7 @@ def test_a_process_of_its_own_prints_nothing_but_its_own_lines(flags, tmp_path):
         "the adapter is in",
         "report: ",
         "next: ",
+        "still ",
     )
     assert [line for line in err.splitlines() if not line.startswith(known)] == []
     assert any(line.startswith("kernels: ") and ", fp32 products " in line for line in err.splitlines())

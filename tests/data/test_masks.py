@@ -8,6 +8,8 @@ Every expectation is written by hand: the text that the model sees, with what it
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.data.bad_rows import BadRowError
@@ -334,3 +336,45 @@ def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
         mask[start:stop] = [1] * (stop - start)
     assert theirs["input_ids"][: len(ours.tokens)] == ours.tokens
     assert theirs["assistant_masks"] == mask
+
+
+ENDS = {
+    "llama2": " </s>",
+    "llama3": "<|eot_id|>",
+    "llama3.2": "<|eot_id|>",
+    "gemma2": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "mistral1": "</s>",
+    "mistral3": "</s>",
+    "phi3": "<|end|>",
+    "phi4-mini": "<|end|>",
+    "zephyr": "</s>",
+    "base": "<|endoftext|>",
+}
+# Any text but the names of special tokens, which a model reads as the tokens themselves.
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30
+)
+
+
+@pytest.mark.parametrize("family", TWO_TURNS)
+@settings(max_examples=25, deadline=None)
+@given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
+def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(
+    family: str, question: str, answers: list[str]
+) -> None:
+    messages: list[Message] = []
+    for answer in answers:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    tokenizer = tokenizer_of(family)
+    encoder = Encoder(tokenizer, date=DATE)
+    trained = []
+    for example in encoder.encode([conversation([], messages, "row 1")], ["row 1"])[0]:
+        for (start, stop), turn in zip(example.spans, example.turns, strict=True):
+            # Each answer follows exactly what the model is given to write it.
+            assert example.tokens[:start] == encoder.prompt(messages[:turn])
+            trained.append("".join(str(tokenizer.decode(example.tokens[start:stop])).split()))
+    end = ENDS.get(family, "<|im_end|>").strip()
+    thought = "<think></think>" if family == "qwen3" else ""
+    expected = [thought + "".join(answer.split()) + end for answer in answers if answer.strip()]
+    assert trained == expected

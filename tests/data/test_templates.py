@@ -403,6 +403,15 @@ def test_plain_conversations_end_each_answer_with_eos() -> None:
     assert labelled(encode(talk("a", "b", "c", "d"), None, labels="last")) == ["d<|im_end|>"]
 
 
+def test_a_plain_prompt_with_earlier_answers_is_what_the_row_has_before_the_next() -> None:
+    tokenizer = make_tokenizer(None, bos=True)
+    conversation = talk("a", "b", "c", "d", system="s")
+    ((encoded,),) = Encoder(tokenizer).encode([conversation], ["row 1"])
+    given_prompt = Encoder(tokenizer).prompt(conversation.messages[:-1])
+    assert text_of(given_prompt) == "<s>s\na\nb<|im_end|>c\n"
+    assert encoded.tokens[: encoded.prompt_length] == given_prompt
+
+
 def test_chat_and_plain_rows_keep_their_places_in_a_batch() -> None:
     records = [Text("one"), talk("a", "b"), Pair("c", "d"), Text("two")]
     places = [f"row {i}" for i in range(4)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page
+from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page, write_pages
 from deltaw.reports.recorded import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
@@ -44,7 +44,7 @@ def test_a_finished_run_is_told_whole(tmp_path):
     ):
         assert heading in told
     assert "before training no idea ✗ not as expected" in told and "step 60 answer 60 ✓ as expected" in told
-    assert "1 answers in between" in told or "2 answers in between" in told
+    assert "2 answers in between, row 7" in told
     assert page.marked[1:] == ["the answer<|im_end|>"]
     assert "usual for lora" in told and "0.00092" in told
     assert "deltaw chat" in told and "deltaw eval" in told
@@ -187,6 +187,20 @@ def test_a_search_of_the_learning_rate_is_shown(tmp_path):
         assert "Search of the learning rate" not in page_of(folder).words
 
 
+def test_what_happened_on_the_way_is_noted(tmp_path):
+    folder = write_run(tmp_path / "one")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "warning": {"kind": "rising_loss", "mean": 2.0}}\n')
+        file.write('{"step": 61, "skipped": {"loss": "nan"}, "learning_rate": 1e-3}\n')
+    told = json.loads((folder / "summary.json").read_text())
+    told["result"]["stopped_early"] = "3 evaluations without improvement"
+    (folder / "summary.json").write_text(json.dumps(told))
+    page = page_of(folder)
+    assert "At step 12: the training loss was rising." in page.text
+    assert "1 step with a loss or gradient that is not finite left out." in page.text
+    assert "Stopped early: 3 evaluations without improvement." in page.text
+
+
 def test_several_sets_of_held_out_rows_are_told_apart(tmp_path):
     folder = write_run(tmp_path / "one", every=1000)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -214,3 +228,11 @@ def test_runs_are_compared_on_one_page(tmp_path):
     for kind in ("c1", "c2", "c3"):
         assert text.count(f'<path class="{kind}"') >= 2
     assert len(text) < LIMIT
+
+
+def test_the_runs_of_a_folder_each_get_a_page_and_several_get_one_in_common(tmp_path):
+    one = write_run(tmp_path / "one")
+    assert write_pages(tmp_path) == [one / NAME]
+    two = write_run(tmp_path / "two", seed=1)
+    assert write_pages(tmp_path) == [one / NAME, two / NAME, tmp_path / "comparison.html"]
+    assert "2 runs compared" in (tmp_path / "comparison.html").read_text()

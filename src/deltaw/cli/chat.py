@@ -10,6 +10,7 @@ import click
 
 from deltaw.cli.options import as_text, console, model_flags
 from deltaw.errors import UserError
+from deltaw.working import working
 
 if TYPE_CHECKING:
     from deltaw.training.inference import InferenceSession
@@ -36,9 +37,9 @@ def command(
 ) -> None:
     """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D
     ends; /new starts over."""
-    from deltaw.training.inference import open_run
-
     notes = console(True)
+    with working("starting"):
+        from deltaw.training.inference import open_run
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     opened.require_generation()
     start = [{"role": "system", "content": system}] if system else []

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.reports.data_check import check_lines
-from deltaw.reports.data_row import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
-from deltaw.training.data_view import check_data, shown_rows
-from deltaw.training.run_folder import SETTINGS
+
+if TYPE_CHECKING:
+    from deltaw.config import RunConfig
 
 
 @click.group("data")
@@ -41,6 +40,9 @@ def show(
 
     FILE is data, a run's YAML file, or a run's folder. --model names the model whose tokenizer reads it.
     """
+    from deltaw.reports.data_row import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
+    from deltaw.training.data_view import shown_rows
+
     out = console(as_json)
     config = _config(file, settings, given)
     found = shown_rows(config, row, count or (3 if row is None else 1), out.print)
@@ -65,6 +67,9 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     FILE is data, a run's YAML file, or a run's folder. --model names the model whose tokenizer reads it. Ends
     with status 2 if training would fail or be pointless.
     """
+    from deltaw.reports.data_check import check_lines
+    from deltaw.training.data_view import check_data
+
     out = console(as_json)
     found = check_data(_config(file, settings, given), out.print)
     for line in check_lines(found):
@@ -76,6 +81,10 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
 
 def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
     """The settings of a run on ``file``, which may itself be settings or a run's folder."""
+    from deltaw.config import RunConfig
+    from deltaw.training.inference import with_saved_template
+    from deltaw.training.run_folder import SETTINGS
+
     flags = nested(given)
     if file is None:
         return RunConfig.read(settings, flags)
@@ -86,6 +95,6 @@ def _config(file: str | None, settings: str | None, given: dict[str, str | None]
     if itself is not None:
         if settings is not None:
             raise UserError(f"'{file}' holds settings, and --settings names others", hint="give one of them")
-        return RunConfig.read(itself, flags)
+        return with_saved_template(RunConfig.read(itself, flags), path)
     flags["data"] = {**flags.get("data", {}), "train": file}
     return RunConfig.read(settings, flags)

@@ -57,13 +57,13 @@ def command(
     as_json: bool,
 ) -> None:
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
-    from deltaw.data.example import Example
-    from deltaw.data.settings import DataSettings
-    from deltaw.reports.scores import answer_table, confusion_table, score_table
-    from deltaw.training.inference import open_run, score_run
-    from deltaw.training.tasks.eval_sets import read_run_data
-
     out = console(as_json)
+    with working("starting"):
+        from deltaw.data.example import Example
+        from deltaw.data.settings import DataSettings
+        from deltaw.reports.scores import answer_table, confusion_table, score_table
+        from deltaw.training.inference import open_run, score_run
+        from deltaw.training.tasks.eval_sets import read_run_data
     opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
     if data is not None:
         settings = opened.data or DataSettings(train=data)

@@ -40,11 +40,11 @@ def command(
 ) -> None:
     """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
     standard input."""
-    from deltaw.data import encode_prompt
-    from deltaw.runtime.generation import generate
-    from deltaw.training.inference import open_run
-
     notes = console(True)
+    with working("starting"):
+        from deltaw.data import encode_prompt
+        from deltaw.runtime.generation import generate
+        from deltaw.training.inference import open_run
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:

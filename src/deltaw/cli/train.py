@@ -6,6 +6,7 @@ import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
+from deltaw.working import working
 
 
 @click.command("train")
@@ -26,13 +27,13 @@ from deltaw.errors import UserError
 def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool, **given: str | None) -> int:
     """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it. The same command again goes on
     with a run that was stopped."""
-    from deltaw.config import RunConfig
-    from deltaw.host.memory import keep_freed_memory
-    from deltaw.reports.closing import show_end
-    from deltaw.reports.progress import TerminalCallback
-    from deltaw.reports.run import fit
-
     out = console(as_json)
+    with working("starting"):
+        from deltaw.config import RunConfig
+        from deltaw.host.memory import keep_freed_memory
+        from deltaw.reports.closing import show_end
+        from deltaw.reports.progress import TerminalCallback
+        from deltaw.reports.run import fit
     if resume is not None and settings is not None:
         raise UserError(
             "a run that goes on has its own settings",

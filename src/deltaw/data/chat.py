@@ -115,14 +115,14 @@ class ChatRenderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
-        texts, _ = render_jinja_template(
+        found: Any = render_jinja_template(
             [list(messages)],  # type: ignore[list-item]
             tools=list(tools) or None,
             chat_template=self.template(bool(tools)),
             add_generation_prompt=generation,
             **self._special,
         )
-        return str(texts[0])
+        return str(found[0][0])
 
     def answers(self, conversation: Conversation, where: str, *, only_last: bool) -> list[Answer]:
         """The answers that are labels, each in its context; if there are none, the last one.

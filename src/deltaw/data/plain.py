@@ -51,13 +51,13 @@ def plain_parts(record: Record, where: str) -> list[PlainPart]:
         if message["role"] != "assistant":
             context.append(message)
             continue
-        parts.append(PlainPart(plain_context(context), False, False))
+        parts.append(PlainPart(_context(context), False, False))
         parts.append(PlainPart(str(message["content"]), True, learned, turn))
         context = []
     return parts
 
 
-def plain_context(messages: Sequence[Message]) -> str:
+def _context(messages: Sequence[Message]) -> str:
     """Messages that precede an answer, one below another."""
     return "".join(f"{message['content']}\n" for message in messages)
 

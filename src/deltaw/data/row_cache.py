@@ -101,14 +101,15 @@ class RowCache:
             found = read(self._open(told), dict(told["facts"]), self.skipped)
             os.utime(about)
         except FileNotFoundError as error:
-            if error.filename == str(about):
-                return None
-            return self._damaged()
+            if error.filename != str(about):
+                self._discard()
+            return None
         except (OSError, ValueError, KeyError, TypeError, DamagedRowsError):
-            return self._damaged()
+            self._discard()
+            return None
         return found
 
-    def _damaged(self) -> None:
+    def _discard(self) -> None:
         self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
         _remove(self.folder, self._key)
 

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Protocol, overload
+from typing import IO, TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
@@ -215,7 +215,7 @@ def _lists(values: np.ndarray, lengths: np.ndarray) -> pyarrow.Array:
 
 
 # Columns of one number or key a row, and of a list of numbers a row.
-_FIXED = {
+_FIXED: dict[str, np.dtype[Any]] = {
     "row": np.dtype(np.int64),
     "ordinal": np.dtype(np.int64),
     "prompt_length": np.dtype(np.int64),
@@ -224,7 +224,11 @@ _FIXED = {
     "key": np.dtype((np.void, KEY_BYTES)),
     "group": np.dtype((np.void, KEY_BYTES)),
 }
-_LISTS = {"tokens": np.dtype(np.int32), "label_spans": np.dtype(np.int32), "answer": np.dtype(np.uint8)}
+_LISTS: dict[str, np.dtype[Any]] = {
+    "tokens": np.dtype(np.int32),
+    "label_spans": np.dtype(np.int32),
+    "answer": np.dtype(np.uint8),
+}
 
 
 class DamagedRowsError(Exception):

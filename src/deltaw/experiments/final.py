@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deltaw.config import RunConfig
@@ -122,7 +123,7 @@ def scores(task: Task, held_out: Sequence[Any], evaluation: Evaluation) -> dict[
     tokenizer = task.tokenizer
     rows = [row for item in held_out for row in rows_of(item)]
 
-    def decode(tokens: object) -> str:
+    def decode(tokens: np.ndarray) -> str:
         return "" if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
 
     constant = constant_scores(evaluation, rows)

@@ -150,11 +150,11 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
     for key, reference in {
         "the file data.train": None if several else trained_on[0],
         "the model's files": config.model,
+        **{f"the file {file}": file for file in several},
         **{
             f"the file data.eval{name and '.'}{name}": held_out_reference(share)
             for name, share in eval_sets(config.data.eval).items()
         },
-        **{f"the file {file}": file for file in several},
     }.items():
         if reference is not None and (content := content_of(reference)):
             flat[key] = content

@@ -73,7 +73,8 @@ def gathered(
 def matrix(runs: Sequence[Found]) -> np.ndarray | None:
     """(seeds, rows): what each held-out row scores; None where the metric has no such form."""
     rows = [run.get("per_row") for run in runs]
-    if not rows or any(not isinstance(row, list) or len(row) != len(rows[0]) for row in rows):
+    lengths = {len(row) if isinstance(row, list) else None for row in rows}
+    if len(lengths) != 1 or None in lengths:
         return None
     return np.asarray(rows, dtype=np.float64)
 

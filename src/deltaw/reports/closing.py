@@ -53,9 +53,12 @@ def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
         )
     if done.steps:
         yield "training loss", f"{done.loss:.4f}, the mean over all steps"
+    if result.stopped_early is not None:
+        yield "stopped early", result.stopped_early
     evaluation = result.evaluation
-    for name, value in evaluation.metrics.items():
-        bounds = evaluation.interval if name == evaluation.main else None
+    main = f"{evaluation.name} {evaluation.main}".strip()
+    for name, value in evaluation.named_metrics().items():
+        bounds = evaluation.interval if name == main else None
         interval = ""
         if bounds is not None:
             low, high = (metric_value(name, bound) for bound in bounds)
@@ -86,7 +89,7 @@ def closing_lines(result: Result) -> Iterator[str]:
             f"{done.tokens / done.seconds:,.0f} tokens/s), "
             f"peak memory {gigabytes(result.peak_memory_bytes)}{plan_note}"
         )
-        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.metrics.items())
+        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.named_metrics().items())
         yield f"training loss {done.loss:.4f}{held_out}"
     if result.drift is not None:
         yield from result.drift.lines()

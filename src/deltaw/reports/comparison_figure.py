@@ -112,7 +112,7 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     notes = {"unfinished": "hollow: not flattened", "same": "cross: one answer to every row"}
     shown = [note for kind, note in notes.items() if kind in kinds]
     if any(len(point.seeds) > 1 for point in _points(comparison)):
-        shown.insert(0, "bars: seeds")
+        shown.insert(0, "short lines: seeds")
     axes.set_xlabel("\n".join(["trained parameters", *(["; ".join(shown)] if shown else [])]))
     axes.grid(True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -17,7 +17,7 @@ from deltaw.version import __version__
 # Columns that the table takes at most: longer lines are hard to read.
 WIDTH = 100
 # Characters of a value; a longer one, such as a path, is shortened at its beginning.
-VALUE = 30
+VALUE = 22
 
 
 def run_header(start: RunStart, plan: Plan | None, limit_bytes: int | None, width: int) -> RenderableType:

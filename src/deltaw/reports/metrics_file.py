@@ -51,7 +51,8 @@ class Metrics:
         columns: by name of :data:`COLUMNS`, one number a step (nan where a line has none), in the order of
             the steps.
         evaluations: step and metrics by name, those of named sets as ``set/metric``.
-        samples: the sample answers. drifts: step and its numbers.
+        samples: the sample answers. drifts: step and its numbers. warnings: step and kind.
+        skipped: steps whose loss or gradient was not finite, and that were left out.
         damaged: lines that could not be read.
     """
 
@@ -59,6 +60,8 @@ class Metrics:
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     samples: list[SampleAnswer] = field(default_factory=list)
     drifts: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+    skipped: int = 0
     damaged: int = 0
 
     def __len__(self) -> int:
@@ -101,6 +104,7 @@ def read_metrics(path: Path) -> Metrics:
     metrics.evaluations = _last_of_each(metrics.evaluations[-KEPT:])
     metrics.drifts = _last_of_each(metrics.drifts[-KEPT:])
     metrics.samples = metrics.samples[-KEPT:]
+    metrics.warnings = metrics.warnings[-KEPT:]
     return metrics
 
 
@@ -120,6 +124,10 @@ def _read_line(line: str, columns: Mapping[str, array], metrics: Metrics) -> Non
         metrics.evaluations.append((step, dict(_flat(values["eval"]))))
     if isinstance(values.get("drift"), Mapping):
         metrics.drifts.append((step, dict(_flat(values["drift"]))))
+    warning = values.get("warning")
+    if isinstance(warning, Mapping):
+        metrics.warnings.append((step, str(warning.get("kind", ""))))
+    metrics.skipped += "skipped" in values
     if isinstance(values.get("samples"), list):
         metrics.samples += [_sample(step, one) for one in values["samples"] if isinstance(one, Mapping)]
 

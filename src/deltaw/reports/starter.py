@@ -33,6 +33,8 @@ MODELS = {
 }
 # Rows that are tokenized to find the longest, and characters of a token where there is no tokenizer.
 SEEN_ROWS, CHARACTERS = 20_000, 3
+# Tokens that a chat template puts around each text, and around a row (a system prompt of its own).
+AROUND_TEXT, AROUND_ROW = 4, 32
 # A column of numbers with more values than this is hardly one of classes.
 MANY_CLASSES = 20
 _ANYTHING = 10**9
@@ -197,8 +199,8 @@ def _longest(rows: Rows, reference: str, model: str | None, task: str) -> tuple[
         counted = _counted(reference, folder, task)
         if counted is not None:
             return counted, False
-    characters = max((_characters(list(row.values())) for _, row in rows), default=0)
-    return math.ceil(characters / CHARACTERS), True
+    most = max((_estimated(list(row.values())) for _, row in rows), default=0)
+    return most + AROUND_ROW, True
 
 
 def _counted(reference: str, folder: Path, task: str) -> int | None:
@@ -218,13 +220,13 @@ def _counted(reference: str, folder: Path, task: str) -> int | None:
     return max(len(example) for example in examples)
 
 
-def _characters(value: object) -> int:
-    """The characters of all texts in a row."""
+def _estimated(value: object) -> int:
+    """The tokens of all texts in a row, by their characters."""
     if isinstance(value, str):
-        return len(value)
+        return math.ceil(len(value) / CHARACTERS) + AROUND_TEXT
     if isinstance(value, Mapping):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(_estimated, value.values()))
+    return sum(map(_estimated, value)) if isinstance(value, list | tuple) else 0
 
 
 def _length(look: Look | None) -> list[str]:

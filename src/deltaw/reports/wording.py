@@ -34,7 +34,7 @@ def metric_value(name: str, value: float | None) -> str:
     """A share in percent, anything else with four digits."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if name.rpartition("/")[2] in SHARES:
+    if name.replace("/", " ").rpartition(" ")[2] in SHARES:
         return f"{value:.1%}"
     return short(value)
 

@@ -84,7 +84,8 @@ class WorkingDisplay:
     def _spin(self, idle: threading.Event) -> None:
         if idle.wait(PATIENCE):
             return
-        status = Status("", console=self._console, refresh_per_second=1 / REDRAW)
+        # As text, since a name of the user's may hold brackets.
+        status = Status(Text(self._shown() or ""), console=self._console, refresh_per_second=1 / REDRAW)
         try:
             status.start()
         except LiveError:
@@ -93,7 +94,6 @@ class WorkingDisplay:
             while not idle.wait(REDRAW):
                 shown = self._shown()
                 if shown is not None:
-                    # As text, since a name of the user's may hold brackets.
                     status.update(Text(shown))
         finally:
             status.stop()

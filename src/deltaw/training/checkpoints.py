@@ -23,8 +23,17 @@ from deltaw.training.checkpoint_files import Checkpoint, DamagedCheckpoint
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import SavedState, TrainState
 
-# What a checkpoint's values hold; the last four say how the run began.
-_KEYS = {"training", "metrics_lines", "best", "extras", "settings", "choices", "rows", "model"}
+# What a checkpoint's values hold, and of which kind; the last four say how the run began.
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "training": dict,
+    "metrics_lines": int,
+    "best": (dict, type(None)),
+    "extras": dict,
+    "settings": dict,
+    "choices": dict,
+    "rows": dict,
+    "model": (str, type(None)),
+}
 
 
 class Stateful(Protocol):
@@ -251,9 +260,9 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     for path in reversed(listed(folder)):
         try:
             found = files.read(path)
-            missing = sorted(_KEYS.difference(found.values))
-            if missing:
-                raise DamagedCheckpoint(f"it has no '{missing[0]}', so another program wrote it")
+            for key, kind in _KEYS.items():
+                if key not in found.values or not isinstance(found.values[key], kind):
+                    raise DamagedCheckpoint(f"it has no '{key}' of a run, so another program wrote it")
             return found, damaged
         except DamagedCheckpoint as error:
             damaged.append((path, str(error)))

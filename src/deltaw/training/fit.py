@@ -70,6 +70,7 @@ class Result:
     peak_memory_bytes: int
     plan: Plan | None = None
     trained_parameters: int = 0
+    method: str = ""
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
@@ -77,7 +78,6 @@ class Result:
     stopped_early: str | None = None
     resumed_from_step: int | None = None
     checkpoints: Sequence[Path] = ()
-    method: str = "lora"
 
     @property
     def planned_memory_bytes(self) -> int | None:
@@ -229,6 +229,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         _peak_bytes(device),
         plan=plan,
         trained_parameters=trained,
+        method=config.method,
         writes_text=not task.has_labels,
         drift=drift,
         arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
@@ -236,7 +237,6 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
         stopped_early=monitor.stopped,
         resumed_from_step=start.step,
         checkpoints=listed(output / FOLDER),
-        method=config.method,
     )
 
 

@@ -57,6 +57,7 @@ class RunSummary:
 
     def __init__(self) -> None:
         self._folder: Path | None = None
+        self._session: Session | None = None
         self._values: dict[str, object] = {}
 
     def begin(
@@ -69,7 +70,7 @@ class RunSummary:
                 gives.
             chosen: what the run chose itself.
         """
-        self._folder = folder
+        self._folder, self._session = folder, session
         data, config = session.data, session.config
         self._values = {
             "version": VERSION,
@@ -88,7 +89,7 @@ class RunSummary:
                 "lengths": length_counts(data.train),
                 "examples": example_rows(data.train, session.task.tokenizer, data.classes),
             },
-            "chosen": {key: {"value": c.value, "why": c.why} for key, c in chosen.items()},
+            "chosen": _told(chosen),
             "notes": list(session.said),
             "plan": None if plan is None else {**plan.as_dict(), "limit_bytes": limit},
             "versions": versions(),
@@ -104,6 +105,8 @@ class RunSummary:
     def finished(self, result: Done) -> Done:
         """Note how the run ended, and pass its result on."""
         state = INTERRUPTED if result.interrupted else FINISHED
+        if state == FINISHED and result.stopped_early is None:  # a time budget plans the steps on the way
+            self._values["total_steps"] = result.outcome.steps
         self._end(state, {"result": result.as_dict()})
         return result
 
@@ -128,16 +131,28 @@ class RunSummary:
             return
         writes = self._values.get("writes_text") is True
         commands = next_commands(self._folder, state, str(self._values["method"]), writes)
+        session, self._session = self._session, None
+        if session is not None:  # with what was chosen on the way
+            self._values["chosen"] = {**self._chosen(), **_told(session.chosen)}
         self._values |= {"state": state, "ended": time.time(), "commands": commands, **more}
         try:
             self._write()
         except (OSError, UserError) as error:
             warnings.warn(f"{self._folder / NAME} could not be written: {error}", stacklevel=2)
 
+    def _chosen(self) -> dict[str, object]:
+        chosen = self._values.get("chosen")
+        return dict(chosen) if isinstance(chosen, Mapping) else {}
+
     def _write(self) -> None:
         assert self._folder is not None
         text = json.dumps(plain(self._values), ensure_ascii=False, allow_nan=False, indent=1)
         write_text(self._folder / NAME, text + "\n")
+
+
+def _told(chosen: Mapping[str, Choice]) -> dict[str, object]:
+    """Choices as plain values."""
+    return {key: {"value": choice.value, "why": choice.why} for key, choice in chosen.items()}
 
 
 def _started(folder: Path) -> float | None:

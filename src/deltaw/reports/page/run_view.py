@@ -36,6 +36,11 @@ from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next
 # The most prompts whose answers are shown, answers in between of one, and characters of a text.
 PROMPTS, BETWEEN, TEXT = 12, 20, 3000
 SETTINGS_TEXT = 40_000
+WARNINGS = {
+    "gradient_norm": "the gradient norm was far above what it had been",
+    "clipped": "nearly all gradients were clipped",
+    "rising_loss": "the training loss was rising",
+}
 STATES = {
     RUNNING: "running",
     FINISHED: "finished",
@@ -176,6 +181,13 @@ def notices(record: RecordedRun) -> list[str]:
     if record.state in (INTERRUPTED, KILLED):
         of = f" of {record.total_steps:,}" if record.total_steps else ""
         found.append(f"The run ended after {record.steps:,} steps{of}. The same command goes on with it.")
+    if isinstance(record.result.get("stopped_early"), str):
+        found.append(f"Stopped early: {record.result['stopped_early']}.")
+    if record.metrics.skipped:
+        steps = "1 step" if record.metrics.skipped == 1 else f"{record.metrics.skipped:,} steps"
+        found.append(f"{steps} with a loss or gradient that is not finite left out.")
+    for step, kind in record.metrics.warnings[:6]:
+        found.append(f"At step {step:,}: {WARNINGS.get(kind, metric_name(kind))}.")
     if record.metrics.damaged:
         found.append(f"{record.metrics.damaged} lines of metrics.jsonl could not be read.")
     change = number(_map(record.result.get("drift")).get("change"))
