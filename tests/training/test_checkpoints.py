@@ -50,7 +50,9 @@ class Snapshots(Callback):
             self._take(f"evaluation {step}")
 
     def _take(self, name):
-        self.taken[name] = shutil.copytree(self.run, self.into / name.replace(" ", "-"))
+        # What the thread is about to rename would be gone before it is copied.
+        half = shutil.ignore_patterns(f"{files.PARTIAL}*", f"{files.DELETED}*")
+        self.taken[name] = shutil.copytree(self.run, self.into / name.replace(" ", "-"), ignore=half)
 
 
 class Told(Callback):

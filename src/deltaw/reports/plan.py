@@ -13,6 +13,7 @@ from rich.text import Text
 from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
+from deltaw.reports.wording import gigabytes
 
 # In the order in which they are stacked, with a color for the terminal and one for the picture (both from a
 # palette that color-blind readers can tell apart).
@@ -217,15 +218,6 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
         f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})",
         f"  most of it: {most}",
     ]
-
-
-def gigabytes(size: int) -> str:
-    """``1.23 GB``, ``45.0 MB`` or ``6 kB``, decimal."""
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    if size < 1e6:
-        return f"{size / 1e3:.0f} kB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def budget_table(found: Sequence[Fitting]) -> Table:

@@ -5,21 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-from deltaw.reports.plan import gigabytes
-
-__all__ = [
-    "count",
-    "duration",
-    "gigabytes",
-    "metric_name",
-    "metric_value",
-    "rate",
-    "short",
-    "shown",
-    "tick",
-    "when",
-]
-
 # Metrics that are shares of rows, shown in percent.
 SHARES = ("accuracy", "exact_match", "macro_f1", "f1", "match")
 MISSING = "–"
@@ -111,3 +96,12 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
+
+
+def gigabytes(size: int) -> str:
+    """``1.23 GB``, ``45.0 MB`` or ``6 kB``, decimal."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
