@@ -39,6 +39,7 @@ def test_a_training_ends_once_its_loss_is_flat(try_out, method, rate):
     rates = []
     curve = trial.until_flat(rate, Budget(400), on_step=lambda step: rates.append(step.learning_rate))
     assert curve.flattened and curve.outcome.steps < 400
+    assert curve.points[0][0] == 0 and curve.points[0][1] > 2 * curve.best_loss
     ended = curve.points[-2][0]
     assert curve.outcome.steps == ended + max(1, round(0.2 * ended))
     warm = math.ceil(0.03 * 400)
@@ -51,7 +52,7 @@ def test_a_training_ends_once_its_loss_is_flat(try_out, method, rate):
 def test_in_the_end_the_parameters_are_those_of_the_lowest_loss(try_out, method, precision):
     trial = try_out(method=method, precision=precision, train={"eval_every": 2})
     curve = trial.until_flat(0.3, Budget(24))  # a rate at which the loss goes up and down
-    lowest = min(loss for _, loss in curve.points)
+    lowest = min(loss for step, loss in curve.points if step)
     assert curve.best_loss == lowest and dict(curve.points)[curve.best_step] == lowest
     assert validated(trial) == pytest.approx(lowest, rel=1e-6)
 
@@ -76,7 +77,7 @@ def test_time_ends_a_training_too(try_out, monkeypatch):
 def test_the_cooldown_begins_where_the_loss_was_lowest(try_out, monkeypatch):
     """With a made-up loss that is lowest at step 4, the last steps start from the parameters of step 4."""
     trial = try_out(train={"eval_every": 4})
-    made_up = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    made_up = iter([0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
     seen = {}
 
     class Made:

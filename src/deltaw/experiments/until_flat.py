@@ -52,7 +52,7 @@ class Curve:
     """What a training came to.
 
     Attributes:
-        points: step and validation loss of each evaluation.
+        points: step and validation loss of each evaluation, step 0 for the untrained model.
         flattened: whether the loss flattened before the budget ended.
         best_step, best_loss: of the lowest validation loss; the trained parameters are those.
         outcome: sums over all steps.
@@ -138,6 +138,7 @@ class _Training:
     def begin(self, state: TrainState) -> None:
         self._state = state
         state.schedule = Schedule("constant", self.rate, self.most, self.warmup)
+        self.curve.points.append((0, self._validated()))
         self.began = time.monotonic()
 
     def after(self, step: int) -> None:
@@ -150,7 +151,8 @@ class _Training:
         flat, ended = False, self._budget_ends(step)
         if step % self.every == 0 or ended:
             self._evaluate(step)
-            flat = has_flattened([loss for _, loss in self.curve.points])
+            untrained, *losses = (loss for _, loss in self.curve.points)
+            flat = has_flattened(losses, untrained)
         if flat or ended:
             self.curve.flattened = flat
             self._cool_down(step)
@@ -162,13 +164,16 @@ class _Training:
         return seconds is not None and (time.monotonic() - self.began) * (1 + COOLDOWN) >= seconds
 
     def _evaluate(self, step: int) -> None:
-        metrics = self.session.evaluate(self.validation).metrics
-        loss = metrics["loss"] if "loss" in metrics else metrics["mse"]
+        loss = self._validated()
         self.curve.points.append((step, loss))
         assert self._state is not None
         if loss < self.best.loss:
             self.best.take(step, loss, self._state.trained)
         self.on_validation(step, loss)
+
+    def _validated(self) -> float:
+        metrics = self.session.evaluate(self.validation).metrics
+        return metrics["loss"] if "loss" in metrics else metrics["mse"]
 
     @torch.no_grad()
     def _cool_down(self, step: int) -> None:
