@@ -305,6 +305,7 @@ def _overlaid(below: Mapping, above: Mapping) -> dict:
 
 def _what_fits(message: str) -> str:
     """The validator's "Input should be …" without its subject, and without the reason of a parsing error."""
+    message = message.removeprefix("Value error, ")
     if not message.startswith("Input should "):
         return f"be right: {message[:1].lower()}{message[1:]}"
     return message.removeprefix("Input should ").partition(", unable")[0]

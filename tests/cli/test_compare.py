@@ -79,7 +79,7 @@ def test_ctrl_c_says_how_to_go_on(call, file, monkeypatch):
         ("compare", ["--share", "0"], ["--share"]),
         ("compare", ["--seeds", "0"], ["--seeds"]),
         ("compare", ["--methods", "lora,head", "--reference", "hed"], ["'hed'", "did you mean 'head'"]),
-        ("compare", ["--budget", "soon"], ["'soon' is not a time", "10m"]),
+        ("compare", ["--budget", "soon"], ["train.time", "'soon'", "a duration such as 90s"]),
         ("tune", ["--search", "lora.rnk=[4]"], ["lora.rank"]),
         ("tune", ["--search", "lora.rank=4"], ["neither a range nor a list"]),
         ("tune", ["--trials", "0"], ["--trials"]),

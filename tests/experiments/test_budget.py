@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from deltaw.errors import UserError
-from deltaw.experiments.budget import Budget, budget_of, seconds_of
+from deltaw.experiments.budget import Budget, budget_of
 from deltaw.train_settings import TrainSettings
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1h30m", 5400), ("2 h", 7200)]
-)
-def test_times_are_read(text, seconds):
-    assert seconds_of(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "10", "ten minutes", "0m", "-5m", "5m later"])
-def test_what_is_no_time_is_refused(text):
-    with pytest.raises(UserError, match="is not a time"):
-        seconds_of(text)
 
 
 def test_steps_come_from_epochs_unless_time_is_given():

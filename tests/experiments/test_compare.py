@@ -297,9 +297,10 @@ class TestSeeds:
         here.asked = []
         again, _ = compared(settings, tmp_path / "out", ["lora", "head"], rates=self.RATES, seeds=3)
         assert here.asked == ["run head", "run lora", "run head"]
-        assert {r.method: (r.score, r.seeds[2].validation_loss) for r in again.results} == {
-            r.method: (r.score, r.seeds[2].validation_loss) for r in comparison.results
-        }
+        # What frozen layers give is computed with other rows the second time, so it rounds otherwise.
+        for ended, whole in zip(again.results, comparison.results, strict=True):
+            assert ended.method == whole.method and ended.score == pytest.approx(whole.score, rel=1e-5)
+            assert ended.seeds[2].validation_loss == pytest.approx(whole.seeds[2].validation_loss, rel=1e-5)
 
     def test_a_seed_that_diverges_is_named_and_its_method_not_scored(self, done, here, tmp_path, monkeypatch):
         settings = done[0]
@@ -341,7 +342,7 @@ def test_time_can_be_the_budget(here, study_settings, tmp_path):
     settings = study_settings(tmp_path / "run", train={"time": "1s", "max_steps": 30})
     comparison, _ = compared(settings, tmp_path / "out", ["head"], rates={"head": [1e-3]})
     assert 1 <= comparison.results[0].steps <= 30
-    for changes, word in [({"time": "soon"}, "not a time"), ({}, "--reference")]:
+    for changes, word in [({"time": "soon"}, "train.time"), ({}, "--reference")]:
         given = study_settings(tmp_path / "run", train=changes)
         with pytest.raises(UserError, match=word):
             compared(given, tmp_path / "other", ["head"], reference=None if changes else "lora")

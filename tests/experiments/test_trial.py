@@ -73,7 +73,8 @@ def test_rows_are_drawn_by_the_seed():
     for count, wanted in [(2, 1), (22, 2), (1000, 100), (9000, 256)]:
         training, validation = split_off(range(count), seed=3)
         assert len(validation) == wanted and sorted([*training, *validation]) == list(range(count))
-    assert split_off(range(50), 1) == split_off(range(50), 1) != split_off(range(50), 2)
+    rows = list(range(50))
+    assert split_off(rows, 1) == split_off(rows, 1) != split_off(rows, 2)
     with pytest.raises(UserError, match="none to validate"):
         split_off([1], 0)
 

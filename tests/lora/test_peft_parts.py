@@ -250,6 +250,16 @@ def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
     assert (ours - theirs).norm() <= tolerance * theirs.norm(), float((ours - theirs).norm() / theirs.norm())
 
 
+def _same(ours: Tensor, theirs: Tensor, base: nn.Module) -> None:
+    """Equal to the bit, unless torch computes an attention without an adapter in one fused operation, which
+    adds up in another order."""
+    fused = any(isinstance(module, nn.MultiheadAttention) for module in base.modules())
+    if fused:
+        _close(ours, theirs, 1e-6)
+    else:
+        assert torch.equal(ours, theirs)
+
+
 @_EACH
 def test_ten_steps_give_pefts_tensors_under_pefts_names(case, tmp_path):
     base, ours, theirs = _trained(case, _mend)
@@ -311,14 +321,14 @@ def test_disabled_merged_and_detached(case):
         plain, expected = _output(base, base), _output(ours, base)
         assert (expected - plain).norm() > 1e-3 * plain.norm()
         with disabled(ours):
-            assert torch.equal(_output(ours, base), plain)
+            _same(_output(ours, base), plain, base)
         assert torch.equal(_output(ours, base), expected)
         if "nobias" not in case.ours["target_modules"] or not case.ours.get("lora_bias"):
             trained = [p.clone() for _, p in adapter_parameters(ours)]
             merge(ours)
             _close(_output(ours, base), expected)
             with disabled(ours):
-                assert torch.equal(_output(ours, base), plain)
+                _same(_output(ours, base), plain, base)
             unmerge(ours)
             assert torch.equal(_output(ours, base), expected)
             assert all(torch.equal(a, b) for a, (_, b) in zip(trained, adapter_parameters(ours), strict=True))

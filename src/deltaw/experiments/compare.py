@@ -18,7 +18,6 @@ from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.budget import seconds_of
 from deltaw.experiments.child import Child, WorkerEnded
 from deltaw.experiments.comparison import BASE, Comparison
 from deltaw.experiments.entry import Entry
@@ -136,8 +135,6 @@ def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str
             where="--reference",
             hint=did_you_mean(reference, methods),
         )
-    if config.train.time is not None:
-        seconds_of(config.train.time)
 
 
 def _entry(

@@ -166,5 +166,5 @@ def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(
     goes_on(tmp_path / "step-25", run)
     result = fit(settings(run, train=train), callback=second)
     assert first.begun == 3000 and second.begun < 300, "the plan is that of the first process"
-    assert second.state.schedule.planned and result.resumed_from_step == 24
+    assert second.state.schedule.planned and result.resumed_from_step in (20, 24)  # whichever was durable
     assert 0.6 * whole.outcome.steps < result.outcome.steps <= 1.4 * whole.outcome.steps

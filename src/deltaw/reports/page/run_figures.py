@@ -10,7 +10,7 @@ import numpy as np
 from deltaw.reports.page.curves import evenly, smoothed, thinned
 from deltaw.reports.page.figure import Figure, Numbers
 from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
-from deltaw.reports.plan import PARTS
+from deltaw.reports.plan_parts import PARTS
 from deltaw.reports.recorded import RecordedRun, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
 
