@@ -1,82 +1,41 @@
-"""A real server in a thread, on a free port, over an engine that needs no model."""
+"""Servers for the tests, which are skipped where a package that the server needs is missing."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs FastAPI: pip install 'deltaw[serve]'")
-pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install 'deltaw[serve]'")
-httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
-
-from deltaw.serving.http.app import create_app
-from deltaw.serving.http.served import Served
-from deltaw.serving.http.server import Server, listening_socket, url_of
-from deltaw.serving.http.settings import ServerSettings
-from deltaw.serving.http.texts import Desk
-from tests.serving.http.fake_engine import FakeEngine, fake_served
+if TYPE_CHECKING:
+    from deltaw.serving.http.settings import ServerSettings
+    from tests.serving.http.running import Running
 
 
-@dataclass
-class Running:
-    """A server that is running."""
-
-    url: str
-    served: Served
-    desk: Desk
-    server: Server
-
-    @property
-    def engine(self) -> FakeEngine:
-        assert isinstance(self.served.engine, FakeEngine)
-        return self.served.engine
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, port = self.url.removeprefix("http://").split(":")
-        return host, int(port)
-
-    def client(self, **changes: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, **changes)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def running(served: Served, settings: ServerSettings) -> Iterator[Running]:
-    """A server while the block is open."""
-    app, desk = create_app(served, settings)
-    assert desk is not None
-    bound = listening_socket(settings)
-    began = threading.Event()
-    server = Server(app, desk, settings, began.set)
-    thread = threading.Thread(target=server.run, args=([bound],))
-    url = url_of(settings, bound)
-    thread.start()
-    try:
-        assert began.wait(20)
-        yield Running(url, served, desk, server)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert served.engine is not None
-        served.engine.close()
-        desk.close()
-    assert not thread.is_alive()
+@pytest.fixture(scope="session")
+def packages() -> None:
+    for name in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
+        pytest.importorskip(name, reason=f"the server's tests need {name}: it is in the extra 'dev'")
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    """One server with two adapters, for tests that leave it as it is."""
-    with running(fake_served("poet", "clerk"), ServerSettings(port=0)) as server:
+def shared(packages: None) -> Iterator[Running]:
+    """One server with adapters, for tests that leave it as it is."""
+    from deltaw.serving.http.settings import ServerSettings
+    from tests.serving.http.fake_engine import fake_served
+    from tests.serving.http.running import running
+
+    with running(fake_served("poet", "clerk", "tools"), ServerSettings(port=0)) as server:
         yield server
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Running]]:
+def start(packages: None) -> Iterator[Callable[..., Running]]:
     """Starts servers of the test's own settings, and ends them after it."""
+    from tests.serving.http.fake_engine import fake_served
+    from tests.serving.http.running import running
+
     with contextlib.ExitStack() as stack:
 
         def started(settings: ServerSettings, *names: str, **changes: object) -> Running:

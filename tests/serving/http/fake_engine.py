@@ -18,11 +18,15 @@ from deltaw.errors import UserError
 from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.served import Load, Served
 from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, Written
-from tests.byte_models import byte_tokenizer
+from tests.byte_models import TEMPLATE, byte_tokenizer
 
 POSITIONS = 4096
 # Texts that a prompt's last line asks for.
 SLOW, FAIL, LONG = "be slow", "fail", "go on"
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\nUse <tool_call></tool_call><|im_end|>\n{% endif %}"
+    + TEMPLATE
+)
 BYTES = 3  # the first token that stands for a byte
 
 
@@ -103,7 +107,7 @@ class FakeWriting:
             return _matching(request.constraint.kind, request.constraint.value)
         if line.startswith("say "):
             return line.removeprefix("say ").replace("\\n", "\n")
-        name = f"{request.adapter}: " if request.adapter else ""
+        name = f"{request.adapter}: " if request.adapter not in (None, "tools") else ""
         drawn = f" {request.sampling.seed}" if request.sampling.temperature else ""
         return name + (line * 20 if line == SLOW else line.upper()) + drawn
 
@@ -182,11 +186,13 @@ class FakeShelf:
 def fake_served(*names: str, **changes: object) -> Served:
     """A base model "base" with adapters of these names."""
     engine = FakeEngine(names)
-    prompts = TokenizerPrompts(byte_tokenizer())
+    plain, with_tools = byte_tokenizer(), byte_tokenizer()
+    with_tools.chat_template = TOOLS_TEMPLATE
+    prompts = {True: TokenizerPrompts(with_tools), False: TokenizerPrompts(plain)}
     values: dict[str, object] = {
         "name": "base",
         "engine": engine,
-        "prompts": lambda adapter: prompts,
+        "prompts": lambda adapter: prompts[adapter == "tools"],
         "positions": POSITIONS,
         "shelf": FakeShelf(engine),
         "load": lambda: Load(running=engine.running, pages=10, adapters_loaded=len(engine.names)),
