@@ -6,6 +6,7 @@ that a test sees which prompt and which adapter a text came from. Some prompts m
 
 from __future__ import annotations
 
+import codecs
 import json
 import threading
 import time
@@ -37,6 +38,7 @@ class FakeWriting:
         self._engine = engine
         self._request = request
         self._cancelled = threading.Event()
+        self._failed = False
         self._began = time.monotonic()
 
     def cancel(self) -> None:
@@ -45,6 +47,8 @@ class FakeWriting:
             self._engine.cancelled += 1
 
     def result(self) -> Written:
+        if self._failed:
+            raise RuntimeError("a secret of the engine")
         pieces = list(self)
         tokens = np.asarray([t for piece in pieces for t in piece.tokens], dtype=np.int32)
         finish = pieces[-1].finish
@@ -67,7 +71,9 @@ class FakeWriting:
         prompt = self._engine.text_of(request.tokens)
         line = prompt.replace("<|im_end|>\n<|im_start|>assistant\n", "").splitlines()[-1]
         if line == FAIL:
-            raise RuntimeError("a secret of the engine")
+            self._failed = True
+            yield Piece("", finish="error")
+            return
         text, finish = self._text(line), "stop"
         for stop in request.stop:
             text = text.partition(stop)[0]
@@ -78,18 +84,18 @@ class FakeWriting:
         told = request.sampling.logprobs is not None
         first = self._logprobs(request.tokens[1:]) if told and request.prompt_logprobs else ()
         reused = len(request.tokens) // 2
-        done: list[int] = []
+        # As in a real engine, a character comes with its last byte.
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        done = 0
         for token in self._endless(tokens) if finish == "length" else tokens:
             if (ended := self._ended()) is not None:
                 yield Piece("", finish=ended)
                 return
-            if len(done) == request.max_new_tokens:
+            if done == request.max_new_tokens:
                 break
-            # As in a real engine, a character comes with its last byte.
-            before = self._whole(done)
-            done.append(token)
+            done += 1
             logprobs = first + (self._logprobs([token]) if told else ())
-            yield Piece(self._whole(done)[len(before) :], (token,), logprobs, reused=reused)
+            yield Piece(decoder.decode(bytes([_byte(token)])), (token,), logprobs, reused=reused)
             reused, first = 0, ()
             if pause:
                 self._cancelled.wait(pause)
@@ -115,10 +121,6 @@ class FakeWriting:
     def _endless(tokens: list[int]) -> Iterator[int]:
         while True:
             yield from tokens
-
-    @staticmethod
-    def _whole(tokens: list[int]) -> str:
-        return bytes(_byte(token) for token in tokens).decode("utf-8", "ignore")
 
     def _logprobs(self, tokens: object) -> tuple[TokenLogprob, ...]:
         count = self._request.sampling.logprobs or 0

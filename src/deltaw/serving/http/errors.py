@@ -65,7 +65,7 @@ def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError
     """The first mistake that the check of a request's fields found."""
     first = error.errors(include_url=False, include_input=False)[0]
     # Members of unions add names of types to the place; fields have plain names.
-    parts = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    parts = [str(part) for part in first["loc"] if str(part).isdecimal() or str(part).isidentifier()]
     param = ".".join(parts) or first.get("ctx", {}).get("param")
     kind, message = first["type"], str(first["msg"])
     if kind == "extra_forbidden":

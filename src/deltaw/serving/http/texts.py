@@ -80,6 +80,8 @@ class Texts:
         finished = False
         try:
             for piece in writing:
+                if piece.finish == "error":
+                    writing.result()  # raises what the engine failed with
                 finished = finished or piece.finish is not None
                 self._tell(index, piece)
             if not finished:
