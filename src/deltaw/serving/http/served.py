@@ -85,6 +85,7 @@ class Served:
         load: what the engine is doing.
         alive: whether texts can be written now.
         routers: more routes: embeddings, classes, a page. open_paths: those of them that need no key.
+        others: names besides the base model's where there is no engine, such as a classifier's adapters.
     """
 
     name: str
@@ -97,7 +98,8 @@ class Served:
     alive: Callable[[], bool] = field(default=lambda: True)
     routers: tuple[APIRouter, ...] = ()
     open_paths: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
 
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may give besides the base model's."""
-        return () if self.engine is None else self.engine.adapters()
+        return self.others if self.engine is None else self.engine.adapters()
