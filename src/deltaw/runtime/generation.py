@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from deltaw.errors import UserError
-from deltaw.hub.loading import attention_of
+from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.linear import linear
@@ -209,7 +209,7 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    with attention_of(model, "sdpa"), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
+    with attention_of(model, ordinary_attention(model)), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
         torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.

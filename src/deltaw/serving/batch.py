@@ -111,6 +111,8 @@ class Batch:
         parts = self._parts()
         if not parts:
             return
+        self.steps += 1
+        self.tokens += sum(part.stop - part.start for part in parts)
         try:
             logits, wanted = self._compute(parts)
             self._note(parts)
@@ -119,23 +121,18 @@ class Batch:
             for part in parts:
                 if part.run.slot >= 0:
                     self._fail(part.run, error)
-        self.steps += 1
-        self.tokens += sum(part.stop - part.start for part in parts)
 
     def end_all(self, error: BaseException | None) -> None:
         """End every request at once: as cancelled, or with an error."""
-        for run in list(self.running):
+        for run in [*self.running, *self.waiting]:
             self._leave(run)
-            self.running.remove(run)
-            self._close(run, error)
-        while self.waiting:
-            self._close(self.waiting.popleft(), error)
-
-    def _close(self, run: Run, error: BaseException | None) -> None:
-        if error is None:
-            run.finish("cancelled")
-        else:
-            run.writing.fail(error)
+            self._let_go(run)
+            if error is None:
+                run.finish("cancelled")
+            else:
+                run.writing.fail(error)
+        self.running.clear()
+        self.waiting.clear()
 
     def _sweep(self) -> None:
         """End requests that were cancelled, or whose time is up."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltaw.hub.loading import attention_of
+from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.linear import quantized_rows
@@ -110,7 +110,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), attention_of(model, "sdpa"):
+        with torch.no_grad(), attention_of(model, ordinary_attention(model)):
             yield
     finally:
         for module in training:

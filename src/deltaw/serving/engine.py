@@ -7,6 +7,7 @@ a step does is said in ``batch``.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from deltaw.serving.running import Run
 from deltaw.serving.sampling import SamplingState, validate
 from deltaw.serving.text import validate_stops
 from deltaw.serving.writing import QueuedWriting
+
+# How long to wait where all that is in hand waits for an adapter that somebody else holds.
+_NOTHING_STARTS = 0.005
 
 
 @dataclass(frozen=True)
@@ -235,3 +239,5 @@ class Engine:
                     return
             with self._stepping:
                 self._turn()
+            if not self._batch.running and not self._batch.idle:
+                time.sleep(_NOTHING_STARTS)
