@@ -34,6 +34,7 @@ from deltaw.hub.loading import attention_of
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.linear import linear
+from deltaw.runtime.text_pieces import TextPieces, text_of
 
 
 @dataclass(frozen=True)
@@ -315,11 +316,7 @@ def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, ends: list[
     at = np.flatnonzero(np.isin(row, ends)) if ends else np.empty(0, dtype=int)
     tokens = row[: at[0]] if at.size else row
     terminator = int(row[at[0]]) if at.size else None
-    return Completion(tokens, _text(tokenizer, tokens.tolist()), bool(at.size), terminator)
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return Completion(tokens, text_of(tokenizer, tokens.tolist()), bool(at.size), terminator)
 
 
 class _Tokens(BaseStreamer):
@@ -354,30 +351,12 @@ class _Closed(StoppingCriteria):
 
 
 def _pieces(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Iterator[str]:
-    """The text of the tokens as it becomes certain.
-
-    Decoding each token alone would break characters of several tokens and lose spaces, decoding everything
-    each time would cost the square of the length. So a few tokens are decoded together: ``held`` are those
-    whose text is not all given out, and the ones before them that a tokenizer needs to see for context.
-    """
-    held: list[int] = []
-    given = ""  # the text of ``held`` that has been given out
+    """The text of the tokens as it becomes certain, terminators left out."""
+    text = TextPieces(tokenizer)
     while (token := tokens.queue.get()) is not None:
         if isinstance(token, BaseException):
             raise token
-        if ends and token in ends:
-            continue
-        held.append(token)
-        text = _text(tokenizer, held)
-        if text.endswith("\ufffd"):  # a character that has begun and not ended
-            continue
-        if len(text) > len(given):
-            yield text[len(given) :]
-        given = text
-        last = _text(tokenizer, held[-1:])
-        if len(held) > 16 and "\ufffd" not in last:
-            # Start anew with the last token alone, whose text then stands for what was given.
-            held, given = held[-1:], last
-    rest = _text(tokenizer, held)
-    if len(rest) > len(given):
-        yield rest[len(given) :]
+        if not (ends and token in ends) and (piece := text.add(token)):
+            yield piece
+    if rest := text.end():
+        yield rest

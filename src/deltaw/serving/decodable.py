@@ -1,0 +1,291 @@
+"""From a live model to a decoder over its own weights, and whether that decoder says what the model says.
+
+Blocks are recognized as for training (``runtime/fused_blocks``), what stands around them is found by running
+the model's code (``probes``). Then logits of some forty tokens, in chunks and one by one, are compared with the
+model's own: in fp32 on a small copy of the model, which verifies the code, and in the model's own precision on
+the model, which verifies the weights. A model that does not pass is decoded by transformers.
+
+Weights are read where they lie; only transposed layers (``Conv1D``) and a head in int8 are copies. A decoder is
+of the model as it is now: within a method's ``without``, of the base model.
+
+Knows models; not requests, adapters or pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.hub.loading import attention_of
+from deltaw.kernels.decode import Decoder, PackedAdapter
+from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
+from deltaw.kernels.linear import quantized_rows
+from deltaw.runtime.fused import FusedBlock
+from deltaw.runtime.packed import fused_blocks
+from deltaw.runtime.padded import fused_padded_blocks
+from deltaw.runtime.projections import Projection
+from deltaw.runtime.roles import BlockRoles, Norms, activation_kind, norm_form, part
+from deltaw.runtime.small_copy import small_copy
+from deltaw.serving.probes import Entry, NotDecodable, Prober
+
+# Tokens that are compared, and how many of them come one by one behind a first chunk.
+SAMPLE, CHUNK, SINGLE = 40, 17, 3
+# Relative difference of logits in fp32 that is rounding and no more.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Decodable:
+    """A model as a decoder.
+
+    Attributes:
+        decoder: over the model's weights. entry: how tokens become its rows.
+        blocks, roles: of the model, in order, with their descriptions.
+        vocabulary: how many logits there are.
+        why: how well it was verified, in a few words.
+    """
+
+    decoder: Decoder
+    entry: Entry
+    blocks: tuple[nn.Module, ...]
+    roles: tuple[BlockRoles, ...]
+    vocabulary: int
+    why: str = ""
+    alive: tuple[nn.Module, ...] = field(default=(), repr=False)
+
+    @property
+    def positions(self) -> int:
+        """How many positions a text may have."""
+        return self.entry.limit
+
+
+def decodable(model: PreTrainedModel, *, most_positions: int = 1 << 17, int8_head: bool = False) -> Decodable:
+    """A verified decoder of the model as it is now, its low-rank factors left out.
+
+    Args:
+        most_positions: at most so many are provided for.
+        int8_head: whether the output head is quantized to int8, in a copy.
+
+    Raises:
+        NotDecodable: the model cannot be decoded so; says why.
+    """
+    if model.device.type != "cpu":
+        raise NotDecodable("on this device the model's own code runs")
+    with evaluating(model):
+        small = _small(model)
+        exact = difference(_assembled(small, 256, False), small)
+        if not exact < TOLERANCE:
+            raise NotDecodable(f"a small copy's logits differ from its own by {exact:.1e}")
+        made = _assembled(model, most_positions, int8_head)
+        rough = difference(made, model)
+    if not rough < tolerance(model, int8_head):
+        raise NotDecodable(f"its logits differ from the model's own by {rough:.1e}")
+    why = f"logits equal the model's own (relative difference {rough:.1e}, in fp32 {exact:.1e})"
+    return Decodable(made.decoder, made.entry, made.blocks, made.roles, made.vocabulary, why)
+
+
+def tolerance(model: PreTrainedModel, int8_head: bool = False) -> float:
+    """How far logits may be from the model's own in the precision of its weights.
+
+    Every half of a block rounds what it adds to the stream; errors of halves are independent, so their sum
+    grows with the root of their number. One rounding to bf16 errs by 2^-9, and a half rounds about ten
+    numbers on the way; int8 errs by about 1 % of a product (``runtime/int8_weights``).
+    """
+    types = {p.dtype for p in model.parameters()}
+    halves = 2 * int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)) + 1
+    if torch.int8 in types or int8_head:
+        return min(0.3, 0.03 * math.sqrt(halves))
+    return TOLERANCE if types == {torch.float32} else min(0.3, 10 * 2.0**-9 * math.sqrt(halves))
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model is in evaluation mode, without graphs; afterwards as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), attention_of(model, "sdpa"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _small(model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        return small_copy(model)
+    except Exception as error:  # whatever foreign code raises for a small configuration
+        raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
+
+
+def _assembled(model: PreTrainedModel, most_positions: int, int8_head: bool) -> Decodable:
+    """A decoder of a model, not verified."""
+    fused = _recognized(model)
+    roles = tuple(block.roles for block in fused)
+    blocks = tuple(block.block for block in fused)
+    prober = Prober(model, blocks, [r.extra_outputs for r in roles])
+    head = model.get_output_embeddings()
+    final = _final_norm(model)
+    try:
+        entry = prober.entry(most_positions, [r.attention.rotary for r in roles])
+        form = prober.logits_form()
+        described = [
+            _block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)
+        ]
+        linear = _linear(head, quantize=int8_head)
+        types = {p.dtype for block in blocks for p in block.parameters()}
+        decoder = Decoder(
+            described,
+            final,
+            linear,
+            [_narrow(table) for table in entry.tables],
+            cache_dtype=torch.float32 if types == {torch.float32} else torch.bfloat16,
+            logits_softcap=form.cap,
+            logits_scale=form.factor,
+        )
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise NotDecodable(f"{type(error).__name__}: {str(error)[:120]}") from error
+    return Decodable(decoder, entry, blocks, roles, linear.outputs)
+
+
+def _recognized(model: PreTrainedModel) -> list[FusedBlock]:
+    """The model's blocks with their descriptions, in order."""
+    found = fused_blocks(model)
+    if not found.choice.value:
+        why, found = found.choice.why, fused_padded_blocks(model)
+        if not found.choice.value:
+            raise NotDecodable(f"its blocks are not known: {why}")
+    if not found.blocks or not all(block.roles.attention.causal for block in found.blocks):
+        raise NotDecodable("its tokens see both ways")
+    return found.blocks
+
+
+def _final_norm(model: PreTrainedModel) -> DecoderNorm:
+    from deltaw.runtime.fused_blocks import last_norm
+
+    module = last_norm(model.base_model)
+    if module is None:
+        raise NotDecodable("no norm is known behind its blocks")
+    return _norm(module)
+
+
+def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: int | None) -> DecoderBlock:
+    """A block by its description."""
+    block, roles = fused.block, fused.roles
+    attention, mlp = roles.attention, roles.mlp
+    heads, key_heads = attention.heads(block)
+    inputs = [_linear(part(block, path)) for path in attention.inputs]
+    inner = [_linear(part(block, path)) for path in mlp.inputs]
+    kind = activation_kind(part(block, mlp.activation))
+    if kind is None:
+        raise NotDecodable("an activation that is not known")
+    return DecoderBlock(
+        heads=heads,
+        key_heads=key_heads,
+        head_size=attention.head_size,
+        query=inputs[0],
+        key=inputs[1] if len(inputs) == 3 else None,
+        value=inputs[2] if len(inputs) == 3 else None,
+        output=_linear(part(block, attention.output)),
+        gate=inner[0],
+        up=inner[1] if len(inner) == 2 else None,
+        down=_linear(part(block, mlp.output)),
+        first=_norms(block, attention.norms),
+        second=_norms(block, mlp.norms),
+        query_norm=None if attention.query_norm is None else _norm(part(block, attention.query_norm)),
+        key_norm=None if attention.key_norm is None else _norm(part(block, attention.key_norm)),
+        split=attention.split,
+        gated=mlp.gated,
+        parallel=roles.parallel,
+        activation=kind,
+        scaling=fused.told.scaling,
+        window=fused.told.window,
+        softcap=fused.told.softcap,
+        turned=0 if table is None else tables[table][0].shape[1],
+        table=table or 0,
+    )
+
+
+def _norms(block: nn.Module, places: Norms) -> DecoderNorms:
+    made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
+    return DecoderNorms(*made)
+
+
+def _norm(module: nn.Module) -> DecoderNorm:
+    form = norm_form(module)
+    if form is None:
+        raise NotDecodable(f"{type(module).__name__} is no norm that is known")
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    wide = (None if t is None else t.detach().float().contiguous() for t in (weight, bias))
+    return DecoderNorm(*wide, eps=form.eps, offset=form.offset, centred=form.centred)
+
+
+def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
+    """A linear layer's own weights, without factors."""
+    if module is None or not isinstance(module._parameters.get("weight"), Tensor):
+        raise NotDecodable("a layer has no weight")
+    layer = Projection(module)
+    weight, scale, columns = layer.weight.detach(), layer.scale, layer.columns
+    if not layer.by_column:
+        weight = weight.t()
+    if quantize and weight.dtype != torch.int8:
+        weight, scale = quantized_rows(weight)
+    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+    return DecoderLinear(weight.contiguous(), bias, scale, columns)
+
+
+def _narrow(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return table
+
+
+def difference(
+    made: Decodable,
+    model: PreTrainedModel,
+    *,
+    adapter: PackedAdapter | None = None,
+    tokens: Tensor | None = None,
+) -> float:
+    """The relative difference (of norms) between a decoder's logits and the model's own.
+
+    Args:
+        adapter: whose update acts on all rows; the model must have it on.
+        tokens: (n) to compare on; some of the vocabulary where they are not given.
+    """
+    if tokens is None:
+        count = min(SAMPLE, made.positions)
+        tokens = torch.randint(0, len(made.entry.weight), (count,), generator=torch.Generator().manual_seed(0))
+    own = model(input_ids=tokens[None], use_cache=False).logits[0].float()
+    ours = logits_of(made, tokens, adapter)
+    return float((ours - own).norm() / own.norm().clamp_min(1e-30))
+
+
+def logits_of(made: Decodable, tokens: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
+    """A decoder's logits (n, V) at all tokens (n): a chunk, some one by one, then the rest."""
+    decoder, count = made.decoder, len(tokens)
+    pages = decoder.new_pages(-(-count // decoder.page_tokens))
+    table = torch.arange(len(pages), dtype=torch.int32)[None]
+    stops = [min(count, CHUNK + n) for n in range(SINGLE + 1)] + [count]
+    parts: list[Tensor] = []
+    start = 0
+    for stop in stops:
+        if stop == start:
+            continue
+        rows, places = stop - start, torch.arange(start, stop, dtype=torch.int32)
+        zeros = torch.zeros(rows, dtype=torch.int32)
+        hidden = made.entry.rows(tokens[start:stop])
+        if made.entry.positions is not None:
+            hidden += made.entry.positions[start:stop]
+        which = zeros if adapter is not None else zeros - 1
+        _, logits = decoder.step(
+            hidden, places, zeros, pages, table, which, [] if adapter is None else [adapter],
+            torch.arange(rows, dtype=torch.int32),
+        )  # fmt: skip
+        parts.append(logits.clone())
+        start = stop
+    return torch.cat(parts)
