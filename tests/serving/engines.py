@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deltaw.serving.batch import BatchLimits
+from deltaw.serving.adapters import Adapters, FixedAdapters
+from deltaw.serving.batch import Batch, BatchLimits
 from deltaw.serving.decodable import Decodable, decodable
 from deltaw.serving.engine import Engine
 from tests.byte_models import byte_tokenizer, tiny_llama
@@ -27,11 +28,24 @@ def llama() -> tuple[PreTrainedModel, Decodable]:
 
 def engine(pages: int = 64, **changes: object) -> Engine:
     """An engine over the tiny Llama; token 0 ends its texts."""
-    return Engine(llama()[1], tokenizer(), pages=pages, **{"terminators": (0,), **changes})  # type: ignore[arg-type]
+    return over(llama()[1], pages, terminators=(0,), **changes)
 
 
 def engine_of(model: PreTrainedModel, pages: int = 64, **changes: object) -> Engine:
-    return Engine(decodable(model), tokenizer(), pages=pages, **changes)  # type: ignore[arg-type]
+    return over(decodable(model), pages, **changes)
+
+
+def over(
+    made: Decodable,
+    pages: int,
+    *,
+    limits: BatchLimits | None = None,
+    adapters: Adapters | None = None,
+    **changes: object,
+) -> Engine:
+    adapters = adapters or FixedAdapters()
+    work = Batch(made, pages, adapters, limits or BatchLimits())
+    return Engine(work, tokenizer(), adapters=adapters, **changes)  # type: ignore[arg-type]
 
 
 def prompts(count: int, longest: int = 40, vocabulary: int = 259, seed: int = 0) -> list[np.ndarray]:

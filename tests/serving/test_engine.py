@@ -118,7 +118,7 @@ def test_time_that_is_up_ends_a_text_that_runs_and_one_that_waits() -> None:
 
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = engine()
-    decoder = ours.model.decoder
+    decoder = llama()[1].decoder
     own = type(decoder).step
     failing = iter([False, True])
 

@@ -23,6 +23,7 @@ from deltaw.serving.adapters import Adapters
 from deltaw.serving.constraints import masks
 from deltaw.serving.decodable import Decodable
 from deltaw.serving.pages import PagePool
+from deltaw.serving.request import Request
 from deltaw.serving.running import Run
 from deltaw.serving.sampling import choose, prompt_logprobs
 
@@ -45,6 +46,19 @@ class BatchLimits:
     prompt_rows: int = 64
     alone_rows: int = 256
     least_rows: int = 16
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine has in hand: requests, pages in use and in all; and since the start, tokens of prompts
+    that were found written, and tokens that ran."""
+
+    running: int
+    waiting: int
+    pages_used: int = 0
+    pages: int = 0
+    reused: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,28 @@ class Batch:
         return min(self.model.positions, self.pool.count * self.pool.page_tokens)
 
     @property
+    def known(self) -> int:
+        """How many token ids a prompt may have."""
+        return len(self.model.entry.weight)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return self.model.vocabulary
+
+    @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def load(self) -> EngineLoad:
+        """What is in hand at the moment."""
+        pool = self.pool
+        used = pool.count - pool.available
+        return EngineLoad(len(self.running), len(self.waiting), used, pool.count, pool.reused, self.tokens)
+
+    def refuse(self, request: Request) -> None:
+        """Nothing that a request can ask for is refused."""
 
     def add(self, run: Run) -> None:
         """Queue a request."""
@@ -156,37 +190,49 @@ class Batch:
         self.waiting = kept
 
     def _admit(self) -> None:
-        """Start requests that wait, as long as there are pages for their prompts."""
-        while self.waiting and self._slots:
-            run = self.waiting[0]
+        """Start requests that wait, as long as there are pages for their prompts; those whose adapter is not
+        in memory let others pass."""
+        passed: list[Run] = []
+        while self.waiting and self._slots and len(passed) < self.limits.running:
+            run = self.waiting.popleft()
             try:
-                if not self._start(run):
-                    return
+                ready = self._has_adapter(run)
+                if ready and not self._has_room(run):
+                    self.waiting.appendleft(run)
+                    break
             except Exception as error:  # its adapter cannot be loaded, say: it alone ends
-                self.waiting.popleft()
                 self._let_go(run)
                 run.writing.fail(error)
                 continue
-            self.waiting.popleft()
-            self.running.append(run)
+            if ready:
+                self._start(run)
+            else:
+                passed.append(run)
+        self.waiting.extendleft(reversed(passed))
 
-    def _start(self, run: Run) -> bool:
-        """Give a request its adapter and pages; False where it must wait for either."""
-        size = self.pool.page_tokens
-        if self.running and self.pool.available < -(-run.length // size) + len(self.running):
-            return False
-        if run.length == 0:
-            adapter = None
-            if run.request.adapter is not None:
-                adapter = self.adapters.acquire(run.request.adapter)
-                if adapter is None:
-                    return False
-            run.place(adapter)
+    def _has_adapter(self, run: Run) -> bool:
+        """Whether a request's adapter is in memory; it is held then."""
+        if run.placed:
+            return True
+        adapter = None
+        if run.request.adapter is not None:
+            adapter = self.adapters.acquire(run.request.adapter)
+            if adapter is None:
+                return False
+        run.place(adapter)
+        return True
+
+    def _has_room(self, run: Run) -> bool:
+        """Whether there are pages for what a request has, and one for each that runs."""
+        wanted = -(-run.length // self.pool.page_tokens) + len(self.running)
+        return not self.running or self.pool.available >= wanted
+
+    def _start(self, run: Run) -> None:
         pages = self.pool.begin(run.reusable)
         slot = self._slots.pop()
         run.begin(pages, slot)
         self._table[slot, : len(pages.pages)] = pages.pages
-        return True
+        self.running.append(run)
 
     def _parts(self) -> list[_Part]:
         """What runs in the next step: rows of texts, and chunks of prompts."""

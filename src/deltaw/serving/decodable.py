@@ -26,7 +26,9 @@ from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.linear import quantized_rows
+from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
+from deltaw.runtime.fused_blocks import last_norm
 from deltaw.runtime.packed import fused_blocks
 from deltaw.runtime.padded import fused_padded_blocks
 from deltaw.runtime.projections import Projection
@@ -38,6 +40,8 @@ from deltaw.serving.probes import Entry, NotDecodable, Prober
 SAMPLE, CHUNK, SINGLE = 40, 17, 3
 # Relative difference of logits in fp32 that is rounding and no more.
 TOLERANCE = 1e-4
+# Cosines and sines are kept for every position, so there is a bound.
+MOST_POSITIONS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,26 @@ class Decodable:
         return self.entry.limit
 
 
-def decodable(model: PreTrainedModel, *, most_positions: int = 1 << 17, int8_head: bool = False) -> Decodable:
+def decodable(model: PreTrainedModel, *, cache_bytes: int | None = None) -> Decodable:
     """A verified decoder of the model as it is now, its low-rank factors left out.
 
+    Where the model's blocks are in int8, its head is decoded in int8 too, as a copy.
+
     Args:
-        most_positions: at most so many are provided for.
-        int8_head: whether the output head is quantized to int8, in a copy.
+        cache_bytes: memory for keys and values: what it has no room for, there are no positions for.
 
     Raises:
         NotDecodable: the model cannot be decoded so; says why.
     """
     if model.device.type != "cpu":
         raise NotDecodable("on this device the model's own code runs")
+    int8_head = any(p.dtype == torch.int8 for p in model.parameters())
     with evaluating(model):
         small = _small(model)
-        exact = difference(_assembled(small, 256, False), small)
+        exact = difference(_assembled(small, None, False), small)
         if not exact < TOLERANCE:
             raise NotDecodable(f"a small copy's logits differ from its own by {exact:.1e}")
-        made = _assembled(model, most_positions, int8_head)
+        made = _assembled(model, cache_bytes, int8_head)
         rough = difference(made, model)
     if not rough < tolerance(model, int8_head):
         raise NotDecodable(f"its logits differ from the model's own by {rough:.1e}")
@@ -124,28 +130,32 @@ def _small(model: PreTrainedModel) -> PreTrainedModel:
         raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
 
 
-def _assembled(model: PreTrainedModel, most_positions: int, int8_head: bool) -> Decodable:
+def _assembled(model: PreTrainedModel, cache_bytes: int | None, int8_head: bool) -> Decodable:
     """A decoder of a model, not verified."""
     fused = _recognized(model)
+    types = {p.dtype for block in fused for p in block.block.parameters()}
+    cache_dtype = torch.float32 if types == {torch.float32} else torch.bfloat16
+    most = MOST_POSITIONS
+    if cache_bytes is not None:
+        most = min(most, cache_bytes // _bytes_per_token(fused, cache_dtype))
     roles = tuple(block.roles for block in fused)
     blocks = tuple(block.block for block in fused)
     prober = Prober(model, blocks, [r.extra_outputs for r in roles])
     head = model.get_output_embeddings()
     final = _final_norm(model)
     try:
-        entry = prober.entry(most_positions, [r.attention.rotary for r in roles])
+        entry = prober.entry(most, [r.attention.rotary for r in roles])
         form = prober.logits_form()
         described = [
             _block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)
         ]
         linear = _linear(head, quantize=int8_head)
-        types = {p.dtype for block in blocks for p in block.parameters()}
         decoder = Decoder(
             described,
             final,
             linear,
-            [_narrow(table) for table in entry.tables],
-            cache_dtype=torch.float32 if types == {torch.float32} else torch.bfloat16,
+            list(entry.tables),
+            cache_dtype=cache_dtype,
             logits_softcap=form.cap,
             logits_scale=form.factor,
         )
@@ -161,14 +171,15 @@ def _recognized(model: PreTrainedModel) -> list[FusedBlock]:
         why, found = found.choice.why, fused_padded_blocks(model)
         if not found.choice.value:
             raise NotDecodable(f"its blocks are not known: {why}")
-    if not found.blocks or not all(block.roles.attention.causal for block in found.blocks):
+    listed = blocks_of(model.base_model)
+    if listed is None or [block.block for block in found.blocks] != list(listed[1]):
+        raise NotDecodable("blocks were replaced since they were recognized")
+    if not all(block.roles.attention.causal for block in found.blocks):
         raise NotDecodable("its tokens see both ways")
     return found.blocks
 
 
 def _final_norm(model: PreTrainedModel) -> DecoderNorm:
-    from deltaw.runtime.fused_blocks import last_norm
-
     module = last_norm(model.base_model)
     if module is None:
         raise NotDecodable("no norm is known behind its blocks")
@@ -240,8 +251,10 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     return DecoderLinear(weight.contiguous(), bias, scale, columns)
 
 
-def _narrow(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return table
+def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values."""
+    heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
+    return 2 * heads * dtype.itemsize
 
 
 def difference(

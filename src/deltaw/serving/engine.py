@@ -1,27 +1,27 @@
 """The decoding engine: takes requests from any thread, and computes their steps on a thread of its own.
 
-Implements :class:`deltaw.serving.request.TextEngine` over a batch. Knows requests, tokenizers and threads; what
-a step does is said in ``batch``.
+Implements :class:`deltaw.serving.request.TextEngine`. Knows requests, tokenizers and threads; what a step does is
+said in ``batch``, and for models that have no decoder in ``fallback``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.kernels.decode import PackedAdapter
 from deltaw.serving.adapters import Adapters, FixedAdapters
-from deltaw.serving.batch import Batch, BatchLimits
+from deltaw.serving.batch import EngineLoad
 from deltaw.serving.constraints import Grammars
-from deltaw.serving.decodable import Decodable
 from deltaw.serving.request import Request, Written
 from deltaw.serving.running import Run
 from deltaw.serving.sampling import SamplingState, validate
@@ -32,56 +32,71 @@ from deltaw.serving.writing import QueuedWriting
 _NOTHING_STARTS = 0.005
 
 
-@dataclass(frozen=True)
-class EngineLoad:
-    """What an engine has in hand: requests, pages in use and in all, tokens of prompts that were found
-    written, and tokens that ran, since the start."""
+class Work(Protocol):
+    """What an engine hands requests to. Called from one thread at a time, but for its numbers.
 
-    running: int
-    waiting: int
-    pages_used: int
-    pages: int
-    reused: int
-    tokens: int
+    Attributes:
+        known: how many token ids a prompt may have. vocabulary: how many logits there are.
+        longest: the most tokens that a sequence may have. load: what is in hand.
+        idle: whether nothing is.
+    """
+
+    @property
+    def known(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
+    @property
+    def load(self) -> EngineLoad: ...
+    @property
+    def idle(self) -> bool: ...
+
+    def refuse(self, request: Request) -> None:
+        """Raises UserError where a request asks for what there is not."""
+
+    def add(self, run: Run) -> None:
+        """Queue a request."""
+
+    def step(self) -> None:
+        """Do some work, and hand out what it gave."""
+
+    def end_all(self, error: BaseException | None) -> None:
+        """End every request at once: as cancelled, or with an error."""
 
 
 class Engine:
-    """Writes texts with a decoder.
+    """Writes texts.
 
     Args:
-        model: the decoder. tokenizer: of the model.
-        pages: of keys and values, each ``model.decoder.page_tokens`` tokens long.
-        terminators: tokens that end texts of the base model.
-        adapters: that requests may name. default: acts on requests that name none.
+        work: what computes them. tokenizer: of the model.
+        terminators: tokens that end texts of requests without an adapter.
+        adapters: that requests may name.
         own_adapter: the name by which the adapter of the opened run is asked for; None where there is none,
             or where requests without a name get it.
-
-    Attributes:
-        why: how well the decoder was verified.
+        has_base: whether requests without a name get the base model.
+        why: how the texts are computed, and why so.
     """
 
     def __init__(
         self,
-        model: Decodable,
+        work: Work,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        pages: int,
         terminators: Sequence[int] = (),
         adapters: Adapters | None = None,
-        limits: BatchLimits | None = None,
-        default: PackedAdapter | None = None,
         own_adapter: str | None = None,
+        has_base: bool = True,
+        why: str = "",
     ) -> None:
-        if pages < 1:
-            raise UserError("there is no memory for keys and values", hint="give more memory")
-        self.model, self.tokenizer = model, tokenizer
+        self.tokenizer = tokenizer
         self.bank: Adapters = adapters or FixedAdapters()
-        self.own_adapter = own_adapter
-        self.why = model.why
+        self.own_adapter, self.has_base, self.why = own_adapter, has_base, why
+        self.work = work
         self._ends = tuple(terminators)
-        self._batch = Batch(model, pages, self.bank, limits or BatchLimits(), default)
         self._grammars: Grammars | None = None
         self._incoming: deque[Run] = deque()
+        self._unfinished: weakref.WeakSet[QueuedWriting] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -90,21 +105,13 @@ class Engine:
     @property
     def positions(self) -> int:
         """The most tokens that a prompt and its text have together."""
-        return self._batch.longest
+        return self.work.longest
 
     @property
     def load(self) -> EngineLoad:
         """What it has in hand at the moment."""
-        batch = self._batch
-        pool = batch.pool
-        return EngineLoad(
-            len(batch.running),
-            len(batch.waiting) + len(self._incoming),
-            pool.count - pool.available,
-            pool.count,
-            pool.reused,
-            batch.tokens,
-        )
+        load = self.work.load
+        return dataclasses.replace(load, waiting=load.waiting + len(self._incoming))
 
     def adapters(self) -> tuple[str, ...]:
         """The names that a request may give."""
@@ -156,11 +163,14 @@ class Engine:
         with self._changed:
             self._closed, self._draining = True, drain
             self._changed.notify_all()
+        if not drain:
+            for writing in list(self._unfinished):
+                writing.cancel()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._stepping:
             self._take_incoming()
-            self._batch.end_all(None)
+            self.work.end_all(None)
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -174,14 +184,14 @@ class Engine:
         """
         facts = None if request.adapter is None else self.bank.facts(request.adapter)
         tokens = np.asarray(request.tokens)
-        vocabulary = len(self.model.entry.weight)
+        known = self.work.known
         if tokens.ndim != 1 or not len(tokens):
             raise UserError("the prompt is empty", where="prompt", hint="give it a token at least")
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
+        if tokens.min() < 0 or tokens.max() >= known:
             raise UserError(
                 "the prompt has a token that does not exist",
                 where="prompt",
-                hint=f"token ids are 0 to {vocabulary - 1}",
+                hint=f"token ids are 0 to {known - 1}",
             )
         virtual = 0 if facts is None else facts.virtual_tokens
         room = self.positions - len(tokens) - virtual
@@ -195,7 +205,8 @@ class Engine:
             raise UserError(
                 f"max_new_tokens is {request.max_new_tokens}", where="max_new_tokens", hint="0 or more"
             )
-        validate(request.sampling, self.model.vocabulary)
+        self.work.refuse(request)
+        validate(request.sampling, self.work.vocabulary)
         validate_stops(request.stop)
         ends = self._ends if facts is None else facts.terminators or self._ends
         if request.stop_ids is not None:
@@ -203,12 +214,13 @@ class Engine:
         matcher = None
         if request.constraint is not None:
             if self._grammars is None:
-                self._grammars = Grammars(self.tokenizer, self.model.vocabulary)
-            known = [end for end in ends if 0 <= end < self.model.vocabulary]
+                self._grammars = Grammars(self.tokenizer, self.work.vocabulary)
+            known = [end for end in ends if 0 <= end < self.work.vocabulary]
             matcher = self._grammars.compile(request.constraint, known)
-        sampler = SamplingState(request.sampling, tokens, self.model.vocabulary)
+        sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
         allowance = min(request.max_new_tokens, room)
         writing = QueuedWriting(self._wake)
+        self._unfinished.add(writing)
         return Run(request, writing, sampler, matcher, self.tokenizer, ends, allowance)
 
     def _wake(self) -> None:
@@ -218,26 +230,26 @@ class Engine:
     def _take_incoming(self) -> None:
         with self._changed:
             while self._incoming:
-                self._batch.add(self._incoming.popleft())
+                self.work.add(self._incoming.popleft())
 
     def _turn(self) -> None:
         """One step for all that are in hand."""
         self._take_incoming()
         with torch.inference_mode():
             try:
-                self._batch.step()
+                self.work.step()
             except Exception as error:  # a fault of the batch itself: nobody must wait for ever
-                self._batch.end_all(error)
+                self.work.end_all(error)
 
     def _work(self) -> None:
         """Compute steps until the engine is closed."""
         while True:
             with self._changed:
-                while not self._incoming and self._batch.idle and not self._closed:
+                while not self._incoming and self.work.idle and not self._closed:
                     self._changed.wait()
-                if self._closed and (not self._draining or (self._batch.idle and not self._incoming)):
+                if self._closed and (not self._draining or (self.work.idle and not self._incoming)):
                     return
             with self._stepping:
                 self._turn()
-            if not self._batch.running and not self._batch.idle:
+            if not self.work.load.running and not self.work.idle:
                 time.sleep(_NOTHING_STARTS)

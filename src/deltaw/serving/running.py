@@ -86,6 +86,11 @@ class Run:
         self.keys[: self.virtual] = virtual_keys(self.virtual, number)
 
     @property
+    def placed(self) -> bool:
+        """Whether the sequence is laid out."""
+        return self.length > 0
+
+    @property
     def wants_prompt(self) -> bool:
         """Whether logits of the prompt's own tokens are wanted still."""
         return self.request.prompt_logprobs and not self._told
