@@ -56,7 +56,7 @@ class FakeWriting:
         return Written("".join(piece.text for piece in pieces), tokens, finish)
 
     def __iter__(self) -> Iterator[Piece]:
-        engine, request = self._engine, self._request
+        engine = self._engine
         with engine.lock:
             engine.running += 1
         try:
@@ -86,14 +86,12 @@ class FakeWriting:
         reused = len(request.tokens) // 2
         # As in a real engine, a character comes with its last byte.
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        done = 0
-        for token in self._endless(tokens) if finish == "length" else tokens:
+        for done, token in enumerate(self._endless(tokens) if finish == "length" else tokens):
             if (ended := self._ended()) is not None:
                 yield Piece("", finish=ended)
                 return
             if done == request.max_new_tokens:
                 break
-            done += 1
             logprobs = first + (self._logprobs([token]) if told else ())
             yield Piece(decoder.decode(bytes([_byte(token)])), (token,), logprobs, reused=reused)
             reused, first = 0, ()

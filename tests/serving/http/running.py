@@ -14,7 +14,7 @@ from deltaw.serving.http.served import Served
 from deltaw.serving.http.server import Server, listening_socket, url_of
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.serving.http.texts import Desk
-from tests.serving.http.fake_engine import FakeEngine, fake_served
+from tests.serving.http.fake_engine import FakeEngine
 
 
 @dataclass

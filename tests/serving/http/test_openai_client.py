@@ -87,7 +87,9 @@ def test_several_choices_have_seeds_of_their_own(client: Any, shared: Running) -
 
 
 def test_without_a_seed_texts_are_drawn_anew(client: Any) -> None:
-    texts = {client.chat.completions.create(model="base", messages=HELLO).choices[0].message.content for _ in "ab"}
+    texts = {
+        client.chat.completions.create(model="base", messages=HELLO).choices[0].message.content for _ in "ab"
+    }
     assert len(texts) == 2
 
 

@@ -22,20 +22,20 @@ from deltaw.serving.http.errors import ApiError, json_response, refused
 from deltaw.serving.http.fields import Fields
 from deltaw.serving.http.record import record_of
 from deltaw.serving.http.served import Served, Shelf
-from deltaw.serving.http.settings import ServerSettings, check_name
+from deltaw.serving.http.settings import NAME, ServerSettings, check_name
 
 
 class LoadAdapter(Fields):
     """The body of ``/v1/load_lora_adapter``."""
 
-    lora_name: str = Field(max_length=256)
+    lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
     lora_path: str = Field(min_length=1, max_length=1024)
 
 
 class UnloadAdapter(Fields):
     """The body of ``/v1/unload_lora_adapter``."""
 
-    lora_name: str = Field(max_length=256)
+    lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
 
 
 def models_router(served: Served) -> APIRouter:

@@ -100,6 +100,11 @@ class Served:
     open_paths: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        """End what is still being written, and the engine with it."""
+        if self.engine is not None:
+            self.engine.close(drain=False)
+
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may give besides the base model's."""
         return self.others if self.engine is None else self.engine.adapters()

@@ -6,7 +6,9 @@ Knows values and their bounds; not HTTP.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from deltaw.errors import UserError
 
 # The names that adapters may have in requests: they stand in JSON, logs and metrics, never in paths.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# An API key, besides those of flags and files.
+KEY_VARIABLE = "DELTAW_API_KEY"
 # The shortest key that is worth one.
 SHORTEST_KEY = 8
 
@@ -112,6 +116,67 @@ class ServerSettings:
         for path in (self.certificate, self.certificate_key):
             if path is not None and not path.is_file():
                 raise UserError("there is no such file", where=str(path))
+
+    def described(self) -> list[str]:
+        """The settings as lines for a person; keys are counted, not shown."""
+        limits = self.limits
+        who = f"one of {len(self.keys)} API keys" if len(self.keys) > 1 else "an API key" if self.keys else ""
+        lines = [
+            f"requests need {who}" if who else "requests need no API key",
+            f"at most {limits.queue} texts in hand, {limits.new_tokens:,} new tokens a text, "
+            f"{limits.choices} texts and {limits.body:,} bytes a request, {limits.seconds:g} s for it",
+        ]
+        if self.adapters_from is not None:
+            lines.append(f"requests may load adapters from below {self.adapters_from}")
+        if not self.loopback and self.certificate is None:
+            lines.append(
+                f"warning: others reach {self.host}, and requests and keys pass unencrypted: use --certificate, "
+                "or a proxy with TLS"
+            )
+        if not self.loopback and not self.keys:
+            lines.append(f"warning: whoever reaches {self.host} may ask")
+        return lines
+
+
+def read_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """The API keys of flags, of a file with one a line, and of DELTAW_API_KEY.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
+    keys = [*given]
+    if file is not None:
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the keys cannot be read: {error}", where=str(file)) from error
+        of_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not of_file:
+            raise UserError("there is no key in the file", where=str(file), hint="write one a line")
+        keys += of_file
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    return tuple(dict.fromkeys(keys))
+
+
+def named_folders(given: Sequence[str]) -> dict[str, Path]:
+    """Adapters as they are named on the command line: ``name=folder``.
+
+    Raises:
+        UserError: one is not written so, its name is none, or is given twice.
+    """
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise UserError(f"'{text}' is no adapter", where="--adapter", hint="write --adapter name=folder")
+        check_name(name, "--adapter")
+        if name in folders:
+            raise UserError(f"two adapters are named '{name}'", where="--adapter")
+        if not Path(folder).is_dir():
+            raise UserError("there is no such folder", where=f"--adapter {text}")
+        folders[name] = Path(folder)
+    return folders
 
 
 def is_loopback(host: str) -> bool:
