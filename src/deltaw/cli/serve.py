@@ -114,18 +114,12 @@ def command(
         from deltaw.serving.http import server
         from deltaw.serving.http.app import create_app
         from deltaw.serving.http.logs import RequestLog
-        from deltaw.serving.http.opening import open_served
+        from deltaw.serving.http.opening import Opening, open_served
     bound = server.listening_socket(settings)  # before the model, which takes its time
     served = open_served(
         base,
         folders,
-        name=name,
-        model=model,
-        precision=precision,
-        device=device,
-        running=running,
-        cache_bytes=cache,
-        adapter_bytes=room,
+        Opening(model, name, precision, device, running, cache, room),
         say=notes.print,
     )
     try:

@@ -25,8 +25,8 @@ POSITIONS = 4096
 # Texts that a prompt's last line asks for.
 SLOW, FAIL, LONG = "be slow", "fail", "go on"
 TOOLS_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\nUse <tool_call></tool_call><|im_end|>\n{% endif %}"
-    + TEMPLATE
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\n"
+    "Use <tool_call></tool_call><|im_end|>\n{% endif %}" + TEMPLATE
 )
 BYTES = 3  # the first token that stands for a byte
 
@@ -175,9 +175,10 @@ class FakeShelf:
     def add(self, name: str, folder: Path) -> None:
         if not (folder / "adapter_config.json").is_file():
             raise UserError("this is no adapter", where=str(folder))
+        if name in self.engine.names:
+            raise UserError("the name is taken", where=name)
         self.folders[name] = folder
-        if name not in self.engine.names:
-            self.engine.names.append(name)
+        self.engine.names.append(name)
 
     def remove(self, name: str) -> None:
         self.engine.names.remove(name)

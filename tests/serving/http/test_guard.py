@@ -104,7 +104,7 @@ def test_adapters_are_loaded_and_unloaded(start: Callable[..., Running], adapter
         refusal(client.post(CHAT, json=GOOD | {"model": "poet"}), 404)
         for name, path in (
             ("poet", "poet"),
-            ("poet", str(adapters / "poet")),
+            ("other", str(adapters / "poet")),
             ("clerk.v2", "deep/clerk"),
             ("link", "inside"),
             ("dots", "deep/../poet"),
@@ -114,6 +114,7 @@ def test_adapters_are_loaded_and_unloaded(start: Callable[..., Running], adapter
         assert client.post(CHAT, json=GOOD | {"model": "clerk.v2"}).status_code == 200
         shelf: Any = server.served.shelf
         assert shelf.folders["link"] == shelf.folders["poet"] == Path(os.path.realpath(adapters)) / "poet"
+        assert "taken" in refusal(load(client, "poet", "poet"), 400)["message"]
         gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
         assert gone.status_code == 200
         refusal(client.post(CHAT, json=GOOD | {"model": "poet"}), 404)

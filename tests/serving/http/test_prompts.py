@@ -30,7 +30,7 @@ def test_prompts_are_rendered_as_in_training(data: DataSettings | None) -> None:
 
 
 def test_turns_may_come_in_any_order_that_the_template_takes() -> None:
-    """Unlike rows, chats of clients have several messages of the user in a row, or begin with the assistant."""
+    """Unlike rows, chats of clients have several messages of the user in a row."""
     prompts = TokenizerPrompts(byte_tokenizer())
     turns: list[dict[str, object]] = [
         {"role": r, "content": "x"} for r in ("assistant", "user", "user", "system")

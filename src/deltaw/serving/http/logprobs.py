@@ -41,10 +41,10 @@ def completion_logprobs(
 
     def place(token: int) -> str:
         nonlocal offset
-        text = token_bytes(token).decode("utf-8", "replace")
+        text = _name_of(token_bytes(token))
         tokens.append(text)
         offsets.append(offset)
-        offset += len(text)
+        offset += len(token_bytes(token).decode("utf-8", "ignore"))
         return text
 
     if first is not None:
@@ -54,10 +54,18 @@ def completion_logprobs(
     for one in told:
         text = place(one.token)
         values.append(_finite(one.logprob))
-        likely = {token_bytes(t).decode("utf-8", "replace"): _finite(value) for t, value in one.top}
+        likely = {_name_of(token_bytes(t)): _finite(value) for t, value in one.top}
         likely.setdefault(text, _finite(one.logprob))
         tops.append(likely if one.top else None)
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _name_of(raw: bytes) -> str:
+    """A token's text; one that is a part of a character is named by its bytes, so that names differ."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _finite(value: float) -> float:

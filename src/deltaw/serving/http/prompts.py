@@ -86,9 +86,10 @@ class TokenizerPrompts:
         form = form_of(self._template_text())
         if form is None or not form.opening:
             return form
-        token = self._tokenizer.convert_tokens_to_ids(form.opening)
-        known = self._tokenizer.added_tokens_decoder.get(token) if isinstance(token, int) else None
-        return replace(form, mark=int(token)) if known is not None and known.special else form
+        for token, known in self._tokenizer.added_tokens_decoder.items():
+            if known.special and known.content == form.opening:
+                return replace(form, mark=token)
+        return form
 
     def _template_text(self) -> str:
         template = self._tokenizer.chat_template

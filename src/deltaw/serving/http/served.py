@@ -41,14 +41,14 @@ class Prompts(Protocol):
 class Shelf(Protocol):
     """Adapters that come and go while an engine runs."""
 
-    def add(self, name: str, folder: Path) -> None:
-        """Make an adapter known; one of the same name is replaced for the requests to come.
+    def add(self, name: str, folder: Path) -> object:
+        """Make an adapter known.
 
         Raises:
-            UserError: the folder holds no adapter, or none for this model.
+            UserError: the folder holds no adapter, or none for this model, or the name is taken.
         """
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str) -> object:
         """Forget an adapter; texts in hand are written to their end.
 
         Raises:
@@ -84,6 +84,7 @@ class Served:
         shelf: where adapters are added and removed; None where they are fixed.
         load: what the engine is doing.
         alive: whether texts can be written now.
+        closed: ends the engine, and what belongs to it.
         routers: more routes: embeddings, classes, a page. open_paths: those of them that need no key.
         others: names besides the base model's where there is no engine, such as a classifier's adapters.
     """
@@ -96,14 +97,14 @@ class Served:
     shelf: Shelf | None = None
     load: Callable[[], Load] = Load
     alive: Callable[[], bool] = field(default=lambda: True)
+    closed: Callable[[], None] = field(default=lambda: None)
     routers: tuple[APIRouter, ...] = ()
     open_paths: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
 
     def close(self) -> None:
-        """End what is still being written, and the engine with it."""
-        if self.engine is not None:
-            self.engine.close(drain=False)
+        """End what is still being written, and let go of what it took."""
+        self.closed()
 
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may give besides the base model's."""

@@ -130,8 +130,8 @@ class ServerSettings:
             lines.append(f"requests may load adapters from below {self.adapters_from}")
         if not self.loopback and self.certificate is None:
             lines.append(
-                f"warning: others reach {self.host}, and requests and keys pass unencrypted: use --certificate, "
-                "or a proxy with TLS"
+                f"warning: others reach {self.host}, and requests and keys pass unencrypted: use "
+                "--certificate, or a proxy with TLS"
             )
         if not self.loopback and not self.keys:
             lines.append(f"warning: whoever reaches {self.host} may ask")
