@@ -169,7 +169,7 @@ def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     trained += _of_tokens(record)
     for bias in record.biases:
         trained.append(Trained((bias.name,), Replaced(bias.parameter.detach()), tuple(bias.parameter.shape)))
-    replaced = []
+    replaced: list[str] = []
     for whole in record.extra_modules:
         for key, value in whole.current.state_dict().items():
             names = tuple(f"{name}.{key}" for name in whole.names)

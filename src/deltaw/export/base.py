@@ -24,6 +24,7 @@ from deltaw.hub.skeleton import skeleton
 from deltaw.lora.fingerprint import Sample, fingerprint_of, places
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.methods.files import classes_of, outputs_of, read_config
+from deltaw.methods.parameters import names_of
 from deltaw.training.run_folder import SETTINGS
 
 Say = Callable[[str], None]
@@ -138,11 +139,12 @@ def fingerprint_on_disk(
     """:func:`~deltaw.lora.fingerprint.base_fingerprint` of the model in these files, read without loading it;
     None where a parameter is built of several tensors."""
     samples = []
+    without_value = {id(parameter) for name, parameter in names_of(model).items() if name in replaced}
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         stored = checkpoint.tensors.get(names.stored.get(name, ""))
         values = None
-        if name not in replaced and parameter.numel() and parameter.is_floating_point():
+        if id(parameter) not in without_value and parameter.numel() and parameter.is_floating_point():
             if stored is None or stored.shape != shape or not stored.is_float:
                 return None
             values = stored.sample(list(places(stored.numel))).to(torch.bfloat16)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained, changes_of
 from deltaw.export.base import Base, Say, base_of, check_base
-from deltaw.export.changes import Change
+from deltaw.export.changes import Added, Change, Replaced
 from deltaw.export.checkpoint import Checkpoint, Names, name_for, names_on_disk, read_checkpoint
 from deltaw.export.merged_config import merged_config, read_settings
 from deltaw.export.tensor_files import StoredTensor, row_blocks
@@ -309,6 +309,13 @@ class _Outputs:
             group = self.tying.group.get(parameter, [parameter])
             known = any(name in self.names.stored for name in group)
             if not known and parameter == group[0]:
+                if not isinstance(one.change, Replaced | Added):
+                    raise UserError(
+                        f"'{parameter}' is a module that adapters trained whole and the base model lacks, so "
+                        "there is nothing that their changes could be combined upon",
+                        where=parameter,
+                        hint="merge one of them",
+                    )
                 changes = (one.change,)
                 outputs.append(
                     Output(self._name(parameter), self.dtype or usual, one.shape, None, changes, last)
@@ -318,7 +325,8 @@ class _Outputs:
         return outputs
 
     def _of_file(self, name: str, stored: StoredTensor, parameter: str | None) -> Output:
-        source, changes = stored, ()
+        source: StoredTensor = stored
+        changes: tuple[Change, ...] = ()
         if parameter is not None:
             group = self.tying.group.get(parameter, [parameter])
             if self.tying.is_untied(parameter):
