@@ -1,12 +1,14 @@
 """An adapter's folder becomes changes of a base model's parameters, by the parameters' names.
 
 The model is a skeleton without values: its classes say how a weight lies in memory and which weights are
-tied, and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as everywhere
-(:func:`deltaw.lora.load_adapter`); methods that train the model's own parameters have a format of their own.
+tied, and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as
+everywhere (:func:`deltaw.lora.load_adapter`); methods that train the model's own parameters have a format
+of their own.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +39,8 @@ from deltaw.lora.layers_dora import DoRALayer
 from deltaw.lora.layers_parameter import LoRAParameter
 from deltaw.lora.layers_tokens import TrainedTokens
 from deltaw.methods import registry
-from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.methods.files import read_config, read_trained
+from deltaw.methods.base import ADAPTER_CONFIG, REPLACED_KEY
+from deltaw.methods.files import metadata_of, read_config, read_trained
 from deltaw.methods.parameters import names_of
 from deltaw.methods.subset import INDICES, VALUES
 
@@ -144,7 +146,9 @@ def _of_parameters(folder: Path, method: str, model: PreTrainedModel) -> Adapter
                 hint=_OTHER_BASE,
             )
         trained.append(Trained(names, change, shape, new=isinstance(change, Replaced)))
-    return AdapterChanges(folder, method, trained)
+    metadata = metadata_of(folder)
+    replaced = frozenset(str(name) for name in json.loads(metadata.get(REPLACED_KEY, "[]")))
+    return AdapterChanges(folder, method, trained, metadata.get(FINGERPRINT_KEY), replaced)
 
 
 def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:

@@ -1,8 +1,8 @@
 """One adapter made of one or several: of a lower rank, or their combination, in PEFT's format.
 
-All layers get one rank and a scaling of 1, so that readers that know one rank and one alpha take it; factors
-of a lower rank are filled up with zeros. The base model's weights are not read; its classes say how a weight lies
-in memory.
+All layers get one rank and a scaling of 1, so that readers that know one rank and one alpha take it;
+factors of a lower rank are filled up with zeros. The base model's weights are not read; its classes say how
+a weight lies in memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A base model and what adapters change in it, as the tensors of one merged model, in its files' order.
 
-Nothing is computed here before a tensor is asked for, and then a block of rows at a time: W + ΔW in fp32 (fp64
-for fp64 weights), rounded once. Tensors keep the names that they have in the base's files. What cannot be
-done by names alone raises :class:`NotByName`, and is done in memory by whoever asked.
+Nothing is computed here before a tensor is asked for, and then a block of rows at a time: W + ΔW in fp32
+(fp64 for fp64 weights), rounded once. Tensors keep the names that they have in the base's files. What
+cannot be done by names alone raises :class:`NotByName`, and is done in memory by whoever asked.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def assemble(
     plan = _Outputs(checkpoint, names, tying, PRECISIONS.get(precision), skeleton)
     outputs = plan.all(set(drop), config.zeros)
     config.check(outputs)
-    changed = {name: found.change for name, found in tying.wanted.items()}
+    changed = {name: found.change for name, found in {**tying.wanted, **tying.added}.items()}
     return MergedModel(
         base,
         tuple(adapters),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from deltaw.reports.inspect import without_nan
 
 if TYPE_CHECKING:
     from deltaw.export.as_adapter import AdapterResult
@@ -66,10 +67,4 @@ def _plain(value: object) -> object:
         return _plain(value.as_dict())
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value
+    return without_nan(value)
