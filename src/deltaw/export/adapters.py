@@ -1,7 +1,7 @@
 """An adapter's folder becomes changes of a base model's parameters, by the parameters' names.
 
-The model is a skeleton without values: its classes say how a weight lies in memory and which weights are tied,
-and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as everywhere
+The model is a skeleton without values: its classes say how a weight lies in memory and which weights are
+tied, and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as everywhere
 (:func:`deltaw.lora.load_adapter`); methods that train the model's own parameters have a format of their own.
 """
 
@@ -101,7 +101,7 @@ def changes_of(folder: Path, model: PreTrainedModel) -> AdapterChanges:
         raise UserError(
             "a soft prompt is no weight: it is rows that are prepended to each text",
             where=str(folder),
-            hint="serve it beside the base model, or train with method lora to get weights that can be merged",
+            hint="serve it beside the base model, or train with method lora to have weights to merge",
         )
     if name == "lora":
         return _of_lora(folder, model)

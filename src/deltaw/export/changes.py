@@ -1,7 +1,7 @@
 """What an adapter makes of a weight, a block of rows at a time.
 
-Every change turns rows of W into rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). All layers' updates
-have one form here, ΔW = L·R over the weight's own layout, so that a block of rows of ΔW needs the same rows of
+Every change turns rows of W into rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). All layers'
+updates have one form here, ΔW = L·R over the weight's own layout, so that a block of rows of ΔW needs the same rows of
 L alone and ΔW is never formed whole.
 
 It knows tensors: no files, no names, no models.

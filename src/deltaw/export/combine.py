@@ -209,8 +209,8 @@ def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:
         parts = [own.get(group) for own in by_adapter]
         there = [part for part in parts if part is not None]
         if recipe.method in FACTORED:
-            change, squares = _factored(group[0], parts, recipe)
-            known[group[0]] = squares
+            change: Change
+            change, known[group[0]] = _factored(group[0], parts, recipe)
         else:
             change = Combined(group[0], [None if p is None else p.change for p in parts], recipe)
         trained.append(Trained(group, change, there[0].shape))

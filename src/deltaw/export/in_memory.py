@@ -6,23 +6,22 @@ its files, and writes what transformers writes: its save undoes what its load pu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained
+from deltaw.export.apply import change_in_place
 from deltaw.export.base import Base, Say
-from deltaw.export.changes import Change
 from deltaw.export.checkpoint import read_checkpoint
 from deltaw.export.merged import PRECISIONS, MergedModel, Output
 from deltaw.export.merged_config import read_settings
-from deltaw.export.tensor_files import row_blocks
 from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
 from deltaw.lora.fingerprint import base_fingerprint
@@ -31,6 +30,7 @@ from deltaw.methods.parameters import names_of
 if TYPE_CHECKING:
     from deltaw.export.merge import MergeOptions
 
+_SHARD = "5GB"
 _FP32 = {"float32", "float64", "float16"}
 
 
@@ -90,34 +90,13 @@ def write_from_memory(
         change_in_place(own[one.names[0]], one.change, rounded=target)
     with quiet():
         nn.Module.to(model, target)
-        extra = {} if options.shard_size is None else {"max_shard_size": options.shard_size}
-        model.save_pretrained(folder, **extra)
+        model.save_pretrained(folder, max_shard_size=options.shard_size or _SHARD)
     outputs = tuple(
         Output(t.name, t.dtype, t.shape, t, (), t.file.name) for t in read_checkpoint(folder).tensors.values()
     )
     changed = {name: one.change for one in trained for name in one.names}
     described = MergedModel(base, tuple(adapters), outputs, read_settings(folder), changed, same_base=same)
     return Written(described, sorted({output.file for output in outputs}))
-
-
-@torch.no_grad()
-def change_in_place(parameter: Tensor, change: Change, *, rounded: torch.dtype | None = None) -> None:
-    """Apply a change to a parameter that is in memory, in fp32 (fp64) and rounded to its type.
-
-    Args:
-        rounded: a narrower type that the values are rounded to first; None for the parameter's own.
-    """
-    data = parameter.data if parameter.dim() else parameter.data.view(1)
-    wide = torch.float64 if data.dtype == torch.float64 else torch.float32
-
-    def blocks(whole: bool = False) -> Iterator[tuple[int, Tensor]]:
-        for start, stop in [(0, len(data))] if whole else row_blocks(data.shape):
-            yield start, data[start:stop].to(wide, copy=True)
-
-    change.prepare(blocks)
-    for start, rows in blocks(change.whole):
-        made = change.apply(rows, start)
-        data[start : start + len(rows)] = made if rounded is None else made.to(rounded)
 
 
 def _same_base(model: PreTrainedModel, adapters: Sequence[AdapterChanges]) -> bool | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -162,7 +162,7 @@ def merge_run(
             result = _result(job, merged, target, files, time.perf_counter() - began, why)
             if verify is not None:
                 try:
-                    result = _verified(result, verify(job, folder))
+                    result = replace(result, verification=verify(job, folder))
                 except UserError as error:
                     if not keep:
                         raise
@@ -230,9 +230,3 @@ def _result(
         errors={} if combination is None else combination.errors(),
         error=None if combination is None else combination.total_error(),
     )
-
-
-def _verified(result: MergeResult, found: object) -> MergeResult:
-    from dataclasses import replace
-
-    return replace(result, verification=found)

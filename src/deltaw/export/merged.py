@@ -1,4 +1,4 @@
-"""A base model and what adapters change in it, as the tensors of one merged model, in the order of its files.
+"""A base model and what adapters change in it, as the tensors of one merged model, in its files' order.
 
 Nothing is computed here before a tensor is asked for, and then a block of rows at a time: W + ΔW in fp32 (fp64
 for fp64 weights), rounded once. Tensors keep the names that they have in the base's files. What cannot be
@@ -105,7 +105,7 @@ class MergedModel:
         changed: names of the model's parameters that differ from the base's, and their change.
         untied: names of tied weights that are tied no more.
         dropped: tensors of the base's files that the merged model has no use for.
-        same_base: whether the base is the one that the adapters were trained on; None where that is not known.
+        same_base: whether the adapters were trained on this base; None where that is not known.
         notes: what a person should be told.
     """
 

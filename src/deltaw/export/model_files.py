@@ -27,7 +27,7 @@ GENERATION = "generation_config.json"
 # Of the base model: what describes it, and no other weights.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 _NOT_COPIED = (CONFIG, "*.index.json", "adapter_config.json", "run.yaml", "summary.json")
-_OF_TOKENIZER = (
+OF_TOKENIZER = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -103,7 +103,7 @@ def write_beside(model: MergedModel, run: Path, folder: Path, facts: Mapping[str
     for source in _described_by(base, own_tokenizer):
         shutil.copyfile(source, folder / source.name)
     if own_tokenizer:
-        for name in _OF_TOKENIZER:
+        for name in OF_TOKENIZER:
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
     elif (run / "chat_template.jinja").is_file():
@@ -158,7 +158,7 @@ def _described_by(base: Base, own_tokenizer: bool) -> list[Path]:
     found = {path for pattern in patterns for path in base.folder.glob(pattern) if path.is_file()}
     left = {path for pattern in _NOT_COPIED for path in found if path.match(pattern)}
     if own_tokenizer:
-        left |= {path for path in found if path.name in _OF_TOKENIZER}
+        left |= {path for path in found if path.name in OF_TOKENIZER}
     return sorted(found - left)
 
 

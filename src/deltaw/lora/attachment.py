@@ -71,8 +71,8 @@ class ParameterUpdate:
 class Attachment:
     """The record of one :func:`~deltaw.lora.adapt.attach`.
 
-    ``copies`` are weights of the base model that the adapter's file has as well and that could not be compared,
-    on a model without values.
+    ``copies`` are weights of the base model that the adapter's file has as well and that could not be
+    compared, on a model without values.
     """
 
     config: LoRAConfig
