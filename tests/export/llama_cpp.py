@@ -1,7 +1,7 @@
 """llama.cpp, in a process of its own: what it answers, greedily, and how it splits a text into tokens.
 
-It aborts its process where a file does not fit, so a test must not share one with it. Run as a program, it reads
-a question as JSON on standard input and prints the answer as JSON.
+It aborts its process where a file does not fit, so a test must not share one with it. Run as a program, it
+reads a question as JSON on standard input and prints the answer as JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+SPECIAL = 4  # ids below are special tokens, in every tokenizer of these tests
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -42,8 +43,14 @@ def ask(question: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
 
 
 def greedy(model: Path, prompts: list[list[int]], tokens: int, lora: Path | None = None) -> list[list[int]]:
-    """The ids that llama.cpp writes after each prompt of ids."""
-    question = {"model": str(model), "prompts": prompts, "tokens": tokens, "lora": lora and str(lora)}
+    """The ids that llama.cpp writes after each prompt of ids; none of a special token."""
+    question = {
+        "model": str(model),
+        "prompts": prompts,
+        "tokens": tokens,
+        "lora": lora and str(lora),
+        "never": list(range(SPECIAL)),
+    }
     answers: list[list[int]] = ask(question)["answers"]
     return answers
 
@@ -73,6 +80,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             "n_predict": question["tokens"],
             "temperature": 0,
             "ignore_eos": question.get("ignore_eos", True),
+            "logit_bias": [[token, False] for token in question.get("never", [])],
             "cache_prompt": False,
             "verbose": True,
             "return_tokens": True,

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.lora.count import adapter_parameters
+from tests.export.llama_cpp import SPECIAL
 
 VOCABULARY = 400
-SPECIAL = 4  # ids below are special tokens, in every tokenizer here
 CHAT_ML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -38,7 +38,8 @@ TEXT = [
 ] * 4
 # Qwen 2's and Llama 3's splitting, as their tokenizer.json files have it.
 _QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITTINGS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -80,7 +81,7 @@ def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
 
 
 def sentence_bpe(*, prefix: bool, size: int = 700) -> PreTrainedTokenizerFast:
-    """BPE with bytes for what it does not know, as SentencePiece's is converted; Llama's puts a space first."""
+    """BPE with bytes for what it does not know, like SentencePiece's; Llama's puts a space first."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
@@ -205,7 +206,7 @@ def draw(model: nn.Module, scale: float = 0.15) -> None:
 def greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     """The likeliest continuation of each prompt, all as long, by the model's own forward over whole texts.
 
-    Without special tokens, since llama.cpp leaves those out that end a text when it is to go on.
+    Special tokens are left out: llama.cpp is told the same, since some of them would end its text.
     """
     ids = torch.tensor(prompts)
     for _ in range(tokens):

@@ -16,6 +16,8 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.export.base import Base, base_of, fingerprint_on_disk
 from deltaw.export.checkpoint import names_on_disk, read_checkpoint
+from deltaw.export.plain import plain_adapter
+from deltaw.export.plain_adapter import PlainAdapter, read_plain
 from deltaw.hub.loading import read_config
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import resolve
@@ -51,9 +53,7 @@ class DescribedBase:
         if found is None:
             return None
         if self.files.run is not None:
-            return with_chat_template(
-                found, with_saved_template(self.files.run, run).data.chat_template
-            )
+            return with_chat_template(found, with_saved_template(self.files.run, run).data.chat_template)
         template = run / "chat_template.jinja"
         return with_chat_template(found, str(template)) if template.is_file() else found
 
@@ -86,6 +86,16 @@ def describe_base(run: Path, model: str | None, *, say: Say, precision: str = "f
         config = read_config(files.folder, files.task, None, files.trust_remote_code)
     source = resolve(files.reference)
     return DescribedBase(files, source.name, config, source.path if source.kind == "gguf" else None)
+
+
+def read_updates(run: Path, base: DescribedBase, format_name: str, *, say: Say) -> PlainAdapter:
+    """The plain updates of the adapter in ``run``; a share that its initialization took out of W is put back.
+
+    Raises:
+        UserError: the adapter consists of more than plain updates.
+    """
+    with plain_adapter(run, base.files, say) as folder:
+        return read_plain(folder, format_name)
 
 
 def require_same_base(base: DescribedBase, fingerprint: str | None, run: Path, say: Say) -> str | None:

@@ -18,11 +18,11 @@ from gguf import GGUFType, GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.export.described_base import describe_base, require_same_base
+from deltaw.export.described_base import describe_base, read_updates, require_same_base
 from deltaw.export.gguf_architectures import TensorNames, architecture_of
 from deltaw.export.gguf_file import write_gguf
 from deltaw.export.gguf_types import ADAPTER_KINDS, KINDS
-from deltaw.export.plain_adapter import PlainUpdate, read_plain
+from deltaw.export.plain_adapter import PlainUpdate, require_lora
 
 FORMAT = "gguf-adapter"
 FINGERPRINT = "deltaw.base_fingerprint"
@@ -74,8 +74,9 @@ def export_gguf_adapter(
             where="--type",
             hint=did_you_mean(kind, ADAPTER_KINDS),
         )
-    adapter = read_plain(run, FORMAT)
+    require_lora(run, FORMAT)
     base = describe_base(run, model, say=say, precision="bf16")
+    adapter = read_updates(run, base, FORMAT, say=say)
     architecture = architecture_of(base.config)
     names = TensorNames(architecture, base.config)
     fingerprint = require_same_base(base, adapter.fingerprint, run, say)

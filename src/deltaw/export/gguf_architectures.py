@@ -5,8 +5,8 @@ for beyond that would be lost in silence, so a family comes with checks, and a f
 refused by name. Names of tensors come from the ``gguf`` package.
 
 Sources of the transforms: llama.cpp turns adjacent pairs of a head's numbers (x₂ᵢ, x₂ᵢ₊₁) for Llama's own
-architecture, transformers halves (xᵢ, xᵢ₊d/2), so rows of the query and key projections are reordered. Gemma's
-norms multiply by 1 + w there and by w here. GPT-2's Conv1D stores its weight transposed.
+architecture, transformers halves (xᵢ, xᵢ₊d/2), so rows of the query and key projections are reordered. Norms
+of Gemma multiply by 1 + w in transformers and by w in llama.cpp. GPT-2's Conv1D stores its weight transposed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _check_gemma3(config: PretrainedConfig) -> None:
 def _check_smollm3(config: PretrainedConfig) -> None:
     turned = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
     if list(config.no_rope_layers) != turned:
-        raise _lost(config, f"other layers without rotary positions than each fourth ({config.no_rope_layers})")
+        raise _lost(
+            config, f"other layers without rotary positions than each fourth ({config.no_rope_layers})"
+        )
 
 
 def _check_qwen(config: PretrainedConfig) -> None:
@@ -88,7 +90,7 @@ def _check_qwen(config: PretrainedConfig) -> None:
 
 
 def _check_score_scale(config: PretrainedConfig, *, large: int) -> None:
-    """llama.cpp scales by the head's size, but by the width over the heads in the model of ``large`` layers."""
+    """llama.cpp scales by the head's size, and in the model of ``large`` layers by width over heads."""
     by_width = config.hidden_size / config.num_attention_heads
     expected = by_width if config.num_hidden_layers == large else config.head_dim
     if config.query_pre_attn_scalar != expected:
@@ -120,7 +122,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """The family of a model.
 
     Raises:
-        UserError: the family is not known here, or the configuration asks for what llama.cpp does not compute.
+        UserError: the family is not known here, or llama.cpp does not compute what is configured.
     """
     found = _FAMILIES.get(config.model_type)
     if found is None:

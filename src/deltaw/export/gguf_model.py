@@ -23,6 +23,7 @@ from deltaw.export.gguf_hyperparameters import add_hyperparameters, rope_tensors
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, vocabulary_of
 from deltaw.export.gguf_types import KINDS, require_kind, type_of
 from deltaw.export.merged import MergedModel, NotByName, Output, merged_model
+from deltaw.export.plain import plain_adapter
 from deltaw.hub.terminators import terminators_in
 
 FORMAT = "gguf"
@@ -69,13 +70,13 @@ def export_gguf(
         say: told a line where something should be known.
 
     Raises:
-        UserError: the adapter cannot be merged, the model is of a family or has a tokenizer that is not known,
-            or the file cannot be written. Nothing is written then.
+        UserError: the adapter cannot be merged, the model's family or its tokenizer is not known, or the file
+            cannot be written. Nothing is written then.
     """
     require_kind(kind)
     base = describe_base(run, model, say=say)
     architecture = architecture_of(base.config)
-    merged = _merged(run, model, say)
+    merged = _merged(run, base, say)
     names = TensorNames(architecture, base.config)
     outputs = _outputs(merged, names, architecture)
     extra = {} if base.gguf is not None else rope_tensors(base.config)
@@ -130,9 +131,10 @@ def export_gguf(
     return WrittenModel(path, size, len(shapes), kind, architecture.name, types, notes)
 
 
-def _merged(run: Path, model: str | None, say: Callable[[str], None]) -> MergedModel:
+def _merged(run: Path, base: DescribedBase, say: Callable[[str], None]) -> MergedModel:
     try:
-        return merged_model(run, model=model, precision="fp32", say=say)
+        with plain_adapter(run, base.files, say) as folder:
+            return merged_model(folder, model=base.files.reference, precision="fp32", say=say)
     except NotByName as error:
         raise UserError(
             f"the model cannot be exported tensor by tensor: {error}",

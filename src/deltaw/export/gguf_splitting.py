@@ -1,8 +1,8 @@
 """Which of llama.cpp's ways to split text a byte-level tokenizer has (``tokenizer.ggml.pre``).
 
-A GGUF file names the splitting instead of holding it. A tokenizer's own rules are recognized by what they do:
-a probe text is split by them and by the rules behind each name, and the pieces are compared. So the vocabulary
-does not matter, and neither does how a rule is written down.
+A GGUF file names the splitting instead of holding it. A tokenizer's own rules are recognized by what they
+do: a probe text is split by them and by the rules behind each name, and the pieces are compared. So the
+vocabulary does not matter, and neither does how a rule is written down.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from deltaw.errors import UserError
 
-# Contractions, runs of digits, of spaces, line ends and marks, scripts with and without letter case, combining
-# marks, and what stands at the borders between them.
+# Contractions, runs of digits, of spaces, line ends and marks, scripts with and without letter case,
+# combining marks, and what stands at the borders between them.
 _PROBE = (
     "It's 5 o'clock, WE'LL see: 1234567 items at 99.50€!\n\n  Indented   text\t\twith tabs \n\r\nand lines"
     "\n \n   end   \nx=(a+b)*c[0]//2;  # note...?! --flag=\"yes\" don't DON'T you'Ve café cafe\u0301 "

@@ -1,8 +1,8 @@
 """A tokenizer as GGUF metadata: tokens, their kinds, merges or scores, special tokens, the chat template.
 
-Two kinds are known. Byte-level BPE (``gpt2``) has merges, and a splitting that is only named. SentencePiece's
-BPE (``llama``) has a score for each token: of all neighbors, those whose union has the highest score are joined
-first, so the rank of the merge that makes a token, negated, is its score.
+Two kinds are known. Byte-level BPE (``gpt2``) has merges, and a splitting that is only named. The BPE of
+SentencePiece (``llama``) has a score for each token: of all neighbors, those whose union has the highest
+score are joined first, so the rank of the merge that makes a token, negated, is its score.
 
 It knows tokenizers of the ``tokenizers`` library; no weights and no model.
 """
@@ -171,6 +171,6 @@ def _unknown(kind: str) -> UserError:
     return UserError(
         f"a tokenizer of kind '{kind}' is not exported to GGUF here",
         where="tokenizer.json",
-        hint="known are byte-level BPE and SentencePiece's BPE; otherwise merge the adapter (deltaw merge) and "
-        "use llama.cpp's own convert_hf_to_gguf.py",
+        hint="known are byte-level BPE and SentencePiece's BPE; otherwise merge the adapter (deltaw merge) "
+        "and use llama.cpp's own convert_hf_to_gguf.py",
     )

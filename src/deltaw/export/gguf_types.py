@@ -18,20 +18,20 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from deltaw.errors import UserError, did_you_mean
 
 Q = GGMLQuantizationType
-F = LlamaFileType
+Mark = LlamaFileType
 # By what a user writes: the type of matrices, of the token embedding and the head, and the file's own mark.
-KINDS: dict[str, tuple[Q, Q, F]] = {
-    "f32": (Q.F32, Q.F32, F.ALL_F32),
-    "f16": (Q.F16, Q.F16, F.MOSTLY_F16),
-    "bf16": (Q.BF16, Q.BF16, F.MOSTLY_BF16),
-    "q8_0": (Q.Q8_0, Q.Q8_0, F.MOSTLY_Q8_0),
-    "q5_0": (Q.Q5_0, Q.Q8_0, F.MOSTLY_Q5_0),
-    "q5_1": (Q.Q5_1, Q.Q8_0, F.MOSTLY_Q5_1),
-    "q4_0": (Q.Q4_0, Q.Q8_0, F.MOSTLY_Q4_0),
-    "q4_1": (Q.Q4_1, Q.Q8_0, F.MOSTLY_Q4_1),
-    "q6_k": (Q.Q6_K, Q.Q6_K, F.MOSTLY_Q6_K),
-    "q5_k": (Q.Q5_K, Q.Q6_K, F.MOSTLY_Q5_K_S),
-    "q4_k": (Q.Q4_K, Q.Q6_K, F.MOSTLY_Q4_K_S),
+KINDS: dict[str, tuple[Q, Q, Mark]] = {
+    "f32": (Q.F32, Q.F32, Mark.ALL_F32),
+    "f16": (Q.F16, Q.F16, Mark.MOSTLY_F16),
+    "bf16": (Q.BF16, Q.BF16, Mark.MOSTLY_BF16),
+    "q8_0": (Q.Q8_0, Q.Q8_0, Mark.MOSTLY_Q8_0),
+    "q5_0": (Q.Q5_0, Q.Q8_0, Mark.MOSTLY_Q5_0),
+    "q5_1": (Q.Q5_1, Q.Q8_0, Mark.MOSTLY_Q5_1),
+    "q4_0": (Q.Q4_0, Q.Q8_0, Mark.MOSTLY_Q4_0),
+    "q4_1": (Q.Q4_1, Q.Q8_0, Mark.MOSTLY_Q4_1),
+    "q6_k": (Q.Q6_K, Q.Q6_K, Mark.MOSTLY_Q6_K),
+    "q5_k": (Q.Q5_K, Q.Q6_K, Mark.MOSTLY_Q5_K_S),
+    "q4_k": (Q.Q4_K, Q.Q6_K, Mark.MOSTLY_Q4_K_S),
 }
 ADAPTER_KINDS = ("f32", "f16", "bf16")
 _K_QUANTS = (Q.Q4_K, Q.Q5_K, Q.Q6_K)
@@ -59,7 +59,8 @@ def type_of(name: str, shape: tuple[int, ...], kind: str) -> Q:
     """
     if len(shape) < 2 or name in _ALWAYS_F32 or name.endswith("_norm.weight"):
         return Q.F32
-    wanted = KINDS[kind][1 if name in _OUTER else 0]
+    matrices, outer, _ = KINDS[kind]
+    wanted = outer if name in _OUTER else matrices
     for candidate in (wanted, Q.Q8_0):
         if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
             return candidate
@@ -91,9 +92,7 @@ def pack(numbers: np.ndarray, kind: Q) -> np.ndarray:
 def _pack_k(rows: np.ndarray, kind: Q) -> np.ndarray:
     rows = np.ascontiguousarray(rows, np.float32)
     packed = np.empty(packed_shape(rows.shape, kind), np.uint8)
-    _ggml()(
-        int(kind), rows.ctypes.data, packed.ctypes.data, 0, rows.shape[0], rows.shape[1], None
-    )
+    _ggml()(int(kind), rows.ctypes.data, packed.ctypes.data, 0, rows.shape[0], rows.shape[1], None)
     return packed
 
 

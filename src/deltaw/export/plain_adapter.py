@@ -8,7 +8,7 @@ writes anything. This module knows files and mathematics; it knows no base model
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -50,24 +50,16 @@ class PlainAdapter:
     """A folder's adapter, where it consists of plain updates alone.
 
     Attributes:
-        folder: where it lies.
         updates: in the order of the file.
-        alpha: as its settings have it.
         invocation: the token ids from which on it acts; None where it always acts.
-        base_model: the reference of its base model; None where it is not named.
         fingerprint: of the base model that it was trained on; None where the file does not tell.
         task_type: PEFT's name of the task.
-        metadata: of its weights file.
     """
 
-    folder: Path
     updates: list[PlainUpdate]
-    alpha: float
     invocation: tuple[int, ...] | None
-    base_model: str | None
     fingerprint: str | None
     task_type: str | None
-    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def read_plain(folder: Path, format_name: str) -> PlainAdapter:
@@ -87,14 +79,10 @@ def read_plain(folder: Path, format_name: str) -> PlainAdapter:
     _refuse_tensors(adapter, content, folder, format_name)
     updates = [_plain(update, adapter, folder, format_name) for update in content.updates]
     return PlainAdapter(
-        folder,
         updates,
-        adapter.config.alpha,
         _invocation(adapter, folder, format_name),
-        adapter.metadata.get("base_model_name_or_path"),
         adapter.metadata.get(FINGERPRINT_KEY),
         adapter.metadata.get("task_type"),
-        adapter.metadata,
     )
 
 
@@ -134,8 +122,7 @@ def _refuse_settings(adapter: AdapterFile, folder: Path, format_name: str) -> No
             f"the adapter was initialized with '{config.init}', whose share of the base's weights is not in "
             "the file",
             where=str(folder / CONFIG_NAME),
-            hint="load it with deltaw.load_adapter and save it with deltaw.save_adapter, which writes a plain "
-            "one",
+            hint="load it on its base and save it again: deltaw.save_adapter writes a plain one",
         )
 
 
