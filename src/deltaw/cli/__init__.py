@@ -34,6 +34,7 @@ VERBS = {
     "runs": "the runs of a folder as a table, or some of them compared",
     "inspect": "an adapter's rank, size, targets and norms on one page, or two adapters compared",
     "merge": "a run and its base model as one model, or several adapters as one",
+    "export": "an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT",
     "doctor": "what this machine is, what is slow on it and why",
     "init": "ask three questions, and write a commented settings file",
     "schema": "the JSON schema of the settings file, for editors",
