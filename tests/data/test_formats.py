@@ -188,7 +188,7 @@ GOOD = [user("a"), assistant("b")]
         ([user("a"), {"role": "asistant", "content": "b"}], 2, "did you mean 'assistant'"),
         ([user("a"), {"content": "b"}], 2, "the role is None"),
         ([user("a"), assistant(None)], 2, "'content' must be text but is null"),
-        ([user([{"type": "text", "text": "a"}]), assistant("b")], 1, "'content' must be text but is a list"),
+        ([user([{"type": "image_url"}]), assistant("b")], 1, "part 1 of 'content' is not text but image_url"),
         ([user("a"), "b"], 2, "must be an object but is a str"),
     ],
 )

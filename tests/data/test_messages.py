@@ -75,3 +75,21 @@ def test_an_answer_of_reasoning_alone_is_not_blank() -> None:
     assert without_blank_answers(found).learned == (False, True)
     blank = conversation([], chat(("user", "a"), ("assistant", " ")), "row 1")
     assert without_blank_answers(blank).learned == (False, False)
+
+
+def test_parts_of_text_become_one_text() -> None:
+    parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "are you?"}]
+    (message,) = read_messages([{"role": "user", "content": parts}], "messages", "row 1")
+    assert message["content"] == "Who\nare you?"
+    assert read_messages([{"role": "user", "content": []}], "messages", "row 1")[0]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "a"}, "a", {"type": "text"}, None]
+)
+def test_parts_that_are_not_text_are_refused_with_the_turn(part: object) -> None:
+    with pytest.raises(BadRowError) as refused:
+        read_messages(
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}], "messages", "row 7"
+        )
+    assert refused.value.where == "row 7, turn 1"

@@ -72,7 +72,9 @@ def text_of(value: object, key: str, where: str) -> str:
 
 
 def read_messages(value: object, key: str, where: str) -> list[Message]:
-    """A list of messages, each with a known role and text as content; null keys are dropped.
+    """A list of messages, each with a known role and text, or parts of text, as content.
+
+    Null keys are dropped.
 
     Raises:
         BadRowError: it is not such a list; the message names the turn.
@@ -105,9 +107,31 @@ def read_messages(value: object, key: str, where: str) -> list[Message]:
         if role == "assistant" and message.get("tool_calls"):
             message.setdefault("content", "")
             message["tool_calls"] = _read_calls(message["tool_calls"], place)
-        message["content"] = text_of(message.get("content"), "content", place)
+        message["content"] = text_of(_joined(message.get("content"), place), "content", place)
         messages.append(message)
     return messages
+
+
+def _joined(content: object, where: str) -> object:
+    """The content of a turn, its parts joined by line breaks where it is a list of parts of text.
+
+    Raises:
+        BadRowError: a part is not text.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content, start=1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind != "text":
+            raise BadRowError(
+                f"part {number} of 'content' is not text but {kind or type(part).__name__}",
+                reason="content that is not text",
+                where=where,
+                hint='only parts of text can be learned: {"type": "text", "text": "…"}',
+            )
+        texts.append(text_of(part.get("text"), "text", where))
+    return "\n".join(texts)
 
 
 def read_tools(value: object, where: str) -> tuple[Message, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from deltaw.errors import UserError
-from deltaw.hub.loading import attention_of
+from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.linear import linear
@@ -162,6 +163,45 @@ def stream(
             writer.join()
 
 
+def decode_by(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Sequence[int | None]],
+) -> None:
+    """Continue prompts together, each token chosen by the caller.
+
+    Args:
+        prompts: token ids, each (length,); at least one token, and room for ``max_new_tokens`` behind it.
+        choose: given logits (prompts, vocabulary), in fp32, the next token of each; None where its text has
+            ended. Once all have ended, the decoding does.
+
+    Raises:
+        UserError: the model does not generate.
+    """
+    config = _config(model, tokenizer, (), max_new_tokens, 0.0, 1.0, 0)
+    config.max_new_tokens = max_new_tokens
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+
+    def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        for row, token in enumerate(choose(scores.float())):
+            ended[row] = token is None
+            forced[row, 0 if token is None else token] = 0.0
+        return forced
+
+    with _as_found(model, config, 0):
+        ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
+        _decoder(model).generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([chosen]),  # type: ignore[list-item]
+            stopping_criteria=StoppingCriteriaList([_Ended(ended)]),
+        )
+
+
 def _config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -209,7 +249,7 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    with attention_of(model, "sdpa"), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
+    with attention_of(model, ordinary_attention(model)), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
         torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
@@ -337,6 +377,16 @@ class _Tokens(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to do: the end is put once ``generate`` has returned."""
+
+
+class _Ended(StoppingCriteria):
+    """Stops rows whose texts have ended."""
+
+    def __init__(self, ended: Tensor) -> None:
+        self._rows = ended
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return self._rows.clone()
 
 
 class _Closed(StoppingCriteria):

@@ -1,4 +1,4 @@
-"""What is asked of a model that writes text, and what comes back: plain values, and the protocol between them.
+"""What is asked of a model that writes text, what comes back, and the protocol between them.
 
 Knows neither models nor HTTP: an engine reads these values, and whoever serves or prints text makes them.
 """
@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-# Why a text ended: a terminator or a stop string; the limit of new tokens or of positions; its reader went away
-# or its time was up; the engine was shut down or failed.
+# Why a text ended: a terminator or a stop string; the limit of new tokens or of positions; its reader went
+# away or its time was up; the engine was shut down or failed.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
@@ -150,8 +150,8 @@ class TextEngine(Protocol):
         """Queue a request; it starts when there is room.
 
         Raises:
-            UserError: the request cannot be served at all: an empty or over-long prompt, a token or an adapter
-                that does not exist, a value out of range, a constraint that cannot be compiled.
+            UserError: the request cannot be served at all: an empty or over-long prompt, a token or an
+                adapter that does not exist, a value out of range, a constraint that cannot be compiled.
         """
 
     def adapters(self) -> tuple[str, ...]:

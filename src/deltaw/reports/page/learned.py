@@ -17,17 +17,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.lora import read_adapter
 from deltaw.lora.peft_updates import content_of
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.reports.adapter_math import effective_rank, singular_values
+from deltaw.training.checkpoint_files import TensorFile
 
 # Bytes of weights above which their norms are not computed for a page.
 LARGEST = 4_000_000_000
 # Singular values that are kept of a module.
 VALUES = 64
+# Numbers that are widened to float64 at a time.
+_AT_ONCE = 1 << 20
 # The order in which a block computes its projections; files have them by name.
 COMPUTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -113,7 +117,7 @@ def what_was_learned(folder: Path) -> Learned | None:
         if _has_factors(weights):
             return _of_factors(folder)
         return _of_tensors(weights)
-    except (UserError, SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (UserError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         brief = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Learned(note=f"The adapter could not be measured: {brief}")
 
@@ -147,13 +151,13 @@ def _of_factors(folder: Path) -> Learned:
 
 
 def _of_tensors(weights: Path) -> Learned:
-    """The norms of saved tensors, one of them in memory at a time."""
-    norms: dict[str, float] = {}
-    with safe_open(weights, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point():
-                norms[name] = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    """The norms of saved tensors.
+
+    One of them is in memory at a time, and none is mapped: beside a training that has just ended, mapped
+    weights would count as much as all that it trained.
+    """
+    file = TensorFile(weights)
+    norms = {name: _norm(tensor) for name, tensor in file.items() if tensor.is_floating_point()}
     kinds = kinds_of(list(norms))
     parts = [
         Part(name, layer_of(name), kind, norm)
@@ -161,6 +165,11 @@ def _of_tensors(weights: Path) -> Learned:
         if math.isfinite(norm)
     ]
     return Learned(_in_order(parts), False, note=_meaning(weights.parent))
+
+
+def _norm(tensor: Tensor) -> float:
+    """In float64, a part at a time."""
+    return _together(float(part.double().norm()) for part in tensor.flatten().split(_AT_ONCE))
 
 
 def _meaning(folder: Path) -> str:
