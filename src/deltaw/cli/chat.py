@@ -37,11 +37,14 @@ def command(
     ends; /new starts over."""
     notes = console(True)
     with working("starting"):
+        import numpy as np
+
         from deltaw.serving.session_texts import SessionTexts
         from deltaw.training.inference import open_run
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     opened.require_generation()
     with SessionTexts(opened, say=lambda line: notes.print(line, highlight=False, markup=False)) as texts:
+        texts.check(how.request(np.empty(0)))
         start = [{"role": "system", "content": system}] if system else []
         talk = list(start)
         while (line := _asked()) is not None:

@@ -61,6 +61,14 @@ class SessionTexts:
         engine, adapter = self._engine_for(base)
         return engine.write_all([replace(one, adapter=adapter) for one in requests], on_progress)
 
+    def check(self, request: Request) -> None:
+        """Open the engine, and check what a request says; its prompt does not count.
+
+        Raises:
+            UserError: it is out of range.
+        """
+        self.write([replace(request, tokens=np.zeros(1, dtype=np.int64), max_new_tokens=0)])
+
     def stream(self, request: Request, *, base: bool = False) -> Generator[Piece]:
         """Write one text, a piece at a time. Closing the iterator ends it.
 
@@ -78,20 +86,25 @@ class SessionTexts:
 
     def _engine_for(self, base: bool) -> tuple[Engine, str | None]:
         """An engine for one of the two, and the name to ask it with."""
-        if self._engine is not None and not self._engine.has_base and base != self._of_base:
+        engine = self._engine
+        if engine is not None and base != self._of_base and not self._has_both(engine):
             self._close()
-        if self._engine is None:
-            self._engine = self._opened()
-            if base and not self._engine.has_base:
+            engine = None
+        if engine is None:
+            engine = self._opened()
+            if base and not engine.has_base:
                 self._close()
                 self._context.enter_context(self._session.base())
-                self._engine = self._opened()
+                engine = self._opened()
             self._of_base = base
-        return self._engine, None if base else self._engine.own_adapter
+        return engine, None if base else engine.own_adapter
+
+    def _has_both(self, engine: Engine) -> bool:
+        return not self._session.adapter or (engine.has_base and engine.own_adapter is not None)
 
     def _opened(self) -> Engine:
         told: list[str] = []
-        engine = open_engine(self._session, say=told.append)
+        engine = self._engine = open_engine(self._session, say=told.append)
         for line in told or [f"the decoding engine writes: {engine.why}"]:
             if line not in self._told:
                 self._told.add(line)

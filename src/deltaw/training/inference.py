@@ -107,8 +107,8 @@ class InferenceSession:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """While open, the model is the base model."""
-        if self.method is None:
+        """While open, the model is the base model; within another such block, it is already."""
+        if self.method is None or self._bare:
             yield
             return
         with self.method.without(self.model):
