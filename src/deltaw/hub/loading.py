@@ -145,6 +145,11 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
             switch(before)
 
 
+def ordinary_attention(model: nn.Module) -> str:
+    """The name of torch's own attention, or of transformers' plain one for models that know no other."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
 def _require_whole_files(folder: Path) -> None:
     """Raise a UserError where a file of weights is cut short; safetensors says how long it must be."""
     for file in sorted(folder.glob("*.safetensors")):

@@ -25,6 +25,7 @@ from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
 from deltaw.lora.attachment import Attachment, attached, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
+from deltaw.lora.kinds import linear_sizes
 from deltaw.lora.matching import Named, modules_once, value_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import ExtraModule, Selection, Target, select
@@ -188,6 +189,27 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         if isinstance(value := settings.get(key), str):
             metadata.setdefault(key, value)
     return AdapterFile(config, tensors, metadata)
+
+
+def factor_tensors(model: nn.Module, adapter: AdapterFile, where: str) -> list[tuple[Target, Tensor, Tensor]]:
+    """The targets of an adapter that has nothing but factors of linear layers, each with its A and B in the
+    file's orientation. The model is not changed.
+
+    Raises:
+        UserError: as :func:`load_adapter`; ``where`` is named as the file.
+    """
+    left = dict(adapter.tensors)
+    found = []
+    for target in _selection(model, adapter, where).targets:
+        path = next((PREFIX + n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in left), None)
+        path = path or PREFIX + target.names[0]
+        inputs, outputs = linear_sizes(target.module)
+        lora_A = _take(left, f"{path}.lora_A.weight", torch.Size((target.rank, inputs)), where)
+        lora_B = _take(left, f"{path}.lora_B.weight", torch.Size((outputs, target.rank)), where)
+        found.append((target, lora_A, lora_B))
+    for key, tensor in left.items():
+        _refuse_leftover(model, Attachment(adapter.config, None), key, tensor, where)
+    return found
 
 
 def _read_settings(path: Path) -> Mapping[str, object]:

@@ -48,6 +48,22 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a layer that :func:`is_linear` is true of.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Int8Conv1D):
+        return layer.nx, layer.nf
+    if is_conv1d(layer):
+        inputs, outputs = layer.get_parameter("weight").shape
+        return int(inputs), int(outputs)
+    raise UserError(f"a {type(layer).__name__} is no linear layer", hint="leave it out with exclude_modules")
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot be adapted, or None where it can be."""
     kind = type(module).__name__

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -30,10 +31,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from deltaw.errors import UserError
-from deltaw.hub.loading import attention_of
+from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.linear import linear
+from deltaw.runtime.text_pieces import TextPieces, text_of
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,45 @@ def stream(
             writer.join()
 
 
+def decode_by(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Sequence[int | None]],
+) -> None:
+    """Continue prompts together, each token chosen by the caller.
+
+    Args:
+        prompts: token ids, each (length,); at least one token, and room for ``max_new_tokens`` behind it.
+        choose: given logits (prompts, vocabulary), in fp32, the next token of each; None where its text has
+            ended. Once all have ended, the decoding does.
+
+    Raises:
+        UserError: the model does not generate.
+    """
+    config = _config(model, tokenizer, (), max_new_tokens, 0.0, 1.0, 0)
+    config.max_new_tokens = max_new_tokens
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+
+    def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        for row, token in enumerate(choose(scores.float())):
+            ended[row] = token is None
+            forced[row, 0 if token is None else token] = 0.0
+        return forced
+
+    with _as_found(model, config, 0):
+        ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
+        _decoder(model).generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([chosen]),  # type: ignore[list-item]
+            stopping_criteria=StoppingCriteriaList([_Ended(ended)]),
+        )
+
+
 def _config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,7 +249,7 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    with attention_of(model, "sdpa"), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
+    with attention_of(model, ordinary_attention(model)), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
         torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
@@ -315,11 +356,7 @@ def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, ends: list[
     at = np.flatnonzero(np.isin(row, ends)) if ends else np.empty(0, dtype=int)
     tokens = row[: at[0]] if at.size else row
     terminator = int(row[at[0]]) if at.size else None
-    return Completion(tokens, _text(tokenizer, tokens.tolist()), bool(at.size), terminator)
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return Completion(tokens, text_of(tokenizer, tokens.tolist()), bool(at.size), terminator)
 
 
 class _Tokens(BaseStreamer):
@@ -342,6 +379,16 @@ class _Tokens(BaseStreamer):
         """Nothing to do: the end is put once ``generate`` has returned."""
 
 
+class _Ended(StoppingCriteria):
+    """Stops rows whose texts have ended."""
+
+    def __init__(self, ended: Tensor) -> None:
+        self._rows = ended
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return self._rows.clone()
+
+
 class _Closed(StoppingCriteria):
     """Stops the decoding once the reader has gone."""
 
@@ -354,30 +401,12 @@ class _Closed(StoppingCriteria):
 
 
 def _pieces(tokens: _Tokens, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Iterator[str]:
-    """The text of the tokens as it becomes certain.
-
-    Decoding each token alone would break characters of several tokens and lose spaces, decoding everything
-    each time would cost the square of the length. So a few tokens are decoded together: ``held`` are those
-    whose text is not all given out, and the ones before them that a tokenizer needs to see for context.
-    """
-    held: list[int] = []
-    given = ""  # the text of ``held`` that has been given out
+    """The text of the tokens as it becomes certain, terminators left out."""
+    text = TextPieces(tokenizer)
     while (token := tokens.queue.get()) is not None:
         if isinstance(token, BaseException):
             raise token
-        if ends and token in ends:
-            continue
-        held.append(token)
-        text = _text(tokenizer, held)
-        if text.endswith("\ufffd"):  # a character that has begun and not ended
-            continue
-        if len(text) > len(given):
-            yield text[len(given) :]
-        given = text
-        last = _text(tokenizer, held[-1:])
-        if len(held) > 16 and "\ufffd" not in last:
-            # Start anew with the last token alone, whose text then stands for what was given.
-            held, given = held[-1:], last
-    rest = _text(tokenizer, held)
-    if len(rest) > len(given):
-        yield rest[len(given) :]
+        if not (ends and token in ends) and (piece := text.add(token)):
+            yield piece
+    if rest := text.end():
+        yield rest

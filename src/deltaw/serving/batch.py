@@ -1,0 +1,406 @@
+"""Continuous batching: which tokens of which requests run in the next step, and what becomes of them.
+
+A step takes one token of every text that is being written, and beside them chunks of prompts, shared out so
+that a long prompt holds up neither texts nor short prompts. Requests start in the order in which they came, as
+far as there are pages. A text that needs a page where none is left takes those of the request that started
+last, which waits and goes on later from its tokens.
+
+Has no thread and no lock: whoever owns it calls it from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.kernels.decode import PackedAdapter
+from deltaw.serving.adapters import Adapters
+from deltaw.serving.constraints import masks
+from deltaw.serving.decodable import Decodable
+from deltaw.serving.pages import PagePool
+from deltaw.serving.request import Request
+from deltaw.serving.running import Run
+from deltaw.serving.sampling import choose, prompt_logprobs
+
+# How often requests that wait are looked through for those that have ended.
+_SWEEP_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Bounds on a step.
+
+    Args:
+        running: texts that are written at once, at most.
+        prompt_rows: tokens of prompts in a step beside texts, at most: what a text waits for at each token.
+        alone_rows: tokens of prompts in a step without texts, at most.
+        least_rows: of one prompt, where several share a step.
+    """
+
+    running: int = 64
+    prompt_rows: int = 64
+    alone_rows: int = 256
+    least_rows: int = 16
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine has in hand: requests, pages in use and in all; and since the start, tokens of prompts
+    that were found written, and tokens that ran."""
+
+    running: int
+    waiting: int
+    pages_used: int = 0
+    pages: int = 0
+    reused: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens from ``start`` to ``stop`` of a request, in one step."""
+
+    run: Run
+    start: int
+    stop: int
+
+
+class Batch:
+    """The requests in hand.
+
+    Args:
+        model: what computes a step. pages: how many there are, each ``model.decoder.page_tokens`` long.
+        adapters: of the requests. default: acts on requests that name none.
+
+    Attributes:
+        waiting, running: requests, in the order in which they start, or started.
+        steps, tokens: that were computed since the start.
+    """
+
+    def __init__(
+        self,
+        model: Decodable,
+        pages: int,
+        adapters: Adapters,
+        limits: BatchLimits,
+        default: PackedAdapter | None = None,
+    ) -> None:
+        decoder = model.decoder
+        self.model, self.adapters, self.limits, self.default = model, adapters, limits, default
+        self.memory = decoder.new_pages(pages)
+        self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy)
+        self.waiting: deque[Run] = deque()
+        self.running: list[Run] = []
+        self.steps = self.tokens = 0
+        most = -(-min(model.positions, pages * decoder.page_tokens) // decoder.page_tokens)
+        self._table = np.zeros((limits.running, most), np.int32)
+        self._slots = list(range(limits.running))
+        self._swept = 0.0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a sequence may have."""
+        return min(self.model.positions, self.pool.count * self.pool.page_tokens)
+
+    @property
+    def known(self) -> int:
+        """How many token ids a prompt may have."""
+        return len(self.model.entry.weight)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return self.model.vocabulary
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def load(self) -> EngineLoad:
+        """What is in hand at the moment."""
+        pool = self.pool
+        used = pool.count - pool.available
+        return EngineLoad(len(self.running), len(self.waiting), used, pool.count, pool.reused, self.tokens)
+
+    def refuse(self, request: Request) -> None:
+        """Nothing that a request can ask for is refused."""
+
+    def add(self, run: Run) -> None:
+        """Queue a request."""
+        self.waiting.append(run)
+
+    def step(self) -> None:
+        """Compute one step, and hand out what it gave.
+
+        A request whose own part fails ends with that error; where the step itself fails, all that were in it.
+        """
+        self._sweep()
+        self._admit()
+        parts = self._parts()
+        if not parts:
+            return
+        self.steps += 1
+        self.tokens += sum(part.stop - part.start for part in parts)
+        try:
+            logits, wanted = self._compute(parts)
+            self._note(parts)
+            self._hand_out(logits, wanted)
+        except Exception as error:  # whatever it was, the requests of this step have no right result
+            for part in parts:
+                if part.run.slot >= 0:
+                    self._fail(part.run, error)
+
+    def end_all(self, error: BaseException | None) -> None:
+        """End every request at once: as cancelled, or with an error."""
+        for run in [*self.running, *self.waiting]:
+            self._leave(run)
+            self._let_go(run)
+            if error is None:
+                run.finish("cancelled")
+            else:
+                run.writing.fail(error)
+        self.running.clear()
+        self.waiting.clear()
+
+    def _sweep(self) -> None:
+        """End requests that were cancelled, or whose time is up."""
+        now = time.monotonic()
+        for run in [run for run in self.running if run.ended_by(now) is not None]:
+            reason = run.ended_by(now)
+            assert reason is not None
+            self._stop(run)
+            run.finish(reason)
+        if now - self._swept < _SWEEP_SECONDS and self.running:
+            return
+        self._swept = now
+        kept: deque[Run] = deque()
+        for run in self.waiting:
+            reason = run.ended_by(now)
+            if reason is None:
+                kept.append(run)
+            else:
+                self._let_go(run)
+                run.finish(reason)
+        self.waiting = kept
+
+    def _admit(self) -> None:
+        """Start requests that wait, as long as there are pages for their prompts; those whose adapter is not
+        in memory let others pass."""
+        passed: list[Run] = []
+        while self.waiting and self._slots and len(passed) < self.limits.running:
+            run = self.waiting.popleft()
+            try:
+                ready = self._has_adapter(run)
+                if ready and not self._has_room(run):
+                    self.waiting.appendleft(run)
+                    break
+            except Exception as error:  # its adapter cannot be loaded, say: it alone ends
+                self._let_go(run)
+                run.writing.fail(error)
+                continue
+            if ready:
+                self._start(run)
+            else:
+                passed.append(run)
+        self.waiting.extendleft(reversed(passed))
+
+    def _has_adapter(self, run: Run) -> bool:
+        """Whether a request's adapter is in memory; it is held then."""
+        if run.placed:
+            return True
+        adapter = None
+        if run.request.adapter is not None:
+            adapter = self.adapters.acquire(run.request.adapter)
+            if adapter is None:
+                return False
+        run.place(adapter)
+        return True
+
+    def _has_room(self, run: Run) -> bool:
+        """Whether there are pages for what a request has, and one for each that runs."""
+        wanted = -(-run.length // self.pool.page_tokens) + len(self.running)
+        return not self.running or self.pool.available >= wanted
+
+    def _start(self, run: Run) -> None:
+        pages = self.pool.begin(run.reusable)
+        slot = self._slots.pop()
+        run.begin(pages, slot)
+        self._table[slot, : len(pages.pages)] = pages.pages
+        self.running.append(run)
+
+    def _parts(self) -> list[_Part]:
+        """What runs in the next step: rows of texts, and chunks of prompts."""
+        missing = {run: run.length - run.pages.length for run in self.running if run.pages is not None}
+        prompts = [run for run in self.running if missing[run] > 1]
+        limits = self.limits
+        left = limits.prompt_rows if len(prompts) < len(self.running) else limits.alone_rows
+        share = max(limits.least_rows, left // max(1, len(prompts)))
+        rows: dict[Run, int] = {}
+        for run in prompts:
+            rows[run] = max(0, min(missing[run], share, left))
+            left -= rows[run]
+        for run in prompts:  # what others did not want
+            more = min(missing[run] - rows[run], left)
+            rows[run] += more
+            left -= more
+        parts: list[_Part] = []
+        for run in list(self.running):
+            if run.pages is None:
+                continue  # it lost them to one before
+            start = run.pages.length
+            stop = start + rows.get(run, 1)
+            if stop > start and self._reserve(run, stop):
+                parts.append(_Part(run, start, stop))
+        return parts
+
+    def _reserve(self, run: Run, stop: int) -> bool:
+        """Get a request the pages for tokens up to ``stop``, from those that started last if need be."""
+        assert run.pages is not None
+        before = len(run.pages.pages)
+        while not self.pool.reserve(run.pages, stop):
+            last = self.running[-1]
+            self._stop(last, again=True)
+            if last is run:
+                return False
+        pages = run.pages.pages
+        if len(pages) > before:
+            self._table[run.slot, before : len(pages)] = pages[before:]
+        return True
+
+    def _compute(self, parts: list[_Part]) -> tuple[Tensor, list[tuple[Run, int]]]:
+        """Logits (k, V), and whose they are: a request and the place of the token."""
+        counts = [part.stop - part.start for part in parts]
+        total = sum(counts)
+        tokens = np.empty(total, np.int64)
+        places, sequence = np.empty(total, np.int32), np.empty(total, np.int32)
+        adapter = np.full(total, -1 if self.default is None else 0, np.int32)
+        packed: list[PackedAdapter] = [] if self.default is None else [self.default]
+        numbers: dict[int, int] = {}
+        wanted: list[int] = []
+        owners: list[tuple[Run, int]] = []
+        at = 0
+        for part, count in zip(parts, counts, strict=True):
+            run, end = part.run, at + count
+            tokens[at:end] = run.tokens[part.start : part.stop]
+            places[at:end] = np.arange(part.start, part.stop) if count > 1 else part.start
+            sequence[at:end] = run.slot
+            own = None if run.adapter is None else run.adapter.packed
+            if own is not None and part.stop > run.acts_from:
+                number = numbers.setdefault(id(own), len(packed))
+                if number == len(packed):
+                    packed.append(own)
+                adapter[at + max(0, run.acts_from - part.start) : end] = number
+            first = part.stop - 1
+            if run.wants_prompt:
+                first = max(part.start, run.virtual)
+            elif part.stop < run.length:
+                first = part.stop
+            for place in range(first, part.stop):
+                wanted.append(at + place - part.start)
+                owners.append((run, place))
+            at = end
+        hidden = self._rows(parts, tokens, places)
+        _, logits = self.model.decoder.step(
+            self.memory,
+            hidden,
+            torch.from_numpy(places),
+            torch.from_numpy(sequence),
+            torch.from_numpy(self._table),
+            torch.from_numpy(adapter),
+            packed,
+            torch.tensor(wanted, dtype=torch.int32),
+        )
+        return logits, owners
+
+    def _rows(self, parts: list[_Part], tokens: np.ndarray, places: np.ndarray) -> Tensor:
+        """What enters the first block (n, D)."""
+        entry = self.model.entry
+        hidden = entry.rows(torch.from_numpy(tokens))
+        at = 0
+        for part in parts:
+            virtual = part.run.virtual
+            if part.start < virtual and part.run.adapter is not None:
+                soft = part.run.adapter.soft_prompt
+                assert soft is not None
+                stop = min(part.stop, virtual)
+                hidden[at : at + stop - part.start] = soft[part.start : stop].float() * entry.outer
+            at += part.stop - part.start
+        if entry.positions is not None:
+            hidden += entry.positions.index_select(0, torch.from_numpy(places))
+        return hidden
+
+    def _note(self, parts: list[_Part]) -> None:
+        """Note what is written now."""
+        for part in parts:
+            run = part.run
+            assert run.pages is not None
+            if self.pool.wrote(run.pages, run.keys, part.stop):
+                self._table[run.slot, : len(run.pages.pages)] = run.pages.pages
+
+    def _hand_out(self, logits: Tensor, owners: list[tuple[Run, int]]) -> None:
+        """Choose the next token of each text, and end those that are done."""
+        values = logits.numpy()
+        rows: list[int] = []
+        runs: list[Run] = []
+        for row, (run, place) in enumerate(owners):
+            if run.wants_prompt and place + 1 < run.length:
+                top = run.request.sampling.logprobs or 0
+                run.add_prompt_logprobs(
+                    prompt_logprobs(values[row : row + 1], run.tokens[place + 1 : place + 2], top)
+                )
+            if place + 1 == run.length:
+                if run.allowance:
+                    rows.append(row)
+                    runs.append(run)
+                else:
+                    self._stop(run)
+                    run.finish("length")
+        if not runs:
+            return
+        matchers = {n: run.matcher for n, run in enumerate(runs) if run.matcher is not None}
+        chosen = choose(
+            values if len(rows) == len(values) else values[rows],
+            [run.sampler for run in runs],
+            masks(matchers) if matchers else None,
+        )
+        for run, token, logprob in zip(runs, chosen.tokens.tolist(), chosen.logprobs, strict=True):
+            try:
+                ended = run.take(token, logprob)
+            except Exception as error:  # of this text alone
+                self._fail(run, error)
+                continue
+            if ended:
+                self._stop(run)
+
+    def _stop(self, run: Run, again: bool = False) -> None:
+        """Take a request out; ``again`` puts it before those that wait, to go on later."""
+        self.running.remove(run)
+        self._leave(run, keep=True)
+        if again:
+            self.waiting.appendleft(run)
+        else:
+            self._let_go(run)
+
+    def _fail(self, run: Run, error: BaseException) -> None:
+        self.running.remove(run)
+        self._leave(run)
+        self._let_go(run)
+        run.writing.fail(error)
+
+    def _leave(self, run: Run, keep: bool = False) -> None:
+        """Give back a request's pages and its row of the page table."""
+        if run.pages is not None:
+            self.pool.release(run.pages, run.keys if keep else None)
+            self._slots.append(run.slot)
+            run.pages, run.slot = None, -1
+
+    def _let_go(self, run: Run) -> None:
+        if run.adapter is not None:
+            self.adapters.release(run.adapter)
+            run.adapter = None

@@ -1,0 +1,268 @@
+"""The decoding engine: takes requests from any thread, and computes their steps on a thread of its own.
+
+Implements :class:`deltaw.serving.request.TextEngine`. Knows requests, tokenizers and threads; what a step does is
+said in ``batch``, and for models that have no decoder in ``fallback``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from deltaw.errors import UserError
+from deltaw.serving.adapters import Adapters, FixedAdapters
+from deltaw.serving.batch import EngineLoad
+from deltaw.serving.constraints import Grammars
+from deltaw.serving.request import Request, Written
+from deltaw.serving.running import Run
+from deltaw.serving.sampling import SamplingState, validate
+from deltaw.serving.text import validate_stops
+from deltaw.serving.writing import QueuedWriting
+
+# How long to wait where all that is in hand waits for an adapter that somebody else holds.
+_NOTHING_STARTS = 0.005
+
+
+class Work(Protocol):
+    """What an engine hands requests to. Called from one thread at a time, but for its numbers.
+
+    Attributes:
+        known: how many token ids a prompt may have. vocabulary: how many logits there are.
+        longest: the most tokens that a sequence may have. load: what is in hand.
+        idle: whether nothing is.
+    """
+
+    @property
+    def known(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
+    @property
+    def load(self) -> EngineLoad: ...
+    @property
+    def idle(self) -> bool: ...
+
+    def refuse(self, request: Request) -> None:
+        """Raises UserError where a request asks for what there is not."""
+
+    def add(self, run: Run) -> None:
+        """Queue a request."""
+
+    def step(self) -> None:
+        """Do some work, and hand out what it gave."""
+
+    def end_all(self, error: BaseException | None) -> None:
+        """End every request at once: as cancelled, or with an error."""
+
+
+class Engine:
+    """Writes texts.
+
+    Args:
+        work: what computes them. tokenizer: of the model.
+        terminators: tokens that end texts of requests without an adapter.
+        adapters: that requests may name.
+        own_adapter: the name by which the adapter of the opened run is asked for; None where there is none,
+            or where requests without a name get it.
+        has_base: whether requests without a name get the base model.
+        why: how the texts are computed, and why so.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        terminators: Sequence[int] = (),
+        adapters: Adapters | None = None,
+        own_adapter: str | None = None,
+        has_base: bool = True,
+        why: str = "",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.bank: Adapters = adapters or FixedAdapters()
+        self.own_adapter, self.has_base, self.why = own_adapter, has_base, why
+        self.work = work
+        self._ends = tuple(terminators)
+        self._grammars: Grammars | None = None
+        self._incoming: deque[Run] = deque()
+        self._unfinished: weakref.WeakSet[QueuedWriting] = weakref.WeakSet()
+        self._changed = threading.Condition()
+        self._stepping = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = self._draining = False
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that a prompt and its text have together."""
+        return self.work.longest
+
+    @property
+    def load(self) -> EngineLoad:
+        """What it has in hand at the moment."""
+        load = self.work.load
+        return dataclasses.replace(load, waiting=load.waiting + len(self._incoming))
+
+    def adapters(self) -> tuple[str, ...]:
+        """The names that a request may give."""
+        return self.bank.names()
+
+    def submit(self, request: Request) -> QueuedWriting:
+        """Queue a request; see :meth:`deltaw.serving.request.TextEngine.submit`."""
+        run = self._checked(request)
+        with self._changed:
+            self._refuse_closed()
+            self._incoming.append(run)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="deltaw-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return run.writing
+
+    def write_all(
+        self, requests: Sequence[Request], on_progress: Callable[[int, int], None] | None = None
+    ) -> list[Written]:
+        """Write many texts, on the caller's thread; in the order of the requests.
+
+        Args:
+            on_progress: told (texts done, texts) as texts end.
+
+        Raises:
+            UserError: as :meth:`submit`; then none is written.
+        """
+        runs = self._checked_all(requests)
+        with self._changed:
+            self._refuse_closed()
+            self._incoming.extend(runs)
+        left, told = list(runs), 0
+        try:
+            with self._stepping:
+                while left:
+                    self._turn()
+                    left = [run for run in left if not run.writing.done]
+                    if on_progress is not None and len(runs) - len(left) > told:
+                        told = len(runs) - len(left)
+                        on_progress(told, len(runs))
+        finally:
+            for run in left:
+                run.writing.cancel()
+        return [run.writing.result() for run in runs]
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests; end when those in hand are written, or at once."""
+        with self._changed:
+            self._closed, self._draining = True, drain
+            self._changed.notify_all()
+        if not drain:
+            for writing in list(self._unfinished):
+                writing.cancel()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._stepping:
+            self._take_incoming()
+            self.work.end_all(None)
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise UserError("the engine is shut down", hint="start it again")
+
+    def _checked_all(self, requests: Sequence[Request]) -> list[Run]:
+        """As :meth:`_checked`; of several requests, a refusal says which prompt it is about."""
+        runs: list[Run] = []
+        for request in requests:
+            try:
+                runs.append(self._checked(request))
+            except UserError as error:
+                if error.where != "prompt" or len(requests) == 1:
+                    raise
+                where = f"prompt {len(runs) + 1}"
+                raise UserError(error.what, where=where, hint=error.hint) from error
+        return runs
+
+    def _checked(self, request: Request) -> Run:
+        """A request that can be served, ready to run.
+
+        Raises:
+            UserError: it cannot be served at all.
+        """
+        facts = None if request.adapter is None else self.bank.facts(request.adapter)
+        tokens = np.asarray(request.tokens)
+        known = self.work.known
+        if tokens.ndim != 1 or not len(tokens):
+            raise UserError("the prompt is empty", where="prompt", hint="give it a token at least")
+        if tokens.min() < 0 or tokens.max() >= known:
+            raise UserError(
+                "the prompt has a token that does not exist",
+                where="prompt",
+                hint=f"token ids are 0 to {known - 1}",
+            )
+        virtual = 0 if facts is None else facts.virtual_tokens
+        room = self.positions - len(tokens) - virtual
+        if room < min(1, request.max_new_tokens):
+            raise UserError(
+                f"the prompt has {len(tokens) + virtual} tokens, and there are {self.positions} positions",
+                where="prompt",
+                hint="shorten the prompt",
+            )
+        if request.max_new_tokens < 0:
+            raise UserError(
+                f"max_new_tokens is {request.max_new_tokens}", where="max_new_tokens", hint="0 or more"
+            )
+        self.work.refuse(request)
+        validate(request.sampling, self.work.vocabulary)
+        validate_stops(request.stop)
+        ends = self._ends if facts is None else facts.terminators or self._ends
+        if request.stop_ids is not None:
+            ends = request.stop_ids
+        matcher = None
+        if request.constraint is not None:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.work.vocabulary)
+            known = [end for end in ends if 0 <= end < self.work.vocabulary]
+            matcher = self._grammars.compile(request.constraint, known)
+        sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
+        allowance = min(request.max_new_tokens, room)
+        writing = QueuedWriting(self._wake)
+        self._unfinished.add(writing)
+        return Run(request, writing, sampler, matcher, self.tokenizer, ends, allowance)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _take_incoming(self) -> None:
+        with self._changed:
+            while self._incoming:
+                self.work.add(self._incoming.popleft())
+
+    def _turn(self) -> None:
+        """One step for all that are in hand."""
+        self._take_incoming()
+        with torch.inference_mode():
+            try:
+                self.work.step()
+            except Exception as error:  # a fault of the batch itself: nobody must wait for ever
+                self.work.end_all(error)
+
+    def _work(self) -> None:
+        """Compute steps until the engine is closed."""
+        while True:
+            with self._changed:
+                while not self._incoming and self.work.idle and not self._closed:
+                    self._changed.wait()
+                if self._closed and (not self._draining or (self.work.idle and not self._incoming)):
+                    return
+            with self._stepping:
+                self._turn()
+            if not self.work.load.running and not self.work.idle:
+                time.sleep(_NOTHING_STARTS)

@@ -1,0 +1,290 @@
+"""What a model does before its first block and behind its last one, found by running the model's own code.
+
+The blocks are replaced by recorders that hand on what they are given. Then the model's code shows, without any
+list of families: what a token's row at the first block is made of (embedding, scale, learned positions), the
+cosines and sines that each block is given, and how logits follow from the head's outputs.
+
+    row = scale · E[token] + P[position],     logits = cap · tanh(factor · head(norm(row)) / cap)
+
+Knows transformers' models; not what a decoder makes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.runtime.generation import position_limit
+
+# Positions that one call of the model goes through; a mask for them is small.
+CHUNK = 512
+# Positions of a model that does not say how many it has.
+UNSAID = 32768
+# Relative differences that are rounding: of sums in fp32, and of bf16 (2^-8) with some room.
+_EXACT, _ROUNDED = 1e-5, 2.0**-6
+
+
+class NotDecodable(Exception):
+    """The model's code does something else than this module knows; says what."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How tokens become rows at the first block, and how positions turn queries and keys.
+
+    Attributes:
+        weight: (V, D), the embedding's own.
+        scale: what it is multiplied with.
+        outer: what embeddings that are given instead of tokens are multiplied with.
+        positions: (P, D) fp32, learned positions; None where there are none.
+        tables: (cosine, sine) in fp32, each (P, n), the different ones.
+        table_of: for each block the number of its table; None where it is given none.
+        limit: P, the positions that there are.
+    """
+
+    weight: Tensor
+    scale: float
+    outer: float
+    positions: Tensor | None
+    tables: tuple[tuple[Tensor, Tensor], ...]
+    table_of: tuple[int | None, ...]
+    limit: int
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """(n) token ids to (n, D) in fp32, without positions."""
+        rows = self.weight.index_select(0, tokens).float()
+        return rows if self.scale == 1.0 else rows.mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class LogitsForm:
+    """How logits follow from the head's outputs: times ``factor``, then between -cap and cap."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+
+class _Enough(Exception):
+    """Raised behind the last recorder, where what follows is of no interest."""
+
+
+class _Recorders:
+    """Stand in for blocks: each hands on its input, and notes it and the cosines and sines that it is given.
+
+    Attributes:
+        ending: whether the call ends behind the last of them, by an exception.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], extra: Sequence[int | None]) -> None:
+        self._blocks, self._extra = blocks, extra
+        self._names = [list(inspect.signature(type(block).forward).parameters)[2:] for block in blocks]
+        self.rows: list[Tensor | None] = []
+        self.turns: list[tuple[Tensor, Tensor] | None] = []
+        self.ending = False
+
+    def forget(self) -> None:
+        self.rows, self.turns = [None] * len(self._blocks), [None] * len(self._blocks)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        for number, block in enumerate(self._blocks):
+            vars(block)["forward"] = self._recorder(number)
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                vars(block).pop("forward", None)
+
+    def _recorder(self, number: int) -> Any:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            named = {**kwargs, **dict(zip(self._names[number], args, strict=False))}
+            self.rows[number] = hidden_states.detach()
+            turns = named.get("position_embeddings")
+            self.turns[number] = (
+                None if turns is None else (turns[0].detach().clone(), turns[1].detach().clone())
+            )
+            if self.ending and number == len(self._blocks) - 1:
+                raise _Enough
+            extra = self._extra[number]
+            return hidden_states if extra is None else (hidden_states, *[None] * extra)
+
+        return forward
+
+
+class Prober:
+    """Runs a model's code around its blocks.
+
+    Args:
+        model: a causal language model on the processor, in evaluation mode.
+        blocks: of its backbone. extra: how many values each returns behind its rows; see ``BlockRoles``.
+
+    Raises:
+        NotDecodable: from every function, where the code is not of the form above.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[nn.Module], extra: Sequence[int | None]
+    ) -> None:
+        self.model = model
+        self.backbone: PreTrainedModel = model.base_model  # type: ignore[assignment]
+        self.seen = _Recorders(blocks, extra)
+        self._placed = "position_ids" in inspect.signature(self.backbone.forward).parameters
+
+    def entry(self, most: int, rotary: Sequence[bool]) -> Entry:
+        """What enters the blocks.
+
+        Args:
+            most: positions to look at, at most. rotary: whether each block uses the cosines it is given.
+        """
+        embedding = self.model.get_input_embeddings()
+        weight = getattr(embedding, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise NotDecodable("its token embedding is not a table")
+        limit = min(position_limit(self.model) or UNSAID, most)
+        with torch.no_grad(), self.seen.in_place():
+            limit = self._steady(limit, weight.shape[1], rotary)
+            learned, tables, table_of = self._along(limit, weight.shape[1], rotary)
+            outer, scale = self._scales(weight, learned)
+        return Entry(weight.detach(), scale, outer, learned, tables, table_of, limit)
+
+    def _run(self, positions: Tensor, **inputs: Tensor) -> None:
+        """Call the backbone on one row at these positions (T)."""
+        self.seen.forget()
+        named: dict[str, Any] = {**inputs, "use_cache": False}
+        if self._placed:
+            named["position_ids"] = positions[None]
+        elif int(positions[0]) != 0:
+            raise NotDecodable("it takes no positions")
+        self.seen.ending = True
+        try:
+            self.backbone(**named)
+        except _Enough:
+            pass  # the rows that were asked for are noted
+        finally:
+            self.seen.ending = False
+        if any(rows is None for rows in self.seen.rows):
+            raise NotDecodable("not every block is called")
+        first = self.seen.rows[0]
+        assert first is not None
+        if any(rows is not first and not torch.equal(rows, first) for rows in self.seen.rows):  # type: ignore[arg-type]
+            raise NotDecodable("something happens between its blocks")
+
+    def _first(self) -> Tensor:
+        rows = self.seen.rows[0]
+        assert rows is not None
+        return rows[0].float()
+
+    def _turns(self, rotary: Sequence[bool]) -> list[tuple[Tensor, Tensor] | None]:
+        """The cosines and sines (T, n) that each block uses."""
+        made: list[tuple[Tensor, Tensor] | None] = []
+        for given, used in zip(self.seen.turns, rotary, strict=True):
+            if used and given is None:
+                raise NotDecodable("its blocks make rotary positions themselves")
+            made.append(None if given is None or not used else (given[0][0].float(), given[1][0].float()))
+        return made
+
+    def _steady(self, limit: int, width: int, rotary: Sequence[bool]) -> int:
+        """The most positions at which the first ones' cosines do not hang on how many there are."""
+        if not any(rotary) or not self._placed:
+            return limit
+        few = torch.arange(min(16, limit))
+        self._run(few, inputs_embeds=torch.zeros(1, len(few), width))
+        alone = self._turns(rotary)
+        while limit > len(few):
+            far = torch.cat([few, torch.tensor([limit - 1])])
+            self._run(far, inputs_embeds=torch.zeros(1, len(far), width))
+            pairs = zip(alone, self._turns(rotary), strict=True)
+            if all(a is None or b is None or torch.equal(a[0], b[0][:-1]) for a, b in pairs):
+                break
+            limit //= 2
+        return limit
+
+    def _along(
+        self, limit: int, width: int, rotary: Sequence[bool]
+    ) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...], tuple[int | None, ...]]:
+        """Learned positions, and the cosines and sines of all positions: embeddings of zeros show them."""
+        learned: list[Tensor] = []
+        parts: list[list[tuple[Tensor, Tensor] | None]] = []
+        chunk = CHUNK if self._placed else limit
+        for start in range(0, limit, chunk):
+            places = torch.arange(start, min(limit, start + chunk))
+            self._run(places, inputs_embeds=torch.zeros(1, len(places), width))
+            learned.append(self._first().clone())
+            parts.append(self._turns(rotary))
+        rows = torch.cat(learned)
+        tables: list[tuple[Tensor, Tensor]] = []
+        table_of: list[int | None] = []
+        for number, first in enumerate(parts[0]):
+            if first is None:
+                table_of.append(None)
+                continue
+            pairs = [part[number] for part in parts]
+            whole = tuple(torch.cat([pair[i] for pair in pairs if pair is not None]) for i in (0, 1))
+            same = (
+                n for n, t in enumerate(tables) if torch.equal(t[0], whole[0]) and torch.equal(t[1], whole[1])
+            )
+            known = next(same, None)
+            if known is None:
+                tables.append((whole[0].contiguous(), whole[1].contiguous()))
+            table_of.append(len(tables) - 1 if known is None else known)
+        return (rows if bool(rows.any()) else None), tuple(tables), tuple(table_of)
+
+    def _scales(self, weight: Tensor, learned: Tensor | None) -> tuple[float, float]:
+        """What given embeddings, and what the table's rows, are multiplied with."""
+        length = min(48, CHUNK if learned is None else len(learned))
+        tokens = torch.arange(0, len(weight), max(1, len(weight) // length))[:length]
+        places = torch.arange(len(tokens))
+        taken = weight[tokens].float()
+        shift = 0.0 if learned is None else learned[: len(tokens)]
+        self._run(places, inputs_embeds=taken[None])
+        outer = _factor(self._first() - shift, taken, _EXACT)
+        self._run(places, input_ids=tokens[None])
+        found = self._first()
+        scale = _factor(found - shift, taken, _EXACT if weight.dtype == torch.float32 else _ROUNDED)
+        rounded = float(torch.tensor(scale).to(weight.dtype))  # a model in bf16 has its scale in bf16
+        if torch.equal((taken * rounded + shift).to(weight.dtype).float(), found):
+            scale = rounded
+        return outer, scale
+
+    def logits_form(self) -> LogitsForm:
+        """How logits follow from the head's outputs: the head is replaced by numbers that are known."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise NotDecodable("it has no output head")
+        wide = int(head.weight.shape[0])  # type: ignore[union-attr, index]
+        steps = torch.linspace(-40.0, 40.0, wide)
+        small = _factor(self._through(head, steps * 1e-4), steps * 1e-4, 1e-3)
+        if torch.allclose(self._through(head, steps), steps * small, rtol=1e-3, atol=1e-3):
+            return LogitsForm(small)
+        cap = float(self._through(head, torch.full((wide,), 1e6)).mean())
+        expected = cap * torch.tanh(steps * small / cap)
+        if not (cap > 0 and torch.allclose(self._through(head, steps), expected, rtol=1e-3, atol=1e-3)):
+            raise NotDecodable("it changes logits in a way that is not known")
+        return LogitsForm(small, cap)
+
+    def _through(self, head: nn.Module, values: Tensor) -> Tensor:
+        """The logits (V) of one token for these outputs (V) of the head."""
+        if "forward" in vars(head):
+            raise NotDecodable("its output head is not its own")
+        vars(head)["forward"] = lambda hidden: values.expand(*hidden.shape[:-1], -1)
+        try:
+            with torch.no_grad(), self.seen.in_place():
+                logits = self.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+        finally:
+            del vars(head)["forward"]
+        return logits.flatten().float()  # type: ignore[no-any-return]
+
+
+def _factor(found: Tensor, of: Tensor, tolerance: float) -> float:
+    """The number c of found = c · of, by least squares; 1 exactly where it is that."""
+    value = float((found * of).sum() / of.square().sum().clamp_min(1e-30))
+    if float((found - value * of).norm()) > tolerance * max(float(found.norm()), 1e-30):
+        raise NotDecodable("its rows are more than an embedding, a scale and a position")
+    return 1.0 if abs(value - 1.0) < 1e-6 else value
