@@ -62,6 +62,7 @@ def command(
         from deltaw.data.example import Example
         from deltaw.data.settings import DataSettings
         from deltaw.reports.scores import answer_table, confusion_table, score_table
+        from deltaw.serving.opening import SessionWriter
         from deltaw.training.inference import open_run, score_run
         from deltaw.training.tasks.eval_sets import read_run_data
     opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
@@ -82,6 +83,8 @@ def command(
     if (lacking := opened.not_invoked(prompts)) is not None:
         out.print(lacking, highlight=False, markup=False)
 
+    writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
+
     def scored() -> Score:
         with working("evaluating", len(examples)) as advance:
             return score_run(
@@ -89,6 +92,7 @@ def command(
                 examples,
                 max_new_tokens=max_new_tokens,
                 on_progress=lambda done, total: advance(done),
+                writer=writer,
             )
 
     scores: dict[str, Score] = {}

@@ -23,7 +23,7 @@ from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.training.evaluation.causal import Score, score
+from deltaw.training.evaluation.causal import Score, Writer, score
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
@@ -209,8 +209,13 @@ def score_run(
     *,
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> Score:
-    """Evaluate a model on examples that have no virtual tokens yet."""
+    """Evaluate a model on examples that have no virtual tokens yet.
+
+    Args:
+        writer: writes answers; None for transformers.
+    """
     rows = [opened.example(example) for example in examples]
     batcher, _ = opened.task.batcher(
         opened.model,
@@ -229,6 +234,7 @@ def score_run(
             batcher,
             max_new_tokens=max_new_tokens,
             on_progress=on_progress,
+            writer=writer,
         )
     with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,18 @@ from deltaw.training.losses import label_places
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE
 from deltaw.training.tasks.causal_objective import CausalObjective
+
+
+class Writer(Protocol):
+    """Writes greedy completions; what an evaluation is given instead of transformers' decoding."""
+
+    def __call__(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[str]:
+        """The texts behind prompts of token ids, virtual ones among them, in their order."""
 
 
 @dataclass(frozen=True)
@@ -92,33 +105,35 @@ def answers(
     max_new_tokens: int | None = None,
     batch_tokens: int = 4096,
     on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> list[Answer]:
     """Greedy completions of the examples that have an answer, in their order.
 
     Args:
         max_new_tokens: by default as many as the longest answer has, and a few more.
         batch_tokens: the most tokens that are decoded together.
+        writer: writes them; None for transformers.
     """
     asked = [e for e in examples if e.answer is not None]
     if not asked:
         return []
     longest = max(len(e.tokens) - e.prompt_length for e in asked)
-    completions = generate(
-        model,
-        tokenizer,
-        [e.tokens[: e.prompt_length] for e in asked],
-        max_new_tokens=max_new_tokens or longest + 4,
-        batch_tokens=batch_tokens,
-        on_progress=on_progress,
-    )
+    prompts = [e.tokens[: e.prompt_length] for e in asked]
+    count = max_new_tokens or longest + 4
+    if writer is not None:
+        written = writer(prompts, count, on_progress)
+    else:
+        how = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
+        written = [completion.text for completion in completions]
     return [
         Answer(
             row=e.row,
             question=_question(tokenizer, e),
             expected=e.answer or "",
-            written=c.text,
+            written=text,
         )
-        for e, c in zip(asked, completions, strict=True)
+        for e, text in zip(asked, written, strict=True)
     ]
 
 
@@ -160,13 +175,15 @@ def score(
     *,
     max_new_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> Score:
     """Everything that ``deltaw eval`` says of a causal language model."""
     objective = CausalObjective(model)
     padded = getattr(batcher, "padded", False)
     with contextlib.nullcontext() if padded else packed_rows(model):
         evaluation = evaluate_causal(objective, examples, batcher)
-    given = answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_progress=on_progress)
+    how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
+    given = answers(model, tokenizer, examples, **how)  # type: ignore[arg-type]
     if given:
         exact = np.array([answer.exact for answer in given], dtype=np.float64)
         metrics = {**evaluation.metrics, "exact_match": exact_match(given)}
