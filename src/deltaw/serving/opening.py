@@ -60,7 +60,7 @@ def open_engine(
         UserError: the model writes no text.
     """
     session.require_generation()
-    own = None if session.bare else OWN
+    own = OWN if session.adapter and not session.bare else None
     limits = limits or BatchLimits()
     room = cache_bytes if cache_bytes is not None else int(free_memory_bytes() * CACHE_SHARE)
     try:
@@ -83,7 +83,7 @@ def open_engine(
         cache_bytes=room,
         limits=limits,
         own_adapter=OWN if beside else None,
-        has_base=bool(beside) or session.bare,
+        has_base=bool(beside) or own is None,
     )
 
 
@@ -130,7 +130,9 @@ def _decoder(session: InferenceSession, cache_bytes: int) -> tuple[Decodable, Ac
         NotDecodable: neither can be had.
     """
     method = session.method
-    if method is None or session.bare or method.name not in _BESIDE:
+    if method is None or session.bare:
+        return decodable(session.model, cache_bytes=cache_bytes), None
+    if method.name not in _BESIDE:
         with session.base():  # its own code knows nothing of biases that were added
             fused = recognized_blocks(session.model)
         return decodable(session.model, cache_bytes=cache_bytes, fused=fused), None
