@@ -178,7 +178,7 @@ def test_two_that_are_asked_for_do_not_drive_each_other_out(bank_of, folders, si
 
 
 def test_a_demand_that_nobody_follows_up_gives_way(bank_of, folders, size, monkeypatch):
-    monkeypatch.setattr(adapter_room, "PATIENCE", 0.2)
+    monkeypatch.setattr(adapter_room, "STAYS", 0.2)
     bank = bank_of(size)
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])
@@ -239,15 +239,15 @@ def test_a_folder_that_changed_is_refused_until_it_is_swapped(bank_of, model, fo
 def test_a_folder_that_was_copied_anew_is_the_same(bank_of, folders, size, tmp_path):
     bank = bank_of(size)
     shutil.copytree(folders["a"], tmp_path / "x")
-    number = bank.add("x", tmp_path / "x") and bank.acquire("x").number
-    bank = bank_of(size)
     bank.add("x", tmp_path / "x")
-    bank.add("b", folders["b"])
+    before = bank.acquire("x")
+    bank.release(before)
+    bank.add("b", folders["b"])  # "x" leaves
     shutil.rmtree(tmp_path / "x")
     with pytest.raises(UserError, match="no adapter folder"):
         bank.acquire("x", LONG)
     shutil.copytree(folders["a"], tmp_path / "x")
-    assert bank.acquire("x", LONG).number == number == 1
+    assert bank.acquire("x", LONG).number == before.number
 
 
 def test_a_pinned_adapter_stays(bank_of, folders, size):
