@@ -1,0 +1,200 @@
+"""A decoding step in plain torch: the reference implementation, and what runs without the compiled kernels.
+
+    x₁ = x + output(attention(rotate(queries, keys), values)),    y = x₁ + down(f(gate) · up)
+
+over a packed batch of tokens of several sequences, whose keys and values lie in pages. Norms, splits and
+parallel halves are those of ``runtime/fused_halves.py``. Between layers numbers are fp32 (or another type
+that is asked for); a layer's input is rounded as its weight is: to bf16, or to int8 with a scale for each row.
+
+Knows the parts of a decoder and the layout of pages; not who asks, nor how pages are given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltaw.kernels.decode_parts import HEAD, DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
+from deltaw.kernels.linear import quantized_reference
+from deltaw.kernels.rows import activation_reference, norm_reference, rotate_reference
+
+Factors = Mapping[
+    tuple[int, str], tuple[Tensor, Tensor]
+]  # A (r, in) and B (r, out), its scaling multiplied in
+
+
+@dataclass
+class Tokens:
+    """The rows of a step.
+
+    Args:
+        positions, sequence, adapter: (n). page_table: (s, most).
+        factors: of each adapter.
+        dtype: of numbers between layers.
+    """
+
+    positions: Tensor
+    sequence: Tensor
+    page_table: Tensor
+    adapter: Tensor
+    factors: Sequence[Factors]
+    page_tokens: int
+    dtype: torch.dtype = torch.float32
+    groups: list[tuple[Tensor, Factors]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.groups = [
+            (rows, factors)
+            for number, factors in enumerate(self.factors)
+            if len(rows := (self.adapter == number).nonzero()[:, 0])
+        ]
+
+    def of(self, rows: Tensor) -> Tokens:
+        """Some of the rows alone."""
+        return Tokens(
+            self.positions[rows],
+            self.sequence[rows],
+            self.page_table,
+            self.adapter[rows],
+            self.factors,
+            self.page_tokens,
+            self.dtype,
+        )
+
+
+def cached(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int) -> tuple[Tensor, Tensor]:
+    """Views of one block's keys (pages, key heads, d, tokens) and values (pages, key heads, tokens, d).
+
+    Args:
+        data: (pages, numbers of a page). offset: where in a page the block's numbers begin.
+    """
+    size, heads = block.head_size, block.key_heads
+    own = data[:, offset : offset + 2 * heads * size * page_tokens]
+    own = own.view(len(data), heads, 2, size * page_tokens)
+    return own[:, :, 0].unflatten(2, (size, page_tokens)), own[:, :, 1].unflatten(2, (page_tokens, size))
+
+
+def block_reference(
+    x: Tensor,
+    number: int,
+    block: DecoderBlock,
+    table: tuple[Tensor, Tensor] | None,
+    cache: tuple[Tensor, Tensor],
+    tokens: Tokens,
+) -> Tensor:
+    """One block over rows x (n, D); its keys and values are written to the cache."""
+    n = _norm(x, block.first.before)
+    q, k, v = _queries_keys_values(n, number, block, tokens)
+    q, k = _over_heads(q, block.query_norm), _over_heads(k, block.key_norm)
+    if block.turned and table is not None:
+        turns = [t[tokens.positions.long()].to(x.dtype) for t in table]
+        q, k = (rotate_reference(t, *turns).to(x.dtype) for t in (q, k))
+    mixed = _attention(q, k, v, block, cache, tokens).flatten(1)
+    y = linear_reference(mixed, block.output, tokens, (number, "output"))
+    summed = _ended(y, x, block.first)
+    n = _norm(x if block.parallel else summed, block.second.before)
+    gate = linear_reference(n, block.gate, tokens, (number, "gate"))
+    up = None
+    if block.up is not None:
+        up = linear_reference(n, block.up, tokens, (number, "up"))
+    elif block.gated:
+        gate, up = gate.chunk(2, 1)
+    inner = activation_reference(gate, up, block.activation)
+    return _ended(linear_reference(inner, block.down, tokens, (number, "down")), summed, block.second)
+
+
+def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tuple[int, str]) -> Tensor:
+    """A layer with the updates of the adapters of each row; x (n, in) to (n, out)."""
+    dtype = x.dtype
+    narrow = x if layer.weight.dtype == torch.float32 else x.to(torch.bfloat16).to(dtype)
+    if layer.scale is not None:
+        rounded, by = quantized_reference(x, layer.columns)
+        sums = (rounded.to(dtype) - 128) @ layer.weight.to(dtype).t()
+        y = sums * by[:, None].to(dtype) * layer.scale.to(dtype)
+    else:
+        y = narrow @ layer.weight.to(dtype).t()
+    if layer.bias is not None:
+        y = y + layer.bias.to(dtype)
+    for rows, factors in tokens.groups:
+        if place in factors:
+            A, B = (factor.to(dtype) for factor in factors[place])
+            y = y.index_add(0, rows, (narrow[rows] @ A.t()) @ B)
+    return y
+
+
+def end_reference(
+    x: Tensor, norm: DecoderNorm | None, head: DecoderLinear, tokens: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Rows (k, D) after the final norm, and their logits (k, V)."""
+    hidden = _norm(x, norm)
+    return hidden, linear_reference(hidden, head, tokens, (-1, HEAD))
+
+
+def _queries_keys_values(
+    n: Tensor, number: int, block: DecoderBlock, tokens: Tokens
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, key_heads, size = block.heads, block.key_heads, block.head_size
+    y = linear_reference(n, block.query, tokens, (number, "query"))
+    if block.key is not None and block.value is not None:
+        k = linear_reference(n, block.key, tokens, (number, "key"))
+        v = linear_reference(n, block.value, tokens, (number, "value"))
+        return tuple(t.unflatten(1, (-1, size)) for t in (y, k, v))  # type: ignore[return-value]
+    if block.split == "stacked":
+        return y.unflatten(1, (-1, size)).split([heads, key_heads, key_heads], 1)  # type: ignore[return-value]
+    group = heads // key_heads
+    of_key_head = y.view(len(y), key_heads, group + 2, size)
+    return of_key_head[:, :, :group].flatten(1, 2), of_key_head[:, :, group], of_key_head[:, :, group + 1]
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, block: DecoderBlock, cache: tuple[Tensor, Tensor], tokens: Tokens
+) -> Tensor:
+    """What each row (n, heads, d) takes of the values of its sequence up to itself."""
+    keys, values = cache
+    pages = tokens.page_table.long()
+    positions, sequence = tokens.positions.long(), tokens.sequence.long()
+    page, slot = pages[sequence, positions // tokens.page_tokens], positions % tokens.page_tokens
+    keys[page, :, :, slot] = k.to(keys.dtype)
+    values[page, :, slot] = v.to(values.dtype)
+    out = torch.empty_like(q)
+    group = block.heads // block.key_heads
+    for number in sequence.unique().tolist():
+        rows = (sequence == number).nonzero()[:, 0]
+        at = positions[rows]
+        first, last = 0, int(at.max()) + 1
+        if block.window is not None:
+            first = max(0, int(at.min()) - block.window + 1) // tokens.page_tokens
+        own = pages[number, first : -(-last // tokens.page_tokens)]
+        seen = torch.arange(first * tokens.page_tokens, last, device=q.device)
+        key = keys[own].permute(1, 2, 0, 3).flatten(2)[..., : len(seen)].to(q.dtype)
+        value = values[own].transpose(0, 1).flatten(1, 2)[:, : len(seen)].to(q.dtype)
+        query = q[rows].unflatten(1, (-1, group)).permute(1, 2, 0, 3)  # (key heads, group, rows, d)
+        scores = block.scaling * (query @ key[:, None])
+        if block.softcap is not None:
+            scores = block.softcap * torch.tanh(scores / block.softcap)
+        visible = seen <= at[:, None]
+        if block.window is not None:
+            visible &= at[:, None] - seen < block.window
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        value = value.masked_fill(~visible.any(0)[:, None], 0.0)  # what nobody sees may be no number
+        out[rows] = (weights @ value[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def _norm(x: Tensor, norm: DecoderNorm | None) -> Tensor:
+    if norm is None:
+        return x
+    how = {"offset": norm.offset, "eps": norm.eps, "centred": norm.centred}
+    return norm_reference(x, norm.weight, norm.bias, **how)[0]
+
+
+def _over_heads(x: Tensor, norm: DecoderNorm | None) -> Tensor:
+    return x if norm is None else _norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
+
+
+def _ended(y: Tensor, stream: Tensor, norms: DecoderNorms) -> Tensor:
+    """The sum of a half with the residual stream."""
+    return _norm(stream + _norm(y, norms.after), norms.post)
