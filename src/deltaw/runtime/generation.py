@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -160,6 +161,45 @@ def stream(
         finally:
             tokens.closed.set()
             writer.join()
+
+
+def decode_by(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Sequence[int | None]],
+) -> None:
+    """Continue prompts together, each token chosen by the caller.
+
+    Args:
+        prompts: token ids, each (length,); at least one token, and room for ``max_new_tokens`` behind it.
+        choose: given logits (prompts, vocabulary), in fp32, the next token of each; None where its text has
+            ended. Once all have ended, the decoding does.
+
+    Raises:
+        UserError: the model does not generate.
+    """
+    config = _config(model, tokenizer, (), max_new_tokens, 0.0, 1.0, 0)
+    config.max_new_tokens = max_new_tokens
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+
+    def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        for row, token in enumerate(choose(scores.float())):
+            ended[row] = token is None
+            forced[row, 0 if token is None else token] = 0.0
+        return forced
+
+    with _as_found(model, config, 0):
+        ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
+        _decoder(model).generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([chosen]),  # type: ignore[list-item]
+            stopping_criteria=StoppingCriteriaList([_Ended(ended)]),
+        )
 
 
 def _config(
@@ -337,6 +377,16 @@ class _Tokens(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to do: the end is put once ``generate`` has returned."""
+
+
+class _Ended(StoppingCriteria):
+    """Stops rows whose texts have ended."""
+
+    def __init__(self, ended: Tensor) -> None:
+        self._rows = ended
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return self._rows.clone()
 
 
 class _Closed(StoppingCriteria):

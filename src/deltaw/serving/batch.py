@@ -307,10 +307,10 @@ class Batch:
             at = end
         hidden = self._rows(parts, tokens, places)
         _, logits = self.model.decoder.step(
+            self.memory,
             hidden,
             torch.from_numpy(places),
             torch.from_numpy(sequence),
-            self.memory,
             torch.from_numpy(self._table),
             torch.from_numpy(adapter),
             packed,

@@ -28,12 +28,13 @@ from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm
 from deltaw.kernels.linear import quantized_rows
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
-from deltaw.runtime.fused_blocks import last_norm
-from deltaw.runtime.packed import fused_blocks
-from deltaw.runtime.padded import fused_padded_blocks
+from deltaw.runtime.fused_blocks import last_norm, recognize
+from deltaw.runtime.packed import PACKED
+from deltaw.runtime.padded import PADDED
 from deltaw.runtime.projections import Projection
 from deltaw.runtime.roles import BlockRoles, Norms, activation_kind, norm_form, part
 from deltaw.runtime.small_copy import small_copy
+from deltaw.serving.adapters import ActiveAdapter
 from deltaw.serving.probes import Entry, NotDecodable, Prober
 
 # Tokens that are compared, and how many of them come one by one behind a first chunk.
@@ -69,13 +70,17 @@ class Decodable:
         return self.entry.limit
 
 
-def decodable(model: PreTrainedModel, *, cache_bytes: int | None = None) -> Decodable:
+def decodable(
+    model: PreTrainedModel, *, cache_bytes: int | None = None, fused: Sequence[FusedBlock] | None = None
+) -> Decodable:
     """A verified decoder of the model as it is now, its low-rank factors left out.
 
     Where the model's blocks are in int8, its head is decoded in int8 too, as a copy.
 
     Args:
         cache_bytes: memory for keys and values: what it has no room for, there are no positions for.
+        fused: what :func:`recognized_blocks` found; for a model with biases that its own code does not have,
+            what it found without them.
 
     Raises:
         NotDecodable: the model cannot be decoded so; says why.
@@ -85,10 +90,10 @@ def decodable(model: PreTrainedModel, *, cache_bytes: int | None = None) -> Deco
     int8_head = any(p.dtype == torch.int8 for p in model.parameters())
     with evaluating(model):
         small = _small(model)
-        exact = difference(_assembled(small, None, False), small)
+        exact = difference(_assembled(small, recognized_blocks(small), None, False), small)
         if not exact < TOLERANCE:
             raise NotDecodable(f"a small copy's logits differ from its own by {exact:.1e}")
-        made = _assembled(model, cache_bytes, int8_head)
+        made = _assembled(model, fused or recognized_blocks(model), cache_bytes, int8_head)
         rough = difference(made, model)
     if not rough < tolerance(model, int8_head):
         raise NotDecodable(f"its logits differ from the model's own by {rough:.1e}")
@@ -130,9 +135,13 @@ def _small(model: PreTrainedModel) -> PreTrainedModel:
         raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
 
 
-def _assembled(model: PreTrainedModel, cache_bytes: int | None, int8_head: bool) -> Decodable:
+def _assembled(
+    model: PreTrainedModel, fused: Sequence[FusedBlock], cache_bytes: int | None, int8_head: bool
+) -> Decodable:
     """A decoder of a model, not verified."""
-    fused = _recognized(model)
+    listed = blocks_of(model.base_model)
+    if listed is None or [block.block for block in fused] != list(listed[1]):
+        raise NotDecodable("blocks were replaced since they were recognized")
     types = {p.dtype for block in fused for p in block.block.parameters()}
     cache_dtype = torch.float32 if types == {torch.float32} else torch.bfloat16
     most = MOST_POSITIONS
@@ -164,19 +173,21 @@ def _assembled(model: PreTrainedModel, cache_bytes: int | None, int8_head: bool)
     return Decodable(decoder, entry, blocks, roles, linear.outputs)
 
 
-def _recognized(model: PreTrainedModel) -> list[FusedBlock]:
-    """The model's blocks with their descriptions, in order."""
-    found = fused_blocks(model)
-    if not found.choice.value:
-        why, found = found.choice.why, fused_padded_blocks(model)
-        if not found.choice.value:
-            raise NotDecodable(f"its blocks are not known: {why}")
-    listed = blocks_of(model.base_model)
-    if listed is None or [block.block for block in found.blocks] != list(listed[1]):
-        raise NotDecodable("blocks were replaced since they were recognized")
-    if not all(block.roles.attention.causal for block in found.blocks):
-        raise NotDecodable("its tokens see both ways")
-    return found.blocks
+def recognized_blocks(model: PreTrainedModel) -> list[FusedBlock]:
+    """The model's blocks with their descriptions, in order.
+
+    Raises:
+        NotDecodable: they are not known, or see later tokens.
+    """
+    why = ""
+    for mode in (PACKED, PADDED):
+        found = recognize(model, mode)
+        if found.choice.value and found.blocks:
+            if not all(block.roles.attention.causal for block in found.blocks):
+                raise NotDecodable("its tokens see both ways")
+            return found.blocks
+        why = why or found.choice.why
+    raise NotDecodable(f"its blocks are not known: {why}")
 
 
 def _final_norm(model: PreTrainedModel) -> DecoderNorm:
@@ -261,44 +272,54 @@ def difference(
     made: Decodable,
     model: PreTrainedModel,
     *,
-    adapter: PackedAdapter | None = None,
+    adapter: ActiveAdapter | None = None,
     tokens: Tensor | None = None,
 ) -> float:
     """The relative difference (of norms) between a decoder's logits and the model's own.
 
     Args:
-        adapter: whose update acts on all rows; the model must have it on.
-        tokens: (n) to compare on; some of the vocabulary where they are not given.
+        adapter: which acts on all tokens; the model must have it on.
+        tokens: (n) to compare on, without virtual ones; some of the vocabulary where they are not given.
     """
+    known = len(made.entry.weight)
     if tokens is None:
         count = min(SAMPLE, made.positions)
-        tokens = torch.randint(0, len(made.entry.weight), (count,), generator=torch.Generator().manual_seed(0))
-    own = model(input_ids=tokens[None], use_cache=False).logits[0].float()
-    ours = logits_of(made, tokens, adapter)
+        tokens = torch.randint(0, known, (count,), generator=torch.Generator().manual_seed(0))
+    soft = None if adapter is None else adapter.soft_prompt
+    rows, seen = made.entry.rows(tokens), tokens
+    if soft is not None:
+        rows = torch.cat([soft.float() * made.entry.outer, rows])
+        seen = torch.cat([torch.arange(known, known + len(soft)), tokens])
+    own = model(input_ids=seen[None], use_cache=False).logits[0].float()
+    ours = logits_of(made, rows, None if adapter is None else adapter.packed)
     return float((ours - own).norm() / own.norm().clamp_min(1e-30))
 
 
-def logits_of(made: Decodable, tokens: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
-    """A decoder's logits (n, V) at all tokens (n): a chunk, some one by one, then the rest."""
-    decoder, count = made.decoder, len(tokens)
-    pages = decoder.new_pages(-(-count // decoder.page_tokens))
-    table = torch.arange(len(pages), dtype=torch.int32)[None]
-    stops = [min(count, CHUNK + n) for n in range(SINGLE + 1)] + [count]
+def logits_of(made: Decodable, rows: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
+    """A decoder's logits (n, V) for rows (n, D) without positions: a chunk, some one by one, then the rest."""
+    decoder, count = made.decoder, len(rows)
+    if made.entry.positions is not None:
+        rows = rows + made.entry.positions[:count]
+    pages = -(-count // decoder.page_tokens)
+    memory = decoder.new_pages(pages)
+    table = torch.arange(pages, dtype=torch.int32)[None]
+    stops = [*(min(count, CHUNK + n) for n in range(SINGLE + 1)), count]
     parts: list[Tensor] = []
     start = 0
     for stop in stops:
         if stop == start:
             continue
-        rows, places = stop - start, torch.arange(start, stop, dtype=torch.int32)
-        zeros = torch.zeros(rows, dtype=torch.int32)
-        hidden = made.entry.rows(tokens[start:stop])
-        if made.entry.positions is not None:
-            hidden += made.entry.positions[start:stop]
-        which = zeros if adapter is not None else zeros - 1
+        zeros = torch.zeros(stop - start, dtype=torch.int32)
         _, logits = decoder.step(
-            hidden, places, zeros, pages, table, which, [] if adapter is None else [adapter],
-            torch.arange(rows, dtype=torch.int32),
-        )  # fmt: skip
+            memory,
+            rows[start:stop].contiguous(),
+            torch.arange(start, stop, dtype=torch.int32),
+            zeros,
+            table,
+            zeros if adapter is not None else zeros - 1,
+            [] if adapter is None else [adapter],
+            torch.arange(stop - start, dtype=torch.int32),
+        )
         parts.append(logits.clone())
         start = stop
     return torch.cat(parts)

@@ -1,0 +1,166 @@
+"""An engine for an inference session: the decoder where the model has one, transformers otherwise.
+
+Three ways, and each is said:
+
+- a decoder of the base model, and the session's adapter beside it as factors or a soft prompt: a request names
+  the adapter, or gets the base;
+- a decoder of the model as it is, where the method trained the model's own parameters;
+- transformers' ``generate``, where the model, or its adapter, is not one that a decoder computes.
+
+Whether a decoder says what the model says is verified each time, with the adapter too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from deltaw.hub.terminators import terminators
+from deltaw.host.memory import free_memory_bytes
+from deltaw.runtime import virtual_tokens
+from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
+from deltaw.serving.batch import Batch, BatchLimits
+from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
+from deltaw.serving.engine import Engine
+from deltaw.serving.factor_places import FactorPlaces, packed_from_model
+from deltaw.serving.fallback import FallbackWork
+from deltaw.serving.probes import NotDecodable
+from deltaw.training.inference import InferenceSession
+from deltaw.working import working
+
+# The name of a session's own adapter.
+OWN = "adapter"
+# The share of free memory that keys and values may take, where nothing else is said.
+CACHE_SHARE = 0.25
+# Tokens on which a session's adapter is verified.
+_SAMPLE = 24
+# Methods whose adapter stands beside the base model, which itself stays as it is.
+_BESIDE = ("lora", "prompt")
+
+
+def open_engine(
+    session: InferenceSession,
+    *,
+    cache_bytes: int | None = None,
+    limits: BatchLimits | None = None,
+    say: Callable[[str], None],
+) -> Engine:
+    """An engine that writes texts with a session's model and its adapter.
+
+    ``engine.own_adapter`` is the name by which requests ask for the session's adapter, and
+    ``engine.has_base`` says whether requests without a name get the base model. While the engine is open, the
+    model must not be changed.
+
+    Args:
+        cache_bytes: memory for keys and values; None for a quarter of what is free.
+        say: told how texts are computed, where it is not by the decoder.
+
+    Raises:
+        UserError: the model writes no text.
+    """
+    session.require_generation()
+    own = OWN if session.adapter else None
+    limits = limits or BatchLimits()
+    room = cache_bytes if cache_bytes is not None else int(free_memory_bytes() * CACHE_SHARE)
+    try:
+        with working("preparing the decoder"):
+            made, adapter = _decoder(session, room)
+    except NotDecodable as reason:
+        why = f"transformers decodes: {reason}"
+        say(why)
+        work = FallbackWork(session, own)
+        facts = AdapterFacts(session.virtual_tokens, None, tuple(_ends(session)))
+        bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
+        return Engine(
+            work, session.tokenizer, terminators=_ends(session), adapters=bank, own_adapter=own, why=why
+        )
+    beside = {} if adapter is None else {OWN: adapter}
+    return engine_over(
+        made,
+        session,
+        FixedAdapters(beside),
+        cache_bytes=room,
+        limits=limits,
+        own_adapter=OWN if beside else None,
+        has_base=bool(beside) or not session.adapter,
+    )
+
+
+def engine_over(
+    made: Decodable,
+    session: InferenceSession,
+    adapters: Adapters,
+    *,
+    cache_bytes: int,
+    limits: BatchLimits | None = None,
+    own_adapter: str | None = None,
+    has_base: bool = True,
+) -> Engine:
+    """An engine over a decoder and any adapters.
+
+    Args:
+        cache_bytes: memory for keys and values.
+    """
+    limits = limits or BatchLimits()
+    decoder = made.decoder
+    size = decoder.bytes_per_page
+    most = limits.running * -(-made.positions // decoder.page_tokens)
+    pages = max(1, min(most, cache_bytes // size))
+    return Engine(
+        Batch(made, pages, adapters, limits),
+        session.tokenizer,
+        terminators=_ends(session),
+        adapters=adapters,
+        own_adapter=own_adapter,
+        has_base=has_base,
+        why=made.why,
+    )
+
+
+def _ends(session: InferenceSession) -> list[int]:
+    return terminators(session.model, session.tokenizer)
+
+
+def _decoder(session: InferenceSession, cache_bytes: int) -> tuple[Decodable, ActiveAdapter | None]:
+    """A verified decoder, and the session's adapter beside it; None where there is none, or where the
+    decoder's weights hold it.
+
+    Raises:
+        NotDecodable: neither can be had.
+    """
+    method = session.method
+    if method is None or method.name not in _BESIDE:
+        with session.base():  # its own code knows nothing of biases that were added
+            fused = recognized_blocks(session.model)
+        return decodable(session.model, cache_bytes=cache_bytes, fused=fused), None
+    with session.base():
+        made = decodable(session.model, cache_bytes=cache_bytes)
+    return made, _own_adapter(session, made)
+
+
+def _own_adapter(session: InferenceSession, made: Decodable) -> ActiveAdapter:
+    """The session's adapter for the decoder of its base model, verified.
+
+    Raises:
+        NotDecodable: it does something else than factors and soft prompts do.
+    """
+    model, method = session.model, session.method
+    assert method is not None
+    places = FactorPlaces(model, made.blocks, made.roles)
+    packed = packed_from_model(model, places, made.decoder)
+    if isinstance(packed, str):
+        raise NotDecodable(packed)
+    layer = virtual_tokens.attached(model)
+    prompt = None if layer is None else layer.prompt.detach()
+    invocation = None if method.invocation is None else tuple(method.invocation)
+    facts = AdapterFacts(session.virtual_tokens, invocation, tuple(_ends(session)))
+    adapter = ActiveAdapter(1, facts, packed, prompt)
+    known = len(made.entry.weight)
+    sample = torch.randint(0, known, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([*(invocation or ()), *sample.tolist()])[: made.positions - session.virtual_tokens]
+    with evaluating(model):
+        off = difference(made, model, adapter=adapter, tokens=tokens)
+    if not off < tolerance(model):
+        raise NotDecodable(f"with its adapter, logits differ from the model's own by {off:.1e}")
+    return adapter
