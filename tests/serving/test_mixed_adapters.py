@@ -62,7 +62,7 @@ def test_mixed_rows_equal_rows_alone_and_the_models_own(served):
     for number in range(0, ROWS, 7):
         own = [] if which[number] < 0 else [packed[which[number]]]
         alone, text = written(Rows(made, own, [len(own) - 1]), prompts[number : number + 1], STEPS)
-        assert torch.equal(alone[:, 0], mixed[:, number])
+        assert off(alone[:, 0], mixed[:, number]) < TOLERANCE
         assert np.array_equal(text[0], texts[number])
     base = None
     for adapter in sorted({int(w) for w in which}):
