@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from deltaw.errors import UserError
 from deltaw.working import working
 
 if TYPE_CHECKING:
+    from deltaw.serving.engine import Engine
     from deltaw.training.inference import InferenceSession
 
 
@@ -39,9 +39,10 @@ def command(
     ends; /new starts over."""
     notes = console(True)
     with working("starting"):
+        from deltaw.serving.opening import base_engine, open_engine
         from deltaw.training.inference import open_run
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
-    opened.require_generation()
+    engine = open_engine(opened, say=notes.print)
     start = [{"role": "system", "content": system}] if system else []
     talk = list(start)
     while (line := _asked()) is not None:
@@ -52,11 +53,11 @@ def command(
         try:
             as_text(line, "your line")
             if with_base and opened.adapter:
-                _answer(opened, talk, "base", max_new_tokens, temperature, base=True)
+                with base_engine(opened, engine, notes.print) as of_base:
+                    _answer(opened, of_base, None, talk, "base", max_new_tokens, temperature)
             name = "adapter" if opened.adapter else "model"
-            talk.append(
-                {"role": "assistant", "content": _answer(opened, talk, name, max_new_tokens, temperature)}
-            )
+            written = _answer(opened, engine, engine.own_adapter, talk, name, max_new_tokens, temperature)
+            talk.append({"role": "assistant", "content": written})
         except UserError as error:
             # A talk that has grown too long, say: the question is taken back and the talk goes on.
             notes.print(str(error), markup=False)
@@ -73,29 +74,26 @@ def _asked() -> str | None:
 
 def _answer(
     opened: InferenceSession,
+    engine: Engine,
+    adapter: str | None,
     talk: list[dict],
     name: str,
     max_new_tokens: int,
     temperature: float,
-    *,
-    base: bool = False,
 ) -> str:
+    """Print the next answer while it is written; the seed differs by turn, so that a question asked again is
+    answered anew."""
     from deltaw.data import encode_prompt
-    from deltaw.runtime.generation import stream
+    from deltaw.serving.request import Request, Sampling
 
     prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
+    sampling = Sampling(temperature=temperature, seed=len(talk))
+    writing = engine.submit(Request(prompt, adapter, sampling, max_new_tokens=max_new_tokens))
     click.echo(f"{name}: ", nl=False)
-    pieces = []
-    with opened.base() if base else contextlib.nullcontext():
-        prompt = opened.prompt(prompt)
-        for piece in stream(
-            opened.model,
-            opened.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-        ):
-            pieces.append(piece)
-            click.echo(piece, nl=False)
+    try:
+        for piece in writing:
+            click.echo(piece.text, nl=False)
+    finally:
+        writing.cancel()
     click.echo()
-    return "".join(pieces)
+    return writing.result().text

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
+
+if TYPE_CHECKING:
+    from deltaw.serving.engine import Engine
 
 
 @click.command("generate")
@@ -43,7 +47,8 @@ def command(
     notes = console(True)
     with working("starting"):
         from deltaw.data import encode_prompt
-        from deltaw.runtime.generation import generate
+        from deltaw.serving.opening import base_engine, open_engine
+        from deltaw.serving.request import Request, Sampling
         from deltaw.training.inference import open_run
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
@@ -56,25 +61,19 @@ def command(
     if (line := opened.not_invoked(tokens)) is not None:
         notes.print(line, highlight=False, markup=False)
 
-    def completed() -> list[str]:
+    engine = open_engine(opened, say=lambda line: notes.print(line, highlight=False, markup=False))
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+
+    def completed(using: Engine, adapter: str | None) -> list[str]:
+        requests = [Request(t, adapter, sampling, max_new_tokens=max_new_tokens) for t in tokens]
         with working("writing", len(tokens)) as advance:
-            completions = generate(
-                opened.model,
-                opened.tokenizer,
-                [opened.prompt(t) for t in tokens],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                on_progress=lambda done, _: advance(done),
-            )
-        return [completion.text for completion in completions]
+            return [text.text for text in using.write_all(requests, lambda done, _: advance(done))]
 
     base: list[str] | None = None
     if with_base:
-        with opened.base():
-            base = completed()
-    written = completed()
+        with base_engine(opened, engine, notes.print) as of_base:
+            base = completed(of_base, None)
+    written = completed(engine, engine.own_adapter)
     if as_json:
         rows = [{"prompt": p, "completion": c} for p, c in zip(asked, written, strict=True)]
         if base is not None:

@@ -12,7 +12,8 @@ Whether a decoder says what the model says is verified each time, with the adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -60,7 +61,7 @@ def open_engine(
         UserError: the model writes no text.
     """
     session.require_generation()
-    own = OWN if session.adapter else None
+    own = OWN if session.adapter and not session.bare else None
     limits = limits or BatchLimits()
     room = cache_bytes if cache_bytes is not None else int(free_memory_bytes() * CACHE_SHARE)
     try:
@@ -83,8 +84,23 @@ def open_engine(
         cache_bytes=room,
         limits=limits,
         own_adapter=OWN if beside else None,
-        has_base=bool(beside) or not session.adapter,
+        has_base=bool(beside) or own is None,
     )
+
+
+@contextlib.contextmanager
+def base_engine(session: InferenceSession, engine: Engine, say: Callable[[str], None]) -> Iterator[Engine]:
+    """An engine whose requests without a name get the base model: ``engine`` itself where it can, else one
+    that is open within the block."""
+    if engine.has_base:
+        yield engine
+        return
+    with session.base():
+        other = open_engine(session, say=say)
+        try:
+            yield other
+        finally:
+            other.close(drain=False)
 
 
 def engine_over(
@@ -130,7 +146,9 @@ def _decoder(session: InferenceSession, cache_bytes: int) -> tuple[Decodable, Ac
         NotDecodable: neither can be had.
     """
     method = session.method
-    if method is None or method.name not in _BESIDE:
+    if method is None or session.bare:
+        return decodable(session.model, cache_bytes=cache_bytes), None
+    if method.name not in _BESIDE:
         with session.base():  # its own code knows nothing of biases that were added
             fused = recognized_blocks(session.model)
         return decodable(session.model, cache_bytes=cache_bytes, fused=fused), None

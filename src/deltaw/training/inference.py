@@ -60,6 +60,11 @@ class InferenceSession:
         return self.method is not None
 
     @property
+    def bare(self) -> bool:
+        """Whether the model is the base model at the moment, by :meth:`base`."""
+        return self._bare
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of a model that reads text.
 
