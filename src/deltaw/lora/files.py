@@ -25,7 +25,7 @@ from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
 from deltaw.lora.attachment import Attachment, attached, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
-from deltaw.lora.kinds import linear_sizes
+from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.matching import Named, modules_once, value_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import ExtraModule, Selection, Target, select
@@ -203,6 +203,12 @@ def factor_tensors(model: nn.Module, adapter: AdapterFile, where: str) -> list[t
     for target in _selection(model, adapter, where).targets:
         path = next((PREFIX + n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in left), None)
         path = path or PREFIX + target.names[0]
+        if not is_linear(target.module):
+            raise UserError(
+                f"it adapts '{target.names[0]}', a {type(target.module).__name__} and no linear layer",
+                where=where,
+                hint="merge it into a model of its own: deltaw merge",
+            )
         inputs, outputs = linear_sizes(target.module)
         lora_A = _take(left, f"{path}.lora_A.weight", torch.Size((target.rank, inputs)), where)
         lora_B = _take(left, f"{path}.lora_B.weight", torch.Size((outputs, target.rank)), where)

@@ -49,19 +49,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a layer that :func:`is_linear` is true of.
-
-    Raises:
-        UserError: it is another one.
-    """
+    """Inputs and outputs of a layer that :func:`is_linear` is true of."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, Int8Conv1D):
         return layer.nx, layer.nf
-    if is_conv1d(layer):
-        inputs, outputs = layer.get_parameter("weight").shape
-        return int(inputs), int(outputs)
-    raise UserError(f"a {type(layer).__name__} is no linear layer", hint="leave it out with exclude_modules")
+    inputs, outputs = layer.get_parameter("weight").shape
+    return int(inputs), int(outputs)
 
 
 def refusal(module: nn.Module) -> str | None:
