@@ -28,6 +28,7 @@ VERBS = {
     "eval": "loss, perplexity and exact match on a file",
     "generate": "complete prompts",
     "chat": "talk with a model and its adapter",
+    "serve": "a model and its adapters over HTTP, as the OpenAI API",
     "data": "what rows become, and what is wrong with them",
     "compare": "train with several methods, and put cost and score side by side",
     "tune": "search for settings that train best",
