@@ -82,6 +82,15 @@ def _limit_flags(command: Command) -> Command:
     help="for keys and values, such as 2GB  [default: a quarter of what is free]",
 )
 @click.option("--adapter-memory", default="1GB", show_default=True, help="for adapters; others wait on disk")
+@click.option("--no-page", is_flag=True, help="no chat page at /")
+@click.option(
+    "--pooling",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "mean", "first", "last"]),
+    help="how an encoder's vectors are made of those of tokens",
+)
+@click.option("--no-normalize", is_flag=True, help="leave an encoder's vectors as long as they are")
 @_limit_flags
 @model_flags
 def command(
@@ -89,6 +98,9 @@ def command(
     adapters: tuple[str, ...],
     name: str | None,
     log: str,
+    no_page: bool,
+    pooling: str,
+    no_normalize: bool,
     running: int,
     cache_memory: str | None,
     adapter_memory: str,
@@ -99,7 +111,8 @@ def command(
     **given: object,
 ) -> None:
     """Serve BASE, a model or a run's folder, and adapters over HTTP as the OpenAI API does. In
-    requests, `model` names the base or an adapter. Ctrl-C or SIGTERM lets texts in hand end."""
+    requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
+    classes. Ctrl-C or SIGTERM lets texts in hand end."""
     from deltaw.serving.http import require_packages
     from deltaw.training.planning.asked import parse_bytes
 
@@ -114,12 +127,25 @@ def command(
         from deltaw.serving.http import server
         from deltaw.serving.http.app import create_app
         from deltaw.serving.http.logs import RequestLog
-        from deltaw.serving.http.opening import Opening, open_served
+        from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
-    served = open_served(
+    opening = Opening(
+        model=model,
+        name=name,
+        precision=precision,
+        device=device,
+        page=not no_page,
+        pooling=pooling,
+        normalize=not no_normalize,
+        running=running,
+        cache_bytes=cache,
+        adapter_bytes=room,
+    )
+    served = open_any(
         base,
         folders,
-        Opening(model, name, precision, device, running, cache, room),
+        opening,
+        settings.limits,
         say=notes.print,
     )
     try:

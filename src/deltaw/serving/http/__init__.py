@@ -1,9 +1,9 @@
 """The OpenAI API over HTTP for any :class:`~deltaw.serving.request.TextEngine`.
 
 :mod:`served` says what the application is given: an engine, how prompts become tokens, and what else it may
-do. :mod:`app` puts the routes together, :mod:`server` runs them with uvicorn. Nothing here knows models,
-adapters on disk or kernels. FastAPI, uvicorn and prometheus-client come with the extra ``serve``; this file
-imports none of them, so that a command line can say what is missing.
+do, and :mod:`opening` makes it of models on disk. :mod:`app` puts the routes together, :mod:`server` runs
+them with uvicorn. The routes know no models and no kernels. FastAPI, uvicorn and prometheus-client come with
+the extra ``serve``; this file imports none of them, so that a command line can say what is missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opens a base model and adapters from disk for an application to serve.
+"""Opens a base model and adapters from disk for an application to serve: to write text, embed or classify it.
 
 The decoder takes any number of adapters beside the base. A model that has no decoder is run by transformers,
 with one adapter at most; that is said. Knows references, folders and memory; not HTTP.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaw.config import RunConfig
@@ -25,9 +25,12 @@ from deltaw.serving.decodable import Decodable, decodable
 from deltaw.serving.engine import Engine
 from deltaw.serving.factor_places import FactorPlaces, packing
 from deltaw.serving.fallback import FallbackWork
+from deltaw.serving.http.encoders import encoders_served
+from deltaw.serving.http.page.routes import page_router
 from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.served import Load, Prompts, Served
-from deltaw.serving.http.settings import check_name
+from deltaw.serving.http.settings import Limits, check_name
+from deltaw.serving.open_encoders import open_classifiers, open_embedder, what_it_serves
 from deltaw.serving.opening import CACHE_SHARE, engine_over
 from deltaw.serving.probes import NotDecodable
 from deltaw.training.inference import InferenceSession, open_run
@@ -45,6 +48,8 @@ class Opening:
     Args:
         model: the base model, where a run's folder does not name it. name: of the base in requests; None for
             what it was opened from.
+        page: whether models that write text have a chat page at ``/``.
+        pooling, normalize: of an encoder's vectors.
         running: texts that are written at once. cache_bytes: for keys and values; None for a share of what is
             free. adapter_bytes: for adapters in memory.
     """
@@ -53,9 +58,51 @@ class Opening:
     name: str | None = None
     precision: str = "auto"
     device: str = "auto"
+    page: bool = True
+    pooling: str = "auto"
+    normalize: bool = True
     running: int = 64
     cache_bytes: int | None = None
     adapter_bytes: int = 10**9
+
+
+def open_any(
+    base: str, folders: Mapping[str, Path], opening: Opening, limits: Limits, *, say: Callable[[str], None]
+) -> Served:
+    """What a reference names, ready to serve: a model that writes text, an encoder, or a classifier.
+
+    Args:
+        base: names a model, a run or an adapter. folders: adapters by name. limits: of requests.
+
+    Raises:
+        UserError: the model or an adapter cannot be used.
+    """
+    kind = what_it_serves(opening.model or base, precision=opening.precision, device=opening.device)
+    if kind == "text":
+        return open_served(base, folders, opening, say=say)
+    if kind == "vectors":
+        if folders:
+            raise UserError("an encoder is served without adapters", where="--adapter")
+        name = opening.name or base
+        encoders = open_embedder(
+            base,
+            name,
+            pooling=opening.pooling,
+            normalize=opening.normalize,
+            precision=opening.precision,
+            device=opening.device,
+            say=say,
+        )
+    else:
+        is_run = (Path(base) / ADAPTER_CONFIG).is_file()
+        name = opening.name or (check_name(Path(base).resolve().name, base) if is_run else base)
+        if name in folders:
+            raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
+        paths = {adapter: str(folder) for adapter, folder in folders.items()}
+        encoders = open_classifiers(
+            base, name, paths, precision=opening.precision, device=opening.device, say=say
+        )
+    return replace(encoders_served(encoders, name, base, limits), closed=encoders.close)
 
 
 def open_served(
@@ -92,8 +139,12 @@ def open_served(
             made = decodable(session.model, cache_bytes=room)
     except NotDecodable as reason:
         say(f"transformers decodes: {reason}")
-        return _by_transformers(base, name, folders, session, opening, say)
-    return _by_decoder(base, name, folders, session, made, room, opening)
+        served = _by_transformers(base, name, folders, session, opening, say)
+    else:
+        served = _by_decoder(base, name, folders, session, made, room, opening)
+    if not opening.page:
+        return served
+    return replace(served, routers=(page_router(),), open_paths=frozenset({"/"}))
 
 
 def _by_decoder(
