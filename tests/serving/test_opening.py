@@ -197,7 +197,9 @@ def test_a_writer_answers_as_the_session_is_at_the_moment(
     for turn in range(2):
         with session.base():
             bare.append(write(asked, max_new_tokens=8, on_progress=None))
-            expected = [text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)]
+            expected = [
+                text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)
+            ]
         assert bare[turn] == expected
         seen = [session.prompt(p) for p in asked]
         own = [text.text for text in generate(session.model, session.tokenizer, seen, max_new_tokens=8)]

@@ -21,7 +21,14 @@ from deltaw.host.memory import free_memory_bytes
 from deltaw.runtime import virtual_tokens
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
-from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
+from deltaw.serving.decodable import (
+    Decodable,
+    decodable,
+    difference,
+    evaluating,
+    recognized_blocks,
+    tolerance,
+)
 from deltaw.serving.engine import Engine
 from deltaw.serving.factor_places import FactorPlaces, packed_from_model
 from deltaw.serving.fallback import FallbackWork
