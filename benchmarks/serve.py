@@ -1,8 +1,8 @@
 """A real server under load: is every answer right, is none lost, is its memory flat, and how fast is it?
 
-    python benchmarks/serve.py [--requests 10000] [--clients 64] [--adapters 8] [--model tiny] [--rival off]
+    python benchmarks/serve.py [--requests 10000] [--clients 64] [--adapters 8] [--model tiny]
 
-Starts `deltaw serve` with adapters of different ranks and random factors. First every case (a model, a prompt,
+Starts `deltaw serve` with adapters of different ranks and random factors. First each case (a model, a prompt,
 a length) is written alone. Then clients ask for cases at random, 15 % of them give up, guests among the
 adapters are unloaded and loaded again, and every answer is compared with the one written alone. At the end,
 the server and llama.cpp's (xllamacpp, the same base model as its GGUF file, the same adapters as GGUF) answer

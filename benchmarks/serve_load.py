@@ -134,10 +134,7 @@ class LoadTest:
         elif give_up or self._random.random() < 0.7:
             await self._streamed(client, case, self._random.randrange(case.tokens) if give_up else None)
         else:
-            answer = await client.post("/v1/completions", json=case.body(False))
-            if not self._is_unknown(case, answer.status_code):
-                answer.raise_for_status()
-                self._check(case, answer.json()["choices"][0]["text"])
+            self._whole(case, await client.post("/v1/completions", json=case.body(False)))
 
     async def _abandon(self, client: httpx.AsyncClient, case: Case) -> None:
         """Go away while waiting, wherever the request is by then."""
@@ -147,19 +144,17 @@ class LoadTest:
         except httpx.TimeoutException:
             self.counts.cancelled += 1
             return
-        if not self._is_unknown(case, answer.status_code):
-            answer.raise_for_status()
-            self._check(case, answer.json()["choices"][0]["text"])
+        self._whole(case, answer)
 
     async def _streamed(self, client: httpx.AsyncClient, case: Case, leave_after: int | None) -> None:
         """Read an answer in events; with ``leave_after`` go away after so many."""
         text, events, ended = "", 0, False
         began = time.perf_counter()
         async with client.stream("POST", "/v1/completions", json=case.body(True)) as answer:
-            if self._is_unknown(case, answer.status_code):
+            if answer.status_code != 200:
                 await answer.aread()
+                self._refused(case, answer)
                 return
-            answer.raise_for_status()
             async for line in answer.aiter_lines():
                 if not line.startswith("data:"):
                     continue
@@ -168,7 +163,8 @@ class LoadTest:
                     continue
                 told = json.loads(line[5:])
                 if "error" in told:
-                    raise RuntimeError(told["error"]["message"])
+                    self._away(case, told["error"]["message"])
+                    return
                 if not events:
                     self.counts.first.append(time.perf_counter() - began)
                 events += 1
@@ -191,11 +187,21 @@ class LoadTest:
         else:
             self.counts.wrong.append(f"{case}: {text!r} instead of {self._answers[case]!r}")
 
-    def _is_unknown(self, case: Case, status: int) -> bool:
-        if status == 404 and case.model in self._guests:
-            self.counts.unknown += 1
-            return True
-        return False
+    def _whole(self, case: Case, answer: httpx.Response) -> None:
+        if answer.status_code == 200:
+            self._check(case, answer.json()["choices"][0]["text"])
+        else:
+            self._refused(case, answer)
+
+    def _refused(self, case: Case, answer: httpx.Response) -> None:
+        self._away(case, f"{answer.status_code}: {answer.json()['error']['message']}")
+
+    def _away(self, case: Case, message: str) -> None:
+        """Only a guest may be refused, while it is away."""
+        known = any(words in message for words in ("there is no", "has been removed"))
+        if case.model not in self._guests or not known:
+            raise RuntimeError(message)
+        self.counts.unknown += 1
 
     async def _come_and_go(self) -> None:
         """Unload and load guests in turn."""

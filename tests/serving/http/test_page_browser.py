@@ -300,6 +300,41 @@ def test_a_screen_reader_hears_what_happens_politely(page, server):
     expect(said).to_contain_text("finished: A low-rank update")
 
 
+def test_the_page_works_with_the_server_of_the_project(browser, packages):
+    from deltaw.serving.http.page.routes import page_router
+    from deltaw.serving.http.settings import ServerSettings
+    from tests.serving.http.fake_engine import fake_served
+    from tests.serving.http.running import running
+
+    served = fake_served("clerk", "poet", routers=(page_router(),), open_paths=frozenset({"/"}))
+    with running(served, ServerSettings(port=0, keys=("long-enough",))) as real:
+        opened = browser.new_page()
+        opened.set_default_timeout(10_000)
+        opened.goto(real.url)
+        opened.get_by_label("API key").fill("long-enough")
+        opened.get_by_label("API key").press("Enter")
+        expect(opened.locator("#model-list input")).to_have_count(3)
+        send(opened, "say ☃ it")
+        done(opened)
+        for model, text in (("base", "☃ it"), ("clerk", "☃ it")):
+            assert answer(opened, model).locator(".text").evaluate("e => e.textContent") == text
+            expect(answer(opened, model).locator(".state")).to_have_text("finished")
+            expect(answer(opened, model).locator(".count")).to_have_text(str(len(text.encode())))
+        answer(opened, "base").get_by_text("☃").hover()
+        expect(opened.locator("#alternatives")).to_contain_text("one character of 3 tokens")
+        expect(opened.locator("#alternatives tbody tr")).to_have_count(5)
+        send(opened, "hello")
+        done(opened, 4)
+        assert answer(opened, "clerk").last.locator(".text").inner_text() == "clerk: HELLO"
+        expect(answer(opened, "base").last.locator(".differs")).to_have_count(0)
+        expect(answer(opened, "clerk").last.locator(".differs")).to_have_count(len("clerk: "))
+        send(opened, "be slow")
+        expect(answer(opened, "base").last.locator(".token").nth(5)).to_be_visible()
+        opened.get_by_role("button", name="Stop").click()
+        done(opened, 6)
+        opened.close()
+
+
 def test_motion_is_reduced_where_that_is_asked(browser, server):
     server.hold_after = 1
     for asked, name in (("reduce", "none"), ("no-preference", "blink")):
