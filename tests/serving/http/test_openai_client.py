@@ -148,6 +148,12 @@ def test_logprobs_name_tokens_and_bytes(client: Any) -> None:
         assert [top.logprob for top in content[0].top_logprobs] == [-0.5, -1.5]
 
 
+def test_many_logprobs_come_whole(client: Any) -> None:
+    asked = [{"role": "user", "content": "say " + "ab" * 200}]
+    answer = client.chat.completions.create(model="base", messages=asked, logprobs=True, temperature=0)
+    assert "".join(one.token for one in answer.choices[0].logprobs.content) == "ab" * 200
+
+
 def test_a_response_format_becomes_a_constraint(client: Any, shared: Running) -> None:
     answer = client.chat.completions.create(
         model="base", messages=HELLO, response_format={"type": "json_object"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -13,11 +13,13 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import GONE, ApiError, refused
+from deltaw.serving.http.errors import GONE, ApiError, json_response, refused
 from deltaw.serving.http.record import FAILURE, Record, record_of
 from deltaw.serving.http.texts import Desk, Texts
 from deltaw.serving.request import FinishReason, Piece, TokenLogprob
 
+# Tokens with log-probabilities whose writing would keep the event loop from other requests.
+MANY_LOGPROBS = 200
 DONE = b"data: [DONE]\n\n"
 
 
@@ -99,6 +101,13 @@ async def collected(request: Request, texts: Texts, count: int, counted: Counted
     finally:
         desk.done(texts)
     return choices
+
+
+async def whole_response(make: Callable[[], object], choices: Sequence[Choice]) -> Response:
+    """The response with the answer that ``make`` makes; in another thread where that takes its time."""
+    if sum(len(piece.logprobs) for choice in choices for piece in choice.pieces) < MANY_LOGPROBS:
+        return json_response(make())
+    return await asyncio.get_running_loop().run_in_executor(None, lambda: json_response(make()))
 
 
 class EventStream(Response):

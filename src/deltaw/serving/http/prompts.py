@@ -75,8 +75,8 @@ class TokenizerPrompts:
         """What a token stands for in a text; for a special token, its name."""
         known = self._bytes.get(token)
         if known is None:
-            with self._lock:
-                known = self._bytes[token] = bytes_of_token(self._tokenizer, token)
+            # Without the lock, since an event loop asks, and a long prompt may be under way: this only reads.
+            known = self._bytes[token] = bytes_of_token(self._tokenizer, token)
         return known
 
     def _encoder(self, today: str) -> Encoder:
