@@ -40,7 +40,7 @@ def test_every_route_is_described(shared: Running) -> None:
     assert "$ref" not in json.dumps(fields)
 
 
-@pytest.mark.parametrize("count", [EXAMPLES, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [EXAMPLES, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_generated_request_is_a_fault(start: Callable[..., Running], tmp_path: Path, count: int) -> None:
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: it is in 'dev'")
     from schemathesis.checks import not_a_server_error
