@@ -30,7 +30,10 @@ from tests.tiny_models import CAUSAL
 FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "dora": ("llama", {"dora": True}),
     "dora on Conv1D": ("gpt2", {"dora": True}),
-    "patterns, rslora": ("llama", {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}),
+    "patterns, rslora": (
+        "llama",
+        {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+    ),
     "embedding, tied": ("gpt2", {"target_modules": ["wte"]}),
     "dora on a tied embedding": ("gpt2", {"target_modules": ["wte"], "dora": True}),
     "scaled embedding": ("gemma3", {"target_modules": ["embed_tokens"]}),
@@ -148,7 +151,9 @@ def test_only_weights_that_differ_are_untied(tmp_path: Path) -> None:
     assert result.untied == ["lm_head.weight"] and "not any more" in " ".join(result.notes)
     assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
     stored = load_file(tmp_path / "untied" / "model.safetensors")
-    assert torch.equal(stored["lm_head.weight"], load_file(base / "model.safetensors")["transformer.wte.weight"])
+    assert torch.equal(
+        stored["lm_head.weight"], load_file(base / "model.safetensors")["transformer.wte.weight"]
+    )
 
 
 def test_names_without_the_base_models_prefix_are_kept(tmp_path: Path) -> None:
@@ -238,7 +243,11 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a soft prompt is no weight"):
         merge_run(tmp_path / "prompt", tmp_path / "out")
     activated = adapter_folder(
-        base, tmp_path / "activated", activation="completion", invocation_tokens=[5, 6], target_modules=["q_proj"]
+        base,
+        tmp_path / "activated",
+        activation="completion",
+        invocation_tokens=[5, 6],
+        target_modules=["q_proj"],
     )
     with pytest.raises(UserError, match="only from its invocation sequence on"):
         merge_run(activated, tmp_path / "out")
@@ -276,7 +285,10 @@ def test_a_classifier_becomes_one(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
     attach(model, LoRAConfig(rank=4, train_modules=["score"]), seed=0)
     save_adapter(
-        moved(model), tmp_path / "adapter", base_model=str(base), metadata={"deltaw.classes": '["a", "b", "c"]'}
+        moved(model),
+        tmp_path / "adapter",
+        base_model=str(base),
+        metadata={"deltaw.classes": '["a", "b", "c"]'},
     )
     result = merge_run(tmp_path / "adapter", tmp_path / "out")
     assert result.same_base is True and result.dropped == ["lm_head.weight"]
