@@ -12,8 +12,7 @@ Whether a decoder says what the model says is verified each time, with the adapt
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -22,7 +21,14 @@ from deltaw.host.memory import free_memory_bytes
 from deltaw.runtime import virtual_tokens
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
-from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
+from deltaw.serving.decodable import (
+    Decodable,
+    decodable,
+    difference,
+    evaluating,
+    recognized_blocks,
+    tolerance,
+)
 from deltaw.serving.engine import Engine
 from deltaw.serving.factor_places import FactorPlaces, packed_from_model
 from deltaw.serving.fallback import FallbackWork
@@ -86,21 +92,6 @@ def open_engine(
         own_adapter=OWN if beside else None,
         has_base=bool(beside) or own is None,
     )
-
-
-@contextlib.contextmanager
-def base_engine(session: InferenceSession, engine: Engine, say: Callable[[str], None]) -> Iterator[Engine]:
-    """An engine whose requests without a name get the base model: ``engine`` itself where it can, else one
-    that is open within the block."""
-    if engine.has_base:
-        yield engine
-        return
-    with session.base():
-        other = open_engine(session, say=say)
-        try:
-            yield other
-        finally:
-            other.close(drain=False)
 
 
 def engine_over(
