@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 
+from deltaw.kernels import loader
 from deltaw.lora import load_adapter
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.serving.bank import AdapterBank
@@ -64,6 +65,8 @@ def test_mixed_rows_equal_rows_alone_and_the_models_own(served):
         own = [] if which[number] < 0 else [packed[which[number]]]
         alone, text = written(Rows(made, own, [len(own) - 1]), prompts[number : number + 1], STEPS)
         assert off(alone[:, 0], mixed[:, number]) < TOLERANCE
+        # The compiled step sums each row by itself; torch's products depend on how many rows there are.
+        assert loader.library() is None or torch.equal(alone[:, 0], mixed[:, number])
         assert np.array_equal(text[0], texts[number])
     base = None
     for adapter in sorted({int(w) for w in which}):
