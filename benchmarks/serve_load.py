@@ -206,7 +206,7 @@ class LoadTest:
     async def _come_and_go(self) -> None:
         """Unload and load guests in turn."""
         async with client_of(self._url) as client:
-            while True:
+            while self._guests:
                 for name, folder in self._guests.items():
                     await asyncio.sleep(self._random.uniform(0.0, 0.3))
                     (

@@ -29,6 +29,7 @@ from deltaw.lora.factors import Factors
 from deltaw.serving.adapter_folder import AdapterParts, FolderFacts, FolderReader, refuse_missing, stat_of
 from deltaw.serving.adapter_room import PATIENCE, STAYS, Room, Version, Weights, too_large
 from deltaw.serving.adapters import ActiveAdapter
+from deltaw.serving.request import UnknownAdapterError
 
 LONGEST_NAME = 200
 
@@ -266,7 +267,7 @@ class AdapterBank:
     def _named(self, name: str) -> Version:
         version = self._names.get(name)
         if version is None:
-            raise UserError(
+            raise UnknownAdapterError(
                 f"there is no adapter '{name}'", where=name, hint=did_you_mean(name, list(self._names))
             )
         return version

@@ -167,3 +167,18 @@ def test_what_takes_too_long_at_shutdown_is_cancelled_and_told(start: Callable[.
         rest = "".join(parts)
     assert "shutting_down" in rest and "[DONE]" not in rest
     assert server.engine.cancelled == 1
+
+
+def test_a_second_signal_cancels_what_is_in_hand(start: Callable[..., Running]) -> None:
+    import signal
+
+    server = start(ServerSettings(port=0, limits=Limits(shutdown_seconds=600)))
+    with server.client() as client, client.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
+        parts = response.iter_text()
+        text = next(parts)
+        server.server.handle_exit(signal.SIGTERM, None)
+        text += next(parts)  # the first signal leaves it to end
+        server.server.handle_exit(signal.SIGTERM, None)
+        rest = "".join(parts)
+    assert "shutting_down" not in text and "shutting_down" in rest
+    assert not server.server.interrupted and not server.server.force_exit

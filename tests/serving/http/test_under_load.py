@@ -1,7 +1,8 @@
-"""The benchmark of the server under load, with a tiny model: nothing wrong, nothing lost."""
+"""The benchmark of the server under load: with a tiny model nothing is wrong or lost, and it sees what is."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -11,6 +12,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+
+
+def test_the_load_test_sees_what_is_wrong_or_lost(start, monkeypatch):
+    import psutil
+
+    from deltaw.serving.http.settings import Limits, ServerSettings
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from serve_load import Case, LoadTest, growth, written_alone
+
+    server = start(ServerSettings(port=0, limits=Limits(queue=8)), "clerk", "poet")
+    cases = [Case(model, text, 8) for model in ("base", "clerk", "poet") for text in ("hello", "how are you")]
+
+    def counted(answers, **more):
+        settings = {"requests": 60, "clients": 4, "process": psutil.Process(), **more}
+        return asyncio.run(LoadTest(server.url, answers, {}, **settings).run())
+
+    answers = asyncio.run(written_alone(server.url, cases))
+    assert answers[cases[2]] == "clerk: H"
+    good = counted(answers)
+    assert good.right > 30 and good.cancelled > 0 and not good.wrong and not good.lost
+    assert good.right + good.cancelled == 60 and good.first and growth(good.memory)[0] > 1
+    wrong = counted(answers | {cases[2]: "poet: HE"})
+    assert wrong.wrong and all("clerk" in line for line in wrong.wrong)
+    lost = counted(answers | {Case("nobody", "hello", 5): "HELLO"})
+    assert lost.lost and all("nobody" in line for line in lost.lost)
+    flooded = counted(answers, clients=40, cancel=0.0)
+    assert any("429" in line for line in flooded.lost), "a refusal is a lost request"
 
 
 @pytest.mark.slow

@@ -90,9 +90,12 @@ class Server(uvicorn.Server):
         self._seconds = limits.shutdown_seconds
         self._ready = ready
         self.interrupted = False
+        self._signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
 
@@ -120,13 +123,15 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came: refuse new texts at once; at the second, end without waiting."""
+        """A signal came: no new texts; at the second, none that are in hand; at the third, no waiting."""
+        self._signals += 1
+        self.interrupted = self.interrupted or sig == signal.SIGINT
+        self.should_exit = True
         if self._desk is not None:
             self._desk.closing = True
-        self.interrupted = self.interrupted or sig == signal.SIGINT
-        if self.should_exit:
-            self.force_exit = True
-        self.should_exit = True
+            if self._signals == 2 and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._desk.cancel_all)
+        self.force_exit = self._signals > 2
 
 
 def run(

@@ -6,7 +6,12 @@ const MOST_COLUMNS = 6;
 const TOP = 5;
 const at = (id) => document.getElementById(id);
 const key = () => sessionStorage.getItem(KEY) ?? "";
-const say = (text) => (at("said").textContent = text);
+// Lines are added, not replaced, so that a screen reader comes to read each of several that come at once.
+const say = (text) => {
+  const line = document.createElement("p");
+  line.textContent = text;
+  at("said").append(line);
+};
 const problem = (text) => (at("problem").textContent = text);
 
 // One history for each model: its own answers follow one another.
@@ -169,6 +174,7 @@ async function send() {
   const answers = models.map((model) => new Answer(model));
   const turn = newTurn(question, answers);
   turn.scrollIntoView({ block: "start" });
+  at("said").replaceChildren();
   say(`${models.join(", ")}: writing`);
   const control = new AbortController();
   running = control;
@@ -209,6 +215,7 @@ function newChat() {
   at("turns").replaceChildren();
   at("start").hidden = false;
   problem("");
+  at("said").replaceChildren();
   say("New chat");
   refresh();
   at("message").focus();
