@@ -78,7 +78,8 @@ def test_json_is_one_object_on_standard_output(call, flags, finished_run, tmp_pa
 
     told = json.loads(call("generate", finished_run, "-p", "a [b] :cat:", "--base", "--json").out)
     (completion,) = told["completions"]
-    assert completion.keys() == {"prompt", "completion", "base"} and completion["prompt"] == "a [b] :cat:"
+    assert completion.keys() == {"prompt", "completion", "finish", "base", "base_finish"}
+    assert completion["prompt"] == "a [b] :cat:"
 
     told = json.loads(call("inspect", finished_run, "--json").out)
     assert told

@@ -183,9 +183,7 @@ def test_closing_drains_or_ends_at_once_and_takes_no_more() -> None:
     with pytest.raises(UserError, match="shut down"):
         drained.submit(Request(np.arange(3, 9)))
     at_once = engine(limits=BatchLimits(running=1))
-    readings = [
-        at_once.submit(Request(np.arange(3, 9), max_new_tokens=120, stop_ids=())) for _ in range(3)
-    ]
+    readings = [at_once.submit(Request(np.arange(3, 9), max_new_tokens=120, stop_ids=())) for _ in range(3)]
     at_once.close(drain=False)
     assert readings[2].result().finish == "cancelled"
 

@@ -18,6 +18,7 @@ from deltaw.methods.lora import LoRA
 from deltaw.runtime.generation import generate
 from deltaw.serving.opening import OWN, open_engine
 from deltaw.serving.request import Constraint, Request, Sampling
+from deltaw.serving.session_texts import answer_writer
 from deltaw.training.inference import InferenceSession, open_run
 from tests.byte_models import byte_tokenizer
 from tests.conftest import laid_over
@@ -183,3 +184,23 @@ def test_texts_by_transformers_stream_stop_and_match_as_others_do(bloom: Inferen
     long.cancel()
     assert long.result().finish == "cancelled"
     engine.close()
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+def test_a_writer_answers_as_the_session_is_at_the_moment(
+    method: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = trained(model_folder, tmp_path / "run", method, **CHANGES.get(method, {}))
+    session = open_run(str(folder), precision="fp32", device="cpu", say=quiet)
+    write = answer_writer(session, say=quiet)
+    asked, bare = prompts(), []
+    for turn in range(2):
+        with session.base():
+            bare.append(write(asked, max_new_tokens=8, on_progress=None))
+            expected = [
+                text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)
+            ]
+        assert bare[turn] == expected
+        seen = [session.prompt(p) for p in asked]
+        own = [text.text for text in generate(session.model, session.tokenizer, seen, max_new_tokens=8)]
+        assert write(seen, max_new_tokens=8, on_progress=None) == own != expected

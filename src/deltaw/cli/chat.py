@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from deltaw.cli.options import as_text, console, model_flags
+from deltaw.cli.text_options import TextSettings, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
 if TYPE_CHECKING:
+    from deltaw.serving.session_texts import SessionTexts
     from deltaw.training.inference import InferenceSession
 
 
@@ -20,17 +22,13 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.option("--system", default=None, help="a system message at the start")
 @click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
-@click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token"
-)
+@text_flags(max_new_tokens=512)
 @model_flags
 def command(
     run: str,
     system: str | None,
     with_base: bool,
-    max_new_tokens: int,
-    temperature: float,
+    how: TextSettings,
     model: str | None,
     precision: str,
     device: str,
@@ -39,28 +37,31 @@ def command(
     ends; /new starts over."""
     notes = console(True)
     with working("starting"):
+        import numpy as np
+
+        from deltaw.serving.session_texts import SessionTexts
         from deltaw.training.inference import open_run
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     opened.require_generation()
-    start = [{"role": "system", "content": system}] if system else []
-    talk = list(start)
-    while (line := _asked()) is not None:
-        if line == "/new":
-            talk = list(start)
-            continue
-        talk.append({"role": "user", "content": line})
-        try:
-            as_text(line, "your line")
-            if with_base and opened.adapter:
-                _answer(opened, talk, "base", max_new_tokens, temperature, base=True)
-            name = "adapter" if opened.adapter else "model"
-            talk.append(
-                {"role": "assistant", "content": _answer(opened, talk, name, max_new_tokens, temperature)}
-            )
-        except UserError as error:
-            # A talk that has grown too long, say: the question is taken back and the talk goes on.
-            notes.print(str(error), markup=False)
-            talk.pop()
+    with SessionTexts(opened, say=lambda line: notes.print(line, highlight=False, markup=False)) as texts:
+        texts.check(how.request(np.empty(0)))
+        start = [{"role": "system", "content": system}] if system else []
+        talk = list(start)
+        while (line := _asked()) is not None:
+            if line == "/new":
+                talk = list(start)
+                continue
+            talk.append({"role": "user", "content": line})
+            try:
+                as_text(line, "your line")
+                if with_base and opened.adapter:
+                    _answer(opened, texts, talk, how, "base")
+                answer = _answer(opened, texts, talk, how, "adapter" if opened.adapter else "model")
+                talk.append({"role": "assistant", "content": answer})
+            except UserError as error:
+                # A talk that has grown too long, say: the question is taken back and the talk goes on.
+                notes.print(str(error), markup=False)
+                talk.pop()
 
 
 def _asked() -> str | None:
@@ -72,30 +73,20 @@ def _asked() -> str | None:
 
 
 def _answer(
-    opened: InferenceSession,
-    talk: list[dict],
-    name: str,
-    max_new_tokens: int,
-    temperature: float,
-    *,
-    base: bool = False,
+    opened: InferenceSession, texts: SessionTexts, talk: list[dict], how: TextSettings, name: str
 ) -> str:
+    """Write the next answer of ``name`` ("base", or else) and show it as it comes."""
     from deltaw.data import encode_prompt
-    from deltaw.runtime.generation import stream
 
-    prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
-    click.echo(f"{name}: ", nl=False)
-    pieces = []
-    with opened.base() if base else contextlib.nullcontext():
-        prompt = opened.prompt(prompt)
-        for piece in stream(
-            opened.model,
-            opened.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-        ):
-            pieces.append(piece)
-            click.echo(piece, nl=False)
+    # Each answer of a talk draws anew, not by the same numbers as the one before.
+    asked = sum(message["role"] == "user" for message in talk)
+    request = how.request(encode_prompt(talk, opened.data or "auto", opened.tokenizer), number=asked - 1)
+    pieces: list[str] = []
+    with contextlib.closing(texts.stream(request, base=name == "base")) as stream:
+        for piece in stream:
+            if not pieces:
+                click.echo(f"{name}: ", nl=False)
+            pieces.append(piece.text)
+            click.echo(piece.text, nl=False)
     click.echo()
     return "".join(pieces)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
+from deltaw.cli.text_options import TextSettings, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deltaw.serving.request import TokenLogprob, Written
 
 
 @click.command("generate")
@@ -16,12 +23,13 @@ from deltaw.working import working
 @click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
 @click.option("--system", default=None, help="a system message before each prompt")
 @click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
-@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
+@text_flags(max_new_tokens=256)
 @click.option(
-    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token"
+    "--logprobs",
+    default=None,
+    type=click.IntRange(0, 100),
+    help="with --json: each token's log-probability, and those of so many likeliest tokens",
 )
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--seed", default=0, show_default=True, type=int)
 @model_flags
 @json_flag
 def command(
@@ -29,10 +37,8 @@ def command(
     prompts: tuple[str, ...],
     system: str | None,
     with_base: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    how: TextSettings,
+    logprobs: int | None,
     model: str | None,
     precision: str,
     device: str,
@@ -41,54 +47,70 @@ def command(
     """Complete prompts with RUN: a run's folder, an adapter's, or a model. Without --prompt, one a line from
     standard input."""
     notes = console(True)
+    if logprobs is not None and not as_json:
+        raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
     with working("starting"):
         from deltaw.data import encode_prompt
-        from deltaw.runtime.generation import generate
+        from deltaw.serving.session_texts import SessionTexts
         from deltaw.training.inference import open_run
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
         raise UserError("there is no prompt", hint="give --prompt, or lines on standard input")
-    opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
-    opened.require_generation()
-    tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
 
-    if (line := opened.not_invoked(tokens)) is not None:
+    def say(line: str) -> None:
         notes.print(line, highlight=False, markup=False)
 
-    def completed() -> list[str]:
-        with working("writing", len(tokens)) as advance:
-            completions = generate(
-                opened.model,
-                opened.tokenizer,
-                [opened.prompt(t) for t in tokens],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                on_progress=lambda done, _: advance(done),
-            )
-        return [completion.text for completion in completions]
+    opened = open_run(run, model=model, precision=precision, device=device, say=say)
+    opened.require_generation()
+    tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
+    if (line := opened.not_invoked(tokens)) is not None:
+        say(line)
+    requests = [how.request(prompt, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
+    with SessionTexts(opened, say=say) as texts:
 
-    base: list[str] | None = None
-    if with_base:
-        with opened.base():
-            base = completed()
-    written = completed()
+        def completed(*, base: bool) -> list[Written]:
+            with working("writing", len(requests)) as advance:
+                return texts.write(requests, base=base, on_progress=lambda done, _: advance(done))
+
+        written = completed(base=False)
+        base = completed(base=True) if with_base else None
     if as_json:
-        rows = [{"prompt": p, "completion": c} for p, c in zip(asked, written, strict=True)]
-        if base is not None:
-            rows = [{**row, "base": b} for row, b in zip(rows, base, strict=True)]
+        rows = [
+            {"prompt": prompt, **_as_dict(text, "completion", opened.tokenizer)}
+            for prompt, text in zip(asked, written, strict=True)
+        ]
+        for row, text in zip(rows, base or [], strict=bool(base)):
+            row |= {
+                key if key == "base" else f"base_{key}": value
+                for key, value in _as_dict(text, "base", opened.tokenizer).items()
+            }
         print_json({"completions": rows})
         return
     for number, completion in enumerate(written):
         if base is not None:
-            click.echo(f"base:    {base[number]}\nadapter: {completion}")
+            click.echo(f"base:    {base[number].text}\nadapter: {completion.text}")
         else:
-            click.echo(completion)
+            click.echo(completion.text)
 
 
 def _messages(prompt: str, system: str | None) -> str | list[dict]:
     if system is None:
         return prompt
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _as_dict(text: Written, name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """A text under its name, why it ended, and its log-probabilities where it has some."""
+    shown: dict[str, object] = {name: text.text, "finish": text.finish}
+    if text.logprobs:
+        shown["logprobs"] = [_logprob(one, tokenizer) for one in text.logprobs]
+    return shown
+
+
+def _logprob(one: TokenLogprob, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    def named(token: int, value: float) -> dict[str, object]:
+        return {"token": str(tokenizer.decode([token])), "id": token, "logprob": value}
+
+    shown = named(one.token, one.logprob)
+    return shown | {"top": [named(token, value) for token, value in one.top]} if one.top else shown

@@ -155,9 +155,7 @@ def _assembled(
     try:
         entry = prober.entry(most, [r.attention.rotary for r in roles])
         form = prober.logits_form()
-        described = [
-            _block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)
-        ]
+        described = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
         linear = _linear(head, quantize=int8_head)
         decoder = Decoder(
             described,
@@ -235,7 +233,10 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
 
 
 def _norms(block: nn.Module, places: Norms) -> DecoderNorms:
-    made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
+    made = (
+        None if path is None else _norm(part(block, path))
+        for path in (places.before, places.after, places.post)
+    )
     return DecoderNorms(*made)
 
 
@@ -264,7 +265,9 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
 
 def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values."""
-    heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
+    heads = sum(
+        block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused
+    )
     return 2 * heads * dtype.itemsize
 
 

@@ -140,7 +140,7 @@ class Engine:
         Raises:
             UserError: as :meth:`submit`; then none is written.
         """
-        runs = [self._checked(request) for request in requests]
+        runs = self._checked_all(requests)
         with self._changed:
             self._refuse_closed()
             self._incoming.extend(runs)
@@ -175,6 +175,19 @@ class Engine:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise UserError("the engine is shut down", hint="start it again")
+
+    def _checked_all(self, requests: Sequence[Request]) -> list[Run]:
+        """As :meth:`_checked`; of several requests, a refusal says which prompt it is about."""
+        runs: list[Run] = []
+        for request in requests:
+            try:
+                runs.append(self._checked(request))
+            except UserError as error:
+                if error.where != "prompt" or len(requests) == 1:
+                    raise
+                where = f"prompt {len(runs) + 1}"
+                raise UserError(error.what, where=where, hint=error.hint) from error
+        return runs
 
     def _checked(self, request: Request) -> Run:
         """A request that can be served, ready to run.

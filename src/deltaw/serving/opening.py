@@ -21,7 +21,14 @@ from deltaw.host.memory import free_memory_bytes
 from deltaw.runtime import virtual_tokens
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
-from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
+from deltaw.serving.decodable import (
+    Decodable,
+    decodable,
+    difference,
+    evaluating,
+    recognized_blocks,
+    tolerance,
+)
 from deltaw.serving.engine import Engine
 from deltaw.serving.factor_places import FactorPlaces, packed_from_model
 from deltaw.serving.fallback import FallbackWork
@@ -60,7 +67,7 @@ def open_engine(
         UserError: the model writes no text.
     """
     session.require_generation()
-    own = OWN if session.adapter else None
+    own = OWN if session.adapter and not session.bare else None
     limits = limits or BatchLimits()
     room = cache_bytes if cache_bytes is not None else int(free_memory_bytes() * CACHE_SHARE)
     try:
@@ -83,7 +90,7 @@ def open_engine(
         cache_bytes=room,
         limits=limits,
         own_adapter=OWN if beside else None,
-        has_base=bool(beside) or not session.adapter,
+        has_base=bool(beside) or own is None,
     )
 
 
@@ -130,7 +137,9 @@ def _decoder(session: InferenceSession, cache_bytes: int) -> tuple[Decodable, Ac
         NotDecodable: neither can be had.
     """
     method = session.method
-    if method is None or method.name not in _BESIDE:
+    if method is None or session.bare:
+        return decodable(session.model, cache_bytes=cache_bytes), None
+    if method.name not in _BESIDE:
         with session.base():  # its own code knows nothing of biases that were added
             fused = recognized_blocks(session.model)
         return decodable(session.model, cache_bytes=cache_bytes, fused=fused), None

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.invocation import last_occurrence
+from deltaw.errors import UserError
 from deltaw.serving.adapters import ActiveAdapter
 from deltaw.serving.constraints import Matcher
 from deltaw.serving.pages import SequencePages, token_keys, virtual_keys
@@ -121,10 +122,20 @@ class Run:
         """Take the token that was chosen; whether the text has ended.
 
         Raises:
-            RuntimeError: there was none to choose.
+            UserError: there was none to choose.
         """
         if token == NONE:
-            raise RuntimeError("no token can be chosen: the logits are not numbers, or nothing is allowed")
+            failed = None if self.matcher is None else self.matcher.failed
+            if failed is not None:
+                raise UserError(
+                    f"the text cannot be held to its constraint any longer: {failed}",
+                    where="constraint",
+                    hint="make it simpler",
+                )
+            raise UserError(
+                "no token can be chosen: the model's logits are not numbers, or nothing is allowed",
+                hint="look for values that are not finite in the model and its adapter",
+            )
         if token in self.ends:
             self.finish("stop", terminator=token)
             return True

@@ -1,8 +1,8 @@
 """From logits to tokens, for many requests at once, each with settings of its own.
 
-A step gives logits (k, vocabulary) and the states of their k requests; :func:`choose` takes one token for each.
-Rows that only want the likeliest token share one argmax. No row is sorted over the whole vocabulary, and no
-row's choice depends on which rows stand beside it.
+A step gives logits (k, vocabulary) and the states of their k requests; :func:`choose` takes one token for
+each. Rows that only want the likeliest token share one argmax. No row is sorted over the whole vocabulary,
+and no row's choice depends on which rows stand beside it.
 
 The order of what is done to a row's logits: what a constraint forbids is left out; repetition penalty;
 presence and frequency penalty; logit bias; temperature; top-k; top-p over what top-k left; min-p. From top-k
@@ -29,7 +29,10 @@ from deltaw.serving.request import Sampling, TokenLogprob
 # A token's place in ``Choices`` where none can be chosen: the logits are not numbers, or nothing is allowed.
 NONE = -1
 MOST_LOGPROBS = 100
-_FIRST_CANDIDATES = 256
+_LEAST_TEMPERATURE = 1e-30  # fp32 knows smaller numbers only as 0 or inexactly
+_BLOCK = 256  # weights that are summed one after another
+_PART = 64  # values of which one maximum is taken
+_BIN_SHIFT = 20  # leaves of fp32 the exponent and three bits: eight bins for each power of two
 
 
 @dataclass(frozen=True)
@@ -207,69 +210,122 @@ def _chosen(logits: np.ndarray, state: SamplingState, words: np.ndarray | None) 
         return NONE
     if state.greedy:
         return likeliest
-    return _drawn(row, top, state)
+    ids, weights = candidates(row, state.sampling)
+    place = _place(weights, state.draw())
+    return place if ids is None else int(ids[place])
 
 
-def _drawn(row: np.ndarray, top: float, state: SamplingState) -> int:
-    """A token drawn from what temperature, top-k, top-p and min-p leave of a row, ``top`` its highest logit."""
-    sampling = state.sampling
-    weights = np.exp((row - top) / sampling.temperature)
+def candidates(row: np.ndarray, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """The tokens that temperature, top-k, top-p and min-p leave, and how likely they are.
+
+    Args:
+        row: (vocabulary,) fp32 logits, penalties and bias applied; one of them is finite at least.
+
+    Returns:
+        Their ids, ascending, None for all; and their weights, fp32: probabilities up to a common factor.
+    """
+    top = row.max()
     ids: np.ndarray | None = None
     if 0 < sampling.top_k < len(row):
-        least = np.partition(weights, -sampling.top_k)[-sampling.top_k]
-        ids = np.flatnonzero(weights >= least)
-        weights = weights[ids]
+        ids = np.flatnonzero(row >= _nth_largest(row, sampling.top_k))
+    elif sampling.min_p > 0 and sampling.top_p == 1:
+        # A little less than the least logit that can stay: exactly, they are compared below.
+        ids = np.flatnonzero(row >= top + sampling.temperature * math.log(0.99 * sampling.min_p))
+    weights = row - top if ids is None else row[ids] - top
+    with np.errstate(over="ignore", under="ignore"):
+        weights /= np.float32(max(sampling.temperature, _LEAST_TEMPERATURE))
+        np.exp(weights, out=weights)
     if sampling.top_p < 1:
         kept = nucleus(weights, sampling.top_p)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     if sampling.min_p > 0:
-        # The highest weight is 1.
-        kept = np.flatnonzero(weights >= sampling.min_p)
+        # The likeliest token has weight 1.
+        kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
-    heights = np.cumsum(weights, dtype=np.float64)
-    place = int(np.searchsorted(heights, state.draw() * heights[-1], side="right"))
-    place = min(place, len(heights) - 1)
-    return place if ids is None else int(ids[place])
+    return ids, weights
+
+
+def _nth_largest(values: np.ndarray, n: int) -> float:
+    """The value that n - 1 others are at least as large as.
+
+    The n-th largest of the maxima of parts is at most the n-th largest value, so only what reaches it is
+    partitioned: a few times n values instead of a vocabulary.
+    """
+    parts = len(values) // _PART
+    if n <= parts // 4:
+        maxima = values[: parts * _PART].reshape(_PART, parts).max(axis=0)
+        values = values[values >= np.partition(maxima, parts - n)[parts - n]]
+    return float(np.partition(values, len(values) - n)[len(values) - n])
+
+
+def _place(weights: np.ndarray, share: float) -> int:
+    """Where the running sum of the weights passes a share of it, in [0, 1): inverse transform sampling.
+
+    Sums of blocks come first: summing one after another over a whole vocabulary is slow, as each addition
+    waits for the one before.
+    """
+    starts = np.arange(0, len(weights), _BLOCK)
+    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    wanted = share * blocks[-1]
+    block = min(int(np.searchsorted(blocks, wanted, side="right")), len(blocks) - 1)
+    within = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+    within += blocks[block - 1] if block else 0.0
+    place = int(starts[block]) + int(np.searchsorted(within, wanted, side="right"))
+    # Rounding may lead past the block's end, and must not lead to a token that has no weight.
+    place = min(place, int(starts[block]) + len(within) - 1)
+    while weights[place] == 0:
+        place -= 1
+    return place
 
 
 def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """The places of the fewest heaviest weights that together have the share ``top_p`` (arXiv 1904.09751),
-    ascending.
+    ascending; of equal weights the first ones.
 
-    Only the heaviest weights are sorted, at first a few hundred, and more where they do not suffice.
+    Weights so light that all of them, were they all that light, would fit into the rest are left out at once.
+    A histogram over the others' exponents and first bits finds the few among which the border lies, and only
+    those are sorted.
+
+    Args:
+        weights: fp32, at least 0, not all 0.
     """
-    wanted = top_p * float(weights.sum(dtype=np.float64))
-    count = _FIRST_CANDIDATES
-    while True:
-        if count < len(weights):
-            # All that weigh as much as the last one, so that ties do not depend on how they are partitioned.
-            candidates = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
-        else:
-            candidates = np.arange(len(weights))
-        order = candidates[np.argsort(-weights[candidates], kind="stable")]
-        before = np.cumsum(weights[order], dtype=np.float64)
-        if before[-1] >= wanted or count >= len(weights):
-            # A weight stays if those above it do not have the share yet.
-            most = int(np.searchsorted(before, wanted, side="left")) + 1
-            return np.sort(order[:most])
-        count *= 8
+    total = float(weights.sum(dtype=np.float64))
+    wanted = top_p * total
+    # A little less, so that rounding leaves nothing out.
+    places = np.flatnonzero(weights >= 0.99 * (total - wanted) / len(weights))
+    weights = weights[places]
+    bins = (weights.view(np.uint32) >> _BIN_SHIFT).astype(np.intp)
+    above = np.cumsum(np.bincount(bins, weights)[::-1])
+    edge = min(int(np.searchsorted(above, wanted, side="left")), len(above) - int(bins.min()) - 1)
+    inside = np.sort(weights[bins == len(above) - 1 - edge])[::-1]
+    sums = np.cumsum(inside, dtype=np.float64)
+    if edge:
+        sums += above[edge - 1]
+    # A weight stays if those above it do not have the share yet.
+    most = min(int(np.searchsorted(sums, wanted, side="left")) + 1, len(inside))
+    lightest = inside[most - 1]
+    kept = weights > lightest
+    kept[np.flatnonzero(weights == lightest)[: np.count_nonzero(inside[:most] == lightest)]] = True
+    return places[kept]
 
 
 def logprob(logits: np.ndarray, token: int, top: int = 0) -> TokenLogprob:
-    """The log-probability of a token in the model's own distribution, and of the ``top`` likeliest ones."""
+    """The log-probability of a token in the model's own distribution, and of the ``top`` likeliest ones,
+    of which equal ones stand in the order of their ids."""
     highest = logits.max()
-    whole = float(highest) + math.log(float(np.exp(logits - highest).sum(dtype=np.float64)))
-    likeliest: list[int] = []
+    shifted = logits - highest
+    np.exp(shifted, out=shifted)
+    whole = float(highest) + math.log(float(shifted.sum(dtype=np.float64)))
+    likeliest = np.empty(0, dtype=np.int64)
     if top:
-        candidates = np.argpartition(logits, -top)[-top:] if top < len(logits) else np.arange(len(logits))
-        order = np.lexsort((candidates, -logits[candidates]))
-        likeliest = candidates[order].tolist()
+        likeliest = np.flatnonzero(logits >= _nth_largest(logits, min(top, len(logits))))
+        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")][:top]
     return TokenLogprob(
         token,
         float(logits[token]) - whole,
-        tuple((t, float(logits[t]) - whole) for t in likeliest),
+        tuple((t, float(logits[t]) - whole) for t in likeliest.tolist()),
     )
 
 

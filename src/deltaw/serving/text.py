@@ -37,7 +37,10 @@ def validate_stops(stop: Sequence[str]) -> None:
 
 
 class WrittenText:
-    """The text of one request: tokens in, pieces out; together they are the text up to the first stop string.
+    """The text of one request: tokens in, pieces out; together they are the text before its first stop
+    string.
+
+    The first is the one that is complete first; of two that end together, the longer.
 
     Attributes:
         stopped: a stop string has come, and the text has ended.
@@ -64,33 +67,56 @@ class WrittenText:
 
 
 class _StopStrings:
-    """Holds back what could become a stop string."""
+    """Holds back what could become a stop string: the longest end of the text that begins one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
+        self._stop = [_StopString(one) for one in stop]
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """What can be given out after more text, and whether a stop string ended it."""
-        held = self._held + text
-        found = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self._held = ""
-            return held[: min(found)], True
-        keep = self._could_begin(held)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], False
+        if not self._stop:
+            return text, False
+        start = len(self._held)
+        self._held += text
+        for end, character in enumerate(text, start + 1):
+            complete = [len(one.text) for one in self._stop if one.add(character)]
+            if complete:
+                piece, self._held = self._held[: end - max(complete)], ""
+                return piece, True
+        keep = max(one.begun for one in self._stop)
+        piece = self._held[: len(self._held) - keep]
+        self._held = self._held[len(piece) :]
+        return piece, False
 
     def rest(self) -> str:
         """What was held back, where no more text comes."""
         held, self._held = self._held, ""
         return held
 
-    def _could_begin(self, text: str) -> int:
-        """The length of the longest end of ``text`` that begins a stop string."""
-        longest = min(len(text), max((len(stop) for stop in self._stop), default=1) - 1)
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return length
-        return 0
+
+class _StopString:
+    """Finds one string in a text that comes a character at a time, as Knuth, Morris and Pratt do: the work
+    for a character does not grow with what came before.
+
+    Attributes:
+        begun: how many characters of it the text so far ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.begun = 0
+        # For each beginning of it, the longest shorter beginning that this one ends with.
+        self._shorter = [0] * (len(text) + 1)
+        for length in range(1, len(text)):
+            self._shorter[length + 1] = self._longer(self._shorter[length], text[length])
+
+    def add(self, character: str) -> bool:
+        """Whether the text ends with it after this character; then no more may be added."""
+        self.begun = self._longer(self.begun, character)
+        return self.begun == len(self.text)
+
+    def _longer(self, begun: int, character: str) -> int:
+        while begun and self.text[begun] != character:
+            begun = self._shorter[begun]
+        return begun + 1 if self.text[begun] == character else 0

@@ -23,7 +23,7 @@ from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.training.evaluation.causal import Score, score
+from deltaw.training.evaluation.causal import Score, Write, score
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
@@ -75,6 +75,11 @@ class InferenceSession:
         """How the run read its rows; None where it is not known."""
         return self.config.data if self.config is not None else None
 
+    @property
+    def bare(self) -> bool:
+        """Whether the model is the base model at the moment."""
+        return self._bare or self.method is None
+
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """A prompt as the model is to see it."""
         return tokens if self.method is None or self._bare else self.method.with_virtual_tokens(tokens)
@@ -102,8 +107,8 @@ class InferenceSession:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """While open, the model is the base model."""
-        if self.method is None:
+        """While open, the model is the base model; within another such block, it is already."""
+        if self.method is None or self._bare:
             yield
             return
         with self.method.without(self.model):
@@ -203,9 +208,14 @@ def score_run(
     examples: Sequence[Any],
     *,
     max_new_tokens: int | None = None,
+    write: Write | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Evaluate a model on examples that have no virtual tokens yet."""
+    """Evaluate a model on examples that have no virtual tokens yet.
+
+    Args:
+        write: what writes answers instead of transformers.
+    """
     rows = [opened.example(example) for example in examples]
     batcher, _ = opened.task.batcher(
         opened.model,
@@ -223,6 +233,7 @@ def score_run(
             rows,
             batcher,
             max_new_tokens=max_new_tokens,
+            write=write,
             on_progress=on_progress,
         )
     with opened.task.running(opened.model, batcher):

@@ -18,7 +18,7 @@ import numpy as np
 from deltaw.errors import UserError
 from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.served import Load, Served
-from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, Written
+from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, UnknownAdapterError, Written
 from tests.byte_models import TEMPLATE, byte_tokenizer
 
 POSITIONS = 4096
@@ -144,7 +144,7 @@ class FakeEngine:
         if not len(request.tokens) or int(request.tokens.max()) > 258 or len(request.tokens) > POSITIONS:
             raise UserError("the prompt is not one of this model's", where="the prompt")
         if request.adapter is not None and request.adapter not in self.names:
-            raise UserError("there is no such adapter", where=request.adapter)
+            raise UnknownAdapterError("there is no such adapter", where=request.adapter)
         if request.constraint is not None and "impossible" in request.constraint.value:
             raise UserError("the constraint cannot be compiled", where="constraint")
         with self.lock:

@@ -77,11 +77,18 @@ def test_a_client_that_leaves_before_its_answer_ends_its_texts(shared: Running) 
 
 
 def test_a_client_that_leaves_in_its_body_costs_nothing(shared: Running) -> None:
+    def refused(status: int) -> float:
+        with shared.client() as other:
+            lines = other.get("/metrics").text.splitlines()
+        label = f'deltaw_requests_total{{model="",route="/v1/chat/completions",status="{status}"}}'
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(label))
+
+    before = refused(499)
     client = connected(shared)
     client.sendall(chat("hello")[:-10])
     client.close()
-    assert until(lambda: not shared.server.server_state.tasks)
-    assert not shared.desk.in_hand
+    assert until(lambda: refused(499) == before + 1)
+    assert not refused(500) and not shared.desk.in_hand
 
 
 def test_slow_headers_and_bodies_are_not_waited_for(start: Callable[..., Running]) -> None:

@@ -68,6 +68,7 @@ CHANGES: list[tuple[dict[str, Any], str | None]] = [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, None),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, None),
     ({"guided_json": "not JSON"}, "guided_json"),
     ({"guided_json": {"a": "x" * 70_000}}, "guided_json"),
     ({"guided_regex": "impossible"}, None),

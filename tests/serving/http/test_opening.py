@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,8 +122,6 @@ def test_a_schema_binds_the_text(server: Running) -> None:
         choice = client.post(CHAT, json=asked).json()["choices"][0]
         unknown = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}
         refused = client.post(CHAT, json=asked | {"response_format": unknown})
-    import json
-
     if choice["finish_reason"] == "stop":
         assert json.loads(choice["message"]["content"])["a"] in ("x", "y")
     else:
@@ -153,3 +153,100 @@ def test_what_cannot_be_served_is_refused(folders: Path, packages: None, tmp_pat
     refused(clerk, {"clerk": clerk}, "two adapters", model=str(folders / "base"))
     refused(folders / "base", {"a": folders / "adapters" / "broken"}, "broken|adapter")
     refused(folders / "adapters" / "broken", {}, "does not say which model")
+
+
+def test_a_model_without_a_decoder_is_run_by_transformers(
+    folders: Path, packages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaw.serving.http import opening as module
+    from deltaw.serving.http.settings import ServerSettings
+    from deltaw.serving.probes import NotDecodable
+    from tests.serving.http.running import running
+
+    def none(*_: object, **__: object) -> None:
+        raise NotDecodable("it has wheels")
+
+    monkeypatch.setattr(module, "decodable", none)
+    said: list[str] = []
+    how = module.Opening(name="base", precision="fp32")
+    clerk = folders / "adapters" / "clerk"
+    served = module.open_served(str(folders / "base"), {"clerk": clerk}, how, say=said.append)
+    assert any("it has wheels" in line for line in said)
+    try:
+        with running(served, ServerSettings(port=0)) as server, server.client() as client:
+            texts = {}
+            for name in ("base", "clerk"):
+                answer = client.post(CHAT, json=ASKED | {"model": name})
+                texts[name] = answer.json()["choices"][0]["message"]["content"]
+    finally:
+        served.close()
+    assert texts == {"base": expected(tiny_llama(), RENDERED), "clerk": expected(adapted(1), RENDERED)}
+    with pytest.raises(UserError, match="serves one adapter"):
+        both = {"a": clerk, "b": folders / "adapters" / "poet"}
+        module.open_served(str(folders / "base"), both, how, say=said.append)
+
+
+def test_no_answer_is_wrong_or_lost_among_many_clients(server: Running) -> None:
+    """Clients that ask, stream and leave, while an adapter comes and goes."""
+    import random
+    import threading
+
+    right = {"base": expected(tiny_llama(), RENDERED), "clerk": expected(adapted(1), RENDERED)}
+    right["poet"] = expected(adapted(2), "<hi>")
+    wrong: list[object] = []
+    answered: list[str] = []
+    done = threading.Event()
+
+    def ask(number: int) -> None:
+        chance = random.Random(number)
+        with server.client() as client:
+            for _ in range(10):
+                name = chance.choice(["base", "clerk", "poet"])
+                asked = ASKED | {"model": name, "stream": chance.random() < 0.5}
+                if asked["stream"] and chance.random() < 0.4:
+                    with client.stream("POST", CHAT, json=asked) as response:
+                        next(response.iter_raw(), None)  # and leave
+                    continue
+                response = client.post(CHAT, json=asked)
+                if name == "poet" and "model_not_found" in response.text:
+                    continue  # it was gone when the request came, or before its text began
+                answered.append(name)
+                text = text_of(response.text)
+                if response.status_code != 200 or text != right[name]:
+                    wrong.append((name, response.status_code, response.text))
+
+    def come_and_go() -> None:
+        with server.client() as client:
+            while not done.is_set():
+                loaded = client.post("/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "poet"})
+                done.wait(0.02)
+                gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
+                if (loaded.status_code, gone.status_code) != (200, 200):
+                    wrong.append((loaded.text, gone.text))
+
+    clients = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    changing = threading.Thread(target=come_and_go)
+    for thread in (changing, *clients):
+        thread.start()
+    for thread in clients:
+        thread.join()
+    done.set()
+    changing.join()
+    assert not wrong, wrong[:3]
+    assert len(answered) > 50 and set(answered) == set(right)
+    deadline = time.monotonic() + 10
+    while server.desk.in_hand and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not server.desk.in_hand
+
+
+def text_of(body: str) -> str:
+    """The text of an answer, whole or in events."""
+    if not body.startswith("data:"):
+        choices = json.loads(body).get("choices") or [{"message": {"content": body}}]
+        return str(choices[0]["message"]["content"])
+    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
+    choices = [
+        event["choices"][0] if "choices" in event else {"delta": {"content": body}} for event in events
+    ]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)

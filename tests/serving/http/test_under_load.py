@@ -23,9 +23,7 @@ def test_the_load_test_sees_what_is_wrong_or_lost(start, monkeypatch):
     from serve_load import Case, LoadTest, growth, written_alone
 
     server = start(ServerSettings(port=0, limits=Limits(queue=8)), "clerk", "poet")
-    cases = [
-        Case(model, text, 8) for model in ("base", "clerk", "poet") for text in ("hello", "how are you")
-    ]
+    cases = [Case(model, text, 8) for model in ("base", "clerk", "poet") for text in ("hello", "how are you")]
 
     def counted(answers, **more):
         settings = {"requests": 60, "clients": 4, "process": psutil.Process(), **more}

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import GONE, ApiError, refused
-from deltaw.serving.http.record import Record, record_of
+from deltaw.serving.http.record import FAILURE, Record, record_of
 from deltaw.serving.http.texts import Desk, Texts
 from deltaw.serving.request import FinishReason, Piece, TokenLogprob
 
@@ -142,8 +142,9 @@ class EventStream(Response):
                     last = self._end(refused(error))
                 except Exception as error:
                     last = self._end(ApiError(500, f"the engine failed ({type(error).__name__})"))
-                    scope["deltaw.failure"] = error
-                await send({"type": "http.response.body", "body": last, "more_body": False})
+                    scope[FAILURE] = error
+            # Nobody watches any more: a server reports the end of an answer like a client that has gone.
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self._desk.done(self._texts)
 

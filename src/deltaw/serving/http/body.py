@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
-from deltaw.serving.http.errors import ApiError, wrong_field
+from deltaw.serving.http.errors import GONE, ApiError, wrong_field
+from deltaw.serving.http.record import record_of
 from deltaw.serving.http.settings import Limits
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -62,6 +64,9 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
     try:
         return await asyncio.wait_for(arrived(), limits.body_seconds)
+    except ClientDisconnect:
+        record_of(request.scope).gone = True
+        raise ApiError(GONE, "the client went away in its body", code="cancelled") from None
     except asyncio.TimeoutError:
         error = ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s", code="timeout")
         error.headers["Connection"] = "close"

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from deltaw.errors import UserError, nearest
+from deltaw.serving.request import UnknownAdapterError
 
 # Types of errors as clients know them; other 4xx are "invalid_request_error", other 5xx "server_error".
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -58,6 +59,9 @@ class ApiError(Exception):
 
 def refused(error: UserError, *, param: str | None = None, status: int = 400) -> ApiError:
     """A user's mistake that code below HTTP found."""
+    if isinstance(error, UnknownAdapterError):
+        # It was there when the request came, and has been removed.
+        return ApiError(404, _sentence(error), param="model", code="model_not_found")
     return ApiError(status, _sentence(error), param=param, code="invalid_value" if status == 400 else None)
 
 

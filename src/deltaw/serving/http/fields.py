@@ -130,6 +130,8 @@ class TextFields(Fields):
         given = [self.guided_json, self.guided_regex, self.guided_grammar, True if formatted else None]
         if sum(g is not None for g in given) > 1:
             raise wrong("give one of response_format, guided_json, guided_regex and guided_grammar")
+        if self.ignore_eos and any(g is not None for g in given):
+            raise wrong("'ignore_eos' and a format do not go together: the format says where a text ends")
         if self.stream_options is not None and not self.stream:
             raise wrong("'stream_options' needs 'stream': true")
         return self

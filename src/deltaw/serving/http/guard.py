@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deltaw.serving.http.errors import GONE, ApiError, error_response
 from deltaw.serving.http.logs import LOGGER
 from deltaw.serving.http.metrics import Metrics
-from deltaw.serving.http.record import KEY, Record
+from deltaw.serving.http.record import FAILURE, KEY, Record
 from deltaw.serving.http.settings import ServerSettings, is_loopback
 
 # Said with every answer that does not say otherwise itself.
@@ -29,8 +29,6 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# A fault that a stream met after its status was sent.
-FAILURE = "deltaw.failure"
 
 
 class Observed:

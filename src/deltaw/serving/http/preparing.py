@@ -18,7 +18,7 @@ from deltaw.serving.http.fields import TextFields, json_constraint
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import forced_schema
-from deltaw.serving.request import Constraint, Request, Sampling
+from deltaw.serving.request import Constraint, Request, Sampling, UnknownAdapterError
 
 
 def adapter_named(served: Served, model: str) -> str | None:
@@ -91,9 +91,8 @@ def completion_requests(
 def _prompts_of(served: Served, adapter: str | None) -> Prompts:
     try:
         return served.prompts(adapter)
-    except (KeyError, UserError):
-        # It was there a moment ago.
-        raise ApiError(404, "the model has been removed", param="model", code="model_not_found") from None
+    except UnknownAdapterError as error:
+        raise refused(error) from error
 
 
 def _choices(

@@ -10,6 +10,8 @@ from typing import Any
 
 # Where a request's record is, in the scope that ASGI hands on.
 KEY = "deltaw.record"
+# Where a fault is that a stream met after its status was sent.
+FAILURE = "deltaw.failure"
 
 
 @dataclass

@@ -66,6 +66,7 @@ class Call:
 
 
 HERMES = CallForm("<tool_call>", "</tool_call>")
+PIPED = CallForm("<|tool_call|>", "<|/tool_call|>")  # of Phi-4-mini and Granite
 MISTRAL = CallForm("[TOOL_CALLS]")
 LLAMA = CallForm("", arguments="parameters")
 # A forced call: the text is the call, by its schema.
@@ -76,6 +77,8 @@ def form_of(template: str) -> CallForm | None:
     """The form that a chat template teaches; None where it is not known."""
     if "<tool_call>" in template and "<function=" not in template:
         return HERMES
+    if PIPED.opening in template:
+        return PIPED
     if "[TOOL_CALLS]" in template:
         return MISTRAL
     if '"parameters": dictionary' in template:

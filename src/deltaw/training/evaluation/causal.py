@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,24 @@ class Answer:
     def exact(self) -> bool:
         """Equal but for white space at both ends."""
         return self.written.strip() == self.expected.strip()
+
+
+class Write(Protocol):
+    """Whatever continues prompts greedily, with the model as it is at the moment."""
+
+    def __call__(
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[str]:
+        """The texts, in the order of the prompts.
+
+        Args:
+            prompts: token ids, each (length,), virtual tokens among them.
+            on_progress: told (prompts done, prompts).
+        """
 
 
 def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: AnyBatcher) -> Evaluation:
@@ -91,34 +110,37 @@ def answers(
     *,
     max_new_tokens: int | None = None,
     batch_tokens: int = 4096,
+    write: Write | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """Greedy completions of the examples that have an answer, in their order.
 
     Args:
         max_new_tokens: by default as many as the longest answer has, and a few more.
-        batch_tokens: the most tokens that are decoded together.
+        batch_tokens: the most tokens that are decoded together by transformers.
+        write: what writes them instead of transformers.
     """
     asked = [e for e in examples if e.answer is not None]
     if not asked:
         return []
     longest = max(len(e.tokens) - e.prompt_length for e in asked)
-    completions = generate(
-        model,
-        tokenizer,
-        [e.tokens[: e.prompt_length] for e in asked],
-        max_new_tokens=max_new_tokens or longest + 4,
-        batch_tokens=batch_tokens,
-        on_progress=on_progress,
-    )
+    prompts = [e.tokens[: e.prompt_length] for e in asked]
+    most = max_new_tokens or longest + 4
+    if write is None:
+        completions = generate(
+            model, tokenizer, prompts, max_new_tokens=most, batch_tokens=batch_tokens, on_progress=on_progress
+        )
+        written = [completion.text for completion in completions]
+    else:
+        written = write(prompts, max_new_tokens=most, on_progress=on_progress)
     return [
         Answer(
             row=e.row,
             question=_question(tokenizer, e),
             expected=e.answer or "",
-            written=c.text,
+            written=text,
         )
-        for e, c in zip(asked, completions, strict=True)
+        for e, text in zip(asked, written, strict=True)
     ]
 
 
@@ -159,14 +181,21 @@ def score(
     batcher: AnyBatcher,
     *,
     max_new_tokens: int | None = None,
+    write: Write | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Everything that ``deltaw eval`` says of a causal language model."""
+    """Everything that ``deltaw eval`` says of a causal language model.
+
+    Args:
+        write: what writes the answers instead of transformers.
+    """
     objective = CausalObjective(model)
     padded = getattr(batcher, "padded", False)
     with contextlib.nullcontext() if padded else packed_rows(model):
         evaluation = evaluate_causal(objective, examples, batcher)
-    given = answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, on_progress=on_progress)
+    given = answers(
+        model, tokenizer, examples, max_new_tokens=max_new_tokens, write=write, on_progress=on_progress
+    )
     if given:
         exact = np.array([answer.exact for answer in given], dtype=np.float64)
         metrics = {**evaluation.metrics, "exact_match": exact_match(given)}

@@ -1,0 +1,176 @@
+"""Flags of the verbs that write text: how tokens are chosen, and what ends or constrains a text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from deltaw.cli.options import as_text
+from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from deltaw.serving.request import Constraint, Request
+
+Command = TypeVar("Command", bound=Callable)
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What the flags say, apart from the prompt; see :class:`deltaw.serving.request.Sampling`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    stop: tuple[str, ...]
+    json_schema: Path | None
+    regex: str | None
+
+    def checked(self) -> TextSettings:
+        """Itself, where texts can be written so; asked before a model is loaded.
+
+        Raises:
+            UserError: a stop string or a constraint is no text, or there are two constraints.
+        """
+        for stop in self.stop:
+            if not as_text(stop, "--stop"):
+                raise UserError("a stop string is empty", where="--stop", hint="leave it out")
+        self.constraint()
+        return self
+
+    def constraint(self) -> Constraint | None:
+        """What a text must match; None for nothing.
+
+        Raises:
+            UserError: it cannot be read, or there are two.
+        """
+        from deltaw.serving.request import Constraint
+
+        if self.json_schema is not None and self.regex is not None:
+            raise UserError("a text cannot be held to two constraints", hint="give --json-schema or --regex")
+        if self.regex is not None:
+            return Constraint("regex", as_text(self.regex, "--regex"))
+        if self.json_schema is None:
+            return None
+        try:
+            return Constraint("json_schema", self.json_schema.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(
+                f"the JSON schema cannot be read: {reason}",
+                where=str(self.json_schema),
+                hint="name a JSON file",
+            ) from error
+
+    def request(self, tokens: np.ndarray, *, number: int = 0, logprobs: int | None = None) -> Request:
+        """A request for one text.
+
+        Args:
+            tokens: (length,) of the prompt, without virtual tokens.
+            number: of the prompt among several; each draws by a seed of its own.
+        """
+        from deltaw.serving.request import Request, Sampling
+
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed + number,
+            logprobs=logprobs,
+        )
+        return Request(
+            tokens,
+            sampling=sampling,
+            constraint=self.constraint(),
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+        )
+
+
+def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
+    """Give a command the flags of :class:`TextSettings`; they arrive as one argument, ``how``."""
+    penalty = click.FloatRange(-2, 2)
+    options = (
+        click.option("--max-new-tokens", default=max_new_tokens, show_default=True, type=click.IntRange(1)),
+        click.option(
+            "--temperature",
+            default=0.0,
+            show_default=True,
+            type=click.FloatRange(0, 100),
+            help="0: the likeliest token",
+        ),
+        click.option(
+            "--top-k", default=0, type=click.IntRange(0), help="draw from so many likeliest tokens; 0: all"
+        ),
+        click.option(
+            "--top-p",
+            default=1.0,
+            type=click.FloatRange(0, 1, min_open=True),
+            help="draw from the likeliest tokens that together have this probability",
+        ),
+        click.option(
+            "--min-p",
+            default=0.0,
+            type=click.FloatRange(0, 1),
+            help="leave out tokens below this share of the likeliest one's probability",
+        ),
+        click.option(
+            "--repetition-penalty",
+            default=1.0,
+            type=click.FloatRange(0, 100, min_open=True),
+            help="make tokens of the prompt and the text less likely; 1: no change",
+        ),
+        click.option(
+            "--presence-penalty",
+            default=0.0,
+            type=penalty,
+            help="taken from the logits of tokens that the text has",
+        ),
+        click.option(
+            "--frequency-penalty",
+            default=0.0,
+            type=penalty,
+            help="the same, for each time that the text has them",
+        ),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(-(2**63), 2**63 - 1)),
+        click.option(
+            "--stop", multiple=True, help="end texts before this string; may be given several times"
+        ),
+        click.option(
+            "--json-schema",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="a file; texts are JSON that matches it",
+        ),
+        click.option("--regex", default=None, help="texts match this regular expression"),
+    )
+
+    def give(command: Command) -> Command:
+        @functools.wraps(command)
+        def called(*args: object, **given: object) -> object:
+            names = TextSettings.__dataclass_fields__
+            how = TextSettings(**{name: given.pop(name) for name in names})  # type: ignore[arg-type]
+            return command(*args, how=how.checked(), **given)
+
+        wrapped: Callable = called
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped  # type: ignore[return-value]
+
+    return give

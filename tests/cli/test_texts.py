@@ -1,0 +1,258 @@
+"""Texts on the command line: how they are chosen, ended and constrained, and by what they are written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltaw.serving import opening
+from deltaw.serving.probes import NotDecodable
+from tests.byte_models import byte_tokenizer
+from tests.cli.conftest import Call, Ended
+from tests.conftest import write_rows
+
+PROMPTS = ("paint it red", "paint it blue", "x")
+GENERATE = ("generate", "--max-new-tokens", 8, "--precision", "fp32")
+
+
+def asked(*prompts: str) -> list[str]:
+    return [part for prompt in prompts for part in ("-p", prompt)]
+
+
+@pytest.fixture
+def generate(call: Call, finished_run: Path) -> Callable[..., list[dict]]:
+    """Texts of a run for flags, as JSON."""
+
+    def run(*flags: object, prompts: tuple[str, ...] = PROMPTS, of: Path = finished_run) -> list[dict]:
+        ended = call(*GENERATE, of, *asked(*prompts), *flags, "--json")
+        assert ended.status == 0, ended.err
+        return list(json.loads(ended.out)["completions"])
+
+    return run
+
+
+@pytest.fixture
+def transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is one that the decoder knows."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotDecodable("its blocks are made of glass")
+
+    monkeypatch.setattr(opening, "decodable", refuse)
+
+
+def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = False) -> list[str]:
+    """Greedy texts the slow, obvious way: the whole sequence through the model for each token."""
+    from deltaw.data import encode_prompt
+    from deltaw.training.inference import open_run
+
+    opened = open_run(str(folder), precision="fp32", say=lambda line: None)
+    texts = []
+    for prompt in prompts:
+        ids = opened.prompt(encode_prompt(prompt, opened.data or "auto", opened.tokenizer)).tolist()
+        start = len(ids)
+        while len(ids) - start < count:
+            with torch.no_grad():
+                if base:
+                    with opened.base():
+                        token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
+                else:
+                    token = int(opened.model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token in (0, 2):
+                break
+            ids.append(token)
+        texts.append(opened.tokenizer.decode(ids[start:], skip_special_tokens=True))
+    return texts
+
+
+def test_texts_of_adapter_and_base_are_the_models_own(
+    generate: Callable[..., list[dict]], finished_run: Path
+) -> None:
+    rows = generate("--base")
+    assert [row["prompt"] for row in rows] == list(PROMPTS)
+    assert [row["completion"] for row in rows] == by_hand(finished_run, PROMPTS, 8)
+    assert [row["base"] for row in rows] == by_hand(finished_run, PROMPTS, 8, base=True)
+    assert {row["finish"] for row in rows} <= {"stop", "length"}
+
+
+def test_what_decodes_is_said_and_both_say_the_same(
+    call: Call, finished_run: Path, request: pytest.FixtureRequest
+) -> None:
+    command = (
+        *GENERATE,
+        finished_run,
+        *asked(*PROMPTS),
+        "--base",
+        "--stop",
+        "q",
+    )
+    by_engine = call(*command)
+    assert "the decoding engine writes" in by_engine.err
+    assert "transformers" not in by_engine.err
+    request.getfixturevalue("transformers_decodes")
+    by_transformers = call(*command)
+    assert "transformers decodes: its blocks are made of glass" in by_transformers.err
+    assert "the decoding engine" not in by_transformers.err
+    assert by_transformers.out == by_engine.out
+    assert by_engine.status == by_transformers.status == 0
+
+
+@pytest.mark.parametrize("decoder", ["engine", "transformers"])
+def test_flags_reach_the_sampler(
+    decoder: str, generate: Callable[..., list[dict]], request: pytest.FixtureRequest
+) -> None:
+    if decoder == "transformers":
+        request.getfixturevalue("transformers_decodes")
+
+    def texts(*flags: object) -> list[str]:
+        return [row["completion"] for row in generate(*flags)]
+
+    greedy = texts()
+    drawn = texts("--temperature", 5, "--seed", 1)
+    assert drawn != greedy
+    assert texts("--temperature", 5, "--seed", 1) == drawn
+    assert texts("--temperature", 5, "--seed", 2) != drawn
+    # Each of these leaves the likeliest token alone.
+    for flags in (("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1)):
+        assert texts("--temperature", 5, "--seed", 1, *flags) == greedy
+    for flags in (
+        ("--repetition-penalty", 50),
+        ("--presence-penalty", 2, "--frequency-penalty", 2),
+    ):
+        assert texts("--max-new-tokens", 30, *flags) != texts("--max-new-tokens", 30)
+
+
+def test_equal_prompts_are_drawn_apart(generate: Callable[..., list[dict]]) -> None:
+    first, second = generate("--temperature", 5, prompts=("x", "x"))
+    assert first["completion"] != second["completion"]
+
+
+def test_stop_string_ends_the_text_before_it(generate: Callable[..., list[dict]]) -> None:
+    (whole,) = generate("--temperature", 3, prompts=("paint it red",))
+    stop = whole["completion"][2:4]
+    assert stop
+    (row,) = generate("--temperature", 3, "--stop", stop, "--stop", "never", prompts=("paint it red",))
+    assert row["completion"] == whole["completion"][: whole["completion"].find(stop)]
+    assert row["finish"] == "stop"
+
+
+def test_texts_match_schema_and_expression(generate: Callable[..., list[dict]], tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    file = tmp_path / "schema.json"
+    shape = {"properties": {"n": {"type": "integer", "maximum": 99, "minimum": 0}}, "required": ["n"]}
+    file.write_text(json.dumps({"type": "object", "additionalProperties": False} | shape))
+    long = ("--max-new-tokens", 90, "--temperature", 1)
+    for row in generate(*long, "--json-schema", file):
+        assert 0 <= json.loads(row["completion"])["n"] <= 99
+        assert row["finish"] == "stop"
+    for row in generate(*long, "--regex", "(red|blue) [0-9]{3}"):
+        assert re.fullmatch("(red|blue) [0-9]{3}", row["completion"])
+
+
+def test_log_probabilities_come_with_their_tokens(generate: Callable[..., list[dict]]) -> None:
+    (row,) = generate("--logprobs", 2, prompts=("paint it red",))
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode([one["id"] for one in row["logprobs"]]) == row["completion"]
+    for one in row["logprobs"]:
+        assert one["logprob"] <= 0
+        assert one["top"][0]["id"] == one["id"]  # the likeliest token was taken
+        assert one["top"][0]["logprob"] == one["logprob"] >= one["top"][1]["logprob"]
+        assert len(one["top"]) == 2
+    (alone,) = generate("--logprobs", 0, prompts=("paint it red",))
+    assert [one["logprob"] for one in alone["logprobs"]] == [one["logprob"] for one in row["logprobs"]]
+    assert "top" not in alone["logprobs"][0]
+
+
+def test_prompt_that_leaves_no_room_is_named(call: Call, finished_run: Path) -> None:
+    ended = call(*GENERATE, finished_run, *asked("x", "y" * 500))
+    assert ended.status == 2
+    assert "prompt 2" in ended.err
+
+
+@pytest.fixture
+def weights_run(settings: Callable[..., dict], tmp_path: Path) -> Path:
+    """A run whose method trained the base model's own weights."""
+    from deltaw.training.fit import fit
+
+    changes = {"method": "last", "last": {"blocks": 1}, "lora": None}
+    made = {k: v for k, v in settings(tmp_path / "run", **changes).items() if v is not None}
+    return fit(made).output
+
+
+def test_base_of_a_run_that_trained_the_weights_is_the_base(
+    generate: Callable[..., list[dict]], call: Call, weights_run: Path
+) -> None:
+    rows = generate("--base", of=weights_run)
+    assert [row["completion"] for row in rows] == by_hand(weights_run, PROMPTS, 8)
+    assert [row["base"] for row in rows] == by_hand(weights_run, PROMPTS, 8, base=True)
+    talk = ("--max-new-tokens", 4, "--precision", "fp32")
+    ended = call("chat", weights_run, "--base", *talk, stdin="paint it red\nand blue\n")
+    assert ended.status == 0, ended.err
+    lines = spoken(ended)
+    assert [name for name, _ in lines] == ["base", "adapter"] * 2
+    assert lines[0][1] == by_hand(weights_run, ("paint it red",), 4, base=True)[0]
+    assert lines[1][1] == by_hand(weights_run, ("paint it red",), 4)[0]
+
+
+def spoken(ended: Ended) -> list[tuple[str, str]]:
+    """What each said in a talk; texts of one line."""
+    found = re.findall(r"^(base|adapter|model): (.*)$", ended.out, re.MULTILINE)
+    return [(str(name), str(text)) for name, text in found]
+
+
+def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    ended = call(
+        "chat", finished_run, "--base", "--temperature", 1, "--regex", "[ab]{3}", stdin="hello\nagain\n"
+    )
+    assert ended.status == 0, ended.err
+    assert ended.err.count("the decoding engine writes") == 1
+    lines = spoken(ended)
+    assert [name for name, _ in lines] == ["base", "adapter"] * 2
+    assert all(re.fullmatch("[ab]{3}", text) for _, text in lines)
+    other = call("chat", finished_run, "--temperature", 1, "--seed", 3, "--stop", "b", stdin="hello\n")
+    assert "b" not in spoken(other)[0][1]
+
+
+def test_evaluation_counts_what_the_engine_writes(
+    call: Call, finished_run: Path, rows_file: Path, request: pytest.FixtureRequest
+) -> None:
+    command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
+    by_engine = call(*command, "--answers", 10, "--json")
+    assert by_engine.status == 0, by_engine.err
+    assert by_engine.err.count("the decoding engine writes") == 1
+    request.getfixturevalue("transformers_decodes")
+    by_transformers = call(*command, "--answers", 10, "--json")
+    assert "made of glass" in by_transformers.err
+    assert json.loads(by_engine.out) == json.loads(by_transformers.out)
+
+    def table(ended: Ended) -> Iterator[str]:
+        return (line for line in ended.err.splitlines() if "paint it" in line)
+
+    assert list(table(by_engine)) == list(table(by_transformers)) != []
+
+
+def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
+    settings: Callable[..., dict], call: Call, tmp_path: Path
+) -> None:
+    from deltaw.training.fit import fit
+
+    made = settings(tmp_path / "run", method="prompt", prompt={"length": 3}, lora=None)
+    run = fit({key: value for key, value in made.items() if value is not None}).output
+    # The rows ask for what the model writes, so that a prompt off by a token would be seen.
+    asked_for = tuple(f"paint it {colour}" for colour in ("red", "blue", "green", "teal"))
+    rows = [
+        {"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    ended = call(
+        "eval", run, "--data", data, "--no-drift", "--json", "--precision", "fp32", "--max-new-tokens", 5
+    )
+    assert ended.status == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["eval"]["exact_match"] == 1.0
