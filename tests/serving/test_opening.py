@@ -1,4 +1,4 @@
-"""An opened run writes what transformers writes with it: by the decoder where it can, and else by transformers."""
+"""An opened run writes what transformers writes with it, by the decoder where it can."""
 
 from __future__ import annotations
 
@@ -196,7 +196,9 @@ def test_a_writer_answers_as_the_session_is_at_the_moment(
     for turn in range(2):
         with session.base():
             bare.append(writer(asked, 8, None))
-            expected = [text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)]
+            expected = [
+                text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)
+            ]
         assert bare[turn] == expected
         seen = [session.prompt(p) for p in asked]
         own = [text.text for text in generate(session.model, session.tokenizer, seen, max_new_tokens=8)]

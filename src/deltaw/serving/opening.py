@@ -2,7 +2,8 @@
 
 Three ways, and each is said:
 
-- a decoder of the base model, and the session's adapter beside it as factors or a soft prompt: a request names
+- a decoder of the base model, and the session's adapter beside it as factors or a soft prompt: a request
+  names
   the adapter, or gets the base;
 - a decoder of the model as it is, where the method trained the model's own parameters;
 - transformers' ``generate``, where the model, or its adapter, is not one that a decoder computes.
@@ -18,12 +19,19 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from deltaw.hub.terminators import terminators
 from deltaw.host.memory import free_memory_bytes
+from deltaw.hub.terminators import terminators
 from deltaw.runtime import virtual_tokens
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
-from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
+from deltaw.serving.decodable import (
+    Decodable,
+    decodable,
+    difference,
+    evaluating,
+    recognized_blocks,
+    tolerance,
+)
 from deltaw.serving.engine import Engine
 from deltaw.serving.factor_places import FactorPlaces, packed_from_model
 from deltaw.serving.fallback import FallbackWork
@@ -108,7 +116,8 @@ def base_engine(session: InferenceSession, engine: Engine, say: Callable[[str], 
 class SessionWriter:
     """Writes greedy texts of a session as it is at the moment: with its adapter, or as the base model.
 
-    Implements :class:`deltaw.training.evaluation.causal.Writer`; the engine is opened when it is first needed.
+    Implements :class:`deltaw.training.evaluation.causal.Writer`; the engine is opened when it is first
+    needed.
     """
 
     def __init__(self, session: InferenceSession, say: Callable[[str], None]) -> None:
