@@ -1,4 +1,4 @@
-"""An opened run writes what transformers writes with it: by the decoder where it can, and else by transformers."""
+"""An opened run writes what transformers writes with it, by the decoder where it can."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.choose import choose_method
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.generation import generate
-from deltaw.serving.opening import OWN, open_engine
+from deltaw.serving.opening import OWN, SessionWriter, open_engine
 from deltaw.serving.request import Constraint, Request, Sampling
 from deltaw.training.inference import InferenceSession, open_run
 from tests.byte_models import byte_tokenizer
@@ -183,3 +183,23 @@ def test_texts_by_transformers_stream_stop_and_match_as_others_do(bloom: Inferen
     long.cancel()
     assert long.result().finish == "cancelled"
     engine.close()
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+def test_a_writer_answers_as_the_session_is_at_the_moment(
+    method: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = trained(model_folder, tmp_path / "run", method, **CHANGES.get(method, {}))
+    session = open_run(str(folder), precision="fp32", device="cpu", say=quiet)
+    writer = SessionWriter(session, quiet)
+    asked, bare = prompts(), []
+    for turn in range(2):
+        with session.base():
+            bare.append(writer(asked, 8, None))
+            expected = [
+                text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)
+            ]
+        assert bare[turn] == expected
+        seen = [session.prompt(p) for p in asked]
+        own = [text.text for text in generate(session.model, session.tokenizer, seen, max_new_tokens=8)]
+        assert writer(seen, 8, None) == own != expected

@@ -249,7 +249,12 @@ def _as_found(model: PreTrainedModel, config: GenerationConfig, seed: int) -> It
     training = [module for module in model.modules() if module.training]
     own_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    with attention_of(model, ordinary_attention(model)), quiet(), torch.random.fork_rng(devices), _own_head_product(model):
+    with (
+        attention_of(model, ordinary_attention(model)),
+        quiet(),
+        torch.random.fork_rng(devices),
+        _own_head_product(model),
+    ):
         torch.manual_seed(seed)
         model.eval()
         # transformers fills what a configuration leaves open from the model's own: an empty one brings none.

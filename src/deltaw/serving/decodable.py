@@ -1,12 +1,13 @@
 """From a live model to a decoder over its own weights, and whether that decoder says what the model says.
 
-Blocks are recognized as for training (``runtime/fused_blocks``), what stands around them is found by running
-the model's code (``probes``). Then logits of some forty tokens, in chunks and one by one, are compared with the
-model's own: in fp32 on a small copy of the model, which verifies the code, and in the model's own precision on
-the model, which verifies the weights. A model that does not pass is decoded by transformers.
+Blocks are recognized as for training (``runtime/fused_blocks``), what stands around them is found by
+running the model's code (``probes``). Then logits of some forty tokens, in chunks and one by one, are
+compared with the model's own: in fp32 on a small copy of the model, which verifies the code, and in the
+model's own precision on the model, which verifies the weights. A model that does not pass is decoded by
+transformers.
 
-Weights are read where they lie; only transposed layers (``Conv1D``) and a head in int8 are copies. A decoder is
-of the model as it is now: within a method's ``without``, of the base model.
+Weights are read where they lie; only transposed layers (``Conv1D``) and a head in int8 are copies. A
+decoder is of the model as it is now: within a method's ``without``, of the base model.
 
 Knows models; not requests, adapters or pages.
 """
@@ -155,9 +156,7 @@ def _assembled(
     try:
         entry = prober.entry(most, [r.attention.rotary for r in roles])
         form = prober.logits_form()
-        described = [
-            _block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)
-        ]
+        described = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
         linear = _linear(head, quantize=int8_head)
         decoder = Decoder(
             described,
@@ -235,7 +234,10 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
 
 
 def _norms(block: nn.Module, places: Norms) -> DecoderNorms:
-    made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
+    made = (
+        None if path is None else _norm(part(block, path))
+        for path in (places.before, places.after, places.post)
+    )
     return DecoderNorms(*made)
 
 
@@ -243,9 +245,11 @@ def _norm(module: nn.Module) -> DecoderNorm:
     form = norm_form(module)
     if form is None:
         raise NotDecodable(f"{type(module).__name__} is no norm that is known")
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    wide = (None if t is None else t.detach().float().contiguous() for t in (weight, bias))
-    return DecoderNorm(*wide, eps=form.eps, offset=form.offset, centred=form.centred)
+    weight, bias = (
+        None if t is None else t.detach().float().contiguous()
+        for t in (module._parameters.get("weight"), module._parameters.get("bias"))
+    )
+    return DecoderNorm(weight, bias, form.eps, form.offset, form.centred)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
@@ -264,7 +268,9 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
 
 def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values."""
-    heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
+    heads = sum(
+        block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused
+    )
     return 2 * heads * dtype.itemsize
 
 
@@ -296,7 +302,7 @@ def difference(
 
 
 def logits_of(made: Decodable, rows: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
-    """A decoder's logits (n, V) for rows (n, D) without positions: a chunk, some one by one, then the rest."""
+    """A decoder's logits (n, V) for rows (n, D) without positions: a chunk, some one by one, the rest."""
     decoder, count = made.decoder, len(rows)
     if made.entry.positions is not None:
         rows = rows + made.entry.positions[:count]
