@@ -225,7 +225,7 @@ def test_evaluation_counts_what_the_engine_writes(
     command = ("eval", finished_run, "--data", rows_file, "--base", "--no-drift", "--precision", "fp32")
     by_engine = call(*command, "--answers", 10, "--json")
     assert by_engine.status == 0, by_engine.err
-    assert by_engine.err.count("the decoding engine writes") == 1
+    assert "transformers" not in by_engine.err
     request.getfixturevalue("transformers_decodes")
     by_transformers = call(*command, "--answers", 10, "--json")
     assert "made of glass" in by_transformers.err

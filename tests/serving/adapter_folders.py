@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
+from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
 from deltaw.methods.prompt_file import PromptFile, write_prompt
 
 
 def write_lora(model: nn.Module, folder: Path, *, seed: int = 0, size: float = 0.2, **settings) -> Path:
-    """An adapter for ``model`` whose factors are normal numbers of this size; the model is left alone."""
-    carrier = copy.deepcopy(model)
+    """An adapter for ``model`` whose factors are normal numbers of this size; the model is as it was then."""
     settings = {"rank": 4, "alpha": 8, "target_modules": "all-linear", **settings}
-    attach(carrier, LoRAConfig(**settings))
+    attach(model, LoRAConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in adapter_parameters(carrier):
+        for _, parameter in adapter_parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    save_adapter(carrier, folder, base_model="tiny")
+    save_adapter(model, folder, base_model="tiny")
+    detach(model)
     return folder
 
 

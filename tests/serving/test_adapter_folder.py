@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.lora import load_adapter
+from deltaw.lora import OtherBaseModelWarning, load_adapter
 from deltaw.methods.files import write_trained
+from deltaw.methods.prompt import Prompt
 from deltaw.methods.prompt_file import PromptFile, write_prompt
+from deltaw.methods.settings import PromptSettings
+from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.serving.adapter_folder import FolderReader, state_of
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
@@ -117,6 +120,33 @@ def test_another_base_is_refused_by_its_fingerprint(model, tmp_path):
     write_lora(model, tmp_path)
     with pytest.raises(UserError, match="another base model"):
         FolderReader(tiny_llama(seed=1), None).read(tmp_path)
+
+
+@pytest.mark.parametrize("trained_on", ["int8", "fp32"])
+@pytest.mark.parametrize("served_on", ["int8", "fp32"])
+def test_a_base_in_int8_is_told_from_another_too(tmp_path, trained_on, served_on):
+    def base(precision: str, seed: int = 0):
+        model = tiny_llama(seed)
+        if precision == "int8":
+            quantize_int8(model.base_model)
+        return model
+
+    write_lora(base(trained_on), tmp_path)
+    assert FolderReader(base(served_on), None).read(tmp_path).layers
+    with pytest.raises(UserError, match="another base model"):
+        FolderReader(base(served_on, seed=1), None).read(tmp_path)
+
+
+def test_a_soft_prompt_for_another_base_is_refused(model, reader, tmp_path):
+    carrier = copy.deepcopy(model)
+    method = Prompt(PromptSettings(length=2))
+    method.prepare(carrier, seed=0)
+    method.save(carrier, tmp_path, base_model="tiny")
+    assert reader.read(tmp_path).prompt is not None
+    with pytest.raises(UserError, match="another base model"):
+        FolderReader(tiny_llama(seed=1), None).read(tmp_path)
+    with pytest.warns(OtherBaseModelWarning):
+        Prompt().load(tiny_llama(seed=1), tmp_path)
 
 
 def test_an_adapter_for_other_sizes_is_refused(reader, tmp_path):

@@ -170,7 +170,7 @@ def test_a_constrained_text_matches_and_its_neighbours_are_free() -> None:
     free = Request(np.arange(3, 30), max_new_tokens=12, stop_ids=())
     bound = Request(np.arange(3, 30), max_new_tokens=12, constraint=Constraint("regex", "(ab|cd){3}"))
     texts = engine().write_all([free, bound])
-    assert len(texts[1].text) == 6 and set(texts[1].text[i : i + 2] for i in (0, 2, 4)) <= {"ab", "cd"}
+    assert len(texts[1].text) == 6 and {texts[1].text[i : i + 2] for i in (0, 2, 4)} <= {"ab", "cd"}
     assert texts[1].finish == "stop"
     assert np.array_equal(texts[0].tokens, engine().write_all([free])[0].tokens)
 

@@ -1,4 +1,4 @@
-"""An opened run writes what transformers writes with it: by the decoder where it can, and else by transformers."""
+"""An opened run writes what transformers writes with it, by the decoder where it can."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.choose import choose_method
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.generation import generate
-from deltaw.serving.opening import OWN, open_engine
+from deltaw.serving.opening import OWN, SessionWriter, open_engine
 from deltaw.serving.request import Constraint, Request, Sampling
-from deltaw.serving.session_texts import answer_writer
 from deltaw.training.inference import InferenceSession, open_run
 from tests.byte_models import byte_tokenizer
 from tests.conftest import laid_over
@@ -192,15 +191,15 @@ def test_a_writer_answers_as_the_session_is_at_the_moment(
 ) -> None:
     folder = trained(model_folder, tmp_path / "run", method, **CHANGES.get(method, {}))
     session = open_run(str(folder), precision="fp32", device="cpu", say=quiet)
-    write = answer_writer(session, say=quiet)
+    writer = SessionWriter(session, quiet)
     asked, bare = prompts(), []
     for turn in range(2):
         with session.base():
-            bare.append(write(asked, max_new_tokens=8, on_progress=None))
+            bare.append(writer(asked, 8, None))
             expected = [
                 text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)
             ]
         assert bare[turn] == expected
         seen = [session.prompt(p) for p in asked]
         own = [text.text for text in generate(session.model, session.tokenizer, seen, max_new_tokens=8)]
-        assert write(seen, max_new_tokens=8, on_progress=None) == own != expected
+        assert writer(seen, 8, None) == own != expected

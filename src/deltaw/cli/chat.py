@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from deltaw.cli.options import as_text, console, model_flags
-from deltaw.cli.text_options import TextSettings, text_flags
+from deltaw.cli.text_options import TextSettings, engine_for, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
 if TYPE_CHECKING:
-    from deltaw.serving.session_texts import SessionTexts
+    from deltaw.serving.engine import Engine
     from deltaw.training.inference import InferenceSession
 
 
@@ -39,12 +40,17 @@ def command(
     with working("starting"):
         import numpy as np
 
-        from deltaw.serving.session_texts import SessionTexts
+        from deltaw.serving.opening import base_engine
         from deltaw.training.inference import open_run
     opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
     opened.require_generation()
-    with SessionTexts(opened, say=lambda line: notes.print(line, highlight=False, markup=False)) as texts:
-        texts.check(how.request(np.empty(0)))
+
+    def say(line: str) -> None:
+        notes.print(line, highlight=False, markup=False)
+
+    with contextlib.closing(engine_for(opened, say)) as engine:
+        # A text of no tokens: what the flags say is checked before the first question.
+        engine.write_all([replace(how.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
         start = [{"role": "system", "content": system}] if system else []
         talk = list(start)
         while (line := _asked()) is not None:
@@ -55,8 +61,10 @@ def command(
             try:
                 as_text(line, "your line")
                 if with_base and opened.adapter:
-                    _answer(opened, texts, talk, how, "base")
-                answer = _answer(opened, texts, talk, how, "adapter" if opened.adapter else "model")
+                    with base_engine(opened, engine, say) as of_base:
+                        _answer(opened, of_base, None, talk, how, "base")
+                name = "adapter" if opened.adapter else "model"
+                answer = _answer(opened, engine, engine.own_adapter, talk, how, name)
                 talk.append({"role": "assistant", "content": answer})
             except UserError as error:
                 # A talk that has grown too long, say: the question is taken back and the talk goes on.
@@ -73,20 +81,25 @@ def _asked() -> str | None:
 
 
 def _answer(
-    opened: InferenceSession, texts: SessionTexts, talk: list[dict], how: TextSettings, name: str
+    opened: InferenceSession,
+    engine: Engine,
+    adapter: str | None,
+    talk: list[dict],
+    how: TextSettings,
+    name: str,
 ) -> str:
-    """Write the next answer of ``name`` ("base", or else) and show it as it comes."""
+    """Write the next answer of ``name``, and show it as it comes."""
     from deltaw.data import encode_prompt
 
     # Each answer of a talk draws anew, not by the same numbers as the one before.
     asked = sum(message["role"] == "user" for message in talk)
-    request = how.request(encode_prompt(talk, opened.data or "auto", opened.tokenizer), number=asked - 1)
-    pieces: list[str] = []
-    with contextlib.closing(texts.stream(request, base=name == "base")) as stream:
-        for piece in stream:
-            if not pieces:
-                click.echo(f"{name}: ", nl=False)
-            pieces.append(piece.text)
+    prompt = encode_prompt(talk, opened.data or "auto", opened.tokenizer)
+    writing = engine.submit(how.request(prompt, adapter, number=asked - 1))
+    click.echo(f"{name}: ", nl=False)
+    try:
+        for piece in writing:
             click.echo(piece.text, nl=False)
-    click.echo()
-    return "".join(pieces)
+    finally:
+        writing.cancel()
+        click.echo()
+    return writing.result().text

@@ -62,7 +62,7 @@ def command(
         from deltaw.data.example import Example
         from deltaw.data.settings import DataSettings
         from deltaw.reports.scores import answer_table, confusion_table, score_table
-        from deltaw.serving.session_texts import answer_writer
+        from deltaw.serving.opening import SessionWriter
         from deltaw.training.inference import open_run, score_run
         from deltaw.training.tasks.eval_sets import read_run_data
     opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
@@ -83,7 +83,7 @@ def command(
     if (lacking := opened.not_invoked(prompts)) is not None:
         out.print(lacking, highlight=False, markup=False)
 
-    write = answer_writer(opened, say=lambda line: out.print(line, highlight=False, markup=False))
+    writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
 
     def scored() -> Score:
         with working("evaluating", len(examples)) as advance:
@@ -91,8 +91,8 @@ def command(
                 opened,
                 examples,
                 max_new_tokens=max_new_tokens,
-                write=write,
                 on_progress=lambda done, total: advance(done),
+                writer=writer,
             )
 
     scores: dict[str, Score] = {}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
-from deltaw.cli.text_options import TextSettings, text_flags
+from deltaw.cli.text_options import TextSettings, engine_for, text_flags
 from deltaw.errors import UserError
 from deltaw.working import working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from deltaw.serving.engine import Engine
     from deltaw.serving.request import TokenLogprob, Written
 
 
@@ -51,7 +53,7 @@ def command(
         raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
     with working("starting"):
         from deltaw.data import encode_prompt
-        from deltaw.serving.session_texts import SessionTexts
+        from deltaw.serving.opening import base_engine
         from deltaw.training.inference import open_run
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
@@ -66,15 +68,20 @@ def command(
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
     if (line := opened.not_invoked(tokens)) is not None:
         say(line)
-    requests = [how.request(prompt, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
-    with SessionTexts(opened, say=say) as texts:
 
-        def completed(*, base: bool) -> list[Written]:
-            with working("writing", len(requests)) as advance:
-                return texts.write(requests, base=base, on_progress=lambda done, _: advance(done))
+    def completed(by: Engine, adapter: str | None) -> list[Written]:
+        requests = [
+            how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)
+        ]
+        with working("writing", len(requests)) as advance:
+            return by.write_all(requests, lambda done, _: advance(done))
 
-        written = completed(base=False)
-        base = completed(base=True) if with_base else None
+    base: list[Written] | None = None
+    with contextlib.closing(engine_for(opened, say)) as engine:
+        written = completed(engine, engine.own_adapter)
+        if with_base:
+            with base_engine(opened, engine, say) as of_base:
+                base = completed(of_base, None)
     if as_json:
         rows = [
             {"prompt": prompt, **_as_dict(text, "completion", opened.tokenizer)}

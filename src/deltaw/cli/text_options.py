@@ -16,7 +16,9 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from deltaw.serving.engine import Engine
     from deltaw.serving.request import Constraint, Request
+    from deltaw.training.inference import InferenceSession
 
 Command = TypeVar("Command", bound=Callable)
 
@@ -74,11 +76,18 @@ class TextSettings:
                 hint="name a JSON file",
             ) from error
 
-    def request(self, tokens: np.ndarray, *, number: int = 0, logprobs: int | None = None) -> Request:
+    def request(
+        self,
+        tokens: np.ndarray,
+        adapter: str | None = None,
+        *,
+        number: int = 0,
+        logprobs: int | None = None,
+    ) -> Request:
         """A request for one text.
 
         Args:
-            tokens: (length,) of the prompt, without virtual tokens.
+            tokens: (length,) of the prompt, without virtual tokens. adapter: the name of what writes it.
             number: of the prompt among several; each draws by a seed of its own.
         """
         from deltaw.serving.request import Request, Sampling
@@ -96,6 +105,7 @@ class TextSettings:
         )
         return Request(
             tokens,
+            adapter,
             sampling=sampling,
             constraint=self.constraint(),
             max_new_tokens=self.max_new_tokens,
@@ -174,3 +184,21 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
         return wrapped  # type: ignore[return-value]
 
     return give
+
+
+def engine_for(session: InferenceSession, say: Callable[[str], None]) -> Engine:
+    """An engine that writes a verb's texts.
+
+    Args:
+        say: told what decodes: the engine, or transformers and why.
+
+    Raises:
+        UserError: the model writes no text.
+    """
+    from deltaw.serving.opening import open_engine
+
+    told: list[str] = []
+    engine = open_engine(session, say=told.append)
+    for line in told or [f"the decoding engine writes: {engine.why}"]:
+        say(line)
+    return engine

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaw.kernels import decode_compiled as compiled
+from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.decode_parts import (
     HEAD,
@@ -25,7 +27,13 @@ from deltaw.kernels.decode_parts import (
     DecoderNorm,
     DecoderNorms,
 )
-from deltaw.kernels.decode_reference import Tokens, block_reference, cached, end_reference
+from deltaw.kernels.decode_reference import (
+    Tokens,
+    block_reference,
+    cached,
+    end_reference,
+    in_panels,
+)
 
 __all__ = [
     "Decoder",
@@ -67,13 +75,16 @@ class Pages:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter's factors as a decoder reads them: A (r, in) and B (r, out), B with the scaling in it.
+    """An adapter's factors as a decoder reads them: A (r, in) and B in panels
+    (⌈out / 64⌉, r, 64) with the scaling in it, as csrc/decode.h says.
 
     Args:
         factors: by (number of the block, name of the layer); the head's by (-1, "head").
+        table: where they lie, for the compiled kernels.
     """
 
     factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+    table: compiled.Table
 
     @property
     def bytes(self) -> int:
@@ -126,6 +137,12 @@ class Decoder:
         for block in self.blocks:
             numbers = 2 * block.key_heads * block.head_size * PAGE_TOKENS
             self.offsets.append(self.offsets[-1] + numbers)
+        self._compiled = compiled.CompiledDecoder(
+            compiled.Parts(
+                *(self.blocks, self.final_norm, self.head, self.tables, cache_dtype, PAGE_TOKENS),
+                *(self.offsets, logits_scale, logits_softcap or 0.0),
+            )
+        )
 
     def _check_table(self, number: int, block: DecoderBlock) -> None:
         if not 0 <= block.table < len(self.tables):
@@ -165,8 +182,8 @@ class Decoder:
                 own = A.detach().float().t().to(dtype), (B.detach().float() * scaling).to(dtype)
             if rank:
                 place = (-1, HEAD) if name == HEAD else (number, name)
-                packed[place] = own[0].clone(memory_format=torch.contiguous_format), own[1].contiguous()
-        return PackedAdapter(packed)
+                packed[place] = own[0].clone(memory_format=torch.contiguous_format), in_panels(own[1])
+        return PackedAdapter(packed, compiled.adapter_table(packed, len(self.blocks)))
 
     def _layer(self, number: int, name: str) -> DecoderLinear:
         if name == HEAD and number in (-1, len(self.blocks)):
@@ -222,7 +239,16 @@ class Decoder:
         check_shape("the pages", pages.data, pages.count, self.offsets[-1])
         if pages.data.dtype != self.cache_dtype:
             raise TypeError(f"the pages are {pages.data.dtype}, not {self.cache_dtype}")
-        return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
+        if loader.library() is None or hidden.device.type != "cpu":
+            return reference_step(
+                self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted
+            )
+        return self._compiled.step(
+            pages.data,
+            *(t.contiguous() for t in (hidden, positions, sequence, page_table, adapter, wanted)),
+            [packed.table for packed in adapters],
+            self.head.outputs,
+        )
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@
 
 over a packed batch of tokens of several sequences, whose keys and values lie in pages. Norms, splits and
 parallel halves are those of ``runtime/fused_halves.py``. Between layers numbers are fp32 (or another type
-that is asked for); a layer's input is rounded as its weight is: to bf16, or to int8 with a scale for each row.
+that is asked for);
+a layer's input is rounded as its weight is: to bf16, or to
+int8 with a scale for each row.
 
 Knows the parts of a decoder and the layout of pages; not who asks, nor how pages are given out.
 """
@@ -21,9 +23,9 @@ from deltaw.kernels.decode_parts import HEAD, DecoderBlock, DecoderLinear, Decod
 from deltaw.kernels.linear import quantized_reference
 from deltaw.kernels.rows import activation_reference, norm_reference, rotate_reference
 
-Factors = Mapping[
-    tuple[int, str], tuple[Tensor, Tensor]
-]  # A (r, in) and B (r, out), its scaling multiplied in
+# A (r, in), and B (r, out) in panels with its scaling multiplied in.
+Factors = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+FACTOR_PANEL = 64  # outputs of a panel of B; the kernel's own number
 
 
 @dataclass
@@ -63,6 +65,12 @@ class Tokens:
             self.page_tokens,
             self.dtype,
         )
+
+
+def in_panels(B: Tensor) -> Tensor:
+    """B (r, out) as (⌈out / 64⌉, r, 64), filled up with zeros: what some outputs need lies together."""
+    filled = torch.nn.functional.pad(B, (0, -B.shape[1] % FACTOR_PANEL))
+    return filled.unflatten(1, (-1, FACTOR_PANEL)).transpose(0, 1).contiguous()
 
 
 def cached(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +128,8 @@ def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tup
         y = y + layer.bias.to(dtype)
     for rows, factors in tokens.groups:
         if place in factors:
-            A, B = (factor.to(dtype) for factor in factors[place])
+            A, panels = (factor.to(dtype) for factor in factors[place])
+            B = panels.transpose(0, 1).flatten(1)[:, : layer.outputs]
             y = y.index_add(0, rows, (narrow[rows] @ A.t()) @ B)
     return y
 

@@ -34,7 +34,7 @@ from deltaw.kernels.structs import differing
 from deltaw.kernels.variants import Variant
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
-ABI = 2
+ABI = 3
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -85,6 +85,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_block_sizes": [_P, _L, _L, _P],
     "dw_block": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 5],
     "dw_block_backward": [_P, _L, _P, _P, _L, _P, _L, *[_P] * 7],
+    "dw_decode": [_P, _P],
 }
 
 

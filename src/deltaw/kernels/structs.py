@@ -1,6 +1,6 @@
-"""The structs of ``csrc/block.h`` as ctypes sees them, and the check that the two still agree.
+"""The structs of ``csrc/block.h`` and ``csrc/decode.h`` as ctypes sees them, and the check that the two still agree.
 
-Knows names and types of fields; what they mean is said in block.h.
+Knows names and types of fields; what they mean is said there.
 """
 
 from __future__ import annotations
@@ -54,8 +54,79 @@ class BlockParts(ctypes.Structure):
     ]
 
 
+class DecodeLinear(ctypes.Structure):
+    """A linear layer of a decoder."""
+
+    _fields_ = [
+        *((name, _P) for name in ("weight", "scale", "columns", "bias", "sums")),
+        *((name, _L) for name in ("inputs", "outputs", "type")),
+    ]
+
+
+class DecodeBlock(ctypes.Structure):
+    """A decoder's block."""
+
+    _fields_ = [
+        *(
+            (name, _L)
+            for name in (
+                *("heads", "key_heads", "head_size", "activation", "window", "turned", "table"),
+                *("split", "gated", "parallel", "cache_offset"),
+            )
+        ),
+        *((name, _F) for name in ("scaling", "softcap")),
+        *((name, HalfNorms) for name in ("first", "second")),
+        *((name, RowNorm) for name in ("of_query", "of_key")),
+        *((name, DecodeLinear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+    ]
+
+
+class DecodeModel(ctypes.Structure):
+    """A decoder."""
+
+    _fields_ = [
+        *((name, _P) for name in ("blocks", "cosines", "sines")),
+        *(
+            (name, _L)
+            for name in (
+                *("count", "tables", "positions", "hidden", "cache_type", "page_tokens", "page_numbers"),
+            )
+        ),
+        *((name, _F) for name in ("logits_scale", "logits_softcap")),
+        ("final_norm", RowNorm),
+        ("head", DecodeLinear),
+    ]
+
+
+class DecodeFactors(ctypes.Structure):
+    """The update of one layer, or none."""
+
+    _fields_ = [("A", _P), ("B", _P), ("rank", _L)]
+
+
+class DecodeStep(ctypes.Structure):
+    """One step of a decoder."""
+
+    _fields_ = [
+        *(
+            (name, _P)
+            for name in (
+                *("hidden", "positions", "sequence", "adapter", "page_table", "wanted", "adapters"),
+                *("pages", "out", "logits"),
+            )
+        ),
+        *(
+            (name, _L)
+            for name in ("rows", "sequences", "most", "wanted_count", "adapter_count", "page_count")
+        ),
+    ]
+
+
 # In the order of the library's own numbers.
-MIRRORED: tuple[type[ctypes.Structure], ...] = (Layer, RowNorm, HalfNorms, BlockParts)
+MIRRORED: tuple[type[ctypes.Structure], ...] = (
+    *(Layer, RowNorm, HalfNorms, BlockParts),
+    *(DecodeLinear, DecodeBlock, DecodeModel, DecodeFactors, DecodeStep),
+)
 
 
 def differing(library: ctypes.CDLL) -> str | None:

@@ -1,9 +1,9 @@
 """Continuous batching: which tokens of which requests run in the next step, and what becomes of them.
 
 A step takes one token of every text that is being written, and beside them chunks of prompts, shared out so
-that a long prompt holds up neither texts nor short prompts. Requests start in the order in which they came, as
-far as there are pages. A text that needs a page where none is left takes those of the request that started
-last, which waits and goes on later from its tokens.
+that a long prompt holds up neither texts nor short prompts. Requests start in the order in which they came,
+as far as there are pages. A text that needs a page where none is left takes those of the request that
+started last, which waits and goes on later from its tokens.
 
 Has no thread and no lock: whoever owns it calls it from one thread at a time.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from deltaw.serving.pages import PagePool
 from deltaw.serving.request import Request
 from deltaw.serving.running import Run
 from deltaw.serving.sampling import choose, prompt_logprobs
+from deltaw.serving.step_rows import Part, step_rows
 
 # How often requests that wait are looked through for those that have ended.
 _SWEEP_SECONDS = 0.05
@@ -61,15 +63,6 @@ class EngineLoad:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tokens from ``start`` to ``stop`` of a request, in one step."""
-
-    run: Run
-    start: int
-    stop: int
-
-
 class Batch:
     """The requests in hand.
 
@@ -99,6 +92,7 @@ class Batch:
         self.steps = self.tokens = 0
         most = -(-min(model.positions, pages * decoder.page_tokens) // decoder.page_tokens)
         self._table = np.zeros((limits.running, most), np.int32)
+        self._page_table = torch.from_numpy(self._table)  # the same memory
         self._slots = list(range(limits.running))
         self._swept = 0.0
 
@@ -234,7 +228,7 @@ class Batch:
         self._table[slot, : len(pages.pages)] = pages.pages
         self.running.append(run)
 
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[Part]:
         """What runs in the next step: rows of texts, and chunks of prompts."""
         missing = {run: run.length - run.pages.length for run in self.running if run.pages is not None}
         prompts = [run for run in self.running if missing[run] > 1]
@@ -249,14 +243,14 @@ class Batch:
             more = min(missing[run] - rows[run], left)
             rows[run] += more
             left -= more
-        parts: list[_Part] = []
+        parts: list[Part] = []
         for run in list(self.running):
             if run.pages is None:
                 continue  # it lost them to one before
             start = run.pages.length
             stop = start + rows.get(run, 1)
             if stop > start and self._reserve(run, stop):
-                parts.append(_Part(run, start, stop))
+                parts.append(Part(run, start, stop))
         return parts
 
     def _reserve(self, run: Run, stop: int) -> bool:
@@ -273,69 +267,22 @@ class Batch:
             self._table[run.slot, before : len(pages)] = pages[before:]
         return True
 
-    def _compute(self, parts: list[_Part]) -> tuple[Tensor, list[tuple[Run, int]]]:
+    def _compute(self, parts: list[Part]) -> tuple[Tensor, Sequence[tuple[Run, int]]]:
         """Logits (k, V), and whose they are: a request and the place of the token."""
-        counts = [part.stop - part.start for part in parts]
-        total = sum(counts)
-        tokens = np.empty(total, np.int64)
-        places, sequence = np.empty(total, np.int32), np.empty(total, np.int32)
-        adapter = np.full(total, -1 if self.default is None else 0, np.int32)
-        packed: list[PackedAdapter] = [] if self.default is None else [self.default]
-        numbers: dict[int, int] = {}
-        wanted: list[int] = []
-        owners: list[tuple[Run, int]] = []
-        at = 0
-        for part, count in zip(parts, counts, strict=True):
-            run, end = part.run, at + count
-            tokens[at:end] = run.tokens[part.start : part.stop]
-            places[at:end] = np.arange(part.start, part.stop) if count > 1 else part.start
-            sequence[at:end] = run.slot
-            own = None if run.adapter is None else run.adapter.packed
-            if own is not None and part.stop > run.acts_from:
-                number = numbers.setdefault(id(own), len(packed))
-                if number == len(packed):
-                    packed.append(own)
-                adapter[at + max(0, run.acts_from - part.start) : end] = number
-            first = part.stop - 1
-            if run.wants_prompt:
-                first = max(part.start, run.virtual)
-            elif part.stop < run.length:
-                first = part.stop
-            for place in range(first, part.stop):
-                wanted.append(at + place - part.start)
-                owners.append((run, place))
-            at = end
-        hidden = self._rows(parts, tokens, places)
+        rows = step_rows(parts, self.model.entry, self.default)
         _, logits = self.model.decoder.step(
             self.memory,
-            hidden,
-            torch.from_numpy(places),
-            torch.from_numpy(sequence),
-            torch.from_numpy(self._table),
-            torch.from_numpy(adapter),
-            packed,
-            torch.tensor(wanted, dtype=torch.int32),
+            rows.hidden,
+            rows.positions,
+            rows.sequence,
+            self._page_table,
+            rows.adapter,
+            rows.adapters,
+            rows.wanted,
         )
-        return logits, owners
+        return logits, rows.owners
 
-    def _rows(self, parts: list[_Part], tokens: np.ndarray, places: np.ndarray) -> Tensor:
-        """What enters the first block (n, D)."""
-        entry = self.model.entry
-        hidden = entry.rows(torch.from_numpy(tokens))
-        at = 0
-        for part in parts:
-            virtual = part.run.virtual
-            if part.start < virtual and part.run.adapter is not None:
-                soft = part.run.adapter.soft_prompt
-                assert soft is not None
-                stop = min(part.stop, virtual)
-                hidden[at : at + stop - part.start] = soft[part.start : stop].float() * entry.outer
-            at += part.stop - part.start
-        if entry.positions is not None:
-            hidden += entry.positions.index_select(0, torch.from_numpy(places))
-        return hidden
-
-    def _note(self, parts: list[_Part]) -> None:
+    def _note(self, parts: list[Part]) -> None:
         """Note what is written now."""
         for part in parts:
             run = part.run
@@ -343,7 +290,7 @@ class Batch:
             if self.pool.wrote(run.pages, run.keys, part.stop):
                 self._table[run.slot, : len(run.pages.pages)] = run.pages.pages
 
-    def _hand_out(self, logits: Tensor, owners: list[tuple[Run, int]]) -> None:
+    def _hand_out(self, logits: Tensor, owners: Sequence[tuple[Run, int]]) -> None:
         """Choose the next token of each text, and end those that are done."""
         values = logits.numpy()
         rows: list[int] = []

@@ -1,12 +1,13 @@
 """From a live model to a decoder over its own weights, and whether that decoder says what the model says.
 
-Blocks are recognized as for training (``runtime/fused_blocks``), what stands around them is found by running
-the model's code (``probes``). Then logits of some forty tokens, in chunks and one by one, are compared with the
-model's own: in fp32 on a small copy of the model, which verifies the code, and in the model's own precision on
-the model, which verifies the weights. A model that does not pass is decoded by transformers.
+Blocks are recognized as for training (``runtime/fused_blocks``), what stands around them is found by
+running the model's code (``probes``). Then logits of some forty tokens, in chunks and one by one, are
+compared with the model's own: in fp32 on a small copy of the model, which verifies the code, and in the
+model's own precision on the model, which verifies the weights. A model that does not pass is decoded by
+transformers.
 
-Weights are read where they lie; only transposed layers (``Conv1D``) and a head in int8 are copies. A decoder is
-of the model as it is now: within a method's ``without``, of the base model.
+Weights are read where they lie; only transposed layers (``Conv1D``) and a head in int8 are copies. A
+decoder is of the model as it is now: within a method's ``without``, of the base model.
 
 Knows models; not requests, adapters or pages.
 """
@@ -244,9 +245,11 @@ def _norm(module: nn.Module) -> DecoderNorm:
     form = norm_form(module)
     if form is None:
         raise NotDecodable(f"{type(module).__name__} is no norm that is known")
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    wide = (None if t is None else t.detach().float().contiguous() for t in (weight, bias))
-    return DecoderNorm(*wide, eps=form.eps, offset=form.offset, centred=form.centred)
+    weight, bias = (
+        None if t is None else t.detach().float().contiguous()
+        for t in (module._parameters.get("weight"), module._parameters.get("bias"))
+    )
+    return DecoderNorm(weight, bias, form.eps, form.offset, form.centred)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
@@ -299,7 +302,7 @@ def difference(
 
 
 def logits_of(made: Decodable, rows: Tensor, adapter: PackedAdapter | None = None) -> Tensor:
-    """A decoder's logits (n, V) for rows (n, D) without positions: a chunk, some one by one, then the rest."""
+    """A decoder's logits (n, V) for rows (n, D) without positions: a chunk, some one by one, the rest."""
     decoder, count = made.decoder, len(rows)
     if made.entry.positions is not None:
         rows = rows + made.entry.positions[:count]

@@ -1,7 +1,7 @@
 """The decoding engine: takes requests from any thread, and computes their steps on a thread of its own.
 
-Implements :class:`deltaw.serving.request.TextEngine`. Knows requests, tokenizers and threads; what a step does is
-said in ``batch``, and for models that have no decoder in ``fallback``.
+Implements :class:`deltaw.serving.request.TextEngine`. Knows requests, tokenizers and threads; what a step
+does is said in ``batch``, and for models that have no decoder in ``fallback``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Engine:
         work: what computes them. tokenizer: of the model.
         terminators: tokens that end texts of requests without an adapter.
         adapters: that requests may name.
-        own_adapter: the name by which the adapter of the opened run is asked for; None where there is none,
+        own_adapter: the name by which the adapter of an inference session is asked for; None where there is none,
             or where requests without a name get it.
         has_base: whether requests without a name get the base model.
         why: how the texts are computed, and why so.
@@ -228,8 +228,8 @@ class Engine:
         if request.constraint is not None:
             if self._grammars is None:
                 self._grammars = Grammars(self.tokenizer, self.work.vocabulary)
-            known = [end for end in ends if 0 <= end < self.work.vocabulary]
-            matcher = self._grammars.compile(request.constraint, known)
+            possible = [end for end in ends if 0 <= end < self.work.vocabulary]
+            matcher = self._grammars.compile(request.constraint, possible)
         sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
         allowance = min(request.max_new_tokens, room)
         writing = QueuedWriting(self._wake)

@@ -2,7 +2,8 @@
 
 Three ways, and each is said:
 
-- a decoder of the base model, and the session's adapter beside it as factors or a soft prompt: a request names
+- a decoder of the base model, and the session's adapter beside it as factors or a soft prompt: a request
+  names
   the adapter, or gets the base;
 - a decoder of the model as it is, where the method trained the model's own parameters;
 - transformers' ``generate``, where the model, or its adapter, is not one that a decoder computes.
@@ -12,12 +13,14 @@ Whether a decoder says what the model says is verified each time, with the adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
-from deltaw.hub.terminators import terminators
 from deltaw.host.memory import free_memory_bytes
+from deltaw.hub.terminators import terminators
 from deltaw.runtime import virtual_tokens
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
 from deltaw.serving.batch import Batch, BatchLimits
@@ -33,6 +36,7 @@ from deltaw.serving.engine import Engine
 from deltaw.serving.factor_places import FactorPlaces, packed_from_model
 from deltaw.serving.fallback import FallbackWork
 from deltaw.serving.probes import NotDecodable
+from deltaw.serving.request import Request
 from deltaw.training.inference import InferenceSession
 from deltaw.working import working
 
@@ -92,6 +96,51 @@ def open_engine(
         own_adapter=OWN if beside else None,
         has_base=bool(beside) or own is None,
     )
+
+
+@contextlib.contextmanager
+def base_engine(session: InferenceSession, engine: Engine, say: Callable[[str], None]) -> Iterator[Engine]:
+    """An engine whose requests without a name get the base model: ``engine`` itself where it can, else one
+    that is open within the block."""
+    if engine.has_base:
+        yield engine
+        return
+    with session.base():
+        other = open_engine(session, say=say)
+        try:
+            yield other
+        finally:
+            other.close(drain=False)
+
+
+class SessionWriter:
+    """Writes greedy texts of a session as it is at the moment: with its adapter, or as the base model.
+
+    Implements :class:`deltaw.training.evaluation.causal.Writer`; the engine is opened when it is first
+    needed.
+    """
+
+    def __init__(self, session: InferenceSession, say: Callable[[str], None]) -> None:
+        self._session, self._say = session, say
+        self._engine: Engine | None = None
+
+    def __call__(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[str]:
+        """The texts behind prompts (each (length,) token ids, virtual ones left out), in their order."""
+        session = self._session
+        engine = self._engine
+        if engine is None or (session.bare and not engine.has_base):
+            engine = open_engine(session, say=self._say)
+            if not session.bare:  # an engine of the base model alone does not outlive this
+                self._engine = engine
+        adapter = None if session.bare else engine.own_adapter
+        known = engine.work.known
+        requests = [Request(p[p < known], adapter, max_new_tokens=max_new_tokens) for p in prompts]
+        return [text.text for text in engine.write_all(requests, on_progress)]
 
 
 def engine_over(

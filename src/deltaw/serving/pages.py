@@ -1,9 +1,10 @@
 """Pages of keys and values: who uses which, what is kept for prompts that begin alike, what gives way.
 
-Tokens stand here as keys, one whole number each, which name all that a token's keys and values depend on besides
-the tokens before it: its id, and the adapter that acts on it (:func:`token_keys`). Full pages that were written
-stand in a tree by their keys. A sequence that begins like a path of that tree uses its pages; pages in the tree
-are never written again. Where a sequence leaves the path in the middle of a page, that page is copied.
+Tokens stand here as keys, one whole number each, which name all that a token's keys and values depend on
+besides the tokens before it: its id, and the adapter that acts on it (:func:`token_keys`). Full pages that
+were written stand in a tree by their keys. A sequence that begins like a path of that tree uses its pages;
+pages in the tree are never written again. Where a sequence leaves the path in the middle of a page, that
+page is copied.
 
 Pages that no sequence uses stay until their room is wanted; the least recently used one goes first, children
 before parents.

@@ -1,8 +1,8 @@
 """What a model does before its first block and behind its last one, found by running the model's own code.
 
-The blocks are replaced by recorders that hand on what they are given. Then the model's code shows, without any
-list of families: what a token's row at the first block is made of (embedding, scale, learned positions), the
-cosines and sines that each block is given, and how logits follow from the head's outputs.
+The blocks are replaced by recorders that hand on what they are given. Then the model's code shows, without
+any list of families: what a token's row at the first block is made of (embedding, scale, learned
+positions), the cosines and sines that each block is given, and how logits follow from the head's outputs.
 
     row = scale · E[token] + P[position],     logits = cap · tanh(factor · head(norm(row)) / cap)
 
@@ -106,10 +106,7 @@ class _Recorders:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             named = {**kwargs, **dict(zip(self._names[number], args, strict=False))}
             self.rows[number] = hidden_states.detach()
-            turns = named.get("position_embeddings")
-            self.turns[number] = (
-                None if turns is None else (turns[0].detach().clone(), turns[1].detach().clone())
-            )
+            self.turns[number] = named.get("position_embeddings")
             if self.ending and number == len(self._blocks) - 1:
                 raise _Enough
             extra = self._extra[number]
@@ -181,14 +178,22 @@ class Prober:
         assert rows is not None
         return rows[0].float()
 
-    def _turns(self, rotary: Sequence[bool]) -> list[tuple[Tensor, Tensor] | None]:
-        """The cosines and sines (T, n) that each block uses."""
-        made: list[tuple[Tensor, Tensor] | None] = []
+    def _turns(self, rotary: Sequence[bool]) -> tuple[list[tuple[Tensor, Tensor]], list[int | None]]:
+        """The cosines and sines (T, n) that were given, each once, and which of them each block uses."""
+        different: list[tuple[Tensor, Tensor]] = []
+        which: list[int | None] = []
         for given, used in zip(self.seen.turns, rotary, strict=True):
             if used and given is None:
                 raise NotDecodable("its blocks make rotary positions themselves")
-            made.append(None if given is None or not used else (given[0][0].float(), given[1][0].float()))
-        return made
+            if given is None or not used:
+                which.append(None)
+                continue
+            same = (n for n, one in enumerate(different) if _same(one, given))
+            known = next(same, len(different))
+            if known == len(different):
+                different.append(given)
+            which.append(known)
+        return [(cosine[0].float(), sine[0].float()) for cosine, sine in different], which
 
     def _steady(self, limit: int, width: int, rotary: Sequence[bool]) -> int:
         """The most positions at which the first ones' cosines do not hang on how many there are."""
@@ -196,12 +201,14 @@ class Prober:
             return limit
         few = torch.arange(min(16, limit))
         self._run(few, inputs_embeds=torch.zeros(1, len(few), width))
-        alone = self._turns(rotary)
+        alone, _ = self._turns(rotary)
         while limit > len(few):
             far = torch.cat([few, torch.tensor([limit - 1])])
             self._run(far, inputs_embeds=torch.zeros(1, len(far), width))
-            pairs = zip(alone, self._turns(rotary), strict=True)
-            if all(a is None or b is None or torch.equal(a[0], b[0][:-1]) for a, b in pairs):
+            among, _ = self._turns(rotary)
+            if len(among) == len(alone) and all(
+                torch.equal(a[0], b[0][:-1]) for a, b in zip(alone, among, strict=True)
+            ):
                 break
             limit //= 2
         return limit
@@ -211,30 +218,27 @@ class Prober:
     ) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...], tuple[int | None, ...]]:
         """Learned positions, and the cosines and sines of all positions: embeddings of zeros show them."""
         learned: list[Tensor] = []
-        parts: list[list[tuple[Tensor, Tensor] | None]] = []
+        parts: list[list[tuple[Tensor, Tensor]]] = []
+        which: list[int | None] = []
         chunk = CHUNK if self._placed else limit
         for start in range(0, limit, chunk):
             places = torch.arange(start, min(limit, start + chunk))
             self._run(places, inputs_embeds=torch.zeros(1, len(places), width))
-            learned.append(self._first().clone())
-            parts.append(self._turns(rotary))
-        rows = torch.cat(learned)
-        tables: list[tuple[Tensor, Tensor]] = []
-        table_of: list[int | None] = []
-        for number, first in enumerate(parts[0]):
-            if first is None:
-                table_of.append(None)
-                continue
-            pairs = [part[number] for part in parts]
-            whole = tuple(torch.cat([pair[i] for pair in pairs if pair is not None]) for i in (0, 1))
-            same = (
-                n for n, t in enumerate(tables) if torch.equal(t[0], whole[0]) and torch.equal(t[1], whole[1])
-            )
-            known = next(same, None)
-            if known is None:
-                tables.append((whole[0].contiguous(), whole[1].contiguous()))
-            table_of.append(len(tables) - 1 if known is None else known)
-        return (rows if bool(rows.any()) else None), tuple(tables), tuple(table_of)
+            rows = self._first()
+            learned.append(rows.clone() if bool(rows.any()) else rows[:0])
+            part, of_blocks = self._turns(rotary)
+            if parts and of_blocks != which:
+                raise NotDecodable("which positions a block uses hangs on how many there are")
+            parts.append(part)
+            which = of_blocks
+        tables = [
+            (torch.cat([part[n][0] for part in parts]), torch.cat([part[n][1] for part in parts]))
+            for n in range(len(parts[0]))
+        ]
+        together = torch.cat(learned)
+        if 0 < len(together) < limit:
+            raise NotDecodable("some of its positions are zeros")
+        return (together if len(together) else None), tuple(tables), tuple(which)
 
     def _scales(self, weight: Tensor, learned: Tensor | None) -> tuple[float, float]:
         """What given embeddings, and what the table's rows, are multiplied with."""
@@ -280,6 +284,13 @@ class Prober:
         finally:
             del vars(head)["forward"]
         return logits.flatten().float()  # type: ignore[no-any-return]
+
+
+def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether cosines and sines are the same ones, or equal."""
+    if one[0] is other[0] and one[1] is other[1]:
+        return True
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def _factor(found: Tensor, of: Tensor, tolerance: float) -> float:

@@ -23,7 +23,7 @@ from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.training.evaluation.causal import Score, Write, score
+from deltaw.training.evaluation.causal import Score, Writer, score
 from deltaw.training.evaluation.general import identity_of
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
@@ -60,6 +60,11 @@ class InferenceSession:
         return self.method is not None
 
     @property
+    def bare(self) -> bool:
+        """Whether the model is the base model at the moment, by :meth:`base`."""
+        return self._bare
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of a model that reads text.
 
@@ -74,11 +79,6 @@ class InferenceSession:
     def data(self) -> DataSettings | None:
         """How the run read its rows; None where it is not known."""
         return self.config.data if self.config is not None else None
-
-    @property
-    def bare(self) -> bool:
-        """Whether the model is the base model at the moment."""
-        return self._bare or self.method is None
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """A prompt as the model is to see it."""
@@ -208,13 +208,13 @@ def score_run(
     examples: Sequence[Any],
     *,
     max_new_tokens: int | None = None,
-    write: Write | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> Score:
     """Evaluate a model on examples that have no virtual tokens yet.
 
     Args:
-        write: what writes answers instead of transformers.
+        writer: writes answers; None for transformers.
     """
     rows = [opened.example(example) for example in examples]
     batcher, _ = opened.task.batcher(
@@ -233,8 +233,8 @@ def score_run(
             rows,
             batcher,
             max_new_tokens=max_new_tokens,
-            write=write,
             on_progress=on_progress,
+            writer=writer,
         )
     with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)

@@ -1,12 +1,13 @@
 // What a caller compares before it calls anything else.
 #include <cstddef>
 
-#include "block.h"
+#include "decode.h"
 #include "kernels.h"
 
 int dw_abi() { return DW_ABI; }
 
-// Of struct `which` (0: Layer, 1: RowNorm, 2: HalfNorms, 3: BlockParts) its size and the offset of each field, in order, in bytes, into
+// Of struct `which` (0: Layer, 1: RowNorm, 2: HalfNorms, 3: BlockParts, 4: DecodeLinear, 5: DecodeBlock, 6: DecodeModel,
+// 7: DecodeFactors, 8: DecodeStep) its size and the offset of each field, in order, in bytes, into
 // the first `capacity` places of `into`. Returns how many there are; 0 where there is no such struct.
 int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
 #define AT(field) (int64_t) offsetof(Struct, field)
@@ -35,6 +36,36 @@ int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
         const int64_t found[] = {sizeof(Struct), AT(type), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(turned),
                                  AT(causal), AT(split), AT(gated), AT(parallel), AT(scaling), AT(softcap), AT(first), AT(second), AT(of_query),
                                  AT(of_key), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
+        return copy(found, sizeof(found) / sizeof(*found));
+    }
+    if (which == 4) {
+        typedef DecodeLinear Struct;
+        const int64_t found[] = {sizeof(Struct), AT(weight), AT(scale), AT(columns), AT(bias), AT(sums), AT(in), AT(out), AT(type)};
+        return copy(found, sizeof(found) / sizeof(*found));
+    }
+    if (which == 5) {
+        typedef DecodeBlock Struct;
+        const int64_t found[] = {sizeof(Struct), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(turned), AT(table),
+                                 AT(split), AT(gated), AT(parallel), AT(cache_offset), AT(scaling), AT(softcap), AT(first), AT(second),
+                                 AT(of_query), AT(of_key), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
+        return copy(found, sizeof(found) / sizeof(*found));
+    }
+    if (which == 6) {
+        typedef DecodeModel Struct;
+        const int64_t found[] = {sizeof(Struct), AT(blocks), AT(cosines), AT(sines), AT(count), AT(tables), AT(positions), AT(hidden), AT(cache_type),
+                                 AT(page_tokens), AT(page_numbers), AT(logits_scale), AT(logits_softcap), AT(final_norm), AT(head)};
+        return copy(found, sizeof(found) / sizeof(*found));
+    }
+    if (which == 7) {
+        typedef DecodeFactors Struct;
+        const int64_t found[] = {sizeof(Struct), AT(A), AT(B), AT(rank)};
+        return copy(found, sizeof(found) / sizeof(*found));
+    }
+    if (which == 8) {
+        typedef DecodeStep Struct;
+        const int64_t found[] = {sizeof(Struct), AT(hidden), AT(positions), AT(sequence), AT(adapter), AT(page_table), AT(wanted), AT(adapters),
+                                 AT(pages), AT(out), AT(logits), AT(rows), AT(sequences), AT(most), AT(wanted_count), AT(adapter_count),
+                                 AT(page_count)};
         return copy(found, sizeof(found) / sizeof(*found));
     }
 #undef AT

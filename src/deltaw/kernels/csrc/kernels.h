@@ -5,12 +5,14 @@
 #pragma once
 #include <cstdint>
 
-// To be raised whenever a function's arguments or a struct of block.h change; the caller compares it with its own.
-const int DW_ABI = 2;
+// To be raised whenever a function's arguments or a struct of block.h or decode.h change; the caller compares it with its own.
+const int DW_ABI = 3;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 
 struct BlockParts;
+struct DecodeModel;
+struct DecodeStep;
 
 extern "C" {
 // Returns DW_ABI.
@@ -81,4 +83,6 @@ DW_EXPORT int dw_block(const BlockParts *block, int64_t T, void *in, const int64
 DW_EXPORT int dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *picked,
                                 int64_t picks, const float *cosine, const float *sine, void *kept_memory, void *scratch_memory,
                                 void *grad_memory, void *dx_memory, float *const *factors);
+
+DW_EXPORT int dw_decode(const DecodeModel *model, const DecodeStep *step);
 }

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <sched.h>
+
 #include "kernels.h"
 
 namespace {
@@ -35,6 +37,18 @@ void run_team(void (*part)(void *, int), void *data, int count) {
         // A team may come out smaller than asked for; every part is worked on all the same.
         for (int i = team.thread_number(); i < call->count; i += team.size()) call->part(call->data, i);
     }, &call, (unsigned)count, 0);
+}
+
+void Crew::wait(const Phase &phase, int64_t count) {
+    const int SPINS = 1000;  // about as long as a unit takes; then another thread may need the processor
+    for (int spins = 0; phase.done.load(std::memory_order_acquire) < count; spins++) {
+        if (spins >= SPINS) sched_yield();
+#if defined(__x86_64__) || defined(__i386__)
+        else __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        else __asm__ volatile("yield");
+#endif
+    }
 }
 
 Alone::Alone() : before(working_alone) { working_alone = true; }

@@ -14,6 +14,40 @@ int thread_count();
 // Calls part(data, i) once for each i below count, on the threads of a team.
 void run_team(void (*part)(void *, int), void *data, int count);
 
+// Work of one step that threads take in units, until all of it is done. A thread that the system lets run late finds it
+// done and goes on: nobody waits for a thread that does nothing.
+struct Phase {
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+};
+
+// A thread among those that work through the same phases in the same order. What one phase wrote, all see in the next.
+class Crew {
+  public:
+    const int threads;
+
+    Crew(Phase *phases, int threads) : threads(threads), phases(phases) {}
+
+    // body(unit) for each of `count` units, by whoever takes it; returns when all are done.
+    template <class Body>
+    void share(int64_t count, Body &&body) {
+        if (threads == 1) {
+            for (int64_t i = 0; i < count; i++) body(i);
+            return;
+        }
+        Phase &phase = *phases++;
+        for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+            body(i);
+            phase.done.fetch_add(1, std::memory_order_release);
+        }
+        wait(phase, count);
+    }
+
+  private:
+    Phase *phases;
+    static void wait(const Phase &phase, int64_t count);
+};
+
 // While one lives, this thread works through kernels by itself, on rows of its own.
 class Alone {
   public:

@@ -23,6 +23,18 @@ from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 
+class Writer(Protocol):
+    """Writes greedy completions; what an evaluation is given instead of transformers' decoding."""
+
+    def __call__(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[str]:
+        """The texts behind prompts of token ids, virtual ones among them, in their order."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the model wrote where ``expected`` stands in the data."""
@@ -36,24 +48,6 @@ class Answer:
     def exact(self) -> bool:
         """Equal but for white space at both ends."""
         return self.written.strip() == self.expected.strip()
-
-
-class Write(Protocol):
-    """Whatever continues prompts greedily, with the model as it is at the moment."""
-
-    def __call__(
-        self,
-        prompts: Sequence[np.ndarray],
-        *,
-        max_new_tokens: int,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> list[str]:
-        """The texts, in the order of the prompts.
-
-        Args:
-            prompts: token ids, each (length,), virtual tokens among them.
-            on_progress: told (prompts done, prompts).
-        """
 
 
 def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: AnyBatcher) -> Evaluation:
@@ -110,29 +104,28 @@ def answers(
     *,
     max_new_tokens: int | None = None,
     batch_tokens: int = 4096,
-    write: Write | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> list[Answer]:
     """Greedy completions of the examples that have an answer, in their order.
 
     Args:
         max_new_tokens: by default as many as the longest answer has, and a few more.
-        batch_tokens: the most tokens that are decoded together by transformers.
-        write: what writes them instead of transformers.
+        batch_tokens: the most tokens that are decoded together.
+        writer: writes them; None for transformers.
     """
     asked = [e for e in examples if e.answer is not None]
     if not asked:
         return []
     longest = max(len(e.tokens) - e.prompt_length for e in asked)
     prompts = [e.tokens[: e.prompt_length] for e in asked]
-    most = max_new_tokens or longest + 4
-    if write is None:
-        completions = generate(
-            model, tokenizer, prompts, max_new_tokens=most, batch_tokens=batch_tokens, on_progress=on_progress
-        )
-        written = [completion.text for completion in completions]
+    count = max_new_tokens or longest + 4
+    if writer is not None:
+        written = writer(prompts, count, on_progress)
     else:
-        written = write(prompts, max_new_tokens=most, on_progress=on_progress)
+        how = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
+        written = [completion.text for completion in completions]
     return [
         Answer(
             row=e.row,
@@ -181,21 +174,16 @@ def score(
     batcher: AnyBatcher,
     *,
     max_new_tokens: int | None = None,
-    write: Write | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
 ) -> Score:
-    """Everything that ``deltaw eval`` says of a causal language model.
-
-    Args:
-        write: what writes the answers instead of transformers.
-    """
+    """Everything that ``deltaw eval`` says of a causal language model."""
     objective = CausalObjective(model)
     padded = getattr(batcher, "padded", False)
     with contextlib.nullcontext() if padded else packed_rows(model):
         evaluation = evaluate_causal(objective, examples, batcher)
-    given = answers(
-        model, tokenizer, examples, max_new_tokens=max_new_tokens, write=write, on_progress=on_progress
-    )
+    how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
+    given = answers(model, tokenizer, examples, **how)  # type: ignore[arg-type]
     if given:
         exact = np.array([answer.exact for answer in given], dtype=np.float64)
         metrics = {**evaluation.metrics, "exact_match": exact_match(given)}

@@ -1,0 +1,78 @@
+// Rows as products take them: numbers of the weights' own type, or rounded to int8 with a scale for each row.
+#include "decode_dots.h"
+#include "decode_products.h"
+
+namespace deltaw {
+
+namespace {
+
+int64_t stride_of(int64_t type, int64_t depth) {
+    int64_t bytes = 0;
+    with_dot(type, [&](auto dot) {
+        typedef decltype(dot) Dot;
+        bytes = (depth + Dot::STEP - 1) / Dot::STEP * Dot::STEP * (int64_t)sizeof(typename Dot::Left);
+    });
+    return (bytes + 63) / 64 * 64;
+}
+
+// As quantize_rows does it.
+void write_int8(int64_t depth, const float *row, const float *columns, DotInt8::Left *out, float *scale) {
+    auto number = [&](int64_t k) {
+        const First mask = first(depth - k);
+        const F16 v = load16(row + k, mask);
+        return columns ? v * load16(columns + k, mask) : v;
+    };
+    F16 most = zero_f();
+    for (int64_t k = 0; k < depth; k += 16) most = max(most, abs(number(k)));
+    const float top = largest_of(most);
+    *scale = top / 127.0f;
+    const F16 by = set_f(top > 0 ? 127.0f / top : 0.0f);
+    const int64_t room = (depth + DotInt8::STEP - 1) / DotInt8::STEP * DotInt8::STEP;
+    for (int64_t k = 0; k < room; k += 16) DotInt8::put(out + k, min(max(to_int(number(k) * by), set_i(-127)), set_i(127)));
+}
+
+}  // namespace
+
+int64_t Inputs::bytes(int64_t rows, int64_t depth) {
+    int64_t widest = 0;
+    for (int64_t type : {F32, BF16, INT8}) widest = std::max(widest, stride_of(type, depth));
+    return (MOST_LAYERS + 1) * (rows * widest + (rows + 15) / 16 * 64);
+}
+
+Inputs::Inputs(char *memory, int64_t rows, const Part *from, int count, bool updates) : count(count), rows(rows), depth(from[0].layer->in) {
+    for (int i = 0; i < count; i++) {
+        parts[i] = from[i], parts[i].input = i;
+        const DecodeLinear &layer = *parts[i].layer;
+        form_of[i] = form(memory, layer.type, layer.columns);
+    }
+    for (int i = 0; i < count; i++) update_of[i] = parts[i].layer->type == INT8 && updates ? form(memory, BF16, nullptr) : form_of[i];
+}
+
+int Inputs::form(char *memory, int64_t type, const float *columns) {
+    for (int i = 0; i < made; i++)
+        if (forms[i].type == type && forms[i].columns == columns) return i;
+    char *const at = made ? forms[made - 1].data + rows * forms[made - 1].stride : memory;
+    const int64_t stride = stride_of(type, depth), scales = (rows + 15) / 16 * 64;
+    forms[made] = {type, stride, columns, at + scales, (float *)at};
+    return made++;
+}
+
+void Inputs::write(int64_t m, const float *row) const {
+    for (int i = 0; i < made; i++) {
+        const Form &f = forms[i];
+        char *const to = f.data + m * f.stride;
+        if (f.type == INT8) {
+            write_int8(depth, row, f.columns, (DotInt8::Left *)to, f.scales + m);
+            continue;
+        }
+        with_dot(f.type, [&](auto dot) {
+            typedef decltype(dot) Dot;
+            if constexpr (!Dot::WHOLE) {
+                const int64_t room = (depth + Dot::STEP - 1) / Dot::STEP * Dot::STEP;
+                for (int64_t k = 0; k < room; k += 16) Dot::put((typename Dot::Left *)to + k, load16(row + k, first(depth - k)));
+            }
+        });
+    }
+}
+
+}  // namespace deltaw
