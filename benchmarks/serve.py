@@ -174,17 +174,13 @@ def beside_llama_cpp(
     url: str, base: str, adapters: dict[str, Path], scratch: Path, given: argparse.Namespace
 ) -> None:
     """Requests a second of both servers, in rounds one after the other."""
+    from deltaw.export.formats import export
     from deltaw.hub.references import resolve
 
     files = []
     for name, folder in adapters.items():
         files.append(str(scratch / f"{name}.gguf"))
-        command = [sys.executable, "-m", "deltaw", "export", str(folder), "--model", base]
-        subprocess.run(
-            [*command, "--format", "gguf-adapter", "--output", files[-1]],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        export(str(folder), "gguf-adapter", files[-1], model=base, say=lambda line: None)
     rival = Path(__file__).with_name("serve_rival.py")
     command = [
         sys.executable,
