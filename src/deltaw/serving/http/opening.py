@@ -77,7 +77,9 @@ def open_any(
     Raises:
         UserError: the model or an adapter cannot be used.
     """
-    kind = what_it_serves(opening.model or base, precision=opening.precision, device=opening.device)
+    is_run = (Path(base) / ADAPTER_CONFIG).is_file()  # it says itself what it does
+    known = base if is_run else opening.model or base
+    kind = what_it_serves(known, precision=opening.precision, device=opening.device)
     if kind == "text":
         return open_served(base, folders, opening, say=say)
     if kind == "vectors":
@@ -94,7 +96,6 @@ def open_any(
             say=say,
         )
     else:
-        is_run = (Path(base) / ADAPTER_CONFIG).is_file()
         name = opening.name or (check_name(Path(base).resolve().name, base) if is_run else base)
         if name in folders:
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
