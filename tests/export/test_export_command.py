@@ -77,8 +77,6 @@ def test_what_is_not_exported_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_an_adapter_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed("export", tmp_path, "--format", "gguf", "--output", tmp_path / "out") == 2
     assert "adapter" in capsys.readouterr().err

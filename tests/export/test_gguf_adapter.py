@@ -85,7 +85,8 @@ REFUSED = {
     "a bias on B": {"lora_bias": True},
     "trained in full": {"train_modules": ["input_layernorm"]},
     "rows of tokens": {"trainable_token_indices": [5, 6]},
-    "tied": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding 'model.embed_tokens'": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tied": {"target_modules": ["q_proj", "lm_head"]},
 }
 
 

@@ -2,7 +2,8 @@
 
 llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the tensor's own rank and alpha the file's
 one number. So what a scaling has beyond that (rsLoRA, patterns) goes into B. Rows of B are in the order in
-which the base model's file has the rows of W; an embedding's A is transposed there.
+which the base model's file has the rows of W. Updates of the token embedding are refused: llama.cpp reads
+them, and adds them twice.
 """
 
 from __future__ import annotations
@@ -86,12 +87,8 @@ def export_gguf_adapter(
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for (name, update), factor in zip(named, factors, strict=True):
-            factor_A, factor_B = update.factor_A, update.factor_B
-            if factor != 1:
-                factor_B = factor_B * factor
-            if update.embedding:
-                factor_A = factor_A.t()
-            yield f"{name}.lora_a", _array(factor_A)
+            factor_B = update.factor_B if factor == 1 else update.factor_B * factor
+            yield f"{name}.lora_a", _array(update.factor_A)
             yield f"{name}.lora_b", _array(names.outputs(update.module, factor_B))
 
     def metadata(out: GGUFWriter) -> None:
@@ -143,11 +140,16 @@ def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str
             where=str(run),
             hint="export it with the base model that it was trained on, named with --model",
         )
-    if tied and (found == "output" or update.embedding):
-        which = "the head" if found == "output" else "the embedding"
+    if update.embedding:
         raise UserError(
-            f"the adapter changes {which} ('{update.module}'), which is tied to the other one: llama.cpp has "
-            "one tensor for both and cannot change one of them",
+            f"the adapter changes the embedding '{update.module}', and llama.cpp adds such an update twice",
+            where=str(run),
+            hint=_MERGE,
+        )
+    if tied and found == "output":
+        raise UserError(
+            f"the adapter changes the head '{update.module}', which is tied to the embedding: llama.cpp has "
+            "one tensor for both",
             where=str(run),
             hint=_MERGE,
         )
@@ -155,8 +157,7 @@ def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str
 
 
 def _shapes(update: PlainUpdate) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    shape = tuple(update.factor_A.shape)
-    return shape[::-1] if update.embedding else shape, tuple(update.factor_B.shape)
+    return tuple(update.factor_A.shape), tuple(update.factor_B.shape)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
