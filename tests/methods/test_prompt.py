@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.packing import batches, pack, pad
 from deltaw.errors import UserError
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.methods.base import Method
 from deltaw.methods.prompt import Prompt, PromptSettings
 from deltaw.runtime.generation import generate, stream
@@ -134,7 +135,9 @@ def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
     assert ours.keys() == reference.keys()
     assert differing == {"base_model_name_or_path", "prompt_tuning_init"}
     with safetensors.safe_open(tmp_path / "ours" / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "deltaw.classes": "[]"}
+        fingerprint = base_fingerprint(causal_model("llama").named_parameters())
+        expected = {"format": "pt", "deltaw.classes": "[]", "deltaw.base_fingerprint": fingerprint}
+        assert file.metadata() == expected
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])

@@ -1,4 +1,4 @@
-"""`deltaw inspect`: an adapter on one page."""
+"""`deltaw inspect`: an adapter on one page, or two compared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from deltaw.cli.options import console, json_flag, print_json
 
 @click.command("inspect")
 @click.argument("adapter", type=click.Path())
+@click.argument("other", type=click.Path(), required=False)
 @json_flag
-def command(adapter: str, as_json: bool) -> None:
-    """Rank, size, targets, norms and effective ranks of ADAPTER, a folder."""
-    from deltaw.reports.inspect import inspect_adapter
+def command(adapter: str, other: str | None, as_json: bool) -> None:
+    """Rank, size, targets, norms and effective ranks of ADAPTER, a folder; or how it differs from OTHER."""
+    from deltaw.reports.adapter_comparison import AdapterComparison, compare_adapters
+    from deltaw.reports.inspect import AdapterReport, inspect_adapter
 
-    report = inspect_adapter(adapter)
+    report: AdapterReport | AdapterComparison
+    report = inspect_adapter(adapter) if other is None else compare_adapters(adapter, other)
     if as_json:
         print_json(report.as_dict())
     else:

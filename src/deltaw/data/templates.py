@@ -166,12 +166,17 @@ class Encoder:
             encoded[index] = [self._join(found, [next(tokens) for _ in found], records[index])]
         return encoded
 
-    def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """The tokens of ``prompt``, rendered as in training, for a model to answer."""
+    def prompt(self, prompt: str | Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
+        """The tokens of ``prompt``, rendered as in training, for a model to answer.
+
+        Args:
+            tools: that the model may call; a chat template writes them, plain text has no place for them.
+        """
         if self.chat:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            return self._tokenize([self._renderer.render(prompt, "the prompt", generation=True)])[0]
+            rendered = self._renderer.render(prompt, "the prompt", generation=True, tools=tools)
+            return self._tokenize([rendered])[0]
         if isinstance(prompt, str):
             return self._with_leading(self._tokenize([prompt])[0])
         # With some answer at the end, the messages are a row; what precedes that answer is the prompt.

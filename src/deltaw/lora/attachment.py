@@ -69,7 +69,11 @@ class ParameterUpdate:
 
 @dataclass
 class Attachment:
-    """The record of one :func:`~deltaw.lora.adapt.attach`."""
+    """The record of one :func:`~deltaw.lora.adapt.attach`.
+
+    ``copies`` are weights of the base model that the adapter's file has as well and that could not be
+    compared, on a model without values.
+    """
 
     config: LoRAConfig
     fingerprint: str | None
@@ -81,6 +85,7 @@ class Attachment:
     trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     switched: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     activation: Activation | None = None
+    copies: dict[str, Tensor] = field(default_factory=dict)
 
     def adapted(self) -> Iterator[tuple[str, LoRALayer]]:
         """(first name, layer) of everything with factors: layers in the model's order, then parameters."""

@@ -7,11 +7,11 @@ than factors of linear layers is refused, and the refusal names what it has. Kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
@@ -27,7 +27,7 @@ class Factors:
     """The update of one linear layer: y += scaling · (x·A)·B.
 
     Attributes:
-        lora_A: (in, r) fp32. lora_B: (r, out) fp32.
+        lora_A: (in, r) fp32. lora_B: (r, out) fp32. They may be views of a file's or a layer's memory.
     """
 
     lora_A: Tensor
@@ -94,9 +94,11 @@ def more_than_factors(config: LoRAConfig) -> str | None:
 
 
 def _factor(stored: Tensor, name: str, where: str) -> Tensor:
-    """A factor of the file in a layer's orientation, in fp32, without the file's memory."""
-    factor = stored.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(factor).all()):
+    """A factor of the file in a layer's orientation, in fp32."""
+    factor = stored.t().float()
+    # Either is no number where any value is none. NumPy takes one thread: others may be computing texts.
+    values = factor.numpy()
+    if factor.numel() and not (math.isfinite(values.min()) and math.isfinite(values.max())):
         raise UserError(
             f"the factors of '{name}' have values that are not finite",
             where=where,

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -25,7 +25,7 @@ from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
 from deltaw.lora.attachment import Attachment, attached, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
-from deltaw.lora.kinds import linear_sizes
+from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.matching import Named, modules_once, value_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import ExtraModule, Selection, Target, select
@@ -203,6 +203,12 @@ def factor_tensors(model: nn.Module, adapter: AdapterFile, where: str) -> list[t
     for target in _selection(model, adapter, where).targets:
         path = next((PREFIX + n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in left), None)
         path = path or PREFIX + target.names[0]
+        if not is_linear(target.module):
+            raise UserError(
+                f"it adapts '{target.names[0]}', a {type(target.module).__name__} and no linear layer",
+                where=where,
+                hint="merge it into a model of its own: deltaw merge",
+            )
         inputs, outputs = linear_sizes(target.module)
         lora_A = _take(left, f"{path}.lora_A.weight", torch.Size((target.rank, inputs)), where)
         lora_B = _take(left, f"{path}.lora_B.weight", torch.Size((outputs, target.rank)), where)
@@ -336,16 +342,37 @@ def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, where: str
                 found = _take(left, key, peft_format.as_in_file(parameter, attribute, layer).shape, where)
                 if twice and attribute == "lora_B" and paths.counts_twice(name):
                     found = found * 2
-                parameter.copy_(peft_format.as_in_layer(found, attribute, layer))
+                found = peft_format.as_in_layer(found, attribute, layer)
+                setattr(layer, attribute, _filled(parameter, found))
         for bias in record.biases:
             key = paths.of_parameter(bias.name)
-            bias.parameter.data = _take(left, key, bias.parameter.shape, where).to(bias.parameter)
+            values = _take(left, key, bias.parameter.shape, where)
+            if bias.parameter.is_meta:
+                bias.parameter = _filled(bias.parameter, values)
+            else:
+                bias.parameter.data = values.to(bias.parameter)
         for whole in record.extra_modules:
-            for key, value in whole.current.state_dict().items():
+            state = whole.current.state_dict()
+            for key, value in state.items():
                 full = f"{paths.of_module(whole.names[0])}.{key}"
-                value.copy_(_take(left, full, value.shape, where))
+                state[key] = _filled(value, _take(left, full, value.shape, where))
+            if any(place.is_meta for place in whole.current.state_dict().values()):
+                whole.current.load_state_dict(state, assign=True)
     for key, tensor in left.items():
         _refuse_leftover(model, record, key, tensor, where)
+
+
+Filled = TypeVar("Filled", bound=Tensor)
+
+
+def _filled(place: Filled, values: Tensor) -> Filled:
+    """``place`` with the file's ``values``, in its type; in a skeleton on the meta device, another one in
+    main memory, since the skeleton's own holds no numbers."""
+    if place.is_meta:
+        held = values.to(place.dtype).contiguous()
+        return nn.Parameter(held, place.requires_grad) if isinstance(place, nn.Parameter) else held  # type: ignore[return-value]
+    place.data.copy_(values)
+    return place
 
 
 def _take(left: dict[str, Tensor], key: str, shape: torch.Size, where: str) -> Tensor:
@@ -375,8 +402,12 @@ def _refuse_leftover(model: nn.Module, record: Attachment, key: str, tensor: Ten
     own = None
     if any(path == n for n, _ in model.named_modules()):
         own = getattr(model.get_submodule(path), attribute, None)
-    if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(tensor.to(own), own):
-        return
+    if isinstance(own, Tensor) and own.shape == tensor.shape:
+        if own.is_meta:
+            record.copies[f"{path}.{attribute}"] = tensor  # a skeleton has no values to compare with
+            return
+        if torch.equal(tensor.to(own), own):
+            return
     if isinstance(own, Tensor):
         raise UserError(
             f"the file has its own copy of the base weight '{name}' {tuple(tensor.shape)}, which is not the "

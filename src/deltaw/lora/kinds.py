@@ -7,6 +7,7 @@ name, never skipped: an adapter that is silently not applied is worse than none.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -48,19 +49,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a layer that :func:`is_linear` is true of.
-
-    Raises:
-        UserError: it is another one.
-    """
+    """Inputs and outputs of a layer that :func:`is_linear` is true of."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, Int8Conv1D):
         return layer.nx, layer.nf
-    if is_conv1d(layer):
-        inputs, outputs = layer.get_parameter("weight").shape
-        return int(inputs), int(outputs)
-    raise UserError(f"a {type(layer).__name__} is no linear layer", hint="leave it out with exclude_modules")
+    inputs, outputs = layer.get_parameter("weight").shape
+    return int(inputs), int(outputs)
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -113,16 +108,33 @@ def _only_scales(module: nn.Embedding) -> bool:
 
     Told by trying: the row of one token against W's row times the scale, to the bit.
     """
+    if not type(module).__name__.endswith("WordEmbedding"):
+        return False
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.is_meta:
+        module = _with_values(module)
+        weight = module._parameters["weight"]
     scale = getattr(module, "embed_scale", None)
     scalar = isinstance(scale, int | float) or (isinstance(scale, torch.Tensor) and scale.numel() == 1)
-    weight = module._parameters.get("weight")
-    if not scalar or weight is None or weight.is_meta or not type(module).__name__.endswith("WordEmbedding"):
+    if not scalar or weight is None:
         return False
     token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
     factor = scale.to(weight.dtype) if isinstance(scale, torch.Tensor) else float(scale or 0)
     with torch.no_grad():
         # Not torch.equal: in a dry run tensors are fake, which answer bool() but not that.
         return bool((module(token)[0, 0] == weight[0] * factor).all())
+
+
+def _with_values(module: nn.Embedding) -> nn.Embedding:
+    """A small embedding with the forward of one on the meta device, and numbers of its own."""
+    small = copy.copy(module)
+    vars(small)["_parameters"] = {"weight": nn.Parameter(torch.arange(1.0, 9.0).view(2, 4))}
+    vars(small)["_buffers"] = {
+        name: torch.full(buffer.shape, 3.0) if buffer is not None and buffer.is_meta else buffer
+        for name, buffer in module._buffers.items()
+    }
+    small.padding_idx = None
+    return small
 
 
 def read_directly(model: nn.Module, name: str, parent: nn.Module) -> str | None:

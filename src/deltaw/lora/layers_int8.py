@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import linear as kernels
+from deltaw.lora.fingerprint import note_base
 
 
 class Int8Linear(nn.Linear):
@@ -87,6 +88,7 @@ def _quantize(layer: nn.Module, of: nn.Module, weight: Tensor, columns: Tensor |
     with torch.no_grad():
         steps, scale = kernels.quantized_rows(weight if columns is None else weight.float() / columns)
     layer.weight = nn.Parameter(steps.contiguous(), requires_grad=False)
+    note_base(layer.weight, of.get_parameter("weight"))
     bias = of._parameters.get("bias")
     layer.register_parameter("bias", bias)
     if bias is not None:

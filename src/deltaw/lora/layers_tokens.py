@@ -40,11 +40,13 @@ class TrainedTokens(AdaptedLayer):
             if parameter is not None:
                 parameter.requires_grad_(False)
         vars(self).update(enabled=True, merged=False, _unmerged_weight=None)
+        # Of a model without values too, it is known which rows are trained.
+        device = "cpu" if weight.is_meta else weight.device
         self.register_buffer(
-            "tokens", torch.tensor(list(tokens), dtype=torch.long, device=weight.device), persistent=False
+            "tokens", torch.tensor(list(tokens), dtype=torch.long, device=device), persistent=False
         )
         with torch.no_grad():
-            rows = weight.detach().index_select(0, self.tokens).to(factor_dtype(weight))
+            rows = weight.detach().index_select(0, self.tokens.to(weight.device)).to(factor_dtype(weight))
         self.trained_tokens = nn.Parameter(rows)
 
     def _follow(self, other: TrainedTokens) -> None:

@@ -25,6 +25,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Key in the metadata of the weights file: the names of a classifier's classes, as JSON.
 CLASSES_KEY = "deltaw.classes"
+# The same: the parameters whose values the base model's fingerprint leaves out, as JSON.
+REPLACED_KEY = "deltaw.replaced"
 
 
 class Method(Protocol):

@@ -146,21 +146,33 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
 
 
-def classes_of(folder: Path) -> tuple[str, ...] | None:
-    """The names of the classes that an adapter was trained for; None if it is not a classifier.
+def metadata_of(folder: Path) -> dict[str, str]:
+    """The metadata of the weights file in an adapter's folder; empty where there is no file.
 
     Raises:
         UserError: the weights cannot be read.
     """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        return None  # whoever loads the adapter says so
+        return {}  # whoever loads the adapter says so
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(CLASSES_KEY)
-        names = None if text is None else json.loads(text)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from error
+
+
+def classes_of(folder: Path) -> tuple[str, ...] | None:
+    """The names of the classes that an adapter was trained for; None if it is not a classifier.
+
+    Raises:
+        UserError: the weights cannot be read.
+    """
+    text = metadata_of(folder).get(CLASSES_KEY)
+    try:
+        names = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise _unreadable(folder / ADAPTER_WEIGHTS, error) from error
     return tuple(str(name) for name in names) if isinstance(names, list) else None
 
 

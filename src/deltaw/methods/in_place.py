@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.lora.files import FINGERPRINT_KEY
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.places import ParameterPlace
-from deltaw.methods.base import MethodBase
+from deltaw.methods.base import REPLACED_KEY, MethodBase
 from deltaw.methods.files import read_trained, write_trained
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.subset import Subset
@@ -31,6 +34,8 @@ class InPlace(MethodBase):
     def __init__(self, settings: object = None) -> None:
         super().__init__(settings)
         self._places: list[ParameterPlace] = []
+        self._base_fingerprint: str | None = None
+        self._replaced: list[str] = []
 
     def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         """Names of the parameters that are trained, without those of the extra trainable modules."""
@@ -45,6 +50,7 @@ class InPlace(MethodBase):
         calibrate: Callable[[], None] | None = None,
     ) -> str:
         total = sum(p.numel() for p in model.parameters())
+        self._note_base(model, extra_modules)
         self._places = self.start(model, extra_modules, seed)
         if not self.parameters(model):
             raise UserError(
@@ -53,6 +59,13 @@ class InPlace(MethodBase):
                 hint="choose another method",
             )
         return self.summary(model, total, extra_modules)
+
+    def _note_base(self, model: nn.Module, extra_modules: Sequence[str]) -> None:
+        """Take the base model's fingerprint, before anything is trained."""
+        own = names_of(model)
+        replaced = inside(extra_modules, own)
+        self._base_fingerprint = base_fingerprint(model.named_parameters(), [own[name] for name in replaced])
+        self._replaced = replaced
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
         """Freeze the model and make what is trained trainable; returns the parameters trained whole."""
@@ -96,8 +109,14 @@ class InPlace(MethodBase):
             settings=dataclasses.asdict(self.settings) if dataclasses.is_dataclass(self.settings) else {},  # type: ignore[arg-type]
             tied={p.name: list(p.names[1:]) for p in self._places if len(p.names) > 1},
             base_model=base_model,
-            metadata=metadata or {},
+            metadata={**(metadata or {}), **self._of_base()},
         )
+
+    def _of_base(self) -> dict[str, str]:
+        """What the weights file says of the base model that was trained."""
+        if self._base_fingerprint is None:
+            return {}
+        return {FINGERPRINT_KEY: self._base_fingerprint, REPLACED_KEY: json.dumps(self._replaced)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The content of the weights file, by name."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
+from deltaw.lora.files import FINGERPRINT_KEY, OtherBaseModelWarning
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.places import ParameterPlace
 from deltaw.methods.base import MethodBase
+from deltaw.methods.files import metadata_of
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.prompt_file import ALWAYS_WHOLE, PromptFile, read_prompt, write_prompt
 from deltaw.methods.registry import TrainOptions
@@ -66,6 +70,7 @@ class Prompt(MethodBase):
         self.virtual_tokens = self.settings.length
         self._places: list[ParameterPlace] = []
         self._virtual_ids: np.ndarray | None = None
+        self._base_fingerprint: str | None = None
 
     @classmethod
     def from_run(
@@ -84,6 +89,9 @@ class Prompt(MethodBase):
         embedding = input_embedding(model)
         weight = weight_of(embedding)
         tokens, said = self._first_tokens(int(weight.shape[0]), seed)
+        own = names_of(model)
+        replaced = [own[name] for name in inside(extra_modules, own)]
+        self._base_fingerprint = base_fingerprint(model.named_parameters(), replaced)
         with torch.no_grad():
             start = embedding(tokens.to(weight.device))
         self._places = train_places(model, inside(extra_modules, names_of(model)))
@@ -143,10 +151,18 @@ class Prompt(MethodBase):
             heads=getattr(config, "num_attention_heads", 1),
             layers=getattr(config, "num_hidden_layers", 1),
         )
-        write_prompt(Path(folder), file, metadata or {})
+        of_base = {} if self._base_fingerprint is None else {FINGERPRINT_KEY: self._base_fingerprint}
+        write_prompt(Path(folder), file, {**(metadata or {}), **of_base})
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
         file = read_prompt(Path(folder))
+        own = names_of(model)
+        replaced = [own[name] for name in file.whole if name in own]
+        self._base_fingerprint = base_fingerprint(model.named_parameters(), replaced)
+        theirs = metadata_of(Path(folder)).get(FINGERPRINT_KEY)
+        if theirs and self._base_fingerprint and theirs != self._base_fingerprint:
+            said = f"the soft prompt was trained on another base model ({file.base_model}): {folder}"
+            warnings.warn(said, OtherBaseModelWarning, stacklevel=2)
         model.requires_grad_(False)
         layer = attach(model, file.prompt)
         try:

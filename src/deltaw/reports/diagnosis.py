@@ -37,6 +37,7 @@ VARIABLES = {
     OFF: "0: no compiled kernels",
     MEASURED: "rates of products, as another process measured them",
     "DELTAW_CACHE": "where models, features and measurements are kept",
+    "DELTAW_API_KEY": "a key that requests to deltaw serve must bring",
     "DELTAW_TRACEBACK": "1: an unexpected error shows where it arose",
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
 }

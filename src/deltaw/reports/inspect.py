@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class AdapterReport:
                 count=len(group),
                 ranks=sorted({m.rank for m in group}),
                 parameters=sum(m.parameters for m in group),
-                norm=_root_sum_of_squares(m.norm for m in group),
+                norm=root_sum_of_squares(m.norm for m in group),
                 effective_rank=sum(m.effective_rank for m in group) / len(group),
                 stable_rank=sum(m.stable_rank for m in group) / len(group),
             )
@@ -134,8 +134,8 @@ class AdapterReport:
             layer = _layer(module.module)
             if layer is not None:
                 squares[layer].append(module.norm)
-        ordered = sorted(squares, key=_natural)
-        return {layer: _root_sum_of_squares(squares[layer]) for layer in ordered}
+        ordered = sorted(squares, key=natural)
+        return {layer: root_sum_of_squares(squares[layer]) for layer in ordered}
 
     def most_moved(self, count: int = _LAYERS_NAMED) -> list[tuple[str, float]]:
         """The layers with the largest ‖ΔW‖_F, largest first; modules where there are no layers."""
@@ -149,7 +149,7 @@ class AdapterReport:
         values["kinds"] = [asdict(kind) for kind in self.kinds()]
         values["layers"] = [{"layer": layer, "norm": norm} for layer, norm in self.layers().items()]
         values["most_moved"] = [{"name": name, "norm": norm} for name, norm in self.most_moved()]
-        return {key: _without_nan(value) for key, value in values.items()}
+        return {key: without_nan(value) for key, value in values.items()}
 
     def render(self) -> RenderableType:
         """One page for a terminal."""
@@ -179,11 +179,11 @@ class AdapterReport:
             head.add_row("bias on B", f"norm {self.bias_norm:.4g}, {self.bias_parameters:,} parameters")
         if self.token_rows:
             rows = [f"{count} of {name}" for name, count in self.token_rows.items()]
-            head.add_row("token rows", _shortened(rows))
+            head.add_row("token rows", shortened(rows))
         trained = f"{self.trained_parameters:,} parameters"
         if self.other_parameters:
             trained += (
-                f", {self.other_parameters:,} of them outside A and B ({_shortened(self.other_tensors)})"
+                f", {self.other_parameters:,} of them outside A and B ({shortened(self.other_tensors)})"
             )
         head.add_row("trained", trained)
         head.add_row("on disk", f"{self.size_bytes / 1e6:.2f} MB")
@@ -222,7 +222,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
 def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
     """Measure an adapter that has been read; ``folder`` is where it lies, for its size."""
     content = content_of(adapter)
-    modules = [_update(update) for update in sorted(content.updates, key=lambda one: _natural(one.name))]
+    modules = [_update(update) for update in sorted(content.updates, key=lambda one: natural(one.name))]
     outside = {name: tensor.numel() for name, tensor in content.others.items()}
     outside |= {f"{name}.lora_B.bias": tensor.numel() for name, tensor in content.biases.items()}
     outside |= {f"{name} (token rows)": rows.numel() for name, rows in content.token_rows.items()}
@@ -235,11 +235,11 @@ def describe(adapter: AdapterFile, folder: Path) -> AdapterReport:
         size_bytes=sum(file.stat().st_size for file in folder.glob("adapter_*") if file.is_file()),
         trained_parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
         other_parameters=sum(outside.values()),
-        other_tensors=sorted(outside, key=_natural),
+        other_tensors=sorted(outside, key=natural),
         bias_parameters=sum(tensor.numel() for tensor in content.biases.values()),
-        bias_norm=_root_sum_of_squares(float(bias.norm()) for bias in content.biases.values()),
+        bias_norm=root_sum_of_squares(float(bias.norm()) for bias in content.biases.values()),
         token_rows={name: rows.shape[0] for name, rows in content.token_rows.items()},
-        norm=_root_sum_of_squares(module.norm for module in modules),
+        norm=root_sum_of_squares(module.norm for module in modules),
         modules=modules,
         warnings=_warnings(modules, content, adapter.tensors),
     )
@@ -254,7 +254,7 @@ def _update(update: FileUpdate) -> ModuleUpdate:
         pairs = update.pairs()
         factor = update.scaling * update.times
         values = [singular_values(left, right, factor) for left, right in pairs]
-        norm = _root_sum_of_squares(frobenius_norm(left, right, factor) for left, right in pairs)
+        norm = root_sum_of_squares(frobenius_norm(left, right, factor) for left, right in pairs)
         largest = max((float(of_one[0]) for of_one in values if of_one.numel()), default=0.0)
         effective = sum(effective_rank(of_one) for of_one in values) / len(values)
         stable = sum(stable_rank(of_one) for of_one in values) / len(values)
@@ -283,19 +283,19 @@ def _warnings(
         else:
             found.append("B is zero in all modules: the adapter is untrained and changes nothing")
     elif untrained:
-        found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {_shortened(untrained)}")
+        found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {shortened(untrained)}")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        found.append(f"{len(broken)} tensors hold numbers that are not finite: {_shortened(broken)}")
+        found.append(f"{len(broken)} tensors hold numbers that are not finite: {shortened(broken)}")
     if content.halves:
         found.append(
-            f"{len(content.halves)} modules have one factor without the other: {_shortened(content.halves)}"
+            f"{len(content.halves)} modules have one factor without the other: {shortened(content.halves)}"
         )
     unsure = [update.name for update in content.updates if not update.certain]
     if unsure:
         found.append(
             "rank_pattern or alpha_pattern tells parameters of one module apart, and the file does not: "
-            f"rank and norm are uncertain for {_shortened(unsure)}"
+            f"rank and norm are uncertain for {shortened(unsure)}"
         )
     return found
 
@@ -319,7 +319,7 @@ def _layer(module: str) -> str | None:
     return found[0] if found else None
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts layer 10 behind layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
@@ -334,11 +334,13 @@ def _sparkline(layers: Mapping[str, float]) -> Text:
     return Text(f"‖ΔW‖ by layer, {names[0]} to {names[-1]} (highest {top:.3g})\n{bars}")
 
 
-def _shortened(names: list[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _root_sum_of_squares(values: Iterable[float]) -> float:
+def root_sum_of_squares(values: Iterable[float]) -> float:
+    """The norm of a whole from those of its parts."""
     return math.sqrt(sum(value * value for value in values))
 
 
@@ -346,11 +348,12 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _without_nan(value: object) -> object:
+def without_nan(value: object) -> object:
+    """``value`` with every number in it that is not finite as None, for JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return value

@@ -38,10 +38,13 @@ OTHER_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DE
 STEERING = ("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "ATEN_")
 # Packages that no part of deltaw needs, and what they are for.
 OPTIONAL = {
+    "fastapi": "deltaw serve",
+    "llguidance": "formats that answers must have",
     "optuna": "deltaw tune",
     "peft": "loading adapters in PEFT's own code",
     "tensorboard": "track: tensorboard",
     "trackio": "track: trackio",
+    "uvicorn": "deltaw serve",
     "wandb": "track: wandb",
 }
 # Measures rates of products: of these sizes, with so many threads.

@@ -32,7 +32,7 @@ from deltaw.lora.files import FINGERPRINT_KEY, PICKLED_NAME
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.choose import method_of_folder
-from deltaw.methods.files import read_config, text_or_none
+from deltaw.methods.files import metadata_of, read_config, text_or_none
 from deltaw.methods.prompt_file import read_prompt
 from deltaw.runtime.virtual_tokens import input_embedding, weight_of
 from deltaw.serving.adapters import AdapterFacts
@@ -181,15 +181,17 @@ class FolderReader:
 
     def _factors(self, folder: Path) -> AdapterFactors:
         factors = read_factors(self._model, folder)
-        theirs = factors.metadata.get(FINGERPRINT_KEY)
+        self._refuse_base(folder, factors.metadata, factors.metadata.get("base_model_name_or_path"))
+        return factors
+
+    def _refuse_base(self, folder: Path, metadata: Mapping[str, str], named: str | None) -> None:
+        theirs = metadata.get(FINGERPRINT_KEY)
         if theirs and self._fingerprint and theirs != self._fingerprint:
-            named = factors.metadata.get("base_model_name_or_path")
             raise UserError(
                 "it was trained on another base model" + (f": {named}" if named else ""),
                 where=str(folder),
                 hint="serve it on the base model that it was trained on",
             )
-        return factors
 
     def _prompt(self, folder: Path) -> Tensor:
         file = read_prompt(folder)
@@ -213,6 +215,7 @@ class FolderReader:
                 where=str(folder),
                 hint="take an earlier checkpoint of it",
             )
+        self._refuse_base(folder, metadata_of(folder), file.base_model)
         return prompt
 
     def _own_tokenizer(self, folder: Path, config: RunConfig | None) -> PreTrainedTokenizerBase | None:

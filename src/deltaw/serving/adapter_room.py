@@ -17,8 +17,10 @@ from deltaw.errors import UserError
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.serving.adapter_folder import FolderFacts
 
-# Seconds for which a version that was asked for, and then loaded, waits for whoever asked.
-PATIENCE = 10.0
+# Seconds after which a request that asked for a version, and did not ask again, is believed to be gone; and
+# after which a version that was loaded for it gives way to others.
+PATIENCE, STAYS = 10.0, 3.0
+NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class Version:
     Attributes:
         number: that no other version has. bytes: of the weights.
         current: whether its name still stands for it. loading: whether it has room that is not filled yet.
-        users: requests that use it. used: when one did last, by the room's count. asked: when a request last
-            asked for it while it was not in memory, in seconds.
+        users: requests that use it. used: when one did last, by the room's count.
+        asked: when a request last asked for it while it was not in memory, in seconds. came: when it was
+            loaded for a request that has not come yet.
         error: why it could not be loaded, until somebody is told.
     """
 
@@ -60,7 +63,8 @@ class Version:
     loading: bool = False
     users: int = 0
     used: int = 0
-    asked: float = float("-inf")
+    asked: float = NEVER
+    came: float = NEVER
     error: UserError | None = field(default=None, repr=False)
 
 
@@ -82,7 +86,7 @@ class Room:
 
     def touch(self, version: Version) -> None:
         """A request uses it now."""
-        version.used, version.asked = next(self._clock), float("-inf")
+        version.used, version.asked, version.came = next(self._clock), NEVER, NEVER
 
     def ask(self, version: Version) -> None:
         """A request waits for it."""
@@ -92,11 +96,17 @@ class Room:
         """Whether a request waits for it, as far as one can tell."""
         return time.monotonic() - version.asked < PATIENCE
 
+    def fill(self, version: Version, weights: Weights | None) -> None:
+        """Its weights are loaded; None where they cannot be."""
+        version.loading = False
+        if version in self.versions:
+            version.weights, version.came = weights, time.monotonic()
+
     def stays(self, version: Version) -> bool:
         """Whether its weights must not go. What was loaded for a request stays until the request comes, or
         two adapters that are asked for would drive each other out for ever."""
         pinned = version.pinned and version.current
-        return version.users > 0 or pinned or (version.current and self.is_asked_for(version))
+        return version.users > 0 or pinned or (version.current and time.monotonic() - version.came < STAYS)
 
     def taken(self) -> int:
         """The bytes of weights in memory, and of those that are being loaded."""

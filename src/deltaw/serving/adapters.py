@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from deltaw.errors import UserError
 from deltaw.kernels.decode import PackedAdapter
+from deltaw.serving.request import UnknownAdapterError
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class FixedAdapters:
         """Nothing to do: it stays."""
 
 
-def no_adapter(name: str, names: tuple[str, ...]) -> UserError:
+def no_adapter(name: str, names: tuple[str, ...]) -> UnknownAdapterError:
     """The error of a name that no adapter has."""
     known = f"one of {', '.join(names)}" if names else "none: there are no adapters"
-    return UserError(f"there is no adapter '{name}'", where="adapter", hint=f"give {known}")
+    return UnknownAdapterError(f"there is no adapter '{name}'", where="adapter", hint=f"give {known}")

@@ -27,8 +27,9 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.lora.factors import Factors
 from deltaw.serving.adapter_folder import AdapterParts, FolderFacts, FolderReader, refuse_missing, stat_of
-from deltaw.serving.adapter_room import PATIENCE, Room, Version, Weights, too_large
+from deltaw.serving.adapter_room import PATIENCE, STAYS, Room, Version, Weights, too_large
 from deltaw.serving.adapters import ActiveAdapter
+from deltaw.serving.request import UnknownAdapterError
 
 LONGEST_NAME = 200
 
@@ -115,7 +116,7 @@ class AdapterBank:
                 left = until - time.monotonic()
                 if left <= 0:
                     return None
-                # Not for longer than a request is believed to wait: it is to be asked for again.
+                # Whoever waits says so again, before he is believed to be gone.
                 self._changed.wait(min(left, PATIENCE / 4))
             weights = version.weights
             assert weights is not None
@@ -266,7 +267,7 @@ class AdapterBank:
     def _named(self, name: str) -> Version:
         version = self._names.get(name)
         if version is None:
-            raise UserError(
+            raise UnknownAdapterError(
                 f"there is no adapter '{name}'", where=name, hint=did_you_mean(name, list(self._names))
             )
         return version
@@ -309,7 +310,8 @@ class AdapterBank:
         while True:
             with self._changed:
                 while not (self._closed or self._next_has_room()):
-                    self._changed.wait(PATIENCE / 4 if self._wanted else None)
+                    # What nobody came for gives way without anybody saying so.
+                    self._changed.wait(STAYS / 4 if self._wanted else None)
                 if self._closed:
                     return
                 version = self._wanted.popleft()
@@ -326,10 +328,8 @@ class AdapterBank:
                     hint="look at its folder",
                 )
             with self._changed:
-                version.loading = False
+                self._room.fill(version, weights)
                 version.error = error
-                if version in self._room.versions:
-                    version.weights = weights
                 self._changed.notify_all()
             del weights
             self._tell()

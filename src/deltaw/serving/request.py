@@ -11,9 +11,15 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from deltaw.errors import UserError
+
 # Why a text ended: a terminator or a stop string; the limit of new tokens or of positions; its reader went
 # away or its time was up; the engine was shut down or failed.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+class UnknownAdapterError(UserError):
+    """There is no adapter of the name that a request gives: there never was, or it has been removed."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,9 @@ class TextEngine(Protocol):
         """Queue a request; it starts when there is room.
 
         Raises:
-            UserError: the request cannot be served at all: an empty or over-long prompt, a token or an
-                adapter that does not exist, a value out of range, a constraint that cannot be compiled.
+            UnknownAdapterError: there is no such adapter.
+            UserError: the request cannot be served at all: an empty or over-long prompt, a token that
+                does not exist, a value out of range, a constraint that cannot be compiled.
         """
 
     def adapters(self) -> tuple[str, ...]:

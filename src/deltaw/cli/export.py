@@ -1,0 +1,58 @@
+"""`deltaw export`: an adapter in another program's format."""
+
+from __future__ import annotations
+
+import click
+
+from deltaw.cli.options import completing, console, json_flag, print_json
+from deltaw.working import working
+
+FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
+
+
+@click.command("export")
+@click.argument("run", type=click.Path())
+@click.option(
+    "--format", "format_name", required=True, type=click.Choice(FORMATS), help="the program's format"
+)
+@click.option(
+    "--output", required=True, type=click.Path(), help="the folder to make, or a file that ends in .gguf"
+)
+@click.option(
+    "--type",
+    "kind",
+    default=None,
+    metavar="TYPE",
+    help="how a GGUF file stores numbers: f32, f16, bf16; of a model also q8_0, q5_0, q5_1, q4_0, q4_1, "
+    "q6_k, q5_k, q4_k  [default: f32 for an adapter, f16 for a model]",
+)
+@click.option(
+    "--model",
+    default=None,
+    help="the base model, where the folder does not name it",
+    shell_complete=completing("model"),
+)
+@click.option("--overwrite", is_flag=True, help="replace what is there")
+@json_flag
+def command(
+    run: str,
+    format_name: str,
+    output: str,
+    kind: str | None,
+    model: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write RUN's adapter (a run's folder, or an adapter's) for llama.cpp, Ollama, vLLM, mlx-lm or PEFT."""
+    out = console(as_json)
+    notes = console(True)
+    with working("starting"):
+        from deltaw.export.formats import export
+    done = export(run, format_name, output, kind=kind, model=model, overwrite=overwrite, say=notes.print)
+    if as_json:
+        print_json(done.as_dict())
+        return
+    for line in done.lines:
+        out.print(line)
+    for file in done.files:
+        out.print(file)

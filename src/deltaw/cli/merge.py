@@ -1,0 +1,136 @@
+"""`deltaw merge`: base and adapter as one model, or several adapters as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from deltaw.cli.options import completing, console, json_flag, print_json
+from deltaw.errors import UserError
+from deltaw.working import working
+
+if TYPE_CHECKING:
+    from deltaw.export.merge import MergeOptions
+
+PRECISIONS = ("keep", "bf16", "fp16", "fp32")
+METHODS = ("concat", "svd", "linear", "ties", "dare")
+
+
+@click.command("merge")
+@click.argument("run", type=click.Path())
+@click.option("--output", required=True, type=click.Path(), help="the folder to make")
+@click.option(
+    "--model",
+    default=None,
+    help="the base model, where the folder does not name it",
+    shell_complete=completing("model"),
+)
+@click.option(
+    "--precision",
+    default="keep",
+    type=click.Choice(PRECISIONS),
+    help="type of the merged weights; keep: that of the base's files",
+)
+@click.option("--shard-size", default=None, help="most bytes of a file, as 5GB; by default as the base's")
+@click.option("--overwrite", is_flag=True, help="replace an output folder that holds files")
+@click.option("--other-base", is_flag=True, help="merge also into another base model than the adapter's")
+@click.option(
+    "--verify/--no-verify",
+    "with_verify",
+    default=True,
+    help="compare the merged model with the unmerged pair, and refuse what rounding does not explain",
+)
+@click.option("--keep", is_flag=True, help="keep the folder also where verifying refuses it")
+@click.option("--with", "others", multiple=True, metavar="RUN=WEIGHT", help="a further adapter; repeatable")
+@click.option("--weight", default=1.0, type=float, help="of RUN's own update")
+@click.option(
+    "--method", default="concat", type=click.Choice(METHODS), help="how several adapters are combined"
+)
+@click.option("--rank", default=None, type=click.IntRange(1), help="of method svd, or of the adapter written")
+@click.option(
+    "--density", default=0.5, type=float, help="share of each update that ties and dare keep [default: 0.5]"
+)
+@click.option("--seed", default=0, type=click.IntRange(0), help="of dare")
+@click.option("--as-adapter", is_flag=True, help="write one adapter in PEFT's format, not a model")
+@json_flag
+def command(
+    run: str,
+    output: str,
+    model: str | None,
+    precision: str,
+    shard_size: str | None,
+    overwrite: bool,
+    other_base: bool,
+    with_verify: bool,
+    keep: bool,
+    others: tuple[str, ...],
+    weight: float,
+    method: str,
+    rank: int | None,
+    density: float,
+    seed: int,
+    as_adapter: bool,
+    as_json: bool,
+) -> None:
+    """Merge RUN (a run's folder, or an adapter's) into its base model: a folder that transformers loads."""
+    out = console(as_json)
+    with working("starting"):
+        from deltaw.export.as_adapter import write_adapter
+        from deltaw.export.combine import Recipe
+        from deltaw.export.merge import MergeOptions, merge_run
+        from deltaw.export.model_files import parse_size
+        from deltaw.export.verify import Verify
+        from deltaw.reports.merging import adapter_lines, as_dict, merge_lines
+    several = [_weighted(text) for text in others]
+    recipe = None
+    if several or weight != 1.0:
+        weights = (weight, *(w for _, w in several))
+        recipe = Recipe(method, weights, rank if method == "svd" else None, density, seed)
+    options = MergeOptions(
+        model=model,
+        precision=precision,
+        shard_size=None if shard_size is None else parse_size(shard_size),
+        overwrite=overwrite,
+        other_base=other_base,
+        others=tuple(folder for folder, _ in several),
+        recipe=recipe,
+    )
+    if as_adapter:
+        adapter = write_adapter(run, output, options, rank=rank, say=out.print)
+        lines, value = adapter_lines(adapter), as_dict(adapter)
+    else:
+        _refuse_rank(rank, options)
+        verify = Verify(out.print) if with_verify else None
+        merged = merge_run(run, output, options, verify=verify, keep=keep, say=out.print)
+        lines, value = merge_lines(merged), as_dict(merged)
+    if as_json:
+        print_json(value)
+    else:
+        for line in lines:
+            out.print(line)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """The folder and the weight of ``folder=0.5``; a folder alone has weight 1."""
+    folder, found, number = text.rpartition("=")
+    if not found:
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(number)
+    except ValueError as error:
+        if Path(text).is_dir():
+            return Path(text), 1.0
+        raise UserError(
+            f"'{number}' is no weight", where=f"--with {text}", hint="write it as --with runs/other=0.5"
+        ) from error
+
+
+def _refuse_rank(rank: int | None, options: MergeOptions) -> None:
+    if rank is not None and (options.recipe is None or options.recipe.method != "svd"):
+        raise UserError(
+            "--rank is for method svd and for --as-adapter: a merged weight has no rank to choose",
+            where="--rank",
+            hint="add --as-adapter, or --with other=0.5 --method svd",
+        )

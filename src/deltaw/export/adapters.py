@@ -1,0 +1,245 @@
+"""An adapter's folder becomes changes of a base model's parameters, by the parameters' names.
+
+The model is a skeleton without values: its classes say how a weight lies in memory and which weights are
+tied, and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as
+everywhere (:func:`deltaw.lora.load_adapter`); methods that train the model's own parameters have a format
+of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.export.changes import (
+    Added,
+    Change,
+    Direction,
+    Entries,
+    Factors,
+    LowRank,
+    Replaced,
+    TokenRows,
+)
+from deltaw.lora import load_adapter
+from deltaw.lora.adapted import AdaptedLayer
+from deltaw.lora.attachment import Attachment, attached
+from deltaw.lora.files import FINGERPRINT_KEY, read_adapter
+from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer
+from deltaw.lora.layers_bias import LoRABias
+from deltaw.lora.layers_conv import LoRAConv
+from deltaw.lora.layers_dora import DoRALayer
+from deltaw.lora.layers_parameter import LoRAParameter
+from deltaw.lora.layers_tokens import TrainedTokens
+from deltaw.methods import registry
+from deltaw.methods.base import ADAPTER_CONFIG, REPLACED_KEY
+from deltaw.methods.files import metadata_of, read_config, read_trained
+from deltaw.methods.parameters import names_of
+from deltaw.methods.subset import INDICES, VALUES
+
+_IN_PLACE = ("head", "input", "bias", "random", "last", "full")
+_OTHER_BASE = "merge it into the base model that it was trained on"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One changed parameter.
+
+    Attributes:
+        names: under which the model is to find the changed one; others of a tied weight keep the base's.
+        change: what becomes of it.
+        shape: of the parameter.
+        new: whether the base model's files need not hold it, such as a classifier's head.
+    """
+
+    names: tuple[str, ...]
+    change: Change
+    shape: tuple[int, ...]
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterChanges:
+    """All that an adapter changes in a model.
+
+    Attributes:
+        folder: of the adapter. method: that trained it.
+        trained: each changed parameter.
+        fingerprint: of the base model that it was trained on; None where the file does not say.
+        replaced: names of parameters whose values the adapter has itself, so that the base's may be any.
+        copies: the base's own values that the file has too, by name; they must be the same.
+    """
+
+    folder: Path
+    method: str
+    trained: list[Trained]
+    fingerprint: str | None = None
+    replaced: frozenset[str] = frozenset()
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def changes_of(folder: Path, model: PreTrainedModel) -> AdapterChanges:
+    """The changes that the adapter in ``folder`` makes to a model of the class and shape of ``model``.
+
+    Args:
+        folder: a run's folder, an adapter of deltaw's or one of PEFT's.
+        model: on the meta device and without an adapter; afterwards it has this one, and is of no more use.
+
+    Raises:
+        UserError: the adapter does not fit the model, or is no change of weights.
+    """
+    config = read_config(folder)
+    kind = config.get("peft_type") or config.get("method")
+    entry = registry.entry_of_adapter(kind)
+    name = str(kind) if entry is None else entry.name
+    if name == "prompt":
+        raise UserError(
+            "a soft prompt is no weight: it is rows that are prepended to each text",
+            where=str(folder),
+            hint="serve it beside the base model, or train with method lora to have weights to merge",
+        )
+    if name == "lora":
+        return _of_lora(folder, model)
+    if name not in _IN_PLACE:
+        raise UserError(
+            f"an adapter of method '{name}' cannot be merged",
+            where=str(folder / ADAPTER_CONFIG),
+            hint=f"there is lora, {', '.join(_IN_PLACE)}",
+        )
+    return _of_parameters(folder, name, model)
+
+
+def _of_parameters(folder: Path, method: str, model: PreTrainedModel) -> AdapterChanges:
+    """Of a method that trains the model's own parameters."""
+    tensors, saved = read_trained(folder, method)
+    own = names_of(model)
+    trained = []
+    for key, tensor in tensors.items():
+        if key.endswith(VALUES):
+            continue
+        name = key.removesuffix(INDICES)
+        names = (name, *saved.tied.get(name, ()))
+        bias_of = own.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        shape = tuple(tensor.shape)
+        if key.endswith(INDICES):
+            values = tensors.get(name + VALUES)
+            change: Change | None = None if values is None else Entries(tensor, values)
+            shape = tuple(own[name].shape) if name in own else shape
+            if name in own and tensor.numel() and int(tensor.max()) >= own[name].numel():
+                change = None
+        else:
+            change = Replaced(tensor)
+            fits = all(tuple(own[n].shape) == shape for n in names if n in own)
+            added = name not in own and bias_of is not None and len(shape) == 1
+            change = change if fits and (name in own or added) else None
+        if change is None or (name not in own and bias_of is None):
+            raise UserError(
+                f"the adapter trains '{name}' {shape}, which the model does not have",
+                where=str(folder),
+                hint=_OTHER_BASE,
+            )
+        trained.append(Trained(names, change, shape, new=isinstance(change, Replaced)))
+    metadata = metadata_of(folder)
+    replaced = frozenset(str(name) for name in json.loads(metadata.get(REPLACED_KEY, "[]")))
+    return AdapterChanges(folder, method, trained, metadata.get(FINGERPRINT_KEY), replaced)
+
+
+def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:
+    load_adapter(model, folder)
+    record = attached(model)
+    refused = [(name, reason) for name, layer in record.updated() if (reason := _refusal(layer)) is not None]
+    if refused:
+        name, reason = refused[0]
+        raise UserError(
+            f"'{name}' cannot be merged: {reason}", where=str(folder), hint="keep the adapter separate"
+        )
+    trained: list[Trained] = []
+    for replacement in record.layers:
+        if isinstance(replacement.current, LoRALayer):
+            trained += _of_layer(replacement.names, replacement.current)
+    for update in record.parameters:
+        layer = update.layer
+        owner = _name_of(model, layer.holder)
+        trained.append(
+            Trained((f"{owner}.{layer.attribute}",), LowRank(factors_of(layer)), tuple(layer.weight.shape))
+        )
+    trained += _of_tokens(record)
+    for bias in record.biases:
+        trained.append(Trained((bias.name,), Replaced(bias.parameter.detach()), tuple(bias.parameter.shape)))
+    replaced: list[str] = []
+    for whole in record.extra_modules:
+        for key, value in whole.current.state_dict().items():
+            names = tuple(f"{name}.{key}" for name in whole.names)
+            replaced += names
+            trained.append(Trained(names, Replaced(value.detach()), tuple(value.shape), new=True))
+    metadata = read_adapter(folder).metadata
+    return AdapterChanges(
+        folder,
+        "lora",
+        trained,
+        metadata.get(FINGERPRINT_KEY),
+        frozenset(replaced),
+        dict(record.copies),
+    )
+
+
+def _refusal(layer: AdaptedLayer) -> str | None:
+    if isinstance(layer, LoRABias):
+        return None if layer.activation is None else AdaptedLayer.merge_refusal(layer)
+    return layer.merge_refusal()
+
+
+def _of_layer(names: Sequence[str], layer: LoRALayer) -> list[Trained]:
+    """The weight of an adapted layer, and its bias where B has one."""
+    factors = factors_of(layer)
+    change: Change = LowRank(factors)
+    if isinstance(layer, DoRALayer):
+        columns = isinstance(layer, LoRAConv1D | LoRAEmbedding)
+        change = Direction(factors, layer.lora_magnitude.detach(), not columns)
+    found = [Trained(tuple(f"{name}.weight" for name in names), change, tuple(layer.weight.shape))]
+    if isinstance(layer, LoRABias):
+        values = layer.lora_bias.detach() * layer.scaling
+        found.append(Trained(tuple(f"{name}.bias" for name in names), Added(values), tuple(values.shape)))
+    return found
+
+
+@torch.no_grad()
+def factors_of(layer: LoRALayer) -> Factors:
+    """ΔW of an adapted layer, in the layout of its weight: scaling is in the left factor."""
+    shape = tuple(layer.weight.shape)
+    factor_A, factor_B = layer.lora_A.detach(), layer.lora_B.detach()
+    if isinstance(layer, LoRAConv):
+        return Factors(factor_B.flatten(1) * layer.scaling, factor_A.flatten(1), shape)
+    rows_are_inputs = isinstance(layer, LoRAConv1D | LoRAEmbedding) or (
+        isinstance(layer, LoRAParameter) and layer.is_in_out
+    )
+    if rows_are_inputs:
+        return Factors(factor_A * layer.scaling, factor_B, shape)
+    return Factors(factor_B.transpose(-1, -2) * layer.scaling, factor_A.transpose(-1, -2), shape)
+
+
+def _of_tokens(record: Attachment) -> list[Trained]:
+    """Trained rows of tokens: one change for an embedding and the head that follows it."""
+    leaders = [r for r in record.tokens if isinstance(r.current, TrainedTokens) and r.current.follows is None]
+    found = []
+    for leader in leaders:
+        layer = leader.current
+        assert isinstance(layer, TrainedTokens)
+        followers = [
+            r for r in record.tokens if isinstance(r.current, TrainedTokens) and r.current.follows is layer
+        ]
+        names = tuple(f"{name}.weight" for place in (leader, *followers) for name in place.names)
+        change = TokenRows(layer.tokens.cpu(), layer.trained_tokens.detach())
+        found.append(Trained(names, change, tuple(layer.weight.shape)))
+    return found
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in model.named_modules() if found is module)

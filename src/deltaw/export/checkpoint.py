@@ -1,0 +1,161 @@
+"""A base model's weight files, and which of their tensors is which parameter of the model.
+
+Files are not always named as the model's modules are: the base model's prefix may be missing, transformers
+renames, and it may build one parameter of several tensors (experts that are fused while they are loaded).
+Its own rules say which (``conversion_mapping``), applied to the names alone; no weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.export.tensor_files import StoredTensor, read_header
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of a model's folder.
+
+    Attributes:
+        folder: of the model.
+        tensors: by their names on disk, file after file.
+        files: the weight files' names.
+    """
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a checkpoint's tensors and a model's parameters belong together.
+
+    Attributes:
+        stored: by a parameter's or buffer's name, its name on disk.
+        converted: by a parameter that is built of several tensors, or of one that is changed on the way: the
+            tensors' names on disk.
+        unused: on disk, and not in the model.
+    """
+
+    stored: dict[str, str]
+    converted: dict[str, list[str]]
+    unused: list[str]
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of all weight files of ``folder``.
+
+    Raises:
+        UserError: there are none, one is damaged, or the index names a file outside of the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    elif (folder / INDEX).is_file():
+        files = _files_of_index(folder / INDEX)
+    else:
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            "the folder has no safetensors weights", where=str(folder), hint="convert them to safetensors"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors |= read_header(folder / file)
+    return Checkpoint(folder, tensors, tuple(files))
+
+
+def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, object]) -> Names:
+    """Which tensor of a checkpoint is which parameter of ``model``.
+
+    Args:
+        model: need not have values; its weights' names and its class count.
+        tensors: by their names on disk.
+    """
+    known: dict[str, Tensor] = dict(model.state_dict())
+    stored: dict[str, str] = {}
+    converted: dict[str, list[str]] = {}
+    unused = []
+    renamed = _Renaming(model, known)
+    for name in tensors:
+        target, changed = renamed(name)
+        if target not in known:
+            unused.append(name)
+        elif changed:
+            converted.setdefault(target, []).append(name)
+        else:
+            stored[target] = name
+    return Names(stored, converted, unused)
+
+
+def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None:
+    """A name on disk that transformers will read as ``parameter``; None where none is found.
+
+    For a tensor that the checkpoint does not have yet, such as a head that was tied.
+    """
+    if parameter in names.stored:
+        return names.stored[parameter]
+    renamed = _Renaming(model, dict(model.state_dict()))
+    taken = {*names.stored.values(), *names.unused, *(n for some in names.converted.values() for n in some)}
+    prefix = f"{model.base_model_prefix}."
+    candidates = [parameter, parameter.removeprefix(prefix)]
+    owner, _, last = parameter.rpartition(".")
+    for beside, name in names.stored.items():
+        if beside.rpartition(".")[0] == owner:  # a bias is named as its weight is
+            candidates.insert(0, f"{name.rpartition('.')[0]}.{last}")
+    for candidate in candidates:
+        if candidate not in taken and renamed(candidate) == (parameter, False):
+            return candidate
+    return None
+
+
+class _Renaming:
+    """transformers' own renaming of a name on disk, and whether the tensor itself is changed."""
+
+    def __init__(self, model: PreTrainedModel, known: dict[str, Tensor]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(model)
+        self._rename = rename_source_key
+        self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._known = known
+
+    def __call__(self, name: str) -> tuple[str, bool]:
+        target, converter = self._rename(name, self._renamings, self._converters, self._prefix, self._known)
+        return target, converter is not None
+
+
+def _files_of_index(path: Path) -> list[str]:
+    try:
+        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({str(file) for file in weights.values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the index of the weights cannot be read: {error}",
+            where=str(path),
+            hint="fetch or copy the model again",
+        ) from error
+    for file in files:
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise UserError(
+                f"the index names the file '{file}', which is not in the model's folder",
+                where=str(path),
+                hint="fetch the model from a source that you trust",
+            )
+        if not (path.parent / file).is_file():
+            raise UserError(
+                f"the weight file '{file}' is missing", where=str(path.parent), hint="fetch the model again"
+            )
+    return files

@@ -1,0 +1,259 @@
+"""Several adapters as one: ways to combine their updates ΔW, each weighted.
+
+    concat   Σ wᵢ·ΔWᵢ, exactly: factors side by side, ranks add
+    svd      the best approximation of that of a given rank
+    linear   Σ wᵢ·ΔWᵢ, formed whole; takes any change of a weight, not low-rank ones alone
+    ties     of each wᵢ·ΔWᵢ the largest share ``density`` by magnitude; per element the sign with the larger
+             sum; the mean of what agrees with it (arXiv 2306.01708, section 3)
+    dare     of each ΔWᵢ a random share ``density``, divided by it; the weighted sum (arXiv 2311.03099, eq. 1)
+
+All act on ΔW, never on A and B apart, whose product would have cross terms. Each is measured against the
+weighted sum Σ wᵢ·ΔWᵢ. It knows changes of weights, not files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import UserError
+from deltaw.export.adapters import AdapterChanges, Trained
+from deltaw.export.changes import Blocks, Change, Factors, LowRank
+from deltaw.export.low_rank import inner, truncated
+
+METHODS = ("concat", "svd", "linear", "ties", "dare")
+FACTORED = ("concat", "svd")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How adapters are combined.
+
+    Attributes:
+        method: one of :data:`METHODS`.
+        weights: of each adapter.
+        rank: of ``svd``; None takes the largest of the adapters'.
+        density: the share that ``ties`` and ``dare`` keep.
+        seed: of ``dare``.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    method: str
+    weights: tuple[float, ...]
+    rank: int | None = None
+    density: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(
+                f"there is no method '{self.method}'", where="--method", hint=f"use {', '.join(METHODS)}"
+            )
+        if not 0 < self.density <= 1:
+            raise UserError(
+                f"the density is {self.density:g}, and a share is above 0 and at most 1", where="--density"
+            )
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"the rank is {self.rank}, and must be at least 1", where="--rank")
+        bad = [weight for weight in self.weights if not abs(weight) < float("inf")]
+        if bad:
+            raise UserError(f"a weight is {bad[0]}", where="--with", hint="give a number")
+
+
+@dataclass
+class Combined(Change):
+    """W + what a method makes of several changes of W; it measures itself while it works.
+
+    Attributes:
+        name: of the parameter, which the random numbers of ``dare`` depend on.
+        parts: changes of W by each adapter; None where one leaves this weight alone.
+        lost, total: sums of squares, of the difference to the weighted sum and of the weighted sum.
+    """
+
+    name: str
+    parts: Sequence[Change | None]
+    recipe: Recipe
+    lost: float = 0.0
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.whole = self.recipe.method == "ties"  # its threshold needs all of ΔW
+
+    def prepare(self, blocks: Blocks) -> None:
+        self.lost = self.total = 0.0
+        for part in self.parts:
+            if part is not None:
+                part.prepare(blocks)
+
+    def apply(self, rows: Tensor, start: int) -> Tensor:
+        delta = self.delta(rows, start)
+        return rows.add_(delta.to(rows.dtype))
+
+    def delta(self, rows: Tensor, start: int) -> Tensor:
+        """These rows of the combined ΔW."""
+        deltas = [_delta(part, rows, start) for part in self.parts]
+        weighted = [w * d for w, d in zip(self.recipe.weights, deltas, strict=True) if d is not None]
+        exact = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
+        if self.recipe.method == "ties":
+            made = ties(weighted, self.recipe.density)
+        elif self.recipe.method == "dare":
+            made = torch.zeros_like(exact)
+            for number, (weight, one) in enumerate(zip(self.recipe.weights, deltas, strict=True)):
+                if one is not None:
+                    seed = _seed(self.recipe.seed, number, self.name, start)
+                    made += weight * dare(one, self.recipe.density, seed)
+        else:
+            made = exact
+        self.lost += float((made - exact).double().square().sum())
+        self.total += float(exact.double().square().sum())
+        return made
+
+
+def _delta(part: Change | None, rows: Tensor, start: int) -> Tensor | None:
+    if part is None:
+        return None
+    if isinstance(part, LowRank):  # without the rounding of (W + ΔW) − W
+        return part.factors.rows(start, start + len(rows)).to(rows.dtype)
+    return part.apply(rows.clone(), start) - rows
+
+
+def ties(deltas: Sequence[Tensor], density: float) -> Tensor:
+    """Trim, elect signs, mean of what agrees; ``deltas`` of one shape."""
+    trimmed = torch.stack([trim(delta, density) for delta in deltas])
+    sign = trimmed.sum(0).sign()
+    agrees = (trimmed.sign() == sign) & (trimmed != 0)
+    return (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def trim(delta: Tensor, density: float) -> Tensor:
+    """``delta`` with all but its largest ``density`` · n elements by magnitude set to zero."""
+    count = max(1, round(density * delta.numel()))
+    if count >= delta.numel():
+        return delta
+    kept = delta.abs().flatten().topk(count, sorted=False).indices
+    made = torch.zeros_like(delta).flatten()
+    made[kept] = delta.flatten()[kept]
+    return made.view(delta.shape)
+
+
+def dare(delta: Tensor, density: float, seed: int) -> Tensor:
+    """``delta`` with each element kept with probability ``density``, and divided by it."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
+    return torch.where(kept, delta / density, 0.0)
+
+
+def _seed(seed: int, number: int, name: str, start: int) -> int:
+    """One that depends on all of these and on nothing else, such as the order of tensors."""
+    text = f"{seed}:{number}:{name}:{start}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Changes made of several adapters'.
+
+    Attributes:
+        trained: each changed parameter, once.
+        known: errors that are known before a weight is read, by parameter: (‖difference‖², ‖sum‖²).
+    """
+
+    trained: list[Trained]
+    known: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def errors(self) -> dict[str, float]:
+        """By parameter, ‖combined − Σ wᵢ·ΔWᵢ‖_F / ‖Σ wᵢ·ΔWᵢ‖_F; after the weights were written."""
+        return {name: _ratio(*squares) for name, squares in self._squares().items()}
+
+    def total_error(self) -> float:
+        """The same over all parameters together."""
+        squares = list(self._squares().values())
+        return _ratio(sum(lost for lost, _ in squares), sum(total for _, total in squares))
+
+    def _squares(self) -> dict[str, tuple[float, float]]:
+        found = dict(self.known)
+        for one in self.trained:
+            if isinstance(one.change, Combined):
+                found[one.names[0]] = (one.change.lost, one.change.total)
+        return found
+
+
+def _ratio(lost: float, total: float) -> float:
+    return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:
+    """What several adapters make of a model together.
+
+    Raises:
+        UserError: the method cannot combine what one of them changes.
+    """
+    names = list(dict.fromkeys(one.names for adapter in adapters for one in adapter.trained))
+    by_adapter = [{one.names: one for one in adapter.trained} for adapter in adapters]
+    taken: set[str] = set()
+    trained, known = [], {}
+    for group in names:
+        if taken & set(group):
+            raise UserError(
+                f"the adapters change '{group[0]}' under different names that it is tied by",
+                where=group[0],
+                hint="merge them one after the other",
+            )
+        taken |= set(group)
+        parts = [own.get(group) for own in by_adapter]
+        there = [part for part in parts if part is not None]
+        if recipe.method in FACTORED:
+            change: Change
+            change, known[group[0]] = _factored(group[0], parts, recipe)
+        else:
+            change = Combined(group[0], [None if p is None else p.change for p in parts], recipe)
+        trained.append(Trained(group, change, there[0].shape))
+    return Combination(trained, known)
+
+
+def _factored(
+    name: str, parts: Sequence[Trained | None], recipe: Recipe
+) -> tuple[LowRank, tuple[float, float]]:
+    factors = []
+    for weight, part in zip(recipe.weights, parts, strict=True):
+        if part is None:
+            continue
+        if not isinstance(part.change, LowRank):
+            raise UserError(
+                f"'{name}' is not changed by a low-rank update alone, and method '{recipe.method}' combines "
+                "nothing else",
+                where=name,
+                hint="use --method linear, ties or dare",
+            )
+        factors.append(part.change.factors.scaled(weight))
+    joined = side_by_side(factors)
+    if recipe.method == "concat":
+        total = sum(max(inner(pair, pair), 0.0) for pair in joined.matrices())
+        return LowRank(joined), (0.0, total)
+    rank = recipe.rank or max(one.rank for one in factors)
+    made, lost, total = reduced(joined, rank)
+    return LowRank(made), (lost, total)
+
+
+def side_by_side(factors: Sequence[Factors]) -> Factors:
+    """The sum of several L·R as one pair, whose rank is the sum of theirs."""
+    left = torch.cat([one.left for one in factors], dim=-1)
+    right = torch.cat([one.right for one in factors], dim=-2)
+    return Factors(left, right, factors[0].shape)
+
+
+def reduced(factors: Factors, rank: int) -> tuple[Factors, float, float]:
+    """The best approximation of a rank, its squared error, and the squared norm of all."""
+    cut = [truncated(left, right, rank) for left, right in factors.matrices()]
+    left, right = torch.stack([c.left for c in cut]), torch.stack([c.right for c in cut])
+    if factors.left.dim() == 2:
+        left, right = left[0], right[0]
+    lost = sum(float(c.discarded.square().sum()) for c in cut)
+    total = lost + sum(float(c.kept.square().sum()) for c in cut)
+    return Factors(left, right, factors.shape), lost, total

@@ -1,0 +1,176 @@
+"""A tokenizer as GGUF metadata: tokens, their kinds, merges or scores, special tokens, the chat template.
+
+Two kinds are known. Byte-level BPE (``gpt2``) has merges, and a splitting that is only named. The BPE of
+SentencePiece (``llama``) has a score for each token: of all neighbors, those whose union has the highest
+score are joined first, so the rank of the merge that makes a token, negated, is its score.
+
+It knows tokenizers of the ``tokenizers`` library; no weights and no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from deltaw.errors import UserError
+from deltaw.export.gguf_splitting import splitting_of
+from deltaw.hub.terminators import turn_ends
+
+_SPACE = "\u2581"  # with which SentencePiece writes a space
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What of a tokenizer goes into a file.
+
+    Attributes:
+        model: llama.cpp's name of the kind, ``gpt2`` or ``llama``.
+        pre: its name of the splitting.
+        tokens, types: by id.
+        merges: "left right" each, of ``gpt2``. scores: by id, of ``llama``.
+        space_prefix: whether a space is put before each text; None where that is no question.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    space_prefix: bool | None = None
+
+
+def add_tokenizer(
+    out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, ends: Iterable[int]
+) -> None:
+    """Write a tokenizer's metadata.
+
+    Args:
+        out: takes it.
+        tokenizer: a fast one.
+        size: rows of the model's embedding; ids without a token are marked as unused.
+        ends: ids of the tokens that end an answer.
+
+    Raises:
+        UserError: the tokenizer is of a kind that llama.cpp does not know.
+    """
+    vocabulary = vocabulary_of(tokenizer, size)
+    out.add_tokenizer_model(vocabulary.model)
+    out.add_tokenizer_pre(vocabulary.pre)
+    out.add_token_list(vocabulary.tokens)
+    if vocabulary.scores is not None:
+        out.add_token_scores(vocabulary.scores)
+    out.add_token_types(vocabulary.types)
+    if vocabulary.merges is not None:
+        out.add_token_merges(vocabulary.merges)
+    if vocabulary.space_prefix is not None:
+        out.add_add_space_prefix(vocabulary.space_prefix)
+    for add, token in (
+        (out.add_bos_token_id, tokenizer.bos_token_id),
+        (out.add_eos_token_id, tokenizer.eos_token_id),
+        (out.add_unk_token_id, tokenizer.unk_token_id),
+        (out.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            add(int(token))
+    turns = [token for token in turn_ends(tokenizer) if token in set(ends)]
+    others = [token for token in turns if token != tokenizer.eos_token_id]
+    if others:
+        out.add_eot_token_id(others[-1])
+    added = list(tokenizer("a")["input_ids"])
+    out.add_add_bos_token(tokenizer.bos_token_id is not None and added[0] == tokenizer.bos_token_id)
+    out.add_add_eos_token(tokenizer.eos_token_id is not None and added[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        add_chat_template(out, tokenizer.chat_template)
+
+
+def add_chat_template(out: GGUFWriter, template: str | dict[str, str]) -> None:
+    """Write one template, or several by name."""
+    if isinstance(template, str):
+        out.add_chat_template(template)
+    else:
+        out.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    """What of ``tokenizer`` goes into a file, for a model whose embedding has ``size`` rows."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise _unknown(type(tokenizer).__name__)
+    backend = tokenizer.backend_tokenizer
+    described: dict[str, Any] = json.loads(backend.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise _unknown(model["type"])
+    if max(tokenizer.get_vocab().values()) >= size:
+        raise UserError(
+            f"the tokenizer has more tokens than the model's embedding has rows ({size})",
+            where="tokenizer.json",
+            hint="give the tokenizer that belongs to the model",
+        )
+    tokens, types = _tokens(tokenizer, model["vocab"], size, bytes_as_tokens=bool(model["byte_fallback"]))
+    pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    if not pairs:
+        raise _unknown("BPE without merges")
+    if not model["byte_fallback"]:
+        merges = [" ".join(pair) for pair in pairs]
+        return Vocabulary("gpt2", splitting_of(backend), tokens, types, merges=merges)
+    if model["dropout"] or not any(_SPACE in token for token in model["vocab"]):
+        raise _unknown("BPE with bytes that is not SentencePiece's")
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(pairs):
+        ranks.setdefault(left + right, rank)
+    # No union of neighbors makes the others: single characters, bytes and special tokens.
+    scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
+    prefix = (tokenizer.tokenize("a") or [""])[0].startswith(_SPACE)
+    return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=prefix)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerFast, vocabulary: dict[str, int], size: int, *, bytes_as_tokens: bool
+) -> tuple[list[str], list[int]]:
+    by_id = {number: token for token, number in vocabulary.items()}
+    tokens, types = [], []
+    added = tokenizer.added_tokens_decoder
+    for number in range(size):
+        if number in added:
+            entry = added[number]
+            special = entry.special or _looks_special(entry.content)
+            tokens.append(entry.content if special else entry.content.replace(_SPACE, " "))
+            types.append(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+        elif number in by_id:
+            tokens.append(by_id[number])
+            is_byte = bytes_as_tokens and _is_byte(by_id[number])
+            types.append(TokenType.BYTE if is_byte else TokenType.NORMAL)
+        else:
+            tokens.append(f"[PAD{number}]")
+            types.append(TokenType.UNUSED)
+    if bytes_as_tokens and tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+    return tokens, [int(kind) for kind in types]
+
+
+def _looks_special(token: str) -> bool:
+    """Whether a token marks structure though its tokenizer does not call it special, as Gemma's pad."""
+    return (
+        token in ("<pad>", "<mask>", "[@BOS@]", "<2mass>")
+        or (token.startswith("<|") and token.endswith("|>"))
+        or (token.startswith("<unused") and token.endswith(">"))
+    )
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _unknown(kind: str) -> UserError:
+    return UserError(
+        f"a tokenizer of kind '{kind}' is not exported to GGUF here",
+        where="tokenizer.json",
+        hint="known are byte-level BPE and SentencePiece's BPE; otherwise merge the adapter (deltaw merge) "
+        "and use llama.cpp's own convert_hf_to_gguf.py",
+    )

@@ -1,0 +1,232 @@
+"""A run becomes a model's folder: base and adapter, or several adapters, merged.
+
+The weights go from the base's files to the merged ones a block of rows at a time; the adapter is all that is
+in memory whole. Only where the base's files do not hold its weights one by one (experts that transformers
+puts together while it loads) the model is loaded, and that is said. The folder appears whole or not at all,
+and not before it was verified, where that is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from deltaw.errors import UserError
+from deltaw.export.adapters import AdapterChanges, Trained, changes_of
+from deltaw.export.base import Base, base_of
+from deltaw.export.combine import Combination, Recipe, combine
+from deltaw.export.in_memory import write_from_memory
+from deltaw.export.merged import MergedModel, NotByName, assemble
+from deltaw.export.model_files import write_beside, write_weights
+from deltaw.export.output_folder import appearing, check_target
+from deltaw.export.plain import plain_adapter
+from deltaw.working import working
+
+Say = Callable[[str], None]
+
+
+class Verifier(Protocol):
+    """Compares a merged model with the unmerged one, before its folder appears."""
+
+    def __call__(self, job: Merging, folder: Path) -> object:
+        """What was found.
+
+        Raises:
+            UserError: the merged model is not what the adapter makes of its base.
+        """
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a merge is done.
+
+    Attributes:
+        model: the base model, where it is not the one that the adapter names.
+        precision: ``keep``, ``bf16``, ``fp16`` or ``fp32``.
+        shard_size: most bytes of a file; None as the base's.
+        overwrite: replace an output folder that holds files.
+        other_base: merge also into another base model than the adapter was trained on.
+        others: further adapters' folders.
+        recipe: how several are combined; None for a single one of weight 1.
+    """
+
+    model: str | None = None
+    precision: str = "keep"
+    shard_size: int | None = None
+    overwrite: bool = False
+    other_base: bool = False
+    others: tuple[Path, ...] = ()
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A merge that is prepared: the base, the adapters, and what becomes of each parameter."""
+
+    run: Path
+    base: Base
+    adapters: tuple[AdapterChanges, ...]
+    trained: tuple[Trained, ...]
+    options: MergeOptions
+    combination: Combination | None = None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What :func:`merge_run` did.
+
+    Attributes:
+        output: the folder. base: what names its base model. method: of the adapter.
+        files: of the weights. bytes: of the tensors. tensors: how many there are. changed: parameters that
+            differ from the base's.
+        untied: weights that are tied no more. dropped: tensors of the base's that are not there any more.
+        same_base: whether it is the base that the adapter was trained on; None where that is not known.
+        in_memory: why the model had to be loaded; None where it was not.
+        errors: of a combination, by parameter; error: over all.
+        verification: what the verifier found; None where there was none.
+        seconds: without verification.
+        notes: what a person should know.
+    """
+
+    output: Path
+    base: str
+    method: str
+    precision: str
+    files: list[str]
+    bytes: int
+    tensors: int
+    changed: list[str]
+    untied: list[str]
+    dropped: list[str]
+    same_base: bool | None
+    in_memory: str | None
+    seconds: float
+    notes: list[str]
+    errors: dict[str, float] = field(default_factory=dict)
+    error: float | None = None
+    verification: object = None
+
+
+def merge_run(
+    run: str | Path,
+    output: str | Path,
+    options: MergeOptions | None = None,
+    *,
+    verify: Verifier | None = None,
+    keep: bool = False,
+    say: Say = lambda line: None,
+) -> MergeResult:
+    """Merge the adapter of ``run`` into its base model, as the folder ``output``.
+
+    Args:
+        verify: compares the merged model with the unmerged one before the folder appears.
+        keep: let the folder appear also where that refuses it; the refusal is raised all the same.
+        say: told what a person should know, a line each.
+
+    Raises:
+        UserError: it cannot be merged, or was refused by ``verify``.
+    """
+    options = options or MergeOptions()
+    target = Path(output)
+    check_target(target, overwrite=options.overwrite)
+    with contextlib.ExitStack() as stack:
+        began = time.perf_counter()
+        job = stack.enter_context(prepared(Path(run), options, say))
+        try:
+            merged: MergedModel | None = assemble(
+                job.base,
+                job.adapters,
+                job.trained,
+                precision=options.precision,
+                other_base=options.other_base,
+            )
+            why = None
+        except NotByName as reason:
+            merged, why = None, str(reason)
+            say(f"{why}: the whole model is loaded for this merge")
+        needed = 0 if merged is None else sum(output.bytes for output in merged.tensors)
+        refused: UserError | None = None
+        with appearing(target, overwrite=options.overwrite, needed=needed, say=say) as folder:
+            if merged is None:
+                made = write_from_memory(job.base, job.adapters, job.trained, folder, options, say)
+                merged, files = made.model, made.files
+            else:
+                files = write_weights(merged, folder, options.shard_size)
+            for note in merged.notes:
+                say(note)
+            write_beside(merged, job.run, folder, facts_of(job, options))
+            result = _result(job, merged, target, files, time.perf_counter() - began, why)
+            if verify is not None:
+                try:
+                    result = replace(result, verification=verify(job, folder))
+                except UserError as error:
+                    if not keep:
+                        raise
+                    refused = error
+        if refused is not None:
+            raise refused
+        return result
+
+
+@contextlib.contextmanager
+def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
+    """Read base and adapters, and settle what becomes of each parameter.
+
+    Raises:
+        UserError: something cannot be merged.
+    """
+    dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
+    with contextlib.ExitStack() as stack, working("reading the adapter"):
+        base = base_of(run, options.model, dtype, say)
+        folders = [run, *options.others]
+        adapters = []
+        for folder in folders:
+            plain = stack.enter_context(plain_adapter(folder, base, say))
+            adapters.append(changes_of(plain, base.skeleton()))
+        trained: Sequence[Trained] = adapters[0].trained
+        combination = None
+        if options.recipe is not None:
+            combination = combine(adapters, options.recipe)
+            trained = combination.trained
+        elif len(adapters) > 1:
+            raise ValueError("several adapters need a recipe")
+        yield Merging(run, base, tuple(adapters), tuple(trained), options, combination)
+
+
+def facts_of(job: Merging, options: MergeOptions) -> dict[str, str]:
+    """What a merged model's card says."""
+    facts = {"adapter": str(job.run), "method": job.adapters[0].method, "precision": options.precision}
+    recipe = options.recipe
+    if recipe is not None:
+        folders = [job.run, *options.others]
+        parts = [f"{weight:g} × {folder}" for weight, folder in zip(recipe.weights, folders, strict=True)]
+        facts["combined"] = f"{recipe.method}: {' + '.join(parts)}"
+    return facts
+
+
+def _result(
+    job: Merging, merged: MergedModel, target: Path, files: list[str], seconds: float, why: str | None
+) -> MergeResult:
+    combination = job.combination
+    return MergeResult(
+        output=target,
+        base=job.base.reference,
+        method=job.adapters[0].method,
+        precision=job.options.precision,
+        files=files,
+        bytes=sum(output.bytes for output in merged.tensors),
+        tensors=len(merged.tensors),
+        changed=sorted(merged.changed),
+        untied=list(merged.untied),
+        dropped=list(merged.dropped),
+        same_base=merged.same_base,
+        in_memory=why,
+        seconds=seconds,
+        notes=list(merged.notes),
+        errors={} if combination is None else combination.errors(),
+        error=None if combination is None else combination.total_error(),
+    )

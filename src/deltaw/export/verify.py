@@ -1,0 +1,343 @@
+"""Whether a merged model answers as its base and adapter do: how far logits and choices moved, and how far
+rounding alone would move them.
+
+Merging rounds weights, which moves logits; how far depends on the model. So the bound is measured on the
+model itself: every rounded weight of the unmerged model is multiplied by 1 + u·ε, with ε drawn evenly from
+[−1, 1] and u the unit roundoff of the merged weights' type, and the logits move by what such rounding does.
+A merge that moves them :data:`MEAN_FACTOR` times as far (at any single logit :data:`MAX_FACTOR` times) is not
+explained by rounding, and refused.
+
+Models are held one after the other. Knows runs, tasks and models; not how a merge is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.data.prepare import encode_prompt
+from deltaw.errors import UserError
+from deltaw.export.apply import apply_changes
+from deltaw.export.checkpoint import read_checkpoint
+from deltaw.export.merge import Merging
+from deltaw.export.tensor_files import CODES, FLOATS
+from deltaw.host.memory import free_memory_bytes, release_free_memory
+from deltaw.hub.loading import load
+from deltaw.hub.quiet import quiet
+from deltaw.methods.parameters import names_of
+from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.training.inference import InferenceSession, open_run
+from deltaw.training.process import own_random_numbers
+from deltaw.training.tasks.eval_sets import read_run_data
+from deltaw.working import working
+
+MEAN_FACTOR, MAX_FACTOR = 4.0, 8.0
+# Rows, tokens of a row, and bytes of kept logits that are enough to tell.
+ROWS, TOKENS, KEPT_BYTES = 24, 512, 256 << 20
+UNIT_ROUNDOFF = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    # Sums over some thousand products differ by more than the roundoff of fp32 itself, 2⁻²⁴.
+    torch.float32: 2.0**-20,
+    torch.float64: 2.0**-20,
+}
+_SPARE = 1.3
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far logits moved from the unmerged model's; a shift of all logits of a position counts as none.
+
+    Attributes:
+        mean: root mean square over all logits. largest: the largest of all.
+        divergence: mean KL(unmerged ‖ moved) over positions, in nats; 0 where there is one output.
+        changed: share of positions at which another token (class) has the largest logit.
+    """
+
+    mean: float
+    largest: float
+    divergence: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :class:`Verify` found.
+
+    Attributes:
+        rows: where the rows came from, in words. count: of rows. positions: of logits' rows.
+        computed_in: the type of both models' arithmetic. stored_in: of the merged weights.
+        merged: how far merging moved the logits. rounding: how far rounding of that size does.
+        adapter: how far the adapter itself moves them; None where there are several.
+        allowed_mean, allowed_largest: what was allowed.
+    """
+
+    rows: str
+    count: int
+    positions: int
+    computed_in: str
+    stored_in: str
+    merged: Movement
+    rounding: Movement
+    adapter: Movement | None
+    allowed_mean: float
+    allowed_largest: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains all of it; a number that is not finite passes nothing."""
+        return self.merged.mean <= self.allowed_mean and self.merged.largest <= self.allowed_largest
+
+    def as_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        merged, rounding = self.merged, self.rounding
+        said = [
+            f"verified on {self.rows}: {self.count} rows, {self.positions:,} positions, computed in "
+            f"{self.computed_in}",
+            f"  merging moved logits by {merged.mean:.2g} (largest {merged.largest:.2g}), KL "
+            f"{merged.divergence:.2g} nats, and changed {merged.changed:.2%} of the choices",
+            f"  rounding to {self.stored_in} alone moves them by {rounding.mean:.2g} (largest "
+            f"{rounding.largest:.2g}); allowed {self.allowed_mean:.2g} ({self.allowed_largest:.2g})",
+        ]
+        if self.adapter is not None:
+            said.append(
+                f"  the adapter itself moves them by {self.adapter.mean:.2g}, KL "
+                f"{self.adapter.divergence:.2g} nats, and changes {self.adapter.changed:.2%} of the choices"
+            )
+            if self.passed and merged.mean > 0.3 * self.adapter.mean:
+                said.append(
+                    f"  note: rounding to {self.stored_in} moves logits by a share of the adapter's own "
+                    "effect that may matter; --precision fp32 keeps all of it"
+                )
+        return said
+
+
+class Verify:
+    """Compares a merged model with the unmerged pair, for :func:`deltaw.export.merge.merge_run`."""
+
+    def __init__(self, say: Say = lambda line: None) -> None:
+        self._say = say
+
+    def __call__(self, job: Merging, folder: Path) -> Verification:
+        """See the module; raises where the merged model is not the pair.
+
+        Raises:
+            UserError: logits moved further than rounding explains.
+        """
+        with working("verifying the merged model"), torch.no_grad(), own_random_numbers(0):
+            found = _compared(job, folder, self._say)
+        for line in found.lines():
+            self._say(line)
+        if not found.passed:
+            raise UserError(
+                f"the merged model is not what base and adapter are together: logits moved by "
+                f"{found.merged.mean:.2g} (largest {found.merged.largest:.2g}), and rounding to "
+                f"{found.stored_in} explains at most {found.allowed_mean:.2g} ({found.allowed_largest:.2g})",
+                where=str(job.run),
+                hint="look at it with --keep, merge with --precision fp32, or report the model as not merged "
+                "correctly",
+            )
+        return found
+
+
+def _compared(job: Merging, folder: Path, say: Say) -> Verification:
+    stored, narrowed = _stored_type(job, folder)
+    parameters = sum(tensor.numel for tensor in read_checkpoint(folder).tensors.values())
+    fits = parameters * 4 * _SPARE < free_memory_bytes()
+    precision = "fp32" if fits else "bf16"
+    if not fits:
+        say("verifying in bf16, since the model in fp32 does not fit into free memory")
+    opened = open_run(
+        str(job.run), model=str(job.base.folder), precision=precision, device="cpu", say=lambda line: None
+    )
+    questions, rows = _questions(opened, say)
+    single = job.combination is None
+    if single:
+        model = opened.model
+    else:
+        # Several adapters cannot be on one model: their unrounded sum is put into the loaded weights.
+        model = _bare(str(job.base.folder), opened, precision)
+        apply_changes(model, job.trained)
+    kept = list(questions.logits(model))
+    adapter = None
+    if single:
+        with opened.base():
+            adapter = _moved(kept, questions.logits(model))
+    step = max(UNIT_ROUNDOFF[stored], UNIT_ROUNDOFF[torch.bfloat16] if precision == "bf16" else 0.0)
+    everything = narrowed or precision == "bf16"
+    _perturb(model, None if everything else {n for one in job.trained for n in one.names}, step)
+    rounding = _moved(kept, questions.logits(model))
+    del model
+    # The session is needed for its task alone; whatever holds the unmerged model lets go of it.
+    opened.loaded.model, opened.method = None, None  # type: ignore[assignment]
+    release_free_memory()
+    merged = _moved(kept, questions.logits(_bare(str(folder), opened, precision)))
+    floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
+    return Verification(
+        rows,
+        len(kept),
+        sum(len(logits) for logits in kept),
+        precision,
+        CODES[stored].lower(),
+        merged,
+        rounding,
+        adapter,
+        max(MEAN_FACTOR * rounding.mean, floor),
+        max(MAX_FACTOR * rounding.largest, 10 * floor),
+    )
+
+
+def _bare(folder: str, opened: InferenceSession, precision: str) -> PreTrainedModel:
+    """The model in a folder, for the same task and with as many outputs."""
+    with quiet():
+        return load(
+            folder,
+            precision=precision,
+            device="cpu",
+            task=opened.task.name,
+            num_labels=len(opened.classes) if opened.classes is not None else None,
+            trust_remote_code=opened.config.trust_remote_code if opened.config is not None else False,
+            say=lambda line: None,
+        ).model
+
+
+def _stored_type(job: Merging, folder: Path) -> tuple[torch.dtype, bool]:
+    """The type of most merged weights, and whether the base's are wider."""
+
+    def usual(where: Path) -> torch.dtype:
+        counts: dict[torch.dtype, int] = {}
+        for tensor in read_checkpoint(where).tensors.values():
+            if tensor.code in FLOATS:
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    merged, base = usual(folder), usual(job.base.folder)
+    return merged, UNIT_ROUNDOFF[merged] > UNIT_ROUNDOFF[base]
+
+
+@torch.no_grad()
+def _perturb(model: PreTrainedModel, names: set[str] | None, step: float) -> None:
+    """Multiply weights by 1 + step·ε, ε evenly from [−1, 1]; all of them for ``names`` None."""
+    seen: set[int] = set()
+    for name, parameter in names_of(model).items():
+        wanted = names is None or name in names
+        if wanted and parameter.is_floating_point() and id(parameter) not in seen:
+            seen.add(id(parameter))
+            parameter.data.mul_(torch.rand_like(parameter).mul_(2 * step).add_(1 - step))
+
+
+def _moved(kept: Sequence[Tensor], others: Iterator[Tensor]) -> Movement:
+    """How far the second logits are from the first, (positions, outputs) each."""
+    squares = divergence = 0.0
+    numbers = positions = changed = 0
+    largest = 0.0
+    for logits, other in zip(kept, others, strict=True):
+        difference = other - logits
+        if logits.shape[-1] > 1:
+            difference = difference - difference.mean(-1, keepdim=True)
+            before, after = (nn.functional.log_softmax(one, -1) for one in (logits, other))
+            divergence += float(nn.functional.kl_div(after, before, reduction="sum", log_target=True))
+            changed += int((logits.argmax(-1) != other.argmax(-1)).sum())
+        squares += float(difference.double().square().sum())
+        largest = (
+            max(largest, float(difference.abs().max()))
+            if bool(torch.isfinite(difference).all())
+            else (float("inf"))
+        )
+        numbers += difference.numel()
+        positions += len(logits)
+    return Movement(
+        (squares / numbers) ** 0.5, largest, max(divergence, 0.0) / positions, changed / positions
+    )
+
+
+class _Questions:
+    """Rows, and how their logits are had from a model."""
+
+    def __init__(self, opened: InferenceSession, rows: Sequence[Any], *, labelled: bool) -> None:
+        self._opened = opened
+        self._rows = rows
+        self._labelled = labelled
+
+    def logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
+        """(positions, outputs) in fp32 of each row."""
+        if self._labelled:
+            yield from self._of_labels(model)
+            return
+        left = KEPT_BYTES
+        for tokens in self._rows:
+            if left <= 0:
+                return
+            ids = torch.as_tensor(tokens).long()[None, :TOKENS]
+            logits = model(input_ids=ids).logits[0].float()
+            logits = logits.view(1, -1) if logits.dim() == 1 else logits
+            most = max(1, left // (4 * logits.shape[-1]))
+            logits = logits[-most:].clone()  # the answer is at a row's end
+            left -= logits.numel() * 4
+            yield logits
+
+    def _of_labels(self, model: PreTrainedModel) -> Iterator[Tensor]:
+        task = self._opened.task
+        batcher, _ = task.batcher(
+            model,
+            self._rows,
+            device="cpu",
+            tokens_per_pass="auto",
+            share="auto",
+            method_shares=True,
+            virtual_tokens=0,
+        )
+        with task.running(model, batcher):
+            objective = task.objective(model)
+            for batch in batcher.batches(self._rows):
+                found = objective.predictions(batch).float()  # type: ignore[attr-defined]
+                yield found[:, None] if found.dim() == 1 else found
+
+
+def _questions(opened: InferenceSession, say: Say) -> tuple[_Questions, str]:
+    """The run's held-out rows, its training rows where it held none out, else general prompts."""
+    rows: Sequence[Any] = ()
+    where = ""
+    why = "the adapter comes without the settings of its data"
+    if opened.config is not None:
+        try:
+            data = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed)
+            rows, where = (
+                (data.held_out, "held-out rows of the run")
+                if len(data.held_out)
+                else (data.train, "training rows of the run")
+            )
+        except UserError as error:
+            why = f"the run's data cannot be read ({error.what})"
+    if len(rows):
+        chosen = [rows[index] for index in range(0, len(rows), max(1, len(rows) // ROWS))][:ROWS]
+        if opened.task.has_labels:
+            return _Questions(opened, chosen, labelled=True), where
+        return _Questions(opened, [row.tokens for row in _single(chosen)], labelled=False), where
+    if opened.task.tokenizer is None:
+        raise UserError(
+            f"{why}, and there are no images to verify the merged model on",
+            where=opened.loaded.reference,
+            hint="use --no-verify",
+        )
+    say(f"{why}: verifying on general prompts")
+    tokenizer, settings = opened.task.tokenizer, opened.data
+    prompts = [encode_prompt(prompt, settings or "auto", tokenizer) for prompt in MEASURED[:ROWS]]
+    return _Questions(opened, [p for p in prompts if len(p)], labelled=False), "general prompts"
+
+
+def _single(rows: Sequence[Any]) -> Iterator[Any]:
+    """Rows, and those of groups."""
+    for row in rows:
+        yield from getattr(row, "rows", (row,))

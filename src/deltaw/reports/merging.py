@@ -1,0 +1,70 @@
+"""What a merge did, for a person and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from deltaw.reports.inspect import without_nan
+
+if TYPE_CHECKING:
+    from deltaw.export.as_adapter import AdapterResult
+    from deltaw.export.merge import MergeResult
+
+_WORST = 5
+
+
+@runtime_checkable
+class _AsDict(Protocol):
+    def as_dict(self) -> dict[str, object]: ...
+
+
+def merge_lines(result: MergeResult) -> list[str]:
+    """The lines of a merged model."""
+    lines = []
+    if result.error is not None:
+        lines += _error_lines(result.errors, result.error)
+    if result.dropped:
+        lines.append(
+            f"left out {len(result.dropped)} tensors of the base's files that this model does not use, such "
+            f"as '{result.dropped[0]}'"
+        )
+    rate = result.bytes / 1e9 / max(result.seconds, 1e-9)
+    files = "1 file" if len(result.files) == 1 else f"{len(result.files)} files"
+    lines.append(
+        f"merged {len(result.changed)} of {result.tensors} tensors into {result.output}: "
+        f"{result.bytes / 1e9:.2f} GB in {files}, {result.seconds:.1f} s ({rate:.2f} GB/s)"
+    )
+    return lines
+
+
+def adapter_lines(result: AdapterResult) -> list[str]:
+    """The lines of a written adapter."""
+    return [
+        *_error_lines(result.errors, result.error),
+        f"wrote an adapter of rank {result.rank} into {result.output}: {result.parameters:,} parameters, "
+        f"{result.bytes / 1e6:.2f} MB",
+    ]
+
+
+def as_dict(result: MergeResult | AdapterResult) -> dict[str, object]:
+    """Plain values for JSON; a number that is not finite becomes None."""
+    values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _error_lines(errors: dict[str, float], total: float) -> list[str]:
+    lines = [f"relative error of ΔW: {total:.3g} over all layers"]
+    worst = sorted(errors.items(), key=lambda entry: -entry[1])[:_WORST]
+    if worst and worst[0][1] > 0:
+        lines.append("  largest: " + ", ".join(f"{name} {error:.3g}" for name, error in worst))
+    return lines
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, _AsDict):
+        return _plain(value.as_dict())
+    if isinstance(value, Path):
+        return str(value)
+    return without_nan(value)

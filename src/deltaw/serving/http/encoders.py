@@ -1,0 +1,218 @@
+"""`/v1/embeddings` as in the OpenAI API, and `/v1/classify` as in vLLM, over models that read rows of tokens.
+
+Knows fields, counts and forms of numbers; not models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Field
+from torch import Tensor
+
+from deltaw.errors import UserError
+from deltaw.serving.encoders import Classifier, Embedder, Encoders
+from deltaw.serving.http.body import described, read_json
+from deltaw.serving.http.documented import answer, refusals
+from deltaw.serving.http.errors import ApiError, json_response, refused
+from deltaw.serving.http.fields import Fields, ModelName
+from deltaw.serving.http.record import Record, record_of
+from deltaw.serving.http.served import Prompts, Served
+from deltaw.serving.http.settings import Limits
+
+# As in the OpenAI API: texts of one request.
+MOST_INPUTS = 2048
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Input = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+)
+_REFUSED = refusals(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+
+
+class EmbeddingRequest(Fields):
+    """The body of ``/v1/embeddings``."""
+
+    model: ModelName
+    input: Input
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, le=1 << 20)
+    user: str | None = Field(None, max_length=512)
+
+
+class ClassifyRequest(Fields):
+    """The body of ``/v1/classify``."""
+
+    model: ModelName
+    input: Input
+    user: str | None = Field(None, max_length=512)
+
+
+def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limits) -> Served:
+    """What an application serves of row models: those that embed and those that classify.
+
+    Args:
+        name: of the base model in requests; adapters are the other names.
+    """
+    others = tuple(other for other in encoders.models if other != name)
+    first = name if name in encoders.models else next(iter(encoders.models))
+    if isinstance(encoders.models[first], Embedder):
+        router = embeddings_router(encoders, limits)
+    else:
+        router = classify_router(encoders, limits)
+    return Served(
+        first,
+        None,
+        _no_prompts,
+        reference=reference,
+        routers=(router,),
+        others=tuple(other for other in others if other != first),
+    )
+
+
+def embeddings_router(encoders: Encoders, limits: Limits) -> APIRouter:
+    """``POST /v1/embeddings``."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/embeddings",
+        summary="Vectors of texts",
+        openapi_extra=described(EmbeddingRequest),
+        responses=answer("The vectors") | _REFUSED,
+    )
+    async def embeddings(request: Request) -> Response:
+        asked = await read_json(request, EmbeddingRequest, limits)
+        record = record_of(request.scope)
+        model = _named(encoders, asked.model)
+        assert isinstance(model, Embedder)
+        width = _width(model, asked.dimensions)
+        vectors = await _computed(encoders, asked.model, asked.input, record, limits)
+        if width < model.width:
+            # The beginning of a vector of length 1 is shorter.
+            vectors = torch.nn.functional.normalize(vectors[:, :width], dim=-1)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _form(vector, asked.encoding_format)}
+            for index, vector in enumerate(vectors.numpy())
+        ]
+        told = {"object": "list", "data": data, "model": asked.model, "usage": _usage(record)}
+        return await asyncio.get_running_loop().run_in_executor(None, json_response, told)
+
+    return router
+
+
+def classify_router(encoders: Encoders, limits: Limits) -> APIRouter:
+    """``POST /v1/classify``."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/classify",
+        summary="Classes of texts",
+        openapi_extra=described(ClassifyRequest),
+        responses=answer("The classes") | _REFUSED,
+    )
+    async def classify(request: Request) -> Response:
+        asked = await read_json(request, ClassifyRequest, limits)
+        record = record_of(request.scope)
+        model = _named(encoders, asked.model)
+        assert isinstance(model, Classifier)
+        found = await _computed(encoders, asked.model, asked.input, record, limits)
+        data = [
+            {
+                "index": index,
+                "label": model.classes[int(probabilities.argmax())],
+                "probs": probabilities.tolist(),
+                "num_classes": len(model.classes),
+            }
+            for index, probabilities in enumerate(found)
+        ]
+        return json_response(
+            {
+                "id": f"classify-{record.id}",
+                "object": "list",
+                "created": int(time.time()),
+                "model": asked.model,
+                "data": data,
+                "usage": {**_usage(record), "completion_tokens": 0},
+            }
+        )
+
+    return router
+
+
+async def _computed(
+    encoders: Encoders,
+    name: str,
+    given: str | list[str] | list[int] | list[list[int]],
+    record: Record,
+    limits: Limits,
+) -> Tensor:
+    """The outputs of all texts of a request, (texts, width)."""
+    record.model = name
+    loop = asyncio.get_running_loop()
+    rows = await loop.run_in_executor(None, _rows, encoders, name, given)
+    record.prompt_tokens = sum(len(row) for row in rows)
+    if record.prompt_tokens > limits.prompt:
+        raise ApiError(
+            400, f"the texts have {record.prompt_tokens:,} tokens, more than {limits.prompt:,}", param="input"
+        )
+    try:
+        future = encoders.submit(name, rows)
+    except UserError as error:
+        raise refused(error, param="input") from error
+    if future is None:
+        raise ApiError(429, "too many texts are waiting", code="queue_full", retry_after=1)
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), limits.seconds)
+    except asyncio.TimeoutError:
+        raise ApiError(504, f"not done within {limits.seconds:g} s", code="timeout") from None
+
+
+def _rows(
+    encoders: Encoders, name: str, given: str | list[str] | list[int] | list[list[int]]
+) -> list[np.ndarray]:
+    model = encoders.model(name)
+    listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    return [model.tokens(one) if isinstance(one, str) else np.asarray(one, dtype=np.int32) for one in listed]
+
+
+def _named(encoders: Encoders, name: str) -> object:
+    if name not in encoders.models:
+        raise ApiError(404, f"there is no model '{name[:128]}'", param="model", code="model_not_found")
+    return encoders.models[name]
+
+
+def _width(model: Embedder, asked: int | None) -> int:
+    if asked is None or asked == model.width:
+        return model.width
+    if asked in model.nested:
+        return asked
+    possible = ", ".join(str(width) for width in sorted({*model.nested, model.width}))
+    raise ApiError(
+        400, f"the model's vectors have {possible} dimensions", param="dimensions", code="invalid_value"
+    )
+
+
+def _form(vector: np.ndarray, form: str) -> list[float] | str:
+    if form == "base64":
+        return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
+    values: Sequence[float] = vector.tolist()
+    return list(values)
+
+
+def _usage(record: Record) -> dict[str, int]:
+    return {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
+
+
+def _no_prompts(adapter: str | None) -> Prompts:
+    raise UserError("this model writes no text")

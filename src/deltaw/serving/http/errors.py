@@ -1,0 +1,128 @@
+"""Refusals as the OpenAI API words them: ``{"error": {"message", "type", "param", "code"}}`` with a status.
+
+Knows statuses and their words; not what was asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from deltaw.errors import UserError, nearest
+from deltaw.serving.request import UnknownAdapterError
+
+# Types of errors as clients know them; other 4xx are "invalid_request_error", other 5xx "server_error".
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# A client went away before its answer: in logs and metrics only, since nobody reads it.
+GONE = 499
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+
+
+class ApiError(Exception):
+    """A request that gets no answer.
+
+    Args:
+        status: of HTTP. message: what is wrong, and what helps.
+        param: the field that it concerns, as ``messages.0.content``. code: a word for programs.
+        retry_after: seconds after which asking again may help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers: dict[str, str] = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The error object."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refused(error: UserError, *, param: str | None = None, status: int = 400) -> ApiError:
+    """A user's mistake that code below HTTP found."""
+    if isinstance(error, UnknownAdapterError):
+        # It was there when the request came, and has been removed.
+        return ApiError(404, _sentence(error), param="model", code="model_not_found")
+    return ApiError(status, _sentence(error), param=param, code="invalid_value" if status == 400 else None)
+
+
+def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError:
+    """The first mistake that the check of a request's fields found."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    # Members of unions add names of types to the place; fields have plain names.
+    parts = [str(part) for part in first["loc"] if str(part).isdecimal() or str(part).isidentifier()]
+    param = ".".join(parts) or first.get("ctx", {}).get("param")
+    kind, message = first["type"], str(first["msg"])
+    if kind == "extra_forbidden":
+        name = str(first["loc"][-1])[:80]
+        near = nearest(name, known, 1)
+        message = f"unknown field '{name}'" + (f": did you mean '{near[0]}'?" if near else "")
+    elif kind == "missing":
+        message = f"the field '{param}' is missing"
+    elif param and param not in message:
+        message = f"'{param}': {message[:500]}"
+    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    return ApiError(400, message, param=param[:200] if param else None, code=code)
+
+
+def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A response with a JSON body, which must hold no NaN."""
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(text.encode(), status, dict(headers or {}), "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """The response that says what is wrong."""
+    return json_response(error.body, error.status, error.headers)
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
+    """FastAPI's way to answer an ApiError."""
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def on_user_error(request: Request, error: Exception) -> Response:
+    """A user's mistake from below, wherever it arises in a route."""
+    assert isinstance(error, UserError)
+    return error_response(refused(error))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Paths and methods that there are not."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    told = {
+        404: f"there is no {path}; the routes are listed in /openapi.json",
+        405: f"{request.method} is not possible on {path}",
+    }
+    known = ApiError(error.status_code, told.get(error.status_code, str(error.detail)))
+    known.headers.update(error.headers or {})
+    return error_response(known)
+
+
+def _sentence(error: UserError) -> str:
+    parts = [error.what]
+    if error.where:
+        parts.append(f"({error.where})")
+    text = " ".join(parts)
+    return f"{text}: {error.hint}" if error.hint else text

@@ -1,0 +1,65 @@
+"""The chat page as one document, and the policy under which a browser runs it.
+
+The parts lie beside this module: a page, its style and its scripts. The policy names the style and the script
+by their hashes and lets the page talk to its own server alone. Knows nothing of models or engines.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+
+# In this order: each uses what those before it define.
+SCRIPTS = ("stream.js", "difference.js", "tokens.js", "answers.js", "chat.js")
+# What only a header can say; browsers pass over it in a document.
+FRAMES = "frame-ancestors 'none'"
+
+
+@dataclass(frozen=True)
+class Document:
+    """The page as it is sent.
+
+    Attributes:
+        content: HTML in UTF-8. policy: the value of the header Content-Security-Policy.
+        tag: an entity tag; another one for every other content.
+    """
+
+    content: bytes
+    policy: str
+    tag: str
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a policy names an inline style or script (Content Security Policy Level 3, section 2.3.1)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def chat_page() -> Document:
+    """The page, put together once."""
+    style = _read("style.css")
+    script = "".join(['"use strict";\n(() => {\n', *(_read(name) for name in SCRIPTS), "})();\n"])
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"style-src {_hash(style)}",
+            f"script-src {_hash(script)}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "require-trusted-types-for 'script'",
+        )
+    )
+    page = _read("page.html")
+    for name, text in (("policy", policy), ("style", style), ("script", script)):
+        page = page.replace("{{ " + name + " }}", text, 1)
+    content = page.encode()
+    return Document(content, f"{policy}; {FRAMES}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')

@@ -1,0 +1,201 @@
+"""`deltaw serve` as a process: it says where it listens, answers, and ends in good order."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deltaw.cli import main
+from tests.byte_models import byte_tokenizer, tiny_llama
+
+httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
+pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
+
+KEY = "a-key-of-the-tests"
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "base"
+    tiny_llama(max_position_embeddings=4096).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Process:
+    """A server of its own process; its lines are read as they come."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "deltaw", "serve", *arguments]
+        environment = {**os.environ, "DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.errors: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
+            threading.Thread(target=self._read, args=(self.process.stderr, self.errors.append), daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @staticmethod
+    def _read(stream: Iterator[str], told: object) -> None:
+        for line in stream:
+            told(line.rstrip("\n"))  # type: ignore[operator]
+
+    def ended(self) -> int:
+        """The status that it ends with; all of its lines are read then."""
+        status = self.process.wait(SECONDS)
+        for thread in self._threads:
+            thread.join(SECONDS)
+        return status
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.mark.parametrize(
+    ("sig", "status"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> None:
+    server = Process(
+        str(base), "--port", "0", "--name", "tiny", "--precision", "fp32", "--cache-memory", "64MB"
+    )
+    try:
+        line = server.lines.get(timeout=SECONDS)
+        assert line.startswith("serving tiny at http://127.0.0.1:"), line
+        url = line.split()[-1]
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=url, timeout=SECONDS) as client:
+            assert client.get("/ready").status_code == 200
+            assert client.get("/v1/models").status_code == 401
+            names = [model["id"] for model in client.get("/v1/models", headers=headers).json()["data"]]
+            assert names == ["tiny"]
+            stream = asked | {"stream": True, "max_tokens": 300}
+            with client.stream("POST", "/v1/chat/completions", json=stream, headers=headers) as response:
+                parts = response.iter_text()
+                next(parts)
+                # The text in hand is written to its end.
+                threading.Timer(0.0, server.process.send_signal, (sig,)).start()
+                rest = "".join(parts)
+        assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
+        assert server.ended() == status
+        log = "\n".join(server.errors)
+        assert '"status": 401' in log and '"finish": ["length"]' in log and KEY not in log
+        assert "Traceback" not in log
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--host", "0.0.0.0"], "there is no API key"),
+        (["--host", "0.0.0.0", "--api-key", "short"], "8 or more"),
+        (["--host", "999.1.1.1", "--without-key"], "there is no address"),
+        (["--host", "192.0.2.1", "--without-key"], "cannot be listened on"),
+        (["--port", "70000"], "70000"),
+        (["--adapter", "poet"], "name=folder"),
+        (["--adapter", "a/b=/tmp"], "no name for an adapter"),
+        (["--adapter", "a=/nowhere"], "no such folder"),
+        (["--adapter", "a=/tmp", "--adapter", "a=/tmp"], "two adapters"),
+        (["--adapters-from", "/nowhere"], "/nowhere"),
+        (["--api-key-file", "/nowhere"], "/nowhere"),
+        (["--queue", "0"], "--queue"),
+        (["--max-body", "ten"], "--max-body"),
+        (["--request-seconds", "0"], "--request-seconds"),
+        (["--cache-memory", "much"], "no size"),
+        (["--certificate", __file__], "TLS"),
+        (["--log", "xml"], "--log"),
+        (["--unknown"], "--unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_meant(
+    arguments: list[str],
+    told: str,
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DELTAW_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(base), *arguments])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+
+
+def test_a_taken_port_is_said_before_the_model_is_read(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])])
+    assert ended.value.code == 2 and "cannot be listened on" in capsys.readouterr().err
+
+
+def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaw.serving.http.settings import read_keys
+
+    monkeypatch.setenv("DELTAW_API_KEY", "from-the-environment")
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nfirst-key-1\n\n second-key-2 \n")
+    assert read_keys(["given-key-0"], file) == (
+        "given-key-0",
+        "first-key-1",
+        "second-key-2",
+        "from-the-environment",
+    )
+
+
+def test_every_option_is_in_the_docs() -> None:
+    from deltaw.cli.serve import command
+
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+    assert len(options) > 25
+    missing = [option for option in options if f"`{option}" not in page]
+    assert not missing, missing
+
+
+def test_the_dockerfile_runs_the_verb_as_an_ordinary_user() -> None:
+    """Docker is not needed to see that files and options that the image names are there."""
+    import json
+    import re
+
+    from deltaw.cli.serve import command
+
+    root = Path(__file__).parents[2]
+    text = (root / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    steps = re.findall(r"^([A-Z]+) +(.+)$", text, re.MULTILINE)
+    last = [name for name, _ in steps].index("FROM", 1)
+    copied = [word for name, rest in steps[:last] if name == "COPY" for word in rest.split()[:-1]]
+    assert copied and all((root / name).exists() for name in copied)
+    allowed = (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert all(f"!{name}" in allowed for name in copied)
+    final = dict(steps[last:])
+    assert final["USER"].isdecimal() and int(final["USER"]) > 0
+    assert "/health" in final["HEALTHCHECK"] and final["STOPSIGNAL"] == "SIGTERM"
+    verb = json.loads(final["ENTRYPOINT"])
+    known = {name for parameter in command.params for name in parameter.opts}
+    assert verb[:2] == ["deltaw", "serve"] and set(verb[2::2]) <= known

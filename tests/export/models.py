@@ -1,0 +1,224 @@
+"""Tiny models with tokenizers learned here, adapters that matter, and greedy answers to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from deltaw.lora import LoRAConfig, attach, save_adapter
+from deltaw.lora.count import adapter_parameters
+from tests.export.llama_cpp import SPECIAL
+
+VOCABULARY = 400
+CHAT_ML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "It's 5 o'clock and we'll see 1234 items at 99.50 euros.\n\n  Indented text with tabs\tand lines\n",
+    "The quick brown fox jumps over the lazy dog, doesn't it? I've told you, he'd say: NO!",
+    "def add(first, second):\n    return first + second  # the sum\n",
+    "naïve café Straße Привет мир 日本語テキスト 한국어 हिन्दी 🙂",
+] * 4
+# Qwen 2's and Llama 3's splitting, as their tokenizer.json files have it.
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITTINGS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "qwen2": lambda: _split_by(_QWEN),
+    "llama-bpe": lambda: _split_by(_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
+}
+
+
+def _split_by(expression: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(expression), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+
+
+def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned from :data:`TEXT`, with a template of its own."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = SPLITTINGS[splitting]()
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[0], additional_special_tokens=special[1:]
+    )
+    tokenizer.chat_template = CHAT_ML
+    return tokenizer
+
+
+def sentence_bpe(*, prefix: bool, size: int = 700) -> PreTrainedTokenizerFast:
+    """BPE with bytes for what it does not know, like SentencePiece's; Llama's puts a space first."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    # As SentencePiece learns: words with the space before them. Afterwards nothing is split beforehand.
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*special, *bytes_], show_progress=False)
+    backend.train_from_iterator([text.replace("🙂", "") for text in TEXT], trainer)
+    described = backend.to_str()
+    backend = Tokenizer.from_str(described)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([])
+    import json
+
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
+    content["pre_tokenizer"] = None
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 2)]
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_WINDOWS = ["sliding_attention"] * 5 + ["full_attention"]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 8,
+            "num_hidden_layers": 6,
+            "layer_types": _WINDOWS,
+        },
+    ),
+    "phi3": ("Phi3", {}),
+    "gpt2": (
+        "GPT2",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0},
+    ),
+}
+
+
+def random_model(family: str, size: int, seed: int = 0) -> PreTrainedModel:
+    """A model whose every part matters: no weight is zero, and no norm is one."""
+    name, changes = FAMILIES[family]
+    shape = {} if family == "gpt2" else _SHAPE
+    config = getattr(transformers, f"{name}Config")(vocab_size=size, **{**shape, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                # An embedding that is also the head must not drown what the blocks add.
+                tied = 0.06 if config.tie_word_embeddings else 0.5
+                parameter.normal_(0, tied if "embed" in name or "wte" in name else 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def saved_run(
+    folder: Path, family: str, tokenizer: PreTrainedTokenizerFast | None = None, **settings: object
+) -> tuple[PreTrainedModel, Path]:
+    """A base model's folder and an adapter's; returns the adapted model and the adapter's folder."""
+    tokenizer = byte_bpe("qwen2") if tokenizer is None else tokenizer
+    model = random_model(family, len(tokenizer))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    attach(model, LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings}), seed=0)
+    draw(model)
+    save_adapter(model, folder / "run", base_model=str(folder / "base"))
+    return model, folder / "run"
+
+
+def draw(model: nn.Module, scale: float = 0.15) -> None:
+    """Give A and B numbers that change every answer."""
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in adapter_parameters(model):
+        parameter.data.normal_(0, scale, generator=generator)
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The likeliest continuation of each prompt, all as long, by the model's own forward over whole texts.
+
+    Special tokens are left out: llama.cpp is told the same, since some of them would end its text.
+    """
+    ids = torch.tensor(prompts)
+    for _ in range(tokens):
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        logits[:, :SPECIAL] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    answers: list[list[int]] = ids[:, len(prompts[0]) :].tolist()
+    return answers
+
+
+def random_prompts(size: int, count: int = 20, length: int = 12) -> list[list[int]]:
+    """Ids that are no special tokens."""
+    generator = torch.Generator().manual_seed(1)
+    prompts: list[list[int]] = torch.randint(SPECIAL, size, (count, length), generator=generator).tolist()
+    return prompts

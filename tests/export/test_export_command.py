@@ -1,0 +1,84 @@
+"""`deltaw export` as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deltaw.cli import main
+from tests.export import models
+
+
+def typed(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.saved_run(tmp_path_factory.mktemp("exported"), "qwen3")[1]
+
+
+def test_a_folder_gets_the_file_and_a_modelfile(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "gguf" and found["kind"] == "q8_0" and found["architecture"] == "qwen3"
+    assert found["files"] == [str(out / "run-q8_0.gguf"), str(out / "Modelfile")]
+    assert (out / "run-q8_0.gguf").stat().st_size == found["size"]
+    assert (out / "Modelfile").read_text().startswith("FROM ./run-q8_0.gguf\n")
+    assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out) == 2
+    assert "already" in capsys.readouterr().err
+    assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out, "--overwrite") == 0
+
+
+def test_an_adapter_to_a_file_names_its_base(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.gguf"
+    assert typed("export", run, "--format", "gguf-adapter", "--output", file) == 0
+    assert "alpha 8" in capsys.readouterr().out
+    text = (tmp_path / "a.Modelfile").read_text()
+    assert text.startswith(f"FROM {run.parent / 'base'}\nADAPTER ./a.gguf\n")
+
+
+@pytest.mark.parametrize("name", ["peft", "vllm", "mlx"])
+def test_folders_of_the_other_formats(
+    run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed("export", run, "--format", name, "--output", tmp_path / "out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(Path(file).is_file() for file in found["files"]) and found["rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--format", "onnx"), "optimum-cli"),
+        (("--format", "gguf", "--type", "q3_k"), "q3_k"),
+        (("--format", "gguf-adapter", "--type", "q8_0"), "q8_0"),
+        (("--format", "peft", "--type", "f16"), "--type is for GGUF"),
+    ],
+)
+def test_what_is_not_exported_is_refused(
+    run: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert typed("export", run, *arguments, "--output", tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_an_adapter_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed("export", tmp_path, "--format", "gguf", "--output", tmp_path / "out") == 2
+    assert "adapter" in capsys.readouterr().err

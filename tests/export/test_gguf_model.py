@@ -1,0 +1,168 @@
+"""A merged model as a GGUF file: types of tensors, metadata, the tokenizer, and a base that is GGUF itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from deltaw.errors import UserError
+from deltaw.export import gguf_file
+from deltaw.export.gguf_hyperparameters import llama3_divisors
+from deltaw.export.gguf_model import export_gguf
+from deltaw.export.gguf_splitting import splitting_of
+from deltaw.export.gguf_tokenizer import vocabulary_of
+from deltaw.export.gguf_types import KINDS, pack, packed_shape, require_kind
+from deltaw.lora import LoRAConfig, attach, save_adapter
+from tests.export import models
+from tests.hub.test_gguf import write_gguf
+
+Q = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
+def test_merged_tensors_in_each_type(tmp_path: Path, kind: str) -> None:
+    model, run = models.saved_run(tmp_path, "llama")
+    written = export_gguf(run, tmp_path / "m.gguf", kind=kind)
+    reader = GGUFReader(tmp_path / "m.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert written.tensors == len(tensors) == 21
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    merged = layer.weight + layer.scaling * (layer.lora_A @ layer.lora_B).t()
+    stored = tensors["blk.0.ffn_down.weight"]
+    assert stored.tensor_type == KINDS[kind][0]
+    expected = pack(merged.detach().numpy(), KINDS[kind][0])
+    assert np.array_equal(np.array(stored.data).view(np.uint8), expected.view(np.uint8))
+    assert tensors["blk.0.attn_norm.weight"].tensor_type == Q.F32
+    outer = Q.Q8_0 if kind in ("q4_0", "q4_1") else KINDS[kind][0]
+    assert tensors["output.weight"].tensor_type == outer
+    assert reader.get_field("general.file_type").contents() == int(KINDS[kind][2])
+
+
+def test_metadata_is_that_of_the_model_and_its_tokenizer(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path, "qwen3")
+    export_gguf(run, tmp_path / "m.gguf")
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert fields["qwen3.block_count"] == 2 and fields["qwen3.attention.key_length"] == 32
+    assert fields["qwen3.attention.head_count_kv"] == 2 and fields["qwen3.rope.freq_base"] == 10000.0
+    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "qwen2"
+    assert len(fields["tokenizer.ggml.tokens"]) == models.VOCABULARY
+    assert fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 3]
+    assert fields["tokenizer.ggml.eos_token_id"] == 0 and fields["tokenizer.ggml.eot_token_id"] == 2
+    assert fields["tokenizer.chat_template"] == models.CHAT_ML
+    assert not fields["tokenizer.ggml.add_bos_token"]
+
+
+@pytest.mark.parametrize("name", sorted(models.SPLITTINGS))
+def test_splitting_is_recognized_by_what_it_does(name: str) -> None:
+    assert splitting_of(models.byte_bpe(name).backend_tokenizer) == name
+
+
+def test_unknown_splitting_and_unknown_tokenizers_are_refused() -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer = models.byte_bpe("gpt-2")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="no known name"):
+        vocabulary_of(tokenizer, models.VOCABULARY)
+    with pytest.raises(UserError, match="more tokens"):
+        vocabulary_of(models.byte_bpe("gpt-2"), 100)
+
+
+def test_scores_of_sentencepiece_follow_the_merges() -> None:
+    tokenizer = models.sentence_bpe(prefix=True)
+    found = vocabulary_of(tokenizer, len(tokenizer) + 2)
+    assert found.model == "llama" and found.space_prefix and found.scores is not None
+    assert found.tokens[-1] == f"[PAD{len(tokenizer) + 1}]" and found.types[-1] == 5
+    assert found.types[4:260] == [6] * 256  # bytes
+    ids = {token: number for number, token in enumerate(found.tokens)}
+    merged = [found.scores[ids[token]] for token in ("▁t", "▁th", "▁the") if token in ids]
+    assert len(merged) >= 2 and merged == sorted(merged, reverse=True)
+
+
+def test_llama3_divisors_are_those_of_transformers() -> None:
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=2, max_position_embeddings=1024, rope_parameters=models.LLAMA3_ROPE
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(
+        plain / llama3_divisors(models.LLAMA3_ROPE, 64), scaled.numpy(), rtol=1e-5
+    )
+
+
+def test_a_gguf_base_keeps_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokenizer names a splitting, which is copied; tensors are de-quantized, merged and packed anew."""
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    from deltaw.hub.loading import load
+
+    base = tmp_path / "tiny.gguf"
+    values = write_gguf(base)
+    loaded = load(str(base), precision="fp32", say=lambda line: None)
+    attach(loaded.model, LoRAConfig(rank=2, alpha=4), seed=0)
+    models.draw(loaded.model)
+    save_adapter(loaded.model, tmp_path / "run", base_model=str(base))
+    export_gguf(tmp_path / "run", tmp_path / "m.gguf", kind="f32")
+    reader = GGUFReader(tmp_path / "m.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.pre"] == "smollm" and fields["llama.context_length"] == 64
+    assert fields["general.file_type"] == 0
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    assert set(tensors) == {f"{name}.weight" for name in values}
+    layer = loaded.model.get_submodule("model.layers.0.mlp.up_proj")
+    delta = (layer.scaling * (layer.lora_A @ layer.lora_B).t()).detach().numpy()
+    np.testing.assert_allclose(
+        tensors["blk.0.ffn_up.weight"], values["blk.0.ffn_up"] + delta, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_changed_head_is_untied_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    model, run = models.saved_run(tmp_path / "q", "qwen2", target_modules=["lm_head"])
+    export_gguf(run, tmp_path / "m.gguf", kind="f32")
+    tensors = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    head = model.get_output_embeddings()
+    merged = (head.weight + head.scaling * (head.lora_A @ head.lora_B).t()).detach().numpy()
+    np.testing.assert_allclose(tensors["output.weight"], merged, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(tensors["token_embd.weight"], merged)
+    _, run = models.saved_run(tmp_path / "g", "gemma", target_modules=["lm_head"])
+    with pytest.raises(UserError, match="no tensor"):
+        export_gguf(run, tmp_path / "g.gguf", kind="f32")
+    assert not (tmp_path / "g.gguf").exists()
+
+
+def test_an_interrupted_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = models.saved_run(tmp_path, "llama")
+    packed = []
+
+    def interrupted(numbers: np.ndarray, kind: Q) -> np.ndarray:
+        packed.append(kind)
+        if len(packed) == 5:
+            raise KeyboardInterrupt
+        return pack(numbers, kind)
+
+    monkeypatch.setattr(gguf_file, "pack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(run, tmp_path / "out" / "m.gguf")
+    assert len(packed) == 5 and list((tmp_path / "out").iterdir()) == []
+
+
+def test_k_quants_are_packed_by_ggml() -> None:
+    pytest.importorskip("xllamacpp", reason="ggml's own quantization is in the package xllamacpp")
+    numbers = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+    for name, error in (("q4_k", 0.25), ("q5_k", 0.12), ("q6_k", 0.08)):
+        require_kind(name)
+        kind = KINDS[name][0]
+        packed = pack(numbers, kind)
+        assert packed.shape == packed_shape(numbers.shape, kind)
+        assert np.abs(gguf.quants.dequantize(packed, kind) - numbers).max() < error
+
+
+def test_types_that_do_not_exist_are_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="q4_2"):
+        require_kind("q4_2")

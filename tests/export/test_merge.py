@@ -1,0 +1,299 @@
+"""A merged folder is the model that base and adapter are together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deltaw.errors import UserError
+from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.merged import merged_tensors
+from deltaw.methods.choose import method_of_folder
+from deltaw.methods.registry import entry_of
+from tests.export.merge_cases import (
+    TOKENS,
+    adapter_folder,
+    base_folder,
+    loaded,
+    logits,
+    moved,
+    off,
+    pair,
+    text_base,
+)
+from tests.tiny_models import CAUSAL
+
+FORMS: dict[str, tuple[str, dict[str, object]]] = {
+    "dora": ("llama", {"dora": True}),
+    "dora on Conv1D": ("gpt2", {"dora": True}),
+    "patterns, rslora": (
+        "llama",
+        {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+    ),
+    "embedding, tied": ("gpt2", {"target_modules": ["wte"]}),
+    "dora on a tied embedding": ("gpt2", {"target_modules": ["wte"], "dora": True}),
+    "scaled embedding": ("gemma3", {"target_modules": ["embed_tokens"]}),
+    "tied head": ("gpt2", {"target_modules": ["c_attn", "lm_head"]}),
+    "token rows": ("gemma3", {"trainable_token_indices": [3, 4]}),
+    "extra module, tied": ("gemma3", {"train_modules": ["lm_head"]}),
+    "extra module": ("llama", {"train_modules": ["embed_tokens"]}),
+    "biases": ("gpt2", {"bias": "all"}),
+    "bias on B": ("gpt2", {"lora_bias": True}),
+    "bias on B, where the base has none": ("llama", {"lora_bias": True}),
+    "fused experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    "pissa": ("llama", {"init": "pissa"}),
+}
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_merged_logits_equal_the_unmerged_ones(family: str, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", family)
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    merge_run(adapter, tmp_path / "out")
+    theirs = logits(pair(base, adapter))
+    assert off(logits(loaded(base)), theirs) > 1e-3, "the adapter must do something"
+    assert off(logits(loaded(tmp_path / "out")), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_lora_merges(form: str, tmp_path: Path) -> None:
+    family, settings = FORMS[form]
+    base = base_folder(tmp_path / "base", family)
+    adapter = adapter_folder(base, tmp_path / "adapter", **settings)
+    merge_run(adapter, tmp_path / "out")
+    theirs = logits(pair(base, adapter))
+    assert off(logits(loaded(base)), theirs) > 1e-4
+    assert off(logits(loaded(tmp_path / "out")), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["head", "bias", "random", "last", "full", "input"])
+def test_every_method_that_trains_the_models_own_parameters_merges(name: str, tmp_path: Path) -> None:
+    base = text_base(tmp_path / "base", tie_word_embeddings=name in ("head", "input"))
+    model = loaded(base)
+    method = entry_of(name).load().from_run(None, train=None, tokenizer=None)
+    if name == "last":
+        method.blocks = 1  # type: ignore[attr-defined]
+    method.prepare(model, seed=0)
+    with torch.no_grad():
+        for _, parameter in method.parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    method.after_step(model)
+    method.save(model, tmp_path / "adapter", base_model=str(base))
+    result = merge_run(tmp_path / "adapter", tmp_path / "out")
+    assert result.same_base is True
+    theirs = logits(model)
+    again = loaded(base)
+    method_of_folder(tmp_path / "adapter", None).load(again, tmp_path / "adapter")
+    assert off(logits(loaded(base)), theirs) > 1e-3
+    assert off(logits(loaded(tmp_path / "out")), theirs) < 1e-5
+    assert off(logits(again), theirs) < 1e-5
+
+
+def test_the_same_as_pefts_own_merge(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    base = base_folder(tmp_path / "base", "gpt2")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    theirs = peft.get_peft_model(loaded(base), settings)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    result = merge_run(tmp_path / "adapter", tmp_path / "out", MergeOptions(model=str(base)))
+    assert result.same_base is None  # PEFT's files do not say which weights they were trained on
+    ours = loaded(tmp_path / "out")
+    expected = theirs.merge_and_unload(safe_merge=True).state_dict()
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    precision = "bf16" if dtype == torch.bfloat16 else "fp16"
+    merge_run(adapter, tmp_path / "out", MergeOptions(precision=precision))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    record = pair(base, adapter)
+    for name, layer in record.named_modules():
+        if hasattr(layer, "delta_weight"):
+            exact = layer.weight.double() + layer.scaling * (layer.lora_A.double() @ layer.lora_B.double()).T
+            assert stored[f"{name}.weight"].dtype == dtype
+            error = (stored[f"{name}.weight"].double() - exact).abs()
+            half_step = exact.abs() * torch.finfo(dtype).eps / 2 + 1e-7
+            assert bool((error <= half_step).all()), name
+
+
+def test_keep_leaves_types_and_untouched_tensors_as_they_are(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = adapter_folder(base, tmp_path / "adapter", target_modules=["q_proj"])
+    merge_run(adapter, tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name]) == ("q_proj" not in name), name
+
+
+def test_only_weights_that_differ_are_untied(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", "gpt2")
+    inner = adapter_folder(base, tmp_path / "inner", target_modules=["c_attn"])
+    assert merge_run(inner, tmp_path / "tied").untied == []
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
+    outer = adapter_folder(base, tmp_path / "outer", target_modules=["wte"])
+    result = merge_run(outer, tmp_path / "untied")
+    assert result.untied == ["lm_head.weight"] and "not any more" in " ".join(result.notes)
+    assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
+    stored = load_file(tmp_path / "untied" / "model.safetensors")
+    assert torch.equal(
+        stored["lm_head.weight"], load_file(base / "model.safetensors")["transformer.wte.weight"]
+    )
+
+
+def test_names_without_the_base_models_prefix_are_kept(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", "gpt2")
+    tensors = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_folder(base, tmp_path / "adapter", target_modules=["c_attn", "wte"])
+    result = merge_run(adapter, tmp_path / "out")
+    assert result.same_base is True
+    assert {"wte.weight", "lm_head.weight"} <= load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert off(logits(loaded(tmp_path / "out")), logits(pair(base, adapter))) < 1e-5
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", max_shard_size="20KB")
+    count = len(list(base.glob("*.safetensors")))
+    assert count > 2
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    theirs = logits(pair(base, adapter))
+    assert len(merge_run(adapter, tmp_path / "same").files) == count
+    assert merge_run(adapter, tmp_path / "one", MergeOptions(shard_size=10**9)).files == ["model.safetensors"]
+    many = merge_run(adapter, tmp_path / "many", MergeOptions(shard_size=9_000))
+    assert len(many.files) > count
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(many.files)
+    for name in ("same", "one", "many"):
+        assert off(logits(loaded(tmp_path / name)), theirs) < 1e-5
+
+
+def test_tensors_come_one_by_one_for_other_formats(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    merge_run(adapter, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    given = dict(merged_tensors(adapter))
+    assert given.keys() == stored.keys()
+    assert all(torch.equal(given[name], stored[name]) for name in stored)
+
+
+def test_tokenizer_template_and_terminators_come_along(tmp_path: Path) -> None:
+    base = text_base(tmp_path / "base")
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("own template")
+    merge_run(adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "own template"
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 2]  # the end of the document, and that of a turn
+    assert not list((tmp_path / "out").glob("adapter*"))
+
+
+def test_another_base_model_is_refused(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    other = tmp_path / "other"
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    moved_base = loaded(base)
+    with torch.no_grad():
+        for parameter in moved_base.parameters():
+            parameter.mul_(1.5)
+    moved_base.save_pretrained(other)
+    with pytest.raises(UserError, match="trained on other weights"):
+        merge_run(adapter, tmp_path / "out", MergeOptions(model=str(other)))
+    assert not (tmp_path / "out").exists()
+    result = merge_run(adapter, tmp_path / "out", MergeOptions(model=str(other), other_base=True))
+    assert result.same_base is False and any("as asked" in note for note in result.notes)
+
+
+def test_an_adapter_of_an_int8_base_knows_its_base(tmp_path: Path) -> None:
+    from deltaw.lora import LoRAConfig, attach, save_adapter
+    from deltaw.runtime.int8_weights import quantize_int8
+
+    base = text_base(tmp_path / "base", torch.bfloat16)
+    model = loaded(base, torch.bfloat16)
+    quantize_int8(model.base_model)
+    attach(model, LoRAConfig(rank=4), seed=0)
+    save_adapter(moved(model), tmp_path / "adapter", base_model=str(base))
+    assert merge_run(tmp_path / "adapter", tmp_path / "out").same_base is True
+
+
+def test_what_is_no_weight_is_refused_by_name(tmp_path: Path) -> None:
+    base = text_base(tmp_path / "base")
+    model = loaded(base)
+    method = entry_of("prompt").load().from_run(None, train=None, tokenizer=None)
+    method.prepare(model, seed=0)
+    method.save(model, tmp_path / "prompt", base_model=str(base))
+    with pytest.raises(UserError, match="a soft prompt is no weight"):
+        merge_run(tmp_path / "prompt", tmp_path / "out")
+    activated = adapter_folder(
+        base,
+        tmp_path / "activated",
+        activation="completion",
+        invocation_tokens=[5, 6],
+        target_modules=["q_proj"],
+    )
+    with pytest.raises(UserError, match="only from its invocation sequence on"):
+        merge_run(activated, tmp_path / "out")
+    with pytest.raises(UserError, match="there is no adapter"):
+        merge_run(tmp_path, tmp_path / "out")
+
+
+def test_quantized_bases_and_unfitting_biases_are_refused_by_name(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UserError, match="quantized \\(gptq\\)"):
+        merge_run(adapter, tmp_path / "out")
+    phi = base_folder(tmp_path / "phi", "qwen3")
+    without_place = adapter_folder(phi, tmp_path / "bias", lora_bias=True, target_modules=["up_proj"])
+    with pytest.raises(UserError, match=r"up_proj.bias', for which a Qwen3ForCausalLM has no place"):
+        merge_run(without_place, tmp_path / "out")
+
+
+def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    adapter = adapter_folder(base, tmp_path / "adapter", size=500.0, target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"q_proj.weight' holds numbers that are not finite"):
+        merge_run(adapter, tmp_path / "out", MergeOptions(precision="fp16"))
+    assert list(tmp_path.glob(".out*")) == [] and not (tmp_path / "out").exists()
+
+
+def test_a_classifier_becomes_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from deltaw.lora import LoRAConfig, attach, save_adapter
+
+    base = text_base(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32).eval()
+    attach(model, LoRAConfig(rank=4, train_modules=["score"]), seed=0)
+    save_adapter(
+        moved(model),
+        tmp_path / "adapter",
+        base_model=str(base),
+        metadata={"deltaw.classes": '["a", "b", "c"]'},
+    )
+    result = merge_run(tmp_path / "adapter", tmp_path / "out")
+    assert result.same_base is True and result.dropped == ["lm_head.weight"]
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert merged.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=TOKENS[:1]).logits for m in (merged, model))
+    assert off(ours, theirs) < 1e-5

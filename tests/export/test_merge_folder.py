@@ -1,0 +1,236 @@
+"""The merged folder appears whole or not at all, and takes no more memory than it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deltaw.errors import UserError
+from deltaw.export import output_folder
+from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.export.output_folder import appearing
+from deltaw.export.tensor_files import Entry, TensorWriter, read_header
+from tests.export.merge_cases import adapter_folder, base_folder, loaded, logits, off, pair, text_base
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("case")
+    base = base_folder(folder / "base")
+    return base, adapter_folder(base, folder / "adapter")
+
+
+def test_a_folder_with_files_is_refused_and_replaced_only_when_asked(
+    case: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_run(case[1], out)  # empty: taken
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="holds files already"):
+        merge_run(case[1], out)
+    assert (out / "mine.txt").read_text() == "kept"
+    merge_run(case[1], out, MergeOptions(overwrite=True))
+    assert not (out / "mine.txt").exists() and (out / "model.safetensors").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a folder"):
+        merge_run(case[1], tmp_path / "file")
+
+
+def test_what_a_dead_process_left_is_removed_and_said(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".out.partial-{dead.pid}-abc"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    other = tmp_path / f".other.partial-{dead.pid}-abc"
+    other.mkdir()
+    alive = tmp_path / f".out.partial-{os.getppid()}-abc"
+    alive.mkdir()
+    said: list[str] = []
+    with appearing(tmp_path / "out", say=said.append) as folder:
+        (folder / "whole").write_text("yes")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "whole").read_text() == "yes"
+    assert not left.exists() and other.exists() and alive.exists()
+    assert any("left behind" in line for line in said) and any("another process" in line for line in said)
+
+
+def test_a_folder_that_was_moved_away_comes_back(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    before = tmp_path / f".out.before-{dead.pid}"
+    before.mkdir()
+    (before / "model").write_text("old")
+    with pytest.raises(UserError, match="holds files already"), appearing(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "model").read_text() == "old"
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), appearing(tmp_path / "out") as folder:
+        (folder / "half").write_text("no")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_refused_before_anything_is_written(
+    case: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int = 1 << 20
+
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: Usage())
+    with pytest.raises(UserError, match="are free"):
+        merge_run(case[1], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_and_hostile_weight_files_are_refused(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", max_shard_size="20KB")
+    adapter = adapter_folder(base, tmp_path / "adapter")
+    index = base / "model.safetensors.index.json"
+    whole = index.read_text()
+    table = json.loads(whole)
+    name = next(iter(table["weight_map"]))
+    table["weight_map"][name] = "../secret.safetensors"
+    save_file({name: torch.zeros(1)}, tmp_path / "secret.safetensors")
+    index.write_text(json.dumps(table))
+    with pytest.raises(UserError, match="not in the model's folder"):
+        merge_run(adapter, tmp_path / "out")
+    index.write_text(whole)
+    shard = next(iter(base.glob("model-*.safetensors")))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(UserError, match="damaged"):
+        merge_run(adapter, tmp_path / "out")
+    shard.write_bytes(b"\xff" * 16)
+    with pytest.raises(UserError, match="damaged"):
+        merge_run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_streamed_file_is_what_the_library_reads(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = {
+        "wide": torch.randn(5, 3),
+        "scalar": torch.tensor(2.5),
+        "narrow": torch.randn(7, 2).bfloat16(),
+        "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
+        "numbers": torch.arange(3, dtype=torch.int8),
+    }
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    path = tmp_path / "made.safetensors"
+    entries = [Entry(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in ordered]
+    with TensorWriter(path, entries, {"format": "pt"}) as writer:
+        for name in ordered:
+            writer.write(tensors[name])
+    read = load_file(path)
+    stored = read_header(path)
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor) and torch.equal(stored[name].whole(), tensor)
+    with pytest.raises(ValueError, match="were announced"), TensorWriter(path, entries, {}) as writer:
+        writer.write(tensors["wide"])
+
+
+_MEASURED = """
+import sys
+from deltaw.export.merge import MergeOptions, merge_run
+from deltaw.host.memory import peak_resident_bytes, resident_bytes
+tiny, adapter, out, size = sys.argv[1:]
+merge_run(tiny, out + "-tiny")  # what is imported late is imported now
+before = resident_bytes()
+open("/proc/self/clear_refs", "w").write("5")
+merge_run(adapter, out, MergeOptions(shard_size=None if size == "same" else int(size)))
+print(peak_resident_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
+def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(
+    case: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = text_base(
+        tmp_path / "base",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=10,
+        max_position_embeddings=64,
+    )
+    model = loaded(base)
+    model.save_pretrained(base, max_shard_size="70MB")
+    (base / "model.safetensors").unlink()
+    shards = [file.stat().st_size for file in base.glob("model-*.safetensors")]
+    assert len(shards) >= 10
+    adapter = adapter_folder(base, tmp_path / "adapter", rank=8)
+    held = (adapter / "adapter_model.safetensors").stat().st_size
+    bound = max(shards) + held + 200e6
+    assert sum(shards) > 2 * bound, "else the whole model would fit into the bound"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _MEASURED, str(case[1]), str(adapter), str(tmp_path / "out"), "same"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    peak = int(done.stdout.splitlines()[-1])
+    assert peak < bound, f"{peak / 1e6:.0f} MB of {bound / 1e6:.0f} MB"
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == len(shards)
+    # Sums over 4,096 products in ten layers.
+    assert off(logits(loaded(tmp_path / "out")), logits(pair(base, adapter))) < 1e-4
+
+
+_KILLED = """
+import os, random, signal, sys, time
+from deltaw.export.merge import MergeOptions, merge_run
+adapter, out = sys.argv[1:]
+
+def child():
+    number = os.fork()
+    if number == 0:
+        try:
+            merge_run(adapter, out, MergeOptions(overwrite=True))
+        finally:
+            os._exit(0)
+    return number
+
+began = time.perf_counter()
+os.waitpid(child(), 0)
+seconds = time.perf_counter() - began
+random.seed(0)
+for moment in range(20):
+    number = child()
+    time.sleep(random.uniform(0, seconds))
+    os.kill(number, signal.SIGKILL)
+    os.waitpid(number, 0)
+    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    print(",".join(names), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")
+def test_killed_at_any_moment_no_folder_is_there_that_loads_as_something_else(
+    case: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = case
+    out = tmp_path / "out"
+    merge_run(adapter, tmp_path / "whole")
+    expected = ",".join(sorted(path.name for path in (tmp_path / "whole").iterdir()))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _KILLED, str(adapter), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    seen = done.stdout.splitlines()
+    assert len(seen) == 20
+    # Between two renames the folder is not there at all, and then comes back; it is never there in part.
+    assert set(seen) <= {expected, ""}
+    said: list[str] = []
+    merge_run(adapter, out, MergeOptions(overwrite=True), say=said.append)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert off(logits(loaded(out)), logits(pair(base, adapter))) < 1e-5

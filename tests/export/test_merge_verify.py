@@ -1,0 +1,86 @@
+"""Verifying: what rounding explains passes, what it does not is refused and leaves no folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deltaw.errors import UserError
+from deltaw.export.combine import Recipe
+from deltaw.export.merge import MergeOptions, Merging, merge_run
+from deltaw.export.verify import Verification, Verify
+from tests.export.merge_cases import adapter_folder, text_base
+
+
+class Spoiled(Verify):
+    """Verifies a folder after ``factor`` was put on one of its weights."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def __call__(self, job: Merging, folder: Path) -> Verification:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"] *= self.factor
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return super().__call__(job, folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    base = text_base(folder / "base")
+    return adapter_folder(base, folder / "adapter", size=0.05)
+
+
+@pytest.mark.parametrize("precision", ["keep", "bf16", "fp16"])
+def test_a_right_merge_passes_and_says_how_far_it_moved(precision: str, run: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    options = MergeOptions(precision=precision)
+    found = merge_run(run, tmp_path / "out", options, verify=Verify(said.append)).verification
+    assert isinstance(found, Verification) and found.passed
+    assert found.rows == "general prompts" and found.count > 10
+    assert any("without the settings of its data" in line for line in said)
+    assert found.adapter is not None and found.adapter.mean > 10 * found.merged.mean
+    if precision != "keep":
+        assert 0 < found.merged.mean < found.allowed_mean
+        assert found.merged.mean > 0.1 * found.rounding.mean  # the bound is of the right size
+    assert json.dumps(found.as_dict())
+
+
+@pytest.mark.parametrize("precision, factor", [("keep", 1.0005), ("bf16", 1.3)])
+def test_what_rounding_does_not_explain_is_refused(
+    precision: str, factor: float, run: Path, tmp_path: Path
+) -> None:
+    options = MergeOptions(precision=precision)
+    with pytest.raises(UserError, match="is not what base and adapter are together"):
+        merge_run(run, tmp_path / "out", options, verify=Spoiled(factor))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError):
+        merge_run(run, tmp_path / "out", options, verify=Spoiled(factor), keep=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_combination_is_verified_against_its_unrounded_sum(run: Path, tmp_path: Path) -> None:
+    base = run.parent / "base"
+    other = adapter_folder(base, tmp_path / "other", seed=3, size=0.05)
+    options = MergeOptions(precision="bf16", others=(other,), recipe=Recipe("ties", (1.0, 0.5)))
+    found = merge_run(run, tmp_path / "out", options, verify=Verify()).verification
+    assert isinstance(found, Verification) and found.passed and found.adapter is None
+    assert found.merged.mean > 0
+    with pytest.raises(UserError):
+        merge_run(run, tmp_path / "bad", options, verify=Spoiled(1.3))
+
+
+def test_the_same_rounding_twice_is_the_same_bound(run: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    found = [
+        merge_run(run, tmp_path / name, MergeOptions(precision="bf16"), verify=Verify()).verification
+        for name in ("one", "two")
+    ]
+    assert found[0] == found[1]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,72 @@
+"""The Modelfile beside a GGUF file: the template in Go where the chat template is of a known form."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deltaw.export.ollama import form_of, modelfile
+from tests.export import models
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    + models.CHAT_ML
+)
+MESSAGES = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+]
+
+
+def in_go(template: str, messages: list[dict[str, str]]) -> str:
+    """The few things of Go's templates that these use: range, fields, one if; and {{- cuts spaces before it."""
+    found = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
+    assert found is not None
+    text = ""
+    for message in messages:
+        part = re.sub(
+            r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}',
+            lambda m, role=message["role"]: m[2] if role == m[1] else m[3],
+            found[1],
+            flags=re.S,
+        )
+        text += part.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
+    return text + found[2]
+
+
+@pytest.mark.parametrize("template", [models.CHAT_ML, LLAMA3, GEMMA], ids=["ChatML", "Llama 3", "Gemma"])
+def test_the_template_in_go_writes_the_same_conversation(template: str) -> None:
+    tokenizer = models.sentence_bpe(prefix=False)
+    tokenizer.chat_template = template
+    found = form_of(tokenizer)
+    assert found is not None and found[1] is None
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert in_go(found[0].go, MESSAGES) == rendered.removeprefix("<s>")
+
+
+def test_a_system_message_that_a_template_adds_is_written_apart() -> None:
+    tokenizer = models.byte_bpe("qwen2")
+    tokenizer.chat_template = DEFAULT_SYSTEM
+    text, note = modelfile("./m.gguf", None, tokenizer, [0, 2])
+    assert note is None and 'SYSTEM """You are helpful."""' in text
+    assert 'PARAMETER stop "<|im_end|>"' in text and text.startswith("FROM ./m.gguf\nTEMPLATE ")
+
+
+def test_another_template_is_left_out_and_that_is_said() -> None:
+    tokenizer = models.byte_bpe("qwen2")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    text, note = modelfile("/models/base model.gguf", "./a.gguf", tokenizer, [0])
+    assert note is not None and "TEMPLATE" not in text
+    assert text.startswith('FROM "/models/base model.gguf"\nADAPTER ./a.gguf\n')

@@ -1,0 +1,155 @@
+"""Adapters for other readers of PEFT's format and for mlx-lm: the same ΔW with one rank and one alpha."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deltaw.errors import UserError
+from deltaw.export.mlx import export_mlx
+from deltaw.export.portable import export_peft
+from tests.export import models
+
+MIXED = {"rank_pattern": {"up_proj": 2, "down_proj": 8}, "alpha_pattern": {"v_proj": 3.0}, "rslora": True}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_reads_the_same_update(tmp_path: Path, family: str) -> None:
+    peft = pytest.importorskip("peft", reason="the reader to compare with")
+    settings = MIXED if family == "llama" else {"rank_pattern": {"c_attn": 2}}
+    model, run = models.saved_run(tmp_path, family, **settings)
+    written = export_peft(run, tmp_path / "portable")
+    assert written.padded > 0 and written.folded > 0
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "portable"
+    ).eval()
+    ids = torch.tensor(models.random_prompts(models.VOCABULARY, 4))
+    with torch.no_grad():
+        ours, found = model(input_ids=ids).logits, theirs(input_ids=ids).logits
+        bare = theirs.get_base_model()
+        with theirs.disable_adapter():
+            base = bare(input_ids=ids).logits
+    assert float((ours - base).abs().max()) > 0.1
+    torch.testing.assert_close(ours, found, rtol=1e-4, atol=1e-4)
+    merged = theirs.merge_and_unload().state_dict()
+    key = "model.layers.1.mlp.up_proj" if family == "llama" else "transformer.h.1.attn.c_attn"
+    layer = model.get_submodule(key)
+    delta = (layer.lora_A @ layer.lora_B).detach() * layer.scaling
+    delta = delta if family == "gpt2" else delta.t()
+    torch.testing.assert_close(merged[f"{key}.weight"], layer.weight + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_one_rank_is_one_rank_and_alpha_is_a_whole_number(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path, "llama", **MIXED)
+    export_peft(run, tmp_path / "out", reader="vllm")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and isinstance(config["lora_alpha"], int)
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        assert tensor.shape[0 if "lora_A" in name else 1] == 8
+
+
+def test_an_adapter_that_is_uniform_already_keeps_every_bit(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path, "llama")
+    written = export_peft(run, tmp_path / "out")
+    assert (written.padded, written.folded) == (0, 0)
+    own, found = (load_file(p / "adapter_model.safetensors") for p in (run, tmp_path / "out"))
+    assert own.keys() == found.keys() and all(torch.equal(own[key], found[key]) for key in own)
+
+
+def vllm_reads(folder: Path, longest_rank: int = 16) -> dict[str, dict[str, torch.Tensor]]:
+    """What vLLM's documentation says that its loader checks and takes: the required settings, no DoRA, no
+    whole modules, no bias, a rank up to its limit, names of A and B of modules it knows, one rank."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
+    assert not config["modules_to_save"] and not config["use_dora"]
+    assert config["bias"] == "none" and not config["lora_bias"]
+    assert config["r"] <= longest_rank
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        assert parts is not None and parts[1].rpartition(".")[2] in known
+        assert tensor.shape[0 if parts[2] == "A" else 1] == config["r"]
+        found.setdefault(parts[1], {})[parts[2]] = tensor * (
+            config["lora_alpha"] / config["r"] if parts[2] == "B" else 1
+        )
+    return found
+
+
+def test_vllm_finds_what_its_loader_takes(tmp_path: Path) -> None:
+    model, run = models.saved_run(tmp_path, "llama", **MIXED)
+    export_peft(run, tmp_path / "out", reader="vllm")
+    found = vllm_reads(tmp_path / "out")
+    assert len(found) == 14
+    for name, pair in found.items():
+        layer = model.get_submodule(name)
+        expected = (layer.scaling * (layer.lora_A @ layer.lora_B).t()).detach()
+        torch.testing.assert_close(pair["B"] @ pair["A"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reader", "settings", "what"),
+    [
+        ("peft", {"dora": True}, "DoRA"),
+        ("peft", {"train_modules": ["input_layernorm"]}, "trained in full"),
+        ("vllm", {"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ("vllm", {"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ("vllm", {"activation": "completion", "invocation_tokens": [5]}, "invocation"),
+        ("mlx", {"activation": "completion", "invocation_tokens": [5]}, "invocation"),
+        ("mlx", {"dora": True}, "DoRA"),
+    ],
+)
+def test_what_a_reader_would_lose_is_refused_by_name(
+    tmp_path: Path, reader: str, settings: dict[str, object], what: str
+) -> None:
+    _, run = models.saved_run(tmp_path, "llama", **settings)
+    with pytest.raises(UserError, match=what):
+        if reader == "mlx":
+            export_mlx(run, tmp_path / "out")
+        else:
+            export_peft(run, tmp_path / "out", reader=reader)
+    assert not (tmp_path / "out").exists()
+
+
+def test_peft_keeps_embeddings_and_invocation_tokens(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path / "e", "llama", target_modules=["q_proj", "embed_tokens"])
+    export_peft(run, tmp_path / "e" / "out")
+    names = load_file(tmp_path / "e" / "out" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.lora_embedding_A" in names
+    _, run = models.saved_run(tmp_path / "a", "llama", activation="completion", invocation_tokens=[5, 6])
+    export_peft(run, tmp_path / "a" / "out")
+    config = json.loads((tmp_path / "a" / "out" / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == [5, 6]
+
+
+def test_mlx_adapts_the_named_modules_of_the_last_layers(tmp_path: Path) -> None:
+    """W·x + scale·(x·a)·b over the modules that keys names, in the last num_layers layers of the model."""
+    model, run = models.saved_run(tmp_path, "llama", **MIXED, layers="1-")
+    export_mlx(run, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    settings = config["lora_parameters"]
+    assert config["fine_tune_type"] == "lora" and config["num_layers"] == 1
+    assert settings["rank"] == 8 and settings["dropout"] == 0.0
+    assert "self_attn.q_proj" in settings["keys"] and "mlp.down_proj" in settings["keys"]
+    tensors = load_file(tmp_path / "out" / "adapters.safetensors")
+    assert len(tensors) == 14
+    for key in settings["keys"]:
+        name = f"model.layers.1.{key}"
+        layer = model.get_submodule(name)
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        assert a.shape[1] == b.shape[0] == 8
+        expected = (layer.scaling * layer.lora_A @ layer.lora_B).detach()
+        torch.testing.assert_close(settings["scale"] * a @ b, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mlx_refuses_families_that_it_names_otherwise(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path, "gpt2")
+    with pytest.raises(UserError, match="'gpt2' models"):
+        export_mlx(run, tmp_path / "out")

@@ -1,0 +1,34 @@
+"""Adapters with random factors, in folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
+from deltaw.methods.prompt_file import PromptFile, write_prompt
+
+
+def write_lora(model: nn.Module, folder: Path, *, seed: int = 0, size: float = 0.2, **settings) -> Path:
+    """An adapter for ``model`` whose factors are normal numbers of this size; the model is as it was then."""
+    settings = {"rank": 4, "alpha": 8, "target_modules": "all-linear", **settings}
+    attach(model, LoRAConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    save_adapter(model, folder, base_model="tiny")
+    detach(model)
+    return folder
+
+
+def write_soft_prompt(model: PreTrainedModel, folder: Path, *, seed: int = 0, length: int = 3) -> Path:
+    """A soft prompt of normal numbers for ``model``."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.get_input_embeddings().weight.shape[1]
+    prompt = torch.randn(length, width, generator=generator)
+    write_prompt(folder, PromptFile(prompt, {}, base_model="tiny", task_type="CAUSAL_LM"), {})
+    return folder

@@ -1,0 +1,68 @@
+"""Tiny encoders and classifiers on disk, with trained adapters, for the tests of what serves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from deltaw.training.fit import fit
+from tests.byte_models import byte_tokenizer
+from tests.conftest import laid_over, write_rows
+
+TEXTS = ["a", "some longer text", "x" * 40, "snow ☃"]
+
+
+def bert_config(**changes: object) -> BertConfig:
+    shape = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    return BertConfig(**shape | changes)
+
+
+def write_bert(folder: Path, **changes: object) -> Path:
+    torch.manual_seed(0)
+    BertModel(bert_config(**changes)).eval().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_llama(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more: object) -> Path:
+    """A run of a few steps on made-up rows."""
+    rows = [{"text": f"{name} number {n}", "label": name} for n in range(8) for name in classes]
+    settings = {
+        "model": str(model),
+        "task": "sequence-classification",
+        "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows))},
+        "method": "lora",
+        "lora": {"rank": 2, "alpha": 4},
+        "train": {"learning_rate": 1e-2, "batch_size": 4, "epochs": 1},
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "output": str(output),
+    }
+    return Path(fit(laid_over(settings, more)).output)

@@ -1,0 +1,234 @@
+"""An engine that writes texts without a model: what it writes follows from the request alone.
+
+The base answers a prompt with the prompt's last line in capitals, an adapter with its own name before it, so
+that a test sees which prompt and which adapter a text came from. Some prompts make it slow, or fail.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from deltaw.errors import UserError
+from deltaw.serving.http.prompts import TokenizerPrompts
+from deltaw.serving.http.served import Load, Served
+from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, UnknownAdapterError, Written
+from tests.byte_models import TEMPLATE, byte_tokenizer
+
+POSITIONS = 4096
+# Texts that a prompt's last line asks for.
+SLOW, FAIL, LONG = "be slow", "fail", "go on"
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\n"
+    "Use <tool_call></tool_call><|im_end|>\n{% endif %}" + TEMPLATE
+)
+BYTES = 3  # the first token that stands for a byte
+
+
+class FakeWriting:
+    """One text, made when it is read."""
+
+    def __init__(self, engine: FakeEngine, request: Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._cancelled = threading.Event()
+        self._failed = False
+        self._began = time.monotonic()
+
+    def cancel(self) -> None:
+        if not self._cancelled.is_set():
+            self._cancelled.set()
+            self._engine.cancelled += 1
+
+    def result(self) -> Written:
+        if self._failed:
+            raise RuntimeError("a secret of the engine")
+        pieces = list(self)
+        tokens = np.asarray([t for piece in pieces for t in piece.tokens], dtype=np.int32)
+        finish = pieces[-1].finish
+        assert finish is not None
+        return Written("".join(piece.text for piece in pieces), tokens, finish)
+
+    def __iter__(self) -> Iterator[Piece]:
+        engine = self._engine
+        with engine.lock:
+            engine.running += 1
+        try:
+            yield from self._pieces()
+        finally:
+            with engine.lock:
+                engine.running -= 1
+                engine.ended += 1
+
+    def _pieces(self) -> Iterator[Piece]:
+        request = self._request
+        prompt = self._engine.text_of(request.tokens)
+        line = prompt.replace("<|im_end|>\n<|im_start|>assistant\n", "").splitlines()[-1]
+        if line == FAIL:
+            self._failed = True
+            yield Piece("", finish="error")
+            return
+        text, finish = self._text(line), "stop"
+        for stop in request.stop:
+            text = text.partition(stop)[0]
+        tokens = self._engine.tokens_of(text)
+        if len(tokens) > request.max_new_tokens or (line == LONG or request.stop_ids == ()):
+            finish = "length"
+        pause = 0.05 if line == SLOW else 0.0
+        told = request.sampling.logprobs is not None
+        first = self._logprobs(request.tokens[1:]) if told and request.prompt_logprobs else ()
+        reused = len(request.tokens) // 2
+        # As in a real engine, a character comes with its last byte.
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        for done, token in enumerate(self._endless(tokens) if finish == "length" else tokens):
+            if (ended := self._ended()) is not None:
+                yield Piece("", finish=ended)
+                return
+            if done == request.max_new_tokens:
+                break
+            logprobs = first + (self._logprobs([token]) if told else ())
+            yield Piece(decoder.decode(bytes([_byte(token)])), (token,), logprobs, reused=reused)
+            reused, first = 0, ()
+            if pause:
+                self._cancelled.wait(pause)
+        yield Piece("", (), first, finish=finish, reused=reused)  # type: ignore[arg-type]
+
+    def _ended(self) -> FinishReason | None:
+        if self._cancelled.is_set() or self._engine.closed:
+            return "cancelled"
+        late = self._request.seconds is not None and time.monotonic() > self._began + self._request.seconds
+        return "timeout" if late else None
+
+    def _text(self, line: str) -> str:
+        request = self._request
+        if request.constraint is not None:
+            return _matching(request.constraint.kind, request.constraint.value)
+        if line.startswith("say "):
+            return line.removeprefix("say ").replace("\\n", "\n")
+        name = f"{request.adapter}: " if request.adapter not in (None, "tools") else ""
+        drawn = f" {request.sampling.seed}" if request.sampling.temperature else ""
+        return name + (line * 20 if line == SLOW else line.upper()) + drawn
+
+    @staticmethod
+    def _endless(tokens: list[int]) -> Iterator[int]:
+        while True:
+            yield from tokens
+
+    def _logprobs(self, tokens: object) -> tuple[TokenLogprob, ...]:
+        count = self._request.sampling.logprobs or 0
+        found = []
+        for token in tokens:  # type: ignore[attr-defined]
+            top = tuple((int(token) + n, -0.5 - n) for n in range(count))
+            found.append(TokenLogprob(int(token), -0.5, top))
+        return tuple(found)
+
+
+class FakeEngine:
+    """Takes any request whose tokens it knows."""
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = list(names)
+        self.lock = threading.Lock()
+        self.submitted: list[Request] = []
+        self.running = self.ended = self.cancelled = 0
+        self.closed = False
+        self._tokenizer = byte_tokenizer()
+
+    def submit(self, request: Request) -> FakeWriting:
+        if not len(request.tokens) or int(request.tokens.max()) > 258 or len(request.tokens) > POSITIONS:
+            raise UserError("the prompt is not one of this model's", where="the prompt")
+        if request.adapter is not None and request.adapter not in self.names:
+            raise UnknownAdapterError("there is no such adapter", where=request.adapter)
+        if request.constraint is not None and "impossible" in request.constraint.value:
+            raise UserError("the constraint cannot be compiled", where="constraint")
+        with self.lock:
+            self.submitted.append(request)
+        return FakeWriting(self, request)
+
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.names)
+
+    def close(self, *, drain: bool = True) -> None:
+        self.closed = True
+
+    def text_of(self, tokens: np.ndarray) -> str:
+        return str(self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False))
+
+    @staticmethod
+    def tokens_of(text: str) -> list[int]:
+        return [_TOKEN[byte] for byte in text.encode()]
+
+
+class FakeShelf:
+    """Adapters of an engine are names; a folder is one if it holds a file."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.folders: dict[str, Path] = {}
+
+    def add(self, name: str, folder: Path) -> None:
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError("this is no adapter", where=str(folder))
+        if name in self.engine.names:
+            raise UserError("the name is taken", where=name)
+        self.folders[name] = folder
+        self.engine.names.append(name)
+
+    def remove(self, name: str) -> None:
+        self.engine.names.remove(name)
+
+
+def fake_served(*names: str, **changes: object) -> Served:
+    """A base model "base" with adapters of these names."""
+    engine = FakeEngine(names)
+    plain, with_tools = byte_tokenizer(), byte_tokenizer()
+    with_tools.chat_template = TOOLS_TEMPLATE
+    prompts = {True: TokenizerPrompts(with_tools), False: TokenizerPrompts(plain)}
+    values: dict[str, object] = {
+        "name": "base",
+        "engine": engine,
+        "prompts": lambda adapter: prompts[adapter == "tools"],
+        "positions": POSITIONS,
+        "shelf": FakeShelf(engine),
+        "load": lambda: Load(running=engine.running, pages=10, adapters_loaded=len(engine.names)),
+    }
+    return Served(**values | changes)  # type: ignore[arg-type]
+
+
+def _byte_tokens() -> dict[int, int]:
+    tokenizer = byte_tokenizer()
+    prompts = TokenizerPrompts(tokenizer)
+    return {prompts.token_bytes(token)[0]: token for token in range(BYTES, BYTES + 256)}
+
+
+_TOKEN = _byte_tokens()
+_BYTE = {token: byte for byte, token in _TOKEN.items()}
+
+
+def _byte(token: int) -> int:
+    return _BYTE.get(token, 0x3F)
+
+
+def _matching(kind: str, value: str) -> str:
+    """A text that matches a constraint of a kind that the tests use."""
+    if kind == "json_object":
+        return "{}"
+    if kind != "json_schema":
+        return "matched"
+    return json.dumps(_instance(json.loads(value)))
+
+
+def _instance(schema: dict) -> object:
+    if "anyOf" in schema:
+        return _instance(schema["anyOf"][0])
+    if "const" in schema:
+        return schema["const"]
+    if schema.get("type") == "object":
+        return {key: _instance(value) for key, value in schema.get("properties", {}).items()}
+    return {"integer": 7, "number": 0.5, "boolean": True, "array": []}.get(schema.get("type", ""), "text")

@@ -1,0 +1,63 @@
+"""A real server in a thread, on a free port, over an engine that needs no model."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+
+from deltaw.serving.http.app import create_app
+from deltaw.serving.http.served import Served
+from deltaw.serving.http.server import Server, listening_socket, url_of
+from deltaw.serving.http.settings import ServerSettings
+from deltaw.serving.http.texts import Desk
+from tests.serving.http.fake_engine import FakeEngine
+
+
+@dataclass
+class Running:
+    """A server that is running."""
+
+    url: str
+    served: Served
+    desk: Desk
+    server: Server
+
+    @property
+    def engine(self) -> FakeEngine:
+        assert isinstance(self.served.engine, FakeEngine)
+        return self.served.engine
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def client(self, **changes: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20, **changes)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def running(served: Served, settings: ServerSettings) -> Iterator[Running]:
+    """A server while the block is open."""
+    app, desk = create_app(served, settings)
+    assert desk is not None
+    bound = listening_socket(settings)
+    began = threading.Event()
+    server = Server(app, desk, settings, began.set)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    url = url_of(settings, bound)
+    thread.start()
+    try:
+        assert began.wait(20)
+        yield Running(url, served, desk, server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert served.engine is not None
+        served.engine.close()
+        desk.close()
+    assert not thread.is_alive()

@@ -1,0 +1,275 @@
+"""Bodies that no client should send: each refused with the right status and field, the server unharmed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deltaw.serving.http.settings import Limits, ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.serving.http.running import Running
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
+GOOD: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+
+
+def refusal(response: Any, status: int) -> dict[str, Any]:
+    """The error object, which has OpenAI's form."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def answers(server: Running) -> bool:
+    """Whether the server still does its work, and holds nothing that it should have let go."""
+    with server.client() as client:
+        good = client.post(CHAT, json=GOOD)
+    return good.status_code == 200 and server.desk.in_hand == 0
+
+
+CHANGES: list[tuple[dict[str, Any], str | None]] = [
+    ({"temprature": 1}, "temprature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": [1]}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 1.5}, "n"),
+    ({"n": 10**30}, "n"),
+    ({"n": 17}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 5000}, "max_tokens"),
+    ({"max_tokens": 1, "max_completion_tokens": 1}, None),
+    ({"stop": ""}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": {"a": 1}}, "stop"),
+    ({"seed": 1.5}, "seed"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"top_logprobs": 2}, None),
+    ({"logprobs": 2}, "logprobs"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, None),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, None),
+    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, None),
+    ({"guided_json": "not JSON"}, "guided_json"),
+    ({"guided_json": {"a": "x" * 70_000}}, "guided_json"),
+    ({"guided_regex": "impossible"}, None),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tool_choice": "required"}, None),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "messages"),  # no place in the template
+    ({"functions": []}, "functions"),
+    ({"store": True}, "store"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages.0"),
+    ({"messages": [{"role": "king", "content": "hi"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "hi", "weight": 1}]}, "messages.0.weight"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
+    ({"messages": [*GOOD["messages"], {"role": "assistant", "content": "hi"}]}, "messages"),
+    ({"model": ""}, "model"),
+    ({"model": None}, "model"),
+    ({"model": 5}, "model"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), CHANGES, ids=lambda value: json.dumps(value)[:50])
+def test_wrong_fields_are_refused_by_name(shared: Running, change: dict[str, Any], param: str | None) -> None:
+    with shared.client() as client:
+        error = refusal(client.post(CHAT, json=GOOD | change), 400)
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"] is not None and error["param"].startswith(param)
+    assert answers(shared)
+
+
+def test_an_unknown_field_names_the_nearest(shared: Running) -> None:
+    with shared.client() as client:
+        error = refusal(client.post(CHAT, json=GOOD | {"temprature": 1}), 400)
+        assert error["code"] == "unknown_parameter" and "'temperature'" in error["message"]
+        error = refusal(client.post(CHAT, json={"model": "base"}), 400)
+        assert error["code"] == "missing_required_parameter" and error["param"] == "messages"
+
+
+@pytest.mark.parametrize("given", [None, "text"])
+def test_fields_without_meaning_are_accepted(shared: Running, given: str | None) -> None:
+    harmless = {"user": given, "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "audio": None}
+    with shared.client() as client:
+        assert client.post(CHAT, json=GOOD | harmless).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"suffix": "x"},
+        {"best_of": 2},
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": ["a", 1]},
+        {"prompt": [1, 2.5]},
+        {"prompt": [-1]},
+        {"prompt": [10**12]},
+        {"prompt": [300]},
+        {"prompt": None},
+        {"prompt": ["a"] * 17},
+        {"prompt": ["a"] * 9, "n": 2},
+        {"max_tokens": 0},
+        {"logprobs": 21},
+        {"echo": "yes"},
+        {"messages": []},
+        {"prompt": "x" * 4096},
+    ],
+    ids=lambda value: json.dumps(value)[:50],
+)
+def test_wrong_completions_are_refused(shared: Running, change: dict[str, Any]) -> None:
+    with shared.client() as client:
+        refusal(client.post(COMPLETIONS, json={"model": "base", "prompt": "a"} | change), 400)
+    assert answers(shared)
+
+
+def test_a_prompt_that_is_too_long_says_so(shared: Running) -> None:
+    with shared.client() as client:
+        error = refusal(client.post(COMPLETIONS, json={"model": "base", "prompt": "x" * 5000}), 400)
+    assert error["code"] == "context_length_exceeded" and "4,096 positions" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["nobody", "../../etc/passwd", "/", "a\x00b", "ＢＡＳＥ", "base ", "poet/"])
+def test_models_that_there_are_not(shared: Running, name: str) -> None:
+    with shared.client() as client:
+        error = refusal(client.post(CHAT, json=GOOD | {"model": name}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe{}",
+        b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 5000 + b"}",
+        b'{"guided_json": {"minimum": -Infinity}}',
+        b'{"guided_json": ' + b'{"a":' * 70 + b"1" + b"}" * 70 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"{} {}",
+        b"{'model': 'base'}",
+    ],
+    ids=lambda value: repr(value[:40]),
+)
+def test_bodies_that_are_no_request(shared: Running, body: bytes) -> None:
+    with shared.client() as client:
+        refusal(client.post(CHAT, content=body, headers=JSON), 400)
+    assert answers(shared)
+
+
+def test_a_body_must_say_that_it_is_json(shared: Running) -> None:
+    """A form of another site cannot send this header without asking first."""
+    with shared.client() as client:
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"):
+            response = client.post(CHAT, content=json.dumps(GOOD), headers={"Content-Type": kind})
+            refusal(response, 415)
+        kind = "application/json; charset=utf-8"
+        assert client.post(CHAT, content=json.dumps(GOOD), headers={"Content-Type": kind}).status_code == 200
+
+
+def test_large_bodies_are_refused_before_they_are_read(start: Callable[..., Running]) -> None:
+    server = start(ServerSettings(port=0, limits=Limits(body=10_000)))
+    large = json.dumps(GOOD | {"user": "x" * 20_000}).encode()
+
+    def parts() -> Any:  # without Content-Length
+        for at in range(0, len(large), 1000):
+            yield large[at : at + 1000]
+
+    with server.client() as client:
+        for content in (large, parts()):
+            error = refusal(client.post(CHAT, content=content, headers=JSON), 413)
+            assert "10,000 bytes" in error["message"]
+        just = json.dumps(GOOD | {"user": "x" * 9_000}).encode()
+        assert client.post(CHAT, content=just, headers=JSON).status_code == 200
+    assert answers(server)
+
+
+def test_limits_of_tokens_and_prompts(start: Callable[..., Running]) -> None:
+    server = start(ServerSettings(port=0, limits=Limits(prompt=40, new_tokens=7, choices=2)))
+    with server.client() as client:
+        error = refusal(client.post(CHAT, json=GOOD | {"max_tokens": 8}), 400)
+        assert error["param"] == "max_tokens" and "7 are allowed" in error["message"]
+        refusal(client.post(CHAT, json=GOOD | {"n": 3}), 400)
+        long = [{"role": "user", "content": "x" * 40}]
+        error = refusal(client.post(CHAT, json=GOOD | {"messages": long}), 400)
+        assert error["code"] == "context_length_exceeded"
+        text = client.post(CHAT, json=GOOD | {"messages": [{"role": "user", "content": "go on"}]}).json()
+    assert text["usage"]["completion_tokens"] == 7  # where nothing is asked, as many as may be
+
+
+def test_paths_and_methods_that_there_are_not(shared: Running) -> None:
+    with shared.client() as client:
+        refusal(client.get("/v1/nothing"), 404)
+        refusal(client.get("/../../etc/passwd"), 404)
+        assert "POST" in client.get(CHAT).headers["allow"]
+        refusal(client.get(CHAT), 405)
+        refusal(client.request("DELETE", "/v1/models"), 405)
+        # Loading adapters is off.
+        refusal(client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/"}), 404)
+
+
+def test_a_full_queue_says_when_to_ask_again(start: Callable[..., Running]) -> None:
+    import time
+
+    server = start(ServerSettings(port=0, limits=Limits(queue=3)))
+    slow = GOOD | {"messages": [{"role": "user", "content": "be slow"}]}
+    with server.client() as client:
+        opened = []
+        for _ in range(3):
+            request = client.build_request("POST", CHAT, json=slow | {"stream": True})
+            opened.append(client.send(request, stream=True))
+        response = client.post(CHAT, json=GOOD)
+        error = refusal(response, 429)
+        assert error["type"] == "rate_limit_error" and int(response.headers["retry-after"]) > 0
+        for response in opened:
+            response.close()
+        deadline = time.monotonic() + 10
+        while server.desk.in_hand and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.post(CHAT, json=GOOD).status_code == 200
+    assert answers(server)
+
+
+def test_a_text_that_takes_too_long_is_given_up(start: Callable[..., Running]) -> None:
+    server = start(ServerSettings(port=0, limits=Limits(seconds=0.2)))
+    slow = GOOD | {"messages": [{"role": "user", "content": "be slow"}]}
+    with server.client() as client:
+        error = refusal(client.post(CHAT, json=slow), 504)
+        assert error["code"] == "timeout" and error["type"] == "server_error"
+        events = client.post(CHAT, json=slow | {"stream": True}).text.strip().split("\n\n")
+    assert "timeout" in events[-1] and "[DONE]" not in events[-1]
+    assert answers(server)

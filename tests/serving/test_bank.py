@@ -1,0 +1,318 @@
+"""Adapters by name: what is in memory, what a request keeps, and what a change of a name does to it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from deltaw.errors import UserError
+from deltaw.serving import adapter_room
+from deltaw.serving.bank import AdapterBank
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.serving.adapter_folders import write_lora, write_soft_prompt
+
+LONG = 20.0  # seconds that a test waits for what comes at once
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Factors as they are, which stands for a decoder's form of them."""
+
+    layers: dict
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.lora_A.nbytes + f.lora_B.nbytes for f in self.layers.values())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory):
+    """Four adapters of the same size, "a" to "d"."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: write_lora(model, root / name, seed=seed) for seed, name in enumerate("abcd")}
+
+
+@pytest.fixture(scope="module")
+def size(model, folders):
+    """Bytes of one of them."""
+    bank = AdapterBank(model, None, Packed, budget_bytes=1 << 30)
+    bank.add("a", folders["a"])
+    return bank.status().bytes
+
+
+@pytest.fixture
+def bank_of(model):
+    """Makes banks, and closes them."""
+    made = []
+
+    def make(budget: int = 1 << 30) -> AdapterBank:
+        made.append(AdapterBank(model, byte_tokenizer(), Packed, budget_bytes=budget))
+        return made[-1]
+
+    yield make
+    for bank in made:
+        bank.close()
+
+
+def first_factor(active) -> torch.Tensor:
+    return next(iter(active.packed.layers.values())).lora_A
+
+
+def test_an_adapter_is_had_by_its_name(bank_of, folders):
+    bank = bank_of()
+    for name in "ab":
+        bank.add(name, folders[name])
+    assert bank.names() == ("a", "b")
+    a, b = bank.acquire("a"), bank.acquire("b")
+    assert a.number != b.number and not torch.equal(first_factor(a), first_factor(b))
+    assert a.facts is bank.facts("a") and a.facts.folder == folders["a"]
+
+
+def test_a_soft_prompt_has_rows_and_no_factors(bank_of, model, tmp_path):
+    bank = bank_of()
+    bank.add("soft", write_soft_prompt(model, tmp_path, length=4))
+    active = bank.acquire("soft")
+    assert active.packed is None and active.soft_prompt.shape == (4, 32)
+    assert bank.status().bytes == 4 * 32 * 4
+
+
+def test_unknown_and_taken_names_are_refused(bank_of, folders):
+    bank = bank_of()
+    bank.add("alpha", folders["a"])
+    with pytest.raises(UserError, match="did you mean 'alpha'"):
+        bank.acquire("alpa")
+    with pytest.raises(UserError, match="already"):
+        bank.add("alpha", folders["b"])
+    for change in (bank.remove, bank.swap):
+        with pytest.raises(UserError, match="no adapter 'beta'"):
+            change("beta")
+    for name in ("", " alpha", "a\nb", "x" * 300):
+        with pytest.raises(UserError, match="cannot name an adapter"):
+            bank.add(name, folders["b"])
+    assert bank.names() == ("alpha",)
+
+
+def test_a_refused_adapter_changes_nothing(bank_of, model, folders, tmp_path):
+    bank = bank_of()
+    bank.add("a", folders["a"])
+    before, status = bank.acquire("a"), bank.status()
+    write_lora(model, tmp_path, dora=True)
+    with pytest.raises(UserError, match="DoRA"):
+        bank.add("b", tmp_path)
+    with pytest.raises(UserError, match="DoRA"):
+        bank.swap("a", tmp_path)
+    assert bank.names() == ("a",) and bank.acquire("a").number == before.number
+    assert bank.status() == status
+
+
+def test_the_least_recently_used_leaves_and_comes_back_as_it_was(bank_of, folders, size):
+    bank = bank_of(2 * size)
+    bank.add("a", folders["a"])
+    bank.add("b", folders["b"])
+    a = bank.acquire("a")
+    number, factor = a.number, first_factor(a).clone()
+    bank.release(a)
+    bank.add("c", folders["c"])  # "b" was used before "a"
+    assert bank.status().loaded == 2 and bank.status().dropped == 1
+    loads = bank.status().loads
+    bank.release(bank.acquire("a"))
+    assert bank.status().loads == loads, "it never left"
+    bank.release(bank.acquire("b", LONG))
+    assert bank.status().loads == loads + 1
+    bank.release(bank.acquire("c", LONG))  # drives "a" out
+    a = bank.acquire("a", LONG)
+    assert a.number == number, "the same content is the same version"
+    assert torch.equal(first_factor(a), factor)
+    assert bank.status().bytes <= 2 * size
+
+
+def test_what_is_in_use_is_not_dropped(bank_of, folders, size):
+    bank = bank_of(size)
+    bank.add("a", folders["a"])
+    bank.add("b", folders["b"])  # known, but "a" had to go
+    a = bank.acquire("a", LONG)
+    assert bank.acquire("b", 0.3) is None, "there is no room beside what is used"
+    assert bank.status().bytes == size
+    bank.release(a)
+    b = bank.acquire("b", LONG)
+    assert not torch.equal(first_factor(b), first_factor(a))
+
+
+def test_acquiring_never_reads_on_the_callers_thread(bank_of, folders, size):
+    bank = bank_of(size)
+    bank.add("a", folders["a"])
+    bank.add("b", folders["b"])
+    told = threading.Event()
+    bank.listen(told.set)
+    assert bank.acquire("a") is None
+    assert told.wait(LONG)
+    assert bank.acquire("a") is not None
+
+
+def test_two_that_are_asked_for_do_not_drive_each_other_out(bank_of, folders, size):
+    bank = bank_of(size)
+    for name in "abc":
+        bank.add(name, folders[name])
+    told = threading.Event()
+    bank.listen(told.set)
+    for _ in range(3):
+        waiting = {"a", "b", "c"}
+        while waiting:
+            for name in sorted(waiting):
+                active = bank.acquire(name)
+                if active is not None:
+                    bank.release(active)
+                    waiting.remove(name)
+            assert told.wait(LONG) or not waiting
+            told.clear()
+    assert bank.status().loads <= 3 + 9
+
+
+def test_a_demand_that_nobody_follows_up_gives_way(bank_of, folders, size, monkeypatch):
+    monkeypatch.setattr(adapter_room, "STAYS", 0.2)
+    bank = bank_of(size)
+    bank.add("a", folders["a"])
+    bank.add("b", folders["b"])
+    bank.acquire("a")  # and never again
+    assert bank.acquire("b", LONG) is not None
+
+
+def test_a_removed_adapter_ends_with_its_last_request(bank_of, folders):
+    bank = bank_of()
+    bank.add("a", folders["a"])
+    first, second = bank.acquire("a"), bank.acquire("a")
+    bank.remove("a")
+    assert bank.names() == ()
+    with pytest.raises(UserError, match="no adapter 'a'"):
+        bank.acquire("a")
+    bank.release(first)
+    assert bank.versions() == {second.number} and bank.status().bytes > 0
+    bank.release(second)
+    assert bank.versions() == frozenset() and bank.status().bytes == 0
+
+
+def test_a_swapped_adapter_is_another_version(bank_of, folders):
+    bank = bank_of()
+    bank.add("x", folders["a"])
+    before = bank.acquire("x")
+    kept = first_factor(before)
+    bank.swap("x", folders["b"])
+    after = bank.acquire("x")
+    assert after.number != before.number
+    assert not torch.equal(first_factor(after), first_factor(before))
+    assert first_factor(before) is kept, "a request in hand keeps what it began with"
+    assert bank.versions() == {before.number, after.number}
+    bank.release(before)
+    assert bank.versions() == {after.number}
+
+
+def test_swapping_in_the_same_folder_takes_what_is_there_now(bank_of, model, tmp_path):
+    bank = bank_of()
+    bank.add("x", write_lora(model, tmp_path, seed=5))
+    before = bank.acquire("x")
+    write_lora(model, tmp_path, seed=6)
+    bank.swap("x")
+    assert not torch.equal(first_factor(bank.acquire("x")), first_factor(before))
+
+
+def test_a_folder_that_changed_is_refused_until_it_is_swapped(bank_of, model, folders, size, tmp_path):
+    bank = bank_of(size)
+    bank.add("x", write_lora(model, tmp_path, seed=5))
+    bank.add("a", folders["a"])  # "x" leaves
+    write_lora(model, tmp_path, seed=6)
+    with pytest.raises(UserError, match="not those that were added"):
+        bank.acquire("x", LONG)
+    assert bank.acquire("a", LONG) is not None, "the others go on"
+    bank.swap("x")
+    assert bank.names() == ("x", "a")
+
+
+def test_a_folder_that_was_copied_anew_is_the_same(bank_of, folders, size, tmp_path):
+    bank = bank_of(size)
+    shutil.copytree(folders["a"], tmp_path / "x")
+    bank.add("x", tmp_path / "x")
+    before = bank.acquire("x")
+    bank.release(before)
+    bank.add("b", folders["b"])  # "x" leaves
+    shutil.rmtree(tmp_path / "x")
+    with pytest.raises(UserError, match="no adapter folder"):
+        bank.acquire("x", LONG)
+    shutil.copytree(folders["a"], tmp_path / "x")
+    assert bank.acquire("x", LONG).number == before.number
+
+
+def test_a_pinned_adapter_stays(bank_of, folders, size):
+    bank = bank_of(2 * size)
+    bank.add("a", folders["a"], pinned=True)
+    for name in "bc":
+        bank.add(name, folders[name])
+        bank.release(bank.acquire(name, LONG))
+    assert bank.acquire("a") is not None
+
+
+def test_what_could_never_be_in_memory_is_refused(bank_of, model, folders, size, tmp_path):
+    bank = bank_of(2 * size)
+    with pytest.raises(UserError, match="no room"):
+        bank.add("wide", write_lora(model, tmp_path, rank=16))
+    bank.add("a", folders["a"], pinned=True)
+    bank.add("b", folders["b"])
+    with pytest.raises(UserError, match="no room"):
+        bank.add("c", folders["c"], pinned=True)  # then "b" would have none
+    bank.swap("b", folders["b"], pinned=True)
+    with pytest.raises(UserError, match="no room"):
+        bank.add("c", folders["c"])
+    assert bank.names() == ("a", "b")
+
+
+def test_huge_files_are_refused_before_they_are_read(bank_of, folders, size):
+    bank = bank_of(size // 8)
+    with pytest.raises(UserError, match="no room"):
+        bank.add("a", folders["a"])
+    assert bank.status().loads == 0
+
+
+def test_whoever_waits_is_told_when_the_bank_closes(bank_of, folders, size):
+    bank = bank_of(size)
+    bank.add("a", folders["a"])
+    bank.add("b", folders["b"])
+    bank.acquire("a", LONG)
+    found = []
+
+    def wait() -> None:
+        try:
+            bank.acquire("b", LONG)
+        except UserError as error:
+            found.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    bank.close()
+    waiter.join(LONG)
+    assert "no more adapters are loaded" in str(found[0])
+
+
+def test_one_name_is_added_once_by_many_threads(bank_of, folders):
+    bank = bank_of()
+    refused = []
+
+    def add() -> None:
+        try:
+            bank.add("a", folders["a"])
+        except UserError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 5 and bank.status().loads == 1
