@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 from deltaw.errors import UserError
 from deltaw.serving.request import Sampling
 from deltaw.serving.sampling import (
+    LEAST_LOGPROB,
     NONE,
     SamplingState,
     candidates,
@@ -304,6 +305,18 @@ def test_equally_likely_tokens_are_told_in_the_order_of_their_ids() -> None:
     found = logprob(np.zeros(500, dtype=np.float32), 3, 3)
     assert found.logprob == pytest.approx(-math.log(500))
     assert [token for token, _ in found.top] == [0, 1, 2]
+
+
+def test_tokens_that_the_model_rules_out_have_a_finite_log_probability() -> None:
+    logits = np.full(40, -np.inf, dtype=np.float32)
+    logits[[3, 9]] = 1.0
+    found = logprob(logits, 3, 4)
+    assert found.logprob == pytest.approx(math.log(0.5))
+    assert [token for token, _ in found.top] == [3, 9, 0, 1]
+    assert [value for _, value in found.top[2:]] == [LEAST_LOGPROB] * 2
+    for chosen in ({"top_k": 10}, {"top_p": 0.9}, {"min_p": 0.1}, {}):
+        one = state(40, temperature=1.0, **chosen)
+        assert {int(choose(logits[None], [one]).tokens[0]) for _ in range(30)} == {3, 9}
 
 
 def test_soft_prompts_ids_beyond_the_vocabulary_are_passed_over() -> None:

@@ -29,6 +29,7 @@ from deltaw.serving.request import Sampling, TokenLogprob
 # A token's place in ``Choices`` where none can be chosen: the logits are not numbers, or nothing is allowed.
 NONE = -1
 MOST_LOGPROBS = 100
+LEAST_LOGPROB = -9999.0  # of tokens that a model rules out, since JSON knows no infinity; as the OpenAI API
 _LEAST_TEMPERATURE = 1e-30  # fp32 knows smaller numbers only as 0 or inexactly
 _BLOCK = 256  # weights that are summed one after another
 _PART = 64  # values of which one maximum is taken
@@ -206,7 +207,7 @@ def _chosen(logits: np.ndarray, state: SamplingState, words: np.ndarray | None) 
         state.adjust(row)
     likeliest = int(row.argmax())
     top = float(row[likeliest])
-    if math.isnan(top) or top == -math.inf:
+    if not math.isfinite(top):
         return NONE
     if state.greedy:
         return likeliest
@@ -322,11 +323,11 @@ def logprob(logits: np.ndarray, token: int, top: int = 0) -> TokenLogprob:
     if top:
         likeliest = np.flatnonzero(logits >= _nth_largest(logits, min(top, len(logits))))
         likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")][:top]
-    return TokenLogprob(
-        token,
-        float(logits[token]) - whole,
-        tuple((t, float(logits[t]) - whole) for t in likeliest.tolist()),
-    )
+
+    def value(one: int) -> float:
+        return max(float(logits[one]) - whole, LEAST_LOGPROB)
+
+    return TokenLogprob(token, value(token), tuple((one, value(one)) for one in likeliest.tolist()))
 
 
 def prompt_logprobs(logits: np.ndarray | Tensor, tokens: np.ndarray, top: int = 0) -> list[TokenLogprob]:
