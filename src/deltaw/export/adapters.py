@@ -1,6 +1,6 @@
 """An adapter's folder becomes changes of a base model's parameters, by the parameters' names.
 
-The model is a skeleton without values: its classes say how a weight lies in memory and which weights are
+The model is a skeleton on the meta device: its classes say how a weight lies in memory and which weights are
 tied, and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as
 everywhere (:func:`deltaw.lora.load_adapter`); methods that train the model's own parameters have a format
 of their own.

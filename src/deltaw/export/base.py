@@ -1,4 +1,4 @@
-"""The base model that an adapter belongs to: its files, its shape without values, and whether it is the one.
+"""The base model of an adapter: its files, its shape on the meta device, and whether it is the one.
 
 Knows folders and transformers' classes; the adapter's own tensors are read elsewhere.
 """
@@ -50,7 +50,7 @@ class Base:
     trust_remote_code: bool
 
     def skeleton(self, folder: Path | None = None) -> PreTrainedModel:
-        """The model without values, of the base's config.json or that in another ``folder``."""
+        """The model on the meta device, of the base's config.json or that in another ``folder``."""
         with torch.device("meta"):
             return skeleton(
                 str(folder or self.folder),
@@ -109,7 +109,7 @@ def check_base(
     """Whether the files are the base model that an adapter was trained on; None where that cannot be told.
 
     Args:
-        model: without values and without an adapter.
+        model: on the meta device, and without an adapter.
 
     Raises:
         UserError: the adapter's file has weights of its base model, and they are not these.

@@ -18,6 +18,7 @@ from typing import Protocol
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained, changes_of
 from deltaw.export.base import Base, base_of
+from deltaw.export.checkpoint import read_checkpoint
 from deltaw.export.combine import Combination, Recipe, combine
 from deltaw.export.in_memory import write_from_memory
 from deltaw.export.merged import MergedModel, NotByName, assemble
@@ -148,7 +149,11 @@ def merge_run(
         except NotByName as reason:
             merged, why = None, str(reason)
             say(f"{why}: the whole model is loaded for this merge")
-        needed = 0 if merged is None else sum(output.bytes for output in merged.tensors)
+        needed = (
+            sum(tensor.bytes for tensor in read_checkpoint(job.base.folder).tensors.values())
+            if merged is None
+            else sum(output.bytes for output in merged.tensors)
+        )
         refused: UserError | None = None
         with appearing(target, overwrite=options.overwrite, needed=needed, say=say) as folder:
             if merged is None:

@@ -2,7 +2,7 @@
 
 Weights that are tied no more, biases that the base has none of, a classifier's head and its classes, the type
 of the weights. Whether a model of that configuration takes exactly the merged tensors is checked by building
-one without values.
+one on the meta device.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def merged_config(
     """The configuration of the merged model.
 
     Args:
-        skeleton: the base model as the adapter's task loads it, without values.
+        skeleton: the base model as the adapter's task loads it, on the meta device.
         settings: the base's config.json.
         untied: names of weights that are tied no more.
         added: names of trained biases that the base model does not have.
@@ -172,7 +172,7 @@ def _with_biases(
     base: Base, skeleton: PreTrainedModel, settings: dict[str, object], wanted: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
     """Turn on the fewest flags of ``settings`` that give the model the biases ``wanted``; returns those that
-    come with them. What a flag does is found by building a model without values."""
+    come with them. What a flag does is found by building a model on the meta device."""
     before = set(names_of(skeleton))
     config = skeleton.config
     flags = [k for k in vars(config) if "bias" in k and getattr(config, k) is False][:_MOST_FLAGS]
@@ -191,7 +191,7 @@ def _with_biases(
 
 
 def _built(base: Base, settings: Mapping[str, object]) -> PreTrainedModel:
-    """A model of a configuration, without values."""
+    """A model of a configuration, on the meta device."""
     with tempfile.TemporaryDirectory() as folder:
         for code in base.folder.glob("*.py") if base.trust_remote_code else ():
             (Path(folder) / code.name).write_bytes(code.read_bytes())

@@ -72,7 +72,7 @@ class Attachment:
     """The record of one :func:`~deltaw.lora.adapt.attach`.
 
     ``copies`` are weights of the base model that the adapter's file has as well and that could not be
-    compared, on a model without values.
+    compared, on a model on the meta device.
     """
 
     config: LoRAConfig

@@ -40,7 +40,7 @@ class TrainedTokens(AdaptedLayer):
             if parameter is not None:
                 parameter.requires_grad_(False)
         vars(self).update(enabled=True, merged=False, _unmerged_weight=None)
-        # Of a model without values too, it is known which rows are trained.
+        # On the meta device too, it is known which rows are trained.
         device = "cpu" if weight.is_meta else weight.device
         self.register_buffer(
             "tokens", torch.tensor(list(tokens), dtype=torch.long, device=device), persistent=False
