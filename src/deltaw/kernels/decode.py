@@ -243,12 +243,9 @@ class Decoder:
             return reference_step(
                 self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted
             )
-        return self._compiled.step(
-            pages.data,
-            *(t.contiguous() for t in (hidden, positions, sequence, page_table, adapter, wanted)),
-            [packed.table for packed in adapters],
-            self.head.outputs,
-        )
+        tables = [packed.table for packed in adapters]
+        rows = (positions, sequence, page_table, adapter, wanted)
+        return self._compiled.step(pages.data, hidden.contiguous(), tables, *(t.contiguous() for t in rows))
 
 
 @torch.no_grad()
