@@ -244,8 +244,9 @@ class Decoder:
                 self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted
             )
         tables = [packed.table for packed in adapters]
-        rows = (positions, sequence, page_table, adapter, wanted)
-        return self._compiled.step(pages.data, hidden.contiguous(), tables, *(t.contiguous() for t in rows))
+        indices = (positions, sequence, page_table, adapter, wanted)
+        whole = (t.contiguous() for t in indices)
+        return self._compiled.step(pages.data, hidden.contiguous(), tables, *whole)
 
 
 @torch.no_grad()
