@@ -72,8 +72,8 @@ class Engine:
         work: what computes them. tokenizer: of the model.
         terminators: tokens that end texts of requests without an adapter.
         adapters: that requests may name.
-        own_adapter: the name by which the adapter of an inference session is asked for; None where there is none,
-            or where requests without a name get it.
+        own_adapter: the name by which the adapter of an inference session is asked for; None where there is
+            none, or where requests without a name get it.
         has_base: whether requests without a name get the base model.
         why: how the texts are computed, and why so.
     """
