@@ -195,6 +195,11 @@ struct Unit {  // some rows' queries of one key head; where many heads share it,
     int64_t seen_from(int64_t position) const { return a.block->window > 0 ? std::max<int64_t>(0, position - a.block->window + 1) : 0; }
 };
 
+template <class T>
+void ask_for(const T *at, int64_t count) {
+    for (int64_t i = 0; i < count * (int64_t)sizeof(T); i += 64) __builtin_prefetch((const char *)at + i, 0, 2);
+}
+
 // What the unit's queries attend to in one range of tokens, into `to`.
 template <class T>
 void attend_range(const Unit &u, int64_t begin, int64_t end, float *scores, Attended *to) {
@@ -210,7 +215,13 @@ void attend_range(const Unit &u, int64_t begin, int64_t end, float *scores, Atte
         const T *pages[STRETCH / PAGE_TOKENS];
         int64_t count = 0;
         for (int64_t t = from; t < until; t += PAGE_TOKENS) pages[count++] = head_of_page<T>(*u.a.model, block, step, sequence, t / PAGE_TOKENS, u.key_head);
-        for (int64_t p = 0; p < count; p++) all_scores(u.q, u.count, pages[p], size, scores + p * PAGE_TOKENS, STRETCH);
+        // Pages lie anywhere, so the processor does not guess the next one: it and this one's values are asked for.
+        ask_for(pages[0], size * PAGE_TOKENS);
+        for (int64_t p = 0; p < count; p++) {
+            ask_for(pages[p] + size * PAGE_TOKENS, size * PAGE_TOKENS);
+            if (p + 1 < count) ask_for(pages[p + 1], size * PAGE_TOKENS);
+            all_scores(u.q, u.count, pages[p], size, scores + p * PAGE_TOKENS, STRETCH);
+        }
         for (int64_t i = 0; i < u.count; i++) {
             const int64_t at = u.position(i);
             weigh(scores + i * STRETCH, count * PAGE_TOKENS, u.seen_from(at) - from, at + 1 - from, block.softcap, size, to[i]);

@@ -25,8 +25,8 @@ inline __m128i four_sums(I16 a, I16 b, I16 c, I16 d) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 template <class Sum>
-inline void put_sums(const Sum *s, float *out) {
-    const auto four = four_sums(s[0], s[1], s[2], s[3]);
+inline void put_sums(Sum a, Sum b, Sum c, Sum d, float *out) {
+    const auto four = four_sums(a, b, c, d);
     memcpy(out, &four, 16);
 }
 #else
@@ -40,8 +40,8 @@ inline void put_sum(I16 s, float *out) {
     memcpy(out, &total, 4);
 }
 template <class Sum>
-inline void put_sums(const Sum *s, float *out) {
-    for (int i = 0; i < 4; i++) put_sum(s[i], out + i);
+inline void put_sums(Sum a, Sum b, Sum c, Sum d, float *out) {
+    put_sum(a, out), put_sum(b, out + 1), put_sum(c, out + 2), put_sum(d, out + 3);
 }
 #endif
 
@@ -49,12 +49,21 @@ inline void put_sums(const Sum *s, float *out) {
 struct SumsF { typedef F16 Sum; static constexpr bool WHOLE = false; static Sum zero() { return zero_f(); } };
 struct SumsI { typedef I16 Sum; static constexpr bool WHOLE = true; static Sum zero() { return zero_i(); } };
 
+// Part by part: the compiler would keep a sum that is assigned as a whole in memory.
+inline void add_product(F16 &s, F16 a, F16 b) {
+#if defined(__AVX512F__)
+    s.v = _mm512_fmadd_ps(a.v, b.v, s.v);
+#else
+    for (int i = 0; i < PARTS; i++) s.p[i] = one_fma(a.p[i], b.p[i], s.p[i]);
+#endif
+}
+
 struct DotF32 : SumsF {
     typedef float Left; typedef float Right; typedef F16 Word;
     static constexpr int STEP = 16;
     static Word left(const Left *p) { return load16(p); }
     static Word right(const Right *p) { return load16(p); }
-    static void add(Sum &s, Word a, Word b) { s = fma(a, b, s); }
+    static void add(Sum &s, Word a, Word b) { add_product(s, a, b); }
     static void put(Left *p, F16 x) { store16(p, x); }
 };
 
@@ -65,7 +74,7 @@ struct DotWide : SumsF {  // bf16 weights, widened to fp32
     static constexpr int STEP = 16;
     static Word left(const Left *p) { return load16(p); }
     static Word right(const Right *p) { return load16(p); }
-    static void add(Sum &s, Word a, Word b) { s = fma(a, b, s); }
+    static void add(Sum &s, Word a, Word b) { add_product(s, a, b); }
     static void put(Left *p, F16 x) { store16(p, rounded_to_bf16(x)); }
 };
 
@@ -77,7 +86,9 @@ struct DotBF16 : SumsF {
     static Word right(const Right *p) { return load_i(p); }
     static void add(Sum &s, Word a, Word b) {
 #if defined(__AVX512BF16__)
-        __asm__("vdpbf16ps %2, %1, %0" : "+v"(s.v) : "v"(a.v), "v"(b.v));
+        __m512 sum = s.v;
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+        s.v = sum;
 #else
         for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vbfdotq_f32((float32x4_t)s.p[i], (bfloat16x8_t)a.p[i], (bfloat16x8_t)b.p[i]);
 #endif
@@ -95,7 +106,9 @@ struct DotInt8 : SumsI {
     static Word right(const Right *p) { return load_i(p); }
     static void add(Sum &s, Word a, Word b) {
 #if defined(__AVX512VNNI__)
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(s.v) : "v"(a.v), "v"(b.v));
+        __m512i sum = s.v;
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a.v), "v"(b.v));
+        s.v = sum;
 #else
         for (int i = 0; i < PARTS; i++) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s.p[i]) : "x"(a.p[i]), "x"(b.p[i]));
 #endif
@@ -179,57 +192,58 @@ template <class Dot, int ROWS, int COLS>
 inline __attribute__((always_inline)) void dots(const typename Dot::Left *const *x, const typename Dot::Right *w, int64_t ld, int64_t depth, float *out,
                                                 int64_t out_ld, const char *next, int64_t ahead) {
     typedef typename Dot::Right Right;
+    int64_t asked = 0;
+    const int64_t a_step = depth ? (ahead * Dot::STEP / depth + 63) / 64 * 64 : 0;
+    const int64_t whole = depth / Dot::STEP * Dot::STEP;
+    // What is left over goes through a buffer filled up with zeros, by the same loop. It is filled before sums are in
+    // registers, which a function's call would push out of them.
+    Right ends[COLS * Dot::STEP];
+    if (whole < depth) {
+        memset(ends, 0, sizeof(ends));
+        for (int c = 0; c < COLS; c++) memcpy(ends + c * Dot::STEP, w + c * ld + whole, (depth - whole) * sizeof(Right));
+    }
     typename Dot::Sum s[ROWS][COLS];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
         for (int c = 0; c < COLS; c++) s[r][c] = Dot::zero();
-    int64_t k = 0, asked = 0;
-    const int64_t a_step = depth ? (ahead * Dot::STEP / depth + 63) / 64 * 64 : 0;
-    for (; k + Dot::STEP <= depth; k += Dot::STEP) {
-        for (int64_t end = std::min(ahead, asked + a_step); asked < end; asked += 64) __builtin_prefetch(next + asked, 0, 2);
-        if constexpr (COLS > 4) {
-            typename Dot::Word a[ROWS];
+    for (int64_t k = 0, to = whole;;) {
+        for (; k < to; k += Dot::STEP, w += Dot::STEP) {
+            for (int64_t end = std::min(ahead, asked + a_step); asked < end; asked += 64) __builtin_prefetch(next + asked, 0, 2);
+            if constexpr (COLS > 4) {
+                typename Dot::Word a[ROWS];
 #pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) a[r] = Dot::left(x[r] + k);
+                for (int r = 0; r < ROWS; r++) a[r] = Dot::left(x[r] + k);
 #pragma GCC unroll 16
-            for (int c = 0; c < COLS; c++) {
-                const typename Dot::Word b = Dot::right(w + c * ld + k);
+                for (int c = 0; c < COLS; c++) {
+                    const typename Dot::Word b = Dot::right(w + c * ld);
 #pragma GCC unroll 6
-                for (int r = 0; r < ROWS; r++) Dot::add(s[r][c], a[r], b);
-            }
-        } else {
-            typename Dot::Word b[COLS];
+                    for (int r = 0; r < ROWS; r++) Dot::add(s[r][c], a[r], b);
+                }
+            } else {
+                typename Dot::Word b[COLS];
 #pragma GCC unroll 16
-            for (int c = 0; c < COLS; c++) b[c] = Dot::right(w + c * ld + k);
+                for (int c = 0; c < COLS; c++) b[c] = Dot::right(w + c * ld);
 #pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) {
-                const typename Dot::Word a = Dot::left(x[r] + k);
+                for (int r = 0; r < ROWS; r++) {
+                    const typename Dot::Word a = Dot::left(x[r] + k);
 #pragma GCC unroll 16
-                for (int c = 0; c < COLS; c++) Dot::add(s[r][c], a, b[c]);
+                    for (int c = 0; c < COLS; c++) Dot::add(s[r][c], a, b[c]);
+                }
             }
         }
-    }
-    if (k < depth) {
-#pragma GCC unroll 16
-        for (int c = 0; c < COLS; c++) {
-            Right end[Dot::STEP] = {};
-            memcpy(end, w + c * ld + k, (depth - k) * sizeof(Right));
-            const typename Dot::Word b = Dot::right(end);
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) Dot::add(s[r][c], Dot::left(x[r] + k), b);
-        }
+        if (to >= depth) break;
+        w = ends, ld = Dot::STEP, to += Dot::STEP;
     }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
         if constexpr (COLS % 4 == 0) {
 #pragma GCC unroll 4
-            for (int c = 0; c < COLS; c += 4) put_sums(s[r] + c, out + r * out_ld + c);
+            for (int c = 0; c < COLS; c += 4) put_sums(s[r][c], s[r][c + 1], s[r][c + 2], s[r][c + 3], out + r * out_ld + c);
         } else {
             static_assert(COLS == 1, "whole fours, or one");
-            const typename Dot::Sum same[4] = {s[r][0], s[r][0], s[r][0], s[r][0]};
             float four[4];
-            put_sums(same, four);
+            put_sums(s[r][0], s[r][0], s[r][0], s[r][0], four);
             out[r * out_ld] = four[0];
         }
     }
