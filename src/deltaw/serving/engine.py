@@ -72,8 +72,8 @@ class Engine:
         work: what computes them. tokenizer: of the model.
         terminators: tokens that end texts of requests without an adapter.
         adapters: that requests may name.
-        own_adapter: the name by which the adapter of an inference session is asked for; None where there is none,
-            or where requests without a name get it.
+        own_adapter: the name by which the adapter of an inference session is asked for; None where there is
+            none, or where requests without a name get it.
         has_base: whether requests without a name get the base model.
         why: how the texts are computed, and why so.
     """
@@ -122,6 +122,7 @@ class Engine:
         run = self._checked(request)
         with self._changed:
             self._refuse_closed()
+            self._unfinished.add(run.writing)
             self._incoming.append(run)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="deltaw-engine", daemon=True)
@@ -143,6 +144,7 @@ class Engine:
         runs = self._checked_all(requests)
         with self._changed:
             self._refuse_closed()
+            self._unfinished.update(run.writing for run in runs)
             self._incoming.extend(runs)
         left, told = list(runs), 0
         try:
@@ -162,10 +164,10 @@ class Engine:
         """Take no more requests; end when those in hand are written, or at once."""
         with self._changed:
             self._closed, self._draining = True, drain
+            unfinished = [] if drain else list(self._unfinished)
             self._changed.notify_all()
-        if not drain:
-            for writing in list(self._unfinished):
-                writing.cancel()
+        for writing in unfinished:
+            writing.cancel()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._stepping:
@@ -233,7 +235,6 @@ class Engine:
         sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
         allowance = min(request.max_new_tokens, room)
         writing = QueuedWriting(self._wake)
-        self._unfinished.add(writing)
         return Run(request, writing, sampler, matcher, self.tokenizer, ends, allowance)
 
     def _wake(self) -> None:

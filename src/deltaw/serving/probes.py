@@ -105,7 +105,7 @@ class _Recorders:
     def _recorder(self, number: int) -> Any:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             named = {**kwargs, **dict(zip(self._names[number], args, strict=False))}
-            self.rows[number] = hidden_states.detach()
+            self.rows[number] = hidden_states
             self.turns[number] = named.get("position_embeddings")
             if self.ending and number == len(self._blocks) - 1:
                 raise _Enough
