@@ -39,11 +39,13 @@ class BankStatus:
     """What a bank holds, and what it did so far.
 
     Attributes:
-        adapters: names. loaded: versions in memory. bytes: that they take, and that a load in hand will
-            take. budget_bytes: the most of them. loads: from a folder. dropped: to make room.
+        adapters: names. versions: that requests may still come for, or use. loaded: those in memory.
+        bytes: that they take, and that a load in hand will take. budget_bytes: the most of them.
+        loads: from a folder. dropped: to make room.
     """
 
     adapters: int
+    versions: int
     loaded: int
     bytes: int
     budget_bytes: int
@@ -78,7 +80,6 @@ class AdapterBank:
         self._in_hand: set[str] = set()  # names that are added or swapped at the moment
         self._wanted: deque[Version] = deque()
         self._loader: threading.Thread | None = None
-        self._listeners: list[Callable[[], None]] = []
         self._numbers = itertools.count(1)
         self._loads = 0
         self._closed = False
@@ -105,7 +106,7 @@ class AdapterBank:
 
         Returns:
             None where it is not in memory by then: it is being loaded, or others must be released before. It
-            has been asked for; ask again when a listener is called (:meth:`listen`), within some seconds.
+            has been asked for; ask again within some seconds.
 
         Raises:
             UserError: there is none of this name, or it cannot be loaded any more.
@@ -135,7 +136,6 @@ class AdapterBank:
             self._room.touch(version)
             self._room.leave_if_done(version)
             self._changed.notify_all()
-        self._tell()
 
     def add(self, name: str, folder: Path, *, pinned: bool = False) -> FolderFacts:
         """Take in the adapter in ``folder``.
@@ -183,27 +183,20 @@ class AdapterBank:
         with self._changed:
             self._retire(self._named(name))
             del self._names[name]
-        self._tell()
-
-    def versions(self) -> frozenset[int]:
-        """The numbers of the versions that requests may still come for, or hold. Keys and values of all
-        others are of no use any more."""
-        with self._changed:
-            return frozenset(version.number for version in self._room.versions)
 
     def status(self) -> BankStatus:
         """Numbers for whoever watches."""
         with self._changed:
             room = self._room
             return BankStatus(
-                len(self._names), room.loaded(), room.taken(), room.budget_bytes, self._loads, room.dropped
+                len(self._names),
+                len(room.versions),
+                room.loaded(),
+                room.taken(),
+                room.budget_bytes,
+                self._loads,
+                room.dropped,
             )
-
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call ``listener``, from any thread and without the lock, after an adapter was loaded, failed to
-        load, or ended."""
-        with self._changed:
-            self._listeners.append(listener)
 
     def close(self) -> None:
         """Load nothing any more; whoever waits for an adapter is told so."""
@@ -213,7 +206,6 @@ class AdapterBank:
             loader = self._loader
         if loader is not None:
             loader.join()
-        self._tell()
 
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
@@ -247,7 +239,6 @@ class AdapterBank:
                 self._room.touch(version)
                 if self._room.make(version.bytes):
                     version.weights = weights
-        self._tell()
         return parts.facts
 
     def _read(self, folder: Path, known: FolderFacts | None = None) -> tuple[AdapterParts, Weights]:
@@ -294,12 +285,6 @@ class AdapterBank:
             self._changed.notify_all()
         return None
 
-    def _tell(self) -> None:
-        with self._changed:
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
-
     def _start_loader(self) -> None:
         if self._loader is None:
             self._loader = threading.Thread(target=self._load_wanted, name="adapters", daemon=True)
@@ -332,7 +317,6 @@ class AdapterBank:
                 version.error = error
                 self._changed.notify_all()
             del weights
-            self._tell()
 
     def _next_has_room(self) -> bool:
         """Whether the next version that is waited for has room now; it is made."""

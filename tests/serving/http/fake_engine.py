@@ -180,6 +180,11 @@ class FakeShelf:
         self.folders[name] = folder
         self.engine.names.append(name)
 
+    def swap(self, name: str, folder: Path) -> None:
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError("this is no adapter", where=str(folder))
+        self.folders[name] = folder
+
     def remove(self, name: str) -> None:
         self.engine.names.remove(name)
 

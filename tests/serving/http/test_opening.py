@@ -103,6 +103,11 @@ def test_an_adapter_loaded_by_request_has_its_own_template(server: Running) -> N
         answer = client.post(CHAT, json=ASKED | {"model": "poet"}).json()
         assert answer["choices"][0]["message"]["content"] == expected(adapted(2), "<hi>")
         assert "deltaw_adapters_loaded 2.0" in client.get("/metrics").text
+        asked = {"lora_name": "poet", "lora_path": "clerk"}
+        assert client.post("/v1/load_lora_adapter", json=asked).status_code == 400, "the name is taken"
+        assert client.post("/v1/load_lora_adapter", json=asked | {"load_inplace": True}).status_code == 200
+        answer = client.post(CHAT, json=ASKED | {"model": "poet"}).json()
+        assert answer["choices"][0]["message"]["content"] == expected(adapted(1), RENDERED)
         gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
         assert gone.status_code == 200
         assert client.post(CHAT, json=ASKED | {"model": "poet"}).status_code == 404

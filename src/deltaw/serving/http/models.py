@@ -30,6 +30,7 @@ class LoadAdapter(Fields):
 
     lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
     lora_path: str = Field(min_length=1, max_length=1024)
+    load_inplace: bool = Field(default=False, description="take the place of the adapter of this name")
 
 
 class UnloadAdapter(Fields):
@@ -90,7 +91,8 @@ def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> A
         folder = folder_below(root, asked.lora_path)
         async with changing:
             try:
-                await asyncio.get_running_loop().run_in_executor(None, shelf.add, name, folder)
+                put = shelf.swap if asked.load_inplace and name in served.adapters() else shelf.add
+                await asyncio.get_running_loop().run_in_executor(None, put, name, folder)
             except UserError as error:
                 # Where it lies on this machine is not for everybody.
                 raise refused(UserError(error.what, hint=error.hint), param="lora_path") from error

@@ -48,6 +48,13 @@ class Shelf(Protocol):
             UserError: the folder holds no adapter, or none for this model, or the name is taken.
         """
 
+    def swap(self, name: str, folder: Path) -> object:
+        """Let a known name stand for another folder's adapter; texts in hand are written to their end.
+
+        Raises:
+            UserError: as ``add``; the adapter from before then stays.
+        """
+
     def remove(self, name: str) -> object:
         """Forget an adapter; texts in hand are written to their end.
 
