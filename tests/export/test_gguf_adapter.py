@@ -26,7 +26,7 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
 
 
 def test_alpha_over_each_rank_and_the_factors_give_the_layers_update(tmp_path: Path) -> None:
-    """Ranks, alphas and rsLoRA differ by module; the file has one alpha, and rows of q and k are reordered."""
+    """Ranks, alphas and rsLoRA differ by module; the file has one alpha; q and k are reordered."""
     settings = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"v_proj": 3.0}, "rslora": True}
     model, run = models.saved_run(tmp_path, "llama", **settings)
     written = export_gguf_adapter(run, tmp_path / "a.gguf")

@@ -31,7 +31,7 @@ MESSAGES = [
 
 
 def in_go(template: str, messages: list[dict[str, str]]) -> str:
-    """The few things of Go's templates that these use: range, fields, one if; and {{- cuts spaces before it."""
+    """What these use of Go's templates: range, fields, one if; and {{- cuts spaces before it."""
     found = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
     assert found is not None
     text = ""

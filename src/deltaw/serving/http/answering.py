@@ -152,7 +152,8 @@ class EventStream(Response):
                 except Exception as error:
                     last = self._end(ApiError(500, f"the engine failed ({type(error).__name__})"))
                     scope[FAILURE] = error
-            # Nobody watches any more: a server reports the end of an answer like a client that has gone.
+            # From here on the client is not watched: a server reports the end of an answer like a client that
+            # has gone.
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self._desk.done(self._texts)
