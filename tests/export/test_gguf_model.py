@@ -1,4 +1,4 @@
-"""A merged model as a GGUF file: types of tensors, metadata, the tokenizer, and a base that is GGUF itself."""
+"""A merged model as a GGUF file: types of tensors, metadata, the tokenizer, and a base that is one itself."""
 
 from __future__ import annotations
 
