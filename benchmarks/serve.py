@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=16, help="the most tokens of an answer")
     parser.add_argument("--adapter-memory", default="1GB", help="less than all need lets them come and go")
+    parser.add_argument("--cache-memory", default="256MB", help="for keys and values: full soon, then flat")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rival", default="on", choices=["on", "off"])
     parser.add_argument("--rounds", type=int, default=3, help="against the rival")
@@ -82,7 +83,8 @@ def serving(
     """A server's address and process while the block is open."""
     command = [sys.executable, "-m", "deltaw", "serve", base, "--name", "base", "--port", "0", "--log", "off"]
     command += ["--precision", given.precision, "--adapters-from", str(below)]
-    command += ["--adapter-memory", given.adapter_memory, "--queue", str(4 * given.clients)]
+    command += ["--adapter-memory", given.adapter_memory, "--cache-memory", given.cache_memory]
+    command += ["--queue", str(4 * given.clients)]
     for name, folder in adapters.items():
         command += ["--adapter", f"{name}={folder}"]
     threads = {"OMP_NUM_THREADS": str(given.threads)}
@@ -163,6 +165,8 @@ def report(counts: Counts, given: argparse.Namespace) -> bool:
         f"memory: {middle:.0f} MiB in the second quarter, {grown:+.1f} MiB in the last, peak {peak:.0f} MiB",
         flush=True,
     )
+    tenths = [counts.memory[len(counts.memory) * n // 10][1] / 2**20 for n in range(10)]
+    print(f"memory by tenths of the time: {' '.join(f'{size:.0f}' for size in tenths)} MiB")
     accounted = counts.right + counts.cancelled + counts.unknown + len(counts.wrong) + len(counts.lost)
     if accounted < given.requests:
         print(f"{given.requests - accounted} requests are not accounted for")
