@@ -3,9 +3,9 @@
     python benchmarks/decode_step.py --rows 1 4 16 64 --context 256
 
 Beside each time: its ratio to the time in which this machine reads the weights once (`of reads`), and to the
-time of its multiplications at the rate of a large product of the same type (`of products`). The larger of both
-is a floor. `mixed` is the ratio of a step whose rows belong to 16 adapters of ranks 4 … 64 on all layers to one
-without adapters, steps of the two taking turns.
+time of its multiplications at the rate of a large product of the same type (`of products`). The larger of
+both is a floor. `mixed` is the ratio of a step whose rows belong to 16 adapters of ranks 4 … 64 on all layers
+to one without adapters, steps of the two taking turns.
 """
 
 from __future__ import annotations
