@@ -2,10 +2,10 @@
 
     python benchmarks/decode_step.py --rows 1 4 16 64 --context 256
 
-Beside each time: its ratio to the time in which this machine reads the weights once (`of reads`), and to the time
-of as many multiplications at the rate of a large product of the same type (`of products`). The slower of the two
-is a floor. `mixed` is the ratio of a step whose rows belong to 16 adapters of ranks 4 … 64 on all layers to one
-without adapters, steps of the two taking turns.
+Beside each time: its ratio to the time in which this machine reads the weights once (`of reads`), and to the
+time of its multiplications at the rate of a large product of the same type (`of products`). The larger of
+both is a floor. `mixed` is the ratio of a step whose rows belong to 16 adapters of ranks 4 … 64 on all layers
+to one without adapters, steps of the two taking turns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader
-from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms, PackedAdapter
+from deltaw.kernels.decode import (
+    Decoder,
+    DecoderBlock,
+    DecoderLinear,
+    DecoderNorm,
+    DecoderNorms,
+    PackedAdapter,
+)
 from deltaw.kernels.decode_parts import HEAD
 
 
@@ -82,7 +89,9 @@ def decoder(of: Sizes, kind: str) -> Decoder:
     angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, of.head_size // 2)
     head = linear(of.vocabulary, of.hidden, kind)
     cache = torch.float32 if kind == "fp32" else torch.bfloat16
-    return Decoder(blocks, DecoderNorm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache)
+    return Decoder(
+        blocks, DecoderNorm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache
+    )
 
 
 def adapters_of(of: Decoder, count: int) -> list[PackedAdapter]:
@@ -154,7 +163,9 @@ def weights_of(of: Decoder) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=list(BYTES), default=list(BYTES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64])

@@ -243,12 +243,10 @@ class Decoder:
             return reference_step(
                 self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted
             )
-        return self._compiled.step(
-            pages.data,
-            *(t.contiguous() for t in (hidden, positions, sequence, page_table, adapter, wanted)),
-            [packed.table for packed in adapters],
-            self.head.outputs,
-        )
+        tables = [packed.table for packed in adapters]
+        indices = (positions, sequence, page_table, adapter, wanted)
+        whole = (t.contiguous() for t in indices)
+        return self._compiled.step(pages.data, hidden.contiguous(), tables, *whole)
 
 
 @torch.no_grad()

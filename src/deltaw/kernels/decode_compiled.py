@@ -83,13 +83,12 @@ class CompiledDecoder:
         self,
         pages: Tensor,
         hidden: Tensor,
+        adapters: Sequence[Table],
         positions: Tensor,
         sequence: Tensor,
         page_table: Tensor,
         adapter: Tensor,
         wanted: Tensor,
-        adapters: Sequence[Table],
-        vocabulary: int,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`deltaw.kernels.decode.Decoder.step`; all tensors are contiguous.
 
@@ -97,7 +96,7 @@ class CompiledDecoder:
             IndexError: a position, page, sequence, adapter or wanted row is out of bounds.
         """
         out = torch.empty(len(wanted), hidden.shape[1])
-        logits = torch.empty(len(wanted), vocabulary)
+        logits = torch.empty(len(wanted), self._parts.head.outputs)
         tables = (ctypes.c_void_p * len(adapters))(*map(ctypes.addressof, adapters))
         step = DecodeStep(
             *(t.data_ptr() for t in (hidden, positions, sequence, adapter, page_table, wanted)),

@@ -1,4 +1,4 @@
-"""The structs of ``csrc/block.h`` and ``csrc/decode.h`` as ctypes sees them, and the check that the two still agree.
+"""The structs of ``csrc/block.h`` and ``csrc/decode.h`` as ctypes sees them, checked against the library's.
 
 Knows names and types of fields; what they mean is said there.
 """
