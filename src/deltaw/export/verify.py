@@ -2,8 +2,10 @@
 rounding alone would move them.
 
 Merging rounds weights, which moves logits; how far depends on the model. So the bound is measured on the
-model itself: every rounded weight of the unmerged model is multiplied by 1 + u·ε, with ε drawn evenly from
-[−1, 1] and u the unit roundoff of the merged weights' type, and the logits move by what such rounding does.
+model itself: every rounded weight of the unmerged model is rounded to the merged weights' type and multiplied
+by 1 + u·ε, with ε drawn evenly from [−1, 1] and u the type's unit roundoff, and the logits move by what such
+rounding does. (Random factors alone would be too little: weights that come from a file of few bits round in
+groups to the same side.)
 A merge that moves them :data:`MEAN_FACTOR` times as far (at any single logit :data:`MAX_FACTOR` times) is not
 explained by rounding, and refused.
 
@@ -176,7 +178,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
             adapter = _moved(kept, questions.logits(model))
     step = max(UNIT_ROUNDOFF[stored], UNIT_ROUNDOFF[torch.bfloat16] if precision == "bf16" else 0.0)
     everything = narrowed or precision == "bf16"
-    _perturb(model, None if everything else {n for one in job.trained for n in one.names}, step)
+    _perturb(model, None if everything else {n for one in job.trained for n in one.names}, step, stored)
     rounding = _moved(kept, questions.logits(model))
     del model
     # The session is needed for its task alone; whatever holds the unmerged model lets go of it.
@@ -227,13 +229,15 @@ def _stored_type(job: Merging, folder: Path) -> tuple[torch.dtype, bool]:
 
 
 @torch.no_grad()
-def _perturb(model: PreTrainedModel, names: set[str] | None, step: float) -> None:
-    """Multiply weights by 1 + step·ε, ε evenly from [−1, 1]; all of them for ``names`` None."""
+def _perturb(model: PreTrainedModel, names: set[str] | None, step: float, stored: torch.dtype) -> None:
+    """Round weights to ``stored`` and multiply them by 1 + step·ε, ε evenly from [−1, 1]; all of them for
+    ``names`` None."""
     seen: set[int] = set()
     for name, parameter in names_of(model).items():
         wanted = names is None or name in names
         if wanted and parameter.is_floating_point() and id(parameter) not in seen:
             seen.add(id(parameter))
+            parameter.data.copy_(parameter.data.to(stored))
             parameter.data.mul_(torch.rand_like(parameter).mul_(2 * step).add_(1 - step))
 
 
