@@ -2,18 +2,21 @@
 rounding alone would move them.
 
 Merging rounds weights, which moves logits; how far depends on the model. So the bound is measured on the
-model itself: every rounded weight of the unmerged model is rounded to the merged weights' type and multiplied
-by 1 + u·ε, with ε drawn evenly from [−1, 1] and u the type's unit roundoff, and the logits move by what such
-rounding does. (Random factors alone would be too little: weights that come from a file of few bits round in
-groups to the same side.)
-A merge that moves them :data:`MEAN_FACTOR` times as far (at any single logit :data:`MAX_FACTOR` times) is not
-explained by rounding, and refused.
+model itself: the adapter is merged in memory, by other code (:mod:`deltaw.lora.merging`), its weights are
+rounded to the type of the merged ones and multiplied by 1 + u·ε, with ε drawn evenly from [−1, 1] and u the
+type's unit roundoff, and the logits move by what rounding does. Random factors alone would be too little: of
+an update that is small beside the steps of bf16, rounding takes the same share everywhere.
+
+A merge that moves logits :data:`MEAN_FACTOR` times as far (at any single logit :data:`MAX_FACTOR` times) is
+not explained by rounding, and refused. So is one whose rounding moves them by more than :data:`SHARE` of what
+the adapter itself does: the merged model would have lost what was trained.
 
 Models are held one after the other. Knows runs, tasks and models; not how a merge is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ from deltaw.export.tensor_files import CODES, FLOATS
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
+from deltaw.lora import merge
 from deltaw.methods.parameters import names_of
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.inference import InferenceSession, open_run
@@ -39,7 +43,9 @@ from deltaw.training.process import own_random_numbers
 from deltaw.training.tasks.eval_sets import read_run_data
 from deltaw.working import working
 
-MEAN_FACTOR, MAX_FACTOR = 4.0, 8.0
+MEAN_FACTOR, MAX_FACTOR, SHARE = 2.0, 4.0, 0.5
+# The share of the adapter's own effect from which on a person is told.
+TOLD = 0.1
 # Rows, tokens of a row, and bytes of kept logits that are enough to tell.
 ROWS, TOKENS, KEPT_BYTES = 24, 512, 256 << 20
 UNIT_ROUNDOFF = {
@@ -78,6 +84,7 @@ class Verification:
         computed_in: the type of both models' arithmetic. stored_in: of the merged weights.
         merged: how far merging moved the logits. rounding: how far rounding of that size does.
         adapter: how far the adapter itself moves them; None where there are several.
+        narrowed: whether the merged weights have a narrower type than the base's.
         allowed_mean, allowed_largest: what was allowed.
     """
 
@@ -89,13 +96,27 @@ class Verification:
     merged: Movement
     rounding: Movement
     adapter: Movement | None
+    narrowed: bool
     allowed_mean: float
     allowed_largest: float
 
     @property
-    def passed(self) -> bool:
+    def explained(self) -> bool:
         """Whether rounding explains all of it; a number that is not finite passes nothing."""
         return self.merged.mean <= self.allowed_mean and self.merged.largest <= self.allowed_largest
+
+    @property
+    def lost(self) -> float:
+        """What merging moved, as a share of what the adapter does; 0 where that is not known."""
+        if self.adapter is None or self.merged.mean == 0:
+            return 0.0
+        return self.merged.mean / max(self.adapter.mean, 1e-30)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the merged model is the pair, and still has what the adapter learned. Where the user asked
+        for a narrower type than the base's, rounding of the base counts, and nobody is refused for it."""
+        return self.explained and (self.narrowed or self.lost <= SHARE)
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -117,10 +138,10 @@ class Verification:
                 f"  the adapter itself moves them by {self.adapter.mean:.2g}, KL "
                 f"{self.adapter.divergence:.2g} nats, and changes {self.adapter.changed:.2%} of the choices"
             )
-            if self.passed and merged.mean > 0.3 * self.adapter.mean:
+            if self.passed and self.lost > TOLD:
                 said.append(
-                    f"  note: rounding to {self.stored_in} moves logits by a share of the adapter's own "
-                    "effect that may matter; --precision fp32 keeps all of it"
+                    f"  note: rounding to {self.stored_in} moves logits by {self.lost:.0%} of what the "
+                    "adapter does; --precision fp32 keeps all of it"
                 )
         return said
 
@@ -141,6 +162,12 @@ class Verify:
             found = _compared(job, folder, self._say)
         for line in found.lines():
             self._say(line)
+        if found.explained and not found.passed:
+            raise UserError(
+                f"rounding to {found.stored_in} moves logits by {found.lost:.0%} of what the adapter does",
+                where=str(job.run),
+                hint="merge with --precision fp32, or keep the adapter separate",
+            )
         if not found.passed:
             raise UserError(
                 f"the merged model is not what base and adapter are together: logits moved by "
@@ -178,6 +205,8 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
             adapter = _moved(kept, questions.logits(model))
     step = max(UNIT_ROUNDOFF[stored], UNIT_ROUNDOFF[torch.bfloat16] if precision == "bf16" else 0.0)
     everything = narrowed or precision == "bf16"
+    if single and opened.method is not None and opened.method.name == "lora":
+        _merge_in_memory(model)
     _perturb(model, None if everything else {n for one in job.trained for n in one.names}, step, stored)
     rounding = _moved(kept, questions.logits(model))
     del model
@@ -195,6 +224,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
         merged,
         rounding,
         adapter,
+        narrowed,
         max(MEAN_FACTOR * rounding.mean, floor),
         max(MAX_FACTOR * rounding.largest, 10 * floor),
     )
@@ -226,6 +256,12 @@ def _stored_type(job: Merging, folder: Path) -> tuple[torch.dtype, bool]:
 
     merged, base = usual(folder), usual(job.base.folder)
     return merged, UNIT_ROUNDOFF[merged] > UNIT_ROUNDOFF[base]
+
+
+def _merge_in_memory(model: PreTrainedModel) -> None:
+    """Put the adapter into the loaded weights; one that they cannot take stays beside them."""
+    with contextlib.suppress(UserError):
+        merge(model, keep_original=False)
 
 
 @torch.no_grad()
