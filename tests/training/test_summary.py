@@ -171,7 +171,8 @@ def test_a_run_that_goes_on_began_when_it_began(settings, tmp_path):
 
 def test_commands_quote_the_folder(tmp_path):
     told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
-    assert f"deltaw chat '{tmp_path}/a b'" in told
+    assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
+    assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
     assert not any(
         "chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)]
     )

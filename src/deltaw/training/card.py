@@ -98,6 +98,7 @@ def model_card(
         "```bash",
         *([f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if writes_text else []),
         f"deltaw eval {folder}",
+        *([f"deltaw serve {folder}"] if writes_text else []),
         "```",
         "",
     ]

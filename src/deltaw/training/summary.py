@@ -174,6 +174,11 @@ def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> l
         commands.append((f"deltaw eval {run} --base", "score it beside the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))
+        if writes_text:
+            commands.append((f"deltaw serve {run}", "answer requests as the OpenAI API does"))
+        if method == "lora":
+            merged = shlex.quote(f"{os.fspath(folder)}-merged")
+            commands.append((f"deltaw merge {run} --output {merged}", "one model of base and adapter"))
     if any((folder / FOLDER).glob("step-*")):
         commands.append((f"deltaw train --resume {run}", "train further" if state == FINISHED else "go on"))
     if folder.parent != folder:
