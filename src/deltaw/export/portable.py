@@ -20,7 +20,7 @@ from deltaw.errors import UserError
 from deltaw.export.described_base import DescribedBase, describe_base, read_updates, require_same_base
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, require_lora
-from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME
+from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME, sort_metadata
 from deltaw.lora.peft_format import DEFAULTS, target_entries
 from deltaw.lora.peft_paths import PREFIX
 
@@ -124,6 +124,7 @@ def export_peft(
     settings = _settings(adapter, alike, base)
     with appearing(folder, overwrite=overwrite, say=say) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata)
+        sort_metadata(partial / WEIGHTS_NAME)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
     return WrittenFolder(folder, len(adapter.updates), alike.rank, alike.alpha, alike.padded, alike.folded)

@@ -112,15 +112,32 @@ def save_adapter(
     durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
 
 
-def _in_order(content: bytes) -> tuple[bytes, memoryview]:
-    """A safetensors file's header and the rest, the header's metadata sorted by key.
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by key, in its place.
 
-    The library writes them in an order of chance; sorted, the same adapter is the same file to the byte.
+    The library writes them in an order of chance; sorted, the same tensors are the same file to the byte.
+    Nothing but the header is read or written.
     """
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = _sorted_header(file.read(size))
+        if len(text) > size:
+            raise ValueError(f"the header of {path} grows when it is sorted")
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def _sorted_header(text: bytes) -> bytes:
+    header = json.loads(text)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _in_order(content: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file's header and the rest, the header's metadata sorted by key as :func:`sort_metadata`
+    does."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    text = _sorted_header(content[8:end])
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 

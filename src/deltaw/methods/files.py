@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltaw import durable
 from deltaw.errors import UserError
+from deltaw.lora.files import sort_metadata
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
 from deltaw.version import __version__
 
@@ -73,6 +74,7 @@ def write_adapter(
         with durable.replacing(folder / ADAPTER_WEIGHTS) as temporary:
             kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             safetensors.torch.save_file(kept, temporary, metadata={"format": "pt", **metadata})
+            sort_metadata(temporary)
         text = json.dumps(config, indent=2, ensure_ascii=False)
         durable.write_text(folder / ADAPTER_CONFIG, text + "\n")
     except OSError as error:

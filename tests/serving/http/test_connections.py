@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from deltaw.serving.http.settings import Limits, ServerSettings
+from tests.serving.http.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,15 +31,6 @@ def chat(text: str, **changes: object) -> bytes:
 def connected(server: Running) -> socket.socket:
     made = socket.create_connection(server.address, timeout=SECONDS)
     return made
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def received(client: socket.socket) -> bytes:

@@ -46,7 +46,9 @@ class Killed(Callback):
 
     def _take(self, *moment):
         if moment in self.moments:
-            shutil.copytree(self.run, self.into / f"{moment[0]}-{moment[1]}")
+            # What a thread is writing at the moment may get its name while it is copied.
+            half = shutil.ignore_patterns(".partial-*")
+            shutil.copytree(self.run, self.into / f"{moment[0]}-{moment[1]}", ignore=half)
 
 
 def outcome_of(folder):
