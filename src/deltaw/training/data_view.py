@@ -118,7 +118,14 @@ def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = sile
 
 def _opened(config: RunConfig, say: Say) -> tuple[Task, DataSettings]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+    task = task_of(
+        config.task,
+        config.model,
+        dtype,
+        trust_remote_code=config.trust_remote_code,
+        say=say,
+        preference=config.preference,
+    )
     if task.tokenizer is not None and not task.has_labels:
         task.tokenizer = with_chat_template(task.tokenizer, config.data.chat_template)
     return task, config.data

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
 from deltaw.data.chat_template import read_chat_template
-from deltaw.data.example import Example
+from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import PeakWatch, release_free_memory
@@ -53,7 +53,7 @@ from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
-from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.training.tasks.causal_objective import CausalObjective, loss_of_outputs
 from deltaw.training.tasks.eval_sets import read_run_data
 from deltaw.working import working
 
@@ -201,7 +201,11 @@ class Session:
         if not self.general:
             return None
         return KeepGeneral(
-            self.objective, self.batcher, self.general, weight=settings.keep_general, seed=settings.seed
+            CausalObjective(self.model) if self.task.has_pairs else self.objective,
+            self.batcher,
+            self.general,
+            weight=settings.keep_general,
+            seed=settings.seed,
         )
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
@@ -243,7 +247,14 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
         read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
-        task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+        task = task_of(
+            config.task,
+            config.model,
+            dtype,
+            trust_remote_code=config.trust_remote_code,
+            say=say,
+            preference=config.preference,
+        )
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
@@ -281,13 +292,19 @@ def assemble(
         UserError: the method does not fit the model, or a row is too long for it.
     """
     method = choose_method(config, task.tokenizer)
+    if task.has_pairs and method.activates:
+        raise UserError(
+            "an adapter that acts from an invocation sequence on is not trained on pairs",
+            where="lora.activation",
+            hint="set lora.activation: always",
+        )
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
     said: list[str] = []
     identity = identity_of(model, config.precision)
     if config.precision == "int8" and has_values(model):
-        said += _quantized_int8(model, data.train)
+        said += _quantized_int8(model, _single(data.train))
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -298,6 +315,7 @@ def assemble(
         virtual_tokens=method.virtual_tokens,
     )
     task.initialize_head(model, new_modules, data.train)
+    data = data.mapped(lambda rows: task.referenced(model, rows, batcher))
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     def calibrate() -> None:
@@ -396,6 +414,13 @@ def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str
             )
     release_free_memory()
     return said
+
+
+def _single(items: Sequence[Any]) -> Sequence[Any]:
+    """The rows of the first groups, as many as a calibration takes; rows that come alone as they are."""
+    if not any(isinstance(item, RowGroup) for item in items[:1]):
+        return items
+    return [row for item in items[:CALIBRATION_TOKENS] for row in item.rows]
 
 
 def head_modules(model: nn.Module) -> list[str]:
