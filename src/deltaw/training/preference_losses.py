@@ -31,7 +31,7 @@ from deltaw.training.losses import RowLogProbs, unrounded
 
 
 @dataclass(frozen=True)
-class Judged:
+class PairLosses:
     """What a loss makes of pairs.
 
     Attributes:
@@ -58,10 +58,10 @@ class StepMetrics:
         """Begin a step."""
         self.pairs, self.sums = 0, None
 
-    def add(self, judged: Judged) -> None:
+    def add(self, found: PairLosses) -> None:
         """Add a microbatch."""
-        sums = unrounded(torch.cat([judged.accuracies.sum()[None], judged.rewards.sum(0)]))
-        self.pairs += len(judged.losses)
+        sums = unrounded(torch.cat([found.accuracies.sum()[None], found.rewards.sum(0)]))
+        self.pairs += len(found.losses)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def means(self) -> dict[str, float]:
@@ -84,21 +84,21 @@ class PreferenceLoss:
         self.watched = StepMetrics()
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
-        judged = self.judge(rows)
-        self.watched.add(judged)
-        return judged.losses.sum()
+        found = self.of_rows(rows)
+        self.watched.add(found)
+        return found.losses.sum()
 
     def units(self, rows: Sequence[Any]) -> int:
         return len(rows)
 
-    def judge(self, rows: RowLogProbs) -> Judged:
+    def of_rows(self, rows: RowLogProbs) -> PairLosses:
         """The losses and rewards of a microbatch's pairs, in the order of ``rows.groups``."""
         sums, counts = rows.grouped(rows.sums()), rows.grouped(rows.counts())
         if not self.settings.has_reference:
             return self.of_pairs(sums, counts)
         return self.of_pairs(sums, counts, rows.grouped(_references(rows, sums)))
 
-    def of_pairs(self, sums: Tensor, counts: Tensor, references: Tensor | None = None) -> Judged:
+    def of_pairs(self, sums: Tensor, counts: Tensor, references: Tensor | None = None) -> PairLosses:
         """Losses and rewards.
 
         Args:
@@ -115,15 +115,15 @@ class PreferenceLoss:
         margins = scores[:, 0] - scores[:, 1]
         rewards = (beta * scores).detach()
         if settings.loss == "ipo":
-            return Judged((margins - 1 / (2 * beta)).square(), rewards)
+            return PairLosses((margins - 1 / (2 * beta)).square(), rewards)
         if settings.loss == "orpo":
             odds = scores - log1mexp(scores)
-            return Judged(-scores[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1]), rewards)
+            return PairLosses(-scores[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1]), rewards)
         logits = beta * margins
         if settings.loss == "simpo":
             logits = logits - settings.target_margin
         smoothing = settings.label_smoothing
-        return Judged(-(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits), rewards)
+        return PairLosses(-(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits), rewards)
 
 
 def named(accuracy: float, chosen: float, rejected: float) -> dict[str, float]:

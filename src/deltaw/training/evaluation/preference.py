@@ -37,8 +37,8 @@ def evaluate_preferences(
         place = {id(pair.rows[0]): start + number for number, pair in enumerate(part)}
         for batch in batcher.batches(part):
             rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
-            judged = loss.judge(rows)
-            columns = [judged.losses[:, None], judged.accuracies[:, None], judged.rewards]
+            found = loss.of_rows(rows)
+            columns = [found.losses[:, None], found.accuracies[:, None], found.rewards]
             values = torch.cat(columns, 1).cpu().double().numpy()
             table[[place[id(rows.rows[group[0]])] for group in rows.groups]] = values
     mean_loss, accuracy, chosen, rejected = table.mean(0).tolist()
