@@ -191,7 +191,9 @@ def read_record(row: Row, form: Form, columns: Mapping[str, str], where: str) ->
 
 def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
     known = known_columns()
-    if lacking:
+    if set(PAIR_COLUMNS) <= set(rows.columns):
+        hint = "for pairs of a chosen and a rejected answer, set task: preference. "
+    elif lacking:
         hint = f"did you mean data.columns: {{{lacking}: …}}? "
     else:
         near = [(column, did_you_mean(column, known)) for column in rows.columns]
