@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from deltaw.errors import UserError
+from deltaw.kernels.transfer import to_device
 from deltaw.preference_settings import PreferenceSettings
 from deltaw.training.losses import RowLogProbs, unrounded
 
@@ -162,4 +163,4 @@ def _references(rows: RowLogProbs, like: Tensor) -> Tensor:
             where="preference.loss",
             hint="give rows to the task's referenced() first",
         )
-    return torch.tensor(values, dtype=like.dtype).to(like.device)
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)
