@@ -22,6 +22,7 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run, score_run
 from deltaw.training.preference_losses import PreferenceLoss, log1mexp
+from deltaw.training.session import Session
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.preference import PreferenceTask
@@ -354,3 +355,15 @@ def test_methods_of_other_kinds_learn_pairs(preferring, tmp_path, method):
 def test_an_activated_adapter_is_refused(preferring, tmp_path):
     with pytest.raises(UserError, match="pairs"):
         fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
+
+
+def test_general_answers_are_kept_by_their_cross_entropy(preferring, tmp_path, monkeypatch):
+    answers = [row for pair in pairs(3) for row in pair.rows]
+    monkeypatch.setattr(Session, "general_answers", lambda self, prompts: answers)
+    losses = {}
+    for weight in (0.0, 50.0):
+        train = {"epochs": 8, "keep_general": weight, "drift": False}
+        run = fit(preferring(tmp_path / str(weight), train=train)).output
+        losses[weight] = [line.get("general_loss") for line in metrics(run) if "learning_rate" in line]
+    assert losses[0.0][0] is None
+    assert np.mean(losses[50.0][-6:]) < np.mean(losses[50.0][:6])
