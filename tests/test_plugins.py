@@ -122,15 +122,15 @@ def test_flags_and_workers_know_the_method_of_a_package(site, settings, tmp_path
 
 
 def test_a_task_of_a_package_can_be_chosen(site):
-    install(site, TASK, "deltaw.tasks", "preference = toy_plugin:ENTRY")
+    install(site, TASK, "deltaw.tasks", "toy-preference = toy_plugin:ENTRY")
     code = (
         "from deltaw.config import RunConfig\n"
         "from deltaw import tasks\n"
-        "config = RunConfig.read({'model': 'm', 'data': 'd', 'task': 'preference'})\n"
+        "config = RunConfig.read({'model': 'm', 'data': 'd', 'task': 'toy-preference'})\n"
         "print(config.task, tasks.names()[-1])"
     )
     done = python("-c", code)
-    assert done.stdout.split() == ["preference", "preference"], done.stderr
+    assert done.stdout.split() == ["toy-preference", "toy-preference"], done.stderr
 
 
 def test_importing_the_settings_looks_for_no_package(site):

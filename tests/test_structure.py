@@ -29,7 +29,7 @@ LEVELS = (
     ("lora",),
     ("hub", "host"),
     ("runtime",),
-    ("memory", "methods", "data", "config", "train_settings", "schema"),
+    ("memory", "methods", "data", "config", "train_settings", "preference_settings", "schema"),
     ("training",),
     ("experiments", "serving", "export"),
     ("reports",),

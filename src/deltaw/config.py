@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from deltaw import tasks
 from deltaw.data.prepare import DataSettings
 from deltaw.errors import UserError, did_you_mean
 from deltaw.methods import registry
+from deltaw.preference_settings import PreferenceSettings
 from deltaw.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class RunConfig(BaseModel):
     train: TrainSettings = Field(
         default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
     )
+    preference: PreferenceSettings = Field(
+        default_factory=lambda: PreferenceSettings.model_validate({}),
+        description="the loss of pairs of answers, for task: preference",
+    )
     force: bool = Field(False, description="train even if the plan exceeds the machine's memory")
     memory: str | None = Field(
         None,
@@ -71,6 +76,16 @@ class RunConfig(BaseModel):
         None, description="also send metrics to this tracker"
     )
     output: str = Field("runs/latest", min_length=1, description="folder that the run is written to")
+
+    @model_validator(mode="after")
+    def _preference_is_used(self) -> RunConfig:
+        if self.task != "preference" and self.preference != PreferenceSettings.model_validate({}):
+            raise UserError(
+                f"the settings have a section 'preference', and the task is '{self.task}'",
+                where="preference",
+                hint="set task: preference, or remove the section",
+            )
+        return self
 
     @property
     def data_seed(self) -> int:

@@ -54,6 +54,11 @@ class TaskEntry:
     config: Mapping[str, int | str] = field(default_factory=dict)
     peft_type: str | None = None
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether its models answer in text."""
+        return self.auto_model == "AutoModelForCausalLM"
+
     def load(self) -> Implementation:
         """The task's class."""
         found: Implementation = imported(self.implementation)
@@ -85,6 +90,13 @@ for _entry in (
     TaskEntry(
         "causal-lm",
         "deltaw.training.tasks.causal:CausalTask",
+        "AutoModelForCausalLM",
+        "generate text",
+        peft_type="CAUSAL_LM",
+    ),
+    TaskEntry(
+        "preference",
+        "deltaw.training.tasks.preference:PreferenceTask",
         "AutoModelForCausalLM",
         "generate text",
         peft_type="CAUSAL_LM",

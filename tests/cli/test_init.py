@@ -30,6 +30,26 @@ def test_the_file_trains_as_it_is(call, model_folder, rows_file, tmp_path, monke
     assert (tmp_path / "runs" / "colours" / "adapter_model.safetensors").is_file()
 
 
+def test_pairs_of_answers_get_a_run_that_prefers(call, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"paint {n}", "chosen": "red", "rejected": "blue"} for n in range(12)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    ended = call("init", "--model", model_folder, "--yes")
+    assert ended.status == 0 and "12 rows of pairs of answers, the longest of 3" in ended.out, ended
+    config = RunConfig.read("train.yaml")
+    assert (config.task, config.preference.loss, config.data.max_length) == ("preference", "dpo", 128)
+    ended = call(
+        "train", "train.yaml", "--train.max_steps", 1, "--precision", "fp32", "--preference.beta", 0.2
+    )
+    assert ended.status == 0, ended
+    assert RunConfig.read(tmp_path / "runs" / "pairs" / "run.yaml").preference.beta == 0.2
+    ended = call("eval", "runs/pairs", "--base", "--precision", "fp32")
+    assert ended.status == 0 and "accuracy" in ended.out and "margin" in ended.out, ended
+    assert call("plan", "train.yaml").status == 0
+    ended = call("train", "train.yaml", "--task", "causal-lm", "--output", "other")
+    assert ended.status == 2 and "set task: preference" in ended.err, ended
+
+
 def test_a_file_that_exists_is_kept_unless_forced(call, tmp_path, rows_file, model_folder):
     file = tmp_path / "mine.yaml"
     file.write_text("kept")

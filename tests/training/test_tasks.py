@@ -15,7 +15,7 @@ from deltaw.training.inference import open_run
 from tests.conftest import write_rows
 from tests.training.toy_task import ENTRY, PreferenceTask
 
-BUILT_IN = ("causal-lm", "sequence-classification", "regression", "image-classification")
+BUILT_IN = ("causal-lm", "preference", "sequence-classification", "regression", "image-classification")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def run_settings(settings, tmp_path):
     file = write_rows(tmp_path / "pairs.jsonl", rows)
     train = {"epochs": 8, "batch_size": 3}
     return lambda **changes: settings(
-        tmp_path / "run", task="preference", data={"train": str(file), "eval": 2}, train=train, **changes
+        tmp_path / "run", task="toy-preference", data={"train": str(file), "eval": 2}, train=train, **changes
     )
 
 
@@ -50,22 +50,22 @@ def test_a_task_in_a_file_of_its_own_trains_saves_and_is_opened_again(toy, run_s
 
     opened = open_run(str(result.output), precision="fp32", device="cpu", say=lambda line: None)
     assert isinstance(opened.task, PreferenceTask)
-    assert RunConfig.read(result.output / "run.yaml").task == "preference"
+    assert RunConfig.read(result.output / "run.yaml").task == "toy-preference"
     opened.require_generation()  # it writes text, as any language model does
 
 
 def test_its_plan_is_made_and_the_settings_know_its_name(toy, run_settings):
-    assert tasks.names() == (*BUILT_IN, "preference")
+    assert tasks.names() == (*BUILT_IN, "toy-preference")
     plan = deltaw.plan(run_settings())
     assert 0 < plan.trained_parameters < plan.total_parameters
 
 
 def test_a_task_that_is_not_registered_is_refused(run_settings):
     for _ in range(2):
-        with pytest.raises(UserError, match="'task' cannot be 'preference'"):
+        with pytest.raises(UserError, match="'task' cannot be 'toy-preference'"):
             RunConfig.read(run_settings())
         tasks.register(ENTRY)
-        assert RunConfig.read(run_settings()).task == "preference"
+        assert RunConfig.read(run_settings()).task == "toy-preference"
         tasks.unregister(ENTRY.name)
     with pytest.raises(UserError, match="no task 'causal'"):
         tasks.entry_of("causal")

@@ -21,7 +21,7 @@ from tests.training.toy_preference import Preference
 class PreferenceTask(CausalTask):
     """Prefer the chosen answer; evaluated by the share of pairs whose chosen answer is the likelier one."""
 
-    name = "preference"
+    name = "toy-preference"
 
     def read(self, settings, *, seed):
         groups, report = self.read_file(settings.train, settings, None)
@@ -55,4 +55,4 @@ class PreferenceTask(CausalTask):
         return Evaluation({"preferred": float(rows.mean())}, "preferred", True, rows, mean_interval(rows))
 
 
-ENTRY = TaskEntry("preference", PreferenceTask, "AutoModelForCausalLM", "generate text")
+ENTRY = TaskEntry("toy-preference", PreferenceTask, "AutoModelForCausalLM", "generate text")

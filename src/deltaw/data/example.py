@@ -24,6 +24,8 @@ class Example:
         answer: text of the last completion without end marks; None for plain text.
         active_from: the first token that an activated adapter acts on, the row's length where it acts on
             none; None for adapters that act on all.
+        reference: the log-probability of its labels together under a reference model, in nats; None where no
+            loss needs it.
     """
 
     row: int
@@ -32,6 +34,7 @@ class Example:
     prompt_length: int
     answer: str | None
     active_from: int | None = None
+    reference: float | None = None
 
     @property
     def shareable(self) -> int:

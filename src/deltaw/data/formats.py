@@ -27,6 +27,8 @@ from deltaw.errors import UserError, did_you_mean
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
 # Columns of labeled rows besides 'text' (see deltaw.data.classes).
 LABELLED_COLUMNS = ("label", "text_pair", "image")
+# Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
+PAIR_COLUMNS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def forms() -> tuple[Form, ...]:
     return (
         Form("messages", ("messages",), ("tools",), _read_messages),
         Form("sharegpt", ("conversations",), ("system", "tools"), _read_sharegpt),
-        Form("prompt-completion", ("prompt", "completion"), ("system", "tools"), _read_pair),
+        Form("prompt-completion", ("prompt", "completion"), ("system", "tools"), read_pair),
         Form("alpaca", ("instruction", "output"), ("input", "system"), _read_alpaca),
         Form("evals", ("input", "ideal"), (), _read_evals),
         Form("text", ("text",), (), _read_text),
@@ -80,9 +82,9 @@ def forms() -> tuple[Form, ...]:
 
 
 def known_columns() -> tuple[str, ...]:
-    """Every column name that a format, or a task with labels, reads."""
+    """Every column name that a format, or another task, reads."""
     of_forms = [column for form in forms() for column in form.needs + form.can_use]
-    return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS]))
+    return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS, *PAIR_COLUMNS]))
 
 
 class HasColumns(Protocol):
@@ -189,7 +191,9 @@ def read_record(row: Row, form: Form, columns: Mapping[str, str], where: str) ->
 
 def _no_form(rows: HasColumns, what: str, lacking: str | None) -> UserError:
     known = known_columns()
-    if lacking:
+    if set(PAIR_COLUMNS) <= set(rows.columns):
+        hint = "for pairs of a chosen and a rejected answer, set task: preference. "
+    elif lacking:
         hint = f"did you mean data.columns: {{{lacking}: …}}? "
     else:
         near = [(column, did_you_mean(column, known)) for column in rows.columns]
@@ -217,7 +221,12 @@ def _read_text(row: Row, where: str) -> Text:
     return Text(text_of(row["text"], "text", where))
 
 
-def _read_pair(row: Row, where: str) -> Record:
+def read_pair(row: Row, where: str) -> Record:
+    """A row with a prompt and a completion, each text or messages, as a record.
+
+    Raises:
+        BadRowError: a value has the wrong type, or turns are out of order.
+    """
     prompt, completion, system = row["prompt"], row["completion"], _system(row, where)
     tools = read_tools(row.get("tools"), where)
     if not (tools or isinstance(prompt, list) or isinstance(completion, list)):

@@ -126,9 +126,10 @@ class Worker:
             method_shares=True,
             virtual_tokens=0,
         )
+        held_out = task.referenced(loaded.model, data.held_out, batcher)
         with task.running(loaded.model, batcher):
             objective = task.objective(loaded.model)
-            evaluation = task.evaluate(objective, data.held_out, batcher, data.classes)
+            evaluation = task.evaluate(objective, held_out, batcher, data.classes)
         return scores(task, data.held_out, evaluation)
 
     def run(self, request: Message) -> Message:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltaw.config import DEFAULT_TASK
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.export.base import Base, base_of, fingerprint_on_disk
@@ -22,6 +21,7 @@ from deltaw.hub.loading import read_config
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import resolve
 from deltaw.hub.tokenizers import tokenizer_in
+from deltaw.tasks import entry_of
 from deltaw.training.inference import with_saved_template
 
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def describe_base(run: Path, model: str | None, *, say: Say, precision: str = "f
         UserError: no base model is named or found, its config.json cannot be read, or it writes no text.
     """
     files = base_of(run, model, precision, say)
-    if files.task != DEFAULT_TASK:
+    if not entry_of(files.task).writes_text:
         raise UserError(
             f"this is an adapter for {files.task}, and exports are for models that write text",
             where=str(run),

@@ -109,7 +109,7 @@ def write_beside(model: MergedModel, run: Path, folder: Path, facts: Mapping[str
     elif (run / "chat_template.jinja").is_file():
         shutil.copyfile(run / "chat_template.jinja", folder / "chat_template.jinja")
     _write_json(folder / CONFIG, model.config)
-    if entry_of(base.task).name == "causal-lm":
+    if entry_of(base.task).writes_text:
         _write_terminators(base, folder)
     write_card(folder, base, model.adapters[0].method, facts)
 

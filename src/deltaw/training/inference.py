@@ -164,7 +164,14 @@ def open_run(
         classes = classes_of(folder)
     trust = config.trust_remote_code if config is not None else False
     dtype = choose_precision(choose_device(device).value, precision).value
-    work = task_of(kind, base, dtype, trust_remote_code=trust, say=say)
+    work = task_of(
+        kind,
+        base,
+        dtype,
+        trust_remote_code=trust,
+        say=say,
+        preference=None if config is None else config.preference,
+    )
     if config is not None and work.tokenizer is not None:
         work.tokenizer = with_chat_template(work.tokenizer, config.data.chat_template)
     fixed = tasks.entry_of(kind).outputs
@@ -216,17 +223,19 @@ def score_run(
     Args:
         writer: writes answers; None for transformers.
     """
-    rows = [opened.example(example) for example in examples]
     batcher, _ = opened.task.batcher(
         opened.model,
-        rows,
+        [opened.example(example) for example in examples],
         device=str(opened.loaded.choices["device"].value),
         tokens_per_pass="auto",
         share="auto",
         method_shares=True,
         virtual_tokens=0,
     )
-    if opened.task.writes_text:
+    with opened.base():
+        examples = opened.task.referenced(opened.model, examples, batcher)
+    rows = [opened.example(example) for example in examples]
+    if opened.task.writes_text and not opened.task.has_pairs:
         return score(
             opened.model,
             opened.tokenizer,

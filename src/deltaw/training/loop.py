@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
-from deltaw.training.losses import unrounded
+from deltaw.training.losses import Watched, unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.not_finite import MOST_IN_ROW, NotFinite, NotFiniteError, WhenNotFinite
 from deltaw.training.optimizer import Schedule
@@ -174,6 +174,9 @@ class _Loop:
         places = state.begin_step()
         rows = [self.examples[i] for i in places]
         units = self.objective.units(rows)
+        watched: Watched | None = getattr(self.objective, "watched", None)
+        if watched is not None:
+            watched.clear()
         sums = _gradients(self.objective, self.batcher, rows, units, stopped)
         if sums is None:
             state.abandon_step()
@@ -204,6 +207,7 @@ class _Loop:
             label_tokens=units,
             seconds=time.perf_counter() - begun,
             general_loss=None if self.add_gradients is None else general_loss,
+            metrics={} if watched is None else watched.means(),
         )
         state.end_step(step)
         return step

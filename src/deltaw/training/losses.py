@@ -92,6 +92,18 @@ class Loss(Protocol):
         ...
 
 
+class Watched(Protocol):
+    """What a loss counts beside its sum; nothing of it changes a training."""
+
+    def clear(self) -> None:
+        """Begin a step."""
+        ...
+
+    def means(self) -> dict[str, float]:
+        """Metrics of the step by name; waits for the device."""
+        ...
+
+
 class CrossEntropy:
     """−Σ log p over the labels of all rows; its unit is a label token.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,14 +21,12 @@ from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
-from deltaw.host.memory import PeakWatch, release_free_memory
+from deltaw.host.memory import PeakWatch
 from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import flex, loader
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
-from deltaw.runtime.generation import position_limit
-from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.training.callbacks import Say, silent
@@ -49,18 +47,17 @@ from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
+from deltaw.training.quantizing import quantized_int8
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
-from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.eval_sets import read_run_data
 from deltaw.working import working
 
 # Rows that an initialization which depends on the data is calibrated on.
 CALIBRATION_ROWS = 256
-# Tokens that int8 quantization is calibrated on.
-CALIBRATION_TOKENS = 512
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
 # The setting whose value a run may choose itself.
@@ -201,7 +198,11 @@ class Session:
         if not self.general:
             return None
         return KeepGeneral(
-            self.objective, self.batcher, self.general, weight=settings.keep_general, seed=settings.seed
+            CausalObjective(self.model) if self.task.has_pairs else self.objective,
+            self.batcher,
+            self.general,
+            weight=settings.keep_general,
+            seed=settings.seed,
         )
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
@@ -243,7 +244,14 @@ def read_data(config: RunConfig, say: Say = silent) -> tuple[Task, RunData]:
         read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     with PeakWatch() as watch, working("reading the rows"):
-        task = task_of(config.task, config.model, dtype, trust_remote_code=config.trust_remote_code, say=say)
+        task = task_of(
+            config.task,
+            config.model,
+            dtype,
+            trust_remote_code=config.trust_remote_code,
+            say=say,
+            preference=config.preference,
+        )
         data = read_run_data(task, config.data, seed=config.data_seed, say=say)
     data = replace(data, read_peak_bytes=watch.bytes)
     for line in data.report.lines():
@@ -280,14 +288,14 @@ def assemble(
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
     """
-    method = choose_method(config, task.tokenizer)
+    method = _method_for(task, config)
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
     said: list[str] = []
     identity = identity_of(model, config.precision)
     if config.precision == "int8" and has_values(model):
-        said += _quantized_int8(model, data.train)
+        said += quantized_int8(model, data.train)
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -298,6 +306,7 @@ def assemble(
         virtual_tokens=method.virtual_tokens,
     )
     task.initialize_head(model, new_modules, data.train)
+    data = data.mapped(lambda rows: task.referenced(model, rows, batcher))
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     def calibrate() -> None:
@@ -364,38 +373,20 @@ def _take_general_answers(session: Session) -> None:
     )
 
 
-@working("quantizing the weights to int8")
-def _quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
-    """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
+def _method_for(task: Task, config: RunConfig) -> Method:
+    """The run's method.
 
-    Comes before anything else runs the model: each block's weights are read once, and given back.
+    Raises:
+        UserError: it does not fit the task.
     """
-    with torch.no_grad():
-        if not all(hasattr(example, "tokens") for example in examples[:1]):
-            return [f"precision int8: {quantize_int8(model.base_model)}"]
-        length = min(CALIBRATION_TOKENS, position_limit(model) or CALIBRATION_TOKENS)
-        rows = examples[:CALIBRATION_TOKENS]
-        tokens = torch.cat([torch.from_numpy(row.tokens) for row in rows])[:length].long()
-        labels = None
-        if all(isinstance(row, Example) for row in rows):
-            labels = torch.cat([torch.from_numpy(row.is_label) for row in rows])[:length].nonzero()[:, 0]
-        found: list[Tensor] = []
-        report = quantize_int8(
-            model.base_model, lambda: found.append(model.base_model(input_ids=tokens[None])[0][0])
+    method = choose_method(config, task.tokenizer)
+    if task.has_pairs and method.activates:
+        raise UserError(
+            "an adapter that acts from an invocation sequence on is not trained on pairs",
+            where="lora.activation",
+            hint="set lora.activation: always",
         )
-        said = [f"precision int8: {report}"]
-        head = model.get_output_embeddings()
-        if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
-            found.append(model.base_model(input_ids=tokens[None])[0][0])
-            before, after = (
-                loss_of_outputs(model, hidden[labels - 1], tokens[labels], int8=int8)
-                for hidden, int8 in zip(found, (False, True), strict=True)
-            )
-            said.append(
-                f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}"
-            )
-    release_free_memory()
-    return said
+    return method
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -45,6 +45,8 @@ class Step:
         learning_rate, gradient_norm: that the step used; the norm is that before clipping.
         rows, tokens: of the data. computed_tokens: what went through the model. seconds: that it took.
         general_loss: the mean loss of the general answers in it; None without ``train.keep_general``.
+        metrics: further numbers that the loss tells of the step, by name; they stand among the others in
+            :meth:`as_dict`.
     """
 
     step: int
@@ -58,9 +60,11 @@ class Step:
     label_tokens: int
     seconds: float
     general_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        own = {name: value for name, value in asdict(self).items() if value is not None}
+        return own | own.pop("metrics")
 
 
 @dataclass

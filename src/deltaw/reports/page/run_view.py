@@ -301,7 +301,7 @@ def commands_of(record: RecordedRun) -> list[dict[str, str]]:
     told = [entry for entry in _list(record.summary.get("commands")) if isinstance(entry, Mapping)]
     if told:
         return [{"command": str(e.get("command", "")), "what": str(e.get("what", ""))} for e in told]
-    writes = record.task == "causal-lm"
+    writes = record.task in ("causal-lm", "preference")
     return next_commands(record.folder, record.state, record.method, writes)
 
 

@@ -55,9 +55,11 @@ def check_monitored(config: RunConfig, task: Task, data: RunData) -> None:
                 where=key,
                 hint="set data.eval to a share, a number of rows or a file",
             )
-    if train.eval_answers and not task.writes_text:
+    if train.eval_answers and (task.has_pairs or not task.writes_text):
         raise UserError(
-            f"a model for {task.name} writes no answers", where="train.eval_answers", hint="set it to 0"
+            f"written answers are not scored for the task {task.name}",
+            where="train.eval_answers",
+            hint="set it to 0",
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.example import Example
+from deltaw.data.example import Example, RowGroup
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.causal import Answer, answers, exact_match
 from deltaw.training.session import Session
@@ -48,8 +48,12 @@ class Sample:
 
 
 def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
-    """``count`` of the rows that have a prompt and an answer, drawn by the seed, in the order of the rows."""
-    asked = [row for row in rows if isinstance(row, Example) and row.answer is not None and row.prompt_length]
+    """``count`` of the rows that have a prompt and an answer, drawn by the seed, in the order of the rows; of
+    a pair the chosen answer."""
+    alone = (row.rows[0] if isinstance(row, RowGroup) else row for row in rows)
+    asked = [
+        row for row in alone if isinstance(row, Example) and row.answer is not None and row.prompt_length
+    ]
     if count >= len(asked):
         return asked
     places = np.random.default_rng([seed % 2**64, stream]).choice(len(asked), size=count, replace=False)

@@ -24,6 +24,7 @@ from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.preference_settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
@@ -77,7 +78,7 @@ class ModelFiles:
 
     Attributes:
         reference: as the user wrote it. folder: with its config.json. config: that fits the task.
-        trust_remote_code: as in the settings. say: told what takes long.
+        trust_remote_code, preference: as in the settings. say: told what takes long.
     """
 
     reference: str
@@ -85,6 +86,7 @@ class ModelFiles:
     config: PretrainedConfig
     trust_remote_code: bool
     say: Say
+    preference: PreferenceSettings | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -101,12 +103,14 @@ class Task(abc.ABC):
     Attributes:
         name: as in the setting ``task``.
         has_labels: whether a row has one label, which a head of its own predicts.
+        has_pairs: whether a row is a group of two: a chosen and a rejected answer.
         writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
         tokenizer: None for images.
     """
 
     name = ""
     has_labels = False
+    has_pairs = False
     writes_text = False
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -152,6 +156,15 @@ class Task(abc.ABC):
     ) -> None:
         """Give modules that the model's files do not hold a better start than chance, from the rows."""
 
+    def referenced(self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
+        """The rows with what their loss needs to know of the base model; most losses need nothing.
+
+        Args:
+            model: the base model, or one whose adapter is disabled for the time.
+            rows: as the base model sees them. batcher: that training uses.
+        """
+        return rows
+
     @abc.abstractmethod
     def objective(self, model: PreTrainedModel) -> AnyObjective:
         """The sum of a batch's losses."""
@@ -171,12 +184,21 @@ class Task(abc.ABC):
         """How well the model does on examples; ``classes`` are the names of its outputs."""
 
 
-def task_of(name: str, model: str, dtype: str, *, trust_remote_code: bool = False, say: Say = silent) -> Task:
+def task_of(
+    name: str,
+    model: str,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    say: Say = silent,
+    preference: PreferenceSettings | None = None,
+) -> Task:
     """The task of this name for the model that the reference ``model`` means.
 
     Args:
         dtype: what the weights will be loaded as, such as ``bf16``: a file that must be converted is
             converted to it.
+        preference: the section of this name, for the task of this name; None: its defaults.
 
     Raises:
         UserError: there is no such task, the reference leads nowhere, the architecture does not fit the task,
@@ -185,4 +207,4 @@ def task_of(name: str, model: str, dtype: str, *, trust_remote_code: bool = Fals
     entry = tasks.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, say=say)
     config = check_architecture(folder, name, trust_remote_code)
-    return entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say))
+    return entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, say, preference))

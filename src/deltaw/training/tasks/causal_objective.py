@@ -19,7 +19,7 @@ from deltaw.hub.skeleton import has_values
 from deltaw.kernels import linear as products
 from deltaw.lora.layers_int8 import weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
-from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs
+from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs, Watched
 from deltaw.training.tasks.causal_head import (
     CHUNK_BYTES,
     DEVICE_CHUNK_BYTES,
@@ -63,6 +63,11 @@ class CausalObjective:
         if isinstance(self.loss, CrossEntropy):
             return self._cross_entropy(batch)
         return self.loss(RowLogProbs.of(batch, self.token_log_probs(batch)))
+
+    @property
+    def watched(self) -> Watched | None:
+        """What the loss counts beside its sum; None for most."""
+        return getattr(self.loss, "watched", None)
 
     def units(self, rows: Sequence[Item]) -> int:
         """What a step's sum of losses is divided by: label tokens of a cross-entropy."""

@@ -1,0 +1,65 @@
+"""Weights of a run in int8: quantized once, calibrated on a few of its rows, with what that costs.
+
+Knows models and rows; not methods, and not how products in int8 are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.host.memory import release_free_memory
+from deltaw.runtime.generation import position_limit
+from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.working import working
+
+# Tokens that int8 quantization is calibrated on.
+CALIBRATION_TOKENS = 512
+
+
+@working("quantizing the weights to int8")
+def quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
+    """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
+
+    Comes before anything else runs the model: each block's weights are read once, and given back.
+    """
+    examples = _single(examples)
+    with torch.no_grad():
+        if not all(hasattr(example, "tokens") for example in examples[:1]):
+            return [f"precision int8: {quantize_int8(model.base_model)}"]
+        length = min(CALIBRATION_TOKENS, position_limit(model) or CALIBRATION_TOKENS)
+        rows = examples[:CALIBRATION_TOKENS]
+        tokens = torch.cat([torch.from_numpy(row.tokens) for row in rows])[:length].long()
+        labels = None
+        if all(isinstance(row, Example) for row in rows):
+            labels = torch.cat([torch.from_numpy(row.is_label) for row in rows])[:length].nonzero()[:, 0]
+        found: list[Tensor] = []
+        report = quantize_int8(
+            model.base_model, lambda: found.append(model.base_model(input_ids=tokens[None])[0][0])
+        )
+        said = [f"precision int8: {report}"]
+        head = model.get_output_embeddings()
+        if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
+            found.append(model.base_model(input_ids=tokens[None])[0][0])
+            before, after = (
+                loss_of_outputs(model, hidden[labels - 1], tokens[labels], int8=int8)
+                for hidden, int8 in zip(found, (False, True), strict=True)
+            )
+            said.append(
+                f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}"
+            )
+    release_free_memory()
+    return said
+
+
+def _single(items: Sequence[Any]) -> Sequence[Any]:
+    """The rows of the first groups, as many as a calibration takes; rows that come alone as they are."""
+    if not any(isinstance(item, RowGroup) for item in items[:1]):
+        return items
+    return [row for item in items[:CALIBRATION_TOKENS] for row in item.rows]

@@ -1,0 +1,109 @@
+"""The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one.
+
+The reference of losses that have one is the base model itself: its log-probabilities are computed once,
+before an adapter is put on it or with the adapter disabled, in microbatches of the size that training uses,
+and each row carries its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.data.chat_template import with_chat_template
+from deltaw.data.example import RowGroup
+from deltaw.data.preferences import prepare_pair_file, prepare_pairs
+from deltaw.data.report import Report
+from deltaw.data.settings import DataSettings
+from deltaw.host.choices import Choice
+from deltaw.hub.skeleton import has_values
+from deltaw.preference_settings import PreferenceSettings
+from deltaw.training.callbacks import Say, silent
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.evaluation.preference import evaluate_preferences
+from deltaw.training.losses import RowLogProbs
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.preference_losses import PreferenceLoss
+from deltaw.training.tasks.base import ModelFiles, RunData
+from deltaw.training.tasks.causal import CausalTask
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE
+from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.working import working
+
+
+class PreferenceTask(CausalTask):
+    """Prefer chosen answers to rejected ones.
+
+    Args:
+        settings: the ``preference:`` section.
+    """
+
+    name = "preference"
+    has_pairs = True
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Say = silent,
+        settings: PreferenceSettings | None = None,
+    ) -> None:
+        super().__init__(tokenizer, say)
+        self.settings = settings or PreferenceSettings.model_validate({})
+
+    @classmethod
+    def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
+        return cls(files.tokenizer(), files.say, files.preference)
+
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
+        prepared = prepare_pairs(settings, self.tokenizer, seed=seed, say=self._say)
+        return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
+
+    def read_file(
+        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
+    ) -> tuple[Sequence[Any], Report]:
+        return prepare_pair_file(reference, settings, self.tokenizer, say=self._say)
+
+    def batcher(self, model: PreTrainedModel, *args: Any, **named: Any) -> tuple[Any, dict[str, Choice]]:
+        batcher, chosen = super().batcher(model, *args, **named)
+        if self.settings.beta == "auto":
+            beta = Choice(self.settings.strength, f"usual for {self.settings.loss}")
+            chosen = {**chosen, "preference.beta": beta}
+        return batcher, chosen
+
+    def referenced(
+        self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher
+    ) -> Sequence[RowGroup]:
+        if not self.settings.has_reference or not len(rows):
+            return rows
+        if not has_values(model):  # a dry run: no value is known, and none is needed
+            return [RowGroup(tuple(replace(row, reference=0.0) for row in pair.rows)) for pair in rows]
+        objective = CausalObjective(model)
+        found: dict[int, float] = {}
+        told = working("computing the base model's log-probabilities", len(rows))
+        with told as advance, torch.no_grad(), self.running(model, batcher):
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                done = start
+                for batch in batcher.batches(rows[start : start + ROWS_AT_ONCE]):
+                    of_batch = RowLogProbs.of(batch, objective.token_log_probs(batch))
+                    sums = of_batch.sums().tolist()
+                    found |= {id(row): value for row, value in zip(of_batch.rows, sums, strict=True)}
+                    done += len(batch.groups)
+                    advance(done)
+        return [RowGroup(tuple(replace(row, reference=found[id(row)]) for row in pair.rows)) for pair in rows]
+
+    def objective(self, model: PreTrainedModel) -> CausalObjective:
+        return CausalObjective(model, PreferenceLoss(self.settings))
+
+    def evaluate(
+        self,
+        objective: AnyObjective,
+        examples: Sequence[Any],
+        batcher: AnyBatcher,
+        classes: Sequence[str] | None = None,
+    ) -> Evaluation:
+        return evaluate_preferences(objective, examples, batcher)  # type: ignore[arg-type]

@@ -1,0 +1,369 @@
+"""The task `preference`: its losses, the base model as reference, and whole runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.errors import UserError
+from deltaw.preference_settings import PreferenceSettings
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.callbacks import Callback
+from deltaw.training.fit import fit
+from deltaw.training.inference import open_run, score_run
+from deltaw.training.preference_losses import PreferenceLoss, log1mexp
+from deltaw.training.session import Session
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.preference import PreferenceTask
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.conftest import COLOURS, write_rows
+from tests.training.test_checkpoints import assert_same_run
+from tests.training.test_losses import METHODS, adapted, gradients, log_prob, pairs
+
+BETA = 0.3
+LOSSES = {
+    "dpo": {},
+    "dpo smoothed": {"label_smoothing": 0.2},
+    "ipo": {},
+    "orpo": {},
+    "simpo": {"gamma": 0.7},
+    "simpo smoothed": {"gamma": 0.7, "label_smoothing": 0.1},
+}
+
+
+def loss_of(name):
+    return PreferenceLoss(PreferenceSettings(loss=name.split()[0], beta=BETA, **LOSSES[name]))
+
+
+def numbers(count=7, seed=0):
+    """Sums of log-probabilities, numbers of labels and reference sums of pairs, in fp64."""
+    random = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, 12, (count, 2), generator=random).double()
+    sums = -counts * (0.05 + 3 * torch.rand(count, 2, generator=random, dtype=torch.float64))
+    return sums, counts, sums + torch.randn(count, 2, generator=random, dtype=torch.float64)
+
+
+def by_hand(name, sums, counts, references):
+    """The definitions, one pair after another."""
+    kind, given = name.split()[0], LOSSES[name]
+    smooth, losses = given.get("label_smoothing", 0.0), []
+    for (sc, sr), (nc, nr), (rc, rr) in zip(sums, counts, references, strict=True):
+        if kind == "ipo":
+            losses.append((((sc - rc) / nc - (sr - rr) / nr) - 1 / (2 * BETA)) ** 2)
+            continue
+        if kind == "orpo":
+            odds = [torch.exp(x) / (1 - torch.exp(x)) for x in (sc / nc, sr / nr)]
+            losses.append(-sc / nc - BETA * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1]))))
+            continue
+        logits = BETA * ((sc - rc) - (sr - rr))
+        if kind == "simpo":
+            logits = BETA * (sc / nc - sr / nr) - given["gamma"]
+        losses.append(-(1 - smooth) * logsigmoid(logits) - smooth * logsigmoid(-logits))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_losses_and_gradients_are_those_of_the_definitions(name):
+    sums, counts, references = numbers()
+    found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
+    losses = loss_of(name).of_pairs(found, counts, references).losses
+    by_definition = by_hand(name, expected, counts, references)
+    torch.testing.assert_close(losses, by_definition)
+    (ours,), (theirs,) = (
+        torch.autograd.grad(loss.sum(), at) for loss, at in ((losses, found), (by_definition, expected))
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert ours.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo", "simpo smoothed"])
+def test_losses_without_a_reference_are_those_of_trl(name):
+    pytest.importorskip("trl", reason="TRL's own loss functions are compared with")
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    sums, counts, _ = numbers()
+    sums, counts = sums.float(), counts.float()
+    given = LOSSES[name]
+    trainer = SimpleNamespace(
+        beta=BETA,
+        alpha=0.0,
+        loss_type="simpo",
+        simpo_gamma=given.get("gamma"),
+        label_smoothing=given.get("label_smoothing", 0.0),
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    found, expected = sums.clone().requires_grad_(), sums.clone().requires_grad_()
+    ours = loss_of(name).of_pairs(found, counts)
+    means = expected / counts
+    if name == "orpo":
+        ratio, chosen, rejected, *_ = ORPOTrainer.odds_ratio_loss(trainer, means[:, 0], means[:, 1])
+        theirs = -means[:, 0] - ratio  # of TRL's, the first term is a mean over a batch's tokens
+    else:
+        theirs, chosen, rejected = CPOTrainer.cpo_loss(trainer, means[:, 0], means[:, 1])
+    torch.testing.assert_close(ours.losses, theirs)
+    torch.testing.assert_close(ours.rewards, torch.stack([chosen, rejected], 1))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.losses.sum(), found), torch.autograd.grad(theirs.sum(), expected)
+    )
+
+
+def with_references(model, groups):
+    """The pairs, with reference values around those of the model."""
+    random = np.random.default_rng(1)
+    with torch.no_grad():
+        return [
+            RowGroup(
+                tuple(
+                    replace(row, reference=float(log_prob(model, row)) + random.normal()) for row in pair.rows
+                )
+            )
+            for pair in groups
+        ]
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_path):
+    pytest.importorskip("trl", reason="TRL's DPOTrainer is compared with")
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    base = tiny_llama(initializer_range=0.3)
+    policy = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    texts = [
+        {"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLOURS)
+    ]
+    trainer = DPOTrainer(
+        model=policy,
+        ref_model=copy.deepcopy(base),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            beta=BETA,
+            loss_type="sigmoid" if name == "dpo" else "ipo",
+            per_device_train_batch_size=len(texts),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_dropout=False,
+        ),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=byte_tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer.compute_loss(policy, batch)
+    expected = gradients(policy, theirs)
+    rows = []
+    for ids, mask, seen in zip(
+        batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True
+    ):
+        tokens, is_label = ids[seen.bool()].numpy().astype(np.int32), mask[seen.bool()].bool().numpy()
+        rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None))
+    groups = [RowGroup(pair) for pair in zip(rows[: len(texts)], rows[len(texts) :], strict=True)]
+    task = PreferenceTask(byte_tokenizer(), settings=loss_of(name).settings)
+    batcher = CausalMicroBatcher(300, True, False, "cpu")
+    groups = task.referenced(base, groups, batcher)
+    objective = task.objective(policy)
+    with packed_rows(policy):
+        ours = sum(objective(batch) for batch in batcher.batches(groups)) / objective.units(groups)
+        found = gradients(policy, ours)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+
+
+def test_log1mexp_is_accurate_at_both_ends_and_has_finite_gradients():
+    x = torch.tensor([-1e-9, -1e-3, -0.6931, -0.6932, -5.0, -40.0, 0.0], requires_grad=True)
+    values = log1mexp(x)
+    values.sum().backward()
+    exact = [math.log(-math.expm1(v)) for v in x[1:6].tolist()]
+    assert values[1:6].tolist() == pytest.approx(exact, rel=1e-5)
+    assert torch.isfinite(values).all() and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
+@pytest.mark.parametrize("way", ["shared", "apart", "padded"])
+def test_a_models_gradients_are_those_of_separate_forwards_in_float64(name, method, way):
+    model = adapted("llama", METHODS[method]())
+    exact = copy.deepcopy(model).double()
+    groups = with_references(exact, pairs())
+    sums = torch.stack([torch.stack([log_prob(exact, row) for row in pair.rows]) for pair in groups])
+    counts = torch.tensor([[row.label_count for row in pair.rows] for pair in groups]).double()
+    references = torch.tensor([[row.reference for row in pair.rows] for pair in groups]).double()
+    by_definition = by_hand(name, sums, counts, references).sum()
+    expected = gradients(exact, by_definition)
+    objective = CausalObjective(model, loss_of(name))
+    batcher = CausalMicroBatcher(70, way == "shared", way == "padded", "cpu")
+    assert len(batcher.shapes(groups)) > 1 and objective.units(groups) == len(groups)
+    with contextlib.nullcontext() if way == "padded" else packed_rows(model):
+        loss = sum(objective(batch) for batch in batcher.batches(groups))
+        found = gradients(model, loss)
+    assert float(loss.detach()) == pytest.approx(float(by_definition.detach()), rel=1e-5)
+    scale = max(g.norm() for g in expected.values())
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 5e-5 * max(gradient.norm(), 1e-2 * scale), key
+    metrics = objective.watched.means()
+    assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"])
+
+
+def test_settings_that_do_not_fit_the_loss_or_the_task_are_refused(settings, tmp_path):
+    with pytest.raises(UserError, match="no label smoothing") as told:
+        fit(settings(tmp_path / "a", task="preference", preference={"loss": "ipo", "label_smoothing": 0.1}))
+    assert told.value.where.endswith("preference.label_smoothing")
+    with pytest.raises(UserError, match="no margin"):
+        fit(settings(tmp_path / "a", task="preference", preference={"gamma": 1.0}))
+    with pytest.raises(UserError, match="the task is 'causal-lm'"):
+        fit(settings(tmp_path / "a", preference={"loss": "ipo"}))
+    with pytest.raises(UserError, match=r"preference\.beta"):
+        fit(settings(tmp_path / "a", task="preference", preference={"beta": 0}))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """Ten questions; the first letter is the chosen answer, the next two are the rejected one."""
+    rows = [{"prompt": f"paint it {c}", "chosen": c[0], "rejected": c[1:3]} for c in COLOURS]
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def preferring(settings, pairs_file):
+    def make(output, **changes):
+        data = {"train": str(pairs_file), "eval": 3}
+        return settings(output, **{"task": "preference", "data": data, **changes})
+
+    return make
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
+def test_a_run_shifts_the_margin_of_pairs_that_it_did_not_see(preferring, tmp_path, loss):
+    train = {"epochs": 12, "eval_every": 1}
+    result = fit(preferring(tmp_path / "run", preference={"loss": loss}, train=train))
+    lines = metrics(result.output)
+    first, last = (line["eval"] for line in lines if "eval" in line and line["step"] in (1, 36))
+    assert last["margin"] > first["margin"] + 0.05 and last["loss"] < first["loss"]
+    accuracy, (low, high) = result.evaluation.metrics["accuracy"], result.evaluation.interval
+    assert result.evaluation.main == "accuracy" and low <= accuracy <= high and accuracy > 0.6
+    steps = [line for line in lines if "learning_rate" in line]
+    assert {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward"} <= steps[0].keys()
+    assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
+    if loss == "dpo":  # the adapter begins as the base model
+        assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+        assert steps[0]["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_reference_is_the_base_model(preferring, tmp_path, model_folder):
+    result = fit(preferring(tmp_path / "run", train={"epochs": 6}))
+    opened = open_run(str(result.output), precision="fp32", device="cpu", say=lambda line: None)
+    assert isinstance(opened.task, PreferenceTask) and opened.task.writes_text
+    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
+    exact = open_run(str(model_folder), precision="fp32", device="cpu", say=lambda line: None).model
+    alone = CausalMicroBatcher(10_000, False, False, "cpu")
+    with opened.base():
+        referenced = opened.task.referenced(opened.model, held_out, alone)
+    with torch.no_grad():
+        base = [[float(log_prob(exact, row)) for row in pair.rows] for pair in held_out]
+        adapted_sums = [[float(log_prob(opened.model, row)) for row in pair.rows] for pair in held_out]
+    found = [[row.reference for row in pair.rows] for pair in referenced]
+    assert np.array(found) == pytest.approx(np.array(base), rel=1e-5)
+    margins = 0.1 * ((np.array(adapted_sums) - base) @ [1, -1])
+    score = score_run(opened, held_out).evaluation.metrics
+    assert score["margin"] == pytest.approx(margins.mean(), rel=1e-4)
+    assert score["margin"] == pytest.approx(result.evaluation.metrics["margin"], rel=1e-4)
+    with opened.base():
+        at_base = score_run(opened, held_out).evaluation.metrics
+    assert at_base["accuracy"] == 0.5 and at_base["margin"] == 0 and abs(margins.mean()) > 0.05
+
+
+def test_prefixes_computed_once_and_microbatches_change_no_run(preferring, tmp_path):
+    runs = {}
+    for name, train in {
+        "one": {},
+        "small": {"tokens_per_pass": 80},
+        "apart": {"share_prefixes": False},
+    }.items():
+        runs[name] = fit(preferring(tmp_path / name, train={"epochs": 3, **train})).output
+    one = [line["loss"] for line in metrics(runs["one"]) if "loss" in line]
+    for name in ("small", "apart"):
+        other = [line["loss"] for line in metrics(runs[name]) if "loss" in line]
+        assert other == pytest.approx(one, rel=1e-4), name
+    computed = {name: metrics(run)[0]["computed_tokens"] for name, run in runs.items()}
+    assert computed["one"] < 0.6 * computed["apart"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_a_run_that_is_stopped_goes_on_equal_to_the_bit(preferring, tmp_path, loss):
+    train = {"epochs": 6, "checkpoint_every": 2, "eval_every": 3}
+    given = {"train": train, "preference": {"loss": loss}}
+    fit(preferring(tmp_path / "whole", **given))
+    run = tmp_path / "run"
+
+    class Stop(Callback):
+        def __init__(self):
+            self.steps = 0
+
+        def on_step(self, step):
+            self.steps += 1
+
+        def should_stop(self):
+            return self.steps >= 5
+
+    assert fit(preferring(run, **given), callback=Stop()).interrupted
+    done = fit(preferring(run, **given))
+    assert done.resumed_from_step >= 4
+    assert_same_run(run, tmp_path / "whole")
+    with pytest.raises(UserError, match="preference"):
+        fit({"preference": {"beta": 0.7}}, resume=run)
+
+
+def test_early_stopping_written_answers_and_general_answers(preferring, tmp_path):
+    with pytest.raises(UserError, match="written answers"):
+        fit(preferring(tmp_path / "a", train={"eval_answers": 2}))
+    early = {"early_stopping": 2, "eval_every": 1, "adapter": "best", "epochs": 30, "learning_rate": 0.3}
+    result = fit(preferring(tmp_path / "b", train=early))
+    assert result.best["metric"] == "loss"
+    assert result.stopped_early and result.outcome.steps < 90
+
+
+@pytest.mark.parametrize("method", ["prompt", "full", "bias"])
+def test_methods_of_other_kinds_learn_pairs(preferring, tmp_path, method):
+    result = fit(preferring(tmp_path / method, method=method, train={"epochs": 30}))
+    losses = [line["loss"] for line in metrics(result.output) if "learning_rate" in line]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_an_activated_adapter_is_refused(preferring, tmp_path):
+    with pytest.raises(UserError, match="pairs"):
+        fit(preferring(tmp_path / "a", lora={"activation": "completion"}))
+
+
+def test_general_answers_are_kept_by_their_cross_entropy(preferring, tmp_path, monkeypatch):
+    answers = [row for pair in pairs(3) for row in pair.rows]
+    monkeypatch.setattr(Session, "general_answers", lambda self, prompts: answers)
+    losses = {}
+    for weight in (0.0, 50.0):
+        train = {"epochs": 8, "keep_general": weight, "drift": False}
+        run = fit(preferring(tmp_path / str(weight), train=train)).output
+        losses[weight] = [line.get("general_loss") for line in metrics(run) if "learning_rate" in line]
+    assert losses[0.0][0] is None
+    assert np.mean(losses[50.0][-6:]) < np.mean(losses[50.0][:6])
