@@ -49,6 +49,8 @@ from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
+from deltaw.training.parallel.evaluation import shared_objective
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
@@ -82,6 +84,7 @@ class Session:
             that run apart from answers; else None.
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
+        processes: that train together.
     """
 
     config: RunConfig
@@ -96,6 +99,7 @@ class Session:
     prefix: CachedPrefix | StoredPrompts | None = None
     identity: str | None = None
     general: Sequence[Example] = ()
+    processes: Reducer = ALONE
 
     @property
     def learning_rate(self) -> float:
@@ -193,6 +197,7 @@ class Session:
             should_stop=should_stop,
             ended=ended,
             not_finite=not_finite,
+            reducer=self.processes,
         )
 
     def _keep_general(self) -> KeepGeneral | None:
@@ -210,8 +215,9 @@ class Session:
         if not chosen:
             return Evaluation()
         way = self.prefix or self
+        objective = shared_objective(self, chosen, way.objective)
         with self.method.evaluating(self.model), working("evaluating"):
-            return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
+            return self.task.evaluate(objective, chosen, way.batcher, self.data.classes)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """The base model's own answers to general prompts, as the base model sees them.

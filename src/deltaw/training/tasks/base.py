@@ -103,11 +103,15 @@ class Task(abc.ABC):
         has_labels: whether a row has one label, which a head of its own predicts.
         writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
         tokenizer: None for images.
+        shares_evaluation: whether :meth:`evaluate` asks the objective for nothing but ``evaluate_rows`` or
+            ``predictions``, once for each microbatch of ``batcher.batches(examples)`` in order, so that
+            several processes can share it; a task with an ``evaluate`` of its own says so itself.
     """
 
     name = ""
     has_labels = False
     writes_text = False
+    shares_evaluation = False
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
