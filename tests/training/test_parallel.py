@@ -279,7 +279,10 @@ def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_pa
     zero, one = ended(
         [start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)]
     )
-    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (zero, one)
+    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (
+        zero,
+        one,
+    )
     assert zero[0] == 2 and "another of the 2 processes ended" in zero[2]
 
 

@@ -40,7 +40,6 @@ from deltaw.training.monitoring.rate_search import choose_rate
 from deltaw.training.monitoring.time_budget import now
 from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.parallel.agreement import send_facts, send_settings
-from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.parallel.settings import as_parallel, threads_of
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
@@ -180,16 +179,14 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
     config, plan = planned(start.config, task, data, callback, here=processes.local_size)
-    if isinstance(processes, Group):
-        send_settings(config, processes)
+    send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     if start.found is not None:
         compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
     session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     session.processes = processes
-    if isinstance(processes, Group):
-        send_facts(session, loaded, processes)
+    send_facts(session, loaded, processes)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:

@@ -12,6 +12,7 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
 from deltaw.training.parallel.group import Group
+from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.resuming import rows_facts
 from deltaw.training.session import Session
 
@@ -22,9 +23,10 @@ _HINTS = {
 }
 
 
-def send_settings(config: RunConfig, group: Group) -> None:
-    """From process 0 to all others."""
-    group.send_text(config.model_dump_json())
+def send_settings(config: RunConfig, processes: Reducer) -> None:
+    """From process 0 to all others, where there are any."""
+    if isinstance(processes, Group):
+        processes.send_text(config.model_dump_json())
 
 
 def receive_settings(group: Group) -> RunConfig:
@@ -32,9 +34,10 @@ def receive_settings(group: Group) -> RunConfig:
     return RunConfig.read(json.loads(group.receive_text()))
 
 
-def send_facts(session: Session, loaded: LoadedModel, group: Group) -> None:
+def send_facts(session: Session, loaded: LoadedModel, processes: Reducer) -> None:
     """From process 0 to all others, which compare them with their own."""
-    group.send_text(json.dumps(_facts(session, loaded)))
+    if isinstance(processes, Group):
+        processes.send_text(json.dumps(_facts(session, loaded)))
 
 
 def check_facts(session: Session, loaded: LoadedModel, group: Group) -> None:
