@@ -3,8 +3,10 @@ run where a process is lost. Each test but the first starts processes of its own
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -318,3 +320,58 @@ def test_a_classifier_trains_and_is_evaluated_by_two_processes(settings, tmp_pat
     assert [status for status, *_ in told] == [0, 0], told
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert one.evaluation.metrics
+
+
+@contextlib.contextmanager
+def two_hosts():
+    """Two network namespaces with an address each, joined by one cable."""
+    tag = f"{os.getpid() % 10000}"
+    names, cables = (f"dw{tag}a", f"dw{tag}b"), (f"v{tag}a", f"v{tag}b")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", cables[1], "netns", names[1])
+        for number, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            ip("-n", name, "addr", "add", f"10.213.7.{number + 1}/24", "dev", cable)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", cable, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    try:
+        yield list(zip(names, cables, strict=True))
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs the command ip, of Linux")
+def test_two_hosts_started_by_torchrun_train_as_one(settings, uneven, tmp_path):
+    fit(of(settings, uneven, tmp_path / "one"))
+    path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "two"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    with two_hosts() as hosts:
+        both = [
+            subprocess.Popen(
+                [
+                    *("ip", "netns", "exec", name, *torchrun, "--node-rank", str(rank)),
+                    *("--master-addr", "10.213.7.1", "--master-port", "29511"),
+                    *("-m", "deltaw", "train", str(path)),
+                ],
+                env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "PYTHONPATH": str(ROOT / "src")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, (name, cable) in enumerate(hosts)
+        ]
+        zero, one = ended(both)
+    assert zero[0] == 0 and one[:2] == (0, ""), (zero, one)
+    assert "2 processes, 1 of them here" in zero[1]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
