@@ -256,6 +256,7 @@ def test_a_port_in_use_is_an_error_in_words(settings, tmp_path):
     assert time.monotonic() - begun < 100  # well before the time limit of 120 seconds
 
 
+@pytest.mark.slow
 def test_other_verbs_and_a_search_are_refused_by_name(settings, tmp_path):
     port = free_port()
     ((status, _, said),) = ended([start(0, 2, port, ["tune", "run.yaml"])])
