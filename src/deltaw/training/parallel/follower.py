@@ -5,6 +5,7 @@ It writes nothing and shows nothing; what it trained is what process 0 saves.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 from deltaw.errors import UserError
@@ -31,7 +32,12 @@ def follow(group: Group) -> int:
         with guest(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # process 0 shows its own
             return _follow(group)
-    except (LostProcess, NotFiniteError, UntrainedParameterError):
+    except LostProcess:
+        return FAILED
+    except (NotFiniteError, UntrainedParameterError):
+        # Process 0 found the same. Were this process to end first, torchrun would end that one as it saves.
+        with contextlib.suppress(LostProcess):
+            group.obey()
         return FAILED
     except UserError as error:
         what = f"process {group.rank} of {group.size}: {error.what}"
