@@ -24,6 +24,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.run_state import RunLock, read_status
 from deltaw.training.state import ArithmeticChangedWarning
 from tests.conftest import laid_over, write_rows
+from tests.training.copies import copied
 
 ADAPTER = "adapter_model.safetensors"
 # Eight rows in steps of three: three steps an epoch.
@@ -50,9 +51,7 @@ class Snapshots(Callback):
             self._take(f"evaluation {step}")
 
     def _take(self, name):
-        # What the thread is about to rename would be gone before it is copied.
-        half = shutil.ignore_patterns(f"{files.PARTIAL}*", f"{files.DELETED}*")
-        self.taken[name] = shutil.copytree(self.run, self.into / name.replace(" ", "-"), ignore=half)
+        self.taken[name] = copied(self.run, self.into / name.replace(" ", "-"))
 
 
 class Told(Callback):

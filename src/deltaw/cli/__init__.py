@@ -73,6 +73,23 @@ class _Verbs(click.Group):
 def group(traceback: bool) -> None:
     """LoRA fine-tuning on the machine you have. `deltaw VERB --help` tells a verb's settings."""
     variants.check_asked()
+    refuse_several(click.get_current_context().invoked_subcommand)
+
+
+def refuse_several(verb: str | None) -> None:
+    """Let ``torchrun`` start several processes of the one verb that knows of them.
+
+    Raises:
+        UserError: it started several of another one.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if verb in (None, "train") or size in ("", "1") or "RANK" not in os.environ:
+        return
+    raise UserError(
+        f"'{verb}' runs in one process, and the environment speaks of {size}",
+        where="WORLD_SIZE",
+        hint="start it without torchrun; 'train' alone takes several processes",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
 from deltaw.errors import UserError
 from deltaw.working import working
+
+if TYPE_CHECKING:
+    from deltaw.training.parallel.reducer import Reducer
 
 
 @click.command("train")
@@ -26,7 +31,28 @@ from deltaw.working import working
 @json_flag
 def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool, **given: str | None) -> int:
     """Fine-tune a model: SETTINGS is a YAML file; every flag stands above it. The same command again goes on
-    with a run that was stopped."""
+    with a run that was stopped. Started by torchrun, several processes train as one."""
+    with working("starting"):
+        from deltaw.training.parallel.joining import joined
+    with joined() as processes:
+        if processes.rank:
+            from deltaw.training.parallel.follower import follow
+            from deltaw.training.parallel.group import Group
+
+            assert isinstance(processes, Group)
+            return follow(processes)
+        return _train(settings, resume, fresh, as_json, given, processes)
+
+
+def _train(
+    settings: str | None,
+    resume: str | None,
+    fresh: bool,
+    as_json: bool,
+    given: dict[str, str | None],
+    processes: Reducer,
+) -> int:
+    """As process 0, or alone."""
     out = console(as_json)
     with working("starting"):
         from deltaw.config import RunConfig
@@ -43,7 +69,7 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
     keep_freed_memory()
     flags = nested(given)
     config = flags if resume is not None else RunConfig.read(settings, flags)
-    result = fit(config, callback=TerminalCallback(out), resume=resume, fresh=fresh)
+    result = fit(config, callback=TerminalCallback(out), resume=resume, fresh=fresh, processes=processes)
     show_end(out, result)
     if as_json:
         print_json(result.as_dict())

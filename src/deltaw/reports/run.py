@@ -17,6 +17,7 @@ from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.fit import Result
 from deltaw.training.fit import fit as train
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.state import Step
 
 # Seconds between two pages of a run that is not evaluated meanwhile.
@@ -78,6 +79,7 @@ def fit(
     callback: Callback | None = None,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    processes: Reducer = ALONE,
 ) -> Result:
     """Train as ``config`` says and write the run's folder, with a page about the run in it.
 
@@ -90,6 +92,7 @@ def fit(
         resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
             then a dictionary of settings that change, or None.
         fresh: begin with the first step, whatever is in the folder; it is moved.
+        processes: that train together, of which this is process 0.
 
     Raises:
         UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
@@ -99,6 +102,6 @@ def fit(
     told = callback or Callback()
     page = PageCallback(told)
     try:
-        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh)
+        return train(config, callback=Callbacks(told, page), resume=resume, fresh=fresh, processes=processes)
     finally:
         page.close()

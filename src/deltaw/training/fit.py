@@ -39,6 +39,9 @@ from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rate_search import choose_rate
 from deltaw.training.monitoring.time_budget import now
 from deltaw.training.not_finite import NotFinite, WhenNotFinite
+from deltaw.training.parallel.agreement import send_facts, send_settings
+from deltaw.training.parallel.reducer import ALONE, Reducer
+from deltaw.training.parallel.settings import as_parallel, threads_of
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
@@ -124,6 +127,7 @@ def fit(
     callback: Callback | None = None,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    processes: Reducer = ALONE,
 ) -> Result:
     """Train as ``config`` says and write the run's folder.
 
@@ -136,6 +140,8 @@ def fit(
         resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
             then a dictionary of settings that change, or None.
         fresh: begin with the first step, whatever is in the folder; it is moved.
+        processes: that train together; this is process 0, and the others
+            :func:`deltaw.training.parallel.follower.follow`.
 
     Raises:
         UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
@@ -158,25 +164,29 @@ def fit(
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
         try:
             with RunSummary() as summary:
-                return summary.finished(_fit(start, output, told, summary))
+                return summary.finished(_fit(start, output, told, summary, processes))
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
-def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) -> Result:
+def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, processes: Reducer) -> Result:
     began = now()
+    start.config = as_parallel(start.config, processes, callback.on_line)
     task, data = read_data(start.config, callback.on_line)
     check_monitored(start.config, task, data)
     rows = rows_facts(data.train, data.held_out)
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
-    config, plan = planned(start.config, task, data, callback)
-    loaded = load_for(config, task, data, callback.on_line, callback.on_choice)
+    config, plan = planned(start.config, task, data, callback, here=processes.local_size)
+    send_settings(config, processes)
+    loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     if start.found is not None:
         compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
     session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
+    session.processes = processes
+    send_facts(session, loaded, processes)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:
@@ -210,6 +220,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
             outcome = _train(session, folder, record, monitor, callback, go_on=searched)
+            processes.dismiss()
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
@@ -241,10 +252,10 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary) ->
 
 
 def planned(
-    config: RunConfig, task: Task, data: RunData, callback: Callback
+    config: RunConfig, task: Task, data: RunData, callback: Callback, *, here: int = 1
 ) -> tuple[RunConfig, Plan | None]:
     """The run's plan; None where the model cannot be run on fake tensors. With it the settings, which
-    ``memory`` may have changed.
+    ``memory`` may have changed. It is that of each of the ``here`` processes on this machine.
 
     Raises:
         UserError: the memory that the machine gives does not suffice, and ``force`` is not set; or ``memory``
@@ -254,7 +265,7 @@ def planned(
     budget = memory_budget(config.memory, device)
     if device != "cpu":
         return config, None
-    limit = memory_limit_bytes().value
+    limit = memory_limit_bytes().value // here
     try:
         plan = plan_run(config, task, data)
         if budget is not None:
@@ -297,6 +308,8 @@ def load_for(
     data: RunData,
     say: Say = silent,
     choose: Callable[[str, Choice], None] | None = None,
+    *,
+    processes: Reducer = ALONE,
 ) -> LoadedModel:
     """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
     torch.manual_seed(config.train.seed)
@@ -304,7 +317,7 @@ def load_for(
         config.model,
         precision=config.precision,
         device=config.device,
-        threads=config.threads,
+        threads=threads_of(config, processes),
         task=config.task,
         num_labels=task.outputs(data),
         trust_remote_code=config.trust_remote_code,

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
-from deltaw.training.losses import Watched, unrounded
+from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.not_finite import MOST_IN_ROW, NotFinite, NotFiniteError, WhenNotFinite
 from deltaw.training.optimizer import Schedule
+from deltaw.training.parallel.reducer import ALONE, Reducer, StepSums
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
 from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
 
@@ -67,6 +68,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     ended: Callable[[], bool] = lambda: False,
     not_finite: WhenNotFinite | None = None,
+    reducer: Reducer = ALONE,
 ) -> Outcome:
     """Train ``parameters`` with AdamW for ``total_steps`` optimizer steps.
 
@@ -100,6 +102,7 @@ def train(
         should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
         ended: asked before each step; True ends the training as its last step does.
         not_finite: what to do with steps whose loss or gradient is not finite; None: end the training.
+        reducer: of the processes that train together; every one calls this with the same arguments.
 
     Returns:
         sums over all steps, also those before ``saved``; ``interrupted`` where it was asked to stop.
@@ -116,9 +119,8 @@ def train(
         named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
     )
     changed, odd = after_step or (lambda: None), not_finite or WhenNotFinite()
-    loop = _Loop(
-        state, objective, examples, batcher, max_grad_norm, changed, should_stop, ended, add_gradients, odd
-    )
+    how = (max_grad_norm, changed, should_stop, ended, add_gradients, odd, reducer)
+    loop = _Loop(state, objective, examples, batcher, *how)
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
 
@@ -136,6 +138,7 @@ class _Loop:
     ended: Callable[[], bool]
     add_gradients: Callable[[int], Tensor | float] | None
     not_finite: WhenNotFinite
+    reducer: Reducer
 
     def run(
         self,
@@ -150,9 +153,11 @@ class _Loop:
             if saved is not None:
                 state.restore(saved)
                 self.changed()
+            if self.reducer.begin(state):
+                self.changed()
             check = TrainedCheck(state.names, state.trained, may_skip, steps_done=state.step)
             on_begin(state)
-            while state.step < state.total_steps and not self.ended():
+            while self.reducer.goes_on(state, lambda: state.step < state.total_steps and not self.ended()):
                 step = self.step(check, lambda: signalled() or self.should_stop())
                 if step is None:
                     state.sums.interrupted = True
@@ -167,8 +172,6 @@ class _Loop:
         """One optimizer step, or one that is left out; None, and nothing changed, where it was asked to
         stop."""
         state, begun = self.state, time.perf_counter()
-        if stopped():
-            return None
         if state.step % STEPS_BETWEEN_TRIMS == 0:
             trim_memory()
         places = state.begin_step()
@@ -177,11 +180,11 @@ class _Loop:
         watched: Watched | None = getattr(self.objective, "watched", None)
         if watched is not None:
             watched.clear()
-        sums = _gradients(self.objective, self.batcher, rows, units, stopped)
+        sums, general = self.own_gradients(rows, units, stopped)
+        sums = self.reducer.total(state.trained, sums)
         if sums is None:
             state.abandon_step()
             return None
-        general = 0.0 if self.add_gradients is None else self.add_gradients(state.step)
         norm = _gradient_norm(state.trained, self.max_grad_norm)
         rate = state.learning_rate
         if not check.done:  # the check waits for the device anyway, and must not see a step that is left out
@@ -212,6 +215,19 @@ class _Loop:
         state.end_step(step)
         return step
 
+    def own_gradients(
+        self, rows: Sequence[Row], units: int, stopped: Callable[[], bool]
+    ) -> tuple[StepSums | None, Tensor | float]:
+        """The gradients of this process's rows of a step, and of what is added to them: the sums, None where
+        it was asked to stop, and the added loss."""
+        state, share = self.state, bool(getattr(self.batcher, "share", False))
+        own = self.reducer.deal(rows, share=share)
+        self.reducer.own_random_numbers(state.order.seed, state.step)
+        sums = _gradients(self.objective, self.batcher, own, units, stopped)
+        if sums is None or self.add_gradients is None:
+            return sums, 0.0
+        return sums, self.add_gradients(state.step)
+
     def leave_out(self, places: np.ndarray, loss: float, gradient_norm: float) -> NotFinite:
         """Count a step without effect, or end the training.
 
@@ -230,30 +246,18 @@ class _Loop:
         raise NotFiniteError(found, lines, state.skipped_in_row)
 
 
-@dataclass
-class _Sums:
-    """Over the microbatches of a step: losses (on their device), tokens of the rows, tokens computed."""
-
-    loss: Tensor
-    row_tokens: int = 0
-    tokens: int = 0
-
-    def add(self, loss: Tensor, row_tokens: int, tokens: int) -> None:
-        self.loss = self.loss + unrounded(loss)
-        self.row_tokens += row_tokens
-        self.tokens += tokens
-
-
 def _gradients(
     objective: AnyObjective,
     batcher: AnyBatcher,
     rows: Sequence[Row],
     units: int,
     stopped: Callable[[], bool],
-) -> _Sums | None:
+) -> StepSums | None:
     """Add up the gradients of the mean loss over these rows, microbatch by microbatch; None where it was
-    asked to stop on the way. Nothing waits for the device."""
-    sums = _Sums(torch.zeros(()))
+    asked to stop before or on the way. Nothing waits for the device."""
+    sums = StepSums(torch.zeros(()))
+    if stopped():
+        return None
     for batch in batcher.batches(rows):
         loss = objective(batch)
         (loss / units).backward()

@@ -15,6 +15,7 @@ from deltaw.training.checkpoints import Checkpoints, Stateful, training_of
 from deltaw.training.diagnosis import Diagnosis
 from deltaw.training.features.record import FeatureRecord
 from deltaw.training.not_finite import NotFinite, NotFiniteError
+from deltaw.training.parallel.group import LostProcess
 from deltaw.training.resuming import dumped
 from deltaw.training.run_folder import RunFolder
 from deltaw.training.run_state import FOLDER, Status
@@ -145,6 +146,8 @@ class RunRecord:
 
     def failed(self, error: BaseException) -> None:
         """The run ended with an error, which is raised afterwards."""
+        if isinstance(error, LostProcess):
+            self._save_whole_steps()
         states = {NotFiniteError: "diverged", KeyboardInterrupt: "interrupted"}
         try:
             self.checkpoints.close()
@@ -154,6 +157,18 @@ class RunRecord:
             self._write(states.get(type(error), "failed"))
         except (UserError, OSError) as another:
             self._say(f"the run's status could not be written: {another}")
+
+    def _save_whole_steps(self) -> None:
+        """Another process is lost: what was trained before the step that it broke is the run's."""
+        try:
+            self.checkpoints.write()
+            self.checkpoints.check(until_durable=True)
+        except (UserError, OSError) as another:
+            self._say(f"no checkpoint could be written: {another}")
+            return
+        last = self.checkpoints.last
+        if last is not None:
+            self._say(f"all steps before are in {last}: the same command goes on from there")
 
     def _write(self, state: str) -> None:
         steps = self._steps

@@ -47,6 +47,8 @@ from deltaw.training.loop import count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
+from deltaw.training.parallel.evaluation import shared_objective
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.quantizing import quantized_int8
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
@@ -79,6 +81,7 @@ class Session:
             that run apart from answers; else None.
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
+        processes: that train together.
     """
 
     config: RunConfig
@@ -93,6 +96,7 @@ class Session:
     prefix: CachedPrefix | StoredPrompts | None = None
     identity: str | None = None
     general: Sequence[Example] = ()
+    processes: Reducer = ALONE
 
     @property
     def learning_rate(self) -> float:
@@ -190,6 +194,7 @@ class Session:
             should_stop=should_stop,
             ended=ended,
             not_finite=not_finite,
+            reducer=self.processes,
         )
 
     def _keep_general(self) -> KeepGeneral | None:
@@ -211,8 +216,9 @@ class Session:
         if not chosen:
             return Evaluation()
         way = self.prefix or self
+        objective = shared_objective(self, chosen, way.objective)
         with self.method.evaluating(self.model), working("evaluating"):
-            return self.task.evaluate(way.objective, chosen, way.batcher, self.data.classes)
+            return self.task.evaluate(objective, chosen, way.batcher, self.data.classes)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """The base model's own answers to general prompts, as the base model sees them.

@@ -15,6 +15,7 @@ import deltaw
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.monitoring import best_score, rate_search
+from tests.training.copies import copied
 
 ADAPTER = "adapter_model.safetensors"
 TRAIN = {
@@ -46,9 +47,7 @@ class Killed(Callback):
 
     def _take(self, *moment):
         if moment in self.moments:
-            # What a thread is writing at the moment may get its name while it is copied.
-            half = shutil.ignore_patterns(".partial-*")
-            shutil.copytree(self.run, self.into / f"{moment[0]}-{moment[1]}", ignore=half)
+            copied(self.run, self.into / f"{moment[0]}-{moment[1]}")
 
 
 def outcome_of(folder):

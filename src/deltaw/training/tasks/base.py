@@ -106,12 +106,16 @@ class Task(abc.ABC):
         has_pairs: whether a row is a group of two: a chosen and a rejected answer.
         writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
         tokenizer: None for images.
+        shares_evaluation: whether :meth:`evaluate` asks the objective for nothing but ``evaluate_rows`` or
+            ``predictions``, once for each microbatch of ``batcher.batches(examples)`` in order, so that
+            several processes can share it; a task with an ``evaluate`` of its own says so itself.
     """
 
     name = ""
     has_labels = False
     has_pairs = False
     writes_text = False
+    shares_evaluation = False
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod

@@ -29,6 +29,7 @@ class CausalTask(Task):
 
     name = "causal-lm"
     writes_text = True
+    shares_evaluation = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say = silent) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer

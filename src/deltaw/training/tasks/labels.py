@@ -41,6 +41,7 @@ class LabelTask(Task):
     """
 
     has_labels = True
+    shares_evaluation = True
 
     def __init__(
         self,

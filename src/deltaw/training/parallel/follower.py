@@ -1,0 +1,67 @@
+"""A process from 1 on: it has the settings from process 0, and computes its part until the run is over.
+
+It writes nothing and shows nothing; what it trained is what process 0 saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+from deltaw.errors import UserError
+from deltaw.training.fit import load_for
+from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.not_finite import NotFiniteError, WhenNotFinite
+from deltaw.training.parallel.agreement import check_facts, receive_settings
+from deltaw.training.parallel.evaluation import take_part
+from deltaw.training.parallel.group import Group, LostProcess
+from deltaw.training.process import guest
+from deltaw.training.session import assemble, read_data
+
+# Its exit status where the run failed; process 0 says why.
+FAILED = 2
+
+
+def follow(group: Group) -> int:
+    """Take part in the run of process 0; the exit status.
+
+    Raises:
+        UserError: this process cannot take part, as where the model is not on its machine.
+    """
+    try:
+        with guest(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # process 0 shows its own
+            return _follow(group)
+    except LostProcess:
+        return FAILED
+    except (NotFiniteError, UntrainedParameterError):
+        # Process 0 found the same. Were this process to end first, torchrun would end that one as it saves.
+        with contextlib.suppress(LostProcess):
+            group.obey()
+        return FAILED
+    except UserError as error:
+        what = f"process {group.rank} of {group.size}: {error.what}"
+        raise UserError(what, where=error.where, hint=error.hint) from error
+
+
+def _follow(group: Group) -> int:
+    config = receive_settings(group)
+    # Process 0 alone adds the gradients of general answers.
+    train = config.train.model_copy(update={"keep_general": 0.0})
+    config = config.model_copy(update={"train": train})
+    task, data = read_data(config)
+    loaded = load_for(config, task, data, processes=group)
+    device = str(loaded.choices["device"].value)
+    session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
+    session.processes = group
+    check_facts(session, loaded, group)
+    group.evaluate = lambda number: take_part(session, number)
+    try:
+        with session.running():
+            session.train(
+                not_finite=WhenNotFinite(train.not_finite == "skip", lambda found: None, lambda found: [])
+            )
+            group.obey()
+    finally:
+        session.close()
+    return 0

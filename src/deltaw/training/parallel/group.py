@@ -1,0 +1,227 @@
+"""Several processes that train as one: process 0 decides and writes, the others follow its orders.
+
+Two things travel in a step: a few numbers (losses, counts, whether anyone was asked to stop), and the trained
+parameters' gradients as one flat vector. Between steps process 0 sends orders of three numbers. At the
+beginning it sends the state of the training, as JSON and tensors; nothing is pickled, and no process has a
+state that another needs.
+
+Knows the state of a training; not models, rows or files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deltaw.errors import UserError
+from deltaw.training.parallel.dealing import deal
+from deltaw.training.parallel.reducer import Reducer, StepSums
+from deltaw.training.state import SavedState, TrainState
+
+# Orders: a step begins, the loop ends, a set of rows is evaluated, the run is over, a text follows.
+STEP, END, EVALUATE, BYE, TEXT = range(5)
+# What a tensor's head says: its type, its dimensions, and up to four sizes.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+_HEAD = 6
+
+
+class LostProcess(UserError):
+    """Another process ended or does not answer."""
+
+
+class Group(Reducer):
+    """This process among several.
+
+    Args:
+        rank, size, local_size: as :class:`Reducer` has them.
+        orders: a gloo group for what process 0 says, with a long time limit.
+        seconds: the time limit of what all do together.
+
+    Attributes:
+        lost: whether another process is lost.
+        evaluate: called by an order, with the number of a set of rows; processes from 1 on.
+    """
+
+    def __init__(
+        self, rank: int, size: int, local_size: int, orders: dist.ProcessGroup, *, seconds: float
+    ) -> None:
+        self.rank, self.size, self.local_size = rank, size, local_size
+        self.lost = False
+        self.evaluate: Callable[[int], None] = lambda number: None
+        self._orders = orders
+        self._seconds = seconds
+        self._bucket: Tensor | None = None
+
+    # Orders
+
+    def order(self, kind: int, first: int = 0, second: int = 0) -> None:
+        """Process 0 tells the others what comes next."""
+        self._broadcast(torch.tensor([kind, first, second]))
+
+    def obey(self) -> tuple[int, int, int]:
+        """The next order that is not an evaluation; evaluations are done on the way."""
+        while True:
+            kind, first, second = self._broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
+            if kind != EVALUATE:
+                return kind, first, second
+            self.evaluate(first)
+
+    def send_text(self, text: str) -> None:
+        """From process 0 to all others."""
+        given = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        self.order(TEXT, len(given))
+        self._broadcast(given)
+
+    def receive_text(self) -> str:
+        """What :meth:`send_text` sent."""
+        _, length, _ = self.obey()
+        return bytes(self._broadcast(torch.zeros(length, dtype=torch.uint8)).tolist()).decode()
+
+    # What the loop asks
+
+    def begin(self, state: TrainState) -> bool:
+        if self.rank == 0:
+            view = state.view()
+            shapes = {name: [_name(t.dtype), list(t.shape)] for name, t in view.tensors.items()}
+            self.send_text(json.dumps({"values": view.values, "tensors": shapes}))
+            for tensor in view.tensors.values():
+                self._broadcast(tensor.detach().cpu().contiguous())
+        else:
+            told = json.loads(self.receive_text())
+            tensors = {
+                name: self._broadcast(torch.zeros(shape, dtype=getattr(torch, dtype)))
+                for name, (dtype, shape) in told["tensors"].items()
+            }
+            state.restore(SavedState(told["values"], tensors))
+        self.wait()
+        return self.rank != 0
+
+    def goes_on(self, state: TrainState, wanted: Callable[[], bool]) -> bool:
+        if self.rank == 0:
+            go = wanted()
+            self.order(STEP if go else END, state.step, state.total_steps)
+            return go
+        kind, step, total = self.obey()
+        if kind != STEP:
+            return False
+        if step != state.step:
+            raise RuntimeError(f"process {self.rank} is at step {state.step}, and process 0 at {step}")
+        if total != state.total_steps:
+            state.replan(total)
+        return True
+
+    def deal(self, rows: Sequence[Any], *, share: bool) -> Sequence[Any]:
+        return [rows[place] for place in deal(rows, self.size, share=share)[self.rank]]
+
+    def own_random_numbers(self, seed: int, step: int) -> None:
+        if self.rank:  # else all would drop the same
+            torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
+
+    @torch.no_grad()
+    def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+        own = [p.grad is not None for p in parameters]
+        numbers = [0.0, 0.0, 1.0, 0.0]
+        loss = 0.0
+        if sums is not None:
+            loss = float(sums.loss)
+            numbers = [float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(own))]
+        found = self._add(torch.tensor([loss, *numbers], dtype=torch.float64)).tolist()
+        if found[3]:
+            return None
+        wanted = own
+        if found[4] != self.size * len(own):  # somewhere a parameter took no part
+            wanted = (self._add(torch.tensor(own, dtype=torch.int32)) > 0).tolist()
+        self._add_gradients([p for p, has in zip(parameters, wanted, strict=True) if has])
+        return StepSums(torch.tensor(found[0], dtype=torch.float64), int(found[1]), int(found[2]))
+
+    def _add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """One sum over one flat vector; the gradients are parts of it afterwards."""
+        if not parameters:
+            return
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        count, device = sum(p.numel() for p in parameters), parameters[0].device
+        if self._bucket is None or self._bucket.shape != (count,) or self._bucket.dtype != dtype:
+            self._bucket = torch.empty(count, dtype=dtype, device=device)
+        begin = 0
+        places = []
+        for parameter in parameters:
+            part = self._bucket[begin : begin + parameter.numel()].view_as(parameter)
+            begin += parameter.numel()
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                part.copy_(parameter.grad)
+            places.append(part)
+        self._add(self._bucket)
+        for parameter, part in zip(parameters, places, strict=True):
+            parameter.grad = part.to(parameter.dtype)
+
+    def dismiss(self) -> None:
+        self.order(BYE)
+
+    # The wire
+
+    def share_parameters(self, parameters: Sequence[Tensor]) -> None:
+        """Let all have the values of process 0."""
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(self._broadcast(parameter.detach().cpu().contiguous()))
+
+    def send(self, tensor: Tensor) -> None:
+        """To process 0."""
+        given = tensor.detach().cpu().contiguous()
+        head = [_DTYPES.index(given.dtype), given.dim(), *given.shape]
+        with self._wire():
+            dist.send(torch.tensor(head + [0] * (_HEAD - len(head))), 0, group=self._orders)
+            dist.send(given, 0, group=self._orders)
+
+    def receive(self, rank: int) -> Tensor:
+        """What a process sent, on the processor."""
+        head = torch.zeros(_HEAD, dtype=torch.int64)
+        with self._wire():
+            dist.recv(head, rank, group=self._orders)
+            dtype, dims, *shape = head.tolist()
+            found = torch.zeros(shape[:dims], dtype=_DTYPES[dtype])
+            dist.recv(found, rank, group=self._orders)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        with self._wire():
+            dist.barrier(group=self._orders)
+
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        with self._wire():
+            dist.broadcast(tensor, 0, group=self._orders)
+        return tensor
+
+    def _add(self, tensor: Tensor) -> Tensor:
+        with self._wire():
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def _wire(self) -> Iterator[None]:
+        """What the wire raises, in words."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost = True
+            late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            what = f"did not answer within {self._seconds:g} seconds" if late else "ended"
+            raise LostProcess(
+                f"another of the {self.size} processes {what}",
+                where=f"process {self.rank}",
+                hint="what that process printed says why; the same command, with any number of processes, "
+                "goes on from the last checkpoint",
+            ) from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,288 @@
+"""How processes find each other: from the environment that ``torchrun`` sets, within a time limit.
+
+Before anything else travels, each tells how many processes it was told there are. One that never comes, a
+number that differs, and a port in use become errors in words. Knows no training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from deltaw.errors import UserError
+from deltaw.training.parallel.group import Group, LostProcess
+from deltaw.training.parallel.reducer import ALONE, Reducer
+
+# Seconds that a process waits for the others: to come, and to answer in a step.
+VARIABLE, SECONDS = "DELTAW_PEER_SECONDS", 300.0
+# What waits while process 0 evaluates, writes samples or saves; a process that dies is noticed at once.
+ORDERS_SECONDS = 86400.0
+_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the environment says of the processes."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+    agent: bool
+    attempt: str
+    seconds: float
+
+
+def told_size(environment: Mapping[str, str] | None = None) -> int:
+    """How many processes the environment speaks of; 1 where it does not.
+
+    Raises:
+        UserError: it speaks of no whole number.
+    """
+    found = os.environ if environment is None else environment
+    return _number(found, "WORLD_SIZE", 1, least=1)
+
+
+def told(environment: Mapping[str, str] | None = None) -> Told | None:
+    """What the environment says; None where one process trains alone.
+
+    Raises:
+        UserError: something is missing or no number.
+    """
+    found = os.environ if environment is None else environment
+    size = told_size(found)
+    if size == 1:
+        return None
+    rank = _number(found, "RANK", None, least=0)
+    if rank >= size:
+        raise UserError(
+            f"process {rank} is none of {size} processes",
+            where="the environment: RANK and WORLD_SIZE",
+            hint="processes are counted from 0",
+        )
+    if not found.get("MASTER_ADDR"):
+        raise _missing("MASTER_ADDR")
+    return Told(
+        rank,
+        size,
+        _number(found, "LOCAL_RANK", rank, least=0),
+        _number(found, "LOCAL_WORLD_SIZE", 1, least=1),
+        found["MASTER_ADDR"],
+        _number(found, "MASTER_PORT", None, least=1),
+        found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        found.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        _seconds(found),
+    )
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Reducer]:
+    """While open, this process belongs to those of the environment; alone where it speaks of none.
+
+    SIGTERM, with which ``torchrun`` ends the others when one process fails, does not keep process 0 from
+    saving.
+
+    Raises:
+        UserError: they do not come together.
+        LostProcess: a process ended.
+    """
+    who = told()
+    if who is None:
+        yield ALONE
+        return
+    group = _join(who)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if not group.lost:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield group
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
+def _join(who: Told) -> Group:
+    store = dist.PrefixStore(f"deltaw/{who.attempt}", _store(who))
+    _agree(store, who)
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    if cuda and who.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(who.local_rank)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=who.rank,
+            world_size=who.size,
+            timeout=timedelta(seconds=who.seconds),
+        )
+        orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes cannot connect to each other: {_first_line(error)}",
+            where=f"process {who.rank} of {who.size}",
+            hint="let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes",
+        ) from error
+    assert orders is not None
+    return Group(who.rank, who.size, who.local_size, orders, seconds=who.seconds)
+
+
+def _store(who: Told) -> dist.Store:
+    """The table that all write to; process 0 has it, or torchrun's own agent."""
+    serves = who.rank == 0 and not who.agent
+    limit = timedelta(seconds=who.seconds)
+    place = f"MASTER_ADDR={who.address} MASTER_PORT={who.port}"
+    try:
+        return dist.TCPStore(
+            who.address, who.port, is_master=serves, timeout=limit, wait_for_workers=False, multi_tenant=False
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(
+                f"port {who.port} is in use",
+                where=place,
+                hint="give torchrun another one with --master-port, or --standalone on one machine",
+            ) from error
+        if serves:
+            raise UserError(
+                f"process 0 cannot listen there: {_first_line(error)}",
+                where=place,
+                hint="MASTER_ADDR must be a name or address of the machine that process 0 runs on",
+            ) from error
+        raise UserError(
+            f"process 0 did not answer within {who.seconds:g} seconds",
+            where=place,
+            hint=f"start all processes, and let no firewall close the port; {VARIABLE} is the time limit",
+        ) from error
+
+
+def _agree(store: dist.Store, who: Told) -> None:
+    """Wait until all are there and were told the same number.
+
+    Raises:
+        UserError: one does not come in time, comes twice, or was told another number.
+    """
+    if store.add(f"came/{who.rank}", 1) > 1:
+        raise UserError(
+            f"two processes are told to be process {who.rank}",
+            where="the environment: RANK",
+            hint="each process has a number of its own; torchrun sets it by --node-rank",
+        )
+    store.set(f"size/{who.rank}", str(who.size))
+    if who.rank == 0:
+        verdict = _verdict(store, who)
+        store.set("verdict", verdict)
+        if verdict != str(who.size):
+            _await_readers(store, who)
+    else:
+        verdict = _read_verdict(store, who)
+        store.add("read", 1)
+    if verdict == str(who.size):
+        return
+    if verdict.isdigit():
+        verdict = f"process {who.rank} was told that there are {who.size} processes, and process 0 {verdict}"
+    raise UserError(
+        verdict,
+        where=f"process {who.rank}: WORLD_SIZE={who.size}",
+        hint="start all nodes with the same --nnodes and --nproc-per-node; "
+        f"{VARIABLE} is the time limit in seconds",
+    )
+
+
+def _verdict(store: dist.Store, who: Told) -> str:
+    """What process 0 finds: the number of processes, or what is wrong."""
+    missing = set(range(1, who.size))
+    until = time.monotonic() + who.seconds
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"size/{rank}"]):
+                size = int(store.get(f"size/{rank}"))
+                if size != who.size:
+                    return (
+                        f"process {rank} was told that there are {size} processes, and process 0 {who.size}"
+                    )
+                missing.discard(rank)
+        if missing and time.monotonic() > until:
+            shown = ", ".join(str(rank) for rank in sorted(missing)[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            return f"of {who.size} processes, {shown}{more} did not come within {who.seconds:g} seconds"
+        time.sleep(_POLL)
+    return str(who.size)
+
+
+def _read_verdict(store: dist.Store, who: Told) -> str:
+    try:
+        # Process 0 waits as long for the others, from when it came itself.
+        store.wait(["verdict"], timedelta(seconds=2 * who.seconds + 5))
+        return store.get("verdict").decode()
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            "process 0 ended before all processes were there",
+            where=f"process {who.rank} of {who.size}",
+            hint="what process 0 printed says why",
+        ) from error
+
+
+def _await_readers(store: dist.Store, who: Told) -> None:
+    """The table goes with process 0: let those that are there read the verdict first."""
+    there = sum(store.check([f"size/{rank}"]) for rank in range(1, who.size))
+    until = time.monotonic() + 5.0
+    while time.monotonic() < until and store.add("read", 0) < there:
+        time.sleep(_POLL)
+
+
+def _number(found: Mapping[str, str], name: str, default: int | None, *, least: int) -> int:
+    text = found.get(name, "")
+    if not text:
+        if default is None:
+            raise _missing(name)
+        return default
+    if not text.isdigit() or int(text) < least:
+        raise UserError(
+            f"{name}={text} is no whole number from {least} on",
+            where="the environment",
+            hint="let torchrun set it",
+        )
+    return int(text)
+
+
+def _seconds(found: Mapping[str, str]) -> float:
+    text = found.get(VARIABLE, "")
+    try:
+        seconds = float(text) if text else SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= ORDERS_SECONDS:
+        raise UserError(
+            f"{VARIABLE}={text} is no number of seconds", where="the environment", hint="such as 300"
+        )
+    return seconds
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        f"WORLD_SIZE speaks of several processes, and {name} is not set",
+        where="the environment",
+        hint="start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+__all__ = ["LostProcess", "Told", "joined", "told", "told_size"]

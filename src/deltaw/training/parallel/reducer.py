@@ -1,0 +1,79 @@
+"""What the loop asks of the processes that train together; one process alone has nothing to ask.
+
+The loop calls the same methods at the same places whatever their number, so it is read without thinking of
+any. :class:`deltaw.training.parallel.group.Group` is the one for several processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaw.training.losses import unrounded
+from deltaw.training.state import TrainState
+
+
+@dataclass
+class StepSums:
+    """Over the microbatches of a step: losses (on their device), tokens of the rows, tokens computed."""
+
+    loss: Tensor
+    row_tokens: int = 0
+    tokens: int = 0
+
+    def add(self, loss: Tensor, row_tokens: int, tokens: int) -> None:
+        """Count one microbatch."""
+        self.loss = self.loss + unrounded(loss)
+        self.row_tokens += row_tokens
+        self.tokens += tokens
+
+
+class Reducer:
+    """One process: every answer is its own.
+
+    Attributes:
+        rank: this process's number, from 0. size: how many there are. local_size: of them on this machine.
+    """
+
+    rank = 0
+    size = 1
+    local_size = 1
+
+    def begin(self, state: TrainState) -> bool:
+        """Let all begin with the state of process 0; whether that changed this one's."""
+        return False
+
+    def goes_on(self, state: TrainState, wanted: Callable[[], bool]) -> bool:
+        """Whether there is another step: what ``wanted`` says in process 0."""
+        return wanted()
+
+    def deal(self, rows: Sequence[Any], *, share: bool) -> Sequence[Any]:
+        """This process's rows of a step.
+
+        Args:
+            share: whether rows that begin alike cost less together.
+        """
+        return rows
+
+    def own_random_numbers(self, seed: int, step: int) -> None:
+        """Called before each step's forward: process 0 keeps the random numbers of the training."""
+
+    def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+        """Add up gradients and sums over all processes; each has them afterwards.
+
+        Args:
+            sums: this process's; None where it was asked to stop.
+
+        Returns:
+            those of the whole step; None where any was asked to stop.
+        """
+        return sums
+
+    def dismiss(self) -> None:
+        """The run needs the others no more; in process 0."""
+
+
+ALONE = Reducer()

@@ -1,0 +1,51 @@
+"""One process of a training over several: the command line, with what travels counted, or ended on the way.
+
+Run as ``python -m tests.training.parallel_worker train run.yaml``, with RANK and so on in the environment.
+``COUNTED`` names a file for the bytes of each sum; ``DIES_AT`` is the step at which this process is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from deltaw.cli import main
+from deltaw.training.loop import _Loop
+
+
+def count_sums(into: Path) -> None:
+    """Note the bytes and the type of each tensor that is summed over the processes."""
+    inner = dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        with into.open("a") as file:
+            file.write(json.dumps([str(tensor.dtype), tensor.numel() * tensor.element_size()]) + "\n")
+        return inner(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+
+
+def die_at(step: int) -> None:
+    """Kill this process, as the system does, in the middle of a step (counted from 0)."""
+    inner = _Loop.own_gradients
+
+    def dying(self, *args):
+        found = inner(self, *args)
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    _Loop.own_gradients = dying
+
+
+if __name__ == "__main__":
+    if "COUNTED" in os.environ:
+        count_sums(Path(os.environ["COUNTED"]))
+    if "DIES_AT" in os.environ:
+        die_at(int(os.environ["DIES_AT"]))
+    main(sys.argv[1:])
