@@ -38,6 +38,7 @@ VARIABLES = {
     MEASURED: "rates of products, as another process measured them",
     "DELTAW_CACHE": "where models, features and measurements are kept",
     "DELTAW_API_KEY": "a key that requests to deltaw serve must bring",
+    "DELTAW_PEER_SECONDS": "how long processes that train together wait for each other",
     "DELTAW_TRACEBACK": "1: an unexpected error shows where it arose",
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
 }
