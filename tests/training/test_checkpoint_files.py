@@ -48,7 +48,7 @@ def test_the_library_reads_the_tensors_too(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(list(files._NAMES)), st.lists(st.integers(0, 5), max_size=3))))
+@given(st.lists(st.tuples(st.sampled_from(list(files.CODES)), st.lists(st.integers(0, 5), max_size=3))))
 def test_tensors_of_any_type_and_shape(tmp_path_factory, made):
     folder = tmp_path_factory.mktemp("any")
     tensors = {str(n): torch.ones(tuple(shape)).to(dtype) for n, (dtype, shape) in enumerate(made)}

@@ -20,20 +20,8 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
+from deltaw.training.checkpoint_files import CODES, DTYPES
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "BF16", "F16")
 BLOCK = 1 << 22
 """Elements of a block of rows: 16 MB in fp32."""

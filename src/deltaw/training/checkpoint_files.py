@@ -31,7 +31,8 @@ PREFIX = "step-"
 # Hidden names of what is being written, and of what is being deleted; left by a process that was killed.
 PARTIAL, DELETED = ".partial-", ".deleted-"
 _CHUNK = 4 * 2**20
-_TYPES = {
+# The types of tensors by the names that safetensors has for them, and the other way round.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,7 +44,7 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class DamagedCheckpoint(Exception):
@@ -201,7 +202,7 @@ class TensorFile(Mapping[str, Tensor]):
             header = json.loads(file.read(length))
         self._start = 8 + length
         self._places = {
-            name: (_TYPES[facts["dtype"]], tuple(facts["shape"]), *facts["data_offsets"])
+            name: (DTYPES[facts["dtype"]], tuple(facts["shape"]), *facts["data_offsets"])
             for name, facts in header.items()
             if name != "__metadata__"
         }
@@ -253,7 +254,7 @@ def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, o
         tensor = tensors[name]
         end = at + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [at, end],
         }

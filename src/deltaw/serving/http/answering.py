@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -108,6 +109,31 @@ async def whole_response(make: Callable[[], object], choices: Sequence[Choice]) 
     if sum(len(piece.logprobs) for choice in choices for piece in choice.pieces) < MANY_LOGPROBS:
         return json_response(make())
     return await asyncio.get_running_loop().run_in_executor(None, lambda: json_response(make()))
+
+
+class Answer(Protocol):
+    """What a route makes of texts."""
+
+    def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
+        """The events of a stream, as its texts are written."""
+
+    def whole(self, choices: list[Choice]) -> dict[str, object]:
+        """The answer once all texts have ended."""
+
+
+async def answered(
+    request: Request, answer: Answer, texts: Texts, count: int, counted: Counted, desk: Desk, *, stream: bool
+) -> Response:
+    """The response to a request for ``count`` texts, as events while they are written or whole."""
+    if stream:
+        record = record_of(request.scope)
+
+        def failed(error: ApiError) -> None:
+            record.error = error.message
+
+        return EventStream(answer.events(texts, counted), texts, desk, failed)
+    choices = await collected(request, texts, count, counted, desk)
+    return await whole_response(lambda: answer.whole(choices), choices)
 
 
 class EventStream(Response):

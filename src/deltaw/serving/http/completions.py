@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deltaw.serving.http.answering import Choice, Counted, EventStream, collected, whole_response
+from deltaw.serving.http.answering import Choice, Counted, answered
 from deltaw.serving.http.body import described, read_json
 from deltaw.serving.http.completion_request import CompletionRequest
 from deltaw.serving.http.documented import ANSWERS
-from deltaw.serving.http.errors import ApiError
 from deltaw.serving.http.logprobs import completion_logprobs
 from deltaw.serving.http.preparing import adapter_named, check_choices, completion_requests
 from deltaw.serving.http.record import Record, record_of
@@ -118,13 +117,7 @@ def completions_router(served: Served, desk: Desk, settings: ServerSettings) -> 
         answer = _Completion(asked, requests, served.prompts(adapter), record)
         counted = Counted(record, desk, asked.choices)
         texts = await desk.write(requests)
-        if asked.stream:
-
-            def failed(error: ApiError) -> None:
-                record.error = error.message
-
-            return EventStream(answer.events(texts, counted), texts, desk, failed)
-        choices = await collected(request, texts, len(requests), counted, desk)
-        return await whole_response(lambda: answer.whole(choices), choices)
+        stream = bool(asked.stream)
+        return await answered(request, answer, texts, len(requests), counted, desk, stream=stream)
 
     return router
