@@ -55,7 +55,7 @@ class NormTensors(Protocol):
     @property
     def offset(self) -> float: ...
     @property
-    def centred(self) -> bool: ...
+    def centered(self) -> bool: ...
 
 
 class NormsOfHalf(Protocol):
@@ -294,7 +294,7 @@ def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[NormTensors | N
 def _norm(of: NormTensors | None) -> RowNorm:
     if of is None:
         return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centred, True)
+    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
 def _sizes(of: LinearTensors) -> tuple[int, int]:

@@ -196,9 +196,9 @@ def _attention(
 def _norm(x: Tensor, norm: DecoderNorm | None) -> Tensor:
     if norm is None:
         return x
-    return norm_reference(x, norm.weight, norm.bias, offset=norm.offset, eps=norm.eps, centred=norm.centred)[
-        0
-    ]
+    return norm_reference(
+        x, norm.weight, norm.bias, offset=norm.offset, eps=norm.eps, centered=norm.centered
+    )[0]
 
 
 def _over_heads(x: Tensor, norm: DecoderNorm | None) -> Tensor:

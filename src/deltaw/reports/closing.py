@@ -85,7 +85,7 @@ def closing_lines(result: Result) -> Iterator[str]:
         planned = result.planned_memory_bytes
         plan_note = "" if planned is None else f" (planned {gigabytes(planned)})"
         yield (
-            f"{done.rows} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
+            f"{done.rows:,} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
             f"{done.tokens / done.seconds:,.0f} tokens/s), "
             f"peak memory {gigabytes(result.peak_memory_bytes)}{plan_note}"
         )

@@ -1,7 +1,7 @@
 """A comparison drawn: score over trained parameters, and peak memory by method.
 
 A point is a method's score with its interval, and small marks beside it are its seeds. It is filled if every
-training flattened, hollow if not, and a grey cross if the method gives one answer to every row.
+training flattened, hollow if not, and a gray cross if the method gives one answer to every row.
 
 Colors are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name next to it,
 so that color alone tells nothing.

@@ -149,7 +149,7 @@ class _Loop:
     ) -> Outcome:
         """All steps, from the first or from ``saved``."""
         state = self.state
-        with stop_signals() as signalled, frozen_heap(), own_random_numbers(state.order.seed), state:
+        with stop_signals() as signaled, frozen_heap(), own_random_numbers(state.order.seed), state:
             if saved is not None:
                 state.restore(saved)
                 self.changed()
@@ -158,7 +158,7 @@ class _Loop:
             check = TrainedCheck(state.names, state.trained, may_skip, steps_done=state.step)
             on_begin(state)
             while self.reducer.goes_on(state, lambda: state.step < state.total_steps and not self.ended()):
-                step = self.step(check, lambda: signalled() or self.should_stop())
+                step = self.step(check, lambda: signaled() or self.should_stop())
                 if step is None:
                     state.sums.interrupted = True
                     break

@@ -35,7 +35,7 @@ void norm_row(const RowNorm &norm, int64_t size, const float *x, float *y) {
     const float *const weight = (const float *)norm.weight, *const bias = (const float *)norm.bias;
     F16 sum = zero_f();
     float mean = 0;
-    if (norm.centred) {
+    if (norm.centered) {
         for (int64_t d = 0; d < size; d += 16) sum = sum + load16(x + d, first(size - d));
         mean = sum_of(sum) / size;
     }

@@ -198,7 +198,7 @@ class _DryRun:
 def _dry_run(session: Session) -> _DryRun:
     """A few of the heaviest steps, an evaluation of the longest rows, and the measurement of drift."""
     heaviest = heaviest_step(session)
-    telling, marks = TellingBatcher(session, heaviest.labelled), [(0, 0)]
+    telling, marks = TellingBatcher(session, heaviest.labeled), [(0, 0)]
     meter = DriftMeter(session)
     # A search for the learning rate trains as the run does, beside a copy of what is trained.
     searches = session.config.train.learning_rate == "search"
@@ -207,7 +207,7 @@ def _dry_run(session: Session) -> _DryRun:
         session.train(
             rows=heaviest.rows,
             batch_size=len(heaviest.rows),
-            total_steps=DRY_RUN_STEPS + (1 if heaviest.labelled else 0),
+            total_steps=DRY_RUN_STEPS + (1 if heaviest.labeled else 0),
             batcher=telling,
             on_step=lambda step: marks.append((work.operations, work.operators)),
         )
