@@ -45,8 +45,8 @@ class TextSettings:
         """Itself, where texts can be written so; asked before a model is loaded.
 
         Raises:
-            UserError: a stop string or a constraint is no text, there are two constraints, or the package that
-                constrains texts is missing.
+            UserError: a stop string or a constraint is no text, there are two constraints, or the
+                package that constrains texts is missing.
         """
         for stop in self.stop:
             if not as_text(stop, "--stop"):

@@ -48,7 +48,7 @@ from deltaw.training.planning.unread import unread_bytes
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.working import working
+from deltaw.working import listening, working
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
@@ -81,7 +81,8 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     if known is not None:
         return known
     try:
-        with working(f"planning the memory of method {config.method}"):
+        # The steps of the dry run are not told one by one: nothing is measured or evaluated.
+        with working(f"planning the memory of method {config.method}"), listening(None):
             made = _planned(config, task, data, process_bytes)
     except UserError as error:
         if remembered is not None:
