@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -384,21 +385,13 @@ def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of
 
 
 def test_the_dry_run_does_not_tell_of_evaluations_and_drift(config_of):
-    class Told:
-        def __init__(self):
-            self.works = []
-
-        def began(self, what, total):
-            self.works.append(what)
-
-        def advanced(self, done): ...
-        def ended(self): ...
-
+    works: list[str] = []
+    told = SimpleNamespace(began=lambda what, _: works.append(what), advanced=str, ended=lambda: None)
     config = config_of("llama", "lora", train={"drift": True})
     task, data = read_data(config)
-    with listening(told := Told()):
+    with listening(told):
         plan_run(config, task, data)
-    assert told.works == ["planning the memory of method lora"]
+    assert works == ["planning the memory of method lora"]
 
 
 # --- a run begins with its plan --------------------------------------------------------------------------
