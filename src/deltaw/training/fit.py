@@ -42,6 +42,7 @@ from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.parallel.agreement import send_facts, send_settings
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.parallel.settings import as_parallel, threads_of
+from deltaw.training.parallel.sharding import divided
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
@@ -220,10 +221,10 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
             outcome = _train(session, folder, record, monitor, callback, go_on=searched)
-            processes.dismiss()
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
+            processes.dismiss()
             write_card(folder.path, session, outcome, evaluation, trained, drift)
             record.done(outcome)
             monitor.done(outcome, goes_on=record.checkpoints.enabled)
@@ -322,6 +323,7 @@ def load_for(
         num_labels=task.outputs(data),
         trust_remote_code=config.trust_remote_code,
         say=say,
+        weights=divided(config, processes),
     )
     for name, choice in loaded.choices.items():
         if choose is None:

@@ -29,6 +29,7 @@ from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
@@ -300,8 +301,11 @@ def assemble(
     torch.manual_seed(settings.seed)
     said: list[str] = []
     identity = identity_of(model, config.precision)
-    if config.precision == "int8" and has_values(model):
+    sharded = sharded_blocks(model)
+    if config.precision == "int8" and (sharded is not None or has_values(model)):
         said += quantized_int8(model, data.train)
+        if sharded is not None:
+            sharded.finish()
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -323,6 +327,8 @@ def assemble(
 
     with working(f"preparing method {method.name}"):
         said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+    if sharded is not None:
+        sharded.rejoin()
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
@@ -339,6 +345,9 @@ def assemble(
     session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
     if settings.keep_general:
         _take_general_answers(session)
+    if sharded is not None:
+        with session.running():  # all find out now which blocks run fused, and none later by itself
+            pass
     seen_again = session.total_steps * settings.batch_size > len(data.train)
     keep = settings.keep_features is True or (settings.keep_features == "auto" and seen_again)
     if invocation is not None:
