@@ -179,7 +179,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     rows = rows_facts(data.train, data.held_out)
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
-    config, plan = planned(start.config, task, data, callback, here=processes.local_size)
+    config, plan = planned(start.config, task, data, callback, processes=processes)
     send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     if start.found is not None:
@@ -253,10 +253,10 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
 
 
 def planned(
-    config: RunConfig, task: Task, data: RunData, callback: Callback, *, here: int = 1
+    config: RunConfig, task: Task, data: RunData, callback: Callback, *, processes: Reducer = ALONE
 ) -> tuple[RunConfig, Plan | None]:
     """The run's plan; None where the model cannot be run on fake tensors. With it the settings, which
-    ``memory`` may have changed. It is that of each of the ``here`` processes on this machine.
+    ``memory`` may have changed. It is that of each of ``processes``, which share their machine's memory.
 
     Raises:
         UserError: the memory that the machine gives does not suffice, and ``force`` is not set; or ``memory``
@@ -266,12 +266,12 @@ def planned(
     budget = memory_budget(config.memory, device)
     if device != "cpu":
         return config, None
-    limit = memory_limit_bytes().value // here
+    limit = memory_limit_bytes().value // processes.local_size
     try:
-        plan = plan_run(config, task, data)
+        plan = plan_run(config, task, data, processes=processes.size)
         if budget is not None:
             blocks = count_blocks(config, task, callback.on_line)
-            config, plan = within_memory(config, task, data, plan, budget, blocks)
+            config, plan = within_memory(config, task, data, plan, budget, blocks, processes.size)
             checkpointed = config.train.checkpointing
             if checkpointed:
                 shown = f"all {blocks}" if checkpointed is True else f"{checkpointed} of {blocks}"
