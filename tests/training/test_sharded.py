@@ -6,19 +6,22 @@ The tests start processes of their own, which takes seconds; :mod:`tests.trainin
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
 from deltaw.lora.fingerprint import base_fingerprint, put_sample
+from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.parallel.sharding import as_sharded
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
+from tests.conftest import write_rows
 from tests.training.test_parallel import (
     ADAPTER,
     assert_same_run,
@@ -114,6 +117,39 @@ def test_answers_and_drift_gather_while_the_others_wait(settings, uneven, tmp_pa
     told = train(write_settings(tmp_path / "run.yaml", made), 2)
     assert [status for status, *_ in told] == [0, 0], told
     assert any("answers" in json.dumps(line.get("eval", {})) for line in metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused_in_words(settings, uneven, tmp_path):
+    """Of other rows, and of another model: by process 0, before it writes; the others end with it."""
+
+    class AfterTwo(Callback):
+        steps = 0
+
+        def on_step(self, step):
+            self.steps = step.step
+
+        def should_stop(self):
+            return self.steps == 2
+
+    made = sharded(settings, uneven, tmp_path / "run")
+    assert fit(made, callback=AfterTwo()).interrupted
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    rows = write_rows(tmp_path / "other.jsonl", ({"prompt": f"p{n}", "completion": "c"} for n in range(11)))
+    other = tmp_path / "model"
+    shutil.copytree(made["model"], other)
+    tensors = {name: tensor * 2 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for change, said in (
+        ({"data": {**made["data"], "train": str(rows)}}, "rows"),
+        ({"model": str(other)}, "model"),
+        ({"lora": {"rank": 2}}, "lora.rank"),
+    ):
+        path = write_settings(tmp_path / "run.yaml", made | change)
+        zero, one = train(path, 2)
+        assert zero[0] == 2 and said in zero[2] and "Traceback" not in zero[2], (zero, one)
+        assert one[0] == 2 and "Traceback" not in one[2]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
 @pytest.mark.parametrize(

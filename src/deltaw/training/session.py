@@ -304,8 +304,6 @@ def assemble(
     sharded = sharded_blocks(model)
     if config.precision == "int8" and (sharded is not None or has_values(model)):
         said += quantized_int8(model, data.train)
-        if sharded is not None:
-            sharded.finish()
     batcher, chosen = task.batcher(
         model,
         data.every,
@@ -327,11 +325,13 @@ def assemble(
 
     with working(f"preparing method {method.name}"):
         said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
-    if sharded is not None:
-        sharded.rejoin()
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
+    if sharded is not None:
+        sharded.rejoin()
+        with task.running(model, batcher):  # all processes find out now which blocks run fused
+            pass
     if invocation is not None:
         chosen[INVOCATION] = invocation
     if data.report.date is not None and config.data.date is None:
@@ -345,9 +345,6 @@ def assemble(
     session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
     if settings.keep_general:
         _take_general_answers(session)
-    if sharded is not None:
-        with session.running():  # all find out now which blocks run fused, and none later by itself
-            pass
     seen_again = session.total_steps * settings.batch_size > len(data.train)
     keep = settings.keep_features is True or (settings.keep_features == "auto" and seen_again)
     if invocation is not None:
