@@ -301,8 +301,7 @@ def assemble(
     torch.manual_seed(settings.seed)
     said: list[str] = []
     identity = identity_of(model, config.precision)
-    sharded = sharded_blocks(model)
-    if config.precision == "int8" and (sharded is not None or has_values(model)):
+    if config.precision == "int8" and (sharded_blocks(model) is not None or has_values(model)):
         said += quantized_int8(model, data.train)
     batcher, chosen = task.batcher(
         model,
@@ -328,7 +327,7 @@ def assemble(
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
-    if sharded is not None:
+    if (sharded := sharded_blocks(model)) is not None:
         sharded.rejoin()
         with task.running(model, batcher):  # all processes find out now which blocks run fused
             pass
