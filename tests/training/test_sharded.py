@@ -60,7 +60,7 @@ def test_two_processes_with_half_of_the_base_each_train_as_one(settings, uneven,
     divided = [fused for own, whole, fused in shares if own <= 0.51 * whole]
     assert divided == [True] * (
         2 * 6
-    )  # both processes, six steps; the others are those of the plan's dry run
+    )  # six steps; others are of the dry run
 
 
 @pytest.mark.slow
