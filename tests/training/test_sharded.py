@@ -58,9 +58,7 @@ def test_two_processes_with_half_of_the_base_each_train_as_one(settings, uneven,
     assert_same_run(tmp_path / "two", tmp_path / "one")
     shares = [json.loads(line) for line in held.read_text().splitlines()]
     divided = [fused for own, whole, fused in shares if own <= 0.51 * whole]
-    assert divided == [True] * (
-        2 * 6
-    )  # six steps; others are of the dry run
+    assert divided == [True] * (2 * 6)  # six steps; others are of the dry run
 
 
 @pytest.mark.slow

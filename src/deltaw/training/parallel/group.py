@@ -139,9 +139,7 @@ class Group(Reducer):
     def stops(self, stopped: Callable[[], bool]) -> Callable[[], bool]:
         if not self.sharded:
             return stopped
-        agreed = (
-            self._most(int(stopped())) > 0
-        )  # one alone that ends in the middle would leave the others wait
+        agreed = self._most(int(stopped())) > 0  # all stop or none: the others would wait for its rows
         return lambda: agreed
 
     def batches(self, batcher: AnyBatcher, own: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
