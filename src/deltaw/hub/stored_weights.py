@@ -87,6 +87,9 @@ class StoredWeights:
                     rows = wanted[name]
                     if rows is None:
                         given = file.get_tensor(self._stored[name])
+                    elif rows[0] == rows[1]:
+                        shape = file.get_slice(self._stored[name]).get_shape()
+                        given = torch.empty(0, *shape[1:])
                     else:
                         given = file.get_slice(self._stored[name])[rows[0] : rows[1]]
                     found[name] = given.to(self._dtypes[name])

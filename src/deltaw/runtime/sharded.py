@@ -122,6 +122,7 @@ class ShardedBlocks:
         self._tables: list[dict[str, dict[str, nn.Parameter | None]]] = [{} for _ in blocks]
         self._samples: list[dict[str, Sample]] = []
         self._filled: int | None = None
+        self._read: list[nn.Module] = []
         for number, block in enumerate(blocks):
             own = dict(block.named_parameters())
             found = weights.samples({self._name(number, name): p for name, p in own.items()})
@@ -200,18 +201,21 @@ class ShardedBlocks:
             names = {self._name(number, name): name for name, _ in block.named_parameters()}
             read = self._weights.read(dict.fromkeys(names))
             fill(block, {names[name]: value for name, value in read.items()})
-            self._filled = number
+            self._filled, self._read = number, [m for m in block.modules() if m._parameters]
 
     def _settle(self, number: int) -> None:
         """After a block that was read as a whole: divide it where it was rounded, else forget it."""
         block, self._filled = self._blocks[number], None
-        if any(weight_scales(module) is not None for module in block.modules()):
+        kept = set(block.modules())
+        rounded = any(weight_scales(module) is not None for module in kept)
+        for module in self._read:  # whoever still knows a layer that was rounded must not keep its weights
+            if not (rounded and module in kept):
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self._read = []
+        if rounded:
             self._shard(number)
-            return
-        for module in block.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _watch_no_more(self) -> None:
         for handle in self._handles:
