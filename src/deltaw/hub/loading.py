@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -61,6 +62,21 @@ class LoadedModel:
     kernels: KernelChoice | None = None
 
 
+class Weights(Protocol):
+    """Makes a model from its folder: the model, the names of the tensors that its files lack, and the
+    attention that it ended up with."""
+
+    def __call__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        task: str,
+        dtype: str,
+        attention: str,
+        trust_remote_code: bool,
+    ) -> tuple[PreTrainedModel, list[str], Choice[str]]: ...
+
+
 def load(
     reference: str,
     *,
@@ -72,6 +88,7 @@ def load(
     say: Callable[[str], None] = say_on_stderr,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    weights: Weights | None = None,
 ) -> LoadedModel:
     """Load the model that ``reference`` means, with its tokenizer.
 
@@ -87,6 +104,7 @@ def load(
         say: told what takes long, a line each.
         attention: the implementation that transformers dispatches to.
         trust_remote_code: run the Python files that came with the model.
+        weights: reads the weights and puts them where they belong; None reads all of them.
 
     Raises:
         UserError: the reference leads nowhere, the weights are damaged or incomplete, the architecture does
@@ -111,14 +129,17 @@ def load(
         stored = "int8" if precision == "int8" else typed.value
         choices["kernels"] = Choice(kernels.value(stored), kernels.why(stored))
     with quiet(), working("loading the model"):
-        model, missing, used = _weights(folder, config, task, typed.value, attention, trust_remote_code)
+        model, missing, used = (weights or _weights)(
+            folder, config, task, typed.value, attention, trust_remote_code
+        )
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
         say(f"new, not from the model's files: {', '.join(new_modules)}")
     model.requires_grad_(False).eval()
-    # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
-    nn.Module.to(model, placed.value)
+    if weights is None:
+        # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
+        nn.Module.to(model, placed.value)
     tokenizer = tokenizer_in(folder, trust_remote_code)
     return LoadedModel(
         model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels

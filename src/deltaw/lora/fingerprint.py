@@ -83,6 +83,11 @@ def note_base(quantized: Tensor, weight: Tensor) -> None:
         vars(quantized)[_ATTRIBUTE] = Sample("", tuple(weight.shape), _values(weight).clone())
 
 
+def put_sample(parameter: Tensor, sample: Sample) -> None:
+    """Note on a parameter whose values are not at hand what the fingerprint takes of them."""
+    vars(parameter)[_ATTRIBUTE] = sample
+
+
 def _values(parameter: Tensor) -> Tensor:
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     at = places(flat.numel())

@@ -30,11 +30,13 @@ from deltaw.memory.libraries import warm_up
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
+from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.monitoring.rate_search import as_it_was
+from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.heaviest import (
     DRY_RUN_STEPS,
     Heaviest,
@@ -67,11 +69,14 @@ def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = sil
         return plan_run(settings, task, data)
 
 
-def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None) -> Plan:
+def plan_run(
+    config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None, processes: int = 1
+) -> Plan:
     """What a run of ``config`` on these rows will need; remembered where it was planned before.
 
     Args:
         process_bytes: what the process holds before the model is loaded; None is what it holds now.
+        processes: that train together; the plan is that of each of them.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
@@ -79,7 +84,7 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     remembered = Remembered.of(config)
     known = None if remembered is None else remembered.plan(data.every)
     if known is not None:
-        return known
+        return of_each(known, config.train.sharding, processes)
     try:
         # The steps of the dry run are not told one by one: nothing is measured or evaluated.
         with working(f"planning the memory of method {config.method}"), listening(None):
@@ -90,7 +95,7 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
         raise
     if remembered is not None:
         remembered.keep(made, data.every, data.report.lines(), basis())
-    return made
+    return of_each(made, config.train.sharding, processes)
 
 
 def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | None) -> Plan:
@@ -106,6 +111,8 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     if config.precision == "int8":
         with fake_tensors():
             quantize_int8(model.base_model)
+    with fake_tensors():
+        block_bytes = _block_bytes(model)
     new: list[str] = []
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -151,7 +158,17 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
         disk_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
+        block_bytes=block_bytes,
     )
+
+
+def _block_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Of the weights of all blocks, and of the largest; 0 where the model has no list of blocks."""
+    found = blocks_of(model)
+    if found is None:
+        return 0, 0
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in found[1]]
+    return sum(sizes), max(sizes)
 
 
 def _saving_bytes(config: RunConfig, task: Task, dtype: str) -> int:
@@ -229,6 +246,7 @@ def plan_each(
     methods: Sequence[str],
     *,
     refused: Callable[[str, UserError], None],
+    processes: int = 1,
 ) -> dict[str, Plan]:
     """The plan of each method on the same model and rows; ``refused`` is told of those that do not fit."""
     plans: dict[str, Plan] = {}
@@ -241,6 +259,7 @@ def plan_each(
                 data,
                 # Each plan leaves something behind, which a run that makes one plan does not have.
                 process_bytes=None if first is None else first.resident["process"],
+                processes=processes,
             )
         except UserError as error:
             if method == config.method:
