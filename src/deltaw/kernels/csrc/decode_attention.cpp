@@ -221,9 +221,22 @@ void ask_for(const char *at, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-// What the unit's queries attend to in one range of tokens, into `to`.
+// Tokens whose keys are read next, of the same sequence; they are asked for while values are summed, which are there already.
+struct Next {
+    int64_t key_head, from, until;
+    bool any() const { return from < until; }
+};
+
+void ask_for_keys(const Unit &u, const Next &next, int64_t part, int64_t parts) {
+    const int64_t first = next.from / PAGE_TOKENS, pages = next.any() ? (next.until + PAGE_TOKENS - 1) / PAGE_TOKENS - first : 0;
+    const DecodeModel &model = *u.a.model;
+    for (int64_t p = pages * part / parts; p < pages * (part + 1) / parts; p++)
+        ask_for(head_of_page(model, *u.a.block, *u.a.step, u.a.step->sequence[u.rows.first], first + p, next.key_head), key_bytes(model, *u.a.block));
+}
+
+// What the unit's queries attend to in one range of tokens, into `to`. asked: whether the first keys are asked for already.
 template <class Words>
-void attend_range(const Unit &u, int64_t begin, int64_t end, float *scores, Attended *to) {
+void attend_range(const Unit &u, int64_t begin, int64_t end, float *scores, Attended *to, bool asked, const Next &after) {
     const DecodeModel &model = *u.a.model;
     const DecodeBlock &block = *u.a.block;
     const DecodeStep &step = *u.a.step;
@@ -238,11 +251,12 @@ void attend_range(const Unit &u, int64_t begin, int64_t end, float *scores, Atte
         const char *pages[STRETCH / PAGE_TOKENS];
         int64_t count = 0;
         for (int64_t t = from; t < until; t += PAGE_TOKENS) pages[count++] = head_of_page(model, block, step, sequence, t / PAGE_TOKENS, u.key_head);
-        // Pages lie anywhere, so the processor does not guess the next one: it and this one's values are asked for.
-        ask_for(pages[0], of_keys);
+        // Pages lie anywhere, so the processor does not guess the next one.
+        const Next next = s + STRETCH < last ? Next{u.key_head, s + STRETCH, std::min(s + 2 * STRETCH, last)} : after;
+        if (!asked) ask_for(pages[0], of_keys);
         for (int64_t p = 0; p < count; p++) {
+            if (!asked && p + 1 < count) ask_for(pages[p + 1], of_keys);
             ask_for(pages[p] + of_keys, of_values);
-            if (p + 1 < count) ask_for(pages[p + 1], of_keys);
             all_scores<Words>(u.q, u.count, pages[p], of_keys / (4 * PAGE_TOKENS), scores + p * PAGE_TOKENS, STRETCH);
         }
         for (int64_t i = 0; i < u.count; i++) {
@@ -252,8 +266,10 @@ void attend_range(const Unit &u, int64_t begin, int64_t end, float *scores, Atte
         for (int64_t p = 0; p < count; p++) {
             const int64_t t = from + p * PAGE_TOKENS, first_seen = std::max<int64_t>(0, begins - t);
             const char *const weights = (const char *)scores + p * (PAGE_TOKENS / Words::EACH) * 4;
+            ask_for_keys(u, next, p, count);
             all_values<Words>(weights, ld, u.count, pages[p] + of_keys, size, first_seen, std::min(PAGE_TOKENS, until - t), to);
         }
+        asked = next.any();
     }
 }
 
@@ -270,8 +286,16 @@ void write_out(const Attended &a, int64_t size, float *out) {
 int64_t first_range(const Unit &u) { return u.seen_from(u.position(0)) / range_tokens(u.position(0)); }
 int64_t last_range(const Unit &u) { return u.position(u.count - 1) / range_tokens(u.position(0)); }
 
+// The first stretch of the unit's ranges from `range` on.
+Next stretch_of(const Unit &u, int64_t range) {
+    const int64_t tokens = range_tokens(u.position(0)), begins = u.seen_from(u.position(0)) / PAGE_TOKENS * PAGE_TOKENS;
+    const int64_t s = std::max(range * tokens, begins / STRETCH * STRETCH);
+    return {u.key_head, std::max(s, begins), std::min(s + STRETCH, u.position(u.count - 1) + 1)};
+}
+
+// asked: whether the first keys are asked for already. after: what is read when the unit is done.
 template <class Words>
-void attend_unit(const Unit &u, float *room) {
+void attend_unit(const Unit &u, float *room, bool asked, const Next &after) {
     const int64_t size = u.a.block->head_size;
     Attended whole[MOST_QUERIES], part[MOST_QUERIES];
     for (int64_t i = 0; i < u.count; i++) {
@@ -281,7 +305,9 @@ void attend_unit(const Unit &u, float *room) {
     }
     const int64_t tokens = range_tokens(u.position(0));
     for (int64_t r = first_range(u); r <= last_range(u); r++) {
-        attend_range<Words>(u, r * tokens, (r + 1) * tokens, room, part);
+        const Next next = r < last_range(u) ? stretch_of(u, r + 1) : after;
+        attend_range<Words>(u, r * tokens, (r + 1) * tokens, room, part, asked, next);
+        asked = next.any();
         for (int64_t i = 0; i < u.count; i++) join(whole[i], part[i], size);
     }
     for (int64_t i = 0; i < u.count; i++) write_out(whole[i], size, u.a.mixed + u.place(i));
@@ -297,7 +323,7 @@ void attend_split(const Unit &u, int64_t range, float *room) {
         return;
     }
     const int64_t tokens = range_tokens(u.position(0));
-    attend_range<Words>(u, range * tokens, (range + 1) * tokens, room, part);
+    attend_range<Words>(u, range * tokens, (range + 1) * tokens, room, part, false, Next{0, 0, 0});
     for (int64_t i = 0; i < u.count; i++) at[i][0] = part[i].most, at[i][1] = part[i].sum;
 }
 
@@ -322,13 +348,24 @@ int64_t head_slices(const DecodeBlock &block) { return (block.group() + MOST_QUE
 void attend(Crew &crew, const Attention &a, float *room) {
     const int64_t slices = head_slices(*a.block), heads = a.block->key_heads * slices, ranges = a.partial ? MOST_RANGES : 1;
     char *const of_queries = (char *)(room + attention_room(*a.model) - MOST_QUERIES * a.block->head_size);
+    auto unit = [&](int64_t queries, int64_t head) { return Unit(a, a.queries[queries], head / slices, head % slices, of_queries); };
     with_words(a.model->cache_type, [&](auto words) {
         typedef decltype(words) Words;
-        crew.share(a.count * heads * ranges, [&](int64_t i) {
-            const int64_t head = i / ranges % heads, range = i % ranges;
-            const Unit u(a, a.queries[i / ranges / heads], head / slices, head % slices, of_queries);
-            if (a.partial) attend_split<Words>(u, range, room);
-            else attend_unit<Words>(u, room);
+        if (a.partial) {
+            crew.share(a.count * heads * ranges, [&](int64_t i) { attend_split<Words>(unit(i / ranges / heads, i / ranges % heads), i % ranges, room); });
+            return;
+        }
+        // One thread takes all heads of some rows, which lie beside each other, where that leaves enough for the others.
+        const int64_t together = a.count >= 4 * crew.threads ? heads : 1;
+        crew.share(a.count * heads / together, [&](int64_t i) {
+            bool asked = false;
+            for (int64_t j = i * together; j < (i + 1) * together; j++) {
+                const Unit u = unit(j / heads, j % heads);
+                Next next{0, 0, 0};
+                if (j + 1 < (i + 1) * together) next = stretch_of(u, first_range(u)), next.key_head = (j + 1) % heads / slices;
+                attend_unit<Words>(u, room, asked, next);
+                asked = next.any();
+            }
         });
     });
 }
