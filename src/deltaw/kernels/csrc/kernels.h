@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // To be raised whenever a function's arguments or a struct of block.h or decode.h change; the caller compares it with its own.
-const int DW_ABI = 3;
+const int DW_ABI = 4;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 
