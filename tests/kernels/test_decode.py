@@ -75,6 +75,7 @@ FORMS = {
     "post": Form(places=("post",), centered=True, activation="relu", gated=False, bias=True),
     "many queries": Form(heads=20, key_heads=1, head_size=8, turned=8, hidden=64),
     "wide heads": Form(heads=2, key_heads=1, head_size=80, turned=32, hidden=130, cache=torch.bfloat16),
+    "odd heads": Form(heads=3, key_heads=1, head_size=9, turned=4, cache=torch.bfloat16, window=7),
     "smooth": Form(columns=True, bias=True, cache=torch.bfloat16, window=40),
 }  # fmt: skip
 

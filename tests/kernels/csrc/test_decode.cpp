@@ -181,5 +181,6 @@ void test_decode() {
     }
     test_company<float>(0, STACKED, false, 3, 3, 20, 33, 70);
     test_company<bf16>(2, GROUPED, true, 18, 1, 8, 64, 29);
+    test_company<bf16>(1, STACKED, false, 2, 1, 7, 33, 18);  // keys whose last number has no neighbor
     test_refusals();
 }
