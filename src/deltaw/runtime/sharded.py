@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from deltaw.lora.fingerprint import Sample, put_sample
 from deltaw.lora.layers_int8 import weight_scales
 from deltaw.runtime.blocks import blocks_of
 
+# Named anew in torch 2.13.
+_gathered: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Called for each gathering with the block's number and what gathers.
 Wire = Callable[[int, Callable[[], Any]], Any]
 
@@ -116,7 +119,7 @@ class ShardedBlocks:
         from torch.distributed.device_mesh import DeviceMesh
 
         self._blocks, self._prefix, self._weights, self._wire = blocks, prefix, weights, wire
-        self._group = group
+        self._group, self._room = group, Room()
         self._mesh = DeviceMesh.from_group(group, "cpu")
         self._classes: list[type | None] = [None] * len(blocks)
         self._tables: list[dict[str, dict[str, nn.Parameter | None]]] = [{} for _ in blocks]
@@ -232,9 +235,10 @@ class ShardedBlocks:
         own = type(block)
         self._tables[number] = {path: m._parameters for path, m in block.named_modules() if m._parameters}
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        block.register_forward_hook(_no_view, prepend=True)
         self._classes[number] = type(block)
         with self._as_sharded(number) as sharded:
-            sharded.set_custom_all_gather(_Gather(number, self._wire))
+            sharded.set_custom_all_gather(_Gather(number, self._wire, self._room))
         # FSDP works by hooks; under its own class again, the block is recognized by the rest as before.
         block.__class__ = own
         self._note(number)
@@ -287,20 +291,48 @@ class ShardedBlocks:
             block.__class__ = own
 
 
-class _Gather:
-    """FSDP's gathering of a block's rows (its ``AllGather``), with a wire told of it."""
+def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
+    """FSDP gathers for the backward by a hook on a block's output, which a change in place would drop from a
+    view."""
+    if isinstance(output, Tensor):
+        return output.clone() if output._is_view() else output
+    if isinstance(output, tuple):
+        return tuple(_no_view(block, inputs, value) for value in output)
+    return output
 
-    def __init__(self, number: int, wire: Wire) -> None:
-        self._number, self._wire = number, wire
+
+class Room:
+    """Memory that is used again and again; it grows to the largest that was asked for."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Room for so many numbers of a type."""
+        needed = count * dtype.itemsize
+        if needed > self._bytes.numel():
+            self._bytes = torch.empty(0, dtype=torch.uint8)
+            self._bytes = torch.empty(needed, dtype=torch.uint8)
+        return self._bytes[:needed].view(dtype)
+
+
+class _Gather:
+    """FSDP's gathering of a block's rows (its ``AllGather``), with a wire told of it.
+
+    What comes over the wire is copied into the block's weights at once, so that one room serves all blocks.
+    """
+
+    def __init__(self, number: int, wire: Wire, room: Room) -> None:
+        self._number, self._wire, self._room = number, wire, room
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
+        return self._room.of(math.prod(map(int, size)), dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
         def gather() -> Any:
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+            return _gathered(output_tensor, input_tensor, group=group, async_op=async_op)
 
         return self._wire(self._number, gather)
 

@@ -5,9 +5,12 @@ Knows settings and processes; how blocks are divided is in :mod:`deltaw.runtime.
 
 from __future__ import annotations
 
+import torch
+
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device
+from deltaw.host.memory import give_large_blocks_back
 from deltaw.hub.loading import Weights
 from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group
@@ -59,6 +62,14 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
                 where=f"{key} (train.sharding: base)",
                 hint=_WHOLE + instead,
             )
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "set_custom_all_gather"):
+        raise UserError(
+            f"dividing a base model needs a newer torch than {torch.__version__}",
+            where="train.sharding",
+            hint="pip install --upgrade torch, or set train.sharding: none",
+        )
     off: dict[str, object] = {}
     if train.drift == "auto":
         off["drift"] = False
@@ -76,4 +87,5 @@ def divided(config: RunConfig, processes: Reducer) -> Weights | None:
         return None
     from deltaw.runtime.sharded import ShardedLoader
 
+    give_large_blocks_back()
     return ShardedLoader(processes.divide(), processes.gathering, rounded=config.precision == "int8")
