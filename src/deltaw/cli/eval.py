@@ -93,7 +93,8 @@ def command(
     by_model["adapter" if opened.adapter else "model"] = scored()
     for name, examples in sets.items():
         if name:
-            out.print(f"\n{name}: {len(examples):,} rows", highlight=False, markup=False)
+            count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
+            out.print(f"\n{name}: {count}", highlight=False, markup=False)
         _print_scores({model: found[name] for model, found in by_model.items()}, shown, out)
     drift = _drift(opened, out, general) if with_drift else None
     if as_json:
