@@ -180,6 +180,9 @@ class _Loop:
         watched: Watched | None = getattr(self.objective, "watched", None)
         if watched is not None:
             watched.clear()
+        begin = getattr(self.objective, "begin", None)
+        if begin is not None:
+            begin(rows, self.batcher)
         sums, general = self.own_gradients(rows, units, stopped)
         sums = self.reducer.total(state.trained, sums)
         if sums is None:
