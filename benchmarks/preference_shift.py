@@ -43,9 +43,7 @@ def main() -> None:
     for name, found in lower.items():
         print(f"answers of the {name} in lower case: {share(found)}")
     wins = ((lower["adapter"] > lower["base"]).sum(), (lower["adapter"] < lower["base"]).sum())
-    print(
-        f"of {len(prompts)} prompts the adapter wins {wins[0]}, the base model {wins[1]}; the rest are even"
-    )
+    print(f"of {len(prompts)} prompts {wins[0]} go to the adapter, {wins[1]} to the base model")
     score = score_run(opened, held_out).evaluation
     print(f"held-out pairs whose chosen answer the adapter prefers: {share(score.per_row)}")
     print(f"margin {score.metrics['margin']:.2f}, loss {score.metrics['loss']:.3f} (0.693 of the base model)")

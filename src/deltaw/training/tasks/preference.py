@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import RowGroup
-from deltaw.data.packing import rows_of
 from deltaw.data.preferences import prepare_pair_file, prepare_pairs
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
@@ -93,17 +92,17 @@ class PreferenceTask(CausalTask):
             return [RowGroup(tuple(replace(row, reference=0.0) for row in pair.rows)) for pair in rows]
         objective = CausalObjective(model)
         found: dict[int, float] = {}
+        batches = batcher.whole if isinstance(batcher, UnpairedMicroBatcher) else batcher.batches
         told = working("computing the base model's log-probabilities", len(rows))
         with told as advance, torch.no_grad(), self.running(model, batcher):
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 done = start
-                part = [row for pair in rows[start : start + ROWS_AT_ONCE] for row in rows_of(pair)]
-                for batch in batcher.batches(part):
+                for batch in batches(rows[start : start + ROWS_AT_ONCE]):
                     of_batch = RowLogProbs.of(batch, objective.token_log_probs(batch))
                     sums = of_batch.sums().tolist()
                     found |= {id(row): value for row, value in zip(of_batch.rows, sums, strict=True)}
-                    done += len(of_batch.rows)
-                    advance(min(len(rows), done // 2))
+                    done += len(batch.groups)
+                    advance(done)
         return [RowGroup(tuple(replace(row, reference=found[id(row)]) for row in pair.rows)) for pair in rows]
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:

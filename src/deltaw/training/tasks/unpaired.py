@@ -40,6 +40,10 @@ class UnpairedMicroBatcher(CausalMicroBatcher):
     def layouts(self, rows: Sequence[Any]) -> Iterator[Layout]:
         return super().layouts(_firsts(rows))
 
+    def whole(self, rows: Sequence[Any]) -> Iterator[Any]:
+        """The microbatches of both rows of each group, their prompt computed once."""
+        return super().batches(rows)
+
 
 class UnpairedObjective(CausalObjective):
     """The loss of single answers."""
