@@ -213,7 +213,8 @@ class _Loop:
             label_tokens=units,
             seconds=time.perf_counter() - begun,
             general_loss=None if self.add_gradients is None else general_loss,
-            metrics={} if watched is None else watched.means(),
+            # Of several processes, each has seen its own rows alone.
+            metrics={} if watched is None or self.reducer.size > 1 else watched.means(),
         )
         state.end_step(step)
         return step

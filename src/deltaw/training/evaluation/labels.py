@@ -16,7 +16,7 @@ from deltaw.errors import UserError
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.evaluation.metrics import classification_metrics, confusion, regression_metrics
 from deltaw.training.preference_losses import named
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.training.tasks.label_objective import LabelObjective, losses_of_pairs
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _of_pairs(
     # Of each pair: loss, accuracy, rewards of the preferred text and the other.
     table = np.empty((len(pairs), 4))
     for batch in batcher.batches(pairs):  # type: ignore[arg-type]
-        found = objective.of_pairs(batch)
+        found = losses_of_pairs(objective.predictions(batch), batch.targets)
         values = torch.cat([found.losses[:, None], found.accuracies[:, None], found.rewards], 1)
         table[[place[id(row)] for row in batch.examples[::2]]] = values.cpu().double().numpy()
     if not np.isfinite(table).all():

@@ -55,11 +55,11 @@ class LabelObjective:
 
     def __call__(self, batch: LabelBatch) -> Tensor:
         """Sum over rows of the cross-entropy (nats), or of the squared error; a scalar in fp32."""
+        predictions = self.predictions(batch)
         if batch.pairs:
-            found = self.of_pairs(batch)
+            found = losses_of_pairs(predictions, batch.targets)
             self.watched.add(found)
             return found.losses.sum()
-        predictions = self.predictions(batch)
         if self.task == "regression":
             return (predictions - batch.targets.to(predictions.dtype)).square().sum()
         return nn.functional.cross_entropy(predictions, batch.targets, reduction="sum")
@@ -67,27 +67,6 @@ class LabelObjective:
     def units(self, rows: Sequence[AnyExample]) -> int:
         """Labels of the rows: one each, or one a pair."""
         return sum(row.label_count for row in rows)
-
-    def of_pairs(self, batch: LabelBatch) -> PairLosses:
-        """Bradley-Terry losses and the rewards of a batch's pairs.
-
-        With r the head's one output, −log σ(r of the chosen − r of the rejected − margin) (arXiv 2307.09288,
-        eq. 2; without a margin, arXiv 2203.02155, eq. 1).
-
-        Raises:
-            UserError: the head has another number of outputs.
-        """
-        logits = self.predictions(batch)
-        if logits.shape[-1] != 1:
-            raise UserError(
-                f"the model's head has {logits.shape[-1]} outputs, and a reward is one number",
-                where="model",
-                hint="take a model without a head",
-            )
-        rewards = logits.view(-1, 2)
-        margins = batch.targets.view(-1, 2)[:, 0].to(rewards.dtype)
-        losses = -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
-        return PairLosses(losses, rewards.detach())
 
     def predictions(self, batch: LabelBatch) -> Tensor:
         """Logits (rows, classes), or numbers (rows,) of a regression; in fp32 (fp64 for an fp64 model)."""
@@ -101,6 +80,30 @@ class LabelObjective:
             logits = self.model(**inputs).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.squeeze(-1) if self.task == "regression" else logits
+
+
+def losses_of_pairs(rewards: Tensor, margins: Tensor) -> PairLosses:
+    """Bradley-Terry losses and the rewards of pairs.
+
+    With r the head's one output, −log σ(r of the chosen − r of the rejected − margin) (arXiv 2307.09288, eq.
+    2; without a margin, arXiv 2203.02155, eq. 1).
+
+    Args:
+        rewards: (2 pairs, 1), a pair's rows one after the other. margins: (2 pairs,), the same for both.
+
+    Raises:
+        UserError: the head has another number of outputs.
+    """
+    if rewards.shape[-1] != 1:
+        raise UserError(
+            f"the model's head has {rewards.shape[-1]} outputs, and a reward is one number",
+            where="model",
+            hint="take a model without a head",
+        )
+    rewards = rewards.view(-1, 2)
+    margins = margins.view(-1, 2)[:, 0].to(rewards.dtype)
+    losses = -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
+    return PairLosses(losses, rewards.detach())
 
 
 def start_at_mean(model: nn.Module, new_modules: Sequence[str], labels: Sequence[float]) -> bool:
