@@ -10,7 +10,7 @@ from deltaw.data.unpaired import prepare_unpaired
 from deltaw.errors import UserError
 from deltaw.training.data_view import check_data, shown_rows
 from tests.byte_models import byte_tokenizer
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 
 TOKENIZER = byte_tokenizer()
 
@@ -39,7 +39,7 @@ def answer(prompt, completion, label=True):
 
 
 def test_each_answer_comes_with_another_rows_answer_to_its_prompt(read):
-    rows = [answer(f"paint {c} ", c[::-1], n % 2 == 0) for n, c in enumerate(COLOURS)]
+    rows = [answer(f"paint {c} ", c[::-1], n % 2 == 0) for n, c in enumerate(COLORS)]
     prepared = read(rows)
     assert [group.rows[0].desired for group in prepared.train] == [n % 2 == 0 for n in range(len(rows))]
     given = [parts(group.rows[0]) for group in prepared.train]
@@ -53,7 +53,7 @@ def test_each_answer_comes_with_another_rows_answer_to_its_prompt(read):
 
 
 def test_the_other_answer_is_to_another_prompt_where_there_is_one(read):
-    rows = [answer(f"paint {c} ", f"{c}{n}") for c in COLOURS[:4] for n in range(3)]
+    rows = [answer(f"paint {c} ", f"{c}{n}") for c in COLORS[:4] for n in range(3)]
     rows += [answer("paint it ", f"x{n}") for n in range(5)]
     for group in read(rows).train:
         own, other = (parts(row) for row in group.rows)
@@ -76,9 +76,7 @@ def test_labels_are_truth_values_and_others_are_refused_with_their_row(read):
 
 
 def test_duplicates_splits_limits_and_single_rows(read):
-    rows = [
-        answer(f"paint {c} ", text, label) for c in COLOURS for text, label in (("x", True), ("y", False))
-    ]
+    rows = [answer(f"paint {c} ", text, label) for c in COLORS for text, label in (("x", True), ("y", False))]
     prepared = read([*rows, rows[0]], eval=4)
     assert prepared.report.duplicates == 1 and len(prepared.held_out) == 4
     train = {parts(group.rows[0])[0] for group in prepared.train}
@@ -90,8 +88,8 @@ def test_duplicates_splits_limits_and_single_rows(read):
 
 
 def test_data_check_finds_contradictions_and_kinds_out_of_balance(tmp_path, model_folder):
-    rows = [answer(f"paint {c} ", "x") for c in COLOURS]
-    rows += [answer(f"paint {COLOURS[0]} ", "x", False), answer("paint it ", "y", False), rows[1]]
+    rows = [answer(f"paint {c} ", "x") for c in COLORS]
+    rows += [answer(f"paint {COLORS[0]} ", "x", False), answer("paint it ", "y", False), rows[1]]
     path = write_rows(tmp_path / "answers.jsonl", rows)
     given = {
         "model": str(model_folder),

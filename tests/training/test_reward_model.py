@@ -21,7 +21,7 @@ from deltaw.training.fit import fit
 from deltaw.training.inference import open_run, score_run
 from deltaw.training.tasks.label_objective import LabelObjective
 from tests.byte_models import byte_tokenizer
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 from tests.training.test_label_objective import model_of
 from tests.training.test_losses import gradients
 
@@ -129,7 +129,7 @@ def rows_with(margin=True):
             "rejected": c[1:3] + "!",
             **({"margin": 0.5} if margin else {}),
         }
-        for c in COLOURS
+        for c in COLORS
     ]
 
 
@@ -172,7 +172,7 @@ def test_a_run_learns_which_answer_is_better_and_is_read_again(
     score = score_run(opened, held_out).evaluation
     assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-5)
     every, report = opened.task.read_file(str(path), opened.config.data, opened.classes)
-    assert len(every) == len(COLOURS) and report.form == "preference pairs"
+    assert len(every) == len(COLORS) and report.form == "preference pairs"
 
 
 def test_peft_reads_the_adapter_with_its_head(settings, tmp_path, model_folder):
@@ -205,10 +205,10 @@ def test_texts_of_an_encoder_are_told_apart_and_margins_are_numbers(tmp_path):
     assert first.margin == 0.5 and [row.label for row in first.rows] == [0.5, 0.5]
     row = first.rows[0]
     texts = [tokenizer.decode(row.tokens[row.segments == side]) for side in (0, 1)]
-    assert texts == [f"paint it {COLOURS[0]}", COLOURS[0][0] * 3]
+    assert texts == [f"paint it {COLORS[0]}", COLORS[0][0] * 3]
     assert prepared.report.unused_columns == ()
     bad = write_rows(tmp_path / "bad.jsonl", [*rows_with(), {**rows_with()[0], "margin": "much"}])
     with pytest.raises(UserError, match="'margin' must be a number"):
         prepare_reward_file(str(bad), DataSettings(train=str(bad)), tokenizer)
     kept, report = prepare_reward_file(str(bad), DataSettings(train=str(bad), bad_rows="skip"), tokenizer)
-    assert len(kept) == len(COLOURS) and report.skipped == 1
+    assert len(kept) == len(COLORS) and report.skipped == 1

@@ -22,7 +22,7 @@ from deltaw.training.tasks.preference import PreferenceTask
 from deltaw.training.tasks.unpaired import UnpairedMicroBatcher
 from deltaw.training.unpaired_loss import UnpairedLoss
 from tests.byte_models import byte_tokenizer, tiny_llama
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_losses import gradients, log_prob
 
@@ -59,7 +59,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(moved, tmp_path
             parameter.add_(moved * noise)
     texts = [
         {"prompt": f"paint {c} ", "completion": c[: 2 + n % 3], "label": n % 3 != 0}
-        for n, c in enumerate(COLOURS)
+        for n, c in enumerate(COLORS)
     ]
     trainer = KTOTrainer(
         model=policy,
@@ -126,7 +126,7 @@ def answers_file(tmp_path_factory):
     """Ten questions, each with an answer; one of three letters is undesired."""
     rows = [
         {"prompt": f"paint it {c}", "completion": c[1:3] if bad else c[0], "label": not bad}
-        for c in COLOURS
+        for c in COLORS
         for bad in (False, True)
     ]
     return write_rows(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
