@@ -168,7 +168,7 @@ class Session:
     ) -> Outcome:
         """Train as the settings say, or as the arguments do; call within :meth:`running`."""
         settings = self.config.train
-        named = self.method.parameters(self.model)
+        named = self.task.trained(self.method.parameters(self.model), self.data.train)
         way = self.prefix or self
         return train(
             way.objective,

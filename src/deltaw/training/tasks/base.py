@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
@@ -159,6 +160,12 @@ class Task(abc.ABC):
         self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]
     ) -> None:
         """Give modules that the model's files do not hold a better start than chance, from the rows."""
+
+    def trained(
+        self, named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[Any]
+    ) -> Sequence[tuple[str, nn.Parameter]]:
+        """Of a method's parameters those that the loss of these rows depends on; for most losses all."""
+        return named
 
     def referenced(self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
         """The rows with what their loss needs to know of the base model; most losses need nothing.

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
@@ -14,7 +15,7 @@ from deltaw.data.classes import check_classes
 from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
 from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
 from deltaw.data.report import Report
-from deltaw.data.reward_pairs import are_pairs, prepare_reward_file, prepare_rewards
+from deltaw.data.reward_pairs import RewardPair, are_pairs, prepare_reward_file, prepare_rewards
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
@@ -166,6 +167,14 @@ class LabelTask(Task):
         """A regression begins at the mean of the labels."""
         if self.name == "regression":
             start_at_mean(model, new_modules, [row.label for row in rows])
+
+    def trained(
+        self, named: Sequence[tuple[str, nn.Parameter]], rows: Sequence[Any]
+    ) -> Sequence[tuple[str, nn.Parameter]]:
+        """A reward's bias, the one parameter of one number, drops out of the difference of two rewards."""
+        if not isinstance(rows[0], RewardPair):
+            return named
+        return [(name, parameter) for name, parameter in named if parameter.numel() > 1]
 
     def objective(self, model: PreTrainedModel) -> LabelObjective:
         return LabelObjective(model, self.name)
