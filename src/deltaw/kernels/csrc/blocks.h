@@ -175,7 +175,7 @@ class BlockRows {
     const int64_t blocks;
 };
 
-// body(format) with the number of a format as a constant; what is none is Q4_0 to no one, since callers ask stored_in_blocks.
+// body(format) with the number of a format as a constant, for a type that is stored_in_blocks.
 template <int N>
 struct Format {
     static constexpr int value = N;

@@ -52,8 +52,8 @@ int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int w
 
 // narrow (M, r) = scaling·grad·Bᵀ, and where dx (M, in) is not null dx = grad·W + narrow·Aᵀ + added. In int8 the gradient
 // is rounded here, times `scale`, into grad_int8, with a scale for each INT8_BLOCK numbers: few numbers of a row are large.
-int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, int weight_type, const void *weight, int by_column, const float *scale,
-                       const float *smooth, const float *A, const float *B, int64_t rank, float scaling, const void *added, uint8_t *grad_int8,
+int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, int weight_type, const void *weight, int by_column,
+                       const float *scale, const float *smooth, const float *A, const float *B, int64_t rank, float scaling, const void *added, uint8_t *grad_int8,
                        float *grad_scales, void *dx, void *narrow) {
     return guarded([&] {
         rows_apart(M, [&](int64_t first, int64_t rows) {
