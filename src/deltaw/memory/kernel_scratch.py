@@ -18,6 +18,7 @@ from torch import Tensor
 
 # Importing them defines the operators.
 from deltaw.kernels import attention, class_gradient, linear, loader, rows
+from deltaw.kernels.block_linear import PIECE
 from deltaw.kernels.linear import INT8_BLOCK
 
 assert attention and class_gradient and linear and rows
@@ -139,6 +140,20 @@ def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
 
 
+def _block_pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product with a weight in blocks: a part of it in whole numbers, in fp32 twice and in bf16, and the
+    part's outputs."""
+    x, data, columns = args[0], args[1], args[6]
+    numbers = min(PIECE, data.shape[0] * columns)
+    return numbers * 13 + x.shape[0] * max(1, numbers // columns) * x.dtype.itemsize
+
+
+def _block_pieces_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The same; a sum in fp32 of all parts, and one part's share of it."""
+    grad, columns, need_x = args[0], args[6], args[11]
+    return _block_pieces(args, kwargs) + grad.shape[0] * columns * (4 + grad.dtype.itemsize) if need_x else 0
+
+
 def _reference_bytes(
     left: Tensor, weight: Tensor, scale: Tensor | None, columns: int, factors: tuple[Any, Any], adds: bool
 ) -> int:
@@ -196,6 +211,8 @@ TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
     _ops.linear.default: _linear_tensors,
     _ops.linear_backward.default: _linear_backward_tensors,
+    _ops.block_linear.default: _block_pieces,
+    _ops.block_linear_backward.default: _block_pieces_backward,
     _ops.class_gradient_.default: _where_compiled(_class_scales),
 }
 

@@ -49,7 +49,7 @@ from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.parallel.evaluation import shared_objective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.quantizing import quantized_int8
+from deltaw.training.quantizing import quantized_int8, quantized_nf4
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
@@ -302,6 +302,8 @@ def assemble(
     identity = identity_of(model, config.precision)
     if config.precision == "int8" and has_values(model):
         said += quantized_int8(model, data.train)
+    if config.precision == "nf4" and has_values(model):
+        said += quantized_nf4(model)
     batcher, chosen = task.batcher(
         model,
         data.every,
