@@ -13,7 +13,6 @@ some rows of W at a time.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from deltaw.kernels.operators import define
 
 # Bytes of de-quantized rows that torch multiplies with at a time.
 REFERENCE_BYTES = 4 << 20
-Factors = tuple[Tensor, Tensor, float]
 
 
 def can_multiply(x: Tensor, weight: BlockWeight, lora_A: Tensor | None) -> bool:
@@ -41,54 +39,6 @@ def can_multiply(x: Tensor, weight: BlockWeight, lora_A: Tensor | None) -> bool:
 
 
 def block_linear(
-    x: Tensor, weight: BlockWeight, bias: Tensor | None = None, factors: Factors | None = None
-) -> Tensor:
-    """y (..., out) of x (..., in), with gradients of x and of the factors.
-
-    Args:
-        bias: (out), frozen. factors: A (in, r) and B (r, out) in fp32, and what multiplies them.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
-    """
-    lora_A, lora_B, scaling = (None, None, 1.0) if factors is None else factors
-    y: Tensor = _BlockLinear.apply(x, weight, bias, lora_A, lora_B, scaling)
-    return y
-
-
-class _BlockLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: BlockWeight,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        scaling: float,
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y, h = linear(flat, weight, bias, lora_A, lora_B, scaling)
-        trained = any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(flat if trained else None, h if trained else None, lora_A, lora_B)
-        ctx.weight, ctx.scaling = weight, scaling
-        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, h, lora_A, lora_B = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        need_x = ctx.needs_input_grad[0]
-        dx, narrow = linear_backward(grad, ctx.weight, lora_A, lora_B, ctx.scaling, None, need_x)
-        of_A = of_B = None
-        if flat is not None:
-            of_A, of_B = plain.factors_backward(flat, h, grad, narrow, ctx.scaling)
-        wide = dx.view(*grads[0].shape[:-1], dx.shape[-1]) if need_x else None
-        return wide, None, None, of_A, of_B, None
-
-
-def linear(
     x: Tensor,
     weight: BlockWeight,
     bias: Tensor | None = None,
@@ -97,7 +47,7 @@ def linear(
     scaling: float = 1.0,
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, out) and h = x·A (M, r), which the backward wants (empty without an update); without autograd.
+    """y (M, out) and h = x·A (M, r), which the backward wants (empty without an update).
 
     Args:
         x: (M, in). lora_A, lora_B: (in, r) and (r, out), fp32. added: (M, out).
@@ -114,7 +64,7 @@ def linear(
     return y, h
 
 
-def linear_backward(
+def block_linear_backward(
     grad: Tensor,
     weight: BlockWeight,
     lora_A: Tensor | None = None,
@@ -146,7 +96,7 @@ def _check_factors(weight: BlockWeight, lora_A: Tensor | None, lora_B: Tensor | 
         check_shape("a factor", lora_B, lora_A.shape[-1], weight.shape[0])
 
 
-def linear_reference(
+def block_linear_reference(
     x: Tensor,
     weight: BlockWeight,
     bias: Tensor | None = None,
@@ -155,7 +105,7 @@ def linear_reference(
     scaling: float = 1.0,
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :func:`linear`."""
+    """The reference implementation of :func:`block_linear`."""
     y = x.new_empty(len(x), weight.shape[0])
     for rows in _some_rows(weight):
         y[:, rows] = x @ _values(weight, rows, x.dtype).t()
@@ -168,7 +118,7 @@ def linear_reference(
     return (y if added is None else y + added), h
 
 
-def linear_backward_reference(
+def block_linear_backward_reference(
     grad: Tensor,
     weight: BlockWeight,
     lora_A: Tensor | None = None,
@@ -177,7 +127,7 @@ def linear_backward_reference(
     added: Tensor | None = None,
     need_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :func:`linear_backward`."""
+    """The reference implementation of :func:`block_linear_backward`."""
     narrow = grad.new_empty(0)
     if lora_B is not None:
         narrow = grad @ (lora_B * scaling).to(grad.dtype).t()
@@ -223,7 +173,7 @@ def _compute_linear(
     weight = BlockWeight(data, format, columns, absmax, group_scale, offset)
     known = bias is None or bias.dtype in (x.dtype, torch.float32)
     if not known or not _compiled(x, weight, lora_A, lora_B, added):
-        return linear_reference(x, weight, bias, lora_A, lora_B, scaling, added)
+        return block_linear_reference(x, weight, bias, lora_A, lora_B, scaling, added)
     x = x.contiguous()
     bias, lora_A, lora_B, added = _laid_out(bias, lora_A, lora_B, added)
     rows, out = len(x), len(data)
@@ -245,7 +195,7 @@ def _compute_linear_backward(
 ):  # type: ignore[no-untyped-def]
     weight = BlockWeight(data, format, columns, absmax, group_scale, offset)
     if not _compiled(grad, weight, lora_A, lora_B, added):
-        return linear_backward_reference(grad, weight, lora_A, lora_B, scaling, added, need_x)
+        return block_linear_backward_reference(grad, weight, lora_A, lora_B, scaling, added, need_x)
     grad = grad.contiguous()
     lora_A, lora_B, added = _laid_out(lora_A, lora_B, added)
     rows, out = grad.shape

@@ -1,4 +1,4 @@
-"""The structs of ``csrc/block.h``, ``decode.h`` and ``blocks.h`` as ctypes sees them, checked with the library.
+"""The structs of ``csrc/block.h``, ``decode.h`` and ``blocks.h`` as ctypes sees them, held to the library's.
 
 Knows names and types of fields; what they mean is said there.
 """
