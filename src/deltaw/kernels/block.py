@@ -21,17 +21,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deltaw.kernels import loader
+from deltaw.kernels import block_linear, loader
+from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.bounds import check_places
 from deltaw.kernels.linear import can_multiply
 from deltaw.kernels.rows import ACTIVATIONS
-from deltaw.kernels.structs import BlockParts, HalfNorms, Layer, RowNorm
+from deltaw.kernels.structs import BlockData, BlockParts, HalfNorms, Layer, RowNorm
 
 APART, STACKED, GROUPED = range(3)  # see csrc/block.h
 
 
 class LinearTensors(Protocol):
-    """A frozen layer and its update, as :func:`deltaw.kernels.linear.linear` takes them."""
+    """A frozen layer and its update, as :func:`deltaw.kernels.linear.linear` takes them.
+
+    Where it also has an attribute ``stored`` that is a :class:`BlockWeight`, that is the weight (out, in).
+    """
 
     weight: Tensor
     by_column: bool
@@ -144,7 +148,12 @@ class Block:
     ) -> None:
         layers = _layers(attention, mlp)
         norms = _norms(attention, mlp)
-        self._alive = (layers, [(norm.weight, norm.bias) for norm in norms if norm is not None])
+        # What the parts point to, and the structs of weights in blocks.
+        self._alive = (
+            layers,
+            blocks := [None if of is None else _described(of) for of in layers],
+            [(norm.weight, norm.bias) for norm in norms if norm is not None],
+        )
         self._factors = [None if of is None else (of.lora_A, of.lora_B) for of in layers]
         split = APART if len(attention.inputs) == 3 else GROUPED if attention.grouped else STACKED
         forms = [_norm(norm) for norm in norms]
@@ -165,7 +174,7 @@ class Block:
             HalfNorms(*forms[:3]),
             HalfNorms(*forms[3:6]),
             *forms[6:],
-            *(Layer() if of is None else _layer(of) for of in layers),
+            *(Layer() if of is None else _layer(of, at) for of, at in zip(layers, blocks, strict=True)),
         )
         self._at = ctypes.addressof(self._parts)
         self._sizes = (_L * 3)()
@@ -256,8 +265,11 @@ def serves(x: Tensor, attention: AttentionTensors, mlp: MLPTensors, parallel: bo
 
 
 def _serves_layer(x: Tensor, layer: LinearTensors) -> bool:
-    probe = x.new_empty(0, _sizes(layer)[0])
-    if not can_multiply(probe, layer.weight, layer.lora_A, layer.by_column, layer.scale is not None):
+    probe, blocks = x.new_empty(0, _sizes(layer)[0]), _blocks(layer)
+    if blocks is not None:
+        if not block_linear.can_multiply(probe, blocks, layer.lora_A):
+            return False
+    elif not can_multiply(probe, layer.weight, layer.lora_A, layer.by_column, layer.scale is not None):
         return False
     tensors = (layer.bias, layer.scale, layer.columns, layer.lora_A, layer.lora_B)
     if any(t is not None and not t.is_contiguous() for t in tensors):
@@ -297,18 +309,32 @@ def _norm(of: NormTensors | None) -> RowNorm:
     return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centred, True)
 
 
+def _blocks(of: LinearTensors) -> BlockWeight | None:
+    """The weight, where it is in blocks."""
+    stored = getattr(of, "stored", None)
+    return stored if isinstance(stored, BlockWeight) else None
+
+
+def _described(of: LinearTensors) -> BlockData | None:
+    blocks = _blocks(of)
+    return None if blocks is None else blocks.described()
+
+
 def _sizes(of: LinearTensors) -> tuple[int, int]:
     """Inputs and outputs."""
-    outputs, inputs = of.weight.shape if of.by_column else reversed(of.weight.shape)
+    shape = (_blocks(of) or of.weight).shape
+    outputs, inputs = shape if of.by_column else reversed(shape)
     return inputs, outputs
 
 
-def _layer(of: LinearTensors) -> Layer:
+def _layer(of: LinearTensors, described: BlockData | None) -> Layer:
+    blocks = _blocks(of)
     return Layer(
-        *map(loader.address, (of.weight, of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
+        loader.address(of.weight) if described is None else ctypes.addressof(described),
+        *map(loader.address, (of.scale, of.columns, of.bias, of.lora_A, of.lora_B)),
         *_sizes(of),
         0 if of.lora_A is None else of.lora_A.shape[1],
-        loader.number(of.weight.dtype),
+        loader.number(of.weight.dtype) if blocks is None else blocks.number,
         of.by_column,
         of.bias is not None and of.bias.dtype == torch.float32,
         of.scaling,

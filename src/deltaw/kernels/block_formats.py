@@ -21,6 +21,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from deltaw.kernels import loader
+from deltaw.kernels.operators import unwatched
+from deltaw.kernels.structs import BlockData
+
 # Numbers of a matrix, row by row, whose scale in 8 bits has a common scale: 256 blocks of NF4.
 NF4_GROUP = 256
 NF4_BLOCK = 64
@@ -69,12 +73,6 @@ FORMATS: dict[str, BlockFormat] = {
         start=3,
     )
 }
-
-
-class _Address(ctypes.Structure):
-    """Where a weight lies; ``BlockData`` of csrc/blocks.h."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("data", "absmax", "group_scale", "codes", "offset")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,17 +131,47 @@ class BlockWeight:
         """All that it is made of, the blocks first."""
         return self.data, self.absmax, self.group_scale, self.offset
 
-    def address(self) -> ctypes.Structure:
+    def described(self) -> BlockData:
         """The kernels' struct of it, which is good as long as its tensors are alive and lie where they do."""
         data, *others = self.tensors
         absmax, group_scale, offset = (None if t is None else t.data_ptr() for t in others)
         codes = dynamic_codes().data_ptr() if self.format == "NF4" else None
-        return _Address(data.data_ptr(), absmax, group_scale, codes, offset)
+        return BlockData(data.data_ptr(), absmax, group_scale, codes, offset)
 
     def dequantized(self, dtype: torch.dtype, first_row: int = 0, last_row: int | None = None) -> Tensor:
         """Rows ``first_row`` up to but without ``last_row``, (n, columns): in fp32 as the blocks say, in
         other types rounded."""
-        return reference_dequantize(self, dtype, first_row, last_row)
+        first_row, last_row, _ = slice(first_row, last_row).indices(len(self.data))
+        if not self._serves(dtype):
+            return reference_dequantize(self, dtype, first_row, last_row)
+        return self._compiled(dtype, max(0, last_row - first_row), first_row, None)
+
+    def rows_at(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows (…, columns) at these places (…), int64, as an embedding looks them up.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        flat = places.reshape(-1)
+        if self._serves(dtype) and unwatched(places):
+            rows = self._compiled(dtype, len(flat), 0, flat.contiguous())
+        else:
+            rows = _reference_rows(self, flat, dtype)
+        return rows.view(*places.shape, self.columns)
+
+    def _serves(self, dtype: torch.dtype) -> bool:
+        """Whether the compiled kernels read it."""
+        if dtype not in (torch.float32, torch.bfloat16) or loader.library() is None:
+            return False
+        return unwatched(*(t for t in self.tensors if t is not None))
+
+    def _compiled(self, dtype: torch.dtype, count: int, first: int, places: Tensor | None) -> Tensor:
+        out, described = torch.empty(count, self.columns, dtype=dtype), self.described()
+        loader.kernels().dw_dequantize(
+            loader.number(dtype), self.number, ctypes.addressof(described), len(self.data), self.columns,
+            first, loader.address(places), count, out.data_ptr(),
+        )  # fmt: skip
+        return out
 
 
 def reference_dequantize(
@@ -153,9 +181,17 @@ def reference_dequantize(
     rows = slice(first_row, last_row)
     data = weight.data[rows]
     if weight.format == "NF4":
-        return _nf4(weight, data, rows).to(dtype)
+        return _nf4(_nf4_scales(weight)[rows], data).to(dtype)
     blocks = data.reshape(-1, weight.of.bytes)
     return _READERS[weight.format](blocks).reshape(len(data), weight.columns).to(dtype)
+
+
+def _reference_rows(weight: BlockWeight, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """The reference implementation of :meth:`BlockWeight.rows_at` for places (n)."""
+    data = weight.data.index_select(0, places)
+    if weight.format == "NF4":
+        return _nf4(_nf4_scales(weight)[places], data).to(dtype)
+    return _READERS[weight.format](data.view(-1, weight.of.bytes)).view(len(data), weight.columns).to(dtype)
 
 
 def _check(tensor: Tensor | None, what: str, dtype: torch.dtype, *sizes: int) -> None:
@@ -290,9 +326,9 @@ def _nearest(numbers: Tensor, values: Tensor) -> Tensor:
     return torch.bucketize(numbers, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
-def _nf4(weight: BlockWeight, data: Tensor, rows: slice) -> Tensor:
+def _nf4(scales: Tensor, data: Tensor) -> Tensor:
     values = nf4_values().to(data.device)[_halves(data.view(len(data), -1, NF4_BLOCK // 2)).int()]
-    return (values.flatten(2) * _nf4_scales(weight)[rows][..., None]).flatten(1)
+    return (values.flatten(2) * scales[..., None]).flatten(1)
 
 
 def _nf4_scales(weight: BlockWeight) -> Tensor:

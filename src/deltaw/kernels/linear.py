@@ -351,10 +351,11 @@ def _compute_linear_backward(
         rounded = torch.empty(grad.shape, dtype=torch.uint8)
         scales = torch.empty(rows, -(-out // INT8_BLOCK))
     loader.kernels().dw_linear_backward(
-        loader.number(grad.dtype), rows, out, width, grad.data_ptr(), weight.data_ptr(), by_column,
-        loader.address(scale), loader.address(smooth_scales), loader.address(lora_A), loader.address(lora_B),
-        rank, scaling, loader.address(added), loader.address(rounded), loader.address(scales),
-        dx.data_ptr() if need_x else None, narrow.data_ptr(),
+        loader.number(grad.dtype), rows, out, width, grad.data_ptr(), loader.number(weight.dtype),
+        weight.data_ptr(), by_column, loader.address(scale), loader.address(smooth_scales),
+        loader.address(lora_A), loader.address(lora_B), rank, scaling, loader.address(added),
+        loader.address(rounded), loader.address(scales), dx.data_ptr() if need_x else None,
+        narrow.data_ptr(),
     )  # fmt: skip
     return dx, narrow
 

@@ -1,4 +1,4 @@
-"""The structs of ``csrc/block.h`` and ``csrc/decode.h`` as ctypes sees them, checked against the library's.
+"""The structs of ``csrc/block.h``, ``decode.h`` and ``blocks.h`` as ctypes sees them, held to the library's.
 
 Knows names and types of fields; what they mean is said there.
 """
@@ -122,10 +122,17 @@ class DecodeStep(ctypes.Structure):
     ]
 
 
+class BlockData(ctypes.Structure):
+    """A weight in blocks."""
+
+    _fields_ = [(name, _P) for name in ("data", "absmax", "group_scale", "codes", "offset")]
+
+
 # In the order of the library's own numbers.
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     *(Layer, RowNorm, HalfNorms, BlockParts),
     *(DecodeLinear, DecodeBlock, DecodeModel, DecodeFactors, DecodeStep),
+    BlockData,
 )
 
 

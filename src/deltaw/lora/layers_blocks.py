@@ -78,9 +78,7 @@ class BlockEmbedding(nn.Embedding):
         """(...) of token ids to (..., embedding_dim)."""
         stored = block_weight(self)
         assert stored is not None
-        rows = stored.data.index_select(0, input.reshape(-1))
-        found = BlockWeight(rows, stored.format, stored.columns).dequantized(torch.bfloat16)
-        return found.to(self.dtype).view(*input.shape, stored.columns)
+        return stored.rows_at(input, torch.bfloat16).to(self.dtype)
 
     def plain_weight(self) -> Tensor:
         """W (tokens, dim) in bf16, de-quantized."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 # Importing them defines the operators.
 from deltaw.kernels import attention, class_gradient, linear, loader, rows
-from deltaw.kernels.block_linear import PIECE
+from deltaw.kernels.block_formats import FORMATS
+from deltaw.kernels.block_linear import REFERENCE_BYTES
 from deltaw.kernels.linear import INT8_BLOCK
 
 assert attention and class_gradient and linear and rows
@@ -140,18 +141,41 @@ def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
 
 
-def _block_pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Of a product with a weight in blocks: a part of it in whole numbers, in fp32 twice and in bf16, and the
-    part's outputs."""
-    x, data, columns = args[0], args[1], args[6]
-    numbers = min(PIECE, data.shape[0] * columns)
-    return numbers * 13 + x.shape[0] * max(1, numbers // columns) * x.dtype.itemsize
+def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_blocks(args, args[8], False, False)
 
 
-def _block_pieces_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The same; a sum in fp32 of all parts, and one part's share of it."""
+def _block_linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_blocks(args, args[7], True, args[11])
+
+
+def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool, need_x: bool) -> int:
+    left, data, _, _, _, name, columns = args[:7]
+    if not _multiplied(left, None):
+        return 0
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    return loader.kernels().dw_linear_room(
+        loader.number(left.dtype), left.shape[0], data.shape[0], columns, FORMATS[name].number, True, False,
+        rank, backward, need_x,
+    )  # fmt: skip
+
+
+def _block_linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Where torch computes: some rows of the weight as numbers, in fp32 twice and in bf16, and their
+    outputs."""
+    left, data, columns = args[0], args[1], args[6]
+    if _multiplied(left, None):
+        return 0
+    numbers = min(REFERENCE_BYTES // 4, data.shape[0] * columns)
+    return numbers * 13 + left.shape[0] * max(1, numbers // columns) * left.dtype.itemsize
+
+
+def _block_linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The same; the sum of all parts in fp32, and one part's share of it."""
     grad, columns, need_x = args[0], args[6], args[11]
-    return _block_pieces(args, kwargs) + grad.shape[0] * columns * (4 + grad.dtype.itemsize) if need_x else 0
+    if not need_x or _multiplied(grad, None):
+        return 0
+    return _block_linear_tensors(args, kwargs) + grad.shape[0] * columns * (4 + grad.dtype.itemsize)
 
 
 def _reference_bytes(
@@ -200,6 +224,8 @@ ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
         (_ops.linear, _linear),
         (_ops.linear_backward, _linear_backward),
         (_ops.factors_backward, _factors_backward),
+        (_ops.block_linear, _block_linear),
+        (_ops.block_linear_backward, _block_linear_backward),
         (_ops.class_gradient_, _class_gradient),
         (_ops.cross_entropy_, _cross_entropy),
         (_ops.attention, _attention_forward),
@@ -211,8 +237,8 @@ TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
     _ops.linear.default: _linear_tensors,
     _ops.linear_backward.default: _linear_backward_tensors,
-    _ops.block_linear.default: _block_pieces,
-    _ops.block_linear_backward.default: _block_pieces_backward,
+    _ops.block_linear.default: _block_linear_tensors,
+    _ops.block_linear_backward.default: _block_linear_backward_tensors,
     _ops.class_gradient_.default: _where_compiled(_class_scales),
 }
 

@@ -103,7 +103,7 @@ struct Composed {
         T *dx = room(c.rows, l.in);
         Buffer<uint8_t> grad_int8(c.rows * l.out);
         Buffer<float> scales(c.rows * ((l.out + 127) / 128));
-        expect(dw_linear_backward((int)b.type, c.rows, l.out, l.in, grad, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B, l.rank, l.scaling,
+        expect(dw_linear_backward((int)b.type, c.rows, l.out, l.in, grad, (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B, l.rank, l.scaling,
                                   added, grad_int8.data(), scales.data(), dx, c.g) == 0, "linear backward");
         for (auto &one : w)
             if (l.rank && one->A.data() == l.A)

@@ -1,5 +1,6 @@
 // What a caller compares, memory that is not there, and memory that is given back.
 #include "block.h"
+#include "blocks.h"
 #include "check.h"
 #include "kernels.h"
 #include "tests.h"
@@ -14,7 +15,8 @@ void test_interface() {
     found[1] = 77;
     expect(dw_layout_of(3, found, 1) == 25 && found[1] == 77, "no more than there is room for");
     expect(dw_layout_of(4, found, 64) == 9, "the layout of a linear layer of a decoding step");
-    expect(dw_layout_of(9, found, 64) == 0, "no such struct");
+    expect(dw_layout_of(9, found, 64) == 6 && found[0] == sizeof(BlockData), "the layout of a weight in blocks");
+    expect(dw_layout_of(10, found, 64) == 0, "no such struct");
 
     // In the calling thread, and in each of a team: sizes that no memory holds are reported before anything is read.
     const int64_t huge = (int64_t)1 << 40;

@@ -48,7 +48,7 @@ void test_linear(const Shape &s, bool by_column, int parts = ALL_PARTS) {
     expect(y_again.same(y) && h_again.same(h), what + " gives the same bits again");
 
     auto backward = [&](T *dx, Buffer<T> &narrow) {
-        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), w.data(), by_column, nullptr, nullptr, a, b, s.rank, (float)scaling,
+        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), type_of<T>(), w.data(), by_column, nullptr, nullptr, a, b, s.rank, (float)scaling,
                                   parts & ADDED ? x.data() : nullptr, nullptr, nullptr, dx, narrow.data()) == 0, what);
     };
     backward(dx.data(), narrow);
@@ -128,7 +128,7 @@ void test_int8(const Shape &s, bool by_column) {
     expect(y_again.same(y), what + " gives the same bits again");
 
     auto backward = [&](Buffer<T> &dx) {
-        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), w.data(), by_column, scale.data(), smooth.data(), a, b, s.rank, 1.0f,
+        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), 2, w.data(), by_column, scale.data(), smooth.data(), a, b, s.rank, 1.0f,
                                   nullptr, grad_int8.data(), grad_scales.data(), dx.data(), narrow.data()) == 0, what);
     };
     backward(dx);

@@ -1,13 +1,14 @@
 // What a caller compares before it calls anything else.
 #include <cstddef>
 
+#include "blocks.h"
 #include "decode.h"
 #include "kernels.h"
 
 int dw_abi() { return DW_ABI; }
 
 // Of struct `which` (0: Layer, 1: RowNorm, 2: HalfNorms, 3: BlockParts, 4: DecodeLinear, 5: DecodeBlock, 6: DecodeModel,
-// 7: DecodeFactors, 8: DecodeStep) its size and the offset of each field, in order, in bytes, into
+// 7: DecodeFactors, 8: DecodeStep, 9: BlockData) its size and the offset of each field, in order, in bytes, into
 // the first `capacity` places of `into`. Returns how many there are; 0 where there is no such struct.
 int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
 #define AT(field) (int64_t) offsetof(Struct, field)
@@ -66,6 +67,11 @@ int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
         const int64_t found[] = {sizeof(Struct), AT(hidden), AT(positions), AT(sequence), AT(adapter), AT(page_table), AT(wanted), AT(adapters),
                                  AT(pages), AT(out), AT(logits), AT(rows), AT(sequences), AT(most), AT(wanted_count), AT(adapter_count),
                                  AT(page_count)};
+        return copy(found, sizeof(found) / sizeof(*found));
+    }
+    if (which == 9) {
+        typedef BlockData Struct;
+        const int64_t found[] = {sizeof(Struct), AT(data), AT(absmax), AT(group_scale), AT(codes), AT(offset)};
         return copy(found, sizeof(found) / sizeof(*found));
     }
 #undef AT

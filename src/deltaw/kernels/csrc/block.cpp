@@ -102,7 +102,8 @@ struct SomeRows {
     }
     // dx = the gradient of the input + added, where dx is wanted, and g, which the factors' own gradients need.
     void linear_backward(const Layer &l, const Rows &grad, const Rows *added, const Rows *dx, const Rows &g) {
-        check(dw_linear_backward(type(), rows, l.out, l.in, grad[first], l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B, l.rank, l.scaling,
+        check(dw_linear_backward(type(), rows, l.out, l.in, grad[first], (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B, l.rank,
+                                 l.scaling,
                                  added ? (*added)[first] : nullptr, int8, scales, dx ? (*dx)[first] : nullptr, g[first]));
         int8_of = nullptr;
     }

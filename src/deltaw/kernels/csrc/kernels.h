@@ -6,10 +6,11 @@
 #include <cstdint>
 
 // To be raised whenever a function's arguments or a struct of block.h or decode.h change; the caller compares it with its own.
-const int DW_ABI = 3;
+const int DW_ABI = 4;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 
+struct BlockData;
 struct BlockParts;
 struct DecodeModel;
 struct DecodeStep;
@@ -46,13 +47,15 @@ DW_EXPORT int64_t dw_attention_backward_room(int type, int64_t length, int64_t h
 DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
                         const float *scale, const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank,
                         float scaling, const void *added, uint8_t *x_int8, float *x_scales, int quantize, void *y, void *h);
-DW_EXPORT int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column,
-                                 const float *scale, const float *smooth, const float *A, const float *B, int64_t rank, float scaling,
+DW_EXPORT int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, int weight_type, const void *weight,
+                                 int by_column, const float *scale, const float *smooth, const float *A, const float *B, int64_t rank, float scaling,
                                  const void *added, uint8_t *grad_int8, float *grad_scales, void *dx, void *narrow);
 DW_EXPORT int dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, int64_t rank, const void *x, const void *h, const void *grad,
                                   const void *narrow, float scaling, float *of_A, float *of_B);
 DW_EXPORT int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
                                 float *block_scales, void *dh);
+DW_EXPORT int dw_dequantize(int type, int weight_type, const BlockData *weight, int64_t height, int64_t columns, int64_t first, const int64_t *places,
+                            int64_t M, void *out);
 DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, uint8_t *out, float *scales);
 
 DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,

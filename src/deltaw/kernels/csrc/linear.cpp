@@ -26,7 +26,8 @@ void *at_row(void *data, int64_t row, int64_t width, int type) {
 
 // y (M, out) = x·Wᵀ + bias + scaling·h·B + added, and h (M, r) = x·A; A (in, r) and B (r, out) in fp32, r may be 0.
 // W is (out, in) where `by_column`, else (in, out). In int8 (`scale` is not null) x goes as x_int8 with x_scales, one for
-// each row; they are made here where `quantize`. A bf16 weight with a `scale` is rounded to int8 as it is read.
+// each row; they are made here where `quantize`. A bf16 weight with a `scale` is rounded to int8 as it is read. A weight in
+// blocks is a BlockData, (out, in) without a `scale`.
 int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column, const float *scale,
               const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling, const void *added,
               uint8_t *x_int8, float *x_scales, int quantize, void *y, void *h) {
@@ -51,7 +52,7 @@ int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int w
 
 // narrow (M, r) = scaling·grad·Bᵀ, and where dx (M, in) is not null dx = grad·W + narrow·Aᵀ + added. In int8 the gradient
 // is rounded here, times `scale`, into grad_int8, with a scale for each INT8_BLOCK numbers: few numbers of a row are large.
-int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, const void *weight, int by_column, const float *scale,
+int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, int weight_type, const void *weight, int by_column, const float *scale,
                        const float *smooth, const float *A, const float *B, int64_t rank, float scaling, const void *added, uint8_t *grad_int8,
                        float *grad_scales, void *dx, void *narrow) {
     return guarded([&] {
@@ -64,7 +65,7 @@ int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void 
             float *const left_scale = scale ? at_row(grad_scales, first, int8_blocks(out)) : nullptr;
             if (scale) quantize_rows(type, rows, out, left, scale, INT8_BLOCK, left_int8, left_scale);
             Product p = plain_product(type, rows, in, out, scale ? left_int8 : left,
-                                      Right{weight, by_column ? in : out, scale ? INT8 : type, !by_column, 1.0f}, at_row(dx, first, in, type));
+                                      Right{weight, by_column ? in : out, weight_type, !by_column, 1.0f}, at_row(dx, first, in, type));
             if (scale) p.block_scale = left_scale, p.column_scale = smooth;
             if (rank) p.low = low, p.rank = rank, p.low_right = Right{A, rank, F32, 1, 1.0f};
             p.added = at_row(added, first, in, type), p.added_ld = in;

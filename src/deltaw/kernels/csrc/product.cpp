@@ -141,7 +141,7 @@ class Part {
     }
 
     int64_t panels_kept() const { return keep ? own : 1; }
-    bool converts_columns() const { return p.right.by_column && (p.right.type != F32 || Op::PER_GROUP != 1 || p.right.scale != 1.0f); }
+    bool converts_columns() const { return p.right.by_column && !stored_in_blocks(p.right.type) && (p.right.type != F32 || Op::PER_GROUP != 1 || p.right.scale != 1.0f); }
 
     void lay_room(Scratch &scratch) {
         right = scratch.take(panels_kept() * line * 128);

@@ -1,6 +1,7 @@
 // The right side of a product: where it lies, and how 32 of its columns are laid out for `products` to read.
 // It is laid out anew for each call, which costs 1 to 3 % of the product and needs no second copy of the weights.
 #pragma once
+#include "blocks.h"
 #include "multiply.h"
 #include "scratch.h"
 
@@ -9,7 +10,7 @@ namespace deltaw {
 const int PANEL = 32;  // columns that are laid out at a time
 
 struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else at k·ld + n
-    const void *data;
+    const void *data;  // of a type in blocks a BlockData, whose rows are `ld` numbers
     int64_t ld;
     int type;
     int by_column;
@@ -18,6 +19,9 @@ struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else a
     const float *int8_scale = nullptr;
 
     int64_t number_size() const { return type == F32 ? 4 : type == BF16 ? 2 : 1; }
+    // Bytes in front of number k of a row, or of the block that it stands in.
+    int64_t bytes_to(int64_t k) const { return stored_in_blocks(type) ? bytes_before(type, k) : k * number_size(); }
+    const char *memory() const { return (const char *)(stored_in_blocks(type) ? ((const BlockData *)data)->data : data); }
 };
 
 namespace packing {
@@ -203,6 +207,58 @@ inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, i
 #define DW_ROWS_OF_INT8 1
 #endif
 
+// Numbers in blocks go in as products of bf16 have them: rounded to bf16, and widened again where a group is of fp32.
+inline I16 wide_number(F16 x) { return bf16_bits(x) << 16; }
+
+// Where `by_column`: 32 numbers of each of 16 rows of blocks at a time.
+template <class Op, class Rows>
+inline void columns_of_blocks(const Rows &rows, int64_t N, int64_t n0, int64_t k0, int64_t depth, int vecs, char *into) {
+    constexpr int PER = Op::PER_GROUP;
+    for (int v = 0; v < vecs; v++)
+        for (int64_t k = 0; k < depth; k += UNIT) {
+            I16 r[2 / PER][16];
+            for (int i = 0; i < 16; i++) {
+                const int64_t n = n0 + 16 * v + i;
+                F16 x[2] = {zero_f(), zero_f()};
+                if (n < N) rows.read(n, k0 + k, x);
+                if constexpr (PER == 2) r[0][i] = bf16_bits_of_both(x[0], x[1]);
+                else r[0][i] = wide_number(x[0]), r[1][i] = wide_number(x[1]);
+            }
+            for (int part = 0; part < 2 / PER; part++) {
+                transpose16(r[part]);
+                for (int i = 0; i < 16; i++) store_i(into + (k / PER + 16 * part + i) * 128 + 64 * v, r[part][i]);
+            }
+        }
+}
+
+// Not `by_column`: both halves of a panel at once, which is a unit of each row.
+template <class Op, class Rows>
+inline void rows_of_blocks(const Rows &rows, int64_t n0, int64_t k0, int64_t depth, int64_t groups, char *to) {
+    constexpr int PER = Op::PER_GROUP;
+    for (int64_t g = 0; g < groups; g++, to += 128) {
+        F16 x[PER][2];
+        for (int j = 0; j < PER; j++) {
+            x[j][0] = x[j][1] = zero_f();
+            if (PER * g + j < depth) rows.read(k0 + PER * g + j, n0, x[j]);
+        }
+        for (int v = 0; v < 2; v++) {
+            if constexpr (PER == 2) store_i(to + 64 * v, bf16_bits(x[0][v]) | bf16_bits(x[1][v]) << 16);
+            else store_i(to + 64 * v, wide_number(x[0][v]));
+        }
+    }
+}
+
+// Of products of fp32 or bf16; none of int8 has its right side in blocks.
+template <class Op>
+inline void pack_blocks(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
+    if constexpr (!std::is_same<typename Op::Left, uint8_t>::value)
+        with_format(b.type, [&](auto format) {
+            const BlockRows<decltype(format)::value> rows(b.data, b.ld);
+            if (b.by_column) columns_of_blocks<Op>(rows, N, n0, k0, depth, vecs, into);
+            else rows_of_blocks<Op>(rows, n0, k0, depth, groups, into);
+        });
+}
+
 template <class Op>
 inline void pack_columns(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
     typedef typename KindOf<Op>::type G;
@@ -252,6 +308,7 @@ template <class Op>
 inline void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups, char *into) {
     const int64_t k0 = g0 * Op::PER_GROUP, depth = std::min(K - k0, groups * Op::PER_GROUP);
     const int vecs = N - n0 > 16 ? 2 : 1;
+    if (stored_in_blocks(b.type)) return packing::pack_blocks<Op>(b, N, n0, k0, depth, groups, vecs, into);
     if (b.by_column) return packing::pack_columns<Op>(b, N, n0, k0, depth, groups, vecs, into);
     for (int v = 0; v < vecs; v++) packing::pack_rows<Op>(b, N, n0 + 16 * v, k0, depth, groups, into + 64 * v);
 }
@@ -263,12 +320,13 @@ struct Ahead {
 
     template <class Op>
     void panel(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups) {
-        const int64_t size = b.number_size(), k0 = g0 * Op::PER_GROUP;
-        const int64_t deep = std::min(K - k0, groups * Op::PER_GROUP), wide = std::min<int64_t>(N - n0, PANEL);
-        base = (const char *)b.data + (b.by_column ? n0 * b.ld + k0 : k0 * b.ld + n0) * size;
+        const int64_t k0 = g0 * Op::PER_GROUP, deep = std::min(K - k0, groups * Op::PER_GROUP), wide = std::min<int64_t>(N - n0, PANEL);
+        const int64_t row0 = b.by_column ? n0 : k0, from = b.by_column ? k0 : n0, count = b.by_column ? deep : wide;
         rows = b.by_column ? wide : deep;
-        bytes = (b.by_column ? deep : wide) * size;
-        stride = b.ld * size;
+        stride = b.bytes_to(b.ld);
+        const int64_t begin = b.bytes_to(from);
+        bytes = stored_in_blocks(b.type) ? b.bytes_to(from + count - 1) + bytes_of_block(b.type) - begin : count * b.number_size();
+        base = b.memory() + row0 * stride + begin;
         row = at = 0;
     }
     int64_t lines() const { return rows * ((bytes + 63) / 64); }

@@ -43,6 +43,7 @@ inline I16 operator*(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I16 operator&(I16 a, I16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I16 operator|(I16 a, I16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline I16 operator<<(I16 a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
+inline I16 operator>>(I16 a, int n) { return {(__m512i)((__v16su)a.v >> n)}; }  // of numbers that are not negative
 inline I16 max(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline I16 min(I16 a, I16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline I16 to_int(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -71,6 +72,8 @@ inline I16 load_u16(const bf16 *p, First m) { return {_mm512_cvtepu16_epi32(_mm2
 inline void store_u16(bf16 *p, I16 a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a.v)); }
 inline void store_u16(bf16 *p, I16 a, First m) { _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(a.v)); }
 // Numbers of 8 bits; stores clamp to their range.
+inline I16 load_u8(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
+inline I16 load_s8(const int8_t *p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 inline I16 load_u8(const uint8_t *p, First m) { return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p))}; }
 inline I16 load_s8(const int8_t *p, First m) { return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p))}; }
 inline void store_u8(uint8_t *p, I16 a, First m) { _mm_mask_storeu_epi8(p, m, _mm512_cvtusepi32_epi8(max(a, zero_i()).v)); }
@@ -97,6 +100,18 @@ inline I16 bf16_bits(F16 a) {
 inline void store16(bf16 *p, F16 a) { store_u16(p, bf16_bits(a)); }
 inline void store16(bf16 *p, F16 a, First m) { store_u16(p, bf16_bits(a), m); }
 #endif
+
+// The bits of 32 numbers rounded to bf16, those of a first.
+inline I16 bf16_bits_of_both(F16 a, F16 b) {
+#ifdef __AVX512BF16__
+    return {(__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)};
+#else
+    const __m256i low = _mm512_cvtepi32_epi16(bf16_bits(a).v), high = _mm512_cvtepi32_epi16(bf16_bits(b).v);
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
+#endif
+}
+// Those of the table that 16 numbers below 16 ask for.
+inline F16 one_of_16(const float *table, I16 which) { return {_mm512_permutexvar_ps(which.v, _mm512_loadu_ps(table))}; }
 
 inline void transpose16(I16 r[16]) {
     __m512i t[16];

@@ -110,6 +110,7 @@ inline I16 operator*(I16 a, I16 b) { DW_PARTS(I16, a.p[i] * b.p[i]); }
 inline I16 operator&(I16 a, I16 b) { DW_PARTS(I16, a.p[i] & b.p[i]); }
 inline I16 operator|(I16 a, I16 b) { DW_PARTS(I16, a.p[i] | b.p[i]); }
 inline I16 operator<<(I16 a, int n) { DW_PARTS(I16, a.p[i] << n); }
+inline I16 operator>>(I16 a, int n) { DW_PARTS(I16, a.p[i] >> n); }  // of numbers that are not negative
 inline I16 max(I16 a, I16 b) { DW_PARTS(I16, a.p[i] > b.p[i] ? a.p[i] : b.p[i]); }
 inline I16 min(I16 a, I16 b) { DW_PARTS(I16, a.p[i] < b.p[i] ? a.p[i] : b.p[i]); }
 inline I16 to_int(F16 a) { DW_PARTS(I16, one_to_int(a.p[i])); }
@@ -222,6 +223,8 @@ inline I16 load_bytes(const T *p) {
     return a;
 #endif
 }
+inline I16 load_u8(const uint8_t *p) { return load_bytes(p); }
+inline I16 load_s8(const int8_t *p) { return load_bytes(p); }
 inline I16 load_u8(const uint8_t *p, First f) { return load_bytes(f.n == 16 ? p : Buffered<uint8_t>(p, f).numbers); }
 inline I16 load_s8(const int8_t *p, First f) { return load_bytes(f.n == 16 ? p : Buffered<int8_t>(p, f).numbers); }
 // Clamped to the range of T.
@@ -281,6 +284,31 @@ inline void store16(bf16 *p, F16 a) {
 inline void store16(bf16 *p, F16 a) { store_u16(p, bf16_bits(a)); }
 #endif
 inline void store16(bf16 *p, F16 a, First f) { store_u16(p, bf16_bits(a), f); }
+
+// The bits of 32 numbers rounded to bf16, those of a first.
+inline I16 bf16_bits_of_both(F16 a, F16 b) {
+    bf16 both[32];
+    store16(both, a), store16(both + 16, b);
+    return load_i(both);
+}
+// Those of the table that 16 numbers below 16 ask for.
+inline F16 one_of_16(const float *table, I16 which) {
+#if DW_VECTOR_BYTES == 32
+    const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    // An index' bit 3, moved to where a choice of lanes is read.
+    DW_PARTS(F16, (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, (__m256i)which.p[i]), _mm256_permutevar8x32_ps(high, (__m256i)which.p[i]),
+                                       (__m256)(which.p[i] << 28)));
+#elif defined(__ARM_NEON)
+    // The four bytes of each number.
+    const uint8x16x4_t bytes = {vld1q_u8((const uint8_t *)table), vld1q_u8((const uint8_t *)(table + 4)), vld1q_u8((const uint8_t *)(table + 8)),
+                                vld1q_u8((const uint8_t *)(table + 12))};
+    DW_PARTS(F16, (vf)vqtbl4q_u8(bytes, (uint8x16_t)(which.p[i] * 0x04040404 + 0x03020100)));
+#else
+    F16 r;
+    DW_EACH for (int j = 0; j < LANES; j++) r.p[i][j] = table[which.p[i][j]];
+    return r;
+#endif
+}
 
 inline void transpose16(I16 r[16]) {
 #if DW_VECTOR_BYTES == 32

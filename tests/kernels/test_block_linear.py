@@ -1,0 +1,125 @@
+"""Products with weights in blocks, against sums in fp64 of the values that the blocks stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaw.kernels import linear, loader
+from deltaw.kernels.block_formats import FORMATS, BlockWeight, quantize_nf4, reference_dequantize
+from deltaw.kernels.block_linear import block_linear, block_linear_backward
+from tests.kernels.conftest import TOLERANCE, compiled_only
+from tests.kernels.test_block_formats import random_blocks
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def columns_of(name: str, blocks: int) -> int:
+    """Some whole blocks' numbers: 320 and more for the small ones."""
+    return FORMATS[name].block * blocks * (5 if FORMATS[name].block < 256 else 1)
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return float((found.double() - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def values(weight: BlockWeight) -> Tensor:
+    """What W is, in fp64."""
+    return reference_dequantize(weight, torch.float32).bfloat16().double()
+
+
+@compiled_only
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_compiled_values_are_the_formats(name: str) -> None:
+    weight = random_blocks(name, 7, columns_of(name, 2))
+    whole = reference_dequantize(weight, torch.float32)
+    assert torch.equal(weight.dequantized(torch.float32), whole)
+    assert torch.equal(weight.dequantized(torch.bfloat16, 2, 5), whole[2:5].bfloat16())
+    places = torch.tensor([[6, 0], [3, 3]])
+    assert torch.equal(weight.rows_at(places, torch.float32), whole[places])
+    with pytest.raises(IndexError):
+        weight.rows_at(torch.tensor([7]), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_products_are_those_of_the_values(kernels: str, name: str, dtype: torch.dtype) -> None:
+    # Rows that fill no panel, more groups than go by at a time, and an update.
+    for rows, out, blocks in ((3, 38, 1), (29, 70, 6)):
+        weight = random_blocks(name, out, columns_of(name, blocks))
+        made = torch.Generator().manual_seed(rows)
+        x, grad, bias, added = (
+            torch.randn(*shape, generator=made).to(dtype)
+            for shape in ((rows, weight.columns), (rows, out), (out,), (rows, out))
+        )
+        A = torch.randn(weight.columns, 4, generator=made).to(dtype).float() / weight.columns**0.5
+        B = (torch.randn(4, out, generator=made) * 0.1).to(dtype).float()
+        wide = values(weight)
+        y, h = block_linear(x, weight, bias, A, B, 0.5, added)
+        expected = x.double() @ wide.t() + bias + 0.5 * h.double() @ B.double() + added
+        assert near(h, x.double() @ A.double(), TOLERANCE[dtype])
+        assert near(y, expected, TOLERANCE[dtype])
+        dx, narrow = block_linear_backward(grad, weight, A, B, 0.5, x)
+        assert near(narrow, 0.5 * grad.double() @ B.double().t(), TOLERANCE[dtype])
+        assert near(dx, grad.double() @ wide + narrow.double() @ A.double().t() + x, TOLERANCE[dtype])
+        alone, _ = block_linear(x, weight)
+        assert near(alone, x.double() @ wide.t(), TOLERANCE[dtype])
+        nothing, again = block_linear_backward(grad, weight, A, B, 0.5, need_x=False)
+        assert nothing.numel() == 0 and torch.equal(again, narrow)
+
+
+@compiled_only
+def test_threads_and_many_rows_give_the_same() -> None:
+    """Rows shared out among threads, or columns, or neither."""
+    weight, threads = random_blocks("Q5_K", 64, 768), torch.get_num_threads()
+    x = torch.randn(900, 768, generator=torch.Generator().manual_seed(4)).bfloat16()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y, _ = block_linear(x, weight)
+            dx, _ = block_linear_backward(y, weight)
+            few, _ = block_linear(x[:50], weight)
+            assert torch.equal(few, y[:50])
+            found.append((y, dx))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@compiled_only
+def test_products_round_as_those_of_plain_bf16() -> None:
+    """The same panels give the same bits."""
+    weight = quantize_nf4(torch.randn(48, 192, generator=torch.Generator().manual_seed(5)))
+    if not loader.multiplies(loader.number(torch.bfloat16)):
+        pytest.skip("torch multiplies bf16 here")
+    x, plain = torch.randn(20, 192).bfloat16(), values(weight).bfloat16()
+    assert torch.equal(block_linear(x, weight)[0], linear.linear(x, plain)[0])
+    grad = torch.randn(20, 48).bfloat16()
+    assert torch.equal(block_linear_backward(grad, weight)[0], linear.linear_backward(grad, plain)[0])
+
+
+def test_operators_are_seen_by_what_observes_torch() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    weight = random_blocks("NF4", 24, 128)
+    with FlopCounterMode(display=False) as counter:
+        block_linear(torch.ones(3, 128), weight)
+    assert counter.get_total_flops() == 2 * 3 * 24 * 128
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y, h = block_linear(torch.ones(3, 128), weight, None, torch.ones(128, 2), torch.ones(2, 24))
+        dx, narrow = block_linear_backward(y, weight, torch.ones(128, 2), torch.ones(2, 24))
+    assert [tuple(t.shape) for t in (y, h, dx, narrow)] == [(3, 24), (3, 2), (3, 128), (3, 2)]
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    weight = random_blocks("Q4_0", 6, 64)
+    with pytest.raises(ValueError, match="left side"):
+        block_linear(torch.ones(2, 32), weight)
+    with pytest.raises(ValueError, match="two factors"):
+        block_linear(torch.ones(2, 64), weight, None, torch.ones(64, 2))
+    with pytest.raises(ValueError, match="factor"):
+        block_linear_backward(torch.ones(2, 6), weight, torch.ones(64, 2), torch.ones(3, 6))
