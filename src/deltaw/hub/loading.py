@@ -19,7 +19,13 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from deltaw import tasks
 from deltaw.errors import UserError
@@ -238,6 +244,8 @@ def _blocks(
     from deltaw.hub import gguf_blocks  # the file's readers are imported where there is such a file
 
     model, used = unfilled(folder, config, task, "gguf", attention, trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     missing = gguf_blocks.fill(model, folder, file)
     new = {name.rpartition(".")[0] for name in missing}
     for name in new:

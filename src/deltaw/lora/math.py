@@ -5,8 +5,8 @@ h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x 
 adapter dropout a mask of one byte for each element of x is kept too. Where a compiled kernel serves
 (``kernels/linear.py``) product and update are one, and W may be stored in int8 or in blocks of few bits. The
 derivation stands in ``docs/method.md``. Each function has a reference implementation (``*_reference``)
-composed of torch's operations. Tests hold the two together, and the reference is used where a closed form cannot be: when W
-itself is trained, and under ``torch.func`` transforms.
+composed of torch's operations. Tests hold the two together, and the reference is used where a closed form
+cannot be: when W itself is trained, and under ``torch.func`` transforms.
 
 It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers_conv``: their
 A·x is itself a convolution, whose backward torch already has in closed form.
