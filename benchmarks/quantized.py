@@ -86,9 +86,10 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
             return statistics.median(result[key] for result in of)
 
         weights = f"{median('weight_bytes') / 1e6:,.1f} MB" if "weight_bytes" in results[0] else ""
+        peak, above = (median(key) / 1e6 for key in ("peak_bytes", "above_bytes"))
         lines.append(
-            f"| {name} | {median('tokens_per_second'):.1f} | {weights} | {median('peak_bytes') / 1e6:,.0f} MB "
-            f"| {median('above_bytes') / 1e6:,.0f} MB | {median('loss'):.4f} |"
+            f"| {name} | {median('tokens_per_second'):.1f} | {weights} | {peak:,.0f} MB | {above:,.0f} MB "
+            f"| {median('loss'):.4f} |"
         )
     return lines
 

@@ -50,7 +50,7 @@ def entries_of(folder: Path) -> list[BlockEntry]:
 
 
 def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
-    """Give a model without values its own: blocks from the file, plain tensors from the folder.
+    """Give a model its values: blocks from the file, plain tensors from the folder.
 
     Returns:
         names of the parameters that neither holds.
@@ -114,9 +114,9 @@ def put_blocks(
             layer = _layer(module, stored, None)
             _put(model, path, layer)
             known.add(name)
-            for other, twin in tied:
+            for other, head in tied:
                 shared = layer.get_parameter("weight")
-                _put(model, other, _layer(twin, stored, shared))
+                _put(model, other, _layer(head, stored, shared))
                 known.add(f"{other}.weight")
     return known
 

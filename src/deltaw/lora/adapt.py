@@ -40,7 +40,6 @@ from deltaw.lora.merging import shared_weights
 from deltaw.lora.places import Replacement, spots_of
 from deltaw.lora.select import ParameterTarget, Selection, Target, select
 from deltaw.lora.select_parts import TokenTarget
-from deltaw.lora.stored import quantized_as
 
 
 @dataclass(frozen=True)
@@ -324,13 +323,6 @@ def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachme
     shared = shared_weights(model)
     memo: dict[int, object] = {}
     for whole in selection.extra_modules:
-        for module in whole.module.modules():
-            if (kept := quantized_as(module)) is not None:
-                raise UserError(
-                    f"'{whole.names[0]}' cannot be trained in full: its weight is {kept}",
-                    where="train_modules",
-                    hint="leave it out, or load the model with precision bf16",
-                )
         for tensor in (*whole.module.parameters(), *whole.module.buffers()):
             if not has_values(tensor):
                 # deepcopy would copy the mode that such a tensor belongs to, and break it.
