@@ -177,7 +177,7 @@ def _read(source: BinaryIO, entry: BlockEntry, order: Tensor | None) -> Tensor:
 
 def _read_into(source: BinaryIO, data: Tensor) -> None:
     """Fill a tensor from a file, whose pages the system need not keep."""
-    view = memoryview(data.numpy()).cast("B")
+    view = data.numpy().data.cast("B")
     done = 0
     while done < len(view):
         count = source.readinto(view[done : done + READ_AT_ONCE])  # type: ignore[attr-defined]

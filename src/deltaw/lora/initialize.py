@@ -97,7 +97,8 @@ def init_refusal(layer: Factored, method: str) -> str | None:
             return f"init '{method}' is for linear layers, not for parameters that a module computes with"
         if not matrix or isinstance(layer, nn.Embedding):
             return f"init '{method}' is for linear layers, not for embeddings or convolutions"
-        if method != "eva" and (kept := quantized_as(layer)) is not None:
+        kept = quantized_as(layer) if isinstance(layer, nn.Module) else None
+        if method != "eva" and kept is not None:
             return f"init '{method}' changes the weight, which is {kept} here"
         if method != "eva" and layer.rank > min(layer.weight.shape):
             return f"init '{method}' needs a rank of at most {min(layer.weight.shape)}, not {layer.rank}"
