@@ -155,7 +155,7 @@ def main() -> None:
             )
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(rows, indent=1))
-        summarise(rows)
+        summarize(rows)
 
 
 def shown(changes: dict) -> str:
@@ -173,7 +173,7 @@ def error(planned: int, measured: int) -> float:
     return planned / measured - 1
 
 
-def summarise(rows: list[dict]) -> None:
+def summarize(rows: list[dict]) -> None:
     """Mean and worst error of both predictions."""
     for name, what in (("tensors", "peak of the tensors"), ("resident", "resident memory of the process")):
         errors = [abs(error(row[f"planned_{name}"], row[name])) for row in rows]

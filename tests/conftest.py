@@ -22,7 +22,7 @@ RATES = {
     "bf16": {"dot": 200.0, "tiles": 150.0, "wide": 120.0, "torch": 90.0},
     "int8": {"dot": 800.0, "tiles": 700.0, "torch": 50.0},
 }
-COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "teal", "cyan", "gold")
+COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +46,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten questions with a shared prefix, each with its answer."""
-    path = tmp_path_factory.mktemp("rows") / "colours.jsonl"
-    write_rows(path, ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS))
+    path = tmp_path_factory.mktemp("rows") / "colors.jsonl"
+    write_rows(path, ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS))
     return path
 
 

@@ -102,7 +102,7 @@ REFUSED = [
     {**LEAST, "data": {"train": "d", "classes": ["a"]}},
     {**LEAST, "data": {"train": "d", "columns": {"promt": "a"}}},
     {**LEAST, "method": "qlora"},
-    {**LEAST, "task": "summarising"},
+    {**LEAST, "task": "summarizing"},
     {**LEAST, "precision": "fp8"},
     {**LEAST, "prompt": {"length": 0}},
     {**LEAST, "random": {"weights": 0}},

@@ -294,7 +294,7 @@ def classifier_of(family: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def labelled(family: str) -> list[Any]:
+def labeled(family: str) -> list[Any]:
     """Rows of several lengths, or images, of three classes."""
     random = np.random.default_rng(0)
     if family == "ViT":
@@ -304,7 +304,7 @@ def labelled(family: str) -> list[Any]:
     return [LabelledExample(n + 1, row, n % 3) for n, row in enumerate(tokens)]
 
 
-def labelled_loss(model: nn.Module, example: Any) -> Tensor:
+def labeled_loss(model: nn.Module, example: Any) -> Tensor:
     """The cross-entropy of one row without padding, or of one image."""
     if isinstance(example, Picture):
         logits = model(pixel_values=example.pixels[None].double()).logits
@@ -320,7 +320,7 @@ def test_ten_steps_train_an_encoder_as_peft_does(family, kind, monkeypatch):
     settings = named["targets"], named.get(kind, []), "all" if kind == "biases" else "none"
     model = classifier_of(family)
     reference = copy.deepcopy(model)
-    examples = labelled(family)
+    examples = labeled(family)
     image = family == "ViT"
     task = "image-classification" if image else "sequence-classification"
     batcher = PictureBatcher() if image else LabelMicroBatcher(40, "cpu", segments=False)
@@ -330,7 +330,7 @@ def test_ten_steps_train_an_encoder_as_peft_does(family, kind, monkeypatch):
     )
     fused = loader.library() is not None and kind in ("factors", "head", "embeddings")
     assert bool(ran) == fused
-    expected = by_peft(reference, settings, before, examples, labelled_loss)
+    expected = by_peft(reference, settings, before, examples, labeled_loss)
     assert_trained_alike(found, expected, before)
 
 

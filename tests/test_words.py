@@ -47,6 +47,19 @@ REPLACED = {
     r"\bone whole road\b": "the whole data flow",
     r"\b(?:put|left|laid) aside\b": "skipped, dropped, stored",
 }
+# British spellings: the American one. Words of Python's own (`cancelled`, `afterwards` in prose) stay.
+BRITISH = {
+    r"\blabell(?:ed|ing)\b": "labeled, labeling",
+    r"\b\w*colour\w*": "color",
+    r"\bcentred?\b": "center, centered",
+    r"\bgrey\w*": "gray",
+    r"\b(?:mis)?spelt\b": "spelled",
+    r"\blicences?\b": "license",
+    r"\btowards\b": "toward",
+    r"\bbehaviours?\b": "behavior",
+    r"\b\w*(?:ormal|nitial|ptim|uant|oken|erial|ummar|ecogn|organ|inim|axim)is(?:e[ds]?|ing|ation)\b": "-ize",
+}
+REPLACED |= BRITISH
 
 
 def replaced_words(text: str) -> list[tuple[int, str, str]]:

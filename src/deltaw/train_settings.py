@@ -55,6 +55,11 @@ class TrainSettings(BaseModel):
         False,
         description="activation checkpointing of all blocks; a number: of so many blocks",
     )
+    sharding: Literal["none", "base"] = Field(
+        "none",
+        description="over several processes, base: each holds a share of the frozen weights of the model's "
+        "blocks, and gathers a block while it runs (FSDP2); none: each holds all of them",
+    )
     keep_general: float = Field(
         0.0,
         ge=0,

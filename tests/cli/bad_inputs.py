@@ -27,7 +27,7 @@ from deltaw.config import settings
 from deltaw.schema import run_schema
 from deltaw.training import checkpoint_files
 
-ROWS = [{"prompt": f"paint it {colour}", "completion": colour[0]} for colour in ("red", "blue", "grey")]
+ROWS = [{"prompt": f"paint it {color}", "completion": color[0]} for color in ("red", "blue", "gray")]
 VERBS = ("eval", "generate", "chat", "inspect")
 
 

@@ -91,7 +91,7 @@ def test_rows_that_cannot_be_used(refuses, tmp_path, case):
 
 
 def test_files_that_are_not_there_or_no_data(refuses, tmp_path, rows_file):
-    refuses("colours.json", "did you mean 'colours.jsonl'", data=rows_file.with_name("colours.json"))
+    refuses("colors.json", "did you mean 'colors.jsonl'", data=rows_file.with_name("colors.json"))
     refuses(tmp_path / "none", data=tmp_path / "none" / "rows.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "ok"}\n{"text": "é"}'.encode("latin-1"))
     refuses("UTF-8", "line 2", data=tmp_path / "latin.jsonl")
@@ -124,29 +124,29 @@ def classifier(tmp_path):
     return tmp_path / "classifier"
 
 
-def labelled(path, *labels):
+def labeled(path, *labels):
     return write_rows(path, ({"text": f"row {n}", "label": label} for n, label in enumerate(labels)))
 
 
 def test_a_head_of_another_number_of_outputs_than_classes(refuses, tmp_path, classifier):
-    rows = labelled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
+    rows = labeled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
     task = {"model": classifier, "data": rows, "task": "sequence-classification"}
     refuses("3 outputs", "2 classes", "'bad', 'good'", classifier, **task)
     refuses("3 outputs", "4 classes", data__classes="[a, bad, c, good]", **task)
-    numbers = labelled(tmp_path / "numbers.jsonl", *range(8))
+    numbers = labeled(tmp_path / "numbers.jsonl", *range(8))
     refuses("3 outputs", "regression", classifier, **{**task, "data": numbers, "task": "regression"})
 
 
 def test_labels_that_training_has_never_seen(refuses, tmp_path, classifier):
-    rows = labelled(tmp_path / "rows.jsonl", *["a", "b", "c"] * 3)
-    other = labelled(tmp_path / "eval.jsonl", "a", "d")
+    rows = labeled(tmp_path / "rows.jsonl", *["a", "b", "c"] * 3)
+    other = labeled(tmp_path / "eval.jsonl", "a", "d")
     task = {"model": classifier, "data": rows, "task": "sequence-classification"}
     refuses("'d' was not seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
 
 
 @pytest.mark.parametrize("label", ["many", float("nan"), "", [1]])
 def test_labels_that_are_no_numbers(refuses, tmp_path, model_folder, label):
-    rows = labelled(tmp_path / "rows.jsonl", 0.5, 1, label, 2)
+    rows = labeled(tmp_path / "rows.jsonl", 0.5, 1, label, 2)
     refuses("finite number", "rows.jsonl, row 3", data=rows, task="regression")
 
 
@@ -203,7 +203,7 @@ VALUES = [
     ({"threads": 0}, ["threads"]),
     ({"precision": "fp16"}, ["precision", "'bf16'"]),
     ({"device": "cude"}, ["device", "'cuda'"]),
-    ({"task": "summarising"}, ["task", "'causal-lm'"]),
+    ({"task": "summarizing"}, ["task", "'causal-lm'"]),
     ({"task": "image-classification"}, ["does not classify images", "causal-lm"]),
     ({"method": "qlora"}, ["method", "'lora'"]),
     ({"model": None}, ["model"]),
@@ -227,12 +227,12 @@ def test_a_device_that_is_not_there(refuses, call, finished_run):
 
 
 FILES = {
-    "a key that is misspelt": (
+    "a key that is misspelled": (
         "train: {learning_rat: 1}",
         ["unknown key 'train.learning_rat'", "'train.learning_rate'"],
     ),
-    "a section that is misspelt": ("trian: {epochs: 1}", ["unknown key 'trian'", "'train'"]),
-    "a key of lora that is misspelt": ("lora: {rnk: 4}", ["lora.rnk", "'rank'"]),
+    "a section that is misspelled": ("trian: {epochs: 1}", ["unknown key 'trian'", "'train'"]),
+    "a key of lora that is misspelled": ("lora: {rnk: 4}", ["lora.rnk", "'rank'"]),
     "a value of another type": (
         "train:\n  learning_rate: fast\n",
         ["'train.learning_rate' cannot be 'fast'", "number"],

@@ -135,7 +135,7 @@ def test_nothing_wrong_is_said_too(call, thinker, tmp_path):
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(30)]
     ended = call("data", "check", write(tmp_path / "d.jsonl", rows), "--model", thinker)
     assert ended.status == 0
-    assert "fine: nothing was found" in ended.out and "█" in ended.out
+    assert "fine: no problem was found" in ended.out and "█" in ended.out
 
 
 def test_a_check_as_json_is_one_object_whatever_it_finds(call, thinker, file):

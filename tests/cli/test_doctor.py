@@ -12,7 +12,7 @@ from tests.cli.conftest import start
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_one_object_with_and_without_compiled_kernels(tmp_path, monkeypatch, model_folder, native):
     monkeypatch.setenv("DELTAW_NATIVE", native)
-    monkeypatch.setenv("DELTAW_KERNEL", "avx2")  # misspelt
+    monkeypatch.setenv("DELTAW_KERNEL", "avx2")  # misspelled
     process = start("doctor", "--output", tmp_path / "runs", "--model", model_folder, "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

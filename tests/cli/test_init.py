@@ -16,18 +16,18 @@ from tests.conftest import write_rows
 
 def test_the_file_trains_as_it_is(call, model_folder, rows_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(rows_file, "colours.jsonl")
+    shutil.copy(rows_file, "colors.jsonl")
     ended = call("init", "--model", model_folder, "--yes")
     assert ended.status == 0, ended
     assert "10 rows of the form 'prompt-completion'" in ended.out and "deltaw train train.yaml" in ended.out
     config = RunConfig.read("train.yaml")
-    assert (config.data.train, config.task, config.output) == ("colours.jsonl", "causal-lm", "runs/colours")
+    assert (config.data.train, config.task, config.output) == ("colors.jsonl", "causal-lm", "runs/colors")
     assert config.data.max_length == 128 and config.model == str(model_folder)
     text = (tmp_path / "train.yaml").read_text()
     assert text.count("#") > 8
     ended = call("train", "train.yaml", "--train.max_steps", 1, "--precision", "fp32")
     assert ended.status == 0, ended
-    assert (tmp_path / "runs" / "colours" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs" / "colors" / "adapter_model.safetensors").is_file()
 
 
 def test_pairs_of_answers_get_a_run_that_prefers(call, model_folder, tmp_path, monkeypatch):

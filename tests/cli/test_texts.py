@@ -245,7 +245,7 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
     made = settings(tmp_path / "run", method="prompt", prompt={"length": 3}, lora=None)
     run = fit({key: value for key, value in made.items() if value is not None}).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
-    asked_for = tuple(f"paint it {colour}" for colour in ("red", "blue", "green", "teal"))
+    asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))
     rows = [
         {"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)
     ]
@@ -256,3 +256,10 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
     assert ended.status == 0, ended.err
     told = json.loads(ended.out)
     assert told["eval"]["exact_match"] == 1.0
+
+
+def test_a_constraint_without_its_package_is_refused_before_a_model_is_read(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaw.cli.text_options.find_spec", lambda name: None)
+    for verb in ("generate", "chat"):
+        ended = call(verb, tmp_path / "no-such-run", "--regex", "(red|green)")
+        assert ended.status == 2 and "llguidance" in ended.err and "deltaw[serve]" in ended.err

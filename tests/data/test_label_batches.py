@@ -1,4 +1,4 @@
-"""Batches of labelled rows: padding masked by length, cut at least cost, images within the budget."""
+"""Batches of labeled rows: padding masked by length, cut at least cost, images within the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled texts: which columns, which classes, what is refused, and that every row is accounted for."""
+"""Labeled texts: which columns, which classes, what is refused, and that every row is accounted for."""
 
 from __future__ import annotations
 

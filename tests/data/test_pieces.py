@@ -35,12 +35,12 @@ def test_the_texts_of_all_pieces_are_the_whole_text(family: str) -> None:
     tokenizer = tokenizer_of(family)
     for encoded in Encoder(tokenizer).encode([talk(*ANSWERS)], ["row 1"])[0]:
         is_label = [any(a <= n < b for a, b in encoded.spans) for n in range(len(encoded.tokens))]
-        shown, labelled = "", False
+        shown, labeled = "", False
         for piece in pieces(encoded.tokens, is_label, tokenizer):
-            if piece.label is not labelled:
-                shown, labelled = shown + ("«" if piece.label else "»"), piece.label
+            if piece.label is not labeled:
+                shown, labeled = shown + ("«" if piece.label else "»"), piece.label
             shown += piece.text
-        assert shown + ("»" if labelled else "") == marked(tokenizer, encoded)
+        assert shown + ("»" if labeled else "") == marked(tokenizer, encoded)
 
 
 def test_no_tokens_are_no_pieces() -> None:

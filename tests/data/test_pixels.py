@@ -191,8 +191,8 @@ def test_arrays_of_different_shapes_are_refused_with_their_row(write):
     rows = [{"image": [[1, 2], [3, 4]], "label": 0}, {"image": [[1, 2, 3], [4, 5, 6]], "label": 1}]
     error = refusal(write(rows))
     assert "2×3" in error.what and "row 2" in str(error.where)
-    coloured = [{"image": [[[1, 2, 3]] * 4] * 4, "label": i % 2, "n": i} for i in range(2)]
-    assert prepared(write(coloured)).train[0].image.shape == (4, 4, 3)
+    colored = [{"image": [[[1, 2, 3]] * 4] * 4, "label": i % 2, "n": i} for i in range(2)]
+    assert prepared(write(colored)).train[0].image.shape == (4, 4, 3)
 
 
 def test_without_a_preprocessor_images_are_resized_to_minus_one_to_one(tmp_path: Path, tree: Path):

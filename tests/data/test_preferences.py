@@ -12,7 +12,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.training.data_view import check_data, shown_rows
 from tests.byte_models import byte_tokenizer
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 
 PLAIN = {"prompt": "paint it ", "chosen": "red", "rejected": "blue"}
 
@@ -152,7 +152,7 @@ def test_duplicates_empty_answers_and_long_rows_are_counted(read):
 def test_pairs_of_one_prompt_are_on_one_side_of_the_split(read):
     rows = [
         {"prompt": f"paint {c} ", "chosen": f"yes {n}", "rejected": f"no {n}"}
-        for c in COLOURS
+        for c in COLORS
         for n in range(3)
     ]
     prepared = read(rows, template="plain", eval=0.3)

@@ -78,7 +78,7 @@ def encode(record: Record, *arguments: object, **kind: object) -> Encoded:
     return encoded
 
 
-def labelled(encoded: Encoded) -> list[str]:
+def labeled(encoded: Encoded) -> list[str]:
     """The text of each span of labels."""
     tokenizer = make_tokenizer()
     return [tokenizer.decode(encoded.tokens[start:end]) for start, end in encoded.spans]
@@ -119,7 +119,7 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(
 
 def test_the_newline_after_the_end_of_turn_is_no_label() -> None:
     encoded = encode(talk("hi", "yes"))
-    assert labelled(encoded) == ["yes<|im_end|>"]
+    assert labeled(encoded) == ["yes<|im_end|>"]
     assert text_of(encoded.tokens) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
 
 
@@ -133,40 +133,40 @@ def test_the_prompt_is_what_the_model_is_given_when_it_generates() -> None:
 
 def test_all_answers_are_learned_or_only_the_last() -> None:
     conversation = talk("a", "b", "c", "d")
-    assert labelled(encode(conversation)) == ["b<|im_end|>", "d<|im_end|>"]
-    assert labelled(encode(conversation, labels="last")) == ["d<|im_end|>"]
+    assert labeled(encode(conversation)) == ["b<|im_end|>", "d<|im_end|>"]
+    assert labeled(encode(conversation, labels="last")) == ["d<|im_end|>"]
 
 
 def test_answers_that_belong_to_the_prompt_are_not_learned() -> None:
-    assert labelled(encode(talk("a", "b", "c", "d", learned=(False, False, False, True)))) == ["d<|im_end|>"]
+    assert labeled(encode(talk("a", "b", "c", "d", learned=(False, False, False, True)))) == ["d<|im_end|>"]
 
 
 def test_an_end_mark_that_the_answer_already_has_is_not_learned_twice() -> None:
     encoded = encode(talk("hi", "yes<|im_end|>"))
-    assert labelled(encoded) == ["yes<|im_end|>"]
+    assert labeled(encoded) == ["yes<|im_end|>"]
     assert encoded.answer == "yes"
 
 
 def test_where_a_template_writes_two_end_marks_the_first_ends_the_turn() -> None:
-    assert labelled(encode(talk("a", "b", "c", "d"), PHI)) == ["b<|end|>", "d<|end|>"]
+    assert labeled(encode(talk("a", "b", "c", "d"), PHI)) == ["b<|end|>", "d<|end|>"]
 
 
 def test_a_turn_ends_with_the_token_at_which_generation_stops() -> None:
     """Some templates close the answer first, and then the turn."""
     closes = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|end|><s><|im_end|></s>")
     tokenizer = make_tokenizer(closes)
-    assert labelled(encode(talk("a", "b", "c", "d"), closes.replace("<|end|>", "</s>"))) == [
+    assert labeled(encode(talk("a", "b", "c", "d"), closes.replace("<|end|>", "</s>"))) == [
         "b</s><s><|im_end|>",
         "d</s><s><|im_end|>",
     ]
-    assert labelled(encode(talk("a", "b"), closes)) == ["b<|end|>"]
+    assert labeled(encode(talk("a", "b"), closes)) == ["b<|end|>"]
     assert tokenizer.eos_token == "<|im_end|>"
 
 
 def test_a_template_that_writes_bos_gives_it_once() -> None:
     encoded = encode(talk("a", "b", "c", "d"), MISTRAL, bos=True, eos="</s>")
     assert text_of(encoded.tokens) == "<s>[INST] a [/INST] b</s>[INST] c [/INST] d</s>"
-    assert labelled(encoded) == [" b</s>", " d</s>"]
+    assert labeled(encoded) == [" b</s>", " d</s>"]
 
 
 def test_a_default_system_prompt_is_part_of_the_prompt() -> None:
@@ -174,23 +174,23 @@ def test_a_default_system_prompt_is_part_of_the_prompt() -> None:
     assert text_of(encoded.tokens[: encoded.prompt_length]).startswith(
         "<|im_start|>system\nBe good.<|im_end|>"
     )
-    assert labelled(encoded) == ["yes<|im_end|>"]
+    assert labeled(encoded) == ["yes<|im_end|>"]
 
 
 def test_without_an_end_mark_every_answer_learns_to_end_with_eos() -> None:
     first, second = unrolled(talk("a", "b", "c", "d"), NO_END)
     assert text_of(first.tokens) == "user: a\nassistant: b<|im_end|>"
-    assert labelled(first) == [" b<|im_end|>"]
+    assert labeled(first) == [" b<|im_end|>"]
     assert text_of(second.tokens) == "user: a\nassistant: b\nuser: c\nassistant: d<|im_end|>"
-    assert labelled(second) == [" d<|im_end|>"]
+    assert labeled(second) == [" d<|im_end|>"]
 
 
 def test_an_end_written_in_plain_letters_is_learned() -> None:
-    assert labelled(encode(talk("a", "b"), WRITES_END)) == [" b ###<|im_end|>"]
+    assert labeled(encode(talk("a", "b"), WRITES_END)) == [" b ###<|im_end|>"]
 
 
 def test_thoughts_that_the_template_adds_to_a_single_answer_are_learned() -> None:
-    assert labelled(encode(talk("a", "b"), THINKS_LAST)) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+    assert labeled(encode(talk("a", "b"), THINKS_LAST)) == ["<think>\n\n</think>\n\nb<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [THINKS_LAST, HARMONY])
@@ -199,8 +199,8 @@ def test_answers_that_are_rendered_otherwise_when_more_follows_are_examples_of_t
 ) -> None:
     conversation = talk("a", "final", "c", "final")
     first, second = unrolled(conversation, template)
-    assert labelled(first) == labelled(second)
-    assert labelled(second)[0].rstrip("/s<>im_end|").endswith("final")
+    assert labeled(first) == labeled(second)
+    assert labeled(second)[0].rstrip("/s<>im_end|").endswith("final")
     assert first.turns == (1,) and second.turns == (3,)
     assert unrolled(conversation, template, labels="last") == [second]
     # What the model is given to write each of them is what precedes the label.
@@ -217,18 +217,18 @@ def test_turns_are_one_example_up_to_where_the_template_rewrites_them() -> None:
     assert [text_of(e.tokens).count("<think>") for e in (first, second, third)] == [1, 1, 1]
     conversation = talk("a", "<think>hm</think>b", "c", "d", "e", "f")
     thought, rest = unrolled(conversation, STRIPS_HISTORY)
-    assert labelled(thought) == ["<think>hm</think>b<|im_end|>"]
-    assert labelled(rest) == ["d<|im_end|>", "f<|im_end|>"]
+    assert labeled(thought) == ["<think>hm</think>b<|im_end|>"]
+    assert labeled(rest) == ["d<|im_end|>", "f<|im_end|>"]
     assert "hm" not in text_of(rest.tokens)
 
 
 def test_a_thought_that_a_template_strips_is_learned_before_its_answer() -> None:
-    assert labelled(encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)) == [
+    assert labeled(encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)) == [
         "<think>hm</think>b<|im_end|>"
     ]
     first, second = unrolled(talk("a", "<think>hm</think>b", "c", "<think>oh</think>d"), STRIPS_THOUGHT)
-    assert labelled(first) == ["<think>hm</think>b<|im_end|>"]
-    assert labelled(second) == ["<think>oh</think>d<|im_end|>"]
+    assert labeled(first) == ["<think>hm</think>b<|im_end|>"]
+    assert labeled(second) == ["<think>oh</think>d<|im_end|>"]
     assert "hm" not in text_of(second.tokens)
 
 
@@ -248,7 +248,7 @@ def test_an_answer_is_learned_after_its_own_prompt_if_the_template_renders_it_di
     first, second = unrolled(talk("a", "b", "c", "d"), counts)
     assert text_of(first.tokens).startswith("1<|im_start|>user")
     assert text_of(second.tokens).startswith("3<|im_start|>user")
-    assert (labelled(first), labelled(second)) == (["b<|im_end|>"], ["d<|im_end|>"])
+    assert (labeled(first), labeled(second)) == (["b<|im_end|>"], ["d<|im_end|>"])
 
 
 def test_a_template_whose_prompt_is_not_in_the_text_is_refused() -> None:
@@ -262,10 +262,10 @@ def test_an_answer_whose_tokens_would_merge_with_the_prompt_is_tokenized_apart_a
 ):
     newlines = [("Ċ", "Ċ")]
     encoded = encode(talk("a", "\nb"), merges=newlines)
-    assert labelled(encoded) == ["\nb<|im_end|>"]
+    assert labeled(encoded) == ["\nb<|im_end|>"]
     tokenizer = make_tokenizer(merges=newlines)
     assert encoded.tokens[: encoded.prompt_length] == Encoder(tokenizer).prompt("a")
-    assert labelled(encode(talk("a", "b"), merges=newlines)) == ["b<|im_end|>"]
+    assert labeled(encode(talk("a", "b"), merges=newlines)) == ["b<|im_end|>"]
 
 
 def test_what_a_template_raises_is_said_with_the_row() -> None:
@@ -280,7 +280,7 @@ def test_what_a_template_raises_is_said_with_the_row() -> None:
 def test_empty_answers_are_not_learned() -> None:
     encoded = encode(talk("a", " ", "c", ""))
     assert encoded.spans == []
-    assert labelled(encode(talk("a", "", "c", "d"))) == ["d<|im_end|>"]
+    assert labeled(encode(talk("a", "", "c", "d"))) == ["d<|im_end|>"]
 
 
 def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
@@ -296,7 +296,7 @@ def test_calls_of_tools_are_learned_where_the_template_renders_them() -> None:
         "{{ m.content }}",
         "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}",
     )
-    first, last = labelled(encode(conversation, renders))
+    first, last = labeled(encode(conversation, renders))
     assert first.startswith('<call>{"name": "clock"')
     assert last == "noon<|im_end|>"
     with pytest.raises(UserError, match="changes the answer in turn 2"):
@@ -315,7 +315,7 @@ def test_arguments_of_calls_are_given_as_text_to_a_template_that_wants_it() -> N
         "{% endfor %}",
     )
     encoded = encode(Conversation(messages, (False, True)), joins)
-    assert labelled(encoded) == ['clock{"zone": "UTC"}<|im_end|>']
+    assert labeled(encoded) == ['clock{"zone": "UTC"}<|im_end|>']
 
 
 def test_an_empty_thought_closes_the_one_that_the_prompt_opens() -> None:
@@ -325,7 +325,7 @@ def test_an_empty_thought_closes_the_one_that_the_prompt_opens() -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     encoded = encode(talk("a", "b"), opens)
-    assert labelled(encoded) == ["</think>b<|im_end|>"]
+    assert labeled(encoded) == ["</think>b<|im_end|>"]
     assert text_of(encoded.tokens).count("<think>") == 1
 
 
@@ -399,8 +399,8 @@ def test_of_plain_text_all_but_the_first_token_is_learned() -> None:
 def test_plain_conversations_end_each_answer_with_eos() -> None:
     encoded = encode(talk("a", "b", "c", "d", system="s"), None)
     assert text_of(encoded.tokens) == "s\na\nb<|im_end|>c\nd<|im_end|>"
-    assert labelled(encoded) == ["b<|im_end|>", "d<|im_end|>"]
-    assert labelled(encode(talk("a", "b", "c", "d"), None, labels="last")) == ["d<|im_end|>"]
+    assert labeled(encoded) == ["b<|im_end|>", "d<|im_end|>"]
+    assert labeled(encode(talk("a", "b", "c", "d"), None, labels="last")) == ["d<|im_end|>"]
 
 
 def test_a_plain_prompt_with_earlier_answers_is_what_the_row_has_before_the_next() -> None:

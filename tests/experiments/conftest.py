@@ -10,7 +10,7 @@ import pytest
 
 from deltaw.experiments.worker import Worker
 from deltaw.training.callbacks import silent
-from tests.conftest import COLOURS, Settings, write_rows
+from tests.conftest import COLORS, Settings, write_rows
 
 
 class WorkerHere:
@@ -58,7 +58,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> type[WorkerHere]:
 @pytest.fixture(scope="session")
 def study_settings(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Forty rows, eight of them held out; no learning rate is set."""
-    rows = [{"prompt": f"paint {x} {c}", "completion": c[0]} for x in ("it", "her", "him") for c in COLOURS]
+    rows = [{"prompt": f"paint {x} {c}", "completion": c[0]} for x in ("it", "her", "him") for c in COLORS]
     file = write_rows(tmp_path_factory.mktemp("study") / "rows.jsonl", rows)
 
     def make(output: Path, **changes: object) -> dict:

@@ -55,8 +55,21 @@ def greedy(model: Path, prompts: list[list[int]], tokens: int, lora: Path | None
     return answers
 
 
+def likeliest(
+    model: Path, contexts: list[list[int]], count: int, lora: Path | None = None
+) -> list[dict[int, float]]:
+    """The ``count`` likeliest tokens after each context of ids, with their log-probabilities."""
+    question = {"model": str(model), "prompts": contexts, "tokens": 1, "lora": lora and str(lora)}
+    found = ask({**question, "likeliest": count})["likeliest"]
+    return [{int(token): value for token, value in each} for each in found]
+
+
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """``prompts`` (ids or texts) are continued by ``tokens`` tokens, the likeliest each time."""
+    """``prompts`` (ids or texts) are continued by ``tokens`` tokens, the likeliest each time.
+
+    With ``likeliest``, also so many of the likeliest tokens in the place of the first one, with their
+    log-probabilities.
+    """
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -73,7 +86,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         adapter = xllamacpp.CommonAdapterLoraInfo(question["lora"], 1.0)
         parameters.lora_adapters = [adapter]
     server = xllamacpp.Server(parameters)
-    answers, prompts = [], []
+    answers, prompts, places = [], [], []
     for prompt in question["prompts"]:
         body = {
             "prompt": prompt,
@@ -85,13 +98,18 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             "verbose": True,
             "return_tokens": True,
         }
+        if question.get("likeliest"):
+            body["logprobs"] = question["likeliest"]
         found = server.handle_completions(body)
         found = found if isinstance(found, dict) else json.loads(found)
         if "tokens" not in found.get("__verbose", {}):
             raise RuntimeError(f"{list(found)} {str(found)[:500]}")
         answers.append(found["__verbose"]["tokens"])
         prompts.append(found["usage"]["prompt_tokens"])
-    return {"answers": answers, "prompt_tokens": prompts}
+        if question.get("likeliest"):
+            top = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            places.append([[each["id"], each["logprob"]] for each in top])
+    return {"answers": answers, "prompt_tokens": prompts, "likeliest": places}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from deltaw.export.gguf_adapter import export_gguf_adapter
 from deltaw.export.gguf_model import export_gguf
@@ -96,36 +97,80 @@ def _same_tokens(tmp_path: Path, tokenizer: object) -> None:
 
 @pytest.mark.slow
 def test_smollm2_with_an_exported_adapter(tmp_path: Path) -> None:
-    """On the same Q4_1 file, llama.cpp rounds activations to 8 bits: where it writes another token than the
-    likeliest one here, the two must be almost alike. The merged file in fp32 must agree to the token."""
+    """Token by token, both programs given the same text: log-probabilities differ by rounding alone.
+
+    llama.cpp rounds activations to 8 bits where weights are quantized (Q4_1), so two tokens that are almost
+    as likely may change places. How near is near enough is measured on the base model, without an adapter.
+    """
     loaded = load(SMOLLM2, precision="fp32", say=lambda line: None)
     model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is not None
     attach(model, LoRAConfig(rank=8, alpha=16), seed=0)
-    models.draw(model, 0.02)
+    models.draw(model, 0.04)
     save_adapter(model, tmp_path / "run", base_model=SMOLLM2)
     texts = [text for text in _TEXTS if len(tokenizer(text)["input_ids"]) >= 5]
     prompts = [tokenizer(text)["input_ids"][:5] for text in texts][:20]
     assert len(prompts) == 20
-    adapted = models.greedy(model, prompts, 8)
+    answers = models.greedy(model, prompts, 8)
+    adapted = _own_log_probabilities(model, prompts, answers)
+    with disabled(model):
+        bare = _own_log_probabilities(model, prompts, answers)
+    contexts = [[*p, *a[:written]] for p, a in zip(prompts, answers, strict=True) for written in range(8)]
     export_gguf_adapter(tmp_path / "run", tmp_path / "adapter.gguf")
     packed = resolve(SMOLLM2).path
-    found = llama_cpp.greedy(packed, prompts, 8, tmp_path / "adapter.gguf")
-    for prompt, ours, theirs in zip(prompts, adapted, found, strict=True):
-        where = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
-        if where is None:
-            continue
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*prompt, *ours[:where]]])).logits[0, -1]
-        assert float(logits[ours[where]] - logits[theirs[where]]) < 0.5
-    assert sum(a[0] == b[0] for a, b in zip(adapted, found, strict=True)) >= 15
-    with disabled(model):
-        bare = models.greedy(model, prompts, 8)
-    agree = sum(a == b for pair in zip(adapted, found, strict=True) for a, b in zip(*pair, strict=True))
-    without = sum(a == b for pair in zip(bare, found, strict=True) for a, b in zip(*pair, strict=True))
-    assert agree > without
+    rounded = llama_cpp.likeliest(packed, contexts, LIKELIEST)
+    with_adapter = llama_cpp.likeliest(packed, contexts, LIKELIEST, tmp_path / "adapter.gguf")
     export_gguf(tmp_path / "run", tmp_path / "merged.gguf", kind="f32")
-    assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, 8) == adapted
+    merged = llama_cpp.likeliest(tmp_path / "merged.gguf", contexts, LIKELIEST)
+
+    rounding, effect = _differences(rounded, bare), _differences(with_adapter, bare)
+    by_adapter, by_merged = _differences(with_adapter, adapted), _differences(merged, adapted)
+    # An adapter that is applied in part, or in another strength, is off by a share of its effect.
+    assert _rms(by_adapter) < 2 * _rms(rounding) and _rms(by_adapter) < _rms(effect) / 4
+    assert _rms(by_merged) < _rms(rounding) / 100
+    for theirs, allowed in ((with_adapter, _spread(rounding)), (merged, _spread(by_merged))):
+        changed = [gap for gap in _gaps(theirs, adapted) if gap > 0]
+        assert all(gap <= allowed for gap in changed), (changed, allowed)
+
+
+LIKELIEST = 12
+
+
+def _own_log_probabilities(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Log-probabilities (contexts, vocabulary) of each token of the answers, those before it given."""
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
+        ).logits
+    places = logits[:, len(prompts[0]) - 1 : -1].flatten(0, 1).double()
+    return places.log_softmax(-1)
+
+
+def _differences(theirs: list[dict[int, float]], ours: Tensor) -> list[Tensor]:
+    """For each context, how far the log-probabilities of their likeliest tokens are from ours."""
+    found = []
+    for place, own in zip(theirs, ours, strict=True):
+        ids = [token for token in place if token >= llama_cpp.SPECIAL]
+        found.append(torch.tensor([place[token] for token in ids], dtype=torch.float64) - own[ids])
+    return found
+
+
+def _rms(differences: list[Tensor]) -> float:
+    return float(torch.cat(differences).square().mean().sqrt())
+
+
+def _spread(differences: list[Tensor]) -> float:
+    """The most by which the distance between two tokens of one context changed."""
+    return max(float(each.max() - each.min()) for each in differences)
+
+
+def _gaps(theirs: list[dict[int, float]], ours: Tensor) -> list[float]:
+    """For each context, by how much our first token is likelier here than theirs; 0 if it is the same."""
+    gaps = []
+    for place, own in zip(theirs, ours, strict=True):
+        first = max((token for token in place if token >= llama_cpp.SPECIAL), key=lambda token: place[token])
+        gaps.append(float(own[llama_cpp.SPECIAL :].max() - own[first]))
+    return gaps
 
 
 _TEXTS = [

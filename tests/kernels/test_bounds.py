@@ -170,7 +170,7 @@ def test_an_int8_product_and_its_backward_refuse_scales_that_do_not_fit():
 
 
 def test_norms_and_activations_refuse_shapes_that_do_not_fit():
-    how = {"offset": 0.0, "centred": False}
+    how = {"offset": 0.0, "centered": False}
     with pytest.raises(ValueError, match="the norm's weight"):
         rows.norm(ones(3, 8), ones(7), None, eps=1e-6, **how)
     _, stats = rows.norm(ones(3, 8), ones(8), None, eps=1e-6, **how)

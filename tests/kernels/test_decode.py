@@ -52,7 +52,7 @@ class Form:
     window: int | None = None
     softcap: float | None = None
     turned: int = 12
-    centred: bool = False
+    centered: bool = False
     offset: float = 0.0
     places: tuple[str, ...] = ("before",)
     head_norms: bool = False
@@ -69,12 +69,13 @@ FORMS = {
         places=("before", "after"), offset=1.0, softcap=5.0, window=9, activation="gelu_tanh",
         head_norms=True, logits=(4.0, 0.7),
     ),
-    "gpt2": Form(split="stacked", gated=False, centred=True, bias=True, turned=0, activation="gelu_tanh"),
-    "neox": Form(split="grouped", parallel=True, gated=False, centred=True, bias=True, activation="gelu"),
+    "gpt2": Form(split="stacked", gated=False, centered=True, bias=True, turned=0, activation="gelu_tanh"),
+    "neox": Form(split="grouped", parallel=True, gated=False, centered=True, bias=True, activation="gelu"),
     "phi": Form(split="stacked", joint_gate=True, inner=70),
-    "post": Form(places=("post",), centred=True, activation="relu", gated=False, bias=True),
+    "post": Form(places=("post",), centered=True, activation="relu", gated=False, bias=True),
     "many queries": Form(heads=20, key_heads=1, head_size=8, turned=8, hidden=64),
     "wide heads": Form(heads=2, key_heads=1, head_size=80, turned=32, hidden=130, cache=torch.bfloat16),
+    "odd heads": Form(heads=3, key_heads=1, head_size=9, turned=4, cache=torch.bfloat16, window=7),
     "smooth": Form(columns=True, bias=True, cache=torch.bfloat16, window=40),
 }  # fmt: skip
 
@@ -92,8 +93,8 @@ def linear(outputs: int, inputs: int, form: Form, bias: bool | None = None) -> D
 
 
 def norm(size: int, form: Form) -> DecoderNorm:
-    weight, bias = torch.rand(size) + 0.5 - form.offset, torch.randn(size) * 0.1 if form.centred else None
-    return DecoderNorm(weight, bias, 1e-5, form.offset, form.centred)
+    weight, bias = torch.rand(size) + 0.5 - form.offset, torch.randn(size) * 0.1 if form.centered else None
+    return DecoderNorm(weight, bias, 1e-5, form.offset, form.centered)
 
 
 def norms(form: Form) -> DecoderNorms:

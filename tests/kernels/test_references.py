@@ -21,18 +21,18 @@ def same(ours: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_a_norm(centred):
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_norm(centered):
     x, weight, bias, grad = numbers(7, 12), numbers(12, seed=1), numbers(12, seed=2), numbers(7, 12, seed=3)
     leaf = x.clone().requires_grad_()
-    if centred:
+    if centered:
         exact = F.layer_norm(leaf, (12,), weight + 1, bias, 1e-3)
     else:
         exact = F.rms_norm(leaf, (12,), weight + 1, 1e-3) + bias
-    y, stats = rows.norm_reference(x, weight, bias, offset=1.0, eps=1e-3, centred=centred)
+    y, stats = rows.norm_reference(x, weight, bias, offset=1.0, eps=1e-3, centered=centered)
     same(y, exact.detach())
     exact.backward(grad)
-    dx = rows.norm_backward_reference(grad, x, weight, stats, offset=1.0, centred=centred, added=x)
+    dx = rows.norm_backward_reference(grad, x, weight, stats, offset=1.0, centered=centered, added=x)
     same(dx, leaf.grad + x)
 
 

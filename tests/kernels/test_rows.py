@@ -20,7 +20,7 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 @compiled_only
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
-def test_a_norm_and_its_gradient(shape, dtype, centred, offset):
+def test_a_norm_and_its_gradient(shape, dtype, centered, offset):
     count, size = shape
     x, weight, grad, added = (
         t.to(dtype)
@@ -31,8 +31,8 @@ def test_a_norm_and_its_gradient(shape, dtype, centred, offset):
             numbers(count, size, seed=2),
         )
     )
-    bias = numbers(size, seed=3).to(dtype) if centred else None
-    how = {"offset": offset, "eps": 1e-2, "centred": centred}
+    bias = numbers(size, seed=3).to(dtype) if centered else None
+    how = {"offset": offset, "eps": 1e-2, "centered": centered}
     y, stats = rows.norm(x, weight, bias, **how)
     leaf = x.double().requires_grad_()
     exact, _ = rows.norm_reference(leaf, weight.double(), None if bias is None else bias.double(), **how)
@@ -108,7 +108,7 @@ def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
 def test_what_is_not_finite_stays_seen(bad):
     x = torch.ones(2, 32)
     x[1, 5] = bad
-    assert not rows.norm(x, None, None, offset=0.0, eps=1e-6, centred=False)[0][1].isfinite().all()
+    assert not rows.norm(x, None, None, offset=0.0, eps=1e-6, centered=False)[0][1].isfinite().all()
     losses = rows.cross_entropy_(
         x.clone(), torch.zeros(2, dtype=torch.long), torch.ones(2), scale=1.0, softcap=0.0, grad=False
     )

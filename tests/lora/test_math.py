@@ -30,9 +30,9 @@ def _operands(
 
 def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
     seed = torch.Generator().manual_seed(1)
-    towards = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y.dtype)
+    toward = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y.dtype)
     wanted = [t for t in operands.values() if t.requires_grad]
-    return list(torch.autograd.grad(y, wanted, towards))
+    return list(torch.autograd.grad(y, wanted, toward))
 
 
 @settings(max_examples=40, deadline=None)

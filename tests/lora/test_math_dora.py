@@ -35,10 +35,8 @@ def _operands(
 
 
 def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
-    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return list(
-        torch.autograd.grad(y, [t for t in operands.values() if t.requires_grad], towards.to(y.dtype))
-    )
+    toward = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return list(torch.autograd.grad(y, [t for t in operands.values() if t.requires_grad], toward.to(y.dtype)))
 
 
 @settings(max_examples=40, deadline=None)

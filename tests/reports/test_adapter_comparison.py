@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from deltaw.reports.adapter_comparison import compare_adapters
+from deltaw.reports.adapter_comparison import _shared_prefix, compare_adapters
 from tests.export.merge_cases import adapter_folder, base_folder
 from tests.export.test_merge_combine import deltas
 
@@ -69,3 +71,19 @@ def test_on_the_command_line(folders: tuple[Path, Path], capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["inspect", str(folders[0]), str(folders[1]), "--json"])
     assert json.loads(capsys.readouterr().out)["same_base"] is True
+
+
+def test_modules_can_be_told_apart_on_a_narrow_terminal(folders: tuple[Path, Path]) -> None:
+    console = Console(width=80, file=io.StringIO())
+    console.print(compare_adapters(folders[0], folders[0]).render())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "module, in model.layers" in shown
+    assert all(
+        f"{layer}.{name} " in shown for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
+    )
+
+
+def test_what_all_names_lie_in() -> None:
+    assert _shared_prefix(["model.layers.10.q", "model.layers.2.q", "model.layers.2.k"]) == "model.layers"
+    assert _shared_prefix(["model.head"]) == "model"
+    assert _shared_prefix(["a.q", "b.q"]) == _shared_prefix(["q"]) == ""

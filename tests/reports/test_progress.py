@@ -176,7 +176,7 @@ def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path
         assert "exact match 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss 0.4000" in told
         assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
         assert f"next: deltaw chat '{folder}'  # talk with it" in lines
-        assert f"next: deltaw eval '{folder}' --base  # score it beside the base model" in lines
+        assert f"next: deltaw eval '{folder}' --base  # compare it with the base model" in lines
         assert f"report: {folder / 'report.html'}" in lines
         table = [line for line in lines if not line.startswith(("next:", "report:"))]
         assert max(len(line.rstrip()) for line in table) <= width

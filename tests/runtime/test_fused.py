@@ -420,3 +420,27 @@ def test_a_dry_run_on_fake_tensors_decides_alike(family):
     assert found.choice.value == expected.choice.value is True
     assert [b.roles for b in found.blocks] == [b.roles for b in expected.blocks]
     assert [b.told for b in found.blocks] == [b.told for b in expected.blocks]
+
+
+@compiled_only
+def test_weights_that_lie_elsewhere_when_the_backward_comes_are_found():
+    """As where they are let go of after the forward and gathered again."""
+    model = adapted(model_of("Llama"))
+    _, expected = outputs_and_gradients(model, fused=True)
+    left: list[torch.Tensor] = []
+
+    def move(block: nn.Module, inputs: object, output: object) -> None:
+        for parameter in block.parameters():
+            if not parameter.requires_grad:
+                moved = parameter.detach().clone()
+                left.append(parameter.detach().clone())  # keeps the place that was left from being used again
+                with torch.no_grad():
+                    old = parameter.data
+                    parameter.data = moved
+                    old.fill_(float("nan"))
+
+    hooks = [block.register_forward_hook(move) for block in layers_of(model)]
+    _, grads = outputs_and_gradients(model, fused=True)
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected, strict=True))

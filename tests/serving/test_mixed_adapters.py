@@ -131,9 +131,12 @@ def test_weights_of_other_precisions_take_adapters_too(family, precision, tmp_pa
     prompts = drawn_prompts(6, VOCABULARY)
     which = [0, -1, 0, 0, -1, 0]
     logits = Rows(made, [bank.acquire("x").packed], which).step(prompts)
+    exact = [carrier, model]
+    if precision == "bf16":  # the model's own sums in bf16 are as far from those of fp32 as ours
+        exact = [copy.deepcopy(m).float() for m in exact]
     for number, prompt in enumerate(prompts):
         with torch.no_grad():
-            own, base = (m(input_ids=torch.as_tensor(prompt)[None]).logits[0, -1] for m in (carrier, model))
+            own, base = (m(input_ids=torch.as_tensor(prompt)[None]).logits[0, -1] for m in exact)
         expected, other = (base, own) if which[number] < 0 else (own, base)
         assert off(logits[number], expected) < tolerance(model) < off(logits[number], other)
 

@@ -1,7 +1,9 @@
 """One process of a training over several: the command line, with what travels counted, or ended on the way.
 
 Run as ``python -m tests.training.parallel_worker train run.yaml``, with RANK and so on in the environment.
-``COUNTED`` names a file for the bytes of each sum; ``DIES_AT`` is the step at which this process is killed.
+``COUNTED`` names a file for the bytes of each sum; ``DIES_AT`` is the step at which this process is killed;
+``HELD`` names a file for what each step begins with: bytes of the blocks' frozen weights that this process
+holds, of all of them, and whether the blocks run fused.
 """
 
 from __future__ import annotations
@@ -43,9 +45,32 @@ def die_at(step: int) -> None:
     _Loop.own_gradients = dying
 
 
+def note_held(into: Path) -> None:
+    """Note, before each step, what is held of the blocks' frozen weights."""
+    from deltaw.runtime.blocks import blocks_of
+    from deltaw.runtime.fused_blocks import known_in_mode
+
+    inner = _Loop.own_gradients
+
+    def noting(self, *args):
+        model = self.objective.model
+        frozen = [p for p in blocks_of(model)[1].parameters() if not p.requires_grad]
+        whole = sum(p.numel() * p.element_size() for p in frozen)
+        rows = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
+        own = sum(p.numel() * p.element_size() for p in rows)
+        fused = known_in_mode(model, "packed")
+        with into.open("a") as file:
+            file.write(json.dumps([own, whole, bool(fused and fused.choice.value)]) + "\n")
+        return inner(self, *args)
+
+    _Loop.own_gradients = noting
+
+
 if __name__ == "__main__":
     if "COUNTED" in os.environ:
         count_sums(Path(os.environ["COUNTED"]))
     if "DIES_AT" in os.environ:
         die_at(int(os.environ["DIES_AT"]))
+    if "HELD" in os.environ:
+        note_held(Path(os.environ["HELD"]))
     main(sys.argv[1:])

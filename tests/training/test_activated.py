@@ -34,7 +34,7 @@ from deltaw.training.session import assemble, checkpoint_blocks, read_data
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
-from tests.conftest import COLOURS, laid_over, write_rows
+from tests.conftest import COLORS, laid_over, write_rows
 from tests.tiny_models import causal_model
 
 INVOCATION = [5, 7, 9]
@@ -428,7 +428,7 @@ def test_one_epoch_keeps_nothing_on_the_disk(settings, tmp_path, monkeypatch):
 
 def test_text_and_ids_and_endings_of_plain_prompts_invoke(settings, tmp_path):
     file = write_rows(
-        tmp_path / "plain.jsonl", ({"prompt": f"{c}? Answer:", "completion": f" {c[0]}"} for c in COLOURS)
+        tmp_path / "plain.jsonl", ({"prompt": f"{c}? Answer:", "completion": f" {c[0]}"} for c in COLORS)
     )
     tokenizer = byte_tokenizer()
     answer, colon = (tokenizer(text)["input_ids"] for text in ("Answer:", ":"))
@@ -459,14 +459,14 @@ def test_what_cannot_be_trained_so_is_refused(settings, tmp_path):
         fit(settings(**asked, lora={"invocation_tokens": "zz"}))
     talk = [
         {"messages": [{"role": r, "content": f"{c}{n}"} for n, r in enumerate(("user", "assistant") * 2)]}
-        for c in COLOURS
+        for c in COLORS
     ]
     several = write_rows(tmp_path / "talk.jsonl", talk)
     with pytest.raises(UserError, match="labels before the last") as error:
         fit(settings(data={"train": str(several)}))
     assert "data.labels: last" in error.value.hint
     fit(settings(data={"train": str(several), "labels": "last"}, train={"max_steps": 1}))
-    labels = write_rows(tmp_path / "labels.jsonl", ({"text": c, "label": c[0]} for c in COLOURS * 2))
+    labels = write_rows(tmp_path / "labels.jsonl", ({"text": c, "label": c[0]} for c in COLORS * 2))
     with pytest.raises(UserError, match="models that write an answer"):
         fit(settings(task="sequence-classification", data={"train": str(labels)}))
 

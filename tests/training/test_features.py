@@ -53,7 +53,7 @@ def causal_rows(count=12):
     return rows
 
 
-def labelled_rows(count=12, kind=int):
+def labeled_rows(count=12, kind=int):
     draw = np.random.default_rng(0)
     return [
         LabelledExample(n, draw.integers(3, VOCABULARY, draw.integers(3, 20)).astype(np.int32), kind(n % 3))
@@ -61,7 +61,7 @@ def labelled_rows(count=12, kind=int):
     ]
 
 
-def labelled_model(family, **more):
+def labeled_model(family, **more):
     torch.manual_seed(0)
     config, kind = LABELLED[family]
     return kind(config(**B, num_hidden_layers=2, num_labels=3, pad_token_id=0, **more)).eval()
@@ -185,9 +185,9 @@ def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
     ],
 )
 def test_classifiers_train_the_same(family, modules, tmp_path):
-    model = train_head(labelled_model(family), *modules)
+    model = train_head(labeled_model(family), *modules)
     batcher = LabelMicroBatcher(64, "cpu", segments=False)
-    rows = labelled_rows()
+    rows = labeled_rows()
     cached, _ = both_ways(
         model, lambda m: LabelObjective(m, "sequence-classification"), batcher, rows, tmp_path
     )
@@ -201,7 +201,7 @@ def test_a_regression_trains_the_same(tmp_path):
     config = transformers.BertConfig(**B, num_hidden_layers=2, num_labels=1)
     model = train_head(transformers.BertForSequenceClassification(config).eval(), "classifier")
     batcher = LabelMicroBatcher(64, "cpu")
-    both_ways(model, lambda m: LabelObjective(m, "regression"), batcher, labelled_rows(kind=float), tmp_path)
+    both_ways(model, lambda m: LabelObjective(m, "regression"), batcher, labeled_rows(kind=float), tmp_path)
 
 
 class _Encoder:
@@ -393,7 +393,7 @@ def test_evaluations_are_the_same_with_and_without(tmp_path):
             assert found.metrics == pytest.approx(usual.metrics, rel=1e-5)
             np.testing.assert_allclose(found.per_row, usual.per_row, rtol=1e-5)
         cached.close()
-    model, rows = train_head(labelled_model("bert"), "classifier"), labelled_rows()
+    model, rows = train_head(labeled_model("bert"), "classifier"), labeled_rows()
     objective, batcher = LabelObjective(model, "sequence-classification"), LabelMicroBatcher(64, "cpu")
     cached, _ = cached_prefix(model, objective, batcher, rows, folder=tmp_path)
     usual = evaluate_labels(objective, rows, batcher)

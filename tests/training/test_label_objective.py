@@ -1,4 +1,4 @@
-"""The objective of labelled rows on encoders, decoders and image models, and how they are judged."""
+"""The objective of labeled rows on encoders, decoders and image models, and how they are judged."""
 
 from __future__ import annotations
 

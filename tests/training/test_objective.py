@@ -47,9 +47,9 @@ def row_by_row(model, examples):
     for example in examples:
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
         logits = model(input_ids=tokens[None], use_cache=False).logits[0].float()
-        labelled = torch.from_numpy(np.flatnonzero(example.is_label))
+        labeled = torch.from_numpy(np.flatnonzero(example.is_label))
         total = total + torch.nn.functional.cross_entropy(
-            logits[labelled - 1], tokens[labelled], reduction="sum"
+            logits[labeled - 1], tokens[labeled], reduction="sum"
         )
     return total
 

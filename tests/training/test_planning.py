@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -41,6 +42,7 @@ from deltaw.training.fit import Result, fit, load_for, read_data
 from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
 from deltaw.training.session import assemble
+from deltaw.working import listening
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import RATES, laid_over, write_rows
 
@@ -380,6 +382,16 @@ def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of
     assert list(refused) == ["prompt"] and "does not read tokens" in refused["prompt"].what
     with pytest.raises(UserError, match="does not read tokens"):
         plan_each(config_of("vit", "prompt"), task, data, ["prompt", "head"], refused=refused.setdefault)
+
+
+def test_the_dry_run_does_not_tell_of_evaluations_and_drift(config_of):
+    works: list[str] = []
+    told = SimpleNamespace(began=lambda what, _: works.append(what), advanced=str, ended=lambda: None)
+    config = config_of("llama", "lora", train={"drift": True})
+    task, data = read_data(config)
+    with listening(told):
+        plan_run(config, task, data)
+    assert works == ["planning the memory of method lora"]
 
 
 # --- a run begins with its plan --------------------------------------------------------------------------

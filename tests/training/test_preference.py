@@ -27,7 +27,7 @@ from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.preference import PreferenceTask
 from tests.byte_models import byte_tokenizer, tiny_llama
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 from tests.training.test_checkpoints import assert_same_run
 from tests.training.test_losses import METHODS, adapted, gradients, log_prob, pairs
 
@@ -145,7 +145,7 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
         for parameter in policy.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     texts = [
-        {"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLOURS)
+        {"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)
     ]
     trainer = DPOTrainer(
         model=policy,
@@ -238,7 +238,7 @@ def test_settings_that_do_not_fit_the_loss_or_the_task_are_refused(settings, tmp
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory):
     """Ten questions; the first letter is the chosen answer, the next two are the rejected one."""
-    rows = [{"prompt": f"paint it {c}", "chosen": c[0], "rejected": c[1:3]} for c in COLOURS]
+    rows = [{"prompt": f"paint it {c}", "chosen": c[0], "rejected": c[1:3]} for c in COLORS]
     return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
 
 

@@ -16,7 +16,7 @@ from deltaw.training.data_view import shown_rows
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run, with_saved_template
 from tests.byte_models import tiny_llama
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of
 
 
@@ -64,15 +64,15 @@ def run(folder: Path, model: str, rows: Path, **data: object) -> Path:
 )
 def test_a_trained_model_ends_its_turn_by_itself(tmp_path: Path, family: str, end: str) -> None:
     rows = write_rows(
-        tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLOURS)
+        tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLORS)
     )
     trained = run(tmp_path, model_in(tmp_path / "model", family), rows)
     opened = open_run(str(trained), say=lambda line: None)
-    prompts = [encode_prompt(f"paint it {c}: ", opened.data or "auto", opened.tokenizer) for c in COLOURS]
+    prompts = [encode_prompt(f"paint it {c}: ", opened.data or "auto", opened.tokenizer) for c in COLORS]
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=40)
     assert all(answer.stopped for answer in answers)
     assert {opened.tokenizer.convert_ids_to_tokens(answer.terminator) for answer in answers} == {end}
-    right = sum(answer.text.strip().endswith(f"{c[0]}!") for answer, c in zip(answers, COLOURS, strict=True))
+    right = sum(answer.text.strip().endswith(f"{c[0]}!") for answer, c in zip(answers, COLORS, strict=True))
     assert right >= 8
 
 
@@ -111,9 +111,7 @@ def test_a_template_with_a_fault_is_refused_before_anything_else(tmp_path: Path,
 
 
 def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings) -> None:
-    rows = write_rows(
-        tmp_path / "d.jsonl", ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS)
-    )
+    rows = write_rows(tmp_path / "d.jsonl", ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS))
     rows.write_text(rows.read_text() + '{"prompt": 3, "completion": "x"}\n{broken\n')
     data = {"train": str(rows), "bad_rows": "skip"}
     output = fit(settings(tmp_path / "run", data=data, train={"max_steps": 1})).output

@@ -177,3 +177,7 @@ def test_commands_quote_the_folder(tmp_path):
         "chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)]
     )
     assert not any("chat" in e["command"] for e in next_commands(tmp_path, "finished", "head", False))
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    for state, resume in (("finished", " --train.epochs N"), ("failed", "")):
+        told = [entry["command"] for entry in next_commands(tmp_path, state, "head", False)]
+        assert f"deltaw train --resume {tmp_path}{resume}" in told

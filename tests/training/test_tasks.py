@@ -28,7 +28,7 @@ def toy():
 @pytest.fixture
 def run_settings(settings, tmp_path):
     """Answers in capitals are preferred."""
-    words = ("red", "blue", "green", "black", "white", "pink", "grey", "teal")
+    words = ("red", "blue", "green", "black", "white", "pink", "gray", "teal")
     rows = [{"prompt": f"say {w}: ", "chosen": w.upper(), "rejected": w.title()} for w in words]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
     train = {"epochs": 8, "batch_size": 3}

@@ -43,9 +43,9 @@ def check_type(dtype: torch.dtype) -> None:
     signed, scale = linear.quantized_rows(weight)
     exact, _ = linear.linear_reference(x.double(), signed, scale=scale.double())
     check("an int8 product", linear.linear(x, signed, scale=scale)[0], exact, max(bound, 2e-4))
-    y, _ = rows.norm(x, numbers(96, dtype=dtype), None, offset=0.0, eps=1e-5, centred=False)
+    y, _ = rows.norm(x, numbers(96, dtype=dtype), None, offset=0.0, eps=1e-5, centered=False)
     exact, _ = rows.norm_reference(
-        x.double(), numbers(96, dtype=dtype).double(), None, offset=0.0, eps=1e-5, centred=False
+        x.double(), numbers(96, dtype=dtype).double(), None, offset=0.0, eps=1e-5, centered=False
     )
     check("a norm", y, exact, bound)
     layout = Layout.of_lengths([40, 30])

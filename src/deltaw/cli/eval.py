@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 @click.option(
     "--data", default=None, help="a file, hub id or package member; by default the run's held-out rows"
 )
+@click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
-@click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows")
+@click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows of a set")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 def command(
     run: str,
     data: str | None,
+    names: tuple[str, ...],
     with_base: bool,
     rows: int | None,
     max_new_tokens: int | None,
@@ -59,47 +61,98 @@ def command(
     """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
     out = console(as_json)
     with working("starting"):
-        from deltaw.data.example import Example
-        from deltaw.data.settings import DataSettings
-        from deltaw.reports.scores import answer_table, confusion_table, score_table
         from deltaw.serving.opening import SessionWriter
         from deltaw.training.inference import open_run, score_run
-        from deltaw.training.tasks.eval_sets import read_run_data
+    if data is not None and names:
+        raise UserError(
+            "--set chooses among the run's own sets", where="--data", hint="leave out one of the two"
+        )
     opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
+    sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, out).items()}
+    _say_not_invoked(opened, sets, out)
+    writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
+
+    def scored() -> dict[str, Score]:
+        """Each set's score, as the model is now."""
+        found = {}
+        for name, examples in sets.items():
+            with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
+                found[name] = score_run(
+                    opened,
+                    examples,
+                    max_new_tokens=max_new_tokens,
+                    on_progress=lambda done, total, advance=advance: advance(done),
+                    writer=writer,
+                )
+        return found
+
+    by_model: dict[str, dict[str, Score]] = {}
+    if with_base:
+        with opened.base():
+            by_model["base"] = scored()
+    by_model["adapter" if opened.adapter else "model"] = scored()
+    for name, examples in sets.items():
+        if name:
+            count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
+            out.print(f"\n{name}: {count}", highlight=False, markup=False)
+        _print_scores({model: found[name] for model, found in by_model.items()}, shown, out)
+    drift = _drift(opened, out, general) if with_drift else None
+    if as_json:
+        found = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
+        print_json(found | {"drift": None if drift is None else drift.as_dict()})
+
+
+def _rows_by_set(
+    opened: InferenceSession, run: str, data: str | None, names: Sequence[str], out: Console
+) -> dict[str, Sequence[Any]]:
+    """The rows to evaluate on by the name of their set, which is empty where there is one set without a name.
+
+    Raises:
+        UserError: there are none, or no set of such a name.
+    """
+    from deltaw.data.settings import DataSettings
+    from deltaw.training.tasks.eval_sets import read_run_data
+
+    sets: dict[str, Sequence[Any]]
     if data is not None:
-        settings = opened.data or DataSettings(train=data)
-        examples, report = opened.task.read_file(data, settings, opened.classes)
+        examples, report = opened.task.read_file(
+            data, opened.data or DataSettings(train=data), opened.classes
+        )
+        sets, lines = {"": examples}, report.lines()
     elif opened.config is not None:
-        held_out = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed)
-        examples, report = held_out.held_out, held_out.report
+        lines = []
+        found = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed, say=lines.append)
+        sets, lines = dict(found.sets), [*found.report.lines(), *lines]
     else:
         raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")
-    for line in report.lines():
-        out.print(line)
-    if not examples:
+    for line in lines:
+        out.print(line, highlight=False, markup=False)
+    if unknown := [name for name in names if name not in sets]:
+        there = [name for name in sets if name]
+        hint = f"it has {', '.join(there)}" if there else "it has one set without a name; leave out --set"
+        raise UserError(f"the run has no evaluation set '{unknown[0]}'", where=run, hint=hint)
+    sets = {name: found for name, found in sets.items() if len(found) and (not names or name in names)}
+    if not sets:
         raise UserError("the run held no rows out", where=run, hint="name a file with --data")
-    examples = examples[:rows]
-    prompts = [e.tokens[: e.prompt_length] for e in examples if isinstance(e, Example) and e.prompt_length]
+    return sets
+
+
+def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]], out: Console) -> None:
+    """How many prompts lack the invocation sequence of an activated adapter."""
+    from deltaw.data.example import Example
+
+    rows = [row for examples in sets.values() for row in examples]
+    prompts = [
+        row.tokens[: row.prompt_length] for row in rows if isinstance(row, Example) and row.prompt_length
+    ]
     if (lacking := opened.not_invoked(prompts)) is not None:
         out.print(lacking, highlight=False, markup=False)
 
-    writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
 
-    def scored() -> Score:
-        with working("evaluating", len(examples)) as advance:
-            return score_run(
-                opened,
-                examples,
-                max_new_tokens=max_new_tokens,
-                on_progress=lambda done, total: advance(done),
-                writer=writer,
-            )
+def _print_scores(scores: Mapping[str, Score], shown: int, out: Console) -> None:
+    """One set's metrics by model, and ``shown`` answers."""
+    from deltaw.reports.scores import answer_table, confusion_table, score_table
 
-    scores: dict[str, Score] = {}
-    if with_base:
-        with opened.base():
-            scores["base"] = scored()
-    scores["adapter" if opened.adapter else "model"] = scored()
     intervals = {name: (s.evaluation.main, s.evaluation.interval) for name, s in scores.items()}
     out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
     last = list(scores.values())[-1].evaluation
@@ -107,16 +160,29 @@ def command(
         out.print(confusion_table(last.classes, last.confusion))
     if shown and any(s.answers for s in scores.values()):
         out.print(answer_table(_side_by_side(scores, shown)))
-    drift = _drift(opened, out, general) if with_drift else None
-    if as_json:
-        result: dict[str, object] = {"eval": last.as_dict(), "score": last.score(), "rows": len(examples)}
-        result["drift"] = None if drift is None else drift.as_dict()
-        if last.confusion is not None:
-            result |= {"classes": list(last.classes), "confusion": last.confusion.tolist()}
-        if with_base:
-            base = scores["base"].evaluation
-            result |= {"base": base.as_dict(), "base_score": base.score()}
-        print_json(result)
+
+
+def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int]) -> dict[str, object]:
+    """What ``--json`` prints of the scores: by set if sets have names, as in a run's own result."""
+
+    def named(values: Mapping[str, object]) -> object:
+        return values[""] if "" in values else dict(values)
+
+    last = {name: score.evaluation for name, score in list(by_model.values())[-1].items()}
+    first = next(iter(last))
+    found = {
+        "eval": named({name: one.as_dict() for name, one in last.items()}),
+        "score": last[first].score(),
+        "rows": named(rows),
+    }
+    if confusion := {name: one.confusion for name, one in last.items() if one.confusion is not None}:
+        counts = named({name: one.tolist() for name, one in confusion.items()})
+        found |= {"classes": list(last[first].classes), "confusion": counts}
+    if "base" in by_model:
+        base = {name: score.evaluation for name, score in by_model["base"].items()}
+        scores = named({name: one.as_dict() for name, one in base.items()})
+        found |= {"base": scores, "base_score": base[first].score()}
+    return found
 
 
 def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None:

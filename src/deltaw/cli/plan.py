@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     "--picture", default=None, type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file"
 )
 @click.option("--budget", default=None, help="search for settings that fit into so much memory, such as 6GB")
+@click.option(
+    "--processes",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="plan one of so many processes that train together; with train.sharding base they share weights",
+)
 @settings_flags
 @json_flag
 def command(
@@ -33,6 +40,7 @@ def command(
     methods: str,
     picture: str | None,
     budget: str | None,
+    processes: int,
     as_json: bool,
     **given: str | None,
 ) -> None:
@@ -40,7 +48,7 @@ def command(
     model's configuration and the rows, no weights."""
     from deltaw.config import RunConfig
     from deltaw.reports.plan import budget_table, picture_kind
-    from deltaw.training.planning.asked import chosen_methods, parse_bytes
+    from deltaw.training.planning.asked import chosen_methods, of_each, parse_bytes
     from deltaw.training.planning.remembered import recalled
 
     out = console(as_json)
@@ -53,7 +61,8 @@ def command(
     if known is not None:
         for line in known.lines:
             out.print(line, highlight=False)
-        _show(known.plans, config.method, picture, out, as_json)
+        plans = {name: of_each(plan, config.train.sharding, processes) for name, plan in known.plans.items()}
+        _show(plans, config.method, picture, out, as_json)
         return
 
     from deltaw.training.session import read_data
@@ -62,7 +71,7 @@ def command(
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
-        found = fitting_settings(config, task, data, size, names, say=out.print)
+        found = fitting_settings(config, task, data, size, names, say=out.print, processes=processes)
         out.print(budget_table(found))
         if as_json:
             print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
@@ -75,6 +84,7 @@ def command(
         data,
         names,
         refused=lambda method, error: out.print(f"{method}: {error.what}", highlight=False),
+        processes=processes,
     )
     if not plans:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -44,12 +45,16 @@ class TextSettings:
         """Itself, where texts can be written so; asked before a model is loaded.
 
         Raises:
-            UserError: a stop string or a constraint is no text, or there are two constraints.
+            UserError: a stop string or a constraint is no text, there are two constraints, or the
+                package that constrains texts is missing.
         """
         for stop in self.stop:
             if not as_text(stop, "--stop"):
                 raise UserError("a stop string is empty", where="--stop", hint="leave it out")
-        self.constraint()
+        if self.constraint() is not None and find_spec("llguidance") is None:
+            raise UserError(
+                "constrained texts need the package llguidance", hint="pip install 'deltaw[serve]'"
+            )
         return self
 
     def constraint(self) -> Constraint | None:

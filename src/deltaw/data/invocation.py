@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Tokens that a derived sequence has at most. It is there to be found again, and the last occurrence counts.
 LONGEST = 16
 # Questions that end differently, so that nothing of theirs is taken for the opening of an answer.
-_QUESTIONS = ("Why?", "Name a colour", "7 + 5 =", "Thank you.")
+_QUESTIONS = ("Why?", "Name a color", "7 + 5 =", "Thank you.")
 
 
 def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:

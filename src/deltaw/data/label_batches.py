@@ -1,4 +1,4 @@
-"""Labelled rows become batches: texts side by side, padded as little as pays, or images of one size.
+"""Labeled rows become batches: texts side by side, padded as little as pays, or images of one size.
 
 Knows tokens, pixels and labels; not files or models.
 """
@@ -50,7 +50,7 @@ class LabelBatch:
 
 @dataclass(frozen=True)
 class LabelMicroBatcher:
-    """How labelled rows go through a model.
+    """How labeled rows go through a model.
 
     Attributes:
         tokens_per_pass: the most tokens at once, padding included, unless one row alone has more.

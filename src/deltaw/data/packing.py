@@ -198,7 +198,7 @@ def pack(
     before = np.arange(layout.length) - 1
     for start, parent in zip(layout.starts, layout.parents, strict=True):
         before[start] = layout.stops[parent] - 1 if parent >= 0 else -1
-    labelled = np.flatnonzero((weights > 0) & (before >= 0))
+    labeled = np.flatnonzero((weights > 0) & (before >= 0))
     return Batch(
         inputs={
             "input_ids": _tensor(tokens, device)[None],
@@ -206,14 +206,14 @@ def pack(
             "packed_layout": layout,
             **_active(rows, active[None], device),
         },
-        predictors=_tensor(before[labelled], device),
-        targets=_tensor(tokens[labelled], device),
-        weights=to_device(torch.from_numpy(weights[labelled]), device),
+        predictors=_tensor(before[labeled], device),
+        targets=_tensor(tokens[labeled], device),
+        weights=to_device(torch.from_numpy(weights[labeled]), device),
         rows=len(rows),
         row_tokens=sum(len(row.tokens) for row in rows),
         tokens=layout.length - filler,
         members=members,
-        asked=_tensor(np.unique(before[labelled]), device),
+        asked=_tensor(np.unique(before[labeled]), device),
         groups=_groups(examples, order),
     )
 
@@ -229,9 +229,9 @@ def pad(examples: Sequence[Item], *, device: str | torch.device = "cpu") -> Batc
         active[place, row.shareable : len(row.tokens)] = True
         begin = place * longest
         members.append(Member(row, np.arange(begin, begin + len(row.tokens))))
-        labelled = np.flatnonzero(row.is_label[1:]) + 1
-        predictors.append(begin + labelled - 1)
-        targets.append(row.tokens[labelled])
+        labeled = np.flatnonzero(row.is_label[1:]) + 1
+        predictors.append(begin + labeled - 1)
+        targets.append(row.tokens[labeled])
     where = np.concatenate(predictors)
     return Batch(
         inputs={

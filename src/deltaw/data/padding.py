@@ -1,6 +1,6 @@
 """Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
 
-Rows of language models that cannot run packed, and labelled texts, are padded by the same functions. Padding
+Rows of language models that cannot run packed, and labeled texts, are padded by the same functions. Padding
 is masked by length, whatever token id it has.
 """
 

@@ -1,22 +1,19 @@
 """A base model's weight files, and which of their tensors is which parameter of the model.
 
-Files are not always named as the model's modules are: the base model's prefix may be missing, transformers
-renames, and it may build one parameter of several tensors (experts that are fused while they are loaded).
-Its own rules say which (``conversion_mapping``), applied to the names alone; no weight is read.
+Files are not always named as the model's modules are, see :mod:`deltaw.hub.tensor_names`. No weight is read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
 from deltaw.export.tensor_files import StoredTensor, read_header
+from deltaw.hub.tensor_names import Names, Renaming, names_on_disk
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,22 +31,6 @@ class Checkpoint:
     folder: Path
     tensors: dict[str, StoredTensor]
     files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Names:
-    """How a checkpoint's tensors and a model's parameters belong together.
-
-    Attributes:
-        stored: by a parameter's or buffer's name, its name on disk.
-        converted: by a parameter that is built of several tensors, or of one that is changed on the way: the
-            tensors' names on disk.
-        unused: on disk, and not in the model.
-    """
-
-    stored: dict[str, str]
-    converted: dict[str, list[str]]
-    unused: list[str]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -74,29 +55,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors, tuple(files))
 
 
-def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, object]) -> Names:
-    """Which tensor of a checkpoint is which parameter of ``model``.
-
-    Args:
-        model: need not have values; its weights' names and its class count.
-        tensors: by their names on disk.
-    """
-    known: dict[str, Tensor] = dict(model.state_dict())
-    stored: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
-    unused = []
-    renamed = _Renaming(model, known)
-    for name in tensors:
-        target, changed = renamed(name)
-        if target not in known:
-            unused.append(name)
-        elif changed:
-            converted.setdefault(target, []).append(name)
-        else:
-            stored[target] = name
-    return Names(stored, converted, unused)
-
-
 def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None:
     """A name on disk that transformers will read as ``parameter``; None where none is found.
 
@@ -104,7 +62,7 @@ def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None
     """
     if parameter in names.stored:
         return names.stored[parameter]
-    renamed = _Renaming(model, dict(model.state_dict()))
+    renamed = Renaming(model, dict(model.state_dict()))
     taken = {*names.stored.values(), *names.unused, *(n for some in names.converted.values() for n in some)}
     prefix = f"{model.base_model_prefix}."
     candidates = [parameter, parameter.removeprefix(prefix)]
@@ -116,25 +74,6 @@ def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None
         if candidate not in taken and renamed(candidate) == (parameter, False):
             return candidate
     return None
-
-
-class _Renaming:
-    """transformers' own renaming of a name on disk, and whether the tensor itself is changed."""
-
-    def __init__(self, model: PreTrainedModel, known: dict[str, Tensor]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(model)
-        self._rename = rename_source_key
-        self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._known = known
-
-    def __call__(self, name: str) -> tuple[str, bool]:
-        target, converter = self._rename(name, self._renamings, self._converters, self._prefix, self._known)
-        return target, converter is not None
 
 
 def _files_of_index(path: Path) -> list[str]:
@@ -159,3 +98,6 @@ def _files_of_index(path: Path) -> list[str]:
                 f"the weight file '{file}' is missing", where=str(path.parent), hint="fetch the model again"
             )
     return files
+
+
+__all__ = ["Checkpoint", "Names", "name_for", "names_on_disk", "read_checkpoint"]

@@ -306,14 +306,14 @@ def _moved(kept: Sequence[Tensor], others: Iterator[Tensor]) -> Movement:
 class _Questions:
     """Rows, and how their logits are had from a model."""
 
-    def __init__(self, opened: InferenceSession, rows: Sequence[Any], *, labelled: bool) -> None:
+    def __init__(self, opened: InferenceSession, rows: Sequence[Any], *, labeled: bool) -> None:
         self._opened = opened
         self._rows = rows
-        self._labelled = labelled
+        self._labeled = labeled
 
     def logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
         """(positions, outputs) in fp32 of each row."""
-        if self._labelled:
+        if self._labeled:
             yield from self._of_labels(model)
             return
         left = KEPT_BYTES
@@ -364,8 +364,8 @@ def _questions(opened: InferenceSession, say: Say) -> tuple[_Questions, str]:
     if len(rows):
         chosen = [rows[index] for index in range(0, len(rows), max(1, len(rows) // ROWS))][:ROWS]
         if opened.task.has_labels:
-            return _Questions(opened, chosen, labelled=True), where
-        return _Questions(opened, [row.tokens for row in _single(chosen)], labelled=False), where
+            return _Questions(opened, chosen, labeled=True), where
+        return _Questions(opened, [row.tokens for row in _single(chosen)], labeled=False), where
     if opened.task.tokenizer is None:
         raise UserError(
             f"{why}, and there are no images to verify the merged model on",
@@ -375,7 +375,7 @@ def _questions(opened: InferenceSession, say: Say) -> tuple[_Questions, str]:
     say(f"{why}: verifying on general prompts")
     tokenizer, settings = opened.task.tokenizer, opened.data
     prompts = [encode_prompt(prompt, settings or "auto", tokenizer) for prompt in MEASURED[:ROWS]]
-    return _Questions(opened, [p for p in prompts if len(p)], labelled=False), "general prompts"
+    return _Questions(opened, [p for p in prompts if len(p)], labeled=False), "general prompts"
 
 
 def _single(rows: Sequence[Any]) -> Iterator[Any]:

@@ -72,7 +72,7 @@ def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> P
             model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED
         )
     except hub_errors.GatedRepoError as error:
-        hint = "accept its licence on the hub, and log in or set HF_TOKEN"
+        hint = "accept its license on the hub, and log in or set HF_TOKEN"
         raise UserError("access to the model is restricted", where=model_id, hint=hint) from error
     except hub_errors.RevisionNotFoundError as error:
         hint = "give a branch, tag or commit that the model has, or none for the newest"

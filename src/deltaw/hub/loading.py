@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -68,6 +69,21 @@ class LoadedModel:
     kernels: KernelChoice | None = None
 
 
+class Weights(Protocol):
+    """Makes a model from its folder: the model, the names of the tensors that its files lack, and the
+    attention that it ended up with."""
+
+    def __call__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        task: str,
+        dtype: str,
+        attention: str,
+        trust_remote_code: bool,
+    ) -> tuple[PreTrainedModel, list[str], Choice[str]]: ...
+
+
 def load(
     reference: str,
     *,
@@ -79,6 +95,7 @@ def load(
     say: Callable[[str], None] = say_on_stderr,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    weights: Weights | None = None,
 ) -> LoadedModel:
     """Load the model that ``reference`` means, with its tokenizer.
 
@@ -95,6 +112,7 @@ def load(
         say: told what takes long, a line each.
         attention: the implementation that transformers dispatches to.
         trust_remote_code: run the Python files that came with the model.
+        weights: reads the weights and puts them where they belong; None reads all of them.
 
     Raises:
         UserError: the reference leads nowhere, the weights are damaged or incomplete, the architecture does
@@ -122,14 +140,17 @@ def load(
         if typed.value == "gguf":
             model, missing, used = _blocks(source.path, folder, config, task, attention, trust_remote_code)
         else:
-            model, missing, used = _weights(folder, config, task, typed.value, attention, trust_remote_code)
+            model, missing, used = (weights or _weights)(
+                folder, config, task, typed.value, attention, trust_remote_code
+            )
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
         say(f"new, not from the model's files: {', '.join(new_modules)}")
     model.requires_grad_(False).eval()
-    # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
-    nn.Module.to(model, placed.value)
+    if weights is None:
+        # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
+        nn.Module.to(model, placed.value)
     tokenizer = tokenizer_in(folder, trust_remote_code)
     return LoadedModel(
         model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels

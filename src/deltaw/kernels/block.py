@@ -59,7 +59,7 @@ class NormTensors(Protocol):
     @property
     def offset(self) -> float: ...
     @property
-    def centred(self) -> bool: ...
+    def centered(self) -> bool: ...
 
 
 class NormsOfHalf(Protocol):
@@ -146,6 +146,8 @@ class Block:
         parallel: bool,
         turned: int,
     ) -> None:
+        self._made_of = attention, mlp, dtype, parallel, turned
+        self._places = _places(attention, mlp)
         layers = _layers(attention, mlp)
         norms = _norms(attention, mlp)
         # What the parts point to, and the structs of weights in blocks.
@@ -179,6 +181,14 @@ class Block:
         self._at = ctypes.addressof(self._parts)
         self._sizes = (_L * 3)()
         self._sizes_of = (-1, -1)
+
+    def settled(self) -> Block:
+        """This block, or one made anew where its tensors lie elsewhere by now, as weights do that were let go
+        of after a forward and gathered again for the backward."""
+        attention, mlp, dtype, parallel, turned = self._made_of
+        if _places(attention, mlp) == self._places:
+            return self
+        return Block(attention, mlp, dtype=dtype, parallel=parallel, turned=turned)
 
     def forward(
         self,
@@ -303,10 +313,17 @@ def _norms(attention: AttentionTensors, mlp: MLPTensors) -> list[NormTensors | N
     return [*halves, attention.query_norm, attention.key_norm]
 
 
+def _places(attention: AttentionTensors, mlp: MLPTensors) -> list[int]:
+    """Where the frozen tensors of a block lie."""
+    tensors = [t for of in _layers(attention, mlp) if of is not None for t in (of.weight, of.bias)]
+    tensors += [t for of in _norms(attention, mlp) if of is not None for t in (of.weight, of.bias)]
+    return [t.data_ptr() for t in tensors if t is not None]
+
+
 def _norm(of: NormTensors | None) -> RowNorm:
     if of is None:
         return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centred, True)
+    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
 
 
 def _blocks(of: LinearTensors) -> BlockWeight | None:

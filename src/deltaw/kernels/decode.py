@@ -33,7 +33,9 @@ from deltaw.kernels.decode_reference import (
     cached,
     end_reference,
     in_panels,
+    numbers_of_head,
 )
+from deltaw.kernels.large_pages import in_one_piece, large_empty
 
 __all__ = [
     "Decoder",
@@ -55,10 +57,11 @@ class Pages:
 
     Attributes:
         data: (count, numbers), one block of memory, which the system provides as pages are first written.
+            The order of numbers is that of whichever implementation writes them.
     """
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.data = torch.empty(count, numbers, dtype=dtype)
+        self.data = large_empty(count * numbers, dtype).view(count, numbers)
 
     @property
     def count(self) -> int:
@@ -75,8 +78,8 @@ class Pages:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter's factors as a decoder reads them: A (r, in) and B in panels
-    (⌈out / 64⌉, r, 64) with the scaling in it, as csrc/decode.h says.
+    """An adapter's factors as a decoder reads them, in one piece of memory: A (r, in), and B in panels with
+    the scaling in it, as csrc/decode.h says.
 
     Args:
         factors: by (number of the block, name of the layer); the head's by (-1, "head").
@@ -135,7 +138,7 @@ class Decoder:
             final_norm.check(self.hidden)
         self.offsets = [0]
         for block in self.blocks:
-            numbers = 2 * block.key_heads * block.head_size * PAGE_TOKENS
+            numbers = block.key_heads * numbers_of_head(block.head_size, cache_dtype) * PAGE_TOKENS
             self.offsets.append(self.offsets[-1] + numbers)
         self._compiled = compiled.CompiledDecoder(
             compiled.Parts(
@@ -182,8 +185,9 @@ class Decoder:
                 own = A.detach().float().t().to(dtype), (B.detach().float() * scaling).to(dtype)
             if rank:
                 place = (-1, HEAD) if name == HEAD else (number, name)
-                packed[place] = own[0].clone(memory_format=torch.contiguous_format), in_panels(own[1])
-        return PackedAdapter(packed, compiled.adapter_table(packed, len(self.blocks)))
+                packed[place] = own[0], in_panels(own[1])
+        together = _in_one_piece(packed)
+        return PackedAdapter(together, compiled.adapter_table(together, len(self.blocks)))
 
     def _layer(self, number: int, name: str) -> DecoderLinear:
         if name == HEAD and number in (-1, len(self.blocks)):
@@ -247,6 +251,21 @@ class Decoder:
         indices = (positions, sequence, page_table, adapter, wanted)
         whole = (t.contiguous() for t in indices)
         return self._compiled.step(pages.data, hidden.contiguous(), tables, *whole)
+
+
+# Which phase of a block, or behind all blocks, reads a layer's factors.
+_PHASE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3, HEAD: 4}
+
+
+def _in_one_piece(
+    factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]],
+) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    """The factors in the order in which a step reads them: of each phase the As, then the Bs."""
+    order = [(number, _PHASE[name], half, name) for number, name in factors for half in (0, 1)]
+    order.sort(key=lambda at: (at[3] == HEAD, *at[:3]))
+    copies = in_one_piece([factors[number, name][half] for number, _, half, name in order])
+    lie = {(number, name, half): copy for (number, _, half, name), copy in zip(order, copies, strict=True)}
+    return {(number, name): (lie[number, name, 0], lie[number, name, 1]) for number, name in factors}
 
 
 @torch.no_grad()

@@ -145,4 +145,4 @@ def _half(norms: DecoderNorms) -> HalfNorms:
 def _norm(of: DecoderNorm | None) -> RowNorm:
     if of is None:
         return RowNorm()
-    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centred, True)
+    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)

@@ -74,7 +74,7 @@ class DecoderNorm:
     bias: Tensor | None = None
     eps: float = 1e-5
     offset: float = 0.0
-    centred: bool = False
+    centered: bool = False
 
     def check(self, size: int) -> None:
         """Raises ValueError where this is no norm over ``size`` numbers."""

@@ -25,7 +25,7 @@ from deltaw.kernels.rows import activation_reference, norm_reference, rotate_ref
 
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.
 Factors = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
-FACTOR_PANEL = 64  # outputs of a panel of B; the kernel's own number
+FACTOR_PANEL = 16  # outputs of a panel of B; the kernel's own number
 
 
 @dataclass
@@ -68,13 +68,35 @@ class Tokens:
 
 
 def in_panels(B: Tensor) -> Tensor:
-    """B (r, out) as (⌈out / 64⌉, r, 64), filled up with zeros: what some outputs need lies together."""
-    filled = torch.nn.functional.pad(B, (0, -B.shape[1] % FACTOR_PANEL))
-    return filled.unflatten(1, (-1, FACTOR_PANEL)).transpose(0, 1).contiguous()
+    """B (r, out) in panels of 16 outputs, filled up with zeros: what some outputs need lies together.
+
+    Returns:
+        (⌈out / 16⌉, r, 16) in fp32; in bf16 (⌈out / 16⌉, ⌈r / 2⌉, 16, 2), two rows interleaved.
+    """
+    pairs = 1 if B.dtype == torch.float32 else 2
+    filled = torch.nn.functional.pad(B, (0, -B.shape[1] % FACTOR_PANEL, 0, -B.shape[0] % pairs))
+    panels = filled.unflatten(1, (-1, FACTOR_PANEL)).transpose(0, 1)
+    if pairs == 2:
+        panels = panels.unflatten(1, (-1, 2)).transpose(2, 3)
+    return panels.contiguous()
+
+
+def _of_panels(panels: Tensor, rank: int, outputs: int) -> Tensor:
+    """B (r, out) again."""
+    if panels.dim() == 4:
+        panels = panels.transpose(2, 3).flatten(1, 2)
+    return panels.transpose(0, 1).flatten(1)[:rank, :outputs]
+
+
+def numbers_of_head(size: int, dtype: torch.dtype) -> int:
+    """Numbers of a page that keys and values of one token and key head take: the kernels read those of a
+    bf16 key in pairs."""
+    return 2 * size + (size % 2 if dtype == torch.bfloat16 else 0)
 
 
 def cached(data: Tensor, block: DecoderBlock, offset: int, page_tokens: int) -> tuple[Tensor, Tensor]:
-    """Views of one block's keys (pages, key heads, d, tokens) and values (pages, key heads, tokens, d).
+    """Views of one block's keys (pages, key heads, d, tokens) and values (pages, key heads, tokens, d), in
+    this implementation's own order.
 
     Args:
         data: (pages, numbers of a page). offset: where in a page the block's numbers begin.
@@ -129,7 +151,7 @@ def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tup
     for rows, factors in tokens.groups:
         if place in factors:
             A, panels = (factor.to(dtype) for factor in factors[place])
-            B = panels.transpose(0, 1).flatten(1)[:, : layer.outputs]
+            B = _of_panels(panels, len(A), layer.outputs)
             y = y.index_add(0, rows, (narrow[rows] @ A.t()) @ B)
     return y
 
@@ -196,9 +218,9 @@ def _attention(
 def _norm(x: Tensor, norm: DecoderNorm | None) -> Tensor:
     if norm is None:
         return x
-    return norm_reference(x, norm.weight, norm.bias, offset=norm.offset, eps=norm.eps, centred=norm.centred)[
-        0
-    ]
+    return norm_reference(
+        x, norm.weight, norm.bias, offset=norm.offset, eps=norm.eps, centered=norm.centered
+    )[0]
 
 
 def _over_heads(x: Tensor, norm: DecoderNorm | None) -> Tensor:

@@ -19,26 +19,26 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
 
 def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centred: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor]:
     """y = (x - mean)·rstd·(weight + offset) + bias over the last dimension, and (M, 2) mean and rstd.
 
     Args:
         x: (M, D). weight, bias: (D) or None.
-        centred: LayerNorm (arXiv 1607.06450); without it the mean is 0: RMSNorm (arXiv 1910.07467).
+        centered: LayerNorm (arXiv 1607.06450); without it the mean is 0: RMSNorm (arXiv 1910.07467).
         offset: 1 where the weight is kept as its difference from one (Gemma), else 0.
     """
     check_shape("the norm's weight", weight, x.shape[-1])
     check_shape("the norm's bias", bias, x.shape[-1])
-    return _norm(x, weight, bias, offset, eps, centred)
+    return _norm(x, weight, bias, offset, eps, centered)
 
 
 def norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centred: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, offset: float, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor]:
     """The reference implementation of :func:`norm`."""
     wide = _wide(x)
-    mean = wide.mean(-1, keepdim=True) if centred else wide.new_zeros(*wide.shape[:-1], 1)
+    mean = wide.mean(-1, keepdim=True) if centered else wide.new_zeros(*wide.shape[:-1], 1)
     rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
     y = (wide - mean) * rstd
     if weight is not None:
@@ -55,7 +55,7 @@ def norm_backward(
     stats: Tensor,
     *,
     offset: float,
-    centred: bool,
+    centered: bool,
     added: Tensor | None = None,
 ) -> Tensor:
     """∂L/∂x of :func:`norm` with a frozen weight, plus ``added``; (M, D)."""
@@ -63,7 +63,7 @@ def norm_backward(
     check_shape("the norm's weight", weight, x.shape[-1])
     check_shape("the norm's statistics", stats, x.shape[0], 2)
     check_shape("what is added", added, *x.shape)
-    return _norm_backward(grad, x, weight, stats, offset, centred, added)
+    return _norm_backward(grad, x, weight, stats, offset, centered, added)
 
 
 def norm_backward_reference(
@@ -73,7 +73,7 @@ def norm_backward_reference(
     stats: Tensor,
     *,
     offset: float,
-    centred: bool,
+    centered: bool,
     added: Tensor | None = None,
 ) -> Tensor:
     """The reference implementation of :func:`norm_backward`."""
@@ -81,7 +81,7 @@ def norm_backward_reference(
     hat = (_wide(x) - mean) * rstd
     g = _wide(grad) if weight is None else _wide(grad) * (_wide(weight) + offset)
     dx = g - hat * (g * hat).mean(-1, keepdim=True)
-    if centred:
+    if centered:
         dx = dx - g.mean(-1, keepdim=True)
     dx = dx * rstd
     return (dx if added is None else dx + _wide(added)).to(x.dtype)
@@ -198,29 +198,29 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _compute_norm(x, weight, bias, offset, eps, centred):  # type: ignore[no-untyped-def]
+def _compute_norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-untyped-def]
     if not loader.serves(x, weight, bias):
-        return norm_reference(x, weight, bias, offset=offset, eps=eps, centred=centred)
+        return norm_reference(x, weight, bias, offset=offset, eps=eps, centered=centered)
     x = x.contiguous()
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
     loader.kernels().dw_norm(
         loader.number(x.dtype), *x.shape, x.data_ptr(), x.stride(0), loader.address(weight),
-        loader.address(bias), offset, eps, centred, y.data_ptr(), stats.data_ptr(),
+        loader.address(bias), offset, eps, centered, y.data_ptr(), stats.data_ptr(),
     )  # fmt: skip
     return y, stats
 
 
-def _compute_norm_backward(grad, x, weight, stats, offset, centred, added):  # type: ignore[no-untyped-def]
+def _compute_norm_backward(grad, x, weight, stats, offset, centered, added):  # type: ignore[no-untyped-def]
     if not loader.serves(grad, x, weight, added):
-        return norm_backward_reference(grad, x, weight, stats, offset=offset, centred=centred, added=added)
+        return norm_backward_reference(grad, x, weight, stats, offset=offset, centered=centered, added=added)
     x, grad = x.contiguous(), grad.contiguous()
     weight, added = (None if t is None else t.contiguous() for t in (weight, added))
     stats = stats.float().contiguous()
     dx = torch.empty_like(x)
     loader.kernels().dw_norm_backward(
         loader.number(x.dtype), *x.shape, grad.data_ptr(), x.data_ptr(), x.stride(0), loader.address(weight),
-        offset, centred, stats.data_ptr(), loader.address(added), dx.data_ptr(),
+        offset, centered, stats.data_ptr(), loader.address(added), dx.data_ptr(),
     )  # fmt: skip
     return dx
 
@@ -279,12 +279,13 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 
 _norm = define(
-    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centred) -> (Tensor, Tensor)",
+    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centered) "
+    "-> (Tensor, Tensor)",
     _compute_norm,
     lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=_stats_dtype(x))),
 )
 _norm_backward = define(
-    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centred, "
+    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centered, "
     "Tensor? added) -> Tensor",
     _compute_norm_backward,
     lambda grad, x, *_: x.new_empty(x.shape),

@@ -26,7 +26,7 @@ class RowNorm(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("weight", "bias")),
         *((name, _F) for name in ("eps", "offset")),
-        *((name, _L) for name in ("centred", "used")),
+        *((name, _L) for name in ("centered", "used")),
     ]
 
 

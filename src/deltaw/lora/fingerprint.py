@@ -88,6 +88,11 @@ def note_values(quantized: Tensor, shape: tuple[int, ...], values: Tensor) -> No
     vars(quantized)[_ATTRIBUTE] = Sample("", shape, values)
 
 
+def put_sample(parameter: Tensor, sample: Sample) -> None:
+    """Note on a parameter whose values are not at hand what the fingerprint takes of them."""
+    vars(parameter)[_ATTRIBUTE] = sample
+
+
 def _values(parameter: Tensor) -> Tensor:
     flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
     at = places(flat.numel())

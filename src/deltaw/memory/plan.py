@@ -41,6 +41,7 @@ class Plan:
         phases: the process's peak in each of :data:`PROCESS_PHASES`.
         arithmetic: the variant of the kernels, and how products are computed, by the type of stored weights.
         disk_bytes: of features that the run keeps in the cache folder.
+        block_bytes: of the frozen weights of all blocks, and of the largest block.
     """
 
     method: str
@@ -62,6 +63,35 @@ class Plan:
     phases: Mapping[str, int] = field(default_factory=dict)
     arithmetic: Mapping[str, str] = field(default_factory=dict)
     disk_bytes: int = 0
+    block_bytes: tuple[int, int] = (0, 0)
+
+    def divided(self, processes: int) -> Plan:
+        """The plan of one of several processes among which the blocks' weights are divided.
+
+        Each holds its share and up to two blocks: while a block is gathered, what came over the wire stands
+        beside the weights that are made of it.
+        """
+        blocks, largest = self.block_bytes
+        saved = blocks - min(blocks, -(-blocks // processes) + 2 * largest)
+        weights = self.parts["weights"] - saved
+        tensors = {**self.resident, "tensors": self.resident["tensors"] - saved}
+        phases = {
+            **self.phases,
+            # Files are open for one block at a time.
+            "loading": min(self.phases["loading"] - saved, self.resident["process"] + weights),
+            "training": self.phases["training"] - saved,
+            "saving": self.phases["saving"] - saved,
+        }
+        resident = _with_excess({k: v for k, v in tensors.items() if k not in PROCESS_PHASES}, phases)
+        return dataclasses.replace(
+            self,
+            peak_bytes=self.peak_bytes - saved,
+            peak_resident_bytes=sum(resident.values()),
+            parts={**self.parts, "weights": weights},
+            resident=resident,
+            timeline=tuple((phase, size - saved) for phase, size in self.timeline),
+            phases=phases,
+        )
 
     def as_dict(self) -> dict[str, object]:
         """Ready for JSON."""
@@ -97,7 +127,9 @@ class Plan:
         """
         line = values.get("timeline")
         points = tuple((str(phase), int(size)) for phase, size in line) if isinstance(line, list) else ()
-        return cls(**{**values, "timeline": points})  # type: ignore[arg-type]
+        blocks = values.get("block_bytes")
+        sizes = tuple(map(int, blocks)) if isinstance(blocks, list) else (0, 0)
+        return cls(**{**values, "timeline": points, "block_bytes": sizes})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -166,8 +198,13 @@ def resident_parts(
         "training": sum(training.values()),
         "saving": process_bytes + weights + kinds["trained"] + saving_bytes,
     }
+    return _with_excess(training, phases), phases
+
+
+def _with_excess(training: Mapping[str, int], phases: Mapping[str, int]) -> dict[str, int]:
+    """The parts of the training, with what the highest phase takes beyond it."""
     highest = max(phases, key=lambda name: phases[name])
     excess = {name: 0 for name in PROCESS_PHASES if name != "training"}
     if highest != "training":
         excess[highest] = phases[highest] - phases["training"]
-    return {**training, **excess}, phases
+    return {**training, **excess}

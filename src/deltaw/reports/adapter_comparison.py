@@ -108,20 +108,28 @@ class AdapterComparison:
         return head
 
     def _layers(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("module")
+        shared = _shared_prefix([layer.module for layer in self.layers])
+        table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+        table.add_column(f"module, in {shared}" if shared else "module")
         for title in ("rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "cosine", "outputs", "inputs"):
             table.add_column(title, justify="right")
         for layer in self.layers[:_LAYERS_SHOWN]:
             table.add_row(
-                layer.module,
+                layer.module[len(shared) + 1 if shared else 0 :],
                 *(str(rank) for rank in layer.ranks),
-                *(f"{size:.3g}" for size in layer.norms),
+                *(f"{size:#.3g}" for size in layer.norms),
                 *(_shown(value) for value in (layer.cosine, layer.output_overlap, layer.input_overlap)),
             )
         if len(self.layers) > _LAYERS_SHOWN:
-            table.add_row(f"and {len(self.layers) - _LAYERS_SHOWN} more; --json has all")
+            table.caption = f"and {len(self.layers) - _LAYERS_SHOWN} more; --json has all"
         return table
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """The modules that all of ``names`` lie in, as a name; '' where there are none."""
+    first, last = (name.split(".")[:-1] for name in (min(names), max(names)))
+    length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), None)
+    return ".".join(first[: min(len(first), len(last)) if length is None else length])
 
 
 def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison:

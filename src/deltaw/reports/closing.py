@@ -79,13 +79,14 @@ def closing_lines(result: Result) -> Iterator[str]:
     """The same as lines, each of which says what it is."""
     done = result.outcome
     if result.interrupted:
-        yield f"interrupted after {done.steps} steps: the adapter is saved in {result.output}"
+        steps = "1 step" if done.steps == 1 else f"{done.steps:,} steps"
+        yield f"interrupted after {steps}: the adapter is saved in {result.output}"
         return
     if done.seconds:
         planned = result.planned_memory_bytes
         plan_note = "" if planned is None else f" (planned {gigabytes(planned)})"
         yield (
-            f"{done.rows} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
+            f"{done.rows:,} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
             f"{done.tokens / done.seconds:,.0f} tokens/s), "
             f"peak memory {gigabytes(result.peak_memory_bytes)}{plan_note}"
         )

@@ -1,7 +1,7 @@
 """A comparison drawn: score over trained parameters, and peak memory by method.
 
 A point is a method's score with its interval, and small marks beside it are its seeds. It is filled if every
-training flattened, hollow if not, and a grey cross if the method gives one answer to every row.
+training flattened, hollow if not, and a gray cross if the method gives one answer to every row.
 
 Colors are of Okabe and Ito's set, which color-blind readers tell apart; each point has its name next to it,
 so that color alone tells nothing.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 SCORE, SEED, PLANNED, MEASURED = "#0072B2", "#56B4E9", "#E69F00", "#0072B2"
-INK, GREY, GRID = "#222222", "#666666", "#DDDDDD"
+INK, GRAY, GRID = "#222222", "#666666", "#DDDDDD"
 _STYLE: dict[Any, object] = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -31,7 +31,7 @@ _STYLE: dict[Any, object] = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.labelcolor": INK,
     "text.color": INK,
     "xtick.color": INK,
@@ -74,7 +74,7 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
             point.value,
             yerr=[[point.value - point.low], [point.high - point.value]],
             fmt="x" if point.kind == "same" else "o",
-            color=GREY if point.kind == "same" else SCORE,
+            color=GRAY if point.kind == "same" else SCORE,
             markerfacecolor="white" if point.kind == "unfinished" else None,
             markersize=7,
             elinewidth=1.4,
@@ -91,7 +91,7 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     for text, level in levels.items():
         if level is None:
             continue
-        axes.axhline(factor * level, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
+        axes.axhline(factor * level, color=GRAY, linestyle="--", linewidth=1.2, zorder=0)
         axes.annotate(
             text,
             (1, factor * level),
@@ -99,7 +99,7 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
             xytext=(-4, 4),
             textcoords="offset points",
             ha="right",
-            color=GREY,
+            color=GRAY,
         )
     name = comparison.metric.replace("_", " ")
     better = "higher is better" if comparison.higher_is_better else "lower is better"
@@ -187,7 +187,7 @@ def _label_points(axes: Axes, canvas: FigureCanvasAgg, comparison: Comparison) -
         _, place, found = best
         line = None
         if max(abs(place[0]), abs(place[1])) > 14:
-            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+            line = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
         axes.annotate(
             point.name, at, xytext=place, textcoords="offset points", ha=_side(place), arrowprops=line
         )

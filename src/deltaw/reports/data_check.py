@@ -13,7 +13,7 @@ _WIDTH = 36
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _STYLES = {"error": "red", "warning": "yellow", "note": "default"}
 _VERDICTS = {
-    "fine": "nothing was found that speaks against training on this data",
+    "fine": "no problem was found in this data",
     "warnings": "it can be trained on; look at the warnings first",
     "unusable": "training would fail or be pointless",
 }

@@ -42,10 +42,12 @@ OPTIONAL = {
     "llguidance": "formats that answers must have",
     "optuna": "deltaw tune",
     "peft": "loading adapters in PEFT's own code",
+    "prometheus-client": "deltaw serve",
     "tensorboard": "track: tensorboard",
     "trackio": "track: trackio",
     "uvicorn": "deltaw serve",
     "wandb": "track: wandb",
+    "xllamacpp": "K-quants of deltaw export, and comparing with llama.cpp",
 }
 # Measures rates of products: of these sizes, with so many threads.
 Measure = Callable[[Sizes, int], Measured]

@@ -67,7 +67,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
     if plan.disk_bytes:
         table.add_row("features on the disk", gigabytes(plan.disk_bytes))
-    where = f"the peak falls in the {plan.phase}, at {plan.module or 'no module'}"
+    where = (
+        f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
+    )
     table.caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
     table.caption_justify = "left"
     return table

@@ -119,7 +119,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, kept = ctx.saved_tensors
         need_x, *_, need_factors = ctx.needs_input_grad
-        whole: Block = ctx.whole
+        whole: Block = ctx.whole.settled()
         segments, cosine, sine, picked = ctx.how
         grad, needs = grads[0].contiguous(), (need_x, need_factors)
         d_x, of_factors = whole.backward(grad, x, kept, segments, cosine, sine, picked, *needs)

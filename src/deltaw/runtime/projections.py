@@ -28,7 +28,7 @@ class Norm:
     bias: Tensor | None
     eps: float
     offset: float
-    centred: bool
+    centered: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> Norm | None:
@@ -37,16 +37,16 @@ class Norm:
         if form is None:
             return None
         tensors = module._parameters
-        return cls(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centred)
+        return cls(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centered)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of rows x (M, D), and (M, 2) numbers that :meth:`backward` wants."""
-        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centred=self.centred)
+        return rows.norm(x, self.weight, self.bias, offset=self.offset, eps=self.eps, centered=self.centered)
 
     def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
         """∂L/∂x (M, D), plus ``added``."""
         return rows.norm_backward(
-            grad, x, self.weight, stats, offset=self.offset, centred=self.centred, added=added
+            grad, x, self.weight, stats, offset=self.offset, centered=self.centered, added=added
         )
 
     def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,12 +143,12 @@ class NormForm:
     Args:
         eps: added to the variance.
         offset: 1 where the weight is kept as its difference from one (Gemma), else 0.
-        centred: LayerNorm (arXiv 1607.06450); without it the mean is 0: RMSNorm (arXiv 1910.07467).
+        centered: LayerNorm (arXiv 1607.06450); without it the mean is 0: RMSNorm (arXiv 1910.07467).
     """
 
     eps: float
     offset: float
-    centred: bool
+    centered: bool
 
 
 def part(block: nn.Module, path: str) -> nn.Module:
@@ -207,13 +207,13 @@ def norm_form(module: nn.Module) -> NormForm | None:
         vars(copy)["_parameters"] = {name: nn.Parameter(values[name], False) for name in used}
         own = type(module).forward(copy, x)
         added = values["bias"] if bias is not None else torch.zeros(size)
-        for centred in (False, True):
-            middle = x - x.mean() if centred else x
+        for centered in (False, True):
+            middle = x - x.mean() if centered else x
             hat = middle * torch.rsqrt(middle.square().mean() + eps)
             for offset in (0.0, 1.0):
                 given = hat * (values["weight"] + offset) + added
                 if isinstance(own, Tensor) and torch.allclose(own, given, rtol=1e-4, atol=1e-5):
-                    return NormForm(eps, offset, centred)
+                    return NormForm(eps, offset, centered)
     return None
 
 

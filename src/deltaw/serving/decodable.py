@@ -252,7 +252,7 @@ def _norm(module: nn.Module) -> DecoderNorm:
         None if t is None else t.detach().float().contiguous()
         for t in (module._parameters.get("weight"), module._parameters.get("bias"))
     )
-    return DecoderNorm(weight, bias, form.eps, form.offset, form.centred)
+    return DecoderNorm(weight, bias, form.eps, form.offset, form.centered)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:

@@ -42,6 +42,7 @@ from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.parallel.agreement import send_facts, send_settings
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.parallel.settings import as_parallel, threads_of
+from deltaw.training.parallel.sharding import divided
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
@@ -178,7 +179,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     rows = rows_facts(data.train, data.held_out)
     if start.found is not None:
         require_same_rows(start.found.values["rows"], rows, start.asked, output)
-    config, plan = planned(start.config, task, data, callback, here=processes.local_size)
+    config, plan = planned(start.config, task, data, callback, processes=processes)
     send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
     if start.found is not None:
@@ -220,10 +221,10 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
             callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
             meter = DriftMeter(session)
             outcome = _train(session, folder, record, monitor, callback, go_on=searched)
-            processes.dismiss()
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
             write_settings()  # with what was chosen on the way
             drift = None if outcome.interrupted else _drift(meter, folder, outcome.steps, callback)
+            processes.dismiss()
             write_card(folder.path, session, outcome, evaluation, trained, drift)
             record.done(outcome)
             monitor.done(outcome, goes_on=record.checkpoints.enabled)
@@ -252,10 +253,10 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
 
 
 def planned(
-    config: RunConfig, task: Task, data: RunData, callback: Callback, *, here: int = 1
+    config: RunConfig, task: Task, data: RunData, callback: Callback, *, processes: Reducer = ALONE
 ) -> tuple[RunConfig, Plan | None]:
     """The run's plan; None where the model cannot be run on fake tensors. With it the settings, which
-    ``memory`` may have changed. It is that of each of the ``here`` processes on this machine.
+    ``memory`` may have changed. It is that of each of ``processes``, which share their machine's memory.
 
     Raises:
         UserError: the memory that the machine gives does not suffice, and ``force`` is not set; or ``memory``
@@ -265,12 +266,12 @@ def planned(
     budget = memory_budget(config.memory, device)
     if device != "cpu":
         return config, None
-    limit = memory_limit_bytes().value // here
+    limit = memory_limit_bytes().value // processes.local_size
     try:
-        plan = plan_run(config, task, data)
+        plan = plan_run(config, task, data, processes=processes.size)
         if budget is not None:
             blocks = count_blocks(config, task, callback.on_line)
-            config, plan = within_memory(config, task, data, plan, budget, blocks)
+            config, plan = within_memory(config, task, data, plan, budget, blocks, processes.size)
             checkpointed = config.train.checkpointing
             if checkpointed:
                 shown = f"all {blocks}" if checkpointed is True else f"{checkpointed} of {blocks}"
@@ -322,6 +323,7 @@ def load_for(
         num_labels=task.outputs(data),
         trust_remote_code=config.trust_remote_code,
         say=say,
+        weights=divided(config, processes),
     )
     for name, choice in loaded.choices.items():
         if choose is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
 from deltaw.training.not_finite import MOST_IN_ROW, NotFinite, NotFiniteError, WhenNotFinite
 from deltaw.training.optimizer import Schedule
-from deltaw.training.parallel.reducer import ALONE, Reducer, StepSums
+from deltaw.training.parallel.reducer import ALONE, Reducer, Spare, StepSums
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
 from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
 
@@ -149,7 +149,7 @@ class _Loop:
     ) -> Outcome:
         """All steps, from the first or from ``saved``."""
         state = self.state
-        with stop_signals() as signalled, frozen_heap(), own_random_numbers(state.order.seed), state:
+        with stop_signals() as signaled, frozen_heap(), own_random_numbers(state.order.seed), state:
             if saved is not None:
                 state.restore(saved)
                 self.changed()
@@ -158,7 +158,7 @@ class _Loop:
             check = TrainedCheck(state.names, state.trained, may_skip, steps_done=state.step)
             on_begin(state)
             while self.reducer.goes_on(state, lambda: state.step < state.total_steps and not self.ended()):
-                step = self.step(check, lambda: signalled() or self.should_stop())
+                step = self.step(check, lambda: signaled() or self.should_stop())
                 if step is None:
                     state.sums.interrupted = True
                     break
@@ -223,7 +223,8 @@ class _Loop:
         state, share = self.state, bool(getattr(self.batcher, "share", False))
         own = self.reducer.deal(rows, share=share)
         self.reducer.own_random_numbers(state.order.seed, state.step)
-        sums = _gradients(self.objective, self.batcher, own, units, stopped)
+        stopped = self.reducer.stops(stopped)
+        sums = _gradients(self.objective, self.reducer.batches(self.batcher, own, rows), units, stopped)
         if sums is None or self.add_gradients is None:
             return sums, 0.0
         return sums, self.add_gradients(state.step)
@@ -248,17 +249,19 @@ class _Loop:
 
 def _gradients(
     objective: AnyObjective,
-    batcher: AnyBatcher,
-    rows: Sequence[Row],
+    batches: Iterable[Any],
     units: int,
     stopped: Callable[[], bool],
 ) -> StepSums | None:
-    """Add up the gradients of the mean loss over these rows, microbatch by microbatch; None where it was
+    """Add up the gradients of the mean loss over a step's rows, microbatch by microbatch; None where it was
     asked to stop before or on the way. Nothing waits for the device."""
     sums = StepSums(torch.zeros(()))
     if stopped():
         return None
-    for batch in batcher.batches(rows):
+    for batch in batches:
+        if isinstance(batch, Spare):
+            (objective(batch.of) * 0).backward()
+            continue
         loss = objective(batch)
         (loss / units).backward()
         sums.add(loss, batch.row_tokens, batch.tokens)

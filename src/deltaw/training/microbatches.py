@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 
-class Labelled(Protocol):
+class Labeled(Protocol):
     """A row of the data, or a group of rows that belong together."""
 
     @property
@@ -39,7 +39,7 @@ class MicroBatch(Protocol):
     def tokens(self) -> int: ...
 
 
-Row = TypeVar("Row", bound=Labelled)
+Row = TypeVar("Row", bound=Labeled)
 RowIn = TypeVar("RowIn", contravariant=True)
 BatchOut = TypeVar("BatchOut", bound=MicroBatch, covariant=True)
 BatchIn = TypeVar("BatchIn", contravariant=True)

@@ -128,7 +128,7 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
     """Share of the peak learning rate that step ``step`` (from 0) of ``total`` uses.
 
     It rises linearly over ``warmup`` steps, none of which is zero, and then stays (``constant``), falls
-    linearly, or falls along half a cosine, towards zero after the last step.
+    linearly, or falls along half a cosine, toward zero after the last step.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -17,6 +17,7 @@ from deltaw.host.memory import release_free_memory
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.nf4_weights import quantize_nf4
+from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.tasks.causal_objective import loss_of_outputs
 from deltaw.working import working
 
@@ -44,6 +45,9 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]
         report = quantize_int8(
             model.base_model, lambda: found.append(model.base_model(input_ids=tokens[None])[0][0])
         )
+        sharded = sharded_blocks(model)
+        if sharded is not None:
+            sharded.finish()
         said = [f"precision int8: {report}"]
         head = model.get_output_embeddings()
         if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):

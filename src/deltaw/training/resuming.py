@@ -60,6 +60,7 @@ ROUNDING = {
     "train.share_prefixes",
     "train.checkpointing",
     "train.keep_features",
+    "train.sharding",
 }
 
 

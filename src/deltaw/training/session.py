@@ -29,6 +29,7 @@ from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
 from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
@@ -300,7 +301,7 @@ def assemble(
     torch.manual_seed(settings.seed)
     said: list[str] = []
     identity = identity_of(model, config.precision)
-    if config.precision == "int8" and has_values(model):
+    if config.precision == "int8" and (sharded_blocks(model) is not None or has_values(model)):
         said += quantized_int8(model, data.train)
     if config.precision == "nf4" and has_values(model):
         said += quantized_nf4(model)
@@ -328,6 +329,10 @@ def assemble(
     if settings.checkpointing:
         trained = [parameter for _, parameter in method.parameters(model)]
         checkpoint_blocks(model, settings.checkpointing, trained)
+    if (sharded := sharded_blocks(model)) is not None:
+        sharded.rejoin()
+        with task.running(model, batcher):  # all processes find out now which blocks run fused
+            pass
     if invocation is not None:
         chosen[INVOCATION] = invocation
     if data.report.date is not None and config.data.date is None:

@@ -171,16 +171,18 @@ def next_commands(folder: Path, state: str, method: str, writes_text: bool) -> l
     if state == FINISHED:
         if writes_text:
             commands.append((f"deltaw chat {run}", "talk with it"))
-        commands.append((f"deltaw eval {run} --base", "score it beside the base model"))
+        commands.append((f"deltaw eval {run} --base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "where and how much it changed"))
         if writes_text:
-            commands.append((f"deltaw serve {run}", "answer requests as the OpenAI API does"))
+            commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
         if method == "lora":
             merged = shlex.quote(f"{os.fspath(folder)}-merged")
-            commands.append((f"deltaw merge {run} --output {merged}", "one model of base and adapter"))
+            commands.append((f"deltaw merge {run} --output {merged}", "make one model of base and adapter"))
     if any((folder / FOLDER).glob("step-*")):
-        commands.append((f"deltaw train --resume {run}", "train further" if state == FINISHED else "go on"))
+        resume = f"deltaw train --resume {run}"
+        further = (f"{resume} --train.epochs N", "train further, to N epochs in all")
+        commands.append(further if state == FINISHED else (resume, "continue"))
     if folder.parent != folder:
         commands.append((f"deltaw runs {shlex.quote(os.fspath(folder.parent))}", "list this and other runs"))
     return [{"command": command, "what": what} for command, what in commands]

@@ -11,7 +11,7 @@ namespace {
 // What a block is, beside the sizes that all of these tests share.
 struct Form {
     const char *name;
-    int64_t split = 0, gated = 1, joint_gate = 0, parallel = 0, causal = 1, centred = 0, by_column = 1;
+    int64_t split = 0, gated = 1, joint_gate = 0, parallel = 0, causal = 1, centered = 0, by_column = 1;
     bool before = true, after = false, post = false, head_norms = false, turned = true;
 };
 
@@ -122,13 +122,13 @@ struct Composed {
         if (!n.used) return Norm{&n, rows, D, x, x, nullptr};
         T *y = room(rows, D);
         float *stats = numbers(2 * rows);
-        expect(dw_norm((int)b.type, rows, D, x, D, n.weight, n.bias, n.offset, n.eps, (int)n.centred, y, stats) == 0, "norm");
+        expect(dw_norm((int)b.type, rows, D, x, D, n.weight, n.bias, n.offset, n.eps, (int)n.centered, y, stats) == 0, "norm");
         return Norm{&n, rows, D, x, y, stats};
     }
     const T *backward(const Norm &c, const T *dy, const T *added) {
         if (!c.n->used) return dy;
         T *dx = room(c.rows, c.D);
-        expect(dw_norm_backward((int)b.type, c.rows, c.D, dy, c.x, c.D, c.n->weight, c.n->offset, (int)c.n->centred, c.stats, added, dx) == 0,
+        expect(dw_norm_backward((int)b.type, c.rows, c.D, dy, c.x, c.D, c.n->weight, c.n->offset, (int)c.n->centered, c.stats, added, dx) == 0,
                "norm backward");
         return dx;
     }
@@ -271,7 +271,7 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
     auto norm = [&](bool used, int64_t width) {
         for (int i = 0; i < 2; i++) of_norms.push_back(std::make_unique<Buffer<T>>(width)), of_norms.back()->fill();
         if (!used) return RowNorm{};
-        return RowNorm{of_norms[of_norms.size() - 2]->data(), form.centred ? of_norms.back()->data() : nullptr, 1e-5f, (float)!form.centred, form.centred, 1};
+        return RowNorm{of_norms[of_norms.size() - 2]->data(), form.centered ? of_norms.back()->data() : nullptr, 1e-5f, (float)!form.centered, form.centered, 1};
     };
     auto half = [&] {
         const RowNorm before = norm(form.before, hidden), after = norm(form.after, hidden), post = norm(form.post, hidden);
@@ -335,13 +335,13 @@ void test_block() {
     forms[0].name = "Llama";
     forms[1].name = "Qwen 3", forms[1].head_norms = true;
     forms[2].name = "Gemma 3", forms[2].head_norms = forms[2].after = true;
-    forms[3].name = "BERT", forms[3].gated = forms[3].causal = 0, forms[3].centred = 1, forms[3].before = forms[3].turned = false, forms[3].post = true;
-    forms[4].name = "ViT", forms[4].gated = forms[4].causal = 0, forms[4].centred = 1, forms[4].turned = false;
-    forms[5].name = "GPT-2", forms[5].gated = forms[5].by_column = 0, forms[5].centred = forms[5].split = 1, forms[5].turned = false;
-    forms[6].name = "GPT-NeoX", forms[6].gated = 0, forms[6].centred = forms[6].parallel = 1, forms[6].split = 2;
+    forms[3].name = "BERT", forms[3].gated = forms[3].causal = 0, forms[3].centered = 1, forms[3].before = forms[3].turned = false, forms[3].post = true;
+    forms[4].name = "ViT", forms[4].gated = forms[4].causal = 0, forms[4].centered = 1, forms[4].turned = false;
+    forms[5].name = "GPT-2", forms[5].gated = forms[5].by_column = 0, forms[5].centered = forms[5].split = 1, forms[5].turned = false;
+    forms[6].name = "GPT-NeoX", forms[6].gated = 0, forms[6].centered = forms[6].parallel = 1, forms[6].split = 2;
     forms[7].name = "Phi 3", forms[7].split = forms[7].joint_gate = 1;
     forms[8].name = "stacked, with norms of heads", forms[8].split = 1, forms[8].head_norms = true;
-    forms[9].name = "Phi", forms[9].gated = 0, forms[9].centred = forms[9].parallel = 1;
+    forms[9].name = "Phi", forms[9].gated = 0, forms[9].centered = forms[9].parallel = 1;
     forms[10].name = "norms after alone", forms[10].before = false, forms[10].after = true;
     forms[11].name = "after and post", forms[11].after = forms[11].post = true;
     forms[12].name = "no norms", forms[12].before = false, forms[12].split = 2;

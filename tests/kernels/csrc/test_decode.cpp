@@ -68,7 +68,7 @@ struct Model {
             b.gate = linear(apart ? inner : 2 * inner, hidden);
             if (apart) b.up = linear(inner, hidden);
             blocks.push_back(b);
-            offset += 2 * narrow * TOKENS;
+            offset += (2 * narrow + key_heads * (type && size % 2)) * TOKENS;
         }
         const int64_t positions = 400;
         cosines.push_back(numbers(positions * turned, 0.7)), sines.push_back(numbers(positions * turned, 0.7));
@@ -79,8 +79,8 @@ struct Model {
     }
     DecodeFactors update(const DecodeLinear &l, int64_t rank) {
         if (!l.weight) return {};
-        const int64_t panels = (l.out + FACTOR_PANEL - 1) / FACTOR_PANEL;
-        return {matrix(rank * l.in, 0.2, type ? 1 : 0), matrix(panels * rank * FACTOR_PANEL, 0.2, type ? 1 : 0), rank};
+        const int64_t panels = (l.out + FACTOR_PANEL - 1) / FACTOR_PANEL, whole = type ? (rank + 1) / 2 * 2 : rank;
+        return {matrix(rank * l.in, 0.2, type ? 1 : 0), matrix(panels * whole * FACTOR_PANEL, 0.2, type ? 1 : 0), rank};
     }
 };
 
@@ -145,7 +145,8 @@ void test_head(int type) {
             for (int64_t j = 0; r.adapter[i] >= 0 && j < f.rank; j++) {
                 double h = 0;
                 for (int64_t k = 0; k < l.in; k++) h += r.out.at(i * l.in + k) * number(f.A, j * l.in + k, type ? 1 : 0);
-                y += h * number(f.B, (n / FACTOR_PANEL * f.rank + j) * FACTOR_PANEL + n % FACTOR_PANEL, type ? 1 : 0);
+                const int64_t each = type ? 2 : 1, word = (n / FACTOR_PANEL * ((f.rank + each - 1) / each) + j / each) * FACTOR_PANEL + n % FACTOR_PANEL;
+                y += h * number(f.B, word * each + j % each, type ? 1 : 0);
             }
             expected[i * l.out + n] = 0.5 * y;
         }
@@ -180,5 +181,6 @@ void test_decode() {
     }
     test_company<float>(0, STACKED, false, 3, 3, 20, 33, 70);
     test_company<bf16>(2, GROUPED, true, 18, 1, 8, 64, 29);
+    test_company<bf16>(1, STACKED, false, 2, 1, 7, 33, 18);  // keys whose last number has no neighbor
     test_refusals();
 }

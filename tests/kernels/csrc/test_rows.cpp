@@ -9,27 +9,27 @@ template <class T>
 double tolerance() { return sizeof(T) == 4 ? 4e-6 : 8e-3; }
 
 template <class T>
-void test_norm(int64_t M, int64_t D, bool centred) {
+void test_norm(int64_t M, int64_t D, bool centered) {
     const std::string what = "norm " + std::to_string(M) + "x" + std::to_string(D) + " type " + std::to_string(type_of<T>());
     const int64_t ld = D + 3;
     Buffer<T> x(M * ld - 3), w(D), bias(D), y(M * D), dy(M * D), added(M * D), dx(M * D);
     Buffer<float> stats(2 * M);
     x.fill(1, 0.3), w.fill(), bias.fill(), dy.fill(), added.fill();
     const double offset = 1, eps = 1e-2;
-    expect(dw_norm(type_of<T>(), M, D, x.data(), ld, w.data(), bias.data(), 1.0f, 1e-2f, centred, y.data(), stats.data()) == 0, what);
+    expect(dw_norm(type_of<T>(), M, D, x.data(), ld, w.data(), bias.data(), 1.0f, 1e-2f, centered, y.data(), stats.data()) == 0, what);
     // dx needs rows of x as far apart as given, and dy close together.
-    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centred, stats.data(), added.data(), dx.data()) == 0, what);
+    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centered, stats.data(), added.data(), dx.data()) == 0, what);
     Numbers expected(M * D), expected_dx(M * D);
     for (int64_t m = 0; m < M; m++) {
         double mean = 0, square = 0;
-        for (int64_t d = 0; d < D && centred; d++) mean += x.at(m * ld + d) / (double)D;
+        for (int64_t d = 0; d < D && centered; d++) mean += x.at(m * ld + d) / (double)D;
         for (int64_t d = 0; d < D; d++) square += std::pow(x.at(m * ld + d) - mean, 2) / (double)D;
         const double rstd = 1 / std::sqrt(square + eps);
         double of_g = 0, of_hat = 0;
         for (int64_t d = 0; d < D; d++) {
             const double hat = (x.at(m * ld + d) - mean) * rstd, g = dy.at(m * D + d) * (w.at(d) + offset);
             expected[m * D + d] = hat * (w.at(d) + offset) + bias.at(d);
-            of_g += centred ? g / (double)D : 0, of_hat += g * hat / (double)D;
+            of_g += centered ? g / (double)D : 0, of_hat += g * hat / (double)D;
         }
         for (int64_t d = 0; d < D; d++) {
             const double hat = (x.at(m * ld + d) - mean) * rstd, g = dy.at(m * D + d) * (w.at(d) + offset);
@@ -38,7 +38,7 @@ void test_norm(int64_t M, int64_t D, bool centred) {
     }
     expect_close(y.numbers(), expected, tolerance<T>(), what);
     expect_close(dx.numbers(), expected_dx, tolerance<T>(), what + " backward");
-    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centred, stats.data(), added.data(), dy.data()) == 0 && dy.same(dx),
+    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centered, stats.data(), added.data(), dy.data()) == 0 && dy.same(dx),
            what + " backward in place gives the same bits");
 }
 

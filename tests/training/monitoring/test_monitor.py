@@ -17,7 +17,7 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run, score_run
 from deltaw.training.monitoring import best_score
-from tests.conftest import COLOURS, write_rows
+from tests.conftest import COLORS, write_rows
 
 ADAPTER = "adapter_model.safetensors"
 RUINED = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 8, "eval_every": 2}
@@ -26,7 +26,7 @@ RUINED = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 
 @pytest.fixture(scope="session")
 def contrary(tmp_path_factory):
     """Rows with other answers than those that are trained on, so that training soon makes them unlikely."""
-    rows = [{"prompt": f"paint it {c}", "completion": "z"} for c in COLOURS[:4]]
+    rows = [{"prompt": f"paint it {c}", "completion": "z"} for c in COLORS[:4]]
     return {"eval": str(write_rows(tmp_path_factory.mktemp("contrary") / "rows.jsonl", rows))}
 
 
@@ -171,7 +171,7 @@ def test_what_needs_held_out_rows_is_refused_without_them(settings, tmp_path, tr
 
 
 def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, tmp_path):
-    rows = [{"prompt": f"paint it {c}", "completion": "no"} for c in COLOURS[:4]]
+    rows = [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]]
     other = write_rows(tmp_path / "other.jsonl", rows)
     told = Told()
     data = {"eval": {"others": str(other), "held_out": 2}}
@@ -192,7 +192,7 @@ def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, 
 
 def test_a_set_is_evaluated_as_it_would_be_alone(settings, tmp_path):
     other = write_rows(
-        tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLOURS[:5]]
+        tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLORS[:5]]
     )
     several = fit(settings(tmp_path / "several", data={"eval": {"drawn": 3, "other": str(other)}})).as_dict()
     drawn = fit(settings(tmp_path / "drawn", data={"eval": 3})).as_dict()
@@ -245,7 +245,7 @@ def test_names_of_sets():
 def test_answers_are_written_and_scored_at_each_evaluation(settings, tmp_path):
     train = {"eval_every": 2, "eval_answers": 2, "epochs": 12, "batch_size": 8, "learning_rate": 3e-2}
     changes = {"data": {"eval": str(tmp_path / "same.jsonl")}, "train": {**train, "schedule": "constant"}}
-    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLOURS]
+    rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS]
     write_rows(tmp_path / "same.jsonl", rows[:4])
     result = fit(settings(tmp_path / "run", **changes))
     found = [line["eval"]["written_exact_match"] for line in metrics(result.output, "eval")]
@@ -296,7 +296,7 @@ def test_small_models_and_rows_without_prompts_give_no_samples(settings, tmp_pat
     told = Told()
     result = fit(settings(tmp_path / "run", train={"max_steps": 1}), callback=told)
     assert told.samples == [] and "samples: auto  # 0: a model of" in (result.output / "run.yaml").read_text()
-    text = write_rows(tmp_path / "text.jsonl", [{"text": f"it is {c}"} for c in COLOURS])
+    text = write_rows(tmp_path / "text.jsonl", [{"text": f"it is {c}"} for c in COLORS])
     changes = {"data": {"train": str(text)}, "train": {"max_steps": 1, "samples": 2}}
     fit(settings(tmp_path / "text", **changes), callback=told)
     assert told.samples == []

@@ -24,7 +24,7 @@ int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
     }
     if (which == 1) {
         typedef RowNorm Struct;
-        const int64_t found[] = {sizeof(Struct), AT(weight), AT(bias), AT(eps), AT(offset), AT(centred), AT(used)};
+        const int64_t found[] = {sizeof(Struct), AT(weight), AT(bias), AT(eps), AT(offset), AT(centered), AT(used)};
         return copy(found, sizeof(found) / sizeof(*found));
     }
     if (which == 2) {

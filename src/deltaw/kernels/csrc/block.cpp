@@ -83,13 +83,13 @@ struct SomeRows {
     }
     // Of each of `parts` parts of a row.
     void norm_parts(const RowNorm &norm, int64_t parts, int64_t D, const Rows &x, const Rows &y, const Rows &stats) {
-        check(dw_norm(type(), rows * parts, D, x[first], D, norm.weight, norm.bias, norm.offset, norm.eps, (int)norm.centred, y[first],
+        check(dw_norm(type(), rows * parts, D, x[first], D, norm.weight, norm.bias, norm.offset, norm.eps, (int)norm.centered, y[first],
                       (float *)stats[first]));
         written(y);
     }
     void norm_parts_backward(const RowNorm &norm, int64_t parts, int64_t D, const Rows &dy, const Rows &x, const Rows &stats, const Rows *added,
                              const Rows &dx) {
-        check(dw_norm_backward(type(), rows * parts, D, dy[first], x[first], D, norm.weight, norm.offset, (int)norm.centred, (float *)stats[first],
+        check(dw_norm_backward(type(), rows * parts, D, dy[first], x[first], D, norm.weight, norm.offset, (int)norm.centered, (float *)stats[first],
                                added ? (*added)[first] : nullptr, dx[first]));
     }
     // Rows that several layers take as int8 are rounded once.

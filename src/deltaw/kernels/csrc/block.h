@@ -14,7 +14,7 @@ struct Layer {  // y (M, out) = x·Wᵀ + bias + scaling·(x·A)·B; see dw_line
 struct RowNorm {  // see dw_norm; where not `used`, there is no such norm
     const void *weight, *bias;
     float eps, offset;
-    int64_t centred, used;
+    int64_t centered, used;
 };
 
 struct HalfNorms {  // before a half's first layers, after its last one, and over the sum with the residual stream

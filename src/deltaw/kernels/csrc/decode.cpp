@@ -20,8 +20,8 @@ struct Work {
     const DecodeStep &step;
     Updates updates;
     std::vector<Queries> queries;          // of the present block's size at most, see plan_queries
-    float *x, *y, *qkv, *q, *mixed, *inner, *h, *partial;
-    char *first_inputs, *second_inputs;
+    float *x, *y, *qkv, *q, *mixed, *inner, *partial;
+    char *h, *first_inputs, *second_inputs;
     float *room;                           // of each thread
     int64_t room_of_each;
 
@@ -35,7 +35,7 @@ void norm_row(const RowNorm &norm, int64_t size, const float *x, float *y) {
     const float *const weight = (const float *)norm.weight, *const bias = (const float *)norm.bias;
     F16 sum = zero_f();
     float mean = 0;
-    if (norm.centred) {
+    if (norm.centered) {
         for (int64_t d = 0; d < size; d += 16) sum = sum + load16(x + d, first(size - d));
         mean = sum_of(sum) / size;
     }
@@ -312,7 +312,7 @@ int dw_decode(const DecodeModel *model, const DecodeStep *step) {
         w.x = scratch.take<float>(rows * model->hidden), w.y = scratch.take<float>(rows * model->hidden);
         w.qkv = scratch.take<float>(rows * widest.qkv), w.q = scratch.take<float>(rows * widest.wide);
         w.mixed = scratch.take<float>(rows * widest.wide), w.inner = scratch.take<float>(rows * widest.inner);
-        w.h = scratch.take<float>(MOST_LAYERS * std::max(rows, step->wanted_count) * rank);
+        w.h = scratch.take(MOST_LAYERS * std::max(rows, step->wanted_count) * rank * 4);
         w.first_inputs = scratch.take(Inputs::bytes(std::max(rows, step->wanted_count), widest.inputs));
         w.second_inputs = scratch.take(Inputs::bytes(rows, widest.inputs));
         int64_t longest = 0;

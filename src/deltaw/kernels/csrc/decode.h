@@ -25,7 +25,9 @@ struct DecodeBlock {  // the parts of BlockParts; all but products' weights are 
     bool gate_gives_up() const { return gated && !up.weight; }
 };
 
-// Of one page and block lie, for each key head, keys (head_size, page_tokens) and then values (page_tokens, head_size).
+// Of one page and block lie, for each key head, keys (head_size, page_tokens) and then values (page_tokens, head_size). In bf16
+// two numbers that are multiplied and summed together are neighbors: keys (⌈head_size / 2⌉, page_tokens, 2), values
+// (page_tokens / 2, head_size, 2).
 struct DecodeModel {
     const DecodeBlock *blocks;
     const float *const *cosines, *const *sines;  // of each table (positions, turned)
@@ -35,13 +37,14 @@ struct DecodeModel {
     DecodeLinear head;
 };
 
-// An update (x·Aᵀ)·B of one layer: A (rank, in), B in panels of FACTOR_PANEL outputs (panels, rank, FACTOR_PANEL), the last
-// filled up with zeros. In fp32 where the layer's weight is, else in bf16. Rank 0: none.
+// An update (x·Aᵀ)·B of one layer: A (rank, in), B in panels of FACTOR_PANEL outputs, the last filled up with zeros. In fp32
+// where the layer's weight is: B (panels, rank, FACTOR_PANEL). Else in bf16, two rows of B interleaved, as instructions
+// take them: (panels, ⌈rank / 2⌉, FACTOR_PANEL, 2), beside the last of an odd number zeros. Rank 0: none.
 struct DecodeFactors {
     const void *A, *B;
     int64_t rank;
 };
-const int64_t FACTOR_PANEL = 64;
+const int64_t FACTOR_PANEL = 16;
 const int64_t LAYERS_OF_BLOCK = 7;  // query, key, value, output, gate, up, down; an adapter has so many factors a block, and the head's
 
 struct DecodeStep {

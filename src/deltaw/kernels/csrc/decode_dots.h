@@ -249,26 +249,40 @@ inline __attribute__((always_inline)) void dots(const typename Dot::Left *const 
     }
 }
 
-// A function of its own, so that sums stay in registers.
+// Memory that is asked for while products run, beside the weight's own.
+struct Ahead {
+    int64_t lines = 0;  // of 64 bytes, in all
+    virtual void ask(int64_t count) = 0;
+
+  protected:
+    ~Ahead() = default;
+};
+
+// A function of its own, so that sums stay in registers. After each tile `lines` of `other` are asked for.
 template <class Dot, int ROWS>
 __attribute__((noinline)) void dots_of_rows(const typename Dot::Left *const *x, const typename Dot::Right *w, int64_t ld, int64_t depth, int64_t columns,
-                                            float *out, int64_t out_ld, const char *next, int64_t ahead) {
+                                            float *out, int64_t out_ld, const char *next, int64_t ahead, Ahead *other, int64_t lines) {
     constexpr int COLS = dot_columns(ROWS);
     const int64_t each = columns ? (ahead * COLS / columns + 63) / 64 * 64 : 0;
     int64_t c = 0;
-    for (; c + COLS <= columns; c += COLS, next += each, ahead -= each)
+    for (; c + COLS <= columns; c += COLS, next += each, ahead -= each) {
+        if (other) other->ask(lines);
         dots<Dot, ROWS, COLS>(x, w + c * ld, ld, depth, out + c, out_ld, next, std::max<int64_t>(0, std::min(each, ahead)));
+    }
     if constexpr (COLS > 4)
         for (; c + 4 <= columns; c += 4) dots<Dot, ROWS, 4>(x, w + c * ld, ld, depth, out + c, out_ld, next, 0);
     for (; c < columns; c++) dots<Dot, ROWS, 1>(x, w + c * ld, ld, depth, out + c, out_ld, next, 0);
 }
 
-// All rows times `columns` rows of a weight, raw sums (int32 of int8 weights) to out; see dots.
+// All rows times `columns` rows of a weight, raw sums (int32 of int8 weights) to out; see dots. What `other`
+// asks for is spread over the tiles.
 template <class Dot>
 inline void all_dots(const typename Dot::Left *const *x, int64_t rows, const typename Dot::Right *w, int64_t ld, int64_t depth, int64_t columns,
-                     float *out, int64_t out_ld, const char *next, int64_t ahead) {
+                     float *out, int64_t out_ld, const char *next, int64_t ahead, Ahead *other) {
     const int64_t groups = (rows + DOT_ROWS - 1) / DOT_ROWS;
     const int64_t each = groups ? (ahead / groups + 63) / 64 * 64 : 0;
+    // Over all groups' tiles, of dot_columns(DOT_ROWS) columns at least.
+    const int64_t lines = other ? other->lines / std::max<int64_t>(1, groups * (columns / dot_columns(DOT_ROWS))) + 1 : 0;
     for (int64_t g = 0; g < groups; g++) {
         const int64_t from = rows * g / groups, n = rows * (g + 1) / groups - from;
         const char *const at = next + g * each;
@@ -276,13 +290,13 @@ inline void all_dots(const typename Dot::Left *const *x, int64_t rows, const typ
         float *const to = out + from * out_ld;
         switch (n) {
 #if defined(__AVX512F__)
-            case 6: dots_of_rows<Dot, 6>(x + from, w, ld, depth, columns, to, out_ld, at, asked); break;
-            case 5: dots_of_rows<Dot, 5>(x + from, w, ld, depth, columns, to, out_ld, at, asked); break;
-            case 4: dots_of_rows<Dot, 4>(x + from, w, ld, depth, columns, to, out_ld, at, asked); break;
-            case 3: dots_of_rows<Dot, 3>(x + from, w, ld, depth, columns, to, out_ld, at, asked); break;
+            case 6: dots_of_rows<Dot, 6>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
+            case 5: dots_of_rows<Dot, 5>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
+            case 4: dots_of_rows<Dot, 4>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
+            case 3: dots_of_rows<Dot, 3>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
 #endif
-            case 2: dots_of_rows<Dot, 2>(x + from, w, ld, depth, columns, to, out_ld, at, asked); break;
-            default: dots_of_rows<Dot, 1>(x + from, w, ld, depth, columns, to, out_ld, at, asked);
+            case 2: dots_of_rows<Dot, 2>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
+            default: dots_of_rows<Dot, 1>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines);
         }
     }
 }

@@ -1,7 +1,7 @@
 #include "decode_products.h"
 
 #include "activations.h"
-#include "decode_dots.h"
+#include "decode_words.h"
 
 namespace deltaw {
 
@@ -25,74 +25,76 @@ const DecodeFactors *factors_of(const Group &group, const Part &part) {
     const DecodeFactors &found = group.factors[part.number];
     return found.rank ? &found : nullptr;
 }
+int64_t factors_type(const DecodeLinear &layer) { return layer.type == F32 ? F32 : BF16; }
 
 // ---- the wide half of an update --------------------------------------------------------------------------------
 #if defined(__AVX512F__)
-const int UPDATE_VECS = 2;
+const int UPDATE_PANELS = 4;
 #else
-const int UPDATE_VECS = 1;
+const int UPDATE_PANELS = 1;
 #endif
 
-// tile rows += h rows · panel, for 16·VECS columns; a row's sum is made from its first term on.
-template <class T, int ROWS, int VECS>
-void add_update(float *const *tile, const float *const *h, const T *panel, int64_t rank) {
-    F16 sum[ROWS][VECS];
+int64_t panel_words(const DecodeLinear &layer, int64_t rank) { return words_of(factors_type(layer), rank) * FACTOR_PANEL; }
+
+// tile rows += h rows · panels, which are `words` words a row of the left side long; a row's sum is made from its first term on.
+template <class Words, int ROWS, int PANELS>
+__attribute__((noinline)) void add_panels(float *const *tile, const char *const *h, const char *panels, int64_t words) {
+    F16 sum[ROWS][PANELS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECS; v++) sum[r][v] = load16(tile[r] + 16 * v);
-    for (int64_t k = 0; k < rank; k++) {
-        F16 b[VECS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECS; v++) b[v] = load16(panel + k * FACTOR_PANEL + 16 * v);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) sum[r][p] = load16(tile[r] + 16 * p);
+    for (int64_t k = 0; k < words; k++) {
+        I16 b[PANELS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) b[p] = load_i(panels + (p * words + k) * 64);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
-            const F16 a = set_f(h[r][k]);
-#pragma GCC unroll 2
-            for (int v = 0; v < VECS; v++) sum[r][v] = fma(a, b[v], sum[r][v]);
+            const I16 a = set_i(word_at(h[r], k));
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; p++) Words::add(sum[r][p], a, b[p]);
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECS; v++) store16(tile[r] + 16 * v, sum[r][v]);
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) store16(tile[r] + 16 * p, sum[r][p]);
 }
 
-template <class T, int VECS>
-void add_update_to(float *const *tile, const float *const *h, int64_t rows, const T *panel, int64_t rank) {
+template <class Words, int PANELS>
+void add_panels_to(float *const *tile, const char *const *h, int64_t rows, const char *panels, int64_t words) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_update<T, 4, VECS>(tile + r, h + r, panel, rank);
-    if (rows - r >= 2) add_update<T, 2, VECS>(tile + r, h + r, panel, rank), r += 2;
-    if (rows > r) add_update<T, 1, VECS>(tile + r, h + r, panel, rank);
+    for (; r + 4 <= rows; r += 4) add_panels<Words, 4, PANELS>(tile + r, h + r, panels, words);
+    if (rows - r == 3) add_panels<Words, 3, PANELS>(tile + r, h + r, panels, words);
+    else if (rows - r == 2) add_panels<Words, 2, PANELS>(tile + r, h + r, panels, words);
+    else if (rows > r) add_panels<Words, 1, PANELS>(tile + r, h + r, panels, words);
 }
 
 // Sixteen columns that two panels share become a panel of their own, piece by piece.
-template <class T>
-void add_across(float *const *tile, const float *const *h, int64_t rows, const T *B, int64_t rank, int64_t column, int64_t columns) {
-    const int64_t AT_ONCE = 32;
-    T piece[AT_ONCE * FACTOR_PANEL] = {};
-    const float *shifted[ROWS_AT_ONCE];
-    for (int64_t k0 = 0; k0 < rank; k0 += AT_ONCE) {
-        const int64_t n = std::min(AT_ONCE, rank - k0);
+template <class Words>
+void add_across(float *const *tile, const char *const *h, int64_t rows, const char *B, int64_t words, int64_t column, int64_t columns) {
+    const int64_t AT_ONCE = 32, there = std::min<int64_t>(16, columns - column);
+    int32_t piece[AT_ONCE * 16] = {};
+    const char *shifted[ROWS_AT_ONCE];
+    for (int64_t k0 = 0; k0 < words; k0 += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, words - k0);
         for (int64_t k = 0; k < n; k++)
-            for (int64_t j = 0; j < std::min<int64_t>(16, columns - column); j++)
-                piece[k * FACTOR_PANEL + j] = B[((column + j) / FACTOR_PANEL * rank + k0 + k) * FACTOR_PANEL + (column + j) % FACTOR_PANEL];
-        for (int64_t r = 0; r < rows; r++) shifted[r] = h[r] + k0;
-        add_update_to<T, 1>(tile, shifted, rows, piece, n);
+            for (int64_t j = 0; j < there; j++) piece[k * 16 + j] = word_at(B, ((column + j) / 16 * words + k0 + k) * 16 + (column + j) % 16);
+        for (int64_t r = 0; r < rows; r++) shifted[r] = h[r] + 4 * k0;
+        add_panels_to<Words, 1>(tile, shifted, rows, (const char *)piece, n);
     }
 }
 
-template <class T>
-void update_columns(float *const *tile, const float *const *h, int64_t rows, const DecodeFactors &f, int64_t column, int64_t end, int64_t columns) {
-    const T *const B = (const T *)f.B;
+template <class Words>
+void update_columns(float *const *tile, const char *const *h, int64_t rows, const char *B, int64_t words, int64_t column, int64_t end, int64_t columns) {
+    static_assert(FACTOR_PANEL == 16, "a panel is a vector wide");
     float *at[ROWS_AT_ONCE];
     for (int64_t c = column; c < end;) {
-        const int64_t panel = c / FACTOR_PANEL, within = c % FACTOR_PANEL;
         for (int64_t r = 0; r < rows; r++) at[r] = tile[r] + (c - column);
-        const T *const from = B + panel * f.rank * FACTOR_PANEL + within;
-        if (within + 16 > FACTOR_PANEL) add_across(at, h, rows, B, f.rank, c, columns), c += 16;
-        else if (c + 16 * UPDATE_VECS <= end && within + 16 * UPDATE_VECS <= FACTOR_PANEL) add_update_to<T, UPDATE_VECS>(at, h, rows, from, f.rank), c += 16 * UPDATE_VECS;
-        else add_update_to<T, 1>(at, h, rows, from, f.rank), c += 16;
+        const char *const panel = B + c / 16 * words * 64;
+        if (c % 16) add_across<Words>(at, h, rows, B, words, c, columns), c += 16;
+        else if (c + 16 * UPDATE_PANELS <= end) add_panels_to<Words, UPDATE_PANELS>(at, h, rows, panel, words), c += 16 * UPDATE_PANELS;
+        else add_panels_to<Words, 1>(at, h, rows, panel, words), c += 16;
     }
 }
 
@@ -103,9 +105,35 @@ struct Tile {  // rows m … of a part, columns c … from its first
     float *row(int64_t r) const { return at + r * MOST_COLUMNS; }
 };
 
+// The panels that a tile's updates read, which are asked for while its sums are made.
+class PanelsAhead : public Ahead {
+  public:
+    PanelsAhead(const Updates &updates, const Part &part, const Tile &t) : updates(updates), part(part), column(part.first + t.c), columns(t.columns) {
+        for (int64_t g = 0; g < updates.count; g++)
+            if (const DecodeFactors *const f = factors_of(updates.groups[g], part)) lines += bytes_of_group(*f) / 64;
+    }
+    void ask(int64_t count) override {
+        for (; count > 0 && group < updates.count;) {
+            const DecodeFactors *const f = factors_of(updates.groups[group], part);
+            const int64_t bytes = f ? bytes_of_group(*f) : 0;
+            const char *const from = f ? (const char *)f->B + column / FACTOR_PANEL * panel_words(*part.layer, f->rank) * 4 : nullptr;
+            for (; count > 0 && asked < bytes; asked += 64, count--) __builtin_prefetch(from + asked, 0, 2);
+            if (asked >= bytes) group++, asked = 0;
+        }
+    }
+
+  private:
+    const Updates &updates;
+    const Part &part;
+    const int64_t column, columns;
+    int64_t group = 0, asked = 0;
+    int64_t bytes_of_group(const DecodeFactors &f) const { return (columns + FACTOR_PANEL - 1) / FACTOR_PANEL * panel_words(*part.layer, f.rank) * 4; }
+};
+
 // Meanwhile `ahead` columns are asked for, which begin `distance` columns after the tile's first.
-void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, int64_t distance, int64_t ahead) {
+void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, const Updates &updates, int64_t distance, int64_t ahead) {
     const DecodeLinear &layer = *part.layer;
+    PanelsAhead panels(updates, part, t);
     with_dot(layer.type, [&](auto dot) {
         typedef decltype(dot) Dot;
         typedef typename Dot::Right Right;
@@ -114,12 +142,13 @@ void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, int64_t dis
         for (int64_t r = 0; r < t.rows; r++) x[r] = (const typename Dot::Left *)(form.data + (t.m + r) * form.stride);
         const Right *const w = (const Right *)layer.weight + (part.first + t.c) * layer.in;
         const int64_t bytes = ahead * layer.in * (int64_t)sizeof(Right);
-        all_dots<Dot>(x, t.rows, w, layer.in, layer.in, t.columns, t.at, MOST_COLUMNS, (const char *)(w + distance * layer.in), bytes);
+        all_dots<Dot>(x, t.rows, w, layer.in, layer.in, t.columns, t.at, MOST_COLUMNS, (const char *)(w + distance * layer.in), bytes,
+                      panels.lines && !t.m ? &panels : nullptr);
     });
 }
 
 // Raw sums become the layer's outputs.
-void settle(const Inputs &inputs, const Part &part, const Tile &t, const Updates &updates, const float *h) {
+void settle(const Inputs &inputs, const Part &part, const Tile &t, const Updates &updates, const char *h) {
     const DecodeLinear &layer = *part.layer;
     const int64_t column = part.first + t.c;
     const bool whole = layer.type == INT8;
@@ -142,17 +171,19 @@ void settle(const Inputs &inputs, const Part &part, const Tile &t, const Updates
         const DecodeFactors *const f = factors_of(group, part);
         if (!f) continue;
         float *rows[ROWS_AT_ONCE];
-        const float *narrow[ROWS_AT_ONCE];
+        const char *narrow[ROWS_AT_ONCE];
         int64_t count = 0;
         for (int64_t i = group.first; i < group.first + group.count; i++) {
             const int64_t m = updates.order[i];
             if (m < t.m || m >= t.m + t.rows) continue;
             rows[count] = t.row(m - t.m);
-            narrow[count++] = h + (part.input * inputs.rows + m) * updates.most_rank;
+            narrow[count++] = h + (part.input * inputs.rows + m) * updates.most_rank * 4;
         }
         if (!count) continue;
-        if (layer.type == F32) update_columns<float>(rows, narrow, count, *f, column, column + t.columns, layer.out);
-        else update_columns<bf16>(rows, narrow, count, *f, column, column + t.columns, layer.out);
+        const int64_t type = factors_type(layer);
+        with_words(type, [&](auto words) {
+            update_columns<decltype(words)>(rows, narrow, count, (const char *)f->B, words_of(type, f->rank), column, column + t.columns, layer.out);
+        });
     }
 }
 
@@ -177,7 +208,7 @@ void finish(const Task &task, const Tile &one, const Tile &two) {
 }
 
 // Columns begin … end of a task.
-void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inputs, const Updates &updates, const float *h, float *room) {
+void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inputs, const Updates &updates, const char *h, float *room) {
     const int64_t columns = chunk_columns(*task.first.layer);
     for (int64_t c = begin; c < end; c += columns) {
         const int64_t n = std::min(columns, end - c), next = std::min(columns, end - c - n);
@@ -186,10 +217,10 @@ void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inp
             const Tile one{room, m, rows, c, n}, two{room + ROWS_AT_ONCE * MOST_COLUMNS, m, rows, c, n};
             // Of many rows the first ones wait for a weight's bytes, so those of the next chunk are asked for meanwhile.
             const int64_t distance = inputs.rows <= DOT_ROWS ? BLOCK : n, ahead = m ? 0 : inputs.rows <= DOT_ROWS ? n : next;
-            raw_sums(inputs, task.first, one, distance, ahead);
+            raw_sums(inputs, task.first, one, updates, distance, ahead);
             settle(inputs, task.first, one, updates, h);
             if (task.second.layer) {
-                raw_sums(inputs, task.second, two, distance, ahead);
+                raw_sums(inputs, task.second, two, updates, distance, ahead);
                 settle(inputs, task.second, two, updates, h);
             }
             finish(task, one, two);
@@ -201,7 +232,7 @@ void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inp
 
 int64_t product_room() { return 2 * ROWS_AT_ONCE * MOST_COLUMNS; }
 
-void products_of_phase(Crew &crew, const Task *tasks, int count, const Inputs &inputs, const Updates &updates, const float *h, float *room) {
+void products_of_phase(Crew &crew, const Task *tasks, int count, const Inputs &inputs, const Updates &updates, const char *h, float *room) {
     auto blocks = [](const Task &task) { return (task.columns + BLOCK - 1) / BLOCK; };
     int64_t all = 0;
     for (int i = 0; i < count; i++) all += blocks(tasks[i]);
@@ -224,42 +255,73 @@ bool any_update(const Inputs &inputs, const Updates &updates) {
     return false;
 }
 
-void narrow_products(Crew &crew, const Inputs &inputs, const Updates &updates, float *h) {
-    const int64_t AT_ONCE = 8;  // rows of A
-    int64_t all = 0;
-    auto each = [&](auto &&body) {
-        for (int64_t g = 0; g < updates.count; g++)
-            for (int i = 0; i < inputs.count; i++) {
-                const DecodeFactors *const f = factors_of(updates.groups[g], inputs.parts[i]);
-                for (int64_t k = 0; f && k < f->rank; k += AT_ONCE) body(updates.groups[g], i, *f, k);
-            }
-    };
-    each([&](const Group &, int, const DecodeFactors &, int64_t) { all++; });
-    const int64_t units = std::min(all, UNITS_OF_EACH * crew.threads);
-    auto some = [&](int64_t begin, int64_t end) {
-        int64_t at = 0;
-        each([&](const Group &group, int i, const DecodeFactors &f, int64_t k) {
-        if (at++ < begin || at > end) return;
-        const int64_t n = std::min(AT_ONCE, f.rank - k);
-        const Inputs::Form &form = inputs.of_update(i);
-        with_dot(form.type, [&](auto dot) {
-            typedef decltype(dot) Dot;
-            if constexpr (!Dot::WHOLE) {
-                for (int64_t from = 0; from < group.count; from += DOT_ROWS) {
-                    const int64_t rows = std::min<int64_t>(DOT_ROWS, group.count - from);
-                    const typename Dot::Left *x[DOT_ROWS];
-                    float sums[DOT_ROWS][AT_ONCE];
-                    for (int64_t r = 0; r < rows; r++) x[r] = (const typename Dot::Left *)(form.data + updates.order[group.first + from + r] * form.stride);
-                    const typename Dot::Right *const A = (const typename Dot::Right *)f.A + k * inputs.depth;
-                    all_dots<Dot>(x, rows, A, inputs.depth, inputs.depth, n, sums[0], AT_ONCE, nullptr, 0);
-                    for (int64_t r = 0; r < rows; r++)
-                        memcpy(h + (i * inputs.rows + updates.order[group.first + from + r]) * updates.most_rank + k, sums[r], n * sizeof(float));
+namespace {
+
+// Some rows of an A times the rows of its group.
+const int64_t RANKS_AT_ONCE = 8;
+struct Narrow {
+    const Group *group;
+    const DecodeFactors *factors;
+    int layer;
+    int64_t k;
+    int64_t count() const { return std::min(RANKS_AT_ONCE, factors->rank - k); }
+};
+
+// body of each part of a phase's narrow products, in the order in which memory holds an adapter's factors.
+template <class Body>
+void each_narrow(const Inputs &inputs, const Updates &updates, Body &&body) {
+    for (int64_t g = 0; g < updates.count; g++)
+        for (int i = 0; i < inputs.count; i++) {
+            const DecodeFactors *const f = factors_of(updates.groups[g], inputs.parts[i]);
+            for (int64_t k = 0; f && k < f->rank; k += RANKS_AT_ONCE) body(Narrow{&updates.groups[g], f, i, k});
+        }
+}
+
+// Meanwhile the rows of `next` are asked for, if there are any.
+void run_narrow(const Inputs &inputs, const Updates &updates, const Narrow &now, const Narrow *next, char *h) {
+    const Inputs::Form &form = inputs.of_update(now.layer);
+    const int64_t n = now.count();
+    with_dot(form.type, [&](auto dot) {
+        typedef decltype(dot) Dot;
+        if constexpr (!Dot::WHOLE) {
+            typedef typename Dot::Right Right;
+            const char *const ahead = next ? (const char *)((const Right *)next->factors->A + next->k * inputs.depth) : nullptr;
+            for (int64_t from = 0; from < now.group->count; from += DOT_ROWS) {
+                const int64_t rows = std::min<int64_t>(DOT_ROWS, now.group->count - from);
+                const int64_t *const order = updates.order + now.group->first + from;
+                const typename Dot::Left *x[DOT_ROWS];
+                float sums[DOT_ROWS][16];
+                for (int64_t r = 0; r < rows; r++) x[r] = (const typename Dot::Left *)(form.data + order[r] * form.stride);
+                const Right *const A = (const Right *)now.factors->A + now.k * inputs.depth;
+                const int64_t bytes = next && !from ? next->count() * inputs.depth * (int64_t)sizeof(Right) : 0;
+                all_dots<Dot>(x, rows, A, inputs.depth, inputs.depth, n, sums[0], 16, ahead, bytes, nullptr);
+                for (int64_t r = 0; r < rows; r++) {
+                    char *const to = h + ((now.layer * inputs.rows + order[r]) * updates.most_rank + now.k / (form.type == F32 ? 1 : 2)) * 4;
+                    write_words(form.type, sums[r], n, to);
                 }
             }
+        }
+    });
+}
+
+}  // namespace
+
+void narrow_products(Crew &crew, const Inputs &inputs, const Updates &updates, char *h) {
+    int64_t all = 0;
+    each_narrow(inputs, updates, [&](const Narrow &) { all++; });
+    const int64_t units = std::min(all, UNITS_OF_EACH * crew.threads);
+    crew.share(units, [&](int64_t unit) {
+        const int64_t begin = all * unit / units, end = all * (unit + 1) / units;
+        int64_t at = 0;
+        Narrow last{};
+        each_narrow(inputs, updates, [&](const Narrow &next) {
+            const int64_t number = at++;
+            if (number < begin || number > end) return;
+            if (number > begin) run_narrow(inputs, updates, last, &next, h);
+            last = next;
         });
-        });
-    };
-    crew.share(units, [&](int64_t unit) { some(all * unit / units, all * (unit + 1) / units); });
+        if (end == all) run_narrow(inputs, updates, last, nullptr, h);
+    });
 }
 
 }  // namespace deltaw

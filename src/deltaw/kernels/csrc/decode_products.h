@@ -55,8 +55,8 @@ class Inputs {
     int form(char *memory, int64_t type, const float *columns);
 };
 
-// x·Aᵀ of each row and layer into h (layers, rows, most_rank).
-void narrow_products(Crew &crew, const Inputs &inputs, const Updates &updates, float *h);
+// x·Aᵀ of each row and layer into h (layers, rows, most_rank · 4 bytes), in the factors' type.
+void narrow_products(Crew &crew, const Inputs &inputs, const Updates &updates, char *h);
 // Whether a row of the step has an update of one of the layers.
 bool any_update(const Inputs &inputs, const Updates &updates);
 
@@ -71,7 +71,7 @@ struct Task {
     float scale = 1, softcap = 0;
 };
 // All tasks, shared out by columns; room: product_room() floats of this thread.
-void products_of_phase(Crew &crew, const Task *tasks, int count, const Inputs &inputs, const Updates &updates, const float *h, float *room);
+void products_of_phase(Crew &crew, const Task *tasks, int count, const Inputs &inputs, const Updates &updates, const char *h, float *room);
 int64_t product_room();
 
 }  // namespace deltaw

@@ -59,10 +59,10 @@ DW_EXPORT int dw_dequantize(int type, int weight_type, const BlockData *weight, 
 DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, uint8_t *out, float *scales);
 
 DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,
-                      int centred, void *y, float *stats);
+                      int centered, void *y, float *stats);
 // dx may be dy.
 DW_EXPORT int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight, float offset,
-                               int centred, const float *stats, const void *added, void *dx);
+                               int centered, const float *stats, const void *added, void *dx);
 DW_EXPORT int dw_add(int type, int64_t count, const void *a, const void *b, void *out);
 DW_EXPORT int dw_activation(int type, int kind, int64_t M, int64_t D, const void *gate, const void *up, void *y);
 DW_EXPORT int dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void *dy, const void *gate, const void *up, void *d_gate,

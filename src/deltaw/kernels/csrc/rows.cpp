@@ -9,15 +9,15 @@ using namespace deltaw;
 namespace {
 
 // ---- norms -----------------------------------------------------------------------------------------------
-// y = (x - mean) · rstd · (w + offset) + bias; without `centred` the mean is 0 (RMSNorm, arXiv 1910.07467).
+// y = (x - mean) · rstd · (w + offset) + bias; without `centered` the mean is 0 (RMSNorm, arXiv 1910.07467).
 // weight and bias may be null. stats (M, 2): mean and rstd.
 template <class T>
-void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T *bias, float offset, float eps, int centred,
+void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T *bias, float offset, float eps, int centered,
           T *y, float *stats) {
     rows_in_parallel(M, [&](int64_t m) {
         const T *row = x + m * ld;
         float mean = 0;
-        if (centred) {
+        if (centered) {
             F16 sum = zero_f();
             for (int64_t d = 0; d < D; d += 16) sum = sum + load16(row + d, first(D - d));
             mean = sum_of(sum) / D;
@@ -42,9 +42,9 @@ void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T
     });
 }
 
-// dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + added, with g = dy · (w + offset); mean(g) only if centred.
+// dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + added, with g = dy · (w + offset); mean(g) only if centered.
 template <class T>
-void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, const T *weight, float offset, int centred,
+void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, const T *weight, float offset, int centered,
                    const float *stats, const T *added, T *dx) {
     rows_in_parallel(M, [&](int64_t m) {
         const T *row = x + m * ld, *grad = dy + m * D;
@@ -57,7 +57,7 @@ void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, co
             sum = keep_first(k, sum + g, sum);
             dot = keep_first(k, fma(g, (load16(row + d, k) - mu) * by, dot), dot);
         }
-        const F16 mean = set_f(centred ? sum_of(sum) / D : 0.0f);
+        const F16 mean = set_f(centered ? sum_of(sum) / D : 0.0f);
         const F16 slope = set_f(sum_of(dot) / D);
         for (int64_t d = 0; d < D; d += 16) {
             First k = first(D - d);
@@ -146,19 +146,19 @@ void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T *x, int
 }  // namespace
 
 int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset,
-            float eps, int centred, void *y, float *stats) {
+            float eps, int centered, void *y, float *stats) {
     return guarded([&] {
-        if (type == F32) norm(M, D, (const float *)x, ld, (const float *)weight, (const float *)bias, offset, eps, centred, (float *)y, stats);
-        else norm(M, D, (const bf16 *)x, ld, (const bf16 *)weight, (const bf16 *)bias, offset, eps, centred, (bf16 *)y, stats);
+        if (type == F32) norm(M, D, (const float *)x, ld, (const float *)weight, (const float *)bias, offset, eps, centered, (float *)y, stats);
+        else norm(M, D, (const bf16 *)x, ld, (const bf16 *)weight, (const bf16 *)bias, offset, eps, centered, (bf16 *)y, stats);
     });
 }
 int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight,
-                     float offset, int centred, const float *stats, const void *added, void *dx) {
+                     float offset, int centered, const float *stats, const void *added, void *dx) {
     return guarded([&] {
         if (type == F32)
-            norm_backward(M, D, (const float *)dy, (const float *)x, ld, (const float *)weight, offset, centred, stats, (const float *)added, (float *)dx);
+            norm_backward(M, D, (const float *)dy, (const float *)x, ld, (const float *)weight, offset, centered, stats, (const float *)added, (float *)dx);
         else
-            norm_backward(M, D, (const bf16 *)dy, (const bf16 *)x, ld, (const bf16 *)weight, offset, centred, stats, (const bf16 *)added, (bf16 *)dx);
+            norm_backward(M, D, (const bf16 *)dy, (const bf16 *)x, ld, (const bf16 *)weight, offset, centered, stats, (const bf16 *)added, (bf16 *)dx);
     });
 }
 

@@ -114,7 +114,7 @@ def run_view(record: RecordedRun) -> dict[str, Any]:
         ("data", "Data", lines or examples),
         ("learned-heading", "What changed", view["learned"] or view["learned_note"]),
         ("settings", "Settings", changed.rows),
-        ("next", "To go on", True),
+        ("next", "Next steps", True),
     )
     view["contents"] = [(identity, text) for identity, text, there in sections if there]
     return view

@@ -188,9 +188,9 @@ class _Side:
         for batch in batcher.batches(rows):
             picked = self.objective.label_outputs(batch)
             where = [member.places[member.example.is_label] for member in batch.members]
-            labelled = np.unique(np.concatenate(where))
+            labeled = np.unique(np.concatenate(where))
             for member, places in zip(batch.members, where, strict=True):
-                at = torch.from_numpy(np.searchsorted(labelled, places)).to(picked.device)
+                at = torch.from_numpy(np.searchsorted(labeled, places)).to(picked.device)
                 outputs[member.example.row] = picked[at]
         self._outputs = torch.cat([outputs[row.row] for row in rows])
 

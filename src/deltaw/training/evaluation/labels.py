@@ -32,7 +32,7 @@ def evaluate_labels(
     batcher: LabelMicroBatcher,
     classes: Sequence[str] = (),
 ) -> LabelEvaluation:
-    """Evaluate a model on labelled rows.
+    """Evaluate a model on labeled rows.
 
     Raises:
         UserError: the model's predictions are not finite.

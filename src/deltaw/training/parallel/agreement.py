@@ -37,6 +37,8 @@ def receive_settings(group: Group) -> RunConfig:
 def send_facts(session: Session, loaded: LoadedModel, processes: Reducer) -> None:
     """From process 0 to all others, which compare them with their own."""
     if isinstance(processes, Group):
+        # All assembled alike; from here on process 0 does things by itself.
+        processes.together = False
         processes.send_text(json.dumps(_facts(session, loaded)))
 
 

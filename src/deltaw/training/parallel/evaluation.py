@@ -50,7 +50,11 @@ class SharedObjective:
         self._next += 1
         if owner:
             return tuple(self._group.receive(owner) for _ in range(count))
-        given = getattr(self._objective, method)(batch)
+        self._group.together = True
+        try:
+            given = getattr(self._objective, method)(batch)
+        finally:
+            self._group.together = False
         return given if isinstance(given, tuple) else (given,)
 
 
@@ -80,8 +84,12 @@ def take_part(session: Session, number: int) -> None:
     rows = list(session.data.sets.values())[number]
     method = next(name for name in METHODS if hasattr(way.objective, name))
     with session.method.evaluating(session.model):
+        count, batch = 0, None
         for place, batch in enumerate(way.batcher.batches(rows)):
+            count = place + 1
             if place % group.size == group.rank:
                 given = getattr(way.objective, method)(batch)
                 for tensor in given if isinstance(given, tuple) else (given,):
                     group.send(tensor)
+        if group.sharded and 0 < count % group.size <= group.rank:
+            getattr(way.objective, method)(batch)  # the others compute one more, and need this one's rows

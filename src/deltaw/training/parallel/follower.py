@@ -9,6 +9,7 @@ import contextlib
 import warnings
 
 from deltaw.errors import UserError
+from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.fit import load_for
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.not_finite import NotFiniteError, WhenNotFinite
@@ -54,6 +55,9 @@ def _follow(group: Group) -> int:
     device = str(loaded.choices["device"].value)
     session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     session.processes = group
+    sharded = sharded_blocks(loaded.model)
+    if sharded is not None:
+        group.gather = sharded.gather
     check_facts(session, loaded, group)
     group.evaluate = lambda number: take_part(session, number)
     try:

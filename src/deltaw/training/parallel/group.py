@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.parallel.dealing import deal
-from deltaw.training.parallel.reducer import Reducer, StepSums
+from deltaw.training.parallel.reducer import Reducer, Spare, StepSums
 from deltaw.training.state import SavedState, TrainState
 
-# Orders: a step begins, the loop ends, a set of rows is evaluated, the run is over, a text follows.
-STEP, END, EVALUATE, BYE, TEXT = range(5)
+# Orders: a step begins, the loop ends, a set of rows is evaluated, the run is over, a text follows, a block's
+# rows are gathered.
+STEP, END, EVALUATE, BYE, TEXT, GATHER = range(6)
 # What a tensor's head says: its type, its dimensions, and up to four sizes.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _HEAD = 6
@@ -46,6 +49,10 @@ class Group(Reducer):
     Attributes:
         lost: whether another process is lost.
         evaluate: called by an order, with the number of a set of rows; processes from 1 on.
+        gather: called by an order, with the number of a block of a divided base model; processes from 1 on.
+        sharded: whether the base model is divided, so that all run its blocks in one order.
+        together: whether all run the same blocks at the moment; else process 0 runs some by itself, and
+            orders each gathering.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class Group(Reducer):
         self.rank, self.size, self.local_size = rank, size, local_size
         self.lost = False
         self.evaluate: Callable[[int], None] = lambda number: None
+        self.gather: Callable[[int], None] = lambda number: None
+        self.sharded, self.together = False, True
         self._orders = orders
         self._seconds = seconds
         self._bucket: Tensor | None = None
@@ -65,12 +74,15 @@ class Group(Reducer):
         self._broadcast(torch.tensor([kind, first, second]))
 
     def obey(self) -> tuple[int, int, int]:
-        """The next order that is not an evaluation; evaluations are done on the way."""
+        """The next order that is no evaluation and no gathering; these are done on the way."""
         while True:
             kind, first, second = self._broadcast(torch.zeros(3, dtype=torch.int64)).tolist()
-            if kind != EVALUATE:
+            if kind == EVALUATE:
+                self.evaluate(first)
+            elif kind == GATHER:
+                self.gather(first)
+            else:
                 return kind, first, second
-            self.evaluate(first)
 
     def send_text(self, text: str) -> None:
         """From process 0 to all others."""
@@ -106,6 +118,7 @@ class Group(Reducer):
         if self.rank == 0:
             go = wanted()
             self.order(STEP if go else END, state.step, state.total_steps)
+            self.together = go
             return go
         kind, step, total = self.obey()
         if kind != STEP:
@@ -123,8 +136,25 @@ class Group(Reducer):
         if self.rank:  # else all would drop the same
             torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
 
+    def stops(self, stopped: Callable[[], bool]) -> Callable[[], bool]:
+        if not self.sharded:
+            return stopped
+        agreed = self._most(int(stopped())) > 0  # all stop or none: the others would wait for its rows
+        return lambda: agreed
+
+    def batches(self, batcher: AnyBatcher, own: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
+        if not self.sharded:
+            return batcher.batches(own)
+        given = list(batcher.batches(own))
+        lacking = self._most(len(given)) - len(given)
+        if not lacking:
+            return given
+        shortest = min(rows, key=lambda row: len(row) if hasattr(row, "__len__") else 1)
+        return [*given, *[Spare(next(iter(batcher.batches([shortest]))))] * lacking]
+
     @torch.no_grad()
     def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+        self.together = False
         own = [p.grad is not None for p in parameters]
         numbers = [0.0, 0.0, 1.0, 0.0]
         loss = 0.0
@@ -164,6 +194,32 @@ class Group(Reducer):
 
     def dismiss(self) -> None:
         self.order(BYE)
+
+    # A divided base model
+
+    def divide(self) -> dist.ProcessGroup:
+        """From here on the base model is divided; the group over which its blocks are gathered.
+
+        It is one of its own, so that what is gathered and what is summed cannot meet.
+        """
+        self.sharded = True
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._seconds))
+        assert group is not None
+        return group
+
+    def gathering(self, number: int, gather: Callable[[], Any]) -> Any:
+        """Gather a block's rows (a :data:`deltaw.runtime.sharded.Wire`)."""
+        if self.rank == 0 and not self.together:
+            self.order(GATHER, number)
+        with self._wire():
+            return gather()
+
+    def _most(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        found = torch.tensor([number])
+        with self._wire():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     # The wire
 

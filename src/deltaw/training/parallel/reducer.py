@@ -6,13 +6,14 @@ any. :class:`deltaw.training.parallel.group.Group` is the one for several proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from deltaw.training.losses import unrounded
+from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.state import TrainState
 
 
@@ -29,6 +30,13 @@ class StepSums:
         self.loss = self.loss + unrounded(loss)
         self.row_tokens += row_tokens
         self.tokens += tokens
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A microbatch that is computed without an effect, so that this process runs as many as the others."""
+
+    of: Any
 
 
 class Reducer:
@@ -60,6 +68,18 @@ class Reducer:
 
     def own_random_numbers(self, seed: int, step: int) -> None:
         """Called before each step's forward: process 0 keeps the random numbers of the training."""
+
+    def stops(self, stopped: Callable[[], bool]) -> Callable[[], bool]:
+        """What tells within a step whether it was asked to stop, from what tells it in this process."""
+        return stopped
+
+    def batches(self, batcher: AnyBatcher, own: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
+        """The microbatches that this process computes in a step, some of which may be :class:`Spare`.
+
+        Args:
+            own: the rows that it was dealt, of all ``rows`` of the step.
+        """
+        return batcher.batches(own)
 
     def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
         """Add up gradients and sums over all processes; each has them afterwards.

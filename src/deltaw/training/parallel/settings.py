@@ -12,6 +12,7 @@ from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_threads
 from deltaw.training.callbacks import Say
 from deltaw.training.parallel.reducer import Reducer
+from deltaw.training.parallel.sharding import as_sharded
 
 _ONE_PROCESS = "train in one process, without torchrun, or "
 
@@ -22,8 +23,13 @@ def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
     Raises:
         UserError: they ask for what several processes cannot do.
     """
+    sharded = config.train.sharding == "base"
     if processes.size == 1:
+        if sharded:
+            say("train.sharding: base: one process alone holds the whole base model")
         return config
+    if sharded:
+        config = as_sharded(config, say)
     train = config.train
     if train.learning_rate == "search":
         raise _refused("a search for the learning rate", "train.learning_rate", "give a number or auto")

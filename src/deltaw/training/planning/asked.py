@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from deltaw.errors import UserError
+from deltaw.memory.plan import Plan
 from deltaw.methods import registry
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -21,6 +22,12 @@ def parse_bytes(text: str, where: str = "--budget") -> int:
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def of_each(plan: Plan, sharding: str, processes: int) -> Plan:
+    """The plan of each of several processes, from that of one (``train.sharding``)."""
+    divides = sharding == "base" and processes > 1 and plan.method == "lora"
+    return plan.divided(processes) if divides else plan
 
 
 def refuse_memory(memory: str | None, verb: str) -> None:

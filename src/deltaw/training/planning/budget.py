@@ -50,7 +50,14 @@ def no_plan_to_keep(why: str) -> UserError:
 
 
 def fitting_settings(
-    config: RunConfig, task: Task, data: RunData, budget: int, methods: Sequence[str], *, say: Say = silent
+    config: RunConfig,
+    task: Task,
+    data: RunData,
+    budget: int,
+    methods: Sequence[str],
+    *,
+    say: Say = silent,
+    processes: int = 1,
 ) -> list[Fitting]:
     """Settings whose process stays within ``budget`` bytes, the fastest first.
 
@@ -66,7 +73,7 @@ def fitting_settings(
     def planned(settings: RunConfig, tokens: int) -> Fitting | None:
         train = settings.train.model_copy(update={"tokens_per_pass": tokens})
         trial = settings.model_copy(update={"train": train})
-        plan = plan_run(trial, task, data)
+        plan = plan_run(trial, task, data, processes=processes)
         smallest.append(plan)
         return _fitting(trial, plan) if plan.peak_resident_bytes <= budget else None
 
@@ -110,7 +117,7 @@ def fitting_settings(
 
 
 def within_memory(
-    config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int
+    config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int, processes: int = 1
 ) -> tuple[RunConfig, Plan]:
     """Settings under which the run stays within ``budget`` bytes, with activation checkpointing in as few
     blocks as will do.
@@ -119,7 +126,7 @@ def within_memory(
     that, as far as checkpointing all blocks allows.
 
     Args:
-        plan: of the settings as they are. blocks: how many the model has.
+        plan: of the settings as they are. blocks: how many the model has. processes: that train together.
 
     Raises:
         UserError: checkpointing all of them does not suffice.
@@ -129,7 +136,7 @@ def within_memory(
 
     def planned(count: bool | int) -> tuple[RunConfig, Plan]:
         settings = _with_checkpointing(config, count)
-        return settings, plan_run(settings, task, data)
+        return settings, plan_run(settings, task, data, processes=processes)
 
     least = planned(True)
     if least[1].peak_resident_bytes > budget:

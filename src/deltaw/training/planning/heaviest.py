@@ -38,7 +38,7 @@ class Heaviest:
     Attributes:
         rows: of that step. shapes: (rows, length) of its microbatches.
         every: the shapes of all steps that were searched. evaluated: those of evaluations.
-        labelled: rows of another step, which has a shorter microbatch with so many labels that it may take
+        labeled: rows of another step, which has a shorter microbatch with so many labels that it may take
             more; empty where there is no such step.
         tiles, evaluated_tiles: as ``every`` and ``evaluated``, of attention's tiles.
     """
@@ -47,7 +47,7 @@ class Heaviest:
     shapes: list[tuple[int, int]]
     every: set[tuple[int, int]]
     evaluated: set[tuple[int, int]]
-    labelled: Sequence[Any] = ()
+    labeled: Sequence[Any] = ()
     tiles: set[TileShape] = field(default_factory=set)
     evaluated_tiles: set[TileShape] = field(default_factory=set)
 
@@ -96,12 +96,12 @@ def heaviest_step(session: Session) -> Heaviest:
         return rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
 
     largest = max(found)
-    labelled: Sequence[Any] = ()
+    labeled: Sequence[Any] = ()
     if isinstance(batcher, CausalMicroBatcher) and session.prefix is None:
         weigh = _weigher(session)
         heavy = max(found, key=weigh)
         if weigh(heavy) > 1.01 * weigh(largest):
-            labelled = rows_of(heavy[2])
+            labeled = rows_of(heavy[2])
     # Of a large evaluation, the first rows show what shapes there are.
     held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
     return Heaviest(
@@ -109,7 +109,7 @@ def heaviest_step(session: Session) -> Heaviest:
         batcher.shapes(rows_of(largest[2])),
         every,
         set(batcher.shapes(held_out)) if held_out else set(),
-        labelled,
+        labeled,
         tiles,
         _tile_shapes(session, held_out) if held_out else set(),
     )
@@ -149,7 +149,7 @@ def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
 class TellingBatcher:
     """Of a step's microbatches those that show its peak: the smallest, which leaves gradients behind, and
     then the largest. The first step, which is there for the optimizer's state alone, has the smallest only; a
-    third is made of the microbatches of ``labelled`` rows, its largest being the one with the most labels.
+    third is made of the microbatches of ``labeled`` rows, its largest being the one with the most labels.
 
     Attributes:
         tokens: of the microbatches of the second step.
@@ -158,10 +158,10 @@ class TellingBatcher:
         made: how many microbatches there were.
     """
 
-    def __init__(self, session: Session, labelled: Sequence[Any] = ()) -> None:
+    def __init__(self, session: Session, labeled: Sequence[Any] = ()) -> None:
         self._session = session
         self._inner = (session.prefix or session).batcher
-        self._labelled = labelled
+        self._labeled = labeled
         self._steps = 0
         self.tokens = self.made = 0
         self.sizes: set[int] = set()
@@ -173,7 +173,7 @@ class TellingBatcher:
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         self._steps += 1
-        rows = self._labelled if self._steps > DRY_RUN_STEPS else rows
+        rows = self._labeled if self._steps > DRY_RUN_STEPS else rows
         shapes = self._inner.shapes(rows)
         sizes = [count * length for count, length in shapes]
         weights = sizes

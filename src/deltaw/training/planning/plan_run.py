@@ -31,12 +31,14 @@ from deltaw.memory.libraries import warm_up
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
+from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.nf4_weights import quantize_nf4
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.monitoring.rate_search import as_it_was
+from deltaw.training.planning.asked import of_each
 from deltaw.training.planning.heaviest import (
     DRY_RUN_STEPS,
     Heaviest,
@@ -50,7 +52,7 @@ from deltaw.training.planning.unread import unread_bytes
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.working import working
+from deltaw.working import listening, working
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
@@ -69,11 +71,14 @@ def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = sil
         return plan_run(settings, task, data)
 
 
-def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None) -> Plan:
+def plan_run(
+    config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None, processes: int = 1
+) -> Plan:
     """What a run of ``config`` on these rows will need; remembered where it was planned before.
 
     Args:
         process_bytes: what the process holds before the model is loaded; None is what it holds now.
+        processes: that train together; the plan is that of each of them.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
@@ -81,9 +86,10 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
     remembered = Remembered.of(config)
     known = None if remembered is None else remembered.plan(data.every)
     if known is not None:
-        return known
+        return of_each(known, config.train.sharding, processes)
     try:
-        with working(f"planning the memory of method {config.method}"):
+        # The steps of the dry run are not told one by one: nothing is measured or evaluated.
+        with working(f"planning the memory of method {config.method}"), listening(None):
             made = _planned(config, task, data, process_bytes)
     except UserError as error:
         if remembered is not None:
@@ -91,7 +97,7 @@ def plan_run(config: RunConfig, task: Task, data: RunData, *, process_bytes: int
         raise
     if remembered is not None:
         remembered.keep(made, data.every, data.report.lines(), basis())
-    return made
+    return of_each(made, config.train.sharding, processes)
 
 
 def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | None) -> Plan:
@@ -110,6 +116,8 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     if config.precision == "nf4":
         with fake_tensors():
             quantize_nf4(model.base_model)
+    with fake_tensors():
+        block_bytes = _block_bytes(model)
     new: list[str] = []
     if task.has_labels:
         new = new_modules(model, config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -155,7 +163,17 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
         disk_bytes=0 if done.session.prefix is None else done.session.prefix.store.shape.bytes,
+        block_bytes=block_bytes,
     )
+
+
+def _block_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Of the weights of all blocks, and of the largest; 0 where the model has no list of blocks."""
+    found = blocks_of(model)
+    if found is None:
+        return 0, 0
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in found[1]]
+    return sum(sizes), max(sizes)
 
 
 def _saving_bytes(config: RunConfig, task: Task, dtype: str) -> int:
@@ -203,7 +221,7 @@ class _DryRun:
 def _dry_run(session: Session) -> _DryRun:
     """A few of the heaviest steps, an evaluation of the longest rows, and the measurement of drift."""
     heaviest = heaviest_step(session)
-    telling, marks = TellingBatcher(session, heaviest.labelled), [(0, 0)]
+    telling, marks = TellingBatcher(session, heaviest.labeled), [(0, 0)]
     meter = DriftMeter(session)
     # A search for the learning rate trains as the run does, beside a copy of what is trained.
     searches = session.config.train.learning_rate == "search"
@@ -212,7 +230,7 @@ def _dry_run(session: Session) -> _DryRun:
         session.train(
             rows=heaviest.rows,
             batch_size=len(heaviest.rows),
-            total_steps=DRY_RUN_STEPS + (1 if heaviest.labelled else 0),
+            total_steps=DRY_RUN_STEPS + (1 if heaviest.labeled else 0),
             batcher=telling,
             on_step=lambda step: marks.append((work.operations, work.operators)),
         )
@@ -233,6 +251,7 @@ def plan_each(
     methods: Sequence[str],
     *,
     refused: Callable[[str, UserError], None],
+    processes: int = 1,
 ) -> dict[str, Plan]:
     """The plan of each method on the same model and rows; ``refused`` is told of those that do not fit."""
     plans: dict[str, Plan] = {}
@@ -245,6 +264,7 @@ def plan_each(
                 data,
                 # Each plan leaves something behind, which a run that makes one plan does not have.
                 process_bytes=None if first is None else first.resident["process"],
+                processes=processes,
             )
         except UserError as error:
             if method == config.method:

@@ -1,4 +1,4 @@
-"""How labelled rows become microbatches: how many tokens, what pads them, and why."""
+"""How labeled rows become microbatches: how many tokens, what pads them, and why."""
 
 from __future__ import annotations
 

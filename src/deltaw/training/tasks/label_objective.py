@@ -1,4 +1,4 @@
-"""The objective of labelled rows: cross-entropy of classes, or the squared error of numbers.
+"""The objective of labeled rows: cross-entropy of classes, or the squared error of numbers.
 
 A decoder's output is read at each row's last token, found by the row's length. Transformers finds it by the
 id of the padding token, which fails where that is also the end token, or where there is none.

@@ -1,0 +1,165 @@
+"""A model whose weights are still in their files: rows of single tensors are read when they are asked for.
+
+The model is made with its parameters on the meta device, so that it takes no memory; its buffers, such as
+rotary frequencies, have their values. Files are open only while something is read.
+
+Knows safetensors files and transformers' classes; not what becomes of the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.hub.skeleton import skeleton
+from deltaw.hub.tensor_names import names_on_disk
+from deltaw.lora.fingerprint import Sample, places
+
+# Rows of a tensor, from and to; None for all of them.
+Rows = tuple[int, int] | None
+
+
+class StoredWeights:
+    """The weights of a model in a folder.
+
+    Args:
+        folder: with the weights in safetensors files.
+        model: made by :func:`unfilled`.
+
+    Attributes:
+        missing: names of parameters that the files do not hold.
+
+    Raises:
+        UserError: a parameter is built of several tensors, or of one that is changed on the way.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._file_of[name] = path
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        names = names_on_disk(model, self._file_of)
+        if names.converted:
+            raise UserError(
+                f"'{next(iter(names.converted))}' is put together of several tensors while the model is "
+                "loaded, which is not done by rows",
+                where=str(folder),
+                hint="set train.sharding: none, or save the model with transformers as it is in memory",
+            )
+        self._stored = dict(names.stored)
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.missing: list[str] = []
+        known: dict[int, str] = {}  # tied parameters have several names, of which the files hold one
+        every = list(model.named_parameters(remove_duplicate=False))
+        for name, parameter in every:
+            if name in self._stored:
+                known.setdefault(id(parameter), self._stored[name])
+        for name, parameter in every:
+            self._dtypes[name] = parameter.dtype
+            if id(parameter) not in known:
+                self.missing.append(name)
+                continue
+            self._stored[name] = known[id(parameter)]
+            if shapes[self._stored[name]] != tuple(parameter.shape):
+                raise UserError(
+                    "the model cannot be loaded: its weights have other shapes than its config.json says",
+                    where=f"{folder}: {name}",
+                    hint="fetch or copy the model again, or check that config.json belongs to the weights",
+                )
+
+    def read(self, wanted: Mapping[str, Rows]) -> dict[str, Tensor]:
+        """Rows of parameters, by their names, in the type that the model has them in."""
+        found: dict[str, Tensor] = {}
+        for path, names in self._by_file(wanted).items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    rows = wanted[name]
+                    if rows is None:
+                        given = file.get_tensor(self._stored[name])
+                    elif rows[0] == rows[1]:
+                        shape = file.get_slice(self._stored[name]).get_shape()
+                        given = torch.empty(0, *shape[1:])
+                    else:
+                        given = file.get_slice(self._stored[name])[rows[0] : rows[1]]
+                    found[name] = given.to(self._dtypes[name])
+        return found
+
+    def samples(self, parameters: Mapping[str, Tensor]) -> dict[str, Sample]:
+        """What the base model's fingerprint takes of each of these parameters."""
+        found: dict[str, Sample] = {}
+        for path, names in self._by_file(parameters).items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    shape = tuple(parameters[name].shape)
+                    width = parameters[name][:1].numel()
+                    rows = file.get_slice(self._stored[name])
+                    values = [
+                        rows[at // width : at // width + 1].flatten()[at % width]
+                        for at in places(parameters[name].numel())
+                    ]
+                    found[name] = Sample("", shape, torch.stack(values).to(self._dtypes[name]))
+        return found
+
+    def _by_file(self, names: Mapping[str, object]) -> dict[Path, list[str]]:
+        """Parameters by the file that holds them."""
+        found: dict[Path, list[str]] = {}
+        for name in names:
+            found.setdefault(self._file_of[self._stored[name]], []).append(name)
+        return found
+
+
+def unfilled(
+    folder: Path, *, dtype: str, task: str, attention: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model in ``folder`` with its parameters on the meta device, in evaluation mode and frozen.
+
+    Raises:
+        UserError: as :func:`deltaw.hub.skeleton.skeleton`.
+    """
+    with _parameters_on_meta():
+        model = skeleton(
+            folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code
+        )
+    if (folder / "generation_config.json").is_file():
+        with contextlib.suppress(OSError, ValueError):  # as transformers does where it cannot be read
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While open, every parameter that a module gets is moved to the meta device; buffers stay."""
+    inner = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        inner(self, name, param)
+        if param is not None and not param.is_meta:
+            moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            self._parameters[name] = moved
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = inner  # type: ignore[method-assign]
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put values in the place of parameters on the meta device, by their names; what is tied stays tied."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    made = {id(own[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in made:
+                module._parameters[name] = made[id(parameter)]

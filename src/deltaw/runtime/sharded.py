@@ -1,0 +1,345 @@
+"""A model's blocks divided among processes by FSDP2 (``fully_shard``), and whole only while one of them runs.
+
+Each process holds some rows of every frozen weight of the blocks, as they are stored. Around a block's
+forward and backward FSDP gathers its rows from all processes and lets go of them. Weights come into their
+shares row by row from the files, so that no process ever holds them all. Where the weights are to be rounded
+to int8 first, one block at a time is read as a whole, rounded by what is registered on it, and then divided.
+
+All processes must run the same blocks in the same order. What is told before each gathering
+(:class:`Wire`) lets one process run blocks on its own while the others only give their rows.
+
+Knows modules, files of weights and process groups; not trainings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from deltaw.errors import UserError
+from deltaw.host.choices import Choice
+from deltaw.hub.stored_weights import Rows, StoredWeights, fill, unfilled
+from deltaw.lora.fingerprint import Sample, put_sample
+from deltaw.lora.layers_int8 import weight_scales
+from deltaw.runtime.blocks import blocks_of
+
+# Named anew in torch 2.13.
+_gathered: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Called for each gathering with the block's number and what gathers.
+Wire = Callable[[int, Callable[[], Any]], Any]
+
+_SHARDED: weakref.WeakKeyDictionary[nn.Module, ShardedBlocks] = weakref.WeakKeyDictionary()
+
+
+def sharded_blocks(model: nn.Module) -> ShardedBlocks | None:
+    """What divides this model's blocks; None where this process holds them whole."""
+    return _SHARDED.get(model)
+
+
+class ShardedLoader:
+    """Loads a model with its blocks divided; called in the place of
+    :func:`deltaw.hub.loading.load`'s own reading of weights.
+
+    Args:
+        group: the processes. wire: is told of each gathering.
+        rounded: whether the weights are to be rounded before they are divided
+            (:meth:`ShardedBlocks.finish`).
+    """
+
+    def __init__(self, group: dist.ProcessGroup, wire: Wire, *, rounded: bool) -> None:
+        self._group, self._wire, self._rounded = group, wire, rounded
+
+    def __call__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        task: str,
+        dtype: str,
+        attention: str,
+        trust_remote_code: bool,
+    ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
+        """The model, the names of the tensors that its files lack, and its attention.
+
+        Raises:
+            UserError: it has no list of blocks, or its files cannot be read by rows.
+        """
+        model = unfilled(
+            folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code
+        )
+        weights = StoredWeights(folder, model)
+        used = str(model.config._attn_implementation)
+        choice = Choice(used, "torch's fused attention" if used == "sdpa" else "as the model has it")
+        found = blocks_of(model)
+        if found is None:
+            raise _no_blocks(folder, "it has no list of blocks")
+        if weights.missing:
+            return model, weights.missing, choice
+        prefix, blocks = found
+        inside = {id(parameter) for parameter in blocks.parameters()}
+        outside = [name for name, p in model.named_parameters() if id(p) not in inside]
+        every = list(model.named_parameters(remove_duplicate=False))
+        names = [name for name, p in every if id(p) in inside]
+        if len(set(blocks)) != len(blocks) or len(names) != len(inside):
+            raise _no_blocks(folder, "its blocks share weights")
+        fill(model, weights.read(dict.fromkeys(outside)))
+        made = ShardedBlocks(list(blocks), prefix, weights, self._group, self._wire)
+        _SHARDED[model] = made
+        if not self._rounded:
+            made.divide()
+        return model, [], choice
+
+
+class ShardedBlocks:
+    """The blocks of a model, each with its weights divided among the processes of ``group``.
+
+    Args:
+        blocks: with their parameters on the meta device. prefix: what their parameters' names begin with.
+        weights: where the values are.
+    """
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        prefix: str,
+        weights: StoredWeights,
+        group: dist.ProcessGroup,
+        wire: Wire,
+    ) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self._blocks, self._prefix, self._weights, self._wire = blocks, prefix, weights, wire
+        self._group, self._room = group, Room()
+        self._mesh = DeviceMesh.from_group(group, "cpu")
+        self._classes: list[type | None] = [None] * len(blocks)
+        self._tables: list[dict[str, dict[str, nn.Parameter | None]]] = [{} for _ in blocks]
+        self._samples: list[dict[str, Sample]] = []
+        self._filled: int | None = None
+        self._read: list[nn.Module] = []
+        for number, block in enumerate(blocks):
+            own = dict(block.named_parameters())
+            found = weights.samples({self._name(number, name): p for name, p in own.items()})
+            self._samples.append({name: found[self._name(number, name)] for name in own})
+            for name, parameter in own.items():
+                put_sample(parameter, self._samples[number][name])
+        self._handles = [
+            block.register_forward_pre_hook(functools.partial(self._enter, number))
+            for number, block in enumerate(blocks)
+        ]
+
+    def divide(self) -> None:
+        """Read this process's rows of every block that is not divided yet, one block after the other."""
+        for number, block in enumerate(self._blocks):
+            if self._classes[number] is not None:
+                continue
+            self._shard(number)
+            rows = {name: self._rows_of(p) for name, p in block.named_parameters()}
+            read = self._weights.read({self._name(number, name): at for name, at in rows.items()})
+            self._load(number, {name: read[self._name(number, name)] for name in rows})
+        self._watch_no_more()
+
+    def finish(self) -> None:
+        """Divide what was rounded, and make sure that all processes rounded alike.
+
+        Raises:
+            UserError: they did not.
+        """
+        if self._filled is not None:
+            self._settle(self._filled)
+        self.divide()
+        digest = hashlib.sha256()
+        for block in self._blocks:
+            for name, module in block.named_modules():
+                for tensor in weight_scales(module) or ():
+                    if tensor is not None:
+                        digest.update(name.encode() + tensor.numpy().tobytes())
+        own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        every = [torch.empty_like(own) for _ in range(self._group.size())]
+        self._wire(0, lambda: dist.all_gather(every, own, group=self._group))
+        if any(not torch.equal(other, own) for other in every):
+            raise UserError(
+                "the processes rounded the weights to int8 differently, so that their rows do not belong "
+                "together",
+                where="precision",
+                hint="use machines with one kind of processor, or precision bf16",
+            )
+
+    def rejoin(self) -> None:
+        """Let FSDP's changes reach layers that have taken the place of those it knows.
+
+        An adapted layer is another object than the layer that it adapts. Both are given one table of
+        parameters, in which FSDP exchanges its rows for the whole weight and back.
+        """
+        for block, tables in zip(self._blocks, self._tables, strict=True):
+            for path, table in tables.items():
+                module = block.get_submodule(path)
+                if module._parameters is table:
+                    continue
+                table.update(module._parameters)
+                vars(module)["_parameters"] = table
+
+    def gather(self, number: int) -> None:
+        """Give this process's rows of a block to another that runs it."""
+        with self._as_sharded(number) as block:
+            block.unshard()
+            block.reshard()
+
+    # One block at a time, as a whole, before it is divided
+
+    def _enter(self, number: int, block: nn.Module, inputs: object) -> None:
+        """Before a block that is not divided yet runs: read it, and let go of the one before."""
+        if self._filled is not None and self._filled != number:
+            self._settle(self._filled)
+        if self._classes[number] is None and self._filled != number:
+            names = {self._name(number, name): name for name, _ in block.named_parameters()}
+            read = self._weights.read(dict.fromkeys(names))
+            fill(block, {names[name]: value for name, value in read.items()})
+            self._filled, self._read = number, [m for m in block.modules() if m._parameters]
+
+    def _settle(self, number: int) -> None:
+        """After a block that was read as a whole: divide it where it was rounded, else forget it."""
+        block, self._filled = self._blocks[number], None
+        kept = set(block.modules())
+        rounded = any(weight_scales(module) is not None for module in kept)
+        for module in self._read:  # whoever still knows a layer that was rounded must not keep its weights
+            if not (rounded and module in kept):
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self._read = []
+        if rounded:
+            self._shard(number)
+
+    def _watch_no_more(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # FSDP
+
+    def _shard(self, number: int) -> None:
+        """Divide a block; one on the meta device gets no values yet."""
+        from torch.distributed.fsdp import fully_shard
+
+        block = self._blocks[number]
+        own = type(block)
+        self._tables[number] = {path: m._parameters for path, m in block.named_modules() if m._parameters}
+        fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        block.register_forward_hook(_no_view, prepend=True)
+        self._classes[number] = type(block)
+        with self._as_sharded(number) as sharded:
+            sharded.set_custom_all_gather(_Gather(number, self._wire, self._room))
+        # FSDP works by hooks; under its own class again, the block is recognized by the rest as before.
+        block.__class__ = own
+        self._note(number)
+
+    def _load(self, number: int, values: dict[str, Tensor]) -> None:
+        """Give a block that was divided on the meta device its rows."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        own = dict(self._blocks[number].named_parameters())
+        rows = {
+            name: DTensor.from_local(
+                value,
+                self._mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=own[name].shape,
+                stride=own[name].stride(),
+            )
+            for name, value in values.items()
+        }
+        with self._as_sharded(number) as block:
+            block.load_state_dict(rows, assign=True, strict=False)
+        for parameter in self._blocks[number].parameters():
+            parameter.requires_grad_(False)
+        self._note(number)
+
+    def _note(self, number: int) -> None:
+        for name, parameter in self._blocks[number].named_parameters():
+            put_sample(parameter, self._samples[number][name])
+
+    def _rows_of(self, parameter: Tensor) -> Rows:
+        """This process's rows, as FSDP deals them: of n rows ⌈n / P⌉ to each, while there are any."""
+        count = parameter.shape[0]
+        each = -(-count // self._group.size())
+        return min(self._group.rank() * each, count), min((self._group.rank() + 1) * each, count)
+
+    def _name(self, number: int, name: str) -> str:
+        return f"{self._prefix}.{number}.{name}"
+
+    @contextlib.contextmanager
+    def _as_sharded(self, number: int) -> Iterator[Any]:
+        """The block under the class that FSDP gave it, which has FSDP's methods."""
+        block, given = self._blocks[number], self._classes[number]
+        assert given is not None, f"block {number} is not divided"
+        own = type(block)
+        block.__class__ = given
+        try:
+            yield block
+        finally:
+            block.__class__ = own
+
+
+def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
+    """FSDP gathers for the backward by a hook on a block's output, which a change in place would drop from a
+    view."""
+    if isinstance(output, Tensor):
+        return output.clone() if output._is_view() else output
+    if isinstance(output, tuple):
+        return tuple(_no_view(block, inputs, value) for value in output)
+    return output
+
+
+class Room:
+    """Memory that is used again and again; it grows to the largest that was asked for."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Room for so many numbers of a type."""
+        needed = count * dtype.itemsize
+        if needed > self._bytes.numel():
+            self._bytes = torch.empty(0, dtype=torch.uint8)
+            self._bytes = torch.empty(needed, dtype=torch.uint8)
+        return self._bytes[:needed].view(dtype)
+
+
+class _Gather:
+    """FSDP's gathering of a block's rows (its ``AllGather``), with a wire told of it.
+
+    What comes over the wire is copied into the block's weights at once, so that one room serves all blocks.
+    """
+
+    def __init__(self, number: int, wire: Wire, room: Room) -> None:
+        self._number, self._wire, self._room = number, wire, room
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._room.of(math.prod(map(int, size)), dtype)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        def gather() -> Any:
+            return _gathered(output_tensor, input_tensor, group=group, async_op=async_op)
+
+        return self._wire(self._number, gather)
+
+
+def _no_blocks(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"the model cannot be divided among processes: {why}",
+        where=str(folder),
+        hint="set train.sharding: none",
+    )

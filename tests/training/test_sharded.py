@@ -1,0 +1,204 @@
+"""A base model that is divided among processes trains as a whole one does, and takes less of their memory.
+
+The tests start processes of their own, which takes seconds; :mod:`tests.training.test_parallel` says how.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deltaw.config import RunConfig
+from deltaw.errors import UserError
+from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
+from deltaw.lora.fingerprint import base_fingerprint, put_sample
+from deltaw.training.callbacks import Callback
+from deltaw.training.fit import fit
+from deltaw.training.parallel.sharding import as_sharded
+from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.session import read_data
+from tests.conftest import write_rows
+from tests.training.test_parallel import (
+    ADAPTER,
+    assert_same_run,
+    ended,
+    free_port,
+    metrics,
+    of,
+    pytestmark,
+    start,
+    train,
+    uneven,
+    write_settings,
+)
+
+__all__ = ["pytestmark", "uneven"]
+
+
+def sharded(settings, uneven, output, **changes) -> dict:
+    made = of(settings, uneven, output, **changes)
+    made["train"] |= {"sharding": "base"}
+    return made
+
+
+def test_two_processes_with_half_of_the_base_each_train_as_one(settings, uneven, tmp_path):
+    """Microbatches of few tokens, so that one process has more of them than the other."""
+    made = of(settings, uneven, tmp_path / "one")
+    made["train"] |= {"tokens_per_pass": 60}
+    fit(made)
+    divided = sharded(settings, uneven, tmp_path / "two")
+    divided["train"] |= {"tokens_per_pass": 60}
+    held = tmp_path / "held"
+    zero, one = train(write_settings(tmp_path / "run.yaml", divided), 2, HELD=str(held))
+    assert zero[0] == 0 and one == (0, "", ""), (zero, one)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    shares = [json.loads(line) for line in held.read_text().splitlines()]
+    divided = [fused for own, whole, fused in shares if own <= 0.51 * whole]
+    assert divided == [True] * (2 * 6)  # six steps; others are of the dry run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_four_processes_and_blocks_that_run_twice(settings, uneven, tmp_path, checkpointing):
+    made = of(settings, uneven, tmp_path / "one")
+    made["train"] |= {"checkpointing": checkpointing}
+    fit(made)
+    made = sharded(settings, uneven, tmp_path / "four")
+    made["train"] |= {"checkpointing": checkpointing}
+    told = train(write_settings(tmp_path / "run.yaml", made), 4)
+    assert [status for status, *_ in told] == [0, 0, 0, 0], told
+    assert_same_run(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_weights_are_divided_as_they_are_stored(settings, uneven, tmp_path, precision):
+    """Each process rounds less exactly than fp32; losses agree as far as that."""
+    fit(of(settings, uneven, tmp_path / "one", precision=precision))
+    made = sharded(settings, uneven, tmp_path / "two", precision=precision)
+    held = tmp_path / "held"
+    told = train(write_settings(tmp_path / "run.yaml", made), 2, HELD=str(held))
+    assert [status for status, *_ in told] == [0, 0], told
+    ours, theirs = ([x["loss"] for x in metrics(tmp_path / f) if "loss" in x] for f in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=2e-2)
+    shares = [json.loads(line) for line in held.read_text().splitlines()]
+    assert sum(own <= 0.51 * whole for own, whole, _ in shares) == 2 * 6
+    assert load_file(tmp_path / "two" / ADAPTER).keys() == load_file(tmp_path / "one" / ADAPTER).keys()
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_another_number_without_sharding(settings, uneven, tmp_path):
+    fit(of(settings, uneven, tmp_path / "whole"))
+    made = sharded(settings, uneven, tmp_path / "run")
+    made["train"] |= {"checkpoint_every": 1000}
+    path = write_settings(tmp_path / "run.yaml", made)
+    port = free_port()
+    zero, one = ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DIES_AT="3")])
+    assert one[0] == -9 and zero[0] == 2, (zero, one)
+    assert "another of the 2 processes ended" in zero[2] and "Traceback" not in zero[2]
+    told = train(path, 3)
+    assert [status for status, *_ in told] == [0, 0, 0], told
+    assert "goes on from step 3" in told[0][1]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    # One process, and the whole model in it, takes the same run further.
+    assert fit(made | {"output": str(tmp_path / "run")}, fresh=True).resumed_from_step is None
+
+
+@pytest.mark.slow
+def test_answers_and_drift_gather_while_the_others_wait(settings, uneven, tmp_path):
+    """Process 0 writes answers by itself: each gathering is ordered."""
+    made = sharded(settings, uneven, tmp_path / "run")
+    made["train"] |= {"eval_answers": 2, "samples": 2}
+    told = train(write_settings(tmp_path / "run.yaml", made), 2)
+    assert [status for status, *_ in told] == [0, 0], told
+    assert any("answers" in json.dumps(line.get("eval", {})) for line in metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused_in_words(settings, uneven, tmp_path):
+    """Of other rows, and of another model: by process 0, before it writes; the others end with it."""
+
+    class AfterTwo(Callback):
+        steps = 0
+
+        def on_step(self, step):
+            self.steps = step.step
+
+        def should_stop(self):
+            return self.steps == 2
+
+    made = sharded(settings, uneven, tmp_path / "run")
+    assert fit(made, callback=AfterTwo()).interrupted
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    rows = write_rows(tmp_path / "other.jsonl", ({"prompt": f"p{n}", "completion": "c"} for n in range(11)))
+    other = tmp_path / "model"
+    shutil.copytree(made["model"], other)
+    tensors = {name: tensor * 2 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for change, said in (
+        ({"data": {**made["data"], "train": str(rows)}}, "rows"),
+        ({"model": str(other)}, "model"),
+        ({"lora": {"rank": 2}}, "lora.rank"),
+    ):
+        path = write_settings(tmp_path / "run.yaml", made | change)
+        zero, one = train(path, 2)
+        assert zero[0] == 2 and said in zero[2] and "Traceback" not in zero[2], (zero, one)
+        assert one[0] == 2 and "Traceback" not in one[2]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "full"}, "method full"),
+        ({"lora": {"dora": True}}, "lora.dora"),
+        ({"lora": {"init": "pissa"}}, "lora.init"),
+        ({"train": {"keep_general": 1.0}}, "train.keep_general"),
+        ({"task": "sequence-classification"}, "task sequence-classification"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_by_name(settings, tmp_path, changes, named):
+    config = RunConfig.read(settings(tmp_path / "run", **changes))
+    with pytest.raises(UserError) as refused:
+        as_sharded(config, lambda line: None)
+    assert named in f"{refused.value.what} {refused.value.where}"
+
+
+def test_a_refusal_ends_all_processes_before_anything_loads(settings, uneven, tmp_path):
+    made = sharded(settings, uneven, tmp_path / "run", lora={"dora": True})
+    zero, one = train(write_settings(tmp_path / "run.yaml", made), 2)
+    assert zero[0] == 2 and "lora.dora" in zero[2] and "Traceback" not in zero[2]
+    assert one == (2, "", "") and not (tmp_path / "run").exists()
+
+
+def test_rows_read_from_the_files_are_those_of_the_model(model_folder):
+    from transformers import AutoModelForCausalLM
+
+    whole = dict(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).named_parameters())
+    how = {"dtype": "fp32", "task": "causal-lm", "attention": "sdpa", "trust_remote_code": False}
+    model = unfilled(model_folder, **how)
+    assert all(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
+    weights = StoredWeights(model_folder, model)
+    name = max(whole, key=lambda n: whole[n].numel())
+    assert torch.equal(weights.read({name: (1, 3)})[name], whole[name][1:3])
+    for own, parameter in model.named_parameters():
+        put_sample(parameter, weights.samples({own: parameter})[own])
+    assert base_fingerprint(model.named_parameters()) == base_fingerprint(whole.items())
+    fill(model, weights.read(dict.fromkeys(dict(model.named_parameters()))))
+    assert all(torch.equal(p, whole[own]) for own, p in model.named_parameters())
+
+
+def test_a_plan_knows_the_share_of_a_process(settings, uneven, tmp_path):
+    config = RunConfig.read(sharded(settings, uneven, tmp_path / "run"))
+    task, data = read_data(config)
+    whole, each = (plan_run(config, task, data, processes=count) for count in (1, 8))
+    blocks, largest = whole.block_bytes
+    assert largest < blocks <= whole.parts["weights"]
+    saved = max(0, blocks - blocks // 8 - 2 * largest)
+    assert whole.parts["weights"] - each.parts["weights"] == saved
+    assert whole.peak_resident_bytes - each.peak_resident_bytes == saved
+    assert sum(each.resident.values()) == each.peak_resident_bytes
