@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from deltaw.kernels import linear, loader
+from deltaw.kernels.block import Block, serves
 from deltaw.kernels.block_formats import FORMATS, BlockWeight, quantize_nf4, reference_dequantize
 from deltaw.kernels.block_linear import block_linear, block_linear_backward
+from deltaw.kernels.layout import Layout
 from tests.kernels.conftest import TOLERANCE, compiled_only
 from tests.kernels.test_block_formats import random_blocks
 
@@ -123,3 +127,66 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         block_linear(torch.ones(2, 64), weight, None, torch.ones(64, 2))
     with pytest.raises(ValueError, match="factor"):
         block_linear_backward(torch.ones(2, 6), weight, torch.ones(64, 2), torch.ones(3, 6))
+
+
+@compiled_only
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "NF4"])
+def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
+    """One call of a block with layers in blocks, and with the same numbers in plain bf16."""
+    if not loader.multiplies(loader.number(torch.bfloat16)):
+        pytest.skip("torch multiplies bf16 here")
+    made = torch.Generator().manual_seed(6)
+    sizes = {"query": (64, 64), "key": (64, 32), "value": (64, 32), "output": (64, 64)}
+    sizes |= {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+    weights = {part: random_blocks(name, out, inputs, len(part)) for part, (inputs, out) in sizes.items()}
+    factors = {
+        part: (torch.randn(inputs, 4, generator=made) / 8, torch.randn(4, out, generator=made))
+        for part, (inputs, out) in sizes.items()
+    }
+    norm = SimpleNamespace(weight=torch.ones(64).bfloat16(), bias=None, eps=1e-5, offset=0.0, centred=False)
+    norms = SimpleNamespace(before=norm, after=None, post=None)
+
+    def halves(stored: bool) -> tuple[SimpleNamespace, SimpleNamespace]:
+        layers = {
+            part: SimpleNamespace(
+                weight=weight.data if stored else values(weight).bfloat16(),
+                stored=weight if stored else None,
+                by_column=True,
+                bias=None,
+                scale=None,
+                columns=None,
+                lora_A=factors[part][0],
+                lora_B=factors[part][1],
+                scaling=0.5,
+            )
+            for part, weight in weights.items()
+        }
+        attention = SimpleNamespace(
+            norms=norms,
+            inputs=[layers["query"], layers["key"], layers["value"]],
+            output=layers["output"],
+            heads=4,
+            key_heads=2,
+            head_size=16,
+            grouped=False,
+            query_norm=None,
+            key_norm=None,
+            how={"scaling": 0.25},
+        )
+        mlp = SimpleNamespace(
+            norms=norms, inputs=[layers["gate"], layers["up"]], output=layers["down"], gated=True, kind="silu"
+        )
+        return attention, mlp
+
+    x, segments = torch.randn(20, 64, generator=made).bfloat16(), Layout.of_lengths([12, 8]).segments()
+    found = []
+    for stored in (True, False):
+        attention, mlp = halves(stored)
+        assert serves(x, attention, mlp, False)
+        block = Block(attention, mlp, dtype=torch.bfloat16, parallel=False, turned=0)
+        y, saved = block.forward(x, segments, None, None)
+        dx, of_factors = block.backward(y, x, saved, segments, None, None, None, True, True)
+        assert dx is not None
+        found.append([y, dx, *of_factors])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -7,6 +7,7 @@ import torch
 
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import Arithmetic
+from deltaw.kernels.block_formats import quantize_nf4
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.linear import quantized_rows
 from deltaw.memory.kernel_scratch import arena_bytes
@@ -132,3 +133,17 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
     peak = peak_tensor_bytes(lambda: ops.cross_entropy_(*args), alive=[logits, targets, weights])
     held_before = sum(t.numel() * t.element_size() for t in (logits, targets, weights))
     assert scratch_bytes(ops.cross_entropy_.default, args, {}) == pytest.approx(peak - held_before, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [40, 1200])
+def test_products_with_weights_in_blocks(dtype, rows):
+    weight = quantize_nf4(torch.randn(576, 1536, generator=torch.Generator().manual_seed(0)))
+    x, grad = random(rows, 1536, dtype=dtype), random(rows, 576, dtype=dtype)
+    A, B = random(1536, 8, dtype=torch.float32), random(8, 576, dtype=torch.float32)
+    blocks = (*weight.tensors, weight.format, weight.columns)
+    for operator, args in (
+        (ops.block_linear, (x, *blocks, None, A, B, 1.0, None)),
+        (ops.block_linear_backward, (grad, *blocks, A, B, 1.0, None, True)),
+    ):
+        agree(arena_bytes(operator.default, args, {}), held(operator, args))

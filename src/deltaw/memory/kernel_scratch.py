@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 # Importing them defines the operators.
-from deltaw.kernels import attention, class_gradient, linear, loader, rows
+from deltaw.kernels import attention, block_linear, class_gradient, linear, loader, rows
 from deltaw.kernels.block_formats import FORMATS
-from deltaw.kernels.block_linear import REFERENCE_BYTES
 from deltaw.kernels.linear import INT8_BLOCK
 
-assert attention and class_gradient and linear and rows
+assert attention and block_linear and class_gradient and linear and rows
 
 _ops = torch.ops.deltaw
 
@@ -62,6 +61,24 @@ def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
     return _room_of_linear(grad, weight, by_column, scale, rank, True, args[9])
+
+
+def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_blocks(args, args[8], False, False)
+
+
+def _block_linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_blocks(args, args[7], True, args[11])
+
+
+def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool, need_x: bool) -> int:
+    left, data, _, _, _, name, columns = args[:7]
+    if not _multiplied(left, None):
+        return 0
+    return loader.kernels().dw_linear_room(
+        loader.number(left.dtype), left.shape[0], data.shape[0], columns, FORMATS[name].number, True, False,
+        0 if lora_A is None else lora_A.shape[1], backward, need_x,
+    )  # fmt: skip
 
 
 def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -141,41 +158,34 @@ def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
 
 
-def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return _room_of_blocks(args, args[8], False, False)
-
-
-def _block_linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return _room_of_blocks(args, args[7], True, args[11])
-
-
-def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool, need_x: bool) -> int:
-    left, data, _, _, _, name, columns = args[:7]
-    if not _multiplied(left, None):
-        return 0
-    rank = 0 if lora_A is None else lora_A.shape[1]
-    return loader.kernels().dw_linear_room(
-        loader.number(left.dtype), left.shape[0], data.shape[0], columns, FORMATS[name].number, True, False,
-        rank, backward, need_x,
-    )  # fmt: skip
-
-
 def _block_linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Where torch computes: some rows of the weight as numbers, in fp32 twice and in bf16, and their
-    outputs."""
-    left, data, columns = args[0], args[1], args[6]
-    if _multiplied(left, None):
+    """Of a product with a weight in blocks where torch computes it: some rows as numbers, and theirs of the
+    result."""
+    x, data, _, _, _, _, columns, bias, lora_A, lora_B, _, added = args[:12]
+    if _multiplied(x, None):
         return 0
-    numbers = min(REFERENCE_BYTES // 4, data.shape[0] * columns)
-    return numbers * 13 + left.shape[0] * max(1, numbers // columns) * left.dtype.itemsize
+    size, most = x.dtype.itemsize, _rows_at_once(data, columns)
+    later = _reference_bytes(
+        x, data, None, data.shape[0], (lora_A, lora_B), bias is not None or added is not None
+    )
+    return max(later, most * columns * (2 + size * (size != 2)) + x.shape[0] * most * size)
 
 
 def _block_linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The same; the sum of all parts in fp32, and one part's share of it."""
-    grad, columns, need_x = args[0], args[6], args[11]
-    if not need_x or _multiplied(grad, None):
+    """Of its gradient: sums in fp32, what is added to them, and some rows of the weight as numbers."""
+    grad, data, _, _, _, _, columns, lora_A, lora_B, _, added, need_x = args[:12]
+    if _multiplied(grad, None):
         return 0
-    return _block_linear_tensors(args, kwargs) + grad.shape[0] * columns * (4 + grad.dtype.itemsize)
+    rows, size, most = grad.shape[0], grad.dtype.itemsize, _rows_at_once(data, columns)
+    inputs = columns if need_x else 0
+    later = _reference_bytes(grad, data, None, inputs, (lora_A, lora_B), added is not None)
+    parts = rows * most * size + most * columns * (2 + size * (size != 2))
+    # The result is not there yet while they are.
+    return max(later + 4 * rows * inputs, parts + 4 * rows * inputs) if need_x else later
+
+
+def _rows_at_once(data: Tensor, columns: int) -> int:
+    return min(data.shape[0], max(1, block_linear.REFERENCE_BYTES // (4 * columns)))
 
 
 def _reference_bytes(
@@ -223,9 +233,9 @@ ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     for operator, rule in (
         (_ops.linear, _linear),
         (_ops.linear_backward, _linear_backward),
-        (_ops.factors_backward, _factors_backward),
         (_ops.block_linear, _block_linear),
         (_ops.block_linear_backward, _block_linear_backward),
+        (_ops.factors_backward, _factors_backward),
         (_ops.class_gradient_, _class_gradient),
         (_ops.cross_entropy_, _cross_entropy),
         (_ops.attention, _attention_forward),

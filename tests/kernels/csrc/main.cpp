@@ -35,7 +35,7 @@ int main() {
         if (threads > 1) dw_threads((void *)GOMP_parallel, (void *)omp_get_thread_num, (void *)omp_get_num_threads, (void *)omp_get_max_threads);
         dw_set_cache(threads == 2 ? 1 << 17 : 1 << 20);  // in the smaller one, rows go by in several parts
         for (int which = 0; which < 3; which++)
-            if (choose(which)) test_products(), test_attention(), test_block(), test_decode();
+            if (choose(which)) test_products(), test_blocks(), test_attention(), test_block(), test_decode();
         for (int type = 0; type < 3; type++) expect(dw_set_arithmetic(type, 99) != 0, "no such arithmetic");
         test_rows(), test_interface();
         printf("%d thread%s: %d checks, %d failed\n", threads, threads > 1 ? "s" : "", checks, failures);

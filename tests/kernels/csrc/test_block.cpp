@@ -4,6 +4,7 @@
 #include "block.h"
 #include "check.h"
 #include "kernels.h"
+#include "stored_blocks.h"
 #include "tests.h"
 
 namespace {
@@ -22,15 +23,19 @@ struct Weights {  // of one layer
     Buffer<int8_t> w_int8;
     Buffer<float> scale, A, B, of_A, of_B, A_again, B_again;
     const bool int8;
+    std::unique_ptr<StoredBlocks> blocks;  // in the place of w, where there are
 
-    Weights(int64_t in, int64_t out, int64_t rank, bool int8)
+    Weights(int64_t in, int64_t out, int64_t rank, bool int8, int format)
         : in(in), out(out), rank(rank), w(in * out), bias(out), w_int8(in * out), scale(out), A(in * rank), B(rank * out), of_A(A.count), of_B(B.count),
           A_again(A.count), B_again(B.count), int8(int8) {
         w.fill(0.2), bias.fill(0.1), A.fill(0.2), B.fill(0.2);
         for (int64_t i = 0; i < w_int8.count; i++) w_int8[i] = (int8_t)(random_number() * 40);
         for (int64_t i = 0; i < out; i++) scale[i] = 0.003f;
+        if (format && in % StoredBlocks::numbers(format) == 0) blocks = std::make_unique<StoredBlocks>(format, out, in);
     }
     Layer layer(int64_t by_column) const {
+        if (blocks)
+            return Layer{&blocks->at, nullptr, nullptr, bias.data(), rank ? A.data() : nullptr, rank ? B.data() : nullptr, in, out, rank, blocks->format, 1, 0, 0.5f};
         return Layer{int8 ? (const void *)w_int8.data() : w.data(),
                      int8 ? scale.data() : nullptr,
                      nullptr,
@@ -246,10 +251,11 @@ struct Composed {
 };
 
 template <class T>
-void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t rank, bool int8, bool pick) {
+void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t rank, bool int8, bool pick, int format = 0) {
     const std::string what = std::string("block ") + form.name + " type " + std::to_string(type_of<T>()) + " rank " + std::to_string(rank) +
-                             (int8 ? " int8" : "") + (pick ? " picked" : "");
-    const int64_t hidden = 36, heads = 4, key_heads = 2, d = 12, inner = 52, S = (int64_t)lengths.size();
+                             (int8 ? " int8" : "") + (pick ? " picked" : "") + (format ? " format " + std::to_string(format) : "");
+    // In blocks, all layers' inputs are a whole number of these.
+    const int64_t hidden = format ? 64 : 36, heads = 4, key_heads = 2, d = format ? 16 : 12, inner = format ? 128 : 52, S = (int64_t)lengths.size();
     int64_t M = 0;
     Buffer<int64_t> table(4 * S);
     for (int64_t s = 0; s < S; M += lengths[s], s++) table[s] = M, table[S + s] = M + lengths[s], table[2 * S + s] = -1, table[3 * S + s] = 0;
@@ -266,7 +272,7 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
                                  {hidden, form.gated && !form.joint_gate ? inner : 0},
                                  {inner, hidden}};
     std::vector<std::unique_ptr<Weights<T>>> w;
-    for (auto &size : sizes) w.push_back(std::make_unique<Weights<T>>(size[0], size[1], size[1] ? rank : 0, int8));
+    for (auto &size : sizes) w.push_back(std::make_unique<Weights<T>>(size[0], size[1], size[1] ? rank : 0, int8, format));
     std::vector<std::unique_ptr<Buffer<T>>> of_norms;
     auto norm = [&](bool used, int64_t width) {
         for (int i = 0; i < 2; i++) of_norms.push_back(std::make_unique<Buffer<T>>(width)), of_norms.back()->fill();
@@ -353,4 +359,6 @@ void test_block() {
             }
     for (bool int8 : {false, true})
         for (int i : {0, 2, 3, 5}) test_once<bf16>(forms[i], {600, 700}, 4, int8, i == 2);
+    for (int format : {deltaw::Q4_1, deltaw::Q8_0, deltaw::NF4})
+        for (bool pick : {false, true}) test_once<bf16>(forms[0], {9, 1, 20}, 4, false, pick, format), test_once<float>(forms[7], {9, 1, 20}, 4, false, pick, format);
 }

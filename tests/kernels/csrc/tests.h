@@ -5,6 +5,7 @@ void test_products();
 void test_rows();
 void test_attention();
 void test_block();
+void test_blocks();
 void test_decode();
 void test_interface();
 void test_tiles();
