@@ -25,6 +25,13 @@ from deltaw.working import working
 CALIBRATION_TOKENS = 512
 
 
+def quantized(model: PreTrainedModel, precision: str, examples: Sequence[Any]) -> list[str]:
+    """Quantize a freshly loaded model's weights where its precision asks for it, and say what was done."""
+    if precision == "nf4":
+        return quantized_nf4(model)
+    return quantized_int8(model, examples) if precision == "int8" else []
+
+
 @working("quantizing the weights to int8")
 def quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
     """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
