@@ -17,6 +17,7 @@ from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, merge
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
+from deltaw.lora.layers_foreign import LoRAForeignLinear
 from deltaw.lora.stored import block_weight, count_numbers
 from deltaw.runtime.nf4_weights import quantize_nf4
 from deltaw.serving.decodable import NotDecodable, decodable
@@ -82,6 +83,11 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
     assert ours[-1] < 0.98 * ours[0]
     assert ours == pytest.approx(own, rel=1e-2)
 
+    further = fit({"train": {"epochs": 4}}, resume=runs["gguf"]).output
+    assert losses(further)[: len(ours)] == ours and len(losses(further)) > len(ours)
+    with pytest.raises(UserError, match="precision"):
+        fit({"precision": "bf16", "train": {"epochs": 5}}, resume=runs["gguf"])
+
     said = []
     opened = open_run(str(runs["gguf"]), device="cpu", say=said.append)
     assert isinstance(opened.model.lm_head, BlockLinear)
@@ -145,13 +151,12 @@ def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_
     refused("kept in blocks", lora={"trainable_token_indices": [3]})
 
 
-def test_soft_prompts_and_biases_train_over_blocks(gguf_file, settings, tmp_path):
-    for method in ("prompt", "bias"):
-        ours, own = (
-            losses(fit(short(settings, tmp_path / method / p, gguf_file, p, method=method)).output)
-            for p in ("gguf", "bf16")
-        )
-        assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
+def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
+    ours, own = (
+        losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output)
+        for p in ("gguf", "bf16")
+    )
+    assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
 
 
 def test_gguf_is_refused_for_other_models(wide_folder, settings, tmp_path):
@@ -169,18 +174,18 @@ def test_a_file_that_was_cut_short_since_is_refused(gguf_file, tmp_path):
         fill(tiny_llama(), loaded.folder, short_file)
 
 
-def test_a_bitsandbytes_layer_is_adapted_with_its_own_product():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-    torch.manual_seed(0)
-    plain = nn.Linear(64, 32, bias=False)
-    quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    quantized.weight = bnb.nn.Params4bit(plain.weight.data.clone(), quant_type="nf4", requires_grad=False)
-    model = nn.ModuleDict({"q_proj": quantized.to("cpu")})
-    x = torch.randn(5, 64)
+class Packed(nn.Parameter):
+    """A weight as another library keeps it."""
+
+
+Packed.__module__ = "torchao.quantization"
+
+
+def check_foreign(model, x, library):
     own = model["q_proj"](x).detach()
     attach(model, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"]))
     layer = model["q_proj"]
-    assert torch.equal(layer(x), own)  # B is zero at first
+    assert isinstance(layer, LoRAForeignLinear) and torch.equal(layer(x), own)  # B is zero at first
     with torch.no_grad():
         layer.lora_B.normal_()
     y = layer(x)
@@ -188,5 +193,29 @@ def test_a_bitsandbytes_layer_is_adapted_with_its_own_product():
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert float(layer.lora_A.grad.norm()) > 0
-    with pytest.raises(UserError, match="quantized by bitsandbytes"):
+    with pytest.raises(UserError, match=f"quantized by {library}"):
         merge(model)
+    with pytest.raises(UserError, match="DoRA needs the norms"):
+        attach(nn.ModuleDict({"q_proj": foreign()}), LoRAConfig(dora=True, target_modules=["q_proj"]))
+
+
+def foreign():
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight = Packed(torch.randn(32, 64), requires_grad=False)
+    return linear
+
+
+def test_a_layer_that_another_library_quantized_keeps_its_product():
+    torch.manual_seed(0)
+    check_foreign(nn.ModuleDict({"q_proj": foreign()}), torch.randn(5, 64), "torchao")
+
+
+@pytest.mark.slow
+def test_a_bitsandbytes_layer_is_adapted_with_its_own_product():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 32, bias=False)
+    quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    quantized.weight = bnb.nn.Params4bit(plain.weight.data.clone(), quant_type="nf4", requires_grad=False)
+    model = nn.ModuleDict({"q_proj": quantized.to("cpu")})
+    check_foreign(model, torch.randn(5, 64), "bitsandbytes")
