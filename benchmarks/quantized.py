@@ -31,7 +31,7 @@ SIDES: dict[str, dict[str, Any]] = {
     **{f"bitsandbytes-{p}": {"side": "bitsandbytes", "precision": p} for p in ("bf16", "fp32")},
     "3b": {"side": "3b", "model": "llama-3.2-3b", "checkpointing": True},
 }
-STEPS_3B = 2
+STEPS_3B = 1
 
 
 def main() -> None:

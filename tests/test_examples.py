@@ -25,6 +25,7 @@ from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
+from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,19 @@ def test_train_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> 
     result = fit(config)
     assert result.outcome.rows == 3 * 36
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_lower_case_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"Write about {n}.", "chosen": f"it is {n}.", "rejected": f"It is {n}."} for n in range(12)
+    ]
+    changes = {
+        "model": str(model_folder),
+        "data": {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs)), "rows": 12, "eval": 4},
+        "output": str(tmp_path / "run"),
+    }
+    result = fit(RunConfig.read(EXAMPLES / "lower-case.yaml", changes))
+    assert result.outcome.rows == 8 and result.evaluation.main == "accuracy"
 
 
 def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:

@@ -50,6 +50,34 @@ def test_pairs_of_answers_get_a_run_that_prefers(call, model_folder, tmp_path, m
     assert ended.status == 2 and "set task: preference" in ended.err, ended
 
 
+def test_single_answers_get_a_run_that_judges_them(call, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"paint {n}", "completion": "red", "label": n % 2 == 0} for n in range(12)]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    ended = call("init", "--model", model_folder, "--yes")
+    assert ended.status == 0 and "12 rows of single answers" in ended.out, ended
+    assert RunConfig.read("train.yaml").preference.loss == "kto"
+    ended = call("train", "train.yaml", "--train.max_steps", 2, "--precision", "fp32")
+    assert ended.status == 0, ended
+    ended = call("eval", "runs/answers", "--base", "--precision", "fp32")
+    assert ended.status == 0 and "kl" in ended.out and "accuracy" in ended.out, ended
+    assert call("plan", "train.yaml").status == 0
+    assert call("data", "check", "train.yaml").status == 0
+
+
+def test_a_reward_model_is_planned_checked_trained_and_evaluated(call, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"paint {n}", "chosen": "red", "rejected": "blue", "margin": 0.1} for n in range(12)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    flags = ["--task", "sequence-classification", "--precision", "fp32", "--output", "reward"]
+    flags += ["--model", model_folder, "--data.train", "pairs.jsonl", "--data.eval", 3]
+    for verb in (["plan"], ["data", "check"], ["train"]):
+        ended = call(*verb, *flags, *(["--train.max_steps", 2] if verb == ["train"] else []))
+        assert ended.status == 0, ended
+    ended = call("eval", "reward", "--base", "--precision", "fp32", "--data", "pairs.jsonl")
+    assert ended.status == 0 and "margin" in ended.out and "accuracy" in ended.out, ended
+
+
 def test_a_file_that_exists_is_kept_unless_forced(call, tmp_path, rows_file, model_folder):
     file = tmp_path / "mine.yaml"
     file.write_text("kept")

@@ -145,7 +145,7 @@ def test_duplicates_empty_answers_and_long_rows_are_counted(read):
     assert "row 3" in told.value.where and "split" not in told.value.hint
     with pytest.raises(UserError, match="cannot be divided"):
         read(rows, long_rows="split")
-    with pytest.raises(UserError, match="no pair is left"):
+    with pytest.raises(UserError, match="no row is left"):
         read([long], template="plain", max_length=40, long_rows="drop")
 
 

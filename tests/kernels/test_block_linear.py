@@ -143,7 +143,7 @@ def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
         part: (torch.randn(inputs, 4, generator=made) / 8, torch.randn(4, out, generator=made))
         for part, (inputs, out) in sizes.items()
     }
-    norm = SimpleNamespace(weight=torch.ones(64).bfloat16(), bias=None, eps=1e-5, offset=0.0, centred=False)
+    norm = SimpleNamespace(weight=torch.ones(64).bfloat16(), bias=None, eps=1e-5, offset=0.0, centered=False)
     norms = SimpleNamespace(before=norm, after=None, post=None)
 
     def halves(stored: bool) -> tuple[SimpleNamespace, SimpleNamespace]:

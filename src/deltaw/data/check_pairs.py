@@ -41,7 +41,7 @@ def check_pairs(
     keys = [_key(pair) for pair in pairs]
     lengths = np.array([len(row) for pair in pairs for row in pair.rows])
     found = bad_rows_found(bad, settings, "")
-    found.append(_long(pairs, settings, report.source))
+    found.append(long_answers(pairs, settings, report.source))
     first: dict[tuple[bytes, ...], int] = {}
     again = [
         pair
@@ -50,7 +50,7 @@ def check_pairs(
     ]
     what = "dropped" if settings.duplicates == "drop" else "kept"
     text = f"{count_rows(len(again))} with the same answers as an earlier one ({what})"
-    found.append(Finding("duplicates", "warning", len(again), text, None, _rows(again, report.source)))
+    found.append(Finding("duplicates", "warning", len(again), text, None, places_of(again, report.source)))
     turned = [pair for pair, key in zip(pairs, keys, strict=True) if key[::-1] in first]
     found.append(
         Finding(
@@ -59,7 +59,7 @@ def check_pairs(
             len(turned),
             f"{count_rows(len(turned))} whose answers another row prefers the other way round",
             "if one is right, remove the other; or set preference.label_smoothing",
-            _rows(turned, report.source),
+            places_of(turned, report.source),
         )
     )
     found += _lopsided(pairs)
@@ -67,7 +67,7 @@ def check_pairs(
         seen = [pair for pair in others if _key(pair) in first]
         text = f"{count_rows(len(seen))} of {name} that are also training rows, which inflates the scores"
         hint = "remove them from one of the files"
-        found.append(Finding("overlap", "warning", len(seen), text, hint, _rows(seen, name)))
+        found.append(Finding("overlap", "warning", len(seen), text, hint, places_of(seen, name)))
     labels = sum(pair.label_count for pair in pairs)
     return Check(
         report.source,
@@ -82,7 +82,8 @@ def check_pairs(
     )
 
 
-def _long(pairs: Sequence[RowGroup], settings: DataSettings, source: str) -> Finding:
+def long_answers(pairs: Sequence[RowGroup], settings: DataSettings, source: str) -> Finding:
+    """Answers that are longer than ``data.max_length``."""
     limit = settings.max_length
     long = [pair for pair in pairs if max(map(len, pair.rows)) > limit]
     most = max((len(row) for pair in long for row in pair.rows), default=0)
@@ -94,7 +95,7 @@ def _long(pairs: Sequence[RowGroup], settings: DataSettings, source: str) -> Fin
         f"{count_rows(len(long))} with an answer that is, with its prompt, longer than data.max_length "
         f"({limit:,} tokens)" + ways.get(settings.long_rows, ""),
         f"data.max_length: {most} fits all",
-        _rows(long, source),
+        places_of(long, source),
     )
 
 
@@ -120,5 +121,6 @@ def _key(pair: RowGroup) -> tuple[bytes, ...]:
     return tuple(key_of(row) for row in pair.rows)
 
 
-def _rows(pairs: Sequence[RowGroup], source: str) -> tuple[str, ...]:
+def places_of(pairs: Sequence[RowGroup], source: str) -> tuple[str, ...]:
+    """Where some of these rows are."""
     return tuple(f"{source}, row {pair.row}" for pair in pairs[:_SHOWN])

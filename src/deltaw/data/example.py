@@ -26,6 +26,7 @@ class Example:
             none; None for adapters that act on all.
         reference: the log-probability of its labels together under a reference model, in nats; None where no
             loss needs it.
+        desired: whether an answer that comes alone is one to be written; None where no loss needs it.
     """
 
     row: int
@@ -35,6 +36,7 @@ class Example:
     answer: str | None
     active_from: int | None = None
     reference: float | None = None
+    desired: bool | None = None
 
     @property
     def shareable(self) -> int:

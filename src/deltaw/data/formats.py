@@ -29,6 +29,8 @@ FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "s
 LABELLED_COLUMNS = ("label", "text_pair", "image")
 # Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
+# Columns of single answers that are desired or not (see deltaw.data.unpaired).
+ANSWER_COLUMNS = ("prompt", "completion", "label")
 
 
 @dataclass(frozen=True)

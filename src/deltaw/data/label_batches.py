@@ -1,5 +1,7 @@
 """Labeled rows become batches: texts side by side, padded as little as pays, or images of one size.
 
+A pair of texts, one of which is preferred, stays within one batch.
+
 Knows tokens, pixels and labels; not files or models.
 """
 
@@ -7,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deltaw.data.example import RowGroup
 from deltaw.data.images import ImageEncoder
 from deltaw.data.labels import AnyExample, LabelledExample
 from deltaw.data.padding import cut_by_length, microbatch_cost, side_by_side
@@ -32,6 +36,7 @@ class LabelBatch:
             ``token_type_ids`` for pairs; or ``pixel_values`` (rows, channels, height, width) in fp32.
         targets: (rows,), int64 class indices, or fp32 numbers.
         examples: the rows, in the order of the batch.
+        pairs: whether the rows are pairs, the preferred one first; ``targets`` are their margins then.
         rows: rows in it. row_tokens: tokens of all rows. tokens: tokens computed, padding included.
     """
 
@@ -41,11 +46,12 @@ class LabelBatch:
     rows: int
     row_tokens: int
     tokens: int
+    pairs: bool = False
 
     @property
     def label_tokens(self) -> int:
-        """Labels in it: one a row."""
-        return self.rows
+        """Labels in it: one a row, or one a pair."""
+        return self.rows // 2 if self.pairs else self.rows
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,10 @@ class LabelMicroBatcher:
             for part in np.array_split(np.arange(len(images)), -(-len(images) // at_once)):
                 yield self._images([images[index] for index in part])
             return
+        pairs = sorted((row for row in rows if isinstance(row, RowGroup)), key=_longest)
+        for start, stop, longest in self._cuts_of_pairs(pairs):
+            flat: list[Any] = [row for pair in pairs[start:stop] for row in pair.rows]
+            yield self._texts(flat, longest, pairs=True)
         texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
         for start, stop, longest in self._cuts(texts):
             yield self._texts(texts[start:stop], longest)
@@ -88,8 +98,19 @@ class LabelMicroBatcher:
             at_once = max(1, self.tokens_per_pass // self.tokens_per_image)
             parts = np.array_split(np.arange(images), -(-images // at_once))
             return [(len(part), self.tokens_per_image) for part in parts]
+        pairs = sorted((row for row in rows if isinstance(row, RowGroup)), key=_longest)
         texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
-        return [(stop - start, longest) for start, stop, longest in self._cuts(texts)]
+        return [
+            *((2 * (stop - start), longest) for start, stop, longest in self._cuts_of_pairs(pairs)),
+            *((stop - start, longest) for start, stop, longest in self._cuts(texts)),
+        ]
+
+    def _cuts_of_pairs(self, pairs: Sequence[RowGroup]) -> Iterator[tuple[int, int, int]]:
+        """As :meth:`_cuts`, of pairs sorted by the longer text."""
+        lengths = [self._padded(_longest(pair)) for pair in pairs]
+        cost = microbatch_cost(self.device)
+        for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost, [2] * len(pairs)):
+            yield start, stop, lengths[stop - 1]
 
     def _cuts(self, texts: Sequence[LabelledExample]) -> Iterator[tuple[int, int, int]]:
         """Where each microbatch begins and ends among rows sorted by length, and its padded length."""
@@ -101,7 +122,7 @@ class LabelMicroBatcher:
         whole = -(-length // GRID) * GRID
         return max(length, min(whole, self.limit)) if self.limit is not None else whole
 
-    def _texts(self, rows: Sequence[LabelledExample], longest: int) -> LabelBatch:
+    def _texts(self, rows: Sequence[LabelledExample], longest: int, *, pairs: bool = False) -> LabelBatch:
         tokens, mask = side_by_side([row.tokens for row in rows], longest, self.pad_id)
         segments = np.zeros_like(tokens)
         for place, row in enumerate(rows):
@@ -120,6 +141,7 @@ class LabelMicroBatcher:
             rows=len(rows),
             row_tokens=int(mask.sum()),
             tokens=tokens.size,
+            pairs=pairs,
         )
 
     def _images(self, rows: Sequence[ImageExample]) -> LabelBatch:
@@ -140,3 +162,7 @@ class LabelMicroBatcher:
         labels = [row.label for row in rows]
         dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
         return to_device(torch.tensor(labels, dtype=dtype), self.device)
+
+
+def _longest(pair: RowGroup) -> int:
+    return max(map(len, pair.rows))

@@ -17,10 +17,10 @@ import yaml
 
 from deltaw.config import DEFAULT_TASK, RunConfig, parse_yaml
 from deltaw.data.classes import find_columns
-from deltaw.data.formats import PAIR_COLUMNS, choose_form
+from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, choose_form
 from deltaw.data.pixels import image_rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import KINDS, Rows
+from deltaw.data.sources import KINDS, Rows, read_rows
 from deltaw.errors import UserError
 from deltaw.hub.packages import is_package_reference
 from deltaw.working import working
@@ -35,6 +35,11 @@ MODELS = {
 _PREFERENCE = (
     "preference:",
     "  loss: dpo               # or ipo, orpo, simpo",
+    "  beta: auto              # how closely the model stays with the base model",
+)
+_UNPAIRED = (
+    "preference:",
+    "  loss: kto               # of single answers, desired (label: true) or not",
     "  beta: auto              # how closely the model stays with the base model",
 )
 # Rows that are tokenized to find the longest, and characters of a token where there is no tokenizer.
@@ -109,7 +114,8 @@ def look_at(reference: str, model: str | None = None, task: str | None = None) -
             form = f"the form '{choose_form(rows).name}'"
             return Look(task, form, len(rows), tuple(rows.columns), longest, estimated)
         if task == "preference":
-            return Look(task, "pairs of answers", len(rows), tuple(rows.columns), longest, estimated)
+            form = "pairs of answers" if _are_pairs(rows) else "single answers"
+            return Look(task, form, len(rows), tuple(rows.columns), longest, estimated)
         classes = _classes(rows, task)
         return Look(task, "labeled text", len(rows), tuple(rows.columns), longest, estimated, classes)
 
@@ -136,7 +142,7 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
         f"  train: {_scalar(data)}",
         f"  eval: {_held_out(rows)}",
         *_length(look),
-        *(_PREFERENCE if task == "preference" else ()),
+        *(_preference(look) if task == "preference" else ()),
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
         "lora:",
@@ -160,7 +166,7 @@ def _task(rows: Rows) -> str:
     settings = DataSettings(train=rows.name)
     if set(rows.columns) == {"image", "label"} and len(rows) and isinstance(rows[0][1].get("image"), Path):
         return "image-classification"
-    if set(PAIR_COLUMNS) <= set(rows.columns):
+    if _are_pairs(rows) or _are_judged(rows):
         return "preference"
     form = _form(rows)
     if form not in (None, "text"):
@@ -177,6 +183,21 @@ def _task(rows: Rows) -> str:
         return "sequence-classification"
     whole = all(number is not None and number.is_integer() for number in numbers)
     return "sequence-classification" if whole and len(set(numbers)) <= MANY_CLASSES else "regression"
+
+
+def _are_pairs(rows: Rows) -> bool:
+    return set(PAIR_COLUMNS) <= set(rows.columns)
+
+
+def _are_judged(rows: Rows) -> bool:
+    """Whether each row is an answer with a truth value that says whether it is desired."""
+    if not set(ANSWER_COLUMNS) <= set(rows.columns):
+        return False
+    return all(isinstance(row.get("label"), bool) for _, row in rows)
+
+
+def _preference(look: Look | None) -> tuple[str, ...]:
+    return _UNPAIRED if look is not None and look.form == "single answers" else _PREFERENCE
 
 
 def _form(rows: Rows) -> str | None:
@@ -219,6 +240,7 @@ def _counted(reference: str, folder: Path, task: str) -> int | None:
     from deltaw.data.labels import prepare_label_file
     from deltaw.data.preferences import prepare_pair_file
     from deltaw.data.prepare import prepare_file
+    from deltaw.data.unpaired import prepare_unpaired_file
     from deltaw.hub.tokenizers import tokenizer_in
 
     tokenizer = tokenizer_in(folder)
@@ -226,7 +248,9 @@ def _counted(reference: str, folder: Path, task: str) -> int | None:
         return None
     settings = DataSettings(train=reference, max_length=_ANYTHING)
     if task == "preference":
-        return prepare_pair_file(reference, settings, tokenizer)[1].longest
+        pairs = _are_pairs(read_rows(reference))
+        prepare = prepare_pair_file if pairs else prepare_unpaired_file
+        return prepare(reference, settings, tokenizer)[1].longest
     if task == DEFAULT_TASK:
         examples: Sequence = prepare_file(reference, settings, tokenizer)[0]
     else:

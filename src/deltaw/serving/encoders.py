@@ -122,7 +122,9 @@ class Classifier:
         found = torch.empty(len(rows), len(self.classes))
         for batch in _batches(session.model, session.tokenizer, rows, session.example):
             logits = self._objective.predictions(batch).float()
-            found[[example.row for example in batch.examples]] = logits.softmax(-1).cpu()
+            # One output is a reward, whose logistic is between 0 and 1.
+            told = logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
+            found[[example.row for example in batch.examples]] = told.cpu()
         return found
 
 

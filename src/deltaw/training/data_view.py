@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from deltaw.config import RunConfig
 from deltaw.data.bad_rows import BadRows
@@ -17,6 +16,7 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import Check, check_facts
 from deltaw.data.check_labels import check_labelled
 from deltaw.data.check_pairs import check_pairs
+from deltaw.data.check_unpaired import check_unpaired
 from deltaw.data.chunk import Account, ChunkReader
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.facts import collect
@@ -26,16 +26,20 @@ from deltaw.data.mixture import shown, sources_of
 from deltaw.data.pieces import Piece, pieces
 from deltaw.data.preferences import prepare_pair_file
 from deltaw.data.report import Report
+from deltaw.data.reward_pairs import reward_examples
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings, held_out_reference
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
+from deltaw.data.unpaired import prepare_unpaired_file
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import config_folder
 from deltaw.hub.terminators import terminators_in
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.tasks.base import Task, task_of
+from deltaw.training.tasks.labels import LabelTask
+from deltaw.training.tasks.preference import PreferenceTask
 
 # Longer than any row.
 _UNLIMITED = 2**30
@@ -80,11 +84,17 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
     task, settings = _opened(config, say)
     source, apart = shown(settings.train), _held_out_files(settings)
     if task.has_labels:
+        assert isinstance(task, LabelTask)
+        if task.are_pairs(settings.train, settings):
+            return _check_pairs(task, settings, source, apart)
         return _check_labelled(task, settings, source, apart)
     tokenizer = task.tokenizer
     assert tokenizer is not None  # a task without labels reads text
     if task.has_pairs:
-        return _check_pairs(tokenizer, settings, source, apart)
+        assert isinstance(task, PreferenceTask)
+        if task.settings.is_unpaired:
+            return _check_unpaired(task, settings, source, apart)
+        return _check_pairs(task, settings, source, apart)
     ends = terminators_in(_folder(config, say), tokenizer)
     names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
     facts = collect(settings.train, settings, tokenizer, ends)
@@ -103,7 +113,7 @@ def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = sile
         UserError: the data cannot be read, or has no row of that number.
     """
     task, settings = _opened(config, say)
-    if task.has_pairs:
+    if task.has_pairs or (isinstance(task, LabelTask) and task.are_pairs(settings.train, settings)):
         rows = _shown_pairs(task, settings)
     else:
         rows = _shown_labelled(task, settings) if task.has_labels else _shown_texts(task, settings)
@@ -220,31 +230,48 @@ def _notes_of(account: Account, limit: int) -> Iterator[str]:
 # Pairs
 
 
-def _check_pairs(
-    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, source: str, apart: Sequence[str]
-) -> Check:
+def _check_pairs(task: Task, settings: DataSettings, source: str, apart: Sequence[str]) -> Check:
     bad = BadRows("skip")
-    pairs, report = _read_pairs(tokenizer, settings, settings.train, bad)
-    held_out = [(name, _read_pairs(tokenizer, settings, name, BadRows("skip"))[0]) for name in apart]
+    pairs, report = _read_pairs(task, settings, settings.train, bad)
+    held_out = [(name, _read_pairs(task, settings, name, BadRows("skip"))[0]) for name in apart]
     return check_pairs(pairs, replace(report, source=source), bad, settings, held_out)
 
 
+def _check_unpaired(task: PreferenceTask, settings: DataSettings, source: str, apart: Sequence[str]) -> Check:
+    bad = BadRows("skip")
+    answers, report = _read_pairs(task, settings, settings.train, bad)
+    held_out = [(name, _read_pairs(task, settings, name, BadRows("skip"))[0]) for name in apart]
+    weights = task.settings.desirable_weight, task.settings.undesirable_weight
+    return check_unpaired(answers, replace(report, source=source), bad, settings, held_out, weights)
+
+
 def _read_pairs(
-    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, train: object, bad: BadRows
+    task: Task, settings: DataSettings, train: object, bad: BadRows
 ) -> tuple[list[RowGroup], Report]:
+    """Groups of rows as their task reads them, of any length."""
+    assert task.tokenizer is not None
     whole = replace(settings, bad_rows="skip", long_rows="cut", max_length=_UNLIMITED)
-    return prepare_pair_file(train, whole, tokenizer, bad)  # type: ignore[arg-type]
+    read: Any = prepare_pair_file
+    if task.has_labels:
+        read = reward_examples
+    elif isinstance(task, PreferenceTask) and task.settings.is_unpaired:
+        read = prepare_unpaired_file
+    groups, report = read(train, whole, task.tokenizer, bad)
+    return list(groups), report
 
 
 def _shown_pairs(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
     assert task.tokenizer is not None
-    for pair in _read_pairs(task.tokenizer, settings, settings.train, BadRows("skip"))[0]:
+    for pair in _read_pairs(task, settings, settings.train, BadRows("skip"))[0]:
         found = []
-        for row in pair.rows:
+        unpaired = pair.rows[0].desired
+        for row in pair.rows if unpaired is None else pair.rows[:1]:
             parts = tuple(pieces(row.tokens, row.is_label, task.tokenizer))
             found.append(ShownExample(len(row), row.label_count, parts))
         long = max(map(len, pair.rows)) > settings.max_length
         notes = ["the chosen answer, then the rejected one"]
+        if unpaired is not None:
+            notes = ["desired" if unpaired else "not desired"]
         if long:
             notes.append(
                 f"longer than data.max_length ({settings.max_length:,} tokens): {settings.long_rows}"

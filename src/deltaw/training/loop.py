@@ -180,6 +180,9 @@ class _Loop:
         watched: Watched | None = getattr(self.objective, "watched", None)
         if watched is not None:
             watched.clear()
+        begin = getattr(self.objective, "begin", None)
+        if begin is not None:
+            begin(rows, self.batcher)
         sums, general = self.own_gradients(rows, units, stopped)
         sums = self.reducer.total(state.trained, sums)
         if sums is None:
@@ -210,7 +213,8 @@ class _Loop:
             label_tokens=units,
             seconds=time.perf_counter() - begun,
             general_loss=None if self.add_gradients is None else general_loss,
-            metrics={} if watched is None else watched.means(),
+            # Of several processes, each has seen its own rows alone.
+            metrics={} if watched is None or self.reducer.size > 1 else watched.means(),
         )
         state.end_step(step)
         return step

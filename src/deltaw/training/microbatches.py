@@ -58,7 +58,11 @@ class MicroBatcher(Protocol[RowIn, BatchOut]):
 
 
 class Objective(Protocol[BatchIn]):
-    """A model together with what it is trained to make small."""
+    """A model together with what it is trained to make small.
+
+    One whose loss depends on a step's rows together also has ``begin(rows, batcher)``, which is called with
+    them before their microbatches come.
+    """
 
     def __call__(self, batch: BatchIn) -> Tensor:
         """The sum of a microbatch's losses: a scalar that gradients flow from."""

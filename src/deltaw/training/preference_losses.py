@@ -97,7 +97,7 @@ class PreferenceLoss:
         sums, counts = rows.grouped(rows.sums()), rows.grouped(rows.counts())
         if not self.settings.has_reference:
             return self.of_pairs(sums, counts)
-        return self.of_pairs(sums, counts, rows.grouped(_references(rows, sums)))
+        return self.of_pairs(sums, counts, rows.grouped(references_of(rows, sums)))
 
     def of_pairs(self, sums: Tensor, counts: Tensor, references: Tensor | None = None) -> PairLosses:
         """Losses and rewards.
@@ -150,7 +150,7 @@ def log1mexp(x: Tensor) -> Tensor:
     )
 
 
-def _references(rows: RowLogProbs, like: Tensor) -> Tensor:
+def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
     """(rows,) the sums of the reference model.
 
     Raises:

@@ -30,7 +30,11 @@ struct StoredBlocks {
         for (int64_t b = 0; format != deltaw::NF4 && b < data.count; b += size) {
             const int64_t first = format == deltaw::Q6_K ? 208 : 0;
             const bool two = format == deltaw::Q4_1 || format == deltaw::Q4_K || format == deltaw::Q5_K;
-            for (int64_t i = first; i <= first + 2 * two; i += 2) data[b + i + 1] = b / size % 9 == 5 ? 0x82 : 0x24 | (data[b + i + 1] & 0x83), data[b + i + 1] = b / size % 9 == 4 ? 0 : data[b + i + 1];
+            for (int64_t i = first; i <= first + 2 * two; i += 2) {
+                uint8_t &upper = data[b + i + 1];
+                const int64_t kind = b / size % 9;
+                upper = kind == 4 ? 0 : kind == 5 ? 0x82 : 0x24 | (upper & 0x83);
+            }
         }
     }
 

@@ -35,7 +35,8 @@ struct Weights {  // of one layer
     }
     Layer layer(int64_t by_column) const {
         if (blocks)
-            return Layer{&blocks->at, nullptr, nullptr, bias.data(), rank ? A.data() : nullptr, rank ? B.data() : nullptr, in, out, rank, blocks->format, 1, 0, 0.5f};
+            return Layer{&blocks->at, nullptr, nullptr, bias.data(), rank ? A.data() : nullptr, rank ? B.data() : nullptr, in, out, rank, blocks->format,
+                         1,           0,       0.5f};
         return Layer{int8 ? (const void *)w_int8.data() : w.data(),
                      int8 ? scale.data() : nullptr,
                      nullptr,
@@ -108,8 +109,8 @@ struct Composed {
         T *dx = room(c.rows, l.in);
         Buffer<uint8_t> grad_int8(c.rows * l.out);
         Buffer<float> scales(c.rows * ((l.out + 127) / 128));
-        expect(dw_linear_backward((int)b.type, c.rows, l.out, l.in, grad, (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B, l.rank, l.scaling,
-                                  added, grad_int8.data(), scales.data(), dx, c.g) == 0, "linear backward");
+        expect(dw_linear_backward((int)b.type, c.rows, l.out, l.in, grad, (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B,
+                                  l.rank, l.scaling, added, grad_int8.data(), scales.data(), dx, c.g) == 0, "linear backward");
         for (auto &one : w)
             if (l.rank && one->A.data() == l.A)
                 expect(dw_factors_backward((int)b.type, c.rows, l.in, l.out, l.rank, x ? x : c.x, c.h, grad, c.g, l.scaling, one->A_again.data(),

@@ -242,7 +242,7 @@ inline void rows_of_blocks(const Rows &rows, int64_t n0, int64_t k0, int64_t dep
             if (PER * g + j < depth) rows.read(k0 + PER * g + j, n0, x[j]);
         }
         for (int v = 0; v < 2; v++) {
-            if constexpr (PER == 2) store_i(to + 64 * v, bf16_bits(x[0][v]) | bf16_bits(x[1][v]) << 16);
+            if constexpr (PER == 2) store_i(to + 64 * v, bf16_bits_in_turn(x[0][v], x[1][v]));
             else store_i(to + 64 * v, wide_number(x[0][v]));
         }
     }

@@ -110,6 +110,16 @@ inline I16 bf16_bits_of_both(F16 a, F16 b) {
     return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
 #endif
 }
+// The bits of pairs of numbers rounded to bf16: of a in the lower halves of the lanes, of b in the upper ones.
+inline I16 bf16_bits_in_turn(F16 a, F16 b) {
+#ifdef __AVX512BF16__
+    alignas(64) static const int16_t turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return {_mm512_permutexvar_epi16(_mm512_load_si512(turn), bf16_bits_of_both(a, b).v)};
+#else
+    return bf16_bits(a) | bf16_bits(b) << 16;
+#endif
+}
 // Those of the table that 16 numbers below 16 ask for.
 inline F16 one_of_16(const float *table, I16 which) { return {_mm512_permutexvar_ps(which.v, _mm512_loadu_ps(table))}; }
 

@@ -291,6 +291,8 @@ inline I16 bf16_bits_of_both(F16 a, F16 b) {
     store16(both, a), store16(both + 16, b);
     return load_i(both);
 }
+// The bits of pairs of numbers rounded to bf16: of a in the lower halves of the lanes, of b in the upper ones.
+inline I16 bf16_bits_in_turn(F16 a, F16 b) { return bf16_bits(a) | bf16_bits(b) << 16; }
 // Those of the table that 16 numbers below 16 ask for.
 inline F16 one_of_16(const float *table, I16 which) {
 #if DW_VECTOR_BYTES == 32

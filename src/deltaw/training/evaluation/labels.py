@@ -1,4 +1,5 @@
-"""How well a model predicts classes or numbers: metrics, predictions row by row, and their interval."""
+"""How well a model predicts classes, numbers, or which of two texts is preferred: metrics, predictions row by
+row, and their interval."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from deltaw.data.example import RowGroup
 from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import AnyExample
 from deltaw.errors import UserError
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.evaluation.metrics import classification_metrics, confusion, regression_metrics
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.training.preference_losses import named
+from deltaw.training.tasks.label_objective import LabelObjective, losses_of_pairs
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ def evaluate_labels(
     Raises:
         UserError: the model's predictions are not finite.
     """
+    if isinstance(examples[0], RowGroup):
+        return _of_pairs(objective, examples, batcher)  # type: ignore[arg-type]
     parts, order = [], []
     place = {id(example): index for index, example in enumerate(examples)}
     with torch.no_grad():
@@ -55,6 +60,34 @@ def evaluate_labels(
     if objective.task == "regression":
         return _of_numbers(truth, predictions)
     return _of_classes(truth, predictions, tuple(classes))
+
+
+@torch.no_grad()
+def _of_pairs(
+    objective: LabelObjective, pairs: Sequence[RowGroup], batcher: LabelMicroBatcher
+) -> LabelEvaluation:
+    """Rewards of pairs: the loss, the share whose preferred text has the higher one, and both rewards."""
+    place = {id(pair.rows[0]): index for index, pair in enumerate(pairs)}
+    # Of each pair: loss, accuracy, rewards of the preferred text and the other.
+    table = np.empty((len(pairs), 4))
+    for batch in batcher.batches(pairs):  # type: ignore[arg-type]
+        found = losses_of_pairs(objective.predictions(batch), batch.targets)
+        values = torch.cat([found.losses[:, None], found.accuracies[:, None], found.rewards], 1)
+        table[[place[id(row)] for row in batch.examples[::2]]] = values.cpu().double().numpy()
+    if not np.isfinite(table).all():
+        raise UserError(
+            "the model's rewards are not finite",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
+    loss, accuracy, chosen, rejected = table.mean(0).tolist()
+    return LabelEvaluation(
+        metrics={"loss": loss, **named(accuracy, chosen, rejected)},
+        main="accuracy",
+        higher_is_better=True,
+        per_row=table[:, 1].copy(),
+        interval=mean_interval(table[:, 1]),
+        predictions=table[:, 2:].copy(),
+    )
 
 
 def _of_numbers(truth: np.ndarray, predictions: np.ndarray) -> LabelEvaluation:

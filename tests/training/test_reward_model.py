@@ -1,0 +1,214 @@
+"""A reward model: `task: sequence-classification` on pairs of answers, against TRL and in whole runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+
+from deltaw.data import DataSettings
+from deltaw.data.label_batches import LabelMicroBatcher
+from deltaw.data.labels import LabelledExample
+from deltaw.data.reward_pairs import RewardPair, prepare_reward_file, prepare_rewards
+from deltaw.errors import UserError
+from deltaw.runtime.padded import padded_rows
+from deltaw.training.evaluation.labels import evaluate_labels
+from deltaw.training.fit import fit
+from deltaw.training.inference import open_run, score_run
+from deltaw.training.tasks.label_objective import LabelObjective
+from tests.byte_models import byte_tokenizer
+from tests.conftest import COLORS, write_rows
+from tests.training.test_label_objective import model_of
+from tests.training.test_losses import gradients
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def pairs_of(count=6, margins=True):
+    random = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        margin = 0.4 * number if margins else 0.0
+        rows = tuple(
+            LabelledExample(number + 1, random.integers(3, 97, length).astype(np.int32), margin)
+            for length in random.integers(3, 12, 2)
+        )
+        found.append(RewardPair(rows, margin))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("budget", [30, 1000])
+def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
+    model = model_of(family, outputs=1)
+    exact = copy.deepcopy(model).double()
+    groups = pairs_of()
+    losses, rewards = [], []
+    for pair in groups:
+        chosen, rejected = (
+            exact(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0, 0]
+            for row in pair.rows
+        )
+        losses.append(-torch.log(torch.sigmoid(chosen - rejected - pair.margin)))
+        rewards.append([float(chosen), float(rejected)])
+    expected = gradients(exact, sum(losses))
+    objective = LabelObjective(model, "sequence-classification")
+    batcher = LabelMicroBatcher(budget, "cpu")
+    shapes = batcher.shapes(groups)
+    batches = list(batcher.batches(groups))
+    assert shapes == [tuple(batch.inputs["input_ids"].shape) for batch in batches]
+    assert all(batch.rows % 2 == 0 for batch in batches) and (len(batches) > 1) == (budget == 30)
+    assert objective.units(groups) == len(groups) == sum(batch.label_tokens for batch in batches)
+    with padded_rows(model):
+        loss = sum(objective(batch) for batch in batches)
+        found = gradients(model, loss)
+        evaluation = evaluate_labels(objective, groups, batcher)
+    assert float(loss.detach()) == pytest.approx(float(sum(losses)), rel=1e-5)
+    scale = max(g.norm() for g in expected.values())
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 5e-5 * max(gradient.norm(), 1e-2 * scale), key
+    assert evaluation.predictions == pytest.approx(np.array(rewards), rel=1e-4, abs=1e-5)
+    right = (np.array(rewards) @ [1, -1] > 0).mean()
+    assert evaluation.main == "accuracy" and evaluation.metrics["accuracy"] == pytest.approx(right)
+    assert evaluation.interval[0] <= right <= evaluation.interval[1]
+    assert objective.watched.means()["accuracy"] == pytest.approx(right)
+
+
+def test_the_loss_is_that_of_trls_trainer(tmp_path):
+    pytest.importorskip("trl", reason="TRL's RewardTrainer is compared with")
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    model = model_of("llama", outputs=1, pad=0)
+    groups = pairs_of()
+    columns = [
+        {
+            "chosen_ids": pair.rows[0].tokens.tolist(),
+            "rejected_ids": pair.rows[1].tokens.tolist(),
+            "margin": pair.margin,
+        }
+        for pair in groups
+    ]
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=len(groups),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_dropout=False,
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+        ),
+        train_dataset=Dataset.from_list(columns),
+        processing_class=byte_tokenizer(),
+    )
+    theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
+    expected = gradients(model, theirs)
+    objective = LabelObjective(model, "sequence-classification")
+    with padded_rows(model):
+        batches = LabelMicroBatcher(40, "cpu").batches(groups)
+        ours = sum(objective(batch) for batch in batches) / objective.units(groups)
+        found = gradients(model, ours)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+
+
+def rows_with(margin=True):
+    return [
+        {
+            "prompt": f"paint it {c}",
+            "chosen": c[0] * 3,
+            "rejected": c[1:3] + "!",
+            **({"margin": 0.5} if margin else {}),
+        }
+        for c in COLORS
+    ]
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A tiny BERT whose tokenizer has no chat template, and puts a token around each text."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=259, max_position_embeddings=128, **SHAPE)).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_run_learns_which_answer_is_better_and_is_read_again(
+    kind, settings, tmp_path, encoder_folder, model_folder
+):
+    path = write_rows(tmp_path / "pairs.jsonl", rows_with())
+    base = encoder_folder if kind == "encoder" else model_folder
+    result = fit(
+        settings(
+            tmp_path / "run",
+            model=str(base),
+            task="sequence-classification",
+            data={"train": str(path), "eval": 3},
+            train={"epochs": 25, "eval_every": 1},
+        )
+    )
+    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    evals = [line["eval"] for line in lines if "eval" in line]
+    assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["accuracy"] == 1
+    steps = [line for line in lines if "learning_rate" in line]
+    assert steps[-1]["margin"] > steps[0]["margin"] and steps[0]["label_tokens"] == steps[0]["rows"]
+    settings_of_adapter = json.loads((result.output / "adapter_config.json").read_text())
+    assert settings_of_adapter["task_type"] == "SEQ_CLS" and settings_of_adapter["modules_to_save"]
+    opened = open_run(str(result.output), precision="fp32", device="cpu", say=lambda line: None)
+    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
+    score = score_run(opened, held_out).evaluation
+    assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-5)
+    every, report = opened.task.read_file(str(path), opened.config.data, opened.classes)
+    assert len(every) == len(COLORS) and report.form == "preference pairs"
+
+
+def test_peft_reads_the_adapter_with_its_head(settings, tmp_path, model_folder):
+    peft = pytest.importorskip("peft", reason="PEFT reads the adapter")
+    path = write_rows(tmp_path / "pairs.jsonl", rows_with(margin=False))
+    given = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}}
+    run = fit(settings(tmp_path / "run", **given, train={"epochs": 5})).output
+    opened = open_run(str(run), precision="fp32", device="cpu", say=lambda line: None)
+    held_out = opened.task.read(opened.config.data, seed=opened.config.data_seed).held_out
+    ours = score_run(opened, held_out).evaluation.predictions
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1).eval()
+    theirs = peft.PeftModel.from_pretrained(base, str(run)).eval()
+    with torch.no_grad():
+        found = [
+            [
+                float(theirs(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits)
+                for row in pair.rows
+            ]
+            for pair in held_out
+        ]
+    assert np.array(found) == pytest.approx(ours, rel=1e-4, abs=1e-5)
+
+
+def test_texts_of_an_encoder_are_told_apart_and_margins_are_numbers(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    path = write_rows(tmp_path / "pairs.jsonl", rows_with())
+    prepared = prepare_rewards(DataSettings(train=str(path), eval=None), tokenizer)
+    first = prepared.train[0]
+    assert first.margin == 0.5 and [row.label for row in first.rows] == [0.5, 0.5]
+    row = first.rows[0]
+    texts = [tokenizer.decode(row.tokens[row.segments == side]) for side in (0, 1)]
+    assert texts == [f"paint it {COLORS[0]}", COLORS[0][0] * 3]
+    assert prepared.report.unused_columns == ()
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows_with(), {**rows_with()[0], "margin": "much"}])
+    with pytest.raises(UserError, match="'margin' must be a number"):
+        prepare_reward_file(str(bad), DataSettings(train=str(bad)), tokenizer)
+    kept, report = prepare_reward_file(str(bad), DataSettings(train=str(bad), bad_rows="skip"), tokenizer)
+    assert len(kept) == len(COLORS) and report.skipped == 1
