@@ -23,10 +23,10 @@ RANK, ALPHA = 16, 32
 HEAD_ROWS = 256
 
 
-def run(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+def run(job: dict[str, Any], environment: dict[str, str], script: str = __file__) -> dict[str, Any]:
     """The results of a side in a new process, whose environment has these variables too."""
     done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), json.dumps(job)],
+        [sys.executable, os.path.abspath(script), json.dumps(job)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment, "OMP_NUM_THREADS": str(job["threads"])},
@@ -55,24 +55,35 @@ def tokens_of_step(job: dict[str, Any]) -> Any:
 
 
 def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np
-
-    from deltaw.data.example import Example
-    from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
-    from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.int8_weights import quantize_int8
-    from deltaw.runtime.packed import packed_rows
-    from deltaw.training.loop import train
-    from deltaw.training.session import checkpoint_blocks
-    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-    from deltaw.training.tasks.causal_objective import CausalObjective
+    from deltaw.runtime.nf4_weights import quantize_nf4
 
     tokens = tokens_of_step(job)
     loaded = load(job["reference"], precision=job["precision"], device="cpu", say=lambda line: None)
     model, precision = loaded.model, loaded.choices["precision"]
     if precision.value == "int8":
         quantize_int8(model.base_model, lambda: model(tokens[:1]))
+    if precision.value == "nf4":
+        quantize_nf4(model.base_model)
+    how = f"{precision.value} ({precision.why}), {kernels_text()}"
+    return {**trained(model, job, tokens), "how": how}
+
+
+def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
+    """deltaw's steps on a loaded model."""
+    import numpy as np
+
+    from deltaw.data.example import Example
+    from deltaw.host.memory import keep_freed_memory
+    from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.runtime.packed import packed_rows
+    from deltaw.training.loop import train
+    from deltaw.training.session import checkpoint_blocks
+    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
+    from deltaw.training.tasks.causal_objective import CausalObjective
+
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     resident = loaded_bytes(model)
     labels = np.ones(tokens.shape[1], bool)
     examples = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
@@ -93,18 +104,25 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
             batch_size=len(examples),
             on_step=lambda step: seconds.append(step.seconds),
         )
-    how = f"{precision.value} ({precision.why}), {kernels_text()}"
-    return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": outcome.loss, "how": how}
+    memory = {**memory_above(resident), "weight_bytes": weights}
+    return {**speeds(seconds, tokens.numel()), **memory, "loss": outcome.loss}
 
 
 def peft_side(job: dict[str, Any]) -> dict[str, Any]:
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     tokens = tokens_of_step(job)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    return peft_trained(model, job, tokens)
+
+
+def peft_trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
+    """PEFT's steps on a loaded model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     resident = loaded_bytes(model)
     torch.manual_seed(0)
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -64,8 +64,10 @@ class RunConfig(BaseModel):
         description="the most memory the process may take, such as 2GB; uses as much activation "
         "checkpointing as needed",
     )
-    precision: Literal["auto", "bf16", "fp32", "int8"] = Field(
-        "auto", description="of the frozen weights; int8: of the blocks' linear layers, bf16 elsewhere"
+    precision: Literal["auto", "bf16", "fp32", "int8", "gguf", "nf4"] = Field(
+        "auto",
+        description="of the frozen weights; int8, nf4: of the blocks' linear layers, bf16 elsewhere; gguf: "
+        "as the model's GGUF file stores them",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="processor threads")

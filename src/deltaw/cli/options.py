@@ -121,7 +121,7 @@ def model_flags(command: Command) -> Command:
     command = click.option(
         "--precision",
         default="auto",
-        help="auto, bf16, fp32, int8",
+        help="auto, bf16, fp32, int8, gguf, nf4",
         shell_complete=completing("precision"),
     )(command)
     return click.option(

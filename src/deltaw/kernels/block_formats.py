@@ -28,6 +28,8 @@ from deltaw.kernels.structs import BlockData
 # Numbers of a matrix, row by row, whose scale in 8 bits has a common scale: 256 blocks of NF4.
 NF4_GROUP = 256
 NF4_BLOCK = 64
+# Blocks that are rounded at a time: what they take in wide numbers on the way is some 16 times their bytes.
+NF4_AT_ONCE = 1 << 14
 _NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -296,10 +298,16 @@ def quantize_nf4(weight: Tensor) -> BlockWeight:
     """
     rows, columns = weight.shape
     FORMATS["NF4"].bytes_of_row(columns)
-    blocks = weight.detach().float().reshape(-1, NF4_BLOCK)
-    largest = blocks.abs().amax(1)
-    codes = _nearest(_over(blocks, largest), nf4_values().to(weight.device))
-    low, high = codes.view(-1, 2, NF4_BLOCK // 2).unbind(1)
+    blocks = weight.detach().reshape(-1, NF4_BLOCK)
+    largest = torch.empty(len(blocks), device=weight.device)
+    data = torch.empty(len(blocks), NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
+    values = nf4_values().to(weight.device)
+    for first in range(0, len(blocks), NF4_AT_ONCE):
+        part = slice(first, first + NF4_AT_ONCE)
+        wide = blocks[part].float()
+        largest[part] = wide.abs().amax(1)
+        low, high = _nearest(_over(wide, largest[part]), values).view(-1, 2, NF4_BLOCK // 2).unbind(1)
+        data[part] = low | (high << 4)
     offset = largest.mean().reshape(1)
     absmax = torch.zeros(-(-len(largest) // NF4_GROUP) * NF4_GROUP, device=weight.device)
     absmax[: len(largest)] = largest - offset
@@ -307,7 +315,7 @@ def quantize_nf4(weight: Tensor) -> BlockWeight:
     group_scale = groups.abs().amax(1)
     eight_bits = _nearest(_over(groups, group_scale), dynamic_codes().to(weight.device)).flatten()
     return BlockWeight(
-        (low | (high << 4)).view(rows, -1).contiguous(),
+        data.view(rows, -1),
         "NF4",
         columns,
         eight_bits[: len(largest)].view(rows, -1).contiguous(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import adapted_layers, attachment, unwrapped
+from deltaw.lora.stored import weight_shape
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             seen.add(id(parameter))
             trained += parameter.numel() if parameter.requires_grad else 0
             if key not in own and id(parameter) not in copies:
-                base[id(parameter)] = parameter.numel()
+                shape = weight_shape(module) if key == "weight" else parameter.shape
+                base[id(parameter)] = math.prod(shape)
         if trained:
             per_module[name] = trained
     return ParameterCount(sum(base.values()), sum(per_module.values()), per_module)

@@ -52,8 +52,8 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterabl
         if isinstance(noted, Sample):
             samples.append(Sample(name, noted.shape, noted.values))
             continue
-        if not has_values(parameter) or parameter.dtype == torch.int8:
-            return None  # weights in int8 are no longer the values that the model came with
+        if not has_values(parameter) or parameter.dtype in (torch.int8, torch.uint8):
+            return None  # quantized weights are no longer the values that the model came with
         values = None
         if parameter.numel() and parameter.is_floating_point() and id(parameter) not in without_value:
             values = _values(parameter)
@@ -80,7 +80,12 @@ def fingerprint_of(samples: Iterable[Sample]) -> str | None:
 def note_base(quantized: Tensor, weight: Tensor) -> None:
     """Note on a ``quantized`` parameter what the fingerprint takes of the ``weight`` that it stands for."""
     if has_values(weight):
-        vars(quantized)[_ATTRIBUTE] = Sample("", tuple(weight.shape), _values(weight).clone())
+        note_values(quantized, tuple(weight.shape), _values(weight).clone())
+
+
+def note_values(quantized: Tensor, shape: tuple[int, ...], values: Tensor) -> None:
+    """Note on a ``quantized`` parameter the shape that it stands for, and its values at :func:`places`."""
+    vars(quantized)[_ATTRIBUTE] = Sample("", shape, values)
 
 
 def put_sample(parameter: Tensor, sample: Sample) -> None:

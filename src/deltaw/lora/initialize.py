@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.config import CHANGING_INITS, INITS
 from deltaw.lora.layout import from_peft, to_peft
+from deltaw.lora.stored import quantized_as
 
 
 @dataclass
@@ -96,8 +97,9 @@ def init_refusal(layer: Factored, method: str) -> str | None:
             return f"init '{method}' is for linear layers, not for parameters that a module computes with"
         if not matrix or isinstance(layer, nn.Embedding):
             return f"init '{method}' is for linear layers, not for embeddings or convolutions"
-        if method != "eva" and layer.weight.dtype == torch.int8:
-            return f"init '{method}' changes the weight, which is int8-quantized here"
+        kept = quantized_as(layer) if isinstance(layer, nn.Module) else None
+        if method != "eva" and kept is not None:
+            return f"init '{method}' changes the weight, which is {kept} here"
         if method != "eva" and layer.rank > min(layer.weight.shape):
             return f"init '{method}' needs a rank of at most {min(layer.weight.shape)}, not {layer.rank}"
     return None

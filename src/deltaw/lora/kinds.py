@@ -20,10 +20,13 @@ from deltaw.errors import UserError
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_bias import LoRABiasConv, LoRABiasConv1D, LoRABiasLinear
+from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
-from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear, weight_scales
+from deltaw.lora.layers_foreign import LoRAForeignLinear
+from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
 from deltaw.lora.layers_parameter import attention_refusal
+from deltaw.lora.stored import library_of, quantized_as
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 READ_BY_KERNELS = frozenset({"out_proj", "conv1d"})
@@ -75,7 +78,7 @@ def refusal(module: nn.Module) -> str | None:
         return f"the weight of this {kind} is computed from other parameters (a parametrization)"
     if isinstance(weight, UninitializedParameter):
         return f"this {kind} has no size before its first forward"
-    if weight.dtype not in FLOATS and weight_scales(module) is None:
+    if weight.dtype not in FLOATS and quantized_as(module) is None:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
     return None
 
@@ -84,11 +87,15 @@ def _kind_refusal(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, nn.Linear):
         plain = kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_CLASSES
-        if plain or isinstance(module, Int8Linear):
+        if plain or isinstance(module, Int8Linear | BlockLinear) or library_of(module) is not None:
             return None
         return f"{kind.__name__} has a forward of its own"
     if is_conv1d(module):
         return None
+    if isinstance(module, BlockEmbedding):
+        return (
+            f"its rows stay in blocks of {module.block_format}, which an update of an embedding cannot add to"
+        )
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return "an embedding with max_norm rewrites its weight while it is read"
@@ -156,12 +163,20 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
 
     Not for ``nn.MultiheadAttention``, which has two updates and no adapted layer.
     """
-    if dora and weight_scales(module) is not None:
+    if dora and (kept := quantized_as(module)) is not None:
         raise UserError(
-            "DoRA needs the norms of its weights, which are int8-quantized here",
+            f"DoRA needs the norms of its weights, which are {kept} here",
             where="dora",
             hint="load the model with precision bf16 or fp32",
         )
+    if library_of(module) is not None:
+        if lora_bias:
+            raise UserError(
+                f"lora_bias is not for weights that are {quantized_as(module)}",
+                where="lora_bias",
+                hint="leave it out",
+            )
+        return LoRAForeignLinear.from_linear
     if isinstance(module, nn.Linear):
         return (LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear).from_linear
     if isinstance(module, nn.Embedding):

@@ -19,7 +19,7 @@ from deltaw.lora import math as closed_form
 from deltaw.lora.adapted import AdaptedLayer, adopt, factor_dtype, like
 from deltaw.lora.config import scaling as scaling_of
 from deltaw.lora.initialize import ChangedInit, initialize
-from deltaw.lora.layers_int8 import frozen_linear, weight_scales
+from deltaw.lora.stored import frozen_linear, quantized_as, stored_form, weight_scales
 
 
 class LoRALayer(AdaptedLayer):
@@ -192,28 +192,28 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        scales = weight_scales(self)
+        stored = stored_form(self)
         if not self.adapting:
-            if scales is not None:
-                return frozen_linear(input, self.weight, self.bias, scales)
+            if stored is not None:
+                return frozen_linear(input, self.weight, self.bias, stored)
             return F.linear(input, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         bias = self.output_bias()
         if (places := self.active_places) is not None:
             with_base = (
                 F.linear(input, self.weight, bias)
-                if scales is None
-                else frozen_linear(input, self.weight, bias, scales)
+                if stored is None
+                else frozen_linear(input, self.weight, bias, stored)
             )
             factors = (self.lora_A, self.lora_B, self.scaling)
             return with_base + closed_form.update_at(input, places, *factors, dropout)
         return closed_form.linear(
-            input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, scales=scales
+            input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, stored=stored
         )
 
     def merge_refusal(self) -> str | None:
         """A sum with ΔW would have to be quantized again."""
-        return _int8_refusal(self) or super().merge_refusal()
+        return _quantized_refusal(self) or super().merge_refusal()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -221,10 +221,11 @@ class LoRALinear(LoRALayer, nn.Linear):
         return (self.lora_B.t() @ self.lora_A.t()).mul_(self.scaling)
 
 
-def _int8_refusal(layer: nn.Module) -> str | None:
-    if weight_scales(layer) is None:
-        return None
-    return "its weight is int8-quantized; load the model with precision bf16 or fp32 to merge"
+def _quantized_refusal(layer: nn.Module) -> str | None:
+    kept = quantized_as(layer)
+    return (
+        None if kept is None else f"its weight is {kept}; load the model with precision bf16 or fp32 to merge"
+    )
 
 
 class LoRAConv1D(LoRALayer):
@@ -290,7 +291,7 @@ class LoRAConv1D(LoRALayer):
 
     def merge_refusal(self) -> str | None:
         """As of a linear layer."""
-        return _int8_refusal(self) or super().merge_refusal()
+        return _quantized_refusal(self) or super().merge_refusal()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -11,13 +11,12 @@ This module knows its own arithmetic; which layers are quantized, and with what 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import linear as kernels
 from deltaw.lora.fingerprint import note_base
+from deltaw.lora.stored import frozen_linear
 
 
 class Int8Linear(nn.Linear):
@@ -102,34 +101,3 @@ def plain_weight(weight: Tensor, scale: Tensor, columns: Tensor | None) -> Tenso
     """A weight in int8 as fp32 numbers."""
     wide = weight.float() * scale[:, None]
     return wide if columns is None else wide * columns
-
-
-def weight_scales(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """The scales of a layer with an int8-quantized weight; None for any other."""
-    scale = module._buffers.get("weight_scale")
-    return None if scale is None else (scale, module._buffers.get("weight_columns"))
-
-
-def frozen_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor | None]
-) -> Tensor:
-    """x·Wᵀ + b for a weight in int8; (..., in) to (..., out)."""
-    return _Frozen.apply(x, weight, bias, *scales)
-
-
-class _Frozen(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, columns: Tensor | None
-    ) -> Tensor:
-        y, _ = kernels.linear(x.reshape(-1, x.shape[-1]), weight, True, scale, columns, bias)
-        ctx.save_for_backward(weight, scale, columns)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, columns = ctx.saved_tensors
-        grad = grads[0]
-        dx, _ = kernels.linear_backward(grad.reshape(-1, grad.shape[-1]), weight, True, scale, columns)
-        return dx.view(*grad.shape[:-1], dx.shape[-1]), None, None, None, None

@@ -3,10 +3,10 @@
 W and b are frozen, so a backward needs no gradient of W, and what must be kept for it is the input x,
 h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x in another precision. With
 adapter dropout a mask of one byte for each element of x is kept too. Where a compiled kernel serves
-(``kernels/linear.py``) product and update are one, and W may be int8-quantized. The derivation stands in
-``docs/method.md``. Each function has a reference implementation (``*_reference``) composed of torch's
-operations. Tests hold the two together, and the reference is used where a closed form cannot be: when W
-itself is trained, and under ``torch.func`` transforms.
+(``kernels/linear.py``) product and update are one, and W may be stored in int8 or in blocks of few bits. The
+derivation stands in ``docs/method.md``. Each function has a reference implementation (``*_reference``)
+composed of torch's operations. Tests hold the two together, and the reference is used where a closed form
+cannot be: when W itself is trained, and under ``torch.func`` transforms.
 
 It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers_conv``: their
 A·x is itself a convolution, whose backward torch already has in closed form.
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
+from deltaw.kernels.block_formats import BlockWeight
+from deltaw.lora.stored import Stored, multiply, multiply_backward
 
 
 def linear(
@@ -33,7 +35,7 @@ def linear(
     scaling: float,
     dropout: float = 0.0,
     weight_is_in_out: bool = False,
-    scales: tuple[Tensor, Tensor | None] | None = None,
+    stored: Stored | None = None,
 ) -> Tensor:
     """y = x·Wᵀ + b + scaling · dropout(x)·A·B.
 
@@ -48,8 +50,7 @@ def linear(
         lora_B: (r, out).
         scaling: alpha / r, or alpha / √r.
         dropout: share p of the adapter's inputs set to 0, the rest scaled by 1 / (1 − p).
-        scales: of a weight in int8: of its rows (out) and, or None, of its columns (in); see
-            :func:`deltaw.kernels.linear.linear`.
+        stored: how a weight is stored that is no plain matrix.
 
     Returns:
         (..., out).
@@ -63,7 +64,7 @@ def linear(
         scaling = scaling / (1.0 - dropout)
     if needs_reference(weight):
         return linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
-    return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, scales)
+    return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, stored)
 
 
 def linear_reference(
@@ -124,24 +125,23 @@ class _Linear(torch.autograd.Function):
         scaling: float,
         mask: Tensor | None,
         weight_is_in_out: bool,
-        scales: tuple[Tensor, Tensor | None] | None,
+        stored: Stored | None,
     ) -> Tensor:
         # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
-        autocast = autocast_is_on(x.device.type) and scales is None
+        autocast = autocast_is_on(x.device.type) and stored is None
         base_weight = weight.to(x.dtype) if autocast else weight
         base_bias = bias.to(x.dtype) if autocast and bias is not None else bias
         flat = x.reshape(rows_of(x), x.shape[-1])
         # A compiler has kernels of its own.
         fused = mask is None and not torch.compiler.is_compiling()
-        fused = fused and kernels.can_multiply(flat, base_weight, lora_A)
-        scale, columns = scales or (None, None)
+        fused = fused and (isinstance(stored, BlockWeight) or kernels.can_multiply(flat, base_weight, lora_A))
         if fused:
-            y, h = kernels.linear(
-                flat, base_weight, not weight_is_in_out, scale, columns, base_bias, lora_A, lora_B, scaling
+            y, h = multiply(
+                flat, base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling
             )
         else:
-            if scale is not None:
-                y, _ = kernels.linear(flat, weight, True, scale, columns, base_bias)
+            if stored is not None:
+                y, _ = multiply(flat, weight, stored, bias=base_bias)
             else:
                 y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
@@ -158,7 +158,7 @@ class _Linear(torch.autograd.Function):
         )
         ctx.fused = fused
         ctx.scaling = scaling
-        ctx.scales = scales
+        ctx.stored = stored
         ctx.weight_is_in_out = weight_is_in_out
         ctx.bias_dtype = bias.dtype if bias is not None else None
         return shaped(y, x.shape[:-1])
@@ -172,15 +172,15 @@ class _Linear(torch.autograd.Function):
         rows = rows_of(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = None
-        scale, columns = ctx.scales or (None, None)
+        stored = ctx.stored
         narrow: Tensor | None
         if ctx.fused and not torch.is_grad_enabled():
             if needs_bias:
                 grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
             by_column = not ctx.weight_is_in_out
-            base_weight = weight if weight is None or scale is not None else weight.to(dtype)
-            grad_x, narrow = kernels.linear_backward(
-                grad_y, base_weight, by_column, scale, columns, lora_A, lora_B, ctx.scaling, None, needs_x
+            base_weight = weight if weight is None or stored is not None else weight.to(dtype)
+            grad_x, narrow = multiply_backward(
+                grad_y, base_weight, stored, by_column, lora_A, lora_B, ctx.scaling, None, needs_x
             )
             if needs_A or needs_B:
                 flat = x.reshape(rows, x.shape[-1])
@@ -201,8 +201,8 @@ class _Linear(torch.autograd.Function):
         if needs_bias:
             grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
         if needs_x and narrow is not None:
-            if scale is not None:
-                grad_x, _ = kernels.linear_backward(grad_y, weight, True, scale, columns)
+            if stored is not None:
+                grad_x, _ = multiply_backward(grad_y, weight, stored)
             else:
                 base_weight = weight.to(dtype)
                 grad_x = grad_y @ (base_weight.t() if ctx.weight_is_in_out else base_weight)

@@ -18,6 +18,7 @@ from deltaw.lora.config import KEYWORDS, LoRAConfig, parse_layers
 from deltaw.lora.kinds import is_linear, read_directly, refusal
 from deltaw.lora.matching import Named, match_entries, match_patterns, modules_once, shown
 from deltaw.lora.select_parts import TokenTarget, match_parameters, match_tokens
+from deltaw.lora.stored import quantized_as
 
 HEAD_NAMES = frozenset(
     {"lm_head", "score", "classifier", "classification_head", "qa_outputs", "embed_out", "head"}
@@ -245,6 +246,13 @@ def _match_extra_modules(
     below = {id(inner) for m in found for inner in m.module.modules() if inner is not m.module}
     outer = [m for m in found if id(m.module) not in below]
     for named in outer:
+        kept = next(filter(None, map(quantized_as, named.module.modules())), None)
+        if kept is not None:
+            raise UserError(
+                f"'{named.names[0]}' cannot be trained in full: its weight is {kept}",
+                where="train_modules",
+                hint="leave it out, or load the model with precision bf16",
+            )
         if not any(p.is_floating_point() for p in named.module.parameters()):
             raise UserError(
                 f"'{named.names[0]}' has no parameters to train", where="train_modules", hint="leave it out"

@@ -17,6 +17,7 @@ from deltaw.lora.config import LoRAConfig
 from deltaw.lora.kinds import is_conv1d, read_directly, refusal
 from deltaw.lora.layers_parameter import parameter_refusal
 from deltaw.lora.matching import Named, match_entries
+from deltaw.lora.stored import quantized_as
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def _rows_refusal(named: Named, adapted: set[int], inside: set[int]) -> str | No
         return "train_modules trains it in full"
     if is_conv1d(named.module) or not isinstance(named.module, nn.Embedding | nn.Linear):
         return f"it is a {type(named.module).__name__}, neither an embedding nor a linear head"
+    if (kept := quantized_as(named.module)) is not None:
+        return f"its weight is {kept}"
     return refusal(named.module)
 
 

@@ -19,6 +19,7 @@ from deltaw.errors import UserError
 from deltaw.lora.files import FINGERPRINT_KEY
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.places import ParameterPlace
+from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import REPLACED_KEY, MethodBase
 from deltaw.methods.files import read_trained, write_trained
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
@@ -49,7 +50,7 @@ class InPlace(MethodBase):
         extra_modules: Sequence[str] = (),
         calibrate: Callable[[], None] | None = None,
     ) -> str:
-        total = sum(p.numel() for p in model.parameters())
+        total = count_numbers(model)
         self._note_base(model, extra_modules)
         self._places = self.start(model, extra_modules, seed)
         if not self.parameters(model):

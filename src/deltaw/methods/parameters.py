@@ -13,6 +13,7 @@ from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.places import ParameterPlace, as_before, spots_of
+from deltaw.lora.stored import block_weight, quantized_as
 
 
 def names_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -52,6 +53,7 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[ParameterPlace]
     """
     wanted = list(dict.fromkeys(names))
     everywhere = names_of(model)
+    _refuse_blocks(model, wanted)
     model.requires_grad_(False)
     chosen = set(wanted)
     outside = {id(p) for name, p in everywhere.items() if name not in chosen}
@@ -72,13 +74,26 @@ def train_places(model: nn.Module, names: Iterable[str]) -> list[ParameterPlace]
     return places
 
 
+def _refuse_blocks(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        if last == "weight" and block_weight(module) is not None:
+            raise UserError(
+                f"the weight of '{path}' is {quantized_as(module)} and cannot be trained itself",
+                where="method",
+                hint="use method lora, bias or prompt, or precision: bf16",
+            )
+
+
 def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> list[ParameterPlace]:
     """Give linear layers that have no bias one of zeros (out,), trainable."""
     places = []
     for name, module in modules:
         weight = module._parameters["weight"]
         assert weight is not None
-        bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
+        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+        bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=dtype, device=weight.device))
         place = ParameterPlace((f"{name}.bias",), [(module, "bias")], None, bias)
         place.put_current()
         places.append(place)

@@ -25,6 +25,7 @@ from deltaw.errors import UserError
 from deltaw.lora.files import FINGERPRINT_KEY, OtherBaseModelWarning
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.places import ParameterPlace
+from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import MethodBase
 from deltaw.methods.files import metadata_of
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
@@ -97,7 +98,7 @@ class Prompt(MethodBase):
         self._places = train_places(model, inside(extra_modules, names_of(model)))
         layer = attach(model, start)
         self._know(layer)
-        total = sum(p.numel() for p in model.parameters())
+        total = count_numbers(model)
         trained = sum(p.numel() for _, p in self.parameters(model))
         lines = [
             f"prompt: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): "

@@ -1,7 +1,7 @@
 """What the halves of a fused block are made of at work: projections with their low-rank updates, and norms.
 
 Made from a block's modules as they are at the moment (see ``roles``), and thrown away when one of them
-changes. Knows LoRA layers, int8-quantized weights and kernels; not blocks, nor autograd.
+changes. Knows LoRA layers, stored weights and kernels; not blocks, nor autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import rows
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.lora.stored import Stored, multiply, multiply_backward, stored_form
 from deltaw.runtime.roles import by_column, norm_form
 
 
@@ -65,6 +65,7 @@ class Projection:
 
     Attributes:
         by_column: whether ``weight`` is (out, in); else (in, out).
+        stored: how the weight is stored where it is no plain matrix.
         scale, columns: of an int8-quantized weight, see :func:`deltaw.kernels.linear.linear`.
         lora_A, lora_B, scaling: of the update; None, None and 1 where there is none to add.
     """
@@ -75,7 +76,8 @@ class Projection:
         self.by_column = by_column(module)
         self.scale: Tensor | None
         self.columns: Tensor | None
-        self.scale, self.columns = weight_scales(module) or (None, None)
+        self.stored: Stored | None = stored_form(module)
+        self.scale, self.columns = self.stored if isinstance(self.stored, tuple) else (None, None)
         adapted = module if isinstance(module, LoRALayer) and module.adapting else None
         self.lora_A: Tensor | None = None if adapted is None else adapted.lora_A
         self.lora_B: Tensor | None = None if adapted is None else adapted.lora_B
@@ -88,12 +90,11 @@ class Projection:
     def __call__(self, x: Tensor, steps: Steps, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x·Wᵀ + b + s·(x·A)·B + added for rows x (M, in), and x·A."""
         x_int8, x_scales = steps.of(x, self)
-        return products.linear(
+        return multiply(
             x,
             self.weight,
+            self.stored,
             self.by_column,
-            self.scale,
-            self.columns,
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -105,12 +106,11 @@ class Projection:
 
     def backward(self, grad: Tensor, added: Tensor | None, need_x: bool) -> tuple[Tensor, Tensor]:
         """∂L/∂x plus ``added``, and the narrow gradient that :meth:`factors_backward` wants."""
-        return products.linear_backward(
+        return multiply_backward(
             grad,
             self.weight,
+            self.stored,
             self.by_column,
-            self.scale,
-            self.columns,
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -168,7 +168,7 @@ def can_project(layer: nn.Module) -> bool:
         kind is nn.Linear
         or kind.__name__ in PLAIN_LINEAR_CLASSES
         or is_conv1d(layer)
-        or weight_scales(layer) is not None
+        or stored_form(layer) is not None
     ):
         return False
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from deltaw.lora.kinds import is_conv1d
 from deltaw.lora.layers import LoRAConv1D
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.lora.stored import stored_form, weight_shape
 
 # Activation functions by the class names that transformers and torch give them, and the kernels' own names.
 ACTIVATIONS = {
@@ -167,14 +167,13 @@ def part(block: nn.Module, path: str) -> nn.Module:
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, by its weight."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return (weight.shape[1], weight.shape[0]) if by_column(layer) else (weight.shape[0], weight.shape[1])
+    rows, columns = weight_shape(layer)
+    return (columns, rows) if by_column(layer) else (rows, columns)
 
 
 def by_column(layer: nn.Module) -> bool:
-    """Whether the weight is (out, in), as of ``nn.Linear`` and in int8; else (in, out), as of ``Conv1D``."""
-    return weight_scales(layer) is not None or not (isinstance(layer, LoRAConv1D) or is_conv1d(layer))
+    """Whether the weight is (out, in), as of ``nn.Linear`` and quantized; else (in, out), as ``Conv1D``."""
+    return stored_form(layer) is not None or not (isinstance(layer, LoRAConv1D) or is_conv1d(layer))
 
 
 def activation_kind(module: nn.Module) -> str | None:

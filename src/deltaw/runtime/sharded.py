@@ -31,7 +31,7 @@ from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.stored_weights import Rows, StoredWeights, fill, unfilled
 from deltaw.lora.fingerprint import Sample, put_sample
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.lora.stored import weight_scales
 from deltaw.runtime.blocks import blocks_of
 
 # Named anew in torch 2.13.

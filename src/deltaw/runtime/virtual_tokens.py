@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.lora.adapted import adopt
 from deltaw.lora.places import Place, Replacement, as_before, spots_holding
+from deltaw.lora.stored import weight_shape
 
 _RECORD = "_deltaw_virtual_tokens"
 # Tables by which some models (Gemma 3n and 4) give each block embeddings of the very token ids.
@@ -103,9 +104,10 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
         )
     embedding = input_embedding(model)
     weight = weight_of(embedding)
-    if prompt.dim() != 2 or prompt.shape[1] != weight.shape[1]:
+    width = weight_shape(embedding)[1]
+    if prompt.dim() != 2 or prompt.shape[1] != width:
         raise UserError(
-            f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {weight.shape[1]} wide",
+            f"the soft prompt is {tuple(prompt.shape)}, and the model's embedding is {width} wide",
             hint="is it the base model that the prompt was trained on?",
         )
     layer = adopt(_class_over(type(embedding)), embedding)

@@ -27,6 +27,7 @@ from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.linear import quantized_rows
+from deltaw.lora.stored import block_weight
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize
@@ -88,6 +89,8 @@ def decodable(
     """
     if model.device.type != "cpu":
         raise NotDecodable("on this device the model's own code runs")
+    if (kept := next(filter(None, map(block_weight, model.modules())), None)) is not None:
+        raise NotDecodable(f"weights in blocks of {kept.format} are decoded by the model's own code")
     int8_head = any(p.dtype == torch.int8 for p in model.parameters())
     with evaluating(model):
         small = _small(model)

@@ -25,6 +25,7 @@ from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.evaluation.causal import Score, Writer, score
 from deltaw.training.evaluation.general import identity_of
+from deltaw.training.quantizing import quantized_nf4
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
 from deltaw.training.tasks.base import Task, task_of
@@ -142,6 +143,7 @@ def open_run(
     Args:
         reference: a folder with an adapter, else anything that names a model.
         model: the base model, where it is not the one that the folder names.
+        precision: auto takes a run's own where its base is kept in blocks.
         task: what a bare model is to do; an adapter says that itself.
     """
     folder = Path(reference)
@@ -155,6 +157,8 @@ def open_run(
     config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
     if config is not None:
         config = with_saved_template(config, folder)
+    if precision == "auto" and config is not None and model is None and config.precision in ("gguf", "nf4"):
+        precision = config.precision  # the adapter belongs to these weights
     kind, base, classes = task or DEFAULT_TASK, model or reference, None
     if adapter:
         settings = read_config(folder)
@@ -192,6 +196,9 @@ def open_run(
         with working("quantizing the weights to int8"):
             report = quantize_int8(loaded.model.base_model)
         say(f"precision int8: {report}")
+    if precision == "nf4":
+        for line in quantized_nf4(loaded.model):
+            say(line)
     if classes is None and work.has_labels and fixed is None:
         numbers = range(loaded.model.config.num_labels or 0)
         classes = getattr(work, "named", None) or tuple(str(number) for number in numbers)

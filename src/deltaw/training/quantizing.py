@@ -1,4 +1,4 @@
-"""Weights of a run in int8: quantized once, calibrated on a few of its rows, with what that costs.
+"""Weights of a run in int8, calibrated on a few of its rows, with what that costs; or in NF4.
 
 Knows models and rows; not methods, and not how products in int8 are computed.
 """
@@ -16,12 +16,20 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.host.memory import release_free_memory
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.runtime.nf4_weights import quantize_nf4
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.tasks.causal_objective import loss_of_outputs
 from deltaw.working import working
 
 # Tokens that int8 quantization is calibrated on.
 CALIBRATION_TOKENS = 512
+
+
+def quantized(model: PreTrainedModel, precision: str, examples: Sequence[Any]) -> list[str]:
+    """Quantize a freshly loaded model's weights where its precision asks for it, and say what was done."""
+    if precision == "nf4":
+        return quantized_nf4(model)
+    return quantized_int8(model, examples) if precision == "int8" else []
 
 
 @working("quantizing the weights to int8")
@@ -58,6 +66,15 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]
             said.append(
                 f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}"
             )
+    release_free_memory()
+    return said
+
+
+@working("rounding the weights to NF4")
+def quantized_nf4(model: PreTrainedModel) -> list[str]:
+    """Round the blocks' weights to NF4, and say what was done."""
+    with torch.no_grad():
+        said = [f"precision nf4: {quantize_nf4(model.base_model)}"]
     release_free_memory()
     return said
 

@@ -50,7 +50,7 @@ from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.parallel.evaluation import shared_objective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.quantizing import quantized_int8
+from deltaw.training.quantizing import quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, SavedState, Step, TrainState
@@ -299,10 +299,9 @@ def assemble(
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
-    said: list[str] = []
     identity = identity_of(model, config.precision)
-    if config.precision == "int8" and (sharded_blocks(model) is not None or has_values(model)):
-        said += quantized_int8(model, data.train)
+    real = sharded_blocks(model) is not None or has_values(model)
+    said = quantized(model, config.precision, data.train) if real else []
     batcher, chosen = task.batcher(
         model,
         data.every,

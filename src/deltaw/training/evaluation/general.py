@@ -21,9 +21,11 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.templates import TemplateName
 from deltaw.durable import write_text
 from deltaw.errors import UserError
+from deltaw.host.choices import QUANTIZED
 from deltaw.hub.packages import cache_folder
 from deltaw.hub.skeleton import has_values
 from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.stored import count_numbers
 from deltaw.runtime.generation import generate, position_limit
 from deltaw.working import working
 
@@ -45,7 +47,7 @@ def identity_of(model: PreTrainedModel, precision: str) -> str | None:
     """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
     tensors."""
     weights = base_fingerprint(model.named_parameters())
-    return None if weights is None else f"{weights}-{'int8' if precision == 'int8' else model.dtype}"
+    return None if weights is None else f"{weights}-{precision if precision in QUANTIZED else model.dtype}"
 
 
 def check_size(model: PreTrainedModel) -> None:
@@ -54,7 +56,7 @@ def check_size(model: PreTrainedModel) -> None:
     Raises:
         NoGeneralAnswers: it has fewer parameters than ``LEAST_PARAMETERS``.
     """
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = count_numbers(model)
     if count < LEAST_PARAMETERS:
         raise NoGeneralAnswers(f"a model of {count:,} parameters has learned no general answers")
 

@@ -53,6 +53,11 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
             "lora.activation: always",
         ),
         "train.keep_general": (train.keep_general > 0, "general answers", "train.keep_general: 0"),
+        "precision": (
+            config.precision in ("gguf", "nf4"),
+            f"precision {config.precision}, whose blocks are not divided",
+            "precision: bf16 or int8",
+        ),
         "device": (choose_device(config.device).value != "cpu", f"device {config.device}", "device: cpu"),
     }
     for key, (wrong, what, instead) in refused.items():

@@ -144,7 +144,7 @@ def within_memory(
             f"the run needs {least[1].peak_resident_bytes:,} bytes with activation checkpointing in every "
             f"block, and memory allows {budget:,}",
             where="memory",
-            hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8",
+            hint="allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4",
         )
     budget = max(int(budget * (1 - LEFT_FREE)), least[1].peak_resident_bytes)
     saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks

@@ -26,12 +26,14 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
+from deltaw.lora.stored import count_numbers
 from deltaw.memory.libraries import warm_up
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.runtime.nf4_weights import quantize_nf4
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.drift_meter import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
@@ -107,10 +109,13 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     before = resident_bytes()
-    total = sum(p.numel() for p in model.parameters())
+    total = count_numbers(model)
     if config.precision == "int8":
         with fake_tensors():
             quantize_int8(model.base_model)
+    if config.precision == "nf4":
+        with fake_tensors():
+            quantize_nf4(model.base_model)
     with fake_tensors():
         block_bytes = _block_bytes(model)
     new: list[str] = []

@@ -11,6 +11,7 @@ from torch import nn
 
 from deltaw.data.sequences import used_tokens
 from deltaw.hub.folders import config_folder
+from deltaw.lora.layers_blocks import BlockEmbedding
 from deltaw.training.session import Session
 
 # What Linux maps around a touched page of a file that it holds in memory: 16 pages of 4 KiB.
@@ -33,6 +34,8 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     embedding = session.model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding) or embedding.weight.requires_grad or converted:
         return 0
+    if isinstance(embedding, BlockEmbedding):
+        return 0  # it is read, not mapped
     weight = embedding.weight
     names = session.model.named_parameters(remove_duplicate=False)
     folder = config_folder(session.config.model, dtype, session.config.trust_remote_code)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltaw.kernels import linear as products
+from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
 from deltaw.kernels.rows import cross_entropy_
+from deltaw.lora.stored import multiply, multiply_backward
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
@@ -37,6 +38,7 @@ def frozen_head_log_probs(
     softcap: float = 0.0,
     *,
     scales: Tensor | None = None,
+    blocks: BlockWeight | None = None,
 ) -> Tensor:
     """log softmax(head(hiddenᵢ)) at targetᵢ of a linear head that is not trained.
 
@@ -48,16 +50,18 @@ def frozen_head_log_probs(
         scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
         scales: (classes,): the logits are computed in int8, the head's rows divided by these, and so is their
             gradient where there are rows enough to be worth it.
+        blocks: the head where it is stored in blocks, whose bytes ``head`` is then.
 
     Returns:
         (P,) in fp32, or fp64 for fp64 inputs.
     """
-    return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, scales)
+    stored = blocks or (None if scales is None else (scales, None))
+    return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, stored)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, bias, scale, softcap, scales):  # type: ignore[override]
+    def forward(ctx, hidden, targets, head, bias, scale, softcap, stored):  # type: ignore[override]
         wanted = hidden.requires_grad
         slopes = torch.empty_like(hidden) if wanted else None
         ones = hidden.new_ones(len(targets), dtype=loss_dtype(hidden))
@@ -67,16 +71,19 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         )
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits, _ = products.linear(hidden[part], head, scale=scales, bias=bias)
+            logits, _ = multiply(hidden[part], head, stored, bias=bias)
             losses.append(
                 cross_entropy_(logits, targets[part], ones[part], scale=scale, softcap=softcap, grad=wanted)
             )
             if slopes is None:
                 continue
-            if scales is not None and can_round_classes(logits, head):
-                slopes[part] = class_gradient_(logits, targets[part], head, scales)
+            if isinstance(stored, tuple) and can_round_classes(logits, head):
+                slopes[part] = class_gradient_(logits, targets[part], head, stored[0])
             else:
-                slopes[part] = products.linear_backward(logits, head)[0]
+                # In int8 only the logits are rounded: the gradient is taken with the head's own numbers.
+                slopes[part] = multiply_backward(
+                    logits, head, stored if isinstance(stored, BlockWeight) else None
+                )[0]
         ctx.save_for_backward(slopes)
         return torch.cat(losses).to(ones.dtype).neg_()
 

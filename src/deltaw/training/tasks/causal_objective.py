@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from deltaw.data.packing import Batch, Item
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import linear as products
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.lora.layers_blocks import BlockLinear
+from deltaw.lora.stored import block_weight, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
 from deltaw.training.losses import CrossEntropy, Loss, RowLogProbs, Watched
 from deltaw.training.tasks.causal_head import (
@@ -99,7 +100,13 @@ class CausalObjective:
     def _frozen(self, picked: Tensor, targets: Tensor) -> Tensor:
         change = logits_change(self.model.config.get_text_config())
         return frozen_head_log_probs(
-            picked, targets, self.head.weight, self.head.bias, *change, scales=self._scales
+            picked,
+            targets,
+            self.head.weight,
+            self.head.bias,
+            *change,
+            scales=self._scales,
+            blocks=block_weight(self.head),
         )
 
     @torch.no_grad()
@@ -135,7 +142,7 @@ class CausalObjective:
 
     def _head_is_frozen(self) -> bool:
         """Whether the head is a plain matrix that nobody trains, on a processor."""
-        if type(self.head) is not nn.Linear or self.head.weight.device.type != "cpu":
+        if type(self.head) not in (nn.Linear, BlockLinear) or self.head.weight.device.type != "cpu":
             return False
         return not any(p.requires_grad for p in self.head.parameters()) and not torch.is_autocast_enabled(
             "cpu"

@@ -1,0 +1,162 @@
+"""Frozen weights that are stored as something else than a matrix of numbers, and their products.
+
+Two forms: int8 with scales (``layers_int8``) and blocks of few bits (``layers_blocks``). A module keeps what
+belongs to its weight in attributes and buffers of its own, so that whatever adopts the module has it too.
+What multiplies with a frozen weight asks here for its form and calls :func:`multiply`; a plain weight has no
+form.
+
+Knows modules' attributes and products; not how a weight came to its form.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.kernels import linear as plain
+from deltaw.kernels.block_formats import BlockWeight
+from deltaw.kernels.block_linear import block_linear, block_linear_backward
+
+Scales: TypeAlias = tuple[Tensor, Tensor | None]
+"""Of a weight in int8: of its rows (out) and, or None, of its columns (in)."""
+Stored: TypeAlias = Scales | BlockWeight
+
+LIBRARIES = ("bitsandbytes", "torchao")
+"""Other libraries whose quantized tensors are known by their modules' names; they multiply themselves."""
+
+
+def weight_scales(module: nn.Module) -> Scales | None:
+    """The scales of a layer with an int8-quantized weight; None for any other."""
+    scale = module._buffers.get("weight_scale")
+    return None if scale is None else (scale, module._buffers.get("weight_columns"))
+
+
+def block_weight(module: nn.Module) -> BlockWeight | None:
+    """The weight of a layer that keeps it in blocks; None for any other."""
+    name = vars(module).get("block_format")
+    if name is None:
+        return None
+    buffers, data = module._buffers, module._parameters["weight"]
+    assert data is not None
+    return BlockWeight(
+        data.detach(),
+        name,
+        vars(module)["block_columns"],
+        buffers.get("weight_absmax"),
+        buffers.get("weight_group_scale"),
+        buffers.get("weight_offset"),
+    )
+
+
+def stored_form(module: nn.Module) -> Stored | None:
+    """How a layer stores its weight; None for a plain matrix."""
+    return block_weight(module) or weight_scales(module)
+
+
+def library_of(module: nn.Module) -> str | None:
+    """The library whose quantized tensor a linear layer's weight is; None for any other layer."""
+    weight = module._parameters.get("weight")
+    if not isinstance(module, nn.Linear) or weight is None:
+        return None
+    of = type(weight).__module__.partition(".")[0]
+    return of if of in LIBRARIES else None
+
+
+def quantized_as(module: nn.Module) -> str | None:
+    """What a layer's weight is, in words for a person; None for a plain matrix."""
+    if (name := vars(module).get("block_format")) is not None:
+        return f"kept in blocks of {name}"
+    if weight_scales(module) is not None:
+        return "int8-quantized"
+    of = library_of(module)
+    return None if of is None else f"quantized by {of}"
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight that a layer stands for."""
+    stored = block_weight(module)
+    return tuple(module.get_parameter("weight").shape if stored is None else stored.shape)
+
+
+def count_numbers(model: nn.Module) -> int:
+    """The parameters of a model as numbers: a weight in blocks counts as those that it stands for."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                shape = weight_shape(module) if name == "weight" else parameter.shape
+                counts[id(parameter)] = math.prod(shape)
+    return sum(counts.values())
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    stored: Stored | None,
+    by_column: bool = True,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    added: Tensor | None = None,
+    x_int8: Tensor | None = None,
+    x_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x·Wᵀ + b + s·(x·A)·B + added and x·A, see :func:`deltaw.kernels.linear.linear`."""
+    if isinstance(stored, BlockWeight):
+        return block_linear(x, stored, bias, lora_A, lora_B, scaling, added)
+    scale, columns = stored or (None, None)
+    return plain.linear(
+        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
+    )
+
+
+def multiply_backward(
+    grad: Tensor,
+    weight: Tensor,
+    stored: Stored | None,
+    by_column: bool = True,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    added: Tensor | None = None,
+    need_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂x plus ``added`` and grad·(s·B)ᵀ, see :func:`deltaw.kernels.linear.linear_backward`."""
+    if isinstance(stored, BlockWeight):
+        return block_linear_backward(grad, stored, lora_A, lora_B, scaling, added, need_x)
+    scale, columns = stored or (None, None)
+    return plain.linear_backward(
+        grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
+    )
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
+    """x·Wᵀ + b for a stored weight; (..., in) to (..., out)."""
+    return _Frozen.apply(x, weight, bias, stored)
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
+        y, _ = multiply(x.reshape(-1, x.shape[-1]), weight, stored, bias=bias)
+        ctx.save_for_backward(weight)
+        ctx.stored = stored
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        flat = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = d_bias = None
+        if ctx.needs_input_grad[0]:
+            dx, _ = multiply_backward(flat, weight, ctx.stored)
+            dx = dx.view(*grads[0].shape[:-1], dx.shape[-1])
+        if ctx.needs_input_grad[2]:
+            d_bias = flat.sum(0).to(ctx.bias_dtype)
+        return dx, None, d_bias, None

@@ -1,0 +1,221 @@
+"""Runs over weights that stay in blocks: a GGUF file's own, and NF4. They are the same function as the plain
+weights that the blocks stand for."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.errors import UserError
+from deltaw.export.merged import merged_model
+from deltaw.hub.gguf_blocks import fill
+from deltaw.hub.loading import load
+from deltaw.lora import LoRAConfig, attach, merge
+from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
+from deltaw.lora.layers_foreign import LoRAForeignLinear
+from deltaw.lora.stored import block_weight, count_numbers
+from deltaw.runtime.nf4_weights import quantize_nf4
+from deltaw.serving.decodable import NotDecodable, decodable
+from deltaw.training.fit import fit
+from deltaw.training.inference import open_run
+from deltaw.training.planning.plan_run import plan
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.hub.test_gguf import write_gguf
+
+BF16 = 2.0**-8
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    write_gguf(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    """A Llama whose rows divide into NF4's blocks."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "computed_tokens" in entry]
+
+
+def short(settings, folder, model, precision, **changes):
+    train = {"epochs": 3, "learning_rate": 1e-2, "drift": False, **changes.pop("train", {})}
+    return settings(folder, model=str(model), precision=precision, train=train, **changes)
+
+
+def test_a_gguf_model_is_its_dequantized_one_to_the_bit(gguf_file):
+    plain, kept = (load(str(gguf_file), precision=p, device="cpu", threads=1) for p in ("bf16", "gguf"))
+    tokens = torch.arange(3, 40)[None]
+    for name, module in kept.model.named_modules():
+        if isinstance(module, BlockLinear | BlockEmbedding):
+            # Queries and keys among them, whose rows the file has in another order.
+            assert torch.equal(module.plain_weight(), plain.model.get_submodule(name).weight), name
+    assert sum(isinstance(m, BlockLinear) for m in kept.model.modules()) == 8
+    assert kept.model.lm_head.weight is kept.model.model.embed_tokens.weight
+    with torch.no_grad():
+        ours, own = (m.model(tokens).logits.float() for m in (kept, plain))
+    assert float((ours - own).norm() / own.norm()) < BF16
+    assert base_fingerprint(kept.model.named_parameters()) == base_fingerprint(plain.model.named_parameters())
+    assert count_numbers(kept.model) == count_numbers(plain.model)
+    assert kept.model.generation_config.eos_token_id == plain.model.generation_config.eos_token_id
+    held = sum(p.nbytes for p in kept.model.parameters())
+    assert held < 0.55 * sum(p.nbytes for p in plain.model.parameters())  # Q8_0 is 34 bytes for 32 numbers
+
+
+def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, tmp_path):
+    runs = {}
+    for precision in ("gguf", "bf16"):
+        runs[precision] = fit(short(settings, tmp_path / precision, gguf_file, precision)).output
+    ours, own = (losses(runs[precision]) for precision in ("gguf", "bf16"))
+    assert ours[-1] < 0.98 * ours[0]
+    assert ours == pytest.approx(own, rel=1e-2)
+
+    further = fit({"train": {"epochs": 4}}, resume=runs["gguf"]).output
+    assert losses(further)[: len(ours)] == ours and len(losses(further)) > len(ours)
+    with pytest.raises(UserError, match="precision"):
+        fit({"precision": "bf16", "train": {"epochs": 5}}, resume=runs["gguf"])
+
+    said = []
+    opened = open_run(str(runs["gguf"]), device="cpu", say=said.append)
+    assert isinstance(opened.model.lm_head, BlockLinear)
+    layer = opened.model.model.layers[0].self_attn.q_proj
+    assert block_weight(layer).format == "Q8_0" and float(layer.lora_B.norm()) > 0
+    with pytest.raises(NotDecodable, match="blocks of Q8_0"):
+        decodable(opened.model)
+    with pytest.raises(UserError, match="kept in blocks of Q8_0"):
+        merge(opened.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the same base: none of another one
+        open_run(str(runs["gguf"]), precision="bf16", device="cpu", say=said.append)
+    notes = " ".join(merged_model(runs["gguf"], precision="keep", say=said.append).notes)
+    assert "blocks' values" in notes
+
+
+def test_the_plan_counts_blocks_as_they_are(gguf_file, settings, tmp_path):
+    made = {p: plan(short(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16")}
+    loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1).model
+    assert made["gguf"].total_parameters == made["bf16"].total_parameters
+    assert made["gguf"].parts["weights"] == pytest.approx(
+        sum(p.nbytes for p in loaded.parameters()), rel=0.02
+    )
+    assert made["gguf"].parts["weights"] < 0.6 * made["bf16"].parts["weights"]
+
+
+def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_path):
+    rounded = load(str(wide_folder), precision="nf4", device="cpu", threads=1).model
+    report = quantize_nf4(rounded.base_model)
+    assert (report.layers, report.kept) == (14, [])
+    plain = load(str(wide_folder), precision="bf16", device="cpu", threads=1).model
+    assert base_fingerprint(rounded.named_parameters()) == base_fingerprint(plain.named_parameters())
+    changed = 0
+    for name, module in rounded.named_modules():
+        if isinstance(module, BlockLinear):
+            weight = plain.get_submodule(name).weight
+            changed += not torch.equal(weight, module.plain_weight())
+            weight.data.copy_(module.plain_weight())
+    assert changed == 14
+    plain.save_pretrained(tmp_path / "rounded")
+    byte_tokenizer().save_pretrained(tmp_path / "rounded")
+    ours = fit(short(settings, tmp_path / "nf4", wide_folder, "nf4")).output
+    own = fit(short(settings, tmp_path / "bf16", tmp_path / "rounded", "bf16")).output
+    assert losses(ours) == pytest.approx(losses(own), rel=1e-2)
+    assert losses(ours)[-1] < losses(ours)[0]
+    opened = open_run(str(ours), device="cpu", say=lambda line: None)
+    assert block_weight(opened.model.model.layers[0].mlp.up_proj).format == "NF4"
+    assert "NF4" in " ".join(merged_model(ours, precision="keep").notes)
+
+
+def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_path):
+    def refused(match, **changes):
+        with pytest.raises(UserError, match=match):
+            fit(short(settings, tmp_path / "refused", gguf_file, "gguf", **changes))
+
+    refused("cannot be trained itself", method="full")
+    refused("DoRA needs the norms", lora={"dora": True})
+    refused("changes the weight, which is kept in blocks of Q8_0", lora={"init": "pissa"})
+    refused("cannot be trained in full", lora={"train_modules": ["lm_head"]})
+    refused("rows stay in blocks of Q8_0", lora={"target_modules": ["embed_tokens"]})
+    refused("kept in blocks", lora={"trainable_token_indices": [3]})
+
+
+def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
+    ours, own = (
+        losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output)
+        for p in ("gguf", "bf16")
+    )
+    assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
+
+
+def test_gguf_is_refused_for_other_models(wide_folder, settings, tmp_path):
+    with pytest.raises(UserError, match=r"keeps the blocks of a \.gguf file"):
+        fit(short(settings, tmp_path / "refused", wide_folder, "gguf"))
+    with pytest.raises(UserError, match=r"keeps the blocks of a \.gguf file"):
+        load(str(wide_folder), precision="gguf", device="cpu")
+
+
+def test_a_file_that_was_cut_short_since_is_refused(gguf_file, tmp_path):
+    loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1)
+    short_file = tmp_path / "short.gguf"
+    short_file.write_bytes(gguf_file.read_bytes()[:-4000])
+    with pytest.raises(UserError, match="shorter than its own header says"):
+        fill(tiny_llama(), loaded.folder, short_file)
+
+
+class Packed(nn.Parameter):
+    """A weight as another library keeps it."""
+
+
+Packed.__module__ = "torchao.quantization"
+
+
+def check_foreign(model, x, library):
+    own = model["q_proj"](x).detach()
+    attach(model, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"]))
+    layer = model["q_proj"]
+    assert isinstance(layer, LoRAForeignLinear) and torch.equal(layer(x), own)  # B is zero at first
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    y = layer(x)
+    expected = own + 2 * (x @ layer.lora_A) @ layer.lora_B
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert float(layer.lora_A.grad.norm()) > 0
+    with pytest.raises(UserError, match=f"quantized by {library}"):
+        merge(model)
+    with pytest.raises(UserError, match="DoRA needs the norms"):
+        attach(nn.ModuleDict({"q_proj": foreign()}), LoRAConfig(dora=True, target_modules=["q_proj"]))
+
+
+def foreign():
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight = Packed(torch.randn(32, 64), requires_grad=False)
+    return linear
+
+
+def test_a_layer_that_another_library_quantized_keeps_its_product():
+    torch.manual_seed(0)
+    check_foreign(nn.ModuleDict({"q_proj": foreign()}), torch.randn(5, 64), "torchao")
+
+
+@pytest.mark.slow
+def test_a_bitsandbytes_layer_is_adapted_with_its_own_product():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 32, bias=False)
+    quantized = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    quantized.weight = bnb.nn.Params4bit(plain.weight.data.clone(), quant_type="nf4", requires_grad=False)
+    model = nn.ModuleDict({"q_proj": quantized.to("cpu")})
+    check_foreign(model, torch.randn(5, 64), "bitsandbytes")
