@@ -66,7 +66,7 @@ def test_lower_case_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path
         "output": str(tmp_path / "run"),
     }
     result = fit(RunConfig.read(EXAMPLES / "lower-case.yaml", changes))
-    assert result.outcome.rows == 8 and result.evaluation.main == "accuracy"
+    assert result.outcome.rows == 2 * 8 and result.evaluation.main == "accuracy"
 
 
 def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:

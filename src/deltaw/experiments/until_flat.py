@@ -103,7 +103,7 @@ def until_flat(
         curve = training.curve
         curve.outcome, curve.best_step, curve.best_loss = outcome, best.step, best.loss
         if not outcome.interrupted and best.step != outcome.steps:
-            best.put_back([parameter for _, parameter in session.method.parameters(session.model)])
+            best.put_back([parameter for _, parameter in session.trained])
             session.method.after_step(session.model)
     return curve
 
@@ -186,7 +186,7 @@ class _Training:
         if self.best.step == step or more == 0:
             return
         self.best.put_back(state.trained)
-        own = [parameter for _, parameter in self.session.method.parameters(self.session.model)]
+        own = [parameter for _, parameter in self.session.trained]
         _copy_into(own, state.trained)
         self.session.method.after_step(self.session.model)
 

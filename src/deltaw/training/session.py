@@ -100,6 +100,11 @@ class Session:
     processes: Reducer = ALONE
 
     @property
+    def trained(self) -> Sequence[tuple[str, nn.Parameter]]:
+        """What :meth:`train` trains, by name."""
+        return self.task.trained(self.method.parameters(self.model), self.data.train)
+
+    @property
     def learning_rate(self) -> float:
         rate = self.config.train.learning_rate
         if not isinstance(rate, str):
@@ -168,7 +173,7 @@ class Session:
     ) -> Outcome:
         """Train as the settings say, or as the arguments do; call within :meth:`running`."""
         settings = self.config.train
-        named = self.task.trained(self.method.parameters(self.model), self.data.train)
+        named = self.trained
         way = self.prefix or self
         return train(
             way.objective,
