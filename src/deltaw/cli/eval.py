@@ -74,17 +74,17 @@ def command(
 
     def scored() -> dict[str, Score]:
         """Each set's score, as the model is now."""
-        found = {}
-        for name, examples in sets.items():
-            with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
-                found[name] = score_run(
-                    opened,
-                    examples,
-                    max_new_tokens=max_new_tokens,
-                    on_progress=lambda done, total, advance=advance: advance(done),
-                    writer=writer,
-                )
-        return found
+        return {name: score_of(name, examples) for name, examples in sets.items()}
+
+    def score_of(name: str, examples: Sequence[Any]) -> Score:
+        with working(f"evaluating {name}".rstrip(), len(examples)) as advance:
+            return score_run(
+                opened,
+                examples,
+                max_new_tokens=max_new_tokens,
+                on_progress=lambda done, total: advance(done),
+                writer=writer,
+            )
 
     by_model: dict[str, dict[str, Score]] = {}
     if with_base:
