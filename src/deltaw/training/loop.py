@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,10 @@ class _Loop:
         state, share = self.state, bool(getattr(self.batcher, "share", False))
         own = self.reducer.deal(rows, share=share)
         self.reducer.own_random_numbers(state.order.seed, state.step)
-        sums = _gradients(self.objective, self.batcher, own, units, stopped)
+        batches: Iterable[Any] = self.batcher.batches(own)
+        if self.add_gradients is None:
+            batches = self.reducer.microbatches(batches)
+        sums = _gradients(self.objective, batches, units, stopped)
         if sums is None or self.add_gradients is None:
             return sums, 0.0
         return sums, self.add_gradients(state.step)
@@ -248,17 +251,16 @@ class _Loop:
 
 def _gradients(
     objective: AnyObjective,
-    batcher: AnyBatcher,
-    rows: Sequence[Row],
+    batches: Iterable[Any],
     units: int,
     stopped: Callable[[], bool],
 ) -> StepSums | None:
-    """Add up the gradients of the mean loss over these rows, microbatch by microbatch; None where it was
+    """Add up the gradients of the mean loss over a step's rows, microbatch by microbatch; None where it was
     asked to stop before or on the way. Nothing waits for the device."""
     sums = StepSums(torch.zeros(()))
     if stopped():
         return None
-    for batch in batcher.batches(rows):
+    for batch in batches:
         loss = objective(batch)
         (loss / units).backward()
         sums.add(loss, batch.row_tokens, batch.tokens)

@@ -1,7 +1,7 @@
 """Several processes that train as one: process 0 decides and writes, the others follow its orders.
 
 Two things travel in a step: a few numbers (losses, counts, whether anyone was asked to stop), and the trained
-parameters' gradients as one flat vector. Between steps process 0 sends orders of three numbers. At the
+parameters' gradients as one flat vector (:mod:`deltaw.training.parallel.gradient_sum`). Between steps process 0 sends orders of three numbers. At the
 beginning it sends the state of the training, as JSON and tensors; nothing is pickled, and no process has a
 state that another needs.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.training.parallel.dealing import deal
+from deltaw.training.parallel.gradient_sum import GradientSum
 from deltaw.training.parallel.reducer import Reducer, StepSums
 from deltaw.training.state import SavedState, TrainState
 
@@ -56,7 +57,7 @@ class Group(Reducer):
         self.evaluate: Callable[[int], None] = lambda number: None
         self._orders = orders
         self._seconds = seconds
-        self._bucket: Tensor | None = None
+        self._gradients: GradientSum | None = None
 
     # Orders
 
@@ -99,6 +100,7 @@ class Group(Reducer):
                 for name, (dtype, shape) in told["tensors"].items()
             }
             state.restore(SavedState(told["values"], tensors))
+        self._gradients = GradientSum(state.trained, state.sources, self._begin_sum, size=self.size)
         self.wait()
         return self.rank != 0
 
@@ -123,44 +125,30 @@ class Group(Reducer):
         if self.rank:  # else all would drop the same
             torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
 
+    def microbatches(self, batches: Iterable[Any]) -> Iterable[Any]:
+        return batches if self._gradients is None else self._gradients.microbatches(batches)
+
     @torch.no_grad()
     def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+        gradients = self._gradients
+        assert gradients is not None, "begin() was not called"
         own = [p.grad is not None for p in parameters]
+        gradients.send_all()
         numbers = [0.0, 0.0, 1.0, 0.0]
         loss = 0.0
         if sums is not None:
             loss = float(sums.loss)
             numbers = [float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(own))]
         found = self._add(torch.tensor([loss, *numbers], dtype=torch.float64)).tolist()
+        with self._wire():
+            gradients.wait()
         if found[3]:
             return None
         wanted = own
         if found[4] != self.size * len(own):  # somewhere a parameter took no part
             wanted = (self._add(torch.tensor(own, dtype=torch.int32)) > 0).tolist()
-        self._add_gradients([p for p, has in zip(parameters, wanted, strict=True) if has])
+        gradients.use(wanted)
         return StepSums(torch.tensor(found[0], dtype=torch.float64), int(found[1]), int(found[2]))
-
-    def _add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One sum over one flat vector; the gradients are parts of it afterwards."""
-        if not parameters:
-            return
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        count, device = sum(p.numel() for p in parameters), parameters[0].device
-        if self._bucket is None or self._bucket.shape != (count,) or self._bucket.dtype != dtype:
-            self._bucket = torch.empty(count, dtype=dtype, device=device)
-        begin = 0
-        places = []
-        for parameter in parameters:
-            part = self._bucket[begin : begin + parameter.numel()].view_as(parameter)
-            begin += parameter.numel()
-            if parameter.grad is None:
-                part.zero_()
-            else:
-                part.copy_(parameter.grad)
-            places.append(part)
-        self._add(self._bucket)
-        for parameter, part in zip(parameters, places, strict=True):
-            parameter.grad = part.to(parameter.dtype)
 
     def dismiss(self) -> None:
         self.order(BYE)
@@ -205,6 +193,12 @@ class Group(Reducer):
         with self._wire():
             dist.all_reduce(tensor)
         return tensor
+
+    def _begin_sum(self, tensor: Tensor) -> dist.Work:
+        with self._wire():
+            work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        return work
 
     @contextlib.contextmanager
     def _wire(self) -> Iterator[None]:

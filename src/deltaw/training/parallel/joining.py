@@ -86,6 +86,22 @@ def told(environment: Mapping[str, str] | None = None) -> Told | None:
     )
 
 
+def refuse_alone() -> None:
+    """A training by a call in Python, which takes part with no others, where ``torchrun`` started several: all
+    would train the same, into one folder.
+
+    Raises:
+        UserError: the environment is that of one process among several.
+    """
+    if told_size() > 1 and os.environ.get("RANK"):
+        raise UserError(
+            f"deltaw.fit trains in one process, and the environment speaks of {told_size()}",
+            where="the environment: RANK and WORLD_SIZE",
+            hint="train together with torchrun --nproc-per-node N -m deltaw train run.yaml; to train alone in "
+            "this process, take RANK and WORLD_SIZE out of its environment",
+        )
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Reducer]:
     """While open, this process belongs to those of the environment; alone where it speaks of none.
@@ -285,4 +301,4 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-__all__ = ["LostProcess", "Told", "joined", "told", "told_size"]
+__all__ = ["LostProcess", "Told", "joined", "refuse_alone", "told", "told_size"]

@@ -6,7 +6,7 @@ any. :class:`deltaw.training.parallel.group.Group` is the one for several proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class Reducer:
 
     def own_random_numbers(self, seed: int, step: int) -> None:
         """Called before each step's forward: process 0 keeps the random numbers of the training."""
+
+    def microbatches(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """The microbatches of a step, for one that no other backward follows: gradients may travel while the
+        last of them is computed."""
+        return batches
 
     def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
         """Add up gradients and sums over all processes; each has them afterwards.
