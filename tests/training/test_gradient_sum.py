@@ -115,7 +115,7 @@ def test_a_process_without_rows_sends_zeros_and_the_sum_is_that_of_the_other():
         parameters = list(layers.parameters())
         one = GradientSum(parameters, parameters, lambda flat: group.allreduce([flat]), size=2)
         own = []
-        for step in range(2):
+        for _ in range(2):
             layers.zero_grad()
             for batch in one.microbatches([torch.ones(1, 8)] * (1 - rank)):
                 layers(batch).sum().backward()

@@ -37,8 +37,9 @@ class GradientSum:
     """Adds up the gradients of parameters over all processes.
 
     Args:
-        parameters: whose gradients are added up, in any type. sources: for each of them the model's own, which
-            the backward is done with when its gradient is there; itself, or what it is the master weight of.
+        parameters: whose gradients are added up, in any type. sources: for each of them the model's own,
+            which the backward is done with when its gradient is there; itself, or what it is the master
+            weight of.
         begin: begins to add up a tensor in place; called in the same order by all processes.
         size: how many processes there are.
 

@@ -1,9 +1,9 @@
 """Several processes that train as one: process 0 decides and writes, the others follow its orders.
 
 Two things travel in a step: a few numbers (losses, counts, whether anyone was asked to stop), and the trained
-parameters' gradients as one flat vector (:mod:`deltaw.training.parallel.gradient_sum`). Between steps process 0 sends orders of three numbers. At the
-beginning it sends the state of the training, as JSON and tensors; nothing is pickled, and no process has a
-state that another needs.
+parameters' gradients as one flat vector (:mod:`deltaw.training.parallel.gradient_sum`). Between steps
+process 0 sends orders of three numbers. At the beginning it sends the state of the training, as JSON and
+tensors; nothing is pickled, and no process has a state that another needs.
 
 Knows the state of a training; not models, rows or files.
 """
@@ -42,6 +42,7 @@ class Group(Reducer):
     Args:
         rank, size, local_size: as :class:`Reducer` has them.
         orders: a gloo group for what process 0 says, with a long time limit.
+        gradients: a group of the same processes for the sum of gradients alone.
         seconds: the time limit of what all do together.
 
     Attributes:
@@ -50,12 +51,19 @@ class Group(Reducer):
     """
 
     def __init__(
-        self, rank: int, size: int, local_size: int, orders: dist.ProcessGroup, *, seconds: float
+        self,
+        rank: int,
+        size: int,
+        local_size: int,
+        orders: dist.ProcessGroup,
+        gradients: dist.ProcessGroup,
+        *,
+        seconds: float,
     ) -> None:
         self.rank, self.size, self.local_size = rank, size, local_size
         self.lost = False
         self.evaluate: Callable[[int], None] = lambda number: None
-        self._orders = orders
+        self._orders, self._apart = orders, gradients
         self._seconds = seconds
         self._gradients: GradientSum | None = None
 
@@ -196,7 +204,7 @@ class Group(Reducer):
 
     def _begin_sum(self, tensor: Tensor) -> dist.Work:
         with self._wire():
-            work = dist.all_reduce(tensor, async_op=True)
+            work = dist.all_reduce(tensor, group=self._apart, async_op=True)
         assert work is not None
         return work
 
