@@ -2,10 +2,9 @@
 
     python benchmarks/processes.py [--megabytes 0.1 1 10 40]
 
-A ring's sum of B bytes over P processes takes 2 (P - 1) messages of B / P bytes, one after another, each with
-the latency a and at the bandwidth b of one process. Where all processes are on one machine, they share its
-bandwidth, and P messages of a round take P times as long. Both constants are fitted to the times at 2
-processes; those at 4 say how far the model is off.
+The model is that of ``benchmarks/communication.py``. Where all processes are on one machine, they share its
+bandwidth. Both constants are fitted to the times at 2 processes; those at 4 say how far the model is off.
+Rounds of 2 and of 4 processes take turns, and a size's time is the median over rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from communication import ring
 from machine import machine_lines
 
 REPEATS = 15
@@ -66,11 +66,6 @@ def started(processes: int, megabytes: list[float]) -> list[float]:
     return [max(times) for times in zip(*told, strict=True)]
 
 
-def seconds(processes: int, size: float, latency: float, bandwidth: float) -> float:
-    """The model on one machine, whose processes share ``bandwidth``: a ring's sum of ``size`` bytes."""
-    return 2 * (processes - 1) * (latency + size / bandwidth)
-
-
 def fitted(megabytes: list[float], times: list[float]) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes a second, of times at 2 processes, each weighted alike."""
     sizes = np.array(megabytes) * 1e6
@@ -83,17 +78,22 @@ def fitted(megabytes: list[float], times: list[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[0.1, 1.0, 10.0, 40.0])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         print(json.dumps(measure(given.megabytes)))
         return
     print("\n".join(machine_lines(1)))
-    two, four = (started(processes, given.megabytes) for processes in (2, 4))
+    rounds = [[started(processes, given.megabytes) for processes in (2, 4)] for _ in range(given.rounds)]
+    two, four = (
+        [statistics.median(times) for times in zip(*(one[side] for one in rounds), strict=True)]
+        for side in (0, 1)
+    )
     latency, bandwidth = fitted(given.megabytes, two)
     print(f"fitted at 2 processes: {latency * 1e6:.0f} us a message, {bandwidth / 1e9:.2f} GB/s for all")
     for size, at_two, at_four in zip(given.megabytes, two, four, strict=True):
-        expected = seconds(4, size * 1e6, latency, bandwidth)
+        expected = ring(4, size * 1e6, latency, bandwidth, shared=True)
         print(
             f"{size:g} MB: 2 processes {at_two * 1e3:.2f} ms, 4 processes {at_four * 1e3:.2f} ms "
             f"(model {expected * 1e3:.2f} ms, ratio {at_four / expected:.2f})"

@@ -26,7 +26,7 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks import one another as scripts of one folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("machine", "step", "step_models", "step_sides", "products", "peak"):
+    for name in ("communication", "machine", "step", "step_models", "step_sides", "products", "peak"):
         sys.modules.pop(name, None)
 
 
@@ -142,3 +142,30 @@ def test_peaks_are_measured_for_what_the_processor_has():
     for kind, found in peak.peaks(1).items():
         has = any(flag in flags for flag, _, _ in peak.LOOPS[kind]) and peak.TILES.get(kind) not in flags
         assert (found.rate > 0) == has, found.why
+
+
+def test_the_model_of_communication_cuts_as_the_training_does_and_counts_what_lora_trains():
+    import communication
+
+    from deltaw.training.parallel.gradient_sum import _ranges
+
+    for processes, count in [(2, 1000), (8, 400), (64, 3000), (1024, 50)]:
+        cut = _ranges([65536] * count, processes, 4)
+        assert len(cut) == communication.ranges(processes, 65536 * count * 4)
+    assert {base.name: base.factors(16) for base in communication.BASES}["Llama 3.1 8B"] == 41_943_040
+
+
+def test_sums_hide_behind_the_backward_but_for_one_range():
+    import communication
+
+    size, latency, bandwidth = 8e8, 1e-5, 1e10
+    each = communication.ring(4, size / 8, latency, bandwidth)
+    assert communication.ring(4, size, 0.0, bandwidth) == pytest.approx(2 * 3 / 4 * size / bandwidth)
+    assert communication.waited(4, size, 10.0, latency, bandwidth) == pytest.approx((8 * each, each))
+    assert communication.waited(4, size, 0.0, latency, bandwidth) == pytest.approx((8 * each, 8 * each))
+    assert communication.waited(1, size, 1.0, latency, bandwidth) == (0.0, 0.0)
+    # All processes of one machine share what it can move.
+    assert communication.ring(4, size, 0.0, bandwidth, shared=True) == pytest.approx(6 * size / bandwidth)
+    # A base of any size is gathered twice while so many tokens are computed.
+    tokens = communication.least_tokens(2.0, 4e14, bandwidth)
+    assert 4 * 7e9 * tokens / 4e14 == pytest.approx(2 * 2.0 * 7e9 / bandwidth)

@@ -2,8 +2,10 @@
 
 Run as ``python -m tests.training.parallel_worker train run.yaml``, with RANK and so on in the environment.
 ``COUNTED`` names a file for the bytes of each sum; ``DIES_AT`` is the step at which this process is killed;
-``HELD`` names a file for what each step begins with: bytes of the blocks' frozen weights that this process
-holds, of all of them, and whether the blocks run fused.
+``BREAKS_AT`` the one whose loss is infinite in this process alone; ``HELD`` names a file for what each step
+begins with: bytes of the blocks' frozen weights that this process holds, of all of them, and whether the
+blocks run fused. Gradients travel in parts of a few bytes, so that those of a small model do so in several
+ranges.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from deltaw.cli import main
 from deltaw.training.loop import _Loop
+from deltaw.training.parallel import gradient_sum
 
 
 def count_sums(into: Path) -> None:
@@ -66,11 +69,27 @@ def note_held(into: Path) -> None:
     _Loop.own_gradients = noting
 
 
+def break_at(step: int) -> None:
+    """Let this process's part of a step (counted from 0) be infinite, as where a product overflows."""
+    inner = _Loop.own_gradients
+
+    def breaking(self, *args):
+        sums, general = inner(self, *args)
+        if self.state.step == step:
+            sums.loss = sums.loss * float("inf")
+        return sums, general
+
+    _Loop.own_gradients = breaking
+
+
 if __name__ == "__main__":
+    gradient_sum.PART_BYTES = 64
     if "COUNTED" in os.environ:
         count_sums(Path(os.environ["COUNTED"]))
     if "DIES_AT" in os.environ:
         die_at(int(os.environ["DIES_AT"]))
     if "HELD" in os.environ:
         note_held(Path(os.environ["HELD"]))
+    if "BREAKS_AT" in os.environ:
+        break_at(int(os.environ["BREAKS_AT"]))
     main(sys.argv[1:])

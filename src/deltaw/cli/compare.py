@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import (
+    cluster_flags,
+    cluster_of,
+    console,
+    json_flag,
+    nested,
+    print_json,
+    settings_flags,
+)
 
 
 @click.command("compare")
@@ -42,6 +50,7 @@ from deltaw.cli.options import console, json_flag, nested, print_json, settings_
     metavar="TIME",
     help="the most time that one training may take, such as 10m, as --train.time  [default: train.epochs]",
 )
+@cluster_flags
 @settings_flags
 @json_flag
 def command(
@@ -52,6 +61,8 @@ def command(
     seeds: int,
     reference: str | None,
     budget: str | None,
+    ray: str | None,
+    ray_cpus: int | None,
     as_json: bool,
     **given: str | None,
 ) -> int:
@@ -92,6 +103,7 @@ def command(
             share=share or SHARE,
             seeds=seeds,
             reference=reference,
+            cluster=cluster_of(ray, ray_cpus),
             say=out.print,
             draw=draw_comparison,
         )

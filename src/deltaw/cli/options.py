@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 import yaml
@@ -15,6 +15,9 @@ from deltaw.config import parse_yaml, settings
 from deltaw.errors import UserError
 from deltaw.reports.working import WorkingDisplay
 from deltaw.working import listen
+
+if TYPE_CHECKING:
+    from deltaw.experiments.cluster import Cluster
 
 Command = TypeVar("Command", bound=Callable)
 # Settings whose values are files or folders, for a shell that completes them.
@@ -97,6 +100,37 @@ def json_flag(command: Command) -> Command:
         is_flag=True,
         help="one JSON object on standard output, the rest on standard error",
     )(command)
+
+
+def cluster_flags(command: Command) -> Command:
+    """Flags of the verbs whose trainings may run on several machines."""
+    command = click.option(
+        "--ray-cpus",
+        default=None,
+        type=click.IntRange(1),
+        help="with --ray: cores that a training takes  [default: all of a machine]",
+    )(command)
+    return click.option(
+        "--ray",
+        default=None,
+        metavar="ADDRESS",
+        help="train on the machines of a Ray cluster, several at once: auto, HOST:PORT, or local (this one)",
+    )(command)
+
+
+def cluster_of(ray: str | None, cpus: int | None) -> Cluster | None:
+    """What these flags say; None where trainings run on this machine, one after another.
+
+    Raises:
+        UserError: cores are given without a cluster.
+    """
+    if ray is None:
+        if cpus is not None:
+            raise UserError("there is no cluster", where=f"--ray-cpus {cpus}", hint="give --ray too")
+        return None
+    from deltaw.experiments.cluster import Cluster
+
+    return Cluster(ray, cpus)
 
 
 def as_text(given: str, where: str) -> str:

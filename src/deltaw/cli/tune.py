@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from deltaw.cli.options import console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import (
+    cluster_flags,
+    cluster_of,
+    console,
+    json_flag,
+    nested,
+    print_json,
+    settings_flags,
+)
 
 
 @click.command("tune")
@@ -26,6 +34,7 @@ from deltaw.cli.options import console, json_flag, nested, print_json, settings_
     type=click.FloatRange(0, 1, min_open=True),
     help="part of a run's steps that a trial takes",
 )
+@cluster_flags
 @settings_flags
 @json_flag
 def command(
@@ -34,6 +43,8 @@ def command(
     search: tuple[str, ...],
     storage: str | None,
     share: float,
+    ray: str | None,
+    ray_cpus: int | None,
     as_json: bool,
     **given: str | None,
 ) -> int:
@@ -53,7 +64,14 @@ def command(
     folder = config.output if "output" in flags else f"{config.output}-tune"
     try:
         tuning = tune(
-            config, trials=trials, folder=folder, search=search, storage=storage, share=share, say=out.print
+            config,
+            trials=trials,
+            folder=folder,
+            search=search,
+            storage=storage,
+            share=share,
+            cluster=cluster_of(ray, ray_cpus),
+            say=out.print,
         )
     except KeyboardInterrupt:
         out.print(f"interrupted: what is done is in {folder}, and the same command goes on from there")

@@ -9,7 +9,6 @@ from what is stored. The parent process loads no model.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,15 @@ from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.child import Child, WorkerEnded
+from deltaw.experiments.cluster import Cluster, check_cluster, elsewhere
+from deltaw.experiments.compare_jobs import ComparisonJobs
 from deltaw.experiments.comparison import BASE, Comparison
 from deltaw.experiments.entry import Entry
 from deltaw.experiments.findings import as_json, comparison_markdown
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
 from deltaw.experiments.gathering import gathered
 from deltaw.experiments.pace import Pace
+from deltaw.experiments.stored import BASE_WORK, Stored
 from deltaw.methods import registry
 from deltaw.training.callbacks import Say, silent
 
@@ -33,8 +35,6 @@ SHARE = 0.3
 SEEDS = 1
 # Of the way in which methods are trained and scored; another number where older results are not comparable.
 PROCEDURE = 2
-# Cost of evaluating the untrained model, in trainings; used for the remaining time only.
-BASE_WORK = 0.2
 PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
 # Settings that a comparison sets itself; results of another rate are told by the rate.
 OWN = ("train.learning_rate", "train.schedule")
@@ -62,6 +62,7 @@ def compare(
     share: float = SHARE,
     seeds: int = SEEDS,
     reference: str | None = None,
+    cluster: Cluster | None = None,
     say: Say = silent,
     draw: Callable[[Comparison, Path], None] | None = None,
 ) -> Comparison:
@@ -79,6 +80,8 @@ def compare(
         share: the share of the budget for which a rate is tried.
         seeds: with how many seeds each method is trained: ``train.seed`` and those after it.
         reference: the method that all others are compared with; the best by default.
+        cluster: the machines that trainings run on, several at once; by default one after another on this
+            one.
         say: told lines that a person may want to read.
         draw: writes the finished comparison's figure to a path; None writes no figure.
 
@@ -88,6 +91,8 @@ def compare(
     """
     methods = check_methods(methods)
     _check(config, methods, seeds, reference)
+    if cluster is not None:
+        check_cluster(cluster)
     # The same rows for all seeds.
     config = config.model_copy(update={"data": dataclasses.replace(config.data, seed=config.data_seed)})
     numbers = [config.train.seed + number for number in range(seeds)]
@@ -102,16 +107,21 @@ def compare(
             seeds = _done(entries, numbers)
             return gathered(config, entries, base, seeds=seeds, reference=reference, folder=str(place.path))
 
-        with Child(place.log("tuning")) as child:
-            if base is not None:
-                _evaluate_base(base, child, place, pace)
-            for entry in entries:
-                _tune(entry, child, place, pace, share, numbers)
-        for seed in numbers:
-            for entry in entries:
-                _run(entry, seed, numbers, place, pace)
-                nothing = nothing and not entry.runs(numbers)
-                _write(known(), place)
+        stored = Stored(place, pace, share, numbers)
+
+        def written() -> None:
+            nonlocal nothing
+            nothing = not any(entry.runs(numbers) for entry in entries)
+            _write(known(), place)
+
+        if cluster is None:
+            _here(entries, base, stored, written)
+        else:
+            jobs = ComparisonJobs(entries, base, stored, written)
+            with Child(place.log("tuning")) as child:
+                jobs.know_rates(child)
+            elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
+            written()
         if nothing:
             raise next(entry.error for entry in entries if entry.error is not None)
         comparison = known()
@@ -122,6 +132,19 @@ def compare(
         raise
     finally:
         place.close(discard=nothing)
+
+
+def _here(entries: Sequence[Entry], base: Entry | None, stored: Stored, written: Callable[[], None]) -> None:
+    """All of a comparison on this machine."""
+    with Child(stored.place.log("tuning")) as child:
+        if base is not None:
+            _evaluate_base(base, child, stored)
+        for entry in entries:
+            _tune(entry, child, stored)
+    for seed in stored.seeds:
+        for entry in entries:
+            _run(entry, seed, stored)
+            written()
 
 
 def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str | None) -> None:
@@ -203,21 +226,16 @@ def _done(entries: Sequence[Entry], seeds: Sequence[int]) -> list[int]:
     return done or list(seeds[:1])
 
 
-def _evaluate_base(base: Entry, child: Child, place: ExperimentFolder, pace: Pace) -> None:
+def _evaluate_base(base: Entry, child: Child, stored: Stored) -> None:
     if "score" in base.piece:
         return
     try:
-        base.piece |= child.ask("base", config=base.config.model_dump(mode="json"))
+        stored.base(base, child.ask("base", config=base.config.model_dump(mode="json")))
     except (UserError, WorkerEnded) as error:
-        pace.did(f"{BASE}: {error}", BASE_WORK)
-        return
-    place.write_piece(BASE, base.piece)
-    pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
+        stored.base(base, error)
 
 
-def _tune(
-    entry: Entry, child: Child, place: ExperimentFolder, pace: Pace, share: float, seeds: Sequence[int]
-) -> None:
+def _tune(entry: Entry, child: Child, stored: Stored) -> None:
     """Try learning rates until the best is known; an error is stored in the entry."""
     if entry.fixed or (entry.planned is not None and entry.next_rate() is None and entry.losses):
         return
@@ -225,75 +243,25 @@ def _tune(
         opened = child.ask("open", config=entry.config.model_dump(mode="json"))
         entry.piece["usual_rate"] = opened["usual_rate"]
         while (rate := entry.next_rate()) is not None:
-            if rate not in (entry.planned or ()):
-                pace.more(share)
-            loss = child.ask("rate", rate=rate, share=share)["loss"]
-            tried = entry.losses | {rate: math.inf if loss is None else float(str(loss))}
-            entry.piece["rates"] = [[r, x if math.isfinite(x) else None] for r, x in sorted(tried.items())]
-            place.write_piece(entry.method, entry.piece)
-            said = "diverged" if loss is None else f"validation loss {float(str(loss)):.4f}"
-            pace.did(f"{entry.method}: learning rate {rate:g}: {said}", share)
-        if entry.chosen() is None:
-            raise UserError(
-                f"training diverged at every learning rate tried, down to {min(entry.losses):g}",
-                hint=f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}",
-            )
+            stored.rate(entry, rate, child.ask("rate", rate=rate, share=stored.share)["loss"])
     except (UserError, WorkerEnded) as error:
-        untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
-        _failed(entry, error, pace, len(seeds) + untried * share)
+        stored.no_rate(entry, error)
 
 
-def _run(entry: Entry, seed: int, seeds: Sequence[int], place: ExperimentFolder, pace: Pace) -> None:
+def _run(entry: Entry, seed: int, stored: Stored) -> None:
     """Make the final training with one seed in a process of its own."""
     rate = entry.chosen()
     if entry.error is not None or entry.run(seed) is not None or rate is None:
         return
-    folder = Path(entry.config.output) / f"seed-{seed}"
-    train = entry.config.train.model_copy(update={"learning_rate": rate, "seed": seed})
-    config = entry.config.model_copy(update={"train": train, "output": str(folder)})
-    if str(seed) not in (entry.piece.get("runs") or {}):
-        place.remove(folder)
-    entry.store(seed, None)
-    place.write_piece(entry.method, entry.piece)
+    config = stored.run_begins(entry, seed, rate)
     try:
-        with Child(place.log(f"{entry.method}-seed-{seed}")) as child:
+        with Child(stored.place.log(f"{entry.method}-seed-{seed}")) as child:
             # The plan is the same for every seed.
-            found = child.ask("run", config=config.model_dump(mode="json"), plan=seed == seeds[0])
+            found = child.ask("run", config=config.model_dump(mode="json"), plan=seed == stored.seeds[0])
     except (UserError, WorkerEnded) as error:
-        left = [other for other in seeds if other >= seed]
-        _failed(entry, error, pace, float(len(left)), "" if len(seeds) == 1 else f"seed {seed}: ")
+        stored.run(entry, seed, rate, error)
         return
-    entry.store(seed, {"learning_rate": rate, **found})
-    place.write_piece(entry.method, entry.piece)
-    which = "" if len(seeds) == 1 else f", seed {seed}"
-    pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)
-
-
-def _failed(entry: Entry, error: UserError | WorkerEnded, pace: Pace, work: float, which: str = "") -> None:
-    """Store why a method has no result; the other methods continue.
-
-    Args:
-        work: that need not be done now.
-        which: what it failed with.
-    """
-    where, hint = (error.where, error.hint) if isinstance(error, UserError) else (None, None)
-    what = error.what if isinstance(error, UserError) else str(error)
-    entry.error = UserError(f"{which}{what}", where=where, hint=hint)
-    pace.more(-work)
-    pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
-
-
-def _run_text(found: Mapping[str, object]) -> str:
-    """A final training in a few words."""
-    flat = f"{'flattened' if found['flattened'] else 'not flattened'} in {found['steps']} steps"
-    if found.get("one_answer") is not None:
-        return f"one answer to every row ('{found['one_answer']}'), {flat}"
-    return f"{_score_text(found)}, {flat}"
-
-
-def _score_text(found: Mapping[str, object]) -> str:
-    score = found.get("score")
-    return f"{score['metric']} {score['value']:.4f}" if isinstance(score, dict) else "no score"
+    stored.run(entry, seed, rate, found)
 
 
 def _write(

@@ -20,7 +20,9 @@ from deltaw.config import RunConfig
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.experiments.child import Child, WorkerEnded
+from deltaw.experiments.cluster import Cluster, check_cluster, elsewhere
 from deltaw.experiments.folder import ExperimentFolder, changed, settings_of
+from deltaw.experiments.jobs import Job, here
 from deltaw.experiments.pace import Pace
 from deltaw.experiments.space import (
     Range,
@@ -59,6 +61,7 @@ def tune(
     search: Sequence[str] = (),
     storage: str | os.PathLike[str] | None = None,
     share: float = 1.0,
+    cluster: Cluster | None = None,
     say: Say = silent,
 ) -> Tuning:
     """Search the settings of one method for the lowest validation loss.
@@ -70,12 +73,15 @@ def tune(
         search: the search space, as in ``lora.rank=[4,8]``; by default the method's own.
         storage: SQLite file of the trials; by default one in the folder.
         share: the share of a run's steps that a trial takes.
+        cluster: the machines that trials run on, several at once; by default one after another on this one.
         say: told lines that a person may want to read.
 
     Raises:
         UserError: the input cannot be used, Optuna is not installed, or no trial succeeded.
     """
     _require_optuna()
+    if cluster is not None:
+        check_cluster(cluster)
     refuse_memory(config.memory, "tune")
     asked = parse_space(search)
     check_space(config, asked)
@@ -88,9 +94,15 @@ def tune(
             study = _open_store(config, space, share, place, storage, say)
             first = _begin(study, present(config, space, usual), trials, say)
             pace = Pace(say, max(0, trials - len(_ended(study))))
-            while len(_ended(study)) < trials:
-                _one(study, config, space, share, child, pace, trials)
-                kept = kept or any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
+            log = place.log("trials")
+            jobs = _Search(study, config, space, share=share, trials=trials, log=log, pace=pace)
+            try:
+                if cluster is None:
+                    here(jobs, child)
+                else:
+                    elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
+            finally:
+                kept = any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
         tuning = _gathered(study, config, space, first, place)
         if not tuning.ranked:
             why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
@@ -183,58 +195,81 @@ def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if "end" in t.user_attrs]
 
 
-def _one(
-    study: optuna.Study,
-    config: RunConfig,
-    space: Space,
-    share: float,
-    child: Child,
-    pace: Pace,
-    trials: int,
-) -> None:
-    """Make one trial: ask for values, train with them, store the result."""
-    from optuna.trial import TrialState
+class _Search:
+    """The trials as jobs: Optuna proposes values, sees reports and results, and stores them.
 
-    trial = study.ask()
-    values = {key: _suggested(trial, key, domain) for key, domain in space.items()}
+    Args:
+        trials: how many there shall be in the end.
+    """
 
-    def on_report(report: Mapping[str, object]) -> bool:
+    def __init__(
+        self,
+        study: optuna.Study,
+        config: RunConfig,
+        space: Space,
+        *,
+        share: float,
+        trials: int,
+        log: Path,
+        pace: Pace,
+    ) -> None:
+        self._study, self._config, self._space = study, config, space
+        self._share, self._trials, self._log, self._pace = share, trials, log, pace
+        self._asked: dict[str, tuple[optuna.Trial, dict[str, object]]] = {}
+
+    def next(self) -> Job | None:
+        while len(_ended(self._study)) + len(self._asked) < self._trials:
+            trial = self._study.ask()
+            key = str(trial.number)
+            values = {name: _suggested(trial, name, domain) for name, domain in self._space.items()}
+            self._asked[key] = trial, values
+            try:
+                config = applied(self._config, values).model_dump(mode="json")
+            except UserError as error:
+                self.ended(key, error)
+                continue
+            request = {"config": config, "share": self._share, "evaluations": EVALUATIONS}
+            return Job(key, "trial", self._log, request)
+        return None
+
+    def report(self, key: str, report: Mapping[str, object]) -> bool:
+        trial, _ = self._asked[key]
         trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
 
-    loss, end, note = math.inf, "done", ""
-    try:
-        chosen = applied(config, values)
-        found = child.ask(
-            "trial",
-            on_report,
-            config=chosen.model_dump(mode="json"),
-            share=share,
-            evaluations=EVALUATIONS,
-        )
-        for key in ("training_rows", "validation_rows", "steps"):
-            trial.set_user_attr(key, found[key])
-        if found.get("stopped"):
-            end = "ended early"
-        elif found["loss"] is None:
-            end = "diverged"
+    def ended(self, key: str, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
+        trial, values = self._asked.pop(key)
+        loss, end, note = math.inf, "done", ""
+        if isinstance(found, UserError | WorkerEnded):
+            end, note = "failed", found.what if isinstance(found, UserError) else str(found)
+            trial.set_user_attr("note", note)
+            if _hopeless(self._study):
+                raise found if isinstance(found, UserError) else UserError(note) from found
         else:
-            loss = float(str(found["loss"]))
-    except (UserError, WorkerEnded) as error:
-        end, note = "failed", error.what if isinstance(error, UserError) else str(error)
-        trial.set_user_attr("note", note)
-        if _hopeless(study):
-            raise error if isinstance(error, UserError) else UserError(note) from error
-    trial.set_user_attr("end", end)
-    if end == "failed":
-        study.tell(trial, state=TrialState.FAIL)
-    elif end == "ended early":
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        study.tell(trial, loss)
-    said = ", ".join(f"{key} {v:.3g}" if isinstance(v, float) else f"{key} {v}" for key, v in values.items())
-    result = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
-    pace.did(f"trial {len(_ended(study))}/{trials}: {said}: {result}", 1.0)
+            for name in ("training_rows", "validation_rows", "steps"):
+                if name in found:
+                    trial.set_user_attr(name, found[name])
+            if found.get("stopped"):
+                end = "ended early"
+            elif found["loss"] is None:
+                end = "diverged"
+            else:
+                loss = float(str(found["loss"]))
+        self._store(trial, loss, end)
+        said = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        result = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
+        self._pace.did(f"trial {len(_ended(self._study))}/{self._trials}: {said}: {result}", 1.0)
+
+    def _store(self, trial: optuna.Trial, loss: float, end: str) -> None:
+        from optuna.trial import TrialState
+
+        trial.set_user_attr("end", end)
+        if end == "failed":
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif end == "ended early":
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, loss)
 
 
 def _hopeless(study: optuna.Study) -> bool:

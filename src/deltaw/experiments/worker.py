@@ -80,7 +80,10 @@ class Worker:
         return {"usual_rate": usual_rate_of(session.method, session.model.config), **_rows_of(trial)}
 
     def rate(self, request: Message) -> Message:
-        """Train the open trial at one learning rate, for a share of the budget at most."""
+        """Train the open trial, or a new one where settings are given, at one learning rate, for a share of
+        the budget at most."""
+        if "config" in request:
+            self._open_store(_config(request))
         if self._trial is None:
             raise RuntimeError("'rate' was requested before 'open'")
         trial, rate, share = self._trial, float(str(request["rate"])), float(str(request["share"]))

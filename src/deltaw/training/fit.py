@@ -40,6 +40,7 @@ from deltaw.training.monitoring.rate_search import choose_rate
 from deltaw.training.monitoring.time_budget import now
 from deltaw.training.not_finite import NotFinite, WhenNotFinite
 from deltaw.training.parallel.agreement import send_facts, send_settings
+from deltaw.training.parallel.joining import refuse_alone
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.parallel.settings import as_parallel, threads_of
 from deltaw.training.parallel.sharding import divided
@@ -160,6 +161,8 @@ def fit(
         config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
+    if processes is ALONE:
+        refuse_alone()
     with guest(), Tracking(config, callback or Callback()) as told:
         check_output(output, goes_on=not fresh and (resume is not None or is_unfinished(output)))
         start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)

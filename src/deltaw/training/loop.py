@@ -228,7 +228,10 @@ class _Loop:
         own = self.reducer.deal(rows, share=share)
         self.reducer.own_random_numbers(state.order.seed, state.step)
         stopped = self.reducer.stops(stopped)
-        sums = _gradients(self.objective, self.reducer.batches(self.batcher, own, rows), units, stopped)
+        batches = self.reducer.batches(self.batcher, own, rows)
+        if self.add_gradients is None:
+            batches = self.reducer.microbatches(batches)
+        sums = _gradients(self.objective, batches, units, stopped)
         if sums is None or self.add_gradients is None:
             return sums, 0.0
         return sums, self.add_gradients(state.step)

@@ -157,6 +157,7 @@ class TrainState:
 
     Attributes:
         names, trained: the parameters as the optimizer has them: fp32 master weights of those in 16 bits.
+        sources: the same as the model has them.
         optimizer: over ``trained``.
         sums: over the steps so far. skipped_in_row: the last so many steps were skipped.
     """
@@ -176,7 +177,8 @@ class TrainState:
         self.order = order
         self.sums = Outcome()
         self.skipped_in_row = 0
-        self._master_weights = MasterWeights(list(parameters.values()))
+        self.sources = list(parameters.values())
+        self._master_weights = MasterWeights(self.sources)
         self.trained = self._master_weights.trained
         self.optimizer = adamw(
             self.trained, schedule.learning_rate, factors=rate_factors, weight_decay=weight_decay, betas=betas

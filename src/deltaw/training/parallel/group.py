@@ -1,9 +1,9 @@
 """Several processes that train as one: process 0 decides and writes, the others follow its orders.
 
 Two things travel in a step: a few numbers (losses, counts, whether anyone was asked to stop), and the trained
-parameters' gradients as one flat vector. Between steps process 0 sends orders of three numbers. At the
-beginning it sends the state of the training, as JSON and tensors; nothing is pickled, and no process has a
-state that another needs.
+parameters' gradients as one flat vector (:mod:`deltaw.training.parallel.gradient_sum`). Between steps
+process 0 sends orders of three numbers. At the beginning it sends the state of the training, as JSON and
+tensors; nothing is pickled, and no process has a state that another needs.
 
 Knows the state of a training; not models, rows or files.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.parallel.dealing import deal
+from deltaw.training.parallel.gradient_sum import GradientSum
 from deltaw.training.parallel.reducer import Reducer, Spare, StepSums
 from deltaw.training.state import SavedState, TrainState
 
@@ -44,6 +45,7 @@ class Group(Reducer):
     Args:
         rank, size, local_size: as :class:`Reducer` has them.
         orders: a gloo group for what process 0 says, with a long time limit.
+        gradients: a group of the same processes for the sum of gradients alone.
         seconds: the time limit of what all do together.
 
     Attributes:
@@ -56,16 +58,23 @@ class Group(Reducer):
     """
 
     def __init__(
-        self, rank: int, size: int, local_size: int, orders: dist.ProcessGroup, *, seconds: float
+        self,
+        rank: int,
+        size: int,
+        local_size: int,
+        orders: dist.ProcessGroup,
+        gradients: dist.ProcessGroup,
+        *,
+        seconds: float,
     ) -> None:
         self.rank, self.size, self.local_size = rank, size, local_size
         self.lost = False
         self.evaluate: Callable[[int], None] = lambda number: None
         self.gather: Callable[[int], None] = lambda number: None
         self.sharded, self.together = False, True
-        self._orders = orders
+        self._orders, self._apart = orders, gradients
         self._seconds = seconds
-        self._bucket: Tensor | None = None
+        self._gradients: GradientSum | None = None
 
     # Orders
 
@@ -111,6 +120,7 @@ class Group(Reducer):
                 for name, (dtype, shape) in told["tensors"].items()
             }
             state.restore(SavedState(told["values"], tensors))
+        self._gradients = GradientSum(state.trained, state.sources, self._begin_sum, size=self.size)
         self.wait()
         return self.rank != 0
 
@@ -152,45 +162,31 @@ class Group(Reducer):
         shortest = min(rows, key=lambda row: len(row) if hasattr(row, "__len__") else 1)
         return [*given, *[Spare(next(iter(batcher.batches([shortest]))))] * lacking]
 
+    def microbatches(self, batches: Iterable[Any]) -> Iterable[Any]:
+        return batches if self._gradients is None else self._gradients.microbatches(batches)
+
     @torch.no_grad()
     def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
         self.together = False
+        gradients = self._gradients
+        assert gradients is not None, "begin() was not called"
         own = [p.grad is not None for p in parameters]
+        gradients.send_all()
         numbers = [0.0, 0.0, 1.0, 0.0]
         loss = 0.0
         if sums is not None:
             loss = float(sums.loss)
             numbers = [float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(own))]
         found = self._add(torch.tensor([loss, *numbers], dtype=torch.float64)).tolist()
+        with self._wire():
+            gradients.wait()
         if found[3]:
             return None
         wanted = own
         if found[4] != self.size * len(own):  # somewhere a parameter took no part
             wanted = (self._add(torch.tensor(own, dtype=torch.int32)) > 0).tolist()
-        self._add_gradients([p for p, has in zip(parameters, wanted, strict=True) if has])
+        gradients.use(wanted)
         return StepSums(torch.tensor(found[0], dtype=torch.float64), int(found[1]), int(found[2]))
-
-    def _add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One sum over one flat vector; the gradients are parts of it afterwards."""
-        if not parameters:
-            return
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        count, device = sum(p.numel() for p in parameters), parameters[0].device
-        if self._bucket is None or self._bucket.shape != (count,) or self._bucket.dtype != dtype:
-            self._bucket = torch.empty(count, dtype=dtype, device=device)
-        begin = 0
-        places = []
-        for parameter in parameters:
-            part = self._bucket[begin : begin + parameter.numel()].view_as(parameter)
-            begin += parameter.numel()
-            if parameter.grad is None:
-                part.zero_()
-            else:
-                part.copy_(parameter.grad)
-            places.append(part)
-        self._add(self._bucket)
-        for parameter, part in zip(parameters, places, strict=True):
-            parameter.grad = part.to(parameter.dtype)
 
     def dismiss(self) -> None:
         self.order(BYE)
@@ -261,6 +257,12 @@ class Group(Reducer):
         with self._wire():
             dist.all_reduce(tensor)
         return tensor
+
+    def _begin_sum(self, tensor: Tensor) -> dist.Work:
+        with self._wire():
+            work = dist.all_reduce(tensor, group=self._apart, async_op=True)
+        assert work is not None
+        return work
 
     @contextlib.contextmanager
     def _wire(self) -> Iterator[None]:

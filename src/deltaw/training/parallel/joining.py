@@ -86,6 +86,22 @@ def told(environment: Mapping[str, str] | None = None) -> Told | None:
     )
 
 
+def refuse_alone() -> None:
+    """Refuse a training by a call in Python where ``torchrun`` started several processes: it takes part with
+    no others, so that all would train the same, into one folder.
+
+    Raises:
+        UserError: the environment is that of one process among several.
+    """
+    if told_size() > 1 and os.environ.get("RANK"):
+        raise UserError(
+            f"deltaw.fit trains in one process, and the environment speaks of {told_size()}",
+            where="the environment: RANK and WORLD_SIZE",
+            hint="train together with torchrun --nproc-per-node N -m deltaw train run.yaml; to train alone, "
+            "take RANK and WORLD_SIZE out of the environment",
+        )
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Reducer]:
     """While open, this process belongs to those of the environment; alone where it speaks of none.
@@ -130,14 +146,17 @@ def _join(who: Told) -> Group:
             timeout=timedelta(seconds=who.seconds),
         )
         orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
+        # Gradients leave when they are there, which each process sees at another time: not among what else
+        # is asked of all in one order.
+        gradients = dist.new_group(timeout=timedelta(seconds=who.seconds))
     except RuntimeError as error:
         raise UserError(
             f"the processes cannot connect to each other: {_first_line(error)}",
             where=f"process {who.rank} of {who.size}",
             hint="let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes",
         ) from error
-    assert orders is not None
-    return Group(who.rank, who.size, who.local_size, orders, seconds=who.seconds)
+    assert orders is not None and gradients is not None
+    return Group(who.rank, who.size, who.local_size, orders, gradients, seconds=who.seconds)
 
 
 def _store(who: Told) -> dist.Store:
@@ -285,4 +304,4 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-__all__ = ["LostProcess", "Told", "joined", "told", "told_size"]
+__all__ = ["LostProcess", "Told", "joined", "refuse_alone", "told", "told_size"]

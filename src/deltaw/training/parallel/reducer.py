@@ -81,6 +81,11 @@ class Reducer:
         """
         return batcher.batches(own)
 
+    def microbatches(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """The microbatches of a step, for one that no other backward follows: gradients may travel while the
+        last of them is computed."""
+        return batches
+
     def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
         """Add up gradients and sums over all processes; each has them afterwards.
 
