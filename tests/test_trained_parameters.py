@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from deltaw.data.example import Example
 from deltaw.data.label_batches import LabelBatch, LabelMicroBatcher
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
@@ -301,7 +301,7 @@ def labeled(family: str) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
         return [Picture(torch.randn(3, 16, 16, generator=generator), n % 3) for n in range(7)]
     tokens = [random.integers(3, VOCABULARY, 5 + n).astype(np.int32) for n in range(7)]
-    return [LabelledExample(n + 1, row, n % 3) for n, row in enumerate(tokens)]
+    return [LabeledExample(n + 1, row, n % 3) for n, row in enumerate(tokens)]
 
 
 def labeled_loss(model: nn.Module, example: Any) -> Tensor:

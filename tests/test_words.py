@@ -49,7 +49,7 @@ REPLACED = {
 }
 # British spellings: the American one. Words of Python's own (`cancelled`, `afterwards` in prose) stay.
 BRITISH = {
-    r"\blabell(?:ed|ing)\b": "labeled, labeling",
+    r"(?:\b|_)labell(?:ed|ing)(?:\b|_)": "labeled, labeling",
     r"\b\w*colour\w*": "color",
     r"\bcentred?\b": "center, centered",
     r"\bgrey\w*": "gray",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from deltaw.data import DataSettings
 from deltaw.data.bad_rows import BadRowError
-from deltaw.data.labels import prepare_label_file, prepare_labelled
+from deltaw.data.labels import prepare_label_file, prepare_labeled
 from deltaw.errors import UserError
 from tests.data.chat_templates import tokenizer_of
 
@@ -39,9 +39,9 @@ BAD: list[tuple[dict[str, object], str]] = [
 def test_a_row_that_cannot_be_used_is_an_error_or_skipped(tmp_path: Path, row, reason) -> None:
     path = written(tmp_path / "d.jsonl", [*good(), row])
     with pytest.raises(UserError) as refused:
-        prepare_labelled(DataSettings(path), TOKENIZER, CLASSES)
+        prepare_labeled(DataSettings(path), TOKENIZER, CLASSES)
     assert str(refused.value.where) == f"{path}, row 7"
-    prepared = prepare_labelled(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, CLASSES)
+    prepared = prepare_labeled(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, CLASSES)
     report = prepared.report
     assert [example.row for example in prepared.train] == [1, 2, 3, 4, 5, 6]
     assert (report.rows_read, report.rows_kept, report.bad_rows) == (7, 6, {reason: 1})
@@ -54,8 +54,8 @@ def test_numbers_that_are_none_are_skipped(tmp_path: Path) -> None:
     rows += [{"text": "x", "label": "many"}, {"text": "x", "label": None}]
     path = written(tmp_path / "d.jsonl", rows)
     with pytest.raises(BadRowError, match="must be a finite number"):
-        prepare_labelled(DataSettings(path), TOKENIZER, "regression")
-    prepared = prepare_labelled(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, "regression")
+        prepare_labeled(DataSettings(path), TOKENIZER, "regression")
+    prepared = prepare_labeled(DataSettings(path, bad_rows="skip", eval=None), TOKENIZER, "regression")
     assert (len(prepared.train), prepared.report.skipped) == (6, 2)
 
 
@@ -65,8 +65,8 @@ def test_rows_of_a_table_with_missing_cells_are_skipped_and_counted(tmp_path: Pa
         "text,label\n" + "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(6)) + "alone\nfilm 9,a\n"
     )
     with pytest.raises(UserError, match="row 7 has 1 cells"):
-        prepare_labelled(DataSettings(str(path)), TOKENIZER, CLASSES)
-    prepared = prepare_labelled(DataSettings(str(path), bad_rows="skip", eval=None), TOKENIZER, CLASSES)
+        prepare_labeled(DataSettings(str(path)), TOKENIZER, CLASSES)
+    prepared = prepare_labeled(DataSettings(str(path), bad_rows="skip", eval=None), TOKENIZER, CLASSES)
     assert [example.row for example in prepared.train] == [1, 2, 3, 4, 5, 6, 8]
     assert (prepared.report.rows_read, prepared.report.skipped) == (8, 1)
 
@@ -79,10 +79,8 @@ def test_broken_images_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "images" / "a" / "9.png").write_bytes(b"no image")
     folder = str(tmp_path / "images")
     with pytest.raises(UserError, match="cannot be decoded"):
-        prepare_labelled(DataSettings(folder), None, "image-classification")
-    prepared = prepare_labelled(
-        DataSettings(folder, bad_rows="skip", eval=None), None, "image-classification"
-    )
+        prepare_labeled(DataSettings(folder), None, "image-classification")
+    prepared = prepare_labeled(DataSettings(folder, bad_rows="skip", eval=None), None, "image-classification")
     assert len(prepared.train) == 6
     assert prepared.report.bad_rows == {"an image that cannot be read": 1}
     (line,) = prepared.skipped.lines()
@@ -93,7 +91,7 @@ def test_an_evaluation_file_is_counted_on_its_own(tmp_path: Path) -> None:
     train = written(tmp_path / "d.jsonl", [*good(), BAD[0][0]])
     apart = written(tmp_path / "t.jsonl", [*good(2), BAD[1][0], BAD[1][0]])
     settings = DataSettings(train, bad_rows="skip", eval=apart)
-    prepared = prepare_labelled(settings, TOKENIZER, CLASSES)
+    prepared = prepare_labeled(settings, TOKENIZER, CLASSES)
     assert prepared.report.skipped == 1
     assert prepared.report.evaluation is not None and prepared.report.evaluation.skipped == 2
     assert len(prepared.skipped) == 3
@@ -103,4 +101,4 @@ def test_an_evaluation_file_is_counted_on_its_own(tmp_path: Path) -> None:
 def test_labeled_rows_cannot_be_divided(tmp_path: Path) -> None:
     path = written(tmp_path / "d.jsonl", good())
     with pytest.raises(UserError, match="cannot be divided"):
-        prepare_labelled(DataSettings(path, long_rows="split"), TOKENIZER, CLASSES)
+        prepare_labeled(DataSettings(path, long_rows="split"), TOKENIZER, CLASSES)

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.data.label_batches import GRID, LabelMicroBatcher
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.data.padding import cut_by_length
 
 
-def row(length: int, label: int | float = 0, segments: list[int] | None = None) -> LabelledExample:
+def row(length: int, label: int | float = 0, segments: list[int] | None = None) -> LabeledExample:
     tokens = np.arange(1, length + 1, dtype=np.int32)
-    return LabelledExample(1, tokens, label, None if segments is None else np.array(segments, np.int8))
+    return LabeledExample(1, tokens, label, None if segments is None else np.array(segments, np.int8))
 
 
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=30), st.integers(1, 200))

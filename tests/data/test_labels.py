@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from deltaw.data import DataSettings
 from deltaw.data.classes import check_classes
-from deltaw.data.labels import prepare_label_file, prepare_labelled
+from deltaw.data.labels import prepare_label_file, prepare_labeled
 from deltaw.errors import UserError
 from tests.data.label_models import word_tokenizer
 
@@ -26,7 +26,7 @@ def rows_of(*labels, column="label"):
 def prepared(train, task=CLASSIFY, **settings):
     classes = settings.pop("trained", None)
     chosen = DataSettings(train=train, **{"eval": None, **settings})
-    return prepare_labelled(chosen, TOKENIZER, task, classes=classes)
+    return prepare_labeled(chosen, TOKENIZER, task, classes=classes)
 
 
 def refusal(train, task=CLASSIFY, **settings) -> UserError:

@@ -17,7 +17,7 @@ from transformers import ViTConfig
 
 from deltaw.data import DataSettings
 from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
-from deltaw.data.labels import prepare_labelled
+from deltaw.data.labels import prepare_labeled
 from deltaw.errors import UserError
 
 TASK = "image-classification"
@@ -67,7 +67,7 @@ def vit(folder: Path, channels: int = 3, **preprocessor: object) -> Path:
 
 
 def prepared(train: object, **settings):
-    return prepare_labelled(DataSettings(train=str(train), **{"eval": None, **settings}), None, TASK)
+    return prepare_labeled(DataSettings(train=str(train), **{"eval": None, **settings}), None, TASK)
 
 
 def refusal(train: object, **settings) -> UserError:

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from deltaw.data.label_batches import LabelMicroBatcher
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.methods.base import Method
 from deltaw.methods.choose import method_of_folder
 from deltaw.runtime.padded import padded_rows
@@ -39,9 +39,9 @@ def classifier(family: str) -> PreTrainedModel:
     return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shape, **SIZES)).eval()
 
 
-def rows() -> list[LabelledExample]:
+def rows() -> list[LabeledExample]:
     rng = np.random.default_rng(0)
-    return [LabelledExample(n + 1, rng.integers(3, 60, size=5 + n).astype(np.int32), n % 3) for n in range(6)]
+    return [LabeledExample(n + 1, rng.integers(3, 60, size=5 + n).astype(np.int32), n % 3) for n in range(6)]
 
 
 def run(model: PreTrainedModel, method: Method, heads: list[str]) -> Named:

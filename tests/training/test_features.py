@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltaw.data.example import Example
 from deltaw.data.label_batches import LabelMicroBatcher
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.parameters import train_places
@@ -32,7 +32,7 @@ from tests.tiny_models import VOCABULARY, causal_model
 
 STEM = list(range(20, 32))
 B = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-LABELLED = {
+LABELED = {
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
     "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
     "distilbert": (transformers.DistilBertConfig, transformers.DistilBertForSequenceClassification),
@@ -56,14 +56,14 @@ def causal_rows(count=12):
 def labeled_rows(count=12, kind=int):
     draw = np.random.default_rng(0)
     return [
-        LabelledExample(n, draw.integers(3, VOCABULARY, draw.integers(3, 20)).astype(np.int32), kind(n % 3))
+        LabeledExample(n, draw.integers(3, VOCABULARY, draw.integers(3, 20)).astype(np.int32), kind(n % 3))
         for n in range(count)
     ]
 
 
 def labeled_model(family, **more):
     torch.manual_seed(0)
-    config, kind = LABELLED[family]
+    config, kind = LABELED[family]
     return kind(config(**B, num_hidden_layers=2, num_labels=3, pad_token_id=0, **more)).eval()
 
 

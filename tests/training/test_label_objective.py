@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from deltaw.data.images import ImageEncoder
 from deltaw.data.label_batches import LabelBatch, LabelMicroBatcher
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
 from deltaw.memory.simulation import fake_tensors, simulate
@@ -51,17 +51,17 @@ def model_of(family: str, outputs: int = 3, dtype: torch.dtype = torch.float32, 
     return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
 
 
-def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabelledExample]:
+def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabeledExample]:
     generator = np.random.default_rng(0)
     return [
-        LabelledExample(
+        LabeledExample(
             i + 1, generator.integers(3, 97, length).astype(np.int32), float(i) if number else i % 3
         )
         for i, length in enumerate(lengths)
     ]
 
 
-def alone(model, example: LabelledExample) -> torch.Tensor:
+def alone(model, example: LabeledExample) -> torch.Tensor:
     """The model's own logits of one row without padding."""
     return model(input_ids=torch.from_numpy(example.tokens.astype(np.int64))[None]).logits[0]
 
@@ -90,8 +90,8 @@ def test_a_padding_id_that_is_a_real_token_too_changes_nothing(family: str):
     model = model_of(family, pad=2)
     objective = LabelObjective(model, "sequence-classification")
     rows = [
-        LabelledExample(1, np.array([5, 2, 9, 2], np.int32), 0),
-        LabelledExample(2, np.array([7, 8, 9, 2, 2, 11], np.int32), 1),
+        LabeledExample(1, np.array([5, 2, 9, 2], np.int32), 0),
+        LabeledExample(2, np.array([7, 8, 9, 2, 2, 11], np.int32), 1),
     ]
     (batch,) = LabelMicroBatcher(100, "cpu", pad_id=2).batches(rows)
     model.config.pad_token_id = None
@@ -125,7 +125,7 @@ def test_a_bf16_model_gives_an_fp32_loss_near_the_fp32_models(family: str):
     torch.testing.assert_close(losses[0], losses[1].detach(), rtol=0.05, atol=0.05, check_dtype=False)
 
 
-def whole(rows: list[LabelledExample]) -> LabelBatch:
+def whole(rows: list[LabeledExample]) -> LabelBatch:
     """All rows in one batch."""
     return LabelMicroBatcher(1000, "cpu", segments=False)._texts(sorted(rows, key=len), 16)
 

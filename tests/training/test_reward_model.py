@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from deltaw.data import DataSettings
 from deltaw.data.label_batches import LabelMicroBatcher
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.data.reward_pairs import RewardPair, prepare_reward_file, prepare_rewards
 from deltaw.errors import UserError
 from deltaw.runtime.padded import padded_rows
@@ -34,7 +34,7 @@ def pairs_of(count=6, margins=True):
     for number in range(count):
         margin = 0.4 * number if margins else 0.0
         rows = tuple(
-            LabelledExample(number + 1, random.integers(3, 97, length).astype(np.int32), margin)
+            LabeledExample(number + 1, random.integers(3, 97, length).astype(np.int32), margin)
             for length in random.integers(3, 12, 2)
         )
         found.append(RewardPair(rows, margin))

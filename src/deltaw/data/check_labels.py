@@ -12,7 +12,7 @@ import numpy as np
 
 from deltaw.data.bad_rows import BadRows
 from deltaw.data.check import Check, Finding, bad_rows_found, count_rows, lengths_of, ordered
-from deltaw.data.labels import AnyExample, LabelledExample
+from deltaw.data.labels import AnyExample, LabeledExample
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 
@@ -21,7 +21,7 @@ _RARE = 0.1
 _SHOWN = 5
 
 
-def check_labelled(
+def check_labeled(
     examples: Sequence[AnyExample],
     report: Report,
     bad: BadRows,
@@ -39,8 +39,8 @@ def check_labelled(
     keys = [example.key() for example in examples]
     contents = [_content(example) for example in examples]
     found = bad_rows_found(bad, settings, "")
-    lengths = np.array([len(e) for e in examples if isinstance(e, LabelledExample)])
-    long = [e for e in examples if isinstance(e, LabelledExample) and len(e) > settings.max_length]
+    lengths = np.array([len(e) for e in examples if isinstance(e, LabeledExample)])
+    long = [e for e in examples if isinstance(e, LabeledExample) and len(e) > settings.max_length]
     ways = {"error": "", "drop": ": dropped", "cut": ": truncated"}
     found.append(
         Finding(
@@ -149,7 +149,7 @@ def _overlap(
 
 def _content(example: AnyExample) -> bytes:
     """Equal for the same text or image, whatever its label."""
-    if not isinstance(example, LabelledExample):
+    if not isinstance(example, LabeledExample):
         return example.digest
     digest = hashlib.blake2b(example.tokens.tobytes(), digest_size=16)
     if example.segments is not None:

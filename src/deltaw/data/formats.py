@@ -26,7 +26,7 @@ from deltaw.errors import UserError, did_you_mean
 
 FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
 # Columns of labeled rows besides 'text' (see deltaw.data.classes).
-LABELLED_COLUMNS = ("label", "text_pair", "image")
+LABELED_COLUMNS = ("label", "text_pair", "image")
 # Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
 # Columns of single answers that are desired or not (see deltaw.data.unpaired).
@@ -86,7 +86,7 @@ def forms() -> tuple[Form, ...]:
 def known_columns() -> tuple[str, ...]:
     """Every column name that a format, or another task, reads."""
     of_forms = [column for form in forms() for column in form.needs + form.can_use]
-    return tuple(dict.fromkeys([*of_forms, *LABELLED_COLUMNS, *PAIR_COLUMNS]))
+    return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *PAIR_COLUMNS]))
 
 
 class HasColumns(Protocol):

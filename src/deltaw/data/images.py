@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
-from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
+from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labeled
 from deltaw.data.mixture import shown
 from deltaw.data.pixels import ImageExample
 from deltaw.data.report import Report
@@ -28,12 +28,12 @@ _PREPROCESSOR = "preprocessor_config.json"
 def prepare_images(
     settings: DataSettings, encoder: ImageEncoder, *, seed: int = 0, classes: Sequence[str] | None = None
 ) -> PreparedLabels:
-    """As :func:`deltaw.data.labels.prepare_labelled`, and check that ``encoder`` accepts the images.
+    """As :func:`deltaw.data.labels.prepare_labeled`, and check that ``encoder`` accepts the images.
 
     Raises:
         UserError: the data cannot be used; the message names the file and the row.
     """
-    prepared = prepare_labelled(settings, None, _TASK, seed=seed, classes=classes)
+    prepared = prepare_labeled(settings, None, _TASK, seed=seed, classes=classes)
     encoder.check(prepared.train, shown(settings.train))
     encoder.check(prepared.held_out, prepared.report.held_out_source or shown(settings.train))
     return prepared

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltaw.data.example import RowGroup
 from deltaw.data.images import ImageEncoder
-from deltaw.data.labels import AnyExample, LabelledExample
+from deltaw.data.labels import AnyExample, LabeledExample
 from deltaw.data.padding import cut_by_length, microbatch_cost, side_by_side
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
@@ -87,7 +87,7 @@ class LabelMicroBatcher:
         for start, stop, longest in self._cuts_of_pairs(pairs):
             flat: list[Any] = [row for pair in pairs[start:stop] for row in pair.rows]
             yield self._texts(flat, longest, pairs=True)
-        texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
+        texts = sorted((row for row in rows if isinstance(row, LabeledExample)), key=len)
         for start, stop, longest in self._cuts(texts):
             yield self._texts(texts[start:stop], longest)
 
@@ -99,7 +99,7 @@ class LabelMicroBatcher:
             parts = np.array_split(np.arange(images), -(-images // at_once))
             return [(len(part), self.tokens_per_image) for part in parts]
         pairs = sorted((row for row in rows if isinstance(row, RowGroup)), key=_longest)
-        texts = sorted((row for row in rows if isinstance(row, LabelledExample)), key=len)
+        texts = sorted((row for row in rows if isinstance(row, LabeledExample)), key=len)
         return [
             *((2 * (stop - start), longest) for start, stop, longest in self._cuts_of_pairs(pairs)),
             *((stop - start, longest) for start, stop, longest in self._cuts(texts)),
@@ -112,7 +112,7 @@ class LabelMicroBatcher:
         for start, stop in cut_by_length(lengths, self.tokens_per_pass, cost, [2] * len(pairs)):
             yield start, stop, lengths[stop - 1]
 
-    def _cuts(self, texts: Sequence[LabelledExample]) -> Iterator[tuple[int, int, int]]:
+    def _cuts(self, texts: Sequence[LabeledExample]) -> Iterator[tuple[int, int, int]]:
         """Where each microbatch begins and ends among rows sorted by length, and its padded length."""
         lengths = [self._padded(len(row)) for row in texts]
         for start, stop in cut_by_length(lengths, self.tokens_per_pass, microbatch_cost(self.device)):
@@ -122,7 +122,7 @@ class LabelMicroBatcher:
         whole = -(-length // GRID) * GRID
         return max(length, min(whole, self.limit)) if self.limit is not None else whole
 
-    def _texts(self, rows: Sequence[LabelledExample], longest: int, *, pairs: bool = False) -> LabelBatch:
+    def _texts(self, rows: Sequence[LabeledExample], longest: int, *, pairs: bool = False) -> LabelBatch:
         tokens, mask = side_by_side([row.tokens for row in rows], longest, self.pad_id)
         segments = np.zeros_like(tokens)
         for place, row in enumerate(rows):

@@ -40,7 +40,7 @@ _CHUNK = 4096  # rows tokenized at once
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledExample:
+class LabeledExample:
     """The tokens of one row, special tokens included, and its label.
 
     Attributes:
@@ -72,7 +72,7 @@ class LabelledExample:
         return digest.digest()
 
 
-AnyExample = LabelledExample | ImageExample
+AnyExample = LabeledExample | ImageExample
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PreparedLabels:
     skipped: BadRows
 
 
-def prepare_labelled(
+def prepare_labeled(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     task: str,
@@ -317,7 +317,7 @@ class _Reader:
                     )
                     self._skip(rows, index, empty)
                     continue
-                examples.append(LabelledExample(rows.number(index), ids, label, segments))
+                examples.append(LabeledExample(rows.number(index), ids, label, segments))
                 kept.append(index)
         if long.count and long_rows == "error":
             raise long.error(limit, can_split=False)

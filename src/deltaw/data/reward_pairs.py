@@ -18,7 +18,7 @@ import numpy as np
 from deltaw.data.bad_rows import BadRowError, BadRows, Refuse
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import PAIR_COLUMNS, Pair, Record
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.data.messages import WRONG_TYPE, Conversation
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.preferences import PairReader, prompts_of
@@ -39,7 +39,7 @@ class RewardPair(RowGroup):
     """Two answers as a classifier reads them, the chosen one first.
 
     Attributes:
-        rows: :class:`deltaw.data.labels.LabelledExample`, whose label is the pair's margin; answers of a
+        rows: :class:`deltaw.data.labels.LabeledExample`, whose label is the pair's margin; answers of a
             language model while they are read.
         margin: by how much the chosen answer should be better.
     """
@@ -108,7 +108,7 @@ def prepare_rewards(
         key=_key,
         read_apart=lambda name: reward_examples(name, settings, tokenizer, reader.bad, say=say),
     )
-    return PreparedRewards(_labelled(train), _labelled(held_out), _with_longest(report, train), reader.bad)
+    return PreparedRewards(_labeled(train), _labeled(held_out), _with_longest(report, train), reader.bad)
 
 
 def prepare_reward_file(
@@ -128,7 +128,7 @@ def prepare_reward_file(
         UserError: the data cannot be used; the message names the file and the row.
     """
     pairs, report = reward_examples(reference, settings, tokenizer, bad, say=say)
-    return _labelled(pairs), _with_longest(report, pairs)
+    return _labeled(pairs), _with_longest(report, pairs)
 
 
 def reward_examples(
@@ -207,12 +207,12 @@ def _margin(value: object, row: int) -> float:
     return float(value)
 
 
-def _labelled(pairs: Sequence[RowGroup]) -> list[RewardPair]:
+def _labeled(pairs: Sequence[RowGroup]) -> list[RewardPair]:
     """Pairs as a classifier reads them."""
     found = []
     for pair in pairs:
         assert isinstance(pair, RewardPair)
-        rows = tuple(LabelledExample(row.row, row.tokens, pair.margin, _segments(row)) for row in pair.rows)
+        rows = tuple(LabeledExample(row.row, row.tokens, pair.margin, _segments(row)) for row in pair.rows)
         found.append(RewardPair(rows, pair.margin))  # type: ignore[arg-type]
     return found
 

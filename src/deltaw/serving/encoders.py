@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.label_batches import LabelBatch
-from deltaw.data.labels import LabelledExample
+from deltaw.data.labels import LabeledExample
 from deltaw.errors import UserError, did_you_mean
 from deltaw.runtime.padded import padded_rows
 from deltaw.serving.pooling import Pooling, pooled
@@ -140,7 +140,7 @@ def _batches(
     seen: Callable[[Any], Any] = lambda example: example,
 ) -> Iterator[LabelBatch]:
     """Padded microbatches of rows, each row's number in its example; attention and blocks run compiled."""
-    examples = [seen(LabelledExample(place, row, 0)) for place, row in enumerate(rows)]
+    examples = [seen(LabeledExample(place, row, 0)) for place, row in enumerate(rows)]
     batcher, _ = choose_label_batcher(model, examples, device=str(model.device), tokenizer=tokenizer)
     with torch.no_grad(), padded_rows(model):
         yield from batcher.batches(examples)

@@ -14,14 +14,14 @@ from deltaw.config import RunConfig
 from deltaw.data.bad_rows import BadRows
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import Check, check_facts
-from deltaw.data.check_labels import check_labelled
+from deltaw.data.check_labels import check_labeled
 from deltaw.data.check_pairs import check_pairs
 from deltaw.data.check_unpaired import check_unpaired
 from deltaw.data.chunk import Account, ChunkReader
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.facts import collect
 from deltaw.data.formats import choose_form
-from deltaw.data.labels import AnyExample, LabelledExample, prepare_label_file
+from deltaw.data.labels import AnyExample, LabeledExample, prepare_label_file
 from deltaw.data.mixture import shown, sources_of
 from deltaw.data.pieces import Piece, pieces
 from deltaw.data.preferences import prepare_pair_file
@@ -87,7 +87,7 @@ def check_data(config: RunConfig, say: Say = silent) -> Check:
         assert isinstance(task, LabelTask)
         if task.are_pairs(settings.train, settings):
             return _check_pairs(task, settings, source, apart)
-        return _check_labelled(task, settings, source, apart)
+        return _check_labeled(task, settings, source, apart)
     tokenizer = task.tokenizer
     assert tokenizer is not None  # a task without labels reads text
     if task.has_pairs:
@@ -116,7 +116,7 @@ def shown_rows(config: RunConfig, first: int | None, count: int, say: Say = sile
     if task.has_pairs or (isinstance(task, LabelTask) and task.are_pairs(settings.train, settings)):
         rows = _shown_pairs(task, settings)
     else:
-        rows = _shown_labelled(task, settings) if task.has_labels else _shown_texts(task, settings)
+        rows = _shown_labeled(task, settings) if task.has_labels else _shown_texts(task, settings)
     given = 0
     for row in rows:
         if first is not None and row.row < first and not given:
@@ -283,15 +283,15 @@ def _shown_pairs(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
 # Labels
 
 
-def _check_labelled(task: Task, settings: DataSettings, source: str, apart: Sequence[str]) -> Check:
+def _check_labeled(task: Task, settings: DataSettings, source: str, apart: Sequence[str]) -> Check:
     bad = BadRows("skip")
-    examples, report = _read_labelled(task, settings, settings.train, None, bad)
+    examples, report = _read_labeled(task, settings, settings.train, None, bad)
     classes = tuple(report.class_counts) or None
-    held_out = [(name, _read_labelled(task, settings, name, classes, BadRows("skip"))[0]) for name in apart]
-    return check_labelled(examples, replace(report, source=source), bad, settings, held_out)
+    held_out = [(name, _read_labeled(task, settings, name, classes, BadRows("skip"))[0]) for name in apart]
+    return check_labeled(examples, replace(report, source=source), bad, settings, held_out)
 
 
-def _read_labelled(
+def _read_labeled(
     task: Task, settings: DataSettings, train: object, classes: tuple[str, ...] | None, bad: BadRows
 ) -> tuple[list[AnyExample], Report]:
     whole = replace(settings, bad_rows="skip", long_rows="cut", max_length=_UNLIMITED)
@@ -299,13 +299,13 @@ def _read_labelled(
     return prepare_label_file(train, whole, tokenizer, task.name, classes, bad)  # type: ignore[arg-type]
 
 
-def _shown_labelled(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
+def _shown_labeled(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
     bad = BadRows("skip")
-    examples, report = _read_labelled(task, settings, settings.train, None, bad)
+    examples, report = _read_labeled(task, settings, settings.train, None, bad)
     names = list(report.class_counts)
     for example in examples:
         label = names[int(example.label)] if names else f"{example.label:g}"
-        if isinstance(example, LabelledExample) and task.tokenizer is not None:
+        if isinstance(example, LabeledExample) and task.tokenizer is not None:
             parts = tuple(pieces(example.tokens, [False] * len(example), task.tokenizer))
             shown_example = ShownExample(len(example), 1, parts, label)
             long = len(example) > settings.max_length

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
 from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
-from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labelled
+from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labeled
 from deltaw.data.report import Report
 from deltaw.data.reward_pairs import RewardPair, are_pairs, prepare_reward_file, prepare_rewards
 from deltaw.data.settings import DataSettings
@@ -125,7 +125,7 @@ class LabelTask(Task):
     def _prepare(self, settings: DataSettings, seed: int, classes: Sequence[str] | None) -> PreparedLabels:
         if self.encoder is not None:
             return prepare_images(settings, self.encoder, seed=seed, classes=classes)
-        return prepare_labelled(settings, self.tokenizer, self.name, seed=seed, classes=classes)
+        return prepare_labeled(settings, self.tokenizer, self.name, seed=seed, classes=classes)
 
     def read_file(
         self, reference: str, settings: DataSettings, classes: Sequence[str] | None
