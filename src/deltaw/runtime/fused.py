@@ -109,6 +109,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, whole: Block, around: Around, *factors: Tensor) -> Tensor:
         how = around.layout.segments(), around.cosine, around.sine, around.picked
+        whole = whole.settled()  # a checkpointed block runs again, when its weights may lie elsewhere
         y, kept = whole.forward(x, *how)
         ctx.whole, ctx.how = whole, how
         ctx.save_for_backward(x, kept)
