@@ -129,7 +129,7 @@ def test_pefts_names_are_there() -> None:
 
 
 def test_values_of_a_setting_for_a_shell() -> None:
-    assert values_of("precision") == ["auto", "bf16", "fp32", "int8"]
+    assert values_of("precision") == ["auto", "bf16", "fp32", "int8", "gguf", "nf4"]
     assert values_of("lora.dora") == ["true", "false"]
     assert values_of("train.share_prefixes") == ["true", "false", "auto"]
     assert "pissa" in values_of("lora.init") and "messages" in values_of("data.form")

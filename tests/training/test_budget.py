@@ -48,7 +48,7 @@ class Planner:
     def __init__(self) -> None:
         self.asked: list[RunConfig] = []
 
-    def __call__(self, config: RunConfig, *rest: object) -> Plan:
+    def __call__(self, config: RunConfig, *rest: object, processes: int = 1) -> Plan:
         self.asked.append(config)
         if config.method == "prompt":
             raise UserError("images have no prompt")

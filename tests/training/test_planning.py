@@ -33,7 +33,7 @@ from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
-from deltaw.lora.layers_int8 import weight_scales
+from deltaw.lora.stored import weight_scales
 from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import Plan
