@@ -13,6 +13,7 @@ from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit, load_for
 from deltaw.training.monitoring import rate_search
 from deltaw.training.monitoring.rate_search import search_rate
+from deltaw.training.optimizer import Schedule
 from deltaw.training.session import assemble, read_data
 from tests.byte_models import byte_tokenizer, tiny_gpt2
 
@@ -96,9 +97,11 @@ def test_a_run_that_searches_is_the_run_with_the_rate_that_it_found(settings, tm
 
 def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(rate_search, "ABOVE", 1e6)
-    monkeypatch.setattr(rate_search, "RUN_AWAY", 1.2)  # a tiny model's loss is near its worst from the start
+    monkeypatch.setattr(rate_search, "RUN_AWAY", 1.2)
     session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
     with session.running():
+        # Before any training, a tiny model's loss is near its worst.
+        session.train(schedule=Schedule("constant", 0.05, 30), total_steps=30)
         found = search_rate(session)
     assert found is not None and found.diverged and found.rates[-1] < found.usual * 1e6 / 2
     assert found.chosen < found.rates[-1]
