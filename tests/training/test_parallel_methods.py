@@ -31,7 +31,7 @@ METHODS = {
     "recomputed": {"train": {"checkpointing": True, "tokens_per_pass": 64}},
     "dora": {"lora": {"dora": True}},
     "prompt": {"method": "prompt", "prompt": {"length": 4}},
-    "activated": {"lora": {"activation": "completion", "invocation_tokens": [10]}},
+    "activated": {"lora": {"activation": "completion", "invocation_tokens": [85, 67, 91]}},  # "say"
     "random": {"method": "random", "random": {"weights": 0.05}},
     "modules": {"lora": {"train_modules": ["lm_head"]}},
 }
@@ -51,14 +51,16 @@ def test_two_processes_train_as_one(settings, uneven, tmp_path, name):  # noqa: 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_in_low_precision_they_agree_up_to_its_rounding(settings, uneven, tmp_path, precision):  # noqa: F811
-    """Rows that meet in other microbatches are rounded otherwise, by about 2^-8 of a value each time."""
+    """Rows that meet in other microbatches are rounded otherwise: in bf16 by about 2^-8 of a value each time, in
+    int8 gradients by about 2 % (docs/performance.md), of a loss that moves by less than itself."""
+    tolerance = {"bf16": 2**-8, "int8": 2e-2}[precision]
     made = of(settings, uneven, tmp_path / "one") | {"precision": precision}
     fit(made)
     path = write_settings(tmp_path / "run.yaml", made | {"output": str(tmp_path / "two")})
     told = train(path, 2)
     assert [status for status, *_ in told] == [0, 0], told
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=2**-8)
+        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=tolerance)
         assert ours.get("label_tokens") == theirs.get("label_tokens")
     factors, expected = (load_file(tmp_path / name / ADAPTER) for name in ("two", "one"))
     moved = torch.cat([t.float().flatten() for name, t in expected.items() if "lora_B" in name])
