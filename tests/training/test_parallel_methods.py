@@ -51,8 +51,8 @@ def test_two_processes_train_as_one(settings, uneven, tmp_path, name):  # noqa: 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_in_low_precision_they_agree_up_to_its_rounding(settings, uneven, tmp_path, precision):  # noqa: F811
-    """Rows that meet in other microbatches are rounded otherwise: in bf16 by about 2^-8 of a value each time, in
-    int8 gradients by about 2 % (docs/performance.md), of a loss that moves by less than itself."""
+    """Rows that meet in other microbatches are rounded otherwise: in bf16 by about 2^-8 of a value each time,
+    in int8 gradients by about 2 % (docs/performance.md), of a loss that moves by less than itself."""
     tolerance = {"bf16": 2**-8, "int8": 2e-2}[precision]
     made = of(settings, uneven, tmp_path / "one") | {"precision": precision}
     fit(made)

@@ -159,6 +159,9 @@ def _sides(jobs: Jobs) -> tuple[Any, Any]:
         def restore(self, checkpoint_path: str) -> None:
             """As it does not go on from Ray Tune's files."""
 
+        def __reduce__(self) -> Any:
+            return _not_kept, ()  # Ray Tune pickles its settings; the experiment cannot be, and need not be
+
     class Scheduler(FIFOScheduler):  # type: ignore[misc]
         """Ends the jobs that the experiment does not let go on."""
 
@@ -167,7 +170,14 @@ def _sides(jobs: Jobs) -> tuple[Any, Any]:
                 return str(FIFOScheduler.STOP)
             return str(FIFOScheduler.CONTINUE)
 
+        def __reduce__(self) -> Any:
+            return _not_kept, ()
+
     return Search(), Scheduler()
+
+
+def _not_kept() -> None:
+    """What Ray Tune's files hold in the place of the experiment."""
 
 
 def _answer(result: Any, failed: bool) -> Mapping[str, object] | UserError | WorkerEnded:
