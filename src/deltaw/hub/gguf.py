@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -210,38 +210,41 @@ def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     # Newer versions of transformers can keep the blocks packed; a trained model needs them unpacked.
     packed = getattr(transformers, "GgufConfig", None)
     extra = {} if packed is None else {"quantization_config": packed(dequantize=True)}
-    try:
+    with _damage_named(path, "converted"):
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True, **extra
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
-        raise UserError(
-            f"the .gguf file cannot be converted: {_first_line(error)}",
-            where=str(path),
-            hint="fetch the file again, or give the model's safetensors folder instead",
-        ) from error
     _clean(model)
     return model
 
 
 def _without_values(path: Path) -> PreTrainedModel:
     """The model of the file's configuration on the meta device."""
-    try:
+    with _damage_named(path, "read"):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    _clean(model)
+    return model
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path, done: str) -> Iterator[None]:
+    """Make a UserError of what a damaged file lets its readers raise, whatever they stumble over.
+
+    Args:
+        done: what is done to the file meanwhile, as "read".
+    """
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file makes its readers raise whatever they stumble over
+    except Exception as error:
         raise UserError(
-            f"the .gguf file cannot be read: {_first_line(error)}",
+            f"the .gguf file cannot be {done}: {_first_line(error)}",
             where=str(path),
             hint="fetch the file again, or give the model's safetensors folder instead",
         ) from error
-    _clean(model)
-    return model
 
 
 def _save_index(path: Path, model: PreTrainedModel, into: Path) -> None:
