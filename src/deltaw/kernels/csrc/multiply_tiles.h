@@ -31,18 +31,19 @@ namespace tiles {
 
 const int64_t GROUPS = 16;  // of a step
 
-// One step: rows of the left side from `low` and from `high` on times 16 lines of the panel.
+// One step: rows of the left side from `low` and from `high` on times 16 lines of the panel. The panel stays in the
+// first-level cache, where the left side only passes by.
 template <class Op, int LEFTS, int VECS>
 inline __attribute__((always_inline)) void step(const char *low, const char *high, int64_t stride, const char *right) {
     load<6>(right, 128);
-    load<4>(low, stride);
+    load_passing<4>(low, stride);
     Op::template add_tiles<0, 4, 6>();
     if constexpr (VECS == 2) {
         load<7>(right + 64, 128);
         Op::template add_tiles<1, 4, 7>();
     }
     if constexpr (LEFTS == 2) {
-        load<5>(high, stride);
+        load_passing<5>(high, stride);
         Op::template add_tiles<2, 5, 6>();
         if constexpr (VECS == 2) Op::template add_tiles<3, 5, 7>();
     }
@@ -53,19 +54,28 @@ inline void copy_padded(const char *from, int64_t stride, int64_t count, int64_t
     for (int64_t i = 0; i < room; i++) store_i(to + i * bytes, i < count ? load_i(from + i * stride, lanes) : zero_i());
 }
 
-// Sums += left · right. The last groups, where they are fewer than a step's, are copied: what lies beyond them may be
-// no number.
-template <class Op, int LEFTS, int VECS>
-inline void add_steps(int rows, const char *left, int64_t stride, const char *right, int64_t groups) {
+// What is done between the steps of a product, while tiles are multiplied: nothing.
+struct Nothing {
+    void operator()() const {}
+};
+
+// Sums += left · right, with beside() between the steps. The last groups, where they are fewer than a step's, are copied:
+// what lies beyond them may be no number.
+template <class Op, int LEFTS, int VECS, class Beside>
+inline void add_steps(int rows, const char *left, int64_t stride, const char *right, int64_t groups, Beside &beside) {
     // The second tile's first row: where there are less than twice 16 rows, some are in both.
     const int64_t second = LEFTS == 2 ? rows - ROWS : 0;
     int64_t g = 0;
-    for (; g + GROUPS <= groups; g += GROUPS) step<Op, LEFTS, VECS>(left + 4 * g, left + second * stride + 4 * g, stride, right + 128 * g);
+    for (; g + GROUPS <= groups; g += GROUPS) {
+        step<Op, LEFTS, VECS>(left + 4 * g, left + second * stride + 4 * g, stride, right + 128 * g);
+        beside();
+    }
     if (g == groups) return;
     alignas(64) char last_left[2 * ROWS * BYTES], last_right[GROUPS * 128];
     copy_padded(left + 4 * g, stride, rows, rows, first(groups - g), BYTES, last_left);
     for (int v = 0; v < VECS; v++) copy_padded(right + 128 * g + 64 * v, 128, groups - g, GROUPS, first(16), 128, last_right + 64 * v);
     step<Op, LEFTS, VECS>(last_left, last_left + second * BYTES, BYTES, last_right);
+    beside();
 }
 
 template <int LEFTS, int VECS>
@@ -104,13 +114,13 @@ struct More {
 };
 
 // At most 16 rows, or with two left tiles up to 32. `from` is null where sums begin with nothing.
-template <class Op, int LEFTS, int VECS>
+template <class Op, int LEFTS, int VECS, class Beside>
 __attribute__((noinline)) void product(int rows, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
-                                       int64_t from_ld, float *tile, int64_t ld, const More &more) {
+                                       int64_t from_ld, float *tile, int64_t ld, const More &more, Beside &beside) {
     const int64_t second = LEFTS == 2 ? rows - ROWS : 0;
     begin_sums<LEFTS, VECS>(second, from, from_ld);
-    add_steps<Op, LEFTS, VECS>(rows, left, stride, right, groups);
-    if (more.left) add_steps<Op, LEFTS, VECS>(rows, more.left, more.stride, more.right, more.groups);
+    add_steps<Op, LEFTS, VECS>(rows, left, stride, right, groups, beside);
+    if (more.left) add_steps<Op, LEFTS, VECS>(rows, more.left, more.stride, more.right, more.groups, beside);
     end_sums<LEFTS, VECS>(second, tile, ld);
 }
 
@@ -118,11 +128,11 @@ __attribute__((noinline)) void product(int rows, const char *left, int64_t strid
 inline int rows_at_once(int64_t rows) { return rows <= 2 * ROWS ? (int)rows : rows < 3 * ROWS ? ROWS : 2 * ROWS; }
 
 // As many rows as rows_at_once gives.
-template <class Op>
+template <class Op, class Beside>
 inline void products_at_once(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from, int64_t from_ld,
-                             float *tile, int64_t ld, const More &more) {
+                             float *tile, int64_t ld, const More &more, Beside &beside) {
     auto with = [&](auto lefts, auto wide) {
-        product<Op, decltype(lefts)::value, decltype(wide)::value>(rows, left, stride, right, groups, from, from_ld, tile, ld, more);
+        product<Op, decltype(lefts)::value, decltype(wide)::value>(rows, left, stride, right, groups, from, from_ld, tile, ld, more, beside);
     };
     auto of_width = [&](auto lefts) { vecs == 2 ? with(lefts, Constant<2>()) : with(lefts, Constant<1>()); };
     if (rows > ROWS) return of_width(Constant<2>());
@@ -136,9 +146,11 @@ inline void products_at_once(int rows, int vecs, const char *left, int64_t strid
 template <class Op, bool ONTO>
 inline void products_in_tiles(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
                               int64_t from_ld, float *tile, int64_t ld) {
+    tiles::Nothing nothing;
     for (int64_t i = 0; i < rows;) {
         const int n = tiles::rows_at_once(rows - i);
-        tiles::products_at_once<Op>(n, vecs, left + i * stride, stride, right, groups, ONTO ? from + i * from_ld : nullptr, from_ld, tile + i * ld, ld, {});
+        tiles::products_at_once<Op>(n, vecs, left + i * stride, stride, right, groups, ONTO ? from + i * from_ld : nullptr, from_ld, tile + i * ld, ld,
+                                    {}, nothing);
         i += n;
     }
 }

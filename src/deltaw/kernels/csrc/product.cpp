@@ -11,8 +11,7 @@ using namespace deltaw;
 
 namespace {
 
-const int64_t GROUPS_AT_ONCE = 384;      // 48 KiB of a panel, about what the first-level cache has
-const int64_t GROUPS_OF_MANY = 256;      // where there are more, they are cut evenly into no more than so many
+const int64_t GROUPS_OF_MANY = 256;      // where there are more than go at once, they are cut evenly into no more than so many
 const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
 
 // Groups of one of the parts that `groups` are cut into, as even as can be.
@@ -25,11 +24,13 @@ int64_t even_part(int64_t groups) {
 template <class Op>
 struct Steps {
     static constexpr int MOST = MOST_ROWS;
+    static constexpr int64_t GROUPS = 384;  // 48 KiB of a panel, about what the first-level cache has
     static int of(int64_t rows) { return rows_at_once(rows); }
 };
 #ifdef DW_AMX
 struct StepsOfTiles {
     static constexpr int MOST = 2 * tiles::ROWS;
+    static constexpr int64_t GROUPS = 288;  // the cache is to hold a tile of sums too
     static int of(int64_t rows) { return tiles::rows_at_once(rows); }
 };
 template <> struct Steps<TilesBF16> : StepsOfTiles {};
@@ -80,8 +81,8 @@ class Part {
     const int64_t blocks = int8_blocks(p.K);
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
     const int64_t low_groups = groups_of_low();
-    const bool several = groups > GROUPS_AT_ONCE;
-    const int64_t most_groups = several ? even_part(groups) : GROUPS_AT_ONCE;
+    const bool several = groups > Steps<Op>::GROUPS;
+    const int64_t most_groups = several ? even_part(groups) : Steps<Op>::GROUPS;
     const int64_t line = std::min(groups, most_groups);
     const bool widen_low = LOW_IN_TILES ? low_groups * LowOp::PER_GROUP != p.rank : LowOp::WIDENS && p.rank;
     // The low-rank part has no scales and is the same kind of product: its sums begin where the others end.
@@ -101,7 +102,9 @@ class Part {
     char *right = nullptr, *low_right = nullptr, *gathered = nullptr, *low_gathered = nullptr;
     int32_t *starts = nullptr;
     float *tiles = nullptr;
-    alignas(64) float small[MOST * PANEL], low_products[LOW_IN_TILES ? MOST * PANEL : 1];
+    alignas(64) float small[InTiles<Op>::value ? 2 : 1][MOST * PANEL], low_products[2][InTiles<Op>::value ? MOST * PANEL : 1];
+    Finishing before{p};  // of tiles: the last one, which goes out beside the next
+    int turn = 0;
 
     // Tiles take so many at a time: zeros are added where the rank is less.
     int64_t groups_of_low() const {
@@ -135,7 +138,8 @@ class Part {
         keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
-        gather = Op::WIDENS || (several && cuts == 1 && p.left_ld * NUMBER % 1024 == 0);
+        // Tiles read each line of the left side once for a panel, and need no copy.
+        gather = Op::WIDENS || (several && cuts == 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 1024 == 0);
         stride = gather ? line * 4 : p.left_ld * NUMBER;
         gathered_rows = cuts == 1 ? block : row1 - row0;
     }
@@ -199,8 +203,10 @@ class Part {
                 packed = panel;
                 share = lay_out(panel, place, m1 - m0, b0, g0, deep, ahead);
             }
-            multiply(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
+            if constexpr (InTiles<Op>::value) this->multiply_in_tiles(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
+            else multiply(piece, panel * PANEL, place, m0, m1, g0, deep, share, ahead);
         }
+        before.rest();
     }
 
     // Packs a panel where it is not there yet; how many lines of the next one to fetch at each step.
@@ -230,9 +236,8 @@ class Part {
         const int32_t *const start = INT8_SUMS ? starts + place * starts_each : nullptr;
         for (int64_t m = m0; m < m1;) {
             const int rows = Steps<Op>::of(m1 - m);
-            float *const tile = several ? tiles + ((piece - from) * block + m - m0) * PANEL : small;
-            const char *left = gather ? gathered + (m - gathered_from) * line * 4
-                                      : (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * NUMBER;
+            float *const tile = several ? sums_of(piece, m - m0) : small[0];
+            const char *const left = left_of(m, g0);
             ahead.fetch(share);
             const bool fresh = g0 == 0;
             LowRank low = low_of(m);
@@ -246,36 +251,79 @@ class Part {
                     if (!fresh) add_starts(tile, rows, vecs, start);
                     products_onto<Op>(rows, vecs, left, stride, here, deep, fresh ? (const float *)start : tile, fresh ? 0 : PANEL, tile, PANEL);
                 }
-            } else if constexpr (InTiles<Op>::value) multiply_in_tiles(rows, vecs, left, here, deep, fresh, low_joins ? low : LowRank{}, tile);
-            else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
+            } else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
             else products_onto<Op>(rows, vecs, left, stride, here, deep, tile, PANEL, tile, PANEL);
-            if (last) {
-                if constexpr (LOW_IN_TILES)
-                    if (low.groups && !low_joins) {
-                        products<LowOp>(rows, vecs, low.left, low.stride, low.right, low.groups, low_products, PANEL);
-                        low.products = low_products;
-                    }
-                finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low);
-            }
+            if (last) finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low);
             m += rows;
         }
     }
 
 #ifdef DW_AMX
-    void multiply_in_tiles(int rows, int vecs, const char *left, const char *here, int64_t deep, bool fresh, const LowRank &low, float *tile) {
-        tiles::More more;
-        if (low.groups) more = {low.left, low.stride, low.right, low.groups};
-        tiles::products_at_once<Op>(rows, vecs, left, stride, here, deep, fresh ? nullptr : tile, PANEL, tile, PANEL, more);
+    // What goes on between the steps of a tile's products: the tile before goes out, memory is fetched.
+    struct Beside {
+        Finishing &before;
+        Ahead &ahead;
+        Ahead into;  // where this tile will go
+        int rows;
+        int64_t lines;
+
+        void operator()() {
+            into.fetch_to_write(2 * rows);
+            before.some(rows);
+            ahead.fetch(lines);
+        }
+    };
+
+    void multiply_in_tiles(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t g0, int64_t deep, int64_t share, Ahead &ahead) {
+        const int vecs = vecs_at(n0);
+        const bool last = g0 + most_groups >= groups, fresh = g0 == 0;
+        const char *const here = right + place * line * 128;
+        const int32_t *const start = INT8_SUMS ? starts + place * starts_each : nullptr;
+        for (int64_t m = m0; m < m1;) {
+            const int rows = Steps<Op>::of(m1 - m);
+            float *const tile = several ? sums_of(piece, m - m0) : small[turn];
+            const char *const left = left_of(m, g0);
+            LowRank low = low_of(m);
+            if (!last) low.groups = 0;
+            tiles::More more;
+            if (low.groups && low_joins) more = {low.left, low.stride, low.right, low.groups};
+            const int64_t steps = (deep + tiles::GROUPS - 1) / tiles::GROUPS + more.groups / tiles::GROUPS;
+            Beside beside{before, ahead, last ? place_of_result(p, m, rows, n0) : Ahead(), (int)((MOST + steps - 1) / steps),
+                          (share + steps - 1) / steps};
+            if constexpr (INT8_SUMS) {
+                if (in_blocks) {
+                    const float *const scales = p.block_scale + m * blocks + g0 / BLOCK_GROUPS;
+                    add_blocks_in_tiles<Op>(rows, vecs, left, stride, here, deep, start, scales, blocks, fresh, tile, beside);
+                } else {
+                    if (!fresh) add_starts(tile, rows, vecs, start);
+                    tiles::products_at_once<Op>(rows, vecs, left, stride, here, deep, fresh ? (const float *)start : tile, fresh ? 0 : PANEL, tile, PANEL,
+                                                more, beside);
+                }
+            } else
+                tiles::products_at_once<Op>(rows, vecs, left, stride, here, deep, fresh ? nullptr : tile, PANEL, tile, PANEL, more, beside);
+            before.rest();
+            if (last) {
+                const bool apart = low.groups && !low_joins;
+                if (apart) products<LowOp>(rows, vecs, low.left, low.stride, low.right, low.groups, low_products[turn], PANEL);
+                before.begin(tile, rows, vecs, INT8_SUMS && !in_blocks, m, n0, apart ? low_products[turn] : nullptr);
+                turn = 1 - turn;
+            }
+            m += rows;
+        }
     }
-#else
-    void multiply_in_tiles(int, int, const char *, const char *, int64_t, bool, const LowRank &, float *) {}
 #endif
 
+    // A piece's sums from one of its rows on, and the left side from row m and group g0 on.
+    float *sums_of(int64_t piece, int64_t row) const { return tiles + ((piece - from) * block + row) * PANEL; }
+    const char *left_of(int64_t m, int64_t g0) const {
+        return gather ? gathered + (m - gathered_from) * line * 4 : (const char *)p.left + (m * p.left_ld + g0 * Op::PER_GROUP) * NUMBER;
+    }
+
     LowRank low_of(int64_t m) const {
-        if (!p.rank) return {nullptr, nullptr, 0, 0, nullptr};
-        if (widen_low) return {low_gathered + (m - gathered_from) * low_groups * 4, low_right, low_groups * 4, low_groups, nullptr};
+        if (!p.rank) return {nullptr, nullptr, 0, 0};
+        if (widen_low) return {low_gathered + (m - gathered_from) * low_groups * 4, low_right, low_groups * 4, low_groups};
         const int64_t bytes = p.rank * (int64_t)sizeof(typename LowOp::Left);
-        return {(const char *)p.low + m * bytes, low_right, bytes, low_groups, nullptr};
+        return {(const char *)p.low + m * bytes, low_right, bytes, low_groups};
     }
 
     int vecs_at(int64_t n0) const { return p.N - n0 > 16 ? 2 : 1; }

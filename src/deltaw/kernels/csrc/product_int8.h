@@ -54,14 +54,14 @@ inline void add_blocks(const char *left, int64_t stride, const char *right, int6
 
 #ifdef DW_AMX
 // The same in tiles, of as many rows as they take at once.
-template <class Op>
+template <class Op, class Beside>
 inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
-                                const float *scales, int64_t blocks, bool fresh, float *tile) {
+                                const float *scales, int64_t blocks, bool fresh, float *tile, Beside &beside) {
     const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
     alignas(64) float sums[2 * tiles::ROWS * PANEL];
     for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
         tiles::products_at_once<Op>(rows, vecs, left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), (const float *)starts, 0, sums,
-                                    PANEL, {});
+                                    PANEL, {}, beside);
         if (vecs == 2) fresh ? add_scaled<2, true>(rows, sums, scales, blocks, tile) : add_scaled<2, false>(rows, sums, scales, blocks, tile);
         else fresh ? add_scaled<1, true>(rows, sums, scales, blocks, tile) : add_scaled<1, false>(rows, sums, scales, blocks, tile);
     }
@@ -71,9 +71,6 @@ inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t st
 template <class Op>
 inline void add_blocks_of(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
                           const float *scales, int64_t blocks, bool fresh, float *tile) {
-#ifdef DW_AMX
-    if constexpr (InTiles<Op>::value) return add_blocks_in_tiles<Op>(rows, vecs, left, stride, right, groups, starts, scales, blocks, fresh, tile);
-#endif
     with_rows(rows, [&](auto count) {
         with_vecs(vecs, [&](auto wide, int v) {
             add_blocks<Op, decltype(count)::value, decltype(wide)::value>(left, stride, right + 64 * v, groups, starts + 16 * v, scales, blocks,

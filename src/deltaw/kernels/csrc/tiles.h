@@ -47,6 +47,11 @@ template <int T>
 inline void load(const void *at, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(at), "r"(stride), "i"(T) : "memory");
 }
+// The same of what is not read again soon, which then pushes less out of the first-level cache.
+template <int T>
+inline void load_passing(const void *at, int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(at), "r"(stride), "i"(T) : "memory");
+}
 template <int T>
 inline void store(void *at, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(at), "r"(stride), "i"(T) : "memory");
@@ -108,6 +113,10 @@ inline void load(const void *at, int64_t stride) {
     State &s = ready_state();
     memset(s.data[T], 0, ROWS * BYTES);
     for (int i = 0; i < s.sizes.rows[T]; i++) memcpy(s.data[T] + i * BYTES, (const char *)at + i * stride, BYTES);
+}
+template <int T>
+inline void load_passing(const void *at, int64_t stride) {
+    load<T>(at, stride);
 }
 template <int T>
 inline void store(void *at, int64_t stride) {
