@@ -20,7 +20,7 @@ from deltaw.kernels.block_formats import (
 
 GGUF_FORMATS = [name for name in FORMATS if name != "NF4"]
 # Where in a block its fp16 numbers stand.
-SCALES_AT = {name: (0,) for name in GGUF_FORMATS} | dict.fromkeys(("Q4_1", "Q4_K", "Q5_K"), (0, 2))
+SCALES_AT = dict.fromkeys(GGUF_FORMATS, (0,)) | dict.fromkeys(("Q4_1", "Q4_K", "Q5_K"), (0, 2))
 SCALES_AT["Q6_K"] = (208,)
 
 
