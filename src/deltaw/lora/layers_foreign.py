@@ -53,8 +53,8 @@ class LoRAForeignLinear(LoRALayer):
         y: Tensor = super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad and not y.requires_grad:
             raise UserError(
-                f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no gradient, "
-                "so what lies below it would be trained wrongly",
+                f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no "
+                "gradient, so what lies below it would be trained wrongly",
                 where="a layer that is adapted",
                 hint="quantize the weights alone, not what they are multiplied with, or use precision: nf4",
             )
