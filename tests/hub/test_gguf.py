@@ -22,8 +22,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 HIDDEN, KEYS, INNER = 32, 16, 64
 
 
-def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
-    """A Llama of one layer with Q8_0 weights; returns what its tensors de-quantize to."""
+def write_gguf(path: Path, architecture: str = "llama", spread: float = 1.0) -> dict[str, np.ndarray]:
+    """A Llama of one layer with Q8_0 weights of a standard deviation; returns what they de-quantize to."""
     random = np.random.default_rng(0)
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "ĊĊ"]
     out = gguf_format.GGUFWriter(path, architecture)
@@ -63,7 +63,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
     for name, shape in shapes.items():
         tensor = random.standard_normal(shape).astype(np.float32)
         if len(shape) == 2:
-            packed = gguf_format.quants.quantize(tensor, block)
+            packed = gguf_format.quants.quantize(tensor * np.float32(spread), block)
             out.add_tensor(f"{name}.weight", packed, raw_dtype=block)
             tensor = gguf_format.quants.dequantize(packed, block)
         else:

@@ -19,6 +19,9 @@ from deltaw.kernels.block_formats import (
 )
 
 GGUF_FORMATS = [name for name in FORMATS if name != "NF4"]
+# Where in a block its fp16 numbers stand.
+SCALES_AT = dict.fromkeys(GGUF_FORMATS, (0,)) | dict.fromkeys(("Q4_1", "Q4_K", "Q5_K"), (0, 2))
+SCALES_AT["Q6_K"] = (208,)
 
 
 def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> BlockWeight:
@@ -30,8 +33,7 @@ def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> BlockWei
     data = torch.randint(
         0, 256, (rows * columns // of.block, of.bytes), generator=generator, dtype=torch.uint8
     )
-    places = {"Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,))
-    for at in places:
+    for at in SCALES_AT[name]:
         scale = torch.randn(len(data), 1, generator=generator) * 0.02
         scale[::7] *= 1e-4
         data[:, at : at + 2] = scale.half().view(torch.uint8)

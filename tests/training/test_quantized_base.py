@@ -3,6 +3,7 @@ weights that the blocks stand for."""
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -14,13 +15,13 @@ from deltaw.errors import UserError
 from deltaw.export.merged import merged_model
 from deltaw.hub.gguf_blocks import fill
 from deltaw.hub.loading import load
-from deltaw.lora import LoRAConfig, attach, merge
+from deltaw.kernels import block_formats
+from deltaw.lora import LoRAConfig, attach, detach, merge
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
 from deltaw.lora.layers_foreign import LoRAForeignLinear
 from deltaw.lora.stored import block_weight, count_numbers
 from deltaw.runtime.nf4_weights import quantize_nf4
-from deltaw.serving.decodable import NotDecodable, decodable
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run
 from deltaw.training.planning.plan_run import plan
@@ -93,8 +94,6 @@ def test_a_gguf_run_trains_is_planned_evaluated_and_merged(gguf_file, settings, 
     assert isinstance(opened.model.lm_head, BlockLinear)
     layer = opened.model.model.layers[0].self_attn.q_proj
     assert block_weight(layer).format == "Q8_0" and float(layer.lora_B.norm()) > 0
-    with pytest.raises(NotDecodable, match="blocks of Q8_0"):
-        decodable(opened.model)
     with pytest.raises(UserError, match="kept in blocks of Q8_0"):
         merge(opened.model)
     with warnings.catch_warnings():
@@ -112,6 +111,16 @@ def test_the_plan_counts_blocks_as_they_are(gguf_file, settings, tmp_path):
         sum(p.nbytes for p in loaded.parameters()), rel=0.02
     )
     assert made["gguf"].parts["weights"] < 0.6 * made["bf16"].parts["weights"]
+
+
+def test_nf4_is_planned_before_anything_was_rounded(wide_folder, settings, tmp_path):
+    # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
+    block_formats.nf4_values.cache_clear()
+    block_formats.dynamic_codes.cache_clear()
+    made = {p: plan(short(settings, tmp_path / p, wide_folder, p)) for p in ("nf4", "bf16")}
+    assert made["nf4"].total_parameters == made["bf16"].total_parameters
+    assert made["nf4"].parts["weights"] < made["bf16"].parts["weights"]
+    assert type(block_formats.nf4_values()) is type(block_formats.dynamic_codes()) is torch.Tensor
 
 
 def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_path):
@@ -219,3 +228,41 @@ def test_a_bitsandbytes_layer_is_adapted_with_its_own_product():
     quantized.weight = bnb.nn.Params4bit(plain.weight.data.clone(), quant_type="nf4", requires_grad=False)
     model = nn.ModuleDict({"q_proj": quantized.to("cpu")})
     check_foreign(model, torch.randn(5, 64), "bitsandbytes")
+
+
+@pytest.mark.slow
+def test_a_bitsandbytes_layer_in_8_bits_is_adapted_with_its_own_product():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    torch.manual_seed(0)
+    quantized = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    quantized.load_state_dict(nn.Linear(64, 32, bias=False).state_dict())
+    check_foreign(nn.ModuleDict({"q_proj": quantized.to("cpu")}), torch.randn(5, 64), "bitsandbytes")
+
+
+def of_torchao(config):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is optional")
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q_proj": nn.Linear(64, 32, bias=False)})
+    quantization.quantize_(model, getattr(quantization, config)())
+    return model
+
+
+def test_a_torchao_layer_is_adapted_with_its_own_product():
+    model = of_torchao("Int8WeightOnlyConfig")
+    before, numbers = copy.deepcopy(model["q_proj"]), model["q_proj"].weight.dequantize().detach()
+    check_foreign(model, torch.randn(5, 64), "torchao")
+    layer, x = model["q_proj"], torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    whole = numbers + layer.delta_weight()
+    torch.testing.assert_close(x.grad, whole.detach().sum(0).expand(3, 64), rtol=1e-4, atol=1e-4)
+    detach(model)
+    assert torch.equal(model["q_proj"](x), before(x))
+
+
+def test_a_torchao_product_without_a_gradient_is_refused_where_one_is_needed():
+    model = of_torchao("Int8DynamicActivationInt8WeightConfig")
+    check_foreign(model, torch.randn(5, 64), "torchao")  # of the lowest layer nothing needs one
+    with pytest.raises(UserError, match="Int8Tensor gives its input no gradient"):
+        model["q_proj"](torch.randn(5, 64, requires_grad=True))
+    with torch.no_grad():
+        model["q_proj"](torch.randn(5, 64, requires_grad=True))

@@ -37,6 +37,7 @@ from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
 from deltaw.lora import merge
 from deltaw.methods.parameters import names_of
+from deltaw.runtime.nf4_weights import round_to_nf4
 from deltaw.training.checkpoint_files import CODES
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.inference import InferenceSession, open_run
@@ -87,6 +88,8 @@ class Verification:
         adapter: how far the adapter itself moves them; None where there are several.
         narrowed: whether the merged weights have a narrower type than the base's.
         allowed_mean, allowed_largest: what was allowed.
+        nf4: of an adapter that was trained over NF4, how far its rounding of the base moves the unmerged
+            model's logits: from what was trained to what is merged into. No part of what merging does.
     """
 
     rows: str
@@ -100,6 +103,7 @@ class Verification:
     narrowed: bool
     allowed_mean: float
     allowed_largest: float
+    nf4: Movement | None = None
 
     @property
     def explained(self) -> bool:
@@ -144,6 +148,12 @@ class Verification:
                     f"  note: rounding to {self.stored_in} moves logits by {self.lost:.0%} of what the "
                     "adapter does; --precision fp32 keeps all of it"
                 )
+        if self.nf4 is not None:
+            said.append(
+                "  apart from merging, the adapter was trained over NF4, whose rounding of the base moves "
+                f"logits by {self.nf4.mean:.2g} (largest {self.nf4.largest:.2g}), KL "
+                f"{self.nf4.divergence:.2g} nats, and changes {self.nf4.changed:.2%} of the choices"
+            )
         return said
 
 
@@ -204,6 +214,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     if single:
         with opened.base():
             adapter = _moved(kept, questions.logits(model))
+    nf4 = _moved_by_nf4(job, kept, questions, precision) if single else None
     step = max(UNIT_ROUNDOFF[stored], UNIT_ROUNDOFF[torch.bfloat16] if precision == "bf16" else 0.0)
     everything = narrowed or precision == "bf16"
     if single and opened.method is not None and opened.method.name == "lora":
@@ -228,7 +239,22 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
         narrowed,
         max(MEAN_FACTOR * rounding.mean, floor),
         max(MAX_FACTOR * rounding.largest, 10 * floor),
+        nf4,
     )
+
+
+def _moved_by_nf4(
+    job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str
+) -> Movement | None:
+    """How far NF4 moves the logits of base and adapter; None where it was not trained over NF4."""
+    run = job.base.run
+    if run is None or run.precision != "nf4":
+        return None
+    rounded = open_run(
+        str(job.run), model=str(job.base.folder), precision=precision, device="cpu", say=lambda line: None
+    )
+    round_to_nf4(rounded.model.base_model)
+    return _moved(kept, questions.logits(rounded.model))
 
 
 def _bare(folder: str, opened: InferenceSession, precision: str) -> PreTrainedModel:

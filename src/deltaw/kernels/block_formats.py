@@ -272,7 +272,8 @@ _READERS: dict[str, Callable[[Tensor], Tensor]] = {
 @cache
 def nf4_values() -> Tensor:
     """(16) in fp32: quantiles of the normal distribution, from -1 to 1, with 0 among them."""
-    return torch.tensor(_NF4_VALUES)
+    with torch._C._DisableTorchDispatch():  # it is kept, so it has values where a dry run asks first too
+        return torch.tensor(_NF4_VALUES)
 
 
 @cache
@@ -281,11 +282,12 @@ def dynamic_codes() -> Tensor:
     (Dettmers, arXiv 1511.04561): for each of 7 powers of ten evenly spaced fractions, twice as many as for
     the one below; then 0 and 1."""
     values = [0.0, 1.0]
-    for power in range(7):
-        bounds = torch.linspace(0.1, 1, 2**power + 1)
-        fractions = (10.0 ** (power - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
-        values += [*fractions, *(-fraction for fraction in fractions)]
-    return torch.tensor(sorted(values))
+    with torch._C._DisableTorchDispatch():  # as nf4_values
+        for power in range(7):
+            bounds = torch.linspace(0.1, 1, 2**power + 1)
+            fractions = (10.0 ** (power - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+            values += [*fractions, *(-fraction for fraction in fractions)]
+        return torch.tensor(sorted(values))
 
 
 def quantize_nf4(weight: Tensor) -> BlockWeight:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
+from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.decode_parts import (
     HEAD,
     LAYERS,
@@ -25,6 +26,7 @@ from deltaw.kernels.decode_parts import (
 )
 from deltaw.kernels.rows import ACTIVATIONS
 from deltaw.kernels.structs import (
+    BlockData,
     DecodeBlock,
     DecodeFactors,
     DecodeLinear,
@@ -60,6 +62,7 @@ class CompiledDecoder:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._sums: list[Tensor] = []
+        self._described: list[BlockData] = []
         pairs = zip(parts.blocks, parts.offsets, strict=False)
         self._blocks = (DecodeBlock * len(parts.blocks))(*(self._block(*pair) for pair in pairs))
         addresses = ctypes.c_void_p * max(1, len(parts.tables))
@@ -119,13 +122,20 @@ class CompiledDecoder:
         )
 
     def _linear(self, layer: DecoderLinear) -> DecodeLinear:
-        sums = None
-        if layer.scale is not None:
-            sums = layer.weight.sum(1, dtype=torch.int32)
-            self._sums.append(sums)
+        weight, sums = layer.weight, None
+        if isinstance(weight, BlockWeight):
+            described = weight.described()
+            self._described.append(described)
+            address, kind = ctypes.addressof(described), weight.number
+        else:
+            address, kind = weight.data_ptr(), loader.number(weight.dtype)
+            if layer.scale is not None:
+                sums = weight.sum(1, dtype=torch.int32)
+                self._sums.append(sums)
         return DecodeLinear(
-            *map(loader.address, (layer.weight, layer.scale, layer.columns, layer.bias, sums)),
-            *(layer.inputs, layer.outputs, loader.number(layer.weight.dtype)),
+            address,
+            *map(loader.address, (layer.scale, layer.columns, layer.bias, sums)),
+            *(layer.inputs, layer.outputs, kind),
         )
 
 

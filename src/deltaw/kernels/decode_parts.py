@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.rows import ACTIVATIONS
 
@@ -27,24 +28,29 @@ class DecoderLinear:
     """y = x·Wᵀ + bias; of a weight in int8, y = (x ∘ columns)·(Q · scale)ᵀ + bias.
 
     Args:
-        weight: (out, in), contiguous, in fp32, bf16 or int8.
+        weight: (out, in), contiguous, in fp32, bf16 or int8; or in blocks, which are multiplied as the
+            numbers that they stand for, rounded to bf16.
         bias: (out) fp32. scale: (out) fp32, of an int8 weight. columns: (in) fp32, SmoothQuant scales.
 
     Raises:
         ValueError: the tensors do not fit each other.
     """
 
-    weight: Tensor
+    weight: Tensor | BlockWeight
     bias: Tensor | None = None
     scale: Tensor | None = None
     columns: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
-            raise ValueError(f"a decoder's weight is fp32, bf16 or int8, not {self.weight.dtype}")
-        if self.weight.dim() != 2 or not self.weight.is_contiguous() or not self.weight.numel():
-            raise ValueError("a decoder's weight is a contiguous matrix (out, in)")
-        if (self.weight.dtype == torch.int8) != (self.scale is not None):
+        if isinstance(self.weight, Tensor):
+            if self.weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+                raise ValueError(f"a decoder's weight is fp32, bf16 or int8, not {self.weight.dtype}")
+            if self.weight.dim() != 2 or not self.weight.is_contiguous():
+                raise ValueError("a decoder's weight is a contiguous matrix (out, in)")
+        if not self.weight.shape.numel():
+            raise ValueError("a decoder's weight is empty")
+        int8 = isinstance(self.weight, Tensor) and self.weight.dtype == torch.int8
+        if int8 != (self.scale is not None):
             raise ValueError("an int8 weight has scales, and no other has")
         if self.columns is not None and self.scale is None:
             raise ValueError("SmoothQuant scales belong to int8 weights")
@@ -63,7 +69,8 @@ class DecoderLinear:
     @property
     def factors_dtype(self) -> torch.dtype:
         """The type in which the factors of this layer's update are kept."""
-        return torch.float32 if self.weight.dtype == torch.float32 else torch.bfloat16
+        plain = isinstance(self.weight, Tensor) and self.weight.dtype == torch.float32
+        return torch.float32 if plain else torch.bfloat16
 
 
 @dataclass(frozen=True, eq=False)

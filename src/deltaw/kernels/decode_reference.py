@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltaw.kernels.block_formats import BlockWeight
+from deltaw.kernels.block_linear import block_linear_reference
 from deltaw.kernels.decode_parts import HEAD, DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.linear import quantized_reference
 from deltaw.kernels.rows import activation_reference, norm_reference, rotate_reference
@@ -139,8 +141,10 @@ def block_reference(
 def linear_reference(x: Tensor, layer: DecoderLinear, tokens: Tokens, place: tuple[int, str]) -> Tensor:
     """A layer with the updates of the adapters of each row; x (n, in) to (n, out)."""
     dtype = x.dtype
-    narrow = x if layer.weight.dtype == torch.float32 else x.to(torch.bfloat16).to(dtype)
-    if layer.scale is not None:
+    narrow = x if layer.factors_dtype == torch.float32 else x.to(torch.bfloat16).to(dtype)
+    if isinstance(layer.weight, BlockWeight):
+        y, _ = block_linear_reference(narrow, layer.weight)
+    elif layer.scale is not None:
         rounded, by = quantized_reference(x, layer.columns)
         sums = (rounded.to(dtype) - 128) @ layer.weight.to(dtype).t()
         y = sums * by[:, None].to(dtype) * layer.scale.to(dtype)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaw.lora.stored import library_of_tensor
+
 SAMPLES = 8
 """Values read per parameter, evenly spread."""
 
@@ -52,7 +54,8 @@ def base_fingerprint(parameters: Iterable[tuple[str, Tensor]], replaced: Iterabl
         if isinstance(noted, Sample):
             samples.append(Sample(name, noted.shape, noted.values))
             continue
-        if not has_values(parameter) or parameter.dtype in (torch.int8, torch.uint8):
+        quantized = parameter.dtype in (torch.int8, torch.uint8) or library_of_tensor(parameter) is not None
+        if not has_values(parameter) or quantized:
             return None  # quantized weights are no longer the values that the model came with
         values = None
         if parameter.numel() and parameter.is_floating_point() and id(parameter) not in without_value:

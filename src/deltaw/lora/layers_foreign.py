@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaw.errors import UserError
 from deltaw.lora import math as closed_form
 from deltaw.lora.adapted import adopt
 from deltaw.lora.layers import LoRALayer
@@ -44,8 +45,19 @@ class LoRAForeignLinear(LoRALayer):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """(..., in_features) to (..., out_features).
+
+        Raises:
+            UserError: gradients are wanted, and the library's product has none.
+        """
         y: Tensor = super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad and not y.requires_grad:
+            raise UserError(
+                f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no "
+                "gradient, so what lies below it would be trained wrongly",
+                where="a layer that is adapted",
+                hint="quantize the weights alone, not what they are multiplied with, or use precision: nf4",
+            )
         if not self.adapting:
             return y
         dropout = self.dropout if self.training else 0.0

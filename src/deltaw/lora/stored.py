@@ -61,7 +61,12 @@ def library_of(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if not isinstance(module, nn.Linear) or weight is None:
         return None
-    of = type(weight).__module__.partition(".")[0]
+    return library_of_tensor(weight)
+
+
+def library_of_tensor(tensor: Tensor) -> str | None:
+    """The library whose quantized tensor this is; None for any other tensor."""
+    of = type(tensor).__module__.partition(".")[0]
     return of if of in LIBRARIES else None
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.linear import quantized_reference, quantized_rows
+from deltaw.lora.fingerprint import has_values
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
 from deltaw.runtime.blocks import blocks_of
@@ -184,8 +185,10 @@ def _best(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, list[floa
 def give_back(weight: Tensor) -> None:
     """Let the system take back the pages of a weight that is read from a mapped file and no longer used.
 
-    They stay in the file; whoever reads them again gets them from there.
+    They stay in the file; whoever reads them again gets them from there. In a dry run there are none.
     """
+    if not has_values(weight):
+        return
     place = _mapping_of(weight.data_ptr())
     if place is None:
         return

@@ -30,11 +30,12 @@ from deltaw.lora.attachment import attachment
 from deltaw.lora.factors import AdapterFactors, Factors, read_factors
 from deltaw.lora.files import FINGERPRINT_KEY, PICKLED_NAME
 from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.stored import weight_shape
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.choose import method_of_folder
 from deltaw.methods.files import metadata_of, read_config, text_or_none
 from deltaw.methods.prompt_file import read_prompt
-from deltaw.runtime.virtual_tokens import input_embedding, weight_of
+from deltaw.runtime.virtual_tokens import input_embedding
 from deltaw.serving.adapters import AdapterFacts
 from deltaw.training.inference import with_saved_template
 from deltaw.training.run_folder import SETTINGS
@@ -201,7 +202,7 @@ class FolderReader:
                 where=str(folder),
                 hint=_OF_ITS_OWN,
             )
-        width = int(weight_of(input_embedding(self._model)).shape[1])
+        width = weight_shape(input_embedding(self._model))[1]
         if file.prompt.dim() != 2 or file.prompt.shape[1] != width:
             raise UserError(
                 f"the soft prompt is {tuple(file.prompt.shape)}, and the model's embedding is {width} wide",
@@ -235,7 +236,7 @@ class FolderReader:
         if declared is None:
             return tuple(self._terminators)
         ids = declared if isinstance(declared, list) else [declared]
-        rows = int(weight_of(input_embedding(self._model)).shape[0])
+        rows = weight_shape(input_embedding(self._model))[0]
         if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
             raise UserError(
                 f"its terminators {ids} are no tokens of the base model",

@@ -104,7 +104,7 @@ class Batch:
     @property
     def known(self) -> int:
         """How many token ids a prompt may have."""
-        return len(self.model.entry.weight)
+        return self.model.entry.known
 
     @property
     def vocabulary(self) -> int:

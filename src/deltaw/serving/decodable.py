@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.hub.loading import attention_of, ordinary_attention
+from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.linear import quantized_rows
-from deltaw.lora.stored import block_weight
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize
@@ -89,8 +89,6 @@ def decodable(
     """
     if model.device.type != "cpu":
         raise NotDecodable("on this device the model's own code runs")
-    if (kept := next(filter(None, map(block_weight, model.modules())), None)) is not None:
-        raise NotDecodable(f"weights in blocks of {kept.format} are decoded by the model's own code")
     int8_head = any(p.dtype == torch.int8 for p in model.parameters())
     with evaluating(model):
         small = _small(model)
@@ -260,12 +258,14 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     if module is None or not isinstance(module._parameters.get("weight"), Tensor):
         raise NotDecodable("a layer has no weight")
     layer = Projection(module)
+    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+    if isinstance(layer.stored, BlockWeight):
+        return DecoderLinear(layer.stored, bias)
     weight, scale, columns = layer.weight.detach(), layer.scale, layer.columns
     if not layer.by_column:
         weight = weight.t()
     if quantize and weight.dtype != torch.int8:
         weight, scale = quantized_rows(weight)
-    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
     return DecoderLinear(weight.contiguous(), bias, scale, columns)
 
 
@@ -290,7 +290,7 @@ def difference(
         adapter: which acts on all tokens; the model must have it on.
         tokens: (n) to compare on, without virtual ones; some of the vocabulary where they are not given.
     """
-    known = len(made.entry.weight)
+    known = made.entry.known
     if tokens is None:
         count = min(SAMPLE, made.positions)
         tokens = torch.randint(0, known, (count,), generator=torch.Generator().manual_seed(0))

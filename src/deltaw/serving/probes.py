@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.kernels.block_formats import BlockWeight
+from deltaw.lora.stored import block_weight
 from deltaw.runtime.generation import position_limit
 
 # Positions that one call of the model goes through; a mask for them is small.
@@ -40,7 +42,7 @@ class Entry:
     """How tokens become rows at the first block, and how positions turn queries and keys.
 
     Attributes:
-        weight: (V, D), the embedding's own.
+        weight: (V, D), the embedding's own; one in blocks stays so.
         scale: what it is multiplied with.
         outer: what embeddings that are given instead of tokens are multiplied with.
         positions: (P, D) fp32, learned positions; None where there are none.
@@ -49,7 +51,7 @@ class Entry:
         limit: P, the positions that there are.
     """
 
-    weight: Tensor
+    weight: Tensor | BlockWeight
     scale: float
     outer: float
     positions: Tensor | None
@@ -57,9 +59,14 @@ class Entry:
     table_of: tuple[int | None, ...]
     limit: int
 
+    @property
+    def known(self) -> int:
+        """V, the tokens that there are, virtual ones left out."""
+        return int(self.weight.shape[0])
+
     def rows(self, tokens: Tensor) -> Tensor:
         """(n) token ids to (n, D) in fp32, without positions."""
-        rows = self.weight.index_select(0, tokens).float()
+        rows = _rows(self.weight, tokens).float()
         return rows if self.scale == 1.0 else rows.mul_(self.scale)
 
 
@@ -140,16 +147,13 @@ class Prober:
         Args:
             most: positions to look at, at most. rotary: whether each block uses the cosines it is given.
         """
-        embedding = self.model.get_input_embeddings()
-        weight = getattr(embedding, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise NotDecodable("its token embedding is not a table")
+        weight = _table(self.model.get_input_embeddings())
         limit = min(position_limit(self.model) or UNSAID, most)
         with torch.no_grad(), self.seen.in_place():
             limit = self._steady(limit, weight.shape[1], rotary)
             learned, tables, table_of = self._along(limit, weight.shape[1], rotary)
             outer, scale = self._scales(weight, learned)
-        return Entry(weight.detach(), scale, outer, learned, tables, table_of, limit)
+        return Entry(weight, scale, outer, learned, tables, table_of, limit)
 
     def _run(self, positions: Tensor, **inputs: Tensor) -> None:
         """Call the backbone on one row at these positions (T)."""
@@ -240,20 +244,21 @@ class Prober:
             raise NotDecodable("some of its positions are zeros")
         return (together if len(together) else None), tuple(tables), tuple(which)
 
-    def _scales(self, weight: Tensor, learned: Tensor | None) -> tuple[float, float]:
+    def _scales(self, weight: Tensor | BlockWeight, learned: Tensor | None) -> tuple[float, float]:
         """What given embeddings, and what the table's rows, are multiplied with."""
         length = min(48, CHUNK if learned is None else len(learned))
-        tokens = torch.arange(0, len(weight), max(1, len(weight) // length))[:length]
+        tokens = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // length))[:length]
         places = torch.arange(len(tokens))
-        taken = weight[tokens].float()
+        rows = _rows(weight, tokens)
+        taken = rows.float()
         shift = 0.0 if learned is None else learned[: len(tokens)]
         self._run(places, inputs_embeds=taken[None])
         outer = _factor(self._first() - shift, taken, _EXACT)
         self._run(places, input_ids=tokens[None])
         found = self._first()
-        scale = _factor(found - shift, taken, _EXACT if weight.dtype == torch.float32 else _ROUNDED)
-        rounded = float(torch.tensor(scale).to(weight.dtype))  # a model in bf16 has its scale in bf16
-        if torch.equal((taken * rounded + shift).to(weight.dtype).float(), found):
+        scale = _factor(found - shift, taken, _EXACT if rows.dtype == torch.float32 else _ROUNDED)
+        rounded = float(torch.tensor(scale).to(rows.dtype))  # a model in bf16 has its scale in bf16
+        if torch.equal((taken * rounded + shift).to(rows.dtype).float(), found):
             scale = rounded
         return outer, scale
 
@@ -284,6 +289,21 @@ class Prober:
         finally:
             del vars(head)["forward"]
         return logits.flatten().float()  # type: ignore[no-any-return]
+
+
+def _table(embedding: nn.Module | None) -> Tensor | BlockWeight:
+    """The rows of a token embedding."""
+    weight = getattr(embedding, "weight", None)
+    if embedding is None or not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise NotDecodable("its token embedding is not a table")
+    return block_weight(embedding) or weight.detach()
+
+
+def _rows(table: Tensor | BlockWeight, tokens: Tensor) -> Tensor:
+    """Rows (n, D) of a token embedding."""
+    if isinstance(table, BlockWeight):
+        return table.rows_at(tokens, torch.bfloat16)
+    return table.index_select(0, tokens)
 
 
 def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "decode.h"
 #include "kernels.h"
+#include "stored_blocks.h"
 #include "tests.h"
 
 namespace {
@@ -17,6 +18,7 @@ struct Model {
     std::vector<std::unique_ptr<Buffer<bf16>>> halves;
     std::vector<std::unique_ptr<Buffer<int8_t>>> bytes;
     std::vector<std::unique_ptr<Buffer<int32_t>>> sums;
+    std::vector<std::unique_ptr<StoredBlocks>> stored;
     std::vector<DecodeBlock> blocks;
     std::vector<DecodeFactors> factors;
     std::vector<const float *> cosines, sines;
@@ -34,6 +36,11 @@ struct Model {
     }
     DecodeLinear linear(int64_t out, int64_t in) {
         DecodeLinear l{nullptr, nullptr, nullptr, numbers(out, 0.1), nullptr, in, out, type};
+        if (deltaw::stored_in_blocks(type)) {
+            stored.push_back(std::make_unique<StoredBlocks>(type, out, in));
+            l.weight = &stored.back()->at;
+            return l;
+        }
         if (type != 2) {
             l.weight = matrix(out * in, 0.2, type);
             return l;
@@ -128,14 +135,17 @@ void test_company(int type, int64_t split, bool parallel, int64_t heads, int64_t
 }
 
 void test_head(int type) {
-    const Model m(type, 0, APART, 1, 1, 4, 51, 4, false);
+    const Model m(type, 0, APART, 1, 1, 4, deltaw::stored_in_blocks(type) ? 512 : 51, 4, false);
     Rows r(m, 9);
     Buffer<float> pages(1);
     for (int64_t i = 0; i < 9; i++) r.sequence[i] = 0, r.positions[i] = (int32_t)i;
     expect(r.step(m, pages.data(), 0, 9) == 0, "a head");
     const DecodeLinear &l = m.model.head;
     const DecodeFactors &f = m.factors.back();
-    auto number = [&](const void *p, int64_t i, int of) { return of == 0 ? (double)((const float *)p)[i] : of == 1 ? to_double(((const bf16 *)p)[i]) : (double)((const int8_t *)p)[i]; };
+    auto number = [&](const void *p, int64_t i, int of) {
+        if (deltaw::stored_in_blocks(of)) return to_double(from_double<bf16>(m.stored.back()->value(i / l.in, i % l.in)));
+        return of == 0 ? (double)((const float *)p)[i] : of == 1 ? to_double(((const bf16 *)p)[i]) : (double)((const int8_t *)p)[i];
+    };
     Numbers expected(9 * l.out);
     for (int64_t i = 0; i < 9; i++)
         for (int64_t n = 0; n < l.out; n++) {
@@ -181,6 +191,10 @@ void test_decode() {
     }
     test_company<float>(0, STACKED, false, 3, 3, 20, 33, 70);
     test_company<bf16>(2, GROUPED, true, 18, 1, 8, 64, 29);
+    for (int type = deltaw::Q4_0; type <= deltaw::NF4; type++) {
+        test_head(type);
+        test_company<bf16>(type, type % 2 ? APART : STACKED, false, 4, 2, 64, 256, 512);
+    }
     test_company<bf16>(1, STACKED, false, 2, 1, 7, 33, 18);  // keys whose last number has no neighbor
     test_refusals();
 }

@@ -161,14 +161,18 @@ class BlockRows {
     BlockRows(const void *weight, int64_t columns) : w(*(const BlockData *)weight), blocks(columns / Of::NUMBERS) {}
 
     // Numbers k … k+31 of a row, k a multiple of 32.
-    void read(int64_t row, int64_t k, F16 (&x)[2]) const {
-        const int64_t block = row * blocks + k / Of::NUMBERS;
-        Of::read(w.data + block * Of::BYTES, (int)(k % Of::NUMBERS / UNIT), x);
+    void read(int64_t row, int64_t k, F16 (&x)[2]) const { read_unit(row, k / Of::NUMBERS, (int)(k % Of::NUMBERS / UNIT), x); }
+
+    // The `unit`-th 32 numbers of a row's block.
+    void read_unit(int64_t row, int64_t block, int unit, F16 (&x)[2]) const {
+        const int64_t number = row * blocks + block;
+        Of::read(w.data + number * Of::BYTES, unit, x);
         if constexpr (FORMAT == NF4) {
-            const F16 scale = set_f(Of::scale(w, block));
+            const F16 scale = set_f(Of::scale(w, number));
             x[0] = x[0] * scale, x[1] = x[1] * scale;
         }
     }
+    const uint8_t *at(int64_t row, int64_t block) const { return w.data + (row * blocks + block) * Of::BYTES; }
 
   private:
     const BlockData &w;

@@ -320,7 +320,7 @@ int dw_decode(const DecodeModel *model, const DecodeStep *step) {
         // Few units of work: each thread takes parts of contexts.
         const bool split = threads > 1 && longest >= STRETCH && (int64_t)w.queries.size() * widest.units < 2 * threads;
         w.partial = split ? scratch.take<float>(rows * widest.heads * (MOST_RANGES + 1) * (2 + widest.head_size)) : nullptr;
-        w.room_of_each = (std::max({product_room(), attention_room(*model), model->hidden}) + 15) / 16 * 16;
+        w.room_of_each = (std::max({product_room(*model), attention_room(*model), model->hidden}) + 15) / 16 * 16;
         w.room = scratch.take<float>(threads * w.room_of_each);
         memcpy(w.x, step->hidden, rows * model->hidden * sizeof(float));
         struct Job {

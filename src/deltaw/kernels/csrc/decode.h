@@ -3,7 +3,7 @@
 #include "block.h"
 
 struct DecodeLinear {  // y = x·Wᵀ + bias, weight (out, in). Of int8: (x ∘ columns)·(W · scale)ᵀ, with the sums of W's rows.
-    const void *weight;
+    const void *weight;  // in blocks (BlockFormat): its BlockData
     const float *scale, *columns, *bias;
     const int32_t *sums;
     int64_t in, out, type;

@@ -4,7 +4,7 @@
 // What differs by instruction set is a Dot: how STEP numbers are multiplied, and how a left side is written for it.
 #pragma once
 #include "arithmetic.h"
-#include "vector.h"
+#include "blocks.h"
 
 namespace deltaw {
 
@@ -165,6 +165,9 @@ struct DotInt8 : SumsI {
     static void put(Left *p, I16 x) { store_i(p, x); }
 };
 #endif
+
+// The type in which a weight is multiplied: blocks as the bf16 numbers that they stand for.
+inline int64_t multiplied_as(int64_t type) { return stored_in_blocks((int)type) ? (int64_t)BF16 : type; }
 
 // body(dot) with the Dot for weights of a type.
 template <class Body>

@@ -43,7 +43,7 @@ Inputs::Inputs(char *memory, int64_t rows, const Part *from, int count, bool upd
     for (int i = 0; i < count; i++) {
         parts[i] = from[i], parts[i].input = i;
         const DecodeLinear &layer = *parts[i].layer;
-        form_of[i] = form(memory, layer.type, layer.columns);
+        form_of[i] = form(memory, multiplied_as(layer.type), layer.columns);
     }
     for (int i = 0; i < count; i++) update_of[i] = parts[i].layer->type == INT8 && updates ? form(memory, BF16, nullptr) : form_of[i];
 }

@@ -1,6 +1,7 @@
 #include "decode_products.h"
 
 #include "activations.h"
+#include "decode_blocks.h"
 #include "decode_words.h"
 
 namespace deltaw {
@@ -9,6 +10,7 @@ namespace {
 
 const int64_t BLOCK = 16;                  // columns that stay together
 const int64_t MOST_COLUMNS = 128, ROWS_AT_ONCE = 128;
+const int64_t TILES_ROOM = 2 * ROWS_AT_ONCE * MOST_COLUMNS;
 const int64_t CHUNK_BYTES = 96 << 10;      // of a weight, which stay in the second-level cache while all rows pass
 
 const int64_t UNITS_OF_EACH = 4;           // that a phase has for each thread, about
@@ -17,7 +19,7 @@ int64_t bytes_of(int64_t type) { return type == F32 ? 4 : type == BF16 ? 2 : 1; 
 
 int64_t chunk_columns(const DecodeLinear &layer) {
     int64_t columns = MOST_COLUMNS;
-    while (columns > BLOCK && columns * layer.in * bytes_of(layer.type) > CHUNK_BYTES) columns /= 2;
+    while (columns > BLOCK && columns * layer.in * bytes_of(multiplied_as(layer.type)) > CHUNK_BYTES) columns /= 2;
     return columns;
 }
 
@@ -130,10 +132,31 @@ class PanelsAhead : public Ahead {
     int64_t bytes_of_group(const DecodeFactors &f) const { return (columns + FACTOR_PANEL - 1) / FACTOR_PANEL * panel_words(*part.layer, f.rank) * 4; }
 };
 
+// Sums of a weight in blocks; `room` is for the numbers of a chunk's columns.
+void raw_sums_of_blocks(const Inputs &inputs, const Part &part, const Tile &t, Ahead *other, bf16 *room) {
+    const DecodeLinear &layer = *part.layer;
+    const Inputs::Form &form = inputs.of(part.input);
+    const int64_t first = part.first + t.c;
+    with_dot(BF16, [&](auto dot) {
+        typedef decltype(dot) Dot;
+        if constexpr (std::is_same<typename Dot::Right, bf16>::value)
+            with_format((int)layer.type, [&](auto format) {
+                const BlockRows<decltype(format)::value> w(layer.weight, layer.in);
+                const typename Dot::Left *x[ROWS_AT_ONCE];
+                for (int64_t r = 0; r < t.rows; r++) x[r] = (const typename Dot::Left *)(form.data + (t.m + r) * form.stride);
+                if (inputs.rows == 1) return dots_of_one_row<Dot>(x[0], w, first, layer.in, t.columns, t.at, other);
+                write_numbers(w, first, t.columns, layer.in, room);
+                all_dots<Dot>(x, t.rows, (const bf16 *)room, layer.in, layer.in, t.columns, t.at, MOST_COLUMNS, nullptr, 0, other);
+            });
+    });
+}
+
 // Meanwhile `ahead` columns are asked for, which begin `distance` columns after the tile's first.
-void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, const Updates &updates, int64_t distance, int64_t ahead) {
+void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, const Updates &updates, int64_t distance, int64_t ahead, bf16 *room) {
     const DecodeLinear &layer = *part.layer;
     PanelsAhead panels(updates, part, t);
+    Ahead *const other = panels.lines && !t.m ? &panels : nullptr;
+    if (stored_in_blocks((int)layer.type)) return raw_sums_of_blocks(inputs, part, t, other, room);
     with_dot(layer.type, [&](auto dot) {
         typedef decltype(dot) Dot;
         typedef typename Dot::Right Right;
@@ -142,8 +165,7 @@ void raw_sums(const Inputs &inputs, const Part &part, const Tile &t, const Updat
         for (int64_t r = 0; r < t.rows; r++) x[r] = (const typename Dot::Left *)(form.data + (t.m + r) * form.stride);
         const Right *const w = (const Right *)layer.weight + (part.first + t.c) * layer.in;
         const int64_t bytes = ahead * layer.in * (int64_t)sizeof(Right);
-        all_dots<Dot>(x, t.rows, w, layer.in, layer.in, t.columns, t.at, MOST_COLUMNS, (const char *)(w + distance * layer.in), bytes,
-                      panels.lines && !t.m ? &panels : nullptr);
+        all_dots<Dot>(x, t.rows, w, layer.in, layer.in, t.columns, t.at, MOST_COLUMNS, (const char *)(w + distance * layer.in), bytes, other);
     });
 }
 
@@ -210,6 +232,7 @@ void finish(const Task &task, const Tile &one, const Tile &two) {
 // Columns begin … end of a task.
 void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inputs, const Updates &updates, const char *h, float *room) {
     const int64_t columns = chunk_columns(*task.first.layer);
+    bf16 *const numbers = (bf16 *)(room + TILES_ROOM);
     for (int64_t c = begin; c < end; c += columns) {
         const int64_t n = std::min(columns, end - c), next = std::min(columns, end - c - n);
         for (int64_t m = 0; m < inputs.rows; m += ROWS_AT_ONCE) {
@@ -217,10 +240,10 @@ void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inp
             const Tile one{room, m, rows, c, n}, two{room + ROWS_AT_ONCE * MOST_COLUMNS, m, rows, c, n};
             // Of many rows the first ones wait for a weight's bytes, so those of the next chunk are asked for meanwhile.
             const int64_t distance = inputs.rows <= DOT_ROWS ? BLOCK : n, ahead = m ? 0 : inputs.rows <= DOT_ROWS ? n : next;
-            raw_sums(inputs, task.first, one, updates, distance, ahead);
+            raw_sums(inputs, task.first, one, updates, distance, ahead, numbers);
             settle(inputs, task.first, one, updates, h);
             if (task.second.layer) {
-                raw_sums(inputs, task.second, two, updates, distance, ahead);
+                raw_sums(inputs, task.second, two, updates, distance, ahead, numbers);
                 settle(inputs, task.second, two, updates, h);
             }
             finish(task, one, two);
@@ -230,7 +253,21 @@ void run_columns(const Task &task, int64_t begin, int64_t end, const Inputs &inp
 
 }  // namespace
 
-int64_t product_room() { return 2 * ROWS_AT_ONCE * MOST_COLUMNS; }
+int64_t product_room(const DecodeModel &model) {
+    int64_t numbers = 0;
+    bool blocks = false;
+    auto look = [&](const DecodeLinear &layer) {
+        if (!layer.weight) return;
+        numbers = std::max(numbers, chunk_columns(layer) * layer.in);
+        blocks |= stored_in_blocks((int)layer.type);
+    };
+    for (int64_t i = 0; i < model.count; i++) {
+        const DecodeBlock &b = model.blocks[i];
+        for (const DecodeLinear *layer : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down}) look(*layer);
+    }
+    look(model.head);
+    return TILES_ROOM + (blocks ? (numbers + 1) / 2 : 0);
+}
 
 void products_of_phase(Crew &crew, const Task *tasks, int count, const Inputs &inputs, const Updates &updates, const char *h, float *room) {
     auto blocks = [](const Task &task) { return (task.columns + BLOCK - 1) / BLOCK; };

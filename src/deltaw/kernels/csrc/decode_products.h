@@ -70,8 +70,8 @@ struct Task {
     int activation = 0;
     float scale = 1, softcap = 0;
 };
-// All tasks, shared out by columns; room: product_room() floats of this thread.
+// All tasks, shared out by columns; room: product_room(model) floats of this thread.
 void products_of_phase(Crew &crew, const Task *tasks, int count, const Inputs &inputs, const Updates &updates, const char *h, float *room);
-int64_t product_room();
+int64_t product_room(const DecodeModel &model);
 
 }  // namespace deltaw

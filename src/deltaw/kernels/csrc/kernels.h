@@ -5,8 +5,8 @@
 #pragma once
 #include <cstdint>
 
-// To be raised whenever a function's arguments or a struct of block.h, blocks.h or decode.h change; the caller compares it with its own.
-const int DW_ABI = 5;
+// To be raised whenever a function's arguments, the types that it takes or a struct of block.h, blocks.h or decode.h change; the caller compares it with its own.
+const int DW_ABI = 6;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 

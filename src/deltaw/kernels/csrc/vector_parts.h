@@ -23,6 +23,7 @@ namespace deltaw {
 
 typedef float vf __attribute__((vector_size(DW_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(DW_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(DW_VECTOR_BYTES)));  // for sums that may wrap
 const int LANES = DW_VECTOR_BYTES / 4, PARTS = 16 / LANES;
 
 struct F16 { vf p[PARTS]; };
@@ -79,7 +80,7 @@ inline F16 nearest(F16 a) { DW_PARTS(F16, one_nearest(a.p[i])); }
 // a · 2^n for whole n from -126 to 128, a from 0.5 to 1.5; infinity from n = 128 on where a ≥ 1, NaN stays NaN.
 inline F16 times_power_of_two(F16 a, F16 n) {
     DW_PARTS(F16, (n.p[i] > one_f(128) || (n.p[i] == one_f(128) && a.p[i] >= one_f(1))) ? one_f(INFINITY)
-             : n.p[i] != n.p[i] ? n.p[i] : (vf)((vi)a.p[i] + (one_to_int(n.p[i]) << 23)));
+             : n.p[i] != n.p[i] ? n.p[i] : (vf)((vu)a.p[i] + ((vu)one_to_int(n.p[i]) << 23)));
 }
 inline float sum_of(F16 a) {
     vf s = a.p[0];
@@ -265,7 +266,6 @@ inline I16 bf16_bits(F16 a) {
     DW_EACH r.p[i] = (vi)vmovl_u16((uint16x4_t)vcvt_bf16_f32((float32x4_t)a.p[i]));
 #else
     DW_EACH {
-        typedef uint32_t vu __attribute__((vector_size(DW_VECTOR_BYTES)));
         const vu x = (vu)a.p[i], rounded = (x + (((x >> 16) & 1) + 0x7fff)) >> 16;
         r.p[i] = a.p[i] == a.p[i] ? (vi)rounded : one_i(0x7fc0);
     }

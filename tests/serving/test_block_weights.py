@@ -1,0 +1,156 @@
+"""The decoder over weights in blocks, of every format: its logits and texts are those of the weights that the
+blocks stand for, with adapters beside each other too, and the blocks stay blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deltaw.kernels import loader
+from deltaw.kernels.block_formats import FORMATS, BlockWeight
+from deltaw.lora import load_adapter
+from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
+from deltaw.runtime.nf4_weights import quantize_nf4
+from deltaw.serving.bank import AdapterBank
+from deltaw.serving.decodable import decodable, tolerance
+from deltaw.serving.factor_places import FactorPlaces, packing
+from deltaw.serving.request import Request
+from tests.byte_models import tiny_llama
+from tests.kernels.test_decode_blocks import drawn
+from tests.runtime.families import VOCABULARY, model_of
+from tests.serving.adapter_folders import write_lora
+from tests.serving.engines import engine_of, greedy
+from tests.serving.mixed_rows import Rows, drawn_prompts, written
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY}
+ROWS, STEPS = 12, 4
+
+
+def in_blocks(name: str) -> tuple[nn.Module, nn.Module]:
+    """A Llama in bf16 whose matrices are blocks of a format, and the one in fp32 of their numbers."""
+    plain = tiny_llama(**WIDE).to(torch.bfloat16).requires_grad_(False)
+    kept = copy.deepcopy(plain)
+    for number, (place, module) in enumerate(list(kept.named_modules())):
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        stored = drawn(name, *module.weight.shape, seed=number)
+        kind = BlockLinear if isinstance(module, nn.Linear) else BlockEmbedding
+        kept.set_submodule(place, kind.of(module, stored))
+        plain.get_submodule(place).weight.data.copy_(stored.dequantized(torch.bfloat16))
+    return kept, plain.float()
+
+
+def off(ours: torch.Tensor, own: torch.Tensor) -> float:
+    return float((ours - own).norm() / own.norm())
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def served(request, tmp_path_factory):
+    """A model in blocks with its decoder, the model of the blocks' numbers, two adapters and their bank."""
+    kept, plain = in_blocks(request.param)
+    made = decodable(kept)
+    bank = AdapterBank(
+        kept, None, packing(FactorPlaces(kept, made.blocks, made.roles), made.decoder), budget_bytes=1 << 30
+    )
+    root = tmp_path_factory.mktemp("adapters")
+    folders = [write_lora(plain, root / str(n), seed=n, rank=4 + 5 * n, size=0.05) for n in range(2)]
+    for number, folder in enumerate(folders):
+        bank.add(str(number), folder)
+    return kept, plain, made, bank, folders
+
+
+def test_logits_in_a_mixed_batch_are_those_of_the_numbers(served):
+    kept, plain, made, bank, folders = served
+    which = [n % 3 - 1 for n in range(ROWS)]
+    packed = [bank.acquire(name).packed for name in bank.names()]
+    prompts = drawn_prompts(ROWS, VOCABULARY)
+    mixed, texts = written(Rows(made, packed, which), prompts, STEPS)
+    carriers = [plain, *(copy.deepcopy(plain) for _ in folders)]
+    for carrier, folder in zip(carriers[1:], folders, strict=True):
+        load_adapter(carrier, folder)
+    exact: list[list[torch.Tensor]] = [[] for _ in carriers]
+    for text in texts:
+        for carrier, found in zip(carriers, exact, strict=True):
+            with torch.no_grad():
+                found.append(carrier(input_ids=torch.as_tensor(text)[None]).logits[0, -STEPS - 1 :])
+    for adapter in (-1, 0, 1):
+        rows = [number for number, of in enumerate(which) if of == adapter]
+        ours = torch.cat([mixed[:, number] for number in rows])
+        distances = [off(ours, torch.cat([found[number] for number in rows])) for found in exact]
+        own = distances.pop(adapter + 1)
+        assert own < tolerance(kept) and 2 * own < min(distances)
+
+
+def test_any_number_of_threads_and_rows_gives_the_same_bits(served):
+    if loader.library() is None:
+        pytest.skip("torch's products depend on how many rows there are")
+    _, _, made, bank, _ = served
+    packed = [bank.acquire(name).packed for name in bank.names()]
+    prompts, before, found = drawn_prompts(3, VOCABULARY), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(written(Rows(made, packed, [-1, 0, 1]), prompts, STEPS)[0])
+            alone = written(Rows(made, packed, [1]), prompts[2:], STEPS)[0]
+            assert torch.equal(alone[:, 0], found[-1][:, 2])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_greedy_texts_are_transformers_on_the_numbers(served):
+    kept, plain, *_ = served
+    engine = engine_of(kept, terminators=(0,))
+    equal = 0
+    try:
+        prompts = drawn_prompts(8, VOCABULARY, seed=3)
+        texts = engine.write_all([Request(prompt, max_new_tokens=12) for prompt in prompts])
+        for prompt, text in zip(prompts, texts, strict=True):
+            ours, own = [*text.tokens.tolist(), 0], [*greedy(plain, prompt, 12, (0,)), 0]
+            equal += ours == own
+            if ours != own:  # where they part, both tokens are likeliest but for rounding
+                at = next(n for n, pair in enumerate(zip(ours, own, strict=False)) if len(set(pair)) > 1)
+                with torch.no_grad():
+                    seen = torch.as_tensor([*prompt, *own[:at]])[None]
+                    logits = plain(input_ids=seen).logits[0, -1]
+                gap = float(logits[own[at]] - logits[ours[at]])
+                assert gap < 2 * tolerance(kept) * float(logits.norm()) / len(logits) ** 0.5
+    finally:
+        engine.close()
+    assert equal >= 6
+
+
+def test_nothing_is_dequantized_for_a_decoder(served):
+    kept, _, made, _, _ = served
+    decoder = made.decoder
+    layers = [layer for block in decoder.blocks for _, layer in block.layers()] + [decoder.head]
+    addresses = {p.data_ptr() for p in kept.parameters()}
+    for layer in layers:
+        assert isinstance(layer.weight, BlockWeight) and layer.weight.data.data_ptr() in addresses
+    assert isinstance(made.entry.weight, BlockWeight) and made.entry.known == VOCABULARY
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "GPTNeoX", "Phi3", "Qwen3"])
+def test_families_in_nf4_are_decoded_too(family):
+    model = model_of(family, torch.bfloat16, intermediate_size=128)
+    assert not quantize_nf4(model.base_model).kept
+    made = decodable(model)
+    plain = model_of(family, torch.bfloat16, intermediate_size=128)
+    for name, module in model.named_modules():
+        if isinstance(module, BlockLinear):
+            plain.get_submodule(name).weight.data.copy_(module.plain_weight())
+    assert isinstance(made.decoder.blocks[0].query.weight, BlockWeight)
+    prompts = drawn_prompts(3, VOCABULARY)
+    logits = Rows(made, [], [-1] * 3).step(prompts)
+    same = decodable(plain)
+    if loader.library() is not None:
+        assert torch.equal(Rows(same, [], [-1] * 3).step(prompts), logits)
+    plain.float()
+    for number, prompt in enumerate(prompts):
+        with torch.no_grad():
+            own = plain(input_ids=torch.as_tensor(np.asarray(prompt))[None]).logits[0, -1]
+        assert off(logits[number], own) < tolerance(model)
