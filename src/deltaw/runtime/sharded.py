@@ -16,9 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from deltaw.lora.fingerprint import Sample, put_sample
 from deltaw.lora.stored import weight_scales
 from deltaw.runtime.blocks import blocks_of
 
-# Named anew in torch 2.13.
-_gathered: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Bytes of all processes' rows that travel at a time; the wire has a buffer of that size.
+PIECE = 2**22
 # Called for each gathering with the block's number and what gathers.
 Wire = Callable[[int, Callable[[], Any]], Any]
 
@@ -119,7 +118,7 @@ class ShardedBlocks:
         from torch.distributed.device_mesh import DeviceMesh
 
         self._blocks, self._prefix, self._weights, self._wire = blocks, prefix, weights, wire
-        self._group, self._room = group, Room()
+        self._group = group
         self._mesh = DeviceMesh.from_group(group, "cpu")
         self._classes: list[type | None] = [None] * len(blocks)
         self._tables: list[dict[str, dict[str, nn.Parameter | None]]] = [{} for _ in blocks]
@@ -238,7 +237,7 @@ class ShardedBlocks:
         block.register_forward_hook(_no_view, prepend=True)
         self._classes[number] = type(block)
         with self._as_sharded(number) as sharded:
-            sharded.set_custom_all_gather(_Gather(number, self._wire, self._room))
+            sharded.set_custom_all_gather(_Gather(number, self._wire))
         # FSDP works by hooks; under its own class again, the block is recognized by the rest as before.
         block.__class__ = own
         self._note(number)
@@ -301,40 +300,99 @@ def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
     return output
 
 
-class Room:
-    """Memory that is used again and again; it grows to the largest that was asked for."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Room for so many numbers of a type."""
-        needed = count * dtype.itemsize
-        if needed > self._bytes.numel():
-            self._bytes = torch.empty(0, dtype=torch.uint8)
-            self._bytes = torch.empty(needed, dtype=torch.uint8)
-        return self._bytes[:needed].view(dtype)
-
-
 class _Gather:
-    """FSDP's gathering of a block's rows (its ``AllGather``), with a wire told of it.
+    """FSDP's gathering of a block's rows (its ``AllGather``), straight into the block's weights.
 
-    What comes over the wire is copied into the block's weights at once, so that one room serves all blocks.
+    FSDP gathers a block into one flat buffer and copies the weights out of it, and gloo has a buffer of the
+    same size beside its output: two blocks at a time. Here the flat buffer is an :class:`_Arriving`, which
+    takes no memory. Its rows travel when the weights are to be copied out of it, piece by piece.
     """
 
-    def __init__(self, number: int, wire: Wire, room: Room) -> None:
-        self._number, self._wire, self._room = number, wire, room
+    def __init__(self, number: int, wire: Wire) -> None:
+        self._number, self._wire = number, wire
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._room.of(math.prod(map(int, size)), dtype)
+        return _Arriving(torch.Size(map(int, size)), dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> Any:
-        def gather() -> Any:
-            return _gathered(output_tensor, input_tensor, group=group, async_op=async_op)
+    ) -> None:
+        assert isinstance(output_tensor, _Arriving)
+        output_tensor.gather = lambda rows, out: self._wire(
+            self._number, lambda: gather_rows(rows, out, group)
+        )
 
-        return self._wire(self._number, gather)
+
+class _Arriving(Tensor):
+    """What FSDP takes for the flat buffer of a block's gathered rows; it has a size and no values.
+
+    Attributes:
+        rows: this process's, of each weight.
+        gather: gives all processes' rows of each weight to the tensors given.
+    """
+
+    rows: list[Tensor]
+    gather: Callable[[list[Tensor], list[Tensor]], Any]
+
+    @staticmethod
+    def __new__(cls, size: torch.Size, dtype: torch.dtype) -> _Arriving:
+        return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device="cpu")  # type: ignore
+
+    def __init__(self, size: torch.Size, dtype: torch.dtype) -> None:
+        self.rows = []
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The three things that FSDP does with its buffer."""
+        ops = torch.ops
+        if operator is ops.fsdp.all_gather_copy_in.default:
+            own, buffer = args[:2]
+            buffer.rows = list(own)
+            return own[0], buffer
+        if operator is ops.aten.view.default:
+            viewed = _Arriving(torch.empty(args[0].shape, device="meta").view(args[1]).shape, args[0].dtype)
+            viewed.rows, viewed.gather = args[0].rows, args[0].gather
+            return viewed
+        if operator is ops.fsdp.split_with_sizes_copy.default:
+            return args[0].gather(args[0].rows, kwargs["out"])
+        raise NotImplementedError(f"torch {torch.__version__} does {operator} with FSDP's buffer")
+
+
+def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """All processes' rows, in pieces, so that what the wire itself holds stays small.
+
+    Args:
+        rows: this process's, of each weight, flat and of one type.
+        out: for each weight (processes, numbers of ``rows``), contiguous.
+    """
+    most = max(1, PIECE // (group.size() * rows[0].element_size()))
+    gathered: list[tuple[Tensor, list[Tensor]]] = []
+    for own, whole in zip(rows, out, strict=True):
+        for begin in range(0, len(own), most):
+            end = min(begin + most, len(own))
+            gathered.append((own[begin:end], [row[begin:end] for row in whole]))
+    together: list[tuple[Tensor, list[Tensor]]] = []
+    for piece in [*gathered, None]:
+        if together and (piece is None or sum(len(own) for own, _ in [*together, piece]) > most):
+            _gather_piece(together, group)
+            together = []
+        if piece is not None:
+            together.append(piece)
+
+
+def _gather_piece(piece: list[tuple[Tensor, list[Tensor]]], group: dist.ProcessGroup) -> None:
+    """Gather some rows; those of several weights in one buffer."""
+    if len(piece) == 1:
+        own, places = piece[0]
+        dist.all_gather(places, own, group=group)
+        return
+    flat = torch.cat([own for own, _ in piece])
+    found = list(flat.new_empty(group.size(), len(flat)))
+    dist.all_gather(found, flat, group=group)
+    sizes = [len(own) for own, _ in piece]
+    for process, received in enumerate(found):
+        for (_, places), value in zip(piece, received.split(sizes), strict=True):
+            places[process].copy_(value)
 
 
 def _no_blocks(folder: Path, why: str) -> UserError:
