@@ -33,8 +33,8 @@ from deltaw.lora.fingerprint import Sample, put_sample
 from deltaw.lora.stored import weight_scales
 from deltaw.runtime.blocks import blocks_of
 
-# Bytes of all processes' rows that travel at a time; the wire has a buffer of that size.
-PIECE = 2**22
+# Rows of fewer bytes, as a norm's, travel together: a message costs as much as sending so many bytes does.
+SMALL = 2**16
 # Called for each gathering with the block's number and what gathers.
 Wire = Callable[[int, Callable[[], Any]], Any]
 
@@ -303,9 +303,9 @@ def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
 class _Gather:
     """FSDP's gathering of a block's rows (its ``AllGather``), straight into the block's weights.
 
-    FSDP gathers a block into one flat buffer and copies the weights out of it, and gloo has a buffer of the
-    same size beside its output: two blocks at a time. Here the flat buffer is an :class:`_Arriving`, which
-    takes no memory. Its rows travel when the weights are to be copied out of it, piece by piece.
+    FSDP gathers a block into one flat buffer and copies the weights out of it, and gloo's ``all_gather`` has
+    a buffer of the same size beside its output. Here the flat buffer is an :class:`_Arriving`, which takes no
+    memory: the rows travel only when the weights are to be copied out of it.
     """
 
     def __init__(self, number: int, wire: Wire) -> None:
@@ -359,40 +359,31 @@ class _Arriving(Tensor):
 
 
 def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """All processes' rows, in pieces, so that what the wire itself holds stays small.
+    """All processes' rows, each received where it belongs; every process sends its own to every other.
 
     Args:
         rows: this process's, of each weight, flat and of one type.
         out: for each weight (processes, numbers of ``rows``), contiguous.
     """
-    most = max(1, PIECE // (group.size() * rows[0].element_size()))
-    gathered: list[tuple[Tensor, list[Tensor]]] = []
-    for own, whole in zip(rows, out, strict=True):
-        for begin in range(0, len(own), most):
-            end = min(begin + most, len(own))
-            gathered.append((own[begin:end], [row[begin:end] for row in whole]))
-    together: list[tuple[Tensor, list[Tensor]]] = []
-    for piece in [*gathered, None]:
-        if together and (piece is None or sum(len(own) for own, _ in [*together, piece]) > most):
-            _gather_piece(together, group)
-            together = []
-        if piece is not None:
-            together.append(piece)
-
-
-def _gather_piece(piece: list[tuple[Tensor, list[Tensor]]], group: dist.ProcessGroup) -> None:
-    """Gather some rows; those of several weights in one buffer."""
-    if len(piece) == 1:
-        own, places = piece[0]
-        dist.all_gather(places, own, group=group)
-        return
-    flat = torch.cat([own for own, _ in piece])
-    found = list(flat.new_empty(group.size(), len(flat)))
-    dist.all_gather(found, flat, group=group)
-    sizes = [len(own) for own, _ in piece]
+    rank, size = group.rank(), group.size()
+    small = [n for n, own in enumerate(rows) if own.numel() * own.element_size() < SMALL]
+    flat = torch.cat([rows[n] for n in small]) if small else rows[0][:0]
+    found = flat.new_empty(size, len(flat))
+    given = [(rows[n], out[n]) for n in range(len(rows)) if n not in small] + [(flat, found)] * bool(small)
+    sent: list[Any] = []
+    for step in range(1, size):  # at each, every process sends to one and receives from one
+        to, source = (rank + step) % size, (rank - step) % size
+        for tag, (own, whole) in enumerate(given):
+            sent.append(dist.isend(own, group=group, group_dst=to, tag=tag))
+            sent.append(dist.irecv(whole[source], group=group, group_src=source, tag=tag))
+    for own, whole in given:
+        whole[rank].copy_(own)
+    for work in sent:
+        work.wait()
+    sizes = [len(rows[n]) for n in small]
     for process, received in enumerate(found):
-        for (_, places), value in zip(piece, received.split(sizes), strict=True):
-            places[process].copy_(value)
+        for n, value in zip(small, received.split(sizes), strict=True):
+            out[n][process].copy_(value)
 
 
 def _no_blocks(folder: Path, why: str) -> UserError:
