@@ -2,10 +2,10 @@
 
     python benchmarks/sharded.py [--precision fp32] [--width 768] [--blocks 16] [--processes 1 2 4]
 
-Trains a few steps of a random Llama with ``train.sharding: base``, two rows a process and step. Of the process
-that takes most, it tells how far its memory rose above what process 0 held before the model was loaded.
-Expected is what it rose by in one process, less the blocks, with base / P and one block, and with the vector
-in which gradients are added up. The planned peak stands beside the measured one.
+Trains a few steps of a random Llama with ``train.sharding: base``, two rows a process and step. Of the
+process that takes most, it tells how far its memory rose above what process 0 held before the model was
+loaded. Expected is what it rose by in one process, less the blocks, with base / P and one block, and with the
+vector in which gradients are added up. The planned peak stands beside the measured one.
 """
 
 from __future__ import annotations

@@ -100,9 +100,7 @@ def plan_run(
     return of_each(made, config.train.sharding, processes)
 
 
-def _planned(
-    config: RunConfig, task: Task, data: RunData, process_bytes: int | None, processes: int
-) -> Plan:
+def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | None, processes: int) -> Plan:
     """The plan of a process with its rows, made by a dry run."""
     threads = choose_threads(config.threads).value
     torch.set_num_threads(threads)  # what some operators take besides their results depends on it
@@ -222,7 +220,8 @@ class _DryRun:
 
 
 def _dry_run(session: Session, processes: int) -> _DryRun:
-    """A few of the heaviest steps of the process that has most to do, an evaluation of the longest rows, and the measurement of drift."""
+    """A few of the heaviest steps of the process with most to do, an evaluation of the longest rows, and the
+    measurement of drift."""
     heaviest = heaviest_step(session, processes)
     telling, marks = TellingBatcher(session, heaviest.labeled), [(0, 0)]
     meter = DriftMeter(session)
