@@ -318,7 +318,7 @@ class _Gather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         assert isinstance(output_tensor, _Arriving)
-        output_tensor.gather = lambda rows, out: self._wire(
+        output_tensor.receive = lambda rows, out: self._wire(
             self._number, lambda: gather_rows(rows, out, group)
         )
 
@@ -328,11 +328,11 @@ class _Arriving(Tensor):
 
     Attributes:
         rows: this process's, of each weight.
-        gather: gives all processes' rows of each weight to the tensors given.
+        receive: gives all processes' rows of each weight to the tensors given.
     """
 
     rows: list[Tensor]
-    gather: Callable[[list[Tensor], list[Tensor]], Any]
+    receive: Callable[[list[Tensor], list[Tensor]], Any]
 
     @staticmethod
     def __new__(cls, size: torch.Size, dtype: torch.dtype) -> _Arriving:
@@ -342,7 +342,9 @@ class _Arriving(Tensor):
         self.rows = []
 
     @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """The three things that FSDP does with its buffer."""
         ops = torch.ops
         if operator is ops.fsdp.all_gather_copy_in.default:
@@ -351,10 +353,10 @@ class _Arriving(Tensor):
             return own[0], buffer
         if operator is ops.aten.view.default:
             viewed = _Arriving(torch.empty(args[0].shape, device="meta").view(args[1]).shape, args[0].dtype)
-            viewed.rows, viewed.gather = args[0].rows, args[0].gather
+            viewed.rows, viewed.receive = args[0].rows, args[0].receive
             return viewed
         if operator is ops.fsdp.split_with_sizes_copy.default:
-            return args[0].gather(args[0].rows, kwargs["out"])
+            return args[0].receive(args[0].rows, kwargs["out"])
         raise NotImplementedError(f"torch {torch.__version__} does {operator} with FSDP's buffer")
 
 
