@@ -57,7 +57,7 @@ def command(
     size = None if budget is None else parse_bytes(budget)
     if picture is not None:
         picture_kind(Path(picture))
-    known = recalled(config, names) if size is None else None
+    known = recalled(config, names, processes) if size is None else None
     if known is not None:
         for line in known.lines:
             out.print(line, highlight=False)

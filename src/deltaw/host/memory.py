@@ -129,12 +129,15 @@ def give_large_blocks_back() -> None:
     """Let this process's allocator give blocks of a megabyte and more back as soon as they are freed.
 
     For weights that come and go, block by block, among tensors that stay: kept in one heap, the holes between
-    them would add up to a large part of the model. Where it is not glibc's allocator, nothing happens.
+    them would add up to a large part of the model. What is free at the heap's end goes back too, since glibc
+    would cut large blocks from it. Where it is not glibc's allocator, nothing happens.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "mallopt"):
-            library.mallopt(_M_MMAP_THRESHOLD, 2**20)
+            for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+                library.mallopt(parameter, 2**20)
+            trim_memory()
 
 
 def _physical_memory(root: Path) -> int:

@@ -91,7 +91,8 @@ class StoredWeights:
                         shape = file.get_slice(self._stored[name]).get_shape()
                         given = torch.empty(0, *shape[1:])
                     else:
-                        given = file.get_slice(self._stored[name])[rows[0] : rows[1]]
+                        # A view of the mapped file would hold more: the system maps what lies around it.
+                        given = file.get_slice(self._stored[name])[rows[0] : rows[1]].clone()
                     found[name] = given.to(self._dtypes[name])
         return found
 

@@ -65,31 +65,38 @@ class Plan:
     disk_bytes: int = 0
     block_bytes: tuple[int, int] = (0, 0)
 
-    def divided(self, processes: int) -> Plan:
-        """The plan of one of several processes among which the blocks' weights are divided.
+    def of_process(self, processes: int, *, divided: bool) -> Plan:
+        """The plan of one of several processes that train together.
 
-        Each holds its share and up to two blocks: while a block is gathered, what came over the wire stands
-        beside the weights that are made of it.
+        Beside what a process needs that trains its rows alone, it holds the vector in which the gradients of
+        all are added up.
+
+        Args:
+            divided: whether the blocks' weights are divided among them. Then a process holds its share, and
+                one block as a whole.
         """
         blocks, largest = self.block_bytes
-        saved = blocks - min(blocks, -(-blocks // processes) + 2 * largest)
+        saved = blocks - min(blocks, -(-blocks // processes) + largest) if divided else 0
+        vector = 4 * self.trained_parameters
         weights = self.parts["weights"] - saved
-        tensors = {**self.resident, "tensors": self.resident["tensors"] - saved}
+        tensors = {**self.resident, "tensors": self.resident["tensors"] - saved + vector}
+        loading = self.phases["loading"]
+        if divided:  # files are open for one block at a time
+            loading = min(loading - saved, self.resident["process"] + weights)
         phases = {
             **self.phases,
-            # Files are open for one block at a time.
-            "loading": min(self.phases["loading"] - saved, self.resident["process"] + weights),
-            "training": self.phases["training"] - saved,
-            "saving": self.phases["saving"] - saved,
+            "loading": loading,
+            "training": self.phases["training"] - saved + vector,
+            "saving": self.phases["saving"] - saved + vector,
         }
         resident = _with_excess({k: v for k, v in tensors.items() if k not in PROCESS_PHASES}, phases)
         return dataclasses.replace(
             self,
-            peak_bytes=self.peak_bytes - saved,
+            peak_bytes=self.peak_bytes - saved + vector,
             peak_resident_bytes=sum(resident.values()),
-            parts={**self.parts, "weights": weights},
+            parts={**self.parts, "weights": weights, "gradients": self.parts["gradients"] + vector},
             resident=resident,
-            timeline=tuple((phase, size - saved) for phase, size in self.timeline),
+            timeline=tuple((phase, size - saved + vector) for phase, size in self.timeline),
             phases=phases,
         )
 

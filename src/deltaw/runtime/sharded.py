@@ -16,9 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from deltaw.lora.fingerprint import Sample, put_sample
 from deltaw.lora.stored import weight_scales
 from deltaw.runtime.blocks import blocks_of
 
-# Named anew in torch 2.13.
-_gathered: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Rows of fewer bytes, as a norm's, travel together: a message costs as much as sending so many bytes does.
+SMALL = 2**16
 # Called for each gathering with the block's number and what gathers.
 Wire = Callable[[int, Callable[[], Any]], Any]
 
@@ -119,7 +118,7 @@ class ShardedBlocks:
         from torch.distributed.device_mesh import DeviceMesh
 
         self._blocks, self._prefix, self._weights, self._wire = blocks, prefix, weights, wire
-        self._group, self._room = group, Room()
+        self._group = group
         self._mesh = DeviceMesh.from_group(group, "cpu")
         self._classes: list[type | None] = [None] * len(blocks)
         self._tables: list[dict[str, dict[str, nn.Parameter | None]]] = [{} for _ in blocks]
@@ -238,7 +237,7 @@ class ShardedBlocks:
         block.register_forward_hook(_no_view, prepend=True)
         self._classes[number] = type(block)
         with self._as_sharded(number) as sharded:
-            sharded.set_custom_all_gather(_Gather(number, self._wire, self._room))
+            sharded.set_custom_all_gather(_Gather(number, self._wire))
         # FSDP works by hooks; under its own class again, the block is recognized by the rest as before.
         block.__class__ = own
         self._note(number)
@@ -301,40 +300,92 @@ def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
     return output
 
 
-class Room:
-    """Memory that is used again and again; it grows to the largest that was asked for."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Room for so many numbers of a type."""
-        needed = count * dtype.itemsize
-        if needed > self._bytes.numel():
-            self._bytes = torch.empty(0, dtype=torch.uint8)
-            self._bytes = torch.empty(needed, dtype=torch.uint8)
-        return self._bytes[:needed].view(dtype)
-
-
 class _Gather:
-    """FSDP's gathering of a block's rows (its ``AllGather``), with a wire told of it.
+    """FSDP's gathering of a block's rows (its ``AllGather``), straight into the block's weights.
 
-    What comes over the wire is copied into the block's weights at once, so that one room serves all blocks.
+    FSDP gathers a block into one flat buffer and copies the weights out of it, and gloo's ``all_gather`` has
+    a buffer of the same size beside its output. Here the flat buffer is an :class:`_Arriving`, which takes no
+    memory: the rows travel only when the weights are to be copied out of it.
     """
 
-    def __init__(self, number: int, wire: Wire, room: Room) -> None:
-        self._number, self._wire, self._room = number, wire, room
+    def __init__(self, number: int, wire: Wire) -> None:
+        self._number, self._wire = number, wire
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._room.of(math.prod(map(int, size)), dtype)
+        return _Arriving(torch.Size(map(int, size)), dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> Any:
-        def gather() -> Any:
-            return _gathered(output_tensor, input_tensor, group=group, async_op=async_op)
+    ) -> None:
+        assert isinstance(output_tensor, _Arriving)
+        output_tensor.receive = lambda rows, out: self._wire(
+            self._number, lambda: gather_rows(rows, out, group)
+        )
 
-        return self._wire(self._number, gather)
+
+class _Arriving(Tensor):
+    """What FSDP takes for the flat buffer of a block's gathered rows; it has a size and no values.
+
+    Attributes:
+        rows: this process's, of each weight.
+        receive: gives all processes' rows of each weight to the tensors given.
+    """
+
+    rows: list[Tensor]
+    receive: Callable[[list[Tensor], list[Tensor]], Any]
+
+    @staticmethod
+    def __new__(cls, size: torch.Size, dtype: torch.dtype) -> _Arriving:
+        return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device="cpu")  # type: ignore
+
+    def __init__(self, size: torch.Size, dtype: torch.dtype) -> None:
+        self.rows = []
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """The three things that FSDP does with its buffer."""
+        ops = torch.ops
+        if operator is ops.fsdp.all_gather_copy_in.default:
+            own, buffer = args[:2]
+            buffer.rows = list(own)
+            return own[0], buffer
+        if operator is ops.aten.view.default:
+            viewed = _Arriving(torch.empty(args[0].shape, device="meta").view(args[1]).shape, args[0].dtype)
+            viewed.rows, viewed.receive = args[0].rows, args[0].receive
+            return viewed
+        if operator is ops.fsdp.split_with_sizes_copy.default:
+            return args[0].receive(args[0].rows, kwargs["out"])
+        raise NotImplementedError(f"torch {torch.__version__} does {operator} with FSDP's buffer")
+
+
+def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """All processes' rows, each received where it belongs; every process sends its own to every other.
+
+    Args:
+        rows: this process's, of each weight, flat and of one type.
+        out: for each weight (processes, numbers of ``rows``), contiguous.
+    """
+    rank, size = group.rank(), group.size()
+    small = [n for n, own in enumerate(rows) if own.numel() * own.element_size() < SMALL]
+    flat = torch.cat([rows[n] for n in small]) if small else rows[0][:0]
+    found = flat.new_empty(size, len(flat))
+    given = [(rows[n], out[n]) for n in range(len(rows)) if n not in small] + [(flat, found)] * bool(small)
+    sent: list[Any] = []
+    for step in range(1, size):  # at each, every process sends to one and receives from one
+        to, source = (rank + step) % size, (rank - step) % size
+        for tag, (own, whole) in enumerate(given):
+            sent.append(dist.isend(own, group=group, group_dst=to, tag=tag))
+            sent.append(dist.irecv(whole[source], group=group, group_src=source, tag=tag))
+    for own, whole in given:
+        whole[rank].copy_(own)
+    for work in sent:
+        work.wait()
+    sizes = [len(rows[n]) for n in small]
+    for process, received in enumerate(found):
+        for n, value in zip(small, received.split(sizes), strict=True):
+            out[n][process].copy_(value)
 
 
 def _no_blocks(folder: Path, why: str) -> UserError:

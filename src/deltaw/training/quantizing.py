@@ -5,6 +5,7 @@ Knows models and rows; not methods, and not how products in int8 are computed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,16 +50,17 @@ def quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]
         if all(isinstance(row, Example) for row in rows):
             labels = torch.cat([torch.from_numpy(row.is_label) for row in rows])[:length].nonzero()[:, 0]
         found: list[Tensor] = []
-        report = quantize_int8(
-            model.base_model, lambda: found.append(model.base_model(input_ids=tokens[None])[0][0])
-        )
+        inputs: dict[str, Any] = {"input_ids": tokens[None]}
+        if "use_cache" in inspect.signature(model.base_model.forward).parameters:
+            inputs["use_cache"] = False  # keys and values of all blocks can be more than a block's weights
+        report = quantize_int8(model.base_model, lambda: found.append(model.base_model(**inputs)[0][0]))
         sharded = sharded_blocks(model)
         if sharded is not None:
             sharded.finish()
         said = [f"precision int8: {report}"]
         head = model.get_output_embeddings()
         if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
-            found.append(model.base_model(input_ids=tokens[None])[0][0])
+            found.append(model.base_model(**inputs)[0][0])
             before, after = (
                 loss_of_outputs(model, hidden[labels - 1], tokens[labels], int8=int8)
                 for hidden, int8 in zip(found, (False, True), strict=True)

@@ -25,9 +25,10 @@ def parse_bytes(text: str, where: str = "--budget") -> int:
 
 
 def of_each(plan: Plan, sharding: str, processes: int) -> Plan:
-    """The plan of each of several processes, from that of one (``train.sharding``)."""
-    divides = sharding == "base" and processes > 1 and plan.method == "lora"
-    return plan.divided(processes) if divides else plan
+    """The plan of each of several processes, from that of one with its rows (``train.sharding``)."""
+    if processes == 1:
+        return plan
+    return plan.of_process(processes, divided=sharding == "base" and plan.method == "lora")
 
 
 def refuse_memory(memory: str | None, verb: str) -> None:

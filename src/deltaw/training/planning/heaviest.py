@@ -15,6 +15,7 @@ from deltaw.data.sequences import joined, lengths_of
 from deltaw.kernels.layout import Layout
 from deltaw.training.features.prompts import StoredPrompts
 from deltaw.training.loop import rows_of_step
+from deltaw.training.parallel.dealing import deal
 from deltaw.training.session import Session
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 
@@ -36,7 +37,7 @@ class Heaviest:
     """The step with the largest microbatch.
 
     Attributes:
-        rows: of that step. shapes: (rows, length) of its microbatches.
+        rows: of that step, or of one process in it. shapes: (rows, length) of its microbatches.
         every: the shapes of all steps that were searched. evaluated: those of evaluations.
         labeled: rows of another step, which has a shorter microbatch with so many labels that it may take
             more; empty where there is no such step.
@@ -68,9 +69,13 @@ class Heaviest:
         return _kinds(self.tiles, self.evaluated_tiles)
 
 
-def heaviest_step(session: Session) -> Heaviest:
+def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
     """Find the step with the largest microbatch, among equals the one with the most labels; and another step
-    where labels may outweigh tokens."""
+    where labels may outweigh tokens.
+
+    Args:
+        processes: that share the rows of a step; its rows are then those of one of them.
+    """
     settings, batcher = session.config.train, session.batcher
     if isinstance(session.prefix, StoredPrompts):
         batcher = session.prefix.batcher
@@ -82,19 +87,28 @@ def heaviest_step(session: Session) -> Heaviest:
     laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
     every: set[tuple[int, int]] = set()
     tiles: set[TileShape] = set()
-    found: list[tuple[int, int, int]] = []
-    for step in steps:
+    found: list[tuple[int, int, tuple[int, int]]] = []
+
+    def shares_of(step: int) -> list[Sequence[Any]]:
         rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
-        shapes = batcher.shapes(rows)
-        every.update(shapes)
-        labels = batcher.labels(rows) if isinstance(batcher, CausalMicroBatcher) else [0] * len(shapes)
-        found += [(c * n, many, step) for (c, n), many in zip(shapes, labels, strict=True)]
-        if step in laid_out:
-            tiles |= _tile_shapes(session, rows)
+        if processes == 1:
+            return [rows]
+        dealt = deal(rows, processes, share=bool(getattr(batcher, "share", False)))
+        return [[rows[place] for place in places] for places in dealt]
 
-    def rows_of(step: int) -> Sequence[Any]:
-        return rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+    def rows_of(place: tuple[int, int]) -> Sequence[Any]:
+        return shares_of(place[0])[place[1]]
 
+    for step in steps:
+        for process, rows in enumerate(shares_of(step)):
+            if not rows:
+                continue
+            shapes = batcher.shapes(rows)
+            every.update(shapes)
+            labels = batcher.labels(rows) if isinstance(batcher, CausalMicroBatcher) else [0] * len(shapes)
+            found += [(c * n, many, (step, process)) for (c, n), many in zip(shapes, labels, strict=True)]
+            if step in laid_out:
+                tiles |= _tile_shapes(session, rows)
     largest = max(found)
     labeled: Sequence[Any] = ()
     if isinstance(batcher, CausalMicroBatcher) and session.prefix is None:
@@ -115,7 +129,7 @@ def heaviest_step(session: Session) -> Heaviest:
     )
 
 
-def _weigher(session: Session) -> Callable[[tuple[int, int, int]], float]:
+def _weigher(session: Session) -> Callable[[tuple[int, int, Any]], float]:
     """Roughly the bytes that come with the tokens and the labels of a microbatch."""
     config = session.model.config.get_text_config()
     size = session.model.dtype.itemsize
@@ -124,7 +138,7 @@ def _weigher(session: Session) -> Callable[[tuple[int, int, int]], float]:
     token, label = vectors * blocks * width * size, config.vocab_size * (LOGIT_COPIES + size)
     most = getattr(session.objective, "chunk", 1)
 
-    def weigh(one: tuple[int, int, int]) -> float:
+    def weigh(one: tuple[int, int, Any]) -> float:
         return one[0] * token + min(one[1], most) * label
 
     return weigh

@@ -83,14 +83,14 @@ def plan_run(
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
     """
-    remembered = Remembered.of(config)
+    remembered = Remembered.of(config, processes=processes)
     known = None if remembered is None else remembered.plan(data.every)
     if known is not None:
         return of_each(known, config.train.sharding, processes)
     try:
         # The steps of the dry run are not told one by one: nothing is measured or evaluated.
         with working(f"planning the memory of method {config.method}"), listening(None):
-            made = _planned(config, task, data, process_bytes)
+            made = _planned(config, task, data, process_bytes, processes)
     except UserError as error:
         if remembered is not None:
             remembered.keep_refusal(error, data.every)
@@ -100,8 +100,8 @@ def plan_run(
     return of_each(made, config.train.sharding, processes)
 
 
-def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | None) -> Plan:
-    """The plan, made by a dry run."""
+def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | None, processes: int) -> Plan:
+    """The plan of a process with its rows, made by a dry run."""
     threads = choose_threads(config.threads).value
     torch.set_num_threads(threads)  # what some operators take besides their results depends on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
@@ -125,7 +125,8 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     made: list[_DryRun] = []
 
     def run() -> None:
-        made.append(_dry_run(assemble(config, task, data, model, device="cpu", new_modules=new)))
+        session = assemble(config, task, data, model, device="cpu", new_modules=new)
+        made.append(_dry_run(session, processes))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)
     (done,) = made
@@ -218,9 +219,10 @@ class _DryRun:
         )
 
 
-def _dry_run(session: Session) -> _DryRun:
-    """A few of the heaviest steps, an evaluation of the longest rows, and the measurement of drift."""
-    heaviest = heaviest_step(session)
+def _dry_run(session: Session, processes: int) -> _DryRun:
+    """A few of the heaviest steps of the process with most to do, an evaluation of the longest rows, and the
+    measurement of drift."""
+    heaviest = heaviest_step(session, processes)
     telling, marks = TellingBatcher(session, heaviest.labeled), [(0, 0)]
     meter = DriftMeter(session)
     # A search for the learning rate trains as the run does, beside a copy of what is trained.

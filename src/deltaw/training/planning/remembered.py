@@ -58,11 +58,14 @@ class Remembered:
     found: dict[str, Any]
 
     @classmethod
-    def of(cls, config: RunConfig, files: list[object] | None = None) -> Remembered | None:
+    def of(
+        cls, config: RunConfig, files: list[object] | None = None, processes: int = 1
+    ) -> Remembered | None:
         """None where it cannot be told whether a model or rows changed.
 
         Args:
             files: stamps of the run's files, where they are known already.
+            processes: that share the rows of a step.
         """
         files = _files_of(config) if files is None else files
         if files is None:
@@ -73,6 +76,7 @@ class Remembered:
             "files": files,
             "source": _source(),
             "machine": _machine(),
+            "processes": processes,
         }
         kept = recall(KIND, key)
         return cls(key, kept if isinstance(kept, dict) else {})
@@ -137,8 +141,11 @@ class Recalled:
     lines: list[str]
 
 
-def recalled(config: RunConfig, methods: Sequence[str]) -> Recalled | None:
+def recalled(config: RunConfig, methods: Sequence[str], processes: int = 1) -> Recalled | None:
     """The plans of all these methods; None where one of them was not made before.
+
+    Args:
+        processes: that share the rows of a step.
 
     Raises:
         UserError: the run's own method does not fit the model.
@@ -149,7 +156,7 @@ def recalled(config: RunConfig, methods: Sequence[str]) -> Recalled | None:
     plans: dict[str, Plan] = {}
     lines: list[str] = []
     for method in methods:
-        kept = Remembered.of(config.model_copy(update={"method": method}), files)
+        kept = Remembered.of(config.model_copy(update={"method": method}), files, processes)
         plan = None if kept is None else kept.plan()
         if kept is not None and plan is not None:
             lines = lines or kept.lines
