@@ -157,7 +157,7 @@ def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
 
 
 def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
-    from deltaw.training.session import checkpoint_blocks
+    from deltaw.training.activation_checkpointing import checkpoint_blocks
 
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)

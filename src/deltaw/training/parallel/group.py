@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.parallel.dealing import deal
 from deltaw.training.parallel.gradient_sum import GradientSum
@@ -139,8 +140,18 @@ class Group(Reducer):
             state.replan(total)
         return True
 
-    def deal(self, rows: Sequence[Any], *, share: bool) -> Sequence[Any]:
-        return [rows[place] for place in deal(rows, self.size, share=share)[self.rank]]
+    def deal(self, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
+        costing = getattr(batcher, "costing", lambda given: given)(rows)
+        share = bool(getattr(batcher, "share", False))
+        return [rows[place] for place in deal(costing, self.size, share=share)[self.rank]]
+
+    @torch.no_grad()
+    def add(self, numbers: Tensor, *, patient: bool = False) -> Tensor:
+        own = numbers.detach().cpu()
+        found = own.clone() if own is numbers else own
+        with self._wire():
+            dist.all_reduce(found, group=self._orders if patient else None)
+        return found.to(numbers.device)
 
     def own_random_numbers(self, seed: int, step: int) -> None:
         if self.rank:  # else all would drop the same
@@ -166,7 +177,9 @@ class Group(Reducer):
         return batches if self._gradients is None else self._gradients.microbatches(batches)
 
     @torch.no_grad()
-    def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+    def total(
+        self, parameters: Sequence[nn.Parameter], sums: StepSums | None, watched: Watched | None = None
+    ) -> StepSums | None:
         self.together = False
         gradients = self._gradients
         assert gradients is not None, "begin() was not called"
@@ -177,7 +190,9 @@ class Group(Reducer):
         if sums is not None:
             loss = float(sums.loss)
             numbers = [float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(own))]
-        found = self._add(torch.tensor([loss, *numbers], dtype=torch.float64)).tolist()
+        counts = torch.zeros(0) if watched is None else watched.totals().cpu()
+        summed = self._add(torch.cat([torch.tensor([loss, *numbers], dtype=torch.float64), counts.double()]))
+        found = summed[:5].tolist()
         with self._wire():
             gradients.wait()
         if found[3]:
@@ -186,6 +201,8 @@ class Group(Reducer):
         if found[4] != self.size * len(own):  # somewhere a parameter took no part
             wanted = (self._add(torch.tensor(own, dtype=torch.int32)) > 0).tolist()
         gradients.use(wanted)
+        if watched is not None:
+            watched.count(summed[5:])
         return StepSums(torch.tensor(found[0], dtype=torch.float64), int(found[1]), int(found[2]))
 
     def dismiss(self) -> None:

@@ -33,8 +33,6 @@ def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
     train = config.train
     if train.learning_rate == "search":
         raise _refused("a search for the learning rate", "train.learning_rate", "give a number or auto")
-    if config.task == "preference":
-        raise _refused("losses of preferences", "task", "choose another task")
     if train.keep_features is True:
         raise _refused("keeping features of frozen layers", "train.keep_features", "set it to false")
     check_device(config, processes)
