@@ -273,9 +273,6 @@ def test_other_verbs_and_a_search_are_refused_by_name(settings, tmp_path):
     zero, one = train(write_settings(tmp_path / "run.yaml", made), 2)
     assert zero[0] == 2 and "search for the learning rate" in zero[2] and "train.learning_rate" in zero[2]
     assert one == (2, "", "") and not (tmp_path / "run" / "run.yaml").exists()
-    pairs = {**settings(tmp_path / "run"), "task": "preference"}
-    zero, _ = train(write_settings(tmp_path / "run.yaml", pairs), 2)
-    assert zero[0] == 2 and "several processes cannot use losses of preferences" in zero[2]
 
 
 @pytest.mark.slow
