@@ -12,6 +12,7 @@ from deltaw.errors import UserError
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.fit import load_for
 from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.monitoring.rate_search import follow_rate
 from deltaw.training.not_finite import NotFiniteError, WhenNotFinite
 from deltaw.training.parallel.agreement import assemble_alike, receive_settings
 from deltaw.training.parallel.evaluation import take_part
@@ -58,6 +59,7 @@ def _follow(group: Group) -> int:
         group.gather = sharded.gather
     group.evaluate = lambda number: take_part(session, number)
     try:
+        follow_rate(session, group)
         with session.running():
             session.train(
                 not_finite=WhenNotFinite(train.not_finite == "skip", lambda found: None, lambda found: [])

@@ -31,8 +31,6 @@ def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
     if sharded:
         config = as_sharded(config, say)
     train = config.train
-    if train.learning_rate == "search":
-        raise _refused("a search for the learning rate", "train.learning_rate", "give a number or auto")
     if train.keep_features is True:
         raise _refused("keeping features of frozen layers", "train.keep_features", "set it to false")
     check_device(config, processes)
