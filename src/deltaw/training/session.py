@@ -40,6 +40,7 @@ from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.features.prompt_store import stored_prompts
 from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.features.sharing import Sharing
 from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
@@ -369,11 +370,19 @@ def _keep_features(session: Session, invocation: Choice | None) -> None:
         session.chosen["train.keep_features"] = kept
         session.said += [f"the adapter acts from {invocation} on", f"prompts: {kept}"]
     elif keep:
-        with session.running(), method.evaluating(model):
-            session.prefix, kept = cached_prefix(model, objective, batcher, rows)
-        session.chosen["train.keep_features"] = kept
-        if session.prefix is not None:
-            session.said.append(f"features computed once for each row: {kept}")
+        sharing = Sharing(session.processes)
+
+        def keep_now() -> None:
+            with session.running(), method.evaluating(model):
+                session.prefix, kept = cached_prefix(model, objective, batcher, rows, sharing=sharing)
+            session.chosen["train.keep_features"] = kept
+            if session.prefix is not None:
+                session.said.append(f"features computed once for each row: {kept}")
+
+        if sharing.leads:
+            keep_now()
+        if sharing.tell(keeps=session.prefix is not None) and not sharing.leads:
+            keep_now()
 
 
 def _take_general_answers(session: Session) -> None:

@@ -44,7 +44,7 @@ class Group(Reducer):
     """This process among several.
 
     Args:
-        rank, size, local_size: as :class:`Reducer` has them.
+        rank, size, local_size, local_rank: as :class:`Reducer` has them.
         orders: a gloo group for what process 0 says, with a long time limit.
         gradients: a group of the same processes for the sum of gradients alone.
         seconds: the time limit of what all do together.
@@ -67,8 +67,9 @@ class Group(Reducer):
         gradients: dist.ProcessGroup,
         *,
         seconds: float,
+        local_rank: int = 0,
     ) -> None:
-        self.rank, self.size, self.local_size = rank, size, local_size
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.lost = False
         self.evaluate: Callable[[int], None] = lambda number: None
         self.gather: Callable[[int], None] = lambda number: None
@@ -106,6 +107,16 @@ class Group(Reducer):
         return bytes(self._broadcast(torch.zeros(length, dtype=torch.uint8)).tolist()).decode()
 
     # What the loop asks
+
+    def texts(self, text: str) -> list[str]:
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        sizes = self.add(sizes, patient=True)
+        every = torch.zeros(self.size, int(sizes.max()), dtype=torch.uint8)
+        every[self.rank, : len(own)] = own
+        every = self.add(every, patient=True)
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(every, sizes.tolist(), strict=True)]
 
     def begin(self, state: TrainState) -> bool:
         if self.rank == 0:

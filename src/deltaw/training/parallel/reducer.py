@@ -43,11 +43,13 @@ class Reducer:
     """One process: every answer is its own.
 
     Attributes:
-        rank: this process's number, from 0. size: how many there are. local_size: of them on this machine.
+        rank: this process's number, from 0. size: how many there are. local_rank, local_size: the same of
+            this machine's, whose numbers follow each other.
     """
 
     rank = 0
     size = 1
+    local_rank = 0
     local_size = 1
 
     def begin(self, state: TrainState) -> bool:
@@ -89,6 +91,10 @@ class Reducer:
         """The microbatches of a step, for one that no other backward follows: gradients may travel while the
         last of them is computed."""
         return batches
+
+    def texts(self, text: str) -> list[str]:
+        """One text of each process, by their numbers; all ask for it together."""
+        return [text]
 
     def total(
         self, parameters: Sequence[nn.Parameter], sums: StepSums | None, watched: Watched | None = None
