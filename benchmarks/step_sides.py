@@ -78,8 +78,8 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     from deltaw.host.memory import keep_freed_memory
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.packed import packed_rows
+    from deltaw.training.activation_checkpointing import checkpoint_blocks
     from deltaw.training.loop import train
-    from deltaw.training.session import checkpoint_blocks
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 

@@ -22,6 +22,7 @@ from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime import partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
+from deltaw.training.activation_checkpointing import checkpoint_blocks
 from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.features import prompt_store, store
 from deltaw.training.features.prompt_store import stored_prompts
@@ -30,7 +31,7 @@ from deltaw.training.fit import fit, load_for
 from deltaw.training.inference import open_run, score_run
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.seen import resolve_invocation
-from deltaw.training.session import assemble, checkpoint_blocks, read_data
+from deltaw.training.session import assemble, read_data
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer

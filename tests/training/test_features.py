@@ -157,7 +157,7 @@ def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
 
 
 def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
-    from deltaw.training.session import checkpoint_blocks
+    from deltaw.training.activation_checkpointing import checkpoint_blocks
 
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)
@@ -282,8 +282,8 @@ def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
     model, rows = train_head(causal_model("llama"), "lm_head"), causal_rows()
     with packed_rows(model):
         cached, _ = opened(model, rows, tmp_path)
-        for _ in cached.batcher.batches(rows):
-            pass
+        for batch in cached.batcher.batches(rows):
+            assert batch.features is batch.features  # computed once, when they are asked for
         expected = cached.store.read(np.arange(cached.rows.units)).clone()
         cached.close()
         # As if killed while the values of these rows were being written.
@@ -297,8 +297,8 @@ def test_rows_without_their_mark_are_computed_again_after_a_kill(tmp_path):
         del marks, values
         again, _ = opened(model, rows, tmp_path)
         assert np.flatnonzero(~again.store.done).tolist() == lost
-        for _ in again.batcher.batches(rows):
-            pass
+        for batch in again.batcher.batches(rows):
+            assert batch.features is batch.features  # computed once, when they are asked for
         torch.testing.assert_close(again.store.read(np.arange(again.rows.units)), expected)
         again.close()
 

@@ -23,9 +23,9 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.reports.progress import TerminalCallback
 from deltaw.runtime.packed import packed_rows
+from deltaw.training.activation_checkpointing import checkpoint_blocks
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run
-from deltaw.training.session import checkpoint_blocks
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_gpt2

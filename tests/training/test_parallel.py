@@ -265,17 +265,10 @@ def test_a_port_in_use_is_an_error_in_words(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_verbs_and_a_search_are_refused_by_name(settings, tmp_path):
+def test_other_verbs_are_refused_by_name(settings, tmp_path):
     port = free_port()
     ((status, _, said),) = ended([start(0, 2, port, ["tune", "run.yaml"])])
     assert status == 2 and "'tune' runs in one process" in said
-    made = settings(tmp_path / "run", train={"learning_rate": "search"})
-    zero, one = train(write_settings(tmp_path / "run.yaml", made), 2)
-    assert zero[0] == 2 and "search for the learning rate" in zero[2] and "train.learning_rate" in zero[2]
-    assert one == (2, "", "") and not (tmp_path / "run" / "run.yaml").exists()
-    pairs = {**settings(tmp_path / "run"), "task": "preference"}
-    zero, _ = train(write_settings(tmp_path / "run.yaml", pairs), 2)
-    assert zero[0] == 2 and "several processes cannot use losses of preferences" in zero[2]
 
 
 @pytest.mark.slow

@@ -111,10 +111,11 @@ def test_the_divergence_is_no_less_than_zero_and_has_no_gradient():
     )
     logs = RowLogProbs(values, torch.tensor([0, 1]), torch.tensor([0, 1]), rows)
     loss = UnpairedLoss(WEIGHTED)
-    loss.estimate(torch.tensor([-3.0, 1.0]))
+    loss.estimate(torch.tensor([-2.0, 2.0]))
     assert float(loss.divergence) == 0
-    loss.estimate(torch.tensor([0.5, 0.1], requires_grad=True))
-    assert float(loss.divergence) == pytest.approx(0.3) and not loss.divergence.requires_grad
+    assert loss.distance(logs).tolist() == [-0.5, 2] and not loss.distance(logs).requires_grad
+    loss.estimate(torch.tensor([0.6, 2.0]))
+    assert float(loss.divergence) == pytest.approx(0.3)
     found = loss.of_rows(logs)
     exact = [1.5 * (1 - 1 / (1 + np.exp(-0.3 * 0.2))), 0.7 * (1 - 1 / (1 + np.exp(-0.3 * 1.3)))]
     assert found.losses.tolist() == pytest.approx(exact)

@@ -39,7 +39,7 @@ from deltaw.training.monitoring.monitor import Monitor, check_monitored
 from deltaw.training.monitoring.rate_search import choose_rate
 from deltaw.training.monitoring.time_budget import now
 from deltaw.training.not_finite import NotFinite, WhenNotFinite
-from deltaw.training.parallel.agreement import send_facts, send_settings
+from deltaw.training.parallel.agreement import assemble_alike, send_settings
 from deltaw.training.parallel.joining import refuse_alone
 from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.parallel.settings import as_parallel, threads_of
@@ -57,7 +57,7 @@ from deltaw.training.resuming import (
 )
 from deltaw.training.run_folder import RunFolder, check_output, is_unfinished
 from deltaw.training.run_state import FOLDER
-from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.session import Session, read_data
 from deltaw.training.start import Start, begin, settings_of
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.summary import RunSummary
@@ -188,9 +188,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     if start.found is not None:
         compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
-    session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
-    session.processes = processes
-    send_facts(session, loaded, processes)
+    session = assemble_alike(config, task, data, loaded, processes)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:

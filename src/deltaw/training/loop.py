@@ -180,11 +180,8 @@ class _Loop:
         watched: Watched | None = getattr(self.objective, "watched", None)
         if watched is not None:
             watched.clear()
-        begin = getattr(self.objective, "begin", None)
-        if begin is not None:
-            begin(rows, self.batcher)
         sums, general = self.own_gradients(rows, units, stopped)
-        sums = self.reducer.total(state.trained, sums)
+        sums = self.reducer.total(state.trained, sums, watched)
         if sums is None:
             state.abandon_step()
             return None
@@ -213,8 +210,7 @@ class _Loop:
             label_tokens=units,
             seconds=time.perf_counter() - begun,
             general_loss=None if self.add_gradients is None else general_loss,
-            # Of several processes, each has seen its own rows alone.
-            metrics={} if watched is None or self.reducer.size > 1 else watched.means(),
+            metrics={} if watched is None else watched.means(),
         )
         state.end_step(step)
         return step
@@ -224,9 +220,12 @@ class _Loop:
     ) -> tuple[StepSums | None, Tensor | float]:
         """The gradients of this process's rows of a step, and of what is added to them: the sums, None where
         it was asked to stop, and the added loss."""
-        state, share = self.state, bool(getattr(self.batcher, "share", False))
-        own = self.reducer.deal(rows, share=share)
+        state = self.state
+        own = self.reducer.deal(rows, self.batcher)
         self.reducer.own_random_numbers(state.order.seed, state.step)
+        begin = getattr(self.objective, "begin", None)
+        if begin is not None:
+            begin(rows, self.batcher, self.reducer)
         stopped = self.reducer.stops(stopped)
         batches = self.reducer.batches(self.batcher, own, rows)
         if self.add_gradients is None:

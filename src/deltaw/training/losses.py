@@ -9,8 +9,8 @@ model's side changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -99,9 +99,47 @@ class Watched(Protocol):
         """Begin a step."""
         ...
 
+    def totals(self) -> Tensor:
+        """(n,) the sums so far: as many numbers whatever was counted, so that those of several processes can
+        be added up."""
+        ...
+
+    def count(self, totals: Tensor) -> None:
+        """Have these sums instead, those of all processes."""
+        ...
+
     def means(self) -> dict[str, float]:
         """Metrics of the step by name; waits for the device."""
         ...
+
+
+@dataclass
+class WatchedSums:
+    """What most of :class:`Watched` are: sums over a step, on their device; ``means`` is left to each.
+
+    Attributes:
+        size: how many sums there are.
+    """
+
+    size: ClassVar[int]
+    sums: Tensor | None = field(default=None, repr=False)
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.sums = None
+
+    def totals(self) -> Tensor:
+        """(size,) the sums, 0 where nothing was counted."""
+        return torch.zeros(self.size, dtype=torch.float64) if self.sums is None else self.sums
+
+    def count(self, totals: Tensor) -> None:
+        """Have these sums instead."""
+        self.sums = totals
+
+    def _plus(self, parts: Sequence[Tensor]) -> None:
+        """Add the sums of a microbatch."""
+        sums = unrounded(torch.stack(list(parts)))
+        self.sums = sums if self.sums is None else self.sums + sums
 
 
 class CrossEntropy:

@@ -46,7 +46,11 @@ BatchIn = TypeVar("BatchIn", contravariant=True)
 
 
 class MicroBatcher(Protocol[RowIn, BatchOut]):
-    """Cuts the rows of an optimizer step into microbatches. How it does so changes no result."""
+    """Cuts the rows of an optimizer step into microbatches. How it does so changes no result.
+
+    One whose microbatches hold other rows than it is given also has ``costing(rows)``: by whose cost each of
+    them is dealt where several processes train together.
+    """
 
     def batches(self, rows: Sequence[RowIn]) -> Iterator[BatchOut]:
         """The microbatches of these rows, each laid out only when its turn comes."""
@@ -60,8 +64,9 @@ class MicroBatcher(Protocol[RowIn, BatchOut]):
 class Objective(Protocol[BatchIn]):
     """A model together with what it is trained to make small.
 
-    One whose loss depends on a step's rows together also has ``begin(rows, batcher)``, which is called with
-    them before their microbatches come.
+    One whose loss depends on a step's rows together also has ``begin(rows, batcher, processes)``, which is
+    called with them before their microbatches come; ``processes`` deal rows and add up numbers where several
+    train together (:class:`deltaw.training.parallel.reducer.Reducer`).
     """
 
     def __call__(self, batch: BatchIn) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 from deltaw.errors import UserError
 from deltaw.kernels.transfer import to_device
 from deltaw.preference_settings import PreferenceSettings
-from deltaw.training.losses import RowLogProbs, unrounded
+from deltaw.training.losses import RowLogProbs, WatchedSums
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,20 @@ class PairLosses:
         return (self.rewards[:, 0] - self.rewards[:, 1]).sign() / 2 + 0.5
 
 
-@dataclass
-class StepMetrics:
-    """Sums over the pairs of a step, on their device, which is waited for by :meth:`means` alone."""
+class StepMetrics(WatchedSums):
+    """Of pairs: their accuracies, both rewards, and how many there are."""
 
-    pairs: int = 0
-    sums: Tensor | None = field(default=None, repr=False)
-
-    def clear(self) -> None:
-        """Begin a step."""
-        self.pairs, self.sums = 0, None
+    size = 4
 
     def add(self, found: PairLosses) -> None:
         """Add a microbatch."""
-        sums = unrounded(torch.cat([found.accuracies.sum()[None], found.rewards.sum(0)]))
-        self.pairs += len(found.losses)
-        self.sums = sums if self.sums is None else self.sums + sums
+        pairs = found.rewards.new_tensor(float(len(found.losses)))
+        self._plus([found.accuracies.sum(), *found.rewards.sum(0), pairs])
 
     def means(self) -> dict[str, float]:
         """By name; empty where there was no pair."""
-        if self.sums is None:
-            return {}
-        accuracy, chosen, rejected = (value / self.pairs for value in self.sums.tolist())
-        return named(accuracy, chosen, rejected)
+        *sums, pairs = self.totals().tolist()
+        return named(*(value / pairs for value in sums)) if pairs else {}
 
 
 class PreferenceLoss:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deltaw.config import RunConfig
 from deltaw.data.chat_template import read_chat_template
@@ -22,14 +21,13 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import PeakWatch
-from deltaw.hub.quiet import quiet
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import flex, loader
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
-from deltaw.runtime.layer_entry import lowest_trained
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.sharded import sharded_blocks
+from deltaw.training.activation_checkpointing import checkpoint_blocks
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
@@ -42,6 +40,7 @@ from deltaw.training.features.cached import CachedPrefix
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.features.prompt_store import stored_prompts
 from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.features.sharing import Sharing
 from deltaw.training.guarantee import may_skip
 from deltaw.training.keep_general import KeepGeneral
 from deltaw.training.loop import count_steps, train
@@ -291,11 +290,13 @@ def assemble(
     *,
     device: str,
     new_modules: Sequence[str] = (),
+    processes: Reducer = ALONE,
 ) -> Session:
     """Put a freshly loaded model, a method and rows together.
 
     Args:
         new_modules: names of modules that the model's files do not hold; every method trains them.
+        processes: that all assemble the same, and train together.
 
     Raises:
         UserError: the method does not fit the model, or a row is too long for it.
@@ -317,7 +318,7 @@ def assemble(
         virtual_tokens=method.virtual_tokens,
     )
     task.initialize_head(model, new_modules, data.train)
-    data = data.mapped(lambda rows: task.referenced(model, rows, batcher))
+    data = data.mapped(lambda rows: task.referenced(model, rows, batcher, processes))
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     def calibrate() -> None:
@@ -346,22 +347,42 @@ def assemble(
     with method.evaluating(model):
         objective = task.objective(model)
     session = Session(config, model, method, task, data, batcher, objective, chosen, said, identity=identity)
+    session.processes = processes
     if settings.keep_general:
         _take_general_answers(session)
-    seen_again = session.total_steps * settings.batch_size > len(data.train)
+    _keep_features(session, invocation)
+    return session
+
+
+def _keep_features(session: Session, invocation: Choice | None) -> None:
+    """Decide what of the frozen layers' outputs is kept, and say so.
+
+    Args:
+        invocation: from where on in a row the adapter acts; None where it acts everywhere.
+    """
+    model, method, settings = session.model, session.method, session.config.train
+    batcher, objective, rows = session.batcher, session.objective, session.data.every
+    seen_again = session.total_steps * settings.batch_size > len(session.data.train)
     keep = settings.keep_features is True or (settings.keep_features == "auto" and seen_again)
     if invocation is not None:
         with session.running(), method.evaluating(model):
-            session.prefix, kept = stored_prompts(model, objective, batcher, data.every, keep=keep)
-        chosen["train.keep_features"] = kept
-        said += [f"the adapter acts from {invocation} on", f"prompts: {kept}"]
+            session.prefix, kept = stored_prompts(model, objective, batcher, rows, keep=keep)
+        session.chosen["train.keep_features"] = kept
+        session.said += [f"the adapter acts from {invocation} on", f"prompts: {kept}"]
     elif keep:
-        with session.running(), method.evaluating(model):
-            session.prefix, kept = cached_prefix(model, objective, batcher, data.every)
-        chosen["train.keep_features"] = kept
-        if session.prefix is not None:
-            said.append(f"features computed once for each row: {kept}")
-    return session
+        sharing = Sharing(session.processes)
+
+        def keep_now() -> None:
+            with session.running(), method.evaluating(model):
+                session.prefix, kept = cached_prefix(model, objective, batcher, rows, sharing=sharing)
+            session.chosen["train.keep_features"] = kept
+            if session.prefix is not None:
+                session.said.append(f"features computed once for each row: {kept}")
+
+        if sharing.leads:
+            keep_now()
+        if sharing.tell(keeps=session.prefix is not None) and not sharing.leads:
+            keep_now()
 
 
 def _take_general_answers(session: Session) -> None:
@@ -409,35 +430,3 @@ def head_modules(model: nn.Module) -> list[str]:
     base = getattr(model, "base_model_prefix", "")
     children = [(name, child) for name, child in model.named_children() if name != base]
     return [name for name, child in children if any(True for _ in child.parameters())]
-
-
-def checkpoint_blocks(
-    model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()
-) -> None:
-    """Turn activation checkpointing on: a block keeps its input alone, and its backward runs it again.
-
-    The model stays in eval mode, so that its own dropout stays off; the checkpointed blocks alone are told
-    that they train.
-
-    Args:
-        blocks: True for all of them, or how many: the lowest that a backward reaches, since by the time they
-            run again, the activations of the upper ones are gone.
-        trained: the trained parameters; below the lowest of them no backward goes.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(model).__name__} has no activation checkpointing",
-            where="train.checkpointing",
-            hint="set train.checkpointing to false, or lower train.tokens_per_pass",
-        )
-    with quiet():
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # Only reentrant checkpointing needs it; the backward would run through all that is frozen.
-        model.disable_input_require_grads()
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if blocks is not True:
-        level = lowest_trained(model, trained) if trained else None
-        begin = level.index if level is not None and level.kind == "block" else 0
-        found = found[begin : begin + int(blocks)]
-    for module in found:
-        module.training = True

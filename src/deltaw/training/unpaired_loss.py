@@ -11,14 +11,14 @@ Knows no model and no data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaw.preference_settings import PreferenceSettings
-from deltaw.training.losses import RowLogProbs, unrounded
+from deltaw.training.losses import RowLogProbs, WatchedSums, unrounded
 from deltaw.training.preference_losses import references_of
 
 
@@ -37,33 +37,29 @@ class AnswerLosses:
     accuracies: Tensor
 
 
-@dataclass
-class AnswerMetrics:
-    """Sums over the answers of a step, on their device, which is waited for by :meth:`means` alone."""
+class AnswerMetrics(WatchedSums):
+    """Of answers: their accuracies, rewards of either kind, how many of either, and divergences."""
 
-    sums: Tensor | None = field(default=None, repr=False)
-
-    def clear(self) -> None:
-        """Begin a step."""
-        self.sums = None
+    size = 6
 
     def add(self, found: AnswerLosses, divergence: Tensor) -> None:
         """Add a microbatch, whose answers count with the same divergence as the step's others."""
         rewards, desired = found.rewards, found.desired.to(found.rewards.dtype)
-        parts = [
-            found.accuracies.sum(),
-            (rewards * desired).sum(),
-            (rewards * (1 - desired)).sum(),
-            desired.sum(),
-            (1 - desired).sum(),
-            divergence.to(rewards.dtype) * len(rewards),
-        ]
-        sums = unrounded(torch.stack(parts))
-        self.sums = sums if self.sums is None else self.sums + sums
+        self._plus(
+            [
+                found.accuracies.sum(),
+                (rewards * desired).sum(),
+                (rewards * (1 - desired)).sum(),
+                desired.sum(),
+                (1 - desired).sum(),
+                divergence.to(rewards.dtype) * len(rewards),
+            ]
+        )
 
     def means(self) -> dict[str, float]:
         """By name; empty where there was no answer."""
-        return {} if self.sums is None else named_answers(*self.sums.tolist())
+        sums = self.totals().tolist()
+        return named_answers(*sums) if sums[3] + sums[4] else {}
 
 
 class UnpairedLoss:
@@ -79,9 +75,15 @@ class UnpairedLoss:
         self.divergence = torch.zeros(())
         self.watched = AnswerMetrics()
 
-    def estimate(self, ratios: Tensor) -> None:
-        """Set z from r (rows,) of prompts with other rows' answers."""
-        self.divergence = ratios.detach().mean().clamp(min=0)
+    def estimate(self, sums: Tensor) -> None:
+        """Set z from (2,) the sum of r over prompts with other rows' answers, and their number."""
+        self.divergence = (sums[0] / sums[1]).clamp(min=0)
+
+    def distance(self, rows: RowLogProbs) -> Tensor:
+        """(2,) the sum of r over rows, and their number, without a graph: what :meth:`estimate` takes,
+        summed."""
+        ratios = unrounded(self.ratios(rows))
+        return torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))])
 
     def ratios(self, rows: RowLogProbs) -> Tensor:
         """(rows,) r, differentiable."""

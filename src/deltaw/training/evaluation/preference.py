@@ -17,7 +17,7 @@ from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.preference_losses import PreferenceLoss, named
 from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.unpaired import UnpairedObjective
+from deltaw.training.tasks.unpaired import UnpairedObjective, distance, mismatched
 from deltaw.training.unpaired_loss import named_answers
 
 
@@ -65,7 +65,7 @@ def evaluate_unpaired(
     """
     loss = objective.unpaired
     parts = [answers[start : start + ROWS_AT_ONCE] for start in range(0, len(answers), ROWS_AT_ONCE)]
-    objective.begin(answers, batcher)
+    loss.estimate(distance(objective, batcher.batches(mismatched(answers))))
     # Of each answer: loss, accuracy, reward, whether it is desired.
     table = np.empty((len(answers), 4))
     for number, part in enumerate(parts):

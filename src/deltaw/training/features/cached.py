@@ -10,6 +10,7 @@ Knows examples, batches, layer entry points and stores; not files, keys or optim
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -26,10 +27,20 @@ from deltaw.training.microbatches import AnyBatcher, AnyObjective
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedBatch:
-    """A batch and the values that the model is resumed with; all else is asked of the batch."""
+    """A batch and the values that the model is resumed with; all else is asked of the batch.
+
+    Attributes:
+        take: reads the values, or computes them; called where they are needed, so that a process which goes
+            through the batches of others computes nothing for them.
+    """
 
     inner: Any
-    features: Tensor
+    take: Callable[[], Tensor]
+
+    @functools.cached_property
+    def features(self) -> Tensor:
+        """The values."""
+        return self.take()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -10,6 +10,7 @@ Knows examples, batches and layer entry points; not files, losses or where the v
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -104,17 +105,18 @@ class EveryToken(_Feed):
         self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
         for batch in batcher.batches(rows):
-            found = self._sources(batch)
-            slots = index.slots([example for example, _ in found])
-            if store.done[slots].all():
-                lead = batch.inputs["input_ids"].shape if self._is_text else (batch.rows, self._patches)
-                # Nothing attends to what fills a batch up; any vector that is there will do.
-                places = np.full(math.prod(lead), index.starts[slots[0]])
-                places[np.concatenate([own for _, own in found])] = index.places(slots)
-                hidden = to_device(store.read(places), self.device).view(*lead, *self._tail)
-            else:
-                hidden = self.keep(batch, index, store)
-            yield CachedBatch(batch, hidden)
+            yield CachedBatch(batch, functools.partial(self._read, batch, index, store))
+
+    def _read(self, batch: Any, index: RowIndex, store: FeatureStore) -> Tensor:
+        found = self._sources(batch)
+        slots = index.slots([example for example, _ in found])
+        if not store.done[slots].all():
+            return self.keep(batch, index, store)
+        lead = batch.inputs["input_ids"].shape if self._is_text else (batch.rows, self._patches)
+        # Nothing attends to what fills a batch up; any vector that is there will do.
+        places = np.full(math.prod(lead), index.starts[slots[0]])
+        places[np.concatenate([own for _, own in found])] = index.places(slots)
+        return to_device(store.read(places), self.device).view(*lead, *self._tail)
 
     def _sources(self, batch: Any, hidden: Tensor | None = None) -> list[tuple[Any, np.ndarray]]:
         if isinstance(batch, Batch):
@@ -148,9 +150,9 @@ class LabelTokens(_Feed):
     def batches(
         self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
-        self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):
             places = index.places(index.slots(part))
+            take = functools.partial(self._read, part, places, batcher, index, store)
             count = len(places)
             batch = Batch(
                 inputs={},
@@ -162,7 +164,18 @@ class LabelTokens(_Feed):
                 tokens=count,
                 members=_members(part),
             )
-            yield CachedBatch(batch, to_device(store.read(places), self.device)[None])
+            yield CachedBatch(batch, take)
+
+    def _read(
+        self,
+        rows: Sequence[Any],
+        places: np.ndarray,
+        batcher: AnyBatcher,
+        index: RowIndex,
+        store: FeatureStore,
+    ) -> Tensor:
+        self._compute_missing(rows, batcher, index, store)
+        return to_device(store.read(places), self.device)[None]
 
     def _sources(self, batch: Any, hidden: Tensor) -> list[tuple[Any, np.ndarray]]:
         return [(m.example, m.places[_predictors(m.example)]) for m in batch.members]
@@ -191,10 +204,13 @@ class WholeRows(_Feed):
     def batches(
         self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore
     ) -> Iterator[CachedBatch]:
-        self._compute_missing(rows, batcher, index, store)
         for part in _parts(rows, index):
-            features = to_device(store.read(index.starts[index.slots(part)]), self.device)
-            yield CachedBatch(self._batch(part), features)
+            take = functools.partial(self._read, part, batcher, index, store)
+            yield CachedBatch(self._batch(part), take)
+
+    def _read(self, rows: Sequence[Any], batcher: AnyBatcher, index: RowIndex, store: FeatureStore) -> Tensor:
+        self._compute_missing(rows, batcher, index, store)
+        return to_device(store.read(index.starts[index.slots(rows)]), self.device)
 
     def _batch(self, rows: Sequence[Any]) -> Any:
         """A batch of one token a row: above the backbone no more of its inputs is read."""

@@ -33,6 +33,7 @@ from deltaw.runtime.layer_entry import (
 from deltaw.training.features.cached import CachedPrefix, Feed, RowIndex
 from deltaw.training.features.device_store import on_device
 from deltaw.training.features.feeds import EveryToken, LabelTokens, WholeRows
+from deltaw.training.features.sharing import Sharing
 from deltaw.training.features.store import (
     LIMIT_BYTES,
     FeatureStore,
@@ -80,6 +81,7 @@ def cached_prefix(
     *,
     folder: Path | None = None,
     limit: int = LIMIT_BYTES,
+    sharing: Sharing | None = None,
 ) -> tuple[CachedPrefix | None, Choice[str]]:
     """A training's frozen prefix, kept; to be called where the model can run these batches, nothing random.
 
@@ -90,6 +92,7 @@ def cached_prefix(
         objective, batcher: what the training would use otherwise.
         examples: every row that will come, held-out ones too.
         folder: where stores are. limit: bytes that all stores may take.
+        sharing: with the other processes of this machine; None where there are none.
 
     Returns:
         the prefix, which is to be closed in the end, and how far up it goes; None and why not.
@@ -116,7 +119,8 @@ def cached_prefix(
     too_large = _too_large(feed, examples, vectors, limit)
     if too_large is not None:
         return None, Choice("off", f"features would take about {too_large}")
-    return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit)
+    sharing = sharing or Sharing()
+    return _open_store(model, level, feed, objective, batcher, examples, vectors, folder, limit, sharing)
 
 
 def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective) -> Feed:
@@ -181,18 +185,23 @@ def _open_store(
     vectors: Tensor,
     folder: Path | None,
     limit: int,
+    sharing: Sharing,
 ) -> tuple[CachedPrefix | None, Choice[str]]:
     rows = _indexed(feed, examples)
     shape = Shape.of(len(rows.contents), rows.units, vectors.shape[1], vectors.dtype)
     size = size_text(shape.bytes)
     store: FeatureStore
-    if not has_values(model):
+    joined = None if sharing.leads else sharing.join(shape)
+    if joined is not None:
+        store, kept = joined, f"{size} in {joined.folder}"
+    elif not has_values(model):
         store, kept = ShapeStore(shape), f"{size} on the disk"
     else:
         try:
             key = _key(model, level, feed, rows, shape, batcher)
             about = f"{type(model).__name__}, {level}, {shape.rows} rows"
             store = open_store(key, shape, about=about, folder=folder, limit=limit)
+            sharing.opened(store)
             kept = f"{size} in {store.folder}"
         except UserError as error:
             if shape.bytes > MEMORY_BYTES:

@@ -207,9 +207,15 @@ class ShapeStore:
 
 
 class DiskStore:
-    """A store in ``folder``, whose lock the caller holds and hands over."""
+    """A store in ``folder``, whose lock the caller holds and hands over; None where another process of the
+    run holds it.
 
-    def __init__(self, folder: Path, shape: Shape, lock: FileLock) -> None:
+    Attributes:
+        of_run: a file that goes with the run; None where there is none.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, lock: FileLock | None) -> None:
+        self.of_run: Path | None = None
         self.shape = shape
         self.resident_bytes = min(shape.bytes, RESIDENT_BYTES)
         self.folder = folder
@@ -243,9 +249,10 @@ class DiskStore:
 
     def mark(self) -> None:
         """Bring the values to the disk, and then the marks that say so."""
-        if (self.done != (self._marks != 0)).any():
+        done = np.array(self.done)  # other processes may go on meanwhile
+        if (done != (self._marks != 0)).any():
             self._map.flush()
-            self._marks[:] = self.done
+            self._marks[:] = done
             self._marks.flush()
         self._marked = time.monotonic()
 
@@ -256,7 +263,10 @@ class DiskStore:
 
     def close(self) -> None:
         self.mark()
-        self._lock.release()
+        if self.of_run is not None:
+            self.of_run.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.release()
 
 
 def features_folder() -> Path:
@@ -288,7 +298,7 @@ def open_store(
         root.mkdir(parents=True, exist_ok=True)
         taken, lock = _locked(root, key)
         try:
-            if not _is_whole(taken, shape):
+            if not is_whole(taken, shape):
                 _remove(taken)
                 _make_room(root, shape.bytes, limit)
                 _make(taken, shape, about)
@@ -327,7 +337,8 @@ def _free(root: Path, name: str) -> FileLock | None:
     return lock
 
 
-def _is_whole(folder: Path, shape: Shape) -> bool:
+def is_whole(folder: Path, shape: Shape) -> bool:
+    """Whether a folder holds a store of this shape."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         return (

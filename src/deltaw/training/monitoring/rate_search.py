@@ -1,7 +1,8 @@
 """A learning rate by a range test before training: rates that rise from step to step, on training rows.
 
 The training that follows finds everything as it was: parameters to the bit, random numbers, and an optimizer
-of its own. The curve is kept in the run's folder, where a run that goes on finds its rate again.
+of its own. The curve is kept in the run's folder, where a run that goes on finds its rate again. Several
+processes make the test together, as they train; process 0 reads its curve and tells the others the rate.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from pathlib import Path
 import torch
 
 from deltaw.durable import write_text
-from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.training.callbacks import Callback
 from deltaw.training.guarantee import UntrainedParameterWarning
 from deltaw.training.monitoring.rate_curve import RateSearch, read_curve
+from deltaw.training.not_finite import NotFiniteError
 from deltaw.training.optimizer import RisingRates
+from deltaw.training.parallel.group import Group
+from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import RATE, Session, usual_rate_of
 from deltaw.training.state import Step
 
@@ -44,17 +47,39 @@ def choose_rate(session: Session, folder: Path, callback: Callback) -> bool:
     """
     if session.config.train.learning_rate != "search":
         return True
-    found = _known(folder / CURVE)
+    found, processes = _known(folder / CURVE), session.processes
+    if isinstance(processes, Group):
+        processes.send_text(json.dumps(found is None))
     if found is None:
         with session.running():
             found = search_rate(session, should_stop=callback.should_stop)
         if found is None:
+            _tell(processes, None)
             return False
         write_text(folder / CURVE, json.dumps(found.as_dict(), indent=1) + "\n")
         callback.on_rate_search(found, folder)
+    _tell(processes, found)
     session.chosen[RATE] = Choice(found.chosen, found.why)
     callback.on_line(f"learning rate {found.chosen:g}: {found.why}")
     return True
+
+
+def _tell(processes: Reducer, found: RateSearch | None) -> None:
+    """Let all processes have the rate; None where it was asked to stop."""
+    if isinstance(processes, Group):
+        processes.send_text(json.dumps(None if found is None else [found.chosen, found.why]))
+
+
+def follow_rate(session: Session, group: Group) -> None:
+    """In a process from 1 on: what :func:`choose_rate` does in process 0."""
+    if session.config.train.learning_rate != "search":
+        return
+    if json.loads(group.receive_text()):
+        with session.running():
+            search_rate(session)
+    told = json.loads(group.receive_text())
+    if told is not None:
+        session.chosen[RATE] = Choice(*told)
 
 
 def _known(file: Path) -> RateSearch | None:
@@ -97,7 +122,7 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
             )
             if outcome.interrupted:
                 return None
-        except UserError:
+        except NotFiniteError:
             if len(losses) < FIRST:
                 raise
             diverged = True

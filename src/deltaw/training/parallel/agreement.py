@@ -13,12 +13,15 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
 from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
-from deltaw.training.resuming import rows_facts
-from deltaw.training.session import Session
+from deltaw.training.resuming import digest_of_rows, rows_facts
+from deltaw.training.session import Session, assemble
+from deltaw.training.tasks.base import RunData, Task
 
+_ROWS = "give each machine the same files of rows, or a folder that all of them see"
 _HINTS = {
     "precision": "set precision to one that all machines have",
-    "rows": "give each machine the same files of rows, or a folder that all of them see",
+    "rows": _ROWS,
+    "evaluation sets": _ROWS,
     "model": "give each machine the same model",
 }
 
@@ -34,36 +37,53 @@ def receive_settings(group: Group) -> RunConfig:
     return RunConfig.read(json.loads(group.receive_text()))
 
 
-def send_facts(session: Session, loaded: LoadedModel, processes: Reducer) -> None:
-    """From process 0 to all others, which compare them with their own."""
-    if isinstance(processes, Group):
-        # All assembled alike; from here on process 0 does things by itself.
-        processes.together = False
-        processes.send_text(json.dumps(_facts(session, loaded)))
-
-
-def check_facts(session: Session, loaded: LoadedModel, group: Group) -> None:
-    """Compare with what process 0 sent.
+def assemble_alike(
+    config: RunConfig, task: Task, data: RunData, loaded: LoadedModel, processes: Reducer
+) -> Session:
+    """The session of a run, in each process; what must be alike is compared with process 0.
 
     Raises:
         UserError: something differs.
     """
+    if isinstance(processes, Group):  # before anything is computed together
+        _compare(_facts_of_rows(data, loaded), processes)
+    session = assemble(
+        config,
+        task,
+        data,
+        loaded.model,
+        device=str(loaded.choices["device"].value),
+        new_modules=loaded.new_modules,
+        processes=processes,
+    )
+    if isinstance(processes, Group):
+        _compare({"model": session.identity}, processes)
+        # From here on process 0 does things by itself.
+        processes.together = False
+    return session
+
+
+def _facts_of_rows(data: RunData, loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        "precision": str(loaded.choices["precision"].value),
+        "rows": dict(rows_facts(data.train, data.held_out)),
+        "evaluation sets": {name: digest_of_rows(rows) for name, rows in data.eval_sets.items()},
+    }
+
+
+def _compare(facts: dict[str, Any], group: Group) -> None:
+    """Process 0 sends its facts, and the others compare them with their own."""
+    if group.rank == 0:
+        group.send_text(json.dumps(facts))
+        return
     theirs = json.loads(group.receive_text())
-    for name, ours in json.loads(json.dumps(_facts(session, loaded))).items():
+    for name, ours in json.loads(json.dumps(facts)).items():
         if ours != theirs[name]:
             raise UserError(
                 f"it does not have the same {name} as process 0",
                 where=f"{name}: {_brief(ours)} instead of {_brief(theirs[name])}",
                 hint=_HINTS[name],
             )
-
-
-def _facts(session: Session, loaded: LoadedModel) -> dict[str, Any]:
-    return {
-        "precision": str(loaded.choices["precision"].value),
-        "model": session.identity,
-        "rows": dict(rows_facts(session.data.train, session.data.held_out)),
-    }
 
 
 def _brief(value: object) -> str:

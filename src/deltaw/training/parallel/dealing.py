@@ -3,7 +3,8 @@
 A step's time is that of its slowest process. Rows are dealt by the tokens that they cost, in one of two ways:
 the rows in the order of their tokens, cut into runs (a prefix is computed once where the rows that share it
 meet), or the longest first, each to the process with the least to do. The way whose busiest process has less
-to do is taken. Everything follows from the rows alone, so that each process knows all parts.
+to do is taken. A group of rows, as a pair of answers, is dealt as one row, which costs what its rows do not
+share. Everything follows from the rows alone, so that each process knows all parts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from deltaw.data.example import RowGroup
 from deltaw.data.prefix_tree import common_prefix, sort_key
 
 
@@ -22,12 +24,13 @@ def deal(rows: Sequence[Any], parts: int, *, share: bool) -> list[list[int]]:
     Args:
         share: whether a prefix is computed once for the rows of a part.
     """
-    whole = [_cost(row) for row in rows]
+    whole = [_cost(row, share) for row in rows]
     even = _longest_first(whole, parts)
-    if not share or parts == 1 or not all(hasattr(row, "tokens") for row in rows):
+    firsts = [_rows_of(row)[0] for row in rows]
+    if not share or parts == 1 or not all(hasattr(row, "tokens") for row in firsts):
         return even
-    order = sorted(range(len(rows)), key=lambda place: sort_key(rows[place].tokens))
-    saved = [0] + [_alike(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
+    order = sorted(range(len(rows)), key=lambda place: sort_key(firsts[place].tokens))
+    saved = [0] + [_alike(firsts[a], firsts[b]) for a, b in itertools.pairwise(order)]
     runs = _in_runs([whole[place] for place in order], saved, parts)
     together = [sorted(order[i] for i in run) for run in runs]
     if _busiest(runs, [whole[place] for place in order], saved) <= max(
@@ -37,9 +40,21 @@ def deal(rows: Sequence[Any], parts: int, *, share: bool) -> list[list[int]]:
     return even
 
 
-def _cost(row: Any) -> int:
-    """Tokens of a row, of all rows of a group, or 1 where it has none, as an image."""
-    return max(1, len(row)) if hasattr(row, "__len__") else 1
+def _rows_of(row: Any) -> tuple[Any, ...]:
+    """The rows of a group, or the row itself."""
+    return row.rows if isinstance(row, RowGroup) else (row,)
+
+
+def _cost(row: Any, share: bool) -> int:
+    """Tokens of a row, or 1 where it has none, as an image; of a group, those of its rows, where they
+    ``share`` a prefix without what is computed once for them."""
+    if not hasattr(row, "__len__"):
+        return 1
+    own = _rows_of(row)
+    if share and len(own) > 1:
+        own = tuple(sorted(own, key=lambda one: sort_key(one.tokens)))
+        return max(1, len(row) - sum(_alike(a, b) for a, b in itertools.pairwise(own)))
+    return max(1, len(row))
 
 
 def _alike(row: Any, other: Any) -> int:

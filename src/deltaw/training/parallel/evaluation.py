@@ -18,9 +18,6 @@ from deltaw.training.parallel.group import EVALUATE, Group
 if TYPE_CHECKING:
     from deltaw.training.session import Session
 
-# What evaluations ask an objective for, each of a microbatch.
-METHODS = ("evaluate_rows", "predictions")
-
 
 class SharedObjective:
     """An objective as process 0 asks it, each microbatch once and in order.
@@ -44,6 +41,10 @@ class SharedObjective:
     def predictions(self, batch: Any) -> Tensor:
         """As the objective's own."""
         return self._asked("predictions", batch, 1)[0]
+
+    def token_log_probs(self, batch: Any) -> Tensor:
+        """As the objective's own."""
+        return self._asked("token_log_probs", batch, 1)[0]
 
     def _asked(self, method: str, batch: Any, count: int) -> tuple[Tensor, ...]:
         owner = self._next % self._group.size
@@ -82,10 +83,10 @@ def take_part(session: Session, number: int) -> None:
     group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
     session.method.after_step(session.model)
     rows = list(session.data.sets.values())[number]
-    method = next(name for name in METHODS if hasattr(way.objective, name))
+    method = session.task.evaluation_asks
     with session.method.evaluating(session.model):
         count, batch = 0, None
-        for place, batch in enumerate(way.batcher.batches(rows)):
+        for place, batch in enumerate(session.task.evaluation_batches(rows, way.batcher)):
             count = place + 1
             if place % group.size == group.rank:
                 given = getattr(way.objective, method)(batch)

@@ -12,12 +12,13 @@ from deltaw.errors import UserError
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.fit import load_for
 from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.monitoring.rate_search import follow_rate
 from deltaw.training.not_finite import NotFiniteError, WhenNotFinite
-from deltaw.training.parallel.agreement import check_facts, receive_settings
+from deltaw.training.parallel.agreement import assemble_alike, receive_settings
 from deltaw.training.parallel.evaluation import take_part
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.process import guest
-from deltaw.training.session import assemble, read_data
+from deltaw.training.session import read_data
 
 # Its exit status where the run failed; process 0 says why.
 FAILED = 2
@@ -52,15 +53,13 @@ def _follow(group: Group) -> int:
     config = config.model_copy(update={"train": train})
     task, data = read_data(config)
     loaded = load_for(config, task, data, processes=group)
-    device = str(loaded.choices["device"].value)
-    session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
-    session.processes = group
+    session = assemble_alike(config, task, data, loaded, group)
     sharded = sharded_blocks(loaded.model)
     if sharded is not None:
         group.gather = sharded.gather
-    check_facts(session, loaded, group)
     group.evaluate = lambda number: take_part(session, number)
     try:
+        follow_rate(session, group)
         with session.running():
             session.train(
                 not_finite=WhenNotFinite(train.not_finite == "skip", lambda found: None, lambda found: [])

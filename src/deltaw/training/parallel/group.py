@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.training.losses import Watched
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.parallel.dealing import deal
 from deltaw.training.parallel.gradient_sum import GradientSum
@@ -43,7 +44,7 @@ class Group(Reducer):
     """This process among several.
 
     Args:
-        rank, size, local_size: as :class:`Reducer` has them.
+        rank, size, local_size, local_rank: as :class:`Reducer` has them.
         orders: a gloo group for what process 0 says, with a long time limit.
         gradients: a group of the same processes for the sum of gradients alone.
         seconds: the time limit of what all do together.
@@ -66,8 +67,9 @@ class Group(Reducer):
         gradients: dist.ProcessGroup,
         *,
         seconds: float,
+        local_rank: int = 0,
     ) -> None:
-        self.rank, self.size, self.local_size = rank, size, local_size
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self.lost = False
         self.evaluate: Callable[[int], None] = lambda number: None
         self.gather: Callable[[int], None] = lambda number: None
@@ -106,6 +108,16 @@ class Group(Reducer):
 
     # What the loop asks
 
+    def texts(self, text: str) -> list[str]:
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        sizes = self.add(sizes, patient=True)
+        every = torch.zeros(self.size, int(sizes.max()), dtype=torch.uint8)
+        every[self.rank, : len(own)] = own
+        every = self.add(every, patient=True)
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(every, sizes.tolist(), strict=True)]
+
     def begin(self, state: TrainState) -> bool:
         if self.rank == 0:
             view = state.view()
@@ -139,8 +151,18 @@ class Group(Reducer):
             state.replan(total)
         return True
 
-    def deal(self, rows: Sequence[Any], *, share: bool) -> Sequence[Any]:
-        return [rows[place] for place in deal(rows, self.size, share=share)[self.rank]]
+    def deal(self, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
+        costing = getattr(batcher, "costing", lambda given: given)(rows)
+        share = bool(getattr(batcher, "share", False))
+        return [rows[place] for place in deal(costing, self.size, share=share)[self.rank]]
+
+    @torch.no_grad()
+    def add(self, numbers: Tensor, *, patient: bool = False) -> Tensor:
+        own = numbers.detach().cpu()
+        found = own.clone() if own is numbers else own
+        with self._wire():
+            dist.all_reduce(found, group=self._orders if patient else None)
+        return found.to(numbers.device)
 
     def own_random_numbers(self, seed: int, step: int) -> None:
         if self.rank:  # else all would drop the same
@@ -166,7 +188,9 @@ class Group(Reducer):
         return batches if self._gradients is None else self._gradients.microbatches(batches)
 
     @torch.no_grad()
-    def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+    def total(
+        self, parameters: Sequence[nn.Parameter], sums: StepSums | None, watched: Watched | None = None
+    ) -> StepSums | None:
         self.together = False
         gradients = self._gradients
         assert gradients is not None, "begin() was not called"
@@ -177,7 +201,9 @@ class Group(Reducer):
         if sums is not None:
             loss = float(sums.loss)
             numbers = [float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(own))]
-        found = self._add(torch.tensor([loss, *numbers], dtype=torch.float64)).tolist()
+        counts = torch.zeros(0) if watched is None else watched.totals().cpu()
+        summed = self._add(torch.cat([torch.tensor([loss, *numbers], dtype=torch.float64), counts.double()]))
+        found = summed[:5].tolist()
         with self._wire():
             gradients.wait()
         if found[3]:
@@ -186,6 +212,8 @@ class Group(Reducer):
         if found[4] != self.size * len(own):  # somewhere a parameter took no part
             wanted = (self._add(torch.tensor(own, dtype=torch.int32)) > 0).tolist()
         gradients.use(wanted)
+        if watched is not None:
+            watched.count(summed[5:])
         return StepSums(torch.tensor(found[0], dtype=torch.float64), int(found[1]), int(found[2]))
 
     def dismiss(self) -> None:

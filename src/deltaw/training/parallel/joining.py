@@ -156,7 +156,15 @@ def _join(who: Told) -> Group:
             hint="let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes",
         ) from error
     assert orders is not None and gradients is not None
-    return Group(who.rank, who.size, who.local_size, orders, gradients, seconds=who.seconds)
+    return Group(
+        who.rank,
+        who.size,
+        who.local_size,
+        orders,
+        gradients,
+        seconds=who.seconds,
+        local_rank=who.local_rank,
+    )
 
 
 def _store(who: Told) -> dist.Store:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaw.training.losses import unrounded
+from deltaw.training.losses import Watched, unrounded
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.state import TrainState
 
@@ -43,11 +43,13 @@ class Reducer:
     """One process: every answer is its own.
 
     Attributes:
-        rank: this process's number, from 0. size: how many there are. local_size: of them on this machine.
+        rank: this process's number, from 0. size: how many there are. local_rank, local_size: the same of
+            this machine's, whose numbers follow each other.
     """
 
     rank = 0
     size = 1
+    local_rank = 0
     local_size = 1
 
     def begin(self, state: TrainState) -> bool:
@@ -58,13 +60,17 @@ class Reducer:
         """Whether there is another step: what ``wanted`` says in process 0."""
         return wanted()
 
-    def deal(self, rows: Sequence[Any], *, share: bool) -> Sequence[Any]:
-        """This process's rows of a step.
+    def deal(self, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
+        """This process's rows of a step, as ``batcher`` would cut them."""
+        return rows
+
+    def add(self, numbers: Tensor, *, patient: bool = False) -> Tensor:
+        """Numbers summed over all processes; all ask for the same sums in the same order.
 
         Args:
-            share: whether rows that begin alike cost less together.
+            patient: whether the others may come much later, as before the first step.
         """
-        return rows
+        return numbers
 
     def own_random_numbers(self, seed: int, step: int) -> None:
         """Called before each step's forward: process 0 keeps the random numbers of the training."""
@@ -86,11 +92,18 @@ class Reducer:
         last of them is computed."""
         return batches
 
-    def total(self, parameters: Sequence[nn.Parameter], sums: StepSums | None) -> StepSums | None:
+    def texts(self, text: str) -> list[str]:
+        """One text of each process, by their numbers; all ask for it together."""
+        return [text]
+
+    def total(
+        self, parameters: Sequence[nn.Parameter], sums: StepSums | None, watched: Watched | None = None
+    ) -> StepSums | None:
         """Add up gradients and sums over all processes; each has them afterwards.
 
         Args:
             sums: this process's; None where it was asked to stop.
+            watched: what counts beside the loss; afterwards it has counted the whole step.
 
         Returns:
             those of the whole step; None where any was asked to stop.

@@ -31,17 +31,15 @@ def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
     if sharded:
         config = as_sharded(config, say)
     train = config.train
-    if train.learning_rate == "search":
-        raise _refused("a search for the learning rate", "train.learning_rate", "give a number or auto")
-    if config.task == "preference":
-        raise _refused("losses of preferences", "task", "choose another task")
-    if train.keep_features is True:
-        raise _refused("keeping features of frozen layers", "train.keep_features", "set it to false")
+    whole = sharded or config.lora.activation == "always"
+    if train.keep_features is True and not whole:
+        raise _refused("kept keys and values of prompts", "train.keep_features", "set it to false")
     check_device(config, processes)
     say(f"{processes.size} processes, {processes.local_size} of them here: they share the rows of a step")
-    if train.keep_features == "auto":
-        say("train.keep_features: false: several processes keep no features of frozen layers")
-    return config.model_copy(update={"train": train.model_copy(update={"keep_features": False})})
+    if train.keep_features == "auto" and not whole:
+        say("train.keep_features: false: several processes keep no keys and values of prompts")
+        return config.model_copy(update={"train": train.model_copy(update={"keep_features": False})})
+    return config
 
 
 def check_device(config: RunConfig, processes: Reducer) -> None:

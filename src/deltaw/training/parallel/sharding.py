@@ -52,6 +52,11 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
             "an adapter that acts from an invocation sequence on",
             "lora.activation: always",
         ),
+        "train.keep_features": (
+            train.keep_features is True,
+            "kept features, with which processes would run different blocks",
+            "train.keep_features: false",
+        ),
         "train.keep_general": (train.keep_general > 0, "general answers", "train.keep_general: 0"),
         "precision": (
             config.precision in ("gguf", "nf4"),
@@ -83,7 +88,7 @@ def as_sharded(config: RunConfig, say: Say) -> RunConfig:
     if off:
         said = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in off.items())
         say(f"{said}: each token of an answer would gather every block of the divided model")
-    return config.model_copy(update={"train": train.model_copy(update=off)})
+    return config.model_copy(update={"train": train.model_copy(update={**off, "keep_features": False})})
 
 
 def divided(config: RunConfig, processes: Reducer) -> Weights | None:

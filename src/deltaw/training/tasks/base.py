@@ -7,7 +7,7 @@ Everything above this package treats tasks alike. A new one is a class in a file
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from deltaw.preference_settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.parallel.reducer import ALONE, Reducer
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ class Task(abc.ABC):
         has_pairs: whether a row is a group of two: a chosen and a rejected answer.
         writes_text: whether the model answers in text, so that ``generate`` and ``chat`` take it.
         tokenizer: None for images.
-        shares_evaluation: whether :meth:`evaluate` asks the objective for nothing but ``evaluate_rows`` or
-            ``predictions``, once for each microbatch of ``batcher.batches(examples)`` in order, so that
-            several processes can share it; a task with an ``evaluate`` of its own says so itself.
+        shares_evaluation: whether :meth:`evaluate` asks the objective for nothing but ``evaluation_asks``,
+            once for each microbatch of :meth:`evaluation_batches` in order, so that several processes can
+            share it; a task with an ``evaluate`` of its own says so itself.
+        evaluation_asks: the name of a method of the objective that takes a microbatch.
     """
 
     name = ""
@@ -117,6 +119,7 @@ class Task(abc.ABC):
     has_pairs = False
     writes_text = False
     shares_evaluation = False
+    evaluation_asks = "evaluate_rows"
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
@@ -167,14 +170,25 @@ class Task(abc.ABC):
         """Of a method's parameters those that the loss of these rows depends on; for most losses all."""
         return named
 
-    def referenced(self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
+    def referenced(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Any],
+        batcher: AnyBatcher,
+        processes: Reducer = ALONE,
+    ) -> Sequence[Any]:
         """The rows with what their loss needs to know of the base model; most losses need nothing.
 
         Args:
             model: the base model, or one whose adapter is disabled for the time.
             rows: as the base model sees them. batcher: that training uses.
+            processes: that all ask for the same rows, and share the work.
         """
         return rows
+
+    def evaluation_batches(self, examples: Sequence[Any], batcher: AnyBatcher) -> Iterator[Any]:
+        """The microbatches that :meth:`evaluate` asks for, in order."""
+        return batcher.batches(examples)
 
     @abc.abstractmethod
     def objective(self, model: PreTrainedModel) -> AnyObjective:

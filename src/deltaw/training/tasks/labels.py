@@ -45,6 +45,7 @@ class LabelTask(Task):
 
     has_labels = True
     shares_evaluation = True
+    evaluation_asks = "predictions"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ and each row carries its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -29,12 +29,13 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.preference import evaluate_preferences, evaluate_unpaired
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.preference_losses import PreferenceLoss
 from deltaw.training.tasks.base import ModelFiles, RunData
 from deltaw.training.tasks.causal import CausalTask
-from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.unpaired import UnpairedMicroBatcher, UnpairedObjective
+from deltaw.training.tasks.unpaired import UnpairedMicroBatcher, UnpairedObjective, mismatched
 from deltaw.working import working
 
 
@@ -47,6 +48,7 @@ class PreferenceTask(CausalTask):
 
     name = "preference"
     has_pairs = True
+    evaluation_asks = "token_log_probs"
 
     def __init__(
         self,
@@ -84,26 +86,39 @@ class PreferenceTask(CausalTask):
         return batcher, chosen
 
     def referenced(
-        self, model: PreTrainedModel, rows: Sequence[Any], batcher: AnyBatcher
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Any],
+        batcher: AnyBatcher,
+        processes: Reducer = ALONE,
     ) -> Sequence[RowGroup]:
         if not self.settings.has_reference or not len(rows):
             return rows
         if not has_values(model):  # a dry run: no value is known, and none is needed
             return [RowGroup(tuple(replace(row, reference=0.0) for row in pair.rows)) for pair in rows]
         objective = CausalObjective(model)
-        found: dict[int, float] = {}
+        place = {id(row): n for n, row in enumerate(row for pair in rows for row in pair.rows)}
+        found = torch.zeros(len(place), dtype=torch.float64)
         batches = batcher.whole if isinstance(batcher, UnpairedMicroBatcher) else batcher.batches
         told = working("computing the base model's log-probabilities", len(rows))
         with told as advance, torch.no_grad(), self.running(model, batcher):
-            for start in range(0, len(rows), ROWS_AT_ONCE):
-                done = start
-                for batch in batches(rows[start : start + ROWS_AT_ONCE]):
+            done = 0
+            # All lay out the same microbatches and compute them in turn, so that each value is the one that
+            # a process alone gives it.
+            for number, batch in enumerate(batches(rows)):
+                if number % processes.size == processes.rank:
                     of_batch = RowLogProbs.of(batch, objective.token_log_probs(batch))
-                    sums = of_batch.sums().tolist()
-                    found |= {id(row): value for row, value in zip(of_batch.rows, sums, strict=True)}
-                    done += len(batch.groups)
-                    advance(done)
-        return [RowGroup(tuple(replace(row, reference=found[id(row)]) for row in pair.rows)) for pair in rows]
+                    sums = of_batch.sums().cpu().double()
+                    found[[place[id(row)] for row in of_batch.rows]] = sums
+                done += len(batch.groups)
+                advance(done)
+            values = iter(processes.add(found, patient=True).tolist())
+        return [RowGroup(tuple(replace(row, reference=next(values)) for row in pair.rows)) for pair in rows]
+
+    def evaluation_batches(self, examples: Sequence[Any], batcher: AnyBatcher) -> Iterator[Any]:
+        if self.settings.is_unpaired:
+            yield from batcher.batches(mismatched(examples))
+        yield from batcher.batches(examples)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         if self.settings.is_unpaired:
@@ -117,6 +132,6 @@ class PreferenceTask(CausalTask):
         batcher: AnyBatcher,
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
-        if isinstance(objective, UnpairedObjective):
-            return evaluate_unpaired(objective, examples, batcher)
+        if self.settings.is_unpaired:
+            return evaluate_unpaired(objective, examples, batcher)  # type: ignore[arg-type]
         return evaluate_preferences(objective, examples, batcher)  # type: ignore[arg-type]

@@ -6,11 +6,12 @@ An item of the data is a group of two rows (:mod:`deltaw.data.unpaired`); microb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.data.example import RowGroup
@@ -19,6 +20,7 @@ from deltaw.kernels.layout import Layout
 from deltaw.preference_settings import PreferenceSettings
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.microbatches import AnyBatcher
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.unpaired_loss import UnpairedLoss
@@ -27,6 +29,10 @@ from deltaw.training.unpaired_loss import UnpairedLoss
 @dataclass(frozen=True)
 class UnpairedMicroBatcher(CausalMicroBatcher):
     """Lays out the first row of each group; rows that come alone as they are."""
+
+    def costing(self, rows: Sequence[Any]) -> list[Any]:
+        """What a microbatch holds of each row."""
+        return _firsts(rows)
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         return super().batches(_firsts(rows))
@@ -53,16 +59,27 @@ class UnpairedObjective(CausalObjective):
         super().__init__(model, self.unpaired)
 
     @torch.no_grad()
-    def begin(self, rows: Sequence[RowGroup], batcher: AnyBatcher) -> None:
+    def begin(self, rows: Sequence[RowGroup], batcher: AnyBatcher, processes: Reducer = ALONE) -> None:
         """Run the model on the mismatched answers of a step, without gradients, and estimate its distance
-        from the reference."""
+        from the reference: each process on its own part of them, the estimate of all."""
         if not has_values(self.model):
             return  # a dry run sees what a step needs at most: the microbatches with gradients
-        found = [
-            self.unpaired.ratios(RowLogProbs.of(batch, self.token_log_probs(batch)))
-            for batch in batcher.batches([group.rows[1] for group in rows])
-        ]
-        self.unpaired.estimate(torch.cat(found))
+        own = processes.deal(mismatched(rows), batcher)
+        self.unpaired.estimate(processes.add(distance(self, batcher.batches(own))))
+
+
+def distance(objective: UnpairedObjective, batches: Iterable[Any]) -> Tensor:
+    """(2,) the sum of r over the rows of microbatches, and their number
+    (:meth:`deltaw.training.unpaired_loss.UnpairedLoss.distance`)."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        found += objective.unpaired.distance(RowLogProbs.of(batch, objective.token_log_probs(batch))).cpu()
+    return found
+
+
+def mismatched(rows: Sequence[RowGroup]) -> list[Any]:
+    """The second row of each group."""
+    return [group.rows[1] for group in rows]
 
 
 def _firsts(rows: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,286 @@
+"""Pairs, single answers and rewards over several processes: the losses, metrics and factors of one, and runs
+that go on with another number of processes after one was killed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.preference_settings import PreferenceSettings
+from deltaw.runtime.packed import packed_rows
+from deltaw.training.fit import fit
+from deltaw.training.parallel.dealing import deal
+from deltaw.training.parallel.group import Group
+from deltaw.training.resuming import digest_of_rows
+from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
+from deltaw.training.tasks.preference import PreferenceTask
+from deltaw.training.tasks.unpaired import UnpairedMicroBatcher
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.conftest import write_rows
+from tests.training.test_parallel import (
+    assert_same_run,
+    ended,
+    free_port,
+    metrics,
+    start,
+    train,
+    write_settings,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no gloo",
+)
+KINDS = {
+    "dpo": {"task": "preference", "preference": {"loss": "dpo", "label_smoothing": 0.1}},
+    "ipo": {"task": "preference", "preference": {"loss": "ipo"}},
+    "orpo": {"task": "preference", "preference": {"loss": "orpo"}},
+    "simpo": {"task": "preference", "preference": {"loss": "simpo"}},
+    "kto": {"task": "preference", "preference": {"loss": "kto", "undesirable_weight": 0.7}},
+    "reward": {"task": "sequence-classification"},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Fifteen pairs and as many answers of 10 to 90 tokens, by kind: eleven to train on, four held out."""
+    folder = tmp_path_factory.mktemp("answers")
+    pairs = [
+        {
+            "prompt": f"say {'very ' * (7 * n % 11)}{n}",
+            "chosen": "word " * (1 + 5 * n % 9),
+            "rejected": "no " * (1 + 3 * n % 4) + str(n),
+        }
+        for n in range(15)
+    ]
+    answers = [
+        {"prompt": row["prompt"], "completion": row["chosen" if n % 3 else "rejected"], "label": bool(n % 3)}
+        for n, row in enumerate(pairs)
+    ]
+    rewards = [row | {"margin": 0.25 * (n % 3)} for n, row in enumerate(pairs)]
+
+    def written(name, rows):
+        return (
+            write_rows(folder / f"{name}.jsonl", rows[:11]),
+            write_rows(folder / f"{name}-eval.jsonl", rows[11:]),
+        )
+
+    of_pairs = written("pairs", pairs)
+    return dict.fromkeys(KINDS, of_pairs) | {
+        "kto": written("answers", answers),
+        "reward": written("rewards", rewards),
+    }
+
+
+@pytest.fixture
+def made(settings, files):
+    def of(kind: str, output: Path, **of_train) -> dict:
+        rows, held_out = files[kind]
+        found = settings(output, data={"train": str(rows), "eval": str(held_out)}, **KINDS[kind])
+        found["train"] |= {"batch_size": 5, "epochs": 2, "eval_every": 2, "checkpoint_every": 1} | of_train
+        return found
+
+    return of
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Also what each step counts beside its loss, once rewards are more than rounding."""
+    assert_same_run(one, other)
+    seen = 0
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        for key in ("chosen_reward", "rejected_reward", "margin", "kl", "accuracy"):
+            if ours.get("step", 0) > 1 and key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
+                seen += 1
+    assert seen >= 5 * 4
+
+
+def compared(made, kind: str, folder: Path, size: int, **of_train) -> None:
+    fit(made(kind, folder / "one", **of_train))
+    path = write_settings(folder / "run.yaml", made(kind, folder / "several", **of_train))
+    told = train(path, size)
+    assert [status for status, *_ in told] == [0] * size, told
+    assert_same_training(folder / "several", folder / "one")
+    if kind == "kto":  # else its distance, bounded by 0, would say nothing
+        assert max(line.get("kl", 0.0) for line in metrics(folder / "one")) > 1e-2
+
+
+def test_two_processes_train_on_pairs_as_one(made, tmp_path):
+    compared(made, "dpo", tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dpo"])
+def test_two_processes_train_on_answers_as_one(made, tmp_path, kind):
+    compared(made, kind, tmp_path, 2, tokens_per_pass=128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "kto", "reward"])
+def test_four_processes_train_as_one_though_a_step_has_fewer_rows(made, tmp_path, kind):
+    compared(made, kind, tmp_path, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "killed", "size"), [("dpo", 1, 4), ("kto", 0, 1), ("reward", 1, 1)])
+def test_a_run_whose_process_was_killed_goes_on_with_another_number(made, tmp_path, kind, killed, size):
+    fit(made(kind, tmp_path / "whole"))
+    path = write_settings(tmp_path / "run.yaml", made(kind, tmp_path / "run"))
+    port = free_port()
+    dying = {killed: {"DIES_AT": "3"}}
+    told = ended([start(rank, 2, port, ["train", path], **dying.get(rank, {})) for rank in range(2)])
+    assert told[killed][0] == -signal.SIGKILL and told[1 - killed][0] == 2, told
+    if size > 1:
+        told = train(path, size)
+        assert [status for status, *_ in told] == [0] * size, told
+    else:
+        assert fit(path).resumed_from_step in (2, 3)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+
+
+class Apart(Group):
+    """A process that computes its part and meets no others."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(rank, size, size, None, None, seconds=1.0)
+        self.sent = None
+
+    def add(self, numbers, *, patient=False):
+        self.sent = numbers.clone()
+        return numbers
+
+
+def groups_of(count: int, seed: int = 0) -> list[RowGroup]:
+    """Pairs of uneven rows that share a prompt; as answers, the first is judged and the second mismatched."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for n in range(count):
+        prompt = draw.integers(1, 90, draw.integers(5, 40))
+        answers = [draw.integers(1, 90, draw.integers(1, 20)) for _ in range(2)]
+        rows = [
+            Example(
+                n,
+                np.concatenate([prompt, answer]).astype(np.int32),
+                np.arange(len(prompt) + len(answer)) >= len(prompt),
+                len(prompt),
+                None,
+                desired=None if second else bool(n % 2),
+            )
+            for second, answer in enumerate(answers)
+        ]
+        found.append(RowGroup(tuple(rows)))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_each_reference_is_computed_by_one_process_with_the_bits_of_one_alone(loss, size):
+    model, groups = tiny_llama(initializer_range=0.3), groups_of(9)
+    task = PreferenceTask(byte_tokenizer(), settings=PreferenceSettings(loss=loss))
+    batcher = (UnpairedMicroBatcher if loss == "kto" else CausalMicroBatcher)(70, True, False, "cpu")
+    parts = []
+    for rank in range(size):
+        process = Apart(rank, size)
+        task.referenced(model, groups, batcher, process)
+        parts.append(process.sent)
+    alone = task.referenced(model, groups, batcher)
+    assert all((part != 0).any() for part in parts)
+    assert (sum((part != 0).int() for part in parts) == 1).all()
+    assert sum(parts).tolist() == [row.reference for group in alone for row in group.rows]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ktos_distance_is_that_of_the_whole_step(size):
+    policy, groups = tiny_llama(initializer_range=0.3), groups_of(5)
+    base = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    task = PreferenceTask(byte_tokenizer(), settings=PreferenceSettings(loss="kto"))
+    batcher = UnpairedMicroBatcher(70, True, False, "cpu")
+    answers, objective = task.referenced(base, groups, batcher), task.objective(policy)
+    sums = []
+    with packed_rows(policy):
+        for rank in range(size):
+            process = Apart(rank, size)
+            objective.begin(answers, batcher, process)
+            sums.append(process.sent)
+        objective.begin(answers, batcher)
+    alone = float(objective.unpaired.divergence)
+    objective.unpaired.estimate(sum(sums))
+    assert sum(sums)[1] == 5 and sum(int(part[1] > 0) for part in sums) == size
+    assert float(objective.unpaired.divergence) == pytest.approx(alone, rel=1e-5)
+    parts = [float(part[0] / part[1]) for part in sums]
+    assert max(parts) - min(parts) > 0.1 * abs(alone) > 1e-3  # no part of the step would do
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("share", [True, False])
+def test_pairs_are_dealt_whole_by_what_they_cost(parts, share):
+    groups = groups_of(30)
+    dealt = deal(groups, parts, share=share)
+    assert sorted(place for part in dealt for place in part) == list(range(30))
+    batcher = CausalMicroBatcher(10**6, share, False, "cpu", fill=False)
+    loads = [sum(length for _, length in batcher.shapes([groups[n] for n in part])) for part in dealt]
+    assert max(loads) - min(loads) <= max(length for g in groups for _, length in batcher.shapes([g]))
+
+
+def test_a_prompt_that_both_answers_share_counts_once():
+    draw = np.random.default_rng(0)
+
+    def pair(prompt: int, answer: int) -> RowGroup:
+        given = draw.integers(1, 90, prompt)
+        rows = [np.concatenate([given, draw.integers(1, 90, answer)]).astype(np.int32) for _ in range(2)]
+        return RowGroup(tuple(Example(1, row, np.arange(len(row)) >= prompt, prompt, None) for row in rows))
+
+    # Computed, 110 tokens of 210, and 100, 60, 50: balanced only where the prompt counts once.
+    groups = [pair(100, 5), pair(0, 50), pair(0, 30), pair(0, 25)]
+    assert sorted(deal(groups, 2, share=True)) == [[0, 3], [1, 2]]
+    assert sorted(deal(groups, 2, share=False)) == [[0], [1, 2, 3]]
+
+
+def test_of_single_answers_the_judged_row_alone_is_dealt_for_its_gradients():
+    groups = groups_of(40)
+    batcher = UnpairedMicroBatcher(10**6, True, False, "cpu", fill=False)
+    own = [Apart(rank, 4).deal(groups, batcher) for rank in range(4)]
+    assert sorted(id(group) for part in own for group in part) == sorted(map(id, groups))
+    loads = [sum(len(group.rows[0]) for group in part) for part in own]
+    assert max(loads) - min(loads) <= max(len(group.rows[0]) for group in groups)
+
+
+def test_answers_that_are_judged_otherwise_are_other_rows():
+    """So that a resumed run, or another process, with another label is refused."""
+    ours = groups_of(4)
+    theirs = [
+        RowGroup((dataclasses.replace(group.rows[0], desired=not group.rows[0].desired), group.rows[1]))
+        for group in ours
+    ]
+    assert digest_of_rows(ours) == digest_of_rows(groups_of(4)) != digest_of_rows(theirs)
+
+
+@pytest.mark.slow
+def test_pairs_that_differ_between_processes_are_refused_before_they_compute_together(settings, tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        rows = [
+            {"prompt": f"say {n}", "chosen": "a" * (n + rank + 1), "rejected": "b"} for n in range(9 + rank)
+        ]
+        write_rows(tmp_path / str(rank) / "rows.jsonl", rows)
+    made = settings(tmp_path / "run", task="preference") | {"data": {"train": "rows.jsonl"}}
+    path = write_settings(tmp_path / "run.yaml", made)
+    port = free_port()
+    both = [start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)]
+    zero, one = ended(both)
+    assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (
+        zero,
+        one,
+    )
+    assert zero[0] == 2 and "another of the 2 processes ended" in zero[2]
