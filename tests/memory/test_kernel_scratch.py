@@ -117,9 +117,12 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8):
             peak = peak_tensor_bytes(lambda operator=operator, args=args: operator(*args), alive=alive)
             planned = scratch_bytes(operator.default, args, {})
             assert arena_bytes(operator.default, args, {}) == 0
-            # Of the blocks of oneDNN's products in 16 bits nothing is planned.
             found = peak - held_before - results
-            assert planned == pytest.approx(found, rel=0.2 if int8 else 0.05, abs=2**18)
+            # Nothing is planned of what oneDNN's products in 16 bits hold: where tiles multiply, a copy of
+            # the weight or of a part of it.
+            blocks = weight.numel() * 2 if dtype.itemsize == 2 and not int8 else 0
+            slack = max((0.2 if int8 else 0.05) * found, 2**18)
+            assert found - blocks - slack <= planned <= found + slack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
