@@ -196,8 +196,9 @@ def digest_of_rows(rows: Sequence[Any]) -> str:
         for row in item.rows if isinstance(item, RowGroup) else (item,):
             # As stored rows do it, so that it does not matter whether rows are stored.
             digest.update(key_of(row) if isinstance(row, Example) else _key_of_fields(row))
-            if getattr(row, "desired", None) is not None:
-                digest.update(bytes([row.desired]))
+            desired = getattr(row, "desired", None)
+            if desired is not None:
+                digest.update(bytes([int(desired)]))
     return digest.hexdigest()
 
 
