@@ -268,7 +268,7 @@ class Part {
         int64_t lines;
 
         void operator()() {
-            into.fetch_to_write(2 * rows);
+            into.fetch(2 * rows);
             before.some(rows);
             ahead.fetch(lines);
         }

@@ -79,74 +79,102 @@ inline Ahead place_of_result(const Product &p, int64_t m, int rows, int64_t n0) 
 // A tile of sums that goes out a few rows at a time, beside the products of the next one.
 class Finishing {
   public:
-    explicit Finishing(const Product &p) : p(p) {}
+    explicit Finishing(const Product &p)
+        : p(p), out_step(p.out_ld * number_size()), added_step(p.added_ld * number_size()) {}
 
-    // Rows m …, columns n0 … of the product; `low`: the low-rank part of the same tile where it is not in the sums, or null.
-    void begin(const float *sums, int count, int wide, bool of_int32, int64_t m, int64_t n0, const float *low_products) {
-        tile = sums, low = low_products, rows = count, vecs = wide, from_int32 = of_int32, row = m, column = n0, at = 0;
+    // Rows m …, columns n0 … of the product; `low_products`: the low-rank part of the same tile where it is not in the sums,
+    // or null.
+    void begin(const float *tile, int count, int vecs, bool of_int32, int64_t m, int64_t n0, const float *low_products) {
+        sums = tile, low = low_products, left = count, from_int32 = of_int32, row = m, column = n0;
+        out = (char *)p.out + n0 * number_size() + m * out_step;
+        if (p.added) added = (const char *)p.added + n0 * number_size() + m * added_step;
+        for (int v = 0; v < vecs; v++) {
+            const First mask = first(p.N - n0 - 16 * v);
+            store16(bias + 16 * v, bias_of(p, n0 + 16 * v, mask));
+            store16(by_column + 16 * v, p.column_scale ? load16(p.column_scale + n0 + 16 * v, mask) : set_f(1.0f));
+        }
+        write = p.out_type == F32 ? writer<float>(vecs) : writer<bf16>(vecs);
     }
     void some(int count) {
-        const int stop = std::min(rows, at + count);
-        if (at == stop) return;
-        p.out_type == F32 ? of_type<float>(stop) : of_type<bf16>(stop);
-        at = stop;
+        if (!left) return;
+        count = std::min(count, left);
+        left -= count;
+        write(*this, count);
     }
-    void rest() { some(rows); }
+    void rest() { some(left); }
 
   private:
+    typedef void (*Write)(Finishing &, int);
+
     const Product &p;
-    const float *tile = nullptr, *low = nullptr;
-    int rows = 0, vecs = 0, at = 0;
+    const int64_t out_step, added_step;  // bytes
+    int left = 0;  // rows
     bool from_int32 = false;
+    const float *sums = nullptr, *low = nullptr;
+    char *out = nullptr;
+    const char *added = nullptr;
     int64_t row = 0, column = 0;
+    Write write = nullptr;
+    alignas(64) float bias[PANEL], by_column[PANEL];
+
+    int64_t number_size() const { return p.out_type == F32 ? 4 : 2; }
 
     template <class T>
-    void of_type(int stop) const {
-        const bool scaled = from_int32 || p.row_scale || p.column_scale;
-        if (vecs == 2) scaled ? write<T, 2, true>(stop) : write<T, 2, false>(stop);
-        else scaled ? write<T, 1, true>(stop) : write<T, 1, false>(stop);
+    Write writer(int vecs) const {
+        if (p.transposed || p.N - column < PANEL) return vecs == 2 ? write_any<T, 2, false> : write_any<T, 1, false>;
+        if (low || from_int32 || p.row_scale || p.column_scale) return write_any<T, 2, true>;
+        return p.added ? write_plain<T, true> : write_plain<T, false>;
     }
 
-    // All that is asked of the product is copied first, since what is written might change it for all that a compiler knows.
-    template <class T, int VECS, bool SCALED>
-    void write(int stop) const {
-        F16 bias[VECS], by_column[VECS];
-        First mask[VECS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECS; v++) {
-            const int64_t n = column + 16 * v;
-            mask[v] = first(p.N - n), bias[v] = bias_of(p, n, mask[v]);
-            by_column[v] = SCALED && p.column_scale ? load16(p.column_scale + n, mask[v]) : set_f(1.0f);
+    // `count` rows of 32 sums of which nothing is asked but bias and what is added. All is copied first, since what is written
+    // might change it for all that a compiler knows.
+    template <class T, bool ADDED>
+    static void write_plain(Finishing &f, int count) {
+        const F16 scale = set_f(f.p.out_scale), bias[2] = {load16(f.bias), load16(f.bias + 16)};
+        const int64_t out_step = f.out_step, added_step = f.added_step;
+        const float *sums = f.sums;
+        const char *added = f.added;
+        char *out = f.out;
+        for (int i = 0; i < count; i++, sums += PANEL, out += out_step) {
+            F16 y[2] = {fma(load16(sums), scale, bias[0]), fma(load16(sums + 16), scale, bias[1])};
+            if constexpr (ADDED) {
+                y[0] = y[0] + load16((const T *)added), y[1] = y[1] + load16((const T *)added + 16);
+                added += added_step;
+            }
+            store_both((T *)out, y[0], y[1]);
         }
+        f.sums = sums, f.added = added, f.out = out;
+    }
+
+    // `count` rows of any sums. WHOLE: of 32 columns that are there, not transposed.
+    template <class T, int VECS, bool WHOLE>
+    static void write_any(Finishing &f, int count) {
+        const Product &p = f.p;
         const F16 scale = set_f(p.out_scale);
-        const bool whole = VECS == 2 && p.N - column >= PANEL, int32 = from_int32;
-        const int64_t out_ld = p.out_ld, added_ld = p.added_ld;
-        const float *sums = tile + at * PANEL, *more = low ? low + at * PANEL : nullptr, *by_row = p.row_scale ? p.row_scale + row + at : nullptr;
-        const T *added = p.added ? (const T *)p.added + (row + at) * added_ld + column : nullptr;
-        T *out = p.transposed ? nullptr : (T *)p.out + (row + at) * out_ld + column;
-        for (int i = at; i < stop; i++, sums += PANEL) {
-            F16 y[VECS];
+        const float *const by_row = p.row_scale ? p.row_scale + f.row : nullptr;
+        const bool int32 = f.from_int32;
+        const float *sums = f.sums, *low = f.low;
+        const char *added = f.added;
+        char *out = f.out;
+        for (int i = 0; i < count; i++, sums += PANEL, out += f.out_step) {
+            const F16 of_row = set_f(by_row ? by_row[i] : 1.0f);
+            F16 y[2];
 #pragma GCC unroll 2
             for (int v = 0; v < VECS; v++) {
-                y[v] = SCALED && int32 ? to_f(load_i(sums + 16 * v)) : load16(sums + 16 * v);
-                if (SCALED) y[v] = y[v] * by_column[v];
-                if (SCALED && by_row) y[v] = y[v] * set_f(*by_row);
-                if (more) y[v] = y[v] + load16(more + 16 * v);
-                y[v] = fma(y[v], scale, bias[v]);
-                if (added) y[v] = y[v] + load16(added + 16 * v, mask[v]);
+                const First mask = WHOLE ? first(16) : first(p.N - f.column - 16 * v);
+                y[v] = (int32 ? to_f(load_i(sums + 16 * v)) : load16(sums + 16 * v)) * load16(f.by_column + 16 * v) * of_row;
+                if (low) y[v] = y[v] + load16(low + 16 * v);
+                y[v] = fma(y[v], scale, load16(f.bias + 16 * v));
+                if (added) y[v] = y[v] + load16((const T *)added + 16 * v, mask);
+                if (WHOLE) continue;
+                if (p.transposed) store_transposed(p, f.row + i, f.column + 16 * v, y[v]);
+                else store16((T *)out + 16 * v, y[v], mask);
             }
-            if (more) more += PANEL;
-            if (by_row) by_row++;
-            if (added) added += added_ld;
-            if (!out) {
-                for (int v = 0; v < VECS; v++) store_transposed(p, row + i, column + 16 * v, y[v]);
-                continue;
-            }
-            if (whole) store_both(out, y[0], y[VECS - 1]);
-            else
-                for (int v = 0; v < VECS; v++) store16(out + 16 * v, y[v], mask[v]);
-            out += out_ld;
+            if (WHOLE) store_both((T *)out, y[0], y[1]);
+            if (low) low += PANEL;
+            if (added) added += f.added_step;
         }
+        f.sums = sums, f.low = low, f.added = added, f.out = out, f.row += count;
     }
 
     static void store_both(bf16 *to, F16 one, F16 two) { store_i(to, bf16_bits_of_both(one, two)); }

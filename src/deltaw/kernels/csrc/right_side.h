@@ -330,14 +330,10 @@ struct Ahead {
         row = at = 0;
     }
     int64_t lines() const { return rows * ((bytes + 63) / 64); }
-    void fetch(int64_t count) { each<0, 2>(count); }
-    void fetch_to_write(int64_t count) { each<1, 3>(count); }
-
-  private:
-    template <int WRITE, int LEVELS>
-    void each(int64_t count) {
+    // Into the second-level cache: lines whose distance is a large power of two would push each other out of the first.
+    void fetch(int64_t count) {
         for (; count > 0 && row < rows; count--) {
-            __builtin_prefetch(base + row * stride + at, WRITE, LEVELS);
+            __builtin_prefetch(base + row * stride + at, 0, 2);
             at += 64;
             if (at >= bytes) at = 0, row++;
         }
