@@ -1,6 +1,7 @@
 """One training step: tokens per second and peak memory, compared with PEFT's best and with the floor.
 
     python benchmarks/step.py [--model qwen2.5-0.5b] [--repeats 3] [--sides deltaw-auto peft-fp32] [--avx2]
+    python benchmarks/step.py --in-turns [--steps 20] [--sides deltaw-auto peft-bf16-compiled]
 
 LoRA rank 16 on all linear layers, a label at each token: SmolLM2-135M-Instruct on 2 rows of 512 tokens, or
 random weights of the sizes of Qwen2.5-0.5B, Llama-3.2-1B or Llama-3.2-3B on 1 row of 512. Every side runs in
@@ -10,6 +11,9 @@ medians over the rounds, and ratios are medians of the rounds' own ratios.
 PEFT's side is the fastest of its precisions, compiled or not, on this machine. The floor is a lower bound on
 the time of a step in exact arithmetic: the time of its matrix products alone, as torch computes them in bf16
 or in fp32, whichever is faster here, with attention and the low-rank update counted at the same rate.
+
+With --in-turns all sides are loaded at once and take one step each in turn: on a host whose other guests come
+and go, ratios are those of neighboring steps. The floor has no steps and is left out.
 
 With --avx2 all sides are confined to AVX2: torch and its libraries by their own variables, deltaw's kernels
 by DELTAW_KERNELS.
@@ -21,13 +25,14 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from machine import print_machine
 from step_models import MODELS, config_of, made, parameter_count
-from step_sides import run
+from step_sides import run, run_in_turns
 
 SIDES: dict[str, dict[str, Any]] = {
     "floor-bf16": {"side": "floor", "precision": "bf16"},
@@ -59,10 +64,12 @@ AVX2 = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
+AVX2_OF = {"floor": AVX2, "peft": AVX2, "deltaw": {**AVX2, "DELTAW_KERNELS": "avx2"}}
 USUAL_AVX2 = ["floor-fp32", "deltaw-auto", "deltaw-fp32", "deltaw-int8", "peft-fp32"]
 # Bytes of a weight while it is loaded and used, with some room for activations on top.
 BYTES = {"bf16": 2, "int8": 2, "fp32": 4, "auto": 4}
 ROOM = 1.3
+MANY = 8  # from so many ratios on, their quartiles say more than their extremes
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -75,6 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is timed apart")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=None, metavar="SIDE")
     parser.add_argument("--avx2", action="store_true", help="confine all sides to AVX2")
+    parser.add_argument("--in-turns", action="store_true", help="all sides at once, one step each in turn")
     parser.add_argument("--threads", type=int, default=0, help="0: the number that deltaw chooses")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "deltaw-benchmarks")
     parser.add_argument("--json", type=Path, default=None)
@@ -85,43 +93,52 @@ def main() -> None:
     reference, folder = made(arguments.model, arguments.models)
     threads = arguments.threads or choose_threads().value
     names = arguments.sides or (USUAL_AVX2 if arguments.avx2 else USUAL)
-    names = [name for name in names if fits(name, arguments.model)]
-    found: Found = {}
-    for round_number in range(arguments.repeats):
-        for name in names:
-            job = {
-                **SIDES[name],
-                "model": arguments.model,
-                "reference": reference,
-                "folder": folder,
-                "threads": threads,
-                "steps": arguments.steps,
-            }
-            confined = AVX2 if arguments.avx2 else {}
-            if arguments.avx2 and job["side"] == "deltaw":
-                confined = {**AVX2, "DELTAW_KERNELS": "avx2"}
-            found.setdefault(name, []).append(run(job, confined))
+    if arguments.in_turns:
+        names = [name for name in names if SIDES[name]["side"] != "floor"]
+    names = [name for name in names if fits(name, arguments.model, names if arguments.in_turns else [name])]
+    jobs = {
+        name: {
+            **SIDES[name],
+            "model": arguments.model,
+            "reference": reference,
+            "folder": folder,
+            "threads": threads,
+            "steps": arguments.steps,
+        }
+        for name in names
+    }
+    confined = {name: AVX2_OF[job["side"]] if arguments.avx2 else {} for name, job in jobs.items()}
+    found: Found = run_in_turns(jobs, confined) if arguments.in_turns else {}
+    for round_number in range(0 if arguments.in_turns else arguments.repeats):
+        for name, job in jobs.items():
+            found.setdefault(name, []).append(run(job, confined[name]))
             speed = found[name][-1]["tokens_per_second"]
             print(f"round {round_number + 1}: {name:26} {speed:8.1f} tokens/s", flush=True)
     size = MODELS[arguments.model]
     confined_to = ", all sides confined to AVX2" if arguments.avx2 else ""
-    print(f"\n{arguments.model}, {size.rows} × {size.length} tokens{confined_to}, {arguments.repeats} rounds")
+    how_often = (
+        f"{arguments.steps - 1} steps in turn" if arguments.in_turns else f"{arguments.repeats} rounds"
+    )
+    print(f"\n{arguments.model}, {size.rows} × {size.length} tokens{confined_to}, {how_often}")
     print(*table(found), "", *summary(found), sep="\n")
     print_machine(threads)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
-def fits(name: str, model: str) -> bool:
-    """Whether a side's weights fit the memory that is free; prints why not."""
-    side = SIDES[name]
-    if side["side"] == "floor":
-        return True
-    needed = ROOM * BYTES[side["precision"]] * parameter_count(config_of(model))
+def fits(name: str, model: str, beside: Sequence[str]) -> bool:
+    """Whether a side's weights fit the free memory, with those of the sides beside it; prints why not."""
+
+    def needed(side: dict[str, Any]) -> float:
+        if side["side"] == "floor":
+            return 0
+        return ROOM * BYTES[side["precision"]] * parameter_count(config_of(model))
+
     available = psutil.virtual_memory().available
-    if needed > available:
-        print(f"{name} is skipped: it needs about {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free")
-    return needed <= available
+    all_of_them = sum(needed(SIDES[each]) for each in beside)
+    if all_of_them > available:
+        print(f"{name} is skipped: {all_of_them / 1e9:.0f} GB are needed, {available / 1e9:.0f} GB are free")
+    return all_of_them <= available
 
 
 def median(found: Found, name: str, key: str = "tokens_per_second") -> float:
@@ -163,6 +180,14 @@ def table(found: Found) -> list[str]:
     return lines
 
 
+def spread(each: Sequence[float]) -> str:
+    """Between what ratios lie: all of a few rounds, or the middle half of many steps."""
+    if len(each) < MANY:
+        return f"rounds {min(each):.2f} to {max(each):.2f}"
+    low, _, high = statistics.quantiles(each, n=4)
+    return f"half of the steps {low:.2f} to {high:.2f}"
+
+
 def summary(found: Found) -> list[str]:
     """For each of deltaw's sides: times PEFT's best, share of the floor, and how it computed."""
     floor, peer = best_of(found, "floor"), best_of(found, "peft")
@@ -173,10 +198,7 @@ def summary(found: Found) -> list[str]:
         parts = []
         if peer:
             each = ratios(found, name, peer)
-            parts.append(
-                f"{statistics.median(each):.2f} times PEFT's best ({peer}; "
-                f"rounds {min(each):.2f} to {max(each):.2f})"
-            )
+            parts.append(f"{statistics.median(each):.2f} times PEFT's best ({peer}; {spread(each)})")
         if floor:
             share = statistics.median(ratios(found, name, floor))
             parts.append(f"{share:.0%} of torch's best exact product rate ({floor})")

@@ -1,6 +1,7 @@
 """The sides of ``step.py``, each run in a process of its own.
 
-``run`` starts one and gives its results; ``main`` is what the process does.
+``run`` starts one and gives its results, ``run_in_turns`` several that take their steps one after another;
+``main`` is what the process does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,79 @@ def run(job: dict[str, Any], environment: dict[str, str], script: str = __file__
     if not lines:
         sys.exit(f"{job}\n{done.stderr[-3000:]}")
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def run_in_turns(
+    jobs: dict[str, dict[str, Any]], environments: dict[str, dict[str, str]], script: str = __file__
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of sides that take turns step by step, so that a host's other guests slow all alike.
+
+    Returns:
+        For each side its results as ``run`` gives them, once for each step but the first, with the speed of
+        that step.
+    """
+    sides: dict[str, subprocess.Popen[str]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+
+        def told(name: str, kind: str) -> str:
+            """What a side says next, of this kind."""
+            for line in sides[name].stdout or ():
+                if line.startswith(kind + " "):
+                    return line.removeprefix(kind + " ")
+            errors.seek(0)
+            sys.exit(f"{jobs[name]}\n{errors.read()[-3000:]}")
+
+        def next_step(name: str) -> None:
+            to = sides[name].stdin
+            assert to is not None
+            to.write("\n")
+            to.flush()
+
+        try:
+            for name, job in jobs.items():
+                sides[name] = subprocess.Popen(
+                    [sys.executable, os.path.abspath(script), json.dumps({**job, "in_turns": True})],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env={**os.environ, **environments[name], "OMP_NUM_THREADS": str(job["threads"])},
+                )
+                seconds[name].append(float(told(name, "STEP")))
+                print(f"{name}: first step {seconds[name][0]:.1f} s", flush=True)
+            for _ in range(min(job["steps"] for job in jobs.values()) - 1):
+                for name in jobs:
+                    next_step(name)
+                    seconds[name].append(float(told(name, "STEP")))
+            for name, each in seconds.items():
+                next_step(name)
+                result = json.loads(told(name, "RESULT"))
+                tokens = tokens_of_step(jobs[name]).numel()
+                found[name] = [
+                    {**result, "first_step": each[0], "tokens_per_second": tokens / one} for one in each[1:]
+                ]
+        finally:
+            for side in sides.values():
+                side.kill()
+                side.wait()
+    return found
+
+
+class Turns:
+    """One side's own part of it: at the end of each step it says how long the step took, and waits."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.waits = bool(job.get("in_turns"))
+        self.begun = time.perf_counter()
+
+    def step_done(self) -> None:
+        if not self.waits:
+            return
+        print(f"STEP {time.perf_counter() - self.begun}", flush=True)
+        sys.stdin.readline()
+        self.begun = time.perf_counter()
 
 
 def main() -> None:
@@ -92,7 +167,7 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     if job.get("checkpointing"):
         checkpoint_blocks(model)
     keep_freed_memory()  # as the command line does
-    objective, seconds = CausalObjective(model), []
+    objective, seconds, turns = CausalObjective(model), [], Turns(job)
     with packed_rows(model):
         outcome = train(
             objective,
@@ -102,7 +177,7 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
             learning_rate=1e-4,
             total_steps=job["steps"],
             batch_size=len(examples),
-            on_step=lambda step: seconds.append(step.seconds),
+            on_step=lambda step: (seconds.append(step.seconds), turns.step_done()),
         )
     memory = {**memory_above(resident), "weight_bytes": weights}
     return {**speeds(seconds, tokens.numel()), **memory, "loss": outcome.loss}
@@ -133,7 +208,7 @@ def peft_trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     forward = torch.compile(model) if job.get("compiled") else model
-    seconds, losses = [], []
+    seconds, losses, turns = [], [], Turns(job)
     for _ in range(job["steps"]):
         begun = time.perf_counter()
         loss = forward(input_ids=tokens, labels=tokens).loss
@@ -142,6 +217,7 @@ def peft_trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - begun)
         losses.append(loss.item())
+        turns.step_done()
     loss_of_all = statistics.fmean(losses)
     return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": loss_of_all}
 
