@@ -43,6 +43,8 @@ bench: $(VENV)/.bench
 VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
 VARIANT   ?= $(shell $(VARIANTS) best)
 RUN       ?=
+# Names of tests, as of "products attention"; all without.
+ONLY      ?=
 CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 OPTIMIZE  ?= -O1
 DEFINES   ?=
@@ -54,7 +56,7 @@ OBJECTS   := $(patsubst %.cpp,$(SANITIZED)/%.o,$(notdir $(wildcard $(CSRC)/*.cpp
 vpath %.cpp $(CSRC) $(CTESTS)
 
 sanitize: $(SANITIZED)/test_kernels
-	OMP_WAIT_POLICY=passive ASAN_OPTIONS=allocator_may_return_null=1 $(RUN) $<
+	OMP_WAIT_POLICY=passive ASAN_OPTIONS=allocator_may_return_null=1 $(RUN) $< $(ONLY)
 
 sanitize-all:
 	set -e; for variant in $$($(VARIANTS) allowed); do $(MAKE) sanitize VARIANT=$$variant; done

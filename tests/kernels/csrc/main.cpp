@@ -1,6 +1,11 @@
 // The kernels' tests in C++: everything on one thread, then on teams of two and three, with each arithmetic that the
 // variant has. Run under sanitizers (make sanitize) and under an emulator of another processor (make kernels-arm).
+// Names as arguments: those alone, of products, blocks, attention, block and decode, and nothing else.
 #include <omp.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
 
 #include "check.h"
 #include "kernels.h"
@@ -21,23 +26,40 @@ bool choose(int which) {
     return found;
 }
 
+struct Suite {
+    const char *name;
+    void (*run)();
+};
+// Those that are run with each arithmetic.
+const Suite SUITES[] = {
+    {"products", test_products}, {"blocks", test_blocks}, {"attention", test_attention}, {"block", test_block}, {"decode", test_decode}};
+
 }  // namespace
 
-int main() {
+int main(int count, char **arguments) {
+    const std::vector<std::string> names(arguments + 1, arguments + count);
+    for (const std::string &name : names)
+        if (std::none_of(std::begin(SUITES), std::end(SUITES), [&](const Suite &suite) { return name == suite.name; })) {
+            printf("there are no tests of '%s'\n", name.c_str());
+            return 2;
+        }
+    auto wanted = [&](const char *name) { return names.empty() || std::find(names.begin(), names.end(), name) != names.end(); };
     setvbuf(stdout, nullptr, _IOLBF, 0);  // what failed is seen even where a later test ends the program
     if (dw_ready() != 0) {
         printf("skipped: the system does not let the kernels' instructions be used\n");
         return 0;
     }
-    test_vector(), test_tiles();
+    if (names.empty()) test_vector(), test_tiles();
     for (int threads = 1; threads <= 3; threads++) {
         omp_set_num_threads(threads);
         if (threads > 1) dw_threads((void *)GOMP_parallel, (void *)omp_get_thread_num, (void *)omp_get_num_threads, (void *)omp_get_max_threads);
         dw_set_cache(threads == 2 ? 1 << 17 : 1 << 20);  // in the smaller one, rows go by in several parts
         for (int which = 0; which < 3; which++)
-            if (choose(which)) test_products(), test_blocks(), test_attention(), test_block(), test_decode();
+            if (choose(which))
+                for (const Suite &suite : SUITES)
+                    if (wanted(suite.name)) suite.run();
         for (int type = 0; type < 3; type++) expect(dw_set_arithmetic(type, 99) != 0, "no such arithmetic");
-        test_rows(), test_interface();
+        if (names.empty()) test_rows(), test_interface();
         printf("%d thread%s: %d checks, %d failed\n", threads, threads > 1 ? "s" : "", checks, failures);
     }
     return failures > 0;

@@ -27,6 +27,13 @@ struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else a
 namespace packing {
 
 inline F16 inverse(float scale) { return set_f(scale > 0 ? 1.0f / scale : 0.0f); }
+// Of `count` scales, in room for a multiple of 16.
+inline void inverses(const float *scales, int64_t count, float *to) {
+    for (int64_t k = 0; k < count; k += 16) {
+        const F16 x = load16(scales + k, first(count - k));
+        store16(to + k, select(not_less(zero_f(), x), zero_f(), set_f(1.0f) / x));
+    }
+}
 
 // How a group is made of PER_GROUP rows of numbers, and what a line of numbers becomes before it is cut into groups.
 template <class Op>
@@ -132,10 +139,10 @@ inline void columns_widened(const Right &b, int64_t N, int64_t n0, int64_t k0, i
         }
 }
 
-// Where `by_column`: numbers that are converted on the way, a line of each column at a time. `by` is given a column.
-template <class Op, class T, class Scale>
+// Where `by_column`: numbers that are converted on the way, a line of each column at a time, by what `of_column` gives.
+template <class Op, class T, class OfColumn>
 inline void columns_converted(const T *data, const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into,
-                              Scale &&by) {
+                              OfColumn &&of_column) {
     typedef typename KindOf<Op>::type G;
     typedef typename G::Number Number;
     const int64_t line = groups * Op::PER_GROUP;
@@ -148,7 +155,9 @@ inline void columns_converted(const T *data, const Right &b, int64_t N, int64_t 
             Number *const to = lines + i * line;
             rows[i] = n < N ? (const char *)to : nullptr;
             if (n >= N) continue;
-            for (int64_t k = 0; k < line; k += 16) G::store(to + k, by(data + n * b.ld + k0 + k, first(depth - k), n), first(line - k));
+            const auto convert = of_column(n);
+            const T *const from = data + n * b.ld + k0;
+            for (int64_t k = 0; k < line; k += 16) G::store(to + k, convert(from + k, first(depth - k)), first(line - k));
         }
         pack_rows16(rows, groups, into + 64 * v, 128);
     }
@@ -267,26 +276,28 @@ inline void pack_columns(const Right &b, int64_t N, int64_t n0, int64_t k0, int6
         if (Op::PER_GROUP == 1 && b.scale == 1.0f) return columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
         const F16 by = set_f(b.scale);
         columns_converted<Op>((const float *)b.data, b, N, n0, k0, depth, groups, vecs, into,
-                              [&](const float *p, First m, int64_t) { return scaled<G>(p, m, by); });
+                              [&](int64_t) { return [by](const float *p, First m) { return scaled<G>(p, m, by); }; });
     } else if (b.type == INT8) {
         if (Op::PER_GROUP == 4) return columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
         columns_converted<Op>((const int8_t *)b.data, b, N, n0, k0, depth, groups, vecs, into,
-                              [&](const int8_t *p, First m, int64_t) { return G::number(p, m); });
+                              [&](int64_t) { return [](const int8_t *p, First m) { return G::number(p, m); }; });
     } else if (b.int8_scale) {
-        columns_converted<Op>((const bf16 *)b.data, b, N, n0, k0, depth, groups, vecs, into,
-                              [&](const bf16 *p, First m, int64_t n) { return scaled<G>(p, m, inverse(b.int8_scale[n])); });
+        columns_converted<Op>((const bf16 *)b.data, b, N, n0, k0, depth, groups, vecs, into, [&](int64_t n) {
+            return [by = inverse(b.int8_scale[n])](const bf16 *p, First m) { return scaled<G>(p, m, by); };
+        });
     } else if (Op::PER_GROUP == 1) columns_widened(b, N, n0, k0, groups, vecs, into);
     else columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
 }
 
+// `by`: what row k0 and the next ones are multiplied by, where they are rounded to int8.
 template <class Op>
-inline void pack_rows(const Right &b, int64_t N, int64_t n, int64_t k0, int64_t depth, int64_t groups, char *to) {
+inline void pack_rows(const Right &b, int64_t N, int64_t n, int64_t k0, int64_t depth, int64_t groups, const float *by, char *to) {
     typedef typename KindOf<Op>::type G;
     const First m = first(N - n);
     if (b.type == F32) {
-        const F16 by = set_f(b.scale);
+        const F16 scale = set_f(b.scale);
         rows_converted<Op>((const float *)b.data, b, n, k0, depth, groups, m, to,
-                           [&](const float *p, First some, int64_t) { return scaled<G>(p, some, by); });
+                           [&](const float *p, First some, int64_t) { return scaled<G>(p, some, scale); });
     } else if (b.type == INT8) {
 #if defined(DW_ROWS_OF_INT8)
         if (Op::PER_GROUP == 4) return rows_of_int8(b, n, k0, depth, groups, N - n, to);
@@ -295,7 +306,7 @@ inline void pack_rows(const Right &b, int64_t N, int64_t n, int64_t k0, int64_t 
                            [&](const int8_t *p, First some, int64_t) { return G::number(p, some); });
     } else if (b.int8_scale) {
         rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
-                           [&](const bf16 *p, First some, int64_t k) { return scaled<G>(p, some, inverse(b.int8_scale[k])); });
+                           [&](const bf16 *p, First some, int64_t k) { return scaled<G>(p, some, set_f(by[k - k0])); });
     } else
         rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
                            [&](const bf16 *p, First some, int64_t) { return G::number(p, some); });
@@ -310,7 +321,13 @@ inline void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
     const int vecs = N - n0 > 16 ? 2 : 1;
     if (stored_in_blocks(b.type)) return packing::pack_blocks<Op>(b, N, n0, k0, depth, groups, vecs, into);
     if (b.by_column) return packing::pack_columns<Op>(b, N, n0, k0, depth, groups, vecs, into);
-    for (int v = 0; v < vecs; v++) packing::pack_rows<Op>(b, N, n0 + 16 * v, k0, depth, groups, into + 64 * v);
+    Scratch scratch;
+    float *by = nullptr;
+    if (b.int8_scale) {
+        by = scratch.take<float>((depth + 15) / 16 * 16);
+        packing::inverses(b.int8_scale + k0, depth, by);
+    }
+    for (int v = 0; v < vecs; v++) packing::pack_rows<Op>(b, N, n0 + 16 * v, k0, depth, groups, by, into + 64 * v);
 }
 
 // Fetches the memory that the next panel will be packed from, a few lines at a time while this one is worked on.
