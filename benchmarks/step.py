@@ -1,7 +1,7 @@
 """One training step: tokens per second and peak memory, compared with PEFT's best and with the floor.
 
     python benchmarks/step.py [--model qwen2.5-0.5b] [--repeats 3] [--sides deltaw-auto peft-fp32] [--avx2]
-    python benchmarks/step.py --in-turns [--steps 20] [--sides deltaw-auto peft-bf16-compiled]
+    python benchmarks/step.py --in-turns [--steps 40] [--sides deltaw-auto peft-bf16-compiled]
 
 LoRA rank 16 on all linear layers, a label at each token: SmolLM2-135M-Instruct on 2 rows of 512 tokens, or
 random weights of the sizes of Qwen2.5-0.5B, Llama-3.2-1B or Llama-3.2-3B on 1 row of 512. Every side runs in
@@ -12,8 +12,8 @@ PEFT's side is the fastest of its precisions, compiled or not, on this machine. 
 the time of a step in exact arithmetic: the time of its matrix products alone, as torch computes them in bf16
 or in fp32, whichever is faster here, with attention and the low-rank update counted at the same rate.
 
-With --in-turns all sides are loaded at once and take one step each in turn: on a host whose other guests come
-and go, ratios are those of neighboring steps. The floor has no steps and is left out.
+With --in-turns all sides are loaded at once and take turns of four steps, of which the first does not count:
+on a host whose other guests come and go, ratios are those of neighboring turns. The floor is left out.
 
 With --avx2 all sides are confined to AVX2: torch and its libraries by their own variables, deltaw's kernels
 by DELTAW_KERNELS.
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is timed apart")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=None, metavar="SIDE")
     parser.add_argument("--avx2", action="store_true", help="confine all sides to AVX2")
-    parser.add_argument("--in-turns", action="store_true", help="all sides at once, one step each in turn")
+    parser.add_argument("--in-turns", action="store_true", help="all sides at once, some steps each in turn")
     parser.add_argument("--threads", type=int, default=0, help="0: the number that deltaw chooses")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "deltaw-benchmarks")
     parser.add_argument("--json", type=Path, default=None)
@@ -116,9 +116,7 @@ def main() -> None:
             print(f"round {round_number + 1}: {name:26} {speed:8.1f} tokens/s", flush=True)
     size = MODELS[arguments.model]
     confined_to = ", all sides confined to AVX2" if arguments.avx2 else ""
-    how_often = (
-        f"{arguments.steps - 1} steps in turn" if arguments.in_turns else f"{arguments.repeats} rounds"
-    )
+    how_often = f"{len(found[names[0]])} {'turns' if arguments.in_turns else 'rounds'}"
     print(f"\n{arguments.model}, {size.rows} × {size.length} tokens{confined_to}, {how_often}")
     print(*table(found), "", *summary(found), sep="\n")
     print_machine(threads)
@@ -181,11 +179,11 @@ def table(found: Found) -> list[str]:
 
 
 def spread(each: Sequence[float]) -> str:
-    """Between what ratios lie: all of a few rounds, or the middle half of many steps."""
+    """Between what ratios lie: all of a few rounds, or the middle half of many turns."""
     if len(each) < MANY:
         return f"rounds {min(each):.2f} to {max(each):.2f}"
     low, _, high = statistics.quantiles(each, n=4)
-    return f"half of the steps {low:.2f} to {high:.2f}"
+    return f"half of the turns {low:.2f} to {high:.2f}"
 
 
 def summary(found: Found) -> list[str]:

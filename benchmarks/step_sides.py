@@ -1,6 +1,6 @@
 """The sides of ``step.py``, each run in a process of its own.
 
-``run`` starts one and gives its results, ``run_in_turns`` several that take their steps one after another;
+``run`` starts one and gives its results, ``run_in_turns`` several that take turns of some steps;
 ``main`` is what the process does.
 """
 
@@ -23,6 +23,7 @@ from step_models import MODELS, config_of, linear_shapes
 RANK, ALPHA = 16, 32
 # Labels that the head takes at a time in the floor.
 HEAD_ROWS = 256
+STEPS_OF_A_TURN = 4
 
 
 def run(job: dict[str, Any], environment: dict[str, str], script: str = __file__) -> dict[str, Any]:
@@ -42,11 +43,10 @@ def run(job: dict[str, Any], environment: dict[str, str], script: str = __file__
 def run_in_turns(
     jobs: dict[str, dict[str, Any]], environments: dict[str, dict[str, str]], script: str = __file__
 ) -> dict[str, list[dict[str, Any]]]:
-    """The results of sides that take turns step by step, so that a host's other guests slow all alike.
+    """The results of sides that take turns of some steps, so that a host's other guests slow all alike.
 
     Returns:
-        For each side its results as ``run`` gives them, once for each step but the first, with the speed of
-        that step.
+        For each side its results as ``run`` gives them, once for each turn but the first, with its speed.
     """
     sides: dict[str, subprocess.Popen[str]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -61,7 +61,7 @@ def run_in_turns(
             errors.seek(0)
             sys.exit(f"{jobs[name]}\n{errors.read()[-3000:]}")
 
-        def next_step(name: str) -> None:
+        def next_turn(name: str) -> None:
             to = sides[name].stdin
             assert to is not None
             to.write("\n")
@@ -77,19 +77,17 @@ def run_in_turns(
                     text=True,
                     env={**os.environ, **environments[name], "OMP_NUM_THREADS": str(job["threads"])},
                 )
-                seconds[name].append(float(told(name, "STEP")))
-                print(f"{name}: first step {seconds[name][0]:.1f} s", flush=True)
-            for _ in range(min(job["steps"] for job in jobs.values()) - 1):
+                told(name, "TURN")
+                print(f"{name} is there", flush=True)
+            for _ in range(min(job["steps"] for job in jobs.values()) // STEPS_OF_A_TURN - 1):
                 for name in jobs:
-                    next_step(name)
-                    seconds[name].append(float(told(name, "STEP")))
+                    next_turn(name)
+                    seconds[name].append(float(told(name, "TURN")))
             for name, each in seconds.items():
-                next_step(name)
+                next_turn(name)
                 result = json.loads(told(name, "RESULT"))
                 tokens = tokens_of_step(jobs[name]).numel()
-                found[name] = [
-                    {**result, "first_step": each[0], "tokens_per_second": tokens / one} for one in each[1:]
-                ]
+                found[name] = [{**result, "tokens_per_second": tokens / one} for one in each]
         finally:
             for side in sides.values():
                 side.kill()
@@ -98,17 +96,22 @@ def run_in_turns(
 
 
 class Turns:
-    """One side's own part of it: at the end of each step it says how long the step took, and waits."""
+    """One side's own part of it: after a turn's steps it says how long one took, and waits. A turn's first
+    step finds the caches full of what the others left there, and does not count."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.waits = bool(job.get("in_turns"))
+        self.seconds: list[float] = []
         self.begun = time.perf_counter()
 
     def step_done(self) -> None:
         if not self.waits:
             return
-        print(f"STEP {time.perf_counter() - self.begun}", flush=True)
-        sys.stdin.readline()
+        self.seconds.append(time.perf_counter() - self.begun)
+        if len(self.seconds) == STEPS_OF_A_TURN:
+            print(f"TURN {statistics.median(self.seconds[1:])}", flush=True)
+            sys.stdin.readline()
+            self.seconds = []
         self.begun = time.perf_counter()
 
 
