@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 from machine import print_machine
 from step_models import MODELS, config_of, made, parameter_count
-from step_sides import run, run_in_turns
+from step_sides import STEPS_OF_A_TURN, run, run_in_turns
 
 SIDES: dict[str, dict[str, Any]] = {
     "floor-bf16": {"side": "floor", "precision": "bf16"},
@@ -87,6 +87,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "deltaw-benchmarks")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+
+    if arguments.in_turns and arguments.steps < 2 * STEPS_OF_A_TURN:
+        parser.error(f"--in-turns needs --steps of {2 * STEPS_OF_A_TURN} or more: the first turn does not count")
 
     from deltaw.host.choices import choose_threads
 
