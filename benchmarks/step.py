@@ -89,7 +89,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.in_turns and arguments.steps < 2 * STEPS_OF_A_TURN:
-        parser.error(f"--in-turns needs --steps of {2 * STEPS_OF_A_TURN} or more: the first turn does not count")
+        parser.error(
+            f"--in-turns needs --steps of {2 * STEPS_OF_A_TURN} or more: the first turn does not count"
+        )
 
     from deltaw.host.choices import choose_threads
 
