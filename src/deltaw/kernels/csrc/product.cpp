@@ -66,7 +66,7 @@ class Part {
         if (gather) bytes += gathered_rows * line * 4;
         if (widen_low) bytes += gathered_rows * low_groups * 4;
         if (converts_columns()) bytes += 16 * line * 4;
-        if (p.right.int8_scale && !p.right.by_column) bytes += line * Op::PER_GROUP * 4;  // a number for each row
+        if (p.right.rounds_rows()) bytes += line * Op::PER_GROUP * 4;  // a number for each row
         return bytes;
     }
 

@@ -18,6 +18,8 @@ struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else a
     // Of bf16 data that are rounded to int8 here: what they are divided by, (N) where `by_column`, else (K).
     const float *int8_scale = nullptr;
 
+    // Whether rows of bf16 data are rounded to int8, each by a scale of its own.
+    bool rounds_rows() const { return type == BF16 && !by_column && int8_scale; }
     int64_t number_size() const { return type == F32 ? 4 : type == BF16 ? 2 : 1; }
     // Bytes in front of number k of a row, or of the block that it stands in.
     int64_t bytes_to(int64_t k) const { return stored_in_blocks(type) ? bytes_before(type, k) : k * number_size(); }
@@ -323,7 +325,7 @@ inline void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
     if (b.by_column) return packing::pack_columns<Op>(b, N, n0, k0, depth, groups, vecs, into);
     Scratch scratch;
     float *by = nullptr;
-    if (b.int8_scale) {
+    if (b.rounds_rows()) {
         by = scratch.take<float>((depth + 15) / 16 * 16);
         packing::inverses(b.int8_scale + k0, depth, by);
     }
