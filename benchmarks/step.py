@@ -101,6 +101,8 @@ def main() -> None:
     if arguments.in_turns:
         names = [name for name in names if SIDES[name]["side"] != "floor"]
     names = [name for name in names if fits(name, arguments.model, names if arguments.in_turns else [name])]
+    if not names:
+        parser.error("no side fits: name fewer with --sides, or a smaller --model")
     jobs = {
         name: {
             **SIDES[name],
