@@ -100,7 +100,7 @@ def main() -> None:
     names = arguments.sides or (USUAL_AVX2 if arguments.avx2 else USUAL)
     if arguments.in_turns:
         names = [name for name in names if SIDES[name]["side"] != "floor"]
-    names = [name for name in names if fits(name, arguments.model, names if arguments.in_turns else [name])]
+    names = [name for name in names if fits(name, arguments.model, names if arguments.in_turns else ())]
     if not names:
         parser.error("no side fits: name fewer with --sides, or a smaller --model")
     jobs = {
@@ -131,8 +131,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
-def fits(name: str, model: str, beside: Sequence[str]) -> bool:
-    """Whether a side's weights fit the free memory, with those of the sides beside it; prints why not."""
+def fits(name: str, model: str, together: Sequence[str] = ()) -> bool:
+    """Whether a side's weights fit the free memory, or those of all sides that are there together with it;
+    prints why not."""
 
     def needed(side: dict[str, Any]) -> float:
         if side["side"] == "floor":
@@ -140,7 +141,7 @@ def fits(name: str, model: str, beside: Sequence[str]) -> bool:
         return ROOM * BYTES[side["precision"]] * parameter_count(config_of(model))
 
     available = psutil.virtual_memory().available
-    all_of_them = sum(needed(SIDES[each]) for each in beside)
+    all_of_them = sum(needed(SIDES[each]) for each in together or [name])
     if all_of_them > available:
         print(f"{name} is skipped: {all_of_them / 1e9:.0f} GB are needed, {available / 1e9:.0f} GB are free")
     return all_of_them <= available

@@ -111,6 +111,65 @@ def test_a_side_that_does_not_fit_is_skipped_aloud(monkeypatch, capsys):
     assert step.fits("deltaw-int8", "llama-3.2-3b") and step.fits("floor-fp32", "llama-3.2-3b")
     assert not step.fits("peft-fp32", "llama-3.2-3b")
     assert "peft-fp32 is skipped" in capsys.readouterr().out
+    # 3.2 billion numbers of 2 bytes, and room: one such side fits into 9 GB, two at once do not.
+    two = ["deltaw-int8", "peft-bf16"]
+    assert not step.fits("deltaw-int8", "llama-3.2-3b", two)
+    assert "17 GB are needed" in capsys.readouterr().out
+
+
+SIDE = """
+import json, sys
+job = json.loads(sys.argv[1])
+assert job["in_turns"]
+for turn in range(3):
+    print("of no interest")
+    print("TURN", job["seconds"] * (turn + 1), flush=True)
+    if job.get("fails"):
+        sys.exit("it broke")
+    assert sys.stdin.readline() == "\\n"
+print("RESULT", json.dumps({"how": job["seconds"]}), flush=True)
+"""
+
+
+def test_sides_take_turns(tmp_path, capsys):
+    import step
+    import step_sides
+
+    script = tmp_path / "side.py"
+    script.write_text(SIDE)
+    jobs = {
+        name: {
+            "model": "qwen2.5-0.5b",
+            "threads": 1,
+            "steps": 3 * step_sides.STEPS_OF_A_TURN,
+            "seconds": seconds,
+        }
+        for name, seconds in (("deltaw-auto", 1), ("peft-bf16", 4))
+    }
+    found = step_sides.run_in_turns(jobs, {name: {} for name in jobs}, str(script))
+    # The first turn does not count: 512 tokens in 2 and in 3 s.
+    assert [turn["tokens_per_second"] for turn in found["deltaw-auto"]] == [512 / 2, 512 / 3]
+    assert [turn["how"] for turn in found["peft-bf16"]] == [4, 4]
+    assert step.ratios(found, "deltaw-auto", "peft-bf16") == [4, 4]
+    with pytest.raises(SystemExit, match="it broke"):
+        step_sides.run_in_turns(
+            {"peft-bf16": {**jobs["peft-bf16"], "fails": True}}, {"peft-bf16": {}}, str(script)
+        )
+
+
+def test_a_turn_leaves_its_first_step_out(monkeypatch, capsys):
+    import io
+
+    import step_sides
+
+    clock = iter([0.0, 9.0, 9.0, 10.0, 10.0, 12.0, 12.0, 15.0, 100.0])
+    monkeypatch.setattr(step_sides.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    turns = step_sides.Turns({"in_turns": True})
+    for _ in range(step_sides.STEPS_OF_A_TURN):
+        turns.step_done()
+    assert capsys.readouterr().out == "TURN 2.0\n"  # of 1, 2 and 3 s; the first took 9
+    assert turns.begun == 100.0  # what it waited is in no step
 
 
 def test_rates_of_a_model_weigh_its_layers_by_their_number():
