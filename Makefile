@@ -43,7 +43,7 @@ bench: $(VENV)/.bench
 VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
 VARIANT   ?= $(shell $(VARIANTS) best)
 RUN       ?=
-# Names of tests, as of "products attention"; all without.
+# Of which tests, as in ONLY="products attention"; without it, of all.
 ONLY      ?=
 CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 OPTIMIZE  ?= -O1
