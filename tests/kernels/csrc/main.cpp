@@ -1,6 +1,6 @@
 // The kernels' tests in C++: everything on one thread, then on teams of two and three, with each arithmetic that the
 // variant has. Run under sanitizers (make sanitize) and under an emulator of another processor (make kernels-arm).
-// Names as arguments: those alone, of products, blocks, attention, block and decode, and nothing else.
+// Names as arguments: those alone, of products, threads, blocks, attention, block and decode, and nothing else.
 #include <omp.h>
 
 #include <algorithm>
@@ -32,7 +32,8 @@ struct Suite {
 };
 // Those that are run with each arithmetic.
 const Suite SUITES[] = {
-    {"products", test_products}, {"blocks", test_blocks}, {"attention", test_attention}, {"block", test_block}, {"decode", test_decode}};
+    {"products", test_products}, {"threads", test_threads}, {"blocks", test_blocks}, {"attention", test_attention},
+    {"block", test_block},       {"decode", test_decode}};
 
 }  // namespace
 

@@ -9,3 +9,4 @@ void test_blocks();
 void test_decode();
 void test_interface();
 void test_tiles();
+void test_threads();

@@ -12,6 +12,8 @@ using namespace deltaw;
 namespace {
 
 const int64_t GROUPS_OF_MANY = 256;      // where there are more than go at once, they are cut evenly into no more than so many
+const int64_t MOST_AT_ONCE = 8;          // panels that a thread takes for itself
+const int64_t LEAST_AT_ONCE = 4;         // pieces between which the left side of a product that is cut along K is read once
 const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
 
 // Groups of one of the parts that `groups` are cut into, as even as can be.
@@ -40,21 +42,31 @@ template <> struct Steps<TilesInt8> : StepsOfTiles {};
 template <class Op, class LowOp>
 class Part {
   public:
-    Part(const Product &p, int thread, int threads) : p(p) {
-        share_out(thread, threads);
+    Part(const Product &p, int thread, int threads) : p(p), thread(thread), threads(threads) {
+        share_out();
         if (begin < end) settle();
     }
 
-    void run() {
+    // Blocks of rows, of each of which a thread may take panels that were another's; 0 where all keep to their own.
+    int64_t blocks_to_claim() const { return begin == end || threads == 1 || cuts > 1 || keep || row1 - row0 < p.M ? 0 : (cut + block - 1) / block; }
+
+    // `claims`: of each block of rows, as many as blocks_to_claim says.
+    void run(Claims *claims) {
         if (begin == end) return;
         Scratch scratch;
         lay_room(scratch);
         const Ready<Op> ready;
-        for (int64_t b0 = 0; b0 < cut; b0 += block)
-            for (from = begin; from < end; from = to) {
-                to = std::min(end, from + pieces_at_once);
-                for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
-            }
+        for (int64_t b0 = 0; b0 < cut; b0 += block) {
+            gathered_g0 = -1, low_is_gathered = false;
+            if (claims) {
+                const int64_t least = several ? std::min(LEAST_AT_ONCE, pieces_at_once) : 1;
+                for (Claims &panels = claims[b0 / block]; panels.take(thread, least, pieces_at_once, from, to);) run_depth(b0);
+            } else
+                for (from = begin; from < end; from = to) {
+                    to = std::min(end, from + pieces_at_once);
+                    run_depth(b0);
+                }
+        }
     }
 
     // Bytes that lay_room takes, but for what is rounded up.
@@ -78,6 +90,7 @@ class Part {
     static constexpr bool LOW_IN_TILES = InTiles<LowOp>::value;
 
     const Product &p;
+    const int thread, threads;
     const bool in_blocks = INT8_SUMS && p.block_scale;
     const int64_t blocks = int8_blocks(p.K);
     const int64_t groups = (p.K + Op::PER_GROUP - 1) / Op::PER_GROUP;
@@ -93,10 +106,12 @@ class Part {
     int64_t row0 = 0, row1 = 0, cuts = 1, begin = 0, end = 0;
     int64_t cut = 0, block = 0;           // rows of a range, and of those that go by at a time
     int64_t first_panel = 0, own = 0;     // panels of this thread
+    int64_t end_panel = 0;                // where the panels end that it may come to
     int64_t pieces_at_once = 0, from = 0, to = 0;  // pieces whose sums are held, where a product is cut along K
     bool keep = false;                    // panels are laid out for the first block of rows and kept for the others
     bool gather = false;                  // rows are copied, or widened, to lie side by side
-    int64_t gathered_from = 0, gathered_rows = 0;
+    int64_t gathered_from = 0, gathered_rows = 0, gathered_g0 = -1;
+    bool low_is_gathered = false;
     int64_t stride = 0;                   // bytes from row to row
     int64_t starts_each = 0;
 
@@ -116,7 +131,7 @@ class Part {
     // Many rows are shared out among the threads, so that each finds its rows in its own cache, where the norm or the
     // product before has left them. Else pieces are shared out, and rows are cut only where panels alone would not
     // share out evenly.
-    void share_out(int thread, int threads) {
+    void share_out() {
         const int64_t panels = (p.N + PANEL - 1) / PANEL;
         row1 = p.M, end = panels;
         if (p.M >= ROWS_FOR_EACH * threads) part_of(p.M, thread, threads, row0, row1);
@@ -136,7 +151,13 @@ class Part {
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
         // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
         pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(8, left_at_once() / 2 / (block * PANEL * 4))) : end - begin;
-        keep = !several && block < cut && own * line * 128 <= KEPT_AT_MOST;
+        const int64_t panels = (p.N + PANEL - 1) / PANEL, most_own = row1 - row0 < p.M ? panels : (panels + threads - 1) / threads;
+        keep = !several && block < cut && most_own * line * 128 <= KEPT_AT_MOST;
+        end_panel = first_panel + own;
+        if (blocks_to_claim()) {
+            end_panel = panels;
+            pieces_at_once = std::min(pieces_at_once, MOST_AT_ONCE);
+        }
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
         // Tiles read each line of the left side once for a panel, and need no copy.
@@ -176,19 +197,26 @@ class Part {
         }
         gathered_from = first_row;
         const int64_t k0 = g0 * Op::PER_GROUP, room = deep * Op::PER_GROUP;
-        for (int64_t m = first_row; gather && m < end_row; m++) {
+        for (int64_t m = first_row; gather && gathered_g0 != g0 && m < end_row; m++) {
             const typename Op::Left *const from = (const typename Op::Left *)p.left + m * p.left_ld + k0;
             char *const to = gathered + (m - first_row) * line * 4;
             if (Op::WIDENS) Op::widen(from, std::min(p.K - k0, room), room, to);
             else memcpy(to, from, deep * 4);
         }
-        if (!widen_low || g0 + most_groups < groups) return;
+        gathered_g0 = g0;
+        if (!widen_low || low_is_gathered || g0 + most_groups < groups) return;
+        low_is_gathered = true;
         for (int64_t m = first_row; m < end_row; m++)
             LowOp::widen((const typename LowOp::Left *)p.low + m * p.rank, p.rank, low_groups * LowOp::PER_GROUP,
                          low_gathered + (m - first_row) * low_groups * 4);
     }
 
-    // All pieces of one block of rows from b0 on, over `deep` groups from g0 on.
+    // Pieces `from` … `to` of one block of rows from b0 on.
+    void run_depth(int64_t b0) {
+        for (int64_t g0 = 0; g0 < groups || g0 == 0; g0 += most_groups) run_pieces(b0, g0, std::min(groups - g0, most_groups));
+    }
+
+    // The same over `deep` groups from g0 on.
     void run_pieces(int64_t b0, int64_t g0, int64_t deep) {
         if (gather || widen_low) gather_rows(b0, g0, deep);
         int64_t packed = -1, share = 0;
@@ -224,9 +252,9 @@ class Part {
                 starts_of_columns<Op>(here + g * 128, in_blocks ? std::min(BLOCK_GROUPS, deep - g) : deep, vecs_at(n0), p.left_zero,
                                   start + (in_blocks ? g / BLOCK_GROUPS * PANEL : 0));
         }
-        const int64_t next = ((to - 1) / cuts > panel) ? panel + 1 : from / cuts;
-        const int64_t next_g0 = next > panel ? g0 : g0 + most_groups;
-        if (next_g0 < groups) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
+        const bool more = (to - 1) / cuts > panel, deeper = g0 + most_groups < groups;
+        const int64_t next = more || !deeper ? panel + 1 : from / cuts, next_g0 = more ? g0 : deeper ? g0 + most_groups : 0;
+        if (next < end_panel) ahead.panel<Op>(p.right, p.K, p.N, next * PANEL, next_g0, std::min(groups - next_g0, most_groups));
         return ahead.lines() * MOST / std::max<int64_t>(MOST, rows / MOST * MOST) + 1;
     }
 
@@ -348,13 +376,17 @@ void with_ops(const Product &p, int type, Body &&body) {
 
 }  // namespace
 
-void deltaw::run_product(const Product &p, int type, int thread, int threads) {
-    if (p.M <= 0 || p.N <= 0) return;
-    with_ops(p, type, [&](auto op, auto low) { Part<decltype(op), decltype(low)>(p, thread, threads).run(); });
-}
-
 void deltaw::run_product(const Product &p, int type) {
-    in_parallel([&](int thread, int threads) { run_product(p, type, thread, threads); });
+    if (p.M <= 0 || p.N <= 0) return;
+    const int team = thread_count();
+    with_ops(p, type, [&](auto op, auto low) {
+        typedef Part<decltype(op), decltype(low)> Of;
+        const int64_t blocks = Of(p, 0, team).blocks_to_claim();
+        Scratch scratch;
+        Claims *const claims = blocks ? scratch.take<Claims>(blocks) : nullptr;
+        for (int64_t i = 0; i < blocks; i++) new (&claims[i]) Claims(scratch.take<Claims::Part>(team), team, (p.N + PANEL - 1) / PANEL);
+        in_parallel([&](int thread, int threads) { Of(p, thread, threads).run(claims); });
+    });
 }
 
 int64_t deltaw::product_room(const Product &p, int type, int threads) {

@@ -41,8 +41,6 @@ inline Product plain_product(int type, int64_t M, int64_t N, int64_t K, const vo
 
 // `type` is that of the left side as it is multiplied.
 void run_product(const Product &product, int type);
-// One thread's part of it, for callers that are inside a team.
-void run_product(const Product &product, int type, int thread, int threads);
 // Bytes of the threads' arenas that it takes.
 int64_t product_room(const Product &product, int type, int threads);
 

@@ -2,6 +2,10 @@
 
 #include <sched.h>
 
+#include <algorithm>
+#include <chrono>
+#include <new>
+
 #include "kernels.h"
 
 namespace {
@@ -50,6 +54,73 @@ void Crew::wait(const Phase &phase, int64_t count) {
 #endif
     }
 }
+
+// Halves of a range that other threads see in one piece.
+static uint64_t joined(int64_t from, int64_t to) { return (uint64_t)to << 32 | (uint64_t)from; }
+static int64_t from_of(uint64_t range) { return (int64_t)(range & 0xffffffff); }
+static int64_t to_of(uint64_t range) { return (int64_t)(range >> 32); }
+
+Claims::Claims(Part *parts, int threads, int64_t units) : parts(parts), threads(threads) {
+    for (int i = 0; i < threads; i++) {
+        int64_t from, to;
+        part_of(units, i, threads, from, to);
+        new (&parts[i]) Part{{joined(from, to)}};
+    }
+}
+
+bool Claims::take(int thread, int64_t least, int64_t most, int64_t &from, int64_t &to) {
+    if (take_of(thread, false, least, most, from, to)) return true;
+    for (;;) {
+        int longest = -1;
+        int64_t left = 0;
+        for (int i = 0; i < threads; i++) {
+            const uint64_t range = parts[i].range.load(std::memory_order_relaxed);
+            if (to_of(range) - from_of(range) > left) longest = i, left = to_of(range) - from_of(range);
+        }
+        if (longest < 0) return false;
+        if (take_of(longest, true, least, most, from, to)) return true;
+    }
+}
+
+// Half of what is left of a part, so that what is taken last is little.
+bool Claims::take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to) {
+    uint64_t range = parts[part].range.load(std::memory_order_relaxed);
+    for (;;) {
+        const int64_t first = from_of(range), end = to_of(range), left = end - first;
+        if (left <= 0) return false;
+        const int64_t count = std::min(left, std::max(least, std::min(most, left / 2)));
+        from = from_the_back ? end - count : first, to = from + count;
+        const uint64_t rest = from_the_back ? joined(first, from) : joined(to, end);
+        if (parts[part].range.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return true;
+    }
+}
+
+// Of the threads of this thread's team: rows a second, relative to their mean.
+static thread_local std::vector<double> paces;
+
+RowShares::RowShares(int64_t rows, int threads) : ends(threads + 1), times(threads) {
+    if ((int)paces.size() != threads) paces.assign(threads, 1.0);
+    double all = 0, before = 0;
+    for (double pace : paces) all += pace;
+    for (int i = 0; i < threads; i++) {
+        ends[i] = std::min(rows, (int64_t)(rows * before / all / ROWS_TOGETHER + 0.5) * ROWS_TOGETHER);
+        before += paces[i];
+    }
+    ends[threads] = rows;
+}
+
+void RowShares::remember() const {
+    const double WORTH_NOTING = 100e-6, WEIGHT = 0.3, LEAST = 0.25;  // seconds; of the newest; of the mean
+    auto rate = [&](size_t i) { return (ends[i + 1] - ends[i]) / times[i]; };
+    double mean = 0;
+    for (size_t i = 0; i < times.size(); i++) {
+        if (times[i] < WORTH_NOTING) return;
+        mean += rate(i) / times.size();
+    }
+    for (size_t i = 0; i < times.size(); i++) paces[i] += WEIGHT * (std::max(LEAST, rate(i) / mean) - paces[i]);
+}
+
+double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 Alone::Alone() : before(working_alone) { working_alone = true; }
 Alone::~Alone() { working_alone = before; }

@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "status.h"
 
@@ -46,6 +47,26 @@ class Crew {
   private:
     Phase *phases;
     static void wait(const Phase &phase, int64_t count);
+};
+
+// Units of work in a row, of which each thread begins with its own part, from the front. One that is done with it takes
+// from the back of the part of which most is left: nobody waits long for a thread that another program slows down, and
+// on threads of the same speed each works on its own part alone.
+class Claims {
+  public:
+    struct alignas(64) Part {
+        std::atomic<uint64_t> range;  // [low half, high half) is left
+    };
+    // `parts`: room for one of each thread. Before the threads begin.
+    Claims(Part *parts, int threads, int64_t units);
+
+    // The next units [from, to) of `thread`, between `least` and `most` unless fewer are left; false when all are taken.
+    bool take(int thread, int64_t least, int64_t most, int64_t &from, int64_t &to);
+
+  private:
+    Part *parts;
+    int threads;
+    bool take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to);
 };
 
 // While one lives, this thread works through kernels by itself, on rows of its own.
@@ -102,21 +123,45 @@ inline void rows_in_parallel(int64_t rows, Body &&body) {
 }
 
 const int64_t ROWS_FOR_EACH = 384;  // with so many rows for each thread, rows are shared out, not a product's columns
+const int64_t ROWS_TOGETHER = 32;   // that all products take at once
+
+// Many rows shared out by how fast each thread of this one's team went through its rows lately: cores differ, and other
+// programs slow some of them down. What is computed of a row doesn't depend on who computes it.
+class RowShares {
+  public:
+    RowShares(int64_t rows, int threads);
+    // Rows [begin, end) of a thread, a multiple of ROWS_TOGETHER but for the last.
+    void of(int thread, int64_t &begin, int64_t &end) const { begin = ends[thread], end = ends[thread + 1]; }
+    void took(int thread, double seconds) { times[thread] = seconds; }
+    // Once all have said what they took.
+    void remember() const;
+
+  private:
+    std::vector<int64_t> ends;
+    std::vector<double> times;
+};
+
+double seconds_now();
 
 // body(first row, number of rows) of kernels that treat each row by itself. Many rows are shared out among the
 // threads, each of which runs all kernels on its own rows; of few rows, the kernels share out their columns.
 template <class Body>
 inline void rows_apart(int64_t rows, Body &&body) {
-    if (rows < ROWS_FOR_EACH * thread_count()) {
+    const int count = thread_count();
+    if (count <= 1 || rows < ROWS_FOR_EACH * count) {
         body(0, rows);
         return;
     }
-    in_parallel([&](int thread, int threads) {
+    RowShares shares(rows, count);
+    in_parallel([&](int thread, int) {
         int64_t begin, end;
-        part_of(rows, thread, threads, begin, end);
+        shares.of(thread, begin, end);
         const Alone alone;
+        const double start = seconds_now();
         body(begin, end - begin);
+        shares.took(thread, seconds_now() - start);
     });
+    shares.remember();
 }
 
 }  // namespace deltaw
