@@ -155,6 +155,7 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     from deltaw.data.example import Example
     from deltaw.host.memory import keep_freed_memory
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
+    from deltaw.runtime.large_weights import use_large_pages
     from deltaw.runtime.packed import packed_rows
     from deltaw.training.activation_checkpointing import checkpoint_blocks
     from deltaw.training.loop import train
@@ -170,6 +171,7 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     if job.get("checkpointing"):
         checkpoint_blocks(model)
     keep_freed_memory()  # as the command line does
+    use_large_pages(model)  # as a run does
     objective, seconds, turns = CausalObjective(model), [], Turns(job)
     with packed_rows(model):
         outcome = train(

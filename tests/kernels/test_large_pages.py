@@ -1,9 +1,12 @@
 """Memory in the system's larger pages."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from deltaw.kernels import large_pages
-from deltaw.kernels.large_pages import in_one_piece, large_empty
+from deltaw.kernels.large_pages import in_one_piece, large_empty, large_page_bytes
 
 
 def test_copies_lie_one_behind_another_at_lines_of_the_cache():
@@ -27,3 +30,21 @@ def test_large_memory_is_written_and_read_to_its_end():
 
 def test_there_may_be_nothing():
     assert in_one_piece([]) == [] and large_empty(0, torch.float32).numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("always [madvise] never", 1 << 21), ("always madvise [never]", 0), (None, 0)]
+)
+def test_what_the_system_says_of_large_pages(tmp_path: Path, mode: str | None, expected: int):
+    if mode is not None:
+        (tmp_path / "enabled").write_text(mode + "\n")
+        (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    assert large_page_bytes(tmp_path) == expected
+
+
+def test_large_memory_begins_where_a_large_page_does():
+    page = large_page_bytes()
+    if not page:
+        pytest.skip("the system gives no large pages")
+    room = large_empty(3 * page + 100, torch.uint8)
+    assert room.data_ptr() % page == 0 and room.numel() == 3 * page + 100

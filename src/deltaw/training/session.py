@@ -25,6 +25,7 @@ from deltaw.hub.skeleton import has_values
 from deltaw.kernels import flex, loader
 from deltaw.methods.base import Method
 from deltaw.methods.choose import choose_method
+from deltaw.runtime.large_weights import use_large_pages
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.activation_checkpointing import checkpoint_blocks
@@ -336,6 +337,8 @@ def assemble(
         sharded.rejoin()
         with task.running(model, batcher):  # all processes find out now which blocks run fused
             pass
+    elif real and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
+        use_large_pages(model)
     if invocation is not None:
         chosen[INVOCATION] = invocation
     if data.report.date is not None and config.data.date is None:

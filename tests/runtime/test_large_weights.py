@@ -1,0 +1,111 @@
+"""Large frozen weights of a training in large pages of memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deltaw.kernels import large_pages, loader
+from deltaw.runtime import large_weights
+from deltaw.runtime.large_weights import use_large_pages
+
+SIZE = 1024  # of a weight of 4 MiB in fp32
+
+
+@pytest.fixture(autouse=True)
+def offered() -> None:
+    if not large_pages.large_page_bytes():
+        pytest.skip("the system gives no large pages")
+    if loader.why_not():
+        pytest.skip(f"no compiled kernels: {loader.why_not()}")
+
+
+class Model(nn.Module):
+    """An embedding, an adapter's worth of small weights, and a head that may share the embedding's rows."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(SIZE, SIZE)
+        self.small = nn.Linear(8, 8)
+        self.middle = nn.Linear(SIZE, SIZE)
+        self.head = nn.Linear(SIZE, SIZE, bias=False)
+        self.trained = nn.Linear(SIZE, SIZE)
+        if tied:
+            self.head.weight = self.rows.weight
+        self.requires_grad_(False)
+        self.trained.requires_grad_(True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.rows
+
+
+def _places(model: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_large_frozen_weights_move_and_keep_their_values(tied: bool) -> None:
+    model = Model(tied)
+    parameters, before = dict(model.named_parameters()), _places(model)
+    values = {name: parameter.clone() for name, parameter in parameters.items()}
+    moved = {"middle.weight", "head.weight", "rows.weight"} if tied else {"middle.weight", "head.weight"}
+    assert use_large_pages(model) == 2 * 4 * SIZE * SIZE
+    after = _places(model)
+    assert {name for name in after if after[name] != before[name]} == moved
+    assert not tied or model.head.weight is model.rows.weight
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name] and torch.equal(parameter, values[name])
+        assert parameter.requires_grad == name.startswith("trained.")
+
+
+def _large_bytes(tensor: Tensor) -> int:
+    """Bytes of large pages in the mapping that a tensor lies in."""
+    found = 0
+    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", part)
+        if span and int(span[1], 16) <= tensor.data_ptr() < int(span[2], 16):
+            found = 1024 * int(re.search(r"AnonHugePages:\s+(\d+) kB", part)[1])  # type: ignore[index]
+    return found
+
+
+def test_a_moved_weight_lies_in_large_pages() -> None:
+    model = Model(tied=False)
+    assert use_large_pages(model)
+    if not _large_bytes(model.middle.weight):
+        pytest.skip("the system has no large page left")
+    assert _large_bytes(model.middle.weight) == _large_bytes(model.head.weight) == 4 * SIZE * SIZE
+
+
+def _resident_of(file: Path) -> int:
+    """Bytes of a mapped file that are resident."""
+    found = 0
+    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        if str(file) in part:
+            found += 1024 * int(re.search(r"Rss:\s+(\d+) kB", part)[1])  # type: ignore[index]
+    return found
+
+
+def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.arange(8 * SIZE * SIZE).view(-1, SIZE).float()}, file)
+    model = nn.Linear(SIZE, 8 * SIZE, bias=False)
+    model.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
+    assert float(model.weight[-1, -1]) == 8 * SIZE * SIZE - 1
+    assert model.weight.sum() > 0 and _resident_of(file) > 30 << 20
+    monkeypatch.setattr(large_weights, "AT_ONCE", 1 << 20)
+    other = model.weight.detach()  # keeps the file mapped
+    assert use_large_pages(model) == 32 << 20
+    assert _resident_of(file) < 2 << 20
+    assert torch.equal(model.weight, other)
+
+
+def test_where_memory_is_scarce_weights_stay_in_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_weights, "free_memory_bytes", lambda: 12 * SIZE * SIZE)
+    model = Model(tied=False)
+    before = _places(model)
+    assert use_large_pages(model) == 0 and _places(model) == before
