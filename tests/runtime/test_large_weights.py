@@ -44,13 +44,25 @@ class Model(nn.Module):
         return self.rows
 
 
+def _read(file: Path, tied: bool) -> Model:
+    """A model whose weights are mapped from a file."""
+    save_file(Model(tied=False).state_dict(), file)
+    model = Model(tied)
+    model.load_state_dict(load_file(file), assign=True)
+    if tied:
+        model.head.weight = model.rows.weight
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("trained."))
+    return model
+
+
 def _places(model: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in model.named_parameters(remove_duplicate=False)}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_large_frozen_weights_move_and_keep_their_values(tied: bool) -> None:
-    model = Model(tied)
+def test_large_frozen_weights_move_and_keep_their_values(tied: bool, tmp_path: Path) -> None:
+    model = _read(tmp_path / "weights.safetensors", tied)
     parameters, before = dict(model.named_parameters()), _places(model)
     values = {name: parameter.clone() for name, parameter in parameters.items()}
     moved = {"middle.weight", "head.weight", "rows.weight"} if tied else {"middle.weight", "head.weight"}
@@ -73,8 +85,8 @@ def _large_bytes(tensor: Tensor) -> int:
     return found
 
 
-def test_a_moved_weight_lies_in_large_pages() -> None:
-    model = Model(tied=False)
+def test_a_moved_weight_lies_in_large_pages(tmp_path: Path) -> None:
+    model = _read(tmp_path / "weights.safetensors", tied=False)
     assert use_large_pages(model)
     if not _large_bytes(model.middle.weight):
         pytest.skip("the system has no large page left")
@@ -104,8 +116,16 @@ def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: 
     assert torch.equal(model.weight, other)
 
 
-def test_where_memory_is_scarce_weights_stay_in_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_is_scarce_weights_stay_in_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(large_weights, "free_memory_bytes", lambda: 12 * SIZE * SIZE)
+    model = _read(tmp_path / "weights.safetensors", tied=False)
+    before = _places(model)
+    assert use_large_pages(model) == 0 and _places(model) == before
+
+
+def test_memory_that_torch_has_allocated_stays_where_it_is() -> None:
     model = Model(tied=False)
     before = _places(model)
     assert use_large_pages(model) == 0 and _places(model) == before

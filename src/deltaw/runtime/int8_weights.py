@@ -189,7 +189,7 @@ def give_back(weight: Tensor) -> None:
     """
     if not has_values(weight):
         return
-    place = _mapping_of(weight.data_ptr())
+    place = file_mapped_at(weight.data_ptr())
     if place is None:
         return
     page = 4096
@@ -199,7 +199,7 @@ def give_back(weight: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED
 
 
-def _mapping_of(address: int) -> str | None:
+def file_mapped_at(address: int) -> str | None:
     """The file that is mapped at an address; None where it is memory of the process's own."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:

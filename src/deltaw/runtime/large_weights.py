@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deltaw.host.memory import free_memory_bytes, release_free_memory
+from deltaw.host.memory import free_memory_bytes
 from deltaw.kernels import large_pages, loader
 from deltaw.lora.fingerprint import has_values
-from deltaw.runtime.int8_weights import give_back
+from deltaw.runtime.int8_weights import file_mapped_at, give_back
 
 AT_ONCE = 16 << 20  # bytes that are there twice while a weight moves
 OF_FREE_MEMORY = 0.5  # weights that take more stay in their files, from where the system can drop them
@@ -21,11 +21,11 @@ OF_FREE_MEMORY = 0.5  # weights that take more stay in their files, from where t
 
 @torch.no_grad()
 def use_large_pages(model: nn.Module) -> int:
-    """Move a model's large frozen weights into large pages, and give back where they were.
+    """Move a model's large frozen weights from their mapped files into large pages, and give back the files'.
 
-    Values, parameters and who shares them stay; only where the numbers lie changes. Left out is an input
-    embedding that no other layer shares: of its file the system reads only the rows that occur. Comes once
-    the weights have the values that a training starts from.
+    Values, parameters and who shares them stay; only where the numbers lie changes. Left out are weights
+    that torch has allocated, and an input embedding that no other layer shares: of its file the system reads
+    only the rows that occur. Comes once the weights have the values that a training starts from.
 
     Returns:
         bytes that were moved; 0 where the system has no large pages, without compiled kernels, and where
@@ -38,7 +38,6 @@ def use_large_pages(model: nn.Module) -> int:
         return 0
     for weight in weights:
         _move(weight)
-    release_free_memory()
     return sum(weight.nbytes for weight in weights)
 
 
@@ -57,7 +56,9 @@ def _is_large(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or not has_values(tensor) or tensor.device.type != "cpu" or tensor.requires_grad:
         return False
-    return tensor.nbytes >= large_pages.WORTH and tensor.dim() >= 2 and tensor.is_contiguous()
+    if tensor.nbytes < large_pages.WORTH or tensor.dim() < 2 or not tensor.is_contiguous():
+        return False
+    return file_mapped_at(tensor.data_ptr()) is not None
 
 
 def _move(weight: Tensor) -> None:
