@@ -21,7 +21,7 @@ OF_FREE_MEMORY = 0.5  # weights that take more stay in their files, from where t
 
 @torch.no_grad()
 def use_large_pages(model: nn.Module) -> int:
-    """Move a model's large frozen weights from their mapped files into large pages, and give back the files'.
+    """Move a model's large frozen weights out of their mapped files into large pages of memory.
 
     Values, parameters and who shares them stay; only where the numbers lie changes. Left out are weights
     that torch has allocated, and an input embedding that no other layer shares: of its file the system reads

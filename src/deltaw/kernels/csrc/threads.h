@@ -123,7 +123,7 @@ inline void rows_in_parallel(int64_t rows, Body &&body) {
 }
 
 const int64_t ROWS_FOR_EACH = 384;  // with so many rows for each thread, rows are shared out, not a product's columns
-const int64_t ROWS_TOGETHER = 32;   // that all products take at once
+const int64_t ROWS_TOGETHER = 32;   // of which shares are made: the most that any product takes at once
 
 // Many rows shared out by how fast each thread of this one's team went through its rows lately: cores differ, and other
 // programs slow some of them down. What is computed of a row doesn't depend on who computes it.
