@@ -98,6 +98,40 @@ void thin_product_of(Thin c, const T *thin, const T *wide, int thread, int threa
 // The same with thin and wide in bf16 and its dot product, r at most 16. Two rows of the wide side are interleaved in
 // registers, 32 columns at a time, and go into the sums of eight thin columns.
 
+const int64_t TOKENS_AHEAD = 32;  // whose part of a panel is fetched while these are added: rows lie far apart in memory
+
+// sums (8, 32), of thin columns whose pairs of tokens begin at `by`, += those of `tokens` rows of the wide side, of which
+// `left` are there from here on. A function of its own, since the sums would not stay in registers in another.
+template <bool FETCH>
+__attribute__((noinline)) void add_pairs(const int32_t *by, const bf16 *wide, int64_t N, __mmask32 columns, int64_t tokens, int64_t left,
+                                         F16 (*sums)[2]) {
+    F16 s[8][2];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) s[j][v] = sums[j][v];
+    const bf16 *at = wide;
+    for (int64_t t = 0; t < tokens; t += 2, at += 2 * N, by += 16) {
+        if (FETCH && t + TOKENS_AHEAD + 1 < left) {
+            __builtin_prefetch(at + TOKENS_AHEAD * N);
+            __builtin_prefetch(at + (TOKENS_AHEAD + 1) * N);
+        }
+        const __m512i one = _mm512_maskz_loadu_epi16(columns, at);
+        const __m512i two = _mm512_maskz_loadu_epi16(t + 1 < left ? columns : 0, t + 1 < left ? at + N : at);
+        const I16 low{_mm512_unpacklo_epi16(one, two)}, high{_mm512_unpackhi_epi16(one, two)};
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            const I16 b = set_i(by[j]);
+            OpBF16::add(s[j][0], low, b);
+            OpBF16::add(s[j][1], high, b);
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) sums[j][v] = s[j][v];
+}
+
 void thin_dot_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const bf16 *wide, float scale, bool transposed, float *out, int thread,
                   int threads) {
     const int64_t pairs = (T + 1) / 2, panels = (N + PANEL - 1) / PANEL;
@@ -121,25 +155,10 @@ void thin_dot_product(int64_t T, int64_t N, int64_t r, const bf16 *thin, const b
         const __mmask32 columns = N - n0 >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (N - n0)) - 1;
         F16 sums[16][2] = {};
         for (int64_t t0 = 0; t0 < T; t0 += TOKENS_AT_ONCE) {
-            const int64_t t1 = std::min(T, t0 + TOKENS_AT_ONCE);
+            const int64_t tokens = std::min(T - t0, TOKENS_AT_ONCE);
             for (int64_t j0 = 0; j0 < r; j0 += 8) {
-                F16 s[8][2];
-                for (int j = 0; j < 8; j++)
-                    for (int v = 0; v < 2; v++) s[j][v] = sums[j0 + j][v];
-                for (int64_t t = t0; t < t1; t += 2) {
-                    const bf16 *at = wide + t * N + n0;
-                    const __m512i one = _mm512_maskz_loadu_epi16(columns, at);
-                    const __m512i two = t + 1 < T ? _mm512_maskz_loadu_epi16(columns, at + N) : _mm512_setzero_si512();
-                    const I16 low{_mm512_unpacklo_epi16(one, two)}, high{_mm512_unpackhi_epi16(one, two)};
-                    const int32_t *by = both + t / 2 * 16 + j0;
-                    for (int j = 0; j < 8; j++) {
-                        const I16 b = set_i(by[j]);
-                        OpBF16::add(s[j][0], low, b);
-                        OpBF16::add(s[j][1], high, b);
-                    }
-                }
-                for (int j = 0; j < 8; j++)
-                    for (int v = 0; v < 2; v++) sums[j0 + j][v] = s[j][v];
+                const auto add = j0 == 0 ? add_pairs<true> : add_pairs<false>;
+                add(both + t0 / 2 * 16 + j0, wide + t0 * N + n0, N, columns, tokens, T - t0, sums + j0);
             }
         }
         const F16 by = set_f(scale);

@@ -160,8 +160,8 @@ class Part {
         }
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
-        // Tiles read each line of the left side once for a panel, and need no copy.
-        gather = Op::WIDENS || (several && cuts == 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 1024 == 0);
+        // Tiles read each line of the left side once for a panel, and need no copy; nor does a single panel.
+        gather = Op::WIDENS || (several && cuts == 1 && end - begin > 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 1024 == 0);
         stride = gather ? line * 4 : p.left_ld * NUMBER;
         gathered_rows = cuts == 1 ? block : row1 - row0;
     }
@@ -260,31 +260,51 @@ class Part {
 
     void multiply(int64_t piece, int64_t n0, int64_t place, int64_t m0, int64_t m1, int64_t g0, int64_t deep, int64_t share, Ahead &ahead) {
         const int vecs = vecs_at(n0);
-        const bool last = g0 + most_groups >= groups;
+        const bool last = g0 + most_groups >= groups, fresh = g0 == 0;
+        const bool whole = last && p.N - n0 >= PANEL && !p.transposed;
         const char *const here = right + place * line * 128;
         const int32_t *const start = INT8_SUMS ? starts + place * starts_each : nullptr;
+        Columns columns;
+        if (whole) columns.of(p, n0);
         for (int64_t m = m0; m < m1;) {
             const int rows = Steps<Op>::of(m1 - m);
             float *const tile = several ? sums_of(piece, m - m0) : small[0];
             const char *const left = left_of(m, g0);
+            const bool at_once = whole && rows == MOST;  // what is left of the product and all that follows it
             ahead.fetch(share);
-            const bool fresh = g0 == 0;
             LowRank low = low_of(m);
             if (!last) low.groups = 0;
             if constexpr (INT8_SUMS) {
                 if (in_blocks) {
                     const float *const scales = p.block_scale + m * blocks + g0 / BLOCK_GROUPS;
                     add_blocks_of<Op>(rows, vecs, left, stride, here, deep, start, scales, blocks, fresh, tile);
+                    if (at_once) out_at_once<OpF32, true>(left, stride, here, 0, tile, PANEL, low, columns, m, n0);
                 } else {
                     // Each part of a sum has a start of its own.
                     if (!fresh) add_starts(tile, rows, vecs, start);
-                    products_onto<Op>(rows, vecs, left, stride, here, deep, fresh ? (const float *)start : tile, fresh ? 0 : PANEL, tile, PANEL);
+                    const float *const from = fresh ? (const float *)start : tile;
+                    if (at_once) out_at_once<Op, true>(left, stride, here, deep, from, fresh ? 0 : PANEL, low, columns, m, n0);
+                    else products_onto<Op>(rows, vecs, left, stride, here, deep, from, fresh ? 0 : PANEL, tile, PANEL);
                 }
+            } else if (at_once) {
+                if (fresh) out_at_once<Op, false>(left, stride, here, deep, tile, PANEL, low, columns, m, n0);
+                else out_at_once<Op, true>(left, stride, here, deep, tile, PANEL, low, columns, m, n0);
             } else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
             else products_onto<Op>(rows, vecs, left, stride, here, deep, tile, PANEL, tile, PANEL);
-            if (last) finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low);
+            if (last && !at_once) finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low);
             m += rows;
         }
+    }
+
+    template <class Of, bool ONTO>
+    void out_at_once(const char *left, int64_t stride, const char *here, int64_t deep, const float *from, int64_t from_ld, const LowRank &low,
+                     const Columns &columns, int64_t m, int64_t n0) const {
+        const auto out = p.out_type == F32 ? product_out<Of, LowOp, float, ONTO, VECS_AT_ONCE> : product_out<Of, LowOp, bf16, ONTO, VECS_AT_ONCE>;
+        for (int v = 0; v < 2; v += VECS_AT_ONCE) out(p, left, stride, here + 64 * v, deep, from + 16 * v, from_ld, with_columns(low, v), columns, m, n0 + 16 * v);
+    }
+    static LowRank with_columns(LowRank low, int v) {
+        if (low.groups) low.right += 64 * v;
+        return low;
     }
 
 #ifdef DW_AMX

@@ -66,6 +66,80 @@ inline void finish_rows(int rows, int vecs, const Product &p, float *tile, bool 
     else write_sums<bf16>(p, rows, vecs, tile, m, n0);
 }
 
+// What the sums of a panel's columns are given when they go out, read once for all of its rows.
+struct Columns {
+    alignas(64) float bias[PANEL], scale[PANEL];
+
+    void of(const Product &p, int64_t n0) {
+        for (int v = 0; v < 2; v++) {
+            const int64_t n = n0 + 16 * v;
+            const First mask = first(p.N - n);
+            store16(bias + 16 * v, bias_of(p, n, mask));
+            store16(scale + 16 * v, p.column_scale ? load16(p.column_scale + n, mask) : set_f(1.0f));
+        }
+    }
+};
+
+inline F16 float_of(F16 sum) { return sum; }
+inline F16 float_of(I16 sum) { return to_f(sum); }
+template <int VECS, class T>
+inline __attribute__((always_inline)) void store_row(T *to, const F16 *y) {
+    if constexpr (VECS == 2 && std::is_same<T, bf16>::value) store_i(to, bf16_bits_of_both(y[0], y[1]));
+    else
+        for (int v = 0; v < VECS; v++) store16(to + 16 * v, y[v]);
+}
+
+// MOST_ROWS rows from m on of `from` + left · right, 16·VECS columns from n on of a panel that has all of its columns: with all that
+// is done to them, the sums go out without coming to memory before. They have the bits that finish_rows gives.
+template <class Op, class LowOp, class T, bool ONTO, int VECS>
+__attribute__((noinline)) void product_out(const Product &p, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
+                                           int64_t from_ld, const LowRank &low, const Columns &columns, int64_t m, int64_t n) {
+    constexpr int ROWS = MOST_ROWS;
+    const int64_t place = n % PANEL, out_ld = p.out_ld, added_ld = p.added_ld;
+    T *const out = (T *)p.out + m * out_ld + n;
+    const T *const added = p.added ? (const T *)p.added + m * added_ld + n : nullptr;
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) __builtin_prefetch(out + i * out_ld, 1);
+    if (added)
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) __builtin_prefetch(added + i * added_ld);
+
+    typename Op::Sum s[ROWS][VECS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) s[i][v] = ONTO ? Op::load(from + i * from_ld + 16 * v) : Op::zero();
+    add_products<Op, ROWS, VECS>(left, stride, right, groups, s);
+
+    F16 y[ROWS][VECS];
+    const bool scaled = std::is_same<typename Op::Sum, I16>::value || p.column_scale || p.row_scale;
+    if (scaled) {
+        const float *const by_row = p.row_scale ? p.row_scale + m : nullptr;
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const F16 by = by_row ? set_f(by_row[i]) : set_f(1.0f);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; v++) y[i][v] = float_of(s[i][v]) * load16(columns.scale + place + 16 * v) * by;
+        }
+    } else
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; v++) y[i][v] = float_of(s[i][v]);
+    add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, y);
+
+    const F16 scale = set_f(p.out_scale);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) {
+            y[i][v] = fma(y[i][v], scale, load16(columns.bias + place + 16 * v));
+            if (added) y[i][v] = y[i][v] + load16(added + i * added_ld + 16 * v);
+        }
+        store_row<VECS>(out + i * out_ld, y[i]);
+    }
+}
+
 // Where rows m … and columns n0 … of the result lie.
 inline Ahead place_of_result(const Product &p, int64_t m, int rows, int64_t n0) {
     Ahead ahead;

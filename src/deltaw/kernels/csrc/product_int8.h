@@ -25,6 +25,40 @@ inline void add_starts(float *tile, int rows, int vecs, const int32_t *starts) {
         }
 }
 
+// tile (ROWS, 16·VECS) = or += starts + left · right, times a scale for each row. A function of its own, since the compiler would
+// not hold the sums in registers in another.
+template <class Op, int ROWS, int VECS, bool FRESH>
+__attribute__((noinline)) void scaled_product(const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
+                                              const float *scales, int64_t blocks, float *tile) {
+    typename Op::Sum s[ROWS][VECS];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) s[i][v] = load_i(starts + 16 * v);
+    add_products<Op, ROWS, VECS>(left, stride, right, groups, s);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+        const F16 by = set_f(scales[i * blocks]);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) {
+            float *const at = tile + i * PANEL + 16 * v;
+            store16(at, FRESH ? to_f(s[i][v]) * by : fma(to_f(s[i][v]), by, load16(at)));
+        }
+    }
+}
+
+// tile (ROWS, 16·VECS) = or += for each block of the left side its int32 sums times the row's scale for that block.
+template <class Op, int ROWS, int VECS>
+inline void add_blocks(const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts, const float *scales,
+                       int64_t blocks, bool fresh, float *tile) {
+    const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
+    for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
+        const auto add = fresh ? scaled_product<Op, ROWS, VECS, true> : scaled_product<Op, ROWS, VECS, false>;
+        add(left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), starts, scales, blocks, tile);
+    }
+}
+
+#ifdef DW_AMX
 // tile (rows, 16·VECS) = or += int32 sums times a scale for each row, `blocks` numbers apart.
 template <int VECS, bool FRESH>
 inline void add_scaled(int rows, const float *sums, const float *scales, int64_t blocks, float *tile) {
@@ -38,21 +72,6 @@ inline void add_scaled(int rows, const float *sums, const float *scales, int64_t
     }
 }
 
-// tile (ROWS, 16·VECS) = or += for each block of the left side its int32 sums times the row's scale for that block. The sums
-// come from a function of their own, since here the compiler would not hold them in registers.
-template <class Op, int ROWS, int VECS>
-inline void add_blocks(const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts, const float *scales,
-                       int64_t blocks, bool fresh, float *tile) {
-    const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
-    alignas(64) float sums[ROWS * PANEL];
-    for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
-        product<Op, ROWS, VECS, true>(left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), (const float *)starts, 0, sums, PANEL);
-        if (fresh) add_scaled<VECS, true>(ROWS, sums, scales, blocks, tile);
-        else add_scaled<VECS, false>(ROWS, sums, scales, blocks, tile);
-    }
-}
-
-#ifdef DW_AMX
 // The same in tiles, of as many rows as they take at once.
 template <class Op, class Beside>
 inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
