@@ -161,7 +161,7 @@ class Part {
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
         // Tiles read each line of the left side once for a panel, and need no copy; nor does a single panel.
-        gather = Op::WIDENS || (several && cuts == 1 && end - begin > 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 1024 == 0);
+        gather = Op::WIDENS || (several && cuts == 1 && end - begin > 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 2048 == 0);
         stride = gather ? line * 4 : p.left_ld * NUMBER;
         gathered_rows = cuts == 1 ? block : row1 - row0;
     }

@@ -11,11 +11,11 @@ namespace deltaw {
 
 enum Type { F32 = 0, BF16 = 1, INT8 = 2 };  // as the caller numbers them
 
-inline F16 load16(const bf16 *p) { return from_bits(load_u16(p) << 16); }
-inline F16 load16(const bf16 *p, First m) { return from_bits(load_u16(p, m) << 16); }
+DW_INLINE F16 load16(const bf16 *p) { return from_bits(load_u16(p) << 16); }
+DW_INLINE F16 load16(const bf16 *p, First m) { return from_bits(load_u16(p, m) << 16); }
 
 // 2^x, to about 2 units in the last place of fp32; 0 below -126, infinity from 128 on, NaN stays NaN.
-inline F16 exp2_16(F16 x) {
+DW_INLINE F16 exp2_16(F16 x) {
     const F16 n = nearest(x), f = x - n;  // f in [-0.5, 0.5]
     // Near-minimax polynomial of 2^f on [-0.5, 0.5].
     F16 p = set_f(1.5353362e-4f);
@@ -28,7 +28,7 @@ inline F16 exp2_16(F16 x) {
     return select(x < set_f(-126.0f), zero_f(), times_power_of_two(p, n));
 }
 // The same to 3e-6, which is far below what a bf16 number tells apart.
-inline F16 exp2_16_for_bf16(F16 x) {
+DW_INLINE F16 exp2_16_for_bf16(F16 x) {
     const F16 n = nearest(x), f = x - n;
     F16 p = set_f(9.57010002e-3f);
     p = fma(p, f, set_f(5.59178602e-2f));
@@ -38,10 +38,10 @@ inline F16 exp2_16_for_bf16(F16 x) {
     return select(not_less(x, set_f(-126.0f)), times_power_of_two(p, n), zero_f());
 }
 const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
-inline F16 exp_16(F16 x) { return exp2_16(x * set_f(LOG2E)); }
-inline F16 sigmoid_16(F16 x) { return set_f(1.0f) / (set_f(1.0f) + exp_16(zero_f() - x)); }
+DW_INLINE F16 exp_16(F16 x) { return exp2_16(x * set_f(LOG2E)); }
+DW_INLINE F16 sigmoid_16(F16 x) { return set_f(1.0f) / (set_f(1.0f) + exp_16(zero_f() - x)); }
 // 1 - 2 / (1 + e^2x): saturates cleanly on both sides.
-inline F16 tanh_16(F16 x) {
+DW_INLINE F16 tanh_16(F16 x) {
     const F16 one = set_f(1.0f);
     return one - set_f(2.0f) / (one + exp_16(x + x));
 }

@@ -10,6 +10,8 @@
 
 #include "bf16.h"
 
+#define DW_INLINE inline
+
 namespace deltaw {
 
 typedef __mmask16 First;  // which lanes of a row's end are there
