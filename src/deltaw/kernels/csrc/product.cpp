@@ -147,7 +147,7 @@ class Part {
 
     void settle() {
         cut = (row1 - row0 + cuts - 1) / cuts + 1;
-        block = std::min(cut, std::max<int64_t>(8, left_at_once() / (std::max<int64_t>(line, 1) * 4) / MOST) * MOST);
+        block = block_of(cut, std::max<int64_t>(8 * MOST, left_at_once() / (std::max<int64_t>(line, 1) * 4)));
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
         // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
         pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(8, left_at_once() / 2 / (block * PANEL * 4))) : end - begin;
@@ -164,6 +164,12 @@ class Part {
         gather = Op::WIDENS || (several && cuts == 1 && end - begin > 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 2048 == 0);
         stride = gather ? line * 4 : p.left_ld * NUMBER;
         gathered_rows = cuts == 1 ? block : row1 - row0;
+    }
+
+    // About as many of `rows` at a time as fit, all alike: a few rows more cost less than to lay out all panels for them again.
+    static int64_t block_of(int64_t rows, int64_t fit) {
+        const int64_t count = std::max<int64_t>(1, (2 * rows + fit) / (2 * fit));
+        return std::min(rows, ((rows + count - 1) / count + MOST - 1) / MOST * MOST);
     }
 
     int64_t panels_kept() const { return keep ? own : 1; }
@@ -277,18 +283,21 @@ class Part {
             if constexpr (INT8_SUMS) {
                 if (in_blocks) {
                     const float *const scales = p.block_scale + m * blocks + g0 / BLOCK_GROUPS;
-                    add_blocks_of<Op>(rows, vecs, left, stride, here, deep, start, scales, blocks, fresh, tile);
-                    if (at_once) out_at_once<OpF32, true>(left, stride, here, 0, tile, PANEL, low, columns, m, n0);
+                    const int64_t apart = at_once ? (deep - 1) / BLOCK_GROUPS : (deep + BLOCK_GROUPS - 1) / BLOCK_GROUPS, past = apart * BLOCK_GROUPS;
+                    add_blocks_of<Op>(rows, vecs, left, stride, here, std::min(deep, past), start, scales, blocks, fresh, tile);
+                    if (at_once)
+                        out_at_once<FROM_BLOCKS>(left + 4 * past, stride, here + 128 * past, deep - past,
+                                                 {fresh && !apart ? nullptr : tile, PANEL, start + apart * PANEL, scales + apart, blocks}, low, columns, m, n0);
                 } else {
                     // Each part of a sum has a start of its own.
                     if (!fresh) add_starts(tile, rows, vecs, start);
                     const float *const from = fresh ? (const float *)start : tile;
-                    if (at_once) out_at_once<Op, true>(left, stride, here, deep, from, fresh ? 0 : PANEL, low, columns, m, n0);
+                    if (at_once) out_at_once<FROM_SUMS>(left, stride, here, deep, {from, fresh ? 0 : PANEL}, low, columns, m, n0);
                     else products_onto<Op>(rows, vecs, left, stride, here, deep, from, fresh ? 0 : PANEL, tile, PANEL);
                 }
             } else if (at_once) {
-                if (fresh) out_at_once<Op, false>(left, stride, here, deep, tile, PANEL, low, columns, m, n0);
-                else out_at_once<Op, true>(left, stride, here, deep, tile, PANEL, low, columns, m, n0);
+                if (fresh) out_at_once<FROM_NOTHING>(left, stride, here, deep, {}, low, columns, m, n0);
+                else out_at_once<FROM_SUMS>(left, stride, here, deep, {tile, PANEL}, low, columns, m, n0);
             } else if (fresh) products<Op>(rows, vecs, left, stride, here, deep, tile, PANEL);
             else products_onto<Op>(rows, vecs, left, stride, here, deep, tile, PANEL, tile, PANEL);
             if (last && !at_once) finish_rows<LowOp>(rows, vecs, p, tile, INT8_SUMS && !in_blocks, m, n0, low);
@@ -296,15 +305,16 @@ class Part {
         }
     }
 
-    template <class Of, bool ONTO>
-    void out_at_once(const char *left, int64_t stride, const char *here, int64_t deep, const float *from, int64_t from_ld, const LowRank &low,
-                     const Columns &columns, int64_t m, int64_t n0) const {
-        const auto out = p.out_type == F32 ? product_out<Of, LowOp, float, ONTO, VECS_AT_ONCE> : product_out<Of, LowOp, bf16, ONTO, VECS_AT_ONCE>;
-        for (int v = 0; v < 2; v += VECS_AT_ONCE) out(p, left, stride, here + 64 * v, deep, from + 16 * v, from_ld, with_columns(low, v), columns, m, n0 + 16 * v);
-    }
-    static LowRank with_columns(LowRank low, int v) {
-        if (low.groups) low.right += 64 * v;
-        return low;
+    template <Begun BEGUN>
+    void out_at_once(const char *left, int64_t stride, const char *here, int64_t deep, Before begun, LowRank low, const Columns &columns, int64_t m,
+                     int64_t n0) const {
+        const auto out = p.out_type == F32 ? product_out<Op, LowOp, float, BEGUN, VECS_AT_ONCE> : product_out<Op, LowOp, bf16, BEGUN, VECS_AT_ONCE>;
+        for (int v = 0; v < 2; v += VECS_AT_ONCE) {
+            out(p, left, stride, here + 64 * v, deep, begun, low, columns, m, n0 + 16 * v);
+            if (begun.from) begun.from += 16 * VECS_AT_ONCE;
+            if (begun.starts) begun.starts += 16 * VECS_AT_ONCE;
+            if (low.groups) low.right += 64 * VECS_AT_ONCE;
+        }
     }
 
 #ifdef DW_AMX

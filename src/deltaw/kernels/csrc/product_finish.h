@@ -89,13 +89,27 @@ inline __attribute__((always_inline)) void store_row(T *to, const F16 *y) {
         for (int v = 0; v < VECS; v++) store16(to + 16 * v, y[v]);
 }
 
-// MOST_ROWS rows from m on of `from` + left · right, 16·VECS columns from n on of a panel that has all of its columns: with all that
-// is done to them, the sums go out without coming to memory before. They have the bits that finish_rows gives.
-template <class Op, class LowOp, class T, bool ONTO, int VECS>
-__attribute__((noinline)) void product_out(const Product &p, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
-                                           int64_t from_ld, const LowRank &low, const Columns &columns, int64_t m, int64_t n) {
+// What sums are begun with: nothing, numbers of their own kind, or of a block of int8 numbers, whose sums have scales of their
+// own, the fp32 sums of the blocks before.
+enum Begun { FROM_NOTHING, FROM_SUMS, FROM_BLOCKS };
+
+// Rows of a tile before its last product: `from` is null or the sums so far, `from_ld` numbers from row to row.
+struct Before {
+    const float *from;
+    int64_t from_ld;
+    const int32_t *starts;       // of a block of int8 numbers
+    const float *scales;         // of it in each row, `blocks` numbers apart
+    int64_t blocks;
+};
+
+// MOST_ROWS rows from m on, 16·VECS columns from n on of a panel that has all of its columns: the last of the product, left · right,
+// and all that is done to the sums, which go out without coming to memory before. They have the bits that finish_rows gives.
+template <class Op, class LowOp, class T, Begun BEGUN, int VECS>
+__attribute__((noinline)) void product_out(const Product &p, const char *left, int64_t stride, const char *right, int64_t groups, const Before &before,
+                                           const LowRank &low, const Columns &columns, int64_t m, int64_t n) {
     constexpr int ROWS = MOST_ROWS;
-    const int64_t place = n % PANEL, out_ld = p.out_ld, added_ld = p.added_ld;
+    const int64_t place = n % PANEL, out_ld = p.out_ld, added_ld = p.added_ld, from_ld = before.from_ld;
+    const float *const from = before.from;
     T *const out = (T *)p.out + m * out_ld + n;
     const T *const added = p.added ? (const T *)p.added + m * added_ld + n : nullptr;
 #pragma GCC unroll 12
@@ -108,24 +122,32 @@ __attribute__((noinline)) void product_out(const Product &p, const char *left, i
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECS; v++) s[i][v] = ONTO ? Op::load(from + i * from_ld + 16 * v) : Op::zero();
+        for (int v = 0; v < VECS; v++)
+            s[i][v] = BEGUN == FROM_NOTHING ? Op::zero() : Op::load(BEGUN == FROM_BLOCKS ? (const float *)before.starts + 16 * v : from + i * from_ld + 16 * v);
     add_products<Op, ROWS, VECS>(left, stride, right, groups, s);
 
     F16 y[ROWS][VECS];
-    const bool scaled = std::is_same<typename Op::Sum, I16>::value || p.column_scale || p.row_scale;
-    if (scaled) {
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECS; v++) y[i][v] = float_of(s[i][v]);
+    if (BEGUN == FROM_BLOCKS) {
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const F16 by = set_f(before.scales[i * before.blocks]);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; v++) y[i][v] = from ? fma(y[i][v], by, load16(from + i * from_ld + 16 * v)) : y[i][v] * by;
+        }
+    }
+    if (p.column_scale || p.row_scale) {
         const float *const by_row = p.row_scale ? p.row_scale + m : nullptr;
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; i++) {
             const F16 by = by_row ? set_f(by_row[i]) : set_f(1.0f);
 #pragma GCC unroll 2
-            for (int v = 0; v < VECS; v++) y[i][v] = float_of(s[i][v]) * load16(columns.scale + place + 16 * v) * by;
+            for (int v = 0; v < VECS; v++) y[i][v] = y[i][v] * load16(columns.scale + place + 16 * v) * by;
         }
-    } else
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECS; v++) y[i][v] = float_of(s[i][v]);
+    }
     add_products<LowOp, ROWS, VECS>(low.left, low.stride, low.right, low.groups, y);
 
     const F16 scale = set_f(p.out_scale);

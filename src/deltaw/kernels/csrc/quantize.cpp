@@ -8,35 +8,58 @@ using namespace deltaw;
 
 namespace {
 
+// What numbers whose largest is `top` are multiplied by, to become int8.
+DW_INLINE F16 inverse_of(float top, float *scale) {
+    *scale = top / 127.0f;
+    return set_f(top > 0 ? 127.0f / top : 0.0f);
+}
+// 1 to 255, since the largest becomes 127.
+DW_INLINE I16 rounded(F16 x, F16 by) { return to_int(x * by) + set_i(128); }
+
+template <class T>
+DW_INLINE F16 number(const T *row, const float *smooth, First mask) {
+    const F16 x = load16(row, mask);
+    return smooth ? x * load16(smooth, mask) : x;
+}
+
 template <class T>
 void quantize_row(int64_t K, const T *row, const float *smooth, uint8_t *out, float *scale) {
     F16 most = zero_f();
+    for (int64_t k = 0; k < K; k += 16) most = max(most, abs(number(row + k, smooth ? smooth + k : nullptr, first(K - k))));
+    const F16 by = inverse_of(largest_of(most), scale);
     for (int64_t k = 0; k < K; k += 16) {
         const First mask = first(K - k);
-        F16 v = load16(row + k, mask);
-        if (smooth) v = v * load16(smooth + k, mask);
-        most = max(most, abs(v));
+        store_u8(out + k, rounded(number(row + k, smooth ? smooth + k : nullptr, mask), by), mask);
     }
-    const float top = largest_of(most);
-    *scale = top / 127.0f;
-    const F16 by = set_f(top > 0 ? 127.0f / top : 0.0f);
-    const I16 low = set_i(1), high = set_i(255), shift = set_i(128);
-    for (int64_t k = 0; k < K; k += 16) {
-        const First mask = first(K - k);
-        F16 v = load16(row + k, mask);
-        if (smooth) v = v * load16(smooth + k, mask);
-        I16 q = to_int(v * by) + shift;
-        q = min(max(q, low), high);
-        store_u8(out + k, q, mask);
+}
+
+// A whole block, whose numbers stay in registers.
+template <class T>
+void quantize_block(const T *row, const float *smooth, uint8_t *out, float *scale) {
+    constexpr int VECS = INT8_BLOCK / 16;
+    const First all = first(16);
+    F16 x[VECS], most = zero_f();
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) {
+        x[v] = number(row + 16 * v, smooth ? smooth + 16 * v : nullptr, all);
+        most = max(most, abs(x[v]));
     }
+    const F16 by = inverse_of(largest_of(most), scale);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; v++) store_u8(out + 16 * v, rounded(x[v], by), all);
 }
 
 template <class T>
 void quantize(int64_t M, int64_t K, const T *x, const float *smooth, int64_t at_once, uint8_t *out, float *scales) {
     const int64_t blocks = (K + at_once - 1) / at_once;
     rows_in_parallel(M, [&](int64_t m) {
-        for (int64_t k = 0, b = 0; k < K; k += at_once, b++)
-            quantize_row(std::min(at_once, K - k), x + m * K + k, smooth ? smooth + k : nullptr, out + m * K + k, scales + m * blocks + b);
+        for (int64_t k = 0, b = 0; k < K; k += at_once, b++) {
+            const int64_t count = std::min(at_once, K - k);
+            const T *const row = x + m * K + k;
+            const float *const by = smooth ? smooth + k : nullptr;
+            if (count == INT8_BLOCK) quantize_block(row, by, out + m * K + k, scales + m * blocks + b);
+            else quantize_row(count, row, by, out + m * K + k, scales + m * blocks + b);
+        }
     });
 }
 

@@ -8,7 +8,7 @@ const int64_t INT8_BLOCK = 128;  // numbers of a gradient, or classes, that are 
 inline int64_t int8_blocks(int64_t n) { return (n + INT8_BLOCK - 1) / INT8_BLOCK; }
 
 // Rows of fp32 or bf16, times `smooth` (K) where given, as unsigned int8 around 128 with a scale for each `at_once`
-// numbers: value = (int8 - 128) · scale, clamped to ±127. scales (M, K / at_once rounded up).
+// numbers: value = (int8 - 128) · scale, from -127 to 127. scales (M, K / at_once rounded up).
 void quantize_rows(int type, int64_t M, int64_t K, const void *x, const float *smooth, int64_t at_once, uint8_t *out, float *scales);
 
 }  // namespace deltaw
