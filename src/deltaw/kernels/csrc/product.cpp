@@ -14,6 +14,7 @@ namespace {
 const int64_t GROUPS_OF_MANY = 256;      // where there are more than go at once, they are cut evenly into no more than so many
 const int64_t MOST_AT_ONCE = 8;          // panels that a thread takes for itself
 const int64_t LEAST_AT_ONCE = 4;         // pieces between which the left side of a product that is cut along K is read once
+const int64_t ROWS_AHEAD = 2;            // that are fetched while rows are copied
 const int64_t KEPT_AT_MOST = 4 << 20;    // bytes of right side that are laid out once for all rows
 
 // Groups of one of the parts that `groups` are cut into, as even as can be.
@@ -202,11 +203,14 @@ class Part {
             }
         }
         gathered_from = first_row;
-        const int64_t k0 = g0 * Op::PER_GROUP, room = deep * Op::PER_GROUP;
+        const int64_t k0 = g0 * Op::PER_GROUP, count = std::min(p.K - k0, deep * Op::PER_GROUP), room = deep * Op::PER_GROUP;
         for (int64_t m = first_row; gather && gathered_g0 != g0 && m < end_row; m++) {
             const typename Op::Left *const from = (const typename Op::Left *)p.left + m * p.left_ld + k0;
             char *const to = gathered + (m - first_row) * line * 4;
-            if (Op::WIDENS) Op::widen(from, std::min(p.K - k0, room), room, to);
+            // Parts of rows are too short for the processor to see what comes next.
+            if (m + ROWS_AHEAD < end_row)
+                for (int64_t k = 0; k < count; k += 64 / NUMBER) __builtin_prefetch(from + ROWS_AHEAD * p.left_ld + k);
+            if (Op::WIDENS) Op::widen(from, count, room, to);
             else memcpy(to, from, deep * 4);
         }
         gathered_g0 = g0;
