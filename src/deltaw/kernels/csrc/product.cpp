@@ -147,7 +147,7 @@ class Part {
     }
 
     void settle() {
-        cut = (row1 - row0 + cuts - 1) / cuts + 1;
+        cut = (row1 - row0 + cuts - 1) / cuts;
         block = block_of(cut, std::max<int64_t>(8 * MOST, left_at_once() / (std::max<int64_t>(line, 1) * 4)));
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
         // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
@@ -168,8 +168,9 @@ class Part {
     }
 
     // About as many of `rows` at a time as fit, all alike: a few rows more cost less than to lay out all panels for them again.
+    // How many blocks there are doesn't depend on how fast this thread is, so that neither do the bytes that a product takes.
     static int64_t block_of(int64_t rows, int64_t fit) {
-        const int64_t count = std::max<int64_t>(1, (2 * rows + fit) / (2 * fit));
+        const int64_t count = std::max<int64_t>(1, (2 * even_share(rows) + fit) / (2 * fit));
         return std::min(rows, ((rows + count - 1) / count + MOST - 1) / MOST * MOST);
     }
 

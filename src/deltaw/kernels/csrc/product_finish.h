@@ -95,11 +95,11 @@ enum Begun { FROM_NOTHING, FROM_SUMS, FROM_BLOCKS };
 
 // Rows of a tile before its last product: `from` is null or the sums so far, `from_ld` numbers from row to row.
 struct Before {
-    const float *from;
-    int64_t from_ld;
-    const int32_t *starts;       // of a block of int8 numbers
-    const float *scales;         // of it in each row, `blocks` numbers apart
-    int64_t blocks;
+    const float *from = nullptr;
+    int64_t from_ld = 0;
+    const int32_t *starts = nullptr;  // of a block of int8 numbers
+    const float *scales = nullptr;    // of it in each row, `blocks` numbers apart
+    int64_t blocks = 0;
 };
 
 // MOST_ROWS rows from m on, 16·VECS columns from n on of a panel that has all of its columns: the last of the product, left · right,

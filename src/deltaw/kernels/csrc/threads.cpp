@@ -20,6 +20,7 @@ struct Team {
 } team;
 
 thread_local bool working_alone = false;
+thread_local int64_t own_rows = 0, even_rows = 0;
 
 }  // namespace
 
@@ -82,13 +83,14 @@ bool Claims::take(int thread, int64_t least, int64_t most, int64_t &from, int64_
     }
 }
 
-// Half of what is left of a part, so that what is taken last is little.
+// Half of what is left of a part, so that what is taken last is little; but no less than `least` is left over.
 bool Claims::take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to) {
     uint64_t range = parts[part].range.load(std::memory_order_relaxed);
     for (;;) {
         const int64_t first = from_of(range), end = to_of(range), left = end - first;
         if (left <= 0) return false;
-        const int64_t count = std::min(left, std::max(least, std::min(most, left / 2)));
+        int64_t count = std::min(left, std::max(least, std::min(most, left / 2)));
+        if (left - count < least && left <= most) count = left;
         from = from_the_back ? end - count : first, to = from + count;
         const uint64_t rest = from_the_back ? joined(first, from) : joined(to, end);
         if (parts[part].range.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return true;
@@ -122,8 +124,10 @@ void RowShares::remember() const {
 
 double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-Alone::Alone() : before(working_alone) { working_alone = true; }
-Alone::~Alone() { working_alone = before; }
+Alone::Alone(int64_t own, int64_t even) : before(working_alone) { working_alone = true, own_rows = own, even_rows = even; }
+Alone::~Alone() { working_alone = before, own_rows = even_rows = 0; }
+
+int64_t even_share(int64_t rows) { return rows == own_rows ? even_rows : rows; }
 
 }  // namespace deltaw
 

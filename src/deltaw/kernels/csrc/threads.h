@@ -12,6 +12,9 @@ namespace deltaw {
 // How many parts work is cut into: the threads of a team, or 1 where this thread works alone.
 int thread_count();
 
+// What this thread's share of rows would be if all had the same: `rows`, or where it works alone on so many, their average.
+int64_t even_share(int64_t rows);
+
 // Calls part(data, i) once for each i below count, on the threads of a team.
 void run_team(void (*part)(void *, int), void *data, int count);
 
@@ -69,10 +72,10 @@ class Claims {
     bool take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to);
 };
 
-// While one lives, this thread works through kernels by itself, on rows of its own.
+// While one lives, this thread works through kernels by itself, on `own` rows, where all have `even` rows on the average.
 class Alone {
   public:
-    Alone();
+    Alone(int64_t own, int64_t even);
     ~Alone();
     Alone(const Alone &) = delete;
     Alone &operator=(const Alone &) = delete;
@@ -156,7 +159,7 @@ inline void rows_apart(int64_t rows, Body &&body) {
     in_parallel([&](int thread, int) {
         int64_t begin, end;
         shares.of(thread, begin, end);
-        const Alone alone;
+        const Alone alone(end - begin, (rows + count - 1) / count);
         const double start = seconds_now();
         body(begin, end - begin);
         shares.took(thread, seconds_now() - start);
