@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Part of a cache's key: another number where the file would mean something else.
 FORMAT = 1
+# Which tokens occur is marked in a byte for each below this, which no vocabulary reaches; others are collected.
+MARKED_TOKENS = 2**22
 
 
 class RowStore(Protocol):
@@ -321,15 +323,18 @@ class DiskRows:
         return self._column("ordinal")
 
     def used_tokens(self) -> np.ndarray:
-        seen = np.zeros(0, bool)
+        seen, far = np.zeros(0, bool), np.zeros(0, np.int64)
         for batch in range(len(self._begins) - 1):
             first, last = self._starts[self._begins[batch]], self._starts[self._begins[batch + 1]]
             tokens = self._read("tokens", batch, 0, int(last - first))
+            if tokens.max(initial=-1) >= MARKED_TOKENS:
+                far = np.union1d(far, tokens[tokens >= MARKED_TOKENS])
+                tokens = tokens[tokens < MARKED_TOKENS]
             most = int(tokens.max(initial=-1)) + 1
             if most > len(seen):
                 seen = np.concatenate([seen, np.zeros(most - len(seen), bool)])
             seen[tokens] = True
-        return np.flatnonzero(seen)
+        return np.concatenate([np.flatnonzero(seen), far])
 
     def example(self, place: int) -> Example:
         """The example at ``place``.
