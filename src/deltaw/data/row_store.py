@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Part of a cache's key: another number where the file would mean something else.
 FORMAT = 1
-# Which tokens occur is marked in a byte for each below this, which no vocabulary reaches; others are collected.
+# Which tokens occur is marked in a byte for each below this; no vocabulary reaches it. Others are collected.
 MARKED_TOKENS = 2**22
 
 
