@@ -83,14 +83,14 @@ bool Claims::take(int thread, int64_t least, int64_t most, int64_t &from, int64_
     }
 }
 
-// Half of what is left of a part, so that what is taken last is little; but no less than `least` is left over.
+// Half of what is left of a part, so that what is taken last is little; but a thread leaves no less than `least` of its own.
 bool Claims::take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to) {
     uint64_t range = parts[part].range.load(std::memory_order_relaxed);
     for (;;) {
         const int64_t first = from_of(range), end = to_of(range), left = end - first;
         if (left <= 0) return false;
         int64_t count = std::min(left, std::max(least, std::min(most, left / 2)));
-        if (left - count < least && left <= most) count = left;
+        if (!from_the_back && left - count < least && left <= most) count = left;
         from = from_the_back ? end - count : first, to = from + count;
         const uint64_t rest = from_the_back ? joined(first, from) : joined(to, end);
         if (parts[part].range.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return true;
