@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from machine import kernels_text
 from step_models import MODELS, config_of, linear_shapes
@@ -53,19 +53,26 @@ def run_in_turns(
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryFile("w+") as errors:
 
+        def ended(name: str) -> NoReturn:
+            sides[name].wait()
+            errors.seek(0)
+            sys.exit(f"{jobs[name]}\n{errors.read()[-3000:]}")
+
         def told(name: str, kind: str) -> str:
             """What a side says next, of this kind."""
             for line in sides[name].stdout or ():
                 if line.startswith(kind + " "):
                     return line.removeprefix(kind + " ")
-            errors.seek(0)
-            sys.exit(f"{jobs[name]}\n{errors.read()[-3000:]}")
+            ended(name)
 
         def next_turn(name: str) -> None:
             to = sides[name].stdin
             assert to is not None
-            to.write("\n")
-            to.flush()
+            try:
+                to.write("\n")
+                to.flush()
+            except BrokenPipeError:  # it is no more
+                ended(name)
 
         try:
             for name, job in jobs.items():

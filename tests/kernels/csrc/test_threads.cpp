@@ -87,6 +87,9 @@ void test_row_shares() {
     expect(std::abs(found[4] - 3000 / 13) <= ROWS_TOGETHER && std::abs(found[0] - 3 * 3000 / 13) <= ROWS_TOGETHER, "a slow thread has fewer rows");
     settle(3000, {ms, ms, ms, ms, 1000 * ms});
     expect(shared_out(3000, {ms, ms, ms, ms, ms})[4] >= 3000 / 32, "one that hardly goes on still has some");
+    settle(3000, {ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms});
+    found = shared_out(3000, {ms, ms, ms, ms, ms});
+    expect(found[0] >= 600 * 1.4 && found[0] <= 600 * MOST_SHARE + ROWS_TOGETHER, "one that is far faster has some rows more");
     settle(3000, {ms, ms, ms, ms, ms});
     for (int64_t rows : shared_out(3000, {ms, ms, ms, ms, ms})) expect(std::abs(rows - 600) <= ROWS_TOGETHER, "one that goes on again has as many");
     settle(3000, {1e-9, 1e-8, 1e-9, 1e-9, 1e-9});
@@ -136,6 +139,28 @@ void test_same_bits(int64_t M, int64_t in, int64_t out) {
     }
 }
 
+// What a team's arenas hold doesn't depend on which of its threads is slow.
+void test_same_room(int64_t in, int64_t out) {
+    const int threads = omp_get_max_threads();
+    Linear linear(3 * ROWS_FOR_EACH * threads / 2, in, out);
+    for (bool int8 : {false, true}) {
+        int64_t first = 0;
+        for (int time = 0; time <= threads; time++) {
+            std::vector<double> each(threads, 1e-4);
+            if (time) each[time - 1] = 1;
+            settle(linear.M, each);
+            if (time == 0) {
+                dw_release();
+                for (int again = 0; again < 2; again++) linear.computed(int8), dw_scratch_held(1);
+            }
+            linear.computed(int8);
+            const int64_t held = dw_scratch_held(1);
+            if (time == 0) first = held;
+            expect(held == first && held > 0, "the bytes that are held, " + std::to_string(in) + "x" + std::to_string(out));
+        }
+    }
+}
+
 }  // namespace
 
 void test_threads() {
@@ -150,4 +175,5 @@ void test_threads() {
     }
     test_claims_of_a_team();
     for (int64_t in : {64, 1300}) test_same_bits(70, in, 900), test_same_bits(1200, in, 80);
+    for (int64_t in : {576, 1536, 4100}) test_same_room(in, 200);
 }

@@ -1,5 +1,6 @@
 // A linear layer with its low-rank update, forward and backward.
 #include <algorithm>
+#include <optional>
 
 #include "kernels.h"
 #include "product.h"
@@ -81,6 +82,8 @@ int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_
     const bool apart = M >= ROWS_FOR_EACH * threads;
     const int64_t rows = apart ? (M + threads - 1) / threads : M, N = backward ? in : out, K = backward ? out : in;
     const float unit = 1.0f;
+    std::optional<Alone> alone;
+    if (apart) alone.emplace(rows, rows);
     auto room = [&](Product p, int of_type) { return apart ? threads * product_room(p, of_type, 1) : product_room(p, of_type, threads); };
     int64_t most = 0;
     if (rank) most = room(plain_product(type, rows, rank, K, nullptr, Right{nullptr, rank, F32, backward, unit}, nullptr), type);

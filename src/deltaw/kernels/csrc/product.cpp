@@ -75,7 +75,7 @@ class Part {
         if (begin == end) return 0;
         int64_t bytes = panels_kept() * line * 128 + low_groups * 128;
         if (INT8_SUMS) bytes += panels_kept() * starts_each * 4;
-        if (several) bytes += pieces_at_once * block * PANEL * 4;
+        if (several) bytes += rows_of_sums * PANEL * 4;
         if (gather) bytes += gathered_rows * line * 4;
         if (widen_low) bytes += gathered_rows * low_groups * 4;
         if (converts_columns()) bytes += 16 * line * 4;
@@ -109,6 +109,7 @@ class Part {
     int64_t first_panel = 0, own = 0;     // panels of this thread
     int64_t end_panel = 0;                // where the panels end that it may come to
     int64_t pieces_at_once = 0, from = 0, to = 0;  // pieces whose sums are held, where a product is cut along K
+    int64_t rows_of_sums = 0;             // that there is room for
     bool keep = false;                    // panels are laid out for the first block of rows and kept for the others
     bool gather = false;                  // rows are copied, or widened, to lie side by side
     int64_t gathered_from = 0, gathered_rows = 0, gathered_g0 = -1;
@@ -146,33 +147,38 @@ class Part {
         }
     }
 
+    // About as many rows at a time as fit, in blocks that are all alike: a few rows more cost less than to lay out all panels for
+    // them again. Neither how many blocks there are nor what room they take depends on how fast this thread is.
     void settle() {
         cut = (row1 - row0 + cuts - 1) / cuts;
-        block = block_of(cut, std::max<int64_t>(8 * MOST, left_at_once() / (std::max<int64_t>(line, 1) * 4)));
+        const int64_t fit = std::max<int64_t>(8 * MOST, left_at_once() / (std::max<int64_t>(line, 1) * 4)), even = even_share(cut);
+        const int64_t count = std::max<int64_t>(1, (2 * even + fit) / (2 * fit)), usual = block_of(even, count), most = block_of(most_share(cut), count);
+        block = block_of(cut, count);
         first_panel = begin / cuts, own = (end - 1) / cuts + 1 - first_panel;
         // As many bytes of sums as of left side; each time a few columns of the right side go by all rows.
-        pieces_at_once = several ? std::min(end - begin, std::max<int64_t>(8, left_at_once() / 2 / (block * PANEL * 4))) : end - begin;
+        pieces_at_once = end - begin;
+        if (several) {
+            rows_of_sums = std::max(most, usual * std::min(end - begin, std::max<int64_t>(8, left_at_once() / 2 / (usual * PANEL * 4))));
+            pieces_at_once = std::min(end - begin, std::max<int64_t>(1, rows_of_sums / block));
+        }
         const int64_t panels = (p.N + PANEL - 1) / PANEL, most_own = row1 - row0 < p.M ? panels : (panels + threads - 1) / threads;
         keep = !several && block < cut && most_own * line * 128 <= KEPT_AT_MOST;
         end_panel = first_panel + own;
         if (blocks_to_claim()) {
             end_panel = panels;
             pieces_at_once = std::min(pieces_at_once, MOST_AT_ONCE);
+            rows_of_sums = std::min(rows_of_sums, MOST_AT_ONCE * block);
         }
+        rows_of_sums = std::max(rows_of_sums, pieces_at_once * block);
         starts_each = (in_blocks ? (line + BLOCK_GROUPS - 1) / BLOCK_GROUPS : 1) * PANEL;
         // Parts of rows whose distance is a large power of two would fall on the same few places of the cache.
         // Tiles read each line of the left side once for a panel, and need no copy; nor does a single panel.
         gather = Op::WIDENS || (several && cuts == 1 && end - begin > 1 && !InTiles<Op>::value && p.left_ld * NUMBER % 2048 == 0);
         stride = gather ? line * 4 : p.left_ld * NUMBER;
-        gathered_rows = cuts == 1 ? block : row1 - row0;
+        gathered_rows = cuts == 1 ? std::max(block, most) : row1 - row0;
     }
 
-    // About as many of `rows` at a time as fit, all alike: a few rows more cost less than to lay out all panels for them again.
-    // How many blocks there are doesn't depend on how fast this thread is, so that neither do the bytes that a product takes.
-    static int64_t block_of(int64_t rows, int64_t fit) {
-        const int64_t count = std::max<int64_t>(1, (2 * even_share(rows) + fit) / (2 * fit));
-        return std::min(rows, ((rows + count - 1) / count + MOST - 1) / MOST * MOST);
-    }
+    static int64_t block_of(int64_t rows, int64_t count) { return std::min(rows, ((rows + count - 1) / count + MOST - 1) / MOST * MOST); }
 
     int64_t panels_kept() const { return keep ? own : 1; }
     bool converts_columns() const {
@@ -184,7 +190,7 @@ class Part {
         right = scratch.take(panels_kept() * line * 128);
         low_right = scratch.take(low_groups * 128);
         if (INT8_SUMS) starts = scratch.take<int32_t>(panels_kept() * starts_each);
-        if (several) tiles = scratch.take<float>(pieces_at_once * block * PANEL);
+        if (several) tiles = scratch.take<float>(rows_of_sums * PANEL);
         if (gather) gathered = scratch.take(gathered_rows * line * 4);
         if (widen_low) low_gathered = scratch.take(gathered_rows * low_groups * 4);
     }

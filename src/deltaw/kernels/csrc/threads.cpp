@@ -102,11 +102,12 @@ static thread_local std::vector<double> paces;
 
 RowShares::RowShares(int64_t rows, int threads) : ends(threads + 1), times(threads) {
     if ((int)paces.size() != threads) paces.assign(threads, 1.0);
-    double all = 0, before = 0;
-    for (double pace : paces) all += pace;
+    double mean = 0, fastest = 0, before = 0;
+    for (double pace : paces) mean += pace / threads, fastest = std::max(fastest, pace);
+    const double leveled = std::min(1.0, (MOST_SHARE - 1) / std::max(fastest / mean - 1, 1e-9));
     for (int i = 0; i < threads; i++) {
-        ends[i] = std::min(rows, (int64_t)(rows * before / all / ROWS_TOGETHER + 0.5) * ROWS_TOGETHER);
-        before += paces[i];
+        ends[i] = std::min(rows, (int64_t)(rows * before / threads / ROWS_TOGETHER + 0.5) * ROWS_TOGETHER);
+        before += 1 + leveled * (paces[i] / mean - 1);
     }
     ends[threads] = rows;
 }
@@ -128,6 +129,7 @@ Alone::Alone(int64_t own, int64_t even) : before(working_alone) { working_alone 
 Alone::~Alone() { working_alone = before, own_rows = even_rows = 0; }
 
 int64_t even_share(int64_t rows) { return rows == own_rows ? even_rows : rows; }
+int64_t most_share(int64_t rows) { return rows == own_rows ? (int64_t)(even_rows * MOST_SHARE) + ROWS_TOGETHER : rows; }
 
 }  // namespace deltaw
 

@@ -14,6 +14,8 @@ int thread_count();
 
 // What this thread's share of rows would be if all had the same: `rows`, or where it works alone on so many, their average.
 int64_t even_share(int64_t rows);
+// The most that it may be.
+int64_t most_share(int64_t rows);
 
 // Calls part(data, i) once for each i below count, on the threads of a team.
 void run_team(void (*part)(void *, int), void *data, int count);
@@ -127,9 +129,10 @@ inline void rows_in_parallel(int64_t rows, Body &&body) {
 
 const int64_t ROWS_FOR_EACH = 384;  // with so many rows for each thread, rows are shared out, not a product's columns
 const int64_t ROWS_TOGETHER = 32;   // of which shares are made: the most that any product takes at once
+const double MOST_SHARE = 1.5;      // of rows, of an even one
 
 // Many rows shared out by how fast each thread of this one's team went through its rows lately: cores differ, and other
-// programs slow some of them down. What is computed of a row doesn't depend on who computes it.
+// programs slow some of them down. What is computed of a row doesn't depend on who computes it, nor does the memory.
 class RowShares {
   public:
     RowShares(int64_t rows, int threads);
