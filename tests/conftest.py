@@ -12,8 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 
 from tests.byte_models import byte_tokenizer, tiny_llama
+
+# The same examples and random numbers in every run: what fails once fails again.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 Settings = Callable[..., dict]
 # GFLOP/s by stored type and arithmetic: each variant's own arithmetic wins, and bf16 is no slower than fp32.
@@ -32,6 +38,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,10 @@ from deltaw.kernels import rows
 from tests.kernels.conftest import close, compiled_only
 from tests.kernels.test_linear import DTYPES, numbers
 
+pytestmark = compiled_only
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
 
 
-@compiled_only
-@compiled_only
-@compiled_only
-@compiled_only
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 1.0]))
 def test_a_norm_and_its_gradient(shape, dtype, centered, offset):
@@ -59,6 +56,38 @@ def test_an_activation_and_its_gradient(shape, dtype, kind, gated):
         close(d_up, leaves[1].grad, dtype)
     else:
         assert d_up.numel() == 0
+
+
+def gelu_tanh_argument(x):
+    return 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+
+
+# f(x)/x in a form that loses no digits, and the argument of its exponential.
+SHARES = {
+    "silu": (torch.sigmoid, lambda x: x),
+    "gelu_tanh": (lambda x: torch.sigmoid(gelu_tanh_argument(x)), gelu_tanh_argument),
+    "gelu": (lambda x: torch.special.erfc(-x / 2**0.5) / 2, lambda x: x**2 / 2),
+}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_an_activation_loses_no_digits_far_out(kind):
+    share, argument = SHARES[kind]
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([1e-20, 30.0, 80.0])])[None]
+    wide = x.double().requires_grad_()
+    f = wide * share(wide)
+    f.sum().backward()
+    with torch.no_grad():
+        # An argument's rounding counts as often as it is large, where what is left is its exponential.
+        s, of_exponential = share(wide), 4 + argument(wide).abs()
+        of_share = torch.where(wide < 0, of_exponential, 4)
+        digits, tiny = 2 * torch.finfo(torch.float32).eps, 1e-30  # below which numbers lose digits
+        of_value = digits * of_share * f.abs() + tiny
+        of_slope = digits * (of_share * s + of_exponential * (wide.grad - s).abs()) + tiny
+        d_gate, _, y = rows.activation_backward(torch.ones_like(x), x, None, kind)
+        for found in (y, rows.activation(x, None, kind)):
+            assert ((found - f).abs() <= of_value).all()
+        assert ((d_gate - wide.grad).abs() <= of_slope).all()
 
 
 def test_activations_far_out_are_what_they_tend_to():

@@ -39,7 +39,6 @@ DW_INLINE F16 exp2_16_for_bf16(F16 x) {
 }
 const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 DW_INLINE F16 exp_16(F16 x) { return exp2_16(x * set_f(LOG2E)); }
-DW_INLINE F16 sigmoid_16(F16 x) { return set_f(1.0f) / (set_f(1.0f) + exp_16(zero_f() - x)); }
 // 1 - 2 / (1 + e^2x): saturates cleanly on both sides.
 DW_INLINE F16 tanh_16(F16 x) {
     const F16 one = set_f(1.0f);
