@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +52,7 @@ _KNOWN = {
     "use_cache",
     "cache_position",
 }
+_CHILDREN, _TRAINED = attrgetter("_modules"), attrgetter("requires_grad")
 
 
 class Layouts(Protocol):
@@ -109,7 +111,6 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, whole: Block, around: Around, *factors: Tensor) -> Tensor:
         how = around.layout.segments(), around.cosine, around.sine, around.picked
-        whole = whole.settled()  # a checkpointed block runs again, when its weights may lie elsewhere
         y, kept = whole.forward(x, *how)
         ctx.whole, ctx.how = whole, how
         ctx.save_for_backward(x, kept)
@@ -155,6 +156,7 @@ class FusedBlock:
         """Let go of the modules and tensors that were noted."""
         self._modules: list[nn.Module] = []
         self._classes: list[type] = []
+        self._children: list[dict[str, nn.Module | None]] = []
         self._tables: list[dict[str, Any]] = []
         self._norms: list[nn.Module] = []
         self._layers: list[nn.Module] = []
@@ -186,9 +188,9 @@ class FusedBlock:
             around = Around(layout, cosine, sine, picked)
         how = (hidden_states, halves, around)
         if self.checkpointing and torch.is_grad_enabled():
-            y = checkpoint(self._run, *how, use_reentrant=False)
+            y = checkpoint(self._run, *how, True, use_reentrant=False)
         else:
-            y = self._run(*how)
+            y = self._run(*how, False)
         extra = self.roles.extra_outputs
         return y if extra is None else (y, *[None] * extra)
 
@@ -203,16 +205,13 @@ class FusedBlock:
 
     def _found(self, hidden: Tensor) -> tuple[AttentionHalf, MLPHalf] | None:
         """The block's halves made of its parts as they are now; None where it must run its own code."""
-        modules = list(self.block.modules())
-        classes = list(map(type, modules))
-        if modules != self._modules or classes != self._classes:
-            self._look_up(modules, classes)
+        if not self._has_same_modules():
+            self._look_up()
         state: list[Any] = [self.told, hidden.dtype]
-        for norm in self._norms:
-            _note_tensors(norm, state)
         for layer in self._layers:
             _note(layer, state)
-        state += [p.requires_grad for p in self._parameters]
+        _note_tensors([*self._norms, *self._layers], state)
+        state += map(_TRAINED, self._parameters)
         if state != self._state:
             self._state, self._whole, self._factors = state, None, []
             self._halves = self._made() if self._can_run(hidden) else None
@@ -220,11 +219,19 @@ class FusedBlock:
             return None
         return self._halves
 
-    def _look_up(self, modules: list[nn.Module], classes: list[type]) -> None:
+    def _has_same_modules(self) -> bool:
+        """Whether the block has the modules that were noted, each of the class that it had."""
+        if not self._modules or list(map(type, self._modules)) != self._classes:
+            return False
+        return list(map(_CHILDREN, self._modules)) == self._children
+
+    def _look_up(self) -> None:
         """Note the block's parts anew; none where its code is no longer the one that was verified."""
         self.forget()
-        self._modules, self._classes = modules, classes
-        self._tables = [vars(m) for m in modules if m is not self.block]
+        self._modules = list(self.block.modules())
+        self._classes = list(map(type, self._modules))
+        self._children = [dict(module._modules) for module in self._modules]
+        self._tables = [vars(m) for m in self._modules if m is not self.block]
         self._parameters = list(self.block.parameters())
         if signature(self.block) == self._signature:
             self._layers = [part(self.block, path) for path in self.roles.layers]
@@ -286,12 +293,16 @@ class FusedBlock:
                 return True
         return self.block.training and _drops(vars(self.block))
 
-    def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around) -> Tensor:
+    def _run(
+        self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around, checkpointed: bool
+    ) -> Tensor:
         x, picked = hidden.flatten(0, 1), around.picked
         whole = None
         if around.partial is None and unwatched(hidden) and hidden.is_contiguous():
             whole = self._as_whole(x, halves, around)
         if whole is not None:
+            if checkpointed:  # it may be running again, when its weights lie elsewhere
+                whole = whole.settled()
             y = _Whole.apply(x, whole, around, *self._factors)
         else:
             y = run_attention(x, halves[0], around)
@@ -342,21 +353,20 @@ def _drops(table: dict[str, Any]) -> bool:
 
 
 def _note(layer: nn.Module, state: list[Any]) -> None:
-    """Note what a layer's part in a block depends on: who it is, how it is set, and where its tensors lie."""
+    """Note what a layer's part in a block depends on beside its tensors: who it is, and how it is set."""
     of = vars(layer).get
     state += (id(layer), of("training"), of("enabled"), of("merged"), of("scaling"), of("dropout"))
     activation = of("activation")
     state.append(None if activation is None else activation.kind)
-    _note_tensors(layer, state)
 
 
-def _note_tensors(module: nn.Module, state: list[Any]) -> None:
-    """Note which tensors a module has, where their numbers lie, and whether they are trained."""
-    for table in (module._parameters, module._buffers):
-        for tensor in table.values():
-            if tensor is not None:
-                place = tensor.data_ptr() if type(tensor) in ORDINARY else 0
-                state += (id(tensor), place, tensor.requires_grad)
+def _note_tensors(modules: list[nn.Module], state: list[Any]) -> None:
+    """Note which tensors modules have, where their numbers lie, and whether they are trained."""
+    tables = [table for module in modules for table in (module._parameters, module._buffers)]
+    tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
+    state += map(id, tensors)
+    state += [t.data_ptr() if type(t) in ORDINARY else 0 for t in tensors]
+    state += map(_TRAINED, tensors)
 
 
 def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
