@@ -18,7 +18,7 @@ from hypothesis import settings
 from tests.byte_models import byte_tokenizer, tiny_llama
 
 # The same examples and random numbers in every run: what fails once fails again.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 Settings = Callable[..., dict]
