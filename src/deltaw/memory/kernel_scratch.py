@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 # Importing them defines the operators.
-from deltaw.kernels import attention, block_linear, class_gradient, linear, loader, rows
+from deltaw.kernels import attention, block_linear, class_gradient, head_gradient, linear, loader, rows
 from deltaw.kernels.block_formats import FORMATS
 from deltaw.kernels.linear import INT8_BLOCK
 
-assert attention and block_linear and class_gradient and linear and rows
+assert attention and block_linear and class_gradient and head_gradient and linear and rows
 
 _ops = torch.ops.deltaw
 
@@ -101,6 +101,10 @@ def _class_scales(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """A scale for each block of classes."""
     rows, classes = args[0].shape
     return rows * -(-classes // INT8_BLOCK) * 4
+
+
+def _head_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return loader.kernels().dw_head_gradient_room(*args[2].shape)
 
 
 def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -237,6 +241,7 @@ ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
         (_ops.block_linear_backward, _block_linear_backward),
         (_ops.factors_backward, _factors_backward),
         (_ops.class_gradient_, _class_gradient),
+        (_ops.head_gradient_, _head_gradient),
         (_ops.cross_entropy_, _cross_entropy),
         (_ops.attention, _attention_forward),
         (_ops.attention_backward, _attention_backward),

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // To be raised whenever a function's arguments, the types that it takes or a struct of block.h, blocks.h or decode.h change; the caller compares it with its own.
-const int DW_ABI = 6;
+const int DW_ABI = 7;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 
@@ -41,6 +41,7 @@ DW_EXPORT int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, i
                                  int backward, int dx);
 DW_EXPORT int64_t dw_factors_room(int type, int64_t M, int64_t rank);
 DW_EXPORT int64_t dw_class_gradient_room(int64_t M, int64_t V, int64_t D);
+DW_EXPORT int64_t dw_head_gradient_room(int64_t M, int64_t D);
 DW_EXPORT int64_t dw_attention_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
 DW_EXPORT int64_t dw_attention_backward_room(int type, int64_t length, int64_t heads, int64_t key_heads, int64_t d, int64_t dv);
 
@@ -54,6 +55,9 @@ DW_EXPORT int dw_factors_backward(int type, int64_t M, int64_t in, int64_t out, 
                                   const void *narrow, float scaling, float *of_A, float *of_B);
 DW_EXPORT int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
                                 float *block_scales, void *dh);
+DW_EXPORT int dw_head_gradient(int64_t M, int64_t V, int64_t D, void *logits, const int64_t *targets, const void *hidden, const void *weight,
+                               const void *bias, float scale, float cap, int64_t together, float *losses, void *slopes,
+                               float *shares, void *unlikely);
 DW_EXPORT int dw_dequantize(int type, int weight_type, const BlockData *weight, int64_t height, int64_t columns, int64_t first, const int64_t *places,
                             int64_t M, void *out);
 DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, uint8_t *out, float *scales);

@@ -56,6 +56,7 @@ inline F16 from_bits(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline M16 no_lanes() { return 0; }
 inline M16 either(M16 a, M16 b) { return a | b; }
 inline bool any(M16 m) { return m != 0; }
+inline uint32_t bits_of(M16 m) { return m; }
 inline M16 operator<(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline M16 operator>(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline M16 not_less(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }

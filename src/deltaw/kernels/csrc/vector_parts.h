@@ -132,6 +132,16 @@ DW_INLINE bool any(M16 m) {
     for (int64_t word : words) sum |= word;
     return sum != 0;
 }
+// Bit i says whether lane i is chosen.
+DW_INLINE uint32_t bits_of(M16 m) {
+    uint32_t bits = 0;
+#if DW_VECTOR_BYTES == 32
+    DW_EACH bits |= (uint32_t)_mm256_movemask_ps((__m256)m.p[i]) << 8 * i;
+#else
+    DW_EACH for (int j = 0; j < LANES; j++) bits |= (uint32_t)(m.p[i][j] & 1) << (4 * i + j);
+#endif
+    return bits;
+}
 DW_INLINE M16 operator<(F16 a, F16 b) { DW_PARTS(M16, (vi)(a.p[i] < b.p[i])); }
 DW_INLINE M16 operator>(F16 a, F16 b) { DW_PARTS(M16, (vi)(a.p[i] > b.p[i])); }
 DW_INLINE M16 not_less(F16 a, F16 b) { DW_PARTS(M16, ~(vi)(a.p[i] < b.p[i])); }

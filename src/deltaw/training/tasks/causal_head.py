@@ -17,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
+from deltaw.kernels.head_gradient import TOGETHER, can_split_classes, groups, head_gradient_
 from deltaw.kernels.rows import cross_entropy_
-from deltaw.lora.stored import multiply, multiply_backward
+from deltaw.lora.stored import Stored, multiply, multiply_backward
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
@@ -62,36 +63,93 @@ def frozen_head_log_probs(
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, bias, scale, softcap, stored):  # type: ignore[override]
-        wanted = hidden.requires_grad
-        slopes = torch.empty_like(hidden) if wanted else None
-        ones = hidden.new_ones(len(targets), dtype=loss_dtype(hidden))
-        losses = []
-        chunk = _even_chunk(
-            len(hidden), max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
+        chunk = max(
+            FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * max(1, head.shape[0]))
         )
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits, _ = multiply(hidden[part], head, stored, bias=bias)
-            losses.append(
-                cross_entropy_(logits, targets[part], ones[part], scale=scale, softcap=softcap, grad=wanted)
-            )
-            if slopes is None:
-                continue
-            if isinstance(stored, tuple) and can_round_classes(logits, head):
-                slopes[part] = class_gradient_(logits, targets[part], head, stored[0])
-            else:
-                # In int8 only the logits are rounded: the gradient is taken with the head's own numbers.
-                slopes[part] = multiply_backward(
-                    logits, head, stored if isinstance(stored, BlockWeight) else None
-                )[0]
+        split = not isinstance(stored, BlockWeight) and can_split_classes(hidden, head, bias)
+        if split and (hidden.requires_grad or stored is not None):
+            losses, slopes = _by_likely_classes(hidden, targets, head, bias, scale, softcap, stored, chunk)
+        else:
+            losses, slopes = _by_all_classes(hidden, targets, head, bias, scale, softcap, stored, chunk)
         ctx.save_for_backward(slopes)
-        return torch.cat(losses).to(ones.dtype).neg_()
+        return losses.to(loss_dtype(hidden)).neg_()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         (slopes,) = ctx.saved_tensors  # of the losses, which are minus the log-probabilities
         return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None, None, None, None, None
+
+
+def _by_all_classes(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    stored: Stored | None,
+    most: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (P), and their gradient (P, d) where it is wanted, from chunks of up to ``most`` rows."""
+    wanted = hidden.requires_grad
+    slopes = torch.empty_like(hidden) if wanted else None
+    ones = hidden.new_ones(len(targets), dtype=loss_dtype(hidden))
+    losses = []
+    chunk = _even_chunk(len(hidden), most)
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits, _ = multiply(hidden[part], head, stored, bias=bias)
+        losses.append(
+            cross_entropy_(logits, targets[part], ones[part], scale=scale, softcap=softcap, grad=wanted)
+        )
+        if slopes is not None:
+            slopes[part] = _times_head(logits, targets[part], head, stored)
+    return torch.cat(losses), slopes
+
+
+def _by_likely_classes(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    stored: Stored | None,
+    most: int,
+) -> tuple[Tensor, Tensor]:
+    """The same, with a gradient that is nearly that: see :func:`head_gradient_`."""
+    rows, width = hidden.shape
+    chunk = groups(_even_chunk(rows, most)) * TOGETHER
+    losses = torch.empty(rows)
+    # Whole groups of rows; the sums of at most a chunk of groups wait for their product with the head.
+    slopes, shares = hidden.new_zeros(groups(rows) * TOGETHER, width), torch.zeros(groups(rows) * TOGETHER)
+    unlikely = hidden.new_empty(min(groups(rows), chunk), head.shape[0])
+    for first in range(0, rows, chunk * TOGETHER):
+        last = min(first + chunk * TOGETHER, rows)
+        for start in range(first, last, chunk):
+            part = slice(start, min(start + chunk, last))
+            sums = slice((start - first) // TOGETHER, groups(part.stop - first))
+            logits, _ = multiply(hidden[part], head, stored, bias=bias)
+            losses[part] = head_gradient_(
+                logits, targets[part], hidden[part], head, bias, scale=scale, softcap=softcap,
+                slopes=slopes[part], shares=shares[part], unlikely=unlikely[sums],
+            )  # fmt: skip
+            del logits
+        count = groups(last - first)
+        rest = _times_head(unlikely[:count], targets.new_zeros(count), head, stored)
+        theirs = slice(first, first + count * TOGETHER)
+        of_rows = shares[theirs].to(slopes.dtype).view(count, TOGETHER, 1)
+        slopes[theirs].view(count, TOGETHER, width).addcmul_(of_rows, rest[:, None])
+    return losses, slopes[:rows]
+
+
+def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored | None) -> Tensor:
+    """gradient (P, classes) · head, whose largest numbers are at the targets; may overwrite it."""
+    if isinstance(stored, tuple) and can_round_classes(gradient, head):
+        return class_gradient_(gradient, targets, head, stored[0])
+    # In int8 only the logits are rounded: the gradient is taken with the head's own numbers.
+    return multiply_backward(gradient, head, stored if isinstance(stored, BlockWeight) else None)[0]
 
 
 def _even_chunk(rows: int, most: int) -> int:
