@@ -17,11 +17,16 @@ namespace {
 
 // A class is likely if it has this part of the probability beside the target's.
 const float LIKELY = 1.0f / 8192;
-// No more classes than this can be likely, but for rounding, and the target is one; further ones count as unlikely.
-const int64_t MOST_LIKELY = 8192 + 1;
+const int64_t MOST_LIKELY = 4096;  // of a row; further ones count as unlikely
+// Rows whose likely classes a thread goes through side by side: many are likely in several of them, and their rows of the
+// weight are read from memory once.
+const int64_t SIDE_BY_SIDE = 16;
 const bf16 COUNTED = 0xff80;  // NO_LOGIT: this class is among the likely ones
 const int64_t LINE = 64;      // bytes that the cache takes at a time
-const int ROWS = 4;           // of the weight that are read side by side
+const int64_t CACHED = 256 << 10;
+const int ROWS = 4;           // of the weight that are read at a time
+
+int64_t up_to_32(int64_t D) { return (D + 31) / 32 * 32; }
 
 template <class Change>
 struct Head {
@@ -37,18 +42,29 @@ struct Head {
     }
 };
 
+// Numbers of bf16 are read as pairs: the even ones of 32 are 16 words' lower halves, the odd ones their upper halves.
+// Vectors in fp32 that meet them have 16 even ones first, then 16 odd ones, and so on.
+DW_INLINE F16 even_of(I16 pairs) { return from_bits(pairs << 16); }
+DW_INLINE F16 odd_of(I16 pairs) { return from_bits(pairs & set_i((int32_t)0xffff0000)); }
+
+// body(number of 32, its words, which of them are there) for each 32 numbers of a row.
+template <class Body>
+DW_INLINE void each_32(int64_t D, Body &&body) {
+    int64_t d = 0;
+    for (; d + 32 <= D; d += 32) body(d, first(16));
+    if (d < D) body(d, first((D - d) / 2));
+}
+
 // into += the products of ROWS rows with h.
 void add_dots(int64_t D, const bf16 *const *w, const float *h, float *into) {
     F16 sum[ROWS] = {};
-    int64_t d = 0;
-    for (; d + 16 <= D; d += 16) {
-        const F16 x = load16(h + d);
-        for (int i = 0; i < ROWS; i++) sum[i] = fma(load16(w[i] + d), x, sum[i]);
-    }
-    if (d < D) {
-        const First k = first(D - d);
-        for (int i = 0; i < ROWS; i++) sum[i] = fma(load16(w[i] + d, k), load16(h + d, k), sum[i]);
-    }
+    each_32(D, [&](int64_t d, First k) {
+        const F16 even = load16(h + d), odd = load16(h + d + 16);
+        for (int i = 0; i < ROWS; i++) {
+            const I16 pairs = load_i(w[i] + d, k);
+            sum[i] = fma(odd_of(pairs), odd, fma(even_of(pairs), even, sum[i]));
+        }
+    });
     for (int i = 0; i < ROWS; i++) into[i] += sum_of(sum[i]);
 }
 
@@ -56,18 +72,14 @@ void add_dots(int64_t D, const bf16 *const *w, const float *h, float *into) {
 void add_rows(int64_t D, const float *by, const bf16 *const *w, float *to) {
     F16 factor[ROWS];
     for (int i = 0; i < ROWS; i++) factor[i] = set_f(by[i]);
-    int64_t d = 0;
-    for (; d + 16 <= D; d += 16) {
-        F16 sum = load16(to + d);
-        for (int i = 0; i < ROWS; i++) sum = fma(factor[i], load16(w[i] + d), sum);
-        store16(to + d, sum);
-    }
-    if (d < D) {
-        const First k = first(D - d);
-        F16 sum = load16(to + d, k);
-        for (int i = 0; i < ROWS; i++) sum = fma(factor[i], load16(w[i] + d, k), sum);
-        store16(to + d, sum, k);
-    }
+    each_32(D, [&](int64_t d, First k) {
+        F16 even = load16(to + d), odd = load16(to + d + 16);
+        for (int i = 0; i < ROWS; i++) {
+            const I16 pairs = load_i(w[i] + d, k);
+            even = fma(factor[i], even_of(pairs), even), odd = fma(factor[i], odd_of(pairs), odd);
+        }
+        store16(to + d, even), store16(to + d + 16, odd);
+    });
 }
 
 // log Σ e^z of a row.
@@ -81,16 +93,20 @@ float log_sum(const Head<Change> &head, const bf16 *row) {
     return top + __builtin_logf(sum_of(sum));
 }
 
-// The target and the other classes whose z is above `least`, into `which`; returns how many.
+// The target and the classes whose z is above `least`, into `which` as they ascend; returns how many.
 template <class Change>
 int64_t likely_classes(const Head<Change> &head, const bf16 *row, int64_t target, float least, int32_t *which) {
     int64_t count = 0;
-    which[count++] = (int32_t)target;
-    for (int64_t v = 0; v < head.V; v += 16)
-        for (uint32_t bits = bits_of(set_f(least) < head.change.value(logits_at(row, v, head.V))); bits; bits &= bits - 1) {
+    for (int64_t v = 0; v < head.V; v += 16) {
+        uint32_t bits = bits_of(set_f(least) < head.change.value(logits_at(row, v, head.V)));
+        const bool with_target = target >= v && target < v + 16;
+        if (with_target) bits |= 1u << (target - v);
+        const int64_t most = target < v + 16 ? MOST_LIKELY : MOST_LIKELY - 1;  // there is room for the target
+        for (; bits; bits &= bits - 1) {
             const int64_t found = v + __builtin_ctz(bits);
-            if (found != target && count < MOST_LIKELY) which[count++] = (int32_t)found;
+            if (count < most || found == target) which[count++] = (int32_t)found;
         }
+    }
     return count;
 }
 
@@ -100,67 +116,115 @@ struct Row {
     float unlikely;  // probability of the other classes
 };
 
-// What the likely classes of a row come to. Their e^z are divided by the row's sum of all, as the given logits have it.
-struct Sums {
-    float rough = 0, accurate = 0;  // of e^z, with the given logits and with accurate ones
-    float at_target = 0;            // the target's z
+// A row on its way through its likely classes.
+struct Walk {
+    bf16 *logits;
+    const float *hidden;   // (D, rounded up to 32)
+    float *slopes;         // the same: Σ e^z · ∂z/∂hidden of the classes gone through, divided as below
+    const int32_t *which;  // the likely classes ahead, as they ascend
+    int64_t left;          // how many
+    int64_t target;
+    float log_sum;         // log Σ e^z of the given logits: what all sums of e^z are divided by
+    float rough = 0, accurate = 0;  // Σ e^z of the classes gone through, with the given logits and with accurate ones
+    float at_target = 0;            // the target's accurate z
 };
 
-// slopes += Σ e^z · ∂z/∂hidden of the likely classes, the first of which is the target; their logits become COUNTED.
+// Goes through the next `count` classes; their logits become COUNTED.
 template <class Change>
-Sums add_likely(const Head<Change> &head, bf16 *row, const int32_t *which, int64_t count, float log_sum, const float *h, float *slopes) {
-    Sums sums;
+void add_likely(const Head<Change> &head, Walk &walk, int64_t count) {
     F16 rough = zero_f(), accurate = zero_f();
     for (int64_t i = 0; i < count; i += 16) {
         const int64_t n = std::min<int64_t>(16, count - i);
+        const int32_t *const which = walk.which + i;
         const bf16 *w[16];
         alignas(64) float given[16], z[16], by[16];
+        int at = -1;
         for (int64_t j = 0; j < 16; j++) {  // beyond the last, the last again: it is left out below
-            const int64_t v = which[i + std::min(j, n - 1)];
-            w[j] = head.weight + v * head.D, given[j] = to_float(row[v]), z[j] = head.bias_of(v);
+            const int64_t v = which[std::min(j, n - 1)];
+            w[j] = head.weight + v * head.D, given[j] = to_float(walk.logits[v]), z[j] = head.bias_of(v);
+            if (v == walk.target && j < n) at = (int)j;
         }
         for (int64_t j = 0; j < n; j += ROWS) {
-            for (int64_t next = i + 16 + j; next < std::min(i + 16 + j + ROWS, count); next++) head.fetch(which[next]);
-            add_dots(head.D, w + j, h, z + j);
+            for (int64_t next = 16 + j; next < std::min(16 + j + ROWS, walk.left - i); next++) head.fetch(which[next]);
+            add_dots(head.D, w + j, walk.hidden, z + j);
         }
-        for (int64_t j = 0; j < n; j++) row[which[i + j]] = COUNTED;
+        for (int64_t j = 0; j < n; j++) walk.logits[which[j]] = COUNTED;
         const First k = first(n);
-        const F16 value = head.change.value(load16(z)), e = keep_first(k, exp_16(value - set_f(log_sum)));
-        rough = rough + keep_first(k, exp_16(head.change.value(load16(given)) - set_f(log_sum)));
+        const F16 value = head.change.value(load16(z)), e = keep_first(k, exp_16(value - set_f(walk.log_sum)));
+        rough = rough + keep_first(k, exp_16(head.change.value(load16(given)) - set_f(walk.log_sum)));
         accurate = accurate + e;
         store16(by, e * head.change.slope(value));
-        for (int64_t j = 0; j < n; j += ROWS) add_rows(head.D, by + j, w + j, slopes);
+        for (int64_t j = 0; j < n; j += ROWS) add_rows(head.D, by + j, w + j, walk.slopes);
         store16(z, value);
-        if (i == 0) sums.at_target = z[0];
+        if (at >= 0) walk.at_target = z[at];
     }
-    sums.rough = sum_of(rough), sums.accurate = sum_of(accurate);
-    return sums;
+    walk.rough += sum_of(rough), walk.accurate += sum_of(accurate);
+    walk.which += count, walk.left -= count;
 }
 
-// The loss of one row, and its likely classes' part of the gradient (D).
 template <class Change>
-Row likely_part(const Head<Change> &head, bf16 *row, int64_t target, const bf16 *hidden, float *loss, bf16 *slope) {
-    const int64_t D = head.D;
-    Scratch scratch;
-    float *const h = scratch.take<float>(D), *const sum = scratch.take<float>(D);
-    int32_t *const which = scratch.take<int32_t>(MOST_LIKELY);
-    for (int64_t d = 0; d < D; d += 16) {
-        const First k = first(D - d);
-        store16(h + d, load16(hidden + d, k), k), store16(sum + d, zero_f(), k);
-    }
-    const float before = log_sum(head, row), beside = 1 - __builtin_expf(head.change.value(to_float(row[target])) - before);
-    const int64_t count = likely_classes(head, row, target, before + __builtin_logf(LIKELY * std::max(beside, 1e-6f)), which);
-    const Sums sums = add_likely(head, row, which, count, before, h, sum);
+Walk begin_row(const Head<Change> &head, bf16 *logits, int64_t target, const bf16 *hidden, float *wide, float *slopes, int32_t *which) {
+    each_32(head.D, [&](int64_t d, First k) {
+        const I16 pairs = load_i(hidden + d, k);
+        store16(wide + d, even_of(pairs)), store16(wide + d + 16, odd_of(pairs));
+        store16(slopes + d, zero_f()), store16(slopes + d + 16, zero_f());
+    });
+    const float sum = log_sum(head, logits), beside = 1 - __builtin_expf(head.change.value(to_float(logits[target])) - sum);
+    const int64_t count = likely_classes(head, logits, target, sum + __builtin_logf(LIKELY * std::max(beside, 1e-6f)), which);
+    Walk walk;
+    walk.logits = logits, walk.hidden = wide, walk.slopes = slopes, walk.which = which, walk.left = count, walk.target = target, walk.log_sum = sum;
+    return walk;
+}
 
-    const float unlikely = std::max(0.0f, 1 - sums.rough), total = unlikely + sums.accurate;
-    const F16 by = set_f(1 / total), of_target = set_f(head.change.slope(sums.at_target));
-    for (int64_t d = 0; d < D; d += 16) {
-        const First k = first(D - d);
-        store16(slope + d, fnma(of_target, load16(head.weight + target * D + d, k), load16(sum + d, k) * by), k);
-    }
-    const float after = before + __builtin_logf(total);
-    *loss = after - sums.at_target;
+// The loss of a row that went through its likely classes, and their part of the gradient (D).
+template <class Change>
+Row end_row(const Head<Change> &head, const Walk &walk, float *loss, bf16 *slope) {
+    const float unlikely = std::max(0.0f, 1 - walk.rough), total = unlikely + walk.accurate, after = walk.log_sum + __builtin_logf(total);
+    const F16 by = set_f(1 / total), of_target = set_f(head.change.slope(walk.at_target));
+    const bf16 *const w = head.weight + walk.target * head.D;
+    each_32(head.D, [&](int64_t d, First k) {
+        const I16 pairs = load_i(w + d, k);
+        const F16 even = fnma(of_target, even_of(pairs), load16(walk.slopes + d) * by);
+        const F16 odd = fnma(of_target, odd_of(pairs), load16(walk.slopes + d + 16) * by);
+        store_i(slope + d, bf16_bits_in_turn(even, odd), k);
+    });
+    *loss = after - walk.at_target;
     return {after, unlikely / total};
+}
+
+// All of the rows, up to SIDE_BY_SIDE, go through their likely classes, in parts whose rows of the weight the cache holds.
+template <class Change>
+void walk_together(const Head<Change> &head, Walk *walks, int64_t rows) {
+    const int64_t step = std::max<int64_t>(16, CACHED / (head.D * (int64_t)sizeof(bf16)));
+    for (;;) {
+        const Walk *longest = walks;
+        for (int64_t r = 1; r < rows; r++)
+            if (walks[r].left > longest->left) longest = walks + r;
+        if (!longest->left) return;
+        const int32_t last = longest->which[std::min(step, longest->left) - 1];
+        for (int64_t r = 0; r < rows; r++)
+            add_likely(head, walks[r], std::upper_bound(walks[r].which, walks[r].which + walks[r].left, last) - walks[r].which);
+    }
+}
+
+// What `likely` comes to for the rows [begin, end).
+template <class Change>
+void likely_parts(const Head<Change> &head, int64_t begin, int64_t end, bf16 *logits, const int64_t *targets, const bf16 *hidden, Row *rows, float *losses,
+                  bf16 *slopes) {
+    if (begin == end) return;
+    const int64_t D = head.D, wide = up_to_32(D);
+    Scratch scratch;
+    float *const of_rows = scratch.take<float>(2 * SIDE_BY_SIDE * wide);
+    int32_t *const which = scratch.take<int32_t>(SIDE_BY_SIDE * MOST_LIKELY);
+    for (int64_t m = begin; m < end; m += SIDE_BY_SIDE) {
+        const int64_t count = std::min(SIDE_BY_SIDE, end - m);
+        Walk walks[SIDE_BY_SIDE];
+        for (int64_t r = 0; r < count; r++)
+            walks[r] = begin_row(head, logits + (m + r) * head.V, targets[m + r], hidden + (m + r) * D, of_rows + 2 * r * wide,
+                                 of_rows + (2 * r + 1) * wide, which + r * MOST_LIKELY);
+        walk_together(head, walks, count);
+        for (int64_t r = 0; r < count; r++) rows[m + r] = end_row(head, walks[r], losses + m + r, slopes + (m + r) * D);
+    }
 }
 
 // Σ over `rows` rows of the unlikely classes' ∂loss/∂logit, for the classes [v0, v1).
@@ -194,15 +258,17 @@ void share_out(int64_t M, int64_t together, const Row *rows, float *shares) {
 int dw_head_gradient(int64_t M, int64_t V, int64_t D, void *logits, const int64_t *targets, const void *hidden, const void *weight, const void *bias,
                      float scale, float cap, int64_t together, float *losses, void *slopes, float *shares, void *unlikely) {
     return guarded([&] {
-        require_in_bounds(together > 0 && V <= INT32_MAX);
+        require_in_bounds(together > 0 && V <= INT32_MAX && D % 2 == 0);
         for (int64_t m = 0; m < M; m++) require_in_bounds(targets[m] >= 0 && targets[m] < V);
         Scratch scratch;
         Row *const rows = scratch.take<Row>(M);
         bf16 *const of_all = (bf16 *)logits, *const summed = (bf16 *)unlikely;
         with_change(scale, cap, [&](const auto &change) {
             const Head<std::decay_t<decltype(change)>> head{V, D, (const bf16 *)weight, (const bf16 *)bias, change};
-            rows_in_parallel(M, [&](int64_t m) {
-                rows[m] = likely_part(head, of_all + m * V, targets[m], (const bf16 *)hidden + m * D, losses + m, (bf16 *)slopes + m * D);
+            in_parallel([&](int thread, int threads) {
+                int64_t begin, end;
+                part_of(M, thread, threads, begin, end);
+                likely_parts(head, begin, end, of_all, targets, (const bf16 *)hidden, rows, losses, (bf16 *)slopes);
             });
             in_parallel([&](int thread, int threads) {
                 int64_t begin, end;
@@ -217,5 +283,5 @@ int dw_head_gradient(int64_t M, int64_t V, int64_t D, void *logits, const int64_
 
 // Bytes of the threads' arenas that dw_head_gradient takes at its peak.
 int64_t dw_head_gradient_room(int64_t M, int64_t D) {
-    return M * (int64_t)sizeof(Row) + thread_count() * (2 * D * (int64_t)sizeof(float) + MOST_LIKELY * (int64_t)sizeof(int32_t));
+    return M * (int64_t)sizeof(Row) + std::min<int64_t>(M, thread_count()) * SIDE_BY_SIDE * (2 * up_to_32(D) + MOST_LIKELY) * 4;
 }
