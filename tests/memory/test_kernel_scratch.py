@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaw.kernels import loader
+from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_formats import quantize_nf4
 from deltaw.kernels.layout import Layout
@@ -88,6 +88,17 @@ def test_the_gradient_of_classes_and_cross_entropy():
     agree(arena_bytes(ops.class_gradient_.default, args, {}), held(ops.class_gradient_, args))
     args = (grad, targets, torch.ones(rows), 1.0, 0.0, True)
     agree(arena_bytes(ops.cross_entropy_.default, args, {}), held(ops.cross_entropy_, args))
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_the_gradient_of_a_head(rows):
+    classes, width = 40000, 576
+    hidden, weight = random(rows, width), random(classes, width)
+    logits = hidden @ weight.T
+    slopes, shares = torch.empty_like(hidden), torch.empty(rows)
+    unlikely = logits.new_empty(head_gradient.groups(rows), classes)
+    args = (logits, torch.arange(rows), hidden, weight, None, 1.0, 0.0, slopes, shares, unlikely)
+    agree(arena_bytes(ops.head_gradient_.default, args, {}), held(ops.head_gradient_, args))
 
 
 def test_nothing_is_added_without_the_kernels(monkeypatch):

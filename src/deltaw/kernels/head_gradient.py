@@ -61,9 +61,7 @@ def head_gradient_(
     check_shape("the slopes", slopes, *hidden.shape)
     check_shape("the shares", shares, rows)
     check_shape("the sums of the unlikely classes", unlikely, groups(rows), classes)
-    return _head_gradient(
-        logits, targets, hidden, weight, bias, scale, softcap, slopes, shares, unlikely
-    )
+    return _head_gradient(logits, targets, hidden, weight, bias, scale, softcap, slopes, shares, unlikely)
 
 
 def groups(rows: int) -> int:
@@ -79,7 +77,7 @@ def can_split_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bo
 def _splits_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not loader.serves(hidden, weight, bias):
         return False
-    if not hidden.dtype == weight.dtype == torch.bfloat16:
+    if not hidden.dtype == weight.dtype == torch.bfloat16 or hidden.shape[1] % 2:
         return False
     return all(t is None or t.is_contiguous() for t in (weight, bias))
 
@@ -147,7 +145,8 @@ def _compute_head_gradient(  # type: ignore[no-untyped-def]
     losses = torch.empty(len(targets))
     loader.kernels().dw_head_gradient(
         *logits.shape, hidden.shape[1], logits.data_ptr(), targets.data_ptr(), hidden.data_ptr(),
-        weight.data_ptr(), loader.address(bias), scale, softcap, TOGETHER, losses.data_ptr(), slopes.data_ptr(), shares.data_ptr(), unlikely.data_ptr(),
+        weight.data_ptr(), loader.address(bias), scale, softcap, TOGETHER, losses.data_ptr(),
+        slopes.data_ptr(), shares.data_ptr(), unlikely.data_ptr(),
     )  # fmt: skip
     return losses
 

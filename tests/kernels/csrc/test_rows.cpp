@@ -133,6 +133,70 @@ void test_cross_entropy(int64_t M, int64_t V, double scale, double cap) {
     expect_close(logits.numbers(), slope, sizeof(T) == 4 ? 1e-4 : 8e-3, what + " gradient", 1e-2);
 }
 
+struct Found {
+    Buffer<float> losses, shares;
+    Buffer<bf16> slopes, unlikely;
+    Found(int64_t M, int64_t V, int64_t D, int64_t together) : losses(M), shares(M), slopes(M * D), unlikely((M + together - 1) / together * V) {}
+};
+
+// `flat`: all classes are about as likely. The logits that are given are off by `noise`.
+void test_head_gradient(int64_t M, int64_t V, int64_t D, double scale, double cap, bool biased, bool flat, double noise) {
+    const std::string what = "head gradient " + std::to_string(M) + "x" + std::to_string(V) + "x" + std::to_string(D) + (biased ? " biased" : "");
+    const int64_t together = 5, groups = (M + together - 1) / together;
+    Buffer<bf16> logits(M * V), before(M * V), hidden(M * D), weight(V * D), bias(V);
+    Buffer<int64_t> targets(M), bad(M);
+    hidden.fill(), weight.fill(flat ? 1e-3 : 3 / std::sqrt((double)D)), bias.fill();
+    // Rows near each other are alike.
+    for (int64_t m = 1; m < M; m++)
+        for (int64_t d = 0; d < D; d++) hidden[m * D + d] = from_double<bf16>(0.8 * hidden.at((m - 1) * D + d) + 0.6 * hidden.at(m * D + d));
+    Numbers raw(M * V), losses(M), slope(M * V), exact(M * D);
+    add_product(raw, hidden.numbers(), weight.numbers(), M, V, D, 1, true);
+    for (int64_t m = 0; m < M; m++) {
+        targets[m] = V - 1 - m * 7 % V;
+        double sum = 0;
+        Numbers z(V);
+        for (int64_t v = 0; v < V; v++) {
+            raw[m * V + v] += biased ? bias.at(v) : 0;
+            logits[m * V + v] = from_double<bf16>(raw[m * V + v] + noise * random_number());
+            z[v] = scale * raw[m * V + v], z[v] = cap > 0 ? cap * std::tanh(z[v] / cap) : z[v], sum += std::exp(z[v]);
+        }
+        losses[m] = std::log(sum) - z[targets[m]];
+        for (int64_t v = 0; v < V; v++)
+            slope[m * V + v] = (std::exp(z[v]) / sum - (v == targets[m])) * scale * (cap > 0 ? 1 - std::pow(z[v] / cap, 2) : 1);
+    }
+    add_product(exact, slope, weight.numbers(), M, D, V);
+    before.copy(logits);
+    const void *const added = biased ? bias.data() : nullptr;
+    Found found(M, V, D, together), again(M, V, D, together);
+    auto run = [&](Found &into, int64_t rows, const int64_t *of) {
+        return dw_head_gradient(rows, V, D, logits.data(), of, hidden.data(), weight.data(), added, (float)scale, (float)cap, together, into.losses.data(),
+                                into.slopes.data(), into.shares.data(), into.unlikely.data());
+    };
+    for (int64_t value : {V, (int64_t)-1, (int64_t)1 << 40}) {
+        bad.copy(targets)[M - 1] = value;
+        expect(run(found, M, bad.data()) == 2, what + " refuses");
+        expect(logits.same(before), what + " wrote before it refused");
+    }
+    expect(run(found, M, targets.data()) == 0, what);
+    expect_close(found.losses.numbers(), losses, 2e-5 + 0.02 * noise, what + " loss", 1.0);
+    Numbers whole = found.slopes.numbers(), sums(groups * D), exact_sums(groups * D), of_unlikely(groups * D);
+    add_product(of_unlikely, found.unlikely.numbers(), weight.numbers(), groups, D, V);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t d = 0; d < D; d++) {
+            const int64_t at = m / together * D + d;
+            whole[m * D + d] += found.shares.at(m) * of_unlikely[at];
+            sums[at] += whole[m * D + d], exact_sums[at] += exact[m * D + d];
+        }
+    expect_close(whole, exact, 0.012 + 0.1 * noise, what, 1e-4);
+    expect_close(sums, exact_sums, 0.006 + 0.1 * noise, what + " in sum", 1e-4);
+    // What a row's likely classes come to does not depend on the rows beside it.
+    logits.copy(before);
+    const int64_t fewer = (M + 1) / 2;
+    expect(run(again, fewer, targets.data()) == 0, what + " of fewer rows");
+    expect(!memcmp(found.slopes.data(), again.slopes.data(), fewer * D * sizeof(bf16)) && !memcmp(found.losses.data(), again.losses.data(), fewer * 4),
+           what + " of fewer rows gives the same bits");
+}
+
 template <class T>
 void test_type() {
     for (int64_t D : {5, 15, 16, 17, 100}) test_norm<T>(7, D, false), test_norm<T>(900, D, true);
@@ -143,4 +207,16 @@ void test_type() {
 
 }  // namespace
 
-void test_rows() { test_type<float>(), test_type<bf16>(); }
+void test_rows() {
+    test_type<float>(), test_type<bf16>();
+    test_head_gradient(1, 7, 2, 1, 0, false, false, 0), test_head_gradient(3, 40, 34, 0.5, 0, true, false, 0);
+    for (double cap : {0.0, 6.0}) test_head_gradient(23, 3001, 64, 1, cap, cap > 0, false, 0), test_head_gradient(37, 2000, 30, 0.7, cap, cap == 0, false, 0.2);
+    // More classes than are counted as likely at most; and none of them likely but for the target.
+    test_head_gradient(2, 6000, 32, 1, 0, false, true, 0), test_head_gradient(6, 9000, 16, 1, 0, false, true, 0);
+    Buffer<bf16> numbers(40);
+    Buffer<int64_t> target(1);
+    Buffer<float> one(1);
+    target[0] = 0;
+    expect(dw_head_gradient(1, 2, 3, numbers.data(), target.data(), numbers.data(), numbers.data(), nullptr, 1, 0, 1, one.data(), numbers.data(), one.data(),
+                            numbers.data()) == 2, "head gradient refuses an odd width");
+}

@@ -21,10 +21,10 @@ const int64_t MOST_LIKELY = 4096;  // of a row; further ones count as unlikely
 // Rows whose likely classes a thread goes through side by side: many are likely in several of them, and their rows of the
 // weight are read from memory once.
 const int64_t SIDE_BY_SIDE = 16;
-const bf16 COUNTED = 0xff80;  // NO_LOGIT: this class is among the likely ones
-const int64_t LINE = 64;      // bytes that the cache takes at a time
-const int64_t CACHED = 256 << 10;
-const int ROWS = 4;           // of the weight that are read at a time
+const int64_t CACHED = 256 << 10;  // bytes of the weight's rows that one of them goes through before the next one's turn
+const int64_t AT_ONCE = 16;        // classes whose e^z are computed at once
+const int ROWS = 4;                // of the weight that are read at once
+const bf16 COUNTED = 0xff80;       // NO_LOGIT: this class is among the likely ones
 
 int64_t up_to_32(int64_t D) { return (D + 31) / 32 * 32; }
 
@@ -36,10 +36,6 @@ struct Head {
     Change change;
 
     float bias_of(int64_t v) const { return bias ? to_float(bias[v]) : 0; }
-    void fetch(int64_t v) const {
-        const char *const row = (const char *)(weight + v * D);
-        for (int64_t at = 0; at < D * (int64_t)sizeof(bf16); at += LINE) __builtin_prefetch(row + at);
-    }
 };
 
 // Numbers of bf16 are read as pairs: the even ones of 32 are 16 words' lower halves, the odd ones their upper halves.
@@ -96,15 +92,14 @@ float log_sum(const Head<Change> &head, const bf16 *row) {
 // The target and the classes whose z is above `least`, into `which` as they ascend; returns how many.
 template <class Change>
 int64_t likely_classes(const Head<Change> &head, const bf16 *row, int64_t target, float least, int32_t *which) {
-    int64_t count = 0;
+    int64_t count = 0, others = 0;
     for (int64_t v = 0; v < head.V; v += 16) {
         uint32_t bits = bits_of(set_f(least) < head.change.value(logits_at(row, v, head.V)));
-        const bool with_target = target >= v && target < v + 16;
-        if (with_target) bits |= 1u << (target - v);
-        const int64_t most = target < v + 16 ? MOST_LIKELY : MOST_LIKELY - 1;  // there is room for the target
+        if (target >= v && target < v + 16) bits |= 1u << (target - v);
         for (; bits; bits &= bits - 1) {
             const int64_t found = v + __builtin_ctz(bits);
-            if (count < most || found == target) which[count++] = (int32_t)found;
+            if (found != target && others++ >= MOST_LIKELY - 1) continue;  // there is room for the target
+            which[count++] = (int32_t)found;
         }
     }
     return count;
@@ -124,41 +119,37 @@ struct Walk {
     const int32_t *which;  // the likely classes ahead, as they ascend
     int64_t left;          // how many
     int64_t target;
-    float log_sum;         // log Σ e^z of the given logits: what all sums of e^z are divided by
-    float rough = 0, accurate = 0;  // Σ e^z of the classes gone through, with the given logits and with accurate ones
-    float at_target = 0;            // the target's accurate z
+    float log_sum;                            // log Σ e^z of the given logits: what all sums of e^z are divided by
+    F16 rough = zero_f(), accurate = rough;   // Σ e^z of the classes gone through, with the given logits and with accurate ones
+    float at_target = 0;                      // the target's accurate z
 };
 
-// Goes through the next `count` classes; their logits become COUNTED.
+// Goes through the next `count` classes; their logits become COUNTED. All but the last ones of a row come in whole
+// numbers of AT_ONCE, so that what is added to what does not depend on the other rows.
 template <class Change>
 void add_likely(const Head<Change> &head, Walk &walk, int64_t count) {
-    F16 rough = zero_f(), accurate = zero_f();
-    for (int64_t i = 0; i < count; i += 16) {
-        const int64_t n = std::min<int64_t>(16, count - i);
+    for (int64_t i = 0; i < count; i += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, count - i);
         const int32_t *const which = walk.which + i;
-        const bf16 *w[16];
-        alignas(64) float given[16], z[16], by[16];
-        int at = -1;
-        for (int64_t j = 0; j < 16; j++) {  // beyond the last, the last again: it is left out below
+        const bf16 *w[AT_ONCE];
+        alignas(64) float given[AT_ONCE], z[AT_ONCE], by[AT_ONCE];
+        int64_t at = AT_ONCE;
+        for (int64_t j = 0; j < AT_ONCE; j++) {  // beyond the last, the last again: it is left out below
             const int64_t v = which[std::min(j, n - 1)];
             w[j] = head.weight + v * head.D, given[j] = to_float(walk.logits[v]), z[j] = head.bias_of(v);
-            if (v == walk.target && j < n) at = (int)j;
+            if (v == walk.target) at = std::min(at, j);
         }
-        for (int64_t j = 0; j < n; j += ROWS) {
-            for (int64_t next = 16 + j; next < std::min(16 + j + ROWS, walk.left - i); next++) head.fetch(which[next]);
-            add_dots(head.D, w + j, walk.hidden, z + j);
-        }
+        for (int64_t j = 0; j < n; j += ROWS) add_dots(head.D, w + j, walk.hidden, z + j);
         for (int64_t j = 0; j < n; j++) walk.logits[which[j]] = COUNTED;
         const First k = first(n);
         const F16 value = head.change.value(load16(z)), e = keep_first(k, exp_16(value - set_f(walk.log_sum)));
-        rough = rough + keep_first(k, exp_16(head.change.value(load16(given)) - set_f(walk.log_sum)));
-        accurate = accurate + e;
+        walk.rough = walk.rough + keep_first(k, exp_16(head.change.value(load16(given)) - set_f(walk.log_sum)));
+        walk.accurate = walk.accurate + e;
         store16(by, e * head.change.slope(value));
         for (int64_t j = 0; j < n; j += ROWS) add_rows(head.D, by + j, w + j, walk.slopes);
         store16(z, value);
-        if (at >= 0) walk.at_target = z[at];
+        if (at < AT_ONCE) walk.at_target = z[at];
     }
-    walk.rough += sum_of(rough), walk.accurate += sum_of(accurate);
     walk.which += count, walk.left -= count;
 }
 
@@ -179,7 +170,7 @@ Walk begin_row(const Head<Change> &head, bf16 *logits, int64_t target, const bf1
 // The loss of a row that went through its likely classes, and their part of the gradient (D).
 template <class Change>
 Row end_row(const Head<Change> &head, const Walk &walk, float *loss, bf16 *slope) {
-    const float unlikely = std::max(0.0f, 1 - walk.rough), total = unlikely + walk.accurate, after = walk.log_sum + __builtin_logf(total);
+    const float unlikely = std::max(0.0f, 1 - sum_of(walk.rough)), total = unlikely + sum_of(walk.accurate), after = walk.log_sum + __builtin_logf(total);
     const F16 by = set_f(1 / total), of_target = set_f(head.change.slope(walk.at_target));
     const bf16 *const w = head.weight + walk.target * head.D;
     each_32(head.D, [&](int64_t d, First k) {
@@ -195,19 +186,21 @@ Row end_row(const Head<Change> &head, const Walk &walk, float *loss, bf16 *slope
 // All of the rows, up to SIDE_BY_SIDE, go through their likely classes, in parts whose rows of the weight the cache holds.
 template <class Change>
 void walk_together(const Head<Change> &head, Walk *walks, int64_t rows) {
-    const int64_t step = std::max<int64_t>(16, CACHED / (head.D * (int64_t)sizeof(bf16)));
+    const int64_t step = std::max(AT_ONCE, CACHED / (head.D * (int64_t)sizeof(bf16)));
     for (;;) {
         const Walk *longest = walks;
         for (int64_t r = 1; r < rows; r++)
             if (walks[r].left > longest->left) longest = walks + r;
         if (!longest->left) return;
         const int32_t last = longest->which[std::min(step, longest->left) - 1];
-        for (int64_t r = 0; r < rows; r++)
-            add_likely(head, walks[r], std::upper_bound(walks[r].which, walks[r].which + walks[r].left, last) - walks[r].which);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t up_to_last = std::upper_bound(walks[r].which, walks[r].which + walks[r].left, last) - walks[r].which;
+            add_likely(head, walks[r], std::min(walks[r].left, (up_to_last + AT_ONCE - 1) / AT_ONCE * AT_ONCE));
+        }
     }
 }
 
-// What `likely` comes to for the rows [begin, end).
+// The rows [begin, end): all that does not concern their unlikely classes.
 template <class Change>
 void likely_parts(const Head<Change> &head, int64_t begin, int64_t end, bf16 *logits, const int64_t *targets, const bf16 *hidden, Row *rows, float *losses,
                   bf16 *slopes) {

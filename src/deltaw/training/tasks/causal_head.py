@@ -63,14 +63,11 @@ def frozen_head_log_probs(
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, bias, scale, softcap, stored):  # type: ignore[override]
-        chunk = max(
-            FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * max(1, head.shape[0]))
-        )
+        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * max(1, head.shape[0])))
         split = not isinstance(stored, BlockWeight) and can_split_classes(hidden, head, bias)
-        if split and (hidden.requires_grad or stored is not None):
-            losses, slopes = _by_likely_classes(hidden, targets, head, bias, scale, softcap, stored, chunk)
-        else:
-            losses, slopes = _by_all_classes(hidden, targets, head, bias, scale, softcap, stored, chunk)
+        by_likely = split and (hidden.requires_grad or stored is not None)
+        compute = _by_likely_classes if by_likely else _by_all_classes
+        losses, slopes = compute(hidden, targets, head, bias, scale, softcap, stored, chunk)
         ctx.save_for_backward(slopes)
         return losses.to(loss_dtype(hidden)).neg_()
 
