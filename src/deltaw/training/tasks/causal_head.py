@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 * 2**20
 DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes of a frozen head's logits at a time, which become their own gradient, and rows at least: the head's
 # weight is read and laid out anew for each chunk, which takes as long as some thirty rows.
-FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 192
+FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
 
 
 def frozen_head_log_probs(
