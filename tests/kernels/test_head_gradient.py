@@ -186,6 +186,11 @@ def test_a_models_head_takes_it_in_parts(rows, at_once, int8, monkeypatch):
     assert max(calls) < at_once + heads.TOGETHER
     torch.testing.assert_close(values.detach().double(), -expected, rtol=2e-3, atol=2e-3)
     assert (hidden.grad.double() - exact).norm() < 0.03 * exact.norm()
+    # A reference model's log-probabilities are those of the model that starts as it.
+    with torch.no_grad():
+        assert torch.equal(
+            frozen_head_log_probs(head.hidden, head.targets, head.weight, scales=scales), values.detach()
+        )
 
 
 @compiled_only

@@ -64,9 +64,9 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, bias, scale, softcap, stored):  # type: ignore[override]
         chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * max(1, head.shape[0])))
+        # The same with and without a gradient, so that log-probabilities of both kinds can be compared.
         split = not isinstance(stored, BlockWeight) and can_split_classes(hidden, head, bias)
-        by_likely = split and (hidden.requires_grad or stored is not None)
-        compute = _by_likely_classes if by_likely else _by_all_classes
+        compute = _by_likely_classes if split else _by_all_classes
         losses, slopes = compute(hidden, targets, head, bias, scale, softcap, stored, chunk)
         ctx.save_for_backward(slopes)
         return losses.to(loss_dtype(hidden)).neg_()
@@ -114,8 +114,8 @@ def _by_likely_classes(
     softcap: float,
     stored: Stored | None,
     most: int,
-) -> tuple[Tensor, Tensor]:
-    """The same, with a gradient that is nearly that: see :func:`head_gradient_`."""
+) -> tuple[Tensor, Tensor | None]:
+    """The same, with accurate losses and a gradient that is nearly that: see :func:`head_gradient_`."""
     rows, width = hidden.shape
     chunk = groups(_even_chunk(rows, most)) * TOGETHER
     losses = torch.empty(rows)
@@ -133,12 +133,14 @@ def _by_likely_classes(
                 slopes=slopes[part], shares=shares[part], unlikely=unlikely[sums],
             )  # fmt: skip
             del logits
+        if not hidden.requires_grad:
+            continue
         count = groups(last - first)
         rest = _times_head(unlikely[:count], targets.new_zeros(count), head, stored)
         theirs = slice(first, first + count * TOGETHER)
         of_rows = shares[theirs].to(slopes.dtype).view(count, TOGETHER, 1)
         slopes[theirs].view(count, TOGETHER, width).addcmul_(of_rows, rest[:, None])
-    return losses, slopes[:rows]
+    return losses, slopes[:rows] if hidden.requires_grad else None
 
 
 def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored | None) -> Tensor:
