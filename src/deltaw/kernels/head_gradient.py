@@ -20,7 +20,8 @@ from deltaw.kernels.operators import define
 
 # Rows whose unlikely classes are summed. With more of them the product takes less time, and the error grows.
 TOGETHER = 16
-# A class is likely if it has this part of the probability beside the target's; the kernels say the same.
+# A class is likely if it has this part of the probability beside the target's, and, in the kernels, is among
+# the first 4,096 such classes of its row; csrc/head_gradient.cpp says the same.
 LIKELY = 1 / 8192
 # With fewer classes a product with all of them takes no longer.
 CLASSES = 8192

@@ -25,8 +25,8 @@ from deltaw.lora.stored import Stored, multiply, multiply_backward
 CHUNK_BYTES = 32 * 2**20
 # The same on devices that need larger products to be busy, by kind of device.
 DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
-# Bytes of a frozen head's logits at a time, which become their own gradient, and rows at least: the head's
-# weight is read and laid out anew for each chunk, which takes as long as some thirty rows.
+# Bytes of a frozen head's logits at a time, and rows at least: the head's weight is read and laid out anew
+# for each chunk, which takes as long as some thirty rows.
 FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
 
 
@@ -63,7 +63,7 @@ def frozen_head_log_probs(
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, bias, scale, softcap, stored):  # type: ignore[override]
-        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * max(1, head.shape[0])))
+        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
         # The same with and without a gradient, so that log-probabilities of both kinds can be compared.
         split = not isinstance(stored, BlockWeight) and can_split_classes(hidden, head, bias)
         compute = _by_likely_classes if split else _by_all_classes
@@ -136,6 +136,7 @@ def _by_likely_classes(
         if not hidden.requires_grad:
             continue
         count = groups(last - first)
+        # There are no targets in the sums; class 0 serves as well as any.
         rest = _times_head(unlikely[:count], targets.new_zeros(count), head, stored)
         theirs = slice(first, first + count * TOGETHER)
         of_rows = shares[theirs].to(slopes.dtype).view(count, TOGETHER, 1)
@@ -144,7 +145,7 @@ def _by_likely_classes(
 
 
 def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored | None) -> Tensor:
-    """gradient (P, classes) · head, whose largest numbers are at the targets; may overwrite it."""
+    """gradient (P, classes) · head; overwrites it. In int8 the targets' own part is not rounded."""
     if isinstance(stored, tuple) and can_round_classes(gradient, head):
         return class_gradient_(gradient, targets, head, stored[0])
     # In int8 only the logits are rounded: the gradient is taken with the head's own numbers.
