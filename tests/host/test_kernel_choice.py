@@ -65,12 +65,32 @@ def test_the_fastest_arithmetic_of_each_type_is_chosen():
         {"a:dot": 158, "a:wide": 290, "torch": 160},
         {"a:dot": 900, "a:tiles": 2000, "torch": 50},
     )
-    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles")
+    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles", int8_logits=True)
+
+
+@pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])
+def test_logits_are_computed_in_int8_where_that_is_clearly_faster(bf16, int8, taken, monkeypatch):
+    rates = {"a:dot": 100, "torch": 10}, {"a:dot": bf16, "torch": 10}, {"a:dot": int8, "torch": 10}
+    assert chosen(*rates).int8_logits == taken
+    monkeypatch.setenv(variants.ROUGH_LOGITS, "0")
+    assert not chosen(*rates).int8_logits
+
+
+def test_logits_are_not_computed_in_int8_by_torch():
+    assert not chosen({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900}).int8_logits
+
+
+def test_an_arithmetic_is_read_as_it_was_written():
+    for written in (Arithmetic("a", "dot", "wide", "dot", int8_logits=True), Arithmetic("a"), Arithmetic()):
+        assert Arithmetic.read(written.as_dict()) == written
+    older = {"kernels": "a", "fp32": "dot", "bf16": "dot", "int8": "dot"}
+    assert Arithmetic.read(older) == Arithmetic("a", "dot", "dot", "dot")
 
 
 def test_torch_wins_where_it_is_clearly_faster():
     found = chosen({"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50})
     assert found == Arithmetic("a", fp32="dot", bf16="torch", int8="dot")
+    assert not found.int8_logits
 
 
 def test_a_lower_variant_wins_where_it_is_clearly_faster():
@@ -218,7 +238,7 @@ def test_a_run_says_what_was_chosen_and_what_would_be_faster():
         "int8": {"a:dot": 900.0, "torch": 50.0},
     }
     choice = KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, 2, rates)
-    assert choice.value("bf16") == "a, bf16 products wide"
+    assert choice.value("bf16") == "a, bf16 products wide, unlikely logits int8"
     assert choice.why("bf16") == "290 GFLOP/s; torch 160, dot 158"
     assert "int8 would take about 32 % of the time of products" in str(choice.faster_precision("bf16"))
     assert choice.faster_precision("int8") is None

@@ -36,6 +36,8 @@ from deltaw.kernels.processor import processor_flags, processor_name, second_lev
 # Torch's product must be so much faster, since what surrounds it is not computed in one call then; and a
 # variant of lower rank so much faster than one that has all of its instructions.
 MARGIN_OF_TORCH, MARGIN_OF_VARIANT = 1.05, 1.1
+# Logits in int8 must be so much faster than in bf16: what surrounds them takes a while, too.
+MARGIN_OF_INT8_LOGITS = 1.1
 # Another precision is mentioned where its products would take at most this share of the time.
 WORTH_MENTIONING = 0.7
 # The variables that steer the libraries that torch computes with.
@@ -70,7 +72,8 @@ class KernelChoice:
     def value(self, precision: str) -> str:
         """What was chosen for a run in ``precision``, in a few words."""
         stored = STORED_BY_PRECISION.get(precision, "fp32")
-        return f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}"
+        logits = ", unlikely logits int8" if stored == "bf16" and self.arithmetic.int8_logits else ""
+        return f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}{logits}"
 
     def why(self, precision: str) -> str:
         """The rates that decided it, the chosen first."""
@@ -146,12 +149,16 @@ def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
         if _overall(rates, name) > MARGIN_OF_VARIANT * _overall(rates, best):
             best = name
     ways: dict[str, str] = {}
+    chosen: dict[str, float] = {}
     for stored in STORED:
         compiled = _of_variant(rates[stored], best)
         way = max(compiled, key=lambda way: compiled[way], default=TORCH)
         by_torch = rates[stored].get(TORCH, 0.0)
         ways[stored] = TORCH if by_torch > MARGIN_OF_TORCH * compiled.get(way, 0.0) else way
-    return Arithmetic(best, **ways)
+        chosen[stored] = rates[stored][TORCH] if ways[stored] == TORCH else compiled[way]
+    int8_logits = ways["int8"] != TORCH and chosen["int8"] > MARGIN_OF_INT8_LOGITS * chosen["bf16"]
+    int8_logits = int8_logits and os.environ.get(variants.ROUGH_LOGITS) != "0"
+    return Arithmetic(best, int8_logits=int8_logits).but(ways)
 
 
 def _measured(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> Measured:

@@ -68,8 +68,7 @@ class Candidate:
         """The process's arithmetic while this one is timed."""
         if self.kernels is None:
             return Arithmetic()
-        ways = dict.fromkeys(STORED, TORCH)
-        return Arithmetic(self.kernels, **(ways | {self.stored: self.way}))
+        return Arithmetic(self.kernels).but({self.stored: self.way})
 
 
 def candidates() -> list[Candidate]:

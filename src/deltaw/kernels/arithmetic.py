@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from deltaw.errors import UserError
 from deltaw.kernels.variants import ARITHMETICS, VARIABLE
@@ -32,20 +32,28 @@ class Arithmetic:
     Attributes:
         kernels: the name of the variant; None without compiled kernels.
         fp32, bf16, int8: how products with weights of the type are computed; names of ARITHMETICS.
+        int8_logits: whether logits of a bf16 head come from int8 products where those that count are computed
+            once more.
     """
 
     kernels: str | None = None
     fp32: str = TORCH
     bf16: str = TORCH
     int8: str = TORCH
+    int8_logits: bool = False
 
     def of(self, stored: str) -> str:
         """How products with weights stored as ``stored`` are computed."""
         return str(getattr(self, stored))
 
+    def but(self, ways: Mapping[str, str]) -> Arithmetic:
+        """The same with other ways for some types."""
+        return replace(self, **ways)  # type: ignore[arg-type]
+
     def as_dict(self) -> dict[str, str]:
         """Plain values, ready for JSON."""
-        return {name: value or "none" for name, value in asdict(self).items()}
+        said = {None: "none", True: "yes", False: "no"}
+        return {name: said.get(value, value) for name, value in asdict(self).items()}
 
     @classmethod
     def read(cls, values: Mapping[str, object]) -> Arithmetic:
@@ -60,7 +68,9 @@ class Arithmetic:
         ):
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
-        return cls(kernels, *(str(found[stored]) for stored in STORED))
+        # What was written before there were such logits does not name them.
+        int8_logits = values.get("int8_logits") == "yes"
+        return cls(kernels, int8_logits=int8_logits).but({s: str(found[s]) for s in STORED})
 
 
 def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:
@@ -84,7 +94,7 @@ def default_of(kernels: str, library: ctypes.CDLL, forced: str | None = None) ->
             where=VARIABLE,
             hint=f"they have {', '.join(known)}",
         )
-    return Arithmetic(kernels, **{s: forced if forced in of else of[0] for s, of in ways.items()})
+    return Arithmetic(kernels).but({s: forced if forced in of else of[0] for s, of in ways.items()})
 
 
 def tell(library: ctypes.CDLL, arithmetic: Arithmetic) -> None:

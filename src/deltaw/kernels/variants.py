@@ -22,6 +22,8 @@ LIST = FOLDER / "csrc" / "variants.txt"
 VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
 # What hands measured rates to the processes that a process starts; see deltaw.host.kernel_choice.
 MEASURED = "DELTAW_MEASURED"
+# What keeps all logits of a bf16 head in bf16 if it is 0.
+ROUGH_LOGITS = "DELTAW_ROUGH_LOGITS"
 ANY = "auto"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
 # while they are laid out; tiles; torch's operators.

@@ -20,6 +20,7 @@ from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
 from deltaw.kernels.head_gradient import TOGETHER, can_split_classes, groups, head_gradient_
 from deltaw.kernels.rows import cross_entropy_
 from deltaw.lora.stored import Stored, multiply, multiply_backward
+from deltaw.training.tasks.rough_logits import ROWS_FOR_APART, RoughHead, RoughLogits
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
@@ -40,6 +41,7 @@ def frozen_head_log_probs(
     *,
     scales: Tensor | None = None,
     blocks: BlockWeight | None = None,
+    rough: RoughHead | None = None,
 ) -> Tensor:
     """log softmax(head(hiddenᵢ)) at targetᵢ of a linear head that is not trained.
 
@@ -52,22 +54,28 @@ def frozen_head_log_probs(
         scales: (classes,): the logits are computed in int8, the head's rows divided by these, and so is their
             gradient where there are rows enough to be worth it.
         blocks: the head where it is stored in blocks, whose bytes ``head`` is then.
+        rough: with it, logits may come from int8 products where those that count are computed once more.
 
     Returns:
         (P,) in fp32, or fp64 for fp64 inputs.
     """
     stored = blocks or (None if scales is None else (scales, None))
-    return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, stored)
+    return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, stored, rough)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, bias, scale, softcap, stored):  # type: ignore[override]
+    def forward(ctx, hidden, targets, head, bias, scale, softcap, stored, rough):  # type: ignore[override]
         chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.shape[0]))
         # The same with and without a gradient, so that log-probabilities of both kinds can be compared.
         split = not isinstance(stored, BlockWeight) and can_split_classes(hidden, head, bias)
-        compute = _by_likely_classes if split else _by_all_classes
-        losses, slopes = compute(hidden, targets, head, bias, scale, softcap, stored, chunk)
+        if split:
+            logits = _logits_by_parts(hidden, head, bias, scale, stored, rough)
+            losses, slopes = _by_likely_classes(
+                hidden, targets, head, bias, scale, softcap, stored, chunk, logits
+            )
+        else:
+            losses, slopes = _by_all_classes(hidden, targets, head, bias, scale, softcap, stored, chunk)
         ctx.save_for_backward(slopes)
         return losses.to(loss_dtype(hidden)).neg_()
 
@@ -75,7 +83,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         (slopes,) = ctx.saved_tensors  # of the losses, which are minus the log-probabilities
-        return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None, None, None, None, None
+        return (slopes * grad.neg()[:, None]).to(slopes.dtype), None, None, None, None, None, None, None
 
 
 def _by_all_classes(
@@ -105,6 +113,23 @@ def _by_all_classes(
     return torch.cat(losses), slopes
 
 
+def _logits_by_parts(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    stored: Stored | None,
+    rough: RoughHead | None,
+) -> Callable[[slice], Tensor]:
+    """Logits of a part of the rows: in int8 with int8-quantized weights, else where that is accurate enough
+    and there are rows enough to be worth it."""
+    if rough is not None and (stored is not None or len(hidden) >= ROWS_FOR_APART):
+        logits = RoughLogits(hidden.detach(), head, bias, rough)
+        if stored is not None or logits.accurate(scale):
+            return logits.of
+    return lambda part: multiply(hidden[part], head, stored, bias=bias)[0]
+
+
 def _by_likely_classes(
     hidden: Tensor,
     targets: Tensor,
@@ -114,6 +139,7 @@ def _by_likely_classes(
     softcap: float,
     stored: Stored | None,
     most: int,
+    logits_of: Callable[[slice], Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """The same, with accurate losses and a gradient that is nearly that: see :func:`head_gradient_`."""
     rows, width = hidden.shape
@@ -127,7 +153,7 @@ def _by_likely_classes(
         for start in range(first, last, chunk):
             part = slice(start, min(start + chunk, last))
             sums = slice((start - first) // TOGETHER, groups(part.stop - first))
-            logits, _ = multiply(hidden[part], head, stored, bias=bias)
+            logits = logits_of(part)
             losses[part] = head_gradient_(
                 logits, targets[part], hidden[part], head, bias, scale=scale, softcap=softcap,
                 slopes=slopes[part], shares=shares[part], unlikely=unlikely[sums],

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from deltaw.data.packing import Batch, Item
 from deltaw.hub.skeleton import has_values
-from deltaw.kernels import linear as products
+from deltaw.kernels import loader
 from deltaw.lora.layers_blocks import BlockLinear
 from deltaw.lora.stored import block_weight, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
@@ -32,6 +32,7 @@ from deltaw.training.tasks.causal_head import (
     log_probs,
     logits_change,
 )
+from deltaw.training.tasks.rough_logits import RoughHead
 
 
 class CausalObjective:
@@ -53,11 +54,12 @@ class CausalObjective:
         head = model.get_output_embeddings()
         self.chunked = head is not None and self.backbone is not model and _head_is_known(model, head)
         self.head = head
-        # What the head's rows are divided by to be rounded to int8, where the blocks' weights are int8. The
-        # head's weight stays as it is, for gradients and for evaluation.
-        self._scales: Tensor | None = None
-        if self.chunked and _may_round(head) and _is_int8(self.backbone):
-            self._scales = products.scales_of_rows(head.weight.detach())
+        # What products with the head in int8 take: where the blocks' weights are int8, and where logits that
+        # hardly count are computed so. The head's weight stays as it is, for gradients and for evaluation.
+        self._rough: RoughHead | None = None
+        self._int8 = self.chunked and _may_round(head) and _is_int8(self.backbone)
+        if self._int8 or (self.chunked and _may_round(head) and loader.arithmetic().int8_logits):
+            self._rough = RoughHead.of(head.weight)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The sum of the batch's losses, a scalar in fp32."""
@@ -105,8 +107,9 @@ class CausalObjective:
             self.head.weight,
             self.head.bias,
             *change,
-            scales=self._scales,
+            scales=self._rough.scales if self._rough is not None and self._int8 else None,
             blocks=block_weight(self.head),
+            rough=self._rough,
         )
 
     @torch.no_grad()
@@ -164,8 +167,11 @@ def loss_of_outputs(model: PreTrainedModel, outputs: Tensor, targets: Tensor, *,
     head = model.get_output_embeddings()
     if _may_round(head):
         change = logits_change(model.config.get_text_config())
-        scales = products.scales_of_rows(head.weight) if int8 else None
-        values = frozen_head_log_probs(outputs, targets, head.weight, head.bias, *change, scales=scales)
+        rough = RoughHead.of(head.weight) if int8 else None
+        scales = None if rough is None else rough.scales
+        values = frozen_head_log_probs(
+            outputs, targets, head.weight, head.bias, *change, scales=scales, rough=rough
+        )
     else:
         logits = lambda rows: final_logits(model, head(rows))  # noqa: E731
         values = head_log_probs(outputs, targets, logits, [], chunk=_chunk(model))
