@@ -9,6 +9,7 @@ Knows a model's backbone and head; not data files, optimizers or schedules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,9 @@ class CausalObjective:
         head = model.get_output_embeddings()
         self.chunked = head is not None and self.backbone is not model and _head_is_known(model, head)
         self.head = head
-        # What products with the head in int8 take: where the blocks' weights are int8, and where logits that
-        # hardly count are computed so. The head's weight stays as it is, for gradients and for evaluation.
-        self._rough: RoughHead | None = None
+        # Whether the blocks' weights are int8, and the head is multiplied so too in training. Its weight
+        # stays as it is, for gradients and for evaluation.
         self._int8 = self.chunked and _may_round(head) and _is_int8(self.backbone)
-        if self._int8 or (self.chunked and _may_round(head) and loader.arithmetic().int8_logits):
-            self._rough = RoughHead.of(head.weight)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The sum of the batch's losses, a scalar in fp32."""
@@ -98,6 +96,13 @@ class CausalObjective:
         return chunked_cross_entropy(
             picked, batch.targets, batch.weights, self._logits, parameters, chunk=self.chunk
         )
+
+    @cached_property
+    def _rough(self) -> RoughHead | None:
+        """What products with the head in int8 take: with int8-quantized weights, and where logits that hardly
+        count are computed so."""
+        wanted = self._int8 or (_may_round(self.head) and loader.arithmetic().int8_logits)
+        return RoughHead.of(self.head.weight) if wanted else None
 
     def _frozen(self, picked: Tensor, targets: Tensor) -> Tensor:
         change = logits_change(self.model.config.get_text_config())
