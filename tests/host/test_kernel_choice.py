@@ -238,7 +238,7 @@ def test_a_run_says_what_was_chosen_and_what_would_be_faster():
         "int8": {"a:dot": 900.0, "torch": 50.0},
     }
     choice = KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, 2, rates)
-    assert choice.value("bf16") == "a, bf16 products wide, unlikely logits int8"
+    assert choice.value("bf16") == "a, bf16 products wide, unlikely logits of large heads int8"
     assert choice.why("bf16") == "290 GFLOP/s; torch 160, dot 158"
     assert "int8 would take about 32 % of the time of products" in str(choice.faster_precision("bf16"))
     assert choice.faster_precision("int8") is None

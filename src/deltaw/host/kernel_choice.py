@@ -44,6 +44,8 @@ WORTH_MENTIONING = 0.7
 STEERING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_")
 # What products of a precision are stored in.
 STORED_BY_PRECISION = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "gguf": "bf16", "nf4": "bf16"}
+# Precisions of which heads are in bf16, and products too.
+WITH_BF16_HEADS = ("bf16", "nf4")
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ class KernelChoice:
     def value(self, precision: str) -> str:
         """What was chosen for a run in ``precision``, in a few words."""
         stored = STORED_BY_PRECISION.get(precision, "fp32")
-        logits = ", unlikely logits int8" if stored == "bf16" and self.arithmetic.int8_logits else ""
-        return f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}{logits}"
+        said = f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}"
+        if precision in WITH_BF16_HEADS and self.arithmetic.int8_logits:
+            said += ", unlikely logits of large heads int8"
+        return said
 
     def why(self, precision: str) -> str:
         """The rates that decided it, the chosen first."""

@@ -21,6 +21,8 @@ from deltaw.kernels.variants import ARITHMETICS, VARIABLE
 # The types of stored weights, by the kernels' own numbers.
 STORED = ("fp32", "bf16", "int8")
 TORCH = "torch"
+# What was written before runs computed such logits does not name them.
+UNSAID = {"int8_logits": "no"}
 # What promises most where nothing was measured comes first.
 _BY_PROMISE = ("tiles", "dot", "wide")
 
@@ -68,8 +70,7 @@ class Arithmetic:
         ):
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
-        # What was written before there were such logits does not name them.
-        int8_logits = values.get("int8_logits") == "yes"
+        int8_logits = (UNSAID | dict(values))["int8_logits"] == "yes"
         return cls(kernels, int8_logits=int8_logits).but({s: str(found[s]) for s in STORED})
 
 

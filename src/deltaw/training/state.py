@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
+from deltaw.kernels.arithmetic import UNSAID
 from deltaw.training.master_weights import MasterWeights
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
@@ -344,11 +345,13 @@ def _planned(schedule: Schedule, saved: Mapping[str, Any]) -> Schedule:
 
 def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
     """Say where this process computes products otherwise than the one that saved a state."""
-    ours = loader.arithmetic().as_dict()
-    if saved is None or dict(saved) == ours:
+    if saved is None:
         return
-    differing = [name for name in ours if saved.get(name) != ours[name]]
-    changed = ", ".join(f"{name}: {ours[name]} instead of {saved.get(name)}" for name in differing)
+    ours, theirs = loader.arithmetic().as_dict(), UNSAID | dict(saved)
+    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    if not differing:
+        return
+    changed = ", ".join(f"{name}: {ours[name]} instead of {theirs.get(name)}" for name in differing)
     warnings.warn(
         "products are computed otherwise than when the state was saved, so the training goes on, but not "
         f"equal to the bit ({changed})",
