@@ -63,8 +63,8 @@ def test_a_part_of_the_rows_is_as_in_the_whole():
     assert torch.equal(whole[40:90], logits.of(slice(40, 90)))
     without = RoughLogits(hidden, weight, None, RoughHead.of(weight)).of(slice(0, ROWS))
     expected = without.float() + bias.float()
-    rounded = 2.0**-8 * (whole.float().abs() + without.float().abs()) + 1e-3  # each once, to bf16
-    assert ((whole.float() - expected).abs() <= rounded).all()
+    rounded = 2.0**-7 * float(without.abs().max())  # sums to bf16, without kernels after each part
+    assert rounded < 0.3 and ((whole.float() - expected).abs() <= rounded).all()
 
 
 def test_a_scale_of_the_logits_scales_their_error():

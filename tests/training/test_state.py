@@ -174,7 +174,8 @@ def test_a_training_that_goes_on_with_another_arithmetic_says_so():
         # States that were written before logits could be in int8 do not name them.
         values = half.states[5].values
         older = {name: way for name, way in values["arithmetic"].items() if name != "int8_logits"}
-        Training().go(saved=replace(half.states[5], values=values | {"arithmetic": older}))
+        with loader.computing(replace(loader.arithmetic(), int8_logits=False)):
+            Training().go(saved=replace(half.states[5], values=values | {"arithmetic": older}))
     own = loader.arithmetic()
     other = replace(own, fp32="torch") if own.fp32 != "torch" else replace(own, kernels="another")
     with pytest.MonkeyPatch.context() as patch:
