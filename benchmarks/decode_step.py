@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import linear as products
-from deltaw.kernels import loader
+from deltaw.kernels import loader, quantize
 from deltaw.kernels.decode import (
     Decoder,
     DecoderBlock,
@@ -151,7 +151,7 @@ def product_rate(kind: str) -> float:
     x, weight = torch.randn(1024, 1536), torch.randn(1536, 1536)
     scale: Tensor | None = None
     if kind == "int8":
-        weight, scale = products.quantized_rows(weight)
+        weight, scale = quantize.quantized_rows(weight)
     elif kind == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
     (taken,) = seconds([lambda: products.linear(x, weight, scale=scale)], 5)

@@ -9,7 +9,7 @@ from torch import nn
 
 from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
-from deltaw.kernels import loader, rows
+from deltaw.kernels import loader, quantize, rows
 from deltaw.kernels.attention import attend, attend_backward
 from deltaw.kernels.layout import Layout
 from tests.kernels.conftest import compiled_only
@@ -44,7 +44,7 @@ def test_targets_of_another_type_or_number_are_refused():
 
 def test_a_class_gradient_refuses_targets_outside():
     grad, weight = torch.zeros(2, 40, dtype=torch.bfloat16), torch.randn(40, 16).bfloat16()
-    scales = products.scales_of_rows(weight)
+    scales = quantize.scales_of_rows(weight)
     with pytest.raises(IndexError, match=r"^target 40 is out of bounds for 40 classes$"):
         head.class_gradient_(grad, torch.tensor([1, 40]), weight, scales)
     with pytest.raises(ValueError, match="the weight's scales"):
@@ -150,18 +150,19 @@ def test_a_product_refuses_shapes_that_do_not_fit(name, shape):
 
 
 def test_an_int8_product_and_its_backward_refuse_scales_that_do_not_fit():
-    x, (weight, scale) = ones(5, 8), products.quantized_rows(ones(12, 8))
-    x_int8, x_scales = products.quantized(x, None)
+    x, (weight, scale) = ones(5, 8), quantize.quantized_rows(ones(12, 8))
+    x_int8, x_scales = quantize.quantized(x, None)
     for changed in (
         {"scale": scale[:8]},
         {"smooth_scales": torch.ones(12)},
         {"x_int8": x_int8[:4]},
         {"x_scales": x_scales[:4]},
+        {"in_blocks": True},
     ):
         with pytest.raises(ValueError, match=r"scales|int8"):
             products.linear(x, weight, **{"scale": scale, "x_int8": x_int8, "x_scales": x_scales} | changed)
     with pytest.raises(ValueError, match="scales"):
-        products.quantized(x, torch.ones(5))
+        quantize.quantized(x, torch.ones(5))
     for changed in ({"scale": scale[:8]}, {"smooth_scales": torch.ones(12)}, {"added": ones(5, 12)}):
         with pytest.raises(ValueError, match=r"scales|added"):
             products.linear_backward(ones(5, 12), weight, **{"scale": scale} | changed)

@@ -22,7 +22,7 @@ from deltaw.kernels.decode import (
     Pages,
     reference_step,
 )
-from deltaw.kernels.linear import quantized_rows
+from deltaw.kernels.quantize import quantized_rows
 from tests.kernels.conftest import compiled_only
 
 I32 = torch.int32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaw.kernels import head_gradient as heads
-from deltaw.kernels.linear import scales_of_rows
+from deltaw.kernels.quantize import scales_of_rows
 from deltaw.training.tasks import causal_head
 from deltaw.training.tasks.causal_head import frozen_head_log_probs
 from tests.kernels.conftest import close, compiled_only

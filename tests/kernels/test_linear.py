@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
+from deltaw.kernels import quantize
 from tests.kernels.conftest import close, compiled_only
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -106,14 +107,14 @@ def test_no_rows_at_all():
 
 @compiled_only
 @settings(max_examples=25, deadline=None)
-@given(sizes, st.booleans(), st.sampled_from(DTYPES))
-def test_int8_products_are_exact_but_for_the_last_rounding(size, with_columns, dtype):
+@given(sizes, st.booleans(), st.booleans(), st.sampled_from(DTYPES))
+def test_int8_products_are_exact_but_for_the_last_rounding(size, with_columns, in_blocks, dtype):
     rows, n_in, n_out = size
     t = inputs(rows, n_in, n_out, 4, dtype)
-    int8, scale = products.quantized_rows(t["weight"])
+    int8, scale = quantize.quantized_rows(t["weight"])
     columns = torch.rand(n_in, generator=torch.Generator().manual_seed(0)) + 0.5 if with_columns else None
-    steps, scales = products.quantized(t["x"], columns)
-    steps_reference, scales_reference = products.quantized_reference(t["x"], columns)
+    steps, scales = quantize.quantized(t["x"], columns, in_blocks)
+    steps_reference, scales_reference = quantize.quantized_reference(t["x"], columns, in_blocks)
     assert (steps.int() - steps_reference.int()).abs().max() <= 1  # a tie may go either way
     torch.testing.assert_close(scales, scales_reference)
     y, h = products.linear(
@@ -128,21 +129,23 @@ def test_int8_products_are_exact_but_for_the_last_rounding(size, with_columns, d
         2.0,
         x_int8=steps,
         x_scales=scales,
+        in_blocks=in_blocks,
     )
-    whole = (steps.double() - 128) @ int8.double().t() * scales.double()[:, None] * scale.double()
+    rounded = (steps.double() - 128) * quantize.spread_scales(scales.double(), n_in)
+    whole = rounded @ int8.double().t() * scale.double()
     close(h, t["x"].double() @ t["lora_A"].double(), dtype)
     # h is rounded to the inputs' type, which may be much of a sum that cancels.
     close(y, whole + h.double() @ (2.0 * t["lora_B"].double()), torch.bfloat16)
     if dtype == torch.bfloat16:  # rounded as it is read: the same int8
-        by = products.scales_of_rows(t["weight"])
-        on_the_way, _ = products.linear(t["x"], t["weight"], True, by)
-        before, _ = products.linear(t["x"], int8, True, by)
+        by = quantize.scales_of_rows(t["weight"])
+        on_the_way, _ = products.linear(t["x"], t["weight"], True, by, in_blocks=in_blocks)
+        before, _ = products.linear(t["x"], int8, True, by, in_blocks=in_blocks)
         close(on_the_way, before, torch.bfloat16)
     dx, _ = products.linear_backward(t["grad"], int8, True, scale, columns)
     exact = torch.zeros(rows, n_in, dtype=torch.float64)
-    for at in range(0, n_out, products.INT8_BLOCK):
-        part = slice(at, at + products.INT8_BLOCK)
-        g, g_scales = products.quantized(t["grad"][:, part].contiguous(), scale[part].contiguous())
+    for at in range(0, n_out, quantize.INT8_BLOCK):
+        part = slice(at, at + quantize.INT8_BLOCK)
+        g, g_scales = quantize.quantized(t["grad"][:, part].contiguous(), scale[part].contiguous())
         exact += (g.double() - 128) @ int8[part].double() * g_scales.double()[:, None]
     close(dx, exact if columns is None else exact * columns.double(), dtype)
 
@@ -151,10 +154,26 @@ def test_int8_stays_in_range_at_the_largest_value_and_for_rows_of_zeros():
     """1 / scale rounds up for some rows: the largest value must still be 127 steps, not 128."""
     x = (numbers(500, 16).abs() + 1e-3).to(torch.bfloat16)
     x[3] = 0
-    steps, scales = products.quantized(x, None)
+    steps, scales = quantize.quantized(x, None)
     assert steps.min() >= 1 and steps.max() == 255 and scales[3] == 0 and (steps[3] == 128).all()
     restored = (steps.float() - 128) * scales[:, None]
     assert ((restored - x.float()).abs() <= 0.51 * scales[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_for_each_block_keeps_an_outlier_from_the_other_blocks(dtype, threads):
+    t = inputs(70, 300, 40, 4, dtype)
+    x, (int8, scale) = t["x"].clone(), quantize.quantized_rows(t["weight"])
+    x[:, 5] *= 300
+    errors = {}
+    for in_blocks in (False, True):
+        y, _ = products.linear(x, int8, scale=scale, in_blocks=in_blocks)
+        expected, _ = products.linear_reference(x.double(), int8, scale=scale.double(), in_blocks=in_blocks)
+        close(y, expected, torch.bfloat16)
+        steps, scales = quantize.quantized(x, None, in_blocks)
+        rounded = (steps.double() - 128) * quantize.spread_scales(scales.double(), 300)
+        errors[in_blocks] = (rounded - x.double())[:, 128:].norm() / x.double()[:, 128:].norm()
+    assert errors[False] > 0.2 and errors[True] < 0.02
 
 
 @compiled_only
@@ -175,7 +194,7 @@ def test_the_gradient_of_classes_in_int8_equals_its_reference(rows, classes, wid
     grad[torch.arange(rows), targets] -= 1.0
     grad = (-grad if negative else grad).to(torch.bfloat16)
     grad[0] = 0
-    scale = products.scales_of_rows(weight)
+    scale = quantize.scales_of_rows(weight)
     expected = head.class_gradient_reference(grad.double(), targets, weight, scale.double())
     close(head.class_gradient_(grad.clone(), targets, weight, scale), expected, torch.bfloat16)
 
@@ -189,12 +208,12 @@ def test_the_gradient_of_classes_in_int8_is_near_the_exact_one(threads):
     exact = grad @ weight.double()
     ours = grad.to(torch.bfloat16)
     assert head.can_round_classes(ours, weight)
-    found = head.class_gradient_(ours, targets, weight, products.scales_of_rows(weight)).double()
+    found = head.class_gradient_(ours, targets, weight, quantize.scales_of_rows(weight)).double()
     off = (found - exact).norm(dim=1) / exact.norm(dim=1)
     assert off.max() < 0.02
     again = grad.to(torch.bfloat16)
     assert torch.equal(
-        head.class_gradient_(again, targets, weight, products.scales_of_rows(weight)).double(), found
+        head.class_gradient_(again, targets, weight, quantize.scales_of_rows(weight)).double(), found
     )
 
 
@@ -210,14 +229,14 @@ def test_rows_a_power_of_two_apart_come_out_the_same(threads):
 @pytest.mark.parametrize("outputs", [300, 3500])
 def test_a_gradient_with_few_large_numbers_keeps_the_others(threads, outputs):
     """In int8: one scale for a whole row would round most of such a gradient to nothing."""
-    weight, scale = products.quantized_rows(numbers(outputs, 64).float())
+    weight, scale = quantize.quantized_rows(numbers(outputs, 64).float())
     grad = numbers(70, outputs, seed=1)
     grad[:, 10] *= 300
     wide = grad.float() * scale
     found, _ = products.linear_backward(grad.float(), weight, True, scale)
     expected, _ = products.linear_backward_reference(grad, weight, True, scale.double())
     close(found, expected, torch.bfloat16)
-    rest = [n for n in range(outputs) if n // products.INT8_BLOCK > 0]
+    rest = [n for n in range(outputs) if n // quantize.INT8_BLOCK > 0]
     exact = wide.double()[:, rest] @ weight.double()[rest]
     large, _ = products.linear_backward(grad.float() * (torch.arange(outputs) < 128), weight, True, scale)
     assert (found.double() - large.double() - exact).norm() < 0.02 * exact.norm()

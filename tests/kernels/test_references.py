@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
-from deltaw.kernels import rows
+from deltaw.kernels import quantize, rows
 from tests.kernels.test_linear import numbers
 
 
@@ -105,7 +105,7 @@ def test_a_product_with_its_update_and_its_gradients():
 
 def test_int8_products_are_near_the_exact_ones():
     x, weight = numbers(20, 64), numbers(30, 64, seed=1)
-    int8, scale = products.quantized_rows(weight.float())
+    int8, scale = quantize.quantized_rows(weight.float())
     assert (
         int8.dtype == torch.int8
         and (int8.double() * scale[:, None] - weight).abs().max() <= 0.51 * scale.max()
@@ -116,5 +116,5 @@ def test_int8_products_are_near_the_exact_ones():
     grad = torch.softmax(3 * numbers(20, 30, seed=2), -1)
     targets = torch.arange(20)
     grad[targets, targets] -= 1
-    found = head.class_gradient_reference(grad, targets, weight, products.scales_of_rows(weight).double())
+    found = head.class_gradient_reference(grad, targets, weight, quantize.scales_of_rows(weight).double())
     assert (found - grad @ weight).norm() < 0.02 * (grad @ weight).norm()

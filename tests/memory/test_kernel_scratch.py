@@ -9,7 +9,7 @@ from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_formats import quantize_nf4
 from deltaw.kernels.layout import Layout
-from deltaw.kernels.linear import quantized_rows
+from deltaw.kernels.quantize import quantized_rows
 from deltaw.memory.kernel_scratch import arena_bytes
 from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.scratch import scratch_bytes
@@ -68,7 +68,7 @@ def test_products(dtype, rows, n_in, n_out):
         random(rows, n_out, dtype=dtype),
     )
     A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
-    forward = (x, weight, True, None, None, None, A, B, 1.0, None, None, None)
+    forward = (x, weight, True, None, None, None, A, B, 1.0, None, None, None, False)
     backward = (grad, weight, True, None, None, A, B, 1.0, None, True)
     _, h = ops.linear(*forward)
     _, narrow = ops.linear_backward(*backward)
@@ -111,14 +111,14 @@ def test_nothing_is_added_without_the_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8", [False, True])
-def test_products_that_torch_computes_take_what_is_planned(dtype, int8):
+@pytest.mark.parametrize(("int8", "in_blocks"), [(False, False), (True, False), (True, True)])
+def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_blocks):
     x, grad = random(400, 576, dtype=dtype), random(400, 1536, dtype=dtype)
     weight, scale = random(1536, 576, dtype=dtype), None
     if int8:
         weight, scale = quantized_rows(weight)
     A, B = random(576, 16, dtype=torch.float32), random(16, 1536, dtype=torch.float32)
-    forward = (x, weight, True, scale, None, None, A, B, 1.0, None, None, None)
+    forward = (x, weight, True, scale, None, None, A, B, 1.0, None, None, None, in_blocks)
     backward = (grad, weight, True, scale, None, A, B, 1.0, None, True)
     alive = [t for t in (x, grad, weight, scale, A, B) if t is not None]
     held_before = sum(t.numel() * t.element_size() for t in alive)

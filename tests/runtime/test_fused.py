@@ -336,6 +336,36 @@ def test_columns_of_a_conv1d_move_outliers_into_its_weight():
     assert errors[1] < 0.04 < errors[0]
 
 
+@pytest.mark.parametrize(
+    ("family", "down"), [("Llama", "layers.{}.mlp.down_proj"), ("GPT2", "h.{}.mlp.c_proj")]
+)
+def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
+    """A few units of an MLP that are far larger than all others, and no column that could take that."""
+    size = {"intermediate_size": 512} if family == "Llama" else {"n_inner": 512}
+    model = model_of(family, hidden_size=128, **size)
+    with torch.no_grad():
+        for block in layers_of(model):
+            up = block.mlp.up_proj.weight if family == "Llama" else block.mlp.c_fc.weight.t()
+            up[::171] *= 30
+    tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
+    errors = []
+    for worth in (0.0, 0.85):
+        copied = copy.deepcopy(model)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("deltaw.runtime.int8_weights.MOVED", (0.0,))
+            patch.setattr("deltaw.runtime.int8_weights.LARGEST_ERROR", 1.0)
+            patch.setattr("deltaw.runtime.int8_weights.WORTH_BLOCKS", worth)
+            report = quantize_int8(copied.base_model, lambda copied=copied: copied(tokens))
+        layers = [copied.base_model.get_submodule(down.format(n)) for n in range(3)]
+        assert [layer.in_blocks for layer in layers] == [worth > 0] * 3
+        errors.append(max(report.errors[down.format(n)] for n in range(3)))
+    assert errors[1] < 0.85 * errors[0]
+    adapted(copied)
+    own, _ = outputs_and_gradients(copied, fused=False)
+    out, _ = outputs_and_gradients(copied, fused=True)
+    assert fused_blocks(copied).choice.value and off(out, own) < 0.02
+
+
 def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
     monkeypatch.setattr("deltaw.runtime.int8_weights.MOVED", (0.0,))
     model = model_of("Llama")

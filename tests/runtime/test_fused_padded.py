@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -142,13 +143,15 @@ def test_int8_weights_run_fused_and_stay_near(family, monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS[0], [500, 3, 480]], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("int8", ["", "int8", "int8 in blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", [*ENCODERS, *FALCON, "GPT2"])
 def test_a_block_in_one_call_is_the_same_to_the_bit(family, dtype, int8, lengths, monkeypatch):
     model = made(family, dtype)
     if int8:
         inputs, _ = inputs_of(model, LENGTHS[0])
+        worth = math.inf if "in blocks" in int8 else 0.0
+        monkeypatch.setattr("deltaw.runtime.int8_weights.WORTH_BLOCKS", worth)
         assert quantize_int8(model.base_model, lambda: model.base_model(**inputs)).layers
     adapted(model)
     assert fused_padded_blocks(model).choice.value  # recognition makes calls of its own

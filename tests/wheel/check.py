@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from deltaw.kernels import attention, linear, loader, rows, variants
+from deltaw.kernels import attention, linear, loader, quantize, rows, variants
 from deltaw.kernels.arithmetic import default_of, offered
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.processor import processor_flags
@@ -40,7 +40,7 @@ def check_type(dtype: torch.dtype) -> None:
     check("a product", linear.linear(x, weight, lora_A=A, lora_B=B)[0], exact, 2 * bound)
     exact = grad.double() @ (weight.double() + (A.double() @ B.double()).t())
     check("a gradient", linear.linear_backward(grad, weight, lora_A=A, lora_B=B)[0], exact, 2 * bound)
-    signed, scale = linear.quantized_rows(weight)
+    signed, scale = quantize.quantized_rows(weight)
     exact, _ = linear.linear_reference(x.double(), signed, scale=scale.double())
     check("an int8 product", linear.linear(x, signed, scale=scale)[0], exact, max(bound, 2e-4))
     y, _ = rows.norm(x, numbers(96, dtype=dtype), None, offset=0.0, eps=1e-5, centered=False)

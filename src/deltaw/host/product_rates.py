@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaw.kernels import linear, loader
+from deltaw.kernels import linear, loader, quantize
 from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, offered
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.variants import asked
@@ -186,7 +186,7 @@ class _Operands:
         weight = torch.rand(outputs, inputs, generator=generator).sub_(0.5)
         self.scale = None
         if stored == "int8":
-            weight, self.scale = linear.quantized_rows(weight)
+            weight, self.scale = quantize.quantized_rows(weight)
         else:
             weight = weight.to(dtype)
         cache = second_level_cache() or _CACHE

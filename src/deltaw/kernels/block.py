@@ -42,6 +42,7 @@ class LinearTensors(Protocol):
     bias: Tensor | None
     scale: Tensor | None
     columns: Tensor | None
+    in_blocks: bool
     lora_A: Tensor | None
     lora_B: Tensor | None
     scaling: float
@@ -354,5 +355,6 @@ def _layer(of: LinearTensors, described: BlockData | None) -> Layer:
         loader.number(of.weight.dtype) if blocks is None else blocks.number,
         of.by_column,
         of.bias is not None and of.bias.dtype == torch.float32,
+        of.in_blocks,
         of.scaling,
     )

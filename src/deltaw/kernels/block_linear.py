@@ -185,7 +185,7 @@ def _compute_linear(
         loader.number(x.dtype), rows, out, columns, x.data_ptr(), weight.number, ctypes.addressof(described),
         True, None, None, loader.address(bias), bias is not None and bias.dtype == torch.float32,
         loader.address(lora_A), loader.address(lora_B), rank, scaling, loader.address(added), None, None,
-        False, y.data_ptr(), h.data_ptr(),
+        False, False, y.data_ptr(), h.data_ptr(),
     )  # fmt: skip
     return y, h
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_shape, check_targets
-from deltaw.kernels.linear import INT8_BLOCK, rows_as_int8
 from deltaw.kernels.operators import define
+from deltaw.kernels.quantize import INT8_BLOCK, rows_as_int8
 
 # From so many rows on, int8 products save more time than rounding the weight takes.
 ROWS_FOR_INT8 = 64

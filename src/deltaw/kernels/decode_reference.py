@@ -22,7 +22,7 @@ from torch import Tensor
 from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.block_linear import block_linear_reference
 from deltaw.kernels.decode_parts import HEAD, DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
-from deltaw.kernels.linear import quantized_reference
+from deltaw.kernels.quantize import quantized_reference
 from deltaw.kernels.rows import activation_reference, norm_reference, rotate_reference
 
 # A (r, in), and B (r, out) in panels with its scaling multiplied in.

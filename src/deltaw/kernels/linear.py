@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltaw.kernels import loader
 from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.operators import define
-
-INT8 = torch.int8
-# Numbers of a gradient that are rounded with one scale; the kernel's own number.
-INT8_BLOCK = 128
+from deltaw.kernels.quantize import (
+    INT8,
+    INT8_BLOCK,
+    quantized_reference,
+    room_for_int8,
+    rounded_in_blocks,
+    rows_as_int8,
+    scales_shape,
+    spread_scales,
+)
 
 
 def can_multiply(
@@ -46,39 +51,6 @@ def can_multiply(
     return lora_A.dtype == torch.float32 and lora_A.shape[-1] % (4 // x.dtype.itemsize) == 0
 
 
-def quantized(x: Tensor, smooth_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows (M, K) as unsigned int8 around 128, (M, K), with a scale for each row, (M):
-    x·smooth_scales ≈ (int8 - 128)·scale."""
-    check_shape("the SmoothQuant scales", smooth_scales, x.shape[-1])
-    return _quantized(x, smooth_scales)
-
-
-def quantized_reference(x: Tensor, smooth_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :func:`quantized`."""
-    wide = x.float() if smooth_scales is None else x.float() * smooth_scales
-    top = wide.abs().amax(-1)
-    by = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
-    signed = torch.round(wide * by[:, None]).clamp_(-127, 127)
-    return (signed + 128).to(torch.uint8), top / 127.0
-
-
-def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix (out, in) as signed int8 with a scale for each row (out)."""
-    scale = scales_of_rows(weight)
-    return rows_as_int8(weight, scale), scale
-
-
-def scales_of_rows(weight: Tensor) -> Tensor:
-    """What each row (out) of a matrix (out, in) is divided by to be rounded to signed int8, in fp32."""
-    return torch.maximum(weight.amax(1), -weight.amin(1)).float().div_(127.0)
-
-
-def rows_as_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """A matrix (out, in) as signed int8, given the scale of each row."""
-    by = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).to(INT8)
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -92,6 +64,7 @@ def linear(
     added: Tensor | None = None,
     x_int8: Tensor | None = None,
     x_scales: Tensor | None = None,
+    in_blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y (M, out) and h = x·A (M, r), which the backward wants (empty without an update).
 
@@ -102,7 +75,8 @@ def linear(
             rounded to int8 as it is read, without SmoothQuant scales.
         lora_A, lora_B: (in, r) and (r, out), fp32.
         added: (M, out), such as the residual stream.
-        x_int8, x_scales: what :func:`quantized` made of x, where it was made before.
+        x_int8, x_scales: what :func:`deltaw.kernels.quantize.quantized` made of x, where it was made before.
+        in_blocks: whether x is rounded with a scale for each ``INT8_BLOCK`` numbers, not for each row.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -113,10 +87,11 @@ def linear(
     check_shape("what is added", added, rows, out)
     if scale is not None:
         check_shape("x in int8", x_int8, *x.shape)
-        check_shape("the scales of x in int8", x_scales, rows)
+        check_shape("the scales of x in int8", x_scales, *scales_shape(x, in_blocks))
     return _linear(
-        x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
-    )
+        x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8, x_scales,
+        in_blocks,
+    )  # fmt: skip
 
 
 def linear_reference(
@@ -132,17 +107,22 @@ def linear_reference(
     added: Tensor | None = None,
     x_int8: Tensor | None = None,
     x_scales: Tensor | None = None,
+    in_blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The reference implementation of :func:`linear`."""
     if scale is not None:
         rounded, by = (
             (x_int8, x_scales)
             if x_int8 is not None and x_scales is not None
-            else quantized_reference(x, smooth_scales)
+            else quantized_reference(x, smooth_scales, in_blocks)
         )
         signed = weight if weight.dtype == INT8 else rows_as_int8(weight, scale)
-        sums = (rounded.to(scale.dtype) - 128) @ signed.to(scale.dtype).t()
-        y = (sums * by[:, None] * scale).to(x.dtype)
+        left = rounded.to(scale.dtype) - 128
+        if in_blocks:
+            left *= spread_scales(by, x.shape[1])
+        sums = left @ signed.to(scale.dtype).t()
+        del left  # the plan of memory counts on it
+        y = (sums * scale if in_blocks else sums * by[:, None] * scale).to(x.dtype)
     else:
         y = x @ (weight.t() if by_column else weight)
     if bias is not None:
@@ -197,7 +177,7 @@ def linear_backward_reference(
     if not need_x:
         return grad.new_empty(0), narrow
     if scale is not None:
-        wide = _rounded_in_blocks(grad.to(scale.dtype) * scale) @ weight.to(scale.dtype)
+        wide = rounded_in_blocks(grad.to(scale.dtype) * scale) @ weight.to(scale.dtype)
         dx = (wide if smooth_scales is None else wide * smooth_scales).to(grad.dtype)
     else:
         dx = grad @ (weight if by_column else weight.t())
@@ -237,14 +217,6 @@ def _check_weight(
         check_shape("a factor", second, *((n_out, rank) if across else (rank, n_out)))
 
 
-def _rounded_in_blocks(grad: Tensor) -> Tensor:
-    """Rows of a gradient as int8 has them, with a scale for each ``INT8_BLOCK`` numbers."""
-    blocks = F.pad(grad, (0, -grad.shape[1] % INT8_BLOCK)).unflatten(1, (-1, INT8_BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    signed = torch.where(scale > 0, blocks / scale, torch.zeros_like(blocks))
-    return (torch.round(signed) * scale).flatten(1)[:, : grad.shape[1]]
-
-
 def factors_backward(
     x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -273,24 +245,20 @@ def _laid_out(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _compute_quantized(x: Tensor, smooth_scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not loader.serves(x) or not _are(torch.float32, smooth_scales):
-        return quantized_reference(x, smooth_scales)
-    x, smooth_scales = x.contiguous(), None if smooth_scales is None else smooth_scales.contiguous()
-    rounded, scales = _room_for_int8(x)
-    loader.kernels().dw_quantize(
-        loader.number(x.dtype), *x.shape, x.data_ptr(), loader.address(smooth_scales), rounded.data_ptr(),
-        scales.data_ptr(),
-    )  # fmt: skip
-    return rounded, scales
-
-
-def _room_for_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
-
-
 def _compute_linear(
-    x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
+    x,
+    weight,
+    by_column,
+    scale,
+    smooth_scales,
+    bias,
+    lora_A,
+    lora_B,
+    scaling,
+    added,
+    x_int8,
+    x_scales,
+    in_blocks,
 ):  # type: ignore[no-untyped-def]
     compiled = can_multiply(x, weight, lora_A, by_column, scale is not None) and _are(x.dtype, added)
     compiled = compiled and _are(torch.float32, scale, smooth_scales, lora_B, x_scales)
@@ -300,8 +268,9 @@ def _compute_linear(
         or not _are(torch.uint8, x_int8)
     ):
         return linear_reference(
-            x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
-        )
+            x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8,
+            x_scales, in_blocks,
+        )  # fmt: skip
     x = x.contiguous()
     scale, smooth_scales, bias, added, x_int8, x_scales = _laid_out(
         scale, smooth_scales, bias, added, x_int8, x_scales
@@ -315,14 +284,14 @@ def _compute_linear(
         h = torch.empty(rows, rank, dtype=x.dtype)
     quantize = scale is not None and x_int8 is None
     if quantize:
-        x_int8, x_scales = _room_for_int8(x)
+        x_int8, x_scales = room_for_int8(x, in_blocks)
     loader.kernels().dw_linear(
         loader.number(x.dtype), rows, out, width, x.data_ptr(), loader.number(weight.dtype),
         weight.data_ptr(), by_column,
         loader.address(scale), loader.address(smooth_scales), loader.address(bias),
         bias is not None and bias.dtype == torch.float32, loader.address(lora_A), loader.address(lora_B),
-        rank, scaling, loader.address(added), loader.address(x_int8), loader.address(x_scales), quantize,
-        y.data_ptr(), h.data_ptr(),
+        rank, scaling, loader.address(added), loader.address(x_int8), loader.address(x_scales), in_blocks,
+        quantize, y.data_ptr(), h.data_ptr(),
     )  # fmt: skip
     return y, h
 
@@ -383,18 +352,10 @@ def _no_update(x: Tensor, lora_A: Tensor | None) -> Tensor:
     return x.new_empty(0) if lora_A is None else x.new_empty(x.shape[0], lora_A.shape[1])
 
 
-_quantized = define(
-    "quantized(Tensor x, Tensor? smooth_scales) -> (Tensor, Tensor)",
-    _compute_quantized,
-    lambda x, smooth_scales: (
-        x.new_empty(x.shape, dtype=torch.uint8),
-        x.new_empty(x.shape[0], dtype=torch.float32),
-    ),
-)
 _linear = define(
     "linear(Tensor x, Tensor weight, bool by_column, Tensor? scale, Tensor? smooth_scales, Tensor? bias, "
-    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? added, Tensor? x_int8, Tensor? x_scales) "
-    "-> (Tensor, Tensor)",
+    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? added, Tensor? x_int8, Tensor? x_scales, "
+    "bool in_blocks) -> (Tensor, Tensor)",
     _compute_linear,
     lambda x, weight, by_column, scale, smooth_scales, bias, lora_A, *_: (
         x.new_empty(x.shape[0], weight.shape[0] if by_column else weight.shape[1]),

@@ -34,13 +34,13 @@ from deltaw.kernels.structs import differing
 from deltaw.kernels.variants import Variant
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
-ABI = 7
+ABI = 8
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # What functions return beside a status, and what each is given; see csrc/kernels.h.
 _ROOMS: dict[str, list[type]] = {
-    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _L, _I, _I],
+    "dw_linear_room": [_I, _L, _L, _L, _I, _I, _I, _I, _L, _I, _I],
     "dw_factors_room": [_I, _L, _L],
     "dw_class_gradient_room": [_L, _L, _L],
     "dw_head_gradient_room": [_L, _L],
@@ -68,14 +68,14 @@ _SIGNATURES: dict[str, list[type]] = {
     "dw_scratch_held": [_I],
     "dw_linear": [
         *(_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _I),
-        *(_P, _P, _L, _F, _P, _P, _P, _I, _P, _P),
+        *(_P, _P, _L, _F, _P, _P, _P, _I, _I, _P, _P),
     ],
     "dw_linear_backward": [_I, _L, _L, _L, _P, _I, _P, _I, _P, _P, _P, _P, _L, _F, *[_P] * 5],
     "dw_factors_backward": [_I, _L, _L, _L, _L, _P, _P, _P, _P, _F, _P, _P],
     "dw_class_gradient": [_L, _L, _L, *[_P] * 6],
     "dw_head_gradient": [*[_L] * 3, *[_P] * 5, _F, _F, _L, *[_P] * 4],
     "dw_dequantize": [_I, _I, _P, _L, _L, _L, _P, _L, _P],
-    "dw_quantize": [_I, _L, _L, _P, _P, _P, _P],
+    "dw_quantize": [_I, _L, _L, _P, _P, _I, _P, _P],
     "dw_norm": [_I, _L, _L, _P, _L, _P, _P, _F, _F, _I, _P, _P],
     "dw_norm_backward": [_I, _L, _L, _P, _P, _L, _P, _F, _I, _P, _P, _P],
     "dw_add": [_I, _L, _P, _P, _P],

@@ -15,7 +15,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, _P) for name in ("weight", "scale", "smooth", "bias", "A", "B")),
-        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "by_column", "bias_f32")),
+        *((name, _L) for name in ("inputs", "outputs", "rank", "weight_type", "by_column")),
+        *((name, _L) for name in ("bias_f32", "in_blocks")),
         ("scaling", _F),
     ]
 

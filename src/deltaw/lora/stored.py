@@ -11,7 +11,7 @@ Knows modules' attributes and products; not how a weight came to its form.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,16 @@ from deltaw.kernels import linear as plain
 from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.block_linear import block_linear, block_linear_backward
 
-Scales: TypeAlias = tuple[Tensor, Tensor | None]
-"""Of a weight in int8: of its rows (out) and, or None, of its columns (in)."""
+
+class Scales(NamedTuple):
+    """Of a weight in int8: of its rows (out) and, or None, of its columns (in); and whether its inputs are
+    rounded with a scale for each block of a row, see :func:`deltaw.kernels.linear.linear`."""
+
+    rows: Tensor
+    columns: Tensor | None
+    in_blocks: bool = False
+
+
 Stored: TypeAlias = Scales | BlockWeight
 
 LIBRARIES = ("bitsandbytes", "torchao")
@@ -31,7 +39,9 @@ LIBRARIES = ("bitsandbytes", "torchao")
 def weight_scales(module: nn.Module) -> Scales | None:
     """The scales of a layer with an int8-quantized weight; None for any other."""
     scale = module._buffers.get("weight_scale")
-    return None if scale is None else (scale, module._buffers.get("weight_columns"))
+    if scale is None:
+        return None
+    return Scales(scale, module._buffers.get("weight_columns"), vars(module).get("in_blocks", False))
 
 
 def block_weight(module: nn.Module) -> BlockWeight | None:
@@ -113,9 +123,21 @@ def multiply(
     """x·Wᵀ + b + s·(x·A)·B + added and x·A, see :func:`deltaw.kernels.linear.linear`."""
     if isinstance(stored, BlockWeight):
         return block_linear(x, stored, bias, lora_A, lora_B, scaling, added)
-    scale, columns = stored or (None, None)
+    scale, columns, in_blocks = stored or (None, None, False)
     return plain.linear(
-        x, weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, added, x_int8, x_scales
+        x,
+        weight,
+        by_column,
+        scale,
+        columns,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        added,
+        x_int8,
+        x_scales,
+        in_blocks,
     )
 
 
@@ -133,7 +155,7 @@ def multiply_backward(
     """∂L/∂x plus ``added`` and grad·(s·B)ᵀ, see :func:`deltaw.kernels.linear.linear_backward`."""
     if isinstance(stored, BlockWeight):
         return block_linear_backward(grad, stored, lora_A, lora_B, scaling, added, need_x)
-    scale, columns = stored or (None, None)
+    scale, columns, _ = stored or (None, None, False)
     return plain.linear_backward(
         grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
     )

@@ -10,6 +10,7 @@ Knows operators and shapes; not models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,9 +18,18 @@ import torch
 from torch import Tensor
 
 # Importing them defines the operators.
-from deltaw.kernels import attention, block_linear, class_gradient, head_gradient, linear, loader, rows
+from deltaw.kernels import (
+    attention,
+    block_linear,
+    class_gradient,
+    head_gradient,
+    linear,
+    loader,
+    quantize,
+    rows,
+)
 from deltaw.kernels.block_formats import FORMATS
-from deltaw.kernels.linear import INT8_BLOCK
+from deltaw.kernels.quantize import INT8_BLOCK
 
 assert attention and block_linear and class_gradient and head_gradient and linear and rows
 
@@ -34,25 +44,32 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     x, weight, by_column, scale, _, _, lora_A = args[:7]
     if not _multiplied(x, scale):
         return 0
-    return _room_of_linear(
-        x, weight, by_column, scale, 0 if lora_A is None else lora_A.shape[1], False, False
-    )
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    return _room_of_linear(x, weight, by_column, scale, args[12], rank, False, False)
 
 
 def _room_of_linear(
-    x: Tensor, weight: Tensor, by_column: bool, scale: Tensor | None, rank: int, backward: bool, need_x: bool
+    x: Tensor,
+    weight: Tensor,
+    by_column: bool,
+    scale: Tensor | None,
+    in_blocks: bool,
+    rank: int,
+    backward: bool,
+    need_x: bool,
 ) -> int:
     out, inputs = weight.shape if by_column else weight.shape[::-1]
     return loader.kernels().dw_linear_room(
         loader.number(x.dtype), x.shape[0], out, inputs, loader.number(weight.dtype), by_column,
-        scale is not None, rank, backward, need_x,
+        scale is not None, in_blocks, rank, backward, need_x,
     )  # fmt: skip
 
 
 def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The input in int8 with a scale a row, made where the caller has none."""
-    rows, depth = args[0].shape
-    return rows * (depth + 4) if args[3] is not None and args[10] is None else 0
+    """The input in int8 with its scales, made where the caller has none."""
+    if args[3] is None or args[10] is not None:
+        return 0
+    return args[0].numel() + 4 * math.prod(quantize.scales_shape(args[0], args[12]))
 
 
 def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -60,7 +77,7 @@ def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if not _multiplied(grad, scale):
         return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
-    return _room_of_linear(grad, weight, by_column, scale, rank, True, args[9])
+    return _room_of_linear(grad, weight, by_column, scale, True, rank, True, args[9])
 
 
 def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -77,7 +94,7 @@ def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool
         return 0
     return loader.kernels().dw_linear_room(
         loader.number(left.dtype), left.shape[0], data.shape[0], columns, FORMATS[name].number, True, False,
-        0 if lora_A is None else lora_A.shape[1], backward, need_x,
+        False, 0 if lora_A is None else lora_A.shape[1], backward, need_x,
     )  # fmt: skip
 
 

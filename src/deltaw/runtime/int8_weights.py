@@ -2,9 +2,10 @@
 
 The model's blocks are gone through once, on rows of the user's own. While a block still has its weights, the
 inputs of its linear layers are seen; for each input the columns are chosen that round best (SmoothQuant,
-arXiv 2211.10438: size moves from inputs with outliers into the weights), and a layer whose outputs would
-still be off by more than LARGEST_ERROR keeps its weights. Then the block's weights are given back and the
-next block is reached, so that a model never stands whole in both forms.
+arXiv 2211.10438: size moves from inputs with outliers into the weights), and a scale for each block of a row
+where that helps much. A layer whose outputs would still be off by more than LARGEST_ERROR keeps its weights.
+Then the block's weights are given back and the next block is reached, so that a model never stands whole in
+both forms.
 
 Knows modules; not data files or training.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.linear import quantized_reference, quantized_rows
+from deltaw.kernels.quantize import quantized_reference, quantized_rows, spread_scales
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
@@ -30,6 +32,9 @@ from deltaw.runtime.blocks import blocks_of
 LARGEST_ERROR = 0.04
 # How much of the inputs' size is moved into the weights, tried in turn; 0 leaves both as they are.
 MOVED = (0.0, 0.5, 0.7)
+# A scale for each block of an input, not for each row, takes a little longer; it is for layers whose outputs
+# are then off by less than this share of what they were off by.
+WORTH_BLOCKS = 0.85
 # Tokens, and about as many outputs, that each layer is calibrated on.
 TOKENS, ROWS = 512, 256
 
@@ -113,10 +118,10 @@ def _can_be_int8(layer: nn.Module) -> bool:
     return all(size % 4 == 0 for size in layer.get_parameter("weight").shape)
 
 
-def _in_int8(layer: nn.Module, columns: Tensor | None = None) -> nn.Module:
+def _in_int8(layer: nn.Module, columns: Tensor | None = None, in_blocks: bool = False) -> nn.Module:
     if isinstance(layer, nn.Linear):
-        return Int8Linear.from_linear(layer, columns)
-    return Int8Conv1D.from_conv1d(layer, columns)
+        return Int8Linear.from_linear(layer, columns, in_blocks)
+    return Int8Conv1D.from_conv1d(layer, columns, in_blocks)
 
 
 def _rows(layer: nn.Module) -> Tensor:
@@ -143,43 +148,46 @@ def _change(
             together.setdefault(inputs[id(layer[3])].data_ptr(), []).append(layer)
     for sharing in together.values():
         x = inputs[id(sharing[0][3])].float()
-        columns, errors = _best(x, [linear for *_, linear in sharing])
+        columns, in_blocks, errors = _best(x, [linear for *_, linear in sharing])
         for (name, parent, child, linear), error in zip(sharing, errors, strict=True):
             report.layers += 1
             report.errors[name] = error
             if error > LARGEST_ERROR:
                 report.kept[name] = error
                 continue
-            setattr(parent, child, _in_int8(linear, columns))
+            setattr(parent, child, _in_int8(linear, columns, in_blocks))
             give_back(linear.get_parameter("weight"))
     inputs.clear()
 
 
-def _best(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, list[float]]:
-    """The columns for layers with one input that give the least error in sum, and each layer's error."""
+def _best(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, bool, list[float]]:
+    """The columns for layers with one input that give the least error in sum, whether the input is rounded
+    in blocks, and each layer's error."""
     size = x.abs().amax(0)
     every = [_rows(linear) for linear in linears]
     reach = torch.stack([rows.abs().amax(0).float() for rows in every]).amax(0)
     # Rows are rounded each by itself, so that some of them tell of all.
     weights = [rows[:: max(1, len(rows) // ROWS)].float() for rows in every]
-    best: tuple[float, Tensor | None, list[float]] | None = None
     wanted = [x @ w.t() for w in weights]
+    # With a scale for each row, and for each block of it: the error, columns, and each layer's error.
+    best: list[tuple[float, Tensor | None, list[float]]] = [(math.inf, None, [])] * 2
     for moved in MOVED:
         columns = None
         if moved:
             by = size.clamp_min(1e-5).pow(moved) / reach.clamp_min(1e-5).pow(1 - moved)
             columns = 1.0 / (by / by.log().mean().exp())
-        steps, scales = quantized_reference(x, columns)
-        rounded = (steps.float() - 128) * scales[:, None]
-        errors = []
-        for w, y in zip(weights, wanted, strict=True):
-            int8, scale = quantized_rows(w if columns is None else w / columns)
-            error = (rounded @ int8.float().t()) * scale - y
-            errors.append(float(error.norm() / y.norm().clamp_min(1e-20)))
-        if best is None or sum(errors) < best[0]:
-            best = sum(errors), columns, errors
-    assert best is not None
-    return best[1], best[2]
+        rounded_weights = [quantized_rows(w if columns is None else w / columns) for w in weights]
+        for in_blocks in (False, True):
+            steps, scales = quantized_reference(x, columns, in_blocks)
+            rounded = (steps.float() - 128) * spread_scales(scales, x.shape[1])
+            errors = []
+            for (int8, scale), y in zip(rounded_weights, wanted, strict=True):
+                error = (rounded @ int8.float().t()) * scale - y
+                errors.append(float(error.norm() / y.norm().clamp_min(1e-20)))
+            if sum(errors) < best[in_blocks][0]:
+                best[in_blocks] = sum(errors), columns, errors
+    in_blocks = best[True][0] < WORTH_BLOCKS * best[False][0]
+    return best[in_blocks][1], in_blocks, best[in_blocks][2]
 
 
 def give_back(weight: Tensor) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import linear as products
-from deltaw.kernels import rows
+from deltaw.kernels import quantize, rows
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
-from deltaw.lora.stored import Stored, multiply, multiply_backward, stored_form
+from deltaw.lora.stored import Scales, Stored, multiply, multiply_backward, stored_form
 from deltaw.runtime.roles import by_column, norm_form
 
 
@@ -66,7 +66,7 @@ class Projection:
     Attributes:
         by_column: whether ``weight`` is (out, in); else (in, out).
         stored: how the weight is stored where it is no plain matrix.
-        scale, columns: of an int8-quantized weight, see :func:`deltaw.kernels.linear.linear`.
+        scale, columns, in_blocks: of an int8-quantized weight, see :func:`deltaw.kernels.linear.linear`.
         lora_A, lora_B, scaling: of the update; None, None and 1 where there is none to add.
     """
 
@@ -77,7 +77,8 @@ class Projection:
         self.scale: Tensor | None
         self.columns: Tensor | None
         self.stored: Stored | None = stored_form(module)
-        self.scale, self.columns = self.stored if isinstance(self.stored, tuple) else (None, None)
+        scales = self.stored if isinstance(self.stored, Scales) else (None, None, False)
+        self.scale, self.columns, self.in_blocks = scales
         adapted = module if isinstance(module, LoRALayer) and module.adapting else None
         self.lora_A: Tensor | None = None if adapted is None else adapted.lora_A
         self.lora_B: Tensor | None = None if adapted is None else adapted.lora_B
@@ -133,14 +134,16 @@ class Steps:
     def __init__(self) -> None:
         self._of: Tensor | None = None
         self._columns: Tensor | None = None
+        self._in_blocks = False
         self._made: tuple[Tensor, Tensor] | None = None
 
     def of(self, x: Tensor, layer: Projection) -> tuple[Tensor | None, Tensor | None]:
         if layer.scale is None:
             return None, None
-        if self._made is None or self._of is not x or not _same(self._columns, layer.columns):
-            self._of, self._columns = x, layer.columns
-            self._made = products.quantized(x, layer.columns)
+        alike = _same(self._columns, layer.columns) and self._in_blocks == layer.in_blocks
+        if self._made is None or self._of is not x or not alike:
+            self._of, self._columns, self._in_blocks = x, layer.columns, layer.in_blocks
+            self._made = quantize.quantized(x, layer.columns, layer.in_blocks)
         return self._made
 
 

@@ -159,9 +159,12 @@ class ShardedBlocks:
         digest = hashlib.sha256()
         for block in self._blocks:
             for name, module in block.named_modules():
-                for tensor in weight_scales(module) or ():
+                if (scales := weight_scales(module)) is None:
+                    continue
+                digest.update(f"{name} {scales.in_blocks}".encode())
+                for tensor in scales[:2]:
                     if tensor is not None:
-                        digest.update(name.encode() + tensor.numpy().tobytes())
+                        digest.update(tensor.numpy().tobytes())
         own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
         every = [torch.empty_like(own) for _ in range(self._group.size())]
         self._wire(0, lambda: dist.all_gather(every, own, group=self._group))

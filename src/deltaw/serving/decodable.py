@@ -27,7 +27,7 @@ from deltaw.hub.loading import attention_of, ordinary_attention
 from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
-from deltaw.kernels.linear import quantized_rows
+from deltaw.kernels.quantize import quantized_rows
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize

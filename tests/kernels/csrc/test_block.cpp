@@ -36,7 +36,7 @@ struct Weights {  // of one layer
     Layer layer(int64_t by_column) const {
         if (blocks)
             return Layer{&blocks->at, nullptr, nullptr, bias.data(), rank ? A.data() : nullptr, rank ? B.data() : nullptr, in, out, rank, blocks->format,
-                         1,           0,       0.5f};
+                         1,           0,       0,       0.5f};
         return Layer{int8 ? (const void *)w_int8.data() : w.data(),
                      int8 ? scale.data() : nullptr,
                      nullptr,
@@ -49,6 +49,7 @@ struct Weights {  // of one layer
                      int8 ? 2 : type_of<T>(),
                      int8 ? 1 : by_column,
                      0,
+                     int8 && in > out,  // so that a block has layers of both kinds
                      0.5f};
     }
 };
@@ -99,9 +100,9 @@ struct Composed {
     Linear linear(const Layer &l, const T *x, int64_t rows, const T *added = nullptr) {
         Linear c{&l, rows, x, room(rows, l.out), room(rows, l.rank), room(rows, l.rank)};
         Buffer<uint8_t> x_int8(rows * l.in);
-        Buffer<float> scales(rows);
+        Buffer<float> scales(rows * ((l.in + 127) / 128));
         expect(dw_linear((int)b.type, rows, l.out, l.in, x, (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.bias, 0, l.A, l.B,
-                         l.rank, l.scaling, added, x_int8.data(), scales.data(), 1, c.y, c.h) == 0, "linear");
+                         l.rank, l.scaling, added, x_int8.data(), scales.data(), (int)l.in_blocks, 1, c.y, c.h) == 0, "linear");
         return c;
     }
     const T *backward(const Linear &c, const T *grad, const T *added, const T *x = nullptr) {

@@ -26,7 +26,7 @@ void test_products_of(int format, int64_t M, int64_t out, int64_t blocks, int64_
     Numbers values = w.values();
     for (double &value : values) value = to_double(from_double<bf16>(value));
     expect(dw_linear(type_of<T>(), M, out, in, x.data(), format, &w.at, 1, nullptr, nullptr, nullptr, 0, a, b, rank, 0.5f, added.data(), nullptr, nullptr, 0,
-                     y.data(), h.data()) == 0, what);
+                     0, y.data(), h.data()) == 0, what);
     Numbers expected = added.numbers();
     add_product(expected, x.numbers(), values, M, out, in, 1, true), add_product(expected, h.numbers(), B.numbers(), M, out, rank, 0.5);
     expect_close(y.numbers(), expected, tolerance, what + " y");
@@ -35,7 +35,7 @@ void test_products_of(int format, int64_t M, int64_t out, int64_t blocks, int64_
     Numbers expected_dx = x.numbers();
     add_product(expected_dx, y.numbers(), values, M, in, out), add_product(expected_dx, narrow.numbers(), A.numbers(), M, in, rank, 1, true);
     expect_close(dx.numbers(), expected_dx, tolerance, what + " dx");
-    expect(dw_linear_room(type_of<T>(), M, out, in, format, 1, 0, rank, 0, 0) > 0, what + " takes memory");
+    expect(dw_linear_room(type_of<T>(), M, out, in, format, 1, 0, 0, rank, 0, 0) > 0, what + " takes memory");
 }
 
 void test_numbers(int format) {

@@ -31,7 +31,7 @@ void test_linear(const Shape &s, bool by_column, int parts = ALL_PARTS) {
     const void *const given_bias = parts & BIAS ? (const void *)bias.data() : parts & BIAS_IN_FP32 ? bias_f32.data() : nullptr;
     auto forward = [&](Buffer<T> &y, Buffer<T> &h) {
         expect(dw_linear(type_of<T>(), s.M, s.out, s.in, x.data(), type_of<T>(), w.data(), by_column, nullptr, nullptr, given_bias,
-                         (parts & BIAS_IN_FP32) > 0, a, b, s.rank, (float)scaling, parts & ADDED ? added.data() : nullptr, nullptr, nullptr, 0, y.data(),
+                         (parts & BIAS_IN_FP32) > 0, a, b, s.rank, (float)scaling, parts & ADDED ? added.data() : nullptr, nullptr, nullptr, 0, 0, y.data(),
                          h.data()) == 0, what);
     };
     forward(y, h);
@@ -96,14 +96,15 @@ Numbers rounded(const Buffer<T> &x, int64_t M, int64_t K, const Buffer<float> *s
 }
 
 template <class T>
-void test_int8(const Shape &s, bool by_column) {
+void test_int8(const Shape &s, bool by_column, bool in_blocks) {
     const std::string what = "int8 " + std::to_string(s.M) + "x" + std::to_string(s.in) + "x" + std::to_string(s.out) + " type " +
-                             std::to_string(type_of<T>()) + (by_column ? "" : " by row");
+                             std::to_string(type_of<T>()) + (by_column ? "" : " by row") + (in_blocks ? " in blocks" : "");
     Buffer<T> x(s.M * s.in), y(s.M * s.out), h(s.M * s.rank), grad(s.M * s.out), dx(s.M * s.in), narrow(s.M * s.rank);
     Buffer<int8_t> w(s.in * s.out);
     Buffer<uint8_t> x_int8(x.count), grad_int8(grad.count), again(x.count);
-    const int64_t blocks = (s.out + BLOCK - 1) / BLOCK;
-    Buffer<float> scale(s.out), smooth(s.in), A(s.in * s.rank), B(s.rank * s.out), x_scales(s.M), grad_scales(s.M * blocks), again_scales(s.M);
+    const int64_t blocks = (s.out + BLOCK - 1) / BLOCK, at_once = in_blocks ? BLOCK : s.in, of_row = (s.in + at_once - 1) / at_once;
+    Buffer<float> scale(s.out), smooth(s.in), A(s.in * s.rank), B(s.rank * s.out), x_scales(s.M * of_row), grad_scales(s.M * blocks);
+    Buffer<float> again_scales(x_scales.count);
     x.fill(), grad.fill(), A.fill(0.1), B.fill(0.1);
     for (int64_t i = 0; i < w.count; i++) w[i] = (int8_t)(random_number() * 40);
     for (int64_t i = 0; i < s.out; i++) scale[i] = 0.02f + 0.001f * (float)(i % 7);
@@ -111,14 +112,14 @@ void test_int8(const Shape &s, bool by_column) {
     const float *const a = s.rank ? A.data() : nullptr, *const b = s.rank ? B.data() : nullptr;
     auto forward = [&](Buffer<T> &y) {
         expect(dw_linear(type_of<T>(), s.M, s.out, s.in, x.data(), 2, w.data(), by_column, scale.data(), smooth.data(), nullptr, 0, a, b, s.rank, 1.0f,
-                         nullptr, x_int8.data(), x_scales.data(), 1, y.data(), h.data()) == 0, what);
+                         nullptr, x_int8.data(), x_scales.data(), in_blocks, 1, y.data(), h.data()) == 0, what);
     };
     forward(y);
-    expect(dw_quantize(type_of<T>(), s.M, s.in, x.data(), smooth.data(), again.data(), again_scales.data()) == 0, what);
+    expect(dw_quantize(type_of<T>(), s.M, s.in, x.data(), smooth.data(), in_blocks, again.data(), again_scales.data()) == 0, what);
     expect(again.same(x_int8) && again_scales.same(x_scales), what + " is rounded alike");
     Numbers signed_x(x.count), signed_w(w.count), expected(y.count);
-    for (int64_t i = 0; i < x.count; i++) signed_x[i] = ((double)x_int8[i] - 128) * x_scales[i / s.in];
-    expect_close(signed_x, rounded(x, s.M, s.in, &smooth, s.in), 1e-3, what + " x");
+    for (int64_t i = 0; i < x.count; i++) signed_x[i] = ((double)x_int8[i] - 128) * x_scales[i / s.in * of_row + i % s.in / at_once];
+    expect_close(signed_x, rounded(x, s.M, s.in, &smooth, at_once), 1e-3, what + " x");
     for (int64_t i = 0; i < w.count; i++) signed_w[i] = (double)w[i] * scale[by_column ? i / s.in : i % s.out];
     add_product(expected, signed_x, signed_w, s.M, s.out, s.in, 1, by_column);
     add_product(expected, h.numbers(), B.numbers(), s.M, s.out, s.rank);
@@ -157,7 +158,7 @@ void test_int8_is_exact(int64_t M, int64_t in, int64_t out) {
             w[i] = (int8_t)(column < 5 ? right[column] : (int)(random_number() * 90) & 255);
         }
         expect(dw_linear(0, M, out, in, nullptr, 2, w.data(), by_column, ones.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, x.data(),
-                         ones.data(), 0, y.data(), nullptr) == 0, what);
+                         ones.data(), 0, 0, y.data(), nullptr) == 0, what);
         Numbers expected(y.count), signed_x(x.count);
         for (int64_t i = 0; i < x.count; i++) signed_x[i] = (double)x[i] - 128;
         add_product(expected, signed_x, w.numbers(), M, out, in, 1, by_column);
@@ -174,7 +175,7 @@ void test_quantize(int64_t M, int64_t K) {
     Buffer<float> scales(M);
     x.fill();
     for (int64_t k = 0; k < K; k++) x[k] = 0;
-    expect(dw_quantize(type_of<T>(), M, K, x.data(), nullptr, out.data(), scales.data()) == 0, what);
+    expect(dw_quantize(type_of<T>(), M, K, x.data(), nullptr, 0, out.data(), scales.data()) == 0, what);
     int low = 255, high = 0;
     double most = 0;
     bool peaks = true;
@@ -205,9 +206,9 @@ void test_rounded_on_the_way(const Shape &s) {
             w_int8[n * s.in + k] = (int8_t)std::max(-128.0f, std::min(127.0f, std::nearbyint((float)w.at(n * s.in + k) * (1.0f / scale[n]))));
     }
     expect(dw_linear(1, s.M, s.out, s.in, x.data(), 1, w.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, x_int8.data(),
-                     x_scales.data(), 1, y.data(), nullptr) == 0, "rounded on the way");
+                     x_scales.data(), 0, 1, y.data(), nullptr) == 0, "rounded on the way");
     expect(dw_linear(1, s.M, s.out, s.in, x.data(), 2, w_int8.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr,
-                     x_int8.data(), x_scales.data(), 0, same.data(), nullptr) == 0, "rounded before");
+                     x_int8.data(), x_scales.data(), 0, 0, same.data(), nullptr) == 0, "rounded before");
     expect(y.same(same), "rounding on the way gives the same bits");
 }
 
@@ -277,19 +278,20 @@ void test_products() {
     for (const Shape &s : {Shape{1, 4, 4, 2}, Shape{5, 12, 36, 4}, Shape{33, 100, 68, 18}, Shape{70, 64, 16, 32}, Shape{13, 3200, 36, 2}, Shape{26, 1600, 40, 16},
                            Shape{45, 160, 36, 6}, Shape{1300, 32, 48, 8}, Shape{11, 20, 52, 0}}) {
         for (bool by_column : {true, false}) test_linear<float>(s, by_column), test_linear<bf16>(s, by_column);
-        test_int8<float>(s, s.M % 2), test_int8<bf16>(s, true), test_int8<bf16>(s, false);
+        test_int8<float>(s, s.M % 2, s.M % 3 == 0), test_int8<bf16>(s, true, false), test_int8<bf16>(s, false, false);
+        test_int8<bf16>(s, true, true);
         test_rounded_on_the_way(s);
     }
     for (int parts : {0, (int)BIAS, (int)BIAS_IN_FP32, (int)ADDED, (int)(BIAS_IN_FP32 | ADDED)})
         test_linear<float>(Shape{9, 28, 20, 6}, parts % 2, parts), test_linear<bf16>(Shape{9, 28, 20, 6}, parts % 2, parts);
     // Rows a power of two apart, in several parts.
     test_linear<bf16>(Shape{40, 4096, 64, 2}, true);
-    test_int8<bf16>(Shape{9, 4096, 24, 4}, true);
+    for (bool in_blocks : {false, true}) test_int8<bf16>(Shape{9, 4096, 24, 4}, true, in_blocks);
     for (int64_t in : {4, 60, 128, 1000}) test_int8_is_exact(9, in, 37);
     for (int64_t K : {1, 15, 16, 33, 300}) test_quantize<float>(60, K), test_quantize<bf16>(60, K);
     for (int64_t V : {2, 5, 129, 1001, 4100}) test_class_gradient(3, V, 20, V % 2), test_class_gradient(V > 2000 ? 19 : 67, V, 33, V % 2 == 0);
     Buffer<bf16> nothing(0), w(8 * 12);
     w.fill();
     expect(dw_linear(1, 0, 12, 8, nothing.data(), 1, w.data(), 1, nullptr, nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, nullptr, nullptr, 0,
-                     nothing.data(), nullptr) == 0, "no rows");
+                     0, nothing.data(), nullptr) == 0, "no rows");
 }

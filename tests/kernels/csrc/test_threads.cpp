@@ -96,7 +96,9 @@ void test_row_shares() {
     for (int64_t rows : shared_out(3000, {ms, ms, ms, ms, ms})) expect(std::abs(rows - 600) <= ROWS_TOGETHER, "short work says nothing");
 }
 
-// A linear layer with a low-rank update, in bf16 and as int8.
+// A linear layer with a low-rank update, in bf16 and as int8, with a scale for each row of its inputs or for each block of one.
+enum Form { IN_BF16, IN_INT8, IN_BLOCKS };
+
 struct Linear {
     const int64_t M, in, out, rank = 8;
     Buffer<bf16> x, w, y, h;
@@ -105,16 +107,18 @@ struct Linear {
     Buffer<uint8_t> x_int8;
 
     Linear(int64_t M, int64_t in, int64_t out)
-        : M(M), in(in), out(out), x(M * in), w(out * in), y(M * out), h(M * rank), A(in * rank), B(rank * out), scale(out), x_scales(M), q(out * in),
-          x_int8(M * in) {
+        : M(M), in(in), out(out), x(M * in), w(out * in), y(M * out), h(M * rank), A(in * rank), B(rank * out), scale(out),
+          x_scales(M * ((in + 127) / 128)), q(out * in), x_int8(M * in) {
         seed = 11;
         x.fill(), w.fill(), A.fill(), B.fill();
         for (int64_t i = 0; i < out * in; i++) q[i] = (int8_t)(random_number() * 40);
         for (int64_t i = 0; i < out; i++) scale[i] = 0.01f + (float)i / out;
     }
-    Numbers computed(bool int8) {
+    Numbers computed(Form form) {
+        const bool int8 = form != IN_BF16;
         expect(dw_linear(1, M, out, in, x.data(), int8 ? 2 : 1, int8 ? (const void *)q.data() : w.data(), 1, int8 ? scale.data() : nullptr, nullptr, nullptr,
-                         0, A.data(), B.data(), rank, 0.5f, nullptr, x_int8.data(), x_scales.data(), 1, y.data(), h.data()) == 0, "a linear layer");
+                         0, A.data(), B.data(), rank, 0.5f, nullptr, x_int8.data(), x_scales.data(), form == IN_BLOCKS, 1, y.data(),
+                         h.data()) == 0, "a linear layer");
         return y.numbers();
     }
 };
@@ -123,10 +127,10 @@ struct Linear {
 void test_same_bits(int64_t M, int64_t in, int64_t out) {
     const int threads = omp_get_max_threads();
     Linear linear(M, in, out);
-    for (bool int8 : {false, true}) {
+    for (Form form : {IN_BF16, IN_INT8, IN_BLOCKS}) {
         const std::string what = "the bits of one thread, " + std::to_string(M) + "x" + std::to_string(in) + "x" + std::to_string(out);
         omp_set_num_threads(1);
-        const Numbers expected = linear.computed(int8);
+        const Numbers expected = linear.computed(form);
         omp_set_num_threads(threads);
         for (int time = 0; time < 6; time++) {
             if (M >= ROWS_FOR_EACH * threads && threads > 1) {
@@ -134,7 +138,7 @@ void test_same_bits(int64_t M, int64_t in, int64_t out) {
                 each[time % threads] = 5e-4;
                 settle(M, each);
             }
-            expect(linear.computed(int8) == expected, what);
+            expect(linear.computed(form) == expected, what);
         }
     }
 }
@@ -143,7 +147,7 @@ void test_same_bits(int64_t M, int64_t in, int64_t out) {
 void test_same_room(int64_t in, int64_t out) {
     const int threads = omp_get_max_threads();
     Linear linear(3 * ROWS_FOR_EACH * threads / 2, in, out);
-    for (bool int8 : {false, true}) {
+    for (Form form : {IN_BF16, IN_INT8, IN_BLOCKS}) {
         int64_t first = 0;
         for (int time = 0; time <= threads; time++) {
             std::vector<double> each(threads, 1e-4);
@@ -151,9 +155,9 @@ void test_same_room(int64_t in, int64_t out) {
             settle(linear.M, each);
             if (time == 0) {
                 dw_release();
-                for (int again = 0; again < 2; again++) linear.computed(int8), dw_scratch_held(1);
+                for (int again = 0; again < 2; again++) linear.computed(form), dw_scratch_held(1);
             }
-            linear.computed(int8);
+            linear.computed(form);
             const int64_t held = dw_scratch_held(1);
             if (time == 0) first = held;
             expect(held == first && held > 0, "the bytes that are held, " + std::to_string(in) + "x" + std::to_string(out));

@@ -19,7 +19,7 @@ int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
     if (which == 0) {
         typedef Layer Struct;
         const int64_t found[] = {sizeof(Struct), AT(weight), AT(scale), AT(smooth), AT(bias), AT(A), AT(B), AT(in), AT(out), AT(rank),
-                                 AT(weight_type), AT(by_column), AT(bias_f32), AT(scaling)};
+                                 AT(weight_type), AT(by_column), AT(bias_f32), AT(in_blocks), AT(scaling)};
         return copy(found, sizeof(found) / sizeof(*found));
     }
     if (which == 1) {

@@ -66,8 +66,9 @@ struct SomeRows {
     const int64_t first, rows;
     uint8_t *const int8;
     float *const scales;
-    const void *int8_of = nullptr;  // which rows stand in `int8`, and with which SmoothQuant scales
+    const void *int8_of = nullptr;  // which rows stand in `int8`, with which SmoothQuant scales and how many scales
     const float *int8_smooth = nullptr;
+    int int8_in_blocks = 0;
 
     SomeRows(const Call &call, const Work &work, int64_t first, int64_t rows)
         : call(call), b(call.b), first(first), rows(rows), int8((uint8_t *)work.int8[first]), scales((float *)work.scales[first]) {}
@@ -94,10 +95,12 @@ struct SomeRows {
     }
     // Rows that several layers take as int8 are rounded once.
     void linear(const Layer &l, const Rows &x, const Rows *added, const Rows &y, const Rows &h) {
-        const bool quantize = l.scale && !(int8_of == x.data && int8_smooth == l.smooth);
-        if (quantize) int8_of = x.data, int8_smooth = l.smooth;
+        const int in_blocks = (int)l.in_blocks;
+        const bool quantize = l.scale && !(int8_of == x.data && int8_smooth == l.smooth && int8_in_blocks == in_blocks);
+        if (quantize) int8_of = x.data, int8_smooth = l.smooth, int8_in_blocks = in_blocks;
         check(dw_linear(type(), rows, l.out, l.in, x[first], (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.bias,
-                        (int)l.bias_f32, l.A, l.B, l.rank, l.scaling, added ? (*added)[first] : nullptr, int8, scales, quantize, y[first], h[first]));
+                        (int)l.bias_f32, l.A, l.B, l.rank, l.scaling, added ? (*added)[first] : nullptr, int8, scales, in_blocks, quantize, y[first],
+                        h[first]));
         written(y);
     }
     // dx = the gradient of the input + added, where dx is wanted, and g, which the factors' own gradients need.

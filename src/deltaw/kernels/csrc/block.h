@@ -7,7 +7,7 @@ struct Layer {  // y (M, out) = x·Wᵀ + bias + scaling·(x·A)·B; see dw_line
     const float *scale, *smooth;
     const void *bias;
     const float *A, *B;
-    int64_t in, out, rank, weight_type, by_column, bias_f32;
+    int64_t in, out, rank, weight_type, by_column, bias_f32, in_blocks;
     float scaling;
 };
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // To be raised whenever a function's arguments, the types that it takes or a struct of block.h, blocks.h or decode.h change; the caller compares it with its own.
-const int DW_ABI = 7;
+const int DW_ABI = 8;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 
@@ -37,8 +37,8 @@ DW_EXPORT int dw_set_arithmetic(int type, int which);
 DW_EXPORT int dw_set_cache(int64_t bytes);
 
 // Bytes that all threads' arenas together hold at the peak of a kernel's call, for plans of memory.
-DW_EXPORT int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int64_t rank,
-                                 int backward, int dx);
+DW_EXPORT int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int in_blocks,
+                                 int64_t rank, int backward, int dx);
 DW_EXPORT int64_t dw_factors_room(int type, int64_t M, int64_t rank);
 DW_EXPORT int64_t dw_class_gradient_room(int64_t M, int64_t V, int64_t D);
 DW_EXPORT int64_t dw_head_gradient_room(int64_t M, int64_t D);
@@ -47,7 +47,8 @@ DW_EXPORT int64_t dw_attention_backward_room(int type, int64_t length, int64_t h
 
 DW_EXPORT int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column,
                         const float *scale, const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank,
-                        float scaling, const void *added, uint8_t *x_int8, float *x_scales, int quantize, void *y, void *h);
+                        float scaling, const void *added, uint8_t *x_int8, float *x_scales, int in_blocks, int quantize, void *y,
+                        void *h);
 DW_EXPORT int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, int weight_type, const void *weight,
                                  int by_column, const float *scale, const float *smooth, const float *A, const float *B, int64_t rank, float scaling,
                                  const void *added, uint8_t *grad_int8, float *grad_scales, void *dx, void *narrow);
@@ -60,7 +61,7 @@ DW_EXPORT int dw_head_gradient(int64_t M, int64_t V, int64_t D, void *logits, co
                                float *shares, void *unlikely);
 DW_EXPORT int dw_dequantize(int type, int weight_type, const BlockData *weight, int64_t height, int64_t columns, int64_t first, const int64_t *places,
                             int64_t M, void *out);
-DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, uint8_t *out, float *scales);
+DW_EXPORT int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, int in_blocks, uint8_t *out, float *scales);
 
 DW_EXPORT int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const void *weight, const void *bias, float offset, float eps,
                       int centered, void *y, float *stats);

@@ -27,22 +27,23 @@ void *at_row(void *data, int64_t row, int64_t width, int type) {
 
 // y (M, out) = x·Wᵀ + bias + scaling·h·B + added, and h (M, r) = x·A; A (in, r) and B (r, out) in fp32, r may be 0.
 // W is (out, in) where `by_column`, else (in, out). In int8 (`scale` is not null) x goes as x_int8 with x_scales, one for
-// each row; they are made here where `quantize`. A bf16 weight with a `scale` is rounded to int8 as it is read. A weight in
+// each row, or `in_blocks` for each INT8_BLOCK numbers of a row; they are made here where `quantize`. A bf16 weight with a `scale` is rounded to int8 as it is read. A weight in
 // blocks is a BlockData, (out, in) without a `scale`.
 int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int weight_type, const void *weight, int by_column, const float *scale,
               const float *smooth, const void *bias, int bias_f32, const float *A, const float *B, int64_t rank, float scaling, const void *added,
-              uint8_t *x_int8, float *x_scales, int quantize, void *y, void *h) {
+              uint8_t *x_int8, float *x_scales, int in_blocks, int quantize, void *y, void *h) {
     return guarded([&] {
         rows_apart(M, [&](int64_t first, int64_t rows) {
             const void *const left = at_row(x, first, in, type);
             void *const low = at_row(h, first, rank, type);
             uint8_t *const left_int8 = scale ? at_row(x_int8, first, in) : nullptr;
-            float *const left_scale = scale ? at_row(x_scales, first, 1) : nullptr;
+            float *const left_scale = scale ? at_row(x_scales, first, in_blocks ? int8_blocks(in) : 1) : nullptr;
             if (rank) run_product(plain_product(type, rows, rank, in, left, Right{A, rank, F32, 0, 1.0f}, low), type);
-            if (scale && quantize) quantize_rows(type, rows, in, left, smooth, std::max<int64_t>(in, 1), left_int8, left_scale);
+            if (scale && quantize)
+                quantize_rows(type, rows, in, left, smooth, in_blocks ? INT8_BLOCK : std::max<int64_t>(in, 1), left_int8, left_scale);
             Product p = plain_product(type, rows, out, in, scale ? left_int8 : left,
                                       Right{weight, by_column ? in : out, weight_type, by_column, 1.0f, scale}, at_row(y, first, out, type));
-            if (scale) p.row_scale = left_scale, p.column_scale = scale;
+            if (scale) (in_blocks ? p.block_scale : p.row_scale) = left_scale, p.column_scale = scale;
             if (rank) p.low = low, p.rank = rank, p.low_right = Right{B, out, F32, 0, scaling};
             p.bias = bias, p.bias_f32 = bias_f32;
             p.added = at_row(added, first, out, type), p.added_ld = out;
@@ -77,7 +78,8 @@ int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void 
 
 // Bytes of the threads' arenas that dw_linear takes at its peak, or with `backward` dw_linear_backward; `dx`: where a gradient
 // of the input is wanted. The products are those of the functions above, of which only the sizes count here.
-int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int64_t rank, int backward, int dx) {
+int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int in_blocks, int64_t rank,
+                       int backward, int dx) {
     const int threads = thread_count();
     const bool apart = M >= ROWS_FOR_EACH * threads;
     const int64_t rows = apart ? (M + threads - 1) / threads : M, N = backward ? in : out, K = backward ? out : in;
@@ -90,7 +92,7 @@ int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_
     if (backward && !dx) return most;
     const Right right{nullptr, by_column ? in : out, weight_type, backward ? !by_column : by_column, unit, scaled ? &unit : nullptr};
     Product p = plain_product(type, rows, N, K, nullptr, right, nullptr);
-    if (scaled) (backward ? p.block_scale : p.row_scale) = &unit;
+    if (scaled) (backward || in_blocks ? p.block_scale : p.row_scale) = &unit;
     p.rank = rank, p.low_right = Right{nullptr, rank, F32, backward, unit};
     return std::max(most, room(p, scaled ? INT8 : type));
 }

@@ -70,7 +70,7 @@ void deltaw::quantize_rows(int type, int64_t M, int64_t K, const void *x, const 
     else quantize(M, K, (const bf16 *)x, smooth, at_once, out, scales);
 }
 
-// x (M, K) to out (M, K) with one scale a row, scales (M).
-int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, uint8_t *out, float *scales) {
-    return guarded([&] { quantize_rows(type, M, K, x, smooth, std::max<int64_t>(K, 1), out, scales); });
+// x (M, K) to out (M, K) with a scale for each row, scales (M), or `in_blocks` for each INT8_BLOCK numbers, (M, blocks).
+int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, int in_blocks, uint8_t *out, float *scales) {
+    return guarded([&] { quantize_rows(type, M, K, x, smooth, in_blocks ? INT8_BLOCK : std::max<int64_t>(K, 1), out, scales); });
 }

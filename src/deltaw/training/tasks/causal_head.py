@@ -19,7 +19,7 @@ from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
 from deltaw.kernels.head_gradient import TOGETHER, can_split_classes, groups, head_gradient_
 from deltaw.kernels.rows import cross_entropy_
-from deltaw.lora.stored import Stored, multiply, multiply_backward
+from deltaw.lora.stored import Scales, Stored, multiply, multiply_backward
 from deltaw.training.tasks.rough_logits import ROWS_FOR_APART, RoughHead, RoughLogits
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
@@ -59,7 +59,7 @@ def frozen_head_log_probs(
     Returns:
         (P,) in fp32, or fp64 for fp64 inputs.
     """
-    stored = blocks or (None if scales is None else (scales, None))
+    stored = blocks or (None if scales is None else Scales(scales, None))
     return _FrozenHeadLogProbs.apply(hidden, targets, head, bias, scale, softcap, stored, rough)
 
 
@@ -172,7 +172,7 @@ def _by_likely_classes(
 
 def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored | None) -> Tensor:
     """gradient (P, classes) · head; overwrites it. In int8 the targets' own part is not rounded."""
-    if isinstance(stored, tuple) and can_round_classes(gradient, head):
+    if isinstance(stored, Scales) and can_round_classes(gradient, head):
         return class_gradient_(gradient, targets, head, stored[0])
     # In int8 only the logits are rounded: the gradient is taken with the head's own numbers.
     return multiply_backward(gradient, head, stored if isinstance(stored, BlockWeight) else None)[0]

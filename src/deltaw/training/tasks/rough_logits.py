@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import linear as products
+from deltaw.kernels import quantize
 from deltaw.lora.fingerprint import has_values
 
 # Columns that are not rounded. Twice as many halve the error, and cost as much again.
@@ -45,7 +46,7 @@ class RoughHead:
     @classmethod
     def of(cls, weight: Tensor) -> RoughHead:
         """That of a weight; in a dry run its numbers are not read."""
-        scales = products.scales_of_rows(weight.detach())
+        scales = quantize.scales_of_rows(weight.detach())
         if not has_values(weight):
             return cls(scales, 0.0, 0.0)
         some = weight.detach()[:: -(-len(weight) // SAMPLED)].float()
@@ -77,7 +78,7 @@ class RoughLogits:
 
     def of(self, part: slice) -> Tensor:
         """Logits (m, classes) of some of the rows, without what a model makes of them afterwards."""
-        int8, scales = products.quantized(self.rounded[part], None)
+        int8, scales = quantize.quantized(self.rounded[part], None)
         logits, _ = products.linear(
             self.hidden[part],
             self.weight,
