@@ -155,6 +155,7 @@ def test_a_whole_block_gives_the_bits_of_its_values(name: str) -> None:
                 bias=None,
                 scale=None,
                 columns=None,
+                in_blocks=False,
                 lora_A=factors[part][0],
                 lora_B=factors[part][1],
                 scaling=0.5,
