@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels import quantize
 from deltaw.lora.fingerprint import note_base
-from deltaw.lora.stored import frozen_linear, weight_scales
+from deltaw.lora.stored import Scales, frozen_linear
 
 
 class Int8Linear(nn.Linear):
@@ -44,7 +44,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return frozen_linear(input, self.weight, self.bias, weight_scales(self))
+        scales = Scales(self.weight_scale, self.weight_columns, self.in_blocks)
+        return frozen_linear(input, self.weight, self.bias, scales)
 
     def plain_weight(self) -> Tensor:
         """W (out, in) in fp32, dequantized."""
@@ -78,7 +79,8 @@ class Int8Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return frozen_linear(x, self.weight, self.bias, weight_scales(self))
+        scales = Scales(self.weight_scale, self.weight_columns, self.in_blocks)
+        return frozen_linear(x, self.weight, self.bias, scales)
 
     def plain_weight(self) -> Tensor:
         """W (in, out) in fp32, dequantized."""
