@@ -8,7 +8,7 @@
 void test_interface() {
     expect(dw_abi() == DW_ABI, "the ABI's number");
     int64_t found[64] = {};
-    expect(dw_layout_of(0, found, 64) == 14 && found[0] == sizeof(Layer), "a layer's layout");
+    expect(dw_layout_of(0, found, 64) == 15 && found[0] == sizeof(Layer), "a layer's layout");
     expect(dw_layout_of(1, found, 64) == 7 && found[0] == sizeof(RowNorm), "a norm's layout");
     expect(dw_layout_of(2, found, 64) == 4 && found[0] == sizeof(HalfNorms), "the layout of a half's norms");
     expect(dw_layout_of(3, found, 64) == 25 && found[0] == sizeof(BlockParts), "a block's layout");
