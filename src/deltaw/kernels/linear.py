@@ -22,7 +22,6 @@ from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.operators import define
 from deltaw.kernels.quantize import (
     INT8,
-    INT8_BLOCK,
     quantized_reference,
     room_for_int8,
     rounded_in_blocks,
@@ -317,8 +316,7 @@ def _compute_linear_backward(
         dx = torch.empty(rows, width, dtype=grad.dtype)
     rounded = scales = None
     if scale is not None and need_x:
-        rounded = torch.empty(grad.shape, dtype=torch.uint8)
-        scales = torch.empty(rows, -(-out // INT8_BLOCK))
+        rounded, scales = room_for_int8(grad, True)
     loader.kernels().dw_linear_backward(
         loader.number(grad.dtype), rows, out, width, grad.data_ptr(), loader.number(weight.dtype),
         weight.data_ptr(), by_column, loader.address(scale), loader.address(smooth_scales),

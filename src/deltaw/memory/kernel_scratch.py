@@ -67,9 +67,11 @@ def _room_of_linear(
 
 def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The input in int8 with its scales, made where the caller has none."""
-    if args[3] is None or args[10] is not None:
-        return 0
-    return args[0].numel() + 4 * math.prod(quantize.scales_shape(args[0], args[12]))
+    return _int8_bytes(args[0], args[12]) if args[3] is not None and args[10] is None else 0
+
+
+def _int8_bytes(x: Tensor, in_blocks: bool) -> int:
+    return x.numel() + 4 * math.prod(quantize.scales_shape(x, in_blocks))
 
 
 def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -100,8 +102,7 @@ def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool
 
 def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The gradient in int8 with a scale for each block of a row."""
-    rows, depth = args[0].shape
-    return rows * (depth + 4 * -(-depth // INT8_BLOCK)) if args[3] is not None and args[9] else 0
+    return _int8_bytes(args[0], True) if args[3] is not None and args[9] else 0
 
 
 def _factors_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
