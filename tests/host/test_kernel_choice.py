@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,21 @@ def test_the_fastest_arithmetic_of_each_type_is_chosen():
         {"a:dot": 158, "a:wide": 290, "torch": 160},
         {"a:dot": 900, "a:tiles": 2000, "torch": 50},
     )
-    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles", int8_logits=True)
+    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles", int8_logits=True, int8_gradients=True)
+
+
+@pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 360, False), (600, 500, False)])
+def test_gradients_are_multiplied_in_int8_where_that_is_much_faster(bf16, int8, taken, monkeypatch):
+    rates = {"a:dot": 100, "torch": 10}, {"a:dot": bf16, "torch": 10}, {"a:dot": int8, "torch": 10}
+    assert chosen(*rates).int8_gradients == taken
+    monkeypatch.setenv(variants.ROUGH_GRADIENTS, "0")
+    assert not chosen(*rates).int8_gradients
+
+
+def test_gradients_are_not_multiplied_in_int8_where_torch_multiplies():
+    of_int8 = {"a:dot": 900, "torch": 50}
+    assert not chosen({"a:dot": 100}, {"a:dot": 100, "torch": 300}, of_int8).int8_gradients
+    assert not chosen({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900}).int8_gradients
 
 
 @pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])
@@ -81,7 +96,8 @@ def test_logits_are_not_computed_in_int8_by_torch():
 
 
 def test_an_arithmetic_is_read_as_it_was_written():
-    for written in (Arithmetic("a", "dot", "wide", "dot", int8_logits=True), Arithmetic("a"), Arithmetic()):
+    rough = Arithmetic("a", "dot", "wide", "dot", int8_logits=True)
+    for written in (rough, replace(rough, int8_gradients=True), Arithmetic("a"), Arithmetic()):
         assert Arithmetic.read(written.as_dict()) == written
     older = {"kernels": "a", "fp32": "dot", "bf16": "dot", "int8": "dot"}
     assert Arithmetic.read(older) == Arithmetic("a", "dot", "dot", "dot")
@@ -238,7 +254,9 @@ def test_a_run_says_what_was_chosen_and_what_would_be_faster():
         "int8": {"a:dot": 900.0, "torch": 50.0},
     }
     choice = KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, 2, rates)
-    assert choice.value("bf16") == "a, bf16 products wide, unlikely logits of large heads int8"
+    said = "a, bf16 products wide, those of gradients int8, unlikely logits of large heads int8"
+    assert choice.value("bf16") == said
+    assert choice.value("nf4") == "a, bf16 products wide, unlikely logits of large heads int8"
     assert choice.why("bf16") == "290 GFLOP/s; torch 160, dot 158"
     assert "int8 would take about 32 % of the time of products" in str(choice.faster_precision("bf16"))
     assert choice.faster_precision("int8") is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
-from deltaw.kernels import quantize
+from deltaw.kernels import loader, quantize
+from deltaw.lora import stored
 from tests.kernels.conftest import close, compiled_only
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -240,3 +243,38 @@ def test_a_gradient_with_few_large_numbers_keeps_the_others(threads, outputs):
     exact = wide.double()[:, rest] @ weight.double()[rest]
     large, _ = products.linear_backward(grad.float() * (torch.arange(outputs) < 128), weight, True, scale)
     assert (found.double() - large.double() - exact).norm() < 0.02 * exact.norm()
+
+
+@compiled_only
+@settings(max_examples=25, deadline=None)
+@given(sizes, st.sampled_from([0, 4, 16]), st.booleans(), st.booleans())
+def test_gradients_in_int8_with_a_bf16_weight_equal_their_reference(size, rank, by_column, added):
+    t = inputs(*size, rank, torch.bfloat16)
+    weight = t["weight"] if by_column else t["weight"].t().contiguous()
+    weight[size[2] % weight.shape[0]] = 0  # a row of the stored weight has no largest number
+    rest = (t["lora_A"], t["lora_B"], 0.5) if rank else (None, None, 1.0)
+    asked = (t["grad"], weight, by_column, None, None, *rest, t["x"] if added else None, True)
+    found, narrow = products.linear_backward(*asked, in_int8=True)
+    expected, _ = products.linear_backward_reference(*asked, in_int8=True)
+    close(found, expected, torch.bfloat16)
+    exact, exact_narrow = products.linear_backward(*asked)
+    assert torch.equal(narrow, exact_narrow)  # which is not rounded
+    assert 0 < (found - exact).double().norm() < 0.02 * exact.double().norm() or torch.equal(found, exact)
+
+
+@compiled_only
+def test_gradients_are_in_int8_where_the_process_computes_so(computing):
+    """Of a layer with a bf16 weight whose sizes fill the groups of both types."""
+    t = inputs(40, 64, 96, 4, torch.bfloat16)
+    assert not products.rounds_gradients(t["grad"], t["weight"], t["lora_A"])
+    with loader.computing(replace(computing, int8_gradients=True)):
+        assert products.rounds_gradients(t["grad"], t["weight"], t["lora_A"])
+        grad, narrow = stored.multiply_backward(t["grad"], t["weight"], None)
+        expected, _ = products.linear_backward(t["grad"], t["weight"], in_int8=True)
+        assert torch.equal(grad, expected)
+        assert not products.rounds_gradients(t["grad"], t["weight"][:, :62].contiguous(), None)
+        assert not products.rounds_gradients(t["grad"].float(), t["weight"].float(), None)
+        int8, scale = quantize.quantized_rows(t["weight"])
+        assert not products.rounds_gradients(t["grad"], int8, None)
+    grad, _ = stored.multiply_backward(t["grad"], t["weight"], None)
+    assert torch.equal(grad, products.linear_backward(t["grad"], t["weight"])[0])

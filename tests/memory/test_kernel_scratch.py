@@ -69,7 +69,7 @@ def test_products(dtype, rows, n_in, n_out):
     )
     A, B = random(n_in, 16, dtype=torch.float32), random(16, n_out, dtype=torch.float32)
     forward = (x, weight, True, None, None, None, A, B, 1.0, None, None, None, False)
-    backward = (grad, weight, True, None, None, A, B, 1.0, None, True)
+    backward = (grad, weight, True, None, None, A, B, 1.0, None, True, False)
     _, h = ops.linear(*forward)
     _, narrow = ops.linear_backward(*backward)
     for operator, args in (
@@ -78,6 +78,18 @@ def test_products(dtype, rows, n_in, n_out):
         (ops.factors_backward, (x, h, grad, narrow, 1.0)),
     ):
         agree(arena_bytes(operator.default, args, {}), held(operator, args))
+
+
+@pytest.mark.parametrize("by_column", [True, False])
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 40_000, 896)])
+def test_gradients_in_int8_with_a_bf16_weight(rows, n_in, n_out, by_column):
+    """Weights of many rows, whose scales are most of what is held beside a product's own."""
+    weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
+    for in_int8 in (True, False):
+        args = (grad, weight, by_column, None, None, None, None, 1.0, None, True, in_int8)
+        agree(arena_bytes(ops.linear_backward.default, args, {}), held(ops.linear_backward, args))
+        rounded = grad.numel() + 4 * rows * -(-n_out // 128)
+        assert scratch_bytes(ops.linear_backward.default, args, {}) == (rounded if in_int8 else 0)
 
 
 def test_the_gradient_of_classes_and_cross_entropy():
@@ -119,7 +131,7 @@ def test_products_that_torch_computes_take_what_is_planned(dtype, int8, in_block
         weight, scale = quantized_rows(weight)
     A, B = random(576, 16, dtype=torch.float32), random(16, 1536, dtype=torch.float32)
     forward = (x, weight, True, scale, None, None, A, B, 1.0, None, None, None, in_blocks)
-    backward = (grad, weight, True, scale, None, A, B, 1.0, None, True)
+    backward = (grad, weight, True, scale, None, A, B, 1.0, None, True, False)
     alive = [t for t in (x, grad, weight, scale, A, B) if t is not None]
     held_before = sum(t.numel() * t.element_size() for t in alive)
     with loader.computing(Arithmetic(loader.variant())):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,26 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         )
     yield calls
     monkeypatch.setattr("deltaw.runtime.fused.serves_block", lambda *args: False)
+
+
+@compiled_only
+@pytest.mark.parametrize("lengths", [(20, 9, 6, 11), (391, 9, 130, 310)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi3", "GPT2"])
+def test_gradients_in_int8_of_a_block_in_one_call_are_the_same_to_the_bit(family, lengths, monkeypatch):
+    model = adapted(model_of(family, torch.bfloat16))
+    usual, usual_grads = outputs_and_gradients(model, True, lengths)
+    with loader.computing(replace(loader.arithmetic(), int8_gradients=True)):
+        with counted_calls(monkeypatch) as calls:
+            out, grads = outputs_and_gradients(model, True, lengths)
+        assert calls.count("backward") == 3
+        expected, expected_grads = outputs_and_gradients(model, True, lengths)
+    assert torch.equal(out, usual) and torch.equal(expected, usual)
+    off_by = []
+    for ours, theirs, exact in zip(grads, expected_grads, usual_grads, strict=True):
+        assert torch.equal(ours, theirs)
+        off_by.append(off(ours, exact))
+    # The last layers' gradients come from no product of the blocks.
+    assert max(off_by) > 1e-3 and sum(off_by) / len(off_by) < 0.05
 
 
 @compiled_only

@@ -38,6 +38,8 @@ from deltaw.kernels.processor import processor_flags, processor_name, second_lev
 MARGIN_OF_TORCH, MARGIN_OF_VARIANT = 1.05, 1.1
 # Logits in int8 must be so much faster than in bf16: what surrounds them takes a while, too.
 MARGIN_OF_INT8_LOGITS = 1.1
+# And gradients in int8, which lose some of their accuracy.
+MARGIN_OF_INT8_GRADIENTS = 1.3
 # Another precision is mentioned where its products would take at most this share of the time.
 WORTH_MENTIONING = 0.7
 # The variables that steer the libraries that torch computes with.
@@ -75,6 +77,8 @@ class KernelChoice:
         """What was chosen for a run in ``precision``, in a few words."""
         stored = STORED_BY_PRECISION.get(precision, "fp32")
         said = f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}"
+        if precision == "bf16" and self.arithmetic.int8_gradients:
+            said += ", those of gradients int8"
         if precision in WITH_BF16_HEADS and self.arithmetic.int8_logits:
             said += ", unlikely logits of large heads int8"
         return said
@@ -160,9 +164,19 @@ def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
         by_torch = rates[stored].get(TORCH, 0.0)
         ways[stored] = TORCH if by_torch > MARGIN_OF_TORCH * compiled.get(way, 0.0) else way
         chosen[stored] = rates[stored][TORCH] if ways[stored] == TORCH else compiled[way]
-    int8_logits = ways["int8"] != TORCH and chosen["int8"] > MARGIN_OF_INT8_LOGITS * chosen["bf16"]
-    int8_logits = int8_logits and os.environ.get(variants.ROUGH_LOGITS) != "0"
-    return Arithmetic(best, int8_logits=int8_logits).but(ways)
+    return Arithmetic(
+        best,
+        int8_logits=_in_int8(ways, chosen, MARGIN_OF_INT8_LOGITS, variants.ROUGH_LOGITS),
+        int8_gradients=ways["bf16"] != TORCH
+        and _in_int8(ways, chosen, MARGIN_OF_INT8_GRADIENTS, variants.ROUGH_GRADIENTS),
+    ).but(ways)
+
+
+def _in_int8(ways: Mapping[str, str], rates: Mapping[str, float], margin: float, variable: str) -> bool:
+    """Whether some products with bf16 weights are computed in int8: where the kernels do that faster by
+    ``margin``, and the user does not say no by ``variable``."""
+    faster = ways["int8"] != TORCH and rates["int8"] > margin * rates["bf16"]
+    return faster and os.environ.get(variable) != "0"
 
 
 def _measured(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> Measured:

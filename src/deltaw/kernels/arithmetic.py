@@ -21,8 +21,8 @@ from deltaw.kernels.variants import ARITHMETICS, VARIABLE
 # The types of stored weights, by the kernels' own numbers.
 STORED = ("fp32", "bf16", "int8")
 TORCH = "torch"
-# What was written before runs computed such logits does not name them.
-UNSAID = {"int8_logits": "no"}
+# What was written before runs computed these in int8 does not name them.
+UNSAID = {"int8_logits": "no", "int8_gradients": "no"}
 # What promises most where nothing was measured comes first.
 _BY_PROMISE = ("tiles", "dot", "wide")
 
@@ -36,6 +36,8 @@ class Arithmetic:
         fp32, bf16, int8: how products with weights of the type are computed; names of ARITHMETICS.
         int8_logits: whether logits of a bf16 head come from int8 products where those that count are computed
             once more.
+        int8_gradients: whether the gradients of inputs of layers with frozen bf16 weights come from int8
+            products; see ``in_int8`` of :func:`deltaw.kernels.linear.linear_backward`.
     """
 
     kernels: str | None = None
@@ -43,6 +45,7 @@ class Arithmetic:
     bf16: str = TORCH
     int8: str = TORCH
     int8_logits: bool = False
+    int8_gradients: bool = False
 
     def of(self, stored: str) -> str:
         """How products with weights stored as ``stored`` are computed."""
@@ -70,8 +73,8 @@ class Arithmetic:
         ):
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
-        int8_logits = (UNSAID | dict(values))["int8_logits"] == "yes"
-        return cls(kernels, int8_logits=int8_logits).but({s: str(found[s]) for s in STORED})
+        parts = {name: (UNSAID | dict(values))[name] == "yes" for name in UNSAID}
+        return cls(kernels, **parts).but({s: str(found[s]) for s in STORED})
 
 
 def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:

@@ -172,6 +172,7 @@ class Block:
             split,
             mlp.gated,
             parallel,
+            False,
             attention.how["scaling"],
             attention.how.get("softcap") or 0.0,
             HalfNorms(*forms[:3]),
@@ -181,7 +182,7 @@ class Block:
         )
         self._at = ctypes.addressof(self._parts)
         self._sizes = (_L * 3)()
-        self._sizes_of = (-1, -1)
+        self._sizes_of = (-1, -1, False)
 
     def settled(self) -> Block:
         """This block, or one made anew where its tensors lie elsewhere by now, as weights do that were let go
@@ -256,9 +257,11 @@ class Block:
 
     def _room(self, length: int, picks: int) -> tuple[int, int, int]:
         """Bytes kept, and of scratch forward and backward, for so many tokens."""
-        if (length, picks) != self._sizes_of:
+        rounds = loader.arithmetic().int8_gradients
+        if (length, picks, rounds) != self._sizes_of:
+            self._parts.int8_gradients = rounds
             loader.kernels().dw_block_sizes(self._at, length, picks, self._sizes)
-            self._sizes_of = length, picks
+            self._sizes_of = length, picks, rounds
         return tuple(self._sizes)  # type: ignore[return-value]
 
 

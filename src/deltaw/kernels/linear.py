@@ -23,6 +23,7 @@ from deltaw.kernels.operators import define
 from deltaw.kernels.quantize import (
     INT8,
     quantized_reference,
+    quantized_rows,
     room_for_int8,
     rounded_in_blocks,
     rows_as_int8,
@@ -144,8 +145,14 @@ def linear_backward(
     scaling: float = 1.0,
     added: Tensor | None = None,
     need_x: bool = True,
+    in_int8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """∂L/∂x (M, in) = grad·W + g·Aᵀ + added, and g = grad·(s·B)ᵀ (M, r); each empty where there is none.
+
+    Args:
+        in_int8: whether grad·W of a bf16 weight is computed in int8: the weight is rounded as it is read, with
+            a scale for each of the rows that it is stored in, and the gradient with one for each
+            ``INT8_BLOCK`` numbers.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -153,7 +160,23 @@ def linear_backward(
     _check_weight(grad, weight, not by_column, smooth_scales, scale, lora_B, lora_A, across=True)
     check_shape("what is added", added, grad.shape[0], weight.shape[1 if by_column else 0])
     return _linear_backward(
-        grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x
+        grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x, in_int8
+    )
+
+
+def rounds_gradients(grad: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True) -> bool:
+    """Whether this process computes the gradient of such a layer's input in int8, though its weight is not:
+    ``in_int8`` of :func:`linear_backward`."""
+    return loader.arithmetic().int8_gradients and _can_round(grad, weight, lora_A, by_column)
+
+
+def _can_round(grad: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool) -> bool:
+    """Whether the compiled kernel rounds the two sides of grad·W, which are bf16, as it reads them."""
+    return (
+        weight.dtype == grad.dtype == torch.bfloat16
+        and can_multiply(grad, weight, lora_A, by_column)
+        and loader.multiplies(loader.number(INT8))
+        and not (weight.shape[0] % 4 or weight.shape[1] % 4)
     )
 
 
@@ -168,6 +191,7 @@ def linear_backward_reference(
     scaling: float = 1.0,
     added: Tensor | None = None,
     need_x: bool = True,
+    in_int8: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The reference implementation of :func:`linear_backward`."""
     narrow = grad.new_empty(0)
@@ -178,6 +202,11 @@ def linear_backward_reference(
     if scale is not None:
         wide = rounded_in_blocks(grad.to(scale.dtype) * scale) @ weight.to(scale.dtype)
         dx = (wide if smooth_scales is None else wide * smooth_scales).to(grad.dtype)
+    elif in_int8:
+        signed, scale = quantized_rows(weight)
+        wide = grad.float() * scale if by_column else grad.float()
+        wide = rounded_in_blocks(wide) @ (signed if by_column else signed.t()).float()
+        dx = (wide if by_column else wide * scale).to(grad.dtype)
     else:
         dx = grad @ (weight if by_column else weight.t())
     if lora_A is not None:
@@ -296,12 +325,13 @@ def _compute_linear(
 
 
 def _compute_linear_backward(
-    grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x
+    grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x, in_int8
 ):  # type: ignore[no-untyped-def]
     compiled = can_multiply(grad, weight, lora_A, by_column, scale is not None) and _are(grad.dtype, added)
+    compiled = compiled and (not in_int8 or _can_round(grad, weight, lora_A, by_column))
     if not compiled or not _are(torch.float32, scale, smooth_scales, lora_B):
         return linear_backward_reference(
-            grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x
+            grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x, in_int8
         )
     grad = grad.contiguous()
     scale, smooth_scales, added = _laid_out(scale, smooth_scales, added)
@@ -315,7 +345,7 @@ def _compute_linear_backward(
     if need_x:
         dx = torch.empty(rows, width, dtype=grad.dtype)
     rounded = scales = None
-    if scale is not None and need_x:
+    if (scale is not None or in_int8) and need_x:
         rounded, scales = room_for_int8(grad, True)
     loader.kernels().dw_linear_backward(
         loader.number(grad.dtype), rows, out, width, grad.data_ptr(), loader.number(weight.dtype),
@@ -365,15 +395,16 @@ _linear = define(
 )
 _linear_backward = define(
     "linear_backward(Tensor grad, Tensor weight, bool by_column, Tensor? scale, Tensor? smooth_scales, "
-    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? added, bool need_x) -> (Tensor, Tensor)",
+    "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? added, bool need_x, bool in_int8) "
+    "-> (Tensor, Tensor)",
     _compute_linear_backward,
-    lambda grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x: (
+    lambda grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x, _: (
         grad.new_empty(grad.shape[0], weight.shape[1] if by_column else weight.shape[0])
         if need_x
         else grad.new_empty(0),
         _no_update(grad, lora_A),
     ),
-    lambda grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x: (
+    lambda grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x, _: (
         2 * grad.shape[0] * weight.numel() * need_x
         + _low_operations(grad.shape[0], lora_A if need_x else None, lora_B)
     ),

@@ -34,7 +34,7 @@ from deltaw.kernels.structs import differing
 from deltaw.kernels.variants import Variant
 
 # What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
-ABI = 8
+ABI = 9
 _NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -45,7 +45,7 @@ class BlockParts(ctypes.Structure):
             (name, _L)
             for name in (
                 *("type", "heads", "key_heads", "head_size", "activation", "window", "turned"),
-                *("causal", "split", "gated", "parallel"),
+                *("causal", "split", "gated", "parallel", "int8_gradients"),
             )
         ),
         *((name, _F) for name in ("scaling", "softcap")),

@@ -24,6 +24,8 @@ VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
 MEASURED = "DELTAW_MEASURED"
 # What keeps all logits of a bf16 head in bf16 if it is 0.
 ROUGH_LOGITS = "DELTAW_ROUGH_LOGITS"
+# What keeps the products of gradients with bf16 weights in bf16 if it is 0.
+ROUGH_GRADIENTS = "DELTAW_ROUGH_GRADIENTS"
 ANY = "auto"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
 # while they are laid out; tiles; torch's operators.

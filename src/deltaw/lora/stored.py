@@ -156,8 +156,9 @@ def multiply_backward(
     if isinstance(stored, BlockWeight):
         return block_linear_backward(grad, stored, lora_A, lora_B, scaling, added, need_x)
     scale, columns, _ = stored or (None, None, False)
+    in_int8 = stored is None and need_x and plain.rounds_gradients(grad, weight, lora_A, by_column)
     return plain.linear_backward(
-        grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x
+        grad, weight, by_column, scale, columns, lora_A, lora_B, scaling, added, need_x, in_int8
     )
 
 

@@ -45,14 +45,14 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if not _multiplied(x, scale):
         return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
-    return _room_of_linear(x, weight, by_column, scale, args[12], rank, False, False)
+    return _room_of_linear(x, weight, by_column, scale is not None, args[12], rank, False, False)
 
 
 def _room_of_linear(
     x: Tensor,
     weight: Tensor,
     by_column: bool,
-    scale: Tensor | None,
+    int8: bool,
     in_blocks: bool,
     rank: int,
     backward: bool,
@@ -61,7 +61,7 @@ def _room_of_linear(
     out, inputs = weight.shape if by_column else weight.shape[::-1]
     return loader.kernels().dw_linear_room(
         loader.number(x.dtype), x.shape[0], out, inputs, loader.number(weight.dtype), by_column,
-        scale is not None, in_blocks, rank, backward, need_x,
+        int8, in_blocks, rank, backward, need_x,
     )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if not _multiplied(grad, scale):
         return 0
     rank = 0 if lora_A is None else lora_A.shape[1]
-    return _room_of_linear(grad, weight, by_column, scale, True, rank, True, args[9])
+    return _room_of_linear(grad, weight, by_column, scale is not None or args[10], True, rank, True, args[9])
 
 
 def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -102,7 +102,7 @@ def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool
 
 def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The gradient in int8 with a scale for each block of a row."""
-    return _int8_bytes(args[0], True) if args[3] is not None and args[9] else 0
+    return _int8_bytes(args[0], True) if (args[3] is not None or args[10]) and args[9] else 0
 
 
 def _factors_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

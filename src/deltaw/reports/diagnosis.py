@@ -13,7 +13,7 @@ from typing import Literal
 from deltaw.errors import nearest
 from deltaw.host.choices import SLOW, choose_precision
 from deltaw.kernels.arithmetic import STORED, TORCH
-from deltaw.kernels.variants import MEASURED, NONE, OFF, ROUGH_LOGITS, VARIABLE, asked
+from deltaw.kernels.variants import MEASURED, NONE, OFF, ROUGH_GRADIENTS, ROUGH_LOGITS, VARIABLE, asked
 from deltaw.reports.machine import OPTIONAL, Disk, Facts
 
 Severity = Literal["ok", "note", "warning", "problem"]
@@ -37,6 +37,7 @@ VARIABLES = {
     OFF: "0: no compiled kernels",
     MEASURED: "rates of products, as another process measured them",
     ROUGH_LOGITS: "0: a bf16 head's logits are all computed in bf16",
+    ROUGH_GRADIENTS: "0: gradients are multiplied with bf16 weights in bf16",
     "DELTAW_CACHE": "where models, features and measurements are kept",
     "DELTAW_API_KEY": "a key that requests to deltaw serve must bring",
     "DELTAW_PEER_SECONDS": "how long processes that train together wait for each other",

@@ -111,7 +111,8 @@ struct Composed {
         Buffer<uint8_t> grad_int8(c.rows * l.out);
         Buffer<float> scales(c.rows * ((l.out + 127) / 128));
         expect(dw_linear_backward((int)b.type, c.rows, l.out, l.in, grad, (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B,
-                                  l.rank, l.scaling, added, grad_int8.data(), scales.data(), dx, c.g) == 0, "linear backward");
+                                  l.rank, l.scaling, added, b.rounds_gradient(l) ? grad_int8.data() : nullptr, scales.data(), dx, c.g) == 0,
+               "linear backward");
         for (auto &one : w)
             if (l.rank && one->A.data() == l.A)
                 expect(dw_factors_backward((int)b.type, c.rows, l.in, l.out, l.rank, x ? x : c.x, c.h, grad, c.g, l.scaling, one->A_again.data(),
@@ -253,9 +254,10 @@ struct Composed {
 };
 
 template <class T>
-void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t rank, bool int8, bool pick, int format = 0) {
+void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t rank, bool int8, bool pick, int format = 0,
+               bool int8_gradients = false) {
     const std::string what = std::string("block ") + form.name + " type " + std::to_string(type_of<T>()) + " rank " + std::to_string(rank) +
-                             (int8 ? " int8" : "") + (pick ? " picked" : "") + (format ? " format " + std::to_string(format) : "");
+                             (int8 ? " int8" : int8_gradients ? " int8 gradients" : "") + (pick ? " picked" : "") + (format ? " format " + std::to_string(format) : "");
     // In blocks, all layers' inputs are a whole number of these.
     const int64_t hidden = format ? 64 : 36, heads = 4, key_heads = 2, d = format ? 16 : 12, inner = format ? 128 : 52, S = (int64_t)lengths.size();
     int64_t M = 0;
@@ -291,8 +293,8 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
     x.fill(), grad.fill(), cosine.fill(), sine.fill();
     const HalfNorms first = half(), second = half();
     const RowNorm of_query = norm(form.head_norms, d), of_key = norm(form.head_norms, d);
-    const BlockParts b{type_of<T>(), heads, key_heads, d, 1, 0, form.turned ? d : 0, form.causal, form.split, form.gated, form.parallel, 0.3f, 0.0f,
-                       first, second, of_query, of_key, layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6)};
+    const BlockParts b{type_of<T>(), heads, key_heads, d, 1, 0, form.turned ? d : 0, form.causal, form.split, form.gated, form.parallel, int8_gradients, 0.3f,
+                       0.0f, first, second, of_query, of_key, layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6)};
     int64_t bytes[3];
     expect(dw_block_sizes(&b, M, pick ? P : 0, bytes) == 0, what + " sizes");
     // Whole numbers of lines: what the caller gives begins on one.
@@ -358,9 +360,11 @@ void test_block() {
             for (bool pick : {false, true}) {
                 test_once<float>(form, {9, 1, 20}, 4, int8, pick), test_once<bf16>(form, {9, 1, 20}, 18, int8, pick);
                 test_once<bf16>(form, {1}, 0, int8, pick);
+                if (!int8) test_once<bf16>(form, {9, 1, 20}, 18, false, pick, 0, true);
             }
     for (bool int8 : {false, true})
         for (int i : {0, 2, 3, 5}) test_once<bf16>(forms[i], {600, 700}, 4, int8, i == 2);
+    for (int i : {0, 2, 5}) test_once<bf16>(forms[i], {600, 700}, 4, false, i == 2, 0, true);
     for (int format : {deltaw::Q4_1, deltaw::Q8_0, deltaw::NF4})
         for (bool pick : {false, true}) test_once<bf16>(forms[0], {9, 1, 20}, 4, false, pick, format), test_once<float>(forms[7], {9, 1, 20}, 4, false, pick, format);
 }

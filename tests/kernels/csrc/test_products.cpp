@@ -191,6 +191,45 @@ void test_quantize(int64_t M, int64_t K) {
     expect(most <= 0.501, what + " is off by no more than half a step, but by " + std::to_string(most));
 }
 
+// Each row of a bf16 matrix as signed int8 with a scale; rows of zeros stay zeros.
+void round_rows(const Buffer<bf16> &w, int64_t rows, int64_t width, Buffer<int8_t> &w_int8, Buffer<float> &scale) {
+    for (int64_t n = 0; n < rows; n++) {
+        float top = 0;
+        for (int64_t k = 0; k < width; k++) top = std::max(top, std::fabs((float)w.at(n * width + k)));
+        scale[n] = top / 127.0f;
+        const float by = top > 0 ? 1.0f / scale[n] : 0.0f;
+        for (int64_t k = 0; k < width; k++)
+            w_int8[n * width + k] = (int8_t)std::max(-128.0f, std::min(127.0f, std::nearbyint((float)w.at(n * width + k) * by)));
+    }
+}
+
+// The gradient of a bf16 weight's input, rounded as it is read, gives what its rounded copy gives.
+void test_gradient_rounded_on_the_way(const Shape &s, bool by_column) {
+    const std::string what = "gradient rounded on the way " + std::to_string(s.M) + "x" + std::to_string(s.in) + "x" + std::to_string(s.out) +
+                             (by_column ? "" : " by row");
+    const int64_t height = by_column ? s.out : s.in, blocks = (s.out + BLOCK - 1) / BLOCK;
+    Buffer<bf16> grad(s.M * s.out), w(s.in * s.out), added(s.M * s.in), dx(added.count), same(added.count), narrow(s.M * s.rank), again(s.M * s.rank);
+    Buffer<int8_t> w_int8(w.count);
+    Buffer<uint8_t> grad_int8(grad.count);
+    Buffer<float> scale(height), ones(s.out), A(s.in * s.rank), B(s.rank * s.out), grad_scales(s.M * blocks);
+    grad.fill(), w.fill(), added.fill(), A.fill(0.1), B.fill(0.1);
+    for (int64_t k = 0; k < w.count / height; k++) w[k] = 0;
+    for (int64_t i = 0; i < s.out; i++) ones[i] = 1.0f;
+    round_rows(w, height, w.count / height, w_int8, scale);
+    const float *const a = s.rank ? A.data() : nullptr, *const b = s.rank ? B.data() : nullptr;
+    auto run = [&](int type, const void *weight, const float *of_grad, const float *of_dx, Buffer<bf16> &dx, Buffer<bf16> &narrow) {
+        expect(dw_linear_backward(1, s.M, s.out, s.in, grad.data(), type, weight, by_column, of_grad, of_dx, a, b, s.rank, 0.5f, added.data(),
+                                  grad_int8.data(), grad_scales.data(), dx.data(), narrow.data()) == 0, what);
+    };
+    run(1, w.data(), nullptr, nullptr, dx, narrow);
+    run(2, w_int8.data(), by_column ? scale.data() : ones.data(), by_column ? nullptr : scale.data(), same, again);
+    expect(dx.same(same) && narrow.same(again), what + " gives the same bits");
+    Numbers expected = added.numbers();
+    add_product(expected, grad.numbers(), w.numbers(), s.M, s.in, s.out, 1, !by_column);
+    add_product(expected, narrow.numbers(), A.numbers(), s.M, s.in, s.rank, 1, true);
+    expect_close(dx.numbers(), expected, 2e-2, what + " is near the exact one");
+}
+
 // A bf16 weight that is rounded as it is read gives what its rounded copy gives.
 void test_rounded_on_the_way(const Shape &s) {
     Buffer<bf16> x(s.M * s.in), w(s.in * s.out), y(s.M * s.out), same(s.M * s.out);
@@ -198,13 +237,7 @@ void test_rounded_on_the_way(const Shape &s) {
     Buffer<uint8_t> x_int8(x.count);
     Buffer<float> scale(s.out), x_scales(s.M);
     x.fill(), w.fill();
-    for (int64_t n = 0; n < s.out; n++) {
-        float top = 0;
-        for (int64_t k = 0; k < s.in; k++) top = std::max(top, std::fabs((float)w.at(n * s.in + k)));
-        scale[n] = top / 127.0f;
-        for (int64_t k = 0; k < s.in; k++)
-            w_int8[n * s.in + k] = (int8_t)std::max(-128.0f, std::min(127.0f, std::nearbyint((float)w.at(n * s.in + k) * (1.0f / scale[n]))));
-    }
+    round_rows(w, s.out, s.in, w_int8, scale);
     expect(dw_linear(1, s.M, s.out, s.in, x.data(), 1, w.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, x_int8.data(),
                      x_scales.data(), 0, 1, y.data(), nullptr) == 0, "rounded on the way");
     expect(dw_linear(1, s.M, s.out, s.in, x.data(), 2, w_int8.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr,
@@ -281,6 +314,7 @@ void test_products() {
         test_int8<float>(s, s.M % 2, s.M % 3 == 0), test_int8<bf16>(s, true, false), test_int8<bf16>(s, false, false);
         test_int8<bf16>(s, true, true);
         test_rounded_on_the_way(s);
+        for (bool by_column : {true, false}) test_gradient_rounded_on_the_way(s, by_column);
     }
     for (int parts : {0, (int)BIAS, (int)BIAS_IN_FP32, (int)ADDED, (int)(BIAS_IN_FP32 | ADDED)})
         test_linear<float>(Shape{9, 28, 20, 6}, parts % 2, parts), test_linear<bf16>(Shape{9, 28, 20, 6}, parts % 2, parts);

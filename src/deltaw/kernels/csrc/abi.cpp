@@ -35,8 +35,8 @@ int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
     if (which == 3) {
         typedef BlockParts Struct;
         const int64_t found[] = {sizeof(Struct), AT(type), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(turned),
-                                 AT(causal), AT(split), AT(gated), AT(parallel), AT(scaling), AT(softcap), AT(first), AT(second), AT(of_query),
-                                 AT(of_key), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
+                                 AT(causal), AT(split), AT(gated), AT(parallel), AT(int8_gradients), AT(scaling), AT(softcap), AT(first), AT(second),
+                                 AT(of_query), AT(of_key), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
         return copy(found, sizeof(found) / sizeof(*found));
     }
     if (which == 4) {

@@ -106,7 +106,8 @@ struct SomeRows {
     // dx = the gradient of the input + added, where dx is wanted, and g, which the factors' own gradients need.
     void linear_backward(const Layer &l, const Rows &grad, const Rows *added, const Rows *dx, const Rows &g) {
         check(dw_linear_backward(type(), rows, l.out, l.in, grad[first], (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B,
-                                 l.rank, l.scaling, added ? (*added)[first] : nullptr, int8, scales, dx ? (*dx)[first] : nullptr, g[first]));
+                                 l.rank, l.scaling, added ? (*added)[first] : nullptr, b.rounds_gradient(l) ? int8 : nullptr, scales,
+                                 dx ? (*dx)[first] : nullptr, g[first]));
         int8_of = nullptr;
     }
     void rotate(int64_t heads, const Rows &x, const Rows &cosine, const Rows &sine, int backward) {

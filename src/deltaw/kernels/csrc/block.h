@@ -28,6 +28,7 @@ enum Split { APART = 0, STACKED = 1, GROUPED = 2 };
 struct BlockParts {
     int64_t type, heads, key_heads, head_size, activation, window, turned;
     int64_t causal, split, gated, parallel;  // gated without `up`: the gate's layer gives gates and then ups
+    int64_t int8_gradients;                  // bf16 weights are rounded to int8 in the backward, see dw_linear_backward
     float scaling, softcap;
     HalfNorms first, second;
     RowNorm of_query, of_key;  // over each head
@@ -39,5 +40,9 @@ struct BlockParts {
     int64_t inner() const { return down.in; }
     int64_t number() const { return type == 0 ? 4 : 2; }  // bytes
     bool gate_gives_up() const { return gated && !up.weight; }
+    // Whether a layer's gradient is rounded to int8; groups of four numbers are multiplied at a time.
+    bool rounds_gradient(const Layer &l) const {
+        return l.scale || (int8_gradients && type == 1 && l.weight_type == 1 && l.in % 4 == 0 && l.out % 4 == 0);
+    }
     bool head_norms() const { return of_query.used || of_key.used; }
 };

@@ -100,7 +100,7 @@ struct Work {
             x_p = from.take(P, hidden), n_p = from.take(P, hidden);
             cosine = from.take(P, b.turned * 4), sine = from.take(P, b.turned * 4);
         }
-        take_int8(b, T, from);
+        take_int8(b, T, backward, from);
         const bool copied = b.split != APART && !of.views(b);
         if (!backward) {
             const int64_t here = from.used;
@@ -126,11 +126,11 @@ struct Work {
     }
 
   private:
-    void take_int8(const BlockParts &b, int64_t T, Room &from) {
+    void take_int8(const BlockParts &b, int64_t T, bool backward, Room &from) {
         int64_t widest = 0;
         bool any = false;
         for (const Layer *l : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down}) {
-            any |= l->scale != nullptr;
+            any |= backward ? b.rounds_gradient(*l) : l->scale != nullptr;
             widest = std::max({widest, l->in, l->out});
         }
         int8 = from.take(any ? T : 0, widest), scales = from.take(any ? T : 0, int8_blocks(widest) * 4);

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 // To be raised whenever a function's arguments, the types that it takes or a struct of block.h, blocks.h or decode.h change; the caller compares it with its own.
-const int DW_ABI = 8;
+const int DW_ABI = 9;
 
 #define DW_EXPORT __attribute__((visibility("default")))
 

@@ -54,24 +54,35 @@ int dw_linear(int type, int64_t M, int64_t out, int64_t in, const void *x, int w
 
 // narrow (M, r) = scaling·grad·Bᵀ, and where dx (M, in) is not null dx = grad·W + narrow·Aᵀ + added. In int8 the gradient
 // is rounded here, times `scale`, into grad_int8, with a scale for each INT8_BLOCK numbers: few numbers of a row are large.
+// A bf16 weight without a `scale` is multiplied so too where grad_int8 is given: it is rounded as it is read, each of the
+// rows that it is stored in by a scale of its own, found here.
 int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void *grad, int weight_type, const void *weight, int by_column,
                        const float *scale, const float *smooth, const float *A, const float *B, int64_t rank, float scaling, const void *added, uint8_t *grad_int8,
                        float *grad_scales, void *dx, void *narrow) {
     return guarded([&] {
+        Scratch scratch;
+        const bool as_read = dx && grad_int8 && !scale, int8 = scale || as_read;
+        const float *of_grad = scale, *of_dx = smooth, *of_rows = nullptr;
+        if (as_read) {
+            const int64_t height = by_column ? out : in;
+            float *const found = scratch.take<float>(height);
+            scales_of_rows(height, by_column ? in : out, (const bf16 *)weight, found);
+            of_rows = (by_column ? of_grad : of_dx) = found;
+        }
         rows_apart(M, [&](int64_t first, int64_t rows) {
             const void *const left = at_row(grad, first, out, type);
             void *const low = at_row(narrow, first, rank, type);
             if (rank) run_product(plain_product(type, rows, rank, out, left, Right{B, out, F32, 1, scaling}, low), type);
             if (!dx) return;
-            uint8_t *const left_int8 = scale ? at_row(grad_int8, first, out) : nullptr;
-            float *const left_scale = scale ? at_row(grad_scales, first, int8_blocks(out)) : nullptr;
-            if (scale) quantize_rows(type, rows, out, left, scale, INT8_BLOCK, left_int8, left_scale);
-            Product p = plain_product(type, rows, in, out, scale ? left_int8 : left,
-                                      Right{weight, by_column ? in : out, weight_type, !by_column, 1.0f}, at_row(dx, first, in, type));
-            if (scale) p.block_scale = left_scale, p.column_scale = smooth;
+            uint8_t *const left_int8 = int8 ? at_row(grad_int8, first, out) : nullptr;
+            float *const left_scale = int8 ? at_row(grad_scales, first, int8_blocks(out)) : nullptr;
+            if (int8) quantize_rows(type, rows, out, left, of_grad, INT8_BLOCK, left_int8, left_scale);
+            Product p = plain_product(type, rows, in, out, int8 ? left_int8 : left,
+                                      Right{weight, by_column ? in : out, weight_type, !by_column, 1.0f, of_rows}, at_row(dx, first, in, type));
+            if (int8) p.block_scale = left_scale, p.column_scale = of_dx;
             if (rank) p.low = low, p.rank = rank, p.low_right = Right{A, rank, F32, 1, 1.0f};
             p.added = at_row(added, first, in, type), p.added_ld = in;
-            run_product(p, scale ? INT8 : type);
+            run_product(p, int8 ? INT8 : type);
         });
     });
 }
@@ -94,5 +105,6 @@ int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_
     Product p = plain_product(type, rows, N, K, nullptr, right, nullptr);
     if (scaled) (backward || in_blocks ? p.block_scale : p.row_scale) = &unit;
     p.rank = rank, p.low_right = Right{nullptr, rank, F32, backward, unit};
-    return std::max(most, room(p, scaled ? INT8 : type));
+    const int64_t scales = backward && scaled && weight_type == BF16 ? (apart ? threads : 1) * (by_column ? out : in) * 4 : 0;
+    return scales + std::max(most, room(p, scaled ? INT8 : type));
 }

@@ -70,6 +70,20 @@ void deltaw::quantize_rows(int type, int64_t M, int64_t K, const void *x, const 
     else quantize(M, K, (const bf16 *)x, smooth, at_once, out, scales);
 }
 
+void deltaw::scales_of_rows(int64_t rows, int64_t width, const bf16 *matrix, float *scales) {
+    const First all = first(16);
+    rows_in_parallel(rows, [&](int64_t r) {
+        const bf16 *const row = matrix + r * width;
+        F16 most[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+        int64_t k = 0;
+        for (; k + 64 <= width; k += 64)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) most[i] = max(most[i], abs(load16(row + k + 16 * i, all)));
+        for (; k < width; k += 16) most[0] = max(most[0], abs(load16(row + k, first(width - k))));
+        scales[r] = largest_of(max(max(most[0], most[1]), max(most[2], most[3]))) / 127.0f;
+    });
+}
+
 // x (M, K) to out (M, K) with a scale for each row, scales (M), or `in_blocks` for each INT8_BLOCK numbers, (M, blocks).
 int dw_quantize(int type, int64_t M, int64_t K, const void *x, const float *smooth, int in_blocks, uint8_t *out, float *scales) {
     return guarded([&] { quantize_rows(type, M, K, x, smooth, in_blocks ? INT8_BLOCK : std::max<int64_t>(K, 1), out, scales); });
