@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.kernels.block_formats import BlockWeight
+from deltaw.kernels.block_linear import block_linear_backward
 from deltaw.kernels.class_gradient import can_round_classes, class_gradient_
 from deltaw.kernels.head_gradient import TOGETHER, can_split_classes, groups, head_gradient_
+from deltaw.kernels.linear import linear_backward
 from deltaw.kernels.rows import cross_entropy_
-from deltaw.lora.stored import Scales, Stored, multiply, multiply_backward
+from deltaw.lora.stored import Scales, Stored, multiply
 from deltaw.training.tasks.rough_logits import ROWS_FOR_APART, RoughHead, RoughLogits
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
@@ -174,8 +176,10 @@ def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored 
     """gradient (P, classes) · head; overwrites it. In int8 the targets' own part is not rounded."""
     if isinstance(stored, Scales) and can_round_classes(gradient, head):
         return class_gradient_(gradient, targets, head, stored[0])
-    # In int8 only the logits are rounded: the gradient is taken with the head's own numbers.
-    return multiply_backward(gradient, head, stored if isinstance(stored, BlockWeight) else None)[0]
+    if isinstance(stored, BlockWeight):
+        return block_linear_backward(gradient, stored)[0]
+    # Without such rounding, the gradient is taken with the head's own numbers, whatever layers do with theirs.
+    return linear_backward(gradient, head)[0]
 
 
 def _even_chunk(rows: int, most: int) -> int:
