@@ -36,10 +36,8 @@ from deltaw.kernels.processor import processor_flags, processor_name, second_lev
 # Torch's product must be so much faster, since what surrounds it is not computed in one call then; and a
 # variant of lower rank so much faster than one that has all of its instructions.
 MARGIN_OF_TORCH, MARGIN_OF_VARIANT = 1.05, 1.1
-# Logits in int8 must be so much faster than in bf16: what surrounds them takes a while, too.
-MARGIN_OF_INT8_LOGITS = 1.1
-# And gradients in int8, which lose some of their accuracy.
-MARGIN_OF_INT8_GRADIENTS = 1.3
+# Logits and gradients in int8 must be so much faster than in bf16: what surrounds them takes a while, too.
+MARGIN_OF_INT8 = 1.1
 # Another precision is mentioned where its products would take at most this share of the time.
 WORTH_MENTIONING = 0.7
 # The variables that steer the libraries that torch computes with.
@@ -166,16 +164,15 @@ def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
         chosen[stored] = rates[stored][TORCH] if ways[stored] == TORCH else compiled[way]
     return Arithmetic(
         best,
-        int8_logits=_in_int8(ways, chosen, MARGIN_OF_INT8_LOGITS, variants.ROUGH_LOGITS),
-        int8_gradients=ways["bf16"] != TORCH
-        and _in_int8(ways, chosen, MARGIN_OF_INT8_GRADIENTS, variants.ROUGH_GRADIENTS),
+        int8_logits=_in_int8(ways, chosen, variants.ROUGH_LOGITS),
+        int8_gradients=ways["bf16"] != TORCH and _in_int8(ways, chosen, variants.ROUGH_GRADIENTS),
     ).but(ways)
 
 
-def _in_int8(ways: Mapping[str, str], rates: Mapping[str, float], margin: float, variable: str) -> bool:
-    """Whether some products with bf16 weights are computed in int8: where the kernels do that faster by
-    ``margin``, and the user does not say no by ``variable``."""
-    faster = ways["int8"] != TORCH and rates["int8"] > margin * rates["bf16"]
+def _in_int8(ways: Mapping[str, str], rates: Mapping[str, float], variable: str) -> bool:
+    """Whether some products with bf16 weights are computed in int8: where the kernels do that clearly faster,
+    and the user does not say no by ``variable``."""
+    faster = ways["int8"] != TORCH and rates["int8"] > MARGIN_OF_INT8 * rates["bf16"]
     return faster and os.environ.get(variable) != "0"
 
 
