@@ -106,15 +106,15 @@ def block_linear_reference(
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference implementation of :func:`block_linear`."""
-    y = x.new_empty(len(x), weight.shape[0])
+    y, h = x.new_empty(len(x), weight.shape[0]), x.new_empty(0)
+    factor = None
+    if lora_A is not None and lora_B is not None:
+        h, factor = x @ lora_A.to(x.dtype), (lora_B * scaling).to(x.dtype)
     for rows in _some_rows(weight):
-        y[:, rows] = x @ _values(weight, rows, x.dtype).t()
+        update = None if factor is None else h @ factor[:, rows]
+        y[:, rows] = plain.plus_product(update, x, _values(weight, rows, x.dtype).t())
     if bias is not None:
         y = y + bias.to(y.dtype)
-    h = x.new_empty(0)
-    if lora_A is not None and lora_B is not None:
-        h = x @ lora_A.to(x.dtype)
-        y = torch.addmm(y, h, (lora_B * scaling).to(x.dtype))
     return (y if added is None else y + added), h
 
 
@@ -135,11 +135,11 @@ def block_linear_backward_reference(
         return grad.new_empty(0), narrow
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     sums = torch.zeros(len(grad), weight.columns, dtype=wide, device=grad.device)
+    update = None if lora_A is None else narrow @ lora_A.to(grad.dtype).t()
     for rows in _some_rows(weight):
-        sums += grad[:, rows] @ _values(weight, rows, grad.dtype)
+        sums += plain.plus_product(update, grad[:, rows], _values(weight, rows, grad.dtype))
+        update = None
     dx = sums.to(grad.dtype)
-    if lora_A is not None:
-        dx = torch.addmm(dx, narrow, lora_A.to(grad.dtype).t())
     return (dx if added is None else dx + added), narrow
 
 

@@ -122,16 +122,29 @@ def linear_reference(
             left *= spread_scales(by, x.shape[1])
         sums = left @ signed.to(scale.dtype).t()
         del left  # the plan of memory counts on it
-        y = (sums * scale if in_blocks else sums * by[:, None] * scale).to(x.dtype)
-    else:
-        y = x @ (weight.t() if by_column else weight)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    h = x.new_empty(0)
+        sums *= scale if in_blocks else by[:, None] * scale
+    h, update = x.new_empty(0), None
     if lora_A is not None and lora_B is not None:
         h = x @ lora_A.to(x.dtype)
-        y = torch.addmm(y, h, (lora_B * scaling).to(x.dtype))
+        update = h @ (lora_B * scaling).to(x.dtype)
+    if scale is not None:
+        y = (sums if update is None else sums.add_(update)).to(x.dtype)
+    else:
+        y = plus_product(update, x, weight.t() if by_column else weight)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
     return (y if added is None else y + added), h
+
+
+def plus_product(update: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """update + left·right, rounded once; overwrites the update.
+
+    An update is small. Added to a product that was rounded to bf16 before, half of it and more would be less
+    than half of the last digit, and lost: not by chance, but wherever the sum is rounded back.
+    """
+    if update is None:
+        return left @ right
+    return torch.addmm(update, left, right) if torch.is_grad_enabled() else update.addmm_(left, right)
 
 
 def linear_backward(
@@ -199,18 +212,22 @@ def linear_backward_reference(
         narrow = grad @ (lora_B * scaling).to(grad.dtype).t()
     if not need_x:
         return grad.new_empty(0), narrow
+    wide = None
     if scale is not None:
         wide = rounded_in_blocks(grad.to(scale.dtype) * scale) @ weight.to(scale.dtype)
-        dx = (wide if smooth_scales is None else wide * smooth_scales).to(grad.dtype)
+        if smooth_scales is not None:
+            wide *= smooth_scales
     elif in_int8:
         signed, scale = quantized_rows(weight)
         wide = grad.float() * scale if by_column else grad.float()
         wide = rounded_in_blocks(wide) @ (signed if by_column else signed.t()).float()
-        dx = (wide if by_column else wide * scale).to(grad.dtype)
+        if not by_column:
+            wide *= scale
+    update = None if lora_A is None else narrow @ lora_A.to(grad.dtype).t()
+    if wide is not None:
+        dx = (wide if update is None else wide.add_(update)).to(grad.dtype)
     else:
-        dx = grad @ (weight if by_column else weight.t())
-    if lora_A is not None:
-        dx = torch.addmm(dx, narrow, lora_A.to(grad.dtype).t())
+        dx = plus_product(update, grad, weight if by_column else weight.t())
     return (dx if added is None else dx + added), narrow
 
 

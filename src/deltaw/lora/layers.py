@@ -200,13 +200,11 @@ class LoRALinear(LoRALayer, nn.Linear):
         dropout = self.dropout if self.training else 0.0
         bias = self.output_bias()
         if (places := self.active_places) is not None:
-            with_base = (
-                F.linear(input, self.weight, bias)
-                if stored is None
-                else frozen_linear(input, self.weight, bias, stored)
-            )
             factors = (self.lora_A, self.lora_B, self.scaling)
-            return with_base + closed_form.update_at(input, places, *factors, dropout)
+            update = closed_form.update_at(input, places, *factors, dropout)
+            if stored is None:
+                return closed_form.with_update(update, input, self.weight, bias)
+            return frozen_linear(input, self.weight, bias, stored) + update
         return closed_form.linear(
             input, self.weight, bias, self.lora_A, self.lora_B, self.scaling, dropout, stored=stored
         )
@@ -274,17 +272,18 @@ class LoRAConv1D(LoRALayer):
         scales = weight_scales(self)
         dropout = self.dropout if self.training else 0.0
         places = self.active_places if self.adapting else None
-        if not self.adapting or places is not None:
+        factors = self.lora_A, self.lora_B
+        update = None if places is None else closed_form.update_at(x, places, *factors, self.scaling, dropout)
+        if update is not None and scales is None:
+            return closed_form.with_update(update, x, self.weight, self.bias, True)
+        if not self.adapting or update is not None:
             if scales is not None:
                 y = frozen_linear(x, self.weight, self.bias, scales)
             else:
                 flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
                 y = flat.view(*x.shape[:-1], self.out_features)
-            if places is None:
-                return y
-            return y + closed_form.update_at(x, places, self.lora_A, self.lora_B, self.scaling, dropout)
+            return y if update is None else y + update
         bias = self.output_bias()
-        factors = self.lora_A, self.lora_B
         return closed_form.linear(
             x, self.weight, bias, *factors, self.scaling, dropout, self.weight_is_in_out, scales
         )

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
-from deltaw.kernels.block_formats import BlockWeight
 from deltaw.lora.stored import Stored, multiply, multiply_backward
 
 
@@ -111,6 +110,15 @@ def update_at(
     return narrow @ (lora_B * scaling).to(x.dtype)
 
 
+def with_update(
+    update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, weight_is_in_out: bool = False
+) -> Tensor:
+    """x·Wᵀ + b + update, with the update (..., out) in the sums of the product; by autograd."""
+    matrix = weight if weight_is_in_out else weight.t()
+    y = torch.addmm(update.reshape(-1, update.shape[-1]), x.reshape(-1, x.shape[-1]), matrix)
+    return shaped(y if bias is None else y + bias, x.shape[:-1])
+
+
 class _Linear(torch.autograd.Function):
     """The closed form behind :func:`linear`."""
 
@@ -134,19 +142,20 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(rows_of(x), x.shape[-1])
         # A compiler has kernels of its own.
         fused = mask is None and not torch.compiler.is_compiling()
-        fused = fused and (isinstance(stored, BlockWeight) or kernels.can_multiply(flat, base_weight, lora_A))
+        fused = fused and (stored is not None or kernels.can_multiply(flat, base_weight, lora_A))
         if fused:
             y, h = multiply(
                 flat, base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling
             )
         else:
-            if stored is not None:
-                y, _ = multiply(flat, weight, stored, bias=base_bias)
-            else:
-                y = F.linear(flat, base_weight.t() if weight_is_in_out else base_weight, base_bias)
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
             # The scaling goes into the small (r, out) factor, so that no wide tensor is skipped for it.
-            y.addmm_(h, scaled(lora_B, scaling, x.dtype))
+            y = h @ scaled(lora_B, scaling, x.dtype)
+            if stored is not None:
+                y, _ = multiply(flat, weight, stored, bias=base_bias, added=y)
+            else:
+                y = kernels.plus_product(y, flat, base_weight if weight_is_in_out else base_weight.t())
+                y = y if base_bias is None else y.add_(base_bias)
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs[3] or needs[4] else None,
@@ -201,16 +210,14 @@ class _Linear(torch.autograd.Function):
         if needs_bias:
             grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
         if needs_x and narrow is not None:
+            update = narrow @ lora_A.to(dtype).t()
+            update = update if mask is None else update * mask.reshape(update.shape)
             if stored is not None:
-                grad_x, _ = multiply_backward(grad_y, weight, stored)
+                grad_x, _ = multiply_backward(grad_y, weight, stored, added=update)
             else:
                 base_weight = weight.to(dtype)
-                grad_x = grad_y @ (base_weight.t() if ctx.weight_is_in_out else base_weight)
-            factor = lora_A.to(dtype).t()
-            if mask is None:
-                grad_x = grad_x.addmm_(narrow, factor)
-            else:
-                grad_x = grad_x.add_((narrow @ factor) * mask.reshape(grad_x.shape))
+                matrix = base_weight.t() if ctx.weight_is_in_out else base_weight
+                grad_x = kernels.plus_product(update, grad_y, matrix)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltaw.kernels.linear import plus_product
 from deltaw.lora.math import autocast_is_on, needs_reference, rows_of, scaled, shaped
 
 BLOCK = 1 << 20
@@ -152,7 +153,7 @@ class _DoRALinear(torch.autograd.Function):
         seen = flat if mask is None else flat * mask.reshape(flat.shape)
         h = seen @ lora_A.to(x.dtype)
         # What g multiplies, but for 1 / keep, which goes into the small g.
-        direction = F.linear(seen, matrix).addmm_(h, scaled(lora_B, scaling, x.dtype))
+        direction = plus_product(h @ scaled(lora_B, scaling, x.dtype), seen, matrix.t())
         g = (gain(magnitude, norm) / keep).to(x.dtype)
         base_bias = None if bias is None else bias.to(x.dtype)
         if mask is not None:
@@ -221,8 +222,8 @@ def _input_gradient(
     """∂L/∂x (rows, in): (Y∘g)·W + (Y∘g)·(s·B)ᵀ·Aᵀ, and with dropout Y·W − x̃'s share besides."""
     matrix = weight.to(grad_y.dtype)
     matrix = matrix.t() if ctx.weight_is_in_out else matrix
-    through = (grad_y * g.to(grad_y.dtype)) @ matrix
-    through = through.addmm_(narrow, lora_A.to(grad_y.dtype).t())
+    update = narrow @ lora_A.to(grad_y.dtype).t()
+    through = plus_product(update, grad_y * g.to(grad_y.dtype), matrix)
     if mask is None:
         return through
     base = grad_y @ matrix
