@@ -66,7 +66,9 @@ def test_the_fastest_arithmetic_of_each_type_is_chosen():
         {"a:dot": 158, "a:wide": 290, "torch": 160},
         {"a:dot": 900, "a:tiles": 2000, "torch": 50},
     )
-    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles", int8_logits=True, int8_gradients=True)
+    assert found == Arithmetic(
+        "a", fp32="dot", bf16="wide", int8="tiles", int8_logits=True, int8_gradients=True
+    )
 
 
 @pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])

@@ -1,8 +1,8 @@
 """An update that is small beside the layer's own output counts in full in bf16, with and without kernels.
 
-A training begins with such updates: B is zero at first. Added to an output that was rounded to bf16 before, an
-update of a thousandth of it would lose half of its size, since most of its numbers are less than half of the
-last digit of what they are added to.
+A training begins with such updates: B is zero at first. Added to an output that was rounded to bf16 before,
+an update of a thousandth of it would lose half of its size, since most of its numbers are less than half of
+the last digit of what they are added to.
 """
 
 from __future__ import annotations

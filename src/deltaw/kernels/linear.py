@@ -163,8 +163,8 @@ def linear_backward(
     """∂L/∂x (M, in) = grad·W + g·Aᵀ + added, and g = grad·(s·B)ᵀ (M, r); each empty where there is none.
 
     Args:
-        in_int8: whether grad·W of a bf16 weight is computed in int8: the weight is rounded as it is read, with
-            a scale for each of the rows that it is stored in, and the gradient with one for each
+        in_int8: whether grad·W of a bf16 weight is computed in int8: the weight is rounded as it is read,
+            with a scale for each of the rows that it is stored in, and the gradient with one for each
             ``INT8_BLOCK`` numbers.
 
     Raises:

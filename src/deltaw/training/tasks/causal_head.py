@@ -178,7 +178,7 @@ def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored 
         return class_gradient_(gradient, targets, head, stored[0])
     if isinstance(stored, BlockWeight):
         return block_linear_backward(gradient, stored)[0]
-    # Without such rounding, the gradient is taken with the head's own numbers, whatever layers do with theirs.
+    # Not rounded, the gradient is taken with the head's own numbers, whatever layers do with theirs.
     return linear_backward(gradient, head)[0]
 
 
