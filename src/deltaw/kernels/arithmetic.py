@@ -73,8 +73,13 @@ class Arithmetic:
         ):
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
-        parts = {name: (UNSAID | dict(values))[name] == "yes" for name in UNSAID}
-        return cls(kernels, **parts).but({s: str(found[s]) for s in STORED})
+        said = UNSAID | dict(values)
+        in_int8 = cls(
+            kernels,
+            int8_logits=said["int8_logits"] == "yes",
+            int8_gradients=said["int8_gradients"] == "yes",
+        )
+        return in_int8.but({s: str(found[s]) for s in STORED})
 
 
 def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:
