@@ -198,7 +198,8 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi3", "GPT2"])
 def test_gradients_in_int8_of_a_block_in_one_call_are_the_same_to_the_bit(family, lengths, monkeypatch):
     model = adapted(model_of(family, torch.bfloat16))
-    usual, usual_grads = outputs_and_gradients(model, True, lengths)
+    with loader.computing(replace(loader.arithmetic(), int8_gradients=False)):
+        usual, usual_grads = outputs_and_gradients(model, True, lengths)
     with loader.computing(replace(loader.arithmetic(), int8_gradients=True)):
         with counted_calls(monkeypatch) as calls:
             out, grads = outputs_and_gradients(model, True, lengths)
