@@ -72,29 +72,25 @@ def test_the_fastest_arithmetic_of_each_type_is_chosen():
 
 
 @pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])
-def test_gradients_are_multiplied_in_int8_where_that_is_clearly_faster(bf16, int8, taken, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "variable"),
+    [("int8_logits", variants.ROUGH_LOGITS), ("int8_gradients", variants.ROUGH_GRADIENTS)],
+)
+def test_bf16_runs_compute_in_int8_where_that_is_clearly_faster(
+    what, variable, bf16, int8, taken, monkeypatch
+):
     rates = {"a:dot": 100, "torch": 10}, {"a:dot": bf16, "torch": 10}, {"a:dot": int8, "torch": 10}
-    assert chosen(*rates).int8_gradients == taken
-    monkeypatch.setenv(variants.ROUGH_GRADIENTS, "0")
-    assert not chosen(*rates).int8_gradients
+    assert getattr(chosen(*rates), what) == taken
+    monkeypatch.setenv(variable, "0")
+    assert not getattr(chosen(*rates), what)
 
 
-def test_gradients_are_not_multiplied_in_int8_where_torch_multiplies():
+def test_bf16_runs_compute_nothing_in_int8_by_torch():
+    found = chosen({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900})
+    assert not found.int8_logits and not found.int8_gradients
+    # Where torch multiplies bf16, gradients stay with it.
     of_int8 = {"a:dot": 900, "torch": 50}
     assert not chosen({"a:dot": 100}, {"a:dot": 100, "torch": 300}, of_int8).int8_gradients
-    assert not chosen({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900}).int8_gradients
-
-
-@pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])
-def test_logits_are_computed_in_int8_where_that_is_clearly_faster(bf16, int8, taken, monkeypatch):
-    rates = {"a:dot": 100, "torch": 10}, {"a:dot": bf16, "torch": 10}, {"a:dot": int8, "torch": 10}
-    assert chosen(*rates).int8_logits == taken
-    monkeypatch.setenv(variants.ROUGH_LOGITS, "0")
-    assert not chosen(*rates).int8_logits
-
-
-def test_logits_are_not_computed_in_int8_by_torch():
-    assert not chosen({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900}).int8_logits
 
 
 def test_an_arithmetic_is_read_as_it_was_written():
