@@ -24,6 +24,7 @@ PACKAGE = SOURCE / "deltaw"
 LEVELS = (
     ("errors", "version"),
     ("durable", "registry", "working"),
+    ("tensor_files",),
     ("tasks",),
     ("kernels",),
     ("lora",),
@@ -200,7 +201,7 @@ def test_training_does_not_print() -> None:
 
 @pytest.mark.parametrize("package", ["kernels", "lora"])
 def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str) -> None:
-    own = {"deltaw.errors", "deltaw.durable", "deltaw.kernels"} | {f"deltaw.{package}"}
+    own = {"deltaw.errors", "deltaw.durable", "deltaw.tensor_files", "deltaw.kernels"} | {f"deltaw.{package}"}
 
     def allowed(target: str) -> bool:
         if target.split(".")[0] == "deltaw":

@@ -17,7 +17,6 @@ from deltaw.errors import UserError
 from deltaw.export import output_folder
 from deltaw.export.merge import MergeOptions, merge_run
 from deltaw.export.output_folder import appearing
-from deltaw.export.tensor_files import Entry, TensorWriter, read_header
 from tests.export.merge_cases import adapter_folder, base_folder, loaded, logits, off, pair, text_base
 
 
@@ -116,30 +115,6 @@ def test_damaged_and_hostile_weight_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
         merge_run(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_streamed_file_is_what_the_library_reads(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    tensors = {
-        "wide": torch.randn(5, 3),
-        "scalar": torch.tensor(2.5),
-        "narrow": torch.randn(7, 2).bfloat16(),
-        "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
-        "numbers": torch.arange(3, dtype=torch.int8),
-    }
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    path = tmp_path / "made.safetensors"
-    entries = [Entry(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in ordered]
-    with TensorWriter(path, entries, {"format": "pt"}) as writer:
-        for name in ordered:
-            writer.write(tensors[name])
-    read = load_file(path)
-    stored = read_header(path)
-    for name, tensor in tensors.items():
-        assert torch.equal(read[name], tensor) and torch.equal(stored[name].whole(), tensor)
-    with pytest.raises(ValueError, match="were announced"), TensorWriter(path, entries, {}) as writer:
-        writer.write(tensors["wide"])
 
 
 _MEASURED = """

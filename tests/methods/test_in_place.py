@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from deltaw.data.packing import pad
 from deltaw.errors import UserError
-from deltaw.lora.files import sort_metadata
 from deltaw.methods.base import Method
 from deltaw.methods.bias import Bias
 from deltaw.methods.choose import method_of_folder
@@ -191,19 +188,3 @@ def test_errors_name_what_is_wrong_with_a_hint(tmp_path: Path) -> None:
         Full().load(causal_model("gpt2"), tmp_path)
     with pytest.raises(UserError, match="its method is 'full'"):
         Last(LastSettings()).load(model, tmp_path)
-
-
-def test_metadata_is_sorted_and_tensors_are_what_they_were(tmp_path: Path) -> None:
-    """The library's own order of metadata changes from one call to the next."""
-    tensors = {name: torch.randn(3, 5) for name in ("b", "a")}
-    metadata = {f"key {number}": "ü" * number for number in range(9)}
-    written = set()
-    for number in range(4):
-        path = tmp_path / f"{number}.safetensors"
-        save_file(tensors, path, dict(reversed(metadata.items())))
-        sort_metadata(path)
-        with safe_open(path, "pt") as file:
-            assert file.metadata() == metadata
-            assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
-        written.add(path.read_bytes())
-    assert len(written) == 1

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from deltaw.tensor_files import CODES
 from deltaw.training import checkpoint_files as files
 from deltaw.training.checkpoint_files import DamagedCheckpoint
 
@@ -48,7 +49,7 @@ def test_the_library_reads_the_tensors_too(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(list(files.CODES)), st.lists(st.integers(0, 5), max_size=3))))
+@given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
 def test_tensors_of_any_type_and_shape(tmp_path_factory, made):
     folder = tmp_path_factory.mktemp("any")
     tensors = {str(n): torch.ones(tuple(shape)).to(dtype) for n, (dtype, shape) in enumerate(made)}

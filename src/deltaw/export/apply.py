@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.export.adapters import Trained
 from deltaw.export.changes import Change
-from deltaw.export.tensor_files import row_blocks
 from deltaw.lora.places import spots_of
 from deltaw.methods.parameters import names_of
+from deltaw.tensor_files import row_blocks
 
 
 @torch.no_grad()

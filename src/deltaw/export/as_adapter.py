@@ -25,7 +25,6 @@ from deltaw.export.low_rank import truncated_dense
 from deltaw.export.merge import MergeOptions, Merging, prepared
 from deltaw.export.model_files import OF_TOKENIZER
 from deltaw.export.output_folder import appearing, check_target
-from deltaw.export.tensor_files import row_blocks
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
 from deltaw.lora.adapt import attach_selected
 from deltaw.lora.attachment import attached
@@ -35,6 +34,7 @@ from deltaw.lora.layers_bias import LoRABias
 from deltaw.lora.layers_conv import LoRAConv
 from deltaw.lora.layers_parameter import LoRAParameter
 from deltaw.lora.select import ParameterTarget, Selection, Target
+from deltaw.tensor_files import row_blocks
 from deltaw.training.run_folder import SETTINGS
 from deltaw.working import working
 

@@ -17,7 +17,6 @@ from deltaw.config import DEFAULT_TASK, RunConfig
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges
 from deltaw.export.checkpoint import Checkpoint, Names
-from deltaw.export.tensor_files import row_blocks
 from deltaw.hub.folders import local_folder
 from deltaw.hub.references import resolve
 from deltaw.hub.skeleton import skeleton
@@ -25,6 +24,7 @@ from deltaw.lora.fingerprint import Sample, fingerprint_of, places
 from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.methods.files import classes_of, outputs_of, read_config
 from deltaw.methods.parameters import names_of
+from deltaw.tensor_files import row_blocks
 from deltaw.training.run_folder import SETTINGS
 
 Say = Callable[[str], None]

@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.export.tensor_files import StoredTensor, read_header
 from deltaw.hub.tensor_names import Names, Renaming, names_on_disk
+from deltaw.tensor_files import StoredTensor, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

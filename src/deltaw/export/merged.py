@@ -21,8 +21,8 @@ from deltaw.export.base import Base, Say, base_of, check_base
 from deltaw.export.changes import Added, Change, Replaced
 from deltaw.export.checkpoint import Checkpoint, Names, name_for, names_on_disk, read_checkpoint
 from deltaw.export.merged_config import merged_config, read_settings
-from deltaw.export.tensor_files import StoredTensor, row_blocks
 from deltaw.methods.parameters import names_of
+from deltaw.tensor_files import StoredTensor, row_blocks
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.errors import UserError
@@ -20,7 +19,8 @@ from deltaw.export.described_base import DescribedBase, describe_base, read_upda
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, require_lora
 from deltaw.export.portable import WrittenFolder, uniform
-from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, sort_metadata
+from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY
+from deltaw.tensor_files import save_tensors
 
 FORMAT = "mlx"
 WEIGHTS = "adapters.safetensors"
@@ -80,8 +80,7 @@ def export_mlx(
     }
     metadata = {"format": "mlx"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
     with appearing(folder, overwrite=overwrite, say=say) as partial:
-        save_file(tensors, partial / WEIGHTS, metadata)
-        sort_metadata(partial / WEIGHTS)
+        save_tensors(partial / WEIGHTS, tensors, metadata)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
     return WrittenFolder(folder, len(adapter.updates), alike.rank, alike.alpha, alike.padded, alike.folded)

@@ -16,10 +16,10 @@ from deltaw.export.base import Base
 from deltaw.export.checkpoint import INDEX, WEIGHTS
 from deltaw.export.merged import MergedModel, Output
 from deltaw.export.merged_config import CONFIG
-from deltaw.export.tensor_files import Entry, TensorWriter
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
 from deltaw.tasks import entry_of
+from deltaw.tensor_files import Entry, TensorWriter
 from deltaw.version import __version__
 from deltaw.working import working
 
@@ -60,7 +60,10 @@ def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> l
             # Wider types first, so that each tensor lies aligned to its type.
             ordered = sorted(shard, key=lambda output: -output.dtype.itemsize)
             entries = [Entry(output.name, output.dtype, output.shape) for output in ordered]
-            with TensorWriter(folder / name, entries, {"format": "pt"}) as writer:
+            with (
+                (folder / name).open("wb") as file,
+                TensorWriter(file, entries, {"format": "pt"}) as writer,
+            ):
                 for output in ordered:
                     for rows in output.blocks():
                         writer.write(rows)

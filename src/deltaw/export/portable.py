@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.export.described_base import DescribedBase, describe_base, read_updates, require_same_base
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, require_lora
-from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME, sort_metadata
+from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME
 from deltaw.lora.peft_format import DEFAULTS, target_entries
 from deltaw.lora.peft_paths import PREFIX
+from deltaw.tensor_files import save_tensors
 
 _MERGE = "merge it into its base instead (deltaw merge), which needs no adapter"
 
@@ -123,8 +123,7 @@ def export_peft(
     metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
     settings = _settings(adapter, alike, base)
     with appearing(folder, overwrite=overwrite, say=say) as partial:
-        save_file(tensors, partial / WEIGHTS_NAME, metadata)
-        sort_metadata(partial / WEIGHTS_NAME)
+        save_tensors(partial / WEIGHTS_NAME, tensors, metadata)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (partial / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
     return WrittenFolder(folder, len(adapter.updates), alike.rank, alike.alpha, alike.padded, alike.folded)

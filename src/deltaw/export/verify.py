@@ -31,14 +31,13 @@ from deltaw.errors import UserError
 from deltaw.export.apply import apply_changes
 from deltaw.export.checkpoint import read_checkpoint
 from deltaw.export.merge import Merging
-from deltaw.export.tensor_files import FLOATS
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
 from deltaw.lora import merge
 from deltaw.methods.parameters import names_of
 from deltaw.runtime.nf4_weights import round_to_nf4
-from deltaw.training.checkpoint_files import CODES
+from deltaw.tensor_files import CODES, FLOATS
 from deltaw.training.evaluation.general_prompts import MEASURED
 from deltaw.training.inference import InferenceSession, open_run
 from deltaw.training.process import own_random_numbers

@@ -20,6 +20,8 @@ from deltaw.host.choices import Choice
 _ROOT = Path("/")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = 2**25
+"""Bytes of a block above which it goes back to the system when it is freed; each glibc allows this."""
 
 
 def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
@@ -113,16 +115,18 @@ def keep_freed_memory() -> None:
     """Let this process's allocator keep what is freed for what comes next, where it is glibc's.
 
     As it comes, glibc gives large blocks back to the system and gets them again, cleared page by page: up to
-    a tenth of a short step. The peak does not change. :func:`release_free_memory` still gives all back.
-    Whoever has set the allocator through the environment keeps those settings.
+    a tenth of a short step. :func:`release_free_memory` still gives all back. Blocks above
+    :data:`LARGEST_KEPT` are not kept: the gradient of a vocabulary's matrix seldom fits the hole that the
+    last one left, once smaller tensors lie in it, and the peak would grow by such a matrix. Whoever has set
+    the allocator through the environment keeps those settings.
     """
     told = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     if sys.platform != "linux" or any(name in os.environ for name in told):
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            library.mallopt(parameter, 2**30)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**30)
+        library.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 def give_large_blocks_back() -> None:

@@ -32,7 +32,6 @@ import torch
 import transformers
 from filelock import FileLock
 from gguf import GGUFReader
-from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -48,6 +47,7 @@ from deltaw.hub import packages
 from deltaw.hub.gguf_index import INDEX, ORDERS, indexed
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
+from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
 # Counted up when a folder converted by an older version must not be used any more.
@@ -255,8 +255,8 @@ def _save_index(path: Path, model: PreTrainedModel, into: Path) -> None:
     model.config.save_pretrained(into)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(into)
-    save_file(found.plain, into / "model.safetensors", metadata={"format": "pt"})
-    save_file(found.orders, into / ORDERS)
+    save_tensors(into / "model.safetensors", found.plain, {"format": "pt"})
+    save_tensors(into / ORDERS, found.orders, {})
     lines = {"parameters": [entry.as_dict() for entry in found.entries]}
     (into / INDEX).write_text(json.dumps(lines), encoding="utf-8")
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,9 @@ from deltaw.lora.count import adapter_parameters, count_parameters
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.matching import Named, modules_once, value_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
+from deltaw.lora.saved_tensors import SavedTensors
 from deltaw.lora.select import ExtraModule, Selection, Target, select
+from deltaw.tensor_files import TensorFile, save_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -61,7 +62,7 @@ class AdapterFile(NamedTuple):
     """
 
     config: LoRAConfig
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     metadata: dict[str, str]
 
 
@@ -103,43 +104,9 @@ def save_adapter(
     metadata = {"format": "pt", **(metadata or {})}
     if record.fingerprint:
         metadata[FINGERPRINT_KEY] = record.fingerprint
-    content = safetensors.torch.save(_tensors_of(record), metadata)
-    header, body = _in_order(content)
-    with durable.replacing(Path(folder) / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        file.write(body)
+    save_tensors(Path(folder) / WEIGHTS_NAME, SavedTensors(record), metadata)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
-
-
-def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file by key, in its place.
-
-    The library writes them in an order of chance; sorted, the same tensors are the same file to the byte.
-    Nothing but the header is read or written.
-    """
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = _sorted_header(file.read(size))
-        if len(text) > size:
-            raise ValueError(f"the header of {path} grows when it is sorted")
-        file.seek(8)
-        file.write(text.ljust(size))
-
-
-def _sorted_header(text: bytes) -> bytes:
-    header = json.loads(text)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _in_order(content: bytes) -> tuple[bytes, memoryview]:
-    """A safetensors file's header and the rest, the header's metadata sorted by key as :func:`sort_metadata`
-    does."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    text = _sorted_header(content[8:end])
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Summary:
@@ -192,6 +159,21 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     Raises:
         UserError: files are missing or broken, or the adapter needs what is not available here.
     """
+    return _adapter(folder, _read_tensors)
+
+
+def open_adapter(folder: str | Path) -> AdapterFile:
+    """As :func:`read_adapter`, with each tensor read every time that it is asked for.
+
+    Raises:
+        UserError: files are missing or broken, or the adapter needs what is not available here.
+    """
+    return _adapter(folder, _open_tensors)
+
+
+def _adapter(
+    folder: str | Path, tensors_of: Callable[[Path], tuple[Mapping[str, Tensor], dict[str, str]]]
+) -> AdapterFile:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
@@ -201,7 +183,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         )
     settings = _read_settings(folder / CONFIG_NAME)
     config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
-    tensors, metadata = _read_tensors(folder)
+    tensors, metadata = tensors_of(folder)
     for key in ("base_model_name_or_path", "task_type", "peft_version"):
         if isinstance(value := settings.get(key), str):
             metadata.setdefault(key, value)
@@ -250,7 +232,26 @@ def _read_settings(path: Path) -> Mapping[str, object]:
     return settings
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    path = _weights_of(folder)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _open_tensors(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    path = _weights_of(folder)
+    try:
+        file = TensorFile(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    return file, dict(file.metadata)
+
+
+def _weights_of(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / PICKLED_NAME).exists():
@@ -260,33 +261,11 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 hint=f"have whoever made it save it again as {WEIGHTS_NAME}",
             )
         raise UserError(f"the folder has no {WEIGHTS_NAME}", where=str(folder), hint=_COPY_AGAIN)
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{WEIGHTS_NAME} is cut off or damaged: {error}",
-            where=str(path),
-            hint=_COPY_AGAIN,
-        ) from error
+    return path
 
 
-def _tensors_of(record: Attachment) -> dict[str, Tensor]:
-    """All that the file holds, by its names: factors, tokens, trained biases, extra trainable modules."""
-    paths = FilePaths(record)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in record.updated():
-        for key, tensor in peft_format.file_tensors(paths.of_layer(name), layer):
-            half = key.endswith("lora_B.weight") and paths.counts_twice(name)
-            tensors[key] = tensor / 2 if half else tensor
-    for bias in record.biases:
-        tensors[paths.of_parameter(bias.name)] = bias.parameter.detach()
-    for whole in record.extra_modules:
-        for key, value in whole.current.state_dict().items():
-            # Copies whose weights are tied to each other must not share memory in the file.
-            tensors[f"{paths.of_module(whole.names[0])}.{key}"] = value.detach().clone()
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{WEIGHTS_NAME} is cut off or damaged: {error}", where=str(path), hint=_COPY_AGAIN)
 
 
 def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from deltaw import durable
 from deltaw.errors import UserError
-from deltaw.lora.files import sort_metadata
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
+from deltaw.tensor_files import save_tensors
 from deltaw.version import __version__
 
 _PICKLED = "adapter_model.bin"
@@ -71,10 +71,7 @@ def write_adapter(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with durable.replacing(folder / ADAPTER_WEIGHTS) as temporary:
-            kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            safetensors.torch.save_file(kept, temporary, metadata={"format": "pt", **metadata})
-            sort_metadata(temporary)
+        save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **metadata})
         text = json.dumps(config, indent=2, ensure_ascii=False)
         durable.write_text(folder / ADAPTER_CONFIG, text + "\n")
     except OSError as error:

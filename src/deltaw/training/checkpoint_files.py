@@ -14,15 +14,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
-from deltaw.durable import replacing, sync_folder
+from deltaw.durable import sync_folder
+from deltaw.tensor_files import TensorFile, write_tensors
 
 VALUES, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
 # Of the layout of the folder; another number where an older one could not be read.
@@ -31,20 +31,6 @@ PREFIX = "step-"
 # Hidden names of what is being written, and of what is being deleted; left by a process that was killed.
 PARTIAL, DELETED = ".partial-", ".deleted-"
 _CHUNK = 4 * 2**20
-# The types of tensors by the names that safetensors has for them, and the other way round.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class DamagedCheckpoint(Exception):
@@ -134,16 +120,6 @@ def write(parent: Path, step: int, values: Mapping[str, object], tensors: Mappin
     return Draft(temporary, parent / name_of(step))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of its own, whole or not at all.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        _write_tensors(file, tensors)
-
-
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, every byte of it verified.
 
@@ -186,43 +162,6 @@ def clear_leftovers(parent: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read into memory of its own when it is asked for.
-
-    Raises:
-        ValueError, KeyError, TypeError, OSError: it is no such file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        self._start = 8 + length
-        self._places = {
-            name: (DTYPES[facts["dtype"]], tuple(facts["shape"]), *facts["data_offsets"])
-            for name, facts in header.items()
-            if name != "__metadata__"
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, begin, end = self._places[name]
-        raw = torch.empty(end - begin, dtype=torch.uint8)
-        with self._path.open("rb") as file:
-            file.seek(self._start + begin)
-            if file.readinto(memoryview(raw.numpy().data)) != end - begin:
-                raise OSError(f"{self._path} ends before '{name}' does")
-        return raw.view(dtype).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
 class _Hashing:
     """Writes to a file and hashes what it writes."""
 
@@ -245,27 +184,9 @@ class _Hashing:
 
 
 def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """Write a safetensors file: the header's length in 8 bytes, the header as JSON, the values."""
-    # Wide types first, so that every tensor is aligned for programs that map the file.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in names:
-        tensor = tensors[name]
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, end],
-        }
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Write them as a safetensors file; returns what the manifest says of it."""
     hashing = _Hashing(file)
-    hashing.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        hashing.write(flat.view(torch.uint8).numpy().data)
+    write_tensors(hashing, tensors, {"format": "pt"})
     return hashing.entry()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.data.packing import rows_of
 from deltaw.durable import write_text
-from deltaw.training import checkpoint_files
+from deltaw.tensor_files import save_tensors
 from deltaw.training.not_finite import NotFinite
 from deltaw.training.session import Session
 
@@ -97,7 +97,7 @@ class Diagnosis:
         for place, row in enumerate(rows):
             for key, value in _arrays_of(row).items():
                 tensors[f"{place}/{key}"] = torch.from_numpy(np.ascontiguousarray(value))
-        checkpoint_files.write_tensors(self._folder / f"{name}.safetensors", tensors)
+        save_tensors(self._folder / f"{name}.safetensors", tensors, {"format": "pt"})
         facts = {
             "step": found.step,
             "loss": str(found.loss),

@@ -52,7 +52,7 @@ class TrainedCheck:
         self._watched = dict(zip(names, parameters, strict=True))
         self._may_skip = may_skip
         self._still = {name for name, p in self._watched.items() if has_values(p.data) and p.numel()}
-        self._marks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._marks: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
         self._steps = steps_done
 
     @property
@@ -75,10 +75,9 @@ class TrainedCheck:
         for name in self._still.difference(missing):
             parameter = self._watched[name]
             assert parameter.grad is not None
-            grad = parameter.grad.flatten()
-            at = grad.abs().argmax()
-            if grad[at] != 0:
-                self._marks[name] = (at, parameter.flatten()[at].clone())
+            at = _largest(parameter.grad)
+            if parameter.grad[at] != 0:
+                self._marks[name] = (at, parameter[at].clone())
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -90,7 +89,7 @@ class TrainedCheck:
         if self.done:
             return
         for name, (at, before) in self._marks.items():
-            if self._watched[name].flatten()[at] != before:
+            if self._watched[name][at] != before:
                 self._still.discard(name)
         self._marks = {}
         self._steps += 1
@@ -109,6 +108,15 @@ class TrainedCheck:
                 where="the parameters handed to the optimizer",
                 hint="leave out what the model does not use; nothing was saved as trained",
             )
+
+
+def _largest(values: Tensor) -> tuple[Tensor, ...]:
+    """Where the largest magnitude is, found without a copy of the values: a gradient may be as large as the
+    model's largest weight, and all the training's memory is in use when it is there."""
+    if not values.dim():
+        return ()
+    places = [torch.unravel_index(place, values.shape) for place in (values.argmax(), values.argmin())]
+    return max(places, key=lambda place: float(values[place].abs()))
 
 
 def may_skip(model: nn.Module) -> Callable[[str], bool]:

@@ -7,6 +7,7 @@ page.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,17 +18,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.lora import read_adapter
-from deltaw.lora.peft_updates import content_of
+from deltaw.lora.files import open_adapter
+from deltaw.lora.peft_paths import without_wrappers
+from deltaw.lora.peft_updates import FileUpdate, content_of
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.reports.adapter_math import effective_rank, singular_values
-from deltaw.training.checkpoint_files import TensorFile
+from deltaw.tensor_files import TensorFile
 
 # Bytes of weights above which their norms are not computed for a page.
 LARGEST = 4_000_000_000
+# In the names of factors and of what belongs to them.
+_FACTOR = ".lora_"
 # Singular values that are kept of a module.
 VALUES = 64
 # Numbers that are widened to float64 at a time.
@@ -124,40 +127,51 @@ def what_was_learned(folder: Path) -> Learned | None:
 
 def _has_factors(weights: Path) -> bool:
     with safe_open(weights, "pt") as file:
-        return any(".lora_" in name for name in file.keys())  # noqa: SIM118
+        return any(_FACTOR in name for name in file.keys())  # noqa: SIM118
 
 
 def _of_factors(folder: Path) -> Learned:
-    content = content_of(read_adapter(folder))
-    names = [update.name for update in content.updates]
-    kinds = dict(zip(names, kinds_of(names), strict=True))
-    parts = []
-    for update in content.updates:
-        values = [
-            singular_values(a, b, update.scaling * update.times)
-            for a, b in update.pairs()
-            if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-        ]
-        if not values:
-            continue
-        together = torch.cat(values).sort(descending=True).values
-        rank = sum(effective_rank(one) for one in values) / len(values)
-        name = update.name
-        norm = float(together.square().sum().sqrt())
-        kept = [float(value) for value in together[:VALUES]]
-        parts.append(Part(name, layer_of(name), kinds[name], norm, kept, rank))
-    others = [(name, float(t.double().norm())) for name, t in content.others.items()]
+    """Of the factors, those of one layer are in memory at a time, as in :func:`_of_tensors`."""
+    adapter, file = open_adapter(folder), TensorFile(folder / ADAPTER_WEIGHTS)
+    layers: dict[int | None, list[str]] = defaultdict(list)
+    for name in file:
+        layers[layer_of(name)].append(name)
+    parts, others = [], []
+    for names in layers.values():
+        tensors = {name: file[name] if _FACTOR in name else file.described(name) for name in names}
+        content = content_of(adapter._replace(tensors=tensors))
+        parts += [part for update in content.updates if (part := _of_update(update)) is not None]
+        stored = {without_wrappers(name): name for name in names}
+        others += [(name, _norm(file, stored[name])) for name in content.others]
+    kinds = kinds_of([part.name for part in parts])
+    parts = [dataclasses.replace(part, kind=kind) for part, kind in zip(parts, kinds, strict=True)]
     return Learned(_in_order(parts), True, others)
+
+
+def _of_update(update: FileUpdate) -> Part | None:
+    """What it came to, its kind left open; None where no number of it is finite."""
+    values = [
+        singular_values(a, b, update.scaling * update.times)
+        for a, b in update.pairs()
+        if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+    ]
+    if not values:
+        return None
+    together = torch.cat(values).sort(descending=True).values
+    norm = float(together.square().sum().sqrt())
+    kept = [float(value) for value in together[:VALUES]]
+    rank = sum(effective_rank(one) for one in values) / len(values)
+    return Part(update.name, layer_of(update.name), "", norm, kept, rank)
 
 
 def _of_tensors(weights: Path) -> Learned:
     """The norms of saved tensors.
 
-    One of them is in memory at a time, and none is mapped: beside a training that has just ended, mapped
+    A part of one is in memory at a time, and none is mapped: beside a training that has just ended, mapped
     weights would count as much as all that it trained.
     """
     file = TensorFile(weights)
-    norms = {name: _norm(tensor) for name, tensor in file.items() if tensor.is_floating_point()}
+    norms = {name: _norm(file, name) for name in file if file.described(name).is_floating_point()}
     kinds = kinds_of(list(norms))
     parts = [
         Part(name, layer_of(name), kind, norm)
@@ -167,9 +181,11 @@ def _of_tensors(weights: Path) -> Learned:
     return Learned(_in_order(parts), False, note=_meaning(weights.parent))
 
 
-def _norm(tensor: Tensor) -> float:
-    """In float64, a part at a time."""
-    return _together(float(part.double().norm()) for part in tensor.flatten().split(_AT_ONCE))
+def _norm(file: TensorFile, name: str) -> float:
+    """Of a stored tensor, in float64, a part at a time."""
+    return _together(
+        float(part.double().norm()) for block in file.blocks(name) for part in block.flatten().split(_AT_ONCE)
+    )
 
 
 def _meaning(folder: Path) -> str:

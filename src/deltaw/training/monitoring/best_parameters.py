@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from deltaw.durable import replacing
 from deltaw.errors import UserError
+from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.training.session import Session
 
 if TYPE_CHECKING:
@@ -42,11 +41,7 @@ class BestParameters:
 
     def keep(self, step: int) -> None:
         """Write the parameters as they are now, whole or not at all."""
-        tensors = {
-            name: parameter.detach().to("cpu").contiguous() for name, parameter in self._parameters().items()
-        }
-        with replacing(self._file(step)) as temporary:
-            save_file(tensors, temporary, metadata={"step": str(step)})
+        save_tensors(self._file(step), self._parameters(), {"step": str(step)})
         self._newest = step
         self._remove_but({step, self._needed})
 
@@ -71,9 +66,10 @@ class BestParameters:
             UserError: their file is not there, or damaged.
         """
         try:
-            with safe_open(self._file(step), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in self._parameters()}
-        except (OSError, SafetensorError) as error:
+            tensors = TensorFile(self._file(step))
+            if missing := self._parameters().keys() - tensors.keys():
+                raise ValueError(f"it lacks '{min(missing)}'")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the parameters of the best step, {step}, cannot be read: {error}",
                 where=str(self._file(step)),

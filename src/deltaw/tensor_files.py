@@ -1,7 +1,9 @@
-"""Tensors in safetensors files, read and written a block of rows at a time.
+"""Tensors in safetensors files, read and written a piece at a time.
 
-The safetensors library maps a file or builds one from tensors that are all in memory. A merge must hold less
-than a file, so headers are read here, rows are read where they lie, and a file is written tensor by tensor.
+The safetensors library maps a file, whose pages then count as memory of the process, and builds one from
+copies of all its tensors. A training that saves has no memory to spare for either, and a merge holds less
+than a file. So headers are read here, tensors and rows are read where they lie, and a file is written tensor
+by tensor. The same tensors and metadata are the same file to the byte.
 
 It knows the file format and nothing of models: an 8-byte length, a header in JSON, then the tensors' bytes.
 """
@@ -14,14 +16,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from deltaw.durable import replacing
 from deltaw.errors import UserError
-from deltaw.training.checkpoint_files import CODES, DTYPES
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The types of tensors by the format's names for them."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "BF16", "F16")
 BLOCK = 1 << 22
 """Elements of a block of rows: 16 MB in fp32."""
@@ -123,27 +139,71 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         UserError: the file is damaged or cut off.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-                raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = []
-        for name, entry in header.items():
-            begin, end = (int(place) for place in entry["data_offsets"])
-            shape = tuple(int(n) for n in entry["shape"])
-            tensor = StoredTensor(path, name, str(entry["dtype"]), shape, 8 + length + begin)
-            known = tensor.code in DTYPES
-            if not 0 <= begin <= end <= size - 8 - length or (known and tensor.bytes != end - begin):
-                raise ValueError(f"tensor '{name}' does not lie in the file as its header says")
-            found.append(tensor)
+        return _header(path)[0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the weights are damaged: {error}", where=str(path), hint="fetch or copy the model again"
         ) from error
-    return {tensor.name: tensor for tensor in sorted(found, key=lambda one: one.start)}
+
+
+def _header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file in the order of their bytes, and its metadata.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: the file is damaged, cut off or none of this
+            format.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, _LARGEST_HEADER):
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(length))
+    metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+    found = []
+    for name, entry in header.items():
+        begin, end = (int(place) for place in entry["data_offsets"])
+        shape = tuple(int(n) for n in entry["shape"])
+        tensor = StoredTensor(path, name, str(entry["dtype"]), shape, 8 + length + begin)
+        known = tensor.code in DTYPES
+        if not 0 <= begin <= end <= size - 8 - length or (known and tensor.bytes != end - begin):
+            raise ValueError(f"tensor '{name}' does not lie in the file as its header says")
+        found.append(tensor)
+    return {tensor.name: tensor for tensor in sorted(found, key=lambda one: one.start)}, metadata
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file, each read into memory of its own when it is asked for.
+
+    Attributes:
+        metadata: the file's own.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OSError: it is no such file, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._stored, self.metadata = _header(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].whole()
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor's rows, in blocks of about :data:`BLOCK` elements."""
+        stored = self._stored[name]
+        for start, stop in row_blocks(stored.shape):
+            yield stored.rows(start, stop)
+
+    def described(self, name: str) -> Tensor:
+        """A tensor of its type and shape on the device "meta"."""
+        stored = self._stored[name]
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 @dataclass(frozen=True)
@@ -159,23 +219,29 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Writable(Protocol):
+    """What a file's bytes are written to."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
 class TensorWriter:
     """Writes a safetensors file from blocks of rows, in the order of ``entries``.
 
     Args:
-        path: of the file; it is made anew.
+        file: at its beginning.
         entries: what it will hold; wider types first, so that each tensor lies aligned to its type.
-        metadata: the file's own.
+        metadata: the file's own, written in the order of its keys.
 
     Raises:
         ValueError: the types are not in order, or other bytes were written than announced.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+    def __init__(self, file: Writable, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
         sizes = [entry.dtype.itemsize for entry in entries]
         if sizes != sorted(sizes, reverse=True):
             raise ValueError("wider types must come first")
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
         end = 0
         for entry in entries:
             begin, end = end, end + entry.bytes
@@ -184,12 +250,12 @@ class TensorWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._left = end
-        self._file: BinaryIO = path.open("wb")
+        self._file = file
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, rows: Tensor) -> None:
         """The next rows, in the type that was announced."""
-        data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._left -= len(data)
         self._file.write(data)
 
@@ -199,6 +265,26 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
         if kind is None and self._left:
             raise ValueError(f"{self._left} bytes were announced and not written")
+
+
+def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A whole safetensors file. A tensor that is not contiguous on the CPU is copied while it is written; the
+    others are not copied."""
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    with TensorWriter(file, entries, metadata) as writer:
+        for entry in entries:
+            writer.write(tensors[entry.name])
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file of its own, whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written to.
+        OSError: the disk is full.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        write_tensors(file, tensors, metadata)

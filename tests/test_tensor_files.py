@@ -1,0 +1,131 @@
+"""Tensors in safetensors files: the library reads what is written, and the other way round."""
+
+from __future__ import annotations
+
+import io
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from deltaw.errors import UserError
+from deltaw.tensor_files import (
+    CODES,
+    Entry,
+    TensorFile,
+    TensorWriter,
+    read_header,
+    save_tensors,
+    write_tensors,
+)
+
+TENSORS = {
+    "wide": torch.randn(5, 3),
+    "scalar": torch.tensor(2.5),
+    "narrow": torch.randn(7, 2).bfloat16(),
+    "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
+    "numbers": torch.arange(3, dtype=torch.int8),
+    "trained": torch.nn.Parameter(torch.randn(2, 2)),
+    "transposed": torch.randn(4, 6).t(),
+}
+
+
+def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "made.safetensors"
+    save_tensors(path, TENSORS, {"format": "pt", "key": "ü"})
+    read, own = load_file(path), TensorFile(path)
+    assert read.keys() == own.keys() == TENSORS.keys() and own.metadata == {"format": "pt", "key": "ü"}
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == own[name].dtype == tensor.dtype, name
+        assert torch.equal(read[name], tensor) and torch.equal(own[name], tensor), name
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == own.metadata
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "made.safetensors"
+    tensors = {name: tensor.detach().contiguous() for name, tensor in TENSORS.items()}
+    save_file(tensors, path, {"format": "pt"})
+    file, stored = TensorFile(path), read_header(path)
+    for name, tensor in tensors.items():
+        assert torch.equal(file[name], tensor) and torch.equal(stored[name].whole(), tensor), name
+    assert torch.equal(stored["wide"].rows(1, 3), tensors["wide"][1:3])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
+def test_every_tensor_lies_aligned_to_its_type(
+    tmp_path_factory: pytest.TempPathFactory, made: list[tuple[torch.dtype, list[int]]]
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "made.safetensors"
+    save_tensors(path, {str(n): torch.ones(shape).to(dtype) for n, (dtype, shape) in enumerate(made)}, {})
+    for tensor in read_header(path).values():
+        assert tensor.start % tensor.dtype.itemsize == 0
+
+
+def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
+    """The library's own order of metadata changes from one call to the next."""
+    metadata = {f"key {number}": "ü" * number for number in range(9)}
+    one, other = tmp_path / "one", tmp_path / "other"
+    save_tensors(one, TENSORS, metadata)
+    save_tensors(other, dict(reversed(TENSORS.items())), dict(reversed(metadata.items())))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_writing_needs_no_second_copy() -> None:
+    """The whole would be 64 MB; NumPy's and Python's buffers are traced, and torch makes none of them."""
+
+    class Counting(io.RawIOBase):
+        written = 0
+
+        def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+            self.written += len(data)
+            return len(data)
+
+    tensors = {str(n): torch.ones(1 << 20) for n in range(16)}
+    file = Counting()
+    tracemalloc.start()
+    write_tensors(file, tensors, {})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert file.written > 64 << 20 and peak < 1 << 20
+
+
+def test_what_was_announced_must_be_written() -> None:
+    entries = [Entry("a", torch.float32, (5, 3)), Entry("b", torch.int8, (2,))]
+    with pytest.raises(ValueError, match="were announced"), TensorWriter(io.BytesIO(), entries, {}) as writer:
+        writer.write(torch.ones(5, 3))
+    with pytest.raises(ValueError, match="wider types"):
+        TensorWriter(io.BytesIO(), entries[::-1], {})
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -1])
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "made.safetensors"
+    save_tensors(path, TENSORS, {})
+    os.truncate(path, path.stat().st_size + size if size < 0 else size)
+    with pytest.raises(UserError, match="damaged"):
+        read_header(path)
+    with pytest.raises(ValueError):
+        TensorFile(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "made.safetensors"
+    save_tensors(path, {"old": torch.ones(2)}, {})
+
+    def full(self: TensorWriter, rows: torch.Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorWriter, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        save_tensors(path, TENSORS, {})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert set(TensorFile(path)) == {"old"}

@@ -1,0 +1,74 @@
+"""What a run writes and measures beside its training takes next to no memory: a plan counts none for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_MEASURED = """
+import sys
+import torch
+from torch import nn
+import deltaw
+from deltaw.host.memory import peak_resident_bytes, resident_bytes
+from deltaw.reports.page.learned import what_was_learned
+from deltaw.training.guarantee import TrainedCheck
+
+def added(call):
+    before = resident_bytes()
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    call()
+    return peak_resident_bytes() - before
+
+folder, what, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def model_of(size):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Linear(size, size, bias=False)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(4))
+            self.head = nn.Linear(size, size, bias=False)
+
+    return Model()
+
+def case(size, to):
+    model = model_of(size)
+    if what == "check":
+        parameters = dict(model.named_parameters())
+        for p in parameters.values():
+            p.grad = torch.randn_like(p)
+        return TrainedCheck(list(parameters), list(parameters.values())).before_update, None
+    init = {"init": "pissa"} if what == "pissa" else {}
+    rank = min(256, size // 2)
+    modules = ["head"] if what == "module" else []
+    deltaw.attach(model, deltaw.LoRAConfig(rank=rank, target_modules=["wide"], train_modules=modules, **init))
+    return lambda: deltaw.save_adapter(model, to), lambda: what_was_learned(to)
+
+from pathlib import Path
+for n in (64, size):  # what is imported late is imported with the small one
+    results = [added(call) for call in case(n, Path(folder) / str(n)) if call is not None]
+print(*results)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
+@pytest.mark.parametrize("what", ["factors", "pissa", "module", "check"])
+def test_what_is_written_is_not_copied(tmp_path: Path, what: str) -> None:
+    """Eight factors of 2 MB (PiSSA writes twice that), a module or gradients of 16 MB: never is more than one
+    layer's factors copied, and singular values take a few times that."""
+    command = [sys.executable, "-c", _MEASURED, str(tmp_path), what, "2048"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written, *measured = (int(number) for number in done.stdout.split())
+    assert written < {"pissa": 10e6}.get(what, 5e6), f"{written / 1e6:.1f} MB"
+    assert all(number < 48e6 for number in measured), f"{measured[0] / 1e6:.1f} MB"
+    if what != "check":
+        assert (tmp_path / "2048" / "adapter_model.safetensors").stat().st_size >= 16e6
