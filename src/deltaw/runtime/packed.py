@@ -34,6 +34,7 @@ ATTENTION = "deltaw_packed"
 # Ways of attending that are told apart only far from each other, where a few tokens cannot show them.
 PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SAMPLE_TOKENS = 24
+SAMPLE_VOCABULARY = 1024
 # Parents of the sample's segments: two rows that begin alike, and one on its own.
 TREE = (-1, 0, 0, -1)
 
@@ -175,7 +176,8 @@ def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout,
     layout = Layout.of_lengths([length - 5, 5, 7, 5], parents)
     layout.device = model.device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
+    # Tokens near each other: an embedding in a mapped file comes into memory where it is read.
+    vocabulary = min(model.config.get_text_config().vocab_size, SAMPLE_VOCABULARY)
     tokens = torch.randint(0, vocabulary, (1, layout.length), generator=generator).to(model.device)
     positions = torch.from_numpy(layout.positions())[None].to(model.device)
     inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, "use_cache": False}
