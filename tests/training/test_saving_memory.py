@@ -46,7 +46,7 @@ def case(size, to):
         for p in parameters.values():
             p.grad = torch.randn_like(p)
         return TrainedCheck(list(parameters), list(parameters.values())).before_update, None
-    init = {"init": "pissa"} if what == "pissa" else {}
+    init = {"init": "olora"} if what == "olora" else {}
     rank = min(256, size // 2)
     modules = ["head"] if what == "module" else []
     deltaw.attach(model, deltaw.LoRAConfig(rank=rank, target_modules=["wide"], train_modules=modules, **init))
@@ -60,15 +60,15 @@ print(*results)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
-@pytest.mark.parametrize("what", ["factors", "pissa", "module", "check"])
+@pytest.mark.parametrize("what", ["factors", "olora", "module", "check"])
 def test_what_is_written_is_not_copied(tmp_path: Path, what: str) -> None:
-    """Eight factors of 2 MB (PiSSA writes twice that), a module or gradients of 16 MB: never is more than one
+    """Eight factors of 2 MB (OLoRA writes twice that), a module or gradients of 16 MB: never is more than one
     layer's factors copied, and singular values take a few times that."""
     command = [sys.executable, "-c", _MEASURED, str(tmp_path), what, "2048"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     written, *measured = (int(number) for number in done.stdout.split())
-    assert written < {"pissa": 10e6}.get(what, 5e6), f"{written / 1e6:.1f} MB"
+    assert written < {"olora": 10e6}.get(what, 5e6), f"{written / 1e6:.1f} MB"
     assert all(number < 48e6 for number in measured), f"{measured[0] / 1e6:.1f} MB"
     if what != "check":
         assert (tmp_path / "2048" / "adapter_model.safetensors").stat().st_size >= 16e6
