@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltaw.kernels import large_pages, loader
 from deltaw.runtime import large_weights
 from deltaw.runtime.large_weights import use_large_pages
+from tests.mapped_files import resident_of
 
 SIZE = 1024  # of a weight of 4 MiB in fp32
 
@@ -93,26 +94,17 @@ def test_a_moved_weight_lies_in_large_pages(tmp_path: Path) -> None:
     assert _large_bytes(model.middle.weight) == _large_bytes(model.head.weight) == 4 * SIZE * SIZE
 
 
-def _resident_of(file: Path) -> int:
-    """Bytes of a mapped file that are resident."""
-    found = 0
-    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
-        if str(file) in part:
-            found += 1024 * int(re.search(r"Rss:\s+(\d+) kB", part)[1])  # type: ignore[index]
-    return found
-
-
 def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"weight": torch.arange(8 * SIZE * SIZE).view(-1, SIZE).float()}, file)
     model = nn.Linear(SIZE, 8 * SIZE, bias=False)
     model.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
     assert float(model.weight[-1, -1]) == 8 * SIZE * SIZE - 1
-    assert model.weight.sum() > 0 and _resident_of(file) > 30 << 20
+    assert model.weight.sum() > 0 and resident_of(file) > 30 << 20
     monkeypatch.setattr(large_weights, "AT_ONCE", 1 << 20)
     other = model.weight.detach()  # keeps the file mapped
     assert use_large_pages(model) == 32 << 20
-    assert _resident_of(file) < 2 << 20
+    assert resident_of(file) < 2 << 20
     assert torch.equal(model.weight, other)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -12,16 +11,9 @@ from safetensors.torch import load_file
 
 from deltaw.tensor_files import read_header, save_tensors
 from deltaw.training.planning.unread import APART, REGION, TOUCHED, mapped_around
+from tests.mapped_files import resident_of
 
 ROW = 1024  # fp32 numbers: a page of 4 KiB
-
-
-def _resident_of(file: Path) -> int:
-    found = 0
-    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
-        if str(file) in part:
-            found += 1024 * int(re.search(r"Rss:\s+(\d+) kB", part)[1])  # type: ignore[index]
-    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is resident is read from Linux's /proc")
@@ -32,10 +24,10 @@ def test_it_foretells_what_rows_of_a_mapped_weight_take(tmp_path: Path) -> None:
     region = mapped_around(read_header(file)["rows"])
     assert REGION <= region <= APART
     weight = load_file(file)["rows"]
-    before = _resident_of(file)
+    before = resident_of(file)
     places = torch.arange(5) * (rows // 5) + 777
     assert torch.equal(weight[places][:, 0], (places * ROW).float())
-    taken = _resident_of(file) - before
+    taken = resident_of(file) - before
     # Pages of several sizes lie side by side, and rows at their ends touch two.
     assert taken <= 2 * len(places) * region
     assert region == REGION or taken >= len(places) * region / 8
