@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from deltaw.kernels import class_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
+from deltaw.kernels.decode_parts import DecoderLinear
 from deltaw.lora import stored
+from deltaw.lora.layers_int8 import Int8Linear
 from tests.kernels.conftest import close, compiled_only
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -279,3 +281,18 @@ def test_gradients_are_in_int8_where_the_process_computes_so(computing):
         assert not products.rounds_gradients(t["grad"], int8, None)
     grad, _ = stored.multiply_backward(t["grad"], t["weight"], None)
     assert torch.equal(grad, products.linear_backward(t["grad"], t["weight"])[0])
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_int8_sums_over_any_depth_do_not_overflow(kernels, in_blocks):
+    """The largest numbers there are, in a sum that is too long for 32 bits."""
+    depth = quantize.LONGEST_SUM + 100
+    x, weight = torch.ones(3, depth), torch.full((4, depth), 127, dtype=torch.int8)
+    scale = torch.full((4,), 1 / 127)
+    for sign in (1, -1):
+        y, _ = products.linear(x * sign, weight, scale=scale, in_blocks=in_blocks)
+        torch.testing.assert_close(y, torch.full((3, 4), float(sign * depth)), rtol=1e-4, atol=0)
+    layer = Int8Linear.from_linear(torch.nn.Linear(depth, 4, bias=False))
+    assert layer.in_blocks
+    with pytest.raises(ValueError, match="too many"):
+        DecoderLinear(weight, scale=scale)

@@ -9,6 +9,7 @@ from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_formats import quantize_nf4
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.quantize import quantized_rows
 from deltaw.memory.kernel_scratch import arena_bytes
 from deltaw.memory.measure import peak_tensor_bytes
@@ -18,6 +19,16 @@ from tests.kernels.conftest import compiled_only, threads  # noqa: F401
 pytestmark = [compiled_only, pytest.mark.usefixtures("threads")]
 ops = torch.ops.deltaw
 PAGE = 4096
+
+
+@pytest.fixture(params=[256 << 10, 1 << 20, 2 << 20], ids=lambda size: f"{size >> 10}K")
+def cache(request: pytest.FixtureRequest):
+    """The kernels cut products to fit a second-level cache of this size: the plan must hold for every
+    processor's."""
+    kernels = loader.kernels()
+    kernels.dw_set_cache(request.param)
+    yield
+    kernels.dw_set_cache(second_level_cache() or 1 << 20)
 
 
 def held(operator, args) -> int:
@@ -61,7 +72,7 @@ def test_attention(dtype, lengths, heads, key_heads, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 4864, 896), (1024, 4096, 2048)])
-def test_products(dtype, rows, n_in, n_out):
+def test_products(cache, dtype, rows, n_in, n_out):
     x, weight, grad = (
         random(rows, n_in, dtype=dtype),
         random(n_out, n_in, dtype=dtype),
@@ -82,7 +93,7 @@ def test_products(dtype, rows, n_in, n_out):
 
 @pytest.mark.parametrize("by_column", [True, False])
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1024, 576, 1536), (200, 40_000, 896)])
-def test_gradients_in_int8_with_a_bf16_weight(rows, n_in, n_out, by_column):
+def test_gradients_in_int8_with_a_bf16_weight(cache, rows, n_in, n_out, by_column):
     """Weights of many rows, whose scales are most of what is held beside a product's own."""
     weight, grad = random(*((n_out, n_in) if by_column else (n_in, n_out))), random(rows, n_out)
     for in_int8 in (True, False):
@@ -92,7 +103,7 @@ def test_gradients_in_int8_with_a_bf16_weight(rows, n_in, n_out, by_column):
         assert scratch_bytes(ops.linear_backward.default, args, {}) == (rounded if in_int8 else 0)
 
 
-def test_the_gradient_of_classes_and_cross_entropy():
+def test_the_gradient_of_classes_and_cross_entropy(cache):
     rows, classes, width = 300, 40000, 576
     grad, weight = random(rows, classes).softmax(-1), random(classes, width)
     targets, scale = torch.arange(rows), torch.rand(classes) + 0.1
@@ -163,7 +174,7 @@ def test_the_reference_of_cross_entropy_takes_what_is_planned(dtype, softcap, wi
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [40, 1200])
-def test_products_with_weights_in_blocks(dtype, rows):
+def test_products_with_weights_in_blocks(cache, dtype, rows):
     weight = quantize_nf4(torch.randn(576, 1536, generator=torch.Generator().manual_seed(0)))
     x, grad = random(rows, 1536, dtype=dtype), random(rows, 576, dtype=dtype)
     A, B = random(1536, 8, dtype=torch.float32), random(8, 576, dtype=torch.float32)

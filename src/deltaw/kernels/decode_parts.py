@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.bounds import check_shape
+from deltaw.kernels.quantize import LONGEST_SUM
 from deltaw.kernels.rows import ACTIVATIONS
 
 # The layers of a block by the names of the kernels, and the decoder's head.
@@ -52,6 +53,8 @@ class DecoderLinear:
         int8 = isinstance(self.weight, Tensor) and self.weight.dtype == torch.int8
         if int8 != (self.scale is not None):
             raise ValueError("an int8 weight has scales, and no other has")
+        if int8 and self.inputs > LONGEST_SUM:
+            raise ValueError(f"{self.inputs} inputs are too many for sums of int8 products")
         if self.columns is not None and self.scale is None:
             raise ValueError("SmoothQuant scales belong to int8 weights")
         check_vector("the bias", self.bias, self.outputs)

@@ -22,6 +22,7 @@ from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.operators import define
 from deltaw.kernels.quantize import (
     INT8,
+    LONGEST_SUM,
     quantized_reference,
     quantized_rows,
     room_for_int8,
@@ -307,6 +308,7 @@ def _compute_linear(
 ):  # type: ignore[no-untyped-def]
     compiled = can_multiply(x, weight, lora_A, by_column, scale is not None) and _are(x.dtype, added)
     compiled = compiled and _are(torch.float32, scale, smooth_scales, lora_B, x_scales)
+    compiled = compiled and (scale is None or in_blocks or x.shape[1] <= LONGEST_SUM)
     if (
         not compiled
         or not (_are(x.dtype, bias) or _are(torch.float32, bias))

@@ -4,6 +4,9 @@ Inputs become unsigned numbers around 128, with a scale for each row or for each
 one; weights become signed numbers, with a scale for each row. SmoothQuant scales (arXiv 2211.10438, eq. 3)
 are what inputs are multiplied with before.
 
+What is rounded together with a number that is not finite has the scale NaN, so that it comes back as NaN: a
+fault in a training is seen where it happens, and not as a wrong number.
+
 Knows tensors; not products.
 """
 
@@ -20,6 +23,8 @@ from deltaw.kernels.operators import define
 INT8 = torch.int8
 # Numbers of a row that are rounded with one scale; the kernel's own number.
 INT8_BLOCK = 128
+# So many products of an unsigned and a signed number, at most 255 · 127 each, fit in a sum of 32 bits.
+LONGEST_SUM = (2**31 - 1) // (255 * 127)
 
 
 def quantized(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool = False) -> tuple[Tensor, Tensor]:
@@ -39,10 +44,14 @@ def quantized_reference(
     top = wide.abs()
     if in_blocks:
         top = F.pad(top, (0, -x.shape[1] % INT8_BLOCK)).unflatten(1, (-1, INT8_BLOCK))
-    top = top.amax(-1)
+    top = _nan_unless_finite(top.amax(-1))
     by = torch.where(top > 0, 127.0 / top, torch.zeros_like(top))
-    signed = torch.round(wide * spread_scales(by, x.shape[1])).clamp_(-127, 127)
+    signed = torch.round(wide * spread_scales(by, x.shape[1])).clamp_(-127, 127).nan_to_num_(0.0)
     return (signed + 128).to(torch.uint8), top / 127.0
+
+
+def _nan_unless_finite(magnitudes: Tensor) -> Tensor:
+    return magnitudes.masked_fill(~magnitudes.isfinite(), torch.nan)
 
 
 def spread_scales(scales: Tensor, width: int) -> Tensor:
@@ -63,19 +72,19 @@ def quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def scales_of_rows(weight: Tensor) -> Tensor:
     """What each row (out) of a matrix (out, in) is divided by to be rounded to signed int8, in fp32."""
-    return torch.maximum(weight.amax(1), -weight.amin(1)).float().div_(127.0)
+    return _nan_unless_finite(torch.maximum(weight.amax(1), -weight.amin(1)).float()).div_(127.0)
 
 
 def rows_as_int8(weight: Tensor, scale: Tensor) -> Tensor:
     """A matrix (out, in) as signed int8, given the scale of each row."""
     by = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).to(INT8)
+    return torch.round(weight.float() * by[:, None]).clamp_(-127, 127).nan_to_num_(0.0).to(INT8)
 
 
 def rounded_in_blocks(grad: Tensor) -> Tensor:
     """What rows of a gradient stand for in int8, with a scale for each ``INT8_BLOCK`` numbers."""
     blocks = F.pad(grad, (0, -grad.shape[1] % INT8_BLOCK)).unflatten(1, (-1, INT8_BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    scale = _nan_unless_finite(blocks.abs().amax(-1, keepdim=True)) / 127
     signed = torch.where(scale > 0, blocks / scale, torch.zeros_like(blocks))
     return (torch.round(signed) * scale).flatten(1)[:, : grad.shape[1]]
 

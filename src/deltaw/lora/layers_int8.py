@@ -35,7 +35,8 @@ class Int8Linear(nn.Linear):
 
         Args:
             columns: (in) fp32, what each input is multiplied with before it is rounded; None for ones.
-            in_blocks: whether inputs have a scale for each 128 numbers, not for each token.
+            in_blocks: whether inputs have a scale for each 128 numbers, not for each token; inputs that are
+                too long for one sum in int32 always have.
         """
         layer = cls.__new__(cls)
         _quantize(layer, linear, linear.weight, columns, in_blocks)
@@ -106,7 +107,7 @@ def _quantize(
         bias.requires_grad_(False)
     layer.register_buffer("weight_scale", scale)
     layer.register_buffer("weight_columns", columns)
-    vars(layer)["in_blocks"] = in_blocks
+    vars(layer)["in_blocks"] = in_blocks or weight.shape[1] > quantize.LONGEST_SUM
     layer.training = of.training
 
 

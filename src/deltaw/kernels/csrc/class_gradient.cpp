@@ -19,14 +19,17 @@ void quantize_classes(int64_t V, bf16 *row, int64_t target, const float *scales,
     for (int64_t v0 = 0; v0 < V; v0 += INT8_BLOCK, block_scales++) {
         const int64_t end = std::min(V, v0 + INT8_BLOCK);
         F16 most = zero_f(), least = most;
+        LargestMagnitude magnitude;
         for (int64_t v = v0; v < end; v += 16) {
             const F16 x = load16(row + v, first(end - v)) * load16(scales + v, first(end - v));
             most = max(most, x);
             least = min(least, x);
+            magnitude.see(x);
         }
         const float high = largest_of(most), low = least_of(least), top = high >= -low ? high : low;
-        *block_scales = top / 255.0f;
-        const F16 by = set_f(top != 0 ? 255.0f / top : 0.0f);
+        const bool finite = magnitude.value() == magnitude.value();
+        *block_scales = finite ? top / 255.0f : NAN;
+        const F16 by = set_f(finite && top != 0 ? 255.0f / top : 0.0f);
         for (int64_t v = v0; v < end; v += 16) {
             const F16 x = (load16(row + v, first(end - v)) * load16(scales + v, first(end - v))) * by;
             const I16 q = max(to_int(x), zero_i());

@@ -1,6 +1,7 @@
 // Rows as products take them: numbers of the weights' own type, or rounded to int8 with a scale for each row.
 #include "decode_dots.h"
 #include "decode_products.h"
+#include "quantize.h"
 
 namespace deltaw {
 
@@ -22,9 +23,9 @@ void write_int8(int64_t depth, const float *row, const float *columns, DotInt8::
         const F16 v = load16(row + k, mask);
         return columns ? v * load16(columns + k, mask) : v;
     };
-    F16 most = zero_f();
-    for (int64_t k = 0; k < depth; k += 16) most = max(most, abs(number(k)));
-    const float top = largest_of(most);
+    LargestMagnitude most;
+    for (int64_t k = 0; k < depth; k += 16) most.see(number(k));
+    const float top = most.value();
     *scale = top / 127.0f;
     const F16 by = set_f(top > 0 ? 127.0f / top : 0.0f);
     const int64_t room = (depth + DotInt8::STEP - 1) / DotInt8::STEP * DotInt8::STEP;

@@ -92,7 +92,7 @@ int dw_linear_backward(int type, int64_t M, int64_t out, int64_t in, const void 
 int64_t dw_linear_room(int type, int64_t M, int64_t out, int64_t in, int weight_type, int by_column, int scaled, int in_blocks, int64_t rank,
                        int backward, int dx) {
     const int threads = thread_count();
-    const bool apart = M >= ROWS_FOR_EACH * threads;
+    const bool apart = shares_rows(M, threads);
     const int64_t rows = apart ? (M + threads - 1) / threads : M, N = backward ? in : out, K = backward ? out : in;
     const float unit = 1.0f;
     std::optional<Alone> alone;

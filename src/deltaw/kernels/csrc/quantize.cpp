@@ -1,7 +1,6 @@
 #include "quantize.h"
 
 #include "kernels.h"
-#include "vector.h"
 #include "threads.h"
 
 using namespace deltaw;
@@ -24,9 +23,9 @@ DW_INLINE F16 number(const T *row, const float *smooth, First mask) {
 
 template <class T>
 void quantize_row(int64_t K, const T *row, const float *smooth, uint8_t *out, float *scale) {
-    F16 most = zero_f();
-    for (int64_t k = 0; k < K; k += 16) most = max(most, abs(number(row + k, smooth ? smooth + k : nullptr, first(K - k))));
-    const F16 by = inverse_of(largest_of(most), scale);
+    LargestMagnitude most;
+    for (int64_t k = 0; k < K; k += 16) most.see(number(row + k, smooth ? smooth + k : nullptr, first(K - k)));
+    const F16 by = inverse_of(most.value(), scale);
     for (int64_t k = 0; k < K; k += 16) {
         const First mask = first(K - k);
         store_u8(out + k, rounded(number(row + k, smooth ? smooth + k : nullptr, mask), by), mask);
@@ -38,13 +37,14 @@ template <class T>
 void quantize_block(const T *row, const float *smooth, uint8_t *out, float *scale) {
     constexpr int VECS = INT8_BLOCK / 16;
     const First all = first(16);
-    F16 x[VECS], most = zero_f();
+    F16 x[VECS];
+    LargestMagnitude most;
 #pragma GCC unroll 8
     for (int v = 0; v < VECS; v++) {
         x[v] = number(row + 16 * v, smooth ? smooth + 16 * v : nullptr, all);
-        most = max(most, abs(x[v]));
+        most.see(x[v]);
     }
-    const F16 by = inverse_of(largest_of(most), scale);
+    const F16 by = inverse_of(most.value(), scale);
 #pragma GCC unroll 8
     for (int v = 0; v < VECS; v++) store_u8(out + 16 * v, rounded(x[v], by), all);
 }
@@ -74,13 +74,14 @@ void deltaw::scales_of_rows(int64_t rows, int64_t width, const bf16 *matrix, flo
     const First all = first(16);
     rows_in_parallel(rows, [&](int64_t r) {
         const bf16 *const row = matrix + r * width;
-        F16 most[4] = {zero_f(), zero_f(), zero_f(), zero_f()};
+        LargestMagnitude most[4];
         int64_t k = 0;
         for (; k + 64 <= width; k += 64)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) most[i] = max(most[i], abs(load16(row + k + 16 * i, all)));
-        for (; k < width; k += 16) most[0] = max(most[0], abs(load16(row + k, first(width - k))));
-        scales[r] = largest_of(max(max(most[0], most[1]), max(most[2], most[3]))) / 127.0f;
+            for (int i = 0; i < 4; i++) most[i].see(load16(row + k + 16 * i, all));
+        for (; k < width; k += 16) most[0].see(load16(row + k, first(width - k)));
+        for (int i = 1; i < 4; i++) most[0].see(most[i]);
+        scales[r] = most[0].value() / 127.0f;
     });
 }
 

@@ -149,12 +149,15 @@ class RowShares {
 
 double seconds_now();
 
+// Whether the threads of a team share out so many rows, not the columns of each product.
+inline bool shares_rows(int64_t rows, int team) { return team > 1 && rows >= ROWS_FOR_EACH * team; }
+
 // body(first row, number of rows) of kernels that treat each row by itself. Many rows are shared out among the
 // threads, each of which runs all kernels on its own rows; of few rows, the kernels share out their columns.
 template <class Body>
 inline void rows_apart(int64_t rows, Body &&body) {
     const int count = thread_count();
-    if (count <= 1 || rows < ROWS_FOR_EACH * count) {
+    if (!shares_rows(rows, count)) {
         body(0, rows);
         return;
     }
