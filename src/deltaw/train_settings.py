@@ -55,6 +55,11 @@ class TrainSettings(BaseModel):
         False,
         description="activation checkpointing of all blocks; a number: of so many blocks",
     )
+    approximate: Literal["auto", "off"] = Field(
+        "auto",
+        description="with 16-bit and int8 weights, compute some products in int8 and sum a head's unlikely "
+        "classes over rows; auto: what is faster here and was verified on the model and some rows; off: none",
+    )
     sharding: Literal["none", "base"] = Field(
         "none",
         description="over several processes, base: each holds a share of the frozen weights of the model's "

@@ -39,6 +39,11 @@ def chosen(fp32, bf16, int8):
     return chosen_of(rates, candidates_of(rates))
 
 
+def approximations(fp32, bf16, int8):
+    rates = {"fp32": fp32, "bf16": bf16, "int8": int8}
+    return KernelChoice(chosen(fp32, bf16, int8), SIZES, 1, rates).approximations
+
+
 @pytest.fixture
 def measuring(monkeypatch, tmp_path):
     """A process that was told nothing, with a cache of its own; counts what it measures."""
@@ -66,45 +71,46 @@ def test_the_fastest_arithmetic_of_each_type_is_chosen():
         {"a:dot": 158, "a:wide": 290, "torch": 160},
         {"a:dot": 900, "a:tiles": 2000, "torch": 50},
     )
-    assert found == Arithmetic(
-        "a", fp32="dot", bf16="wide", int8="tiles", int8_logits=True, int8_gradients=True
-    )
+    assert found == Arithmetic("a", fp32="dot", bf16="wide", int8="tiles")
 
 
 @pytest.mark.parametrize(("bf16", "int8", "taken"), [(300, 600, True), (300, 310, False), (600, 500, False)])
-@pytest.mark.parametrize(
-    ("what", "variable"),
-    [("int8_logits", variants.ROUGH_LOGITS), ("int8_gradients", variants.ROUGH_GRADIENTS)],
-)
-def test_bf16_runs_compute_in_int8_where_that_is_clearly_faster(
-    what, variable, bf16, int8, taken, monkeypatch
-):
+@pytest.mark.parametrize("what", ["int8_logits", "int8_gradients"])
+def test_int8_is_offered_where_it_is_clearly_faster(what, bf16, int8, taken, monkeypatch):
     rates = {"a:dot": 100, "torch": 10}, {"a:dot": bf16, "torch": 10}, {"a:dot": int8, "torch": 10}
-    assert getattr(chosen(*rates), what) == taken
-    monkeypatch.setenv(variable, "0")
-    assert not getattr(chosen(*rates), what)
+    assert (what in approximations(*rates)) == taken
+    monkeypatch.setenv(variants.LEFT_OUT_BY[what], "0")
+    assert what not in approximations(*rates)
 
 
-def test_bf16_runs_compute_nothing_in_int8_by_torch():
-    found = chosen({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900})
-    assert not found.int8_logits and not found.int8_gradients
+def test_sums_over_classes_are_offered_with_kernels(monkeypatch):
+    rates = [{"a:dot": 100, "torch": 10}] * 3
+    assert approximations(*rates) == ("summed_classes",)
+    monkeypatch.setenv(variants.LEFT_OUT_BY["summed_classes"], "0")
+    assert approximations(*rates) == ()
+    assert approximations(*[{"torch": 10}] * 3) == ()
+
+
+def test_nothing_in_int8_is_offered_by_torch():
+    found = approximations({"a:dot": 100}, {"a:dot": 100}, {"a:dot": 100, "torch": 900})
+    assert "int8_logits" not in found and "int8_gradients" not in found
     # Where torch multiplies bf16, gradients stay with it.
     of_int8 = {"a:dot": 900, "torch": 50}
-    assert not chosen({"a:dot": 100}, {"a:dot": 100, "torch": 300}, of_int8).int8_gradients
+    assert "int8_gradients" not in approximations({"a:dot": 100}, {"a:dot": 100, "torch": 300}, of_int8)
 
 
 def test_an_arithmetic_is_read_as_it_was_written():
     rough = Arithmetic("a", "dot", "wide", "dot", int8_logits=True)
     for written in (rough, replace(rough, int8_gradients=True), Arithmetic("a"), Arithmetic()):
         assert Arithmetic.read(written.as_dict()) == written
+    # Earlier versions always summed classes, and did not say so.
     older = {"kernels": "a", "fp32": "dot", "bf16": "dot", "int8": "dot"}
-    assert Arithmetic.read(older) == Arithmetic("a", "dot", "dot", "dot")
+    assert Arithmetic.read(older) == Arithmetic("a", "dot", "dot", "dot", summed_classes=True)
 
 
 def test_torch_wins_where_it_is_clearly_faster():
     found = chosen({"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50})
     assert found == Arithmetic("a", fp32="dot", bf16="torch", int8="dot")
-    assert not found.int8_logits
 
 
 def test_a_lower_variant_wins_where_it_is_clearly_faster():
@@ -252,9 +258,7 @@ def test_a_run_says_what_was_chosen_and_what_would_be_faster():
         "int8": {"a:dot": 900.0, "torch": 50.0},
     }
     choice = KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, 2, rates)
-    said = "a, bf16 products wide, those of gradients int8, unlikely logits of large heads int8"
-    assert choice.value("bf16") == said
-    assert choice.value("nf4") == "a, bf16 products wide, unlikely logits of large heads int8"
+    assert choice.value("bf16") == choice.value("nf4") == "a, bf16 products wide"
     assert choice.why("bf16") == "290 GFLOP/s; torch 160, dot 158"
     assert "int8 would take about 32 % of the time of products" in str(choice.faster_precision("bf16"))
     assert choice.faster_precision("int8") is None

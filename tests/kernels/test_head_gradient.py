@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaw.kernels import head_gradient as heads
+from deltaw.kernels import loader
 from deltaw.kernels.quantize import scales_of_rows
 from deltaw.training.tasks import causal_head
 from deltaw.training.tasks.causal_head import frozen_head_log_probs
 from tests.kernels.conftest import close, compiled_only
 from tests.kernels.test_linear import numbers
+
+
+@pytest.fixture(autouse=True)
+def summing(computing):
+    """As in a run that verified sums over classes."""
+    with loader.computing(computing.approximating(["summed_classes"])):
+        yield
 
 
 @dataclass
@@ -186,7 +194,7 @@ def test_a_models_head_takes_it_in_parts(rows, at_once, int8, monkeypatch):
     assert max(calls) < at_once + heads.TOGETHER
     torch.testing.assert_close(values.detach().double(), -expected, rtol=2e-3, atol=2e-3)
     assert (hidden.grad.double() - exact).norm() < 0.03 * exact.norm()
-    # A reference model's log-probabilities are those of the model that starts as it.
+    # The same without a gradient.
     with torch.no_grad():
         assert torch.equal(
             frozen_head_log_probs(head.hidden, head.targets, head.weight, scales=scales), values.detach()
@@ -201,6 +209,29 @@ def test_few_classes_are_all_counted(monkeypatch):
     monkeypatch.setattr(causal_head, "head_gradient_", refuse)
     head = Head.of(5, heads.CLASSES - 1, 16)
     frozen_head_log_probs(head.hidden.requires_grad_(), head.targets, head.weight).sum().backward()
+
+
+@compiled_only
+def test_exact_runs_count_all_classes(monkeypatch, computing):
+    def refuse(*_, **__):
+        raise AssertionError("the classes were split")
+
+    monkeypatch.setattr(causal_head, "head_gradient_", refuse)
+    head = Head.of(5, heads.CLASSES, 16)
+    with loader.computing(computing.approximating(())):
+        frozen_head_log_probs(head.hidden.requires_grad_(), head.targets, head.weight).sum().backward()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_wider_hidden_vectors_are_multiplied_in_their_own_type(softcap, monkeypatch):
+    monkeypatch.setattr(causal_head, "WIDENED_ROWS", 1000)
+    head = Head.of(50, 8500, 64, biased=True, softcap=softcap, scale=0.5)
+    hidden = head.hidden.float().requires_grad_()
+    values = frozen_head_log_probs(hidden, head.targets, head.weight, head.bias, 0.5, softcap)
+    values.sum().backward()
+    losses, slopes = head.exact()
+    close(values, -losses, torch.float32)
+    close(hidden.grad, -slopes, torch.float32)
 
 
 def test_it_refuses_targets_and_shapes_that_do_not_fit():

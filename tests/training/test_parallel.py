@@ -26,6 +26,7 @@ from deltaw.training.fit import fit
 from deltaw.training.parallel.dealing import deal
 from deltaw.training.parallel.joining import told
 from tests.conftest import write_rows
+from tests.kernels.conftest import compiled_only
 
 ADAPTER = "adapter_model.safetensors"
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,6 +292,57 @@ def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_pa
         one,
     )
     assert zero[0] == 2 and "another of the 2 processes ended" in zero[2]
+
+
+@compiled_only
+def test_a_process_that_is_told_to_compute_otherwise_is_refused(settings, uneven, tmp_path):
+    path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "run"))
+    port = free_port()
+    zero, one = ended(
+        [start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DELTAW_KERNELS="none")]
+    )
+    assert one[0] == 2 and "process 1 of 2: it computes with no kernels" in one[2], (zero, one)
+    assert "DELTAW_KERNELS=none is set there" in one[2] and "Traceback" not in one[2]
+    assert zero[0] == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@compiled_only
+def test_all_processes_compute_as_the_first_from_the_start_and_later(settings, uneven, tmp_path):
+    """A processor that would choose other products takes those of process 0, which takes those that the run
+    began with."""
+    rates = {
+        "fp32": {"dot": 200.0, "torch": 100.0},
+        "bf16": {"dot": 100.0, "tiles": 90.0, "wide": 200.0, "torch": 90.0},
+        "int8": {"dot": 800.0, "tiles": 700.0, "torch": 50.0},
+    }
+    otherwise = json.dumps({"*": rates})
+
+    def run(name: str, measured: list[dict[str, str]], **extra: str) -> dict:
+        made = of(settings, uneven, tmp_path / name, precision="bf16")
+        path = write_settings(tmp_path / f"{name}.yaml", made)
+        port = free_port()
+        pair = [
+            start(rank, 2, port, ["train", path, "--json"], **env, **extra)
+            for rank, env in enumerate(measured)
+        ]
+        zero, one = ended(pair)
+        return {"status": (zero[0], one[0]), "said": zero[2] + one[2], "result": zero[1]}
+
+    usual, other = {}, {"DELTAW_MEASURED": otherwise}
+    alike = run("alike", [usual, usual])
+    mixed = run("mixed", [usual, other])
+    assert alike["status"] == mixed["status"] == (0, 0), (alike, mixed)
+    bits = [(tmp_path / name / ADAPTER).read_bytes() for name in ("alike", "mixed")]
+    assert bits[0] == bits[1]
+    whole = run("whole", [other, other])
+    assert json.loads(whole["result"])["arithmetic"]["bf16"] == "wide"
+    died = run("killed", [other, other], DIES_AT="2")
+    assert died["status"] != (0, 0)
+    went_on = run("killed", [usual, usual])
+    assert went_on["status"] == (0, 0), went_on
+    assert json.loads(went_on["result"])["arithmetic"] == json.loads(whole["result"])["arithmetic"]
+    assert (tmp_path / "killed" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
 @pytest.mark.slow

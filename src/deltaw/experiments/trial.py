@@ -79,6 +79,7 @@ class Trial:
             loaded.model,
             device=str(loaded.choices["device"].value),
             new_modules=loaded.new_modules,
+            offered=() if loaded.kernels is None else loaded.kernels.approximations,
         )
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.said, *self.session.lines()]:

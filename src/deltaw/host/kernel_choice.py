@@ -30,7 +30,7 @@ from deltaw.host.product_rates import (
     sizes_of,
 )
 from deltaw.kernels import loader, variants
-from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic
+from deltaw.kernels.arithmetic import APPROXIMATIONS, STORED, TORCH, Arithmetic
 from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
 
 # Torch's product must be so much faster, since what surrounds it is not computed in one call then; and a
@@ -44,8 +44,6 @@ WORTH_MENTIONING = 0.7
 STEERING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_")
 # What products of a precision are stored in.
 STORED_BY_PRECISION = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "gguf": "bf16", "nf4": "bf16"}
-# Precisions of which heads are in bf16, and products too.
-WITH_BF16_HEADS = ("bf16", "nf4")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class KernelChoice:
     """How the products of a model are computed on this machine, and the rates that decided it.
 
     Attributes:
-        arithmetic: what was chosen. sizes, threads: what was timed, and on how many threads.
+        arithmetic: what was chosen; nothing in it is approximate. sizes, threads: what was timed, and on how
+            many threads.
         rates: GFLOP/s (of int8 GOP/s) by stored type and candidate; a candidate is ``torch`` or
             ``variant:arithmetic``.
         disturbed: whether other programs kept the machine busy meanwhile.
@@ -65,6 +64,22 @@ class KernelChoice:
     rates: Rates
     disturbed: bool = False
 
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What a training would compute faster approximately, once it verified that: in int8 instead of bf16
+        where that is clearly faster, and a head's gradient from sums; without what the environment leaves
+        out."""
+        ways = self.arithmetic
+        if ways.kernels is None:
+            return ()
+        int8 = ways.int8 != TORCH and self.rate("int8") > MARGIN_OF_INT8 * self.rate("bf16")
+        faster = {
+            "int8_gradients": int8 and ways.bf16 != TORCH,
+            "int8_logits": int8,
+            "summed_classes": True,
+        }
+        return tuple(name for name in APPROXIMATIONS if faster[name] and variants.is_left_in(name))
+
     def rate(self, stored: str) -> float:
         """GFLOP/s of products with weights stored so, as they are computed."""
         way = self.arithmetic.of(stored)
@@ -74,12 +89,7 @@ class KernelChoice:
     def value(self, precision: str) -> str:
         """What was chosen for a run in ``precision``, in a few words."""
         stored = STORED_BY_PRECISION.get(precision, "fp32")
-        said = f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}"
-        if precision == "bf16" and self.arithmetic.int8_gradients:
-            said += ", those of gradients int8"
-        if precision in WITH_BF16_HEADS and self.arithmetic.int8_logits:
-            said += ", unlikely logits of large heads int8"
-        return said
+        return f"{self.arithmetic.kernels or 'none'}, {stored} products {self.arithmetic.of(stored)}"
 
     def why(self, precision: str) -> str:
         """The rates that decided it, the chosen first."""
@@ -136,9 +146,8 @@ def choose_kernels(sizes: Sizes = GENERIC, threads: int | None = None) -> Kernel
     threads = torch.get_num_threads() if threads is None else threads
     candidates = product_rates.candidates()
     measured = _measured(sizes, threads, candidates)
-    return KernelChoice(
-        chosen_of(measured.rates, candidates), sizes, threads, measured.rates, measured.disturbed
-    )
+    chosen = chosen_of(measured.rates, candidates)
+    return KernelChoice(chosen, sizes, threads, measured.rates, measured.disturbed)
 
 
 def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
@@ -155,25 +164,12 @@ def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
         if _overall(rates, name) > MARGIN_OF_VARIANT * _overall(rates, best):
             best = name
     ways: dict[str, str] = {}
-    chosen: dict[str, float] = {}
     for stored in STORED:
         compiled = _of_variant(rates[stored], best)
         way = max(compiled, key=lambda way: compiled[way], default=TORCH)
         by_torch = rates[stored].get(TORCH, 0.0)
         ways[stored] = TORCH if by_torch > MARGIN_OF_TORCH * compiled.get(way, 0.0) else way
-        chosen[stored] = rates[stored][TORCH] if ways[stored] == TORCH else compiled[way]
-    return Arithmetic(
-        best,
-        int8_logits=_in_int8(ways, chosen, variants.ROUGH_LOGITS),
-        int8_gradients=ways["bf16"] != TORCH and _in_int8(ways, chosen, variants.ROUGH_GRADIENTS),
-    ).but(ways)
-
-
-def _in_int8(ways: Mapping[str, str], rates: Mapping[str, float], variable: str) -> bool:
-    """Whether some products with bf16 weights are computed in int8: where the kernels do that clearly faster,
-    and the user does not say no by ``variable``."""
-    faster = ways["int8"] != TORCH and rates["int8"] > MARGIN_OF_INT8 * rates["bf16"]
-    return faster and os.environ.get(variable) != "0"
+    return Arithmetic(best).but(ways)
 
 
 def _measured(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> Measured:

@@ -12,7 +12,7 @@ Knows a library's answers and numbers; not which library is in use (``loader.py`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from deltaw.errors import UserError
@@ -21,8 +21,11 @@ from deltaw.kernels.variants import ARITHMETICS, VARIABLE
 # The types of stored weights, by the kernels' own numbers.
 STORED = ("fp32", "bf16", "int8")
 TORCH = "torch"
-# What was written before runs computed these in int8 does not name them.
-UNSAID = {"int8_logits": "no", "int8_gradients": "no"}
+# What may be computed approximately in training, by the field that says whether it is. None of it is on
+# unless a run verified it; see :mod:`deltaw.training.approximations`.
+APPROXIMATIONS = ("int8_gradients", "int8_logits", "summed_classes")
+# What earlier versions did that did not write it down.
+UNSAID = {"int8_gradients": "no", "int8_logits": "no", "summed_classes": "yes"}
 # What promises most where nothing was measured comes first.
 _BY_PROMISE = ("tiles", "dot", "wide")
 
@@ -34,18 +37,32 @@ class Arithmetic:
     Attributes:
         kernels: the name of the variant; None without compiled kernels.
         fp32, bf16, int8: how products with weights of the type are computed; names of ARITHMETICS.
-        int8_logits: whether logits of a bf16 head come from int8 products where those that count are computed
-            once more.
         int8_gradients: whether the gradients of inputs of layers with frozen bf16 weights come from int8
             products; see ``in_int8`` of :func:`deltaw.kernels.linear.linear_backward`.
+        int8_logits: whether logits of a frozen head come from int8 products, those of likely classes computed
+            once more where that is worth its while.
+        summed_classes: whether a frozen head's gradient is summed over rows where classes are unlikely; see
+            :func:`deltaw.kernels.head_gradient.head_gradient_`.
     """
 
     kernels: str | None = None
     fp32: str = TORCH
     bf16: str = TORCH
     int8: str = TORCH
-    int8_logits: bool = False
     int8_gradients: bool = False
+    int8_logits: bool = False
+    summed_classes: bool = False
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """Those of APPROXIMATIONS that are on."""
+        return tuple(name for name in APPROXIMATIONS if getattr(self, name))
+
+    def approximating(self, names: Iterable[str]) -> Arithmetic:
+        """The same with these approximations on, and no others."""
+        wanted = set(names)
+        on = {name: name in wanted for name in APPROXIMATIONS}
+        return replace(self, **on)  # type: ignore[arg-type]
 
     def of(self, stored: str) -> str:
         """How products with weights stored as ``stored`` are computed."""
@@ -74,12 +91,8 @@ class Arithmetic:
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
         said = UNSAID | dict(values)
-        in_int8 = cls(
-            kernels,
-            int8_logits=said["int8_logits"] == "yes",
-            int8_gradients=said["int8_gradients"] == "yes",
-        )
-        return in_int8.but({s: str(found[s]) for s in STORED})
+        exact = cls(kernels).but({s: str(found[s]) for s in STORED})
+        return exact.approximating(name for name in APPROXIMATIONS if said[name] == "yes")
 
 
 def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:

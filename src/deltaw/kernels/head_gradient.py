@@ -71,8 +71,10 @@ def groups(rows: int) -> int:
 
 
 def can_split_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the compiled kernel serves :func:`head_gradient_`, and is worth its while."""
-    return weight.shape[0] >= CLASSES and _splits_classes(hidden, weight, bias)
+    """Whether :func:`head_gradient_` is to be used: the process computes so, the compiled kernel serves it,
+    and it is worth its while."""
+    summed = loader.arithmetic().summed_classes
+    return summed and weight.shape[0] >= CLASSES and _splits_classes(hidden, weight, bias)
 
 
 def _splits_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -22,10 +22,12 @@ LIST = FOLDER / "csrc" / "variants.txt"
 VARIABLE, OFF, NONE = "DELTAW_KERNELS", "DELTAW_NATIVE", "none"
 # What hands measured rates to the processes that a process starts; see deltaw.host.kernel_choice.
 MEASURED = "DELTAW_MEASURED"
-# What keeps all logits of a bf16 head in bf16 if it is 0.
-ROUGH_LOGITS = "DELTAW_ROUGH_LOGITS"
-# What keeps the products of gradients with bf16 weights in bf16 if it is 0.
-ROUGH_GRADIENTS = "DELTAW_ROUGH_GRADIENTS"
+# What leaves an approximation out if it is 0, for benchmarks; see APPROXIMATIONS in arithmetic.py.
+LEFT_OUT_BY = {
+    "int8_gradients": "DELTAW_ROUGH_GRADIENTS",
+    "int8_logits": "DELTAW_ROUGH_LOGITS",
+    "summed_classes": "DELTAW_ROUGH_HEAD",
+}
 ANY = "auto"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
 # while they are laid out; tiles; torch's operators.
@@ -179,6 +181,11 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
     if not file_of(found).is_file():
         raise UserError(f"kernels '{name}' were not built", where=VARIABLE, hint=hint)
     return found
+
+
+def is_left_in(approximation: str) -> bool:
+    """Whether the environment lets a run use one of APPROXIMATIONS (``arithmetic.py``)."""
+    return os.environ.get(LEFT_OUT_BY[approximation]) != "0"
 
 
 def check_asked() -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 from deltaw.errors import nearest
 from deltaw.host.choices import SLOW, choose_precision
 from deltaw.kernels.arithmetic import STORED, TORCH
-from deltaw.kernels.variants import MEASURED, NONE, OFF, ROUGH_GRADIENTS, ROUGH_LOGITS, VARIABLE, asked
+from deltaw.kernels.variants import LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
 from deltaw.reports.machine import OPTIONAL, Disk, Facts
 
 Severity = Literal["ok", "note", "warning", "problem"]
@@ -36,8 +36,9 @@ VARIABLES = {
     VARIABLE: "which compiled kernels are used",
     OFF: "0: no compiled kernels",
     MEASURED: "rates of products, as another process measured them",
-    ROUGH_LOGITS: "0: a bf16 head's logits are all computed in bf16",
-    ROUGH_GRADIENTS: "0: gradients are multiplied with bf16 weights in bf16",
+    LEFT_OUT_BY["int8_gradients"]: "0: gradients are multiplied with bf16 weights in bf16",
+    LEFT_OUT_BY["int8_logits"]: "0: no logits in training come from int8 products",
+    LEFT_OUT_BY["summed_classes"]: "0: a head's gradient is computed with every class of every row",
     "DELTAW_CACHE": "where models, features and measurements are kept",
     "DELTAW_API_KEY": "a key that requests to deltaw serve must bring",
     "DELTAW_PEER_SECONDS": "how long processes that train together wait for each other",

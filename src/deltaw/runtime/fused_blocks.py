@@ -209,7 +209,8 @@ _RECOGNIZED: dict[tuple[Any, ...], Recognized] = {}
 def _recognized(backbone: PreTrainedModel, mode: Mode) -> Recognized:
     """The kinds of block of a small copy of this backbone, remembered by class and configuration."""
     config = backbone.config.to_json_string(use_diff=False)
-    key = (type(backbone), config, mode.name, loader.library() is not None, loader.arithmetic())
+    exact = loader.arithmetic().approximating(())
+    key = (type(backbone), config, mode.name, loader.library() is not None, exact)
     if key not in _RECOGNIZED:
         with real_tensors():
             _RECOGNIZED[key] = _verified_kinds(small_copy(backbone), mode)

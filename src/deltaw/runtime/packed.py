@@ -199,7 +199,7 @@ def _difference(backbone: PreTrainedModel) -> float:
     """The relative difference (of norms) between a prefix tree in one packed row and its rows on their own,
     on a small fp32 copy; remembered by class and configuration."""
     config = backbone.config.to_json_string(use_diff=False)
-    key = (type(backbone), config, loader.library() is not None, loader.arithmetic())
+    key = (type(backbone), config, loader.library() is not None, loader.arithmetic().approximating(()))
     if key not in _DIFFERENCES:
         with real_tensors(), torch.no_grad():
             _DIFFERENCES[key] = _packed_against_apart(small_copy(backbone))

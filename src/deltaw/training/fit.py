@@ -57,7 +57,7 @@ from deltaw.training.resuming import (
 )
 from deltaw.training.run_folder import RunFolder, check_output, is_unfinished
 from deltaw.training.run_state import FOLDER
-from deltaw.training.session import Session, read_data
+from deltaw.training.session import APPROXIMATE, Session, read_data
 from deltaw.training.start import Start, begin, settings_of
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.summary import RunSummary
@@ -79,6 +79,7 @@ class Result:
     writes_text: bool = True
     drift: Drift | None = None
     arithmetic: Mapping[str, str] = field(default_factory=dict)
+    approximations: Mapping[str, object] = field(default_factory=dict)
     best: Mapping[str, object] | None = None
     stopped_early: str | None = None
     resumed_from_step: int | None = None
@@ -116,6 +117,7 @@ class Result:
             "peak_memory_bytes": self.peak_memory_bytes,
             "planned_memory_bytes": self.planned_memory_bytes,
             "arithmetic": dict(self.arithmetic) or None,
+            "approximations": dict(self.approximations),
             "interrupted": done.interrupted,
             "skipped_steps": done.skipped,
             "resumed_from_step": self.resumed_from_step,
@@ -185,10 +187,11 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     config, plan = planned(start.config, task, data, callback, processes=processes)
     send_settings(config, processes)
     loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
+    begun = None
     if start.found is not None:
-        compute_as(start.found.values["training"].get("arithmetic"))
+        begun = compute_as(start.found.values["training"].get("arithmetic"))
     device = str(loaded.choices["device"].value)
-    session = assemble_alike(config, task, data, loaded, processes)
+    session = assemble_alike(config, task, data, loaded, processes, begun=begun)
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:
@@ -202,6 +205,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     record = RunRecord(start, session, folder, rows=rows, choices=choices, say=callback.on_line)
     monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
     record.add("monitor", monitor, durable=monitor.checkpointed)
+    record.extras["approximations"] = session.approximations
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
     total = count_parameters(session.model).total
 
@@ -245,7 +249,8 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
         method=config.method,
         writes_text=not task.has_labels,
         drift=drift,
-        arithmetic=loader.arithmetic().as_dict() if device == "cpu" else {},
+        arithmetic=_arithmetic(session) if device == "cpu" else {},
+        approximations=session.approximations.as_dict(),
         best=monitor.best.as_dict(),
         stopped_early=monitor.stopped,
         resumed_from_step=start.step,
@@ -363,6 +368,11 @@ def _train(
         callback.on_step(step)
         after(step.step, monitor.on_step(step))
 
+    def on_approximations(line: str, step: int) -> None:
+        session.chosen[APPROXIMATE] = session.approximations.choice({"": line})
+        folder.write_metrics({"step": step, "approximations": session.approximations.as_dict()})
+        callback.on_line(f"not approximate from step {step} on: {line}")
+
     def on_skip(found: NotFinite) -> None:
         folder.write_metrics(found.as_dict())
         callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
@@ -374,6 +384,7 @@ def _train(
     def save(to: Path) -> None:
         save_adapter(session, to)
 
+    session.approximations.on_change = on_approximations
     record.restore()
     monitor.before()
     with session.running():
@@ -431,6 +442,11 @@ def save_adapter(session: Session, folder: Path) -> None:
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     session.method.save(session.model, folder, base_model=session.config.model, metadata=metadata)
+
+
+def _arithmetic(session: Session) -> dict[str, str]:
+    with session.approximations.on():
+        return loader.arithmetic().as_dict()
 
 
 def _peak_bytes(device: str) -> int:

@@ -53,6 +53,7 @@ def train(
     rate_factors: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
     may_skip: Callable[[str], bool] = lambda name: False,
+    before_step: Callable[[TrainState, Sequence[Row]], None] | None = None,
     after_step: Callable[[], None] | None = None,
     add_gradients: Callable[[int], Tensor | float] | None = None,
     batch_size: int = 16,
@@ -89,6 +90,7 @@ def train(
         names: of the parameters, for messages and for saved states.
         may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
             it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
+        before_step: called with the state and the rows of a step before that begins.
         after_step: called once the optimizer has changed the parameters.
         add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
             those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
@@ -118,8 +120,9 @@ def train(
     state = TrainState(
         named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
     )
-    changed, odd = after_step or (lambda: None), not_finite or WhenNotFinite()
-    how = (max_grad_norm, changed, should_stop, ended, add_gradients, odd, reducer)
+    begins, changed = before_step or (lambda state, rows: None), after_step or (lambda: None)
+    odd = not_finite or WhenNotFinite()
+    how = (max_grad_norm, begins, changed, should_stop, ended, add_gradients, odd, reducer)
     loop = _Loop(state, objective, examples, batcher, *how)
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
@@ -133,6 +136,7 @@ class _Loop:
     examples: Sequence[Any]
     batcher: AnyBatcher
     max_grad_norm: float | None
+    begins: Callable[[TrainState, Sequence[Any]], None]
     changed: Callable[[], None]
     should_stop: Callable[[], bool]
     ended: Callable[[], bool]
@@ -174,8 +178,9 @@ class _Loop:
         state, begun = self.state, time.perf_counter()
         if state.step % STEPS_BETWEEN_TRIMS == 0:
             trim_memory()
+        rows = [self.examples[i] for i in state.order.indices(state.step)]
+        self.begins(state, rows)
         places = state.begin_step()
-        rows = [self.examples[i] for i in places]
         units = self.objective.units(rows)
         watched: Watched | None = getattr(self.objective, "watched", None)
         if watched is not None:

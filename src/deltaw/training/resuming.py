@@ -9,6 +9,7 @@ Knows settings, choices and rows; not models or tensors.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -57,6 +58,7 @@ ROUNDING = {
     "threads",
     "memory",
     "train.tokens_per_pass",
+    "train.approximate",
     "train.share_prefixes",
     "train.checkpointing",
     "train.keep_features",
@@ -174,17 +176,22 @@ def require_same_model(before: object, session: Session, run: Path) -> None:
         )
 
 
-def compute_as(arithmetic: object) -> None:
+def compute_as(arithmetic: object) -> tuple[str, ...]:
     """Compute products as a training did when its state was saved, where this machine can; whoever restores
-    the state warns where it cannot. ``DELTAW_KERNELS`` goes first."""
-    if not isinstance(arithmetic, Mapping) or variants.asked().kernels is not None:
-        return
-    if dict(arithmetic) == loader.arithmetic().as_dict():
-        return
+    the state warns where it cannot. ``DELTAW_KERNELS`` goes first.
+
+    Returns:
+        what it computed approximately, but for what the environment leaves out.
+    """
     try:
-        loader.compute_with(Arithmetic.read(arithmetic))
-    except (UserError, OSError, RuntimeError, ValueError):
-        return
+        saved = Arithmetic.read(arithmetic if isinstance(arithmetic, Mapping) else {})
+    except ValueError:
+        return ()
+    exact = saved.approximating(())
+    if variants.asked().kernels is None and exact != loader.arithmetic():
+        with contextlib.suppress(UserError, OSError, RuntimeError, ValueError):
+            loader.compute_with(exact)
+    return tuple(name for name in saved.approximations if variants.is_left_in(name))
 
 
 def digest_of_rows(rows: Sequence[Any]) -> str:

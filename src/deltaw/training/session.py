@@ -7,6 +7,7 @@ and shows nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,15 @@ from deltaw.runtime.large_weights import use_large_pages
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.activation_checkpointing import checkpoint_blocks
+from deltaw.training.approximations import (
+    CANDIDATES,
+    Approximations,
+    Chosen,
+    GradientCheck,
+    applicable,
+    rows_to_look_at,
+    steps_between,
+)
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
@@ -53,7 +63,7 @@ from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.quantizing import quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
-from deltaw.training.state import Outcome, SavedState, Step, TrainState
+from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.eval_sets import read_run_data
@@ -63,8 +73,8 @@ from deltaw.working import working
 CALIBRATION_ROWS = 256
 # The width that methods' usual learning rates are given for.
 WIDTH = 4096
-# The setting whose value a run may choose itself.
-RATE = "train.learning_rate"
+# Settings whose values a run may choose itself.
+RATE, APPROXIMATE = "train.learning_rate", "train.approximate"
 
 
 @dataclass
@@ -83,6 +93,7 @@ class Session:
         identity: names the base model's weights and precision; None where they cannot be named.
         general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
         processes: that train together.
+        approximations: what is computed approximately.
     """
 
     config: RunConfig
@@ -98,6 +109,7 @@ class Session:
     identity: str | None = None
     general: Sequence[Example] = ()
     processes: Reducer = ALONE
+    approximations: Approximations = field(default_factory=Approximations)
 
     @property
     def trained(self) -> Sequence[tuple[str, nn.Parameter]]:
@@ -146,8 +158,8 @@ class Session:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While open, the model takes this session's batches."""
-        with self.task.running(self.model, self.batcher):
+        """While open, the model takes this session's batches, and the process computes as it trains."""
+        with self.approximations.on(), self.task.running(self.model, self.batcher):
             yield
 
     def close(self) -> None:
@@ -186,6 +198,7 @@ class Session:
             names=[name for name, _ in named],
             may_skip=may_skip(self.model),
             after_step=lambda: self.method.after_step(self.model),
+            before_step=self._look_again(batch_size or settings.batch_size),
             add_gradients=self._keep_general(),
             batch_size=batch_size or settings.batch_size,
             seed=settings.seed,
@@ -202,6 +215,26 @@ class Session:
             not_finite=not_finite,
             reducer=self.processes,
         )
+
+    def _look_again(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None] | None:
+        """What verifies approximations before some of the steps; None where nothing is approximate."""
+        approximations, model = self.approximations, self.model
+        first = self.data.train[:batch_size]
+        if not approximations.names or not first:
+            return None
+        looked_at = rows_to_look_at(first, self.batcher, self.objective)
+        tokens, step = (sum(b.tokens for b in self.batcher.batches(r)) for r in (looked_at, first))
+        every = steps_between(tokens, step)
+
+        def before_step(state: TrainState, rows: Sequence[Any]) -> None:
+            if not approximations.names or state.step % every or not state.step:
+                return
+            few = rows_to_look_at(rows, self.batcher, self.objective)
+            with self.method.evaluating(model):
+                check = GradientCheck(model, self.objective, self.batcher, state.names, state.trained, few)
+                approximations.look_again(check, state.step + 1, self.processes)
+
+        return before_step
 
     def _keep_general(self) -> KeepGeneral | None:
         """What adds the gradients of general answers; None where none are kept."""
@@ -291,12 +324,16 @@ def assemble(
     *,
     device: str,
     new_modules: Sequence[str] = (),
+    offered: Sequence[str] = (),
+    begun: Sequence[str] | None = None,
     processes: Reducer = ALONE,
 ) -> Session:
     """Put a freshly loaded model, a method and rows together.
 
     Args:
         new_modules: names of modules that the model's files do not hold; every method trains them.
+        offered: what would be faster approximately, if that is verified.
+        begun: what a training that goes on computed approximately; None for a new one.
         processes: that all assemble the same, and train together.
 
     Raises:
@@ -354,7 +391,37 @@ def assemble(
     if settings.keep_general:
         _take_general_answers(session)
     _keep_features(session, invocation)
+    if settings.approximate == "auto":
+        offered = applicable(model, objective, offered)
+        if not real or begun is not None:
+            session.approximations = Approximations(offered if begun is None else begun)
+        elif offered:
+            _approximate(session, offered)
     return session
+
+
+def _approximate(session: Session, offered: Sequence[str]) -> None:
+    """Decide what is computed approximately, and say so."""
+    model, batcher, settings = session.model, session.batcher, session.config.train
+    order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
+    steps = range(-(-CANDIDATES // settings.batch_size))
+    rows = (session.data.train[i] for step in steps for i in order.indices(step))
+    try:
+        said = working("comparing gradients with those in fp32")
+        with said, session.running(), session.method.evaluating(model):
+            few = rows_to_look_at(rows, batcher, session.objective)
+            names, parameters = zip(*session.trained, strict=True)
+            check = GradientCheck(model, session.objective, batcher, names, parameters, few)
+            chosen = check.choose(offered)
+    except Exception as error:  # whatever a foreign model raises in fp32, it trains without
+        brief = f"{type(error).__name__}: {str(error)[:100]}"
+        chosen = Chosen((), None, dict.fromkeys(offered, f"it could not be compared with fp32 ({brief})"))
+    finally:
+        model.zero_grad()
+    agreed = json.loads(session.processes.texts(json.dumps(chosen.names))[0])
+    session.approximations = Approximations(agreed, chosen.measured)
+    session.chosen[APPROXIMATE] = session.approximations.choice(chosen.refused)
+    session.said += session.approximations.lines(chosen.refused)
 
 
 def _keep_features(session: Session, invocation: Choice | None) -> None:

@@ -106,7 +106,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     torch.set_num_threads(threads)  # what some operators take besides their results depends on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     model = _fake_model(config, task, data, dtype)
-    settle_kernels(model.config, threads)
+    kernels = settle_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     before = resident_bytes()
     total = count_numbers(model)
@@ -125,7 +125,9 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     made: list[_DryRun] = []
 
     def run() -> None:
-        session = assemble(config, task, data, model, device="cpu", new_modules=new)
+        session = assemble(
+            config, task, data, model, device="cpu", new_modules=new, offered=kernels.approximations
+        )
         made.append(_dry_run(session, processes))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)

@@ -22,7 +22,7 @@ from deltaw.kernels.head_gradient import TOGETHER, can_split_classes, groups, he
 from deltaw.kernels.linear import linear_backward
 from deltaw.kernels.rows import cross_entropy_
 from deltaw.lora.stored import Scales, Stored, multiply
-from deltaw.training.tasks.rough_logits import ROWS_FOR_APART, RoughHead, RoughLogits
+from deltaw.training.tasks.rough_logits import RoughHead, RoughLogits
 
 # Bytes that the fp32 logits of one chunk may take; the soft-max and its gradient take about twice that again.
 CHUNK_BYTES = 32 * 2**20
@@ -31,6 +31,8 @@ DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes of a frozen head's logits at a time, and rows at least: the head's weight is read and laid out anew
 # for each chunk, which takes as long as some thirty rows.
 FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
+# Rows of a head that are there in a wider type at a time.
+WIDENED_ROWS = 4096
 
 
 def frozen_head_log_probs(
@@ -51,7 +53,8 @@ def frozen_head_log_probs(
     the chunk's logits are there, and the backward scales the rows.
 
     Args:
-        hidden: (P, d). targets: (P,) class indices. head: (classes, d). bias: (classes,) or None.
+        hidden: (P, d). targets: (P,) class indices. head: (classes, d). bias: (classes,) or None. Where the
+            hidden vectors are of a wider type than the head, all is computed in theirs.
         scale, softcap: what becomes of the logits, as in :func:`deltaw.kernels.rows.cross_entropy_`.
         scales: (classes,): the logits are computed in int8, the head's rows divided by these, and so is their
             gradient where there are rows enough to be worth it.
@@ -106,7 +109,7 @@ def _by_all_classes(
     chunk = _even_chunk(len(hidden), most)
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        logits, _ = multiply(hidden[part], head, stored, bias=bias)
+        logits = _logits(hidden[part], head, bias, stored)
         losses.append(
             cross_entropy_(logits, targets[part], ones[part], scale=scale, softcap=softcap, grad=wanted)
         )
@@ -125,11 +128,22 @@ def _logits_by_parts(
 ) -> Callable[[slice], Tensor]:
     """Logits of a part of the rows: in int8 with int8-quantized weights, else where that is accurate enough
     and there are rows enough to be worth it."""
-    if rough is not None and (stored is not None or len(hidden) >= ROWS_FOR_APART):
+    if rough is not None and (stored is not None or len(hidden) >= rough.least_rows):
         logits = RoughLogits(hidden.detach(), head, bias, rough)
         if stored is not None or logits.accurate(scale):
             return logits.of
-    return lambda part: multiply(hidden[part], head, stored, bias=bias)[0]
+    return lambda part: _logits(hidden[part], head, bias, stored)
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, stored: Stored | None) -> Tensor:
+    if _is_wider(hidden, head, stored):
+        logits = torch.cat([hidden @ rows.to(hidden.dtype).t() for rows in head.split(WIDENED_ROWS)], 1)
+        return logits if bias is None else logits.add_(bias)
+    return multiply(hidden, head, stored, bias=bias)[0]
+
+
+def _is_wider(left: Tensor, head: Tensor, stored: Stored | None) -> bool:
+    return stored is None and left.dtype != head.dtype
 
 
 def _by_likely_classes(
@@ -178,6 +192,12 @@ def _times_head(gradient: Tensor, targets: Tensor, head: Tensor, stored: Stored 
         return class_gradient_(gradient, targets, head, stored[0])
     if isinstance(stored, BlockWeight):
         return block_linear_backward(gradient, stored)[0]
+    if _is_wider(gradient, head, stored):
+        parts = zip(gradient.split(WIDENED_ROWS, 1), head.split(WIDENED_ROWS), strict=True)
+        sums = gradient.new_zeros(len(gradient), head.shape[1])
+        for part, rows in parts:
+            sums.addmm_(part, rows.to(gradient.dtype))
+        return sums
     # Not rounded, the gradient is taken with the head's own numbers, whatever layers do with theirs.
     return linear_backward(gradient, head)[0]
 

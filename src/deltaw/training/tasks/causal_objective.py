@@ -9,6 +9,7 @@ Knows a model's backbone and head; not data files, optimizers or schedules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from deltaw.data.packing import Batch, Item
 from deltaw.hub.skeleton import has_values
 from deltaw.kernels import loader
+from deltaw.kernels.head_gradient import CLASSES
 from deltaw.lora.layers_blocks import BlockLinear
 from deltaw.lora.stored import block_weight, weight_scales
 from deltaw.runtime.packed import backbone_of, one_row, outputs_at
@@ -33,7 +35,7 @@ from deltaw.training.tasks.causal_head import (
     log_probs,
     logits_change,
 )
-from deltaw.training.tasks.rough_logits import RoughHead
+from deltaw.training.tasks.rough_logits import ROWS_FOR_APART, RoughHead
 
 
 class CausalObjective:
@@ -46,6 +48,7 @@ class CausalObjective:
     Attributes:
         chunked: whether the head is applied in chunks; False where the model does something between its
             backbone and its logits that is not known here, and its own logits are taken instead.
+        rough_rows: with fewer labels at once, a bf16 head's logits never come from int8 products.
     """
 
     def __init__(self, model: PreTrainedModel, loss: Loss | None = None) -> None:
@@ -55,8 +58,9 @@ class CausalObjective:
         head = model.get_output_embeddings()
         self.chunked = head is not None and self.backbone is not model and _head_is_known(model, head)
         self.head = head
-        # Whether the blocks' weights are int8, and the head is multiplied so too in training. Its weight
-        # stays as it is, for gradients and for evaluation.
+        self.rough_rows = ROWS_FOR_APART
+        # Whether the blocks' weights are int8, and the head may be multiplied so too in training. Its weight
+        # stays as it is, for evaluation.
         self._int8 = self.chunked and _may_round(head) and _is_int8(self.backbone)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -97,24 +101,33 @@ class CausalObjective:
             picked, batch.targets, batch.weights, self._logits, parameters, chunk=self.chunk
         )
 
+    @property
+    def approximable(self) -> tuple[str, ...]:
+        """What of the head can be approximate: those of ``APPROXIMATIONS`` that would change something."""
+        if not (self.chunked and _may_round(self.head) and self._head_is_frozen()):
+            return ()
+        if self.head.weight.shape[0] < CLASSES:
+            return ("int8_logits",) if self._int8 else ()
+        return "int8_logits", "summed_classes"
+
     @cached_property
-    def _rough(self) -> RoughHead | None:
-        """What products with the head in int8 take: with int8-quantized weights, and where logits that hardly
-        count are computed so."""
-        wanted = self._int8 or (_may_round(self.head) and loader.arithmetic().int8_logits)
-        return RoughHead.of(self.head.weight) if wanted else None
+    def _rough_head(self) -> RoughHead:
+        return RoughHead.of(self.head.weight)
 
     def _frozen(self, picked: Tensor, targets: Tensor) -> Tensor:
         change = logits_change(self.model.config.get_text_config())
+        rough = None
+        if loader.arithmetic().int8_logits and _may_round(self.head) and picked.dtype == torch.bfloat16:
+            rough = replace(self._rough_head, least_rows=self.rough_rows)
         return frozen_head_log_probs(
             picked,
             targets,
             self.head.weight,
             self.head.bias,
             *change,
-            scales=self._rough.scales if self._rough is not None and self._int8 else None,
+            scales=rough.scales if rough is not None and self._int8 else None,
             blocks=block_weight(self.head),
-            rough=self._rough,
+            rough=rough,
         )
 
     @torch.no_grad()

@@ -37,11 +37,14 @@ class RoughHead:
     Attributes:
         scales: (classes) fp32, what each row is divided by to be rounded.
         row_square, scale_square: means over the classes, or many of them, of ‖row‖² and of scale².
+        least_rows: with fewer rows at once no column is left unrounded, and a bf16 head is multiplied as it
+            is.
     """
 
     scales: Tensor
     row_square: float
     scale_square: float
+    least_rows: int = ROWS_FOR_APART
 
     @classmethod
     def of(cls, weight: Tensor) -> RoughHead:
@@ -65,7 +68,7 @@ class RoughLogits:
         self.rounded: Tensor = hidden
         self.lora_A: Tensor | None = None
         self.lora_B: Tensor | None = None
-        if len(hidden) < ROWS_FOR_APART or hidden.shape[1] <= APART:
+        if len(hidden) < head.least_rows or hidden.shape[1] <= APART:
             return
         apart = hidden.abs().amax(0).topk(APART).indices
         self.rounded = hidden.index_fill(1, apart, 0)

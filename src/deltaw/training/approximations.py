@@ -1,0 +1,391 @@
+"""What a run computes approximately: verified on the model and the rows at hand, before it is used and later.
+
+Some products of a training in bf16 are several times as fast in int8, and a language model's head as fast
+again where unlikely classes are summed over rows. How much that moves a gradient depends on the model: one
+with a few columns of large numbers loses most of it. So the gradient of what is trained is computed on a few
+of the run's rows in fp32, in bf16, and with the approximations, and these are used only where they add little
+to what bf16 itself rounds. Along the run the same is looked at again.
+
+Knows sessions and gradients; not how anything is approximated (``kernels/arithmetic.py`` names it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.host.choices import Choice
+from deltaw.kernels import loader
+from deltaw.kernels.arithmetic import APPROXIMATIONS
+from deltaw.runtime.blocks import blocks_of
+from deltaw.runtime.widened import widened
+from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.parallel.reducer import ALONE, Reducer
+
+# How each is called for a person.
+NAMES = {
+    "int8_gradients": "gradients of frozen layers in int8",
+    "int8_logits": "unlikely logits in int8",
+    "summed_classes": "unlikely classes of the head's gradient summed over rows",
+}
+# A gradient is off from that in fp32 by some share of its length. What is approximate may add half of what
+# bf16 is off by and this much. A single block may add twice as much: blocks err independently of each other,
+# and a step follows all of them together.
+ADDED, ADDED_IN_BLOCK = 0.01, 0.02
+# Unless it adds less than half of that, the gradient with it and without it must also point the same way.
+COSINE, COSINE_IN_BLOCK = 0.999, 0.996
+# To be taken, it must stay below this share of what is allowed, so that noise does not decide.
+MARGIN = 0.9
+# Blocks with less of the gradient than this are too small to be judged by themselves.
+SMALL_BLOCK = 1e-3
+# Rows that are looked at hold so many computed tokens and labels at least, where there are as many, and the
+# most tokens that a row of them may have.
+TOKENS, LABELS, LONGEST_ROW = 128, 16, 512
+# Rows that they are taken from, in the order of the training.
+CANDIDATES = 64
+# Looking again takes at most this share of a run's time, counted in tokens. A gradient is computed twice for
+# it; each counts twice, since few tokens take longer for each.
+SHARE, COST = 0.005, 4.0
+# Numbers of the gradient that are compared, about.
+COMPARED = 1 << 22
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far a gradient is from one in fp32, and from the one without approximations.
+
+    Attributes:
+        own: of the gradient without approximations, the length of its difference from fp32's, by fp32's.
+        error: the same with them. cosine: of the gradients with and without them.
+    """
+
+    own: float
+    error: float
+    cosine: float
+
+    def within(self, margin: float, *, of_block: bool) -> bool:
+        """Whether what is approximate may be used."""
+        added = self.error - self.own
+        if not math.isfinite(added):
+            return False
+        if added <= margin * self.own / 2:
+            return True
+        most, cosine = (ADDED_IN_BLOCK, COSINE_IN_BLOCK) if of_block else (ADDED, COSINE)
+        return added <= margin * (self.own / 2 + most) and 1 - self.cosine <= margin * (1 - cosine)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One look at approximations.
+
+    Attributes:
+        names: of those that were on. whole: of the whole gradient. blocks: by block.
+        tokens: of the rows. seconds: that it took.
+    """
+
+    names: tuple[str, ...]
+    whole: Errors
+    blocks: Mapping[str, Errors] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def failing(self, margin: float = 1.0) -> str | None:
+        """What is off by too much, in words; None where nothing is."""
+        if not self.whole.within(margin, of_block=False):
+            return f"the gradient is off from fp32 by {self.whole.error:.1%} and not {self.whole.own:.1%}"
+        for name, errors in self.blocks.items():
+            if not errors.within(margin, of_block=True):
+                return (
+                    f"the gradient of {name} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
+                )
+        return None
+
+    def __str__(self) -> str:
+        return (
+            f"gradient off from fp32 by {self.whole.error:.1%} (bf16 alone {self.whole.own:.1%}) "
+            f"on {self.tokens} tokens of the rows, looked at in {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which approximations may be used.
+
+    Attributes:
+        names: of those. measured: what they add together; None where there are none.
+        refused: why not the others, by name.
+    """
+
+    names: tuple[str, ...]
+    measured: Measured | None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+class GradientCheck:
+    """Computes the gradient of a few of a training's rows in several ways, and compares them.
+
+    Args:
+        model, objective, batcher: as in the training. names, parameters: what is trained.
+        rows: those that are looked at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: AnyObjective,
+        batcher: AnyBatcher,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        rows: Sequence[Any],
+    ) -> None:
+        self.model, self.objective, self.batcher, self.rows = model, objective, batcher, rows
+        self.named = dict(zip(names, parameters, strict=True))
+        self.tokens = sum(batch.tokens for batch in batcher.batches(rows))
+        numbers = sum(parameter.numel() for parameter in parameters)
+        # An odd distance goes through all columns of a matrix.
+        self._distance = 1 if numbers <= COMPARED else -(-numbers // COMPARED) | 1
+
+    def choose(self, offered: Sequence[str]) -> Chosen:
+        """Which of those offered add so little that they may be used; all together if they can be."""
+        begun = time.perf_counter()
+        exact = dict(self._gradients((), wide=True)), dict(self._gradients(()))
+
+        def measured(names: Sequence[str]) -> Measured:
+            whole, blocks = self._errors(names, *exact)
+            return Measured(tuple(names), whole, blocks, self.tokens, time.perf_counter() - begun)
+
+        found = measured(offered)
+        if found.failing(MARGIN) is None:
+            return Chosen(tuple(offered), found)
+        used: list[str] = []
+        refused: dict[str, str] = {}
+        last: Measured | None = None
+        for name in sorted(offered, key=APPROXIMATIONS.index, reverse=True):  # what errs most comes last
+            found = measured([*used, name])
+            failing = found.failing(MARGIN)
+            if failing is None:
+                used, last = [*used, name], found
+            else:
+                refused[name] = failing
+        return Chosen(tuple(used), last, refused)
+
+    def moved(self, names: Sequence[str]) -> tuple[Errors, dict[str, Errors]]:
+        """The errors of approximations relative to the gradient without them, which counts as fp32's: of the
+        whole gradient and by block."""
+        exact = dict(self._gradients(()))
+        return self._errors(names, exact, exact)
+
+    def _gradients(
+        self, approximations: Sequence[str], *, wide: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The gradient of each parameter by its name, or some of its numbers."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        apart = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(loader.computing())
+            loader.compute_with(loader.arithmetic().approximating(approximations))
+            stack.enter_context(_as_with_many_labels(self.objective))
+            if wide:
+                stack.enter_context(widened(self.model, apart=apart))
+            begin = getattr(self.objective, "begin", None)
+            if begin is not None:
+                begin(self.rows, self.batcher, ALONE)
+            for batch in self.batcher.batches(self.rows):
+                self.objective(batch).backward()
+        for name, parameter in self.named.items():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                yield name, gradient.flatten()[:: self._distance].float()
+
+    def _errors(
+        self, names: Sequence[str], reference: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+    ) -> tuple[Errors, dict[str, Errors]]:
+        sums: dict[str, Tensor] = {}
+        for name, approximate in self._gradients(names):
+            found = _products(reference[name].double(), exact[name].double(), approximate.double())
+            block = block_of(name)
+            sums[block] = sums[block] + found if block in sums else found
+        whole = torch.stack(list(sums.values())).sum(0)
+        large = {block: of for block, of in sums.items() if of[0] > SMALL_BLOCK**2 * whole[0]}
+        return _errors_of(whole), {block: _errors_of(of) for block, of in large.items()}
+
+
+def block_of(name: str) -> str:
+    """The block that a parameter belongs to: its name as far as the first number in it."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else name
+
+
+def _products(reference: Tensor, exact: Tensor, approximate: Tensor) -> Tensor:
+    """(6) what errors follow from; those of several parameters are added."""
+    return torch.stack(
+        [
+            reference @ reference,
+            (exact - reference).square().sum(),
+            (approximate - reference).square().sum(),
+            exact @ exact,
+            approximate @ approximate,
+            exact @ approximate,
+        ]
+    )
+
+
+def _errors_of(sums: Tensor) -> Errors:
+    reference, exact, approximate, ee, aa, ea = sums.tolist()
+    if not reference > 0:
+        return Errors(0.0, 0.0 if approximate == 0 else math.inf, 1.0)
+    cosine = ea / math.sqrt(ee * aa) if ee * aa > 0 else math.nan
+    return Errors(math.sqrt(exact / reference), math.sqrt(approximate / reference), cosine)
+
+
+@contextlib.contextmanager
+def _as_with_many_labels(objective: AnyObjective) -> Iterator[None]:
+    """While open, an objective computes the few labels that are looked at as it computes many."""
+    rows = getattr(objective, "rough_rows", None)
+    if rows is None:
+        yield
+        return
+    objective.rough_rows = 1  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        objective.rough_rows = rows  # type: ignore[attr-defined]
+
+
+class Approximations:
+    """What one training computes approximately.
+
+    Args:
+        names: of those that are on.
+        measured: what they add; None where that was not measured.
+
+    Attributes:
+        off_since: the step from which on they were left out; None where they were not.
+        on_change: told in a line what was left out, and from which step on.
+    """
+
+    def __init__(self, names: Iterable[str] = (), measured: Measured | None = None) -> None:
+        self.names = tuple(name for name in APPROXIMATIONS if name in set(names))
+        self.measured = measured
+        self.off_since: int | None = None
+        self.on_change: Callable[[str, int], None] = lambda line, step: None
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """While open, the process computes with those that are on."""
+        with loader.computing():
+            loader.compute_with(loader.arithmetic().approximating(self.names))
+            yield
+
+    def look_again(self, check: GradientCheck, step: int, processes: Reducer) -> None:
+        """Leave out, before this step, what adds too much by now; in each process what process 0 finds.
+
+        Nothing is computed in fp32 unless the gradients with and without what is approximate have moved
+        apart.
+        """
+        names, said = json.loads(processes.texts(json.dumps(self._still_used(check)))[0])
+        if tuple(names) == self.names:
+            return
+        self.names, self.off_since = tuple(names), step
+        loader.compute_with(loader.arithmetic().approximating(self.names))
+        self.on_change(said, step)
+
+    def _still_used(self, check: GradientCheck) -> tuple[tuple[str, ...], str]:
+        """Those that may be used further, and why not the others."""
+        if self.measured is not None:
+            whole, blocks = check.moved(self.names)
+            known = self.measured.blocks
+            now = replace(
+                self.measured,
+                whole=_added(self.measured.whole, whole),
+                blocks={name: _added(known[name], of) for name, of in blocks.items() if name in known},
+            )
+            if now.failing() is None:
+                return self.names, ""
+        chosen = check.choose(self.names)
+        self.measured = chosen.measured
+        return chosen.names, "; ".join(f"{NAMES[name]}: {why}" for name, why in chosen.refused.items())
+
+    def choice(self, refused: Mapping[str, str]) -> Choice[str]:
+        """Whether anything is approximate, what, and how that was verified."""
+        used = ", ".join(NAMES[name] for name in self.names)
+        if self.measured is not None and used:
+            used = f"{used}; {self.measured}"
+        return Choice("auto" if used else "off", used or "; ".join(dict.fromkeys(refused.values())))
+
+    def lines(self, refused: Mapping[str, str]) -> list[str]:
+        """The same for a person, and what is left out."""
+        lines = [f"approximate: {self.choice({}).why}"] if self.names else []
+        return lines + [f"not approximate: {NAMES[name]}, since {why}" for name, why in refused.items()]
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint. Which are on is part of the arithmetic of the training's state."""
+        return {
+            "measured": None if self.measured is None else asdict(self.measured),
+            "off_since": self.off_since,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.off_since = saved["off_since"]
+        if saved["measured"] is not None:
+            plain = dict(saved["measured"])
+            plain["names"] = tuple(plain["names"])
+            plain["whole"] = Errors(**plain["whole"])
+            plain["blocks"] = {name: Errors(**errors) for name, errors in plain["blocks"].items()}
+            self.measured = Measured(**plain)
+
+    def as_dict(self) -> dict[str, object]:
+        """For a run's result."""
+        found: dict[str, object] = {"used": list(self.names), "off_since_step": self.off_since}
+        if self.measured is not None:
+            found |= asdict(self.measured.whole)
+            found |= {"tokens": self.measured.tokens, "seconds": round(self.measured.seconds, 2)}
+        return found
+
+
+def _added(before: Errors, moved: Errors) -> Errors:
+    """The errors now, if bf16 alone is off by what it was, and what is approximate adds to that at random."""
+    return Errors(before.own, math.hypot(before.own, moved.error), moved.cosine)
+
+
+def applicable(model: nn.Module, objective: AnyObjective, offered: Iterable[str]) -> tuple[str, ...]:
+    """Those of the approximations offered that would change anything in a training."""
+    found = blocks_of(model)
+    in_blocks = model if found is None else found[1]
+    rounded = any(p.dtype == torch.bfloat16 and p.dim() == 2 for p in in_blocks.parameters())
+    can = {*getattr(objective, "approximable", ()), *(["int8_gradients"] if rounded else [])}
+    return tuple(name for name in offered if name in can)
+
+
+def rows_to_look_at(rows: Iterable[Any], batcher: AnyBatcher, objective: AnyObjective) -> list[Any]:
+    """The first of these rows that are enough to look at, without very long ones where there are others."""
+    found: list[Any] = []
+    shortest: tuple[float, Any] = (math.inf, None)
+    for row in itertools.islice(rows, CANDIDATES):
+        tokens = sum(batch.tokens for batch in batcher.batches([row]))
+        if tokens < shortest[0]:
+            shortest = tokens, row
+        if tokens > LONGEST_ROW:
+            continue
+        found.append(row)
+        computed = sum(batch.tokens for batch in batcher.batches(found))
+        if computed >= TOKENS and (objective.units(found) >= LABELS or computed >= LONGEST_ROW):
+            break
+    return found or [shortest[1]]
+
+
+def steps_between(looked_at: int, step: int) -> int:
+    """Optimizer steps between two looks at so many tokens, where a step computes so many."""
+    return max(1, math.ceil(COST * looked_at / (SHARE * max(1, step))))

@@ -1,0 +1,441 @@
+"""Approximations are used only where the model at hand bears them, and left out as soon as it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from deltaw.config import RunConfig
+from deltaw.host.kernel_choice import KernelChoice
+from deltaw.kernels import loader
+from deltaw.kernels.arithmetic import APPROXIMATIONS
+from deltaw.kernels.layout import Layout
+from deltaw.kernels.variants import LEFT_OUT_BY
+from deltaw.lora import LoRAConfig, attach
+from deltaw.methods.base import ADAPTER_WEIGHTS
+from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.widened import widened
+from deltaw.training import approximations
+from deltaw.training.approximations import (
+    Approximations,
+    Errors,
+    GradientCheck,
+    Measured,
+    block_of,
+    rows_to_look_at,
+    steps_between,
+)
+from deltaw.training.callbacks import Callback
+from deltaw.training.fit import fit, load_for
+from deltaw.training.process import guest
+from deltaw.training.session import Session, assemble, read_data
+from deltaw.training.state import ArithmeticChangedWarning
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.conftest import laid_over, write_rows
+from tests.kernels.conftest import compiled_only
+from tests.tiny_models import CAUSAL, PADDED, causal_model
+
+GRADIENTS = "int8_gradients"
+COLUMNS = 8  # of 256 that are rescaled
+
+
+@torch.no_grad()
+def rescale(model, factor: float) -> None:
+    """The same function to the bit: some columns of each norm times a power of two, and the weights that read
+    them divided by it."""
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            norm.weight[:COLUMNS] *= factor
+            for reader in readers:
+                reader.weight[:, :COLUMNS] /= factor
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A Llama of four blocks in bf16, by the factor of its rescaled columns."""
+
+    def folder(factor: float) -> Path:
+        path = tmp_path_factory.getbasetemp() / f"rescaled-{factor:g}"
+        if not path.exists():
+            model = tiny_llama(
+                hidden_size=256,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                max_position_embeddings=512,
+                initializer_range=0.05,
+            ).bfloat16()
+            rescale(model, factor)
+            model.save_pretrained(path)
+            byte_tokenizer().save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    rows = [
+        {"prompt": f"say {n} times {n % 7}", "completion": f"{n} times {n % 7} is {n * (n % 7)}"}
+        for n in range(40)
+    ]
+    return write_rows(tmp_path_factory.mktemp("rows") / "long.jsonl", rows)
+
+
+@pytest.fixture
+def bf16_run(settings, long_rows, bases, tmp_path):
+    """Settings of a run in bf16."""
+
+    def make(name: str, *, factor: float = 1, **changes: object) -> dict:
+        plain = {
+            "model": str(bases(factor)),
+            "data": {"train": str(long_rows), "eval": 4},
+            "lora": {"rank": 8, "alpha": 16},
+            "train": {"batch_size": 8, "max_steps": 4, "drift": False, "samples": 0},
+            "precision": "bf16",
+        }
+        return settings(tmp_path / name, **laid_over(plain, changes))
+
+    return make
+
+
+def session_of(settings: dict, offered=APPROXIMATIONS) -> Session:
+    config = RunConfig.read(settings)
+    task, data = read_data(config)
+    loaded = load_for(config, task, data)
+    return assemble(config, task, data, loaded.model, device="cpu", offered=offered)
+
+
+def gradient(session: Session, rows) -> torch.Tensor:
+    """The gradient of all that is trained, as one vector."""
+    with session.running():
+        for batch in session.batcher.batches(rows):
+            session.objective(batch).backward()
+    found = torch.cat([p.grad.flatten().double() for _, p in session.trained if p.grad is not None])
+    session.model.zero_grad()
+    return found
+
+
+@compiled_only
+@pytest.mark.parametrize(("factor", "taken"), [(1, True), (8, False), (32, False), (128, False)])
+def test_gradients_in_int8_are_used_where_they_add_little(factor, taken, bf16_run):
+    """Errors are measured against the model in fp32, which the run does not have."""
+    with guest():
+        exact = session_of(bf16_run("exact", factor=factor, precision="fp32"))
+        rows = exact.data.train[:16]
+        wanted = gradient(exact, rows)
+        session = session_of(bf16_run("bf16", factor=factor), offered=[GRADIENTS])
+        found = {}
+        for names in ((), (GRADIENTS,), session.approximations.names):
+            session.approximations.names, chosen = names, session.approximations.names
+            found[names] = float((gradient(session, rows) - wanted).norm() / wanted.norm())
+            session.approximations.names = chosen
+    assert (GRADIENTS in session.approximations.names) == taken
+    own, used = found[()], found[session.approximations.names]
+    assert used <= 1.5 * own + 0.01
+    if factor == 128:
+        assert found[GRADIENTS,] > 10 * own  # or there would be nothing to find
+    said = "\n".join(session.said)
+    assert ("not approximate: gradients of frozen layers in int8" in said) == (not taken)
+    if taken:
+        # What the run says it measured is what it is.
+        assert session.approximations.measured.whole.own == pytest.approx(own, rel=0.3)
+        assert session.approximations.measured.whole.error == pytest.approx(used, rel=0.3)
+
+
+# Gemma's embeddings round their product with a scale themselves.
+ROUNDED_EMBEDDINGS = ("gemma2", "gemma3")
+
+
+@pytest.mark.parametrize("family", [family for family in [*CAUSAL, *PADDED] if family != "mamba"])
+def test_a_model_in_bf16_can_be_computed_in_fp32(family):
+    """Each family's own code block by block, against the same model with all weights in fp32."""
+    found = []
+    for wide in (True, False):
+        model = causal_model(family).bfloat16()
+        model = (model if wide else model.float()).requires_grad_(False)
+        attach(model, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
+        generator = torch.Generator().manual_seed(1)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        before = {name: (id(p), p.dtype) for name, p in model.named_parameters()}
+        tokens = torch.arange(60).view(3, 20) * 7 % 90 + 3
+        with widened(model) if wide else contextlib.nullcontext():
+            logits = model(input_ids=tokens, use_cache=False).logits
+            assert logits.dtype == torch.float32
+            logits.log_softmax(-1)[..., 5].sum().backward()
+        assert {name: (id(p), p.dtype) for name, p in model.named_parameters()} == before
+        assert not any("forward" in vars(module) for module in model.modules())
+        found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
+    tolerance = 1e-2 if family in ROUNDED_EMBEDDINGS else 1e-4
+    assert (found[0] - found[1]).norm() < tolerance * found[1].norm()
+
+
+def test_fused_blocks_in_fp32_let_go_of_their_weights():
+    """What a whole model in fp32 would take is never there, though blocks remember what they ran with."""
+    model = tiny_llama(num_hidden_layers=6).bfloat16().requires_grad_(False)
+    attach(model, LoRAConfig(rank=4, alpha=8, target_modules="all-linear"))
+    tokens = torch.arange(20)[None] + 3
+    layout = Layout.of_lengths([20])
+    inputs = {"input_ids": tokens, "position_ids": tokens - 3, "packed_layout": layout, "use_cache": False}
+    with packed_rows(model), widened(model):
+        model(**inputs).logits.sum().backward()
+        wide = [t for t in gc.get_objects() if type(t) is torch.nn.Parameter and t.dtype == torch.float32]
+    shapes = {p.shape for p in model.model.layers[0].parameters() if p.dtype == torch.bfloat16}
+    weights = [p for p in wide if p.dim() == 2 and p.shape in shapes and not p.requires_grad]
+    assert not weights
+
+
+@compiled_only
+@pytest.mark.parametrize("off", ["setting", "environment"])
+def test_what_is_off_computes_with_products_in_bf16(off, bf16_run, monkeypatch):
+    approximate = fit(bf16_run("on"))
+    assert GRADIENTS in approximate.approximations["used"]
+    if off == "environment":
+        for variable in LEFT_OUT_BY.values():
+            monkeypatch.setenv(variable, "0")
+    changes = {"train": {"approximate": "off"}} if off == "setting" else {}
+    exact = fit(bf16_run("off", **changes))
+    assert exact.approximations["used"] == [] and exact.arithmetic[GRADIENTS] == "no"
+    bits = [(done.output / ADAPTER_WEIGHTS).read_bytes() for done in (approximate, exact)]
+    assert bits[0] != bits[1]
+    # A run whose kernels know nothing of them.
+    monkeypatch.setattr(KernelChoice, "approximations", ())
+    assert (fit(bf16_run("never")).output / ADAPTER_WEIGHTS).read_bytes() == bits[1]
+
+
+class Told(Callback):
+    """Keeps lines; after some step it rescales the base model's columns."""
+
+    def __init__(self, change_after: int | None = None, stop_after: int | None = None) -> None:
+        self.lines: list[str] = []
+        self.change_after, self.stop_after = change_after, stop_after
+        self.stopping = False
+        self.model: torch.nn.Module | None = None
+
+    def on_line(self, line):
+        self.lines.append(line)
+
+    def on_step(self, step):
+        if step.step == self.change_after:
+            rescale(self.model, 64)
+        self.stopping = step.step == self.stop_after
+
+    def should_stop(self):
+        return self.stopping
+
+
+@compiled_only
+def test_a_run_that_begins_to_fail_goes_on_without(bf16_run, monkeypatch):
+    monkeypatch.setattr(approximations, "SHARE", 1e9)  # looked at before each step
+    told = Told(change_after=2)
+
+    def loading(*args, **named):
+        loaded = load_for(*args, **named)
+        told.model = loaded.model
+        return loaded
+
+    monkeypatch.setattr("deltaw.training.fit.load_for", loading)
+    done = fit(bf16_run("failing"), callback=told)
+    assert [line for line in told.lines if line.startswith("not approximate from step 3 on: gradients")]
+    assert done.approximations["off_since_step"] == 3 and GRADIENTS not in done.approximations["used"]
+    assert done.arithmetic[GRADIENTS] == "no"
+    metrics = [json.loads(line) for line in (done.output / "metrics.jsonl").read_text().splitlines()]
+    (noted,) = [line for line in metrics if "approximations" in line]
+    assert noted["step"] == 3 and GRADIENTS not in noted["approximations"]["used"]
+    assert (
+        "approximate: auto  # off: gradients of frozen layers in int8: the gradient"
+        in (done.output / "run.yaml").read_text()
+    )
+    # What no longer is approximate stays so when the run goes on.
+    again = Told()
+    longer = fit({"train": {"max_steps": 6}}, resume=done.output, callback=again)
+    assert longer.approximations["used"] == [] and longer.approximations["off_since_step"] == 3
+    assert not [line for line in again.lines if "approximate" in line]
+
+
+@compiled_only
+def test_looking_again_changes_no_bit(bf16_run, monkeypatch):
+    plain = fit(bf16_run("seldom"))
+    monkeypatch.setattr(approximations, "SHARE", 1e9)
+    looked = []
+    whole = GradientCheck.moved
+    monkeypatch.setattr(GradientCheck, "moved", lambda *a: looked.append(1) or whole(*a))
+    often = fit(bf16_run("often"))
+    assert len(looked) == 3  # before steps 2, 3 and 4
+    assert often.approximations["used"] == plain.approximations["used"] != []
+    assert (often.output / ADAPTER_WEIGHTS).read_bytes() == (plain.output / ADAPTER_WEIGHTS).read_bytes()
+
+
+@compiled_only
+def test_a_run_goes_on_as_it_computed_and_looks_no_further(bf16_run, monkeypatch):
+    whole = fit(bf16_run("whole"))
+    fit(bf16_run("stopped"), callback=Told(stop_after=2))
+    chosen = GradientCheck.choose
+    monkeypatch.setattr(GradientCheck, "choose", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArithmeticChangedWarning)
+        done = fit(bf16_run("stopped"))
+    assert done.resumed_from_step == 2
+    assert {**done.approximations, "seconds": 0} == {**whole.approximations, "seconds": 0}
+    assert (done.output / ADAPTER_WEIGHTS).read_bytes() == (whole.output / ADAPTER_WEIGHTS).read_bytes()
+    # A setting that turns them off does, also then, and is said.
+    monkeypatch.setattr(GradientCheck, "choose", chosen)
+    fit(bf16_run("turned off"), callback=Told(stop_after=2))
+    told = Told()
+    with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
+        off = fit(bf16_run("turned off", train={"approximate": "off"}), callback=told)
+    assert off.approximations["used"] == []
+    assert any("'train.approximate' is off" in line for line in told.lines)
+
+
+@compiled_only
+@pytest.mark.parametrize("variable", ["environment", "kernels"])
+def test_the_environment_counts_when_a_run_goes_on(variable, bf16_run, monkeypatch):
+    fit(bf16_run("stopped"), callback=Told(stop_after=2))
+    if variable == "environment":
+        monkeypatch.setenv(LEFT_OUT_BY[GRADIENTS], "0")
+        with pytest.warns(ArithmeticChangedWarning, match=GRADIENTS):
+            done = fit(bf16_run("stopped"))
+        assert GRADIENTS not in done.approximations["used"]
+    else:  # forced kernels leave approximations as the run began
+        monkeypatch.setenv("DELTAW_KERNELS", loader.variant())
+        done = fit(bf16_run("stopped"))
+        assert GRADIENTS in done.approximations["used"]
+
+
+def test_a_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(approximations, "widened", refuse)
+    with guest():
+        session = session_of(bf16_run("foreign"))
+    assert session.approximations.names == ()
+    assert [line for line in session.said if "compared with fp32 (RuntimeError: no such thing)" in line]
+    assert session.chosen["train.approximate"].value == "off"
+
+
+@compiled_only
+@pytest.mark.parametrize("loss", ["dpo", "kto", "simpo"])
+def test_pairs_are_looked_at_with_their_own_loss(loss, bf16_run, tmp_path):
+    rows = [
+        {"prompt": f"say {n}", "chosen": f"{n} it is", "rejected": f"no {n * 7}, never"} for n in range(20)
+    ]
+    if loss == "kto":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[answer], "label": answer == "chosen"}
+            for row in rows
+            for answer in ("chosen", "rejected")
+        ]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    changes = {"task": "preference", "preference": {"loss": loss}, "data": {"train": str(path)}}
+    done = fit(bf16_run("pairs", **changes))
+    assert 0 < done.approximations["own"] < done.approximations["error"] < 0.3
+    assert done.approximations["tokens"] >= approximations.TOKENS
+
+
+@compiled_only
+def test_labels_are_looked_at_too(bf16_run, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.05,
+    )  # fmt: skip
+    BertModel(config).bfloat16().save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    rows = [{"text": f"{n} is {'odd' if n % 2 else 'even'}", "label": n % 2} for n in range(60)]
+    path = write_rows(tmp_path / "labels.jsonl", rows)
+    changes = {
+        "model": str(tmp_path / "bert"),
+        "task": "sequence-classification",
+        "data": {"train": str(path)},
+        "lora": {"target_modules": "all-linear"},
+    }
+    done = fit(bf16_run("labels", **changes))
+    assert 0 < done.approximations["own"] <= done.approximations["error"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "cosine", "of_block", "within"),
+    [
+        (0.010, 0.019, 0.9999, False, True),
+        (0.010, 0.026, 0.9999, False, False),  # more than half of it and a hundredth
+        (0.010, 0.026, 0.9999, True, True),
+        (0.010, 0.019, 0.9980, False, False),  # another direction
+        (0.060, 0.089, 0.9970, False, True),  # less than half of what bf16 rounds
+        (0.010, math.nan, 0.9999, False, False),
+        (0.010, 0.010, math.nan, False, True),  # adds nothing
+    ],
+)
+def test_what_is_allowed(own, error, cosine, of_block, within):
+    assert Errors(own, error, cosine).within(1.0, of_block=of_block) == within
+
+
+def test_noise_does_not_decide():
+    """What is within the margin of what is allowed is neither taken nor, once taken, left out."""
+    near = Measured((), Errors(0.01, 0.0245, 1.0))
+    assert near.failing(approximations.MARGIN) is not None and near.failing() is None
+
+
+def test_one_block_that_is_off_suffices():
+    good, bad = Errors(0.01, 0.011, 1.0), Errors(0.01, 0.05, 1.0)
+    found = Measured((), good, {"model.layers.0": good, "model.layers.1": bad}).failing()
+    assert found is not None and "model.layers.1" in found
+    assert block_of("model.layers.10.mlp.up_proj.lora_A") == "model.layers.10"
+    assert block_of("score.weight") == "score.weight"
+
+
+def test_its_state_goes_through_json():
+    measured = Measured((GRADIENTS,), Errors(0.1, 0.2, 0.9), {"a.0": Errors(0.3, 0.4, 0.5)}, 7, 1.5)
+    before = Approximations([GRADIENTS], measured)
+    before.off_since = 9
+    after = Approximations([GRADIENTS])
+    after.restore(json.loads(json.dumps(before.state())))
+    assert after.measured == measured and after.off_since == 9
+
+
+def test_long_rows_are_left_out_and_few_suffice():
+    class Rows:
+        """Rows are their numbers of tokens; two labels each."""
+
+        def batches(self, rows):
+            return [SimpleNamespace(tokens=tokens) for tokens in rows]
+
+        def units(self, rows):
+            return 2 * len(rows)
+
+    rows = Rows()
+    assert rows_to_look_at([50, 3000, 60, *[40] * 50], rows, rows) == [50, 60, *[40] * 6]
+    assert rows_to_look_at([400, 400, 400], rows, rows) == [400, 400]
+    assert rows_to_look_at([5000, 3000, 4000], rows, rows) == [3000]
+    assert steps_between(128, 1024) == 100 and steps_between(10, 10**6) == 1
+
+
+@compiled_only
+@pytest.mark.parametrize(("spread", "taken"), [(0.05, False), (6.0, True)])
+def test_a_head_whose_classes_are_alike_counts_each(spread, taken, bf16_run, tmp_path):
+    """Where all classes are about as likely, sums over rows are most of a row's gradient."""
+    changes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
+    model = tiny_llama(vocab_size=8400, num_hidden_layers=3, initializer_range=0.1, **changes)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=spread / 8)
+    model.bfloat16().save_pretrained(tmp_path / "alike")
+    byte_tokenizer().save_pretrained(tmp_path / "alike")
+    with guest():
+        session = session_of(bf16_run("alike", model=str(tmp_path / "alike")), offered=["summed_classes"])
+    assert (session.approximations.names == ("summed_classes",)) == taken, session.said
