@@ -39,7 +39,7 @@ LEVELS = (
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 FOUNDATION = {"torch", "safetensors", "numpy"}
-LONGEST_FILE = 450
+LONGEST_FILE = 900
 LONGEST_FUNCTION = 80
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
+from deltaw.kernels import loader
 from deltaw.lora.fingerprint import base_fingerprint, put_sample
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
@@ -84,6 +85,8 @@ def test_weights_are_divided_as_they_are_stored(settings, uneven, tmp_path, prec
     held = tmp_path / "held"
     told = train(write_settings(tmp_path / "run.yaml", made), 2, HELD=str(held))
     assert [status for status, *_ in told] == [0, 0], told
+    if precision == "bf16" and loader.library() is not None:  # compared with fp32 a gathered block at a time
+        assert "\napproximate: gradients of frozen layers in int8" in told[0][1], told[0][1]
     ours, theirs = ([x["loss"] for x in metrics(tmp_path / f) if "loss" in x] for f in ("two", "one"))
     assert ours == pytest.approx(theirs, rel=2e-2)
     shares = [json.loads(line) for line in held.read_text().splitlines()]

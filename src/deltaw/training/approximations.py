@@ -46,7 +46,7 @@ ADDED, ADDED_IN_BLOCK = 0.01, 0.02
 COSINE, COSINE_IN_BLOCK = 0.999, 0.996
 # To be taken, it must stay below this share of what is allowed, so that noise does not decide.
 MARGIN = 0.9
-# Blocks with less of the gradient than this are too small to be judged by themselves.
+# Blocks with less of the gradient than this count in the whole alone.
 SMALL_BLOCK = 1e-3
 # Rows that are looked at hold so many computed tokens and labels at least, where there are as many, and the
 # most tokens that a row of them may have.

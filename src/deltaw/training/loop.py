@@ -77,23 +77,21 @@ def train(
     tokens) of the whole step, so cutting its rows otherwise changes nothing. The arguments alone decide the
     result: random numbers come from ``seed``. The process is left as it was: its random numbers, threads,
     signal handlers and garbage collector. The first two steps are checked: a parameter that was handed in and
-    is not trained is an error that names it (:mod:`deltaw.training.guarantee`).
-
-    Later steps wait for the device once, at their end, when all of their work has been queued.
+    is not trained is an error that names it (:mod:`deltaw.training.guarantee`). Later steps wait for the
+    device once, at their end, when all of their work has been queued.
 
     Args:
-        objective: the sum of a microbatch's losses, such as
-            :class:`deltaw.training.tasks.causal_objective.CausalObjective`.
+        objective: the sum of a microbatch's losses.
         parameters: what is trained. Those in 16 bits get fp32 master weights for the time.
         examples: the rows, or groups of rows. batcher: cuts those of a step into microbatches.
         rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
         names: of the parameters, for messages and for saved states.
         may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
             it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
-        before_step: called with the state and the rows of a step before that begins.
-        after_step: called once the optimizer has changed the parameters.
-        add_gradients: called in each step, with its number from 0, once the rows' gradients are there; adds
-            those of another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
+        before_step, after_step: called with the state and a step's rows before it begins, and once the
+            optimizer has changed the parameters.
+        add_gradients: called with each step's number from 0 once its rows' gradients are there; adds those of
+            another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
         batch_size: rows per step. seed: of the order of rows, and of dropout.
         schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`; a whole schedule takes the place of
             ``learning_rate``, ``total_steps`` and ``warmup``.
@@ -101,8 +99,8 @@ def train(
         saved: the state of an earlier training with the same arguments, which goes on from there.
         on_begin: given the state before the first step; ``state.state()`` can be taken between steps.
         on_step: told of each step after it; the time it takes is not counted.
-        should_stop: asked after each microbatch; True ends the training as Ctrl-C does.
-        ended: asked before each step; True ends the training as its last step does.
+        should_stop: asked after each microbatch; True ends the training as Ctrl-C does. ended: asked before
+            each step; True ends it as its last step does.
         not_finite: what to do with steps whose loss or gradient is not finite; None: end the training.
         reducer: of the processes that train together; every one calls this with the same arguments.
 
@@ -120,8 +118,8 @@ def train(
     state = TrainState(
         named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
     )
-    begins, changed = before_step or (lambda state, rows: None), after_step or (lambda: None)
-    odd = not_finite or WhenNotFinite()
+    begins, odd = before_step or (lambda state, rows: None), not_finite or WhenNotFinite()
+    changed = after_step or (lambda: None)
     how = (max_grad_norm, begins, changed, should_stop, ended, add_gradients, odd, reducer)
     loop = _Loop(state, objective, examples, batcher, *how)
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))

@@ -392,17 +392,22 @@ def assemble(
         _take_general_answers(session)
     _keep_features(session, invocation)
     if settings.approximate == "auto":
-        offered = applicable(model, objective, offered)
-        if not real or begun is not None:
-            session.approximations = Approximations(offered if begun is None else begun)
-        elif offered:
-            _approximate(session, offered)
+        _approximate(session, applicable(model, objective, offered), begun if real else offered)
     return session
 
 
-def _approximate(session: Session, offered: Sequence[str]) -> None:
-    """Decide what is computed approximately, and say so."""
+def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] | None) -> None:
+    """Decide what is computed approximately, and say so.
+
+    Args:
+        begun: what is so without being verified here; None: what is offered is.
+    """
     model, batcher, settings = session.model, session.batcher, session.config.train
+    if begun is not None:
+        session.approximations = Approximations(begun)
+        return
+    if not offered:
+        return
     order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
     steps = range(-(-CANDIDATES // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
