@@ -118,10 +118,9 @@ def train(
     state = TrainState(
         named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
     )
-    begins, odd = before_step or (lambda state, rows: None), not_finite or WhenNotFinite()
-    changed = after_step or (lambda: None)
-    how = (max_grad_norm, begins, changed, should_stop, ended, add_gradients, odd, reducer)
-    loop = _Loop(state, objective, examples, batcher, *how)
+    begins, changed = before_step or (lambda state, rows: None), after_step or (lambda: None)
+    how = (begins, changed, should_stop, ended, add_gradients, not_finite or WhenNotFinite(), reducer)
+    loop = _Loop(state, objective, examples, batcher, max_grad_norm, *how)
     return loop.run(may_skip, saved, on_begin or (lambda state: None), on_step or (lambda step: None))
 
 
