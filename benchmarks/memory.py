@@ -255,7 +255,15 @@ def tensors(settings: dict) -> dict:
     loaded = load_for(config, task, data)
 
     def assembled() -> Session:
-        return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules)
+        return assemble(
+            config,
+            task,
+            data,
+            loaded.model,
+            device="cpu",
+            new_modules=loaded.new_modules,
+            offered=() if loaded.kernels is None else loaded.kernels.approximations,
+        )
 
     # Weights are counted as they stand when the run begins: bytes where they are exchanged for bytes.
     ready = assembled() if config.precision == "int8" else None

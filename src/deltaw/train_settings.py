@@ -114,6 +114,12 @@ class TrainSettings(BaseModel):
         0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows"
     )
 
+    @field_validator("approximate", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: object) -> object:
+        """What YAML makes of ``off``."""
+        return "off" if given is False else given
+
     @field_validator("time")
     @classmethod
     def _is_duration(cls, given: str | None) -> str | None:

@@ -386,6 +386,13 @@ def test_what_is_allowed(own, error, cosine, of_block, within):
     assert Errors(own, error, cosine).within(1.0, of_block=of_block) == within
 
 
+def test_off_is_a_word_in_yaml_too(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: {train: d}\noutput: o\ntrain: {approximate: off}\n")
+    assert RunConfig.read(path).train.approximate == "off"
+    assert RunConfig.read(path, {"train": {"approximate": "auto"}}).train.approximate == "auto"
+
+
 def test_noise_does_not_decide():
     """What is within the margin of what is allowed is neither taken nor, once taken, left out."""
     near = Measured((), Errors(0.01, 0.0245, 1.0))
