@@ -1,6 +1,8 @@
 # What a person types. Each target sets up its own virtual environment where none stands.
 #   make demo      fine-tune a real model on a real task and show what it learned
-#   make test      the tests (`make test-slow`: those that take minutes)
+#   make test      the tests (`make test-slow`: those that take minutes; `make test-variants`: all quick ones with each
+#                  variant of the kernels that this machine runs, with tiles emulated, and without kernels, with one
+#                  and two threads, which takes hours)
 #   make lint      style and types
 #   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer: those of the
 #                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here;
@@ -17,7 +19,7 @@ BIN    := $(VENV)/bin
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo test test-slow lint bench sanitize sanitize-all sanitize-tiles kernels-arm clean
+.PHONY: demo test test-slow test-variants lint bench sanitize sanitize-all sanitize-tiles kernels-arm clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
@@ -30,6 +32,14 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+test-variants: $(VENV)/.dev
+	DELTAW_EMULATED_TILES=1 DELTAW_VARIANTS=amx $(BIN)/python setup.py --quiet build_ext --inplace
+	set -e; for variant in $$($(VARIANTS) allowed) none amx-emulated; do for threads in 1 2; do \
+	  echo "== kernels $$variant, $$threads thread(s)"; \
+	  case $$variant in amx-emulated) emulated=1; kernels=amx;; *) emulated=0; kernels=$$variant;; esac; \
+	  DELTAW_EMULATED_TILES=$$emulated DELTAW_KERNELS=$$kernels DELTAW_TEST_THREADS=$$threads $(BIN)/python -m pytest -n 2; \
+	done; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

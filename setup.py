@@ -4,7 +4,8 @@ Everything else stands in pyproject.toml. The objects are plain C libraries that
 no version of Python or torch, so a wheel is tagged py3-none-<platform>. A variant that the compiler cannot
 build is left out with a note; without a compiler deltaw runs on torch's own operations.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS as usual; DELTAW_VARIANTS="avx2 generic" builds only those.
+Environment: CXX, CXXFLAGS, LDFLAGS, ARCHFLAGS as usual; DELTAW_VARIANTS="avx2 generic" builds only those;
+DELTAW_EMULATED_TILES=1 builds amx for tests on processors without tiles.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -28,6 +29,8 @@ RATES = {
     "bf16": {"dot": 200.0, "tiles": 150.0, "wide": 120.0, "torch": 90.0},
     "int8": {"dot": 800.0, "tiles": 700.0, "torch": 50.0},
 }
+# Threads of runs in tests; `make test-variants` repeats all with two.
+THREADS = int(os.environ.get("DELTAW_TEST_THREADS", "1"))
 COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
 
 
@@ -36,7 +39,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Isolate tests from the user's cache, the network and the machine's rates, and use one thread."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
     monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
 
 
@@ -90,7 +93,7 @@ def settings(model_folder: Path, rows_file: Path) -> Settings:
             "train": {"learning_rate": 1e-2, "batch_size": 3, "epochs": 1},
             "precision": "fp32",
             "device": "cpu",
-            "threads": 1,
+            "threads": THREADS,
             "output": str(output),
         }
         return laid_over(plain, changes)

@@ -13,7 +13,7 @@ import argparse
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -28,6 +28,9 @@ LEFT_OUT_BY = {
     "int8_logits": "DELTAW_ROUGH_LOGITS",
     "summed_classes": "DELTAW_ROUGH_HEAD",
 }
+# If it is 1, arrays stand for the tiles of AMX, so that the variant `amx` can be tested, slowly, on processors
+# without them: it is built so, by another name, and every processor that has the rest runs it.
+EMULATED_TILES = "DELTAW_EMULATED_TILES"
 ANY = "auto"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
 # while they are laid out; tiles; torch's operators.
@@ -56,7 +59,16 @@ class Variant:
     @property
     def file(self) -> str:
         """The name of its shared object, which belongs to no version of Python."""
-        return f"_native_{self.name}.so"
+        emulated = "_emulated" if "-DDW_AMX_EMULATED" in self.flags else ""
+        return f"_native_{self.name}{emulated}.so"
+
+    def emulated(self) -> Variant:
+        """The same with arrays for tiles; any other variant as it is."""
+        needs = tuple(word for word in self.needs if not word.startswith("amx_"))
+        if needs == self.needs:
+            return self
+        flags = tuple(flag for flag in self.flags if not flag.startswith("-mamx-"))
+        return replace(self, needs=needs, flags=(*flags, "-DDW_AMX_EMULATED"))
 
     def lacking(self, flags: Iterable[str], of_machine: str | None = None) -> list[str]:
         """What a processor with ``flags`` would need beside them; empty where it runs this variant."""
@@ -86,7 +98,8 @@ def every_variant(file: Path = LIST) -> list[Variant]:
         if len(columns) != 6:
             raise ValueError(f"{file.name}: a variant has six columns, not {len(columns)}: {line}")
         name, family, rank, on, needs, flags = columns
-        found.append(Variant(name, family, int(rank), on, tuple(needs.split()), tuple(flags.split())))
+        variant = Variant(name, family, int(rank), on, tuple(needs.split()), tuple(flags.split()))
+        found.append(variant.emulated() if os.environ.get(EMULATED_TILES) == "1" else variant)
     return found
 
 
