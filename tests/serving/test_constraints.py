@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import pytest
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
 from deltaw.errors import UserError
-from deltaw.serving.constraints import Grammars, Matcher, masks
-from deltaw.serving.request import Constraint, Sampling
+from deltaw.serving.constraints import Grammars
+from deltaw.serving.matcher import Matcher, masks
+from deltaw.serving.request import Constraint, Sampling, UnsupportedError
 from deltaw.serving.sampling import SamplingState, choose
 from tests.byte_models import byte_tokenizer
 
@@ -34,8 +36,9 @@ PERSON = {
 
 
 @pytest.fixture(scope="module")
-def grammars() -> Grammars:
-    return Grammars(TOKENIZER, V)
+def grammars() -> Iterator[Grammars]:
+    with contextlib.closing(Grammars(TOKENIZER, V)) as made:
+        yield made
 
 
 def schema(value: object) -> Constraint:
@@ -62,7 +65,8 @@ def drawn(matchers: list[Matcher], ends: list[int], *, most: int = 400, seed: in
             if token in ends:
                 texts[n][-1] = END
             else:
-                assert matchers[n].accept(token)
+                matchers[n].accept(token)
+                assert matchers[n].failed is None
     else:
         raise AssertionError("a text did not end")
     return [TOKENIZER.decode(text, skip_special_tokens=True) for text in texts]
@@ -98,9 +102,10 @@ def test_any_json_object_is_one(grammars: Grammars) -> None:
     matcher = grammars.compile(Constraint("json_object"), [END])
     for token in TOKENIZER('{"a": [1, {"b": null}], "c": "x"}')["input_ids"]:
         assert not matcher.ended
-        assert matcher.accept(token)
+        matcher.accept(token)
+    assert matcher.ended
     other = grammars.compile(Constraint("json_object"), [END])
-    assert not other.accept(TOKENIZER("[")["input_ids"][0])
+    other.accept(TOKENIZER("[")["input_ids"][0])
     assert other.failed
 
 
@@ -246,14 +251,7 @@ def test_what_is_slow_elsewhere_either_goes_on_or_says_that_it_does_not(
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: object, **more: object) -> object:
-        if name.startswith("llguidance"):
-            raise ImportError(name)
-        return real(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="llguidance") as error:
-        Grammars(TOKENIZER, V)
+    monkeypatch.setattr("deltaw.serving.matcher.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="llguidance") as error:
+        Grammars(TOKENIZER, V).compile(Constraint("regex", "a"), [END])
     assert "serve" in str(error.value.hint)

@@ -120,6 +120,6 @@ def test_no_page_is_lost_or_written_by_two_over_random_histories(data: st.DataOb
         assert np.array_equal(memory.read(sequence, len(ours)), ours)
         memory.pool.release(sequence, ours)
     assert memory.pool.available == 12
-    filler = SequencePages()
+    filler = memory.pool.begin(token_keys(np.empty(0, np.int64)))
     assert memory.pool.reserve(filler, 12 * SIZE)
     assert sorted(filler.pages) == list(range(12))

@@ -131,7 +131,7 @@ def chat_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRout
             record.asked = [message.as_turn() for message in asked.messages]
         check_choices(asked.choices, limits)
         desk.check_room(asked.choices)
-        requests = await desk.elsewhere(lambda: chat_requests(asked, adapter, served, limits))
+        requests = await desk.elsewhere(lambda: chat_requests(asked, adapter, served, limits, record.owner))
         record.prompt_tokens = len(requests[0].tokens)
         answer = _Chat(asked, served.prompts(adapter), record)
         counted = Counted(record, desk, asked.choices)

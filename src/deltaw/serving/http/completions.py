@@ -112,7 +112,9 @@ def completions_router(served: Served, desk: Desk, settings: ServerSettings) -> 
         count = asked.choices * len(asked.prompts)
         check_choices(count, limits)
         desk.check_room(count)
-        requests = await desk.elsewhere(lambda: completion_requests(asked, adapter, served, limits))
+        requests = await desk.elsewhere(
+            lambda: completion_requests(asked, adapter, served, limits, record.owner)
+        )
         record.prompt_tokens = sum(len(r.tokens) for r in requests[:: asked.choices])
         answer = _Completion(asked, requests, served.prompts(adapter), record)
         counted = Counted(record, desk, asked.choices)

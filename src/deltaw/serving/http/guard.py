@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deltaw.serving.http.errors import GONE, ApiError, error_response
 from deltaw.serving.http.logs import LOGGER
 from deltaw.serving.http.metrics import Metrics
-from deltaw.serving.http.record import FAILURE, KEY, Record
+from deltaw.serving.http.record import FAILURE, KEY, Bodies, Record, record_of
 from deltaw.serving.http.settings import ServerSettings, is_loopback
 
 # Said with every answer that does not say otherwise itself.
@@ -40,13 +40,14 @@ class Observed:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope[KEY] = Record()
+        record = scope[KEY] = Record(bodies=self._bodies)
         status = 0
 
         async def told(message: Message) -> None:
@@ -68,6 +69,7 @@ class Observed:
                 fault = ApiError(500, f"a fault of the server; it is in its log as {record.id}")
                 await error_response(fault)(scope, receive, told)
         finally:
+            record.ended()
             self._end(scope, record, status, scope.get(FAILURE, failure))
 
     def _end(self, scope: Scope, record: Record, status: int, failure: BaseException | None) -> None:
@@ -114,6 +116,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings, open_paths: Collection[str]) -> None:
         self._app = app
         self._keys = [_digest(key.encode()) for key in settings.keys]
+        self._apart = len(self._keys) > 1 and not settings.share_cache
         self._open = frozenset(open_paths)
         self._hosts = frozenset(name.lower() for name in settings.hosts)
         self._check_hosts = settings.loopback or bool(settings.hosts)
@@ -137,12 +140,16 @@ class Guard:
                 "the Host header names another host: start the server with --allow-host",
                 code="wrong_host",
             )
-        if self._keys and scope["path"] not in self._open and not self._has_key(headers):
-            return ApiError(
-                401,
-                "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )
+        if self._keys and scope["path"] not in self._open:
+            number = self._key_of(headers)
+            if not number:
+                return ApiError(
+                    401,
+                    "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                )
+            if self._apart:
+                record_of(scope).owner = number
         return None
 
     def _known_host(self, told: str) -> bool:
@@ -153,13 +160,14 @@ class Guard:
             name = name.partition(":")[0]
         return is_loopback(name) or name in self._hosts
 
-    def _has_key(self, headers: Headers) -> bool:
+    def _key_of(self, headers: Headers) -> int:
+        """Which key a request brings, from 1; 0 for none."""
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
-            return False
+            return 0
         digest = _digest(given.strip().encode("utf-8", "replace"))
         # All keys are compared, each in a time that does not tell how much of it is right.
-        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
+        return sum(n * hmac.compare_digest(digest, key) for n, key in enumerate(self._keys, start=1))
 
 
 def _digest(key: bytes) -> bytes:

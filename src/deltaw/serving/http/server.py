@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
         """Let texts end, and cancel those that take too long."""
         timer = None
         if self._desk is not None:
-            self._desk.closing = True
+            self._desk.turn_away()
             timer = asyncio.get_running_loop().call_later(self._seconds, self._desk.cancel_all)
         await super().shutdown(sockets)
         if timer is not None:
