@@ -61,13 +61,15 @@ class ProcessLimits:
         seconds: of processor time for compiling the constraint, and for each token of a text.
         text_seconds: of processor time for all tokens of a text.
         memory: bytes besides what all processes share; enforced on Linux.
+        states: of the constraint's lexer, which its texts share.
         idle_seconds: for which it stays after its last text.
     """
 
     seconds: float = 1.0
     text_seconds: float = 30.0
     memory: int = 128 << 20
-    idle_seconds: float = 10.0
+    states: int = 20_000
+    idle_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,12 @@ def _serve(connection: Connection, tokenizer: LLTokenizer, limits: ProcessLimits
         flags, rest = texts.compile(kind, value)
         connection.send_bytes(ANSWER.pack(0, flags, max(0, _memory() - own)) + rest)
         while True:
-            text, token = REQUEST.unpack(connection.recv_bytes())
-            if token == END:
-                texts.end(text)
-                continue
-            flags, rest = texts.begin(text) if token == BEGIN else texts.accept(text, token)
-            connection.send_bytes(ANSWER.pack(text, flags, max(0, _memory() - own)) + rest)
+            for text, token in REQUEST.iter_unpack(connection.recv_bytes()):
+                if token == END:
+                    texts.end(text)
+                    continue
+                flags, rest = texts.begin(text) if token == BEGIN else texts.accept(text, token)
+                connection.send_bytes(ANSWER.pack(text, flags, max(0, _memory() - own)) + rest)
 
 
 def _limit_memory(most: int) -> None:
@@ -237,7 +239,7 @@ class _Texts:
         limits = LLParserLimits(
             initial_lexer_fuel=300_000,
             step_lexer_fuel=100_000,
-            max_lexer_states=20_000,
+            max_lexer_states=self._limits.states,
             max_grammar_size=100_000,
             verbose_errors=False,
         )

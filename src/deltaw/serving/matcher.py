@@ -44,6 +44,8 @@ from deltaw.serving.request import BusyError, Constraint, UnsupportedError
 # Seconds for a tokenizer to be read; for an answer on a machine that has much else to do.
 _START_SECONDS = 120.0
 _ANSWER_SECONDS = 60.0
+# Messages that a process is sent before it answers: so few have room in a socket that nobody reads.
+_MOST_ASKED = 64
 # Run by the interpreter of a launcher, which finds modules where this one does.
 _LAUNCH = (
     "import sys; control, *sys.path = sys.argv[1:]; "
@@ -165,6 +167,8 @@ class ConstraintProcess:
         self._numbers = itertools.count(1)
         self._texts: weakref.WeakValueDictionary[int, Matcher] = weakref.WeakValueDictionary()
         self.ended: deque[int] = deque()  # texts that nobody holds any more
+        self._unsent: deque[bytes] = deque()
+        self._asked = 0  # messages that wait for their answers
         threading.Thread(target=self._listen, name="deltaw-constraint", daemon=True).start()
 
     @property
@@ -210,13 +214,20 @@ class ConstraintProcess:
         return socket.fromfd(self._connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
 
     def _send(self, matcher: Matcher, message: bytes) -> None:
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             if self.gone is None:
-                while self.ended:
-                    self._connection.send_bytes(REQUEST.pack(self.ended.popleft(), END))
-                self._connection.send_bytes(message)
+                self._unsent.append(message)
+                self._send_some()
                 return
-        matcher.answer(FAILED, (self.gone or self._overrun).encode())
+        matcher.answer(FAILED, self.gone.encode())
+
+    def _send_some(self) -> None:
+        """Send what waits, as far as nobody has to wait for its being read."""
+        with contextlib.suppress(OSError):  # then the process has ended; who listens says so
+            while self._unsent and self._asked < _MOST_ASKED:
+                ended = [REQUEST.pack(self.ended.popleft(), END) for _ in range(len(self.ended))]
+                self._connection.send_bytes(b"".join(ended) + self._unsent.popleft())
+                self._asked += 1
 
     def _listen(self) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -227,6 +238,9 @@ class ConstraintProcess:
                 answer = self._connection.recv_bytes()
                 number, flags, memory = ANSWER.unpack_from(answer)
                 self._heard = time.monotonic()
+                with self._lock:
+                    self._asked -= 1
+                    self._send_some()
                 matcher = self._texts.get(number)
                 if matcher is not None:
                     matcher.answer(flags, answer[ANSWER.size :])
@@ -271,14 +285,14 @@ class Matcher:
         own_ends: Sequence[int],
     ) -> None:
         self.number, self.late = number, False
-        self._process = process
+        self.process = process
         self._ends = _words(vocabulary, ends)
         self._no_ends = ~_words(vocabulary, [*ends, *own_ends])
         self._flags, self._rest = 0, b""
         self._answered = threading.Event()
 
     def __del__(self) -> None:
-        self._process.ended.append(self.number)
+        self.process.ended.append(self.number)
 
     @property
     def ready(self) -> bool:
@@ -289,7 +303,7 @@ class Matcher:
         """Wait until it is ``ready``, or for so long; whether it is."""
         self.late = not self._answered.wait(_ANSWER_SECONDS if seconds is None else max(0.0, seconds))
         if self.late and seconds is None:
-            self._process.end("its process does not answer")
+            self.process.end("its process does not answer")
             self._answered.wait()
         return self.ready
 
@@ -320,7 +334,7 @@ class Matcher:
         self.wait()
         if not self._flags & FAILED:
             self._answered.clear()
-            self._process.ask(self, token)
+            self.process.ask(self, token)
 
     def answer(self, flags: int, rest: bytes) -> None:
         """What follows from the last token; told by the process."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -20,8 +21,11 @@ from deltaw.serving.http.record import record_of
 from deltaw.serving.http.settings import Limits
 
 Model = TypeVar("Model", bound=BaseModel)
+_ONE_THREAD = ThreadPoolExecutor(1, "deltaw-parse")
 # Bytes from which on parsing would keep the event loop from other requests.
 LARGE = 64 << 10
+# Those that keep it from them in any thread, by Python's lock: they are parsed one after another.
+HUGE = 1 << 20
 # Keys of one object: each that is wrong is an error of its own, which takes a kilobyte.
 MOST_KEYS = 4096
 
@@ -39,7 +43,8 @@ async def read_json(request: Request, model: type[Model], limits: Limits) -> Mod
     body = await read_body(request, limits)
     if len(body) < LARGE:
         return _checked(body, model, limits)
-    return await asyncio.get_running_loop().run_in_executor(None, _checked, body, model, limits)
+    threads = _ONE_THREAD if len(body) > HUGE else None
+    return await asyncio.get_running_loop().run_in_executor(threads, _checked, body, model, limits)
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

@@ -5,6 +5,7 @@ Plain ASGI, so that streams pass through without being held up.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -14,12 +15,16 @@ from collections.abc import Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deltaw.host.memory import trim_memory
+from deltaw.serving.http.body import LARGE
 from deltaw.serving.http.errors import GONE, ApiError, error_response
 from deltaw.serving.http.logs import LOGGER
 from deltaw.serving.http.metrics import Metrics
 from deltaw.serving.http.record import FAILURE, KEY, Bodies, Record, record_of
 from deltaw.serving.http.settings import ServerSettings, is_loopback
 
+# After a large request; others that end within this time need no trimming of their own.
+TRIM_SECONDS = 2.0
 # Said with every answer that does not say otherwise itself.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -34,13 +39,15 @@ SECURITY_HEADERS = {
 class Observed:
     """Gives each request a record, and writes it into the log and the metrics when it has been answered.
 
-    What no route expected is answered with 500 and goes to the log, never to the client.
+    What no route expected is answered with 500 and goes to the log, never to the client. After large requests
+    and answers, memory that they leave behind is given back.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
         self._bodies = Bodies()
+        self._trimming: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
@@ -48,10 +55,11 @@ class Observed:
             await self._app(scope, receive, send)
             return
         record = scope[KEY] = Record(bodies=self._bodies)
-        status = 0
+        status = written = 0
 
         async def told(message: Message) -> None:
-            nonlocal status
+            nonlocal status, written
+            written += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -70,7 +78,19 @@ class Observed:
                 await error_response(fault)(scope, receive, told)
         finally:
             record.ended()
+            if record.body + written > LARGE:
+                self._trim_soon()
             self._end(scope, record, status, scope.get(FAILURE, failure))
+
+    def _trim_soon(self) -> None:
+        if self._trimming is None:
+            loop = asyncio.get_running_loop()
+
+            def trim() -> None:
+                self._trimming = None
+                loop.run_in_executor(None, trim_memory)
+
+            self._trimming = loop.call_later(TRIM_SECONDS, trim)
 
     def _end(self, scope: Scope, record: Record, status: int, failure: BaseException | None) -> None:
         route = getattr(scope.get("route"), "path", "other")
