@@ -126,7 +126,10 @@ class ServerSettings:
     def described(self) -> list[str]:
         """The settings as lines for a person; keys are counted, not shown."""
         limits = self.limits
-        who = f"one of {len(self.keys)} API keys" if len(self.keys) > 1 else "an API key" if self.keys else ""
+        who = "an API key" if self.keys else ""
+        if len(self.keys) > 1:
+            cached = "one cache of prompts" if self.share_cache else "a cache of prompts for each"
+            who = f"one of {len(self.keys)} API keys, with {cached}"
         lines = [
             f"requests need {who}" if who else "requests need no API key",
             f"at most {limits.queue} texts in hand, {limits.new_tokens:,} new tokens a text, "
