@@ -43,14 +43,15 @@ class _Completion:
             "model": self.asked.model,
         }
 
-    def whole(self, choices: list[Choice]) -> dict[str, object]:
-        """The answer at once."""
-        answers = []
-        for index, choice in enumerate(choices):
-            text = self._echoed(index) + choice.text
-            told = self._logprobs(index, Piece("", choice.tokens, choice.logprobs), 0, first=True)
-            answers.append({"index": index, "text": text, "logprobs": told, "finish_reason": choice.finish})
-        return {**self.head(), "choices": answers, "usage": self.record.usage()}
+    def whole(self) -> dict[str, object]:
+        """The answer at once, without its choices."""
+        return {**self.head(), "usage": self.record.usage()}
+
+    def choice(self, index: int, choice: Choice) -> dict[str, object]:
+        """A choice of the answer."""
+        text = self._echoed(index) + choice.text
+        told = self._logprobs(index, Piece("", choice.tokens, choice.logprobs), 0, first=True)
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": choice.finish}
 
     async def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
         """The answer in events."""

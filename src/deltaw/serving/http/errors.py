@@ -89,9 +89,13 @@ def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with a JSON body, which must hold no NaN."""
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(text.encode(), status, dict(headers or {}), "application/json")
+    """A response with a JSON body."""
+    return Response(as_json(body), status, dict(headers or {}), "application/json")
+
+
+def as_json(value: object) -> bytes:
+    """A value as JSON; it must hold no NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def error_response(error: ApiError) -> Response:
