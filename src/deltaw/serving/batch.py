@@ -34,6 +34,7 @@ _SWEEP_SECONDS = 0.05
 # Seconds that a step waits for constraints to say which tokens may come next. Where they do not, their texts
 # sit out steps until they do.
 _PATIENCE = 0.02
+_SLOW = 1.0  # seconds after which a constraint is not waited for where the engine is to end soon
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,13 @@ class Batch:
                 run.writing.fail(error)
         self.running.clear()
         self.waiting.clear()
+
+    def hurry(self) -> None:
+        """End texts whose constraints are slow to say what may come next."""
+        for run in list(self.running):
+            if run.matcher is not None and run.matcher.pending > _SLOW:
+                self._stop(run)
+                run.finish("cancelled")
 
     def _hear_constraints(self) -> None:
         """Give constraints a moment to say what may come next; those that were late once get none."""

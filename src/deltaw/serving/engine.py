@@ -61,6 +61,9 @@ class Work(Protocol):
     def step(self) -> None:
         """Do some work, and hand out what it gave."""
 
+    def hurry(self) -> None:
+        """End what takes long for its own reasons."""
+
     def end_all(self, error: BaseException | None) -> None:
         """End every request at once: as cancelled, or with an error."""
 
@@ -102,7 +105,7 @@ class Engine:
         self._changed = threading.Condition()
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closed = self._draining = False
+        self._closed = self._draining = self._hurried = False
 
     @property
     def positions(self) -> int:
@@ -161,6 +164,11 @@ class Engine:
             for run in left:
                 run.writing.cancel()
         return [run.writing.result() for run in runs]
+
+    def hurry(self) -> None:
+        """From now on, cancel texts that take long for their own reasons."""
+        self._hurried = True
+        self._wake()
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests; end when those in hand are written, or at once."""
@@ -252,6 +260,8 @@ class Engine:
         self._take_incoming()
         with torch.inference_mode():
             try:
+                if self._hurried:
+                    self.work.hurry()
                 self.work.step()
             except Exception as error:  # a fault of the batch itself: nobody must wait for ever
                 self.work.end_all(error)

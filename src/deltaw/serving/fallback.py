@@ -83,6 +83,9 @@ class FallbackWork:
     def add(self, run: Run) -> None:
         self._waiting.append(run)
 
+    def hurry(self) -> None:
+        """Nothing: constraints are waited for within a step."""
+
     def end_all(self, error: BaseException | None) -> None:
         for run in [*self._running, *self._waiting]:
             if not run.writing.done:

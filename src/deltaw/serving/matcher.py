@@ -289,6 +289,7 @@ class Matcher:
         self._ends = _words(vocabulary, ends)
         self._no_ends = ~_words(vocabulary, [*ends, *own_ends])
         self._flags, self._rest = 0, b""
+        self._asked = time.monotonic()
         self._answered = threading.Event()
 
     def __del__(self) -> None:
@@ -298,6 +299,11 @@ class Matcher:
     def ready(self) -> bool:
         """Whether it is known which tokens may come next."""
         return self._answered.is_set()
+
+    @property
+    def pending(self) -> float:
+        """For how many seconds it has not been ``ready``."""
+        return 0.0 if self.ready else time.monotonic() - self._asked
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until it is ``ready``, or for so long; whether it is."""
@@ -333,6 +339,7 @@ class Matcher:
         """Take a token of the text, no terminator; it fails where the grammar does not allow it."""
         self.wait()
         if not self._flags & FAILED:
+            self._asked = time.monotonic()
             self._answered.clear()
             self.process.ask(self, token)
 

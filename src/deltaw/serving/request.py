@@ -176,5 +176,8 @@ class TextEngine(Protocol):
     def adapters(self) -> tuple[str, ...]:
         """The names that a request may give."""
 
+    def hurry(self) -> None:
+        """Cancel texts that take long for their own reasons, such as their constraints: the end is near."""
+
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests; end when those in hand are written, or at once."""

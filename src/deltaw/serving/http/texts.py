@@ -176,8 +176,9 @@ class Desk:
         self._open.discard(texts)
 
     def turn_away(self) -> None:
-        """Take in no more; whoever waits for a constraint to be compiled is told so."""
+        """Take in no more, and let nobody wait for a constraint any longer."""
         self.closing = True
+        self._engine.hurry()
         for submitted in self._submitted:
             submitted.cancel()
 
