@@ -143,9 +143,9 @@ class Batch:
         self._admit()
         parts = self._parts()
         if not parts:
-            for run in self.running:  # nothing can go on before one of them is ready
-                if run.matcher is not None and run.matcher.wait(_PATIENCE):
-                    break
+            slow = next((run.matcher for run in self.running if not run.may_go_on), None)
+            if slow is not None:  # nothing can go on before one of them is ready
+                slow.wait(_PATIENCE)
             return
         self.steps += 1
         self.tokens += sum(part.stop - part.start for part in parts)

@@ -107,6 +107,7 @@ def launch(control: int) -> None:
         return
     _say({"ends": list(tokenizer.eos_tokens)})
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends a process whose time is up
     gc.collect()
     gc.freeze()  # so that what is shared stays shared
     with socket.socket(fileno=control) as connections:
@@ -286,6 +287,7 @@ def grammar_of(kind: str, value: str) -> str:
     try:
         schema = json.loads(value)
         cost = _property_squares(schema)
+        text = json.dumps({} if schema is True else schema)
     except ValueError as error:
         raise UserError(f"it is not JSON: {_first_line(str(error))}") from error
     except RecursionError as error:
@@ -294,11 +296,9 @@ def grammar_of(kind: str, value: str) -> str:
         raise UserError(
             f"it has too many properties: at most {MOST_PROPERTIES} in one object, fewer in several"
         )
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) and schema is not True:
         raise UserError('it is no object, such as {"type": "object"}')
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+    return LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
 
 
 def _property_squares(schema: object) -> int:

@@ -46,7 +46,7 @@ class ConstraintLimits:
 
     each: ProcessLimits = field(default_factory=ProcessLimits)
     memory: int = 1 << 30
-    processes: int = 256
+    processes: int = 128
     compiling: int = 4
     waiting: int = 16
 

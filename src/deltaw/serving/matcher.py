@@ -84,6 +84,7 @@ class Launcher:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # it is ended with all that it forked, and not by Ctrl-C
             )
@@ -288,7 +289,7 @@ class Matcher:
         self.process = process
         self._ends = _words(vocabulary, ends)
         self._no_ends = ~_words(vocabulary, [*ends, *own_ends])
-        self._flags, self._rest = 0, b""
+        self._state = 0, b""  # one value, since it comes from another thread
         self._asked = time.monotonic()
         self._answered = threading.Event()
 
@@ -317,35 +318,37 @@ class Matcher:
     def ended(self) -> bool:
         """Whether the text is whole and nothing but a terminator may follow."""
         self.wait()
-        return self._flags & (STOPPED | FAILED) == STOPPED
+        return self._state[0] & (STOPPED | FAILED) == STOPPED
 
     @property
     def failed(self) -> str | None:
         """Why the text cannot go on, where a limit was passed or a token taken that is not allowed; None
         otherwise."""
         self.wait()
-        return self._rest.decode() if self._flags & FAILED else None
+        flags, rest = self._state
+        return rest.decode() if flags & FAILED else None
 
     def allowed(self) -> np.ndarray:
         """The tokens that may come next, as int32 words (ceil(vocabulary / 32)), lowest bit first; none where
         it has ``failed``, and terminators alone where it has ``ended``."""
         self.wait()
-        if self._flags & FAILED:
+        flags, rest = self._state
+        if flags & FAILED:
             return np.zeros_like(self._ends)
-        words: np.ndarray = np.frombuffer(self._rest, dtype=np.int32)[: len(self._ends)] & self._no_ends
-        return words | self._ends if self._flags & ACCEPTING else words
+        words: np.ndarray = np.frombuffer(rest, dtype=np.int32)[: len(self._ends)] & self._no_ends
+        return words | self._ends if flags & ACCEPTING else words
 
     def accept(self, token: int) -> None:
         """Take a token of the text, no terminator; it fails where the grammar does not allow it."""
         self.wait()
-        if not self._flags & FAILED:
+        if not self._state[0] & FAILED:
             self._asked = time.monotonic()
             self._answered.clear()
             self.process.ask(self, token)
 
     def answer(self, flags: int, rest: bytes) -> None:
         """What follows from the last token; told by the process."""
-        self._flags, self._rest, self.late = flags, rest, False
+        self._state, self.late = (flags, rest), False
         self._answered.set()
 
 
