@@ -118,6 +118,7 @@ def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> 
         (["--api-key-file", "/nowhere"], "/nowhere"),
         (["--queue", "0"], "--queue"),
         (["--max-body", "ten"], "--max-body"),
+        (["--max-adapters", "0"], "--max-adapters"),
         (["--request-seconds", "0"], "--request-seconds"),
         (["--cache-memory", "much"], "no size"),
         (["--certificate", __file__], "TLS"),

@@ -11,8 +11,11 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.serving.batch import BatchLimits
+from deltaw.serving.constraint_process import ProcessLimits
+from deltaw.serving.constraints import ConstraintLimits
 from deltaw.serving.request import Constraint, Request, Sampling
-from tests.serving.engines import SMALL_STEPS, engine, engine_of, greedy, llama, prompts
+from tests.serving.engines import SMALL_STEPS, engine, engine_of, greedy, llama, prompts, tokenizer
+from tests.serving.http.hostile import explodes_later
 from tests.tiny_models import causal_model
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "neox", "phi3", "mistral")
@@ -173,6 +176,69 @@ def test_a_constrained_text_matches_and_its_neighbours_are_free() -> None:
     assert len(texts[1].text) == 6 and {texts[1].text[i : i + 2] for i in (0, 2, 4)} <= {"ab", "cd"}
     assert texts[1].finish == "stop"
     assert np.array_equal(texts[0].tokens, engine().write_all([free])[0].tokens)
+
+
+def test_a_constraint_that_takes_its_time_holds_up_nobody() -> None:
+    pytest.importorskip("llguidance", reason="constraints are llguidance's")
+    patient = ConstraintLimits(ProcessLimits(seconds=600))
+    ours = engine(constraints=patient)
+    (x,) = tokenizer()("x")["input_ids"]
+    prompt = np.arange(3, 30)
+    steered = Sampling(logit_bias={x: 100.0})
+    stuck = ours.submit(
+        Request(prompt, None, steered, Constraint("grammar", explodes_later(0)), max_new_tokens=50)
+    )
+    pieces = iter(stuck)
+    assert "".join(next(pieces).text for _ in range(5)) == "xxxxx"  # what may follow is computed for minutes
+    free = Request(prompt, max_new_tokens=12, stop_ids=())
+    bound = Request(prompt, max_new_tokens=12, constraint=Constraint("regex", "(ab|cd){3}"))
+    for request in (free, bound):
+        assert ours.submit(request).result().finish in ("length", "stop")
+    assert not stuck.done
+    ours.hurry()
+    assert stuck.result().finish == "cancelled"
+    ours.close()
+
+
+def test_a_text_whose_constraint_fails_ends_with_the_reason() -> None:
+    pytest.importorskip("llguidance", reason="constraints are llguidance's")
+    ours = engine(constraints=ConstraintLimits(ProcessLimits(seconds=0.2)))
+    (x,) = tokenizer()("x")["input_ids"]
+    request = Request(
+        np.arange(3, 30),
+        None,
+        Sampling(logit_bias={x: 100.0}),
+        Constraint("grammar", explodes_later(0)),
+        max_new_tokens=50,
+    )
+    with pytest.raises(UserError, match=r"any longer: it takes more than 0.2 s"):
+        ours.submit(request).result()
+    ours.close()
+
+
+def test_a_constrained_text_may_end_with_its_last_token() -> None:
+    """Whether the grammar ends it is known after its last token was chosen."""
+    pytest.importorskip("llguidance", reason="constraints are llguidance's")
+    ours = engine()
+    for most, finish in ((5, "length"), (6, "stop"), (7, "stop")):
+        bound = Request(np.arange(3, 30), max_new_tokens=most, constraint=Constraint("regex", "(ab|cd){3}"))
+        (text,) = ours.write_all([bound])
+        assert (text.finish, len(text.tokens)) == (finish, min(most, 6))
+    ours.close()
+
+
+def test_owners_do_not_find_what_others_asked() -> None:
+    ours = engine()
+    prompt = np.arange(3, 80)
+
+    def reused(owner: int) -> int:
+        writing = ours.submit(Request(prompt, max_new_tokens=2, stop_ids=(), owner=owner))
+        return sum(piece.reused for piece in writing)
+
+    assert reused(1) == 0
+    assert reused(2) == 0
+    assert reused(1) > 0 and reused(2) > 0
+    ours.close()
 
 
 def test_closing_drains_or_ends_at_once_and_takes_no_more() -> None:

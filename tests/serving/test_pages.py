@@ -16,10 +16,12 @@ class Memory:
 
     def __init__(self, count: int) -> None:
         self.cells = np.full((count, SIZE), -1, np.int64)
+        self.owners = np.zeros(count, np.int64)
         self.pool = PagePool(count, SIZE, self.copy)
 
     def copy(self, source: int, target: int) -> None:
         self.cells[target] = self.cells[source]
+        self.owners[target] = self.owners[source]
 
     def write(self, sequence: SequencePages, keys: np.ndarray, start: int, stop: int) -> None:
         shared = len(sequence.nodes)
@@ -30,15 +32,17 @@ class Memory:
     def read(self, sequence: SequencePages, length: int) -> np.ndarray:
         return self.cells[sequence.pages].reshape(-1)[:length]
 
-    def run(self, keys: np.ndarray) -> SequencePages | None:
+    def run(self, keys: np.ndarray, owner: int = 0) -> SequencePages | None:
         """Write a whole sequence, in chunks of 5."""
-        sequence = self.pool.begin(keys[:-1])
+        sequence = self.pool.begin(keys[:-1], owner)
+        assert (self.owners[sequence.pages] == owner).all(), "somebody finds what others wrote"
         while sequence.length < len(keys):
             start, stop = sequence.length, min(len(keys), sequence.length + 5)
             if not self.pool.reserve(sequence, stop):
                 self.pool.release(sequence, keys)
                 return None
             self.write(sequence, keys, start, stop)
+            self.owners[sequence.pages] = owner
             self.pool.wrote(sequence, keys, stop)
         return sequence
 
@@ -113,13 +117,13 @@ def test_no_page_is_lost_or_written_by_two_over_random_histories(data: st.DataOb
         else:
             tokens = data.draw(st.lists(st.integers(0, 1), min_size=2, max_size=40))
             ours = token_keys(np.array(tokens), data.draw(st.integers(0, 1)))
-            made = memory.run(ours)
+            made = memory.run(ours, data.draw(st.integers(0, 1)))
             if made is not None:
                 running.append((ours, made))
     for ours, sequence in running:
         assert np.array_equal(memory.read(sequence, len(ours)), ours)
         memory.pool.release(sequence, ours)
     assert memory.pool.available == 12
-    filler = SequencePages()
+    filler = memory.pool.begin(token_keys(np.empty(0, np.int64)))
     assert memory.pool.reserve(filler, 12 * SIZE)
     assert sorted(filler.pages) == list(range(12))

@@ -22,6 +22,7 @@ LIMITS: dict[str, tuple[str, click.ParamType, str]] = {
     "prompt": ("--max-prompt-tokens", click.IntRange(1), "tokens of one prompt"),
     "choices": ("--max-choices", click.IntRange(1, 1024), "texts of one request, over its prompts and n"),
     "body": ("--max-body", click.IntRange(1024), "bytes of a request's body"),
+    "bodies": ("--max-bodies", click.IntRange(1024), "bytes of all bodies in hand; more get 429"),
     "depth": ("--max-depth", click.IntRange(4, 200), "JSON objects and lists within one another"),
     "connections": ("--max-connections", click.IntRange(1), "open connections at once"),
     "seconds": ("--request-seconds", SECONDS, "seconds for the texts of one request"),
@@ -64,6 +65,16 @@ def _limit_flags(command: Command) -> Command:
     default=None,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="let requests load adapters from below this folder, and unload them",
+)
+@click.option(
+    "--max-adapters",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="names of adapters at once",
+)
+@click.option(
+    "--share-cache", is_flag=True, help="let API keys share computed prompts; each can tell what others asked"
 )
 @click.option("--allow-host", "hosts", multiple=True, help="a name in Host headers besides the loopback's")
 @click.option("--cors-origin", "origins", multiple=True, help="an origin whose web pages may ask")

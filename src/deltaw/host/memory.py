@@ -19,7 +19,7 @@ from deltaw.host.choices import Choice
 
 _ROOT = Path("/")
 # Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 LARGEST_KEPT = 2**25
 """Bytes of a block above which it goes back to the system when it is freed; each glibc allows this."""
 
@@ -142,6 +142,20 @@ def give_large_blocks_back() -> None:
             for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
                 library.mallopt(parameter, 2**20)
             trim_memory()
+
+
+def share_heaps() -> None:
+    """Let threads that start from now on share the heaps of this process's allocator, where it is glibc's.
+
+    It would make eight for each core, and what is freed in one is of no use to threads of another: many short
+    requests would leave tens of megabytes in each. Whoever has set the allocator through the environment
+    keeps those settings.
+    """
+    if sys.platform != "linux" or any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 def _physical_memory(root: Path) -> int:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from deltaw.kernels.decode import PackedAdapter
 from deltaw.serving.adapters import Adapters
-from deltaw.serving.constraints import masks
 from deltaw.serving.decodable import Decodable
+from deltaw.serving.matcher import masks
 from deltaw.serving.pages import PagePool
 from deltaw.serving.request import Request
 from deltaw.serving.running import Run
@@ -31,6 +31,10 @@ from deltaw.serving.step_rows import Part, step_rows
 
 # How often requests that wait are looked through for those that have ended.
 _SWEEP_SECONDS = 0.05
+# Seconds that a step waits for constraints to say which tokens may come next. Where they do not, their texts
+# sit out steps until they do.
+_PATIENCE = 0.02
+_SLOW = 1.0  # seconds after which a constraint is not waited for where the engine is to end soon
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,14 @@ class Batch:
 
         A request whose own part fails ends with that error; where the step itself fails, all that were in it.
         """
+        self._hear_constraints()
         self._sweep()
         self._admit()
         parts = self._parts()
         if not parts:
+            slow = next((run.matcher for run in self.running if not run.may_go_on), None)
+            if slow is not None:  # nothing can go on before one of them is ready
+                slow.wait(_PATIENCE)
             return
         self.steps += 1
         self.tokens += sum(part.stop - part.start for part in parts)
@@ -161,6 +169,20 @@ class Batch:
                 run.writing.fail(error)
         self.running.clear()
         self.waiting.clear()
+
+    def hurry(self) -> None:
+        """End texts whose constraints are slow to say what may come next."""
+        for run in list(self.running):
+            if run.matcher is not None and run.matcher.pending > _SLOW:
+                self._stop(run)
+                run.finish("cancelled")
+
+    def _hear_constraints(self) -> None:
+        """Give constraints a moment to say what may come next; those that were late once get none."""
+        until = time.monotonic() + _PATIENCE
+        for run in self.running:
+            if run.matcher is not None and not run.matcher.late:
+                run.matcher.wait(until - time.monotonic())
 
     def _sweep(self) -> None:
         """End requests that were cancelled, or whose time is up."""
@@ -222,7 +244,7 @@ class Batch:
         return not self.running or self.pool.available >= wanted
 
     def _start(self, run: Run) -> None:
-        pages = self.pool.begin(run.reusable)
+        pages = self.pool.begin(run.reusable, run.request.owner)
         slot = self._slots.pop()
         run.begin(pages, slot)
         self._table[slot, : len(pages.pages)] = pages.pages
@@ -230,10 +252,11 @@ class Batch:
 
     def _parts(self) -> list[Part]:
         """What runs in the next step: rows of texts, and chunks of prompts."""
-        missing = {run: run.length - run.pages.length for run in self.running if run.pages is not None}
-        prompts = [run for run in self.running if missing[run] > 1]
+        going = [run for run in self.running if run.may_go_on]
+        missing = {run: run.length - run.pages.length for run in going if run.pages is not None}
+        prompts = [run for run in going if missing[run] > 1]
         limits = self.limits
-        left = limits.prompt_rows if len(prompts) < len(self.running) else limits.alone_rows
+        left = limits.prompt_rows if len(prompts) < len(going) else limits.alone_rows
         share = max(limits.least_rows, left // max(1, len(prompts)))
         rows: dict[Run, int] = {}
         for run in prompts:
@@ -244,7 +267,7 @@ class Batch:
             rows[run] += more
             left -= more
         parts: list[Part] = []
-        for run in list(self.running):
+        for run in going:
             if run.pages is None:
                 continue  # it lost them to one before
             start = run.pages.length

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from deltaw.errors import UserError
 from deltaw.serving.adapters import Adapters, FixedAdapters
 from deltaw.serving.batch import EngineLoad
-from deltaw.serving.constraints import Grammars
+from deltaw.serving.constraints import ConstraintLimits, Grammars
 from deltaw.serving.request import Request, Written
 from deltaw.serving.running import Run
 from deltaw.serving.sampling import SamplingState, validate
@@ -61,6 +61,9 @@ class Work(Protocol):
     def step(self) -> None:
         """Do some work, and hand out what it gave."""
 
+    def hurry(self) -> None:
+        """End what takes long for its own reasons."""
+
     def end_all(self, error: BaseException | None) -> None:
         """End every request at once: as cancelled, or with an error."""
 
@@ -76,6 +79,7 @@ class Engine:
             none, or where requests without a name get it.
         has_base: whether requests without a name get the base model.
         why: how the texts are computed, and why so.
+        constraints: what constraints may take.
     """
 
     def __init__(
@@ -88,19 +92,20 @@ class Engine:
         own_adapter: str | None = None,
         has_base: bool = True,
         why: str = "",
+        constraints: ConstraintLimits | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.bank: Adapters = adapters or FixedAdapters()
         self.own_adapter, self.has_base, self.why = own_adapter, has_base, why
         self.work = work
         self._ends = tuple(terminators)
-        self._grammars: Grammars | None = None
+        self._grammars = Grammars(tokenizer, work.vocabulary, constraints)
         self._incoming: deque[Run] = deque()
         self._unfinished: weakref.WeakSet[QueuedWriting] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closed = self._draining = False
+        self._closed = self._draining = self._hurried = False
 
     @property
     def positions(self) -> int:
@@ -160,6 +165,11 @@ class Engine:
                 run.writing.cancel()
         return [run.writing.result() for run in runs]
 
+    def hurry(self) -> None:
+        """From now on, cancel texts that take long for their own reasons."""
+        self._hurried = True
+        self._wake()
+
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests; end when those in hand are written, or at once."""
         with self._changed:
@@ -173,6 +183,7 @@ class Engine:
         with self._stepping:
             self._take_incoming()
             self.work.end_all(None)
+        self._grammars.close()
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -228,10 +239,8 @@ class Engine:
             ends = request.stop_ids
         matcher = None
         if request.constraint is not None:
-            if self._grammars is None:
-                self._grammars = Grammars(self.tokenizer, self.work.vocabulary)
             possible = [end for end in ends if 0 <= end < self.work.vocabulary]
-            matcher = self._grammars.compile(request.constraint, possible)
+            matcher = self._grammars.compile(request.constraint, possible, request.owner)
         sampler = SamplingState(request.sampling, tokens, self.work.vocabulary)
         allowance = min(request.max_new_tokens, room)
         writing = QueuedWriting(self._wake)
@@ -251,6 +260,8 @@ class Engine:
         self._take_incoming()
         with torch.inference_mode():
             try:
+                if self._hurried:
+                    self.work.hurry()
                 self.work.step()
             except Exception as error:  # a fault of the batch itself: nobody must wait for ever
                 self.work.end_all(error)

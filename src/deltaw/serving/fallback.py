@@ -19,7 +19,7 @@ from torch import Tensor
 from deltaw.errors import UserError
 from deltaw.runtime.generation import decode_by, position_limit
 from deltaw.serving.batch import EngineLoad
-from deltaw.serving.constraints import masks
+from deltaw.serving.matcher import masks
 from deltaw.serving.request import Request
 from deltaw.serving.running import Run
 from deltaw.serving.sampling import choose
@@ -82,6 +82,9 @@ class FallbackWork:
 
     def add(self, run: Run) -> None:
         self._waiting.append(run)
+
+    def hurry(self) -> None:
+        """Nothing: constraints are waited for within a step."""
 
     def end_all(self, error: BaseException | None) -> None:
         for run in [*self._running, *self._waiting]:
@@ -152,11 +155,7 @@ class FallbackWork:
 
     def _chosen(self, runs: list[Run], logits: Tensor) -> list[int | None]:
         """The next token of each text that goes on."""
-        now = time.monotonic()
-        for run in runs:
-            reason = None if run.writing.done else run.ended_by(now)
-            if reason is not None:
-                run.finish(reason)
+        self._end(runs)
         tokens: list[int | None] = [None] * len(runs)
         rows = [row for row, run in enumerate(runs) if not run.writing.done]
         if not rows:
@@ -170,8 +169,20 @@ class FallbackWork:
         self._tokens += len(rows)
         for row, token, logprob in zip(rows, chosen.tokens.tolist(), chosen.logprobs, strict=True):
             try:
-                if not runs[row].take(token, logprob):
-                    tokens[row] = token
+                runs[row].take(token, logprob)
+                tokens[row] = token
             except Exception as error:  # of this text alone
                 runs[row].writing.fail(error)
-        return tokens
+        self._end(runs)
+        return [None if run.writing.done else token for run, token in zip(runs, tokens, strict=True)]
+
+    @staticmethod
+    def _end(runs: list[Run]) -> None:
+        """End the texts that end here."""
+        now = time.monotonic()
+        for run in runs:
+            if not run.writing.done:
+                if run.matcher is not None:
+                    run.matcher.wait()
+                if (reason := run.ended_by(now)) is not None:
+                    run.finish(reason)

@@ -4,7 +4,7 @@ Tokens stand here as keys, one whole number each, which name all that a token's 
 besides the tokens before it: its id, and the adapter that acts on it (:func:`token_keys`). Full pages that
 were written stand in a tree by their keys. A sequence that begins like a path of that tree uses its pages;
 pages in the tree are never written again. Where a sequence leaves the path in the middle of a page, that
-page is copied.
+page is copied. Each owner has a tree of its own, so that nobody finds what others wrote.
 
 Pages that no sequence uses stay until their room is wanted; the least recently used one goes first, children
 before parents.
@@ -86,8 +86,10 @@ class SequencePages:
         pages: their numbers; the first ``len(nodes)`` stand in the tree.
         length: tokens whose keys and values are written.
         reused: tokens that were found written when it began.
+        root: of the tree that it takes pages from, and gives them to.
     """
 
+    root: _Node = field(repr=False)
     pages: list[int] = field(default_factory=list)
     length: int = 0
     reused: int = 0
@@ -109,7 +111,7 @@ class PagePool:
         self.reused = self.copied = self.evicted = 0
         self._copy = copy
         self._free = list(range(count - 1, -1, -1))
-        self._root = _Node(-1, np.empty(0, np.int64), None)
+        self._roots: dict[int, _Node] = {}
         self._unused = 0  # nodes without users
         self._clock = itertools.count(1)
         self._oldest: list[tuple[int, int, _Node]] = []
@@ -125,15 +127,17 @@ class PagePool:
         """Pages that no sequence uses, and that are kept for later ones."""
         return self._unused
 
-    def begin(self, keys: np.ndarray) -> SequencePages:
+    def begin(self, keys: np.ndarray, owner: int = 0) -> SequencePages:
         """The pages of a new sequence: those of the longest beginning of ``keys`` that is written.
 
         Args:
             keys: of the tokens that may be taken over; the last one of a prompt, whose logits are wanted,
                 should not be among them.
+            owner: whose pages may be taken, and who may take those of this sequence.
         """
-        found = SequencePages()
-        node, size, at = self._root, self.page_tokens, 0
+        root = self._roots.setdefault(owner, _Node(-1, np.empty(0, np.int64), None))
+        found = SequencePages(root)
+        node, size, at = root, self.page_tokens, 0
         while at < len(keys):
             child = node.child(keys[at : at + size]) if len(keys) - at >= size else None
             if child is None:
@@ -187,7 +191,7 @@ class PagePool:
         changed, size = False, self.page_tokens
         while (len(sequence.nodes) + 1) * size <= length:
             at = len(sequence.nodes)
-            parent = sequence.nodes[-1] if sequence.nodes else self._root
+            parent = sequence.nodes[-1] if sequence.nodes else sequence.root
             own = keys[at * size : (at + 1) * size]
             node = parent.child(own)
             if node is None:
@@ -210,7 +214,7 @@ class PagePool:
         rest = sequence.pages[at:]
         if keys is not None and rest:
             own = keys[at * self.page_tokens : sequence.length]
-            parent = sequence.nodes[-1] if sequence.nodes else self._root
+            parent = sequence.nodes[-1] if sequence.nodes else sequence.root
             if len(own) and self._keep_part(parent, own, rest[0]):
                 rest = rest[1:]
         self._free.extend(rest)
@@ -272,5 +276,5 @@ class PagePool:
         self._unused -= 1
         self._free.append(node.page)
         node.page = -1
-        if parent is not self._root:
+        if parent.parent is not None:
             self._offer(parent)

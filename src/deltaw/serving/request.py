@@ -22,6 +22,14 @@ class UnknownAdapterError(UserError):
     """There is no adapter of the name that a request gives: there never was, or it has been removed."""
 
 
+class UnsupportedError(UserError):
+    """What a request asks for is not possible with this model, or this installation."""
+
+
+class BusyError(UserError):
+    """A request cannot be taken now; later it may be."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from the logits.
@@ -77,6 +85,7 @@ class Request:
         stop_ids: tokens that end it instead of the adapter's own terminators; None for those.
         seconds: time from submission after which it ends with "timeout"; None for no limit.
         prompt_logprobs: whether log-probabilities of the prompt's own tokens are wanted.
+        owner: whose request it is; what was computed for one owner is not used for another.
     """
 
     tokens: np.ndarray
@@ -88,6 +97,7 @@ class Request:
     stop_ids: tuple[int, ...] | None = None
     seconds: float | None = None
     prompt_logprobs: bool = False
+    owner: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,10 +169,15 @@ class TextEngine(Protocol):
             UnknownAdapterError: there is no such adapter.
             UserError: the request cannot be served at all: an empty or over-long prompt, a token that
                 does not exist, a value out of range, a constraint that cannot be compiled.
+            UnsupportedError: a constraint, where there can be none.
+            BusyError: a constraint, and too many others are being compiled or in use.
         """
 
     def adapters(self) -> tuple[str, ...]:
         """The names that a request may give."""
+
+    def hurry(self) -> None:
+        """Cancel texts that take long for their own reasons, such as their constraints: the end is near."""
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests; end when those in hand are written, or at once."""

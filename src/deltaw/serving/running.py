@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from deltaw.data.invocation import last_occurrence
 from deltaw.errors import UserError
 from deltaw.serving.adapters import ActiveAdapter
-from deltaw.serving.constraints import Matcher
+from deltaw.serving.matcher import Matcher
 from deltaw.serving.pages import SequencePages, token_keys, virtual_keys
 from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob
 from deltaw.serving.sampling import NONE, SamplingState
@@ -112,10 +112,20 @@ class Run:
         """Take log-probabilities of the prompt's next tokens."""
         self._prompt_logprobs.extend(logprobs)
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it is known which tokens may come next."""
+        return self.matcher is None or self.matcher.ready
+
     def ended_by(self, now: float) -> FinishReason | None:
-        """Why it is to end before its time, if it is."""
+        """Why it is to end without another token, if it is."""
         if self.writing.cancelled:
             return "cancelled"
+        if self.matcher is not None and self.written and self.matcher.ready:
+            if self.matcher.ended:
+                return "stop"
+            if self.written >= self.allowance:
+                return "length"
         return "timeout" if self.deadline is not None and now > self.deadline else None
 
     def take(self, token: int, logprob: TokenLogprob | None) -> bool:
@@ -139,8 +149,6 @@ class Run:
         if token in self.ends:
             self.finish("stop", terminator=token)
             return True
-        if self.matcher is not None and not self.matcher.accept(token):
-            raise RuntimeError(f"token {token} does not match the constraint that allowed it")
         self.tokens[self.length] = token
         number = self.adapter.number if self.adapter is not None and self.length >= self.acts_from else 0
         self.keys[self.length] = token + (number << 32)
@@ -148,8 +156,10 @@ class Run:
         self.written += 1
         text = self.text.add(token)
         finish: FinishReason | None = None
-        if self.text.stopped or (self.matcher is not None and self.matcher.ended):
+        if self.text.stopped:
             finish = "stop"
+        elif self.matcher is not None:
+            self.matcher.accept(token)  # whether that ends it, is asked before the next one
         elif self.written >= self.allowance:
             finish = "length"
         self._put(text, (token,), () if logprob is None else (logprob,), finish)

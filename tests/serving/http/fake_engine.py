@@ -154,6 +154,9 @@ class FakeEngine:
     def adapters(self) -> tuple[str, ...]:
         return tuple(self.names)
 
+    def hurry(self) -> None:
+        """Nothing takes long."""
+
     def close(self, *, drain: bool = True) -> None:
         self.closed = True
 

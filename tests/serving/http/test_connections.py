@@ -9,6 +9,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import pytest
+
+from deltaw.errors import UserError
 from deltaw.serving.http.settings import Limits, ServerSettings
 from tests.serving.http.waiting import until
 
@@ -136,6 +139,70 @@ def test_a_client_that_does_not_read_is_let_go(start: Callable[..., Running]) ->
     assert until(lambda: server.engine.running == 1)
     assert until(lambda: server.engine.running == 0 and not server.desk.in_hand)
     client.close()
+
+
+def test_what_little_is_left_unread_is_let_go_too(start: Callable[..., Running]) -> None:
+    """What is too little for writing to pause would keep its connection for ever."""
+    server = start(ServerSettings(port=0, limits=Limits(write_seconds=0.3, keep_alive=600)))
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(SECONDS)
+    client.connect(server.address)
+    assert until(lambda: len(server.server.server_state.connections) == 1)
+    [connection] = server.server.server_state.connections
+    connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    client.sendall(chat("say " + "x" * 30, logprobs=True, top_logprobs=20))
+    assert until(lambda: not server.server.server_state.connections)
+    client.close()
+
+
+def test_at_shutdown_nobody_waits_for_slow_clients(start: Callable[..., Running]) -> None:
+    """A body that does not arrive, a header that does not, and an answer that is not read."""
+    server = start(ServerSettings(port=0, limits=Limits(body_seconds=600, write_seconds=600)))
+    header, body, unread = (connected(server) for _ in range(3))
+    header.sendall(chat("hello")[:30])
+    body.sendall(chat("hello")[:-10])
+    unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    unread.sendall(chat("go on", stream=True, logprobs=True, top_logprobs=20, max_tokens=4000))
+    assert until(lambda: len(server.server.server_state.tasks) == 2 and server.engine.ended == 1)
+    server.server.should_exit = True
+    assert received(body).startswith(b"HTTP/1.1 503 ")
+    assert received(header) == b""
+    assert until(lambda: not server.server.server_state.connections)
+    for client in (header, body, unread):
+        client.close()
+
+
+def test_at_shutdown_nobody_waits_for_constraints(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(ServerSettings(port=0))
+    compiled = threading.Event()
+
+    def submit(request: object) -> None:
+        compiled.wait()
+        raise UserError("it cannot be compiled")
+
+    monkeypatch.setattr(server.engine, "submit", submit)
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        with connected(server) as client:
+            client.sendall(chat("hello", guided_regex="a"))
+            answers.append(received(client))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]  # more than prepare requests
+    for thread in threads:
+        thread.start()
+    assert until(lambda: server.desk.in_hand == 6)
+    with server.client() as other:
+        assert other.get("/health").status_code == 200
+    server.server.should_exit = True
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    compiled.set()
+    assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
 
 
 def test_what_is_no_http_is_refused(shared: Running) -> None:

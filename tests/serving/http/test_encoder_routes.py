@@ -119,6 +119,7 @@ def test_fewer_dimensions_only_where_the_model_was_trained_for_them(embedder):
         ({"input": [1, -1]}, 400),
         ({"input": [259]}, 400),
         ({"input": "x" * 70}, 400),
+        ({"input": "x" * 3_000_000}, 400),
         ({"input": None}, 400),
         ({"input": ["a"] * 2049}, 400),
         ({"encoding_format": "hex"}, 400),

@@ -42,6 +42,22 @@ def test_keys_are_asked_for_everywhere_but_at_the_probes(start: Callable[..., Ru
     assert len(server.engine.submitted) == 2
 
 
+def test_each_key_has_computed_prompts_of_its_own(start: Callable[..., Running]) -> None:
+    def owners(**settings: Any) -> list[int]:
+        server = start(ServerSettings(port=0, **settings))
+        with server.client() as client:
+            for key in (KEY, settings["keys"][-1], KEY):
+                headers = bearer(key)
+                assert client.post(CHAT, json=GOOD, headers=headers).status_code == 200
+                asked = {"model": "base", "prompt": "a"}
+                assert client.post("/v1/completions", json=asked, headers=headers).status_code == 200
+        return [request.owner for request in server.engine.submitted]
+
+    assert owners(keys=(KEY, OTHER)) == [1, 1, 2, 2, 1, 1]
+    assert owners(keys=(KEY, OTHER), share_cache=True) == [0] * 6
+    assert owners(keys=(KEY,)) == [0] * 6
+
+
 def test_names_that_others_made_point_here_are_refused(start: Callable[..., Running]) -> None:
     server = start(ServerSettings(port=0, hosts=("models.example",)))
     with server.client() as client:
@@ -163,6 +179,18 @@ def test_wrong_names_and_folders_are_refused(start: Callable[..., Running], adap
         more = {"lora_name": "a", "lora_path": "poet", "base_model_name": "x"}
         refusal(client.post("/v1/load_lora_adapter", json=more), 400)
     assert server.engine.names == []
+
+
+def test_adapters_have_a_most(start: Callable[..., Running], adapters: Path) -> None:
+    server = start(ServerSettings(port=0, adapters_from=adapters, max_adapters=2), "fixed")
+    with server.client() as client:
+        assert load(client, "a", "poet").status_code == 200
+        error = refusal(load(client, "b", "poet"), 400)
+        assert "2 adapters are loaded, and 2 may be" in error["message"]
+        in_place = {"lora_name": "a", "lora_path": "poet", "load_inplace": True}
+        assert client.post("/v1/load_lora_adapter", json=in_place).status_code == 200
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "a"}).status_code == 200
+        assert load(client, "b", "poet").status_code == 200
 
 
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:

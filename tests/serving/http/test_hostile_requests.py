@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from deltaw.serving.http.prompts import TokenizerPrompts
 from deltaw.serving.http.settings import Limits, ServerSettings
+from deltaw.serving.request import BusyError, UnsupportedError
 from tests.serving.http.waiting import until
 
 if TYPE_CHECKING:
@@ -218,6 +224,106 @@ def test_large_bodies_are_refused_before_they_are_read(start: Callable[..., Runn
         just = json.dumps(GOOD | {"user": "x" * 9_000}).encode()
         assert client.post(CHAT, content=just, headers=JSON).status_code == 200
     assert answers(server)
+
+
+def many(field: str, element: str) -> str:
+    """A body with a million elements in a field."""
+    return f'{{"model": "base", "{field}": [' + ",".join([element] * 1_000_000) + "]}"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, many("prompt", "1.5")),
+        (COMPLETIONS, many("prompt", "[]")),
+        (CHAT, many("messages", "{}")),
+        (CHAT, many("stop", "1")),
+        (CHAT, json.dumps(GOOD).replace('"hi"', "[" + ",".join(["{}"] * 1_000_000) + "]")),
+        (CHAT, json.dumps(GOOD | {f"a{number}": 0 for number in range(300_000)})),
+    ],
+    ids=["numbers", "lists", "messages", "stops", "parts", "keys"],
+)
+def test_a_million_mistakes_cost_what_few_do(
+    shared: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: str
+) -> None:
+    """Each would be an error with a text of its own: gigabytes, and seconds for all other requests."""
+    from deltaw.serving.http import errors
+
+    found: list[int] = []
+
+    def counted(error: ValidationError, known: dict[str, object]) -> errors.ApiError:
+        found.append(error.error_count())
+        return errors.wrong_field(error, known)
+
+    monkeypatch.setattr("deltaw.serving.http.body.wrong_field", counted)
+    with shared.client() as client:
+        refusal(client.post(path, content=body, headers=JSON), 400)
+    assert sum(found) < 100
+    assert answers(shared)
+
+
+def test_bodies_together_have_a_bound(start: Callable[..., Running]) -> None:
+    server = start(ServerSettings(port=0, limits=Limits(body=20_000, bodies=50_000)))
+    body = json.dumps(GOOD | {"user": "x" * 18_000}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            slow = stack.enter_context(socket.create_connection(server.address))
+            slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])
+
+        def status() -> int:
+            with server.client() as client:
+                return client.post(CHAT, content=body, headers=JSON).status_code
+
+        assert until(lambda: status() == 429)  # when both have arrived but for a byte
+        with server.client() as client:
+            assert client.post(CHAT, json=GOOD).status_code == 200
+    assert until(lambda: status() == 200)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UnsupportedError("the tokenizer cannot be read"), 501), (BusyError("too many are compiled"), 429)],
+)
+def test_constraints_that_are_not_possible_or_not_now(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    server = start(ServerSettings(port=0))
+
+    def submit(request: object) -> None:
+        raise error
+
+    monkeypatch.setattr(server.engine, "submit", submit)
+    with server.client() as client:
+        for stream in (False, True):
+            response = client.post(CHAT, json=GOOD | {"guided_regex": "a", "stream": stream})
+            assert str(error) in refusal(response, status)["message"]
+            assert ("retry-after" in response.headers) == (status == 429)
+
+
+def test_a_prompt_far_too_long_is_not_tokenized_to_its_end(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+
+    def text(self: TokenizerPrompts, given: str) -> np.ndarray:
+        nonlocal read
+        read += len(given)
+        return plain(self, given)
+
+    plain = TokenizerPrompts.text
+    monkeypatch.setattr(TokenizerPrompts, "text", text)
+    server = start(ServerSettings(port=0))
+    long = "x" * 3_000_000
+    with server.client() as client:
+        for path, asked in (
+            (COMPLETIONS, {"model": "base", "prompt": long}),
+            (CHAT, GOOD | {"messages": [{"role": "user", "content": long}]}),
+            (CHAT, GOOD | {"messages": [{"role": "user", "content": "x" * 700}] * 4000}),
+        ):
+            read = 0
+            error = refusal(client.post(path, json=asked), 400)
+            assert error["code"] == "context_length_exceeded" and 0 < read < 100_000
 
 
 def test_limits_of_tokens_and_prompts(start: Callable[..., Running]) -> None:

@@ -14,7 +14,7 @@ from tests.byte_models import byte_tokenizer
 
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
 
-from deltaw.serving.http.prompts import TokenizerPrompts, bytes_of_token
+from deltaw.serving.http.prompts import TokenizerPrompts, bytes_of_token, surely_longer
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "Grüße"}]
 TOOL: dict[str, object] = {"type": "function", "function": {"name": "weather", "parameters": {}}}
@@ -27,6 +27,20 @@ def test_prompts_are_rendered_as_in_training(data: DataSettings | None) -> None:
     expected = encode_prompt(HELLO, data or "auto", tokenizer)
     np.testing.assert_array_equal(prompts.chat(HELLO, []), expected)
     np.testing.assert_array_equal(prompts.text("abc"), encode_prompt("abc", "plain", tokenizer))
+
+
+def test_a_text_far_too_long_is_known_from_its_beginning() -> None:
+    read = 0
+
+    def tokens(text: str) -> str:
+        nonlocal read
+        read += len(text)
+        return text[::2]  # two characters a token
+
+    assert surely_longer("x" * 1_000_000, 100, tokens)
+    assert read == 1200
+    assert not surely_longer("x" * 400, 100, tokens) and read == 1200  # so little is not looked at
+    assert not surely_longer("x" * 800, 100, tokens)
 
 
 def test_turns_may_come_in_any_order_that_the_template_takes() -> None:

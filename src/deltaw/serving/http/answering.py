@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,7 +13,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import GONE, ApiError, json_response, refused
+from deltaw.serving.http.errors import GONE, ApiError, as_json, refused
 from deltaw.serving.http.record import FAILURE, Record, record_of
 from deltaw.serving.http.texts import Desk, Texts
 from deltaw.serving.request import FinishReason, Piece, TokenLogprob
@@ -104,21 +103,32 @@ async def collected(request: Request, texts: Texts, count: int, counted: Counted
     return choices
 
 
-async def whole_response(make: Callable[[], object], choices: Sequence[Choice]) -> Response:
-    """The response with the answer that ``make`` makes; in another thread where that takes its time."""
-    if sum(len(piece.logprobs) for choice in choices for piece in choice.pieces) < MANY_LOGPROBS:
-        return json_response(make())
-    return await asyncio.get_running_loop().run_in_executor(None, lambda: json_response(make()))
-
-
 class Answer(Protocol):
     """What a route makes of texts."""
 
     def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
         """The events of a stream, as its texts are written."""
 
-    def whole(self, choices: list[Choice]) -> dict[str, object]:
-        """The answer once all texts have ended."""
+    def whole(self) -> dict[str, object]:
+        """The answer once all texts have ended, without its choices."""
+
+    def choice(self, index: int, choice: Choice) -> dict[str, object]:
+        """One of its choices."""
+
+
+async def whole_response(answer: Answer, choices: Sequence[Choice]) -> Response:
+    """The response with an answer; made in another thread where that takes its time."""
+
+    def made() -> Response:
+        # One after another, since each may have megabytes of log-probabilities, and Python's lock is held
+        # while one is written.
+        written = [as_json(answer.choice(index, choice)) for index, choice in enumerate(choices)]
+        text = as_json(answer.whole())[:-1] + b',"choices":[' + b",".join(written) + b"]}"
+        return Response(text, media_type="application/json")
+
+    if sum(len(piece.logprobs) for choice in choices for piece in choice.pieces) < MANY_LOGPROBS:
+        return made()
+    return await asyncio.get_running_loop().run_in_executor(None, made)
 
 
 async def answered(
@@ -133,7 +143,7 @@ async def answered(
 
         return EventStream(answer.events(texts, counted), texts, desk, failed)
     choices = await collected(request, texts, count, counted, desk)
-    return await whole_response(lambda: answer.whole(choices), choices)
+    return await whole_response(answer, choices)
 
 
 class EventStream(Response):
@@ -191,8 +201,7 @@ class EventStream(Response):
 
 def as_event(value: dict[str, object]) -> bytes:
     """A JSON object as one event of a stream."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + as_json(value) + b"\n\n"
 
 
 @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -20,8 +21,13 @@ from deltaw.serving.http.record import record_of
 from deltaw.serving.http.settings import Limits
 
 Model = TypeVar("Model", bound=BaseModel)
+_ONE_THREAD = ThreadPoolExecutor(1, "deltaw-parse")
 # Bytes from which on parsing would keep the event loop from other requests.
 LARGE = 64 << 10
+# Those that keep it from them in any thread, by Python's lock: they are parsed one after another.
+HUGE = 1 << 20
+# Keys of one object: each that is wrong is an error of its own, which takes a kilobyte.
+MOST_KEYS = 4096
 
 
 async def read_json(request: Request, model: type[Model], limits: Limits) -> Model:
@@ -37,28 +43,33 @@ async def read_json(request: Request, model: type[Model], limits: Limits) -> Mod
     body = await read_body(request, limits)
     if len(body) < LARGE:
         return _checked(body, model, limits)
-    return await asyncio.get_running_loop().run_in_executor(None, _checked, body, model, limits)
+    threads = _ONE_THREAD if len(body) > HUGE else None
+    return await asyncio.get_running_loop().run_in_executor(threads, _checked, body, model, limits)
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
     """All bytes of a body.
 
     Raises:
-        ApiError: 408 or 413.
+        ApiError: 408, 413, or 429 where those of all requests together are too large.
     """
     told = request.headers.get("content-length", "0")
     too_large = ApiError(413, f"the body has more than {limits.body:,} bytes", code="request_too_large")
-    too_large.headers["Connection"] = "close"
+    too_many = ApiError(429, "too many requests are arriving", code="busy", retry_after=1)
+    for error in (too_large, too_many):
+        error.headers["Connection"] = "close"
     if told.isdecimal() and (len(told) > 18 or int(told) > limits.body):
         raise too_large
 
     async def arrived() -> bytes:
         parts: list[bytes] = []
-        size = 0
+        record = record_of(request.scope)
         async for part in request.stream():
-            size += len(part)
-            if size > limits.body:
+            record.arrived(len(part))
+            if record.body > limits.body:
                 raise too_large
+            if record.bodies.bytes > max(limits.bodies, limits.body):
+                raise too_many
             parts.append(part)
         return b"".join(parts)
 
@@ -68,9 +79,9 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         record_of(request.scope).gone = True
         raise ApiError(GONE, "the client went away in its body", code="cancelled") from None
     except asyncio.TimeoutError:
-        error = ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s", code="timeout")
-        error.headers["Connection"] = "close"
-        raise error from None
+        late = ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s", code="timeout")
+        late.headers["Connection"] = "close"
+        raise late from None
 
 
 def parse(body: bytes, limits: Limits) -> Any:
@@ -120,6 +131,8 @@ def _check(value: Any, limits: Limits) -> None:
                 if not math.isfinite(part):
                     raise ApiError(400, "a number is too large", code="invalid_value")
             elif isinstance(part, dict):
+                if len(part) > MOST_KEYS:
+                    raise ApiError(400, f"an object has more than {MOST_KEYS:,} keys", code="invalid_value")
                 below += part.keys()
                 below += part.values()
             elif isinstance(part, list):

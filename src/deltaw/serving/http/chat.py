@@ -46,10 +46,9 @@ class _Chat:
             "system_fingerprint": None,
         }
 
-    def whole(self, choices: list[Choice]) -> dict[str, object]:
-        """The answer at once."""
-        answers = [self._choice(index, choice) for index, choice in enumerate(choices)]
-        return {**self.head("chat.completion"), "choices": answers, "usage": self.record.usage()}
+    def whole(self) -> dict[str, object]:
+        """The answer at once, without its choices."""
+        return {**self.head("chat.completion"), "usage": self.record.usage()}
 
     async def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
         """The answer in events."""
@@ -93,7 +92,8 @@ class _Chat:
         event = {**self.head("chat.completion.chunk"), "choices": [choice]}
         return {**event, "usage": None} if self.asked.with_usage else event
 
-    def _choice(self, index: int, choice: Choice) -> dict[str, object]:
+    def choice(self, index: int, choice: Choice) -> dict[str, object]:
+        """A choice of the answer."""
         text: str | None = choice.text
         finish: str | None = choice.finish
         message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
@@ -131,7 +131,7 @@ def chat_router(served: Served, desk: Desk, settings: ServerSettings) -> APIRout
             record.asked = [message.as_turn() for message in asked.messages]
         check_choices(asked.choices, limits)
         desk.check_room(asked.choices)
-        requests = await desk.elsewhere(lambda: chat_requests(asked, adapter, served, limits))
+        requests = await desk.elsewhere(lambda: chat_requests(asked, adapter, served, limits, record.owner))
         record.prompt_tokens = len(requests[0].tokens)
         answer = _Chat(asked, served.prompts(adapter), record)
         counted = Counted(record, desk, asked.choices)

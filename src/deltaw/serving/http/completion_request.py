@@ -7,10 +7,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from deltaw.serving.http.fields import TextFields, wrong
+from deltaw.serving.http.fields import TextFields, Tokens, wrong
 
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
 MOST_PROMPTS = 1024
 
 
@@ -24,8 +22,8 @@ class CompletionRequest(TextFields):
     prompt: (
         str
         | Tokens
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     )
     max_tokens: int | None = Field(16, ge=0, le=1 << 30)
     echo: bool | None = False

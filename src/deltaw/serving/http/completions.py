@@ -43,14 +43,15 @@ class _Completion:
             "model": self.asked.model,
         }
 
-    def whole(self, choices: list[Choice]) -> dict[str, object]:
-        """The answer at once."""
-        answers = []
-        for index, choice in enumerate(choices):
-            text = self._echoed(index) + choice.text
-            told = self._logprobs(index, Piece("", choice.tokens, choice.logprobs), 0, first=True)
-            answers.append({"index": index, "text": text, "logprobs": told, "finish_reason": choice.finish})
-        return {**self.head(), "choices": answers, "usage": self.record.usage()}
+    def whole(self) -> dict[str, object]:
+        """The answer at once, without its choices."""
+        return {**self.head(), "usage": self.record.usage()}
+
+    def choice(self, index: int, choice: Choice) -> dict[str, object]:
+        """A choice of the answer."""
+        text = self._echoed(index) + choice.text
+        told = self._logprobs(index, Piece("", choice.tokens, choice.logprobs), 0, first=True)
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": choice.finish}
 
     async def events(self, texts: Texts, counted: Counted) -> AsyncIterator[dict[str, object]]:
         """The answer in events."""
@@ -112,7 +113,9 @@ def completions_router(served: Served, desk: Desk, settings: ServerSettings) -> 
         count = asked.choices * len(asked.prompts)
         check_choices(count, limits)
         desk.check_room(count)
-        requests = await desk.elsewhere(lambda: completion_requests(asked, adapter, served, limits))
+        requests = await desk.elsewhere(
+            lambda: completion_requests(asked, adapter, served, limits, record.owner)
+        )
         record.prompt_tokens = sum(len(r.tokens) for r in requests[:: asked.choices])
         answer = _Completion(asked, requests, served.prompts(adapter), record)
         counted = Counted(record, desk, asked.choices)

@@ -1,7 +1,7 @@
 """Connections that end when their clients are too slow, or too many: what uvicorn's own protocol leaves open.
 
 uvicorn waits without limit for a request's header, and for a client to read. Each of the two gets a time
-here.
+here. At shutdown it waits for bodies too; here they are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deltaw.serving.http.errors import ApiError
 from deltaw.serving.http.settings import Limits
+
+# At shutdown, seconds for a client to read what was written for it.
+LAST_SECONDS = 2.0
 
 
 def protocol_of(limits: Limits) -> type[asyncio.Protocol]:
@@ -28,6 +31,7 @@ class _LimitedConnection(H11Protocol):
         super().__init__(*arguments, **named)
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._write_seconds = self.limits.write_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -53,11 +57,22 @@ class _LimitedConnection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop(self._write_timer)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_reader()  # what is written may be too little for writing to pause
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._write_seconds = min(self._write_seconds, LAST_SECONDS)
+        self._await_reader()
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_started:
+            self._refuse(ApiError(503, "the server is shutting down", code="shutting_down"))
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "this is no HTTP request", code="invalid_http"))
@@ -65,6 +80,17 @@ class _LimitedConnection(H11Protocol):
     def _await_header(self) -> None:
         if self._header_timer is None:
             self._header_timer = self.loop.call_later(self.limits.body_seconds, self._too_slow)
+
+    def _await_reader(self) -> None:
+        """Give a client its time to read what waits for it."""
+        self._stop(self._write_timer)
+        if self.transport.get_write_buffer_size():
+            self._write_timer = self.loop.call_later(self._write_seconds, self._not_read)
+
+    def _not_read(self) -> None:
+        waits = self.flow.write_paused or self.cycle.response_complete
+        if waits and self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def _too_slow(self) -> None:
         self._refuse(ApiError(408, "the request's header did not arrive in time", code="timeout"))

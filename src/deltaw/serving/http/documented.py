@@ -28,8 +28,9 @@ _TOLD = {
     408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not application/json",
-    429: "Too many texts are in hand: ask again after Retry-After",
+    429: "Too many texts are in hand, or constraints compiled: ask again after Retry-After",
     500: "A fault of the server",
+    501: "The model or this installation cannot do what is asked",
     503: "The server is shutting down",
     504: "The text was not finished in time",
 }

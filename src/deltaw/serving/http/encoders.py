@@ -23,20 +23,19 @@ from deltaw.serving.encoders import Classifier, Embedder, Encoders
 from deltaw.serving.http.body import described, read_json
 from deltaw.serving.http.documented import answer, refusals
 from deltaw.serving.http.errors import ApiError, json_response, refused
-from deltaw.serving.http.fields import Fields, ModelName
+from deltaw.serving.http.fields import Fields, ModelName, Tokens
+from deltaw.serving.http.prompts import surely_longer
 from deltaw.serving.http.record import Record, record_of
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
 
 # As in the OpenAI API: texts of one request.
 MOST_INPUTS = 2048
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Input = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+    | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
 )
 _REFUSED = refusals(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 
@@ -160,12 +159,8 @@ async def _computed(
     """The outputs of all texts of a request, (texts, width)."""
     record.model = name
     loop = asyncio.get_running_loop()
-    rows = await loop.run_in_executor(None, _rows, encoders, name, given)
+    rows = await loop.run_in_executor(None, _rows, encoders, name, given, limits)
     record.prompt_tokens = sum(len(row) for row in rows)
-    if record.prompt_tokens > limits.prompt:
-        raise ApiError(
-            400, f"the texts have {record.prompt_tokens:,} tokens, more than {limits.prompt:,}", param="input"
-        )
     try:
         future = encoders.submit(name, rows)
     except UserError as error:
@@ -179,11 +174,26 @@ async def _computed(
 
 
 def _rows(
-    encoders: Encoders, name: str, given: str | list[str] | list[int] | list[list[int]]
+    encoders: Encoders, name: str, given: str | list[str] | list[int] | list[list[int]], limits: Limits
 ) -> list[np.ndarray]:
+    """The texts of a request as tokens, as far as there may be so many.
+
+    Raises:
+        ApiError: there are too many.
+    """
     model = encoders.model(name)
     listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    return [model.tokens(one) if isinstance(one, str) else np.asarray(one, dtype=np.int32) for one in listed]
+    most = min(limits.prompt, model.limit or limits.prompt)
+    rows: list[np.ndarray] = []
+    left = limits.prompt
+    for one in listed:
+        if isinstance(one, str) and surely_longer(one, most, model.tokens):
+            raise ApiError(400, f"a text has far more than {most:,} tokens", param="input")
+        rows.append(model.tokens(one) if isinstance(one, str) else np.asarray(one, dtype=np.int32))
+        left -= len(rows[-1])
+        if left < 0:
+            raise ApiError(400, f"the texts have more than {limits.prompt:,} tokens", param="input")
+    return rows
 
 
 def _named(encoders: Encoders, name: str) -> object:

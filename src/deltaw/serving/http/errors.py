@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from deltaw.errors import UserError, nearest
-from deltaw.serving.request import UnknownAdapterError
+from deltaw.serving.request import BusyError, UnknownAdapterError, UnsupportedError
 
 # Types of errors as clients know them; other 4xx are "invalid_request_error", other 5xx "server_error".
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -62,6 +62,10 @@ def refused(error: UserError, *, param: str | None = None, status: int = 400) ->
     if isinstance(error, UnknownAdapterError):
         # It was there when the request came, and has been removed.
         return ApiError(404, _sentence(error), param="model", code="model_not_found")
+    if isinstance(error, UnsupportedError):
+        return ApiError(501, _sentence(error), param=param, code="not_supported")
+    if isinstance(error, BusyError):
+        return ApiError(429, _sentence(error), param=param, code="busy", retry_after=1)
     return ApiError(status, _sentence(error), param=param, code="invalid_value" if status == 400 else None)
 
 
@@ -85,9 +89,13 @@ def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with a JSON body, which must hold no NaN."""
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(text.encode(), status, dict(headers or {}), "application/json")
+    """A response with a JSON body."""
+    return Response(as_json(body), status, dict(headers or {}), "application/json")
+
+
+def as_json(value: object) -> bytes:
+    """A value as JSON; it must hold no NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def error_response(error: ApiError) -> Response:

@@ -19,6 +19,9 @@ from deltaw.serving.request import Constraint, Sampling
 # Names of models in requests.
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+# Lists are checked to their first error: a million wrong elements would take gigabytes.
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 # Tokens that one request may weigh by logit_bias.
 MOST_BIASES = 1024
@@ -74,7 +77,7 @@ class TextFields(Fields):
     n: int | None = Field(1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Bias] | None = Field(None, max_length=MOST_BIASES)

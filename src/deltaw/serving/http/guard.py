@@ -5,6 +5,7 @@ Plain ASGI, so that streams pass through without being held up.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -14,12 +15,16 @@ from collections.abc import Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deltaw.host.memory import trim_memory
+from deltaw.serving.http.body import LARGE
 from deltaw.serving.http.errors import GONE, ApiError, error_response
 from deltaw.serving.http.logs import LOGGER
 from deltaw.serving.http.metrics import Metrics
-from deltaw.serving.http.record import FAILURE, KEY, Record
+from deltaw.serving.http.record import FAILURE, KEY, Bodies, Record, record_of
 from deltaw.serving.http.settings import ServerSettings, is_loopback
 
+# After a large request; others that end within this time need no trimming of their own.
+TRIM_SECONDS = 2.0
 # Said with every answer that does not say otherwise itself.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -34,23 +39,27 @@ SECURITY_HEADERS = {
 class Observed:
     """Gives each request a record, and writes it into the log and the metrics when it has been answered.
 
-    What no route expected is answered with 500 and goes to the log, never to the client.
+    What no route expected is answered with 500 and goes to the log, never to the client. After large requests
+    and answers, memory that they leave behind is given back.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._bodies = Bodies()
+        self._trimming: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope[KEY] = Record()
-        status = 0
+        record = scope[KEY] = Record(bodies=self._bodies)
+        status = written = 0
 
         async def told(message: Message) -> None:
-            nonlocal status
+            nonlocal status, written
+            written += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -68,7 +77,20 @@ class Observed:
                 fault = ApiError(500, f"a fault of the server; it is in its log as {record.id}")
                 await error_response(fault)(scope, receive, told)
         finally:
+            record.ended()
+            if record.body + written > LARGE:
+                self._trim_soon()
             self._end(scope, record, status, scope.get(FAILURE, failure))
+
+    def _trim_soon(self) -> None:
+        if self._trimming is None:
+            loop = asyncio.get_running_loop()
+
+            def trim() -> None:
+                self._trimming = None
+                loop.run_in_executor(None, trim_memory)
+
+            self._trimming = loop.call_later(TRIM_SECONDS, trim)
 
     def _end(self, scope: Scope, record: Record, status: int, failure: BaseException | None) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -114,6 +136,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings, open_paths: Collection[str]) -> None:
         self._app = app
         self._keys = [_digest(key.encode()) for key in settings.keys]
+        self._apart = len(self._keys) > 1 and not settings.share_cache
         self._open = frozenset(open_paths)
         self._hosts = frozenset(name.lower() for name in settings.hosts)
         self._check_hosts = settings.loopback or bool(settings.hosts)
@@ -137,12 +160,16 @@ class Guard:
                 "the Host header names another host: start the server with --allow-host",
                 code="wrong_host",
             )
-        if self._keys and scope["path"] not in self._open and not self._has_key(headers):
-            return ApiError(
-                401,
-                "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )
+        if self._keys and scope["path"] not in self._open:
+            number = self._key_of(headers)
+            if not number:
+                return ApiError(
+                    401,
+                    "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                )
+            if self._apart:
+                record_of(scope).owner = number
         return None
 
     def _known_host(self, told: str) -> bool:
@@ -153,13 +180,14 @@ class Guard:
             name = name.partition(":")[0]
         return is_loopback(name) or name in self._hosts
 
-    def _has_key(self, headers: Headers) -> bool:
+    def _key_of(self, headers: Headers) -> int:
+        """Which key a request brings, from 1; 0 for none."""
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
-            return False
+            return 0
         digest = _digest(given.strip().encode("utf-8", "replace"))
         # All keys are compared, each in a time that does not tell how much of it is right.
-        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
+        return sum(n * hmac.compare_digest(digest, key) for n, key in enumerate(self._keys, start=1))
 
 
 def _digest(key: bytes) -> bytes:

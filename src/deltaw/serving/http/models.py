@@ -91,7 +91,13 @@ def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> A
         folder = folder_below(root, asked.lora_path)
         async with changing:
             try:
-                put = shelf.swap if asked.load_inplace and name in served.adapters() else shelf.add
+                known = served.adapters()
+                if name not in known and len(known) >= settings.max_adapters:
+                    raise UserError(
+                        f"{len(known)} adapters are loaded, and {settings.max_adapters} may be",
+                        hint="unload one first",
+                    )
+                put = shelf.swap if asked.load_inplace and name in known else shelf.add
                 await asyncio.get_running_loop().run_in_executor(None, put, name, folder)
             except UserError as error:
                 # Where it lies on this machine is not for everybody.

@@ -5,6 +5,7 @@ Knows the fields of requests and the limits; not how answers are written.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from deltaw.serving.http.chat_request import ChatRequest
 from deltaw.serving.http.completion_request import CompletionRequest
 from deltaw.serving.http.errors import ApiError, refused
 from deltaw.serving.http.fields import TextFields, json_constraint
+from deltaw.serving.http.prompts import surely_longer
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import forced_schema
@@ -50,26 +52,38 @@ def check_choices(count: int, limits: Limits) -> None:
         )
 
 
-def chat_requests(asked: ChatRequest, adapter: str | None, served: Served, limits: Limits) -> list[Request]:
+def chat_requests(
+    asked: ChatRequest, adapter: str | None, served: Served, limits: Limits, owner: int = 0
+) -> list[Request]:
     """The requests for a chat's choices.
+
+    Args:
+        owner: who asks, as in :class:`deltaw.serving.request.Request`.
 
     Raises:
         ApiError: the conversation cannot be rendered, or is too long.
     """
     tools = [tool.model_dump(exclude_none=True) for tool in asked.offered]
+    turns = [message.as_turn() for message in asked.messages]
+    prompts = _prompts_of(served, adapter)
+    _refuse_long(json.dumps([turns, tools], ensure_ascii=False), prompts, served, limits)
     try:
-        tokens = _prompts_of(served, adapter).chat([message.as_turn() for message in asked.messages], tools)
+        tokens = prompts.chat(turns, tools)
     except UserError as error:
         raise refused(error, param="messages") from error
     constraint = _forced(asked) if asked.forced else asked.constraint()
     sampling = asked.sampling(asked.told_logprobs)
-    return _choices(asked, tokens, adapter, served, limits, asked.most_tokens, sampling, constraint)
+    made = _choices(asked, tokens, adapter, served, limits, asked.most_tokens, sampling, constraint)
+    return [replace(request, owner=owner) for request in made]
 
 
 def completion_requests(
-    asked: CompletionRequest, adapter: str | None, served: Served, limits: Limits
+    asked: CompletionRequest, adapter: str | None, served: Served, limits: Limits, owner: int = 0
 ) -> list[Request]:
     """The requests for the choices of a completion's prompts, prompt by prompt.
+
+    Args:
+        owner: who asks, as in :class:`deltaw.serving.request.Request`.
 
     Raises:
         ApiError: a prompt is empty or too long.
@@ -79,13 +93,14 @@ def completion_requests(
     constraint = asked.constraint()
     requests: list[Request] = []
     for prompt in asked.prompts:
+        if isinstance(prompt, str):
+            _refuse_long(prompt, prompts, served, limits)
         tokens = prompts.text(prompt) if isinstance(prompt, str) else np.asarray(prompt, dtype=np.int32)
         if not len(tokens):
             raise ApiError(400, "a prompt is empty", param="prompt", code="invalid_value")
         requests += _choices(asked, tokens, adapter, served, limits, asked.max_tokens, sampling, constraint)
-    if asked.echo and asked.logprobs is not None:
-        requests = [replace(request, prompt_logprobs=True) for request in requests]
-    return requests
+    told = asked.echo is True and asked.logprobs is not None
+    return [replace(request, owner=owner, prompt_logprobs=told) for request in requests]
 
 
 def _prompts_of(served: Served, adapter: str | None) -> Prompts:
@@ -93,6 +108,13 @@ def _prompts_of(served: Served, adapter: str | None) -> Prompts:
         return served.prompts(adapter)
     except UnknownAdapterError as error:
         raise refused(error) from error
+
+
+def _refuse_long(text: str, prompts: Prompts, served: Served, limits: Limits) -> None:
+    """Refuse what is far too long before all of it is tokenized, which would take seconds."""
+    most = min(limits.prompt, served.positions or limits.prompt)
+    if surely_longer(text, most, prompts.text):
+        raise _too_long(f"the prompt has far more than {most:,} tokens")
 
 
 def _choices(

@@ -6,7 +6,7 @@ Knows tokenizers and the settings of a run's data; not HTTP.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,11 @@ from deltaw.serving.http.tool_calls import CallForm, form_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Texts of so many times the characters that there may be tokens are tokenized without a second look; those of
+# so many times the tokens are too long, however a template may shorten them.
+_FEW = 4
 
 
 class TokenizerPrompts:
@@ -94,6 +99,20 @@ class TokenizerPrompts:
     def _template_text(self) -> str:
         template = self._tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else str(template or "")
+
+
+def surely_longer(text: str, most: int, tokens: Callable[[str], Sized]) -> bool:
+    """Whether a text has many more than ``most`` tokens, told from no more of it than that takes.
+
+    Args:
+        tokens: of a text.
+    """
+    size, found = _FEW * most, 0
+    for start in range(0, len(text), size) if len(text) > size else ():
+        found += len(tokens(text[start : start + size]))
+        if found > _FEW * most:
+            return True
+    return False
 
 
 def bytes_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:

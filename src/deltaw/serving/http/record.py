@@ -15,6 +15,13 @@ FAILURE = "deltaw.failure"
 
 
 @dataclass
+class Bodies:
+    """The bodies of all requests that are in hand: how many bytes have arrived."""
+
+    bytes: int = 0
+
+
+@dataclass
 class Record:
     """One request.
 
@@ -26,6 +33,8 @@ class Record:
         finishes: why its texts ended. stream: whether it asked for a stream.
         gone: whether its client went away. error: what it was refused for.
         asked: the prompt, where the log shows it.
+        body: bytes of its body that have arrived. bodies: those of all requests in hand.
+        owner: the API key that it came with, by its number from 1; 0 where prompts are shared by all.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -41,12 +50,24 @@ class Record:
     gone: bool = False
     error: str | None = None
     asked: object = None
+    body: int = 0
+    bodies: Bodies = field(default_factory=Bodies)
+    owner: int = 0
 
     def token(self) -> None:
         """A token came."""
         self.last_token = time.perf_counter()
         if self.first_token is None:
             self.first_token = self.last_token
+
+    def arrived(self, count: int) -> None:
+        """A part of the body came."""
+        self.body += count
+        self.bodies.bytes += count
+
+    def ended(self) -> None:
+        """The request has been answered; nothing holds its body any more."""
+        self.bodies.bytes -= self.body
 
     def usage(self) -> dict[str, object]:
         """The counts as answers have them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import threading
@@ -18,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from deltaw.errors import UserError
+from deltaw.host.memory import share_heaps
 from deltaw.serving.http.connection import protocol_of
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.serving.http.texts import Desk
@@ -103,7 +105,7 @@ class Server(uvicorn.Server):
         """Let texts end, and cancel those that take too long."""
         timer = None
         if self._desk is not None:
-            self._desk.closing = True
+            self._desk.turn_away()
             timer = asyncio.get_running_loop().call_later(self._seconds, self._desk.cancel_all)
         await super().shutdown(sockets)
         if timer is not None:
@@ -147,5 +149,9 @@ def run(
         whether it was an interruption from the keyboard.
     """
     server = Server(app, desk, settings, ready)
+    share_heaps()
+    # What has been loaded stays to the end: the garbage collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     server.run([bound])
     return server.interrupted

@@ -27,7 +27,8 @@ class Limits:
     """The most that requests may take.
 
     Args:
-        body: bytes of a request's body. depth: JSON containers within one another.
+        body: bytes of a request's body. bodies: of those of all requests in hand.
+        depth: JSON containers within one another.
         prompt: tokens of one prompt. new_tokens: tokens of one text.
         choices: texts of one request, over its prompts and ``n``.
         queue: texts in hand at once, waiting or being written; more are refused with 429.
@@ -40,6 +41,7 @@ class Limits:
     """
 
     body: int = 4 << 20
+    bodies: int = 64 << 20
     depth: int = 64
     prompt: int = 1 << 20
     new_tokens: int = 4096
@@ -65,6 +67,8 @@ class ServerSettings:
             from reaching the server through a name that they made point to it (DNS rebinding).
         origins: whose web pages may ask (CORS).
         adapters_from: the folder below which adapters may be loaded by request; None: they may not.
+        share_cache: whether what was computed for the prompts of one key is used for those of others.
+        max_adapters: names of adapters that there may be at once.
         log_prompts: whether the log shows what was asked.
         certificate, certificate_key: files for TLS.
     """
@@ -75,6 +79,8 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     adapters_from: Path | None = None
+    share_cache: bool = False
+    max_adapters: int = 1000
     log_prompts: bool = False
     certificate: Path | None = None
     certificate_key: Path | None = None
@@ -120,7 +126,10 @@ class ServerSettings:
     def described(self) -> list[str]:
         """The settings as lines for a person; keys are counted, not shown."""
         limits = self.limits
-        who = f"one of {len(self.keys)} API keys" if len(self.keys) > 1 else "an API key" if self.keys else ""
+        who = "an API key" if self.keys else ""
+        if len(self.keys) > 1:
+            cached = "one cache of prompts" if self.share_cache else "a cache of prompts for each"
+            who = f"one of {len(self.keys)} API keys, with {cached}"
         lines = [
             f"requests need {who}" if who else "requests need no API key",
             f"at most {limits.queue} texts in hand, {limits.new_tokens:,} new tokens a text, "

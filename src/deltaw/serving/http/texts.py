@@ -115,8 +115,10 @@ class Desk:
         self._in_hand = 0
         self._open: set[Texts] = set()
         self.closing = False
-        self._submitting = ThreadPoolExecutor(4, "deltaw-submit")
+        self._preparing = ThreadPoolExecutor(4, "deltaw-prepare")
+        # A thread for each text in hand, which waits for its constraint, then for its pieces.
         self._following = ThreadPoolExecutor(most, "deltaw-follow")
+        self._submitted: set[asyncio.Future[list[Writing]]] = set()
 
     @property
     def in_hand(self) -> int:
@@ -125,7 +127,7 @@ class Desk:
 
     async def elsewhere(self, work: Callable[[], list[Request]]) -> list[Request]:
         """The requests that ``work`` makes, in another thread: rendering and tokenizing takes time."""
-        return await asyncio.get_running_loop().run_in_executor(self._submitting, work)
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
     def check_room(self, count: int) -> None:
         """Refuse what would not be taken in, before work is spent on it.
@@ -153,13 +155,17 @@ class Desk:
         with self._lock:
             self.check_room(len(requests))
             self._in_hand += len(requests)
+        submitted = asyncio.get_running_loop().run_in_executor(self._following, self._submit, requests)
+        self._submitted.add(submitted)
         try:
-            writings = await asyncio.get_running_loop().run_in_executor(
-                self._submitting, self._submit, requests
-            )
+            writings = await submitted
         except BaseException:
             self._release(len(requests))
+            if self.closing:
+                self.check_room(0)
             raise
+        finally:
+            self._submitted.discard(submitted)
         texts = Texts(writings, self._following.submit, self._release, self._seconds)
         self._open.add(texts)
         return texts
@@ -169,6 +175,13 @@ class Desk:
         texts.cancel()
         self._open.discard(texts)
 
+    def turn_away(self) -> None:
+        """Take in no more, and let nobody wait for a constraint any longer."""
+        self.closing = True
+        self._engine.hurry()
+        for submitted in self._submitted:
+            submitted.cancel()
+
     def cancel_all(self) -> None:
         """Let go of all texts in hand; those who wait for them are told."""
         for texts in list(self._open):
@@ -176,7 +189,7 @@ class Desk:
 
     def close(self) -> None:
         """End the threads; the engine must have been closed."""
-        self._submitting.shutdown(wait=True, cancel_futures=True)
+        self._preparing.shutdown(wait=True, cancel_futures=True)
         self._following.shutdown(wait=True)
 
     def _submit(self, requests: Sequence[Request]) -> list[Writing]:

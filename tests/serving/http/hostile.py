@@ -1,0 +1,201 @@
+"""Requests that no client should send, of ten kinds, and the memory of the server that gets them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+import string
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+SECONDS = 120
+# What the server may answer: a refusal, or a text where the request is only expensive; 0 is no answer.
+ANSWERS = {0, 200, 400, 408, 429}
+
+
+def explodes_at_once(number: int) -> str:
+    """A grammar whose compilation takes longer than anybody waits."""
+    return f"start: A\nA: /[a-z]*a[a-z]{{{60 + number}}}/ & ~/.*b[a-z]{{{60 + number}}}.*/"
+
+
+def explodes_later(number: int, after: int = 5) -> str:
+    """A grammar that is compiled in no time, and whose token number ``after`` takes minutes."""
+
+    def expression(seed: int) -> str:
+        chance = random.Random(seed)
+        choices = []
+        for length in range(3, 28):
+            letters = "".join(chance.sample(string.ascii_lowercase[1:], 6))
+            end = string.ascii_lowercase[1 + length % 25]
+            choices.append(f"[a{letters}][a{letters[:-3:-1]}]{{1,{length}}}[{end}a]+")
+        return "/(" + "|".join(choices) + ")/"
+
+    parts = "\n".join(f"R{n}: {expression(number * 10 + n)}" for n in range(6))
+    both = " & ".join(f"R{n}" for n in range(6))
+    return f"start: A\nA: /x*y/ | P\nP: /x{{{after}}}/ C\nC: {both}\n{parts}"
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A JSON schema of lists within lists."""
+    return {"type": "array", "items": nested(depth - 1), "minItems": 1} if depth else {"type": "string"}
+
+
+class Hostile:
+    """A client of a server.
+
+    Args:
+        x: the token of the letter x.
+    """
+
+    def __init__(self, url: str, model: str, x: int, headers: dict[str, str]) -> None:
+        self.url, self.headers = url, headers
+        self._x = x
+        self._chat = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200}
+        self._completion = {"model": model, "prompt": "hi", "max_tokens": 200}
+
+    @property
+    def kinds(self) -> dict[str, Callable[[int], int]]:
+        """Each sends its nth request and gives the status of the answer; 0 where there is none."""
+        return {
+            "grammars with & and ~": self.grammar,
+            "grammars that explode later": self.late_grammar,
+            "nested quantifiers": self.quantifiers,
+            "deep and branching schemas": self.deep_schema,
+            "huge numbers": self.huge_numbers,
+            "tools with hostile schemas": self.tools,
+            "bodies of a million wrong elements": self.wrong_elements,
+            "prompts of megabytes": self.long_prompt,
+            "clients that are slow to ask": self.slow_to_ask,
+            "clients that do not read": self.not_reading,
+        }
+
+    def grammar(self, number: int) -> int:
+        return self._ask(CHAT, self._chat | {"guided_grammar": explodes_at_once(number)})
+
+    def late_grammar(self, number: int) -> int:
+        steered = {"logit_bias": {str(self._x): 100}, "temperature": 0}
+        return self._ask(CHAT, self._chat | steered | {"guided_grammar": explodes_later(number)})
+
+    def quantifiers(self, number: int) -> int:
+        expressions = (
+            "(a{1000}){1000}",
+            "((a|b|ab){1,50}c?){1,50}z",
+            "(.*a.{500}){20}",
+            "(((x+x+)+y)+){300}z",
+            "([a-z]{1,99}[0-9]?){1,99}q",
+        )
+        asked = {"guided_regex": f"{number}" + expressions[number % len(expressions)]}
+        return self._ask(COMPLETIONS, self._completion | asked)
+
+    def deep_schema(self, number: int) -> int:
+        pattern = "^[a-z]*a[a-z]{%d}$"
+        branches = {
+            f"a{n}": {key: [{"$ref": f"#/$defs/a{n + 1}"}] * 10 for key in ("anyOf", "allOf")}
+            for n in range(8)
+        }
+        schemas: tuple[dict[str, Any], ...] = (
+            nested(25),
+            {"$defs": branches | {"a8": {"type": "string"}}, "$ref": "#/$defs/a0"},
+            {"type": "string", "allOf": [{"pattern": pattern % n} for n in range(50, 60)]},
+            {"allOf": [{"anyOf": [{"required": [f"a{n}"]}, {"required": [f"b{n}"]}]} for n in range(20)]},
+            {"type": "object", "patternProperties": {f"(a|b)*{n}": nested(3) for n in range(200)}},
+        )
+        return self._ask(CHAT, self._chat | {"guided_json": schemas[number % len(schemas)]})
+
+    def huge_numbers(self, number: int) -> int:
+        schemas = (
+            '{"type": "array", "minItems": 100000000}',
+            '{"type": "integer", "maximum": ' + "9" * 4000 + "}",
+            '{"type": "number", "multipleOf": 1e-300}',
+            '{"type": "string", "minLength": 4000000000}',
+            '{"type": "number", "minimum": 1e999}',
+        )
+        body = json.dumps(self._chat | {"guided_json": 0}).replace(
+            '"guided_json": 0', '"guided_json": ' + schemas[number % len(schemas)]
+        )
+        return self._send(CHAT, body.encode())
+
+    def tools(self, number: int) -> int:
+        schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(.*a.{300}){9}$"}}}
+        function = {"name": f"f{number}", "parameters": schema | {"required": ["a"]}}
+        asked = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+        return self._ask(CHAT, self._chat | asked)
+
+    def wrong_elements(self, number: int) -> int:
+        wrong = ("{}", "[]", "1.5", "null", '"\\ud800"')[number % 5]
+        content = "[" + ",".join([wrong] * (4_000_000 // (len(wrong) + 1))) + "]"
+        body = json.dumps(self._chat).replace('"hi"', content)
+        return self._send(CHAT, body.encode())
+
+    def long_prompt(self, number: int) -> int:
+        text = ("1", "a", " ", "x y", "\u0300")[number % 5]
+        asked = {"prompt": text * (3_900_000 // len(text.encode()))}
+        return self._send(COMPLETIONS, json.dumps(self._completion | asked, ensure_ascii=False).encode())
+
+    def slow_to_ask(self, number: int) -> int:
+        """A header, or a body, of a byte now and then."""
+        body = json.dumps(self._chat).encode()
+        whole = self._head(len(body)) + body
+        with self._connected() as client, contextlib.suppress(OSError):
+            at = 20 if number % 2 else len(whole) - 30
+            client.sendall(whole[:at])
+            client.settimeout(0.2)
+            ends = time.monotonic() + SECONDS
+            while time.monotonic() < ends:
+                with contextlib.suppress(TimeoutError):
+                    answer = client.recv(4096)
+                    return int(answer.split()[1]) if answer else 0
+                client.sendall(b"x")
+        return 0
+
+    def not_reading(self, number: int) -> int:
+        """A long answer that is asked for, and left where it is."""
+        asked = self._chat | {"stream": number % 2 == 0, "n": 4, "logprobs": True, "top_logprobs": 20}
+        body = json.dumps(asked).encode()
+        with self._connected() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(self._head(len(body)) + body)
+            time.sleep(1)
+        return 0
+
+    def _ask(self, path: str, asked: dict[str, Any]) -> int:
+        return self._send(path, json.dumps(asked).encode())
+
+    def _send(self, path: str, body: bytes) -> int:
+        import httpx
+
+        headers = self.headers | {"Content-Type": "application/json"}
+        with httpx.Client(base_url=self.url, timeout=SECONDS) as client:
+            return client.post(path, content=body, headers=headers).status_code
+
+    def _connected(self) -> socket.socket:
+        address = urlsplit(self.url)
+        return socket.create_connection((str(address.hostname), int(address.port or 80)), timeout=SECONDS)
+
+    def _head(self, length: int) -> bytes:
+        lines = [
+            f"POST {CHAT} HTTP/1.1",
+            "Host: localhost",
+            "Content-Type: application/json",
+            f"Content-Length: {length}",
+            *(f"{name}: {value}" for name, value in self.headers.items()),
+        ]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def memory(process: int) -> int:
+    """Bytes that a process and all that it started have in memory."""
+    found = 0
+    parent = psutil.Process(process)
+    for one in [parent, *parent.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += one.memory_info().rss
+    return found
