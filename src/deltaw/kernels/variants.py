@@ -28,8 +28,8 @@ LEFT_OUT_BY = {
     "int8_logits": "DELTAW_ROUGH_LOGITS",
     "summed_classes": "DELTAW_ROUGH_HEAD",
 }
-# If it is 1, arrays stand for the tiles of AMX, so that the variant `amx` can be tested, slowly, on a processor
-# without them: it is built so, by another name, and any processor that has the rest runs it.
+# If it is 1, arrays stand for the tiles of AMX, so that the variant `amx` can be tested without them, slowly:
+# it is built so, by another name, and any processor that has the rest runs it.
 EMULATED_TILES = "DELTAW_EMULATED_TILES"
 ANY = "auto"
 # How products can be computed: the instruction set's own product of the stored type; weights widened to fp32
