@@ -78,5 +78,5 @@ def forget_origin(config: PretrainedConfig) -> None:
 
 def settle(config: GenerationConfig) -> None:
     """Let generation's settings be what they are, instead of following from the model's configuration."""
-    if hasattr(config, FOLLOWS_MODEL):
+    if look_up(config, FOLLOWS_MODEL) is not None:
         setattr(config, FOLLOWS_MODEL, False)

@@ -199,11 +199,14 @@ def compile_errors() -> type[Exception]:
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 _HAS_TABLES = all(look_up(nn.Module(), name) is not None for name in _TABLES)
-_HAS_HOOKS = all(hasattr(nn.Module(), name) or name in vars(nn.Module()) for name in _HOOKS)
+_HAS_HOOKS = all(look_up(nn.Module(), name) is not None for name in _HOOKS)
 
 
 def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    found: dict[str, nn.Parameter | None] = {
+        name: None for name in ("weight", "bias") if getattr(module, name, module) is None
+    }
+    return {**found, **dict(module.named_parameters(recurse=False, remove_duplicate=False))}
 
 
 def _buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -290,7 +293,7 @@ def remove_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
 
 def convolves_as(kind: type[nn.Module], convolution: Any) -> bool:
     """Whether a class computes what torch's own convolution does."""
-    inner = (getattr(one, "_conv_forward", None) for one in (kind, convolution))
+    inner = (look_up(one, "_conv_forward") for one in (kind, convolution))
     return len(set(inner)) == 1 and kind.forward is convolution.forward
 
 

@@ -347,8 +347,8 @@ def _on_processor(hidden: Tensor) -> bool:
 
 
 def _drops(table: dict[str, Any]) -> bool:
-    """Whether a module in training draws dropout: ``nn.Dropout``, or a rate among its own numbers."""
-    if table.get("p", 0.0) and table["_modules"] == {} and "inplace" in table:
+    """Whether a module in training draws dropout: as ``nn.Dropout``, or by a rate among its own numbers."""
+    if table.get("p", 0.0) and "inplace" in table:
         return True
     return any(isinstance(value, float) and value > 0 for name, value in table.items() if "dropout" in name)
 
