@@ -19,6 +19,9 @@ from torch import nn
 from deltaw import private_names
 from deltaw.errors import UserError
 from deltaw.kernels import torch_private
+from deltaw.lora import LoRALinear
+from deltaw.lora.layers_bias import LoRABiasLinear
+from deltaw.lora.layers_dora import DoRALinear
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "deltaw"
@@ -240,6 +243,15 @@ def test_kernels_are_called_through_the_dispatcher_where_nobody_says_who_watches
     assert not torch_private.watched() and not torch_private.in_dispatch_mode()
     assert _without(monkeypatch, "_len_torch_dispatch_stack").watched()
     assert _without(monkeypatch, "_is_profiler_enabled").watched()
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, LoRABiasLinear, DoRALinear])
+def test_adapted_layers_are_compiled_whole(kind: type) -> None:
+    """What is looked up must be something that torch.compile sees through."""
+    layer = kind.from_linear(nn.Linear(8, 8), 2)
+    x = torch.randn(3, 8)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), layer(x))
 
 
 def test_softmax_and_views_have_the_same_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

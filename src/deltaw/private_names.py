@@ -1,8 +1,8 @@
-"""Names that other libraries keep for themselves, looked up where they may no longer be.
+"""Looking up private names of other libraries, which may be missing.
 
-Such names, which begin with an underscore, change without notice. Each library's are gathered in one module
-(:mod:`deltaw.kernels.torch_private`, :mod:`deltaw.hub.transformers_private`), looked up once when that is
-imported, and have a stand-in there: it takes more time, or refuses by name what cannot be done without.
+Names that begin with an underscore change without notice. Those of a library are gathered in one module
+(:mod:`deltaw.kernels.torch_private`, :mod:`deltaw.hub.transformers_private`) and looked up when that is
+imported. Each has a stand-in there: it takes more time, or refuses by name what cannot be done without it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Everything here that torch keeps for itself, in one place: each name is looked up once, with a stand-in.
+"""All private names of torch that deltaw uses, in one place: each is looked up once, with a stand-in.
 
-A stand-in does the same in more time, or refuses by name what cannot be done without. What must be fast is
-chosen when this module is imported, so that a call costs no test. What is left of a dry run without torch's
-fake tensors, for one, is that there is none (:data:`LACKS`); a training goes on without its plan.
+A stand-in does the same in more time, or refuses by name what cannot be done without it: without torch's fake
+tensors, for example, there are no dry runs (:data:`LACKS`), and a training goes on without its plan. Which
+function is used is decided when this module is imported, so that a call costs no test; each is one that
+torch.compile traces.
 
-No other file names what begins with an underscore in torch; ``tests/test_private_names.py`` sees to it.
+No other file uses names of torch that begin with an underscore; ``tests/test_private_names.py`` checks it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ def _lack(what: str, name: str) -> UserError:
     )
 
 
-# Who watches operators
+# Who observes operators
 
 
 def _who_watches() -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -144,14 +144,15 @@ tensors have: what its constructor does, without its checks of every call."""
 _versions = itertools.count()
 
 
-def _ever_new(tensor: Tensor) -> int:
-    return next(_versions)
+def version_of(tensor: Tensor) -> int:
+    """Counts the changes of a tensor in place; without the name every tensor counts as changed."""
+    return tensor._version
 
 
-version_of: Callable[[Tensor], int] = (
-    attrgetter("_version") if look_up(torch.ones(0), "_version") is not None else _ever_new
-)
-"""Counts the changes of a tensor in place; without the name every tensor counts as changed."""
+if look_up(torch.ones(0), "_version") is None:
+
+    def version_of(tensor: Tensor) -> int:
+        return next(_versions)
 
 
 def _unsafe_view() -> Callable[[Tensor, Any], Tensor]:
@@ -202,6 +203,21 @@ _HAS_TABLES = all(look_up(nn.Module(), name) is not None for name in _TABLES)
 _HAS_HOOKS = all(look_up(nn.Module(), name) is not None for name in _HOOKS)
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters that are a module's own, by name; None under a name that is kept free."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that are a module's own, by name."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that are directly inside a module, by name."""
+    return module._modules
+
+
 def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     found: dict[str, nn.Parameter | None] = {
         name: None for name in ("weight", "bias") if getattr(module, name, module) is None
@@ -213,20 +229,12 @@ def _buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return dict(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
-own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = (
-    attrgetter("_parameters") if _HAS_TABLES else _parameters_of
-)
-"""The parameters that are a module's own, by name; None under a name that is kept free."""
+def _modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    return dict(module.named_children())
 
-own_buffers: Callable[[nn.Module], dict[str, Tensor | None]] = (
-    attrgetter("_buffers") if _HAS_TABLES else _buffers_of
-)
-"""The buffers that are a module's own, by name."""
 
-own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = (
-    attrgetter("_modules") if _HAS_TABLES else (lambda module: dict(module.named_children()))
-)
-"""The modules that are directly inside a module, by name."""
+if not _HAS_TABLES:
+    own_parameters, own_buffers, own_modules = _parameters_of, _buffers_of, _modules_of
 
 
 def adopt(cls: type[_Module], module: nn.Module) -> _Module:
