@@ -1,7 +1,7 @@
 """All private names of transformers that deltaw uses, in one place, each with what is done without it.
 
 As :mod:`deltaw.kernels.torch_private`, for models' classes and configurations. If a name is missing, the
-slower way is taken (padded rows instead of packed ones, plain attention), or what needs it is refused by name.
+slower way is taken (padded rows instead of packed ones, plain attention), or what needs it is refused.
 """
 
 from __future__ import annotations
