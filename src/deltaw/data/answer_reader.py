@@ -105,7 +105,7 @@ class AnswerReader(abc.ABC):
                     where=f"data.train, {source.reference}",
                     hint="name the sources alone: data.train: [a.jsonl, b.jsonl]",
                 )
-            found.append(read_rows(source.reference, on_bad))
+            found.append(read_rows(source.reference, on_bad, max_bytes=self.settings.max_row_bytes))
             self._check_columns(found[-1])
         return found[0] if len(found) == 1 else Rows.joined(shown(train), found)
 

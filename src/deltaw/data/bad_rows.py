@@ -17,8 +17,12 @@ from deltaw.durable import replacing
 from deltaw.errors import UserError
 
 SKIPPED_ROWS = "skipped_rows.jsonl"
-# Characters of a skipped row that are listed.
-_SHOWN = 2000
+# The most bytes that a row may have in its file, unless ``data.max_row_bytes`` says otherwise. Tokenizing
+# takes up to 160 times a row's bytes in memory.
+MAX_ROW_BYTES = 16 * 2**20
+TOO_LONG = "longer than data.max_row_bytes"
+# Characters of a skipped row that are listed, and of what is said of it: it may quote the row.
+_SHOWN, _SAID = 2000, 500
 
 
 class BadRowError(UserError):
@@ -30,8 +34,23 @@ class BadRowError(UserError):
     """
 
     def __init__(self, what: str, *, reason: str, where: str | None = None, hint: str | None = None) -> None:
-        super().__init__(what, where=where, hint=hint)
+        super().__init__(what if len(what) <= _SAID else what[:_SAID] + "…", where=where, hint=hint)
         self.reason = reason
+
+
+def too_long(what: str, max_bytes: int, *, where: str, size: int | None = None, hint: str = "") -> UserError:
+    """The error for a row that is not read because of its length.
+
+    Args:
+        what: what is too long, as in ``"line 7"``. where: its place.
+        size: its bytes, where they are known without reading it. hint: what else may be wrong.
+    """
+    has = "has more" if size is None else f"has {size:,} bytes, more"
+    return UserError(
+        f"{what} {has} than the {max_bytes:,} bytes that a row may have",
+        where=where,
+        hint=(hint and f"{hint}; ") + "if it is meant to be that long, raise data.max_row_bytes",
+    )
 
 
 # Told the place of a row in a chunk and why it cannot be used; returns if the row is to be skipped.

@@ -122,7 +122,9 @@ class ChatRenderer:
             add_generation_prompt=generation,
             **self._special,
         )
-        return str(found[0][0])
+        text = str(found[0][0])
+        text.encode("utf-8")  # raises for half of a surrogate pair, which tokenizers do not take
+        return text
 
     def answers(self, conversation: Conversation, where: str, *, only_last: bool) -> list[Answer]:
         """The answers that are labels, each in its context; if there are none, the last one.

@@ -128,7 +128,11 @@ class ImageEncoder:
         Raises:
             UserError: an image has become unreadable, or their sizes differ.
         """
-        return self._encode([example.decoded().convert(self._mode) for example in examples])
+        images = (example.decoded().convert(self._mode) for example in examples)
+        if not self.resizes:
+            return self._encode(list(images))
+        # One at a time, so that no more than one is in memory at its full size.
+        return torch.cat([self._encode([image]) for image in images])
 
     def _shape(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image of ``size`` has for the model."""

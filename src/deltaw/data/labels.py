@@ -24,6 +24,7 @@ from deltaw.data.classes import (
     find_columns,
     number,
 )
+from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pixels import ImageExample, image_rows, read_images
 from deltaw.data.report import Report
@@ -181,6 +182,7 @@ class _Reader:
         found = []
         self._known = self.bad.counts.copy()
         on_bad = self.bad.add_unreadable if self.bad.mode == "skip" else None
+        most = self.settings.max_row_bytes
         for source in sources_of(train):
             if source.weight != 1 or source.columns is not None or source.form is not None:
                 raise UserError(
@@ -190,9 +192,9 @@ class _Reader:
                 )
             is_image = self.task == "image-classification"
             if is_image:
-                found.append(image_rows(source.reference, on_bad))
+                found.append(image_rows(source.reference, on_bad, max_bytes=most))
             else:
-                found.append((read_rows(source.reference, on_bad), 0))
+                found.append((read_rows(source.reference, on_bad, max_bytes=most), 0))
         if len(found) == 1:
             return found[0]
         return Rows.joined(shown(train), [rows for rows, _ in found]), sum(others for _, others in found)
@@ -355,18 +357,8 @@ class _Tokenizing:
 
     def texts(self, rows: Rows, index: int) -> tuple[str, ...]:
         """The one or two texts of a row."""
-        row = rows[index][1]
-        for column in self._columns:
-            if not isinstance(row.get(column), str):
-                value = row.get(column)
-                kind = "null" if value is None else f"a {type(value).__name__}"
-                raise BadRowError(
-                    f"'{column}' must be text but is {kind}",
-                    reason="a value of the wrong type",
-                    where=rows.place(index),
-                    hint="write it as a string, or remove the row",
-                )
-        return tuple(str(row[column]) for column in self._columns)
+        row, where = rows[index][1], rows.place(index)
+        return tuple(text_of(row.get(column), column, where) for column in self._columns)
 
     def __call__(
         self, texts: Sequence[tuple[str, ...]], *, cut: bool = False

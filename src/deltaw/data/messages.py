@@ -5,12 +5,12 @@ It knows single rows; not files, columns or tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deltaw.data.bad_rows import BadRowError
+from deltaw.data.json_text import parse
 from deltaw.errors import UserError, did_you_mean
 
 Message = dict[str, object]
@@ -144,8 +144,8 @@ def read_tools(value: object, where: str) -> tuple[Message, ...]:
         return ()
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse(value)
+        except ValueError:
             value = None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRowError(
@@ -284,7 +284,7 @@ def _arguments(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
+        parsed = parse(value)
+    except ValueError:
         return value
     return parsed if isinstance(parsed, dict) else value

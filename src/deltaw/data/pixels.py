@@ -6,6 +6,7 @@ encoded bytes or 8-bit pixels stay in memory. It knows no model and no preproces
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from deltaw.data.bad_rows import BadRowError, Refuse, refuse
+from deltaw.data.bad_rows import MAX_ROW_BYTES, BadRowError, Refuse, refuse
 from deltaw.data.classes import LabelColumns
 from deltaw.data.row_files import OnBad
 from deltaw.data.sources import KINDS, Rows, read_rows
@@ -28,6 +29,12 @@ IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
 _PARTS = frozenset(("train", "training", "test", "val", "valid", "validation", "dev", "eval"))
+# What images are decoded as; Pillow knows more formats, some of which run other programs.
+_FORMATS = frozenset(
+    ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+)
+# The most bytes of an image file: about three times the most pixels that Pillow decodes.
+_MOST_BYTES = 2**29
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -69,7 +76,9 @@ class ImageExample:
         return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
 
 
-def image_rows(reference: str, on_bad: OnBad | None = None) -> tuple[Rows, int]:
+def image_rows(
+    reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES
+) -> tuple[Rows, int]:
     """Read a folder with a subfolder for each class, or whatever :func:`read_rows` reads.
 
     Returns:
@@ -82,7 +91,7 @@ def image_rows(reference: str, on_bad: OnBad | None = None) -> tuple[Rows, int]:
     is_package = packages.is_package_reference(reference)
     path = packages.member(reference) if is_package else Path(os.path.expanduser(reference))
     if not path.is_dir():
-        return read_rows(reference, on_bad), 0
+        return read_rows(reference, on_bad, max_bytes=max_bytes), 0
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
@@ -92,7 +101,7 @@ def image_rows(reference: str, on_bad: OnBad | None = None) -> tuple[Rows, int]:
             hint="put the images of each class into a subfolder named after it",
         )
     if not folders or any(entry.suffix.lower() in KINDS for entry in entries if entry.is_file()):
-        return read_rows(reference, on_bad), 0
+        return read_rows(reference, on_bad, max_bytes=max_bytes), 0
     if _PARTS.issuperset(folder.name.lower() for folder in folders):
         raise UserError(
             f"the folder holds splits of a data set, not classes: {', '.join(f.name for f in folders)}",
@@ -182,9 +191,10 @@ def decode(image: np.ndarray | Path | bytes, where: str) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        with _opened(_content(image, where)) as opened:
             upright = ImageOps.exif_transpose(opened)
-            return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
+            mode = "L" if upright.mode in ("1", "L") else "RGB"
+            return upright if upright.mode == mode else upright.convert(mode)
     except _BROKEN as error:
         raise _broken(error, where) from error
 
@@ -193,6 +203,9 @@ def _content(image: Path | bytes, where: str) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
+        if not image.is_file() or image.stat().st_size > _MOST_BYTES:
+            found = f"has more than {_MOST_BYTES:,} bytes" if image.is_file() else "is not a file"
+            raise UserError(f"the image {found}", where=where, hint="check its path")
         return image.read_bytes()
     except OSError as error:
         raise UserError(
@@ -200,10 +213,21 @@ def _content(image: Path | bytes, where: str) -> bytes:
         ) from error
 
 
+def _opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those that this installation of Pillow decodes."""
+    Image.init()
+    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
+
+
 def _searched(content: bytes, where: str) -> tuple[int, int]:
     """Height and width of an encoded image, after decoding all of it."""
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with _opened(content) as opened:
             width, height = opened.size
             # JPEG can be decoded at an eighth of its size, which reads all of it in a fraction of the time.
             opened.draft(None, (max(1, width // 8), max(1, height // 8)))

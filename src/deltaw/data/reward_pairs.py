@@ -73,7 +73,11 @@ def are_pairs(train: Train, settings: DataSettings) -> bool:
         return False
     if set(PAIR_COLUMNS) <= set(columns):
         return True
-    stream = open_source(sources_of(train)[0].reference, BadRows("skip").add_unreadable)
+    stream = open_source(
+        sources_of(train)[0].reference,
+        BadRows("skip").add_unreadable,
+        max_bytes=settings.max_row_bytes,
+    )
     stream.scan()
     first = next(iter(stream.chunks()), None)
     if first is None:
@@ -197,14 +201,18 @@ def _margin(value: object, row: int) -> float:
     """
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        margin = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        margin = math.inf
+    if isinstance(value, bool) or not math.isfinite(margin):
         raise BadRowError(
             f"'margin' must be a number but is {str(value)[:40]!r}",
             reason=WRONG_TYPE,
             where=f"row {row}",
             hint="by how much the chosen answer is better; leave the column out for 0",
         )
-    return float(value)
+    return margin
 
 
 def _labeled(pairs: Sequence[RowGroup]) -> list[RewardPair]:

@@ -1,6 +1,7 @@
-"""A file becomes rows, one after another: its type and compression by its name, errors with their line.
+"""A text file becomes rows, one after another: its type and compression by its name, errors with their line.
 
-It knows single files; not references, folders or what columns mean.
+A row is in memory only up to a limit on its bytes, however far a compressed file expands. It knows single
+files; not references, folders or what columns mean.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+from deltaw.data.bad_rows import MAX_ROW_BYTES, TOO_LONG, too_long
+from deltaw.data.json_text import parse
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -37,8 +37,9 @@ KINDS = {
 TYPED = ("parquet", "arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KNOWN = "jsonl, json, csv, tsv (also as .gz, .bz2, .xz, .zst), parquet or arrow"
-# Rows of a Parquet or Arrow file that are made into objects at a time.
-_BATCH = 1024
+# What an .xz file may need in memory: its strongest preset needs 65 MiB, a hostile one up to 4 GiB.
+_XZ_BYTES = 256 * 2**20
+_BLOCK = 2**16
 
 # Told of a row that cannot be read, where such rows are to be skipped: the error, the kind of fault in a few
 # words, and the row as it stands in the file.
@@ -102,7 +103,7 @@ def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
     elif suffix == ".bz2":
         opened = bz2.BZ2File(raw)
     elif suffix == ".xz":
-        opened = lzma.LZMAFile(raw)  # noqa: SIM115 - closed by the caller
+        opened = io.BufferedReader(_Xz(raw), _BLOCK)
     elif suffix == ".zst":
         import pyarrow
 
@@ -112,27 +113,76 @@ def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
     return opened
 
 
+class _Xz(io.RawIOBase):
+    """The decompressed bytes of an .xz file; unlike lzma.LZMAFile, with a limit on the memory that its header
+    may ask for."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._stream: lzma.LZMADecompressor | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._stream is None or self._stream.eof:  # streams follow one another, zeros between them
+                data = b"" if self._stream is None else self._stream.unused_data.lstrip(b"\0")
+                while not data:
+                    block = self._raw.read(_BLOCK)
+                    if not block:
+                        return 0
+                    data = block if self._stream is None else block.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor(memlimit=_XZ_BYTES)
+            elif self._stream.needs_input:
+                data = self._raw.read(_BLOCK)
+                if not data:
+                    raise EOFError("it ends before its last block does")
+            found = self._stream.decompress(data, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+
 # JSON Lines
 
 
 def read_lines(
-    file: Iterable[bytes], name: str, on_bad: OnBad | None = None
+    file: IO[bytes], name: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES
 ) -> Iterator[tuple[int, Row, int]]:
     """Number, row and bytes of each line of JSON Lines that is not blank.
 
+    Args:
+        max_bytes: of a line; of a longer one so much is read, and the rest is passed over.
+
     Raises:
-        UserError: a line is no JSON object, and there is no ``on_bad`` to be told of it.
+        UserError: a line is no JSON object or too long, and there is no ``on_bad`` to be told of it.
     """
-    for number, line in enumerate(file, start=1):
+    number = begin = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        size = len(line)
         try:
+            if size > max_bytes:
+                raise _long_line(number, begin, name, max_bytes)
             row = _row_of_line(line, number, name)
         except _BadLine as bad:
             if on_bad is None:
                 raise bad.error from bad.__cause__
             on_bad(bad.error, bad.reason, line.decode("utf-8", "replace"))
-            continue
+            row = None
         if row is not None:
-            yield number, row, len(line)
+            yield number, row, size
+        while size > max_bytes and not line.endswith(b"\n") and (line := file.readline(_BLOCK)):
+            size += len(line)
+        begin += size
+
+
+def _long_line(number: int, begin: int, name: str, max_bytes: int) -> _BadLine:
+    where = f"{name}, line {number} (from byte {begin:,} of its text on)"
+    hint = "every line is one JSON object, and a file that is one list is named .json"
+    return _BadLine(too_long(f"line {number}", max_bytes, where=where, hint=hint), TOO_LONG)
 
 
 class _BadLine(Exception):
@@ -152,8 +202,8 @@ def _row_of_line(line: bytes, number: int, name: str) -> Row | None:
         return None
     hint = "every line is one JSON object, such as "
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = parse(text)
+    except ValueError as error:
         said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise _BadLine(
             UserError(
@@ -184,45 +234,17 @@ def decode(data: bytes, name: str, first_line: int = 1) -> str:
     try:
         return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise UserError(
-            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x})",
-            where=f"{name}, line {line}",
-            hint="save the file as UTF-8",
-        ) from error
+        raise not_utf8(error, name, first_line) from error
 
 
-# JSON
-
-
-def read_json(text: str, name: str) -> list[Row]:
-    """The objects of a JSON list; none where the file is blank."""
-    if not text.strip():
-        return []
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        said = str(error)
-        by_lines = said.startswith("Extra data")
-        raise UserError(
-            f"the file is no JSON: {said}",
-            where=name,
-            hint="it looks like one object per line: name it .jsonl" if by_lines else None,
-        ) from error
-    if not isinstance(rows, list):
-        inside = (
-            [key for key, value in rows.items() if isinstance(value, list)] if isinstance(rows, dict) else []
-        )
-        hint = f"; extract the list under '{inside[0]}'" if inside else ""
-        raise UserError("the file is not a list of objects", where=name, hint="it must be [{…}, {…}]" + hint)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"row {number} is not an object but a {type(row).__name__}",
-                where=f"{name}, row {number}",
-                hint='every row is an object, such as {"text": "…"}',
-            )
-    return rows
+def not_utf8(error: UnicodeDecodeError, name: str, first_line: int) -> UserError:
+    """The error for bytes whose first ones are in line ``first_line``."""
+    line = first_line + error.object.count(b"\n", 0, error.start)
+    return UserError(
+        f"line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x})",
+        where=f"{name}, line {line}",
+        hint="save the file as UTF-8",
+    )
 
 
 # Tables
@@ -237,6 +259,8 @@ class TableReader:
     Args:
         file: the table's bytes. name: of the file, for messages.
         on_bad: told of a row with too few or too many cells, which is skipped then.
+        max_bytes: the most characters in a row. A longer one is an error also with ``on_bad``, since only
+            reading all of it would tell where the next one begins.
 
     Attributes:
         header: names of the columns; empty for an empty file. has_header: whether they come from the file.
@@ -245,19 +269,26 @@ class TableReader:
         UserError: the table cannot be read; names row and line. Also raised on the way.
     """
 
-    def __init__(self, file: IO[bytes], name: str, delimiter: str, on_bad: OnBad | None = None) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        name: str,
+        delimiter: str,
+        on_bad: OnBad | None = None,
+        *,
+        max_bytes: int = MAX_ROW_BYTES,
+    ) -> None:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         self._name = name
         self._delimiter = delimiter
         self._on_bad = on_bad
-        self._text = _Lines(file, name)
+        self._text = _Lines(file, name, max_bytes)
         self._reader = csv.reader(self._text, delimiter=delimiter, strict=True)
         self.has_header = True
         self.header: list[str] = []
         self._first: list[str] | None = None
         self._count = 0
-        with self._naming():
-            header = next(self._reader, None)
+        header = self._next()
         if header is None:
             return
         if len(header) > 1 and all(map(_is_number, header)):
@@ -274,8 +305,7 @@ class TableReader:
             self._count += 1
             yield self._count, self._first
         while True:
-            with self._naming():
-                cells = next(self._reader, None)
+            cells = self._next()
             if cells is None:
                 return
             if not cells:
@@ -294,35 +324,65 @@ class TableReader:
                 continue
             yield self._count, cells
 
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
+    def _next(self) -> list[str] | None:
+        """The cells of the next row; None at the end."""
+        self._text.begin_row()
+        where = f"{self._name}, row {self._count + 1}"
         try:
-            yield
+            return next(self._reader, None)
         except csv.Error as error:
             raise UserError(
                 f"the table cannot be read: {error}",
-                where=f"{self._name}, row {self._count + 1} (line {self._reader.line_num})",
+                where=f"{where} (line {self._reader.line_num})",
                 hint='a quote inside a quoted cell is written twice: ""',
             ) from error
+        except _LongRow:
+            raise too_long(
+                f"row {self._count + 1}",
+                self._text.max_bytes,
+                where=f"{where} (lines {self._text.first} to {self._text.number})",
+                hint="a quote that is never closed joins all lines that follow it",
+            ) from None
+
+
+class _LongRow(Exception):
+    """A row of a table has more characters than it may have."""
 
 
 class _Lines:
-    """The lines of a file as text, with their ends; also those that end in a carriage return alone."""
+    """The lines of a file as text, with their ends; also those that end in a carriage return alone.
 
-    def __init__(self, file: IO[bytes], name: str) -> None:
-        self._lines = enumerate(file, start=1)
+    Attributes:
+        number: lines so far. first: the first line of the row that is being read.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.number = 0
+        self.first = 1
+        self._text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         self._name = name
-        self._waiting: list[str] = []
+        self._left = max_bytes
+
+    def begin_row(self) -> None:
+        self.first = self.number + 1
+        self._left = self.max_bytes
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if not self._waiting:
-            number, line = next(self._lines)
-            text = decode(line, self._name, first_line=number)
-            self._waiting = list(io.StringIO(text, newline=""))[::-1]
-        return self._waiting.pop() if self._waiting else ""
+        try:
+            line = self._text.readline(self._left + 1)
+        except UnicodeDecodeError as error:
+            raise not_utf8(error, self._name, self.number + 1) from error
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._left -= len(line)
+        if self._left < 0:
+            raise _LongRow
+        return line
 
 
 def delimiter_of(path: Path) -> str:
@@ -336,64 +396,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-# Arrow and Parquet
-
-
-@contextlib.contextmanager
-def reading_arrow(name: str, kind: str) -> Iterator[None]:
-    """While open, what a damaged file raises becomes a UserError."""
-    import pyarrow
-
-    try:
-        yield
-    except pyarrow.ArrowException as error:
-        hint = "copy the file again, and check that its suffix matches its content"
-        shown = "Parquet file" if kind == "parquet" else "Arrow file"
-        raise UserError(f"the {shown} cannot be read: {error}", where=name, hint=hint) from error
-
-
-class ArrowBatches:
-    """A Parquet or Arrow file, some rows at a time.
-
-    Attributes:
-        columns: their names. rows: how many rows there are; None where only reading the file tells.
-    """
-
-    def __init__(self, path: Path, name: str, kind: str) -> None:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-
-        self._name, self._kind = name, kind
-        self.rows: int | None = None
-        with reading(name), reading_arrow(name, kind):
-            if kind == "parquet":
-                self._parquet = pyarrow.parquet.ParquetFile(path)
-                self.columns = list(self._parquet.schema_arrow.names)
-                self.rows = self._parquet.metadata.num_rows
-                return
-            file = pyarrow.memory_map(str(path))
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
-            self._stream = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
-            self._is_file = is_file
-            self.columns = list(self._stream.schema.names)
-
-    def __iter__(self) -> Iterator[tuple[list[Row], int]]:
-        """Rows and their bytes."""
-        with reading(self._name), reading_arrow(self._name, self._kind):
-            for batch in self._batches():
-                for start in range(0, batch.num_rows, _BATCH):
-                    part = batch.slice(start, _BATCH)
-                    yield part.to_pylist(), part.nbytes
-
-    def _batches(self) -> Iterator[pyarrow.RecordBatch]:
-        if self._kind == "parquet":
-            yield from self._parquet.iter_batches(batch_size=_BATCH)
-        elif self._is_file:
-            for number in range(self._stream.num_record_batches):
-                yield self._stream.get_batch(number)
-        else:
-            yield from self._stream

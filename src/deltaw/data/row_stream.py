@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deltaw.data.arrow_rows import ArrowRows, rows_of
+from deltaw.data.bad_rows import MAX_ROW_BYTES
+from deltaw.data.json_list import read_json
 from deltaw.data.row_files import (
     TYPED,
-    ArrowBatches,
     OnBad,
     Opened,
     TableReader,
-    decode,
     delimiter_of,
     kind_of,
-    read_json,
     read_lines,
     reading,
 )
@@ -61,7 +61,7 @@ class Part(Protocol):
     fills_nulls: bool
 
     def known(self) -> tuple[list[str], int] | None:
-        """Columns and number of rows, where they are known without reading."""
+        """Columns and number of rows, where they are known without reading, and no row is too long."""
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         """All rows."""
@@ -74,10 +74,11 @@ class Part(Protocol):
 
 
 class FilePart:
-    """A file, compressed or not."""
+    """A file, compressed or not, whose rows may have ``max_bytes``."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = name
+        self._most = max_bytes
         self.position = 0
         self._path = path
         self._kind = str(kind_of(path))
@@ -88,41 +89,39 @@ class FilePart:
     def known(self) -> tuple[list[str], int] | None:
         if self._kind != "parquet":
             return None
-        batches = ArrowBatches(self._path, self.name, self._kind)
-        return None if batches.rows is None else (batches.columns, batches.rows)
+        rows = self._arrow()
+        return None if rows.rows is None else (rows.columns, rows.rows)
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         if self.fills_nulls:
-            yield from self._read_arrow()
+            taken = 0
+            for row in self._arrow().read(on_bad):
+                taken += row[2]
+                self.position = min(self.bytes, taken)
+                yield row
             return
         with reading(self.name), Opened(self._path) as opened:
             for row in self._read_text(opened, on_bad):
                 self.position = opened.position
                 yield row
 
+    def _arrow(self) -> ArrowRows:
+        return ArrowRows(self._path, self.name, self._kind, max_bytes=self._most)
+
     def _read_text(self, opened: Opened, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         if self._kind == "jsonl":
-            yield from read_lines(opened.file, self.name, on_bad)
+            yield from read_lines(opened.file, self.name, on_bad, max_bytes=self._most)
         elif self._kind == "json":
-            text = decode(opened.file.read(), self.name)
-            rows = read_json(text, self.name)
-            each = len(text) // max(1, len(rows))
-            yield from ((number, row, each) for number, row in enumerate(rows, start=1))
+            yield from read_json(opened.file, self.name, max_bytes=self._most)
         else:
-            reader = TableReader(opened.file, self.name, delimiter_of(self._path), on_bad)
+            reader = self.table(opened, on_bad)
             for number, cells in reader:
                 row = dict(zip(reader.header, cells, strict=True))
                 yield number, row, sum(map(len, cells))
 
-    def _read_arrow(self) -> Iterator[NumberedRow]:
-        number = taken = 0
-        batches = ArrowBatches(self._path, self.name, self._kind)
-        for rows, size in batches:
-            taken += size
-            self.position = min(self.bytes, taken)
-            for row in rows:
-                number += 1
-                yield number, row, size // len(rows)
+    def table(self, opened: Opened, on_bad: OnBad | None) -> TableReader:
+        """The cells of a file that is a table."""
+        return TableReader(opened.file, self.name, delimiter_of(self._path), on_bad, max_bytes=self._most)
 
     def stamp(self) -> object:
         try:
@@ -141,10 +140,11 @@ class FilePart:
 
 
 class HubPart:
-    """A split of a data set that was loaded from a hub; its library keeps it on the disk."""
+    """A split of a data set that was loaded from a hub; its library keeps it on the disk, decoded."""
 
-    def __init__(self, found: datasets.Dataset, name: str) -> None:
+    def __init__(self, found: datasets.Dataset, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = name
+        self._most = max_bytes
         self.bytes = self.position = 0
         self.fills_nulls = True
         self._found = found
@@ -154,10 +154,18 @@ class HubPart:
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         names = list(self._found.column_names)
+        stored = self._found.with_format("arrow")
+        begin = 0
         for start in range(0, len(self._found), 256):
-            columns = self._found[start : start + 256]
-            for number, values in enumerate(zip(*(columns[n] for n in names), strict=True), start=start + 1):
-                yield number, dict(zip(names, values, strict=True)), _size_of(values)
+            for batch in stored[start : start + 256].to_batches():
+
+                def made(first: int, stop: int, begin: int = begin) -> list[Row]:
+                    columns = self._found[begin + first : begin + stop]
+                    values = zip(*(columns[n] for n in names), strict=True)
+                    return [dict(zip(names, row, strict=True)) for row in values]
+
+                yield from rows_of(batch, made, begin + 1, self.name, on_bad, max_bytes=self._most)
+                begin += batch.num_rows
 
     def stamp(self) -> object:
         return len(self._found)
@@ -173,18 +181,27 @@ class RowStream:
     Args:
         name: the reference, as given. parts: its files.
         on_bad: told of lines that cannot be read, in the first reading; they are skipped then.
+        max_bytes: the most characters of all columns' names together.
 
     Attributes:
         columns: names of all columns, in the order in which they first appear; known after :meth:`scan`.
         rows: how many rows there are, without the skipped ones. bad: how many were skipped.
     """
 
-    def __init__(self, name: str, parts: Sequence[Part], *, on_bad: OnBad | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        *,
+        on_bad: OnBad | None = None,
+        max_bytes: int = MAX_ROW_BYTES,
+    ) -> None:
         self.name = name
         self.columns: list[str] = []
         self.rows = self.bad = 0
         self.fills_nulls = any(part.fills_nulls for part in parts)
         self._parts = list(parts)
+        self._most = max_bytes
         self._on_bad = on_bad
         self._first_bad: UserError | None = None
         self._stamps = [part.stamp() for part in parts]
@@ -215,9 +232,9 @@ class RowStream:
             UserError: a file cannot be read, or there is no row.
         """
         columns: dict[str, None] = {}
-        taken = 0
+        taken = named = 0
         for part in self._parts:
-            known = part.known()
+            known = part.known() if self._on_bad is None else None  # one that is too long is not counted
             if known is not None:
                 columns.update(dict.fromkeys(known[0] if known[1] else ()))
                 self.rows += known[1]
@@ -228,6 +245,9 @@ class RowStream:
             for number, row, size in part.read(None if self._on_bad is None else self._skipped):
                 self.rows += 1
                 if not columns.keys() >= row.keys():
+                    named += sum(len(name) for name in row.keys() - columns.keys())
+                    if named > self._most:
+                        raise _too_many_columns(part.name, number)
                     columns.update(dict.fromkeys(row))
                 if self._kept is not None:
                     taken += size
@@ -327,13 +347,12 @@ def sample(file: Any, size: int, digest: Any) -> None:
     digest.update(file.read(_SAMPLE_BYTES))
 
 
-def _size_of(value: object) -> int:
-    """Roughly the bytes of a row's values."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_size_of, value.values()))
-    return sum(map(_size_of, value)) if isinstance(value, list | tuple) else 8
+def _too_many_columns(name: str, number: int) -> UserError:
+    return UserError(
+        "the names of the rows' columns, taken together, are longer than a row may be",
+        where=f"{name}, row {number}",
+        hint="rows have the same columns; raise data.max_row_bytes if there are that many",
+    )
 
 
 def _empty(name: str, bad: UserError | None) -> UserError:

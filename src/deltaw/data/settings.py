@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
+from deltaw.data.bad_rows import MAX_ROW_BYTES
 from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
 from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, sources_of
@@ -66,6 +67,14 @@ class DataSettings:
         metadata={
             "description": "rows that cannot be used: error refuses the data, skip leaves them out and lists "
             "them with the reason in the run's folder"
+        },
+    )
+    max_row_bytes: int = field(
+        default=MAX_ROW_BYTES,
+        metadata={
+            "description": "the most bytes of a row in its file, decompressed; a longer one cannot be used, "
+            "and is not read into memory",
+            "json_schema_extra": {"minimum": 1},
         },
     )
     duplicates: Literal["drop", "keep"] = field(
@@ -149,6 +158,8 @@ class DataSettings:
             raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
+        if self.max_row_bytes < 1:
+            raise UserError(f"data.max_row_bytes is {self.max_row_bytes}", hint="give at least 1 byte")
         check_date(self.date)
         if self.chat_template is not None and self.template == "plain":
             raise UserError(

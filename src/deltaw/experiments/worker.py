@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
@@ -29,6 +31,7 @@ from deltaw.host.memory import keep_freed_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.skeleton import skeleton
+from deltaw.kernels.torch_private import LACKS
 from deltaw.memory.simulation import fake_tensors
 from deltaw.methods.choose import choose_method
 from deltaw.methods.files import classes_of
@@ -168,11 +171,11 @@ def _rows_of(trial: Trial) -> dict[str, object]:
 
 
 def _total_parameters(config: RunConfig, output: Path) -> int:
-    """Parameters of the model with the run's head, counted on fake tensors from its configuration."""
+    """Parameters of the model with the run's head, counted from its configuration."""
     classes = classes_of(output)
     outputs = len(classes) if classes is not None else tasks.entry_of(config.task).outputs
     device = choose_device(config.device).value
-    with fake_tensors():
+    with fake_tensors() if LACKS is None else torch.device("meta"):
         model = skeleton(
             config.model,
             dtype=choose_precision(device, config.precision).value,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.export.adapters import Trained
 from deltaw.export.changes import Change
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.places import spots_of
 from deltaw.methods.parameters import names_of
 from deltaw.tensor_files import row_blocks
@@ -42,11 +43,11 @@ def apply_changes(model: nn.Module, trained: Sequence[Trained]) -> None:
             if any(p is parameter and name not in one.names for name, p in own.items()):
                 parameter = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         else:
-            weight = spots[0][0]._parameters["weight"]
+            weight = own_parameters(spots[0][0])["weight"]
             assert weight is not None
             parameter = nn.Parameter(weight.new_zeros(one.shape), requires_grad=False)
         for module, attribute in spots:
-            module._parameters[attribute] = parameter
+            setattr(module, attribute, parameter)
         change_in_place(parameter, one.change)
 
 

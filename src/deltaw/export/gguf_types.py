@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import gguf
 import numpy as np
@@ -97,7 +98,7 @@ def _pack_k(rows: np.ndarray, kind: Q) -> np.ndarray:
 
 
 @functools.cache
-def _ggml() -> ctypes._NamedFuncPointer:
+def _ggml() -> Callable[..., int]:
     """``ggml_quantize_chunk``, once it has packed Q8_0 to the byte as the ``gguf`` package does.
 
     Raises:

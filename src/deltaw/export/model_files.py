@@ -18,6 +18,7 @@ from deltaw.export.merged import MergedModel, Output
 from deltaw.export.merged_config import CONFIG
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
+from deltaw.hub.transformers_private import FOLLOWS_MODEL
 from deltaw.tasks import entry_of
 from deltaw.tensor_files import Entry, TensorWriter
 from deltaw.version import __version__
@@ -175,7 +176,7 @@ def _write_terminators(base: Base, folder: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if ends and isinstance(settings, dict):
         settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-        settings.pop("_from_model_config", None)  # it would be made anew from config.json, with one end
+        settings.pop(FOLLOWS_MODEL, None)  # it would be made anew from config.json, with one end
         _write_json(path, settings)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from deltaw.kernels import linear, loader, quantize
 from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, offered
 from deltaw.kernels.processor import second_level_cache
+from deltaw.kernels.torch_private import without_dispatch
 from deltaw.kernels.variants import asked
 
 # Of a low-rank update, a microbatch of rows, and the few rows that show which candidates are hopeless.
@@ -313,7 +314,7 @@ def _whole(size: int) -> int:
 def _undisturbed(threads: int) -> Iterator[None]:
     """Real tensors, no gradients, and so many threads, whatever the caller is in the middle of."""
     before = torch.get_num_threads()
-    with torch._C._DisableTorchDispatch(), torch.no_grad():
+    with without_dispatch(), torch.no_grad():
         try:
             if threads != before:
                 torch.set_num_threads(threads)

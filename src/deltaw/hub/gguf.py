@@ -47,6 +47,7 @@ from deltaw.hub import packages
 from deltaw.hub.gguf_index import INDEX, ORDERS, indexed
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
+from deltaw.hub.transformers_private import forget_origin, settle
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
@@ -268,7 +269,7 @@ def _clean(model: PreTrainedModel) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     model.__dict__.pop("is_quantized", None)
-    vars(model.config).pop("_model_name_or_path", None)
+    forget_origin(model.config)
     # A GGUF keeps its numbers in 32 bits: 1e-05 comes back as 9.999999747378752e-06.
     for name, value in vars(model.config).items():
         if isinstance(value, float):
@@ -314,7 +315,7 @@ def _set_terminators(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     if model.generation_config is not None and ends:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         # Else it would be made anew from the model's configuration, which names one terminator.
-        model.generation_config._from_model_config = False
+        settle(model.generation_config)
 
 
 def _require_gguf(path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.hub.gguf_index import INDEX, ORDERS, BlockEntry
 from deltaw.kernels.block_formats import FORMATS, BlockWeight
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
 
 # Bytes that are read at a time where rows are put into another order.
@@ -135,11 +136,13 @@ def _layer(module: nn.Module, stored: BlockWeight, parameter: nn.Parameter | Non
 
 def _tied_to(modules: dict[str, nn.Module], module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Other linear layers that have the same weight."""
-    weight = module._parameters["weight"]
+    weight = own_parameters(module)["weight"]
     return [
         (name, other)
         for name, other in modules.items()
-        if other is not module and isinstance(other, nn.Linear) and other._parameters.get("weight") is weight
+        if other is not module
+        and isinstance(other, nn.Linear)
+        and own_parameters(other).get("weight") is weight
     ]
 
 

@@ -36,6 +36,7 @@ from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_s
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
+from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
 from deltaw.hub.unfilled import does_not_fit, unfilled
 from deltaw.working import working
 
@@ -163,7 +164,7 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
 
     A module that transformers does not dispatch attention for is left as it is.
     """
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    before = attention_name(getattr(model, "config", None))
     switch = getattr(model, "set_attn_implementation", None)
     if switch is None or before in (None, name):
         yield
@@ -179,7 +180,7 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
 
 def ordinary_attention(model: nn.Module) -> str:
     """The name of torch's own attention, or of transformers' plain one for models that know no other."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    return "sdpa" if has_sdpa(model) else "eager"
 
 
 def _require_whole_files(folder: Path) -> None:
@@ -270,7 +271,7 @@ def _blocks(
     missing = gguf_blocks.fill(model, folder, file)
     new = {name.rpartition(".")[0] for name in missing}
     for name in new:
-        model._init_weights(model.get_submodule(name))
+        initialize(model, model.get_submodule(name))
     why = "as asked" if attention != "sdpa" else "torch's fused attention"
     if used != attention:
         why = f"{config.model_type} has no fused attention in transformers"
@@ -304,8 +305,8 @@ def check_architecture(folder: Path, task: str, trust_remote_code: bool) -> Pret
     """
     with quiet():
         config = read_config(folder, task, None, trust_remote_code)
-    auto = getattr(transformers, tasks.entry_of(task).auto_model)
-    if not trust_remote_code and type(config) not in auto._model_mapping:
+    known = configurations_of(tasks.entry_of(task).auto_model)
+    if not trust_remote_code and known is not None and type(config) not in known:
         raise does_not_fit(config, task, folder)
     return config
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import lzma
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -53,6 +55,10 @@ _OFFLINE_SIGNS = (
     "error sending request",
     "dns error",
 )
+
+
+# What a wheel's members raise: cut off, of a wrong checksum, encrypted, packed in an unknown way.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,7 @@ def _open_store(wanted: PackageReference) -> Iterator[_Wheel | _Tree]:
             )
         try:
             yield archive
-        except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        except _DAMAGED as error:
             raise UserError(
                 f"the wheel is damaged: {error}", where=f"{SCHEME}{wanted.pin}", hint="run it again"
             ) from error

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.hub.skeleton import skeleton
 from deltaw.hub.tensor_names import names_on_disk
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import Sample, places
 
 # Rows of a tensor, from and to; None for all of them.
@@ -147,7 +148,7 @@ def _parameters_on_meta() -> Iterator[None]:
         inner(self, name, param)
         if param is not None and not param.is_meta:
             moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            self._parameters[name] = moved
+            setattr(self, name, moved)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
@@ -161,6 +162,6 @@ def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     own = dict(model.named_parameters(remove_duplicate=False))
     made = {id(own[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in list(own_parameters(module).items()):
             if parameter is not None and id(parameter) in made:
-                module._parameters[name] = made[id(parameter)]
+                setattr(module, name, made[id(parameter)])

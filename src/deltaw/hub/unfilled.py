@@ -16,6 +16,7 @@ from deltaw import tasks
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub.folders import first_line
+from deltaw.hub.transformers_private import configurations_of
 
 
 def unfilled(
@@ -58,7 +59,7 @@ def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError
     fits = [
         other.name
         for other in tasks.entries()
-        if other.name != task and type(config) in getattr(transformers, other.auto_model)._model_mapping
+        if other.name != task and type(config) in (configurations_of(other.auto_model) or ())
     ]
     return UserError(
         f"a {config.model_type} model does not {does}",

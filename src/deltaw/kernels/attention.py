@@ -21,6 +21,7 @@ from deltaw.kernels import flex, loader
 from deltaw.kernels.bounds import check_places, check_shape
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import define
+from deltaw.kernels.torch_private import softmax_backward
 
 # Attention weights are kept for the backward where they take at most so many times the room of q, k and v.
 KEPT_WEIGHTS = 2.0
@@ -354,7 +355,7 @@ def _tiles_backward(
         places = _places(batch, key_heads, key.shape[1])
         _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
         grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, wide)
+        grad_scores = softmax_backward(grad_weights, weights, -1, wide)
         if slope is not None:
             grad_scores.mul_(slope)
         grad_scores = grad_scores.mul_(scaling).to(query.dtype)

@@ -24,6 +24,7 @@ from torch import Tensor
 from deltaw.kernels import loader
 from deltaw.kernels.operators import unwatched
 from deltaw.kernels.structs import BlockData
+from deltaw.kernels.torch_private import without_dispatch
 
 # Numbers of a matrix, row by row, whose scale in 8 bits has a common scale: 256 blocks of NF4.
 NF4_GROUP = 256
@@ -272,7 +273,7 @@ _READERS: dict[str, Callable[[Tensor], Tensor]] = {
 @cache
 def nf4_values() -> Tensor:
     """(16) in fp32: quantiles of the normal distribution, from -1 to 1, with 0 among them."""
-    with torch._C._DisableTorchDispatch():  # it is kept, so it has values where a dry run asks first too
+    with without_dispatch():  # it is kept, so it has values where a dry run asks first too
         return torch.tensor(_NF4_VALUES)
 
 
@@ -282,7 +283,7 @@ def dynamic_codes() -> Tensor:
     (Dettmers, arXiv 1511.04561): for each of 7 powers of ten evenly spaced fractions, twice as many as for
     the one below; then 0 and 1."""
     values = [0.0, 1.0]
-    with torch._C._DisableTorchDispatch():  # as nf4_values
+    with without_dispatch():  # as nf4_values
         for power in range(7):
             bounds = torch.linspace(0.1, 1, 2**power + 1)
             fractions = (10.0 ** (power - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()

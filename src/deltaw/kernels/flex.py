@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.layout import Layout
+from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode
 from deltaw.kernels.transfer import to_device
 
 # Queries and keys of a block; FlexAttention's own default, of which its kernels' tiles are parts.
@@ -215,7 +216,7 @@ def serves(
     """
     if query.device.type not in DEVICES or type(query) not in (Tensor, torch.nn.Parameter):
         return False
-    if query.dtype not in TOLERANCE or torch._C._len_torch_dispatch_stack():
+    if query.dtype not in TOLERANCE or in_dispatch_mode():
         return False
     form = _form(query, key, value, window, softcap)
     if form not in _TRIALS:
@@ -242,7 +243,7 @@ def served(
         return None
     try:
         return tree_attention(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except compile_errors() as error:
         _TRIALS[_form(query, key, value, window, softcap)] = _failed(error)
         return None
 

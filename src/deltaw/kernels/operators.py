@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from deltaw.kernels.torch_private import watched
+
 ORDINARY = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("deltaw", "DEF")
 
@@ -57,7 +59,7 @@ def define(
 
 def unwatched(*tensors: Tensor) -> bool:
     """Whether these are real CPU tensors, and no dispatch mode, profiler or compiler observes the call."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
+    if watched():
         return False
     return (
         all(type(t) in ORDINARY and t.device.type == "cpu" for t in tensors)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import version_of
 from deltaw.lora.attachment import adapted_layers, unwrapped
 from deltaw.lora.initialize import init_refusal
 from deltaw.lora.layers import LoRALayer
@@ -211,7 +212,7 @@ class _Watch:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor) or not x.numel():
             return
-        version = -1 if x.is_inference() else x._version
+        version = -1 if x.is_inference() else version_of(x)
         found = self.inputs.get(id(layer))
         if self._last is not None and self._last[0] is x and self._last[1] == version:
             found = self.inputs.setdefault(id(layer), self._last[2])

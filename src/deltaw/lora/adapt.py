@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import own_buffers, own_parameters
 from deltaw.lora.activation import Activation
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import (
@@ -355,7 +356,7 @@ def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> N
     for name, module in model.named_modules():
         if id(module) in whole or (config.bias == "lora_only" and id(module) not in adapted):
             continue
-        bias = module._parameters.get("bias")
+        bias = own_parameters(module).get("bias")
         if bias is None or id(bias) in seen:
             continue
         seen.add(id(bias))
@@ -394,9 +395,9 @@ def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -
         if isinstance(layer, AdaptedLayer) and not keep_trained:
             layer.restore_base()
         # The model may have been moved or cast meanwhile: the original takes what the layer has now.
-        for table in ("_parameters", "_buffers"):
-            for key in vars(original)[table]:
-                vars(original)[table][key] = vars(layer)[table][key]
+        for table in (own_parameters, own_buffers):
+            for key in list(table(original)):
+                setattr(original, key, table(layer)[key])
         original.training = layer.training
         replacement.put(original)
     for whole in () if keep_trained else record.extra_modules:

@@ -127,19 +127,6 @@ class AdaptedLayer(nn.Module):
             self.enabled, self.weight.data = enabled, weight
 
 
-def adopt(cls: type[_Layer], module: nn.Module) -> _Layer:
-    """A new object of ``cls`` with all that ``module`` has: the same parameters, buffers, hooks, flags.
-
-    The tables of parameters, buffers and children are copied, so that what is added to the new layer does
-    not show in the old one; hooks stay shared, so that they go on running.
-    """
-    layer = cls.__new__(cls)
-    vars(layer).update(vars(module))
-    for table in ("_parameters", "_buffers", "_modules"):
-        vars(layer)[table] = dict(vars(module)[table])
-    return layer
-
-
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """``tensor`` with the device and type of ``other``: the model may have been moved or cast meanwhile."""
     return tensor.to(device=other.device, dtype=other.dtype)

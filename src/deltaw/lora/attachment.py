@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import inside_compiled, own_modules
 from deltaw.lora.activation import Activation
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.config import LoRAConfig
@@ -58,13 +59,14 @@ class ParameterUpdate:
 
     def put(self) -> None:
         """Let the module compute with the update."""
-        self.runner._modules[self.key] = self.layer
+        setattr(self.runner, self.key, self.layer)
         self.layer.watch(self.runner)
 
     def remove(self) -> None:
         """Let the module be as it was."""
         self.layer.unwatch()
-        self.runner._modules.pop(self.key, None)
+        if self.key in own_modules(self.runner):
+            delattr(self.runner, self.key)
 
 
 @dataclass
@@ -106,12 +108,9 @@ class Attachment:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` or ``DistributedDataParallel``."""
     while True:
-        if "_orig_mod" in model._modules:
-            inner = model._modules["_orig_mod"]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = inside_compiled(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
-        else:
-            return model
         if inner is None:
             return model
         model = inner

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import adapted_layers, attachment, unwrapped
 from deltaw.lora.stored import weight_shape
@@ -48,7 +49,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     for name, module in model.named_modules():
         own = module.trained if isinstance(module, AdaptedLayer) else ()
         trained = 0
-        for key, parameter in module._parameters.items():
+        for key, parameter in own_parameters(module).items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -72,7 +73,7 @@ def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     adapted_layers(model)
     record = attachment(model)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    added = {id(layer._parameters[key]) for layer in layers for key in layer.trained}
+    added = {id(own_parameters(layer)[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}
         added |= {id(p) for whole in record.extra_modules for p in whole.current.parameters()}

@@ -7,21 +7,20 @@ name, never skipped: an adapter that is silently not applied is worse than none.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import convolves_as, own_buffers, own_parameters, with_tensors
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
 from deltaw.lora.layers_bias import LoRABiasConv, LoRABiasConv1D, LoRABiasLinear
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
-from deltaw.lora.layers_conv import LoRAConv
+from deltaw.lora.layers_conv import Convolution, LoRAConv
 from deltaw.lora.layers_dora import DoRAConv, DoRAConv1D, DoRAEmbedding, DoRALinear
 from deltaw.lora.layers_foreign import LoRAForeignLinear
 from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
@@ -43,7 +42,7 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' ``Conv1D``, int8-quantized or not, told without importing transformers."""
     if isinstance(module, Int8Conv1D):
         return True
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in module._parameters
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and "weight" in own_parameters(module)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -73,7 +72,7 @@ def refusal(module: nn.Module) -> str | None:
         return reason
     if "forward" in vars(module):
         return f"the forward of this {kind} was replaced from outside, as device maps and offloading do"
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     if weight is None:
         return f"the weight of this {kind} is computed from other parameters (a parametrization)"
     if isinstance(weight, UninitializedParameter):
@@ -104,9 +103,7 @@ def _kind_refusal(module: nn.Module) -> str | None:
         return f"{kind.__name__} has a forward of its own"
     for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, convolution):
-            inner = getattr(kind, "_conv_forward", None) is convolution._conv_forward
-            same = inner and kind.forward is convolution.forward
-            return None if same else f"{kind.__name__} has a forward of its own"
+            return None if convolves_as(kind, convolution) else f"{kind.__name__} has a forward of its own"
     return f"it is a {kind.__name__}, neither linear nor embedding nor convolution"
 
 
@@ -117,10 +114,10 @@ def _only_scales(module: nn.Embedding) -> bool:
     """
     if not type(module).__name__.endswith("WordEmbedding"):
         return False
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     if weight is not None and weight.is_meta:
         module = _with_values(module)
-        weight = module._parameters["weight"]
+        weight = own_parameters(module)["weight"]
     scale = getattr(module, "embed_scale", None)
     scalar = isinstance(scale, int | float) or (isinstance(scale, torch.Tensor) and scale.numel() == 1)
     if not scalar or weight is None:
@@ -134,12 +131,11 @@ def _only_scales(module: nn.Embedding) -> bool:
 
 def _with_values(module: nn.Embedding) -> nn.Embedding:
     """A small embedding with the forward of one on the meta device, and numbers of its own."""
-    small = copy.copy(module)
-    vars(small)["_parameters"] = {"weight": nn.Parameter(torch.arange(1.0, 9.0).view(2, 4))}
-    vars(small)["_buffers"] = {
+    buffers = {
         name: torch.full(buffer.shape, 3.0) if buffer is not None and buffer.is_meta else buffer
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
     }
+    small = with_tensors(module, {"weight": nn.Parameter(torch.arange(1.0, 9.0).view(2, 4))}, buffers)
     small.padding_idx = None
     return small
 
@@ -187,7 +183,7 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
                 hint="leave the embedding out of target_modules",
             )
         return functools.partial(_embedding, DoRAEmbedding if dora else LoRAEmbedding)
-    if isinstance(module, _ConvNd):
+    if isinstance(module, Convolution):
         return (LoRABiasConv if lora_bias else DoRAConv if dora else LoRAConv).from_conv
     return (LoRABiasConv1D if lora_bias else DoRAConv1D if dora else LoRAConv1D).from_conv1d
 

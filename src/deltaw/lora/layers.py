@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import adopt, own_parameters
 from deltaw.lora import math as closed_form
-from deltaw.lora.adapted import AdaptedLayer, adopt, factor_dtype, like
+from deltaw.lora.adapted import AdaptedLayer, factor_dtype, like
 from deltaw.lora.config import scaling as scaling_of
 from deltaw.lora.initialize import ChangedInit, initialize
 from deltaw.lora.stored import frozen_linear, quantized_as, stored_form, weight_scales
@@ -68,7 +69,7 @@ class LoRALayer(AdaptedLayer):
                 where="dropout",
                 hint="give 0.05, say",
             )
-        for parameter in self._parameters.values():
+        for parameter in own_parameters(self).values():
             if parameter is not None:
                 parameter.requires_grad_(False)
         # Plain attributes go past nn.Module's own bookkeeping, which takes its time over ten thousand layers.

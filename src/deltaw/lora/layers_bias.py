@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.adapted import like
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
 from deltaw.lora.layers_conv import LoRAConv
@@ -34,20 +35,20 @@ class LoRABias(LoRALayer):
     def output_bias(self) -> Tensor:
         """b + scaling·c, in the type of b, or of the weight where there is no b."""
         update = self.lora_bias * self.scaling
-        bias = self._parameters.get("bias")
+        bias = own_parameters(self).get("bias")
         if bias is not None:
             return bias + update.to(bias.dtype)
         return update.to(self.weight.dtype) if self.weight.is_floating_point() else update
 
     def merge_refusal(self) -> str | None:
         """Without a bias in the base layer there is nothing to merge c into."""
-        if self._parameters.get("bias") is None:
+        if own_parameters(self).get("bias") is None:
             return "its update has a bias (lora_bias), and the base layer has none to merge it into"
         return super().merge_refusal()
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:
         """Take ``weight`` as W + ΔW, and b + scaling·c as the bias."""
-        bias = self._parameters["bias"]
+        bias = own_parameters(self)["bias"]
         assert bias is not None  # else the merge was refused
         with torch.no_grad():
             merged = (bias.to(self.lora_bias.dtype) + self.lora_bias * self.scaling).to(bias.dtype)
@@ -72,7 +73,7 @@ class LoRABias(LoRALayer):
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
         """Within the block the layer is the base model's own."""
-        bias = self._parameters.get("bias")
+        bias = own_parameters(self).get("bias")
         before = None if bias is None else bias.data
         self._put_bias(self._base_bias())
         try:
@@ -82,13 +83,13 @@ class LoRABias(LoRALayer):
             self._put_bias(before)
 
     def _base_bias(self) -> Tensor | None:
-        bias = self._parameters.get("bias")
+        bias = own_parameters(self).get("bias")
         if bias is None or self._unmerged_bias is None:
             return None if bias is None else bias.data
         return like(self._unmerged_bias, bias)
 
     def _put_bias(self, values: Tensor | None) -> None:
-        bias = self._parameters.get("bias")
+        bias = own_parameters(self).get("bias")
         if bias is not None and values is not None:
             bias.data = values
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.block_formats import NF4_BLOCK, BlockWeight, quantize_nf4
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import has_values, note_base, note_values, places
 from deltaw.lora.stored import block_weight, frozen_linear
 
@@ -33,7 +34,7 @@ class BlockLinear(nn.Linear):
         layer = cls.__new__(cls)
         _take(layer, linear, stored, parameter)
         layer.out_features, layer.in_features = stored.shape
-        bias = linear._parameters.get("bias")
+        bias = own_parameters(linear).get("bias")
         layer.register_parameter("bias", bias)
         return layer
 

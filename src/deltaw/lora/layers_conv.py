@@ -7,25 +7,38 @@ own convolutions under plain autograd: A·x is a convolution, so a closed form w
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
 from deltaw.errors import UserError
-from deltaw.lora.adapted import adopt
+from deltaw.kernels.torch_private import adopt
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.math import autocast_is_on
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class LoRAConv(LoRALayer, _ConvNd):
+class LoRAConv(LoRALayer):
     """What the three adapted convolutions share; make a ``LoRAConv1d``, ``LoRAConv2d`` or ``LoRAConv3d``.
 
     With ``groups`` g, B is (out, r/g, 1, …) and each group of outputs sees its own r/g channels of A, which
     sees all inputs: so ΔW is no grouped kernel and cannot be merged into one.
     """
+
+    # What torch's convolutions have in common.
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -55,7 +68,7 @@ class LoRAConv(LoRALayer, _ConvNd):
     @classmethod
     def from_conv(
         cls,
-        conv: _ConvNd,
+        conv: Convolution,
         rank: int,
         alpha: float = 1.0,
         *,
@@ -108,8 +121,19 @@ class LoRAConv(LoRALayer, _ConvNd):
         convolve = _CONVOLVE[len(self.kernel_size)]
         if self.padding_mode == "zeros":
             return convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        padded = F.pad(x, self._padding_of_sides(), mode=self.padding_mode)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, groups)
+
+    def _padding_of_sides(self) -> list[int]:
+        """As ``F.pad`` takes it: from the last dimension to the first, before and behind."""
+        sides: list[int] = []
+        for place in reversed(range(len(self.kernel_size))):
+            if isinstance(self.padding, str):
+                total = self.dilation[place] * (self.kernel_size[place] - 1) if self.padding == "same" else 0
+                sides += [total // 2, total - total // 2]
+            else:
+                sides += [self.padding[place]] * 2
+        return sides
 
     def merge_refusal(self) -> str | None:
         """A grouped convolution's ΔW is no grouped kernel."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import functorch_is_active, version_of
 from deltaw.lora import math_dora
 from deltaw.lora.adapted import like
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
@@ -30,9 +31,9 @@ class DoRALayer(LoRALayer):
 
     lora_magnitude: nn.Parameter
     _squares: Tensor
-    _squares_of: tuple[int, int]
+    _squares_of: tuple[object, ...]
     _norm: Tensor | None
-    _norm_of: tuple[int, ...]
+    _norm_of: tuple[object, ...]
 
     def _add_parameters(self) -> None:
         vars(self).update(_norm=None, _norm_of=())
@@ -51,7 +52,7 @@ class DoRALayer(LoRALayer):
         # Written to in place behind our back, as load_state_dict does.
         if self._squares_of != _state(self.weight):
             self._measure()
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or functorch_is_active():
             vars(self)["_norm"] = None
             return self._fresh_norm()
         now = (id(self), *self._squares_of, *_state(self.lora_A), *_state(self.lora_B))
@@ -96,9 +97,10 @@ class DoRALayer(LoRALayer):
         return self
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Changes when another tensor stands here, and when this one is written to in place."""
-    return id(tensor), -1 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    """Changes when another tensor stands here, and when this one is written to in place, moved or cast."""
+    version = -1 if tensor.is_inference() else version_of(tensor)
+    return id(tensor), version, tensor.dtype, tensor.device
 
 
 class DoRALinear(DoRALayer, LoRALinear):

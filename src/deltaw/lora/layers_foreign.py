@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import adopt
 from deltaw.lora import math as closed_form
-from deltaw.lora.adapted import adopt
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.stored import library_of
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import quantize
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import note_base
 from deltaw.lora.stored import Scales, frozen_linear
 
@@ -101,7 +102,7 @@ def _quantize(
         steps, scale = quantize.quantized_rows(weight if columns is None else weight.float() / columns)
     layer.weight = nn.Parameter(steps.contiguous(), requires_grad=False)
     note_base(layer.weight, of.get_parameter("weight"))
-    bias = of._parameters.get("bias")
+    bias = own_parameters(of).get("bias")
     layer.register_parameter("bias", bias)
     if bias is not None:
         bias.requires_grad_(False)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.kernels.torch_private import own_parameters, remove_forward_hooks
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.math_dora import without_autocast
 
@@ -82,7 +83,7 @@ class LoRAParameter(LoRALayer):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """W: the frozen parameter itself."""
-        parameter = self._holder._parameters[self.attribute]
+        parameter = own_parameters(self._holder)[self.attribute]
         assert parameter is not None
         return parameter
 
@@ -117,10 +118,7 @@ class LoRAParameter(LoRALayer):
         """Leave the module as it was."""
         if self._runner is not None:
             # By number, since the handles of a copied model would still point to the first one's hooks.
-            for number in self._hooks:
-                self._runner._forward_pre_hooks.pop(number, None)
-                self._runner._forward_hooks.pop(number, None)
-                self._runner._forward_hooks_always_called.pop(number, None)
+            remove_forward_hooks(self._runner, self._hooks)
         vars(self._holder).pop(self.attribute, None)
         vars(self).update(_runner=None, _hooks=())
 
@@ -142,7 +140,7 @@ class LoRAParameter(LoRALayer):
 
 def parameter_refusal(holder: nn.Module, attribute: str) -> str | None:
     """Why a parameter cannot be adapted, or None where it can be."""
-    parameter = holder._parameters.get(attribute)
+    parameter = own_parameters(holder).get(attribute)
     if parameter is None:
         return "it is not there"
     if parameter.dim() not in (2, 3):

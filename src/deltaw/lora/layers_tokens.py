@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaw.kernels.torch_private import adopt, own_parameters
 from deltaw.lora import math as closed_form
-from deltaw.lora.adapted import AdaptedLayer, adopt, factor_dtype
+from deltaw.lora.adapted import AdaptedLayer, factor_dtype
 
 
 class TrainedTokens(AdaptedLayer):
@@ -36,7 +37,7 @@ class TrainedTokens(AdaptedLayer):
 
     def _begin(self, tokens: Sequence[int]) -> None:
         weight = self.weight
-        for parameter in self._parameters.values():
+        for parameter in own_parameters(self).values():
             if parameter is not None:
                 parameter.requires_grad_(False)
         vars(self).update(enabled=True, merged=False, _unmerged_weight=None)
@@ -50,7 +51,7 @@ class TrainedTokens(AdaptedLayer):
         self.trained_tokens = nn.Parameter(rows)
 
     def _follow(self, other: TrainedTokens) -> None:
-        for parameter in self._parameters.values():
+        for parameter in own_parameters(self).values():
             if parameter is not None:
                 parameter.requires_grad_(False)
         vars(self).update(enabled=True, merged=False, follows=other, _unmerged_weight=None)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
+from deltaw.kernels.torch_private import functorch_is_active, unrecorded_view
 from deltaw.lora.stored import Stored, multiply, multiply_backward
 
 
@@ -350,7 +351,7 @@ def scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
 def shaped(y: Tensor, leading: torch.Size) -> Tensor:
     """(rows, out) as (*leading, out). A plain view returned by a Function could not be changed in place by
     what follows (``ReLU(inplace=True)``), so this one is not recorded as a view."""
-    return y if len(leading) == 1 else torch.ops.aten._unsafe_view(y, (*leading, y.shape[-1]))
+    return y if len(leading) == 1 else unrecorded_view(y, (*leading, y.shape[-1]))
 
 
 def rows_of(x: Tensor) -> int:
@@ -372,4 +373,4 @@ def needs_reference(weight: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._are_functorch_transforms_active())
+    return functorch_is_active()

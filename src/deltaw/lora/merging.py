@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import adapted_layers, unwrapped
 from deltaw.lora.fingerprint import has_values
@@ -95,7 +96,7 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """For every parameter that more than one module uses: its id, and those modules' names."""
     users: dict[object, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is not None:
                 names = users.setdefault(_place(parameter), [])
                 if name not in names:
@@ -103,7 +104,7 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return {
         id(parameter): users[_place(parameter)]
         for module in model.modules()
-        for parameter in module._parameters.values()
+        for parameter in own_parameters(module).values()
         if parameter is not None and len(users[_place(parameter)]) > 1
     }
 

@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
+from deltaw.kernels.torch_private import own_modules
+
 Original = TypeVar("Original", bound="nn.Module | nn.Parameter | None")
 Current = TypeVar("Current", bound="nn.Module | nn.Parameter")
 Spot = tuple[nn.Module, str]
@@ -43,8 +45,7 @@ class Place(Generic[Original, Current]):
     def put(self, part: nn.Module | nn.Parameter | None) -> None:
         """Put ``part`` into all the spots."""
         for parent, attribute in self.spots:
-            table = parent._parameters if isinstance(self.current, nn.Parameter) else parent._modules
-            table[attribute] = part  # type: ignore[assignment]
+            setattr(parent, attribute, part)
 
     def put_current(self) -> None:
         """Put the replacement into all the spots."""
@@ -109,7 +110,7 @@ def spots_holding(model: nn.Module, module: nn.Module) -> list[Spot]:
     return [
         (parent, attribute)
         for parent in model.modules()
-        for attribute, child in parent._modules.items()
+        for attribute, child in own_modules(parent).items()
         if child is module
     ]
 

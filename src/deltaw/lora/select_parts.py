@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.kinds import is_conv1d, read_directly, refusal
 from deltaw.lora.layers_parameter import parameter_refusal
@@ -67,12 +68,12 @@ def match_parameters(
     paths = [
         ParameterPath(named.names, named.module, attribute)
         for named in modules
-        for attribute, parameter in named.module._parameters.items()
+        for attribute, parameter in own_parameters(named.module).items()
         if parameter is not None
     ]
     by_name = {name: path for path in paths for name in path.full_names}
     named = [Named(path.full_names, path.module) for path in paths]
-    own = [entry for entry in config.target_parameters if entry in model._parameters]
+    own = [entry for entry in config.target_parameters if entry in own_parameters(model)]
     if own and strict:
         raise UserError(
             f"'{own[0]}' is a parameter of the model itself, not of a module in it",
@@ -157,7 +158,7 @@ def _refuse_tokens(
             where="trainable_token_indices",
             hint="name the module in one setting only, and only an embedding or a linear head here",
         )
-    weight = module._parameters["weight"]
+    weight = own_parameters(module)["weight"]
     assert weight is not None  # else it was refused
     rows = int(weight.shape[0])
     for token in tokens:
@@ -209,13 +210,13 @@ def _with_tied(
     for named, tokens in sorted(chosen, key=lambda pair: not isinstance(pair[0].module, nn.Embedding)):
         if id(named.module) in done:
             continue
-        weight = named.module._parameters["weight"]
+        weight = own_parameters(named.module)["weight"]
         tied = [
             other
             for other in modules
             if named.module is source
             and other.module is not source
-            and other.module._parameters.get("weight") is weight
+            and own_parameters(other.module).get("weight") is weight
             and tokens_of.get(id(other.module), tokens) == tokens
         ]
         for other in tied:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deltaw.kernels import linear as plain
 from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.block_linear import block_linear, block_linear_backward
+from deltaw.kernels.torch_private import own_buffers, own_parameters
 
 
 class Scales(NamedTuple):
@@ -38,10 +39,10 @@ LIBRARIES = ("bitsandbytes", "torchao")
 
 def weight_scales(module: nn.Module) -> Scales | None:
     """The scales of a layer with an int8-quantized weight; None for any other."""
-    scale = module._buffers.get("weight_scale")
+    scale = own_buffers(module).get("weight_scale")
     if scale is None:
         return None
-    return Scales(scale, module._buffers.get("weight_columns"), vars(module).get("in_blocks", False))
+    return Scales(scale, own_buffers(module).get("weight_columns"), vars(module).get("in_blocks", False))
 
 
 def block_weight(module: nn.Module) -> BlockWeight | None:
@@ -49,7 +50,7 @@ def block_weight(module: nn.Module) -> BlockWeight | None:
     name = vars(module).get("block_format")
     if name is None:
         return None
-    buffers, data = module._buffers, module._parameters["weight"]
+    buffers, data = own_buffers(module), own_parameters(module)["weight"]
     assert data is not None
     return BlockWeight(
         data.detach(),
@@ -68,7 +69,7 @@ def stored_form(module: nn.Module) -> Stored | None:
 
 def library_of(module: nn.Module) -> str | None:
     """The library whose quantized tensor a linear layer's weight is; None for any other layer."""
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     if not isinstance(module, nn.Linear) or weight is None:
         return None
     return library_of_tensor(weight)
@@ -100,7 +101,7 @@ def count_numbers(model: nn.Module) -> int:
     """The parameters of a model as numbers: a weight in blocks counts as those that it stands for."""
     counts: dict[int, int] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None:
                 shape = weight_shape(module) if name == "weight" else parameter.shape
                 counts[id(parameter)] = math.prod(shape)

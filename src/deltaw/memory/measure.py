@@ -19,8 +19,8 @@ from deltaw.host.memory import peak_resident_bytes
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of the storages behind ``tensors``, each storage once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = {id(storage): storage for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_tensor_bytes(run: Callable[[], object], *, alive: Iterable[Tensor] = ()) -> int:

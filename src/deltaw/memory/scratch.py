@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 from deltaw.memory import kernel_scratch
 
 _aten = torch.ops.aten
@@ -79,8 +80,8 @@ def _in_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 _SCRATCH: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
     **kernel_scratch.TENSORS,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
+    **({FLASH_FORWARD.default: _flash_forward} if FLASH_FORWARD else {}),
+    **({FLASH_BACKWARD.default: _flash_backward} if FLASH_BACKWARD else {}),
     _aten.mean.dim: _mean,
     _aten.mean.default: _mean,
     **{getattr(_aten, name).Tensor: _pointwise for name in ("add", "sub", "mul", "div")},

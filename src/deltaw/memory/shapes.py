@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+
+from deltaw.kernels.torch_private import FakeTensor, FakeTensorMode, as_fake, tree_map_only, without_dispatch
 
 _CPU = torch.device("cpu")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -58,9 +58,9 @@ class Answers:
 
     def __call__(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """The answer of ``func``; at least one argument is a fake tensor."""
-        name = func._schema.name  # type: ignore[attr-defined]
+        name = _name(func)
         if name.startswith(_LISTS):
-            if not func._schema.returns:  # type: ignore[attr-defined]
+            if name.endswith("_"):
                 return None  # it changes values alone, and there are none
             if name == "aten::_foreach_norm":
                 return self._norms(args, kwargs)
@@ -99,7 +99,7 @@ class Answers:
     def _double(self, tensor: Tensor) -> Tensor:
         reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         count = tensor.storage_offset() + reach + 1
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             base = torch.empty(count, dtype=tensor.dtype, device="meta")
             meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         return self._as_fake(meta.detach())
@@ -109,7 +109,7 @@ class Answers:
             return None
         if type(output) is _Argument:
             return tensors[output.number]
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             if type(output) is _Fresh:
                 meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
             else:
@@ -123,16 +123,12 @@ class Answers:
         """``meta`` as a fake tensor: what its own constructor does, without its checks of every call."""
         if self._attributes is None:
             self._attributes = dict(vars(FakeTensor(self._fake, meta, _CPU)))
-        made = Tensor._make_subclass(
-            FakeTensor,
-            meta,
-            False,
-            dispatch_device=True,
-            device_for_backend_keys=_CPU,
-        )
-        torch._C._set_throw_on_mutable_data_ptr(made)
-        made.__dict__.update(self._attributes)
-        return made
+        return as_fake(self._fake, self._attributes, meta, _CPU)
+
+
+def _name(func: Any) -> str:
+    """An operator's name without that of its overload, as in ``aten::add``."""
+    return str(func.name()).partition(".")[0]
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -178,7 +174,7 @@ def _outputs(
     func: Callable[..., Any], result: Any, tensors: list[Tensor]
 ) -> tuple[type, list[_Output]] | None:
     """How to make ``result`` again from ``tensors``; None where that is not possible."""
-    if func._schema.name.rpartition("::")[2] in _RESHAPING:  # type: ignore[attr-defined]
+    if _name(func).rpartition("::")[2] in _RESHAPING:
         return None
     single = isinstance(result, Tensor) or result is None
     if not single and not isinstance(result, (list, tuple)):
@@ -198,8 +194,8 @@ def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
     for number, tensor in enumerate(tensors):
         if tensor is value:
             return _Argument(number)
-    storage = value.untyped_storage()._cdata
+    storage = value.untyped_storage()
     for number, tensor in enumerate(tensors):
-        if tensor.untyped_storage()._cdata == storage:
+        if tensor.untyped_storage() is storage:
             return _View(number, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
     return _Fresh(value.shape, value.stride(), value.dtype)

@@ -11,22 +11,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map_only
 
+from deltaw.kernels.torch_private import (
+    GROUPED_PRODUCT,
+    LOCAL_SCALAR,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    require_dry_runs,
+    tree_map_only,
+    without_dispatch,
+)
 from deltaw.memory.footprint import Footprint
 from deltaw.memory.shapes import Answers, tensors_in
 from deltaw.memory.tracker import MemoryTracker
 
 _aten = torch.ops.aten
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
-_GROUPED: Any = getattr(getattr(_aten, "_grouped_mm", None), "default", None)
+_GROUPED: Any = getattr(GROUPED_PRODUCT, "default", None)
 # Made from another tensor's shape or size alone: of whole numbers they can be real though that tensor is not.
 _LIKE = {
     _aten.zeros_like.default,
@@ -77,6 +85,10 @@ _ANSWERED = {
 }
 
 
+# Of each thread, since modes are a thread's own.
+_OPEN = threading.local()
+
+
 class _FakeTensors(TorchDispatchMode):
     """Sends each operator to real or to fake tensors. Is entered after the FakeTensorMode, above it."""
 
@@ -95,7 +107,7 @@ class _FakeTensors(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         tensors = tensors_in((*args, *kwargs.values()))
         fake = any(isinstance(t, FakeTensor) for t in tensors)
-        if func is _aten._local_scalar_dense.default and fake:
+        if func is LOCAL_SCALAR and fake:
             return _number(args[0])
         if func is _aten.equal.default and fake:
             return args[0].shape == args[1].shape
@@ -114,7 +126,7 @@ class _FakeTensors(TorchDispatchMode):
 
     @staticmethod
     def _real(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             return func(*args, **kwargs)
 
     def _made(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -198,7 +210,7 @@ def _number(tensor: FakeTensor) -> float | int | bool:
 
 def _stand_in(tensor: Tensor) -> Tensor:
     """A real tensor of the same shape that takes one element."""
-    with torch._C._DisableTorchDispatch():
+    with without_dispatch():
         return torch.empty((), dtype=torch.bool).expand(tensor.shape)
 
 
@@ -209,7 +221,7 @@ def _places(func: object, args: tuple, kwargs: dict, result: FakeTensor) -> Tens
     at, default = _PLACES[func]
     dim = args[at] if 0 <= at < len(args) else kwargs.get("dim", default)
     size = args[0].numel() if dim is None else args[0].shape[dim]
-    with torch._C._DisableTorchDispatch():
+    with without_dispatch():
         return (torch.arange(result.numel()) % max(1, size)).to(result.dtype).reshape(result.shape)
 
 
@@ -226,13 +238,21 @@ def fake_tensors() -> Iterator[None]:
 
     A real floating tensor from before may take part and is not changed. May be opened again, also inside
     itself.
+
+    Raises:
+        RuntimeError: this version of torch has none.
     """
-    fake, mode = _modes()
-    if mode in _get_current_dispatch_mode_stack():
+    require_dry_runs()
+    if getattr(_OPEN, "is_open", False):
         yield
         return
-    with fake, mode:
-        yield
+    fake, mode = _modes()
+    _OPEN.is_open = True
+    try:
+        with fake, mode:
+            yield
+    finally:
+        _OPEN.is_open = False
 
 
 def simulate(

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from deltaw.kernels.torch_private import ENGINE, TorchDispatchMode, in_backward, tree_leaves
 from deltaw.memory.footprint import KINDS, PHASES, Footprint, coarse
 from deltaw.memory.kernel_scratch import arena_bytes
 from deltaw.memory.scratch import scratch_bytes
@@ -146,7 +145,7 @@ class MemoryTracker(TorchDispatchMode):
     def _life(self, tensor: Tensor) -> _Life | None:
         """What is known of the storage of ``tensor``, brought up to date; None for a new one."""
         storage = tensor.untyped_storage()
-        known = self._lives.get(storage._cdata)
+        known = self._lives.get(id(storage))
         if known is None or known[0]() is not storage:
             return None
         life = known[1]
@@ -158,7 +157,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _born(self, tensor: Tensor) -> _Life:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)
         kind = "workspace"
         if self._vocabularies and tensor.dim() and tensor.shape[-1] in self._vocabularies:
             kind = "logits" if tensor.is_floating_point() else kind
@@ -205,7 +204,7 @@ class MemoryTracker(TorchDispatchMode):
     def _current_phase(self) -> int:
         if self._optimizing:
             return _OPTIMIZER
-        return _FORWARD if torch._C._current_graph_task_id() == -1 else _BACKWARD
+        return _BACKWARD if in_backward() else _FORWARD
 
     def _change_phase(self, phase: int) -> None:
         if self._phase == _FORWARD and phase == _BACKWARD:
@@ -307,4 +306,4 @@ def _called_by_engine(frame: FrameType | None) -> bool:
         or frame.f_code.co_filename.endswith(("_python_dispatch.py", "_ops.py"))
     ):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+    return frame is not None and frame.f_code.co_name == ENGINE

@@ -13,15 +13,13 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, TorchDispatchMode
 from deltaw.memory.libraries import SHORT, attention_bytes, product_bytes
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.linear, _aten.addmv, _aten.mv}
-_GROUPED: Any = getattr(_aten, "_grouped_mm", None)
-_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 HALF = (torch.bfloat16, torch.float16)
 
 # As many kernels stay in memory (oneDNN's default, unless its own variable says otherwise), and an eighth
@@ -73,18 +71,18 @@ class WorkCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.operators += 1
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         formula = flop_registry.get(packet)
         if formula is None and packet in (_aten.addmm_, _aten.baddbmm_):
             formula = flop_registry.get(_aten.addmm if packet is _aten.addmm_ else _aten.baddbmm)
         if formula is not None:
             self.operations += int(formula(*args, **kwargs, out_val=result))
-        if packet is _GROUPED:
+        if packet is GROUPED_PRODUCT:
             rows, weight = args[0], args[1]
             self.routed[Routed(rows.dtype in HALF, rows.shape[0], tuple(weight.shape))] += 1
         elif packet in _PRODUCTS or packet in (_aten.addmm_, _aten.baddbmm_):
             self._note_product(packet, args)
-        elif packet is _ATTENTION_BACKWARD and args[1].dtype in HALF:
+        elif packet is FLASH_BACKWARD and args[1].dtype in HALF:
             self.lengths.add(args[1].shape[-2])
         return result
 

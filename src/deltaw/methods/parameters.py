@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.places import ParameterPlace, as_before, spots_of
 from deltaw.lora.stored import block_weight, quantized_as
 
@@ -90,7 +91,7 @@ def add_biases(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> li
     """Give linear layers that have no bias one of zeros (out,), trainable."""
     places = []
     for name, module in modules:
-        weight = module._parameters["weight"]
+        weight = own_parameters(module)["weight"]
         assert weight is not None
         dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
         bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=dtype, device=weight.device))
@@ -144,13 +145,13 @@ def put_loaded(
             spots = spots_of(model, names)
         except AttributeError:
             spots = []
-        if not spots or any(attribute not in module._parameters for module, attribute in spots):
+        if not spots or any(attribute not in own_parameters(module) for module, attribute in spots):
             raise UserError(
                 f"the adapter trains '{name}', which the model does not have", where=where, hint=hint
             )
         module, attribute = spots[0]
-        before = module._parameters[attribute]
-        weight = module._parameters.get("weight")
+        before = own_parameters(module)[attribute]
+        weight = own_parameters(module).get("weight")
         like = before
         if before is None and attribute == "bias" and weight is not None:
             like = weight

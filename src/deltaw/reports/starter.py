@@ -219,7 +219,7 @@ def _number(label: object) -> float | None:
         return None
     try:
         number = float(label)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.hub.quiet import quiet
+from deltaw.hub.transformers_private import attention_name, set_attention_name
 
 
 def set_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> None:
@@ -25,10 +26,10 @@ def set_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> No
     """
     with quiet():
         model.set_attn_implementation(name)
-    if must and model.config.get_text_config()._attn_implementation != name:
+    if must and attention_name(model.config.get_text_config()) != name:
         raise RuntimeError(f"{type(model).__name__} does not take another attention implementation")
     for config in _copied(model):
-        config._attn_implementation = name
+        set_attention_name(config, name)
 
 
 @contextlib.contextmanager
@@ -38,7 +39,12 @@ def attending_by(model: PreTrainedModel, name: str, *, must: bool = True) -> Ite
     Raises:
         RuntimeError: with ``must``, where the model does not take it.
     """
-    before = model.config._attn_implementation
+    before = attention_name(model.config)
+    if before is None:
+        if must:
+            raise RuntimeError(f"{type(model).__name__} does not tell by which function it attends")
+        yield
+        return
     try:
         set_attention(model, name, must=must)
         yield
@@ -46,7 +52,7 @@ def attending_by(model: PreTrainedModel, name: str, *, must: bool = True) -> Ite
         with quiet():
             model.set_attn_implementation(before)
         for config in _copied(model):
-            config._attn_implementation = before
+            set_attention_name(config, before)
 
 
 def _copied(model: nn.Module) -> list[PretrainedConfig]:

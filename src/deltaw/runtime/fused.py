@@ -27,6 +27,7 @@ from deltaw.kernels.block import serves as serves_block
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.loader import serves as serves_compiled
 from deltaw.kernels.operators import ORDINARY, unwatched
+from deltaw.kernels.torch_private import are_hooked, own_buffers, own_modules, own_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.runtime.fused_halves import (
     Around,
@@ -52,7 +53,7 @@ _KNOWN = {
     "use_cache",
     "cache_position",
 }
-_CHILDREN, _TRAINED = attrgetter("_modules"), attrgetter("requires_grad")
+_TRAINED = attrgetter("requires_grad")
 
 
 class Layouts(Protocol):
@@ -90,12 +91,12 @@ class FusedNorm:
         self._made: tuple[list[int], Norm | None] = ([], None)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        weight = self.module._parameters.get("weight")
+        weight = own_parameters(self.module).get("weight")
         if weight is None or weight.dtype != hidden_states.dtype or not _on_processor(hidden_states):
             return self.own(hidden_states)
-        if any(p is not None and p.requires_grad for p in self.module._parameters.values()):
+        if any(p is not None and p.requires_grad for p in own_parameters(self.module).values()):
             return self.own(hidden_states)
-        ids = [id(tensor) for tensor in self.module._parameters.values()]
+        ids = [id(tensor) for tensor in own_parameters(self.module).values()]
         if self._made[0] != ids:
             self._made = ids, Norm.of(self.module)
         norm = self._made[1]
@@ -223,14 +224,14 @@ class FusedBlock:
         """Whether the block has the modules that were noted, each of the class that it had."""
         if not self._modules or list(map(type, self._modules)) != self._classes:
             return False
-        return list(map(_CHILDREN, self._modules)) == self._children
+        return list(map(own_modules, self._modules)) == self._children
 
     def _look_up(self) -> None:
         """Note the block's parts anew; none where its code is no longer the one that was verified."""
         self.forget()
         self._modules = list(self.block.modules())
         self._classes = list(map(type, self._modules))
-        self._children = [dict(module._modules) for module in self._modules]
+        self._children = [dict(own_modules(module)) for module in self._modules]
         self._tables = [vars(m) for m in self._modules if m is not self.block]
         self._parameters = list(self.block.parameters())
         if signature(self.block) == self._signature:
@@ -242,7 +243,7 @@ class FusedBlock:
         and norms are of the input's type."""
         if not self._layers or not all(can_project(layer) for layer in self._layers):
             return False
-        if any(norm._parameters["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
+        if any(own_parameters(norm)["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
             return False
         if not self.roles.attention.causal and not _compiled_serves(hidden, self.roles):
             return False
@@ -284,9 +285,9 @@ class FusedBlock:
 
     def _watched(self) -> bool:
         """Whether somebody looks at, or has changed, what goes on inside the block, or dropout is drawn."""
+        if are_hooked(self._tables):
+            return True
         for table in self._tables:
-            if table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"]:
-                return True
             if "forward" in table:
                 return True
             if table["training"] and _drops(table):
@@ -346,8 +347,8 @@ def _on_processor(hidden: Tensor) -> bool:
 
 
 def _drops(table: dict[str, Any]) -> bool:
-    """Whether a module in training draws dropout: ``nn.Dropout``, or a rate among its own numbers."""
-    if table.get("p", 0.0) and table["_modules"] == {} and "inplace" in table:
+    """Whether a module in training draws dropout: as ``nn.Dropout``, or by a rate among its own numbers."""
+    if table.get("p", 0.0) and "inplace" in table:
         return True
     return any(isinstance(value, float) and value > 0 for name, value in table.items() if "dropout" in name)
 
@@ -362,7 +363,7 @@ def _note(layer: nn.Module, state: list[Any]) -> None:
 
 def _note_tensors(modules: list[nn.Module], state: list[Any]) -> None:
     """Note which tensors modules have, where their numbers lie, and whether they are trained."""
-    tables = [table for module in modules for table in (module._parameters, module._buffers)]
+    tables = [table for module in modules for table in (own_parameters(module), own_buffers(module))]
     tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
     state += map(id, tensors)
     state += [t.data_ptr() if type(t) in ORDINARY else 0 for t in tensors]

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
+from deltaw.kernels.torch_private import own_modules
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
 from deltaw.runtime.recognition import Call, Signature, Told, signature, verified
@@ -154,7 +155,7 @@ class FusedBlocks:
 def last_norm(backbone: nn.Module) -> nn.Module | None:
     """The norm behind a backbone's blocks, where it is one that is known."""
     for name in _LAST_NORMS:
-        module = backbone._modules.get(name)
+        module = own_modules(backbone).get(name)
         if module is not None:
             return module if norm_form(module) is not None else None
     return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from deltaw.host.choices import Choice
+from deltaw.hub.transformers_private import attention_name
 from deltaw.kernels import loader
 from deltaw.kernels.attention import packed_attention
 from deltaw.kernels.layout import Layout
@@ -77,7 +78,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
     """The model's inputs for one row of ``tokens`` (1, T), whichever attention is set at the moment."""
-    if model.config._attn_implementation != ATTENTION:
+    if attention_name(model.config) != ATTENTION:
         return {"input_ids": tokens}
     layout = Layout.of_lengths([tokens.shape[1]])
     layout.device = tokens.device

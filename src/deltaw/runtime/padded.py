@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from deltaw.hub.transformers_private import attention_name, dispatches_attention
 from deltaw.kernels import loader
 from deltaw.kernels.attention import is_compiled, packed_attention
 from deltaw.kernels.layout import Layout
@@ -117,11 +118,11 @@ def _whole_rows(rows: int, length: int) -> Layout:
 def padded_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]:
     """While open, attention both ways goes through the compiled kernel where it can, and with ``fused``
     recognized blocks run fused."""
-    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu" or loader.library() is None:
+    if attention_name(model.config) != "sdpa" or model.device.type != "cpu" or loader.library() is None:
         yield
         return
     # Falcon and its like compute attention in their own code: blocks alone stand in for it.
-    dispatched = bool(getattr(model, "_supports_attention_backend", False))
+    dispatched = dispatches_attention(model)
     with contextlib.ExitStack() as stack:
         if dispatched:
             stack.enter_context(attending_by(model, ATTENTION, must=False))

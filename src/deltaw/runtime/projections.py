@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import quantize, rows
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
 from deltaw.lora.stored import Scales, Stored, multiply, multiply_backward, stored_form
@@ -36,7 +37,7 @@ class Norm:
         form = norm_form(module)
         if form is None:
             return None
-        tensors = module._parameters
+        tensors = own_parameters(module)
         return cls(tensors.get("weight"), tensors.get("bias"), form.eps, form.offset, form.centered)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +72,8 @@ class Projection:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
-        self.bias: Tensor | None = module._parameters.get("bias")
+        self.weight: Tensor = own_parameters(module)["weight"]  # type: ignore[assignment]
+        self.bias: Tensor | None = own_parameters(module).get("bias")
         self.by_column = by_column(module)
         self.scale: Tensor | None
         self.columns: Tensor | None
@@ -174,7 +175,7 @@ def can_project(layer: nn.Module) -> bool:
         or stored_form(layer) is not None
     ):
         return False
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    weight, bias = own_parameters(layer).get("weight"), own_parameters(layer).get("bias")
     if weight is None or weight.requires_grad:
         return False
     return bias is None or not bias.requires_grad

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.kinds import is_conv1d
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.runtime.roles import (
@@ -85,13 +86,13 @@ def signature(block: nn.Module) -> Signature:
 
 def _kind_of(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.Linear):
-        return ("linear", str(module._parameters.get("bias") is not None))
+        return ("linear", str(own_parameters(module).get("bias") is not None))
     if isinstance(module, LoRAConv1D) or is_conv1d(module):
         return ("conv1d",)
     kind = type(module)
     return (
         f"{kind.__module__}.{kind.__qualname__}",
-        *sorted(n for n, p in module._parameters.items() if p is not None),
+        *sorted(n for n, p in own_parameters(module).items() if p is not None),
     )
 
 
@@ -134,7 +135,7 @@ def candidates(block: nn.Module) -> Iterator[BlockRoles] | str:
     norms = [path for path, m in modules.items() if path and path not in linear and norm_form(m) is not None]
     pair = next((p for p in _HEAD_NORMS if all(f"{holder}.{name}" in norms for name in p)), None)
     heads = [f"{holder}.{name}" for name in pair] if pair is not None else []
-    if any(part(block, path)._parameters["weight"].numel() != head_size for path in heads):  # type: ignore[union-attr]
+    if any(own_parameters(part(block, path))["weight"].numel() != head_size for path in heads):  # type: ignore[union-attr]
         return "norms of queries that are not over each head"
     wide = [path for path in norms if path not in heads]
     known = {id(p) for path in (*linear, *norms) for p in modules[path].parameters()}

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from deltaw.kernels.torch_private import own_modules, own_parameters, with_tensors, without_dispatch
 from deltaw.lora.kinds import is_conv1d
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.lora.stored import stored_form, weight_shape
@@ -159,7 +160,7 @@ def part(block: nn.Module, path: str) -> nn.Module:
     """
     found: nn.Module | None = block
     for name in path.split("."):
-        found = None if found is None else found._modules[name]
+        found = None if found is None else own_modules(found)[name]
     if found is None:
         raise KeyError(path)
     return found
@@ -188,23 +189,21 @@ def norm_form(module: nn.Module) -> NormForm | None:
 
     A class that is not torch's own is run on a few fp32 numbers and compared with the formula.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1 or module._modules:
+    weight = own_parameters(module).get("weight")
+    if weight is None or weight.dim() != 1 or own_modules(module):
         return None
     eps = next((vars(module)[name] for name in ("variance_epsilon", "eps") if name in vars(module)), None)
     if not isinstance(eps, float):
         return None
     if type(module) is nn.LayerNorm:
         return NormForm(eps, 0.0, True) if weight.shape == tuple(module.normalized_shape) else None
-    bias = module._parameters.get("bias")
+    bias = own_parameters(module).get("bias")
     size = weight.numel()
     with torch.no_grad(), real_tensors():
         x = torch.linspace(-1.5, 2.0, size, dtype=torch.float32)[None]
-        copy = type(module).__new__(type(module))
-        vars(copy).update(vars(module))
         values = {"weight": torch.linspace(0.3, 0.7, size), "bias": torch.linspace(-0.2, 0.1, size)}
         used = [name for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
-        vars(copy)["_parameters"] = {name: nn.Parameter(values[name], False) for name in used}
+        copy = with_tensors(module, {name: nn.Parameter(values[name], False) for name in used})
         own = type(module).forward(copy, x)
         added = values["bias"] if bias is not None else torch.zeros(size)
         for centered in (False, True):
@@ -220,5 +219,5 @@ def norm_form(module: nn.Module) -> NormForm | None:
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
     """While open, new tensors have values, in a dry run on fake tensors too."""
-    with torch._C._DisableTorchDispatch():
+    with without_dispatch():
         yield

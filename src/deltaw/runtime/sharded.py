@@ -29,6 +29,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.stored_weights import Rows, StoredWeights, fill, unfilled
+from deltaw.hub.transformers_private import attention_name
+from deltaw.kernels.torch_private import is_view, own_parameters, share_parameters, sized_tensor
 from deltaw.lora.fingerprint import Sample, put_sample
 from deltaw.lora.stored import weight_scales
 from deltaw.runtime.blocks import blocks_of
@@ -77,7 +79,7 @@ class ShardedLoader:
             folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code
         )
         weights = StoredWeights(folder, model)
-        used = str(model.config._attn_implementation)
+        used = attention_name(model.config) or attention
         choice = Choice(used, "torch's fused attention" if used == "sdpa" else "as the model has it")
         found = blocks_of(model)
         if found is None:
@@ -185,10 +187,8 @@ class ShardedBlocks:
         for block, tables in zip(self._blocks, self._tables, strict=True):
             for path, table in tables.items():
                 module = block.get_submodule(path)
-                if module._parameters is table:
-                    continue
-                table.update(module._parameters)
-                vars(module)["_parameters"] = table
+                if own_parameters(module) is not table:
+                    share_parameters(module, table)
 
     def gather(self, number: int) -> None:
         """Give this process's rows of a block to another that runs it."""
@@ -206,7 +206,7 @@ class ShardedBlocks:
             names = {self._name(number, name): name for name, _ in block.named_parameters()}
             read = self._weights.read(dict.fromkeys(names))
             fill(block, {names[name]: value for name, value in read.items()})
-            self._filled, self._read = number, [m for m in block.modules() if m._parameters]
+            self._filled, self._read = number, [m for m in block.modules() if own_parameters(m)]
 
     def _settle(self, number: int) -> None:
         """After a block that was read as a whole: divide it where it was rounded, else forget it."""
@@ -215,9 +215,9 @@ class ShardedBlocks:
         rounded = any(weight_scales(module) is not None for module in kept)
         for module in self._read:  # whoever still knows a layer that was rounded must not keep its weights
             if not (rounded and module in kept):
-                for name, parameter in module._parameters.items():
+                for name, parameter in list(own_parameters(module).items()):
                     if parameter is not None:
-                        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         self._read = []
         if rounded:
             self._shard(number)
@@ -235,7 +235,9 @@ class ShardedBlocks:
 
         block = self._blocks[number]
         own = type(block)
-        self._tables[number] = {path: m._parameters for path, m in block.named_modules() if m._parameters}
+        self._tables[number] = {
+            path: own_parameters(m) for path, m in block.named_modules() if own_parameters(m)
+        }
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
         block.register_forward_hook(_no_view, prepend=True)
         self._classes[number] = type(block)
@@ -297,7 +299,7 @@ def _no_view(block: nn.Module, inputs: object, output: Any) -> Any:
     """FSDP gathers for the backward by a hook on a block's output, which a change in place would drop from a
     view."""
     if isinstance(output, Tensor):
-        return output.clone() if output._is_view() else output
+        return output.clone() if is_view(output) else output
     if isinstance(output, tuple):
         return tuple(_no_view(block, inputs, value) for value in output)
     return output
@@ -339,7 +341,7 @@ class _Arriving(Tensor):
 
     @staticmethod
     def __new__(cls, size: torch.Size, dtype: torch.dtype) -> _Arriving:
-        return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device="cpu")  # type: ignore
+        return sized_tensor(cls, size, dtype)
 
     def __init__(self, size: torch.Size, dtype: torch.dtype) -> None:
         self.rows = []

@@ -19,6 +19,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from deltaw.hub.quiet import quiet
+from deltaw.hub.transformers_private import made_from_config
 from deltaw.runtime.roles import real_tensors
 
 VOCABULARY = 97
@@ -39,7 +40,7 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     config = small_config(model.config)
     with real_tensors(), quiet(), torch.random.fork_rng(devices=[]):
         with no_init_weights():
-            made = type(model)._from_config(config, dtype=torch.float32)
+            made = made_from_config(type(model), config, torch.float32)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in made.named_parameters():
             _fill(name, parameter.data, generator)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.adapted import adopt
+from deltaw.kernels.torch_private import adopt
 from deltaw.lora.places import Place, Replacement, as_before, spots_holding
 from deltaw.lora.stored import weight_shape
 

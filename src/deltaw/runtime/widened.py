@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.stored import library_of_tensor
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
@@ -93,7 +94,7 @@ def _wide_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     made: dict[int, Tensor] = {}
     try:
         for module in modules:
-            table: dict[str, Any] = module._parameters
+            table: dict[str, Any] = own_parameters(module)
             for name, parameter in table.items():
                 if parameter is None or parameter.dtype not in HALF or library_of_tensor(parameter):
                     continue

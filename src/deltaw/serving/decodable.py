@@ -28,6 +28,7 @@ from deltaw.kernels.block_formats import BlockWeight
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.quantize import quantized_rows
+from deltaw.kernels.torch_private import own_parameters
 from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize
@@ -248,14 +249,14 @@ def _norm(module: nn.Module) -> DecoderNorm:
         raise NotDecodable(f"{type(module).__name__} is no norm that is known")
     weight, bias = (
         None if t is None else t.detach().float().contiguous()
-        for t in (module._parameters.get("weight"), module._parameters.get("bias"))
+        for t in (own_parameters(module).get("weight"), own_parameters(module).get("bias"))
     )
     return DecoderNorm(weight, bias, form.eps, form.offset, form.centered)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     """A linear layer's own weights, without factors."""
-    if module is None or not isinstance(module._parameters.get("weight"), Tensor):
+    if module is None or not isinstance(own_parameters(module).get("weight"), Tensor):
         raise NotDecodable("a layer has no weight")
     layer = Projection(module)
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()

@@ -170,7 +170,9 @@ def _shown_texts(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
     assert tokenizer is not None  # a task without labels reads text
     encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
     for source in sources_of(settings.train):
-        stream = open_source(source.reference, BadRows("skip").add_unreadable)
+        stream = open_source(
+            source.reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes
+        )
         stream.scan()
         own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
         for chunk in stream.chunks():

@@ -22,6 +22,7 @@ from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.skeleton import has_values
+from deltaw.hub.transformers_private import READ_FROM
 from deltaw.runtime.layer_entry import (
     BackboneEntry,
     BlockEntry,
@@ -63,7 +64,7 @@ MANY_ROWS = 200_000
 REVISION = 1
 # What a configuration says that no feature depends on.
 IRRELEVANT = {
-    "_name_or_path",
+    READ_FROM,
     "transformers_version",
     "architectures",
     "id2label",

@@ -242,9 +242,14 @@ class DiskStore:
     def _touch(self, units: int) -> None:
         """Count pages that were touched, and give all back once they are many."""
         self._touched += units * max(self.shape.width * self.shape.torch_dtype.itemsize, mmap.PAGESIZE)
-        if self._touched > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+        mapped = self._map.base
+        if (
+            self._touched > RESIDENT_BYTES
+            and isinstance(mapped, mmap.mmap)
+            and hasattr(mmap, "MADV_DONTNEED")
+        ):
             # Of a shared mapping nothing is lost by it, what is not on the disk yet included.
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+            mapped.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 
     def mark(self) -> None:

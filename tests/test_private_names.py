@@ -1,0 +1,326 @@
+"""Names that other libraries keep for themselves stand in one module each, and none of them is needed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw import private_names
+from deltaw.errors import UserError
+from deltaw.kernels import torch_private
+from deltaw.lora import LoRALinear
+from deltaw.lora.layers_bias import LoRABiasLinear
+from deltaw.lora.layers_dora import DoRALinear
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "deltaw"
+GATHERED = ("kernels/torch_private.py", "hub/transformers_private.py")
+# Python's own, which its documentation describes.
+STANDARD = {"_exit", "_getframe", "_replace", "_fields_"}
+# Functions whose argument may be the name of an attribute.
+BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "attrgetter"}
+# Without one of these there is no dry run.
+PLANS = ("FakeTensor", "FakeTensorMode", "TorchDispatchMode", "_DisableTorchDispatch", "tree_map_only")
+PLANS += ("tree_leaves", "_current_graph_task_id", "_local_scalar_dense")
+TABLES, HOOKS = ("_parameters", "_buffers", "_modules"), ("_forward_hooks",)
+ATTENTION = ("_attn_implementation",)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def names_of(file: Path) -> set[str]:
+    """The private names that a module gathers: its strings that are one, or a path of names with one."""
+    found: set[str] = set()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = node.value.split(".")
+            if all(part.isidentifier() for part in parts) and any(map(_is_private, parts)):
+                found.add(next(part for part in reversed(parts) if part != "default"))
+    return found - _stored(tree)
+
+
+def _stored(tree: ast.AST) -> set[str]:
+    """Names that a file gives to something: functions, classes, variables, attributes of ``self``."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+    return found
+
+
+NAMES = {name: file for file in GATHERED for name in sorted(names_of(PACKAGE / file))}
+
+
+# Where they stand
+
+
+def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those for the type checker alone."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            waiting += ast.iter_child_nodes(node)
+
+
+def foreign_names(files: dict[str, str]) -> list[str]:
+    """Private names of other libraries in sources by their paths, each with its place."""
+    trees = {path: ast.parse(text) for path, text in files.items()}
+    stored = {path: _stored(tree) for path, tree in trees.items()}
+    own = set().union(*stored.values())
+    found = []
+    for path, tree in trees.items():
+
+        def is_foreign(name: object, of_self: bool = False, path: str = path) -> bool:
+            if not isinstance(name, str) or not _is_private(name) or name in STANDARD:
+                return False
+            return name not in own or (name in NAMES and not (of_self and name in stored[path]))
+
+        for node in _runtime_nodes(tree):
+            names: list[object] = []
+            of_self = False
+            if isinstance(node, ast.Attribute):
+                of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+                names = [node.attr]
+            elif isinstance(node, ast.Import):
+                names = [part for alias in node.names for part in alias.name.split(".")]
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "deltaw").startswith("deltaw"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+                names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                names = [name for name in [node.slice.value] if name in NAMES]
+            found += [f"{path}, line {node.lineno}: {n}" for n in names if is_foreign(n, of_self)]
+    return found
+
+
+def test_private_names_of_other_libraries_stand_in_their_modules_alone() -> None:
+    files = {str(f.relative_to(PACKAGE)): f.read_text(encoding="utf-8") for f in PACKAGE.rglob("*.py")}
+    found = foreign_names({path: text for path, text in files.items() if path not in GATHERED})
+    assert not found, "gather them in " + " or ".join(GATHERED) + ":\n" + "\n".join(found)
+
+
+def test_the_check_finds_what_it_looks_for() -> None:
+    text = """
+import torch._dynamo
+from torch.nn.modules.conv import _ConvNd
+if TYPE_CHECKING:
+    from library._lib import Kind
+class Own(Module):
+    def __init__(self):
+        self._mine = self._modules = 1
+        self._mine, self._modules, other._mine, os._exit
+        other._modules
+        self._parameters
+        getattr(other, "_theirs", None)
+        vars(other)["_buffers"]
+        torch._C._len_torch_dispatch_stack()
+"""
+    lines = [found.partition(" line ")[2] for found in foreign_names({"a.py": text})]
+    assert sorted(lines) == sorted(
+        [
+            "2: _dynamo",
+            "3: _ConvNd",
+            "10: _modules",
+            "11: _parameters",
+            "12: _theirs",
+            "13: _buffers",
+            "14: _C",
+            "14: _len_torch_dispatch_stack",
+        ]
+    )
+
+
+# Without them
+
+
+def _told(folder: Path, cases: list[tuple[str, list[str]]]) -> list[dict]:
+    """What a training, a plan and a text come to by a method without some names, case by case."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    command = [sys.executable, "-m", "tests.private_run", str(folder), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    told = [json.loads((folder / f"{number}.json").read_text()) for number in range(len(cases))]
+    for (_, names), answer in zip(cases, told, strict=True):
+        assert "fault" not in answer, f"without {names}:\n{answer['fault']}"
+    return told
+
+
+def _check(names: list[str], answer: dict, expected: dict) -> None:
+    """The same losses and texts, in more time; or a refusal that says what is missing."""
+    if not set(names).isdisjoint(TABLES):
+        assert "an adapter needs the tables of nn.Module, which torch" in answer["loss"]
+        return
+    assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-5), names
+    assert answer["text"] == expected["text"], names
+    if not set(names).isdisjoint(PLANS):
+        assert f"has no {names[0]}, which dry runs need" in answer["plan"]
+    else:  # plain blocks keep more than fused ones
+        assert answer["plan"] >= expected["plan"], names
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="deltaw is imported anew in forked processes")
+
+
+@needs_fork
+def test_it_trains_plans_and_writes_without_any_of_them(tmp_path: Path) -> None:
+    others = [n for n in NAMES if n not in (*PLANS, *TABLES, *ATTENTION) and "_hooks" not in n]
+    cases = [
+        ("lora", []),
+        ("lora", others),
+        ("lora", [*PLANS, *HOOKS]),
+        ("lora", list(ATTENTION)),
+        ("lora", list(TABLES)),
+        ("bias", []),
+        ("bias", list(TABLES)),
+    ]
+    told = _told(tmp_path, cases)
+    for (_, names), answer in zip(cases[1:5], told[1:5], strict=True):
+        _check(names, answer, told[0])
+    assert told[6]["text"] == told[5]["text"]  # no module is replaced, so that none needs its tables
+    assert told[6]["loss"] == pytest.approx(told[5]["loss"], rel=1e-5)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_it_trains_plans_and_writes_without_each_of_them(tmp_path: Path) -> None:
+    names = list(NAMES)
+    expected, *told = _told(tmp_path, [("lora", []), *(("lora", [name]) for name in names)])
+    for name, answer in zip(names, told, strict=True):
+        _check([name], answer, expected)
+
+
+# Each stand-in
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> ModuleType:
+    """A second ``torch_private``, of a torch that does not have these names."""
+    look_up = private_names.look_up
+    monkeypatch.setattr(
+        private_names,
+        "look_up",
+        lambda owner, path: None if set(names) & set(path.split(".")) else look_up(owner, path),
+    )
+    spec = importlib.util.spec_from_file_location("torch_private_without", torch_private.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_nothing_is_missing_in_this_version_of_torch() -> None:
+    gone = [
+        node.args[1].value
+        for node in ast.walk(ast.parse(Path(torch_private.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("look_up(torch,")
+        if private_names.look_up(torch, node.args[1].value) is None
+    ]
+    assert gone in ([], ["_dynamo.exc.TorchDynamoException"])  # the compiler is imported when it is asked for
+
+
+def test_kernels_are_called_through_the_dispatcher_where_nobody_says_who_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not torch_private.watched() and not torch_private.in_dispatch_mode()
+    assert _without(monkeypatch, "_len_torch_dispatch_stack").watched()
+    assert _without(monkeypatch, "_is_profiler_enabled").watched()
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, LoRABiasLinear, DoRALinear])
+def test_adapted_layers_are_compiled_whole(kind: type) -> None:
+    """What is looked up must be something that torch.compile sees through."""
+    layer = kind.from_linear(nn.Linear(8, 8), 2)
+    x = torch.randn(3, 8)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), layer(x))
+
+
+def test_softmax_and_views_have_the_same_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = _without(monkeypatch, "_softmax_backward_data", "_unsafe_view", "_is_view", "_version")
+    output = torch.softmax(torch.randn(3, 5, dtype=torch.float64), -1)
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    expected = torch_private.softmax_backward(grad, output, -1, torch.float64)
+    assert torch.allclose(other.softmax_backward(grad, output, -1, torch.float64), expected)
+    for module in (torch_private, other):
+        x = torch.arange(6.0, requires_grad=True)
+        y = module.unrecorded_view(x * 1, (2, 3))
+        assert torch.relu_(y) is y  # what a plain view out of a Function would not allow
+        y.sum().backward()
+        assert y.shape == (2, 3) and x.grad is not None
+    x = torch.ones(2)
+    assert torch_private.version_of(x) == torch_private.version_of(x)
+    assert other.version_of(x) != other.version_of(x)
+    assert torch_private.is_view(x.view(1, 2)) and not torch_private.is_view(x) and other.is_view(x)
+
+
+def test_a_modules_own_parts_are_found_by_public_names_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = _without(monkeypatch, "_parameters")
+    module = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3))
+    module[0].register_parameter("again", module[0].weight)
+    for one in module.modules():
+        for table in ("own_parameters", "own_buffers", "own_modules"):
+            theirs, found = getattr(torch_private, table)(one), getattr(other, table)(one)
+            assert found.keys() == theirs.keys() and all(found[name] is theirs[name] for name in found)
+    for refused in (
+        lambda: other.adopt(nn.Linear, module[0]),
+        lambda: other.with_tensors(module[0], {}),
+        lambda: other.share_parameters(module[0], {}),
+    ):
+        with pytest.raises(UserError, match=r"needs the tables of nn\.Module"):
+            refused()
+
+
+def test_a_copy_with_other_tensors_leaves_the_module_as_it_is() -> None:
+    module = nn.BatchNorm1d(3)
+    weight = nn.Parameter(torch.zeros(3))
+    made = torch_private.with_tensors(module, {"weight": weight})
+    assert made.weight is weight and module.weight is not weight
+    assert made.running_mean is module.running_mean and "bias" not in dict(made.named_parameters())
+
+
+def test_hooks_are_seen_and_taken_away_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = _without(monkeypatch, "_backward_hooks")
+    module = nn.Linear(2, 2)
+    assert not torch_private.are_hooked([vars(module)]) and other.are_hooked([vars(module)])
+    handles = [
+        module.register_forward_pre_hook(lambda *_: None),
+        module.register_forward_hook(lambda *_: None, always_call=True),
+    ]
+    assert torch_private.are_hooked([vars(module)])
+    torch_private.remove_forward_hooks(module, [handle.id for handle in handles])
+    assert not torch_private.are_hooked([vars(module)])
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_told_without_the_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Other(nn.Conv1d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input
+
+    for module in (torch_private, _without(monkeypatch, "_conv_forward")):
+        assert module.convolves_as(nn.Conv1d, nn.Conv1d) and not module.convolves_as(Other, nn.Conv1d)
+
+
+def test_tensors_of_a_size_alone_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"train.sharding: base needs Tensor._make_wrapper_subclass"):
+        _without(monkeypatch, "_make_wrapper_subclass").sized_tensor(object, torch.Size([1]), torch.float32)
