@@ -192,11 +192,17 @@ def test_fused_blocks_in_fp32_let_go_of_their_weights():
     tokens = torch.arange(20)[None] + 3
     layout = Layout.of_lengths([20])
     inputs = {"input_ids": tokens, "position_ids": tokens - 3, "packed_layout": layout, "use_cache": False}
+
+    def wide() -> dict[int, torch.nn.Parameter]:
+        found = [t for t in gc.get_objects() if type(t) is torch.nn.Parameter and t.dtype == torch.float32]
+        return {id(parameter): parameter for parameter in found}
+
+    before = wide()
     with packed_rows(model), widened(model):
         model(**inputs).logits.sum().backward()
-        wide = [t for t in gc.get_objects() if type(t) is torch.nn.Parameter and t.dtype == torch.float32]
+        made = [parameter for number, parameter in wide().items() if number not in before]
     shapes = {p.shape for p in model.model.layers[0].parameters() if p.dtype == torch.bfloat16}
-    weights = [p for p in wide if p.dim() == 2 and p.shape in shapes and not p.requires_grad]
+    weights = [p for p in made if p.dim() == 2 and p.shape in shapes and not p.requires_grad]
     assert not weights
 
 

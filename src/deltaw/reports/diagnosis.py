@@ -13,7 +13,7 @@ from typing import Literal
 from deltaw.errors import nearest
 from deltaw.host.choices import SLOW, choose_precision
 from deltaw.kernels.arithmetic import STORED, TORCH
-from deltaw.kernels.variants import LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
+from deltaw.kernels.variants import EMULATED_TILES, LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
 from deltaw.reports.machine import OPTIONAL, Disk, Facts
 
 Severity = Literal["ok", "note", "warning", "problem"]
@@ -44,6 +44,7 @@ VARIABLES = {
     "DELTAW_PEER_SECONDS": "how long processes that train together wait for each other",
     "DELTAW_TRACEBACK": "1: an unexpected error shows where it arose",
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
+    EMULATED_TILES: "1: for tests of the kernels: arrays stand for the tiles of AMX",
 }
 
 
