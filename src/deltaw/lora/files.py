@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import durable
+from deltaw.contained import require_contained
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
@@ -29,6 +30,7 @@ from deltaw.lora.matching import Named, modules_once, values_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.saved_tensors import SavedTensors
 from deltaw.lora.select import ExtraModule, Selection, Target, select
+from deltaw.named import remember_named
 from deltaw.tensor_files import TensorFile, save_tensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -108,6 +110,8 @@ def save_adapter(
     save_tensors(Path(folder) / WEIGHTS_NAME, SavedTensors(record), metadata)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
+    if base_model is not None:
+        remember_named("model", base_model)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Summary:
@@ -182,6 +186,7 @@ def _adapter(
             where=str(folder),
             hint="name a folder on this machine; an adapter on a hub must be downloaded first",
         )
+    require_contained(folder)
     settings = _read_settings(folder / CONFIG_NAME)
     config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
     tensors, metadata = tensors_of(folder)

@@ -16,6 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from deltaw import durable
+from deltaw.contained import require_contained
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
 from deltaw.tensor_files import save_tensors
@@ -86,8 +87,9 @@ def read_config(folder: Path) -> dict[str, object]:
     """``adapter_config.json`` of any method.
 
     Raises:
-        UserError: it is missing or not a JSON object.
+        UserError: it is missing or not a JSON object, or a link in the folder leads out of it.
     """
+    require_contained(folder)
     path = folder / ADAPTER_CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
