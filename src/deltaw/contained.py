@@ -8,7 +8,7 @@ files of the same model beside them, is known by its layout. It knows paths, not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from deltaw.errors import UserError
@@ -17,18 +17,19 @@ from deltaw.errors import UserError
 _READ_INSIDE = ("additional_chat_templates",)
 
 
-def require_contained(folder: Path, *, all_of_it: bool = False) -> None:
+def require_contained(folder: Path, *, all_of_it: bool = False, among: Iterable[Path] | None = None) -> None:
     """Refuse links in ``folder`` that lead out of it.
 
     Args:
         folder: may itself be reached by a link; a folder that is not there has none in it.
-        all_of_it: look at everything below it, and not only at its files.
+        all_of_it: look at everything below it, and not only at its files. among: look at these alone.
 
     Raises:
         UserError: there is such a link.
     """
     roots: list[Path] | None = None
-    for path in _everything(folder) if all_of_it else _files(folder):
+    paths = _everything(folder) if all_of_it else _files(folder)
+    for path in paths if among is None else among:
         if not path.is_symlink():
             continue
         roots = _roots(folder) if roots is None else roots

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,8 +132,8 @@ def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = 
 
     Args:
         given: settings of the caller's own, nested, which come before the folder's.
-        all_of_it: whether the run itself goes on, so that everything in the folder is read, and its model is
-            the one that it names and no other revision of it.
+        all_of_it: whether the run itself goes on, so that everything in the folder is read, and what it names
+            is what it began with: no other revision of its model, nor another file with its template.
 
     Raises:
         UserError: the settings name something, or ask for Python code of the model's, and the caller does not
@@ -144,12 +144,12 @@ def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = 
     config = RunConfig.read(settings, given)
     if config.trust_remote_code and not given.get("trust_remote_code"):
         raise _wants_code(settings, config.model, "--trust_remote_code true")
-    config = _with_saved_template(config, folder, given)
-    named = {
-        key: value
-        for key, value in _unknown(config, ("model", "data.train", "data.eval", "track")).items()
-        if not _is_given(given, key)
-    }
+    keys = ["model", "data.train", "data.eval", "track"]
+    if all_of_it:
+        keys.append("data.chat_template")
+    else:
+        config = _with_saved_template(config, folder, given)
+    named = {key: value for key, value in _unknown(config, keys).items() if not _is_given(given, key)}
     if not all_of_it and "model" in named and (here := already_here(config.model)) is not None:
         config = config.model_copy(update={"model": here})
         del named["model"]
@@ -174,7 +174,7 @@ def _with_saved_template(config: RunConfig, folder: Path, given: Mapping[str, ob
     return config
 
 
-def _unknown(config: RunConfig, keys: tuple[str, ...]) -> dict[str, object]:
+def _unknown(config: RunConfig, keys: Sequence[str]) -> dict[str, object]:
     """Which of ``keys`` name what the user did not name here before, and what."""
     found = {key: value for key, value in config.named().items() if key in keys}
     return {key: value for key, value in found.items() if not was_named(key.partition(".")[0], value)}
@@ -199,9 +199,10 @@ def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None
         for key, value in named.items()
     }
     flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
+    wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
     return UserError(
-        f"the folder names {' and '.join(f'{key} {text!r}' for key, text in texts.items())}, which has not "
-        "been named on this machine before and is not in a cache: it is not looked for at a folder's word",
+        f"the folder names {wanted}, which nobody has named here before: at a folder's word alone, it is "
+        "neither looked for nor fetched",
         where=str(file),
         hint=f"if that is what you want, name it yourself: {flags}",
     )
