@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from deltaw.data import template_limits
 from deltaw.data.messages import Conversation
 from deltaw.data.rendering import FAULTS, LONGEST_TEMPLATE, rendered, rendered_by
-from deltaw.data.template_limits import TemplateLimitError
+from deltaw.data.template_language import TemplateLimitError
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer
@@ -83,7 +83,8 @@ SPEECH = """
 {% set block %}{{ ns.text | replace('|', ' ; ') }}{% endset %}{{ block }}
 {%- macro called() %}{{ caller(2) }}{% endmacro %}{% call(x) called() %}{{ x + ns.n }}{% endcall %}
 {{- ns.all | map(attribute='role') | join(', ') }}{{ dict(a=1, b=[2, ns.n]) | tojson(indent=2) }}
-{{- '%s and %d' % ('one', 2) }}{{ '{} {x}'.format(1, x='é') }}{{ 'a,b'.split(',') | join('-') }}
+{{- '%s and %d' % ('one', 2) }}{{ '10000% *{{{:>5}}}*'.format(7) }}{{ '20000%% %(a)s*' % {'a': 1} }}
+{{ '{} {x}'.format(1, x='é') }}{{ 'a,b'.split(',') | join('-') }}
 {{- messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 'x'.center(5) }}{{ 'y'.ljust(3) }}
 {{- 'user' in messages | map(attribute='role') | list }}{{ 1 < ns.n <= 100 }}{{ messages[0] == messages[-1] }}
 {{- {'b': 1, 'a': 2} | dictsort }}{{ [3, 1, 2] | sort | reverse | list }}{{ 'ß<' | e }}{{ 2.5 | round | int }}
@@ -150,6 +151,7 @@ ENDLESS = {
     "indents": "{{ ('a\n' * 10000) | indent(100000) }}",
     "JSON": "{{ [[[1]]] | tojson(indent=10**9) }}",
     "JSON with much between": "{% set s = 'a' * 10000 %}{{ range(1000) | list | tojson(separators=(s, s)) }}",
+    "splitting": "{% set a = 'a b ' * 100000 %}{{ a.split() }}{{ a.split('b') }}",
     "a date": "{{ strftime_now('%Y' * 10000) }}",
     "reading": LONG + "{% if 'b' in a %}{% endif %}{% endfor %}",
     "comparing": LONG + "{% if a + 'b' == a + 'c' %}{% endif %}{% endfor %}",

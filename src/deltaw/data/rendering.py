@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from deltaw.data.template_limits import LimitedEnvironment, TemplateLimitError
+from deltaw.data.template_language import TemplateLimitError
+from deltaw.data.template_limits import LimitedEnvironment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def rendered(
     """
     found = _compiled(template)
     if isinstance(found, Exception):
-        raise found
+        raise found.with_traceback(None)  # else it would grow each time
     return found.render(messages, generation, tools, variables)
 
 

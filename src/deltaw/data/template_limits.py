@@ -21,15 +21,14 @@ from types import BuiltinMethodType
 from typing import Any
 
 from jinja2 import nodes, pass_context, pass_eval_context
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.nodes import EvalContext
-from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from deltaw.data.template_language import Attributes, Dictionary, GenerationTag, TemplateLimitError
 from deltaw.data.template_payments import COPIED, with_payments
-from deltaw.errors import UserError
 
 STEPS, STEPS_A_MESSAGE, STEPS_A_CHARACTER = 1 << 22, 1 << 14, 16
 """What a rendering may cost: in any case, and more for each message (or other mapping) and each character
@@ -39,6 +38,9 @@ a :data:`_READ`-th of one that is compared."""
 _READ = 1024
 _BITS = 4096  # of a whole number
 _WIDTH = 9999  # the widest field that a format may ask for
+# A field that is wider, or of a width that is computed: of ``%``, and of ``str.format``.
+_WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*(?:\d{5}|\*)")
+_WIDE_BRACES = re.compile(r"\{[^{}]*(?:\d{5}|\{)")
 _TOO_MUCH = "it takes more steps than a conversation of this length may"
 _FILTERS = """
     abs attr capitalize count d default dictsort e escape first float forceescape format indent int items join
@@ -61,55 +63,8 @@ _COMPARED: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class TemplateLimitError(UserError):
-    """A chat template does more than a rendering may cost."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"the chat template was ended: {what}",
-            where="the chat template",
-            hint="do without it (data.template: plain), or name one of your own in data.chat_template",
-        )
-
-
-class _Attributes(Namespace):
-    """What ``namespace()`` gives: as in transformers, without names that begin with an underscore; and
-    without another one inside, so that its size is that of its values."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"a namespace has no attribute {name!r}")
-        if isinstance(value, Namespace):
-            raise TemplateLimitError("it puts a namespace into another")
-        super().__setitem__(name, value)
-
-
-class _Dictionary:
-    """``dict`` in a template."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Generation(Extension):
-    """``{% generation %}``, which marks the assistant's text: its content is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("content"), [], [], body).set_lineno(line)
-
-    def content(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
 _SIZED = (str, list, tuple, dict)
-_SAFE = (str, int, float, bool, _Attributes, LoopContext)
+_SAFE = (str, int, float, bool, Attributes, LoopContext)
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -120,7 +75,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     """
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
         self.open_account(0, 0)
         self._own = {name: self.filters[name] for name in _FILTERS.split()}
         self.filters = {
@@ -151,7 +106,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         for name in ("upper", "lower"):
             tests[name] = self._measured(self.tests[name])  # type: ignore[arg-type]
         self.tests |= tests
-        kept = {"range": self.globals["range"], "dict": _Dictionary(), "namespace": self._namespace}
+        kept = {"range": self.globals["range"], "dict": Dictionary(), "namespace": self._namespace}
         self.globals = {**kept, **functions}
 
     def open_account(self, messages: int, characters: int) -> None:
@@ -238,7 +193,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _copied(self, value: Any) -> Any:
-        """Pay for a value as text; it is made one by whoever reads it."""
+        """Pay for a value as the text that it is written as."""
         if type(value) is not str:
             value = str(value)
         self._pay(1 + len(value) // COPIED)
@@ -384,8 +339,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
 
-    def _namespace(self, /, *args: Any, **kwargs: Any) -> _Attributes:
-        made = _Attributes()
+    def _namespace(self, /, *args: Any, **kwargs: Any) -> Attributes:
+        made = Attributes()
         for name, value in self._copy(dict(*args, **kwargs)).items():
             made[name] = value
         return made
@@ -393,11 +348,19 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _pay_replace(self, text: str, old: str, new: str) -> None:
         self._pay(1 + (len(text) + text.count(old) * len(new)) // COPIED)
 
-    def _pay_format(self, form: str, values: tuple[Any, ...]) -> None:
-        """Fields with a width of up to :data:`_WIDTH`, each with any of the values."""
-        if re.search(r"\d{5}|\*|\{[^{}]*\{", form):
+    def _pay_format(self, form: str, values: tuple[Any, ...], *, braces: bool = False) -> None:
+        """Fields with a width of up to :data:`_WIDTH`, each with any of the values.
+
+        Args:
+            braces: whether they are those of ``str.format``, not of ``%``.
+        """
+        if braces:
+            bare, wide = form.replace("{{", "").replace("}}", ""), _WIDE_BRACES
+        else:
+            bare, wide = form.replace("%%", ""), _WIDE_PERCENT
+        if wide.search(bare):
             raise TemplateLimitError("it asks for a very wide field, or for one of a computed width")
-        fields = form.count("%") + form.count("{")
+        fields = bare.count("{" if braces else "%")
         self._pay(1 + (len(form) + fields * (_WIDTH + self._weight(values)[0])) // COPIED)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -411,7 +374,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Call what a template calls; methods of texts are estimated before."""
         if type(obj) is not BuiltinMethodType:
             if getattr(obj, "__name__", "") == "format" and hasattr(obj, "__wrapped__"):
-                self._pay_format(obj.__wrapped__.__self__, (*args, *kwargs.values()))
+                self._pay_format(obj.__wrapped__.__self__, (*args, *kwargs.values()), braces=True)
             self._pay(1)
             return self._copy(super().call(context, obj, *args, **kwargs))
         # A method of Python's own values; the sandbox saw to it when its name was looked up.
@@ -429,6 +392,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             parts = list(self._counted(args[0]))
             self._pay(sum(len(part) + len(text) for part in parts if isinstance(part, str)) // COPIED)
             return (parts, *args[1:])
+        elif name in ("split", "rsplit", "splitlines"):
+            between = args[0] if args and isinstance(args[0], str) and args[0] else None
+            self._pay(1 + (len(text) // 4 if between is None else COPIED * text.count(between)))
         elif name in ("center", "ljust", "rjust", "zfill") and args and isinstance(args[0], int):
             self._pay((len(text) + max(args[0], 0)) // COPIED)
         else:

@@ -19,6 +19,7 @@ from deltaw import durable
 from deltaw.contained import require_contained
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
+from deltaw.named import remember_named
 from deltaw.tensor_files import save_tensors
 from deltaw.version import __version__
 
@@ -75,6 +76,8 @@ def write_adapter(
         save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **metadata})
         text = json.dumps(config, indent=2, ensure_ascii=False)
         durable.write_text(folder / ADAPTER_CONFIG, text + "\n")
+        if config.get("base_model_name_or_path") is not None:
+            remember_named("model", config["base_model_name_or_path"])
     except OSError as error:
         raise UserError(
             f"the adapter cannot be written: {error.strerror or error}",
