@@ -112,7 +112,9 @@ class ChatRenderer:
     def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
         # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
         template = self.template(bool(tools))
-        return rendered(template, messages, generation=generation, tools=tools, variables=self._special)
+        text = rendered(template, messages, generation=generation, tools=tools, variables=self._special)
+        text.encode("utf-8")  # raises for half of a surrogate pair, which tokenizers do not take
+        return text
 
     def answers(self, conversation: Conversation, where: str, *, only_last: bool) -> list[Answer]:
         """The answers that are labels, each in its context; if there are none, the last one.
