@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,13 +34,16 @@ THREADS = int(os.environ.get("DELTAW_TEST_THREADS", "1"))
 COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Isolate tests from the user's cache, the network and the machine's rates, and use one thread."""
-    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
-    monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Isolate tests from the user's cache, the network and the machine's rates, and use one thread; runs that
+    several tests share are made like that too."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("DELTAW_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
+        monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": RATES}))
+        yield
 
 
 @pytest.fixture(autouse=True)

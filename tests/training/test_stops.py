@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.data import encode_prompt
 from deltaw.data.bad_rows import SKIPPED_ROWS
 from deltaw.errors import UserError
 from deltaw.runtime.generation import generate
 from deltaw.training.data_view import shown_rows
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run, with_saved_template
+from deltaw.training.inference import open_run
+from deltaw.training.origin import settings_in
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of
@@ -87,7 +87,7 @@ def test_a_run_saves_its_own_template_and_is_asked_with_it(tmp_path: Path, setti
     own.unlink()  # the run's folder is enough
     assert "says" in "".join(
         piece.text
-        for row in shown_rows(with_saved_template(RunConfig.read(output / "run.yaml"), output), None, 1)
+        for row in shown_rows(settings_in(output, {}), None, 1)
         for example in row.examples
         for piece in example.pieces
     )

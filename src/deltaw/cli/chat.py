@@ -31,6 +31,7 @@ def command(
     with_base: bool,
     how: TextSettings,
     model: str | None,
+    trust_remote_code: bool,
     precision: str,
     device: str,
 ) -> None:
@@ -42,7 +43,14 @@ def command(
 
         from deltaw.serving.opening import base_engine
         from deltaw.training.inference import open_run
-    opened = open_run(run, model=model, precision=precision, device=device, say=notes.print)
+    opened = open_run(
+        run,
+        model=model,
+        precision=precision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        say=notes.print,
+    )
     opened.require_generation()
 
     def say(line: str) -> None:

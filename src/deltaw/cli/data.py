@@ -82,19 +82,17 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
 def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
     """The settings of a run on ``file``, which may itself be settings or a run's folder."""
     from deltaw.config import RunConfig
-    from deltaw.training.inference import with_saved_template
+    from deltaw.training.origin import settings_in
     from deltaw.training.run_folder import SETTINGS
 
     flags = nested(given)
     if file is None:
         return RunConfig.read(settings, flags)
     path = Path(file)
-    itself = (
-        path if path.suffix in (".yaml", ".yml") else path / SETTINGS if (path / SETTINGS).is_file() else None
-    )
-    if itself is not None:
+    is_folder = (path / SETTINGS).is_file()
+    if is_folder or path.suffix in (".yaml", ".yml"):
         if settings is not None:
             raise UserError(f"'{file}' holds settings, and --settings names others", hint="give one of them")
-        return with_saved_template(RunConfig.read(itself, flags), path)
+        return settings_in(path, flags) if is_folder else RunConfig.read(path, flags)
     flags["data"] = {**flags.get("data", {}), "train": file}
     return RunConfig.read(settings, flags)

@@ -54,6 +54,7 @@ def command(
     general: int,
     task: str | None,
     model: str | None,
+    trust_remote_code: bool,
     precision: str,
     device: str,
     as_json: bool,
@@ -67,7 +68,15 @@ def command(
         raise UserError(
             "--set chooses among the run's own sets", where="--data", hint="leave out one of the two"
         )
-    opened = open_run(run, model=model, precision=precision, device=device, task=task, say=out.print)
+    opened = open_run(
+        run,
+        model=model,
+        precision=precision,
+        device=device,
+        task=task,
+        trust_remote_code=trust_remote_code,
+        say=out.print,
+    )
     sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, out).items()}
     _say_not_invoked(opened, sets, out)
     writer = SessionWriter(opened, lambda line: out.print(line, highlight=False, markup=False))
@@ -119,7 +128,8 @@ def _rows_by_set(
             data, opened.data or DataSettings(train=data), opened.classes
         )
         sets, lines = {"": examples}, report.lines()
-    elif opened.config is not None:
+    elif opened.config is not None and opened.found is not None:
+        opened.found.require_rows()
         lines = []
         found = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed, say=lines.append)
         sets, lines = dict(found.sets), [*found.report.lines(), *lines]

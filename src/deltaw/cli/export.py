@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from deltaw.cli.options import completing, console, json_flag, print_json
+from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.working import working
 
 FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
@@ -26,12 +26,7 @@ FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
     help="how a GGUF file stores numbers: f32, f16, bf16; of a model also q8_0, q5_0, q5_1, q4_0, q4_1, "
     "q6_k, q5_k, q4_k  [default: f32 for an adapter, f16 for a model]",
 )
-@click.option(
-    "--model",
-    default=None,
-    help="the base model, where the folder does not name it",
-    shell_complete=completing("model"),
-)
+@base_flags
 @click.option("--overwrite", is_flag=True, help="replace what is there")
 @json_flag
 def command(
@@ -40,6 +35,7 @@ def command(
     output: str,
     kind: str | None,
     model: str | None,
+    trust_remote_code: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -48,7 +44,16 @@ def command(
     notes = console(True)
     with working("starting"):
         from deltaw.export.formats import export
-    done = export(run, format_name, output, kind=kind, model=model, overwrite=overwrite, say=notes.print)
+    done = export(
+        run,
+        format_name,
+        output,
+        kind=kind,
+        model=model,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        say=notes.print,
+    )
     if as_json:
         print_json(done.as_dict())
         return

@@ -42,6 +42,7 @@ def command(
     how: TextSettings,
     logprobs: int | None,
     model: str | None,
+    trust_remote_code: bool,
     precision: str,
     device: str,
     as_json: bool,
@@ -63,7 +64,9 @@ def command(
     def say(line: str) -> None:
         notes.print(line, highlight=False, markup=False)
 
-    opened = open_run(run, model=model, precision=precision, device=device, say=say)
+    opened = open_run(
+        run, model=model, precision=precision, device=device, trust_remote_code=trust_remote_code, say=say
+    )
     opened.require_generation()
     tokens = [encode_prompt(_messages(p, system), opened.data or "auto", opened.tokenizer) for p in asked]
     if (line := opened.not_invoked(tokens)) is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaw.cli.options import completing, console, json_flag, print_json
+from deltaw.cli.options import base_flags, console, json_flag, print_json
 from deltaw.errors import UserError
 from deltaw.working import working
 
@@ -21,12 +21,7 @@ METHODS = ("concat", "svd", "linear", "ties", "dare")
 @click.command("merge")
 @click.argument("run", type=click.Path())
 @click.option("--output", required=True, type=click.Path(), help="the folder to make")
-@click.option(
-    "--model",
-    default=None,
-    help="the base model, where the folder does not name it",
-    shell_complete=completing("model"),
-)
+@base_flags
 @click.option(
     "--precision",
     default="keep",
@@ -59,6 +54,7 @@ def command(
     run: str,
     output: str,
     model: str | None,
+    trust_remote_code: bool,
     precision: str,
     shard_size: str | None,
     overwrite: bool,
@@ -90,6 +86,7 @@ def command(
         recipe = Recipe(method, weights, rank if method == "svd" else None, density, seed)
     options = MergeOptions(
         model=model,
+        trust_remote_code=trust_remote_code,
         precision=precision,
         shard_size=None if shard_size is None else parse_size(shard_size),
         overwrite=overwrite,

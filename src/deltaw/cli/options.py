@@ -149,8 +149,23 @@ def as_text(given: str, where: str) -> str:
     return given
 
 
+def base_flags(command: Command) -> Command:
+    """Flags of the verbs that need a run's base model: which one, and whether its own code is run."""
+    command = click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="run Python code that comes with the base model; only if you know it",
+    )(command)
+    return click.option(
+        "--model",
+        default=None,
+        help="the base model: where the folder does not name it, names another, or comes from somewhere else",
+        shell_complete=completing("model"),
+    )(command)
+
+
 def model_flags(command: Command) -> Command:
-    """Flags of the verbs that open a run: which base model, and how it is loaded."""
+    """Flags of the verbs that open a run: its base model, and how it is loaded."""
     command = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")(command)
     command = click.option(
         "--precision",
@@ -158,12 +173,7 @@ def model_flags(command: Command) -> Command:
         help="auto, bf16, fp32, int8, gguf, nf4",
         shell_complete=completing("precision"),
     )(command)
-    return click.option(
-        "--model",
-        default=None,
-        help="the base model, where the folder does not name it",
-        shell_complete=completing("model"),
-    )(command)
+    return base_flags(command)
 
 
 def _argument_name(key: str) -> str:

@@ -116,6 +116,7 @@ def command(
     cache_memory: str | None,
     adapter_memory: str,
     model: str | None,
+    trust_remote_code: bool,
     precision: str,
     device: str,
     without_key: bool,
@@ -142,6 +143,7 @@ def command(
     bound = server.listening_socket(settings)  # before the model, which takes its time
     opening = Opening(
         model=model,
+        trust_remote_code=trust_remote_code,
         name=name,
         precision=precision,
         device=device,

@@ -15,18 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from deltaw.data.bad_rows import BadRowError
 from deltaw.data.chat_template import asks_for_date, with_date
 from deltaw.data.messages import Conversation, Message, reasoning
+from deltaw.data.rendering import FAULTS, rendered
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What templates raise, besides their own errors, on conversations that they are not made for.
-_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _OPEN_THOUGHT = re.compile(r"<think>\s*$")
 _THOUGHT_BEGINS = re.compile(r"^\s*<think>\s*")
 _HINT = (
@@ -96,13 +93,14 @@ class ChatRenderer:
 
         Raises:
             BadRowError: the template does not accept them.
+            TemplateLimitError: it costs more than a rendering may; no other row is tried then.
         """
         try:
             return self._rendered(messages, generation, tools)
-        except _FAULTS as error:
+        except FAULTS as error:
             if any(message.get("tool_calls") for message in messages):
                 # Some templates want the arguments of calls as JSON text.
-                with contextlib.suppress(*_FAULTS):
+                with contextlib.suppress(*FAULTS):
                     return self._rendered([_with_text_arguments(m) for m in messages], generation, tools)
             raise BadRowError(
                 f"the model's chat template does not accept this conversation: {error}",
@@ -112,17 +110,9 @@ class ChatRenderer:
             ) from error
 
     def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
-        found: Any = render_jinja_template(
-            [list(messages)],  # type: ignore[list-item]
-            tools=list(tools) or None,
-            chat_template=self.template(bool(tools)),
-            add_generation_prompt=generation,
-            **self._special,
-        )
-        text = str(found[0][0])
+        template = self.template(bool(tools))
+        text = rendered(template, messages, generation=generation, tools=tools, variables=self._special)
         text.encode("utf-8")  # raises for half of a surrogate pair, which tokenizers do not take
         return text
 

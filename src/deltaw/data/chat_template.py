@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from deltaw.data.rendering import FAULTS, rendered
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _KEY = "data.chat_template"
 # The function with which templates ask for the date, and how they call it.
 _ASKS_DATE = re.compile(r"\bstrftime_now\b")
-_ASKS_FORMAT = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_ASKS_FORMAT = re.compile(r"""\bstrftime_now\(\s*(?:'([^'\n]*)'|"([^"\n]*)")\s*\)""")
 
 # The function again, with a dictionary of dates. What it ends with keeps the template's first line as it is.
 _MACRO = "{%% macro strftime_now(format) %%}{{ %s[format] }}{%% endmacro %%}{{ '' }}"
@@ -34,7 +35,8 @@ def read_chat_template(path: str) -> str:
     """The text of a template file.
 
     Raises:
-        UserError: it cannot be read, is empty, or is no Jinja template; the message names the line.
+        UserError: it cannot be read, is empty, or is no Jinja template (the message names the line), or one
+            that costs more than a rendering may.
     """
     try:
         text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
@@ -48,17 +50,15 @@ def read_chat_template(path: str) -> str:
         raise UserError("the chat template is not UTF-8 text", where=path, hint="save it as UTF-8") from error
     if not text.strip():
         raise UserError("the chat template is empty", where=path, hint="write a Jinja template of 'messages'")
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
-        render_jinja_template([[{"role": "user", "content": "Hello"}]], chat_template=text)
+        rendered(text, [{"role": "user", "content": "Hello"}], generation=False, variables={})
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"the chat template is not Jinja: {error.message}",
             where=f"{path}, line {error.lineno}",
             hint="correct that line",
         ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+    except FAULTS:
         # It may well need an answer, or a token that only the tokenizer has; the rows will tell.
         return text
     return text
@@ -94,7 +94,7 @@ def with_date(template: str, date: str) -> str:
 
     A macro of the same name stands before the function that reads the clock.
     """
-    formats = dict.fromkeys(match[2] for match in _ASKS_FORMAT.finditer(template))
+    formats = dict.fromkeys(match[1] or match[2] or "" for match in _ASKS_FORMAT.finditer(template))
     if not formats or len(_ASKS_FORMAT.findall(template)) < template.count("strftime_now("):
         return template  # it makes its format itself: the clock's date is all there is
     moment = datetime.datetime.fromisoformat(date)

@@ -20,6 +20,7 @@ from deltaw.data.pixels import ImageExample
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
+from deltaw.hub.folders import asks_for_code
 
 _TASK = "image-classification"
 _PREPROCESSOR = "preprocessor_config.json"
@@ -62,21 +63,23 @@ class ImageEncoder:
 
     Args:
         folder: of the model, with its ``config.json``.
+        trust_remote_code: run the Python files that came with it.
 
     Raises:
         UserError: the folder does not say the model's image size, or its files are damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self._folder = folder
         self._processor = None
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+            config = AutoConfig.from_pretrained(folder, **how)
             if (folder / _PREPROCESSOR).is_file():
-                self._processor = AutoImageProcessor.from_pretrained(
-                    folder, local_files_only=True, backend="pil"
-                )
+                self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **how)
         except Exception as error:  # a configuration's own checks raise anything
+            if "trust_remote_code" in str(error):
+                raise asks_for_code(folder) from error
             raise UserError(
                 f"the model's image preprocessing cannot be read: {str(error).splitlines()[0][:300]}",
                 where=str(folder),

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 
 from deltaw.data.example import Example
 from deltaw.data.prefix_tree import common_prefix
+from deltaw.data.rendering import FAULTS, rendered_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,14 +34,13 @@ def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         for question in _QUESTIONS:
             message = [{"role": "user", "content": question}]
             asked, bare = (
-                str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=generation))
-                for generation in (True, False)
+                rendered_by(tokenizer, message, generation=generation) for generation in (True, False)
             )
             if not asked.startswith(bare) or asked == bare:
                 return []
             text = asked[len(bare) :]
             wholes.append(np.asarray(tokenizer(asked, add_special_tokens=False)["input_ids"], np.int32))
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+    except FAULTS:
         return []  # whoever renders rows with it says what is wrong
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _common_ending(wholes, len(alone))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deltaw.contained import require_contained
 from deltaw.data.bad_rows import MAX_ROW_BYTES
 from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream
@@ -107,9 +108,10 @@ def _files(path: Path, name: str) -> list[tuple[Path, str]]:
 
 
 def _inside(folder: Path, name: str) -> list[Path]:
-    """The data files of a folder and of those inside it, in order of their paths: of one type, and not both
-    for training and evaluation."""
+    """The data files of a folder and of those inside it, in order of their paths: of one type, not both for
+    training and evaluation, and none a link to a file elsewhere."""
     files = [file for file in _walk(folder) if kind_of(file)]
+    require_contained(folder, among=files)
     kinds = sorted({str(kind_of(file)) for file in files})
     if not files:
         raise UserError(

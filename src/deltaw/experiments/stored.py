@@ -17,6 +17,7 @@ from deltaw.experiments.comparison import BASE
 from deltaw.experiments.entry import Entry
 from deltaw.experiments.folder import ExperimentFolder
 from deltaw.experiments.pace import Pace
+from deltaw.training.run_folder import remember_settings
 
 # Cost of evaluating the untrained model, in trainings; used for the remaining time only.
 BASE_WORK = 0.2
@@ -88,6 +89,7 @@ class Stored:
             self._failed(entry, found, float(len(left)), which)
             return
         entry.store(seed, {"learning_rate": rate, **found})
+        remember_settings(entry.config)  # the run may have been made on another machine
         self.place.write_piece(entry.method, entry.piece)
         which = "" if len(self.seeds) == 1 else f", seed {seed}"
         self.pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaw import tasks
-from deltaw.config import DEFAULT_TASK, RunConfig
+from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges
 from deltaw.export.checkpoint import Checkpoint, Names
@@ -21,11 +21,10 @@ from deltaw.hub.folders import local_folder
 from deltaw.hub.references import resolve
 from deltaw.hub.skeleton import skeleton
 from deltaw.lora.fingerprint import Sample, fingerprint_of, places
-from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.methods.files import classes_of, outputs_of, read_config
+from deltaw.methods.files import classes_of, outputs_of
 from deltaw.methods.parameters import names_of
 from deltaw.tensor_files import row_blocks
-from deltaw.training.run_folder import SETTINGS
+from deltaw.training.origin import read_folder
 
 Say = Callable[[str], None]
 
@@ -38,7 +37,7 @@ class Base:
         reference: what names it. folder: with config.json and safetensors.
         task: what the model does with the adapter. outputs: of a classifier's head, else None.
         classes: their names. run: the settings of the run, None where the folder is no run.
-        trust_remote_code: as in the run.
+        trust_remote_code: the caller's.
     """
 
     reference: str
@@ -61,46 +60,26 @@ class Base:
             )
 
 
-def base_of(adapter: Path, model: str | None, dtype: str, say: Say) -> Base:
+def base_of(adapter: Path, model: str | None, dtype: str, say: Say, *, trust_remote_code: bool) -> Base:
     """The base model of the adapter in a folder.
 
     Args:
         adapter: a run's folder, or an adapter's.
         model: names the base model, where it is not the one that the folder names.
         dtype: what a ``.gguf`` base is converted to.
+        trust_remote_code: whether the caller wants Python code to be run that comes with the base model.
 
     Raises:
-        UserError: there is no adapter, or no base model to be found.
+        UserError: there is no adapter, no base model to be found, or one that the caller has to allow.
     """
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        unfinished = (adapter / SETTINGS).is_file()
-        raise UserError(
-            "the run has no adapter: it did not get as far as its end"
-            if unfinished
-            else f"there is no adapter in '{adapter}'",
-            where=str(adapter),
-            hint=f"train it again: deltaw train {adapter / SETTINGS}"
-            if unfinished
-            else "name a run's folder, or an adapter's",
-        )
-    run = RunConfig.read(adapter / SETTINGS) if (adapter / SETTINGS).is_file() else None
-    settings = read_config(adapter)
-    named = settings.get("base_model_name_or_path")
-    reference = model or (run.model if run is not None else named if isinstance(named, str) else None)
-    if not reference:
-        raise UserError(
-            "the adapter does not say which model it belongs to",
-            where=str(adapter / ADAPTER_CONFIG),
-            hint="name the base model with --model",
-        )
-    task = run.task if run is not None else tasks.name_of_adapter(settings.get("task_type")) or DEFAULT_TASK
+    found = read_folder(adapter, trust_remote_code=trust_remote_code)
+    reference = found.base_name(model)
     classes = classes_of(adapter)
-    outputs = len(classes) if classes is not None else tasks.entry_of(task).outputs
-    if outputs is None and tasks.entry_of(task).new_head:
+    outputs = len(classes) if classes is not None else tasks.entry_of(found.task).outputs
+    if outputs is None and tasks.entry_of(found.task).new_head:
         outputs = outputs_of(adapter)
-    trust = run.trust_remote_code if run is not None else False
-    folder = local_folder(resolve(reference), dtype, say, trust)
-    return Base(reference, folder, task, outputs, classes, run, trust)
+    folder = local_folder(resolve(found.base(model)), dtype, say, trust_remote_code)
+    return Base(reference, folder, found.task, outputs, classes, found.run, trust_remote_code)
 
 
 def check_base(

@@ -5,13 +5,13 @@ Files are not always named as the model's modules are, see :mod:`deltaw.hub.tens
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
+from deltaw.hub.model_folder import shards_of
 from deltaw.hub.tensor_names import Names, Renaming, names_on_disk
 from deltaw.tensor_files import StoredTensor, read_header
 
@@ -77,22 +77,8 @@ def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None
 
 
 def _files_of_index(path: Path) -> list[str]:
-    try:
-        weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({str(file) for file in weights.values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"the index of the weights cannot be read: {error}",
-            where=str(path),
-            hint="fetch or copy the model again",
-        ) from error
+    files = shards_of(path)
     for file in files:
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise UserError(
-                f"the index names the file '{file}', which is not in the model's folder",
-                where=str(path),
-                hint="fetch the model from a source that you trust",
-            )
         if not (path.parent / file).is_file():
             raise UserError(
                 f"the weight file '{file}' is missing", where=str(path.parent), hint="fetch the model again"

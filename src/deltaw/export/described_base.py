@@ -22,7 +22,7 @@ from deltaw.hub.quiet import quiet
 from deltaw.hub.references import resolve
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.tasks import entry_of
-from deltaw.training.inference import with_saved_template
+from deltaw.training.origin import CHAT_TEMPLATE
 
 Say = Callable[[str], None]
 
@@ -53,8 +53,8 @@ class DescribedBase:
         if found is None:
             return None
         if self.files.run is not None:
-            return with_chat_template(found, with_saved_template(self.files.run, run).data.chat_template)
-        template = run / "chat_template.jinja"
+            return with_chat_template(found, self.files.run.data.chat_template)
+        template = run / CHAT_TEMPLATE
         return with_chat_template(found, str(template)) if template.is_file() else found
 
     def fingerprint(self) -> str | None:
@@ -64,18 +64,21 @@ class DescribedBase:
         return fingerprint_on_disk(skeleton, checkpoint, names_on_disk(skeleton, checkpoint.tensors))
 
 
-def describe_base(run: Path, model: str | None, *, say: Say, precision: str = "fp32") -> DescribedBase:
+def describe_base(
+    run: Path, model: str | None, *, say: Say, precision: str = "fp32", trust_remote_code: bool = False
+) -> DescribedBase:
     """The base model of the adapter in ``run``.
 
     Args:
         run: a run's folder, or an adapter's.
         model: given by the user, instead of the one that the folder names.
         precision: what a ``.gguf`` base is converted to, once.
+        trust_remote_code: run the Python files that came with it.
 
     Raises:
         UserError: no base model is named or found, its config.json cannot be read, or it writes no text.
     """
-    files = base_of(run, model, precision, say)
+    files = base_of(run, model, precision, say, trust_remote_code=trust_remote_code)
     if not entry_of(files.task).writes_text:
         raise UserError(
             f"this is an adapter for {files.task}, and exports are for models that write text",

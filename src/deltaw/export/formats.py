@@ -55,6 +55,7 @@ def export(
     *,
     kind: str | None = None,
     model: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Export:
@@ -66,6 +67,7 @@ def export(
         output: a file that ends in ``.gguf`` or a folder for one; a folder for the other formats.
         kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and f16 for a model.
         model: the base model, where it is not the one that the folder names.
+        trust_remote_code: run the Python files that came with the base model.
         overwrite: whether files that are there are replaced.
         say: told a line where something should be known.
 
@@ -80,7 +82,8 @@ def export(
             f"there is no format '{format_name}'", where="--format", hint=did_you_mean(format_name, FORMATS)
         )
     if format_name in _DEFAULT_KIND:
-        return _gguf(run, format_name, output, kind or _DEFAULT_KIND[format_name], model, overwrite, say)
+        kind = kind or _DEFAULT_KIND[format_name]
+        return _gguf(run, format_name, output, kind, model, trust_remote_code, overwrite, say)
     if kind is not None:
         raise UserError(
             f"--type is for GGUF files, and {format_name} keeps the factors in fp32",
@@ -88,10 +91,20 @@ def export(
             hint="leave it out",
         )
     if format_name == "mlx":
-        written = mlx.export_mlx(run, output, model=model, overwrite=overwrite, say=say)
+        written = mlx.export_mlx(
+            run, output, model=model, trust_remote_code=trust_remote_code, overwrite=overwrite, say=say
+        )
         files = [str(output / name) for name in (mlx.WEIGHTS, "adapter_config.json")]
     else:
-        written = export_peft(run, output, reader=format_name, model=model, overwrite=overwrite, say=say)
+        written = export_peft(
+            run,
+            output,
+            reader=format_name,
+            model=model,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            say=say,
+        )
         files = [str(output / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
     facts = {**asdict(written), "path": str(output)}
     return Export(format_name, files, facts, _lines(written))
@@ -103,6 +116,7 @@ def _gguf(
     output: Path,
     kind: str,
     model: str | None,
+    trust: bool,
     overwrite: bool,
     say: Callable[[str], None],
 ) -> Export:
@@ -126,10 +140,13 @@ def _gguf(
             )
     written: gguf_adapter.WrittenAdapter | gguf_model.WrittenModel
     if format_name == "gguf-adapter":
-        written = gguf_adapter.export_gguf_adapter(run, path, kind=kind, model=model, say=say)
+        written = gguf_adapter.export_gguf_adapter(
+            run, path, kind=kind, model=model, trust_remote_code=trust, say=say
+        )
     else:
-        written = gguf_model.export_gguf(run, path, kind=kind, model=model, say=say)
-    base = describe_base(run, model, say=say, precision="bf16" if format_name == "gguf-adapter" else "fp32")
+        written = gguf_model.export_gguf(run, path, kind=kind, model=model, trust_remote_code=trust, say=say)
+    precision = "bf16" if format_name == "gguf-adapter" else "fp32"
+    base = describe_base(run, model, say=say, precision=precision, trust_remote_code=trust)
     note = _write_modelfile(beside, path, run, base if format_name == "gguf-adapter" else None, base)
     if note is not None:
         say(note)

@@ -54,6 +54,7 @@ def export_gguf_adapter(
     *,
     kind: str = "f32",
     model: str | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> WrittenAdapter:
     """Write the adapter in ``run`` to the GGUF file ``path``.
@@ -63,6 +64,7 @@ def export_gguf_adapter(
         path: of the file; it appears when it is complete.
         kind: how A and B are stored: ``f32``, ``f16`` or ``bf16``.
         model: the base model, where it is not the one that the folder names.
+        trust_remote_code: run the Python files that came with the base model.
         say: told a line where something should be known.
 
     Raises:
@@ -76,7 +78,7 @@ def export_gguf_adapter(
             hint=did_you_mean(kind, ADAPTER_KINDS),
         )
     require_lora(run, FORMAT)
-    base = describe_base(run, model, say=say, precision="bf16")
+    base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)
     adapter = read_updates(run, base, FORMAT, say=say)
     architecture = architecture_of(base.config)
     names = TensorNames(architecture, base.config)

@@ -58,6 +58,7 @@ def export_gguf(
     *,
     kind: str = "f16",
     model: str | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> WrittenModel:
     """Merge the adapter in ``run`` into its base and write the GGUF file ``path``.
@@ -67,6 +68,7 @@ def export_gguf(
         path: of the file; it appears when it is complete.
         kind: how matrices are stored, a key of :data:`~deltaw.export.gguf_types.KINDS`.
         model: the base model, where it is not the one that the folder names.
+        trust_remote_code: run the Python files that came with the base model.
         say: told a line where something should be known.
 
     Raises:
@@ -74,7 +76,7 @@ def export_gguf(
             cannot be written. Nothing is written then.
     """
     require_kind(kind)
-    base = describe_base(run, model, say=say)
+    base = describe_base(run, model, say=say, trust_remote_code=trust_remote_code)
     architecture = architecture_of(base.config)
     merged = _merged(run, base, say)
     names = TensorNames(architecture, base.config)
@@ -134,7 +136,13 @@ def export_gguf(
 def _merged(run: Path, base: DescribedBase, say: Callable[[str], None]) -> MergedModel:
     try:
         with plain_adapter(run, base.files, say) as folder:
-            return merged_model(folder, model=base.files.reference, precision="fp32", say=say)
+            return merged_model(
+                folder,
+                model=str(base.folder),
+                precision="fp32",
+                trust_remote_code=base.files.trust_remote_code,
+                say=say,
+            )
     except NotByName as error:
         raise UserError(
             f"the model cannot be exported tensor by tensor: {error}",

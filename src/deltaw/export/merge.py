@@ -47,6 +47,7 @@ class MergeOptions:
 
     Attributes:
         model: the base model, where it is not the one that the adapter names.
+        trust_remote_code: run the Python files that came with it.
         precision: ``keep``, ``bf16``, ``fp16`` or ``fp32``.
         shard_size: most bytes of a file; None as the base's.
         overwrite: replace an output folder that holds files.
@@ -56,6 +57,7 @@ class MergeOptions:
     """
 
     model: str | None = None
+    trust_remote_code: bool = False
     precision: str = "keep"
     shard_size: int | None = None
     overwrite: bool = False
@@ -186,7 +188,7 @@ def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
     """
     dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
     with contextlib.ExitStack() as stack, working("reading the adapter"):
-        base = base_of(run, options.model, dtype, say)
+        base = base_of(run, options.model, dtype, say, trust_remote_code=options.trust_remote_code)
         folders = [run, *options.others]
         adapters = []
         for folder in folders:

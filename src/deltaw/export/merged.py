@@ -121,7 +121,12 @@ class MergedModel:
 
 
 def merged_tensors(
-    run: str | Path, *, model: str | None = None, precision: str = "keep", say: Say = lambda line: None
+    run: str | Path,
+    *,
+    model: str | None = None,
+    precision: str = "keep",
+    trust_remote_code: bool = False,
+    say: Say = lambda line: None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor) of the model that a run's adapter and its base make, one at a time.
 
@@ -129,11 +134,13 @@ def merged_tensors(
         run: a run's folder, or an adapter's.
         model: the base model, where it is not the one that the folder names.
         precision: ``bf16``, ``fp16``, ``fp32``, or ``keep`` for the types of the base's files.
+        trust_remote_code: run the Python files that came with the base model.
 
     Raises:
         UserError: it cannot be merged.
     """
-    for output in merged_model(run, model=model, precision=precision, say=say).tensors:
+    merged = merged_model(run, model=model, precision=precision, trust_remote_code=trust_remote_code, say=say)
+    for output in merged.tensors:
         yield output.name, output.whole()
 
 
@@ -143,12 +150,13 @@ def merged_model(
     model: str | None = None,
     precision: str = "keep",
     other_base: bool = False,
+    trust_remote_code: bool = False,
     say: Say = lambda line: None,
 ) -> MergedModel:
     """What the adapter of ``run`` makes of its base model.
 
     Args:
-        run, model, precision: as for :func:`merged_tensors`.
+        run, model, precision, trust_remote_code: as for :func:`merged_tensors`.
         other_base: merge also into a base model that is not the one that the adapter was trained on.
 
     Raises:
@@ -156,7 +164,8 @@ def merged_model(
         NotByName: the base's files do not hold its weights one by one.
     """
     folder = Path(run)
-    base = base_of(folder, model, "fp32" if precision in ("fp32", "fp16") else "bf16", say)
+    dtype = "fp32" if precision in ("fp32", "fp16") else "bf16"
+    base = base_of(folder, model, dtype, say, trust_remote_code=trust_remote_code)
     adapter = changes_of(folder, base.skeleton())
     return assemble(base, [adapter], adapter.trained, precision=precision, other_base=other_base)
 

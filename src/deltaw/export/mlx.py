@@ -44,6 +44,7 @@ def export_mlx(
     folder: Path,
     *,
     model: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> WrittenFolder:
@@ -53,6 +54,7 @@ def export_mlx(
         run: a run's folder, or an adapter's in PEFT's format.
         folder: to make.
         model: the base model, where it is not the one that the folder names.
+        trust_remote_code: run the Python files that came with the base model.
         overwrite: whether a folder with files is replaced.
         say: told a line where something should be known.
 
@@ -62,7 +64,7 @@ def export_mlx(
     """
     require_lora(run, FORMAT)
     check_target(folder, overwrite=overwrite)
-    base = describe_base(run, model, say=say, precision="bf16")
+    base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)
     adapter = read_updates(run, base, FORMAT, say=say)
     _refuse(adapter, base, run)
     fingerprint = require_same_base(base, adapter.fingerprint, run, say)

@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from deltaw.data.rendering import FAULTS, rendered_by
 
 Message = dict[str, str]
 
@@ -128,15 +129,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
     if not tokenizer.chat_template:
         return None
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, ValueError):
+        text = rendered_by(tokenizer, messages, generation=True)
+    except FAULTS:
         return None
     start = tokenizer.bos_token
-    return (
-        str(text).removeprefix(str(start))
-        if start and not str(text).startswith("<|im_start|>")
-        else str(text)
-    )
+    return text.removeprefix(str(start)) if start and not text.startswith("<|im_start|>") else text
 
 
 def _path(path: str) -> str:

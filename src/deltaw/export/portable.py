@@ -90,6 +90,7 @@ def export_peft(
     *,
     reader: str = "peft",
     model: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> WrittenFolder:
@@ -100,6 +101,7 @@ def export_peft(
         folder: to make.
         reader: ``peft``, or ``vllm``, which takes less.
         model: the base model, where it is not the one that the folder names.
+        trust_remote_code: run the Python files that came with the base model.
         overwrite: whether a folder with files is replaced.
         say: told a line where something should be known.
 
@@ -109,7 +111,7 @@ def export_peft(
     """
     require_lora(run, reader)
     check_target(folder, overwrite=overwrite)
-    base = describe_base(run, model, say=say, precision="bf16")
+    base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)
     adapter = read_updates(run, base, reader, say=say)
     if reader == "vllm":
         _refuse_for_vllm(adapter, base, run)

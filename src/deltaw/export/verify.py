@@ -197,16 +197,14 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     precision = "fp32" if fits else "bf16"
     if not fits:
         say("verifying in bf16, since the model in fp32 does not fit into free memory")
-    opened = open_run(
-        str(job.run), model=str(job.base.folder), precision=precision, device="cpu", say=lambda line: None
-    )
+    opened = _opened(job, precision)
     questions, rows = _questions(opened, say)
     single = job.combination is None
     if single:
         model = opened.model
     else:
         # Several adapters cannot be on one model: their unrounded sum is put into the loaded weights.
-        model = _bare(str(job.base.folder), opened, precision)
+        model = _bare(job, job.base.folder, opened, precision)
         apply_changes(model, job.trained)
     kept = list(questions.logits(model))
     adapter = None
@@ -224,7 +222,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     # The session is needed for its task alone; whatever holds the unmerged model lets go of it.
     opened.loaded.model, opened.method = None, None  # type: ignore[assignment]
     release_free_memory()
-    merged = _moved(kept, questions.logits(_bare(str(folder), opened, precision)))
+    merged = _moved(kept, questions.logits(_bare(job, folder, opened, precision)))
     floor = 1e-6 * max(float(logits.abs().max()) for logits in kept)
     return Verification(
         rows,
@@ -249,23 +247,33 @@ def _moved_by_nf4(
     run = job.base.run
     if run is None or run.precision != "nf4":
         return None
-    rounded = open_run(
-        str(job.run), model=str(job.base.folder), precision=precision, device="cpu", say=lambda line: None
-    )
+    rounded = _opened(job, precision)
     round_to_nf4(rounded.model.base_model)
     return _moved(kept, questions.logits(rounded.model))
 
 
-def _bare(folder: str, opened: InferenceSession, precision: str) -> PreTrainedModel:
+def _opened(job: Merging, precision: str) -> InferenceSession:
+    """Base and adapter, unmerged."""
+    return open_run(
+        str(job.run),
+        model=str(job.base.folder),
+        precision=precision,
+        device="cpu",
+        trust_remote_code=job.base.trust_remote_code,
+        say=lambda line: None,
+    )
+
+
+def _bare(job: Merging, folder: Path, opened: InferenceSession, precision: str) -> PreTrainedModel:
     """The model in a folder, for the same task and with as many outputs."""
     with quiet():
         return load(
-            folder,
+            str(folder),
             precision=precision,
             device="cpu",
             task=opened.task.name,
             num_labels=len(opened.classes) if opened.classes is not None else None,
-            trust_remote_code=opened.config.trust_remote_code if opened.config is not None else False,
+            trust_remote_code=job.base.trust_remote_code,
             say=lambda line: None,
         ).model
 
@@ -376,8 +384,9 @@ def _questions(opened: InferenceSession, say: Say) -> tuple[_Questions, str]:
     rows: Sequence[Any] = ()
     where = ""
     why = "the adapter comes without the settings of its data"
-    if opened.config is not None:
+    if opened.config is not None and opened.found is not None:
         try:
+            opened.found.require_rows()
             data = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed)
             rows, where = (
                 (data.held_out, "held-out rows of the run")

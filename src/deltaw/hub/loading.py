@@ -240,7 +240,7 @@ def _weights(
                 output_loading_info=True,
             )
             return model, sorted(report["missing_keys"]), used
-        except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
+        except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             message = str(error)
             if "trust_remote_code" in message:
                 raise asks_for_code(folder) from error

@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from typing import IO
 
 from deltaw import durable
 from deltaw.errors import UserError, did_you_mean
+from deltaw.named import cache_root
 from deltaw.working import working
 
 SCHEME = "pypi:"
@@ -77,9 +77,7 @@ class PackageReference:
 
 def cache_folder() -> Path:
     """Where fetched package members are kept: ``$DELTAW_CACHE``, else ``~/.cache/deltaw``, + ``packages``."""
-    chosen = os.environ.get("DELTAW_CACHE")
-    base = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "deltaw"
-    return base / "packages"
+    return cache_root() / "packages"
 
 
 def is_package_reference(reference: str) -> bool:
@@ -118,6 +116,16 @@ def member(reference: str) -> Path:
     """
     wanted = parse(reference)
     return _installed(wanted) or _cached(wanted) or _fetched(wanted)
+
+
+def is_here(reference: str) -> bool:
+    """Whether :func:`member` would find the package without fetching it.
+
+    Raises:
+        UserError: the reference is malformed, or the package that is here has no such member.
+    """
+    wanted = parse(reference)
+    return (_installed(wanted) or _cached(wanted)) is not None
 
 
 def _check_inside(path: str, reference: str) -> None:

@@ -20,8 +20,9 @@ from typing import Literal
 
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
+from deltaw.hub.model_folder import require_own_files, shards_of
 
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -67,12 +68,20 @@ def resolve(reference: str) -> Source:
         return _folder(path, reference)
     if path.is_file():
         return _file(path)
-    hub = _HUB_ID.fullmatch(reference)
-    if hub and path.suffix.lower() != ".gguf":
-        return Source("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
+    if (hub := resolve_hub_id(reference)) is not None:
+        return hub
     raise UserError(
         f"there is no model at '{reference}'", where="model", hint=_what_is_near(path) or _KINDS_OF_REFERENCE
     )
+
+
+def resolve_hub_id(reference: str) -> Source | None:
+    """The hub id that ``reference`` is; None for what is none, or is a path here."""
+    path = Path(os.path.expanduser(reference))
+    hub = _HUB_ID.fullmatch(reference)
+    if not hub or path.suffix.lower() == ".gguf" or path.exists() or ".." in (hub["revision"] or ""):
+        return None
+    return Source("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
 
 
 _KINDS_OF_REFERENCE = (
@@ -96,6 +105,7 @@ def _folder(path: Path, name: str) -> Source:
     """A local folder, once it is known to hold a configuration and safetensors weights."""
     if not (path / "config.json").is_file():
         raise UserError("the folder holds no config.json", where=str(path), hint=_hint_for_folder(path))
+    require_own_files(path)
     index = path / "model.safetensors.index.json"
     if index.is_file():
         _require_every_shard(index)
@@ -117,13 +127,8 @@ def _folder(path: Path, name: str) -> Source:
 
 def _require_every_shard(index: Path) -> None:
     """Raise a UserError unless every file that the index of a split checkpoint names is there."""
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            "the index of the weights cannot be read", where=str(index), hint="fetch the model again"
-        ) from error
-    missing = sorted(str(shard) for shard in shards if not (index.parent / str(shard)).is_file())
+    shards = shards_of(index)
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(shards)} files of the weights are missing, the first is '{missing[0]}'",

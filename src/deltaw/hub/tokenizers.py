@@ -18,6 +18,7 @@ from deltaw.errors import UserError
 from deltaw.host.choices import choose_precision
 from deltaw.host.memory import trim_memory
 from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
+from deltaw.hub.model_folder import require_own_files
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import resolve
 
@@ -65,10 +66,11 @@ def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> PreTrainedTok
     """The tokenizer of ``folder``, None where it holds none; the same object while one is in use.
 
     Raises:
-        UserError: its files cannot be read, or it needs code of its own.
+        UserError: its files cannot be read, or lead out of the folder, or it needs code of its own.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    require_own_files(folder)
     key = (folder.resolve(), trust_remote_code, *_stamps(folder))
     tokenizer = _BUILT.get(key)
     if tokenizer is None:
@@ -113,7 +115,7 @@ def _built(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # files that are not a tokenizer's raise whatever they lead to
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error
         raise UserError(

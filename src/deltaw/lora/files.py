@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import durable
+from deltaw.contained import require_contained
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
@@ -25,10 +26,11 @@ from deltaw.lora.attachment import Attachment, attached, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
 from deltaw.lora.kinds import is_linear, linear_sizes
-from deltaw.lora.matching import Named, modules_once, value_by_pattern
+from deltaw.lora.matching import Named, modules_once, values_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.saved_tensors import SavedTensors
 from deltaw.lora.select import ExtraModule, Selection, Target, select
+from deltaw.named import remember_named
 from deltaw.tensor_files import TensorFile, save_tensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -36,6 +38,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 FINGERPRINT_KEY = "deltaw.base_fingerprint"
 
+_LONGEST_NAME = 2000  # names are taken apart at every dot
 _COPY_AGAIN = "copy or download the adapter again"
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -107,6 +110,8 @@ def save_adapter(
     save_tensors(Path(folder) / WEIGHTS_NAME, SavedTensors(record), metadata)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     durable.write_text(Path(folder) / CONFIG_NAME, text + "\n")
+    if base_model is not None:
+        remember_named("model", base_model)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Summary:
@@ -181,9 +186,12 @@ def _adapter(
             where=str(folder),
             hint="name a folder on this machine; an adapter on a hub must be downloaded first",
         )
+    require_contained(folder)
     settings = _read_settings(folder / CONFIG_NAME)
     config = peft_format.config_of(settings, str(folder / CONFIG_NAME))
     tensors, metadata = tensors_of(folder)
+    if (longest := max(map(len, tensors), default=0)) > _LONGEST_NAME:
+        raise _damaged(folder / WEIGHTS_NAME, f"a tensor's name has {longest:,} characters")
     for key in ("base_model_name_or_path", "task_type", "peft_version"):
         if isinstance(value := settings.get(key), str):
             metadata.setdefault(key, value)
@@ -264,7 +272,7 @@ def _weights_of(folder: Path) -> Path:
     return path
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: Exception | str) -> UserError:
     return UserError(f"{WEIGHTS_NAME} is cut off or damaged: {error}", where=str(path), hint=_COPY_AGAIN)
 
 
@@ -276,6 +284,8 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     extra = _extra_modules(config, tensors, modules)
     selection = select(model, config, strict=False)
     elsewhere = {name for parameter in selection.parameters for name in parameter.names}
+    ranks = values_by_pattern("rank_pattern", config.rank_pattern, by_name)
+    alphas = values_by_pattern("alpha_pattern", config.alpha_pattern, by_name)
     targets: dict[str, Target] = {}
     for tensor_name in tensors:
         name = peft_format.factor_module(tensor_name)
@@ -291,8 +301,7 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
         if parent is not None and isinstance(parent.module, nn.MultiheadAttention):
             continue  # one of the two projections of an attention, which is chosen by its own name
         named = by_name[name]
-        rank = int(value_by_pattern(config.rank_pattern, name, config.rank))
-        alpha = value_by_pattern(config.alpha_pattern, name, config.alpha)
+        rank, alpha = int(ranks.get(name, config.rank)), alphas.get(name, config.alpha)
         targets[name] = Target((name, *(n for n in named.names if n != name)), named.module, rank, alpha)
     if not (targets or selection.parameters or selection.tokens):
         raise UserError("the file holds no LoRA factors", where=where, hint="save the adapter again")

@@ -7,8 +7,6 @@ an error that names the nearest names.
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ from torch import nn
 
 from deltaw.errors import UserError, did_you_mean, nearest
 from deltaw.lora.config import KEYWORDS
+from deltaw.lora.expressions import matches as names_matching
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def match_entries(
         kind: what ``modules`` are, for that error.
     """
     if isinstance(wanted, str):
-        expression = re.compile(wanted)
-        found = [m for m in modules if any(expression.fullmatch(name) for name in m.names)]
+        (hit,) = names_matching(key, [wanted], (name for m in modules for name in m.names))
+        found = [m for m in modules if not hit.isdisjoint(m.names)]
         if not found and strict:
             raise matches_nothing(key, wanted, modules, as_list=any(_ends(m, wanted) for m in modules))
         matches[f"{key} '{wanted}'"] = tuple(m.names[0] for m in found)
@@ -96,31 +95,29 @@ def match_patterns(
     strict: bool,
 ) -> dict[str, float]:
     """A value for each name that a key of ``pattern`` matches; the first key that matches counts."""
-    values: dict[str, float] = {}
-    expressions = [(entry, _ending_expression(entry)) for entry in pattern]
-    hits: dict[str, list[str]] = {entry: [] for entry in pattern}
-    for named in chosen if pattern else ():
-        name = named.names[0]
-        for entry, expression in expressions:
-            if expression.match(name):
-                values.setdefault(name, pattern[entry])
-                hits[entry].append(name)
-    for entry, names in hits.items():
-        if not names and strict:
+    names = [named.names[0] for named in chosen]
+    for entry, hit in zip(pattern, names_matching(key, pattern, names, endings=True), strict=True):
+        if not hit and strict:
             raise matches_nothing(key, entry, chosen)
-        matches[f"{key} '{entry}'"] = tuple(names)
+        matches[f"{key} '{entry}'"] = tuple(name for name in names if name in hit)
+    return values_by_pattern(key, pattern, names)
+
+
+def values_by_pattern(
+    key: str, pattern: Mapping[str, int] | Mapping[str, float], names: Iterable[str]
+) -> dict[str, float]:
+    """For each name whose ending a key of ``pattern`` matches, the value of the first such key.
+
+    Args:
+        key: the setting.
+    """
+    values: dict[str, float] = {}
+    if not pattern:
+        return values
+    for entry, hit in zip(pattern, names_matching(key, pattern, names, endings=True), strict=True):
+        for name in hit:
+            values.setdefault(name, pattern[entry])
     return values
-
-
-def value_by_pattern(pattern: Mapping[str, int] | Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first key of ``pattern`` that matches the ending of ``name``, else ``default``."""
-    return next((pattern[key] for key in pattern if _ending_expression(key).match(name)), default)
-
-
-@functools.lru_cache(maxsize=4096)
-def _ending_expression(entry: str) -> re.Pattern[str]:
-    """PEFT's rule for the keys of patterns."""
-    return re.compile(rf"(.*\.)?({entry})$")
 
 
 def matches_nothing(

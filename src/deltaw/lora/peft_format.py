@@ -259,7 +259,7 @@ def attention_counts_twice(version: str | None) -> bool:
     True up to the version whose files are written here, and where none is given; see
     :meth:`~deltaw.lora.peft_paths.FilePaths.counts_twice`. Later ones are taken to have it fixed.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version or "")
     return numbers is None or (int(numbers[1]), int(numbers[2])) <= (0, 21)
 
 

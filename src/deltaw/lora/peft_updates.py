@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deltaw.lora.config import LoRAConfig, scaling
+from deltaw.lora.expressions import matches
 from deltaw.lora.files import AdapterFile
 from deltaw.lora.layout import from_peft
-from deltaw.lora.matching import endings, value_by_pattern
+from deltaw.lora.matching import endings, values_by_pattern
 from deltaw.lora.peft_format import attention_counts_twice
 from deltaw.lora.peft_paths import without_wrappers
 
@@ -118,31 +119,32 @@ def _updates(factors: Mapping[str, Factors], config: LoRAConfig, twice: bool) ->
     by_module: dict[str, list[str]] = defaultdict(list)
     for path in factors:
         by_module[without_wrappers(path)].append(path)
+    meant = _Meant(config, list(by_module))
     for module, paths in by_module.items():
-        parameters = _parameters_meant(config, module)
+        parameters = meant.parameters(module)
         if parameters:
-            yield from _of_parameters(module, paths, parameters, factors, config)
+            yield from _of_parameters(module, paths, parameters, factors, meant)
             continue
         for path in paths:
             attention = _attention_of(path, factors)
             # PEFT gives the output projection the rank and the alpha of its attention.
             owner = module if attention is None else without_wrappers(attention)
             rank = factors[path]["A"].shape[0]
-            alpha = value_by_pattern(config.alpha_pattern, owner, config.alpha)
+            alpha = meant.alpha(owner)
             times = 2 if twice and attention is not None else 1
             yield _update(module, path, rank, scaling(rank, alpha, config.rslora), factors[path], times=times)
 
 
 def _of_parameters(
-    module: str, paths: list[str], parameters: list[str], factors: Mapping[str, Factors], config: LoRAConfig
+    module: str, paths: list[str], parameters: list[str], factors: Mapping[str, Factors], meant: _Meant
 ) -> Iterator[FileUpdate]:
     """The updates of a module's parameters, of which the first has the innermost wrapper."""
     paths = sorted(paths, key=lambda path: -path.count(_INNER))
     rows = [factors[path]["A"].shape[0] for path in paths]
     fitting = []
     for order in itertools.islice(itertools.permutations(parameters, len(paths)), _MOST_ORDERS):
-        ranks = [int(value_by_pattern(config.rank_pattern, name, config.rank)) for name in order]
-        alphas = [value_by_pattern(config.alpha_pattern, name, config.alpha) for name in order]
+        ranks = [meant.rank(name) for name in order]
+        alphas = [meant.alpha(name) for name in order]
         if all(row % rank == 0 for row, rank in zip(rows, ranks, strict=True)):
             fitting.append((order, ranks, alphas))
     # Most modules have as many experts in one parameter as in another.
@@ -150,7 +152,7 @@ def _of_parameters(
     best = [fit for fit, count in zip(fitting, counts, strict=True) if count == min(counts)]
     if not best:
         for path, row in zip(paths, rows, strict=True):
-            factor = scaling(row, config.alpha, config.rslora)
+            factor = scaling(row, meant.config.alpha, meant.config.rslora)
             yield _update(module, path, row, factor, factors[path], certain=False)
         return
     order, ranks, alphas = best[0]
@@ -158,7 +160,7 @@ def _of_parameters(
     for number, (path, rank, alpha) in enumerate(zip(paths, ranks, alphas, strict=True)):
         name = order[0] if len(best) == 1 and len(order) == 1 else f"{module} #{number + 1}"
         experts = factors[path]["A"].shape[0] // rank
-        factor = scaling(rank, alpha, config.rslora)
+        factor = scaling(rank, alpha, meant.config.rslora)
         yield _update(name, path, rank, factor, factors[path], experts=experts, certain=certain)
 
 
@@ -177,22 +179,46 @@ def _update(
     return FileUpdate(name, path, rank, factor, times, count, pair["A"], pair["B"], certain)
 
 
-def _parameters_meant(config: LoRAConfig, module: str) -> list[str]:
-    """Full names of the parameters of ``module`` that ``target_parameters`` may mean."""
-    if not config.target_parameters:
-        return []
-    excluded = config.exclude_modules is not None and _means(config.exclude_modules, module)
-    if _means(config.target_modules, module) and not excluded:
-        return []
-    of_module = {"", *endings(module)}
-    split = [entry.rpartition(".") for entry in config.target_parameters]
-    return list(dict.fromkeys(f"{module}.{last}" for owner, _, last in split if owner in of_module))
+class _Meant:
+    """What settings mean for the modules that a file has factors of.
+
+    Raises:
+        UserError: an expression of the settings takes more than the limits.
+    """
+
+    def __init__(self, config: LoRAConfig, modules: list[str]) -> None:
+        self.config = config
+        self._lasts = [entry.rpartition(".") for entry in config.target_parameters]
+        names = [*modules, *(f"{module}.{last}" for module in modules for _, _, last in self._lasts)]
+        self._ranks = values_by_pattern("rank_pattern", config.rank_pattern, names)
+        self._alphas = values_by_pattern("alpha_pattern", config.alpha_pattern, names)
+        self._whole: set[str] = set()  # modules whose weight is adapted, not other parameters
+        if self._lasts:
+            excluded = _means("exclude_modules", config.exclude_modules or [], modules)
+            self._whole = _means("target_modules", config.target_modules, modules) - excluded
+
+    def rank(self, name: str) -> int:
+        """Of a module or a parameter."""
+        return int(self._ranks.get(name, self.config.rank))
+
+    def alpha(self, name: str) -> float:
+        """Of a module or a parameter."""
+        return self._alphas.get(name, self.config.alpha)
+
+    def parameters(self, module: str) -> list[str]:
+        """Full names of the parameters of ``module`` that ``target_parameters`` may mean."""
+        if module in self._whole:
+            return []
+        of_module = {"", *endings(module)}
+        found = (f"{module}.{last}" for owner, _, last in self._lasts if owner in of_module)
+        return list(dict.fromkeys(found))
 
 
-def _means(wanted: str | list[str], module: str) -> bool:
+def _means(key: str, wanted: str | list[str], modules: list[str]) -> set[str]:
+    """The modules that a text (full expression) or a list (name endings) means."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return not set(wanted).isdisjoint(endings(module))
+        return set(matches(key, [wanted], modules)[0])
+    return {module for module in modules if not set(wanted).isdisjoint(endings(module))}
 
 
 def _attention_of(path: str, factors: Mapping[str, Factors]) -> str | None:

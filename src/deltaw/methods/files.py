@@ -16,8 +16,10 @@ import safetensors.torch
 from torch import Tensor
 
 from deltaw import durable
+from deltaw.contained import require_contained
 from deltaw.errors import UserError
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
+from deltaw.named import remember_named
 from deltaw.tensor_files import save_tensors
 from deltaw.version import __version__
 
@@ -74,6 +76,8 @@ def write_adapter(
         save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **metadata})
         text = json.dumps(config, indent=2, ensure_ascii=False)
         durable.write_text(folder / ADAPTER_CONFIG, text + "\n")
+        if config.get("base_model_name_or_path") is not None:
+            remember_named("model", config["base_model_name_or_path"])
     except OSError as error:
         raise UserError(
             f"the adapter cannot be written: {error.strerror or error}",
@@ -86,8 +90,9 @@ def read_config(folder: Path) -> dict[str, object]:
     """``adapter_config.json`` of any method.
 
     Raises:
-        UserError: it is missing or not a JSON object.
+        UserError: it is missing or not a JSON object, or a link in the folder leads out of it.
     """
+    require_contained(folder)
     path = folder / ADAPTER_CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from deltaw.config import parse_yaml
+from deltaw.contained import require_contained
 from deltaw.errors import UserError
 from deltaw.reports.metrics_file import Metrics, read_metrics
 from deltaw.training import summary as summary_file
@@ -190,7 +191,7 @@ def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
     """Read a run's folder.
 
     Raises:
-        UserError: the folder is not a run's.
+        UserError: the folder is not a run's, or a link in it leads out of it.
     """
     path = Path(folder)
     if not is_run(path):
@@ -199,6 +200,7 @@ def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
             where=str(path),
             hint="give a run's folder; 'deltaw runs' lists those below a folder",
         )
+    require_contained(path)
     text = _text(path / SETTINGS) or ""
     files = [path / name for name in (SETTINGS, METRICS, summary_file.NAME)]
     times = [file.stat().st_mtime for file in files if file.is_file()]

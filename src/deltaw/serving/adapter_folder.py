@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
 from deltaw.config import RunConfig
+from deltaw.contained import require_contained
 from deltaw.data.chat_template import read_chat_template
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
@@ -33,15 +34,13 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import weight_shape
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.choose import method_of_folder
-from deltaw.methods.files import metadata_of, read_config, text_or_none
+from deltaw.methods.files import metadata_of, text_or_none
 from deltaw.methods.prompt_file import read_prompt
 from deltaw.runtime.virtual_tokens import input_embedding
 from deltaw.serving.adapters import AdapterFacts
-from deltaw.training.inference import with_saved_template
-from deltaw.training.run_folder import SETTINGS
+from deltaw.training.origin import CHAT_TEMPLATE, read_folder
 
 _OF_ITS_OWN = "merge it into a model of its own: deltaw merge"
-_CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ class FolderReader:
         """
         refuse_missing(folder)
         before = known if known is not None and known.stat == stat_of(folder) else state_of(folder)
-        config = self._settings(folder)
-        settings = read_config(folder)
+        found = read_folder(folder, trust_remote_code=None)
+        config, settings = found.run, found.adapter
         self._refuse_task(folder, settings, config)
         name = method_of_folder(folder, self._tokenizer).name
         if name == "lora":
@@ -164,11 +163,6 @@ class FolderReader:
             config=config,
         )
         return AdapterParts(facts, layers, prompt)
-
-    def _settings(self, folder: Path) -> RunConfig | None:
-        if not (folder / SETTINGS).is_file() or not (folder / ADAPTER_CONFIG).is_file():
-            return None
-        return with_saved_template(RunConfig.read(folder / SETTINGS), folder)
 
     def _refuse_task(self, folder: Path, settings: Mapping[str, object], config: RunConfig | None) -> None:
         told = tasks.name_of_adapter(settings.get("task_type"))
@@ -247,9 +241,10 @@ class FolderReader:
 
 
 def refuse_missing(folder: Path) -> None:
-    """Raise a UserError where a folder is no adapter's: what is missing, or pickled."""
+    """Raise a UserError where a folder is no adapter's: what is missing, pickled, or a link out of it."""
     if not folder.is_dir():
         raise UserError(f"there is no adapter folder '{folder}'", hint="name a folder on this machine")
+    require_contained(folder)
     config, weights = _files(folder)
     if not config.is_file():
         raise UserError(
@@ -309,8 +304,8 @@ def _files(folder: Path) -> tuple[Path, Path]:
 
 def _template_in(folder: Path) -> str | None:
     """The chat template that stands in a folder, in a file of its own or among the tokenizer's settings."""
-    if (folder / _CHAT_TEMPLATE).is_file():
-        return read_chat_template(str(folder / _CHAT_TEMPLATE))
+    if (folder / CHAT_TEMPLATE).is_file():
+        return read_chat_template(str(folder / CHAT_TEMPLATE))
     template = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -6,41 +6,38 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from deltaw import tasks
-from deltaw.config import RunConfig
+from deltaw.config import DEFAULT_TASK
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import load
-from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.methods.files import read_config
+from deltaw.hub.loading import load, read_config
 from deltaw.serving.encoders import Classifier, Embedder, Encoders, RowModel, share_weights
 from deltaw.serving.pooling import pooling_of
 from deltaw.training.inference import open_run
-from deltaw.training.run_folder import SETTINGS
+from deltaw.training.origin import is_adapter, read_folder
 from deltaw.training.tasks.labels import own_outputs
 
 Serves = Literal["text", "vectors", "classes"]
 Say = Callable[[str], None]
 
 
-def what_it_serves(reference: str, *, precision: str = "auto", device: str = "auto") -> Serves:
+def what_it_serves(
+    reference: str, *, precision: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Serves:
     """What a run or a model gives: text, vectors of texts, or classes of texts.
 
     A run and an adapter say it by their task, a model by the name of its architecture: what has no head, or a
     head for filling in masked words, gives vectors.
     """
     folder = Path(reference)
-    if (folder / ADAPTER_CONFIG).is_file():
-        task = (
-            RunConfig.read(folder / SETTINGS).task
-            if (folder / SETTINGS).is_file()
-            else tasks.name_of_adapter(read_config(folder).get("task_type"))
-        )
-        return "text" if task is None or tasks.entry_of(task).writes_text else "classes"
-    named = str((getattr(_config(reference, precision, device), "architectures", None) or [""])[0])
+    if is_adapter(folder):
+        task = read_folder(folder, trust_remote_code=trust_remote_code).task
+        return "text" if tasks.entry_of(task).writes_text else "classes"
+    config = _config(reference, precision, device, trust_remote_code)
+    named = str((getattr(config, "architectures", None) or [""])[0])
     if named.endswith("ForSequenceClassification"):
         return "classes"
     return "vectors" if named.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
@@ -54,6 +51,7 @@ def open_embedder(
     normalize: bool = True,
     precision: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     say: Say = lambda line: None,
 ) -> Encoders:
     """An encoder under its name.
@@ -61,7 +59,14 @@ def open_embedder(
     Raises:
         UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
     """
-    loaded = load(reference, task="features", precision=precision, device=device, say=say)
+    loaded = load(
+        reference,
+        task="features",
+        precision=precision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
     if loaded.tokenizer is None:
         raise UserError("the model's folder holds no tokenizer", where=reference)
     way, why = pooling_of(loaded.model, loaded.folder, pooling)
@@ -74,8 +79,10 @@ def open_classifiers(
     name: str,
     adapters: Mapping[str, str],
     *,
+    model: str | None = None,
     precision: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     say: Say = lambda line: None,
 ) -> Encoders:
     """A classifier and its adapters, each under its name.
@@ -83,22 +90,25 @@ def open_classifiers(
     Args:
         base: a model or a run; a run's adapter is called ``name``, or as in ``adapters``.
         adapters: folders by name, all for this base model.
+        model: the base model, where a run's folder does not name it.
 
     Raises:
         UserError: nothing of it classifies texts: a model without a head needs an adapter that brings one.
     """
-    is_run = (Path(base) / ADAPTER_CONFIG).is_file()
+    is_run = is_adapter(Path(base))
     folders = {name: base, **adapters} if is_run else dict(adapters)
-    model = None if is_run else base
+    model = model if is_run else base
+    how = {"precision": precision, "device": device}
     models: dict[str, RowModel] = {}
     opened = []
     for adapter, folder in folders.items():
-        session = open_run(folder, model=model, precision=precision, device=device, say=say)
+        session = open_run(folder, model=model, trust_remote_code=trust_remote_code, say=say, **how)
         opened.append(session)
         models[adapter] = Classifier(session)
         say(f"{adapter}: {', '.join(session.classes or ())}")
-    if not is_run and own_outputs(_config(base, precision, device)) is not None:
-        bare = open_run(base, task="sequence-classification", precision=precision, device=device, say=say)
+    if not is_run and own_outputs(_config(base, precision, device, trust_remote_code)) is not None:
+        task = "sequence-classification"
+        bare = open_run(base, task=task, trust_remote_code=trust_remote_code, say=say, **how)
         opened.append(bare)
         models[name] = Classifier(bare)
     if not models:
@@ -111,7 +121,7 @@ def open_classifiers(
     return Encoders(models)
 
 
-def _config(reference: str, precision: str, device: str) -> PretrainedConfig:
+def _config(reference: str, precision: str, device: str, trust_remote_code: bool) -> PretrainedConfig:
     dtype = choose_precision(choose_device(device).value, precision).value
-    config: PretrainedConfig = AutoConfig.from_pretrained(config_folder(reference, dtype, False))
-    return config
+    folder = config_folder(reference, dtype, trust_remote_code)
+    return read_config(folder, DEFAULT_TASK, None, trust_remote_code)

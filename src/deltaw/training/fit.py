@@ -58,7 +58,7 @@ from deltaw.training.resuming import (
 from deltaw.training.run_folder import RunFolder, check_output, is_unfinished
 from deltaw.training.run_state import FOLDER
 from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.start import Start, begin, settings_of
+from deltaw.training.start import Start, begin, settings_to_resume
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.summary import RunSummary
 from deltaw.training.tasks.base import RunData, Task
@@ -160,7 +160,7 @@ def fit(
                 hint="give single settings to change, and neither a file of settings, 'output' nor fresh",
             )
         config = {**(config or {}), "output": os.fspath(resume)}
-        config = RunConfig.read(settings_of(Path(os.path.expanduser(resume))), config)
+        config = settings_to_resume(Path(os.path.expanduser(resume)), config)
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
     if processes is ALONE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.loading import LoadedModel, load
-from deltaw.methods.base import ADAPTER_CONFIG, Method
+from deltaw.methods.base import Method
 from deltaw.methods.choose import method_of_folder
-from deltaw.methods.files import classes_of, outputs_of, read_config
+from deltaw.methods.files import classes_of, outputs_of
 from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.training.evaluation.causal import Score, Writer, score
 from deltaw.training.evaluation.general import identity_of
+from deltaw.training.origin import FoundFolder, is_adapter, read_folder
 from deltaw.training.quantizing import quantized_nf4
 from deltaw.training.run_folder import SETTINGS
 from deltaw.training.seen import as_seen
@@ -41,6 +42,7 @@ class InferenceSession:
         method: whose adapter is on the model; None where there is none.
         task: what the model does. classes: the names that a classifier's outputs have.
         identity: names the base model's weights and precision, for what is kept on disk.
+        found: the folder that was opened; None for a bare model.
     """
 
     loaded: LoadedModel
@@ -49,6 +51,7 @@ class InferenceSession:
     task: Task
     classes: tuple[str, ...] | None = None
     identity: str | None = None
+    found: FoundFolder | None = None
     _bare: bool = field(default=False, repr=False)
 
     @property
@@ -136,6 +139,7 @@ def open_run(
     precision: str = "auto",
     device: str = "auto",
     task: str | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None],
 ) -> InferenceSession:
     """Load a run's folder (base model and adapter), an adapter of PEFT's, or a bare model.
@@ -145,34 +149,28 @@ def open_run(
         model: the base model, where it is not the one that the folder names.
         precision: auto takes a run's own where its base is kept in blocks.
         task: what a bare model is to do; an adapter says that itself.
+        trust_remote_code: run the Python files that came with the base model, whatever the folder says.
+
+    Raises:
+        UserError: something cannot be loaded, or the folder names what the caller has to allow.
     """
     folder = Path(reference)
-    adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not adapter and (folder / SETTINGS).is_file():
-        raise UserError(
-            "the run has no adapter: it did not get as far as its end",
-            where=str(folder),
-            hint=f"train it again: deltaw train {folder / SETTINGS}",
-        )
-    config = RunConfig.read(folder / SETTINGS) if adapter and (folder / SETTINGS).is_file() else None
-    if config is not None:
-        config = with_saved_template(config, folder)
+    adapter = is_adapter(folder)
+    found = None
+    if adapter or (folder / SETTINGS).is_file():
+        found = read_folder(folder, trust_remote_code=trust_remote_code)
+    config = None if found is None else found.run
     if precision == "auto" and config is not None and model is None and config.precision in ("gguf", "nf4"):
         precision = config.precision  # the adapter belongs to these weights
     kind, base, classes = task or DEFAULT_TASK, model or reference, None
-    if adapter:
-        settings = read_config(folder)
-        base = model or (config.model if config is not None else _base_of(settings, folder))
-        told = tasks.name_of_adapter(settings.get("task_type"))
-        kind = config.task if config is not None else told or kind
-        classes = classes_of(folder)
-    trust = config.trust_remote_code if config is not None else False
+    if found is not None:
+        kind, base, classes = found.task, found.base(model), classes_of(folder)
     dtype = choose_precision(choose_device(device).value, precision).value
     work = task_of(
         kind,
         base,
         dtype,
-        trust_remote_code=trust,
+        trust_remote_code=trust_remote_code,
         say=say,
         preference=None if config is None else config.preference,
     )
@@ -188,7 +186,7 @@ def open_run(
         device=device,
         task=kind,
         num_labels=outputs,
-        trust_remote_code=trust,
+        trust_remote_code=trust_remote_code,
         say=say if not adapter else lambda line: None if line.startswith("new,") else say(line),
     )
     identity = identity_of(loaded.model, precision)
@@ -206,15 +204,7 @@ def open_run(
     if adapter:
         method = method_of_folder(folder, work.tokenizer)
         say(method.load(loaded.model, folder))
-    return InferenceSession(loaded, config, method, work, classes, identity)
-
-
-def with_saved_template(config: RunConfig, folder: Path) -> RunConfig:
-    """The settings with the chat template that the run saved, instead of the file that it was given."""
-    saved = folder / "chat_template.jinja"
-    if config.data.chat_template is None or not saved.is_file():
-        return config
-    return config.model_copy(update={"data": replace(config.data, chat_template=str(saved))})
+    return InferenceSession(loaded, config, method, work, classes, identity, found)
 
 
 def score_run(
@@ -255,14 +245,3 @@ def score_run(
     with opened.task.running(opened.model, batcher):
         objective = opened.task.objective(opened.model)
         return Score(opened.task.evaluate(objective, rows, batcher, opened.classes), [])
-
-
-def _base_of(settings: dict[str, object], folder: Path) -> str:
-    base = settings.get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            "the adapter does not say which model it belongs to",
-            where=str(folder / ADAPTER_CONFIG),
-            hint="name the base model with --model",
-        )
-    return str(base)

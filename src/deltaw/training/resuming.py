@@ -52,6 +52,16 @@ FREE = {
     "train.keep_checkpoints",
     "train.not_finite",
 }
+# No run chooses them itself: a checkpoint from somewhere else that says so is not believed.
+NEVER_CHOSEN = {
+    "model",
+    "data.train",
+    "data.eval",
+    "data.chat_template",
+    "track",
+    "trust_remote_code",
+    "output",
+}
 # May change, but then the steps to come are rounded in another way.
 ROUNDING = {
     "device",
@@ -131,7 +141,7 @@ def with_choices(
     said: list[str] = []
     flags: dict[str, Any] = {}
     for key in (setting.key for setting in settings()):
-        if key not in choices or key not in ours or ours[key] != theirs.get(key):
+        if key not in choices or key in NEVER_CHOSEN or key not in ours or ours[key] != theirs.get(key):
             continue
         value = choices[key]
         if key == "device" and not _is_there(str(value)):

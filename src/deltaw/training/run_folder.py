@@ -20,6 +20,7 @@ from deltaw.config import RunConfig
 from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
+from deltaw.named import remember_named
 from deltaw.training.run_state import FOLDER, RunLock, read_status
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class RunFolder:
     def write_settings(self, config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -> None:
         """``run.yaml`` with every value; ``chosen`` gives, by dotted key, what ``auto`` became and why."""
         write_text(self.path / SETTINGS, settings_text(config, chosen))
+        remember_settings(config)
 
     def write_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The tokenizer with its chat template, so that whoever has the folder renders as the run did."""
@@ -148,6 +150,12 @@ class RunFolder:
         finally:
             if self._lock is not None:
                 self._lock.release()
+
+
+def remember_settings(config: RunConfig) -> None:
+    """Note what the user's settings name, so that the run's folder may name it here later."""
+    for key, value in config.named().items():
+        remember_named(key.partition(".")[0], value)
 
 
 def is_unfinished(path: Path) -> bool:

@@ -16,6 +16,7 @@ from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.training.callbacks import Say
 from deltaw.training.checkpoint_files import Checkpoint
 from deltaw.training.checkpoints import listed, newest
+from deltaw.training.origin import settings_in
 from deltaw.training.resuming import (
     LENGTH,
     ROUNDING,
@@ -108,20 +109,19 @@ class Start:
         )
 
 
-def settings_of(run: Path) -> Path:
-    """The settings that a run was told.
+def settings_to_resume(run: Path, given: Mapping[str, Any]) -> RunConfig:
+    """The settings that a run was told, with those that are ``given`` above them.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or its settings name what the caller has to allow.
     """
-    path = run / SETTINGS
-    if not path.is_file():
+    if not (run / SETTINGS).is_file():
         raise UserError(
             "there is no run to go on with",
             where=str(run),
             hint="give the folder of a run, the 'output' of its settings",
         )
-    return path
+    return settings_in(run, given, all_of_it=True)
 
 
 def begin(output: Path, config: RunConfig, *, asked: bool, fresh: bool, say: Say) -> Start:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +115,31 @@ def test_an_adapter_loaded_by_request_has_its_own_template(server: Running) -> N
         assert client.post(CHAT, json=ASKED | {"model": "poet"}).status_code == 404
         broken = client.post("/v1/load_lora_adapter", json={"lora_name": "b", "lora_path": "broken"})
         assert broken.status_code == 400, broken.text
+
+
+def test_hostile_adapters_are_refused_while_others_are_answered(
+    server: Running, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltaw.lora.expressions.SECONDS", 0.5)
+    monkeypatch.setattr("deltaw.data.template_limits.STEPS", 1 << 16)
+    expression, template = (
+        shutil.copytree(folders / "adapters" / "poet", folders / "adapters" / n) for n in "et"
+    )
+    settings = json.loads((expression / "adapter_config.json").read_text())
+    settings["target_modules"] = "(([a-z_0-9]+)[.]?)+!"
+    (expression / "adapter_config.json").write_text(json.dumps(settings))
+    loop = "{% for i in range(99999) %}"
+    (template / "chat_template.jinja").write_text(loop * 2 + "{% endfor %}" * 2)
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        asked = {"lora_name": "e", "lora_path": "e"}
+        loading = pool.submit(client.post, "/v1/load_lora_adapter", json=asked)
+        while not loading.done():
+            assert client.get("/health").status_code == 200
+        refused = loading.result()
+        assert refused.status_code == 400 and "was ended after 0.5 seconds" in refused.text
+        refused = client.post("/v1/load_lora_adapter", json={"lora_name": "t", "lora_path": "t"})
+        assert refused.status_code == 400 and "the chat template was ended" in refused.text
+        assert client.post(CHAT, json=ASKED | {"model": "clerk"}).status_code == 200
 
 
 def test_a_schema_binds_the_text(server: Running) -> None:

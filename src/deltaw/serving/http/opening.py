@@ -6,17 +6,14 @@ with one adapter at most; that is said. Knows references, folders and memory; no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.memory import free_memory_bytes
 from deltaw.hub.terminators import terminators
-from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.serving.adapter_folder import FolderFacts
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
 from deltaw.serving.bank import AdapterBank
@@ -34,7 +31,7 @@ from deltaw.serving.open_encoders import open_classifiers, open_embedder, what_i
 from deltaw.serving.opening import CACHE_SHARE, engine_over
 from deltaw.serving.probes import NotDecodable
 from deltaw.training.inference import InferenceSession, open_run
-from deltaw.training.run_folder import SETTINGS
+from deltaw.training.origin import is_adapter, read_folder
 from deltaw.working import working
 
 # Renderings that are kept, of adapters that were asked for; each holds little, but adapters come and go.
@@ -46,8 +43,8 @@ class Opening:
     """How a model is opened.
 
     Args:
-        model: the base model, where a run's folder does not name it. name: of the base in requests; None for
-            what it was opened from.
+        model: the base model, where a run's folder does not name it. trust_remote_code: run Python code that
+            comes with it. name: of the base in requests; None for what it was opened from.
         page: whether models that write text have a chat page at ``/``.
         pooling, normalize: of an encoder's vectors.
         running: texts that are written at once. cache_bytes: for keys and values; None for a share of what is
@@ -55,6 +52,7 @@ class Opening:
     """
 
     model: str | None = None
+    trust_remote_code: bool = False
     name: str | None = None
     precision: str = "auto"
     device: str = "auto"
@@ -77,9 +75,10 @@ def open_any(
     Raises:
         UserError: the model or an adapter cannot be used.
     """
-    is_run = (Path(base) / ADAPTER_CONFIG).is_file()  # it says itself what it does
+    is_run = is_adapter(Path(base))  # it says itself what it does
     known = base if is_run else opening.model or base
-    kind = what_it_serves(known, precision=opening.precision, device=opening.device)
+    trust = opening.trust_remote_code
+    kind = what_it_serves(known, precision=opening.precision, device=opening.device, trust_remote_code=trust)
     if kind == "text":
         return open_served(base, folders, opening, say=say)
     if kind == "vectors":
@@ -93,6 +92,7 @@ def open_any(
             normalize=opening.normalize,
             precision=opening.precision,
             device=opening.device,
+            trust_remote_code=trust,
             say=say,
         )
     else:
@@ -101,7 +101,14 @@ def open_any(
             raise UserError(f"two models are named '{name}'", where="--adapter", hint="give --name")
         paths = {adapter: str(folder) for adapter, folder in folders.items()}
         encoders = open_classifiers(
-            base, name, paths, precision=opening.precision, device=opening.device, say=say
+            base,
+            name,
+            paths,
+            model=opening.model,
+            precision=opening.precision,
+            device=opening.device,
+            trust_remote_code=trust,
+            say=say,
         )
     return replace(encoders_served(encoders, name, base, limits), closed=encoders.close)
 
@@ -119,19 +126,22 @@ def open_served(
     Raises:
         UserError: the model or an adapter cannot be used, or the model writes no text.
     """
-    folders = dict(folders)
-    if (Path(base) / ADAPTER_CONFIG).is_file():
+    folders, trust = dict(folders), opening.trust_remote_code
+    if is_adapter(Path(base)):
         own = check_name(Path(base).resolve().name, base)
         if own in folders:
             raise UserError(f"two adapters are named '{own}'", where=base)
         folders[own] = Path(base)
-        base = opening.model or _base_of(Path(base))
+        found = read_folder(Path(base), trust_remote_code=trust)
+        base, named = found.base(opening.model), found.base_name(opening.model)
     else:
-        base = opening.model or base
-    name = opening.name or base
+        base = named = opening.model or base
+    name = opening.name or named
     if name in folders:
         raise UserError(f"'{name}' is the base model's name", where="--adapter", hint="give --name")
-    session = open_run(base, precision=opening.precision, device=opening.device, say=say)
+    session = open_run(
+        base, precision=opening.precision, device=opening.device, trust_remote_code=trust, say=say
+    )
     session.require_generation()
     room = opening.cache_bytes
     room = int(free_memory_bytes() * CACHE_SHARE) if room is None else room
@@ -205,7 +215,12 @@ def _by_transformers(
     data: dict[str | None, TokenizerPrompts] = {None: TokenizerPrompts(session.tokenizer, session.data)}
     if own is not None:
         session = open_run(
-            str(folders[own]), model=base, precision=opening.precision, device=opening.device, say=say
+            str(folders[own]),
+            model=base,
+            precision=opening.precision,
+            device=opening.device,
+            trust_remote_code=opening.trust_remote_code,
+            say=say,
         )
         data[own] = TokenizerPrompts(session.tokenizer, session.data)
     ends = terminators(session.model, session.tokenizer)
@@ -252,22 +267,3 @@ class _PromptsOfBank:
             self._known.clear()
         self._known[adapter] = (facts, made)
         return made
-
-
-def _base_of(folder: Path) -> str:
-    """The base model that an adapter's folder names.
-
-    Raises:
-        UserError: it names none.
-    """
-    if (folder / SETTINGS).is_file():
-        return RunConfig.read(folder / SETTINGS).model
-    try:
-        named = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError("the adapter's settings cannot be read", where=str(folder)) from error
-    if not named:
-        raise UserError(
-            "the adapter does not say which model it belongs to", where=str(folder), hint="give --model"
-        )
-    return str(named)

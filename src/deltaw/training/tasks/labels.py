@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -51,7 +50,7 @@ class LabelTask(Task):
         self,
         name: str,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        folder: Path | None = None,
+        encoder: ImageEncoder | None = None,
         named: tuple[str, ...] | None = None,
         own_outputs: int | None = None,
         model: str = "",
@@ -61,13 +60,14 @@ class LabelTask(Task):
         self._own_outputs = own_outputs
         self._model = model
         self.tokenizer = tokenizer
-        self.encoder = ImageEncoder(folder) if folder is not None else None
+        self.encoder = encoder
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> LabelTask:
         named, model = named_classes(files.config), files.reference
         if name == "image-classification":
-            return cls(name, None, files.folder, named, own_outputs(files.config), model)
+            encoder = ImageEncoder(files.folder, trust_remote_code=files.trust_remote_code)
+            return cls(name, None, encoder, named, own_outputs(files.config), model)
         tokenizer = files.tokenizer()
         # A regression's configuration has one output, whatever the files say.
         config = read_config(files.folder, "sequence-classification", None, files.trust_remote_code)

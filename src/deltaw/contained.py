@@ -1,0 +1,89 @@
+"""Folders that came from somewhere else, and whether what lies in them stays in them.
+
+A folder with a model or an adapter is read as it is. A link in it that leads out would have another file of
+this machine read in its place, so it is refused. The cache of a model hub, whose folders hold links to the
+files of the same model beside them, is known by its layout. It knows paths, not what the files are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from deltaw.errors import UserError
+
+# A folder of templates beside a tokenizer, whose files transformers reads.
+_READ_INSIDE = ("additional_chat_templates",)
+
+
+def require_contained(folder: Path, *, all_of_it: bool = False, among: Iterable[Path] | None = None) -> None:
+    """Refuse links in ``folder`` that lead out of it.
+
+    Args:
+        folder: may itself be reached by a link; a folder that is not there has none in it.
+        all_of_it: look at everything below it, and not only at its files. among: look at these alone.
+
+    Raises:
+        UserError: there is such a link.
+    """
+    roots: list[Path] | None = None
+    paths = _everything(folder) if all_of_it else _files(folder)
+    for path in paths if among is None else among:
+        if not path.is_symlink():
+            continue
+        roots = _roots(folder) if roots is None else roots
+        if not _leads_into(path, roots):
+            raise UserError(
+                f"'{path.relative_to(folder)}' is a link that leads out of the folder, and is not followed",
+                where=str(folder),
+                hint="if it is yours, copy the file in its place; if the folder came from somewhere else, "
+                "do not use it",
+            )
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a file that another file in ``folder`` names by ``name`` lies in the folder; it need not be
+    there."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return False
+    return _leads_into(folder / name, _roots(folder))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """What is read of a folder: its files, and those in it that are read from a folder of their own."""
+    for path in _entries(folder):
+        if path.name in _READ_INSIDE:
+            yield path
+            yield from _entries(path)
+        elif not path.is_dir():
+            yield path
+
+
+def _everything(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where what is in a folder may lie: in it, and for a hub's ``models--owner--name/snapshots/revision``
+    among the ``blobs`` of the same model."""
+    own = folder.resolve()
+    of_hub = [
+        parent.parent / "blobs"
+        for parent in own.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith(("models--", "datasets--"))
+    ]
+    return [own, *of_hub]
+
+
+def _leads_into(path: Path, roots: list[Path]) -> bool:
+    try:
+        end = path.resolve(strict=False)
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
+    return any(end.is_relative_to(root) for root in roots)

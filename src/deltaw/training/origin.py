@@ -1,0 +1,230 @@
+"""A run's or an adapter's folder, and what its files may bring about.
+
+Such a folder names things outside of itself: a base model, rows, a chat template, a tracker, Python code that
+comes with the model. Folders are passed on, and whoever made one must not decide what is read, fetched or run
+on another machine. So a name in a folder is followed only if the user named the same before on this machine,
+as in the settings of the run that made it, or if it is a model that is in a cache here already. Everything
+else is the caller's to name. Code is run for nobody who does not ask for it in this very call. A refusal says
+what the folder names and how to allow it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deltaw import tasks
+from deltaw.config import DEFAULT_TASK, RunConfig
+from deltaw.contained import require_contained
+from deltaw.errors import UserError
+from deltaw.hub.folders import already_here
+from deltaw.methods.base import ADAPTER_CONFIG
+from deltaw.methods.files import read_config
+from deltaw.named import remember_named, was_named
+from deltaw.training.run_folder import SETTINGS
+
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class FoundFolder:
+    """A run's folder, or an adapter's.
+
+    Attributes:
+        folder: where it is. adapter: the content of its ``adapter_config.json``.
+        run: the run's settings, with the chat template that it saved, and with the caller's word on code that
+            comes with the model; None where no run of deltaw's made the adapter.
+    """
+
+    folder: Path
+    adapter: Mapping[str, object]
+    run: RunConfig | None
+
+    @property
+    def task(self) -> str:
+        """What the model does with the adapter."""
+        if self.run is not None:
+            return self.run.task
+        return tasks.name_of_adapter(self.adapter.get("task_type")) or DEFAULT_TASK
+
+    def base_name(self, model: str | None) -> str:
+        """What the base model is called: ``model`` where the caller names it, else as the folder does.
+
+        Raises:
+            UserError: nobody names it.
+        """
+        named = self.run.model if self.run is not None else self.adapter.get("base_model_name_or_path")
+        if model is None and not (isinstance(named, str) and named):
+            raise UserError(
+                "the adapter does not say which model it belongs to",
+                where=str(self.folder / ADAPTER_CONFIG),
+                hint="name the base model with --model",
+            )
+        return str(named) if model is None else model
+
+    def base(self, model: str | None) -> str:
+        """The reference by which the base model is to be loaded.
+
+        Args:
+            model: the caller's; it may be anything.
+
+        Raises:
+            UserError: the folder names what the caller would have to allow, or nothing.
+        """
+        name = self.base_name(model)
+        if model is not None:
+            remember_named("model", name)
+            return name
+        if was_named("model", name):
+            return name
+        if (here := already_here(name)) is not None:
+            return here
+        raise _foreign(
+            self.folder / SETTINGS if self.run is not None else self.folder / ADAPTER_CONFIG,
+            {"model": name},
+        )
+
+    def require_rows(self) -> None:
+        """Refuse to read rows that only the folder names.
+
+        Raises:
+            UserError: nobody else did.
+        """
+        named = {} if self.run is None else _unknown(self.run, ("data.train", "data.eval"))
+        if named:
+            raise _foreign(self.folder / SETTINGS, named, flag="--data FILE")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter: deltaw's or PEFT's."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def read_folder(folder: Path, *, trust_remote_code: bool | None) -> FoundFolder:
+    """Read what names things in a run's or an adapter's folder; nothing that it names is looked for.
+
+    Args:
+        trust_remote_code: whether the caller wants Python code to be run that comes with the base model; None
+            where no base model is loaded for this folder.
+
+    Raises:
+        UserError: there is no adapter, a link leads out of the folder, a file cannot be read, or the run's
+            settings ask for such code and the caller does not.
+    """
+    if not is_adapter(folder):
+        raise _no_adapter(folder)
+    require_contained(folder)
+    adapter, settings = read_config(folder), folder / SETTINGS
+    if not settings.is_file():
+        return FoundFolder(folder, adapter, None)
+    run = RunConfig.read(settings)
+    if run.trust_remote_code and trust_remote_code is False:
+        raise _wants_code(settings, run.model, "--trust-remote-code")
+    run = run.model_copy(update={"trust_remote_code": bool(trust_remote_code)})
+    return FoundFolder(folder, adapter, _with_saved_template(run, folder, {}))
+
+
+def settings_in(folder: Path, given: Mapping[str, object], *, all_of_it: bool = False) -> RunConfig:
+    """The settings in a run's folder for whoever goes on with them.
+
+    Args:
+        given: settings of the caller's own, nested, which come before the folder's.
+        all_of_it: whether the run itself goes on, so that everything in the folder is read, and what it names
+            is what it began with: no other revision of its model, nor another file with its template.
+
+    Raises:
+        UserError: the settings name something, or ask for Python code of the model's, and the caller does not
+            name the same.
+    """
+    require_contained(folder, all_of_it=all_of_it)
+    settings = folder / SETTINGS
+    config = RunConfig.read(settings, given)
+    if config.trust_remote_code and not given.get("trust_remote_code"):
+        raise _wants_code(settings, config.model, "--trust_remote_code true")
+    keys = ["model", "data.train", "data.eval", "track"]
+    if all_of_it:
+        keys.append("data.chat_template")
+    else:
+        config = _with_saved_template(config, folder, given)
+    named = {key: value for key, value in _unknown(config, keys).items() if not _is_given(given, key)}
+    if not all_of_it and "model" in named and (here := already_here(config.model)) is not None:
+        config = config.model_copy(update={"model": here})
+        del named["model"]
+    if named:
+        raise _foreign(settings, named)
+    return config
+
+
+def _with_saved_template(config: RunConfig, folder: Path, given: Mapping[str, object]) -> RunConfig:
+    """The settings with the chat template that the run saved, instead of the file that it was given.
+
+    Raises:
+        UserError: there is none in the folder, and nobody but the folder names that file.
+    """
+    key, saved = "data.chat_template", folder / CHAT_TEMPLATE
+    if config.data.chat_template is None:
+        return config
+    if saved.is_file():
+        return config.model_copy(update={"data": replace(config.data, chat_template=str(saved))})
+    if not _is_given(given, key) and (named := _unknown(config, (key,))):
+        raise _foreign(folder / SETTINGS, named, flag=f"a file {CHAT_TEMPLATE} in the folder")
+    return config
+
+
+def _unknown(config: RunConfig, keys: Sequence[str]) -> dict[str, object]:
+    """Which of ``keys`` name what the user did not name here before, and what."""
+    found = {key: value for key, value in config.named().items() if key in keys}
+    return {key: value for key, value in found.items() if not was_named(key.partition(".")[0], value)}
+
+
+def _is_given(given: Mapping[str, object], key: str) -> bool:
+    section, _, leaf = key.rpartition(".")
+    inside = given.get(section) if section else given
+    if isinstance(inside, str | list):  # `data: rows.jsonl` stands for `data: {train: rows.jsonl}`
+        return leaf == "train"
+    return isinstance(inside, Mapping) and leaf in inside
+
+
+def _foreign(file: Path, named: Mapping[str, object], *, flag: str | None = None) -> UserError:
+    """The refusal of what only a folder names.
+
+    Args:
+        named: by the settings' dotted keys. flag: how to name it, where that is not the settings' own flags.
+    """
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        for key, value in named.items()
+    }
+    flags = flag or " ".join(f"--{key} {shlex.quote(text)}" for key, text in texts.items())
+    wanted = " and ".join(f"{key} {text!r}" for key, text in texts.items())
+    return UserError(
+        f"the folder names {wanted}, which nobody has named here before: at a folder's word alone, it is "
+        "neither looked for nor fetched",
+        where=str(file),
+        hint=f"if that is what you want, name it yourself: {flags}",
+    )
+
+
+def _no_adapter(folder: Path) -> UserError:
+    if (folder / SETTINGS).is_file():
+        return UserError(
+            "the run has no adapter: it did not get as far as its end",
+            where=str(folder),
+            hint=f"train it again: deltaw train {folder / SETTINGS}",
+        )
+    return UserError(
+        f"there is no adapter in '{folder}'",
+        where=str(folder),
+        hint="name a run's folder, or an adapter's",
+    )
+
+
+def _wants_code(settings: Path, model: str, flag: str) -> UserError:
+    return UserError(
+        f"the run's settings ask for Python code to be run that comes with its base model, '{model}'",
+        where=f"trust_remote_code in {settings}",
+        hint=f"read the code; if you trust it, add {flag} (in Python: trust_remote_code=True)",
+    )

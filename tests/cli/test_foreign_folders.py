@@ -1,0 +1,461 @@
+"""Folders from somebody else, through every verb that takes a folder: nothing in them is run, no file outside
+of them is opened, nothing is fetched, and the refusal says what they want and how to allow it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deltaw.data import template_limits
+from deltaw.hub import packages
+from deltaw.lora import expressions
+from tests.conftest import write_rows
+
+CANARY = "the canary sings"
+ENDLESS_EXPRESSION = "(([a-z_0-9]+)[.]?)+!"
+ENDLESS_TEMPLATE = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+)
+CODE = "import pathlib\n(pathlib.Path(__file__).resolve().parent / 'ran').write_text('x')\n"
+
+_opened: list[str] = []
+_watched: list[str] = []
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if _watched and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if any(path.startswith(outside) for outside in _watched):
+            _opened.append(path)
+
+
+sys.addaudithook(_hook)
+
+
+@pytest.fixture
+def outside(
+    tmp_path: Path, model_folder: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder with everything that somebody may want to read: a model, an adapter, rows, a text. Opening any
+    of it is noted, and the user has named none of it before."""
+    folder = tmp_path / "outside"
+    shutil.copytree(model_folder, folder / "model")
+    shutil.copytree(finished_run, folder / "run")
+    (folder / "text").write_text(CANARY)
+    write_rows(folder / "rows.jsonl", [{"prompt": "a", "completion": CANARY}] * 4)
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(template_limits, "STEPS", 1 << 14)
+    monkeypatch.setattr(expressions, "SECONDS", 0.2)
+    monkeypatch.setattr(packages, "_fetched", lambda wanted: pytest.fail(f"{wanted} was fetched"))
+    _opened.clear()
+    _watched.append(str(folder.resolve()))
+    yield folder
+    _watched.clear()
+
+
+@pytest.fixture
+def refused(call, outside) -> Callable[..., None]:
+    """Call a verb that must be refused, with these words, and without having opened what lies outside."""
+
+    def check(arguments: list, *words: str) -> None:
+        ended = call(*arguments, stdin="hi\n")
+        told = ended.out + ended.err
+        assert ended.status == 2, (arguments, told)
+        assert ended.err.count("error: ") == 1 and "hint: " in ended.err, told
+        for word in words:
+            assert word in told, told
+        assert "Traceback" not in told and CANARY not in told
+        assert not _opened, (arguments, _opened)
+        assert not list(outside.parent.rglob("ran"))
+
+    return check
+
+
+def _changed(file: Path, **changes: object) -> None:
+    """Other values in a JSON or YAML file."""
+    read = yaml.safe_load if file.suffix == ".yaml" else json.loads
+    values = {**read(file.read_text()), **changes}
+    file.write_text(yaml.safe_dump(values) if file.suffix == ".yaml" else json.dumps(values))
+
+
+def _linked(file: Path, target: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to(target)
+
+
+# Models
+
+
+def _code(model: Path, outside: Path) -> str:
+    auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.T", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        _changed(model / file, auto_map=auto)
+    _changed(model / "config.json", model_type="own")
+    (model / "own.py").write_text(CODE)
+    return "Python code of its own"
+
+
+def _code_elsewhere(model: Path, outside: Path) -> str:
+    _code(model, outside)
+    _changed(model / "config.json", auto_map={"AutoConfig": "somebody/else--own.Config"})
+    return "Python code of its own"
+
+
+def _code_of_tokenizer(model: Path, outside: Path) -> str:
+    auto = {"AutoTokenizer": ["own.T", None]}
+    _changed(model / "tokenizer_config.json", auto_map=auto, tokenizer_class="T")
+    (model / "own.py").write_text(CODE)
+    return "Python code of its own"
+
+
+def _link(name: str, target: str) -> Callable[[Path, Path], str]:
+    def change(folder: Path, outside: Path) -> str:
+        _linked(folder / name, outside / target)
+        return "link that leads out"
+
+    return change
+
+
+def _index(model: Path, outside: Path) -> str:
+    (model / "model.safetensors").unlink()
+    shard = str(outside / "model" / "model.safetensors")
+    text = json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}})
+    (model / "model.safetensors.index.json").write_text(text)
+    return "not in the model's folder"
+
+
+def _named_index(model: Path, outside: Path) -> str:
+    _index(model, outside)
+    (model / "model.safetensors.index.json").rename(model / "other.safetensors.index.json")
+    _changed(model / "config.json", transformers_weights="other.safetensors.index.json")
+    (model / "some.safetensors").write_bytes(b"")
+    return "not in the model's folder"
+
+
+def _weights(model: Path, outside: Path) -> str:
+    _changed(model / "config.json", transformers_weights="../outside/model/model.safetensors")
+    return "not a safetensors file of its folder"
+
+
+def _pickle(model: Path, outside: Path) -> str:
+    (model / "adapter_model.bin").write_bytes(b"")
+    _changed(model / "config.json", transformers_weights="adapter_model.bin")
+    return "not a safetensors file of its folder"
+
+
+def _vocabulary(model: Path, outside: Path) -> str:
+    _changed(model / "tokenizer_config.json", vocab=str(outside / "text"), tokenizer_class="BertTokenizer")
+    return "not in the model's folder"
+
+
+def _with_adapter(model: Path, outside: Path) -> str:
+    text = json.dumps({"peft_type": "LORA", "target_modules": ENDLESS_EXPRESSION, "r": 2})
+    (model / "adapter_config.json").write_text(text)
+    return "holds a model and an adapter"
+
+
+MODELS = {
+    "code": _code,
+    "code of another": _code_elsewhere,
+    "code of the tokenizer": _code_of_tokenizer,
+    "config.json": _link("config.json", "model/config.json"),
+    "tokenizer.json": _link("tokenizer.json", "model/tokenizer.json"),
+    "weights": _link("model.safetensors", "model/model.safetensors"),
+    "template": _link("chat_template.jinja", "text"),
+    "more templates": _link("additional_chat_templates", ""),
+    "index": _index,
+    "an index by name": _named_index,
+    "weights by name": _weights,
+    "a pickle": _pickle,
+    "a vocabulary": _vocabulary,
+    "an adapter in it": _with_adapter,
+}
+
+
+def _model_verbs(model: Path, rows: Path, to: Path) -> dict[str, list]:
+    train = ["--data.train", rows, "--device", "cpu", "--precision", "fp32"]
+    verbs: dict[str, list] = {
+        "train": ["train", "--model", model, *train, "--output", to, "--train.max_steps", "1"],
+        "plan": ["plan", "--model", model, *train],
+        "compare": ["compare", "--model", model, *train, "--output", to, "--methods", "lora"],
+        "tune": ["tune", "--model", model, *train, "--output", to, "--trials", "1"],
+        "eval": ["eval", model, "--data", rows],
+        "generate": ["generate", model, "-p", "hi"],
+        "chat": ["chat", model],
+        "serve": ["serve", model, "--port", "0"],
+        "data show": ["data", "show", rows, "--model", model],
+        "data check": ["data", "check", rows, "--model", model],
+        "doctor": ["doctor", "--model", model],
+        "init": ["init", to, "--model", model, "--data", rows],
+    }
+    return verbs
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_models_folder(what, tmp_path, model_folder, rows_file, outside, refused):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    word = MODELS[what](model, outside)
+    verbs = _model_verbs(model, rows_file, tmp_path / "to")
+    if what == "an adapter in it":  # these take the folder for the adapter
+        verbs = {name: verbs[name] for name in verbs if name not in ("eval", "generate", "chat", "serve")}
+    if what != "weights":  # they begin with a process of their own
+        del verbs["compare"], verbs["tune"]
+    if what.startswith("code"):
+        del verbs["init"]  # reads no configuration, and writes settings without it
+    if what == "code of the tokenizer":
+        del verbs["doctor"]  # reads no tokenizer
+    for arguments in verbs.values():
+        refused(arguments, word)
+
+
+def test_an_endless_template_of_a_model(tmp_path, model_folder, rows_file, call, refused):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(ENDLESS_TEMPLATE)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"a{n}", "completion": "b"} for n in range(4)])
+    verbs = _model_verbs(model, rows, tmp_path / "to")
+    for name in ("train", "plan", "eval", "generate", "data show", "data check", "init"):
+        refused(verbs[name], "the chat template was ended")
+    ended = call(*verbs["chat"], stdin="hi\n")
+    assert ended.status == 0 and "the chat template was ended" in ended.err
+
+
+# Runs and adapters
+
+
+def _consent(run: Path, outside: Path) -> str:
+    _changed(run / "run.yaml", trust_remote_code=True)
+    return "ask for Python code"
+
+
+def _base_of_run(run: Path, outside: Path) -> str:
+    _changed(run / "run.yaml", model=str(outside / "model"))
+    return "--model"
+
+
+def _base(name: str) -> Callable[[Path, Path], str]:
+    def change(run: Path, outside: Path) -> str:
+        (run / "run.yaml").unlink()
+        _changed(run / "adapter_config.json", base_model_name_or_path=name.format(outside=outside))
+        return f"--model {name.format(outside=outside)}"
+
+    return change
+
+
+def _template_outside(run: Path, outside: Path) -> str:
+    (run / "chat_template.jinja").unlink()
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    data = {**settings["data"], "chat_template": str(outside / "text")}
+    _changed(run / "run.yaml", data=data)
+    return "chat_template"
+
+
+NAMES = {
+    "code": _consent,
+    "a path in run.yaml": _base_of_run,
+    "a path": _base("{outside}/model"),
+    "a GGUF file": _base("{outside}/model.gguf"),
+    "a hub id": _base("somebody/base"),
+    "another revision": _base("somebody/base@../../../outside"),
+    "a package": _base("pypi:some-base==1.0"),
+    "a host": _base("//somebody/share"),
+    "a template": _template_outside,
+}
+LINKS = {
+    "run.yaml": _link("run.yaml", "run/run.yaml"),
+    "adapter_config.json": _link("adapter_config.json", "run/adapter_config.json"),
+    "weights": _link("adapter_model.safetensors", "run/adapter_model.safetensors"),
+    "tokenizer.json": _link("tokenizer.json", "run/tokenizer.json"),
+    "template": _link("chat_template.jinja", "text"),
+    "card": _link("README.md", "text"),
+    "metrics": _link("metrics.jsonl", "run/metrics.jsonl"),
+}
+
+
+def _verbs_with_base(run: Path, to: Path, *more: object) -> dict[str, list]:
+    formats = ("peft", "vllm", "mlx", "gguf", "gguf-adapter")
+    return {
+        "generate": ["generate", run, "-p", "hi", *more],
+        "chat": ["chat", run, *more],
+        "eval": ["eval", run, *more],
+        "merge": ["merge", run, "--output", to, *more],
+        "merge --as-adapter": ["merge", run, "--as-adapter", "--rank", "1", "--output", to, *more],
+        "serve": ["serve", run, "--port", "0", *more],
+        **{f"export {f}": ["export", run, "--format", f, "--output", to, *more] for f in formats},
+    }
+
+
+def _verbs_of_runs(run: Path) -> dict[str, list]:
+    return {
+        "data show": ["data", "show", run],
+        "data check": ["data", "check", run],
+        "train --resume": ["train", "--resume", run, "--train.epochs", "9"],
+    }
+
+
+def _verbs_beside(run: Path, base: Path, own: Path, to: Path) -> dict[str, list]:
+    return {
+        "merge --with": ["merge", own, "--with", f"{run}=0.5", "--output", to, "--model", base],
+        "serve --adapter": ["serve", base, "--adapter", f"x={run}", "--port", "0"],
+    }
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_what_a_run_names(what, tmp_path, finished_run, outside, refused):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    word = NAMES[what](run, outside)
+    verbs = _verbs_with_base(run, tmp_path / "to")
+    if (run / "run.yaml").exists():
+        verbs |= _verbs_of_runs(run)
+    for arguments in verbs.values():
+        refused(arguments, word)
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_links_in_a_run(what, tmp_path, finished_run, model_folder, outside, refused, call):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    own = shutil.copytree(finished_run, tmp_path / "own")
+    word = LINKS[what](run, outside)
+    verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
+    verbs |= _verbs_of_runs(run) | _verbs_beside(run, model_folder, own, tmp_path / "to")
+    verbs |= {"runs": ["runs", run], "runs --report": ["runs", run, "--report"]}
+    verbs |= {"inspect": ["inspect", run], "inspect two": ["inspect", own, run]}
+    for arguments in verbs.values():
+        refused(arguments, word)
+
+
+def test_links_in_what_a_run_goes_on_with(tmp_path, settings, outside, refused):
+    from deltaw.training.fit import fit
+
+    run = fit(settings(tmp_path / "run", train={"max_steps": 1})).output
+    victim = tmp_path / "outside" / "victim"
+    victim.write_text(CANARY)
+    _linked(run / "checkpoints" / ".lock", victim)
+    _opened.clear()
+    refused(["train", "--resume", run, "--train.max_steps", "2"], "link that leads out")
+    assert victim.read_text() == CANARY  # the lock's file would have been emptied
+
+
+def test_an_endless_expression_of_an_adapter(tmp_path, finished_run, model_folder, refused):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    own = shutil.copytree(finished_run, tmp_path / "own")
+    _changed(
+        run / "adapter_config.json", target_modules=ENDLESS_EXPRESSION, alpha_pattern={ENDLESS_EXPRESSION: 2}
+    )
+    verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
+    verbs["eval"] += ["--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])]
+    verbs |= _verbs_beside(run, model_folder, own, tmp_path / "to")
+    verbs |= {"inspect": ["inspect", run], "inspect two": ["inspect", own, run]}
+    for arguments in verbs.values():
+        refused(arguments, "was ended after")
+
+
+def test_an_endless_template_of_an_adapter(tmp_path, finished_run, model_folder, rows_file, refused):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    _changed(run / "run.yaml", data={**settings["data"], "chat_template": "somewhere.jinja"})
+    (run / "chat_template.jinja").write_text(ENDLESS_TEMPLATE)
+    verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
+    verbs["eval"] += ["--data", rows_file]
+    for name in ("generate", "chat", "eval", "merge", "serve", "export gguf", "export gguf-adapter"):
+        refused(verbs[name], "the chat template was ended")
+    for name in ("data show", "data check"):
+        more = ["--model", model_folder, "--data", rows_file]
+        refused([*_verbs_of_runs(run)[name], *more], "the chat template was ended")
+
+
+def test_links_in_a_folder_of_rows(tmp_path, model_folder, outside, refused):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    _linked(folder / "rows.jsonl", outside / "rows.jsonl")
+    for verb in ("show", "check"):
+        refused(["data", verb, folder, "--model", model_folder], "link that leads out")
+    to = tmp_path / "to"
+    refused(["train", "--model", model_folder, "--data", folder, "--output", to], "link that leads out")
+
+
+# What may be done
+
+
+def test_the_caller_allows_what_a_folder_names_and_is_not_asked_again(
+    tmp_path, finished_run, rows_file, outside, refused, call
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    _changed(run / "run.yaml", model=str(outside / "model"))
+    _watched.clear()
+    how = ["--precision", "fp32", "--device", "cpu"]
+    refused(["generate", run, "-p", "hi", *how], f"--model {outside / 'model'}")
+    refused(["eval", run, "--model", outside / "model", *how], "--data FILE", "data.train")
+    ended = call("eval", run, "--data", rows_file, "--no-drift", "--rows", "2", *how)
+    assert ended.status == 0, ended.err
+    assert call("generate", run, "-p", "hi", "--max-new-tokens", "2", *how).status == 0
+    moved = run.rename(tmp_path / "moved")
+    assert call("generate", moved, "-p", "hi", "--max-new-tokens", "2", *how).status == 0
+
+
+def test_a_run_of_ones_own_needs_no_word(tmp_path, settings, call):
+    from deltaw.training.fit import fit
+
+    run = fit(settings(tmp_path / "run", train={"max_steps": 1})).output
+    how = ["--precision", "fp32", "--device", "cpu"]
+    moved = run.rename(tmp_path / "moved")
+    assert call("eval", moved, "--no-drift", *how).status == 0
+    (moved / "run.yaml").unlink()
+    assert call("generate", moved, "-p", "hi", "--max-new-tokens", "2", *how).status == 0
+
+
+def test_code_is_the_callers_to_allow_each_time(tmp_path, settings, model_folder, call, refused, outside):
+    from deltaw.training.fit import fit
+
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own", "auto_map": auto, "architectures": ["OwnModel"]}
+    (model / "config.json").write_text(json.dumps(config))
+    own = settings(tmp_path / "run", model=str(model), trust_remote_code=True, train={"max_steps": 1})
+    run = fit(own).output
+    how = ["--precision", "fp32", "--device", "cpu"]
+    refused(["generate", run, "-p", "hi", *how], "--trust-remote-code", str(model))
+    ended = call("generate", run, "-p", "hi", "--max-new-tokens", "2", "--trust-remote-code", *how)
+    assert ended.status == 0, ended.err
+    refused(["train", "--resume", run, "--train.max_steps", "2"], "--trust_remote_code true")
+    ended = call("train", "--resume", run, "--train.max_steps", "2", "--trust_remote_code", "true")
+    assert ended.status == 0, ended.err
+
+
+def test_a_base_in_the_hubs_cache_needs_no_word(tmp_path, finished_run, model_folder, call, monkeypatch):
+    """The links of the cache itself lead out of a folder, and are followed."""
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    cached = tmp_path / "hub" / "models--somebody--base"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    for number, file in enumerate(sorted(model_folder.iterdir())):
+        shutil.copy(file, cached / "blobs" / f"blob{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob{number}")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "run.yaml").unlink()
+    _changed(run / "adapter_config.json", base_model_name_or_path="somebody/base")
+    how = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", "2"]
+    ended = call("generate", run, "-p", "hi", *how)
+    assert ended.status == 0, ended.err
+    (cached / "blobs" / "blob0").unlink()
+    (cached / "blobs" / "blob0").symlink_to(model_folder / sorted(model_folder.iterdir())[0].name)
+    assert call("generate", run, "-p", "hi", *how).status == 2
