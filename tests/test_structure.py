@@ -23,7 +23,7 @@ PACKAGE = SOURCE / "deltaw"
 # From the bottom to the top. A package may import packages on its own level and below.
 LEVELS = (
     ("errors", "version"),
-    ("durable", "registry", "working"),
+    ("cache", "durable", "registry", "working"),
     ("tensor_files",),
     ("tasks",),
     ("kernels",),

@@ -37,6 +37,7 @@ from deltaw.hub.quiet import quiet
 from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.unfilled import does_not_fit, unfilled
+from deltaw.hub.weight_values import reading_values
 from deltaw.working import working
 
 
@@ -228,16 +229,18 @@ def _weights(
     used = Choice(attention, "as asked" if attention != "sdpa" else "torch's fused attention")
     while True:
         try:
-            model, report = auto.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype_of(dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=used.value,
-                output_loading_info=True,
-            )
+            with reading_values(folder) as note:
+                model, report = auto.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=dtype_of(dtype),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=trust_remote_code,
+                    attn_implementation=used.value,
+                    output_loading_info=True,
+                )
+                note(model)
             return model, sorted(report["missing_keys"]), used
         except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
             message = str(error)

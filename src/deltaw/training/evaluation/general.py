@@ -46,7 +46,7 @@ class NoGeneralAnswers(Exception):
 def identity_of(model: PreTrainedModel, precision: str) -> str | None:
     """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
     tensors."""
-    weights = base_fingerprint(model.named_parameters())
+    weights = base_fingerprint(model)
     return None if weights is None else f"{weights}-{precision if precision in QUANTIZED else model.dtype}"
 
 
