@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # The most small results of one kind; the oldest go first.
 KEPT = 500
+# Files of so many bytes at most are hashed sooner than it is looked up what was remembered of them.
+SMALL = 1 << 22
 # A file that changed so many seconds ago, or less, may change again without a new time of change.
 SETTLED = 2.0
 # Where deltaw's own modules are.
@@ -46,7 +48,7 @@ def root() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "deltaw"
 
 
-def key(kind: str, parts: object, made_by: Iterable[str] = ()) -> str:
+def key(kind: str, parts: object, made_by: Sequence[str] = ()) -> str:
     """The name of an entry.
 
     Args:
@@ -56,7 +58,7 @@ def key(kind: str, parts: object, made_by: Iterable[str] = ()) -> str:
     return _hash(_text([kind, parts, versions(made_by)]))
 
 
-def versions(made_by: Iterable[str]) -> dict[str, str]:
+def versions(made_by: Sequence[str]) -> dict[str, str]:
     """The state of each maker of an entry: a package's version, the hash of a deltaw module's files."""
     return {name: _state(name) for name in made_by}
 
@@ -86,7 +88,7 @@ def _hash_of_module(source: Path, name: str) -> str:
 # Small results
 
 
-def recall(kind: str, parts: object, made_by: Iterable[str] = ()) -> object | None:
+def recall(kind: str, parts: object, made_by: Sequence[str] = ()) -> object | None:
     """What was remembered for ``parts``; None where nothing was, or something else made it."""
     asked = [parts, versions(made_by)]
     try:
@@ -96,7 +98,7 @@ def recall(kind: str, parts: object, made_by: Iterable[str] = ()) -> object | No
     return kept.get("value") if isinstance(kept, dict) and kept.get("key") == _text(asked) else None
 
 
-def remember(kind: str, parts: object, value: object, made_by: Iterable[str] = ()) -> None:
+def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = ()) -> None:
     """Keep ``value``, which JSON can hold. Losing it costs the time to work it out again: a folder that
     cannot be written to is no fault of the run."""
     asked = [parts, versions(made_by)]
@@ -110,7 +112,7 @@ def remember(kind: str, parts: object, value: object, made_by: Iterable[str] = (
         return
 
 
-def stamp(kind: str, parts: object, made_by: Iterable[str] = ()) -> str | None:
+def stamp(kind: str, parts: object, made_by: Sequence[str] = ()) -> str | None:
     """A hash of what is remembered for ``parts``, for telling whether it changed; None where nothing is."""
     value = recall(kind, parts, made_by)
     return None if value is None else _hash(_text(value))
@@ -121,7 +123,7 @@ def _file(kind: str, asked: object) -> Path:
 
 
 def _text(value: object) -> str:
-    return json.dumps(value, sort_keys=True)
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _hash(text: str) -> str:
@@ -139,13 +141,13 @@ def file_state(path: Path) -> list[object]:
     return [os.path.realpath(path), status.st_size, status.st_ino, status.st_mtime_ns, changed]
 
 
-def of_file(kind: str, path: Path, make: Callable[[], T], made_by: Iterable[str] = ()) -> T:
+def of_file(kind: str, path: Path, make: Callable[[], T], made_by: Sequence[str] = ()) -> T:
     """What ``make`` tells of a file's content, which JSON can hold: remembered until the file changes.
 
     Raises:
         UserError: the file changes meanwhile.
     """
-    before, made_by = file_state(path), list(made_by)
+    before = file_state(path)
     known = recall(kind, before, made_by)
     if known is not None:
         return known  # type: ignore[return-value]
@@ -164,7 +166,7 @@ def of_file(kind: str, path: Path, make: Callable[[], T], made_by: Iterable[str]
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content in hexadecimal; remembered until the file changes.
+    """The SHA-256 of a file's content in hexadecimal; that of a large file is remembered until it changes.
 
     Raises:
         OSError: it cannot be read.
@@ -177,7 +179,7 @@ def file_digest(path: Path) -> str:
                 digest.update(block)
         return digest.hexdigest()
 
-    return of_file("files", path, read)
+    return of_file("files", path, read) if path.stat().st_size > SMALL else read()
 
 
 # Large entries
@@ -198,17 +200,32 @@ class Cache:
         self._limit = limit
         self._mark = mark
 
-    def lock(self, name: str) -> FileLock:
-        """The lock of an entry, not acquired; its owner alone changes the entry."""
-        from filelock import FileLock
+    def lock(self, name: str, waiting: Callable[[], object] = lambda: None) -> FileLock:
+        """The lock of an entry, acquired; its owner alone works with the entry. The folder is made.
 
-        return FileLock(self.folder / f"{name}.lock")
+        Args:
+            waiting: called if another process has the lock, before this one waits for it.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.try_lock(name)
+        if lock is None:
+            waiting()
+            lock = _lock(self.folder, name)
+            lock.acquire()
+        return lock
 
     def try_lock(self, name: str) -> FileLock | None:
-        """The lock of an entry, which is now this process's; None where another works with the entry."""
+        """The lock of an entry, acquired; None if another process has it.
+
+        Raises:
+            OSError: the folder is not there, or cannot be written to.
+        """
         from filelock import Timeout
 
-        lock = self.lock(name)
+        lock = _lock(self.folder, name)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -216,7 +233,7 @@ class Cache:
         return lock
 
     def used(self, name: str) -> None:
-        """Note that an entry is in use; not in a folder that cannot be written to."""
+        """Note that an entry is used now, if its folder can be written to."""
         with contextlib.suppress(OSError):
             os.utime(self.folder / self._mark.format(name))
 
@@ -224,7 +241,7 @@ class Cache:
         """Remove an entry, its mark first, so that half of one is never taken for a whole."""
         mark = self.folder / self._mark.format(name)
         if mark.is_dir():
-            gone = self.folder / f".{name}.gone.part"
+            gone = self.folder / f".{name}.{os.getpid()}.part"
             mark.rename(gone)
             shutil.rmtree(gone)
         for path in [mark, *self._paths(name)]:
@@ -283,6 +300,12 @@ class Cache:
 
     def _last_use(self, name: str) -> float:
         return _changed(self.folder / self._mark.format(name))
+
+
+def _lock(folder: Path, name: str) -> FileLock:
+    from filelock import FileLock  # takes as long to import as all the rest here
+
+    return FileLock(folder / f"{name}.lock")
 
 
 def _bytes(paths: Sequence[Path]) -> int:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from deltaw import durable
+from deltaw import cache, durable
 from deltaw.errors import UserError, did_you_mean
 from deltaw.working import working
 
@@ -71,9 +70,7 @@ class PackageReference:
 
 def cache_folder() -> Path:
     """Where fetched package members are kept: ``$DELTAW_CACHE``, else ``~/.cache/deltaw``, + ``packages``."""
-    chosen = os.environ.get("DELTAW_CACHE")
-    base = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "deltaw"
-    return base / "packages"
+    return cache.root() / "packages"
 
 
 def is_package_reference(reference: str) -> bool:

@@ -36,7 +36,6 @@ COPIED_AT_ONCE = 1 << 22
 WORTH_THREADS = 1 << 20
 MOST_THREADS = 8
 _NOTED = "of_base"
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,7 +50,8 @@ class Values(NamedTuple):
 
     Attributes:
         shape: of the tensor.
-        digests: SHA-256 of its values in bf16, in fp32 and in fp64, up to the type that says all of them.
+        digests: SHA-256 of its values in bf16, in fp32 and in fp64, up to the type that it has. One that says
+            nothing new repeats the one before, so that a bf16 tensor can stand beside its copy in fp32.
     """
 
     shape: tuple[int, ...]
@@ -59,38 +59,44 @@ class Values(NamedTuple):
 
 
 def levels_of(dtype: torch.dtype) -> int:
-    """Of how many types the digests say all that a tensor of this type can hold."""
+    """The number of digests of a tensor of this type."""
     return {torch.float64: 3, torch.float32: 2, torch.float16: 2}.get(dtype, 1)
 
 
 def values_of(shape: Sequence[int], pieces: Iterable[Tensor]) -> Values:
     """The values of a tensor that comes in pieces, on the CPU and in order; pieces of any size."""
     hashes = [hashlib.sha256() for _ in range(3)]
+    says_more = np.array([True, False, False])
     levels = 1
     for piece in pieces:
         flat = piece.detach().reshape(-1)
+        levels = levels_of(flat.dtype)
         for start in range(0, flat.numel(), AT_ONCE):
-            levels = max(levels, _add(hashes, flat[start : start + AT_ONCE]))
-    return Values(tuple(shape), tuple(one.hexdigest() for one in hashes[:levels]))
+            says_more |= _add(hashes, flat[start : start + AT_ONCE])
+    digests: list[str] = []
+    for level in range(levels):
+        digests.append(hashes[level].hexdigest() if says_more[level] else digests[-1])
+    return Values(tuple(shape), tuple(digests))
 
 
-def _add(hashes: Sequence[hashlib._Hash], flat: Tensor) -> int:
-    """Hash numbers in each type; how many of the types it takes to say all of them."""
+def _add(hashes: Sequence[hashlib._Hash], flat: Tensor) -> np.ndarray:
+    """Hash numbers in each type up to their own; bool (3), whether a type says more of them than the one
+    before."""
     in_bf16, in_fp32, in_fp64 = hashes
-    if flat.dtype == torch.bfloat16 or flat.dtype not in _FLOATS:
+    if levels_of(flat.dtype) == 1:
         in_bf16.update(flat.view(torch.uint8).numpy().data)
-        return 1
+        return np.array([True, False, False])
     # NumPy, since torch would start threads of its own in each thread that calls it.
     numbers = flat.numpy()
     single = numbers.astype(np.float32, copy=False)
     bits = single.view(np.uint32)
     in_bf16.update(_rounded(bits).data)
     in_fp32.update(bits.data)
-    if flat.dtype == torch.float64:
+    exactly = flat.dtype != torch.float64
+    if not exactly:
         in_fp64.update(numbers.data)
-        if not np.array_equal(single, numbers, equal_nan=True):
-            return 3
-    return 2 if (bits & np.uint32(0xFFFF)).any() else 1
+        exactly = np.array_equal(single, numbers, equal_nan=True)
+    return np.array([True, (bits & np.uint32(0xFFFF)).any(), not exactly])
 
 
 def _rounded(bits: np.ndarray) -> np.ndarray:
