@@ -81,7 +81,8 @@ def _hash_of_module(source: Path, name: str) -> str:
         files = sorted(f for f in place.rglob("*") if f.suffix in (".py", *_COMPILED))
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.relative_to(source).as_posix()}\0".encode() + file.read_bytes())
+        digest.update(f"{file.relative_to(source).as_posix()}\0{file.stat().st_size}\0".encode())
+        _feed(digest, file)
     return digest.hexdigest()
 
 
@@ -174,12 +175,18 @@ def file_digest(path: Path) -> str:
 
     def read() -> str:
         digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        _feed(digest, path)
         return digest.hexdigest()
 
     return of_file("files", path, read) if path.stat().st_size > SMALL else read()
+
+
+def _feed(digest: hashlib._Hash | hashlib.blake2b, path: Path) -> None:
+    """Hash a file a piece at a time, so that the process does not grow by it."""
+    buffer = memoryview(bytearray(1 << 17))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
 
 
 # Large entries

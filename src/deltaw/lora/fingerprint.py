@@ -66,37 +66,35 @@ def levels_of(dtype: torch.dtype) -> int:
 def values_of(shape: Sequence[int], pieces: Iterable[Tensor]) -> Values:
     """The values of a tensor that comes in pieces, on the CPU and in order; pieces of any size."""
     hashes = [hashlib.sha256() for _ in range(3)]
-    says_more = np.array([True, False, False])
+    says_more = [True, False, False]  # than the digest before
     levels = 1
     for piece in pieces:
         flat = piece.detach().reshape(-1)
         levels = levels_of(flat.dtype)
         for start in range(0, flat.numel(), AT_ONCE):
-            says_more |= _add(hashes, flat[start : start + AT_ONCE])
+            _add(hashes, says_more, flat[start : start + AT_ONCE])
     digests: list[str] = []
     for level in range(levels):
         digests.append(hashes[level].hexdigest() if says_more[level] else digests[-1])
     return Values(tuple(shape), tuple(digests))
 
 
-def _add(hashes: Sequence[hashlib._Hash], flat: Tensor) -> np.ndarray:
-    """Hash numbers in each type up to their own; bool (3), whether a type says more of them than the one
-    before."""
+def _add(hashes: Sequence[hashlib._Hash], says_more: list[bool], flat: Tensor) -> None:
+    """Hash numbers in each type up to their own, and note which of them says more than the one before."""
     in_bf16, in_fp32, in_fp64 = hashes
     if levels_of(flat.dtype) == 1:
         in_bf16.update(flat.view(torch.uint8).numpy().data)
-        return np.array([True, False, False])
+        return
     # NumPy, since torch would start threads of its own in each thread that calls it.
     numbers = flat.numpy()
     single = numbers.astype(np.float32, copy=False)
     bits = single.view(np.uint32)
     in_bf16.update(_rounded(bits).data)
     in_fp32.update(bits.data)
-    exactly = flat.dtype != torch.float64
-    if not exactly:
+    says_more[1] = says_more[1] or bool((bits & np.uint32(0xFFFF)).any())
+    if flat.dtype == torch.float64:
         in_fp64.update(numbers.data)
-        exactly = np.array_equal(single, numbers, equal_nan=True)
-    return np.array([True, (bits & np.uint32(0xFFFF)).any(), not exactly])
+        says_more[2] = says_more[2] or not np.array_equal(single, numbers, equal_nan=True)
 
 
 def _rounded(bits: np.ndarray) -> np.ndarray:
