@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deltaw import cache
-from deltaw.cache import Cache, file_digest, key, of_file, recall, remember, stamp, versions
+from deltaw.cache import Cache, file_digest, key, of_files, recall, remember, stamp, versions
 from deltaw.errors import UserError
 from tests.caches import other_text, other_version
 from tests.test_structure import IMPORTS
@@ -98,19 +98,19 @@ def test_what_a_file_says_is_remembered_until_it_changes(tmp_path, monkeypatch):
         asked.append(1)
         return file.read_text()
 
-    assert [of_file("kind", file, make) for _ in range(3)] == ["one"] * 3 and len(asked) == 1
+    assert [of_files("kind", [file], make) for _ in range(3)] == ["one"] * 3 and len(asked) == 1
     time.sleep(0.02)
     with file.open("r+") as out:
         out.write("two")  # as long, in the same inode, and at the same time of change
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert of_file("kind", file, make) == "two"
+    assert of_files("kind", [file], make) == "two"
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("one")
     with pytest.raises(UserError, match="changes while it is read"):
-        of_file("kind", file, lambda: file.write_text("longer"))
+        of_files("kind", [file], lambda: file.write_text("longer"))
 
 
 def test_a_digest_is_that_of_the_whole_file_however_large(tmp_path, monkeypatch):

@@ -142,28 +142,35 @@ def file_state(path: Path) -> list[object]:
     return [os.path.realpath(path), status.st_size, status.st_ino, status.st_mtime_ns, changed]
 
 
-def of_file(kind: str, path: Path, make: Callable[[], T], made_by: Sequence[str] = ()) -> T:
-    """What ``make`` tells of a file's content, which JSON can hold: remembered until the file changes.
+def of_files(kind: str, files: Sequence[Path], make: Callable[[], T], made_by: Sequence[str] = ()) -> T:
+    """What ``make`` tells of the content of files, which JSON can hold: remembered until one of them changes.
 
     Raises:
-        UserError: the file changes meanwhile.
+        UserError: one changes meanwhile.
     """
-    before = file_state(path)
+    before = [file_state(file) for file in files]
     known = recall(kind, before, made_by)
     if known is not None:
         return known  # type: ignore[return-value]
     began = time.time()
     made = make()
-    if file_state(path) != before:
-        raise UserError(
-            "the file changes while it is read",
-            where=str(path),
-            hint="wait until it is written, and try again",
-        )
-    status = path.stat()
-    if began - (status.st_ctime if os.name == "posix" else status.st_mtime) > SETTLED:
+    require_unchanged(files, before)
+    changed = (file.stat() for file in files)
+    latest = max(status.st_ctime if os.name == "posix" else status.st_mtime for status in changed)
+    if began - latest > SETTLED:
         remember(kind, before, made, made_by)
     return made
+
+
+def require_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
+    """Raise a UserError if a file is not in the state that it was in before it was read."""
+    for file, state in zip(files, before, strict=True):
+        if file_state(file) != state:
+            raise UserError(
+                "the file changes while it is read",
+                where=str(file),
+                hint="wait until it is written, and try again",
+            )
 
 
 def file_digest(path: Path) -> str:
@@ -178,7 +185,7 @@ def file_digest(path: Path) -> str:
         _feed(digest, path)
         return digest.hexdigest()
 
-    return of_file("files", path, read) if path.stat().st_size > SMALL else read()
+    return of_files("files", [path], read) if path.stat().st_size > SMALL else read()
 
 
 def _feed(digest: hashlib._Hash | hashlib.blake2b, path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deltaw import cache
+from deltaw.errors import UserError
 from deltaw.hub import weight_values
 from deltaw.hub.loading import load
 from deltaw.lora.fingerprint import Values, base_fingerprint, noted_values, same_base, values_of
@@ -111,6 +112,15 @@ def test_a_file_is_read_once_until_it_changes_in_whatever_way(folder: Path, hash
         assert same_base(changed, own) is False
         own = changed
     assert len(hashed) == 4
+
+
+def test_a_file_that_is_swapped_while_a_model_is_loaded_is_refused(folder: Path) -> None:
+    with weight_values.reading_values(folder) as note:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        time.sleep(0.02)
+        change_one_value(folder / FILE, "model.norm.weight", 0)
+        with pytest.raises(UserError, match="changes while it is read"):
+            note(model)
 
 
 def test_a_file_that_was_just_written_is_not_remembered(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaw.cache import of_file
+from deltaw.cache import file_state, of_files, require_unchanged
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.tensor_names import names_on_disk
 from deltaw.lora import fingerprint
@@ -54,7 +54,7 @@ def values_of_file(file: Path, over: threading.Event | None = None) -> dict[str,
         found = in_threads(lambda one: values_of(one.shape, pieces(one)), tensors, numbers)
         return dict(zip((one.name for one in tensors), found, strict=True))
 
-    kept = of_file("weights", file, make, MADE_BY)
+    kept = of_files("weights", [file], make, MADE_BY)
     return {name: Values(tuple(shape), tuple(digests)) for name, (shape, digests) in kept.items()}
 
 
@@ -75,15 +75,20 @@ def reading_values(folder: Path) -> Iterator[Callable[[PreTrainedModel], None]]:
     """Hash the weight files of a folder in other threads while the block loads a model from them.
 
     Yields:
-        what notes the values on the model that was loaded; it waits for them.
+        what notes the values on the model that was loaded. It waits for them, and raises a UserError if a
+        file has changed meanwhile.
     """
     over = threading.Event()
+    files = sorted(folder.glob("*.safetensors"))
+    before = [file_state(file) for file in files]
     with ThreadPoolExecutor(1, thread_name_prefix="weight files") as pool:
         reading = pool.submit(values_in_folder, folder, over)
 
         def note(model: PreTrainedModel) -> None:
             with working("hashing the weights, once"):
-                note_stored(model, reading.result())
+                values = reading.result()
+            require_unchanged(files, before)
+            note_stored(model, values)
 
         try:
             yield note

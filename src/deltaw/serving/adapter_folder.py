@@ -53,7 +53,7 @@ class FolderState:
         digest: of their content.
     """
 
-    stat: tuple[tuple[int, int, int], ...]
+    stat: tuple[tuple[int, ...], ...]
     digest: str
 
 
@@ -290,7 +290,7 @@ def state_of(folder: Path) -> FolderState:
     return FolderState(stat_of(folder), digest.hexdigest())
 
 
-def stat_of(folder: Path) -> tuple[tuple[int, int, int], ...]:
+def stat_of(folder: Path) -> tuple[tuple[int, ...], ...]:
     """What the file system says of an adapter's files; nothing of a file that is not there."""
     found = []
     for path in _files(folder):
@@ -298,7 +298,7 @@ def stat_of(folder: Path) -> tuple[tuple[int, int, int], ...]:
             stat = path.stat()
         except OSError:
             continue
-        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     return tuple(found)
 
 
