@@ -1,12 +1,11 @@
-"""The one cache: what took time to make, kept on the disk and found again by all that it depends on.
+"""The one cache on the disk: what took time to make is found again by everything that it depends on.
 
 An entry has a kind and a key. The key is a hash of what the entry was made from and of what made it: the
-versions of the packages and the text of deltaw's own modules (:func:`key`). So an upgrade, or an edit of the
-code, leaves no entry behind that is still believed. Small results are JSON (:func:`recall`,
-:func:`remember`); large ones are files and folders of a :class:`Cache`, which locks its entries and removes
-those that were unused longest.
+versions of packages and the text of deltaw's own modules (:func:`key`). After an upgrade or an edit of the
+code, older entries are no longer found. Small results are JSON (:func:`recall`, :func:`remember`); large ones
+are files and folders of a :class:`Cache`, which locks its entries and removes the least recently used.
 
-Knows files, locks and versions; not what is kept. Imports no torch, and locks only when they are needed.
+Knows files, locks and versions; not what is kept. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,11 +28,12 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# The most small results of one kind; the oldest go first.
+# The most small results of one kind; the oldest are removed first.
 KEPT = 500
-# Files of so many bytes at most are hashed sooner than it is looked up what was remembered of them.
+# Files up to this many bytes are hashed each time: looking up what was remembered would take as long.
 SMALL = 1 << 22
-# A file that changed so many seconds ago, or less, may change again without a new time of change.
+# What a file says is not remembered if it changed within this many seconds: file systems count time in steps,
+# so that it could change once more without a new time of change.
 SETTLED = 2.0
 # Where deltaw's own modules are.
 SOURCE = Path(__file__).parent
@@ -90,7 +90,7 @@ def _hash_of_module(source: Path, name: str) -> str:
 
 
 def recall(kind: str, parts: object, made_by: Sequence[str] = ()) -> object | None:
-    """What was remembered for ``parts``; None where nothing was, or something else made it."""
+    """What was remembered for ``parts``; None if nothing was, or if something else made it."""
     asked = [parts, versions(made_by)]
     try:
         kept = json.loads(_file(kind, asked).read_text(encoding="utf-8"))
@@ -100,8 +100,8 @@ def recall(kind: str, parts: object, made_by: Sequence[str] = ()) -> object | No
 
 
 def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = ()) -> None:
-    """Keep ``value``, which JSON can hold. Losing it costs the time to work it out again: a folder that
-    cannot be written to is no fault of the run."""
+    """Keep ``value``, which JSON can hold. If the folder cannot be written to, nothing is kept, and the value
+    has to be worked out again the next time."""
     asked = [parts, versions(made_by)]
     file = _file(kind, asked)
     try:
@@ -114,7 +114,7 @@ def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = (
 
 
 def stamp(kind: str, parts: object, made_by: Sequence[str] = ()) -> str | None:
-    """A hash of what is remembered for ``parts``, for telling whether it changed; None where nothing is."""
+    """A hash of what is remembered for ``parts``, which shows whether it changed; None if nothing is."""
     value = recall(kind, parts, made_by)
     return None if value is None else _hash(_text(value))
 
@@ -143,7 +143,8 @@ def file_state(path: Path) -> list[object]:
 
 
 def of_files(kind: str, files: Sequence[Path], make: Callable[[], T], made_by: Sequence[str] = ()) -> T:
-    """What ``make`` tells of the content of files, which JSON can hold: remembered until one of them changes.
+    """What ``make`` returns, which follows from the content of ``files`` and which JSON can hold; remembered
+    until one of them changes.
 
     Raises:
         UserError: one changes meanwhile.
@@ -200,12 +201,13 @@ def _feed(digest: hashlib._Hash | hashlib.blake2b, path: Path) -> None:
 
 
 class Cache:
-    """Entries of one kind: whatever is named by a key in one folder, ``KEY`` or ``KEY.suffix``.
+    """Entries of one kind: the files and folders ``KEY`` and ``KEY.suffix`` in one folder.
 
     Args:
         kind: names the folder below :func:`root`.
-        limit: bytes that all entries may take; one that is larger alone is kept while it is in use.
-        mark: of an entry, the path that is written last and touched with every use; ``{}`` is its key.
+        limit: bytes that all entries together may take.
+        mark: the path of an entry that is written last and touched with every use; ``{}`` stands for its
+            key.
         folder: instead of the one that ``kind`` names.
     """
 
@@ -247,7 +249,7 @@ class Cache:
         return lock
 
     def used(self, name: str) -> None:
-        """Note that an entry is used now, if its folder can be written to."""
+        """Note that an entry is used now, unless the folder cannot be written to."""
         with contextlib.suppress(OSError):
             os.utime(self.folder / self._mark.format(name))
 
@@ -263,11 +265,11 @@ class Cache:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def make_room(self, needed: int = 0, *, but: str = "", spare: int | None = None) -> int:
-        """Remove what killed processes left, and the entries that were unused longest and that no process
-        works with, until ``needed`` bytes fit; returns the bytes of those that stay.
+        """Remove what killed processes left, and the least recently used entries that no process works with,
+        until ``needed`` bytes fit; returns the bytes of those that stay.
 
         Args:
-            but: an entry that this process has locked. spare: bytes that are to stay free on the disk.
+            but: an entry that this process has locked; it stays. spare: bytes to leave free on the disk.
         """
         for part in self.folder.glob(".*.part"):
             with self._free(part.name[1:].partition(".")[0], but) as free:
@@ -323,7 +325,7 @@ def _lock(folder: Path, name: str) -> FileLock:
 
 
 def _bytes(paths: Sequence[Path]) -> int:
-    """Of files, and of all files in folders; of one that is gone meanwhile, none."""
+    """The size of files, and of all files in folders; one that is gone meanwhile does not count."""
     total = 0
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
@@ -333,7 +335,7 @@ def _bytes(paths: Sequence[Path]) -> int:
 
 
 def _changed(path: Path) -> float:
-    """When a file was written last; the beginning of time where it is gone."""
+    """When a file was written last; 0 if it is gone."""
     try:
         return path.stat().st_mtime
     except OSError:

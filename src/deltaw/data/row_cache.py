@@ -133,10 +133,11 @@ class RowCache:
     @contextlib.contextmanager
     def making(self) -> Iterator[IO[bytes]]:
         """A file for the rows, which becomes the entry's when the block ends without an error."""
-        self._cache.make_room(but=self._key)
-        self._cache.remove(self._key)
-        with _writing(self.folder), replacing(self.path) as temporary, temporary.open("wb") as file:
-            yield file
+        with _writing(self.folder):
+            self._cache.make_room(but=self._key)
+            self._cache.remove(self._key)
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
+                yield file
 
     def describe(self, count: int, grouped: bool, about: str, facts: Mapping[str, object]) -> None:
         """Write the description: from here on the entry is there."""

@@ -27,7 +27,6 @@ from deltaw.export.plain_adapter import PlainUpdate, require_lora
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 
 FORMAT = "gguf-adapter"
-
 _MERGE = "merge it instead: --format gguf"
 
 

@@ -48,7 +48,7 @@ from deltaw.hub.terminators import terminators
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
-# All converted models together; the one in use may be larger.
+# All converted models together; a larger one is kept until the next is converted.
 LIMIT_BYTES = 256 * 2**30
 MADE_BY = (
     *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
