@@ -82,7 +82,7 @@ def _hash_of_module(source: Path, name: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.relative_to(source).as_posix()}\0{file.stat().st_size}\0".encode())
-        _feed(digest, file)
+        _feed(digest.update, file)
     return digest.hexdigest()
 
 
@@ -183,18 +183,18 @@ def file_digest(path: Path) -> str:
 
     def read() -> str:
         digest = hashlib.sha256()
-        _feed(digest, path)
+        _feed(digest.update, path)
         return digest.hexdigest()
 
     return of_files("files", [path], read) if path.stat().st_size > SMALL else read()
 
 
-def _feed(digest: hashlib._Hash | hashlib.blake2b, path: Path) -> None:
+def _feed(update: Callable[[memoryview], object], path: Path) -> None:
     """Hash a file a piece at a time, so that the process does not grow by it."""
     buffer = memoryview(bytearray(1 << 17))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+            update(buffer[:count])
 
 
 # Large entries

@@ -66,34 +66,35 @@ def levels_of(dtype: torch.dtype) -> int:
 def values_of(shape: Sequence[int], pieces: Iterable[Tensor]) -> Values:
     """The values of a tensor that comes in pieces, on the CPU and in order; pieces of any size."""
     hashes = [hashlib.sha256() for _ in range(3)]
+    updates = [one.update for one in hashes]
     says_more = [True, False, False]  # than the digest before
     levels = 1
     for piece in pieces:
         flat = piece.detach().reshape(-1)
         levels = levels_of(flat.dtype)
         for start in range(0, flat.numel(), AT_ONCE):
-            _add(hashes, says_more, flat[start : start + AT_ONCE])
+            _add(updates, says_more, flat[start : start + AT_ONCE])
     digests: list[str] = []
     for level in range(levels):
         digests.append(hashes[level].hexdigest() if says_more[level] else digests[-1])
     return Values(tuple(shape), tuple(digests))
 
 
-def _add(hashes: Sequence[hashlib._Hash], says_more: list[bool], flat: Tensor) -> None:
+def _add(updates: Sequence[Callable[[memoryview], object]], says_more: list[bool], flat: Tensor) -> None:
     """Hash numbers in each type up to their own, and note which of them says more than the one before."""
-    in_bf16, in_fp32, in_fp64 = hashes
+    in_bf16, in_fp32, in_fp64 = updates
     if levels_of(flat.dtype) == 1:
-        in_bf16.update(flat.view(torch.uint8).numpy().data)
+        in_bf16(flat.view(torch.uint8).numpy().data)
         return
     # NumPy, since torch would start threads of its own in each thread that calls it.
     numbers = flat.numpy()
     single = numbers.astype(np.float32, copy=False)
     bits = single.view(np.uint32)
-    in_bf16.update(_rounded(bits).data)
-    in_fp32.update(bits.data)
+    in_bf16(_rounded(bits).data)
+    in_fp32(bits.data)
     says_more[1] = says_more[1] or bool((bits & np.uint32(0xFFFF)).any())
     if flat.dtype == torch.float64:
-        in_fp64.update(numbers.data)
+        in_fp64(numbers.data)
         says_more[2] = says_more[2] or not np.array_equal(single, numbers, equal_nan=True)
 
 
@@ -118,7 +119,7 @@ def base_fingerprint(model: nn.Module, replaced: Iterable[Tensor] = ()) -> str |
     It takes milliseconds if the values were noted. Otherwise all are read, at 2 to 4 GB/s on two processors.
     """
     without_value = {id(parameter) for parameter in replaced}
-    blocks = {id(m._parameters["weight"]): m for m in model.modules() if block_weight(m) is not None}
+    blocks = {id(m.get_parameter("weight")): m for m in model.modules() if block_weight(m) is not None}
     found: dict[str, Values] = {}
     unread: dict[str, Tensor] = {}
     in_blocks: dict[str, nn.Module] = {}
