@@ -23,7 +23,7 @@ PACKAGE = SOURCE / "deltaw"
 # From the bottom to the top. A package may import packages on its own level and below.
 LEVELS = (
     ("errors", "version", "private_names"),
-    ("contained", "durable", "named", "registry", "working"),
+    ("cache", "contained", "durable", "named", "registry", "working"),
     ("tensor_files",),
     ("tasks",),
     ("kernels",),

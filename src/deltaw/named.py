@@ -13,11 +13,7 @@ import json
 import os
 from pathlib import Path
 
-
-def cache_root() -> Path:
-    """deltaw's cache: ``$DELTAW_CACHE``, else ``~/.cache/deltaw``."""
-    chosen = os.environ.get("DELTAW_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "deltaw"
+from deltaw import cache
 
 
 def remember_named(kind: str, value: object) -> None:
@@ -41,7 +37,7 @@ def was_named(kind: str, value: object) -> bool:
 
 
 def _known() -> Path:
-    return cache_root() / "named"
+    return cache.root() / "named"
 
 
 def _lines(file: Path) -> set[str]:

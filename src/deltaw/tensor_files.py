@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -97,27 +98,35 @@ class StoredTensor:
             return torch.empty((stop - start, *shape[1:]), dtype=self.dtype)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + start * row)
-            view = memoryview(buffer)
-            done = 0
-            while done < len(buffer):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError(
-                        f"the weights end before tensor '{self.name}' does",
-                        where=str(self.file),
-                        hint="fetch or copy the model again",
-                    )
-                done += count
+            self._read(file, memoryview(buffer))
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *shape[1:])
 
     def whole(self) -> Tensor:
         """All of it."""
         return self.rows(0, self.row_count).view(self.shape)
 
-    def sample(self, places: Sequence[int]) -> Tensor:
-        """(k,) the elements at these flat positions."""
-        flat = StoredTensor(self.file, self.name, self.code, (self.numel,), self.start)
-        return torch.cat([flat.rows(place, place + 1) for place in places])
+    def pieces(self, numbers: int) -> Iterator[Tensor]:
+        """(n,) all of its numbers in order, so many at a time; each piece is gone with the next."""
+        buffer = bytearray(min(numbers, self.numel) * self.dtype.itemsize)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for start in range(0, self.numel, numbers):
+                count = min(numbers, self.numel - start)
+                self._read(file, memoryview(buffer)[: count * self.dtype.itemsize])
+                yield torch.frombuffer(buffer, dtype=self.dtype, count=count)
+
+    def _read(self, file: RawIOBase, view: memoryview) -> None:
+        """Fill a buffer from the place that a file is at."""
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise UserError(
+                    f"the weights end before tensor '{self.name}' does",
+                    where=str(self.file),
+                    hint="fetch or copy the model again",
+                )
+            done += count
 
     @property
     def row_count(self) -> int:

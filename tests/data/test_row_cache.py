@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from deltaw.cache import Cache
 from deltaw.data import DataSettings, Prepared, prepare, prepare_file, row_cache, row_stream
 from deltaw.data.chunk import ChunkReader
-from deltaw.data.row_cache import RowCache, make_room
+from deltaw.data.row_cache import RowCache
 from deltaw.data.row_store import DiskRows, MemoryRows
 from deltaw.errors import UserError
+from tests.caches import other_text, other_version
 from tests.data.conftest import CHATML, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -127,6 +129,26 @@ def test_rows_are_tokenized_anew_when_anything_changed(
     again, _ = reading(data, **change)  # type: ignore[arg-type]
     assert len(tokenized) == 2
     assert content(again) == content(changed)
+
+
+@pytest.mark.parametrize("maker", ["transformers", "tokenizers", "datasets", "pyarrow", "jinja2"])
+def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(
+    maker: str, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading(data)
+    other_version(monkeypatch, maker)
+    reading(data)
+    assert len(tokenized) == 2
+
+
+@pytest.mark.parametrize("module", ["data/formats.py", "hub/terminators.py"])
+def test_rows_are_tokenized_anew_by_another_code(
+    module: str, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading(data)
+    other_text(monkeypatch, folder / "source", module)
+    reading(data)
+    assert len(tokenized) == 2
 
 
 @pytest.mark.parametrize("change", [{"eval": 5}, {"seed": 3}, {"duplicates": "keep"}, {"cache": "auto"}])
@@ -336,12 +358,12 @@ def test_the_longest_unused_entries_make_room(folder: Path) -> None:
         (folder / f"{key}.arrow").write_bytes(bytes(100))
         (folder / f"{key}.json").write_text("{}")
         os.utime(folder / f"{key}.json", (1000 - age, 1000 - age))
-    make_room(folder, 250)
+    Cache("rows", 250).make_room()
     assert sorted(path.stem for path in folder.glob("*.json")) == ["middle", "new"]
     with RowCache("middle", lambda line: None):
-        make_room(folder, 50)  # a process works with the one, the other is too large alone
+        Cache("rows", 50).make_room()  # a process works with the one, the other is too large alone
     assert sorted(path.stem for path in folder.glob("*.arrow")) == ["middle"]
-    make_room(folder, 50, but="middle")
+    Cache("rows", 50).make_room(but="middle")
     assert (folder / "middle.arrow").exists()
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.export.gguf_adapter import FINGERPRINT, export_gguf_adapter, with_one_alpha
+from deltaw.export.gguf_adapter import export_gguf_adapter, with_one_alpha
 from deltaw.export.gguf_architectures import adjacent_pairs
 from deltaw.export.plain_adapter import PlainUpdate
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from tests.export import models
 
 
@@ -76,7 +78,8 @@ def test_invocation_tokens_and_fingerprint_are_in_the_file(tmp_path: Path) -> No
     export_gguf_adapter(run, tmp_path / "a.gguf", kind="f16")
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields[gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS] == [1, 7, 9]
-    assert len(str(fields[FINGERPRINT])) == 32
+    with safe_open(run / "adapter_model.safetensors", framework="pt") as saved:
+        assert same_base(str(fields[FINGERPRINT_KEY]), saved.metadata()[FINGERPRINT_KEY])
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
 
 

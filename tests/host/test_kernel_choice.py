@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
+from deltaw.cache import recall, remember
 from deltaw.errors import UserError
 from deltaw.host import kernel_choice, measurements, product_rates
 from deltaw.host.kernel_choice import KernelChoice, choose_kernels, chosen_of
 from deltaw.host.product_rates import Candidate, Measured, Sizes, believable, sizes_of
-from deltaw.hub.remembered import recall, remember
 from deltaw.kernels import linear, loader, variants
 from deltaw.kernels.arithmetic import STORED, Arithmetic, offered
+from tests.caches import other_text, other_version
 
 SIZES = Sizes(128, 256, 128)
 compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
@@ -133,9 +134,9 @@ def test_rates_are_measured_once_and_remembered(measuring):
 
 
 @pytest.mark.parametrize(
-    "change", ["threads", "sizes", "processor", "flags", "torch", "cache", "kernels", "variable"]
+    "change", ["threads", "sizes", "processor", "flags", "torch", "code", "cache", "kernels", "variable"]
 )
-def test_rates_of_another_machine_are_not_believed(change, measuring, monkeypatch):
+def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, monkeypatch):
     choose_kernels(SIZES, 1)
     measurements._used.clear()
     sizes, threads = SIZES, 1
@@ -148,7 +149,9 @@ def test_rates_of_another_machine_are_not_believed(change, measuring, monkeypatc
     elif change == "flags":
         monkeypatch.setattr(kernel_choice, "processor_flags", lambda: {"another"})
     elif change == "torch":
-        monkeypatch.setattr(torch, "__version__", "0.0")
+        other_version(monkeypatch, "torch")
+    elif change == "code":
+        other_text(monkeypatch, tmp_path / "source", "host/product_rates.py")
     elif change == "variable":
         monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
     elif change == "cache":

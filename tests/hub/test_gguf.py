@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import pre_tokenizers
 from deltaw.errors import UserError
 from deltaw.hub import gguf, packages
 from deltaw.hub.loading import load
+from tests.caches import other_text, other_version
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 HIDDEN, KEYS, INNER = 32, 16, 64
@@ -182,6 +184,34 @@ def test_two_at_once_convert_once(
         made = list(pool.map(lambda _: gguf.converted(written[0], "fp32", lambda line: None), range(2)))
     assert made[0] == made[1] and (made[0] / "config.json").is_file()
     assert len(conversions) == 1
+
+
+@pytest.mark.parametrize(
+    "change", ["transformers", "gguf", "hub/gguf.py", "hub/terminators.py", "tensor_files.py", "file"]
+)
+def test_a_file_is_converted_anew_by_another_version_or_code(
+    change: str, tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversions = []
+
+    def whole(path: Path, dtype: str, into: Path, say: object) -> None:
+        conversions.append(path)
+        (into / "config.json").write_text("{}")
+
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
+    monkeypatch.setattr(gguf, "_convert_in_child", whole)
+    file = Path(shutil.copy(written[0], tmp_path / "tiny.gguf"))
+    first = gguf.converted(file, "fp32", lambda line: None)
+    assert gguf.converted(file, "fp32", lambda line: None) == first and len(conversions) == 1
+    if change == "file":
+        with file.open("r+b") as out:
+            out.seek(-1, 2)
+            out.write(b"\x55")
+    elif change.endswith(".py"):
+        other_text(monkeypatch, tmp_path / "source", change)
+    else:
+        other_version(monkeypatch, change)
+    assert gguf.converted(file, "fp32", lambda line: None) != first and len(conversions) == 2
 
 
 def test_interrupted_conversion_leaves_nothing_and_is_made_anew(

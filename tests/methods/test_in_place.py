@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from deltaw.data.packing import pad
 from deltaw.errors import UserError
+from deltaw.lora import OtherBaseModelWarning
 from deltaw.methods.base import Method
 from deltaw.methods.bias import Bias
 from deltaw.methods.choose import method_of_folder
@@ -137,6 +139,21 @@ def test_training_a_tied_head_leaves_the_embedding_alone() -> None:
     trained(model, Head(HeadSettings()))
     assert torch.equal(model.transformer.wte.weight, before)
     assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("method", [Head(HeadSettings()), Full()], ids=["head", "full"])
+def test_another_base_is_noticed_when_an_adapter_is_loaded(method: Head | Full, tmp_path: Path) -> None:
+    model = causal_model("llama")
+    trained(model, method)
+    method.save(model, tmp_path, base_model="tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method_of_folder(tmp_path, None).load(causal_model("llama"), tmp_path)
+    other = causal_model("llama")
+    with torch.no_grad():
+        other.model.norm.weight[-1] += 1e-3
+    with pytest.warns(OtherBaseModelWarning, match=r"another base model \(tiny\)"):
+        method_of_folder(tmp_path, None).load(other, tmp_path)
 
 
 def test_full_training_keeps_tied_weights_tied(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def test_another_base_is_refused_by_its_fingerprint(model, tmp_path):
     write_lora(model, tmp_path)
     with pytest.raises(UserError, match="another base model"):
         FolderReader(tiny_llama(seed=1), None).read(tmp_path)
+    swapped = copy.deepcopy(model)
+    with torch.no_grad():
+        swapped.model.layers[0].mlp.down_proj.weight[-1, -1] += 1e-3
+    with pytest.raises(UserError, match="another base model"):
+        FolderReader(swapped, None).read(tmp_path)
 
 
 @pytest.mark.parametrize("trained_on", ["int8", "fp32"])

@@ -368,12 +368,29 @@ def test_another_model_under_the_same_name_is_refused(settings, tmp_path, model_
     model = shutil.copytree(model_folder, tmp_path / "model")
     run = tmp_path / "run"
     stopped_run(settings, run, 3, model=str(model))
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    with torch.no_grad():
-        loaded.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    loaded.save_pretrained(model)
-    with pytest.raises(UserError, match="weights are not those"):
-        deltaw.fit(settings(run, train=TRAIN, model=str(model)))
+    for change in ("all but eight", "the last"):
+        loaded = AutoModelForCausalLM.from_pretrained(model_folder)
+        weight = loaded.model.layers[0].mlp.down_proj.weight.data.view(-1)
+        if change == "the last":
+            weight[-1] += 1e-3
+        else:
+            step = len(weight) // 8
+            weight[[n for n in range(len(weight)) if n % step]] *= 1.5
+        loaded.save_pretrained(model)
+        with pytest.raises(UserError, match="weights are not those"):
+            deltaw.fit(settings(run, train=TRAIN, model=str(model)))
+    shutil.copytree(model_folder, model, dirs_exist_ok=True)
+    assert deltaw.fit(settings(run, train=TRAIN, model=str(model))).resumed_from_step == 3
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_that_is_said(settings, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as earlier:
+        earlier.setattr("deltaw.training.session.identity_of", lambda *of: "9c51f54953adfdd3-torch.float32")
+        stopped_run(settings, run, 3)
+    told = Told()
+    assert deltaw.fit(settings(run, train=TRAIN), callback=told).resumed_from_step == 3
+    assert "not verified: whether the model is as when the run began, with an earlier version" in told
 
 
 def test_damaged_checkpoints_are_passed_over_and_that_is_said(settings, tmp_path):

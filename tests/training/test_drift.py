@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -10,20 +11,28 @@ import pytest
 import torch
 from torch import nn
 
+from deltaw import cache
 from deltaw.errors import UserError
+from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach, disabled
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation import general
 from deltaw.training.evaluation.drift import LARGE, Drift, measure_drift
-from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, general_answers
+from deltaw.training.evaluation.general import (
+    ANSWER_TOKENS,
+    NoGeneralAnswers,
+    general_answers,
+    identity_of,
+)
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from deltaw.training.inference import open_run
 from deltaw.training.inference_drift import answers_side_by_side, drift_of
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.test_every_method import CHANGES, METHODS
 
@@ -184,10 +193,37 @@ def test_answers_are_written_once_for_each_model(monkeypatch):
     general_answers(model, tokenizer, PROMPTS, identity="another model")
     general_answers(model, tokenizer, PROMPTS, "plain", identity="this model")
     assert len(calls) == 2
-    for file in (general.cache_folder().parent / "general").iterdir():
-        file.write_text('{"answers": [[1, "two"]]}')
+    for file in (cache.root() / "remembered" / "general").iterdir():
+        file.write_text(json.dumps({**json.loads(file.read_text()), "value": [[1, "two"]]}))
     rewritten = general_answers(model, tokenizer, PROMPTS, identity="this model")
     assert len(calls) == 3 and (rewritten[0].tokens == first[0].tokens).all()
+
+
+@pytest.mark.parametrize("change", ["torch", "transformers", "kernels/decode.py", "arithmetic"])
+def test_answers_are_written_anew_by_another_version_code_or_arithmetic(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+    general_answers(model, tokenizer, PROMPTS, identity="this model")
+    calls = []
+    monkeypatch.setattr(general, "generate", lambda *a, **k: calls.append(a) or generate(*a, **k))
+    if change == "arithmetic":
+        other = dataclasses.replace(loader.arithmetic(), fp32="wide")
+        monkeypatch.setattr(loader, "arithmetic", lambda: other)
+    elif change.endswith(".py"):
+        other_text(monkeypatch, tmp_path / "source", change)
+    else:
+        other_version(monkeypatch, change)
+    general_answers(model, tokenizer, PROMPTS, identity="this model")
+    assert len(calls) == 1
+
+
+def test_answers_of_a_model_are_not_those_of_one_that_differs_in_a_single_value():
+    model = tiny_llama()
+    own = identity_of(model, "fp32")
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight[3, 5] = torch.nextafter(weight[3, 5], weight[3, 5] + 1)
+    assert identity_of(model, "fp32") != own
 
 
 def test_a_model_without_a_template_continues_plain_prompts():

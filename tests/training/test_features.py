@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from deltaw.data.example import Example
 from deltaw.data.label_batches import LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
+from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.parameters import train_places
 from deltaw.runtime.packed import packed_rows
@@ -28,6 +30,7 @@ from deltaw.training.loop import train
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.label_objective import LabelObjective
+from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
 
 STEM = list(range(20, 32))
@@ -320,6 +323,25 @@ def test_other_weights_other_rows_or_another_level_are_another_store(tmp_path):
             folders.add(cached.store.folder)
             cached.close()
     assert len(folders) == 4
+
+
+@pytest.mark.parametrize("change", ["torch", "transformers", "kernels", "runtime", "arithmetic"])
+def test_values_that_were_computed_otherwise_are_another_store(change, tmp_path, monkeypatch):
+    model, rows = lora_above(causal_model("llama")), causal_rows()
+    with packed_rows(model):
+        cached, _ = opened(model, rows, tmp_path)
+        cached.close()
+        if change == "arithmetic":
+            other = dataclasses.replace(loader.arithmetic(), fp32="wide")
+            monkeypatch.setattr(loader, "arithmetic", lambda: other)
+        elif change in ("torch", "transformers"):
+            other_version(monkeypatch, change)
+        else:
+            file = {"kernels": "kernels/attention.py", "runtime": "runtime/packed.py"}[change]
+            other_text(monkeypatch, tmp_path / "source", file)
+        again, _ = opened(model, rows, tmp_path)
+        assert again.store.folder != cached.store.folder
+        again.close()
 
 
 def test_stored_values_that_are_not_right_any_more_are_forgotten(tmp_path):

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.cache import recall, remember
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host import measurements, product_rates
 from deltaw.host.product_rates import Measured
-from deltaw.hub.remembered import recall, remember
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.asked import refuse_memory
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
 from deltaw.training.planning.remembered import Remembered, digest_of, recalled
 from deltaw.training.session import read_data
+from tests.caches import other_text, other_version
 from tests.conftest import write_rows
 
 
@@ -75,9 +76,9 @@ def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
     elif change == "variable":
         monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     elif change == "source":
-        monkeypatch.setattr("deltaw.training.planning.remembered._source", lambda: ["another"])
+        other_text(monkeypatch, tmp_path / "source", "memory/plan.py")
     else:
-        monkeypatch.setattr("deltaw.training.planning.remembered.REVISION", -1)
+        other_version(monkeypatch, "torch")
     planning.plan_run(config, *read_data(config))
     assert len(counted) == 2
 

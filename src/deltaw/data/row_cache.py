@@ -18,15 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from filelock import FileLock, Timeout
-
+from deltaw.cache import Cache
 from deltaw.data.example import Example
 from deltaw.data.progress import Say
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
 from deltaw.data.row_stream import sample
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.hub.packages import cache_folder
 
 # All entries together; the one in use may be larger.
 LIMIT_BYTES = 64 * 2**30
@@ -36,14 +34,14 @@ SPILL_BYTES = 96 * 2**20
 BATCH_ROWS = 4096
 # What an example takes in memory beside its tokens and its answer, roughly.
 _OBJECTS = 600
-_ROWS, _ABOUT, _SKIPPED, _LOCK = ".arrow", ".json", ".skipped.jsonl", ".lock"
+_ROWS, _ABOUT, _SKIPPED = ".arrow", ".json", ".skipped.jsonl"
 
 T = TypeVar("T")
 
 
 def rows_folder() -> Path:
     """``rows`` in deltaw's cache (``$DELTAW_CACHE``, else ``~/.cache/deltaw``)."""
-    return cache_folder().parent / "rows"
+    return Cache("rows", LIMIT_BYTES).folder
 
 
 def key_of(facts: object) -> str:
@@ -63,24 +61,22 @@ class RowCache:
     """
 
     def __init__(self, key: str, say: Say, *, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
-        self.folder = folder or rows_folder()
+        self._cache = Cache("rows", limit, folder=folder)
+        self.folder = self._cache.folder
         self._key = key
         self._say = say
-        self._limit = limit
-        self._lock = FileLock(self.folder / f"{key}{_LOCK}")
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> RowCache:
+        def waiting() -> None:
+            self._say("another process is preparing the same rows: waiting for it")
+
         with _writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                self._say("another process is preparing the same rows: waiting for it")
-                self._lock.acquire()
+            self._opened.callback(self._cache.lock(self._key, waiting).release)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        self._opened.close()
 
     @property
     def path(self) -> Path:
@@ -99,7 +95,7 @@ class RowCache:
         try:
             told = json.loads(about.read_text(encoding="utf-8"))
             found = read(self._open(told), dict(told["facts"]), self.skipped)
-            os.utime(about)
+            self._cache.used(self._key)
         except FileNotFoundError as error:
             if error.filename != str(about):
                 self._discard()
@@ -111,7 +107,7 @@ class RowCache:
 
     def _discard(self) -> None:
         self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
-        _remove(self.folder, self._key)
+        self._cache.remove(self._key)
 
     def _open(self, told: dict[str, Any]) -> RowStore:
         file = self.path.open("rb")
@@ -131,16 +127,17 @@ class RowCache:
         return self._rows(self.path.open("rb"), grouped)
 
     def _rows(self, file: IO[bytes], grouped: bool) -> DiskRows:
-        folder, key = self.folder, self._key
-        return DiskRows(file, str(self.path), grouped=grouped, on_damage=lambda: _remove(folder, key))
+        cache, key = self._cache, self._key
+        return DiskRows(file, str(self.path), grouped=grouped, on_damage=lambda: cache.remove(key))
 
     @contextlib.contextmanager
     def making(self) -> Iterator[IO[bytes]]:
         """A file for the rows, which becomes the entry's when the block ends without an error."""
-        make_room(self.folder, self._limit, but=self._key)
-        _remove(self.folder, self._key)
-        with _writing(self.folder), replacing(self.path) as temporary, temporary.open("wb") as file:
-            yield file
+        with _writing(self.folder):
+            self._cache.make_room(but=self._key)
+            self._cache.remove(self._key)
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
+                yield file
 
     def describe(self, count: int, grouped: bool, about: str, facts: Mapping[str, object]) -> None:
         """Write the description: from here on the entry is there."""
@@ -244,46 +241,6 @@ class RowWriter:
             if len(self._memory):
                 self._writer.write_batch(self._memory.batch())
                 self._memory = MemoryRows()
-
-
-def make_room(folder: Path, limit: int, *, but: str = "") -> None:
-    """Remove what killed processes left, and entries that were unused for longest until ``limit`` is kept."""
-    for part in folder.glob(".*.part"):
-        _if_free(folder, part.name.removeprefix(".").partition(".")[0], but, part)
-    entries = sorted(folder.glob(f"*{_ABOUT}"), key=_used, reverse=True)
-    total = 0
-    for about in entries:
-        with contextlib.suppress(OSError):
-            total += about.with_suffix(_ROWS).stat().st_size
-        if total > limit and about.stem != but:
-            _if_free(folder, about.stem, but)
-
-
-def _used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _if_free(folder: Path, key: str, own: str, part: Path | None = None) -> None:
-    """Remove an entry, or what is left of one, unless a process works with it."""
-    lock = FileLock(folder / f"{key}{_LOCK}", timeout=0)
-    try:
-        with lock if key != own else contextlib.nullcontext():
-            if part is None:
-                _remove(folder, key)
-            else:
-                part.unlink(missing_ok=True)
-    except (Timeout, OSError):
-        return
-
-
-def _remove(folder: Path, key: str) -> None:
-    """Remove an entry, its description first, so that half of one is never taken for a whole."""
-    for suffix in (_ABOUT, _ROWS, _SKIPPED):
-        with contextlib.suppress(PermissionError):  # Windows keeps files that a process reads
-            (folder / f"{key}{suffix}").unlink(missing_ok=True)
 
 
 def _sample(file: IO[bytes]) -> tuple[int, str]:

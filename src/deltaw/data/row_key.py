@@ -6,14 +6,12 @@ It knows how to tell whether one of these changed; not what is stored.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deltaw.cache import versions
 from deltaw.data.mixture import Source
 from deltaw.data.row_store import FORMAT
 from deltaw.data.settings import DataSettings
@@ -23,7 +21,10 @@ if TYPE_CHECKING:
 
 # Settings that change nothing about a row's tokens. All others count, also those to come.
 _WITHOUT = ("train", "eval", "duplicates", "cache", "rows", "columns", "form", "classes", "other_classes")
-_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+MADE_BY = (
+    *("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy"),
+    *("deltaw.data", "deltaw.hub.terminators"),
+)
 
 
 def facts_of(
@@ -46,8 +47,7 @@ def facts_of(
     values = dataclasses.asdict(settings)
     return {
         "format": FORMAT,
-        "code": _code(),
-        "libraries": [importlib.metadata.version(name) for name in _LIBRARIES],
+        "made by": versions(MADE_BY),
         "sources": [
             [
                 content,
@@ -75,13 +75,4 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     ]
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _code() -> str:
-    """The state of this package's own text."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
     return digest.hexdigest()

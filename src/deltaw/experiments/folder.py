@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from deltaw.cache import file_digest
 from deltaw.config import RunConfig
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
@@ -173,19 +174,11 @@ def changed(before: object, now: Mapping[str, object]) -> list[str]:
 
 
 def content_of(reference: str) -> str:
-    """A hash of the content of a local file or folder; empty for any other reference.
-
-    A file is hashed by its bytes, a folder by the names and sizes of its files.
-    """
+    """A hash of the content of a local file, or of all files in a folder; empty for any other reference."""
     path = Path(os.path.expanduser(reference))
+    if not path.is_dir():
+        return file_digest(path)[:32] if path.is_file() else ""
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-    elif path.is_file():
-        with path.open("rb") as content:
-            while block := content.read(2**20):
-                digest.update(block)
-    else:
-        return ""
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)} {file_digest(file)}\n".encode())
     return digest.hexdigest()[:32]

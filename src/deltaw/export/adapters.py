@@ -31,7 +31,8 @@ from deltaw.export.changes import (
 from deltaw.lora import load_adapter
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment, attached
-from deltaw.lora.files import FINGERPRINT_KEY, read_adapter
+from deltaw.lora.files import read_adapter
+from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer
 from deltaw.lora.layers_bias import LoRABias
 from deltaw.lora.layers_conv import LoRAConv

@@ -28,6 +28,7 @@ from deltaw.export.output_folder import appearing, check_target
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
 from deltaw.lora.adapt import attach_selected
 from deltaw.lora.attachment import attached
+from deltaw.lora.fingerprint import same_base
 from deltaw.lora.kinds import refusal
 from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer
 from deltaw.lora.layers_bias import LoRABias
@@ -193,8 +194,9 @@ def _combined(job: Merging, folder: Path, rank: int | None) -> dict[str, _Made]:
     by_weight |= {f"{u.names[0]}.{u.layer.attribute}": u.layer for u in record.parameters}
     for name, found in made.items():
         _fill(by_weight[name], found.factors, most)
-    prints = {adapter.fingerprint for adapter in job.adapters}
-    record.fingerprint = prints.pop() if len(prints) == 1 else None
+    known = [adapter.fingerprint for adapter in job.adapters]
+    least = min(known, key=lambda name: len(name or ""))  # of weights that were rounded to bf16, if any were
+    record.fingerprint = least if all(same_base(least, name) for name in known) else None
     _save(model, job, folder, None)
     return made
 

@@ -16,11 +16,12 @@ from deltaw import tasks
 from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges
-from deltaw.export.checkpoint import Checkpoint, Names
+from deltaw.hub.checkpoint import Checkpoint, Names
 from deltaw.hub.folders import local_folder
 from deltaw.hub.references import resolve
 from deltaw.hub.skeleton import skeleton
-from deltaw.lora.fingerprint import Sample, fingerprint_of, places
+from deltaw.hub.weight_values import note_stored, values_in_folder
+from deltaw.lora.fingerprint import base_fingerprint, same_base
 from deltaw.methods.files import classes_of, outputs_of
 from deltaw.methods.parameters import names_of
 from deltaw.tensor_files import row_blocks
@@ -109,7 +110,7 @@ def check_base(
     if adapter.fingerprint is None:
         return None
     found = fingerprint_on_disk(model, checkpoint, names, adapter.replaced)
-    return None if found is None else found == adapter.fingerprint
+    return same_base(found, adapter.fingerprint)
 
 
 def fingerprint_on_disk(
@@ -117,15 +118,7 @@ def fingerprint_on_disk(
 ) -> str | None:
     """:func:`~deltaw.lora.fingerprint.base_fingerprint` of the model in these files, read without loading it;
     None where a parameter is built of several tensors."""
-    samples = []
-    without_value = {id(parameter) for name, parameter in names_of(model).items() if name in replaced}
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        stored = checkpoint.tensors.get(names.stored.get(name, ""))
-        values = None
-        if id(parameter) not in without_value and parameter.numel() and parameter.is_floating_point():
-            if stored is None or stored.shape != shape or not stored.is_float:
-                return None
-            values = stored.sample(list(places(stored.numel))).to(torch.bfloat16)
-        samples.append(Sample(name, shape, values))
-    return fingerprint_of(samples)
+    if names.converted:
+        return None
+    note_stored(model, values_in_folder(checkpoint.folder))
+    return base_fingerprint(model, [p for name, p in names_of(model).items() if name in replaced])

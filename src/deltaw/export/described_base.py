@@ -14,13 +14,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.export.base import Base, base_of, fingerprint_on_disk
-from deltaw.export.checkpoint import names_on_disk, read_checkpoint
 from deltaw.export.plain import plain_adapter
 from deltaw.export.plain_adapter import PlainAdapter, read_plain
+from deltaw.hub.checkpoint import names_on_disk, read_checkpoint
 from deltaw.hub.loading import read_config
 from deltaw.hub.quiet import quiet
 from deltaw.hub.references import resolve
 from deltaw.hub.tokenizers import tokenizer_in
+from deltaw.lora.fingerprint import same_base
 from deltaw.tasks import entry_of
 from deltaw.training.origin import CHAT_TEMPLATE
 
@@ -108,9 +109,10 @@ def require_same_base(base: DescribedBase, fingerprint: str | None, run: Path, s
         UserError: they differ: what is exported would answer otherwise than what was trained.
     """
     own = base.fingerprint()
-    if fingerprint is None or own is None:
+    same = same_base(fingerprint, own)
+    if same is None:
         say("note: whether this is the base model that the adapter was trained on cannot be told")
-    elif own != fingerprint:
+    elif not same:
         raise UserError(
             f"the adapter was trained on other weights than those of '{base.files.reference}'",
             where=str(run),

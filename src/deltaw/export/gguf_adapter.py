@@ -24,9 +24,9 @@ from deltaw.export.gguf_architectures import TensorNames, architecture_of
 from deltaw.export.gguf_file import write_gguf
 from deltaw.export.gguf_types import ADAPTER_KINDS, KINDS
 from deltaw.export.plain_adapter import PlainUpdate, require_lora
+from deltaw.lora.fingerprint import FINGERPRINT_KEY
 
 FORMAT = "gguf-adapter"
-FINGERPRINT = "deltaw.base_fingerprint"
 _MERGE = "merge it instead: --format gguf"
 
 
@@ -109,7 +109,7 @@ def export_gguf_adapter(
         out.add_base_model_name(0, base.name)
         out.add_file_type(int(KINDS[kind][2]))
         if fingerprint is not None:
-            out.add_string(FINGERPRINT, fingerprint)
+            out.add_string(FINGERPRINT_KEY, fingerprint)
 
     stored = KINDS[kind][0]
     shapes = {

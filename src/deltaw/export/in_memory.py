@@ -19,12 +19,12 @@ from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained
 from deltaw.export.apply import change_in_place
 from deltaw.export.base import Base, Say
-from deltaw.export.checkpoint import read_checkpoint
 from deltaw.export.merged import PRECISIONS, MergedModel, Output
 from deltaw.export.merged_config import read_settings
+from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
-from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.fingerprint import base_fingerprint, same_base
 from deltaw.methods.parameters import names_of
 
 if TYPE_CHECKING:
@@ -100,13 +100,12 @@ def write_from_memory(
 
 
 def _same_base(model: PreTrainedModel, adapters: Sequence[AdapterChanges]) -> bool | None:
-    known = [adapter for adapter in adapters if adapter.fingerprint is not None]
     own = names_of(model)
-    for adapter in known:
+    found = []
+    for adapter in adapters:
         replaced = [own[name] for name in adapter.replaced if name in own]
-        if base_fingerprint(model.named_parameters(), replaced) != adapter.fingerprint:
-            return False
-    return True if known and len(known) == len(adapters) else None
+        found.append(same_base(base_fingerprint(model, replaced), adapter.fingerprint))
+    return False if False in found else True if found and all(found) else None
 
 
 def _type_named(name: str) -> torch.dtype:

@@ -18,13 +18,13 @@ from typing import Protocol
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained, changes_of
 from deltaw.export.base import Base, base_of
-from deltaw.export.checkpoint import read_checkpoint
 from deltaw.export.combine import Combination, Recipe, combine
 from deltaw.export.in_memory import write_from_memory
 from deltaw.export.merged import MergedModel, NotByName, assemble
 from deltaw.export.model_files import write_beside, write_weights
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain import plain_adapter
+from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.working import working
 
 Say = Callable[[str], None]

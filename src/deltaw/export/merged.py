@@ -19,8 +19,8 @@ from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained, changes_of
 from deltaw.export.base import Base, Say, base_of, check_base
 from deltaw.export.changes import Added, Change, Replaced
-from deltaw.export.checkpoint import Checkpoint, Names, name_for, names_on_disk, read_checkpoint
 from deltaw.export.merged_config import merged_config, read_settings
+from deltaw.hub.checkpoint import Checkpoint, Names, name_for, names_on_disk, read_checkpoint
 from deltaw.methods.parameters import names_of
 from deltaw.tensor_files import StoredTensor, row_blocks
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
 from deltaw.export.base import Base
-from deltaw.export.checkpoint import names_on_disk
+from deltaw.hub.checkpoint import names_on_disk
 from deltaw.methods.parameters import names_of
 
 _MOST_FLAGS = 6

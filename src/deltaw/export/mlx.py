@@ -19,7 +19,8 @@ from deltaw.export.described_base import DescribedBase, describe_base, read_upda
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, require_lora
 from deltaw.export.portable import WrittenFolder, uniform
-from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY
+from deltaw.lora.files import CONFIG_NAME
+from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.tensor_files import save_tensors
 
 FORMAT = "mlx"

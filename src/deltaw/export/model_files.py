@@ -13,9 +13,9 @@ from pathlib import Path
 
 from deltaw.errors import UserError
 from deltaw.export.base import Base
-from deltaw.export.checkpoint import INDEX, WEIGHTS
 from deltaw.export.merged import MergedModel, Output
 from deltaw.export.merged_config import CONFIG
+from deltaw.hub.checkpoint import INDEX, WEIGHTS
 from deltaw.hub.terminators import terminators_in
 from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
 from deltaw.hub.transformers_private import FOLLOWS_MODEL

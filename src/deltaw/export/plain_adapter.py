@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.lora.config import CHANGING_INITS
-from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME, AdapterFile, read_adapter
+from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
 from deltaw.methods.files import read_config
 

@@ -19,7 +19,8 @@ from deltaw.errors import UserError
 from deltaw.export.described_base import DescribedBase, describe_base, read_updates, require_same_base
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, require_lora
-from deltaw.lora.files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME
+from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME
+from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.lora.peft_format import DEFAULTS, target_entries
 from deltaw.lora.peft_paths import PREFIX
 from deltaw.tensor_files import save_tensors

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
 from deltaw.export.apply import apply_changes
-from deltaw.export.checkpoint import read_checkpoint
 from deltaw.export.merge import Merging
 from deltaw.host.memory import free_memory_bytes, release_free_memory
+from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
 from deltaw.lora import merge

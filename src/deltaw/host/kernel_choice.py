@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaw.cache import versions
 from deltaw.host import measurements, product_rates
 from deltaw.host.product_rates import (
     GENERIC,
@@ -150,6 +151,14 @@ def choose_kernels(sizes: Sizes = GENERIC, threads: int | None = None) -> Kernel
     return KernelChoice(chosen, sizes, threads, measured.rates, measured.disturbed)
 
 
+def computed_on(device: torch.device) -> dict[str, str]:
+    """What decides how the numbers of a forward on a device are rounded, besides versions: stored results of
+    it are found again by this."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return loader.arithmetic().as_dict() if device.type == "cpu" else {"device": device.type}
+
+
 def chosen_of(rates: Rates, candidates: Sequence[Candidate]) -> Arithmetic:
     """The fastest arithmetic of each stored type within the fastest variant.
 
@@ -195,7 +204,7 @@ def _key(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> list[ob
         sorted(processor_flags()),
         second_level_cache(),
         threads,
-        torch.__version__,
+        versions(("torch", "deltaw.host.product_rates")),
         _libraries(tuple(names)),
         [f"{c.stored} {c.name}" for c in candidates],
         as_values(sizes),

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 
-from deltaw.hub.remembered import recall, remember, stamp
+from deltaw.cache import recall, remember, stamp
 from deltaw.kernels.variants import MEASURED
 
 KIND = "products"

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaw.cache import recall, remember
 from deltaw.host.kernel_choice import STORED_BY_PRECISION, choose_kernels
 from deltaw.host.processor import processor_flags, processor_name
-from deltaw.hub.remembered import recall, remember
 
+MADE_BY = ("torch", "deltaw.host.rates")
 _REPEATS, _TRIALS = 20, 5
 
 
@@ -38,13 +39,13 @@ def measured_rates(precision: str) -> Rates:
 
 
 def _seconds_per_operator() -> float:
-    key = [torch.__version__, processor_name(), sorted(processor_flags()), torch.get_num_threads()]
-    known = recall("rates", key)
+    key = [processor_name(), sorted(processor_flags()), torch.get_num_threads()]
+    known = recall("rates", key, MADE_BY)
     if isinstance(known, float) and known > 0:
         return known
     few = torch.ones(16)
     seconds = _fastest(lambda: few.add(1.0))
-    remember("rates", key, seconds)
+    remember("rates", key, seconds, MADE_BY)
     return seconds
 
 

@@ -14,8 +14,6 @@ It does not know what a model is used for, nor how one is loaded from a folder.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import importlib.util
 import io
 import json
@@ -30,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -41,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from deltaw.cache import Cache, file_digest, key
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
@@ -51,8 +49,13 @@ from deltaw.hub.transformers_private import forget_origin, settle
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
-# Counted up when a folder converted by an older version must not be used any more.
-_REVISION = 1
+# All converted models together; a larger one is kept until the next is converted.
+LIMIT_BYTES = 256 * 2**30
+MADE_BY = (
+    *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
+    *("deltaw.hub.gguf", "deltaw.hub.gguf_index", "deltaw.hub.terminators", "deltaw.tensor_files"),
+    "deltaw.kernels.block_formats",
+)
 
 # Vocabularies learned with every digit on its own, under the names that llama.cpp gives them.
 _SINGLE_DIGITS = frozenset(
@@ -84,31 +87,40 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
         UserError: the file is damaged, or of an architecture that transformers does not read.
     """
     _require_gguf(gguf_path)
-    cache = packages.cache_folder() / "gguf"
+    cache = Cache("gguf", LIMIT_BYTES, mark="{}", folder=packages.cache_folder() / "gguf")
     if dtype in ("int8", "nf4"):
         dtype = "bf16"  # they are made from bf16 once it is loaded
-    status = gguf_path.stat()
     with working(f"checking {gguf_path.name}"):
-        digest = _digest(gguf_path.resolve(), status.st_size, status.st_mtime_ns)
-    target = cache / f"{digest[:16]}-{dtype}-v{_REVISION}"
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not target.is_dir():
-                size = gguf_path.stat().st_size
-                way = "reading the index of" if dtype == "gguf" else "converting"
-                to = "" if dtype == "gguf" else f" to {dtype}"
-                say(f"{way} {gguf_path.name} ({size / 1e6:.0f} MB){to}, once, into {target}")
-                _build(gguf_path, dtype, target, say)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the converted model: {error.strerror or error}",
-            where=str(cache),
-            hint="free space there, or choose another cache folder",
-        ) from error
+        digest = file_digest(gguf_path)
+    name = f"{digest[:16]}-{dtype}-{key('gguf', [digest, dtype], MADE_BY)[:16]}"
+    target = cache.folder / name
+    if not target.is_dir():
+        try:
+            _convert(gguf_path, dtype, cache, name, say)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep the converted model: {error.strerror or error}",
+                where=str(cache.folder),
+                hint="free space there, or choose another cache folder",
+            ) from error
+    cache.used(name)
     return target
+
+
+def _convert(path: Path, dtype: str, cache: Cache, name: str, say: Callable[[str], None]) -> None:
+    """Make the entry ``name``, unless another process makes it meanwhile."""
+    lock = cache.lock(name)
+    try:
+        if (cache.folder / name).is_dir():
+            return
+        size = path.stat().st_size
+        way = "reading the index of" if dtype == "gguf" else "converting"
+        to = "" if dtype == "gguf" else f" to {dtype}"
+        say(f"{way} {path.name} ({size / 1e6:.0f} MB){to}, once, into {cache.folder / name}")
+        cache.make_room(but=name)
+        _build(path, dtype, cache.folder / name, say)
+    finally:
+        lock.release()
 
 
 def split_of_digits_restored(tokenizer: PreTrainedTokenizerFast, pre: str | None) -> bool:
@@ -134,8 +146,6 @@ def split_of_digits_restored(tokenizer: PreTrainedTokenizerFast, pre: str | None
 
 def _build(path: Path, dtype: str, target: Path, say: Callable[[str], None]) -> None:
     """Convert into a folder beside ``target`` and rename it into place."""
-    for abandoned in target.parent.glob(f".{target.name}.*.part"):
-        shutil.rmtree(abandoned, ignore_errors=True)  # left by a process that was killed on the way
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         with working(f"converting {path.name}"):
@@ -332,16 +342,6 @@ def _require_gguf(path: Path) -> None:
         raise UserError(
             "the file does not begin as a .gguf file does", where=str(path), hint="fetch the file again"
         )
-
-
-@functools.cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    """The SHA-256 of the file, in hexadecimal; recomputed where its size or time of change is another."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

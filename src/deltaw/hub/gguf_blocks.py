@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,12 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.cache import of_files
 from deltaw.errors import UserError
 from deltaw.hub.gguf_index import INDEX, ORDERS, BlockEntry
 from deltaw.kernels.block_formats import FORMATS, BlockWeight
 from deltaw.kernels.torch_private import own_parameters
+from deltaw.lora.fingerprint import Values, note_values, values_of_blocks
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
 
+# What the values of a file's blocks depend on, besides the file.
+MADE_BY = ("transformers", "gguf", "deltaw.hub.gguf_index", "deltaw.hub.gguf_blocks", "deltaw.kernels")
 # Bytes that are read at a time where rows are put into another order.
 READ_AT_ONCE = 1 << 22
 
@@ -75,12 +79,15 @@ def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
                     )
                 return _read(source, entry, orders.get(entry.order or ""))
 
-            known |= put_blocks(model, entries_of(folder), read)
+            entries = entries_of(folder)
+            known |= put_blocks(model, entries, read)
     except OSError as error:
         raise UserError(
             f"the file cannot be read: {error.strerror or error}", where=str(file), hint="fetch it again"
         ) from error
     named = dict(model.named_parameters(remove_duplicate=False))
+    told_by = [path for path in (file, folder / INDEX, folder / ORDERS) if path.is_file()]
+    _note_values(model, told_by, {e.name: full for e in entries for full in _names_in(model, e.name, named)})
     with safe_open(folder / "model.safetensors", framework="pt") as plain, torch.no_grad():
         for name in plain.keys():  # noqa: SIM118 - it is no dictionary
             for full in _names_in(model, name, named):
@@ -88,6 +95,23 @@ def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
                 known.add(full)
     tied = {id(named[name]) for name in known if name in named}
     return sorted(name for name, p in named.items() if name not in known and id(p) not in tied)
+
+
+def _note_values(model: nn.Module, files: Sequence[Path], names: Mapping[str, str]) -> None:
+    """Note on a model's weights the values that their blocks stand for, remembered until a file changes.
+
+    Args:
+        files: that the blocks and their order come from. names: of the weights in the model, by the entries'
+            names.
+    """
+
+    def read() -> dict[str, Values]:
+        layers = {entry: model.get_submodule(name.removesuffix(".weight")) for entry, name in names.items()}
+        return {entry: values_of_blocks(layer) for entry, layer in layers.items()}
+
+    for entry, (shape, digests) in of_files("blocks", files, read, MADE_BY).items():
+        if entry in names:  # a model for another task may lack some
+            note_values(model.get_parameter(names[entry]), Values(tuple(shape), tuple(digests)))
 
 
 def put_blocks(

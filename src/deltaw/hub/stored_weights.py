@@ -20,8 +20,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.hub.skeleton import skeleton
 from deltaw.hub.tensor_names import names_on_disk
+from deltaw.hub.weight_values import note_stored, values_in_folder
 from deltaw.kernels.torch_private import own_parameters
-from deltaw.lora.fingerprint import Sample, places
+from deltaw.lora.fingerprint import note_base
 
 # Rows of a tensor, from and to; None for all of them.
 Rows = tuple[int, int] | None
@@ -32,7 +33,7 @@ class StoredWeights:
 
     Args:
         folder: with the weights in safetensors files.
-        model: made by :func:`unfilled`.
+        model: made by :func:`unfilled`; what the files hold is noted on its parameters.
 
     Attributes:
         missing: names of parameters that the files do not hold.
@@ -78,6 +79,7 @@ class StoredWeights:
                     where=f"{folder}: {name}",
                     hint="fetch or copy the model again, or check that config.json belongs to the weights",
                 )
+        note_stored(model, values_in_folder(folder))
 
     def read(self, wanted: Mapping[str, Rows]) -> dict[str, Tensor]:
         """Rows of parameters, by their names, in the type that the model has them in."""
@@ -95,22 +97,6 @@ class StoredWeights:
                         # A view of the mapped file would hold more: the system maps what lies around it.
                         given = file.get_slice(self._stored[name])[rows[0] : rows[1]].clone()
                     found[name] = given.to(self._dtypes[name])
-        return found
-
-    def samples(self, parameters: Mapping[str, Tensor]) -> dict[str, Sample]:
-        """What the base model's fingerprint takes of each of these parameters."""
-        found: dict[str, Sample] = {}
-        for path, names in self._by_file(parameters).items():
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    shape = tuple(parameters[name].shape)
-                    width = parameters[name][:1].numel()
-                    rows = file.get_slice(self._stored[name])
-                    values = [
-                        rows[at // width : at // width + 1].flatten()[at % width]
-                        for at in places(parameters[name].numel())
-                    ]
-                    found[name] = Sample("", shape, torch.stack(values).to(self._dtypes[name]))
         return found
 
     def _by_file(self, names: Mapping[str, object]) -> dict[Path, list[str]]:
@@ -158,9 +144,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put values in the place of parameters on the meta device, by their names; what is tied stays tied."""
+    """Put values in the place of parameters on the meta device, by their names; what is tied stays tied, and
+    what was noted of values stays noted."""
     own = dict(model.named_parameters(remove_duplicate=False))
     made = {id(own[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    for name in values:
+        note_base(made[id(own[name])], own[name])
     for module in model.modules():
         for name, parameter in list(own_parameters(module).items()):
             if parameter is not None and id(parameter) in made:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from deltaw.lora.adapt import Summary, attach, detach, disabled
     from deltaw.lora.config import LoRAConfig
     from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
-    from deltaw.lora.files import OtherBaseModelWarning, load_adapter, read_adapter, save_adapter
+    from deltaw.lora.files import load_adapter, read_adapter, save_adapter
+    from deltaw.lora.fingerprint import OtherBaseModelWarning
     from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
     from deltaw.lora.layers_bias import (
         LoRABias,
@@ -93,7 +94,8 @@ _MODULES = {
     "adapt": "Summary attach detach disabled",
     "config": "LoRAConfig",
     "count": "ParameterCount adapter_parameters count_parameters is_factor_B",
-    "files": "OtherBaseModelWarning load_adapter read_adapter save_adapter",
+    "files": "load_adapter read_adapter save_adapter",
+    "fingerprint": "OtherBaseModelWarning",
     "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
     "layers_bias": "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d "
     "LoRABiasLinear",

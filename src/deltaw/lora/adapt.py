@@ -113,7 +113,7 @@ def attach_selected(
     replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
     if config.activation == "completion":
         _refuse_activation(model, config, selection)
-    record = Attachment(config, base_fingerprint(parameters, replaced))
+    record = Attachment(config, base_fingerprint(model, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []

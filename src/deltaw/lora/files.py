@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -25,6 +24,7 @@ from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
 from deltaw.lora.attachment import Attachment, attached, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.count import adapter_parameters, count_parameters
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_of_base
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.matching import Named, modules_once, values_by_pattern
 from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
@@ -36,7 +36,6 @@ from deltaw.tensor_files import TensorFile, save_tensors
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-FINGERPRINT_KEY = "deltaw.base_fingerprint"
 
 _LONGEST_NAME = 2000  # names are taken apart at every dot
 _COPY_AGAIN = "copy or download the adapter again"
@@ -48,10 +47,6 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-
-
-class OtherBaseModelWarning(UserWarning):
-    """An adapter is loaded onto another base model than it was trained on."""
 
 
 class AdapterFile(NamedTuple):
@@ -144,16 +139,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     if not trainable:
         for _, parameter in adapter_parameters(model):
             parameter.requires_grad_(False)
-    theirs = adapter.metadata.get(FINGERPRINT_KEY)
-    if theirs and record.fingerprint and theirs != record.fingerprint:
-        named = adapter.metadata.get("base_model_name_or_path")
-        warnings.warn(
-            "the adapter was trained on another base model"
-            + (f" ({named})" if named else "")
-            + f": {folder}",
-            OtherBaseModelWarning,
-            stacklevel=2,
-        )
+    named = adapter.metadata.get("base_model_name_or_path")
+    warn_of_base("the adapter", adapter.metadata, record.fingerprint, folder, named)
     count = count_parameters(model)
     return Summary(summary.matches, summary.adapted, count.trained, count.total, summary.notes)
 

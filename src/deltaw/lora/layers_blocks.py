@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltaw.kernels.block_formats import NF4_BLOCK, BlockWeight, quantize_nf4
 from deltaw.kernels.torch_private import own_parameters
-from deltaw.lora.fingerprint import has_values, note_base, note_values, places
+from deltaw.lora.fingerprint import note_base
 from deltaw.lora.stored import block_weight, frozen_linear
 
 
@@ -110,18 +110,7 @@ def _take(layer: nn.Module, of: nn.Module, stored: BlockWeight, parameter: nn.Pa
     for name, tensor in zip(("absmax", "group_scale", "offset"), stored.tensors[1:], strict=True):
         if tensor is not None:
             layer.register_buffer(f"weight_{name}", tensor, persistent=False)
-    if parameter is None:
-        _note_values(layer.weight, stored)
     layer.training = of.training
-
-
-def _note_values(parameter: nn.Parameter, stored: BlockWeight) -> None:
-    """Note on the blocks what the base model's fingerprint takes of the numbers that they stand for."""
-    if not has_values(stored.data):
-        return
-    at = [divmod(place, stored.columns) for place in places(stored.shape.numel())]
-    values = [stored.dequantized(torch.bfloat16, row, row + 1)[0, column] for row, column in at]
-    note_values(parameter, tuple(stored.shape), torch.stack(values))
 
 
 def _plain(layer: nn.Module) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deltaw.cache import recall, remember
 from deltaw.host.memory import resident_bytes, trim_memory
 from deltaw.host.processor import processor_flags, processor_name
-from deltaw.hub.remembered import recall, remember
 
+MADE_BY = ("torch", "deltaw.memory.libraries")
 # Shapes that a kernel's size is the mean over, after one that is not counted.
 _SHAPES = 6
 # Lengths of rows up to this one count as short: attention's kernels for them are smaller.
@@ -72,8 +73,8 @@ def attention_bytes(long: bool) -> int:
 
 def _measured(name: str, uses: list[Callable[[], object]]) -> int:
     """The growth of the process by each of ``uses`` but the first; remembered for this kind of machine."""
-    key = [name, torch.__version__, processor_name(), sorted(processor_flags()), torch.get_num_threads()]
-    known = recall("kernels", key)
+    key = [name, processor_name(), sorted(processor_flags()), torch.get_num_threads()]
+    known = recall("kernels", key, MADE_BY)
     if isinstance(known, dict) and isinstance(known.get("bytes"), int):
         return known["bytes"]
     first, *others = uses
@@ -84,5 +85,5 @@ def _measured(name: str, uses: list[Callable[[], object]]) -> int:
         use()
     trim_memory()
     grown = max(0, resident_bytes() - before) // len(others)
-    remember("kernels", key, {"bytes": grown})
+    remember("kernels", key, {"bytes": grown}, MADE_BY)
     return grown

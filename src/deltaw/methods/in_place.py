@@ -16,12 +16,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.lora.files import FINGERPRINT_KEY
-from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import REPLACED_KEY, MethodBase
-from deltaw.methods.files import read_trained, write_trained
+from deltaw.methods.files import metadata_of, read_trained, write_trained
 from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
 from deltaw.methods.subset import Subset
 
@@ -65,7 +64,7 @@ class InPlace(MethodBase):
         """Take the base model's fingerprint, before anything is trained."""
         own = names_of(model)
         replaced = inside(extra_modules, own)
-        self._base_fingerprint = base_fingerprint(model.named_parameters(), [own[name] for name in replaced])
+        self._base_fingerprint = base_fingerprint(model, [own[name] for name in replaced])
         self._replaced = replaced
 
     def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
@@ -125,6 +124,10 @@ class InPlace(MethodBase):
 
     def load(self, model: nn.Module, folder: str | os.PathLike[str]) -> str:
         tensors, settings = read_trained(Path(folder), self.name)
+        metadata = metadata_of(Path(folder))
+        own = names_of(model)
+        replaced = [own[name] for name in json.loads(metadata.get(REPLACED_KEY, "[]")) if name in own]
+        warn_of_base("the adapter", metadata, base_fingerprint(model, replaced), folder, settings.base_model)
         self._places = self.put(model, tensors, settings.tied, str(folder))
         return f"{sum(t.numel() for t in tensors.values()):,} parameters of '{self.name}' from {folder}"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.lora.files import FINGERPRINT_KEY, OtherBaseModelWarning
-from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import MethodBase
@@ -92,7 +90,7 @@ class Prompt(MethodBase):
         tokens, said = self._first_tokens(int(weight.shape[0]), seed)
         own = names_of(model)
         replaced = [own[name] for name in inside(extra_modules, own)]
-        self._base_fingerprint = base_fingerprint(model.named_parameters(), replaced)
+        self._base_fingerprint = base_fingerprint(model, replaced)
         with torch.no_grad():
             start = embedding(tokens.to(weight.device))
         self._places = train_places(model, inside(extra_modules, names_of(model)))
@@ -159,11 +157,9 @@ class Prompt(MethodBase):
         file = read_prompt(Path(folder))
         own = names_of(model)
         replaced = [own[name] for name in file.whole if name in own]
-        self._base_fingerprint = base_fingerprint(model.named_parameters(), replaced)
-        theirs = metadata_of(Path(folder)).get(FINGERPRINT_KEY)
-        if theirs and self._base_fingerprint and theirs != self._base_fingerprint:
-            said = f"the soft prompt was trained on another base model ({file.base_model}): {folder}"
-            warnings.warn(said, OtherBaseModelWarning, stacklevel=2)
+        self._base_fingerprint = base_fingerprint(model, replaced)
+        metadata = metadata_of(Path(folder))
+        warn_of_base("the soft prompt", metadata, self._base_fingerprint, folder, file.base_model)
         model.requires_grad_(False)
         layer = attach(model, file.prompt)
         try:

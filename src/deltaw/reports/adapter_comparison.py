@@ -21,7 +21,8 @@ from torch import Tensor
 
 from deltaw.export.low_rank import angles, inner, norm
 from deltaw.lora import read_adapter
-from deltaw.lora.files import FINGERPRINT_KEY, AdapterFile
+from deltaw.lora.files import AdapterFile
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_updates import FileUpdate, content_of
 from deltaw.reports.inspect import natural, root_sum_of_squares, shortened, without_nan
 
@@ -242,8 +243,8 @@ def _cosine(product: float, first: float, second: float) -> float | None:
 
 
 def _same_base(adapters: Sequence[AdapterFile]) -> bool | None:
-    prints = [adapter.metadata.get(FINGERPRINT_KEY) for adapter in adapters]
-    return None if None in prints else prints[0] == prints[1]
+    first, second = (adapter.metadata.get(FINGERPRINT_KEY) for adapter in adapters)
+    return same_base(first, second)
 
 
 def _base(adapter: AdapterFile) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from deltaw.cache import root as cache_root
 from deltaw.errors import UserError
 from deltaw.host import cgroup, measurements, product_rates
 from deltaw.host.choices import Choice, choose_threads
@@ -27,7 +28,6 @@ from deltaw.host.processor import physical_cores, processor_name, usable_process
 from deltaw.host.product_rates import GENERIC, Measured, Sizes, sizes_of
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import read_config
-from deltaw.hub.packages import cache_folder
 from deltaw.kernels import loader, variants
 from deltaw.kernels.processor import processor_flags
 from deltaw.training.callbacks import Say, silent
@@ -163,7 +163,7 @@ def gather(
     variants.check_asked()
     chosen = choose_kernels(sizes, threads.value)
     told = measurements.for_any() is not None
-    cache = cache_folder().parent
+    cache = cache_root()
     cached = {folder.name: held_bytes(folder) for folder in _folders(cache)}
     return Facts(
         processor=processor_name(root),

@@ -31,7 +31,7 @@ from deltaw.host.choices import Choice
 from deltaw.hub.stored_weights import Rows, StoredWeights, fill, unfilled
 from deltaw.hub.transformers_private import attention_name
 from deltaw.kernels.torch_private import is_view, own_parameters, share_parameters, sized_tensor
-from deltaw.lora.fingerprint import Sample, put_sample
+from deltaw.lora.fingerprint import Values, note_base, note_values, noted_values
 from deltaw.lora.stored import weight_scales
 from deltaw.runtime.blocks import blocks_of
 
@@ -124,15 +124,11 @@ class ShardedBlocks:
         self._mesh = DeviceMesh.from_group(group, "cpu")
         self._classes: list[type | None] = [None] * len(blocks)
         self._tables: list[dict[str, dict[str, nn.Parameter | None]]] = [{} for _ in blocks]
-        self._samples: list[dict[str, Sample]] = []
+        self._values: list[dict[str, Values | None]] = []
         self._filled: int | None = None
         self._read: list[nn.Module] = []
-        for number, block in enumerate(blocks):
-            own = dict(block.named_parameters())
-            found = weights.samples({self._name(number, name): p for name, p in own.items()})
-            self._samples.append({name: found[self._name(number, name)] for name in own})
-            for name, parameter in own.items():
-                put_sample(parameter, self._samples[number][name])
+        for block in blocks:
+            self._values.append({name: noted_values(p) for name, p in block.named_parameters()})
         self._handles = [
             block.register_forward_pre_hook(functools.partial(self._enter, number))
             for number, block in enumerate(blocks)
@@ -218,6 +214,7 @@ class ShardedBlocks:
                 for name, parameter in list(own_parameters(module).items()):
                     if parameter is not None:
                         setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+                        note_base(module.get_parameter(name), parameter)
         self._read = []
         if rounded:
             self._shard(number)
@@ -271,7 +268,8 @@ class ShardedBlocks:
 
     def _note(self, number: int) -> None:
         for name, parameter in self._blocks[number].named_parameters():
-            put_sample(parameter, self._samples[number][name])
+            if (values := self._values[number][name]) is not None:
+                note_values(parameter, values)
 
     def _rows_of(self, parameter: Tensor) -> Rows:
         """This process's rows, as FSDP deals them: of n rows ⌈n / P⌉ to each, while there are any."""

@@ -29,8 +29,8 @@ from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
 from deltaw.lora.attachment import attachment
 from deltaw.lora.factors import AdapterFactors, Factors, read_factors
-from deltaw.lora.files import FINGERPRINT_KEY, PICKLED_NAME
-from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.lora.files import PICKLED_NAME
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, same_base
 from deltaw.lora.stored import weight_shape
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.choose import method_of_folder
@@ -52,7 +52,7 @@ class FolderState:
         digest: of their content.
     """
 
-    stat: tuple[tuple[int, int, int], ...]
+    stat: tuple[tuple[int, ...], ...]
     digest: str
 
 
@@ -110,7 +110,7 @@ class FolderReader:
                 "the base model has an adapter on it", hint="detach it, and add its folder to the bank"
             )
         self._model, self._tokenizer = model, tokenizer
-        self._fingerprint = base_fingerprint(model.named_parameters())
+        self._fingerprint = base_fingerprint(model)
         self._terminators = terminators(model, tokenizer)
 
     def read(self, folder: Path, known: FolderState | None = None) -> AdapterParts:
@@ -180,8 +180,7 @@ class FolderReader:
         return factors
 
     def _refuse_base(self, folder: Path, metadata: Mapping[str, str], named: str | None) -> None:
-        theirs = metadata.get(FINGERPRINT_KEY)
-        if theirs and self._fingerprint and theirs != self._fingerprint:
+        if same_base(metadata.get(FINGERPRINT_KEY), self._fingerprint) is False:
             raise UserError(
                 "it was trained on another base model" + (f": {named}" if named else ""),
                 where=str(folder),
@@ -286,7 +285,7 @@ def state_of(folder: Path) -> FolderState:
     return FolderState(stat_of(folder), digest.hexdigest())
 
 
-def stat_of(folder: Path) -> tuple[tuple[int, int, int], ...]:
+def stat_of(folder: Path) -> tuple[tuple[int, ...], ...]:
     """What the file system says of an adapter's files; nothing of a file that is not there."""
     found = []
     for path in _files(folder):
@@ -294,7 +293,7 @@ def stat_of(folder: Path) -> tuple[tuple[int, int, int], ...]:
             stat = path.stat()
         except OSError:
             continue
-        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     return tuple(found)
 
 

@@ -195,7 +195,7 @@ def _fit(start: Start, output: Path, callback: Callback, summary: RunSummary, pr
     for line in session.said:
         callback.on_line(line)
     if start.found is not None:
-        require_same_model(start.found.values["model"], session, output)
+        require_same_model(start.found.values["model"], session, output, callback.on_line)
     start.check_length(session.total_steps)
 
     folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)

@@ -29,7 +29,9 @@ from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import Arithmetic
+from deltaw.lora.fingerprint import FORMAT
 from deltaw.methods import registry
+from deltaw.training.callbacks import Say
 from deltaw.training.session import Session
 
 # How long a training is; may change where the user says that it goes on.
@@ -172,13 +174,19 @@ def choices_of(session: Session, loaded: Mapping[str, Choice]) -> dict[str, obje
     }
 
 
-def require_same_model(before: object, session: Session, run: Path) -> None:
+def require_same_model(before: str | None, session: Session, run: Path, say: Say) -> None:
     """Refuse weights that are not those that a run began with.
+
+    Args:
+        before: the run's identity then. say: told if an earlier version wrote that, so that it cannot be
+            compared.
 
     Raises:
         UserError: they differ.
     """
-    if before is not None and session.identity is not None and before != session.identity:
+    if before is not None and not before.startswith(FORMAT):
+        say("not verified: whether the model is as when the run began, with an earlier version of deltaw")
+    elif before is not None and session.identity is not None and before != session.identity:
         raise UserError(
             "the model's weights are not those that the run began with, so it cannot go on",
             where=f"model: {session.config.model}",

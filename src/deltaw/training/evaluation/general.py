@@ -8,21 +8,19 @@ tokens. It knows no method and no run; whoever calls makes sure that the model a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deltaw.cache import recall, remember
 from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import TemplateName
-from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.host.choices import QUANTIZED
-from deltaw.hub.packages import cache_folder
+from deltaw.host.kernel_choice import computed_on
 from deltaw.hub.skeleton import has_values
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_numbers
@@ -36,7 +34,7 @@ ANSWER_TOKENS = 40
 LEAST_PARAMETERS = 16_000_000
 # Fewer answers than this say little.
 LEAST_ANSWERS = 8
-_VERSION = 1
+MADE_BY = ("torch", "transformers", "tokenizers", "deltaw.kernels", "deltaw.lora", "deltaw.runtime")
 
 
 class NoGeneralAnswers(Exception):
@@ -46,7 +44,7 @@ class NoGeneralAnswers(Exception):
 def identity_of(model: PreTrainedModel, precision: str) -> str | None:
     """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
     tensors."""
-    weights = base_fingerprint(model.named_parameters())
+    weights = base_fingerprint(model)
     return None if weights is None else f"{weights}-{precision if precision in QUANTIZED else model.dtype}"
 
 
@@ -105,12 +103,12 @@ def general_answers(
         # In a dry run on fake tensors nothing can be decoded: answers of full length take the same memory.
         stand_in = [0] * ANSWER_TOKENS
         return [_example(number, prompt, stand_in, tokenizer) for number, prompt in fitting.items()]
-    file = None if identity is None else _file(identity, asked)
-    written = None if file is None else _read(file, len(asked))
+    key = None if identity is None else _asked(identity, model, asked)
+    written = None if key is None else _recalled(key, len(asked))
     if written is None:
         written = _written(model, tokenizer, asked, batch_tokens)
-        if file is not None:
-            _keep(file, written)
+        if key is not None:
+            remember("general", key, written, MADE_BY)
     answers = [
         _example(number, prompt, answer, tokenizer)
         for (number, prompt), answer in zip(fitting.items(), written, strict=True)
@@ -153,28 +151,17 @@ def _example(
     return Example(number, tokens, is_label, len(prompt), text)
 
 
-def _file(identity: str, prompts: Sequence[np.ndarray]) -> Path:
-    digest = hashlib.sha256(f"{_VERSION}:{identity}:{ANSWER_TOKENS}".encode())
+def _asked(identity: str, model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> list[object]:
+    """What the answers follow from, besides the code that writes them."""
+    digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
-    return cache_folder().parent / "general" / f"{digest.hexdigest()[:32]}.json"
+    return [identity, ANSWER_TOKENS, digest.hexdigest(), computed_on(model.device)]
 
 
-def _read(file: Path, count: int) -> list[list[int]] | None:
-    """The answers in the file; None where there is none, or it holds something else."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["answers"]
-    except (OSError, ValueError, KeyError, TypeError):
+def _recalled(asked: object, count: int) -> list[list[int]] | None:
+    """The answers that were written before; None if there are none, or if they are not answers."""
+    kept = recall("general", asked, MADE_BY)
+    if not isinstance(kept, list) or len(kept) != count:
         return None
-    fits = isinstance(kept, list) and len(kept) == count
-    if not fits or not all(isinstance(a, list) and all(type(t) is int for t in a) for a in kept):
-        return None
-    return kept
-
-
-def _keep(file: Path, answers: list[list[int]]) -> None:
-    """Write the answers where the cache can be written; without a cache they are made again next time."""
-    try:
-        write_text(file, json.dumps({"answers": answers}))
-    except (UserError, OSError):
-        return
+    return kept if all(isinstance(a, list) and all(type(t) is int for t in a) for a in kept) else None

@@ -7,20 +7,19 @@ must agree, or there is no cache and the run says why. Features of an earlier ru
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltaw.cache import key
 from deltaw.data.example import RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
+from deltaw.host.kernel_choice import computed_on
 from deltaw.hub.skeleton import has_values
 from deltaw.hub.transformers_private import READ_FROM
 from deltaw.runtime.layer_entry import (
@@ -60,8 +59,10 @@ LEAST_FROZEN = 1 / 8
 MEMORY_BYTES = 256 * 2**20
 # From so many rows on, their features are estimated before all are looked at.
 MANY_ROWS = 200_000
-# Part of the key: another number where stored values would mean something else.
-REVISION = 1
+MADE_BY = (
+    *("torch", "transformers"),
+    *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.training.features"),
+)
 # What a configuration says that no feature depends on.
 IRRELEVANT = {
     READ_FROM,
@@ -226,7 +227,6 @@ def _key(
     """A name for everything that stored values depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT}
     facts = [
-        REVISION,
         str(level),
         feed.kind,
         shape.width,
@@ -235,12 +235,10 @@ def _key(
         config,
         frozen_digest(model, level),
         bool(getattr(batcher, "padded", True)),
-        feed.device.type,
-        [transformers.__version__, torch.__version__],
+        computed_on(feed.device),
+        hashlib.sha256(b"".join(rows.contents)).hexdigest(),
     ]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(b"".join(rows.contents))
-    return digest.hexdigest()[:32]
+    return key("features", facts, MADE_BY)
 
 
 def _still_right(cached: CachedPrefix) -> int:

@@ -9,27 +9,26 @@ why. Keys of an earlier run are compared with new ones.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from deltaw.cache import key
 from deltaw.data.example import Example
 from deltaw.data.packing import Item, rows_of
 from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
+from deltaw.host.kernel_choice import computed_on
 from deltaw.hub.skeleton import has_values
 from deltaw.lora import adapter_parameters, is_factor_B
 from deltaw.runtime.layer_entry import Level, frozen_digest
 from deltaw.runtime.partial_check import can_run_apart
 from deltaw.training.features.device_store import on_device
-from deltaw.training.features.prefix_cache import IRRELEVANT, MEMORY_BYTES
+from deltaw.training.features.prefix_cache import IRRELEVANT, MADE_BY, MEMORY_BYTES
 from deltaw.training.features.prompts import Form, PromptIndex, StoredPrompts
 from deltaw.training.features.store import (
     LIMIT_BYTES,
@@ -57,8 +56,6 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 SHARES = (1.0, 0.5, 0.25, 0.125)
 # Rows of more tokens than this are not sorted into one tree, which is in memory.
 MANY_TOKENS = 100_000_000
-# Part of the key: another number where stored values would mean something else.
-REVISION = 1
 # The vectors of the model's width that a token keeps in each block for the backward, roughly.
 KEPT_VECTORS = 20
 # The relative difference of gradients that rounding alone may make, since the masked adapter runs the model's
@@ -240,18 +237,15 @@ def _store(
 def _name(model: PreTrainedModel, index: PromptIndex, dtype: torch.dtype, batcher: CausalMicroBatcher) -> str:
     """For everything that stored values depend on."""
     facts = [
-        REVISION,
         "prompts",
         str(dtype),
         type(model.base_model).__name__,
         {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT},
         frozen_digest(model, Level("head")),
-        batcher.device.partition(":")[0],
-        [transformers.__version__, torch.__version__],
+        computed_on(torch.device(batcher.device)),
+        index.digest().hex(),
     ]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(index.digest())
-    return digest.hexdigest()[:32]
+    return key("features", facts, MADE_BY)
 
 
 def _still_right(prompts: StoredPrompts, rows: Sequence[Example]) -> int:

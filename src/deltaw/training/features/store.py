@@ -9,26 +9,24 @@ Knows rows by number and values by place; not models, batches or what the values
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
 from deltaw import durable
+from deltaw.cache import Cache
 from deltaw.errors import UserError
-from deltaw.hub.packages import cache_folder
 
 # All stores together; what was used last is kept longest.
 LIMIT_BYTES = 16 * 2**30
@@ -274,11 +272,6 @@ class DiskStore:
             self._lock.release()
 
 
-def features_folder() -> Path:
-    """Where stores are: ``features`` in deltaw's cache (``$DELTAW_CACHE``, else ``~/.cache/deltaw``)."""
-    return cache_folder().parent / "features"
-
-
 def open_store(
     key: str, shape: Shape, *, about: str = "", folder: Path | None = None, limit: int = LIMIT_BYTES
 ) -> DiskStore:
@@ -292,22 +285,23 @@ def open_store(
     Raises:
         UserError: it is larger than the limit or than the disk has room, or cannot be written.
     """
-    root = folder or features_folder()
+    cache = Cache("features", limit, mark=f"{{}}/{DESCRIPTION}", folder=folder)
     if shape.bytes > limit:
         raise UserError(
             f"features would take {size_text(shape.bytes)}, all stores together may take {size_text(limit)}",
-            where=str(root),
+            where=str(cache.folder),
             hint="train on fewer or shorter rows",
         )
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        taken, lock = _locked(root, key)
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        name, lock = _locked(cache, key)
         try:
+            taken = cache.folder / name
             if not is_whole(taken, shape):
-                _remove(taken)
-                _make_room(root, shape.bytes, limit)
+                cache.remove(name)
+                _make_room(cache, shape.bytes, limit)
                 _make(taken, shape, about)
-            os.utime(taken / DESCRIPTION)
+            cache.used(name)
             return DiskStore(taken, shape, lock)
         except BaseException:
             lock.release()
@@ -315,31 +309,23 @@ def open_store(
     except OSError as error:
         raise UserError(
             f"features of {size_text(shape.bytes)} cannot be kept: {error.strerror or error}",
-            where=str(root),
+            where=str(cache.folder),
             hint="free space there, or choose another cache folder in DELTAW_CACHE",
         ) from error
 
 
-def _locked(root: Path, key: str) -> tuple[Path, FileLock]:
-    """The first folder of this key that nobody works with, and its lock."""
+def _locked(cache: Cache, key: str) -> tuple[str, FileLock]:
+    """The first entry of this key that nobody works with, and its lock."""
     for copy in range(COPIES):
         name = key if copy == 0 else f"{key}-{copy}"
-        lock = _free(root, name)
+        lock = cache.try_lock(name)
         if lock is not None:
-            return root / name, lock
+            return name, lock
     raise UserError(
-        f"{COPIES} runs work with the same features", where=str(root), hint="wait until one of them is done"
+        f"{COPIES} runs work with the same features",
+        where=str(cache.folder),
+        hint="wait until one of them is done",
     )
-
-
-def _free(root: Path, name: str) -> FileLock | None:
-    """The lock of a store, which is now this process's; None where another has it."""
-    lock = FileLock(root / f"{name}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return None
-    return lock
 
 
 def is_whole(folder: Path, shape: Shape) -> bool:
@@ -364,7 +350,7 @@ def _make(folder: Path, shape: Shape, about: str) -> None:
         text = json.dumps({"about": about, "shape": asdict(shape)}, indent=2)
         durable.write_text(folder / DESCRIPTION, text + "\n")
     except BaseException:
-        _remove(folder)
+        shutil.rmtree(folder)
         raise
 
 
@@ -378,56 +364,22 @@ def _reserve(file: int, size: int) -> None:
         os.write(file, block[: size - start])
 
 
-def _make_room(root: Path, needed: int, limit: int) -> None:
+def _make_room(cache: Cache, needed: int, limit: int) -> None:
     """Remove the stores that were unused longest and that nobody works with, until ``needed`` bytes fit."""
-    stores = [(use, name, size) for name, use, size in _stores(root)]
-    total = sum(size for _, _, size in stores)
-    for _, name, size in sorted(stores):
-        if total + needed <= limit and _free_bytes(root) >= needed:
-            break
-        lock = _free(root, name)
-        if lock is None:
-            continue
-        try:
-            _remove(root / name)
-            total -= size
-        finally:
-            lock.release()
+    total = cache.make_room(needed, spare=LEFT_FREE_BYTES)
     if total + needed > limit:
         raise UserError(
             f"features of {size_text(needed)} do not fit with the {size_text(total)} of other runs",
-            where=str(root),
+            where=str(cache.folder),
             hint="wait until one of them is done",
         )
-    spare = _free_bytes(root)
+    spare = cache.free_bytes() - LEFT_FREE_BYTES
     if spare < needed:
         raise UserError(
             f"features would take {size_text(needed)}, and the disk has {size_text(max(0, spare))} to spare",
-            where=str(root),
+            where=str(cache.folder),
             hint="free space there, or choose another cache folder in DELTAW_CACHE",
         )
-
-
-def _stores(root: Path) -> Iterator[tuple[str, float, int]]:
-    """Name, time of last use and bytes of every store."""
-    for folder in root.iterdir():
-        with contextlib.suppress(OSError):
-            if folder.is_dir() and not folder.is_symlink():
-                size = sum(file.stat().st_size for file in folder.iterdir())
-                described = folder / DESCRIPTION
-                used = (described if described.exists() else folder).stat().st_mtime
-                yield folder.name, used, size
-
-
-def _remove(folder: Path) -> None:
-    """Remove a store, its description first, so that half of one is never taken for a whole."""
-    (folder / DESCRIPTION).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _free_bytes(root: Path) -> int:
-    return shutil.disk_usage(root).free - LEFT_FREE_BYTES
 
 
 def size_text(count: int) -> str:

@@ -1,9 +1,9 @@
 """A plan that was made before, found again by all that it depends on.
 
-These are: the settings, the files of model and rows, the versions of deltaw's own source and of the libraries
+These are: the settings, the files of model and rows, deltaw's own source and the versions of the libraries
 under it, the processor with its limits, the environment variables that steer them, and the measured rates
-that precision and arithmetic were chosen by. Files count by name, size and time of change; small ones by
-their content. Where it cannot be told whether something changed, as with rows from a hub, nothing is
+that precision and arithmetic were chosen by. Files count by name, size and times of change; a small file of
+rows by its content. Where it cannot be told whether something changed, as with rows from a hub, nothing is
 remembered.
 
 No torch is imported here: a plan that is remembered is shown before torch could be.
@@ -11,15 +11,14 @@ No torch is imported here: a plan that is remembered is shown before torch could
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaw.cache import file_state, recall, remember, stamp
 from deltaw.config import RunConfig
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets
@@ -28,16 +27,13 @@ from deltaw.host import cgroup
 from deltaw.host.processor import processor_flags, processor_name, usable_processors
 from deltaw.hub import packages
 from deltaw.hub.references import resolve
-from deltaw.hub.remembered import recall, remember, stamp
 from deltaw.kernels.variants import MEASURED
 from deltaw.memory.plan import Plan
 
 KIND = "plans"
-# Counted up when the same inputs lead to another plan for a reason that is not in the source.
-REVISION = 1
+MADE_BY = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
 # Settings that change nothing about the memory of a training.
 _WITHOUT = {"output", "force", "memory"}
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _VARIABLES = ("DELTAW_", "OMP_", "MKL_", "KMP_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_", "ATEN_")
 # The cache may lie elsewhere without a change to any plan.
 _NO_MATTER = {"DELTAW_CACHE"}
@@ -71,14 +67,12 @@ class Remembered:
         if files is None:
             return None
         key = {
-            "revision": REVISION,
             "settings": config.model_dump(mode="json", exclude=_WITHOUT),
             "files": files,
-            "source": _source(),
             "machine": _machine(),
             "processes": processes,
         }
-        kept = recall(KIND, key)
+        kept = recall(KIND, key, MADE_BY)
         return cls(key, kept if isinstance(kept, dict) else {})
 
     @property
@@ -121,12 +115,12 @@ class Remembered:
             "lines": list(lines),
             "measured": list(measured),
         }
-        remember(KIND, self.key, told)
+        remember(KIND, self.key, told, MADE_BY)
 
     def keep_refusal(self, error: UserError, rows: Iterable[Any]) -> None:
         """Remember that the method does not fit."""
         told = {"what": error.what, "where": error.where, "hint": error.hint}
-        remember(KIND, self.key, {"refusal": told, "rows": digest_of(rows)})
+        remember(KIND, self.key, {"refusal": told, "rows": digest_of(rows)}, MADE_BY)
 
 
 @dataclass(frozen=True)
@@ -208,28 +202,13 @@ def _files_of(config: RunConfig) -> list[object] | None:
 
 
 def _stamps(path: Path) -> list[object]:
-    """Name, size and time of change of a file or of all files in a folder; a small file's content."""
+    """The state of a file, or of all files in a folder; of a small file its content."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [str(path.resolve()), *(_stamp(file, path) for file in files)]
-    content = ""
-    if path.stat().st_size <= _SMALL:
-        content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return [str(path.resolve()), content or _stamp(path, path.parent)]
-
-
-def _stamp(file: Path, below: Path) -> tuple[str, int, int]:
-    status = file.stat()
-    return str(file.relative_to(below)), status.st_size, status.st_mtime_ns
-
-
-@functools.cache
-def _source() -> list[object]:
-    """Versions of the libraries, and the state of deltaw's own files."""
-    root = Path(__file__).parents[2]
-    own = [file for file in sorted(root.rglob("*")) if file.suffix in (".py", ".so", ".pyd", ".dylib")]
-    digest = hashlib.blake2b(repr([_stamp(file, root) for file in own]).encode(), digest_size=16)
-    return [digest.hexdigest(), *(importlib.metadata.version(name) for name in _LIBRARIES)]
+        return [str(path.resolve()), *map(file_state, files)]
+    if path.stat().st_size > _SMALL:
+        return [file_state(path)]
+    return [str(path.resolve()), hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
 
 
 def _machine() -> list[object]:

@@ -17,7 +17,6 @@ from torch import nn
 
 from deltaw.data.sequences import used_tokens
 from deltaw.hub.folders import config_folder
-from deltaw.lora.fingerprint import places
 from deltaw.lora.layers_blocks import BlockEmbedding
 from deltaw.tensor_files import StoredTensor, read_header
 from deltaw.training.session import Session
@@ -57,8 +56,7 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     row_bytes = weight.shape[1] * weight.element_size()
     region = _region(folder, weight)
     first, last = tokens * row_bytes // region, ((tokens + 1) * row_bytes - 1) // region
-    sampled = np.array(places(weight.numel())) * weight.element_size() // region  # by the fingerprint
-    touched = len(np.unique(np.concatenate([first, last, sampled]))) * max(region, row_bytes)
+    touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
     if not session.task.has_labels and session.config.train.drift is not False:
         touched += GENERAL_TOKENS * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)

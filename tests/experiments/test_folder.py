@@ -1,0 +1,23 @@
+"""Whether what a result depends on has changed since it was stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from deltaw.experiments.folder import content_of
+
+
+def test_a_changed_value_in_a_models_folder_is_noticed(tmp_path: Path) -> None:
+    weights = torch.randn(64, 64)
+    save_file({"weight": weights}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    before, size = content_of(str(tmp_path)), (tmp_path / "model.safetensors").stat().st_size
+    assert before == content_of(str(tmp_path))
+    weights[17, 3] += 1
+    save_file({"weight": weights}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size == size
+    assert content_of(str(tmp_path)) != before
+    assert content_of("owner/name") == ""
