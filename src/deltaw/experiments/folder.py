@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deltaw.cache import file_digest
+from deltaw.contained import lies_in
 from deltaw.config import RunConfig
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
@@ -174,11 +175,14 @@ def changed(before: object, now: Mapping[str, object]) -> list[str]:
 
 
 def content_of(reference: str) -> str:
-    """A hash of the content of a local file, or of all files in a folder; empty for any other reference."""
+    """A hash of the content of a local file, or of all files in a folder; empty for any other reference. What
+    links outside of the folder lead to is not read: its size and its time of change count."""
     path = Path(os.path.expanduser(reference))
     if not path.is_dir():
         return file_digest(path)[:32] if path.is_file() else ""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)} {file_digest(file)}\n".encode())
+        name, of = str(file.relative_to(path)), file.stat()
+        content = file_digest(file) if lies_in(path, name) else f"{of.st_size} {of.st_mtime_ns}"
+        digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:32]
