@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deltaw.cache import file_digest
-from deltaw.contained import lies_in
 from deltaw.config import RunConfig
+from deltaw.contained import lies_in
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
 from deltaw.durable import write_text
