@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from machine import kernels_text
-from step_models import MODELS, config_of, linear_shapes
+from step_models import MODELS, config_of, linear_shapes, made
 
 RANK, ALPHA = 16, 32
 # Labels that the head takes at a time in the floor.
@@ -132,9 +132,18 @@ def main() -> None:
 
 
 def tokens_of_step(job: dict[str, Any]) -> Any:
+    """Text (a module of Python's library) for weights that were trained, random tokens for random ones."""
+    import argparse
+
     import torch
+    from transformers import AutoTokenizer
 
     size = MODELS[job["model"]]
+    if size.kind is None:
+        text = Path(argparse.__file__).read_text(encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(made(job["model"], Path())[1])
+        tokens = torch.tensor(tokenizer(text)["input_ids"][: size.rows * size.length])
+        return tokens.view(size.rows, size.length)
     vocabulary = config_of(job["model"]).vocab_size
     return torch.randint(0, vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
 
@@ -152,11 +161,12 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
     if precision.value == "nf4":
         quantize_nf4(model.base_model)
     how = f"{precision.value} ({precision.why}), {kernels_text()}"
-    return {**trained(model, job, tokens), "how": how}
+    offered = () if loaded.kernels is None else loaded.kernels.approximations
+    return {"how": how, **trained(model, job, tokens, offered)}
 
 
-def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
-    """deltaw's steps on a loaded model."""
+def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ...] = ()) -> dict[str, Any]:
+    """deltaw's steps on a loaded model, with those approximations that are verified on the same tokens."""
     import numpy as np
 
     from deltaw.data.example import Example
@@ -165,6 +175,7 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     from deltaw.runtime.large_weights import use_large_pages
     from deltaw.runtime.packed import packed_rows
     from deltaw.training.activation_checkpointing import checkpoint_blocks
+    from deltaw.training.approximations import Approximations, GradientCheck, applicable
     from deltaw.training.loop import train
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
@@ -180,10 +191,16 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
     keep_freed_memory()  # as the command line does
     use_large_pages(model)  # as a run does
     objective, seconds, turns = CausalObjective(model), [], Turns(job)
+    names, parameters = zip(*adapter_parameters(model), strict=True)
     with packed_rows(model):
+        check = GradientCheck(model, objective, batcher, names, parameters, examples[:1])
+        used = applicable(model, objective, offered)
+        chosen = check.choose(used) if used else None
+    approximations = Approximations(chosen.names if chosen else ())
+    with approximations.on(), packed_rows(model):
         outcome = train(
             objective,
-            [p for _, p in adapter_parameters(model)],
+            list(parameters),
             examples,
             batcher,
             learning_rate=1e-4,
@@ -192,7 +209,9 @@ def trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
             on_step=lambda step: (seconds.append(step.seconds), turns.step_done()),
         )
     memory = {**memory_above(resident), "weight_bytes": weights}
-    return {**speeds(seconds, tokens.numel()), **memory, "loss": outcome.loss}
+    verified = "" if chosen is None else f"; approximate: {chosen.measured}; not: {dict(chosen.refused)}"
+    found = {"loss": outcome.loss, "approximate": f"{', '.join(approximations.names) or 'nothing'}{verified}"}
+    return {**speeds(seconds, tokens.numel()), **memory, **found}
 
 
 def peft_side(job: dict[str, Any]) -> dict[str, Any]:
