@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-Interval = tuple[float, float]
 # Metrics between 0 and 1 that are read as a percentage.
 SHARES = ("accuracy", "exact_match")
 BASE = "untrained"

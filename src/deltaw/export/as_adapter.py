@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import Trained, factors_of
+from deltaw.export.base import Say
 from deltaw.export.changes import Factors, LowRank
 from deltaw.export.combine import Combined, reduced, side_by_side
 from deltaw.export.low_rank import truncated_dense
@@ -38,8 +39,6 @@ from deltaw.lora.select import ParameterTarget, Selection, Target
 from deltaw.tensor_files import row_blocks
 from deltaw.training.run_folder import SETTINGS
 from deltaw.working import working
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Knows model folders and ``.gguf`` files; knows no format to export to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
-from deltaw.export.base import Base, base_of, fingerprint_on_disk
+from deltaw.export.base import Base, Say, base_of, fingerprint_on_disk
 from deltaw.export.plain import plain_adapter
 from deltaw.export.plain_adapter import PlainAdapter, read_plain
 from deltaw.hub.checkpoint import names_on_disk, read_checkpoint
@@ -24,8 +23,6 @@ from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.lora.fingerprint import same_base
 from deltaw.tasks import entry_of
 from deltaw.training.origin import CHAT_TEMPLATE
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges, Trained, changes_of
-from deltaw.export.base import Base, base_of
+from deltaw.export.base import Base, Say, base_of
 from deltaw.export.combine import Combination, Recipe, combine
 from deltaw.export.in_memory import write_from_memory
 from deltaw.export.merged import MergedModel, NotByName, assemble
@@ -26,8 +26,6 @@ from deltaw.export.output_folder import appearing, check_target
 from deltaw.export.plain import plain_adapter
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.working import working
-
-Say = Callable[[str], None]
 
 
 class Verifier(Protocol):

@@ -17,7 +17,7 @@ Models are held one after the other. Knows runs, tasks and models; not how a mer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
 from deltaw.export.apply import apply_changes
+from deltaw.export.base import Say
 from deltaw.export.merge import Merging
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.checkpoint import read_checkpoint
@@ -57,7 +58,6 @@ UNIT_ROUNDOFF = {
     torch.float64: 2.0**-20,
 }
 _SPARE = 1.3
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
