@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from deltaw.training.evaluation.metrics import Interval
+
 # Metrics between 0 and 1 that are read as a percentage.
 SHARES = ("accuracy", "exact_match")
 BASE = "untrained"
