@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
-from deltaw.config import RunConfig
-from deltaw.host.processor import processor_flags, processor_name
+from deltaw.host.product_rates import processor_flags, processor_name
 from deltaw.hub.packages import member
+from deltaw.settings import RunConfig
 from deltaw.training.fit import fit, load_for
 from deltaw.training.loop import rows_of_step
 from deltaw.training.session import Session, assemble, read_data
@@ -44,9 +44,7 @@ SHOWN = ("avx", "fma", "amx", "asimd", "sve", "i8mm", "bf16", "f16c")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=["reviews", "spider"], default="reviews")
     parser.add_argument("--rows", type=int, default=600, help="rows to train on (reviews; spider has 150)")
     parser.add_argument("--held-out", type=int, default=400, help="rows to score on (reviews; spider has 44)")

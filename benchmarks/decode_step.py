@@ -29,7 +29,7 @@ from deltaw.kernels.decode import (
     DecoderNorms,
     PackedAdapter,
 )
-from deltaw.kernels.decode_parts import HEAD
+from deltaw.kernels.decode_reference import HEAD
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def decoder(of: Sizes, kind: str) -> Decoder:
     angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, of.head_size // 2)
     head = linear(of.vocabulary, of.hidden, kind)
     cache = torch.float32 if kind == "fp32" else torch.bfloat16
-    return Decoder(
-        blocks, DecoderNorm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache
-    )
+    return Decoder(blocks, DecoderNorm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache)
 
 
 def adapters_of(of: Decoder, count: int) -> list[PackedAdapter]:
@@ -163,9 +161,7 @@ def weights_of(of: Decoder) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=list(BYTES), default=list(BYTES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64])

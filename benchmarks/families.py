@@ -26,8 +26,7 @@ from deltaw.host.choices import choose_threads
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
-from deltaw.runtime.packed import packed_rows
-from deltaw.runtime.padded import padded_rows
+from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.training.tasks.causal_objective import CausalObjective
 
 RANK, ALPHA = 16, 32
@@ -62,9 +61,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(choose_threads().value)

@@ -38,9 +38,7 @@ WARM = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
@@ -105,9 +103,7 @@ def report(found: dict[str, list[dict[str, Any]]], title: str) -> None:
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(
-        0, config_of(job["model"]).vocab_size, (job["rows"], job["length"]), generator=generator
-    )
+    tokens = torch.randint(0, config_of(job["model"]).vocab_size, (job["rows"], job["length"]), generator=generator)
     tokens[:, : job["prefix"]] = tokens[0, : job["prefix"]]
     side = {"deltaw": deltaw_seconds, "peft": peft_seconds}[job["side"]]
     seconds, notes = side(job, tokens)
@@ -121,7 +117,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
 
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
-    from deltaw.kernels import flex
+    from deltaw.kernels import attention
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.packed import packed_rows
     from deltaw.training.loop import train
@@ -129,7 +125,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
     from deltaw.training.tasks.causal_objective import CausalObjective
 
     if job.get("tiles"):
-        flex.DEVICES = ()
+        attention.DEVICES = ()
     model = load(job["reference"], precision="bf16", device=job["device"], say=lambda line: None).model
     labels = np.ones(tokens.shape[1], bool)
     rows = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
@@ -147,7 +143,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
             batch_size=len(rows),
             on_step=lambda step: seconds.append(step.seconds),
         )
-    return seconds, flex.notes()
+    return seconds, attention.notes()
 
 
 def peft_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list[str]]:

@@ -40,9 +40,7 @@ TINY_FEATURES = {**FEATURES, "lora": ["--lora.layers", "1-"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="how often a case is killed")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--precisions", nargs="+", default=["bf16", "int8"])
@@ -77,9 +75,7 @@ def main() -> None:
 class Case:
     """One method in one precision."""
 
-    def __init__(
-        self, folder: Path, extra: list[str], method: str, precision: str, given: argparse.Namespace
-    ) -> None:
+    def __init__(self, folder: Path, extra: list[str], method: str, precision: str, given: argparse.Namespace) -> None:
         folder.mkdir()
         self.folder, self.given = folder, given
         self.name = f"{method} {precision} {' '.join(extra)}"
@@ -104,9 +100,7 @@ class Case:
 
     def start(self, run: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "deltaw", "train", *self.common, "--output", str(run), "--json"]
-        return subprocess.Popen(
-            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def whole(self, run: Path) -> float:
         """A run from its beginning to its end; the seconds that it took."""

@@ -116,9 +116,7 @@ FAMILIES: list[tuple[str, str, dict]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="runs whose line matches this expression")
     parser.add_argument("--json", type=Path, default=None, help="write every figure there")
     parser.add_argument("--set", default="all", choices=["families", "methods", "all"])
@@ -242,8 +240,8 @@ def child(what: str, settings: dict) -> dict:
 
 def tensors(settings: dict) -> dict:
     """The peak of all tensors: planned, and by the allocator's events."""
-    from deltaw.config import RunConfig
     from deltaw.memory.measure import peak_tensor_bytes
+    from deltaw.settings import RunConfig
     from deltaw.training.fit import load_for
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data

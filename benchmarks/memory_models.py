@@ -91,8 +91,7 @@ def _tokenizer(size: int, how: str):  # type: ignore[no-untyped-def]
 
     special = ["<pad>", "<bos>", "<eos>", "<sep>", "<unk>"]
     texts = [
-        json.loads(line)["input"][-1]["content"]
-        for line in member(HEADLINES).read_text(encoding="utf-8").splitlines()
+        json.loads(line)["input"][-1]["content"] for line in member(HEADLINES).read_text(encoding="utf-8").splitlines()
     ]
     before, after = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trained = Tokenizer(models.BPE())

@@ -18,15 +18,13 @@ import numpy as np
 from machine import print_machine
 
 from deltaw.serving.opening import SessionWriter
+from deltaw.training.drift import drift_of
 from deltaw.training.evaluation.base import mean_interval
-from deltaw.training.inference import open_run, score_run
-from deltaw.training.inference_drift import drift_of
+from deltaw.training.origin import open_run, score_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--prompts", type=int, default=60, help="held-out prompts that are answered")
     parser.add_argument("--tokens", type=int, default=40, help="the most tokens of an answer")

@@ -89,8 +89,7 @@ def measured(name: str, given: argparse.Namespace, threads: int) -> dict[str, li
         pairs = prepare_pairs(settings, loaded.tokenizer).train
         del loaded
         rows = [
-            [{"tokens": row.tokens.tolist(), "is_label": row.is_label.tolist()} for row in pair.rows]
-            for pair in pairs
+            [{"tokens": row.tokens.tolist(), "is_label": row.is_label.tolist()} for row in pair.rows] for pair in pairs
         ]
         (work / "rows.json").write_text(json.dumps(rows))
         print(f"{name}: {len(pairs)} pairs, {sum(map(len, pairs))} tokens", flush=True)
@@ -146,9 +145,7 @@ def report(name: str, results: dict[str, list[dict]], given: argparse.Namespace)
         for key in ("steps", "whole"):
             cells.append(f"{_median(found, key):.2f}")
             peer = best[key]
-            each = (
-                [one[key] / two[key] for one, two in zip(found, results[peer], strict=True)] if peer else []
-            )
+            each = [one[key] / two[key] for one, two in zip(found, results[peer], strict=True)] if peer else []
             cells.append(f"{statistics.median(each):.2f}" if each else "")
         peak = _median(found, "peak_bytes")
         shares = [f"{peak / _median(results[other], 'peak_bytes'):.0%}" for other in explicit]

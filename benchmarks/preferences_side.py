@@ -23,19 +23,18 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.preference_settings import PreferenceSettings
-    from deltaw.runtime.int8_weights import quantize_int8
+    from deltaw.runtime.quantized_weights import quantize_int8
+    from deltaw.settings import PreferenceSettings
     from deltaw.training.loop import count_steps, train
+    from deltaw.training.tasks.causal import PreferenceTask
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-    from deltaw.training.tasks.preference import PreferenceTask
 
     loaded = load(job["model"], precision=job["precision"], device="cpu", say=lambda line: None)
     model, precision = loaded.model, loaded.choices["precision"]
     pairs = [
         RowGroup(
             tuple(
-                Example(number, np.array(row["tokens"], np.int32), np.array(row["is_label"]), 0, None)
-                for row in pair
+                Example(number, np.array(row["tokens"], np.int32), np.array(row["is_label"]), 0, None) for row in pair
             )
         )
         for number, pair in enumerate(job["rows"], 1)

@@ -87,8 +87,7 @@ def main() -> None:
     print("\n".join(machine_lines(1)))
     rounds = [[started(processes, given.megabytes) for processes in (2, 4)] for _ in range(given.rounds)]
     two, four = (
-        [statistics.median(times) for times in zip(*(one[side] for one in rounds), strict=True)]
-        for side in (0, 1)
+        [statistics.median(times) for times in zip(*(one[side] for one in rounds), strict=True)] for side in (0, 1)
     )
     latency, bandwidth = fitted(given.megabytes, two)
     print(f"fitted at 2 processes: {latency * 1e6:.0f} us a message, {bandwidth / 1e9:.2f} GB/s for all")

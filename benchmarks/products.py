@@ -35,9 +35,7 @@ COLD_BYTES, COPIES = 96 * 2**20, 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", default=["auto"], metavar="VARIANT[:ARITHMETIC]")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["smollm2", "qwen2.5-0.5b"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -102,9 +100,7 @@ def run(job: dict[str, Any], name: str) -> dict[str, Any] | None:
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    print(
-        f"{name}: not measured: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}", flush=True
-    )
+    print(f"{name}: not measured: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}", flush=True)
     return None
 
 
@@ -120,9 +116,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     for kind in job["kinds"]:
         for m, i, o, count in shapes:
             ours, theirs = product_seconds(kind, m, i, o, job["calls"])
-            measured.append(
-                {"kind": kind, "shape": [m, i, o], "count": count, "deltaw": ours, "torch": theirs}
-            )
+            measured.append({"kind": kind, "shape": [m, i, o], "count": count, "deltaw": ours, "torch": theirs})
     return {"products": measured, "notes": [kernels_text()]}
 
 

@@ -35,9 +35,7 @@ STEPS_3B = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="rounds over all sides")
     parser.add_argument("--steps", type=int, default=5, help="steps of each side; the first is timed apart")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), metavar="SIDE")
@@ -117,10 +115,9 @@ def random_blocks_side(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from deltaw.hub.gguf_blocks import put_blocks
-    from deltaw.hub.gguf_index import BlockEntry
-    from deltaw.hub.unfilled import unfilled
-    from deltaw.kernels.block_formats import FORMATS
+    from deltaw.hub.gguf import BlockEntry, put_blocks
+    from deltaw.hub.loading import unfilled
+    from deltaw.kernels.block_linear import FORMATS
 
     def blocks(entry: BlockEntry) -> torch.Tensor:
         of = FORMATS[entry.format]
@@ -136,9 +133,7 @@ def random_blocks_side(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model, _ = unfilled(Path(), config_of(job["model"]), "causal-lm", "gguf", "sdpa", False)
     entries = [
-        BlockEntry(
-            f"{name}.weight", "Q6_K" if isinstance(module, nn.Embedding) else "Q4_K", *module.weight.shape, 1
-        )
+        BlockEntry(f"{name}.weight", "Q6_K" if isinstance(module, nn.Embedding) else "Q4_K", *module.weight.shape, 1)
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and "lm_head" not in name)
     ]

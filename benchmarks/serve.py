@@ -36,9 +36,7 @@ FLAT_MIB, FLAT_SHARE = 48.0, 0.03
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="a reference, or tiny")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--requests", type=int, default=10_000)
@@ -134,9 +132,7 @@ async def under_load(
     began = time.perf_counter()
     answers = await written_alone(url, cases)
     seconds = time.perf_counter() - began
-    print(
-        f"{len(cases)} cases written alone in {seconds:.0f} s, {len(set(answers.values()))} texts", flush=True
-    )
+    print(f"{len(cases)} cases written alone in {seconds:.0f} s, {len(set(answers.values()))} texts", flush=True)
     test = LoadTest(
         url, answers, guests, requests=given.requests, clients=given.clients, process=process, seed=given.seed
     )
@@ -174,12 +170,10 @@ def report(counts: Counts, given: argparse.Namespace) -> bool:
     return not counts.wrong and not counts.lost and accounted >= given.requests and flat
 
 
-def beside_llama_cpp(
-    url: str, base: str, adapters: dict[str, Path], scratch: Path, given: argparse.Namespace
-) -> None:
+def beside_llama_cpp(url: str, base: str, adapters: dict[str, Path], scratch: Path, given: argparse.Namespace) -> None:
     """Requests a second of both servers, in rounds one after the other."""
     from deltaw.export.formats import export
-    from deltaw.hub.references import resolve
+    from deltaw.hub.folders import resolve
 
     files = []
     for name, folder in adapters.items():

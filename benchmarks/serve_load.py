@@ -209,9 +209,7 @@ class LoadTest:
             while self._guests:
                 for name, folder in self._guests.items():
                     await asyncio.sleep(self._random.uniform(0.0, 0.3))
-                    (
-                        await client.post("/v1/unload_lora_adapter", json={"lora_name": name})
-                    ).raise_for_status()
+                    (await client.post("/v1/unload_lora_adapter", json={"lora_name": name})).raise_for_status()
                     await asyncio.sleep(self._random.uniform(0.0, 0.3))
                     await load_guest(client, name, folder)
                     self.counts.loads += 1

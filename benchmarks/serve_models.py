@@ -26,8 +26,7 @@ ENDS = ("there was", "is", "needs", "one should", "nobody knew that")
 def prompts(count: int) -> list[str]:
     """Different prompts, many of which begin alike."""
     return [
-        f"{OPENINGS[n % len(OPENINGS)]}, says note {n // 5} of the {n}, {ENDS[n * 7 % len(ENDS)]}"
-        for n in range(count)
+        f"{OPENINGS[n % len(OPENINGS)]}, says note {n // 5} of the {n}, {ENDS[n * 7 % len(ENDS)]}" for n in range(count)
     ]
 
 

@@ -28,7 +28,7 @@ from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.evaluation.causal import evaluate_causal
+from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 
@@ -66,9 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--sides", nargs="+", default=USUAL, choices=list(SIDES), metavar="SIDE")
-    parser.add_argument(
-        "--data", nargs="+", choices=list(DATA), default=["sarcasm", "pronunciations"], metavar="ROWS"
-    )
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=["sarcasm", "pronunciations"], metavar="ROWS")
     parser.add_argument("--rows", type=int, default=TRAINED, help="rows to train on")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="rows to measure the loss on")
     parser.add_argument("--json", type=Path, default=None)

@@ -26,8 +26,8 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.host.memory import keep_freed_memory
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
-    from deltaw.runtime.int8_weights import quantize_int8
     from deltaw.runtime.packed import packed_rows
+    from deltaw.runtime.quantized_weights import quantize_int8
     from deltaw.training.loop import count_steps, train
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective

@@ -74,9 +74,7 @@ Found = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all sides")
     parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is timed apart")
@@ -89,9 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.in_turns and arguments.steps < 2 * STEPS_OF_A_TURN:
-        parser.error(
-            f"--in-turns needs --steps of {2 * STEPS_OF_A_TURN} or more: the first turn does not count"
-        )
+        parser.error(f"--in-turns needs --steps of {2 * STEPS_OF_A_TURN} or more: the first turn does not count")
 
     from deltaw.host.choices import choose_threads
 
@@ -160,8 +156,7 @@ def best_of(found: Found, kind: str) -> str | None:
 def ratios(found: Found, name: str, other: str) -> list[float]:
     """The speed of one side over that of another, round by round."""
     return [
-        one["tokens_per_second"] / two["tokens_per_second"]
-        for one, two in zip(found[name], found[other], strict=True)
+        one["tokens_per_second"] / two["tokens_per_second"] for one, two in zip(found[name], found[other], strict=True)
     ]
 
 

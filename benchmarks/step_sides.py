@@ -150,8 +150,7 @@ def tokens_of_step(job: dict[str, Any]) -> Any:
 
 def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
     from deltaw.hub.loading import load
-    from deltaw.runtime.int8_weights import quantize_int8
-    from deltaw.runtime.nf4_weights import quantize_nf4
+    from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 
     tokens = tokens_of_step(job)
     loaded = load(job["reference"], precision=job["precision"], device="cpu", say=lambda line: None)
@@ -172,11 +171,11 @@ def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ..
     from deltaw.data.example import Example
     from deltaw.host.memory import keep_freed_memory
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.runtime.large_weights import use_large_pages
     from deltaw.runtime.packed import packed_rows
-    from deltaw.training.activation_checkpointing import checkpoint_blocks
+    from deltaw.runtime.quantized_weights import use_large_pages
     from deltaw.training.approximations import Approximations, GradientCheck, applicable
     from deltaw.training.loop import train
+    from deltaw.training.preparation import checkpoint_blocks
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.host.processor import processor_name
+from deltaw.host.product_rates import processor_name
 from deltaw.hub.loading import load
 
 pytest.importorskip("psutil")
@@ -152,9 +152,7 @@ def test_sides_take_turns(tmp_path, capsys):
     assert [turn["how"] for turn in found["peft-bf16"]] == [4, 4]
     assert step.ratios(found, "deltaw-auto", "peft-bf16") == [4, 4]
     with pytest.raises(SystemExit, match="it broke"):
-        step_sides.run_in_turns(
-            {"peft-bf16": {**jobs["peft-bf16"], "fails": True}}, {"peft-bf16": {}}, str(script)
-        )
+        step_sides.run_in_turns({"peft-bf16": {**jobs["peft-bf16"], "fails": True}}, {"peft-bf16": {}}, str(script))
 
 
 def test_a_turn_leaves_its_first_step_out(monkeypatch, capsys):
@@ -206,7 +204,7 @@ def test_peaks_are_measured_for_what_the_processor_has():
 def test_the_model_of_communication_cuts_as_the_training_does_and_counts_what_lora_trains():
     import communication
 
-    from deltaw.training.parallel.gradient_sum import _ranges
+    from deltaw.training.parallel.group import _ranges
 
     for processes, count in [(2, 1000), (8, 400), (64, 3000), (1024, 50)]:
         cut = _ranges([65536] * count, processes, 4)

@@ -72,7 +72,7 @@ def test_every_maker_that_is_named_is_there():
 
 def test_rows_are_made_by_all_that_reads_them():
     """What ``data`` imports of deltaw, but what only makes batches, finds files or counts processors."""
-    from deltaw.data.row_key import MADE_BY
+    from deltaw.data.stored_rows import MADE_BY
 
     apart = {"kernels", "errors", "durable", "cache", "contained", "working", "registry", "private_names"}
     apart |= {"hub.packages", "hub.folders", "host.processor", "host.memory"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig, parse_yaml, settings
 
 LEAST = {"model": "m", "data": "rows.jsonl"}
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deltaw import named
-from deltaw.contained import lies_in, require_contained
+from deltaw import contained
+from deltaw.contained import lies_in, remember_named, require_contained, was_named
 from deltaw.errors import UserError
-from deltaw.named import remember_named, was_named
 
 
 def _tree(root: Path, *files: str) -> Path:
@@ -121,13 +120,13 @@ def test_a_host_is_not_asked_for_a_path(tmp_path, monkeypatch):
     def asked(path: str) -> bool:
         raise AssertionError(path)
 
-    monkeypatch.setattr(named.os.path, "exists", asked)
+    monkeypatch.setattr(contained.os.path, "exists", asked)
     for name in ("//host/share", "\\\\host\\share"):
         assert not was_named("model", name)
 
 
 def test_shards_are_beside_their_index(tmp_path):
-    from deltaw.hub.model_folder import shards_of
+    from deltaw.hub.folders import shards_of
 
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one", "b": "two", "c": "one"}}))

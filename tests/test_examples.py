@@ -16,11 +16,11 @@ from transformers import BertConfig, BertModel
 
 import deltaw
 from deltaw.cli import group
-from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.data.example import Example, RowGroup
 from deltaw.methods import registry
-from deltaw.methods.choose import choose_method
+from deltaw.methods.files import choose_method
 from deltaw.runtime.packed import packed_rows
+from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
 from deltaw.training.tasks.causal_objective import CausalObjective
@@ -57,9 +57,7 @@ def test_train_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> 
 
 
 def test_lower_case_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path) -> None:
-    pairs = [
-        {"prompt": f"Write about {n}.", "chosen": f"it is {n}.", "rejected": f"It is {n}."} for n in range(12)
-    ]
+    pairs = [{"prompt": f"Write about {n}.", "chosen": f"it is {n}.", "rejected": f"It is {n}."} for n in range(12)]
     changes = {
         "model": str(model_folder),
         "data": {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs)), "rows": 12, "eval": 4},
@@ -170,9 +168,7 @@ def _pairs() -> list[RowGroup]:
     for row in range(6):
         prompt = random.integers(3, VOCABULARY, 8)
         pair = [np.append(prompt, answer).astype(np.int32) for answer in (1, 2)]
-        groups.append(
-            RowGroup(tuple(Example(row + 1, tokens, np.arange(9) == 8, 8, None) for tokens in pair))
-        )
+        groups.append(RowGroup(tuple(Example(row + 1, tokens, np.arange(9) == 8, 8, None) for tokens in pair)))
     return groups
 
 

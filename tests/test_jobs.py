@@ -27,9 +27,7 @@ def test_scripts_are_bash(script):
     assert subprocess.run([BASH, "-n", script], capture_output=True, check=False).stderr == b""
     directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     assert directives and all(line.startswith("#SBATCH --") for line in directives)
-    checker = shutil.which(
-        "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if checker is not None:
         found = subprocess.run([checker, script], capture_output=True, text=True, check=False)
         assert found.stdout == ""
@@ -69,9 +67,7 @@ def cluster(tmp_path):
 
 
 @needs_bash
-@pytest.mark.parametrize(
-    ("extra", "processes", "threads"), [({}, "2", "8"), ({"SLURM_GPUS_ON_NODE": "4"}, "4", "4")]
-)
+@pytest.mark.parametrize(("extra", "processes", "threads"), [({}, "2", "8"), ({"SLURM_GPUS_ON_NODE": "4"}, "4", "4")])
 def test_a_training_starts_torchrun_on_every_node(cluster, extra, processes, threads):
     done, (line,) = cluster("train.sbatch", "run.yaml", "--train.epochs", "2", **extra)
     assert done.returncode == 0, done.stderr
@@ -89,9 +85,7 @@ def test_a_search_starts_a_cluster_and_uses_it(cluster):
     assert done.returncode == 0, done.stderr
     head, member, command = (line.split(" srun ")[1] for line in sorted(lines, key=_place))
     assert "ray start --head --port=20123" in head and "--nodelist=node7" in head
-    assert (
-        "ray start --address=node7:20123" in member and "--nodes=1" in member and "--exclude=node7" in member
-    )
+    assert "ray start --address=node7:20123" in member and "--nodes=1" in member and "--exclude=node7" in member
     assert command.endswith("deltaw compare run.yaml --ray node7:20123 --trials 40")
 
 
@@ -129,16 +123,12 @@ def test_the_job_of_kubernetes_has_pods_that_find_each_other():
     port = service["spec"]["ports"][0]["port"]
     assert f"--nnodes={spec['completions']}" in container["args"]
     assert f"--rdzv-endpoint={name}-0.{pod['subdomain']}:{port}" in container["args"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {
-        volume["name"] for volume in pod["volumes"]
-    }
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["args"][-4:-1] == ["-m", "deltaw", "train"]
 
 
 def test_the_job_of_kubernetes_fits_its_schema():
-    validate = pytest.importorskip(
-        "kubernetes_validate", reason="the package kubernetes-validate is not there"
-    )
+    validate = pytest.importorskip("kubernetes_validate", reason="the package kubernetes-validate is not there")
     for document in documents():
         validate.validate(document, validate.latest_version(), strict=True)
 

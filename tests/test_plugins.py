@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoConfig
 
 from deltaw.errors import UserError
-from deltaw.experiments.child import Child
+from deltaw.experiments.jobs import Child
 from deltaw.methods.registry import MethodEntry
 from deltaw.registry import Registry
 from deltaw.training.session import usual_rate_of
@@ -124,7 +124,7 @@ def test_flags_and_workers_know_the_method_of_a_package(site, settings, tmp_path
 def test_a_task_of_a_package_can_be_chosen(site):
     install(site, TASK, "deltaw.tasks", "toy-preference = toy_plugin:ENTRY")
     code = (
-        "from deltaw.config import RunConfig\n"
+        "from deltaw.settings import RunConfig\n"
         "from deltaw import tasks\n"
         "config = RunConfig.read({'model': 'm', 'data': 'd', 'task': 'toy-preference'})\n"
         "print(config.task, tasks.names()[-1])"
@@ -140,7 +140,7 @@ def test_importing_the_settings_looks_for_no_package(site):
         "asked = []\n"
         "look = metadata.entry_points\n"
         "metadata.entry_points = lambda **by: (asked.append(by.get('group')), look(**by))[1]\n"
-        "import deltaw.config\n"
+        "import deltaw.settings\n"
         "print(json.dumps([a for a in asked if str(a).startswith('deltaw')]))\n"
     )
     done = python("-c", code)

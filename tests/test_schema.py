@@ -9,10 +9,10 @@ import jsonschema
 import pytest
 import yaml
 
-from deltaw.config import RunConfig, parse_yaml, settings
 from deltaw.errors import UserError
 from deltaw.lora.config import PEFT_NAMES
 from deltaw.schema import run_schema, schema_text, values_of
+from deltaw.settings import RunConfig, parse_yaml, settings
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "docs" / "run.schema.json"

@@ -23,14 +23,14 @@ PACKAGE = SOURCE / "deltaw"
 # From the bottom to the top. A package may import packages on its own level and below.
 LEVELS = (
     ("errors", "version", "private_names"),
-    ("cache", "contained", "durable", "named", "registry", "working"),
+    ("cache", "contained", "durable", "registry", "working"),
     ("tensor_files",),
     ("tasks",),
     ("kernels",),
     ("lora",),
     ("hub", "host"),
     ("runtime",),
-    ("memory", "methods", "data", "config", "train_settings", "preference_settings", "schema"),
+    ("memory", "methods", "data", "settings", "schema"),
     ("training",),
     ("experiments", "serving", "export"),
     ("reports",),
@@ -104,9 +104,7 @@ def imports_of(file: Path, source: Path, modules: set[str]) -> list[Import]:
                 within = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
                 kept = within[: len(within) - node.level + 1]
                 base = ".".join([*kept, base] if base else kept)
-            targets = [
-                inner if (inner := f"{base}.{alias.name}") in modules else base for alias in node.names
-            ]
+            targets = [inner if (inner := f"{base}.{alias.name}") in modules else base for alias in node.names]
         found += [Import(module, target, node.lineno, type_only) for target in dict.fromkeys(targets)]
     return found
 
@@ -228,9 +226,7 @@ def test_functions_fit_a_screen() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > LONGEST_FUNCTION:
-                    found.append(
-                        f"{file.relative_to(SOURCE)}, line {node.lineno}: {node.name}, {lines} lines"
-                    )
+                    found.append(f"{file.relative_to(SOURCE)}, line {node.lineno}: {node.name}, {lines} lines")
     assert not found, "\n".join(found)
 
 

@@ -28,20 +28,18 @@ import transformers
 from torch import Tensor, nn
 
 from deltaw.data.example import Example
-from deltaw.data.label_batches import LabelBatch, LabelMicroBatcher
+from deltaw.data.images import LabelBatch, LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.fused import FusedBlock
-from deltaw.runtime.fused_halves import _MLP
-from deltaw.runtime.packed import fused_blocks, packed_rows
-from deltaw.runtime.padded import padded_rows
+from deltaw.runtime.fused import _MLP, FusedBlock
+from deltaw.runtime.packed import fused_blocks, packed_rows, padded_rows
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.loop import rows_of_step, train
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.training.tasks.labels import LabelObjective
 from tests.runtime.families import FALCON, PACKED, VOCABULARY, encoder_of, model_of
 from tests.runtime.test_fused import count_runs
 
@@ -97,10 +95,7 @@ Settings = tuple[list[str], list[str], str]
 KEY_BIASES = ("key.bias", "k_lin.bias", "attention.k_proj.bias")
 KINDS = ("factors", "norms", "mlp", "head", "embeddings", "biases")
 CASES = [
-    (family, kind)
-    for family in (*PACKED, *FALCON)
-    for kind in KINDS
-    if not (kind == "biases" and family in NO_BIAS)
+    (family, kind) for family in (*PACKED, *FALCON) for kind in KINDS if not (kind == "biases" and family in NO_BIAS)
 ]
 
 
@@ -120,9 +115,7 @@ def settings_of(family: str, kind: str) -> Settings:
     name = family.partition(",")[0]
     whole = {
         "norms": [NORMS.get(family, "input_layernorm")],
-        "mlp": ["mlp"]
-        if family != "Falcon, grouped"
-        else ["0.mlp", "1.mlp", "2.mlp"],  # not its norm, ln_mlp
+        "mlp": ["mlp"] if family != "Falcon, grouped" else ["0.mlp", "1.mlp", "2.mlp"],  # not its norm, ln_mlp
         "head": ["lm_head"],
         "embeddings": [EMBEDDINGS.get(name, "embed_tokens")],
     }.get(kind, [])
@@ -185,9 +178,7 @@ def by_peft(
     targets, whole, bias = settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = peft.LoraConfig(
-            r=4, lora_alpha=8, target_modules=targets, modules_to_save=whole or None, bias=bias
-        )  # type: ignore[arg-type]
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=whole or None, bias=bias)  # type: ignore[arg-type]
         adapted = peft.get_peft_model(model, config).double()
     trained = {plain(name): p for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained.keys() == before.keys()
@@ -248,9 +239,7 @@ def test_ten_steps_train_what_peft_trains(family, kind, monkeypatch):
     assert_trained_alike(found, expected, before)
 
 
-def assert_trained_alike(
-    found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]
-) -> None:
+def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     for name, theirs in expected.items():
         moved = (theirs - before[name]).abs() > 1e-2 * RATE
         assert moved.any() or name.endswith(KEY_BIASES), name

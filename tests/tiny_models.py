@@ -57,9 +57,7 @@ CAUSAL = {
 }
 # Models that do not use transformers' attention interface and therefore run padded rows.
 PADDED = {
-    "bloom": lambda: transformers.BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_IDS
-    ),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_IDS),
     "mamba": lambda: transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, **_IDS
     ),

@@ -13,7 +13,6 @@ from deltaw.errors import UserError
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
-    from deltaw.config import RunConfig
     from deltaw.lora import (
         LoRAConfig,
         LoRAConv1D,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from deltaw.reports.run import fit
+    from deltaw.settings import RunConfig
     from deltaw.training.loop import train
     from deltaw.training.planning.plan_run import plan
 
@@ -68,7 +68,7 @@ _ELSEWHERE = {
     "fit": "deltaw.reports.run",
     "plan": "deltaw.training.planning.plan_run",
     "train": "deltaw.training.loop",
-    "RunConfig": "deltaw.config",
+    "RunConfig": "deltaw.settings",
 }
 
 

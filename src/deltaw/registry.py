@@ -135,8 +135,7 @@ class Registry(Generic[Entry]):
         except Exception as error:
             package = f"package '{plugin.dist.name}'" if plugin.dist is not None else "an installed package"
             raise UserError(
-                f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: "
-                f"{type(error).__name__}: {error}",
+                f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}",
                 where=f"entry point {self._group}: {plugin.name} = {plugin.value}",
                 hint="update or uninstall that package",
             ) from error

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from deltaw.config import RunConfig, settings
 from deltaw.lora.config import PEFT_NAMES
+from deltaw.settings import RunConfig, settings
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, object]
@@ -34,8 +34,7 @@ def run_schema() -> Schema:
     parts = {name: _section(part) for name, part in made.pop("$defs", {}).items()}
     required = made["required"]
     properties = {
-        name: _described(entry, parts, may_be_null=name not in required)
-        for name, entry in made["properties"].items()
+        name: _described(entry, parts, may_be_null=name not in required) for name, entry in made["properties"].items()
     }
     properties["data"] = _or_rows_alone(properties["data"])
     if any(key.startswith("lora.") for key in known):
@@ -95,9 +94,7 @@ def _described(entry: Schema, parts: Mapping[str, Schema], *, may_be_null: bool)
         required = section.get("required", [])
         assert isinstance(leaves, dict) and isinstance(required, list)
         own |= section
-        own["properties"] = {
-            name: _described(leaf, parts, may_be_null=False) for name, leaf in leaves.items()
-        }
+        own["properties"] = {name: _described(leaf, parts, may_be_null=False) for name, leaf in leaves.items()}
         if may_be_null:
             own["type"] = ["object", "null"]
         return own

@@ -96,7 +96,7 @@ for _entry in (
     ),
     TaskEntry(
         "preference",
-        "deltaw.training.tasks.preference:PreferenceTask",
+        "deltaw.training.tasks.causal:PreferenceTask",
         "AutoModelForCausalLM",
         "generate text",
         peft_type="CAUSAL_LM",
@@ -118,9 +118,7 @@ for _entry in (
         outputs=1,
         config={"num_labels": 1, "problem_type": "regression"},
     ),
-    TaskEntry(
-        "image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True
-    ),
+    TaskEntry("image-classification", _LABELS, "AutoModelForImageClassification", "classify images", new_head=True),
     TaskEntry("features", None, "AutoModel", "compute features"),
 ):
     register(_entry)

@@ -23,9 +23,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import yaml
 
-from deltaw.config import settings
 from deltaw.schema import run_schema
-from deltaw.training import checkpoint_files
+from deltaw.settings import settings
+from deltaw.training import checkpoints
 
 ROWS = [{"prompt": f"paint it {color}", "completion": color[0]} for color in ("red", "blue", "gray")]
 VERBS = ("eval", "generate", "chat", "inspect")
@@ -288,13 +288,8 @@ def a_conversation_that_is_none(draw: random.Random, bench: Bench, number: int) 
     elif kind == 2:
         rows[at] = {"conversations": "x"}
     else:
-        rows = [
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-            for _ in range(3)
-        ]
-        rows[at]["conversations"][1] = draw.choice(
-            [{"from": "oracle", "value": "x"}, {"from": "gpt"}, 5, None]
-        )
+        rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]} for _ in range(3)]
+        rows[at]["conversations"][1] = draw.choice([{"from": "oracle", "value": "x"}, {"from": "gpt"}, 5, None])
     file = bench.folder / "talks.jsonl"
     file.write_bytes(b"\n".join(lines(rows)))
     return Bad(bench.trains_on(file), ["talks.jsonl", f"row {at + 1}"])
@@ -306,9 +301,7 @@ def labels_that_are_none(draw: random.Random, bench: Bench, number: int) -> Bad:
     rows: list[dict] = [{"text": f"row {n}", "label": n % 2} for n in range(8)]
     at = draw.randrange(8)
     if task == "regression":
-        rows[at]["label"] = draw.choice(
-            ["many", float("nan"), float("inf"), "", None, [1], {}, True, "1e999"]
-        )
+        rows[at]["label"] = draw.choice(["many", float("nan"), float("inf"), "", None, [1], {}, True, "1e999"])
     else:
         rows[at]["label"] = draw.choice([0.5, [1], {}, None, "", float("nan"), float("inf")])
     if draw.random() < 0.2:
@@ -351,9 +344,7 @@ def a_setting_with_a_value_that_it_cannot_have(draw: random.Random, bench: Bench
         key = draw.choice([key for key in KEYS if key != "output"])  # a flag gives that one
         value = draw.choice(ODD)
         file = bench.settings(**{key: value})
-        if not validator.is_valid(yaml.safe_load(file.read_text(encoding="utf-8"))) and not _coerced(
-            key, value
-        ):
+        if not validator.is_valid(yaml.safe_load(file.read_text(encoding="utf-8"))) and not _coerced(key, value):
             return Bad(["train", file], [key.rpartition(".")[2], "settings.yaml"])
 
 
@@ -775,13 +766,13 @@ def a_run_that_cannot_go_on(draw: random.Random, bench: Bench, number: int) -> B
     elif kind == 2:
         (checkpoint / "manifest.json").write_text(draw.choice(BAD_JSON))
     elif kind == 3:  # whole, with checksums that fit, and not a run's
-        found = checkpoint_files.read(checkpoint)
+        found = checkpoints.read(checkpoint)
         key = draw.choice(["training", "settings", "choices", "rows", "metrics_lines", "extras"])
         values = {**found.values, key: draw.choice([None, "x", [], ["a"]])}
         if draw.random() < 0.3:
             del values[key]
         tensors = {name: found.tensors[name].clone() for name in found.tensors}
-        checkpoint_files.write(checkpoint.parent, found.step, values, tensors).publish()
+        checkpoints.write(checkpoint.parent, found.step, values, tensors).publish()
     elif kind == 4:
         (run / "run.yaml").write_text(draw.choice(["{", "- a", "model: 5", "modl: m", "data: {form: novel}"]))
         word = "run.yaml"

@@ -56,9 +56,7 @@ def flags(model_folder: Path, rows_file: Path) -> Callable[..., list[str]]:
             "train.batch_size": 5,
             **{key.replace("__", "."): value for key, value in instead.items()},
         }
-        return [
-            part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))
-        ]
+        return [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
 
     return make
 

@@ -57,9 +57,7 @@ def check(name: str, seed: int, bench: Bench, earlier: Path, call: Call, monkeyp
 
 def tree_of(folder: Path) -> dict[str, bytes | None]:
     """Files with their content, and folders and links by name."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
-    }
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @pytest.mark.parametrize(("name", "seed"), [c for c in CASES if c[1] < FEW])

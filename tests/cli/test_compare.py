@@ -52,9 +52,7 @@ def test_a_killed_comparison_goes_on_where_it_was(call, file, tmp_path, monkeypa
     assert [pair for pair in rates if pair in known] == known
     opened = asked.index("open lora")
     assert asked[opened + 1 : asked.index("open head")] == ["rate"] * (len(rates) - len(known))
-    assert not any(
-        line.startswith(f"lora: learning rate {known[0][0]:g}:") for line in ended.err.splitlines()
-    )
+    assert not any(line.startswith(f"lora: learning rate {known[0][0]:g}:") for line in ended.err.splitlines())
 
 
 def test_ctrl_c_says_how_to_go_on(call, file, monkeypatch):

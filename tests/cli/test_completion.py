@@ -27,9 +27,7 @@ def offered(words: str, number: int) -> list[str]:
         "COMP_WORDS": words,
         "COMP_CWORD": str(number),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     return done.stdout.split()
 

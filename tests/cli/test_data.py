@@ -75,9 +75,7 @@ def test_what_the_settings_do_to_a_row_is_said(call, thinker, file):
 
     assert "refused: longer than data.max_length (30 tokens)" in said()
     assert "truncated to 30 tokens: 5 lost, 5 of them labels" in said("--data.long_rows", "cut")
-    assert "dropped: longer than data.max_length (30 tokens), 11 labels lost" in said(
-        "--data.long_rows", "drop"
-    )
+    assert "dropped: longer than data.max_length (30 tokens), 11 labels lost" in said("--data.long_rows", "drop")
     assert "divided into 2 examples of at most 30 tokens" in said("--data.long_rows", "split")
     assert "«Yes.<|endoftext|>" not in said() and "Same?\n«Yes." in said("--data.template", "plain")
 
@@ -190,8 +188,7 @@ def test_overlap_with_the_evaluation_file_is_found(call, thinker, tmp_path):
 def test_every_evaluation_file_is_compared(call, thinker, tmp_path):
     train = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(30)]
     files = [
-        write(tmp_path / f"{name}.jsonl", rows)
-        for name, rows in (("d", train), ("t", train[3:4]), ("u", train[5:7]))
+        write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("d", train), ("t", train[3:4]), ("u", train[5:7]))
     ]
     sets = f"{{one: {files[1]}, two: {files[2]}, drawn: 0.1}}"
     ended = call("data", "check", files[0], "--data.eval", sets, "--model", thinker)
@@ -221,9 +218,7 @@ def test_odd_texts_are_found(call, thinker, tmp_path, row, said):
 
 def test_settings_come_from_a_file_or_a_run(call, thinker, file, tmp_path, finished_run):
     settings = tmp_path / "run.yaml"
-    settings.write_text(
-        yaml.safe_dump({"model": str(thinker), "data": {"train": str(file), "template": "plain"}})
-    )
+    settings.write_text(yaml.safe_dump({"model": str(thinker), "data": {"train": str(file), "template": "plain"}}))
     assert "(plain template)" in call("data", "check", settings).out
     assert "(plain template)" in call("data", "check", file, "--settings", settings).out
     assert "paint it red" in call("data", "show", finished_run).out

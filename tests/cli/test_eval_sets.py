@@ -14,9 +14,7 @@ def run(call, flags, tmp_path, rows_file):
     other.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:3]))
     folder = tmp_path / "run"
     sets = f"{{held_out: 2, other: {other}}}"
-    ended = call(
-        "train", *flags(folder, data=None, data__train=rows_file, data__eval=sets, train__drift="false")
-    )
+    ended = call("train", *flags(folder, data=None, data__train=rows_file, data__eval=sets, train__drift="false"))
     assert ended.status == 0, ended.err
     return folder
 

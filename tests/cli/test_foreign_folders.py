@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deltaw.data import template_limits
+from deltaw.data import rendering
 from deltaw.hub import packages
 from deltaw.lora import expressions
 from tests.conftest import write_rows
@@ -40,9 +40,7 @@ sys.addaudithook(_hook)
 
 
 @pytest.fixture
-def outside(
-    tmp_path: Path, model_folder: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def outside(tmp_path: Path, model_folder: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with everything that somebody may want to read: a model, an adapter, rows, a text. Opening any
     of it is noted, and the user has named none of it before."""
     folder = tmp_path / "outside"
@@ -51,7 +49,7 @@ def outside(
     (folder / "text").write_text(CANARY)
     write_rows(folder / "rows.jsonl", [{"prompt": "a", "completion": CANARY}] * 4)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(template_limits, "STEPS", 1 << 14)
+    monkeypatch.setattr(rendering, "STEPS", 1 << 14)
     monkeypatch.setattr(expressions, "SECONDS", 0.2)
     monkeypatch.setattr(packages, "_fetched", lambda wanted: pytest.fail(f"{wanted} was fetched"))
     _opened.clear()
@@ -345,9 +343,7 @@ def test_links_in_what_a_run_goes_on_with(tmp_path, settings, outside, refused):
 def test_an_endless_expression_of_an_adapter(tmp_path, finished_run, model_folder, refused):
     run = shutil.copytree(finished_run, tmp_path / "run")
     own = shutil.copytree(finished_run, tmp_path / "own")
-    _changed(
-        run / "adapter_config.json", target_modules=ENDLESS_EXPRESSION, alpha_pattern={ENDLESS_EXPRESSION: 2}
-    )
+    _changed(run / "adapter_config.json", target_modules=ENDLESS_EXPRESSION, alpha_pattern={ENDLESS_EXPRESSION: 2})
     verbs = _verbs_with_base(run, tmp_path / "to", "--model", model_folder)
     verbs["eval"] += ["--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])]
     verbs |= _verbs_beside(run, model_folder, own, tmp_path / "to")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deltaw.cli import main
-from deltaw.config import RunConfig
+from deltaw.settings import RunConfig
 from tests.conftest import write_rows
 
 
@@ -38,9 +38,7 @@ def test_pairs_of_answers_get_a_run_that_prefers(call, model_folder, tmp_path, m
     assert ended.status == 0 and "12 rows of pairs of answers, the longest of 3" in ended.out, ended
     config = RunConfig.read("train.yaml")
     assert (config.task, config.preference.loss, config.data.max_length) == ("preference", "dpo", 128)
-    ended = call(
-        "train", "train.yaml", "--train.max_steps", 1, "--precision", "fp32", "--preference.beta", 0.2
-    )
+    ended = call("train", "train.yaml", "--train.max_steps", 1, "--precision", "fp32", "--preference.beta", 0.2)
     assert ended.status == 0, ended
     assert RunConfig.read(tmp_path / "runs" / "pairs" / "run.yaml").preference.beta == 0.2
     ended = call("eval", "runs/pairs", "--base", "--precision", "fp32")
@@ -100,9 +98,7 @@ def test_the_task_follows_from_the_rows(call, tmp_path, model_folder):
     assert task_of("chat", [{"prompt": "a", "completion": "b", "label": "x"}] * 3)[0] == "causal-lm"
     labels = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}]
     assert task_of("classes", labels * 2) == ("sequence-classification", encoder)
-    assert task_of("stars", [{"review": "a", "label": n % 5} for n in range(40)])[0] == (
-        "sequence-classification"
-    )
+    assert task_of("stars", [{"review": "a", "label": n % 5} for n in range(40)])[0] == ("sequence-classification")
     assert task_of("scores", [{"text": "a", "label": n / 7} for n in range(40)]) == ("regression", encoder)
 
 

@@ -11,9 +11,7 @@ from tests.cli.conftest import Call
 def test_a_run_becomes_a_model_that_is_verified_on_its_held_out_rows(
     call: Call, finished_run: Path, tmp_path: Path
 ) -> None:
-    done = call(
-        "merge", str(finished_run), "--output", str(tmp_path / "model"), "--precision", "bf16", "--json"
-    )
+    done = call("merge", str(finished_run), "--output", str(tmp_path / "model"), "--precision", "bf16", "--json")
     assert done.status == 0, done.err
     answer = json.loads(done.out)
     assert answer["same_base"] is True and answer["in_memory"] is None

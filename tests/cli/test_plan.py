@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
-from deltaw.memory.footprint import KINDS, PHASES
+from deltaw.memory.plan import KINDS, PHASES
 from deltaw.methods import registry
 
 SMALL = ("--prompt.length", 4, "--random.weights", 0.05, "--last.blocks", 1)

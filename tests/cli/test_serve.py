@@ -72,9 +72,7 @@ class Process:
     [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> None:
-    server = Process(
-        str(base), "--port", "0", "--name", "tiny", "--precision", "fp32", "--cache-memory", "64MB"
-    )
+    server = Process(str(base), "--port", "0", "--name", "tiny", "--precision", "fp32", "--cache-memory", "64MB")
     try:
         line = server.lines.get(timeout=SECONDS)
         assert line.startswith("serving tiny at http://127.0.0.1:"), line
@@ -142,9 +140,7 @@ def test_options_that_cannot_be_meant(
     assert told in error and "Traceback" not in error
 
 
-def test_a_taken_port_is_said_before_the_model_is_read(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_taken_port_is_said_before_the_model_is_read(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import socket
 
     with socket.socket() as taken:

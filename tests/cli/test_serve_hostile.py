@@ -105,9 +105,7 @@ def test_honest_requests_are_answered_beside_hostile_ones(tmp_path: Path, each: 
                 assert client.post(CHAT, json=asked).status_code == 200
         before = memory(process)
         with contextlib.ExitStack() as stack:
-            probe, chat, constrained = (
-                stack.enter_context(Honest(url, asked)) for asked in (None, ASKED, AS_JSON)
-            )
+            probe, chat, constrained = (stack.enter_context(Honest(url, asked)) for asked in (None, ASKED, AS_JSON))
             with ThreadPoolExecutor(10 * each) as pool:
                 sent = {(kind, n): pool.submit(kinds[kind], n) for n in range(each) for kind in kinds}
             during = [one.answered for one in (probe, chat, constrained)]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
 from tests.cli.conftest import start
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of another kind")

@@ -49,7 +49,7 @@ def transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = False) -> list[str]:
     """Greedy texts the slow, obvious way: the whole sequence through the model for each token."""
     from deltaw.data import encode_prompt
-    from deltaw.training.inference import open_run
+    from deltaw.training.origin import open_run
 
     opened = open_run(str(folder), precision="fp32", say=lambda line: None)
     texts = []
@@ -70,9 +70,7 @@ def by_hand(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = 
     return texts
 
 
-def test_texts_of_adapter_and_base_are_the_models_own(
-    generate: Callable[..., list[dict]], finished_run: Path
-) -> None:
+def test_texts_of_adapter_and_base_are_the_models_own(generate: Callable[..., list[dict]], finished_run: Path) -> None:
     rows = generate("--base")
     assert [row["prompt"] for row in rows] == list(PROMPTS)
     assert [row["completion"] for row in rows] == by_hand(finished_run, PROMPTS, 8)
@@ -207,9 +205,7 @@ def spoken(ended: Ended) -> list[tuple[str, str]]:
 
 def test_answers_of_a_talk_are_constrained_and_go_on(call: Call, finished_run: Path) -> None:
     pytest.importorskip("llguidance", reason="the extra serve is not installed")
-    ended = call(
-        "chat", finished_run, "--base", "--temperature", 1, "--regex", "[ab]{3}", stdin="hello\nagain\n"
-    )
+    ended = call("chat", finished_run, "--base", "--temperature", 1, "--regex", "[ab]{3}", stdin="hello\nagain\n")
     assert ended.status == 0, ended.err
     assert ended.err.count("the decoding engine writes") == 1
     lines = spoken(ended)
@@ -246,13 +242,9 @@ def test_evaluation_with_virtual_tokens_asks_the_engine_without_them(
     run = fit({key: value for key, value in made.items() if value is not None}).output
     # The rows ask for what the model writes, so that a prompt off by a token would be seen.
     asked_for = tuple(f"paint it {color}" for color in ("red", "blue", "green", "teal"))
-    rows = [
-        {"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)
-    ]
+    rows = [{"prompt": p, "completion": c} for p, c in zip(asked_for, by_hand(run, asked_for, 5), strict=True)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    ended = call(
-        "eval", run, "--data", data, "--no-drift", "--json", "--precision", "fp32", "--max-new-tokens", 5
-    )
+    ended = call("eval", run, "--data", data, "--no-drift", "--json", "--precision", "fp32", "--max-new-tokens", 5)
     assert ended.status == 0, ended.err
     told = json.loads(ended.out)
     assert told["eval"]["exact_match"] == 1.0

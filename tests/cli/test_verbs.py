@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from deltaw.config import settings as all_settings
+from deltaw.settings import settings as all_settings
 from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import start, tree
 
@@ -137,9 +137,7 @@ def test_help_names_every_setting_with_its_default(call):
 
 
 def test_help_does_not_wait_for_the_model_library():
-    script = (
-        "import sys\nfrom deltaw.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-    )
+    script = "import sys\nfrom deltaw.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
     script += "sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 

@@ -377,9 +377,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in family.plain])
     if family.adds_bos and family.bos:
         begin = (family.bos, backend.token_to_id(family.bos))
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{family.bos} $A", special_tokens=[begin]
-        )
+        backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[begin])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=family.bos, eos_token=family.eos, pad_token=family.eos
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deltaw.data import DataSettings, Report, prepare, prepare_file
-from deltaw.data.bad_rows import BadRowError
+from deltaw.data.report import BadRowError
 from deltaw.errors import UserError
 from tests.data.chat_templates import tokenizer_of
 
@@ -155,9 +155,7 @@ def test_truncated_and_dropped_rows_are_counted_with_the_labels_they_lose(write:
     assert (report.split, report.split_examples) == (2, report.rows_kept - 1)
     assert (report.labels_cut, report.labels_dropped, report.longest) == (0, 0, 6)
     assert accounted(cut) == accounted(dropped) == accounted(report) == 3
-    assert f"2 rows longer than data.max_length became {report.split_examples} examples" in "\n".join(
-        report.lines()
-    )
+    assert f"2 rows longer than data.max_length became {report.split_examples} examples" in "\n".join(report.lines())
 
 
 def test_pieces_of_a_divided_row_stay_together(write: Write) -> None:

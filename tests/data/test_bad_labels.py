@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from deltaw.data import DataSettings
-from deltaw.data.bad_rows import BadRowError
 from deltaw.data.labels import prepare_label_file, prepare_labeled
+from deltaw.data.report import BadRowError
 from deltaw.errors import UserError
 from tests.data.chat_templates import tokenizer_of
 
@@ -61,9 +61,7 @@ def test_numbers_that_are_none_are_skipped(tmp_path: Path) -> None:
 
 def test_rows_of_a_table_with_missing_cells_are_skipped_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
-    path.write_text(
-        "text,label\n" + "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(6)) + "alone\nfilm 9,a\n"
-    )
+    path.write_text("text,label\n" + "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(6)) + "alone\nfilm 9,a\n")
     with pytest.raises(UserError, match="row 7 has 1 cells"):
         prepare_labeled(DataSettings(str(path)), TOKENIZER, CLASSES)
     prepared = prepare_labeled(DataSettings(str(path), bad_rows="skip", eval=None), TOKENIZER, CLASSES)

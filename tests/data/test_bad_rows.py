@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data.bad_rows import BadRowError, BadRows
+from deltaw.data.report import BadRowError, BadRows
 
 
 def error(reason: str = "odd", where: str = "d.jsonl, row 3") -> BadRowError:

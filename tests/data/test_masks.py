@@ -3,8 +3,6 @@
 Every expectation is written by hand: the text that the model sees, with what it is trained on between « and ».
 """
 
-# ruff: noqa: E501 - texts are easier to compare in lines as long as they are
-
 from __future__ import annotations
 
 import pytest
@@ -12,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import Conversation, Pair, Record, Text
 from deltaw.data.messages import Message, conversation
+from deltaw.data.report import BadRowError
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
 
@@ -36,9 +34,7 @@ def talk(*answers: str, system: str | None = None) -> Conversation:
 
 def call(thought: str = "") -> Conversation:
     """A question that is answered with the help of a tool."""
-    calls = [
-        {"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}
-    ]
+    calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}]
     messages: list[Message] = [
         {"role": "user", "content": "Time in Lima?"},
         {"role": "assistant", "content": "", "tool_calls": calls},
@@ -100,8 +96,7 @@ TWO_TURNS = {
         "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»"
     ],
     "qwen3": [
-        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
-        "«<think>\n\n</think>\n\nLima.<|im_end|>»",
+        "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nLima.<|im_end|>»",
         "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>\n"
         "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
         "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
@@ -125,8 +120,7 @@ TWO_TURNS = {
         "<|im_start|>user<|im_sep|>Chile?<|im_end|><|im_start|>assistant<|im_sep|>«Santiago.<|im_end|>»"
     ],
     "phi4-mini": [
-        "<|user|>Capital of Peru?<|end|><|assistant|>«Lima.<|end|>»"
-        "<|user|>Chile?<|end|><|assistant|>«Santiago.<|end|>»"
+        "<|user|>Capital of Peru?<|end|><|assistant|>«Lima.<|end|>»<|user|>Chile?<|end|><|assistant|>«Santiago.<|end|>»"
     ],
     "zephyr": [
         "<|user|>\nCapital of Peru?</s> \n<|assistant|>\n«Lima.</s>» \n"
@@ -298,9 +292,7 @@ TRAINED_CALLS = {
 @pytest.mark.parametrize("family", TRAINED_CALLS)
 def test_a_call_of_a_tool_is_trained_and_its_result_is_not(family: str) -> None:
     shown = examples(family, call())
-    assert [[part.partition("»")[0] for part in text.split("«")[1:]] for text in shown] == TRAINED_CALLS[
-        family
-    ]
+    assert [[part.partition("»")[0] for part in text.split("«")[1:]] for text in shown] == TRAINED_CALLS[family]
     assert all("clock" in text.partition("«")[0] and "the time" in text.partition("«")[0] for text in shown)
 
 
@@ -327,9 +319,7 @@ def test_base_models_read_plain_text_with_bos_once_and_eos_at_the_end() -> None:
 def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
     tokenizer = tokenizer_of("generation")
     record = talk(*ANSWERS, system="Be brief.")
-    theirs = tokenizer.apply_chat_template(
-        list(record.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
+    theirs = tokenizer.apply_chat_template(list(record.messages), return_dict=True, return_assistant_tokens_mask=True)
     (ours,) = Encoder(tokenizer).encode([record], ["row 1"])[0]
     mask = [0] * len(theirs["input_ids"])
     for start, stop in ours.spans:
@@ -352,9 +342,7 @@ ENDS = {
     "base": "<|endoftext|>",
 }
 # Any text but the names of special tokens, which a model reads as the tokens themselves.
-ANY_TEXT = st.text(
-    st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30
-)
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30)
 
 
 @pytest.mark.parametrize("family", TWO_TURNS)

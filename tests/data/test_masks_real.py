@@ -3,8 +3,6 @@
 The package comes from the package index, or from the cache of an earlier run.
 """
 
-# ruff: noqa: E501 - texts are easier to compare in lines as long as they are
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,15 +11,13 @@ import pytest
 
 from deltaw.data.formats import Pair, Text
 from deltaw.data.templates import Encoder
-from deltaw.hub.terminators import terminators_in
+from deltaw.hub.gguf import terminators_in
 from deltaw.hub.tokenizers import load_tokenizer
 from tests.data.test_masks import ANSWERS, marked, talk
 
 pytestmark = pytest.mark.network
 
-SYSTEM = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-)
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
 @pytest.fixture
@@ -35,8 +31,7 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch):
     [
         (
             talk(*ANSWERS),
-            SYSTEM
-            + "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
+            SYSTEM + "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n«Lima.<|im_end|>»\n"
             "<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n«Santiago.<|im_end|>»",
         ),
         (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.data.bad_rows import BadRowError
 from deltaw.data.messages import Message, conversation, read_messages, read_tools, without_blank_answers
+from deltaw.data.report import BadRowError
 
 
 def chat(*turns: tuple[str, str, dict[str, object]] | tuple[str, str]) -> list[Message]:
@@ -18,9 +18,7 @@ def learned(*turns: tuple[str, str, dict[str, object]] | tuple[str, str]) -> tup
 
 def test_a_turn_of_weight_zero_is_not_learned() -> None:
     for zero in (0, 0.0):
-        found = learned(
-            ("user", "a"), ("assistant", "b", {"weight": zero}), ("user", "c"), ("assistant", "d")
-        )
+        found = learned(("user", "a"), ("assistant", "b", {"weight": zero}), ("user", "c"), ("assistant", "d"))
         assert found == (False, False, False, True)
     assert learned(("user", "a"), ("assistant", "b", {"weight": 1})) == (False, True)
 
@@ -56,9 +54,7 @@ def test_arguments_of_calls_given_as_json_text_become_objects() -> None:
     """As in the format of OpenAI; templates write them as JSON, so that text would be quoted twice."""
     given = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
     (message,) = read_messages([{"role": "assistant", "tool_calls": given, "content": None}], "messages", "r")
-    assert message["tool_calls"] == [
-        {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    ]
+    assert message["tool_calls"] == [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
     assert message["content"] == ""
     assert given[0]["function"]["arguments"] == '{"x": 1}'  # type: ignore[index]
 
@@ -89,7 +85,5 @@ def test_parts_of_text_become_one_text() -> None:
 )
 def test_parts_that_are_not_text_are_refused_with_the_turn(part: object) -> None:
     with pytest.raises(BadRowError) as refused:
-        read_messages(
-            [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}], "messages", "row 7"
-        )
+        read_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}], "messages", "row 7")
     assert refused.value.where == "row 7, turn 1"

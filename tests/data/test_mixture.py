@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.config import RunConfig
 from deltaw.data import DataSettings, prepare
 from deltaw.data.labels import prepare_labeled
 from deltaw.data.mixture import shown, weighted
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from tests.data.label_models import word_tokenizer
 
 

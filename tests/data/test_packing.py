@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.packing import epoch_order, microbatch_shapes, pack, pad, split_into_microbatches
-from deltaw.data.prefix_tree import LEAST_SHARED
+from deltaw.data.packing import LEAST_SHARED, epoch_order, microbatch_shapes, pack, pad, split_into_microbatches
 
 
 def example(tokens, labels=None, row=1):
@@ -83,9 +82,7 @@ def test_shared_prefixes_stand_once():
 def test_nested_prefixes_hang_under_one_another():
     stem, middle = list(range(10, 20)), list(range(30, 36))
     ends = [[1, 2], [3, 4], [5, 6]]
-    batch = pack(
-        [example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])]
-    )
+    batch = pack([example([*stem, *middle, *ends[0]]), example([*stem, *middle, *ends[1]]), example([*stem, *ends[2]])])
     assert batch.tokens == 10 + 6 + 6
     assert max(batch.inputs["packed_layout"].offsets()) == 16
 

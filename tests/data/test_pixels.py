@@ -201,9 +201,7 @@ def test_without_a_preprocessor_images_are_resized_to_minus_one_to_one(tmp_path:
     pixels = encoder.encode(examples)
     assert pixels.shape == (6, 3, 8, 8) and pixels.dtype == torch.float32
     whole = picture(0).resize((8, 8), Image.Resampling.BILINEAR)
-    torch.testing.assert_close(
-        pixels[0], torch.from_numpy(np.asarray(whole) / 127.5 - 1).permute(2, 0, 1).float()
-    )
+    torch.testing.assert_close(pixels[0], torch.from_numpy(np.asarray(whole) / 127.5 - 1).permute(2, 0, 1).float())
     assert encoder.tokens(examples[0]) == 5
 
 

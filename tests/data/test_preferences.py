@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.data.example import RowGroup
 from deltaw.data.preferences import prepare_pair_file, prepare_pairs, records_of
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data, shown_rows
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
@@ -42,8 +42,7 @@ def texts(pair):
     """(prompt, labels) of both answers."""
     tokenizer = byte_tokenizer()
     return [
-        (tokenizer.decode(row.tokens[~row.is_label]), tokenizer.decode(row.tokens[row.is_label]))
-        for row in pair.rows
+        (tokenizer.decode(row.tokens[~row.is_label]), tokenizer.decode(row.tokens[row.is_label])) for row in pair.rows
     ]
 
 
@@ -150,11 +149,7 @@ def test_duplicates_empty_answers_and_long_rows_are_counted(read):
 
 
 def test_pairs_of_one_prompt_are_on_one_side_of_the_split(read):
-    rows = [
-        {"prompt": f"paint {c} ", "chosen": f"yes {n}", "rejected": f"no {n}"}
-        for c in COLORS
-        for n in range(3)
-    ]
+    rows = [{"prompt": f"paint {c} ", "chosen": f"yes {n}", "rejected": f"no {n}"} for c in COLORS for n in range(3)]
     prepared = read(rows, template="plain", eval=0.3)
     sides = [{texts(pair)[0][0] for pair in side} for side in (prepared.train, prepared.held_out)]
     assert len(prepared.held_out) == 9 and not sides[0] & sides[1]

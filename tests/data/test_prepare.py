@@ -32,9 +32,7 @@ def ids(examples: Iterable[Example]) -> list[tuple[int, bytes]]:
 def accounted(report: Report) -> int:
     drawn = report.held_out if report.held_out_source is None else 0
     left_out = 0 if report.duplicates_kept else report.duplicates
-    return (
-        report.rows_kept + drawn + left_out + report.not_chosen + report.dropped_long + report.without_label
-    )
+    return report.rows_kept + drawn + left_out + report.not_chosen + report.dropped_long + report.without_label
 
 
 def refusal(**values: object) -> UserError:
@@ -162,10 +160,7 @@ def test_numbers_may_come_as_text(write: Write) -> None:
 
 
 def test_more_held_out_rows_than_there_are_is_refused(write: Write) -> None:
-    assert (
-        "asks for 3 rows, and there are 3 distinct"
-        in refusal(train=write(texts("a1", "b1", "c1")), eval=3).what
-    )
+    assert "asks for 3 rows, and there are 3 distinct" in refusal(train=write(texts("a1", "b1", "c1")), eval=3).what
 
 
 def test_a_separate_evaluation_file_is_whole_and_its_overlap_is_said(write: Write) -> None:
@@ -205,9 +200,7 @@ def test_one_file_is_prepared_as_evaluation_data(write: Write) -> None:
 
 
 def test_the_report_counts_what_the_examples_hold(write: Write) -> None:
-    rows: list[dict[str, object]] = [
-        {"prompt": f"p{i}", "completion": "c" * i, "id": i} for i in range(1, 30)
-    ]
+    rows: list[dict[str, object]] = [{"prompt": f"p{i}", "completion": "c" * i, "id": i} for i in range(1, 30)]
     prepared = prepare(DataSettings(write(rows), eval=4), TOKENIZER)
     report = prepared.report
     assert report.tokens == sum(len(example) for example in prepared.train)

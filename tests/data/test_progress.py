@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from deltaw.data import progress
-from deltaw.data.progress import Progress
+from deltaw.data import report
+from deltaw.data.report import Progress
 
 
 class Clock:
@@ -20,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(report, "time", clock)
     return clock
 
 

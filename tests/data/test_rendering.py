@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from deltaw.data import template_limits
+from deltaw.data import rendering
 from deltaw.data.messages import Conversation
-from deltaw.data.rendering import FAULTS, LONGEST_TEMPLATE, rendered, rendered_by
-from deltaw.data.template_language import TemplateLimitError
+from deltaw.data.rendering import FAULTS, LONGEST_TEMPLATE, TemplateLimitError, rendered, rendered_by
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer
@@ -62,9 +61,7 @@ def test_templates_render_as_in_transformers(family, name):
             except FAULTS as error:
                 theirs = type(error)
             try:
-                ours: object = rendered(
-                    template, messages, generation=generation, tools=tools, variables=special
-                )
+                ours: object = rendered(template, messages, generation=generation, tools=tools, variables=special)
             except FAULTS as error:
                 ours = type(error)
             assert ours == theirs
@@ -99,9 +96,7 @@ SPEECH = """
 def test_all_of_the_language_is_as_in_transformers():
     for name in ("turns", "system"):
         messages = CONVERSATIONS[name]
-        assert rendered(SPEECH, messages, generation=True, variables={}) == _theirs(
-            SPEECH, messages, [], {}, True
-        )
+        assert rendered(SPEECH, messages, generation=True, variables={}) == _theirs(SPEECH, messages, [], {}, True)
 
 
 TEN = "{% for i in range(100000) %}{% for j in range(100000) %}"
@@ -110,8 +105,7 @@ MANY = "{% set ns = namespace(x=1, y='ab', z=[1]) %}{% for i in range(100) %}"
 LONG = "{% set a = 'a' * 100000 %}{% for i in range(100000) %}"
 ENDLESS = {
     "loops": TEN + END,
-    "a loop whose condition never holds": "{% for i in range(100000) %}{% for j in range(100000) if j < 0 %}"
-    + END,
+    "a loop whose condition never holds": "{% for i in range(100000) %}{% for j in range(100000) if j < 0 %}" + END,
     "text": TEN + "a" * 40 + END,
     "a text in a value": "{% set x %}" + TEN + "abc" + END + "{% endset %}",
     "a text in a filter": "{% filter upper %}" + TEN + "abc" + END + "{% endfilter %}",
@@ -169,12 +163,10 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_does_too_much_is_ended(name, monkeypatch):
-    monkeypatch.setattr(template_limits, "STEPS", 1 << 17)
+    monkeypatch.setattr(rendering, "STEPS", 1 << 17)
     with pytest.raises(TemplateLimitError) as caught:
         rendered(ENDLESS[name], [QUESTION], generation=True, variables={})
-    assert "the chat template was ended: it" in str(caught.value) and "data.chat_template" in str(
-        caught.value
-    )
+    assert "the chat template was ended: it" in str(caught.value) and "data.chat_template" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +204,11 @@ def test_long_conversations_are_no_reason_to_end():
 
 
 def test_an_endless_template_ends_the_reading_of_rows(monkeypatch):
-    monkeypatch.setattr(template_limits, "STEPS", 1 << 14)
+    monkeypatch.setattr(rendering, "STEPS", 1 << 14)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% if messages[0].content == 'go' %}" + TEN + END + "{% endif %}x"
     encoder = Encoder(tokenizer, "chat")
-    row = Conversation(
-        ({"role": "user", "content": "go"}, {"role": "assistant", "content": "a"}), (False, True)
-    )
+    row = Conversation(({"role": "user", "content": "go"}, {"role": "assistant", "content": "a"}), (False, True))
     told: list[object] = []
     with pytest.raises(UserError, match="the chat template was ended"):
         encoder.encode([row], ["row 1"], on_bad=lambda place, error: told.append(error))

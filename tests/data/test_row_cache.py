@@ -15,10 +15,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.cache import Cache
-from deltaw.data import DataSettings, Prepared, prepare, prepare_file, row_cache, row_stream
+from deltaw.data import DataSettings, Prepared, prepare, prepare_file, row_stream, stored_rows
 from deltaw.data.chunk import ChunkReader
-from deltaw.data.row_cache import RowCache
 from deltaw.data.row_store import DiskRows, MemoryRows
+from deltaw.data.stored_rows import RowCache
 from deltaw.errors import UserError
 from tests.caches import other_text, other_version
 from tests.data.conftest import CHATML, make_tokenizer
@@ -36,9 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "d.jsonl"
-    rows = [
-        {"prompt": f"question {n % 57}", "completion": f"answer {n % 57}", "film": n % 9} for n in range(60)
-    ]
+    rows = [{"prompt": f"question {n % 57}", "completion": f"answer {n % 57}", "film": n % 9} for n in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -74,9 +72,7 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".arrow"))
 
 
-def test_a_second_preparation_reads_what_the_first_wrote(
-    data: Path, folder: Path, tokenized: list[int]
-) -> None:
+def test_a_second_preparation_reads_what_the_first_wrote(data: Path, folder: Path, tokenized: list[int]) -> None:
     first, _ = reading(data)
     assert tokenized == [60] and entries(folder) == [".arrow", ".json"]
     second, said = reading(data)
@@ -94,10 +90,10 @@ def test_many_rows_are_trained_on_from_the_disk_alike(
         small, _ = reading(data, **{"cache": False, **settings})
         assert isinstance(small.train.store, MemoryRows)
         with monkeypatch.context() as patch:
-            patch.setattr(row_cache, "SPILL_BYTES", 0)
+            patch.setattr(stored_rows, "SPILL_BYTES", 0)
             patch.setattr(row_stream, "KEPT_BYTES", 0)
             patch.setattr(row_stream, "CHUNK_ROWS", 7)
-            patch.setattr(row_cache, "BATCH_ROWS", 10)
+            patch.setattr(stored_rows, "BATCH_ROWS", 10)
             large, _ = reading(data, **{"cache": False, **settings})
             assert isinstance(large.train.store, DiskRows)
         assert content(large) == content(small)
@@ -141,7 +137,7 @@ def test_rows_are_tokenized_anew_by_another_version_of_what_makes_them(
     assert len(tokenized) == 2
 
 
-@pytest.mark.parametrize("module", ["data/formats.py", "hub/terminators.py"])
+@pytest.mark.parametrize("module", ["data/formats.py", "hub/gguf.py"])
 def test_rows_are_tokenized_anew_by_another_code(
     module: str, data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,9 +249,7 @@ def test_a_damaged_entry_is_noticed_and_made_anew(
     assert len(tokenized) == 2
 
 
-def test_rows_without_their_description_are_not_believed(
-    data: Path, folder: Path, tokenized: list[int]
-) -> None:
+def test_rows_without_their_description_are_not_believed(data: Path, folder: Path, tokenized: list[int]) -> None:
     reading(data)
     next(folder.glob("*.json")).unlink()
     reading(data)
@@ -265,7 +259,7 @@ def test_rows_without_their_description_are_not_believed(
 def test_damage_between_the_samples_is_noticed_when_the_row_is_read(
     data: Path, folder: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_cache, "sample", lambda file, size, digest: None)
+    monkeypatch.setattr(stored_rows, "sample", lambda file, size, digest: None)
     reading(data, eval=None)
     (path,) = folder.glob("*.arrow")
     place = int(DiskRows(path.open("rb"), "", grouped=False)._places["tokens"][0])
@@ -329,9 +323,7 @@ def test_two_processes_at_once_come_to_the_same(data: Path, folder: Path) -> Non
     assert entries(folder) == [".arrow", ".json"]
 
 
-def test_who_comes_second_waits_and_reads_what_the_first_wrote(
-    data: Path, folder: Path, tokenized: list[int]
-) -> None:
+def test_who_comes_second_waits_and_reads_what_the_first_wrote(data: Path, folder: Path, tokenized: list[int]) -> None:
     with RowCache("k", lambda line: None) as first:
         said: list[str] = []
         found: list[object] = []
@@ -380,16 +372,14 @@ def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(
     assert "DELTAW_CACHE" in str(refused.value.hint)
 
 
-def test_a_full_disk_is_said_where_rows_need_it(
-    data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
+def test_a_full_disk_is_said_where_rows_need_it(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
 
     class Full(MemoryRows):
         def batch(self):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(row_cache, "MemoryRows", Full)
+    monkeypatch.setattr(stored_rows, "MemoryRows", Full)
     with pytest.raises(UserError, match="No space left"):
         reading(data)
     assert entries(folder) == [] and not list(folder.glob(".*.part"))

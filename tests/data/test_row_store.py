@@ -12,15 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.row_cache import RowWriter
 from deltaw.data.row_store import DamagedRowsError, DiskRows, MemoryRows, RowView, schema
+from deltaw.data.stored_rows import RowWriter
 from deltaw.errors import UserError
 
 
 def example(number: int, tokens: list[int], labels: list[bool], answer: str | None) -> Example:
-    return Example(
-        number, np.asarray(tokens, np.int32), np.asarray(labels, bool), min(3, len(tokens)), answer
-    )
+    return Example(number, np.asarray(tokens, np.int32), np.asarray(labels, bool), min(3, len(tokens)), answer)
 
 
 EXAMPLES = st.lists(

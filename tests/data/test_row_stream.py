@@ -38,9 +38,7 @@ def written(folder: Path, name: str) -> str:
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=4)
     elif name.endswith(".arrow"):
-        pyarrow.feather.write_feather(
-            pyarrow.Table.from_pylist(ROWS), path, chunksize=7, compression="uncompressed"
-        )
+        pyarrow.feather.write_feather(pyarrow.Table.from_pylist(ROWS), path, chunksize=7, compression="uncompressed")
     elif ".csv" in name:
         path.write_text("prompt,completion\n" + "".join(f'"{r["prompt"]}",{r["completion"]}\n' for r in ROWS))
     elif name.endswith(".json"):

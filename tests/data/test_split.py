@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltaw.data import DataSettings, prepare
 from deltaw.data.report import Report
-from deltaw.data.split import divide
+from deltaw.data.sources import divide
 from deltaw.errors import UserError
 
 

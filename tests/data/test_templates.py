@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import Conversation, Pair, Record, Text
+from deltaw.data.report import BadRowError
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 from tests.data.conftest import CHATML, make_tokenizer
@@ -23,9 +23,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
-)
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
 THINKS_LAST = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
@@ -33,16 +31,13 @@ THINKS_LAST = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STRIPS_THOUGHT = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
-STRIPS_HISTORY = CHATML.replace(
-    "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
-)
+STRIPS_HISTORY = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
 NO_END = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 ALWAYS_PROMPTS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 WRITES_END = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }} ###\n{% endfor %}"
@@ -64,9 +59,7 @@ def talk(*contents: str, system: str | None = None, learned: tuple[bool, ...] | 
     return Conversation(tuple(messages), learned or default)
 
 
-def unrolled(
-    record: Record, template: str | None = CHATML, labels: str = "all-turns", **kind: object
-) -> list[Encoded]:
+def unrolled(record: Record, template: str | None = CHATML, labels: str = "all-turns", **kind: object) -> list[Encoded]:
     """The examples that a record becomes."""
     tokenizer = make_tokenizer(template, **kind)  # type: ignore[arg-type]
     return Encoder(tokenizer, "auto", labels).encode([record], ["data.jsonl, row 7"])[0]  # type: ignore[arg-type]
@@ -105,9 +98,7 @@ def test_the_mask_is_what_the_offsets_of_the_rendered_text_say(
     text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
     tokenized = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
-    expected = [
-        any(a <= left and right <= b for a, b in spans) for left, right in tokenized["offset_mapping"]
-    ]
+    expected = [any(a <= left and right <= b for a, b in spans) for left, right in tokenized["offset_mapping"]]
     mask = np.zeros(len(encoded.tokens), dtype=bool)
     for start, end in encoded.spans:
         mask[start:end] = True
@@ -171,9 +162,7 @@ def test_a_template_that_writes_bos_gives_it_once() -> None:
 
 def test_a_default_system_prompt_is_part_of_the_prompt() -> None:
     encoded = encode(talk("hi", "yes"), DEFAULT_SYSTEM)
-    assert text_of(encoded.tokens[: encoded.prompt_length]).startswith(
-        "<|im_start|>system\nBe good.<|im_end|>"
-    )
+    assert text_of(encoded.tokens[: encoded.prompt_length]).startswith("<|im_start|>system\nBe good.<|im_end|>")
     assert labeled(encoded) == ["yes<|im_end|>"]
 
 
@@ -223,9 +212,7 @@ def test_turns_are_one_example_up_to_where_the_template_rewrites_them() -> None:
 
 
 def test_a_thought_that_a_template_strips_is_learned_before_its_answer() -> None:
-    assert labeled(encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)) == [
-        "<think>hm</think>b<|im_end|>"
-    ]
+    assert labeled(encode(talk("a", "<think>hm</think>b"), STRIPS_THOUGHT)) == ["<think>hm</think>b<|im_end|>"]
     first, second = unrolled(talk("a", "<think>hm</think>b", "c", "<think>oh</think>d"), STRIPS_THOUGHT)
     assert labeled(first) == ["<think>hm</think>b<|im_end|>"]
     assert labeled(second) == ["<think>oh</think>d<|im_end|>"]
@@ -257,9 +244,7 @@ def test_a_template_whose_prompt_is_not_in_the_text_is_refused() -> None:
         encode(talk("a", "b"), renamed)
 
 
-def test_an_answer_whose_tokens_would_merge_with_the_prompt_is_tokenized_apart_as_when_it_is_written() -> (
-    None
-):
+def test_an_answer_whose_tokens_would_merge_with_the_prompt_is_tokenized_apart_as_when_it_is_written() -> None:
     newlines = [("Ċ", "Ċ")]
     encoded = encode(talk("a", "\nb"), merges=newlines)
     assert labeled(encoded) == ["\nb<|im_end|>"]
@@ -269,9 +254,7 @@ def test_an_answer_whose_tokens_would_merge_with_the_prompt_is_tokenized_apart_a
 
 
 def test_what_a_template_raises_is_said_with_the_row() -> None:
-    strict = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
-    )
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
     with pytest.raises(UserError, match="no system here") as refused:
         encode(talk("a", "b", system="s"), strict)
     assert refused.value.where == "data.jsonl, row 7"
@@ -311,8 +294,7 @@ def test_arguments_of_calls_are_given_as_text_to_a_template_that_wants_it() -> N
     )
     joins = CHATML.replace(
         "{{ m.content }}",
-        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}"
-        "{% endfor %}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}",
     )
     encoded = encode(Conversation(messages, (False, True)), joins)
     assert labeled(encoded) == ['clock{"zone": "UTC"}<|im_end|>']

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.data import DataSettings
-from deltaw.data.unpaired import prepare_unpaired
+from deltaw.data.preferences import prepare_unpaired
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data, shown_rows
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows

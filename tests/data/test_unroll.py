@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.unroll import fewest
+from deltaw.data.templates import fewest
 
 
 def test_turns_that_are_prefixes_share_the_last_ones_example() -> None:

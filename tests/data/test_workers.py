@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data import DataSettings, prepare, stored_rows, workers
-from deltaw.data.bad_rows import BadRowError
-from deltaw.data.row_cache import RowWriter
-from deltaw.data.workers import in_order, processes
+from deltaw.data import DataSettings, prepare, stored_rows
+from deltaw.data import stored_rows as workers
+from deltaw.data.report import BadRowError
+from deltaw.data.stored_rows import RowWriter, in_order, processes
 from deltaw.errors import UserError
 from tests.data.conftest import make_tokenizer
 
@@ -98,10 +98,7 @@ def test_rows_read_by_several_processes_are_the_rows_read_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "d.jsonl"
-    rows = [
-        {"prompt": f"q {n % 90}", "completion": f"a {n % 90}" if n % 10 else 3, "g": n % 7}
-        for n in range(100)
-    ]
+    rows = [{"prompt": f"q {n % 90}", "completion": f"a {n % 90}" if n % 10 else 3, "g": n % 7} for n in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{bad\n")
     monkeypatch.setattr("deltaw.data.row_stream.CHUNK_ROWS", 9)
     monkeypatch.setattr("deltaw.data.row_stream.KEPT_BYTES", 0)
@@ -121,9 +118,7 @@ def test_rows_read_by_several_processes_are_the_rows_read_by_one(
         assert mine.digest() == theirs.digest()
 
 
-def test_too_long_rows_are_counted_over_all_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_long_rows_are_counted_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in range(1, 60)))
     monkeypatch.setattr("deltaw.data.row_stream.CHUNK_ROWS", 7)

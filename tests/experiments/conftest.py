@@ -14,7 +14,7 @@ from tests.conftest import COLORS, Settings, write_rows
 
 
 class WorkerHere:
-    """Stands for :class:`deltaw.experiments.child.Child`; remembers what it was asked."""
+    """Stands for :class:`deltaw.experiments.jobs.Child`; remembers what it was asked."""
 
     asked: list[str] = []  # noqa: RUF012 - shared on purpose: of all workers of a test
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from deltaw.experiments.answers import constant_scores, one_answer
+from deltaw.experiments.worker import constant_scores, one_answer
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.labels import _of_classes, _of_numbers
+from deltaw.training.tasks.labels import _of_classes, _of_numbers
 
 
 def classified(truth, chosen):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deltaw.experiments.budget import Budget, budget_of
-from deltaw.train_settings import TrainSettings
+from deltaw.experiments.folder import Budget, budget_of
+from deltaw.settings import TrainSettings
 
 
 def test_steps_come_from_epochs_unless_time_is_given():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from deltaw.config import RunConfig
-from deltaw.experiments.child import Child
-from deltaw.host import kernel_choice, measurements, product_rates
+from deltaw.experiments.jobs import Child
+from deltaw.host import kernel_choice, product_rates
+from deltaw.host import product_rates as measurements
+from deltaw.settings import RunConfig
 
 
 def test_a_worker_uses_what_its_parent_knows_and_tells_what_it_used(settings, tmp_path, monkeypatch):

@@ -7,13 +7,11 @@ import sys
 
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.child import WorkerEnded
-from deltaw.experiments.cluster import Cluster, elsewhere
 from deltaw.experiments.compare import compare
-from deltaw.experiments.jobs import Job
+from deltaw.experiments.jobs import Cluster, Job, WorkerEnded, elsewhere
 from deltaw.experiments.tune import tune
+from deltaw.settings import RunConfig
 
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
 
@@ -41,9 +39,7 @@ def test_a_search_on_a_cluster_finds_what_it_finds_here(study_settings, tmp_path
     asked = {"trials": 4, "search": SEARCH}
     expected = tune(config, folder=tmp_path / "here", **asked)
     said = []
-    found = tune(
-        config, folder=tmp_path / "there", cluster=Cluster("local", cpus=1), say=said.append, **asked
-    )
+    found = tune(config, folder=tmp_path / "there", cluster=Cluster("local", cpus=1), say=said.append, **asked)
     # Which trial ends first is chance; its values, and what they lead to, are not.
     assert [(t.number, t.values, t.end, t.loss) for t in found.trials] == [
         (t.number, t.values, t.end, t.loss) for t in expected.trials

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.child import Child, WorkerEnded
 from deltaw.experiments.compare import compare
+from deltaw.experiments.jobs import Child, WorkerEnded
 from deltaw.host.memory import peak_resident_bytes
-from deltaw.reports.comparison import comparison_tables
-from deltaw.reports.comparison_figure import draw_comparison
+from deltaw.reports.comparison import comparison_tables, draw_comparison
+from deltaw.settings import RunConfig
 from deltaw.training.session import read_data
 from tests.conftest import write_rows
 from tests.experiments.conftest import WorkerHere, use_worker_here
@@ -76,9 +75,7 @@ class TestThreeMethods:
         settings, folder, comparison, *_ = done
         lora = next(result for result in comparison.results if result.method == "lora")
         assert lora.steps == 6 and lora.seconds > 0
-        assert lora.trained_parameters == 4 * sum(
-            2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48) for _ in range(2)
-        )
+        assert lora.trained_parameters == 4 * sum(2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48) for _ in range(2))
         run = folder / "lora" / "seed-0"
         config = json.loads((run / "adapter_config.json").read_text())
         assert config["r"] == settings["lora"]["rank"]
@@ -111,10 +108,7 @@ class TestThreeMethods:
         assert "…" not in out.getvalue()
         page = (folder / "comparison.md").read_text()
         for result in comparison.scored:
-            assert (
-                f"{result.trained_parameters:,}" in page
-                and f"{result.trained_parameters:,}" in out.getvalue()
-            )
+            assert f"{result.trained_parameters:,}" in page and f"{result.trained_parameters:,}" in out.getvalue()
         assert "- last: " in page and "| untrained |" in page
         assert json.loads((folder / "comparison.json").read_text())["methods"][0]["method"] in METHODS
         assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")

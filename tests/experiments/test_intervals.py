@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.experiments.intervals import interval_of, mean_squares, t_quantile
+from deltaw.experiments.comparison import interval_of, mean_squares, t_quantile
 
 
 def width(interval):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from deltaw.experiments.plateau import FEWEST, has_flattened, steps_between
+from deltaw.experiments.until_flat import FEWEST, has_flattened, steps_between
 
 
 def flat_at(losses, untrained=4.0) -> int | None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.errors import UserError
-from deltaw.experiments.rates import best_rate, grid, next_rate, parse_rates
+from deltaw.experiments.entry import best_rate, grid, next_rate, parse_rates
 
 
 def searched(loss, planned, *, extend=True):

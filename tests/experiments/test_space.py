@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.space import (
+from deltaw.experiments.tune import (
     Range,
     Values,
     applied,
@@ -15,6 +14,7 @@ from deltaw.experiments.space import (
     parse_space,
     present,
 )
+from deltaw.settings import RunConfig
 
 
 @pytest.fixture

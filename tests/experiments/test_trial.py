@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.trial import Stopped, Trial, split_off
+from deltaw.experiments.worker import Stopped, Trial, split_off
+from deltaw.settings import RunConfig
 
 
 @pytest.fixture

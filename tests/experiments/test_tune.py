@@ -8,12 +8,11 @@ import sys
 import pytest
 from rich.console import Console
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.child import WorkerEnded
-from deltaw.experiments.tune import tune
-from deltaw.experiments.tuning import TrialResult, Tuning, lessons
-from deltaw.reports.tuning import tuning_table
+from deltaw.experiments.jobs import WorkerEnded
+from deltaw.experiments.tune import TrialResult, Tuning, lessons, tune
+from deltaw.reports.comparison import tuning_table
+from deltaw.settings import RunConfig
 
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
 
@@ -133,16 +132,12 @@ def test_a_storage_that_is_no_database_is_refused(here, study_settings, tmp_path
 
 
 def test_what_was_learned_is_said():
-    trials = [
-        TrialResult(n, {"lora.rank": r}, loss, "done") for n, (r, loss) in enumerate([(8, 2.0), (16, 1.5)])
-    ]
+    trials = [TrialResult(n, {"lora.rank": r}, loss, "done") for n, (r, loss) in enumerate([(8, 2.0), (16, 1.5)])]
     trials += [
         TrialResult(2, {"lora.rank": 16}, 1.505, "done"),
         TrialResult(3, {"lora.rank": 4}, None, "diverged"),
     ]
-    tuning = Tuning(
-        "out", "lora", {"lora.rank": "[4, 8, 16]"}, trials, 0, {"lora.rank": 0.75}, {"lora.rank": "high"}
-    )
+    tuning = Tuning("out", "lora", {"lora.rank": "[4, 8, 16]"}, trials, 0, {"lora.rank": 0.75}, {"lora.rank": "high"})
     text = "\n".join(lessons(tuning))
     assert "Trial 1 is best: loss 1.5000 with lora.rank 16." in text
     assert "gave 2.0000: the best has 25.0% less" in text

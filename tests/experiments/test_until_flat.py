@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.experiments.best_point import BestPoint
-from deltaw.experiments.budget import Budget
-from deltaw.experiments.trial import Stopped, Trial
-from deltaw.experiments.until_flat import Cooldown
+from deltaw.experiments.folder import Budget
+from deltaw.experiments.until_flat import BestPoint, Cooldown
+from deltaw.experiments.worker import Stopped, Trial
+from deltaw.settings import RunConfig
 
 
 @pytest.fixture
@@ -89,9 +88,7 @@ def test_the_cooldown_begins_where_the_loss_was_lowest(try_out, monkeypatch):
         return torch.cat([p.detach().flatten() for _, p in named])
 
     monkeypatch.setattr(trial.session, "evaluate", lambda rows: Made())
-    curve = trial.until_flat(
-        1e-2, Budget(24), on_step=lambda step: seen.__setitem__(step.step, parameters().clone())
-    )
+    curve = trial.until_flat(1e-2, Budget(24), on_step=lambda step: seen.__setitem__(step.step, parameters().clone()))
     assert curve.best_step == 4
     assert torch.equal(parameters(), seen[4])
     # The first cooled step moves little from step 4, and far from step 20.

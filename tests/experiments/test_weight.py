@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.experiments.weight import weight
+from deltaw.experiments.tune import weight
 
 RATES = [10.0**e for e in np.linspace(-5, -1, 15)]
 

@@ -55,9 +55,7 @@ def greedy(model: Path, prompts: list[list[int]], tokens: int, lora: Path | None
     return answers
 
 
-def likeliest(
-    model: Path, contexts: list[list[int]], count: int, lora: Path | None = None
-) -> list[dict[int, float]]:
+def likeliest(model: Path, contexts: list[list[int]], count: int, lora: Path | None = None) -> list[dict[int, float]]:
     """The ``count`` likeliest tokens after each context of ids, with their log-probabilities."""
     question = {"model": str(model), "prompts": contexts, "tokens": 1, "lora": lora and str(lora)}
     found = ask({**question, "likeliest": count})["likeliest"]

@@ -21,9 +21,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def base_folder(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **save: object
-) -> Path:
+def base_folder(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **save: object) -> Path:
     """A family's tiny model, saved."""
     quiet()
     causal_model(family).to(dtype).save_pretrained(folder, **save)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.lora import LoRAConfig, attach, save_adapter
-from deltaw.lora.count import adapter_parameters
+from deltaw.lora.attachment import adapter_parameters
 from tests.export.llama_cpp import SPECIAL
 
 VOCABULARY = 400
@@ -100,9 +100,7 @@ def sentence_bpe(*, prefix: bool, size: int = 700) -> PreTrainedTokenizerFast:
     content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
     content["pre_tokenizer"] = None
     backend = Tokenizer.from_str(json.dumps(content))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 2)]
     )

@@ -22,9 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.saved_run(tmp_path_factory.mktemp("exported"), "qwen3")[1]
 
 
-def test_a_folder_gets_the_file_and_a_modelfile(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_gets_the_file_and_a_modelfile(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -37,9 +35,7 @@ def test_a_folder_gets_the_file_and_a_modelfile(
     assert typed("export", run, "--format", "gguf", "--type", "q8_0", "--output", out, "--overwrite") == 0
 
 
-def test_an_adapter_to_a_file_names_its_base(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_to_a_file_names_its_base(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.gguf"
     assert typed("export", run, "--format", "gguf-adapter", "--output", file) == 0
     assert "alpha 8" in capsys.readouterr().out
@@ -48,9 +44,7 @@ def test_an_adapter_to_a_file_names_its_base(
 
 
 @pytest.mark.parametrize("name", ["peft", "vllm", "mlx"])
-def test_folders_of_the_other_formats(
-    run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_of_the_other_formats(run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed("export", run, "--format", name, "--output", tmp_path / "out", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert all(Path(file).is_file() for file in found["files"]) and found["rank"] == 4

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.export.gguf_adapter import export_gguf_adapter, with_one_alpha
 from deltaw.export.gguf_architectures import adjacent_pairs
+from deltaw.export.gguf_model import export_gguf_adapter, with_one_alpha
 from deltaw.export.plain_adapter import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from tests.export import models

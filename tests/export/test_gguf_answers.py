@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltaw.export.gguf_adapter import export_gguf_adapter
-from deltaw.export.gguf_model import export_gguf
+from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
+from deltaw.hub.folders import resolve
 from deltaw.hub.loading import load
-from deltaw.hub.references import resolve
 from deltaw.lora import LoRAConfig, attach, disabled, save_adapter
 from tests.export import llama_cpp, models
 
@@ -41,9 +40,7 @@ def without_effect(run: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize(
-    "family", [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
-)
+@pytest.mark.parametrize("family", [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
 def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str) -> None:
     rank_pattern = {} if family == "gpt2" else {"down_proj": 2}
     model, run = models.saved_run(tmp_path, family, rslora=True, rank_pattern=rank_pattern)
@@ -139,9 +136,7 @@ LIKELIEST = 12
 def _own_log_probabilities(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
     """Log-probabilities (contexts, vocabulary) of each token of the answers, those before it given."""
     with torch.no_grad():
-        logits = model(
-            input_ids=torch.tensor([[*p, *a] for p, a in zip(prompts, answers, strict=True)])
-        ).logits
+        logits = model(input_ids=torch.tensor([[*p, *a] for p, a in zip(prompts, answers, strict=True)])).logits
     places = logits[:, len(prompts[0]) - 1 : -1].flatten(0, 1).double()
     return places.log_softmax(-1)
 

@@ -14,11 +14,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltaw.errors import UserError
 from deltaw.export import gguf_file
-from deltaw.export.gguf_hyperparameters import llama3_divisors
-from deltaw.export.gguf_model import export_gguf
-from deltaw.export.gguf_splitting import splitting_of
-from deltaw.export.gguf_tokenizer import vocabulary_of
-from deltaw.export.gguf_types import KINDS, pack, packed_shape, require_kind
+from deltaw.export.gguf_file import KINDS, pack, packed_shape, require_kind
+from deltaw.export.gguf_model import export_gguf, llama3_divisors
+from deltaw.export.gguf_tokenizer import splitting_of, vocabulary_of
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from tests.export import models
 from tests.hub.test_gguf import write_gguf
@@ -118,9 +116,7 @@ def test_a_gguf_base_keeps_its_metadata(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(tensors) == {f"{name}.weight" for name in values}
     layer = loaded.model.get_submodule("model.layers.0.mlp.up_proj")
     delta = (layer.scaling * (layer.lora_A @ layer.lora_B).t()).detach().numpy()
-    np.testing.assert_allclose(
-        tensors["blk.0.ffn_up.weight"], values["blk.0.ffn_up"] + delta, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(tensors["blk.0.ffn_up.weight"], values["blk.0.ffn_up"] + delta, rtol=1e-5, atol=1e-6)
 
 
 def test_a_changed_head_is_untied_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:

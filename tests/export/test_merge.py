@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from deltaw.errors import UserError
 from deltaw.export.merge import MergeOptions, merge_run
 from deltaw.export.merged import merged_tensors
-from deltaw.methods.choose import method_of_folder
+from deltaw.methods.files import method_of_folder
 from deltaw.methods.registry import entry_of
 from tests.export.merge_cases import (
     TOKENS,
@@ -151,9 +151,7 @@ def test_only_weights_that_differ_are_untied(tmp_path: Path) -> None:
     assert result.untied == ["lm_head.weight"] and "not any more" in " ".join(result.notes)
     assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
     stored = load_file(tmp_path / "untied" / "model.safetensors")
-    assert torch.equal(
-        stored["lm_head.weight"], load_file(base / "model.safetensors")["transformer.wte.weight"]
-    )
+    assert torch.equal(stored["lm_head.weight"], load_file(base / "model.safetensors")["transformer.wte.weight"])
 
 
 def test_names_without_the_base_models_prefix_are_kept(tmp_path: Path) -> None:
@@ -224,7 +222,7 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_of_an_int8_base_knows_its_base(tmp_path: Path) -> None:
     from deltaw.lora import LoRAConfig, attach, save_adapter
-    from deltaw.runtime.int8_weights import quantize_int8
+    from deltaw.runtime.quantized_weights import quantize_int8
 
     base = text_base(tmp_path / "base", torch.bfloat16)
     model = loaded(base, torch.bfloat16)

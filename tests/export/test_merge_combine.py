@@ -12,8 +12,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.export.as_adapter import write_adapter
-from deltaw.export.combine import METHODS, Recipe, dare, ties, trim
-from deltaw.export.low_rank import angles, inner, norm, truncated
+from deltaw.export.combine import METHODS, Recipe, angles, dare, inner, norm, ties, trim, truncated
 from deltaw.export.merge import MergeOptions, merge_run
 from deltaw.lora import read_adapter
 from deltaw.lora.peft_updates import content_of
@@ -27,9 +26,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("two")
     base = base_folder(folder / "base")
     first = adapter_folder(base, folder / "first", seed=1, target_modules=["q_proj", "up_proj"])
-    second = adapter_folder(
-        base, folder / "second", seed=2, rank=2, alpha=2, target_modules=["q_proj", "v_proj"]
-    )
+    second = adapter_folder(base, folder / "second", seed=2, rank=2, alpha=2, target_modules=["q_proj", "v_proj"])
     return base, first, second
 
 
@@ -163,9 +160,7 @@ def test_full_rank_methods_as_adapter_are_cut_from_the_same_update(
         assert narrow.errors[f"{name}.weight"] == pytest.approx(error, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"rslora": True, "rank_pattern": {"v_proj": 6}}, {"lora_bias": True}]
-)
+@pytest.mark.parametrize("settings", [{}, {"rslora": True, "rank_pattern": {"v_proj": 6}}, {"lora_bias": True}])
 def test_a_lower_rank_loses_the_smallest_singular_values(settings: dict[str, object], tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", "gpt2" if "lora_bias" in settings else "llama")
     adapter = adapter_folder(base, tmp_path / "adapter", **settings)
@@ -183,9 +178,7 @@ def test_a_lower_rank_loses_the_smallest_singular_values(settings: dict[str, obj
 
 def test_what_a_lower_rank_keeps_beside_the_factors(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
-    adapter = adapter_folder(
-        base, tmp_path / "adapter", train_modules=["norm"], target_modules=["q_proj"], rank=4
-    )
+    adapter = adapter_folder(base, tmp_path / "adapter", train_modules=["norm"], target_modules=["q_proj"], rank=4)
     write_adapter(adapter, tmp_path / "small", MergeOptions(), rank=3)
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "small"))
     kept = [name for name in before if name.endswith("norm.weight")]
@@ -196,9 +189,7 @@ def test_what_a_lower_rank_keeps_beside_the_factors(tmp_path: Path) -> None:
 
 def test_factor_algebra_agrees_with_whole_matrices() -> None:
     generator = torch.Generator().manual_seed(0)
-    left, right = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((20, 4), (4, 9))
-    )
+    left, right = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((20, 4), (4, 9)))
     other = (torch.randn(20, 3, generator=generator, dtype=torch.float64), right[:3])
     delta, second = left @ right, other[0] @ other[1]
     assert norm(left, right) == pytest.approx(float(delta.norm()))

@@ -27,9 +27,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, adapter_folder(base, folder / "adapter")
 
 
-def test_a_folder_with_files_is_refused_and_replaced_only_when_asked(
-    case: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_folder_with_files_is_refused_and_replaced_only_when_asked(case: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     merge_run(case[1], out)  # empty: taken
@@ -132,9 +130,7 @@ print(peak_resident_bytes() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
-def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(
-    case: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_merging_ten_shards_holds_at_most_one_of_them_and_200_mb(case: tuple[Path, Path], tmp_path: Path) -> None:
     base = text_base(
         tmp_path / "base",
         hidden_size=1024,

@@ -53,9 +53,7 @@ def test_a_right_merge_passes_and_says_how_far_it_moved(precision: str, run: Pat
 
 
 @pytest.mark.parametrize("precision, factor", [("keep", 1.0005), ("bf16", 1.3)])
-def test_what_rounding_does_not_explain_is_refused(
-    precision: str, factor: float, run: Path, tmp_path: Path
-) -> None:
+def test_what_rounding_does_not_explain_is_refused(precision: str, factor: float, run: Path, tmp_path: Path) -> None:
     options = MergeOptions(precision=precision)
     with pytest.raises(UserError, match="is not what base and adapter are together"):
         merge_run(run, tmp_path / "out", options, verify=Spoiled(factor))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from deltaw.export.ollama import form_of, modelfile
+from deltaw.export.formats import form_of, modelfile
 from tests.export import models
 
 LLAMA3 = (
@@ -21,8 +21,7 @@ GEMMA = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-    + models.CHAT_ML
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}" + models.CHAT_ML
 )
 MESSAGES = [
     {"role": "user", "content": "one"},

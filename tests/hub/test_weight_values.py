@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deltaw import cache
 from deltaw.errors import UserError
-from deltaw.hub import weight_values
+from deltaw.hub import checkpoint
 from deltaw.hub.loading import load
 from deltaw.lora.fingerprint import Values, base_fingerprint, noted_values, same_base, values_of
-from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.runtime.nf4_weights import quantize_nf4
+from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.tiny_models import causal_model
 
@@ -39,8 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often a file's tensors were hashed; what changed just now counts as unchanged for long."""
     calls: list[int] = []
-    real = weight_values.in_threads
-    monkeypatch.setattr(weight_values, "in_threads", lambda *of: calls.append(1) or real(*of))
+    real = checkpoint.in_threads
+    monkeypatch.setattr(checkpoint, "in_threads", lambda *of: calls.append(1) or real(*of))
     monkeypatch.setattr(cache, "SETTLED", -1.0)
     return calls
 
@@ -115,7 +114,7 @@ def test_a_file_is_read_once_until_it_changes_in_whatever_way(folder: Path, hash
 
 
 def test_a_file_that_is_swapped_while_a_model_is_loaded_is_refused(folder: Path) -> None:
-    with weight_values.reading_values(folder) as note:
+    with checkpoint.reading_values(folder) as note:
         model = AutoModelForCausalLM.from_pretrained(folder)
         time.sleep(0.02)
         change_one_value(folder / FILE, "model.norm.weight", 0)
@@ -142,7 +141,7 @@ def test_reading_ends_when_the_values_are_not_needed_any_more(folder: Path) -> N
     over = threading.Event()
     over.set()
     with pytest.raises(CancelledError):
-        weight_values.values_in_folder(folder, over)
+        checkpoint.values_in_folder(folder, over)
     assert not list((cache.root() / "remembered").rglob("*.json")) if cache.root().exists() else True
 
 
@@ -156,6 +155,6 @@ def test_files_are_not_mapped_while_they_are_hashed(folder: Path, monkeypatch: p
         maps.append(Path("/proc/self/maps").read_text())
         return found
 
-    monkeypatch.setattr(weight_values, "values_of", spy)
-    weight_values.values_in_folder(folder)
+    monkeypatch.setattr(checkpoint, "values_of", spy)
+    checkpoint.values_in_folder(folder)
     assert maps and not any(str(folder) in mapped for mapped in maps)

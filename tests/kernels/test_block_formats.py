@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.kernels.block_formats import (
+from deltaw.kernels.block_linear import (
     FORMATS,
     NF4_GROUP,
     BlockWeight,
@@ -30,9 +30,7 @@ def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> BlockWei
     generator = torch.Generator().manual_seed(seed)
     if name == "NF4":
         return quantize_nf4(torch.randn(rows, columns, generator=generator) * 0.1)
-    data = torch.randint(
-        0, 256, (rows * columns // of.block, of.bytes), generator=generator, dtype=torch.uint8
-    )
+    data = torch.randint(0, 256, (rows * columns // of.block, of.bytes), generator=generator, dtype=torch.uint8)
     for at in SCALES_AT[name]:
         scale = torch.randn(len(data), 1, generator=generator) * 0.02
         scale[::7] *= 1e-4
@@ -62,9 +60,7 @@ def test_a_range_of_rows_is_that_part(name: str) -> None:
 
 def test_rows_in_another_order_keep_their_values() -> None:
     weight, order = random_blocks("Q5_K", 4, 256), torch.tensor([2, 0, 3, 1])
-    assert torch.equal(
-        rows_of(weight, order).dequantized(torch.float32), weight.dequantized(torch.float32)[order]
-    )
+    assert torch.equal(rows_of(weight, order).dequantized(torch.float32), weight.dequantized(torch.float32)[order])
     with pytest.raises(ValueError, match="share scales"):
         rows_of(random_blocks("NF4", 4, 256), order)
 

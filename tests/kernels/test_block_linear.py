@@ -10,8 +10,14 @@ from torch import Tensor
 
 from deltaw.kernels import linear, loader
 from deltaw.kernels.block import Block, serves
-from deltaw.kernels.block_formats import FORMATS, BlockWeight, quantize_nf4, reference_dequantize
-from deltaw.kernels.block_linear import block_linear, block_linear_backward
+from deltaw.kernels.block_linear import (
+    FORMATS,
+    BlockWeight,
+    block_linear,
+    block_linear_backward,
+    quantize_nf4,
+    reference_dequantize,
+)
 from deltaw.kernels.layout import Layout
 from tests.kernels.conftest import TOLERANCE, compiled_only
 from tests.kernels.test_block_formats import random_blocks

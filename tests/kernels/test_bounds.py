@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.kernels import class_gradient as head
+from deltaw.kernels import head_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize, rows
 from deltaw.kernels.attention import attend, attend_backward

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaw.kernels import decode, decode_parts
+from deltaw.kernels import decode, decode_reference
 from deltaw.kernels.decode import (
     Decoder,
     DecoderBlock,
@@ -149,9 +149,7 @@ def decoder(form: Form, seed: int = 0) -> Decoder:
 def adapter(of: Decoder, seed: int, rank: int = 0) -> PackedAdapter:
     """On about half of the layers, of rank 1 … 20."""
     make = torch.Generator().manual_seed(seed)
-    places = [(n, name) for n, b in enumerate(of.blocks) for name, _ in b.layers()] + [
-        (-1, decode_parts.HEAD)
-    ]
+    places = [(n, name) for n, b in enumerate(of.blocks) for name, _ in b.layers()] + [(-1, decode_reference.HEAD)]
     factors = {}
     for number, name in places:
         if rank == 0 and torch.rand((), generator=make) < 0.4:
@@ -175,14 +173,10 @@ class Rows:
     @classmethod
     def of(cls, hidden: int, chunks: list[tuple[int, int, int, int]], seed: int = 0) -> Rows:
         """Chunks are (sequence, first position, tokens, adapter)."""
-        x = torch.randn(
-            sum(n for _, _, n, _ in chunks), hidden, generator=torch.Generator().manual_seed(seed)
-        )
+        x = torch.randn(sum(n for _, _, n, _ in chunks), hidden, generator=torch.Generator().manual_seed(seed))
         positions = torch.cat([torch.arange(at, at + n, dtype=I32) for _, at, n, _ in chunks])
         sequence = torch.cat([torch.full((n,), s, dtype=I32) for s, _, n, _ in chunks])
-        return cls(
-            x, positions, sequence, torch.cat([torch.full((n,), a, dtype=I32) for _, _, n, a in chunks])
-        )
+        return cls(x, positions, sequence, torch.cat([torch.full((n,), a, dtype=I32) for _, _, n, a in chunks]))
 
     def some(self, rows: slice) -> Rows:
         return Rows(self.hidden[rows], self.positions[rows], self.sequence[rows], self.adapter[rows])
@@ -198,9 +192,7 @@ class Rows:
     ) -> tuple[Tensor, Tensor]:
         wanted = torch.arange(len(self.hidden), dtype=I32)
         x = self.hidden.to(dtype)
-        return reference_step(
-            of, pages, x, self.positions, self.sequence, table, self.adapter, adapters, wanted
-        )
+        return reference_step(of, pages, x, self.positions, self.sequence, table, self.adapter, adapters, wanted)
 
 
 def table_of(sequences: int, pages: int, seed: int = 0) -> Tensor:

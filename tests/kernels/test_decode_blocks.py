@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaw.kernels import decode
-from deltaw.kernels.block_formats import FORMATS, BlockWeight
+from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.decode import Decoder, DecoderLinear
 from tests.kernels.conftest import compiled_only
 from tests.kernels.test_block_formats import SCALES_AT, random_blocks

@@ -11,14 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.kernels import attention, flex
+from deltaw.kernels import attention
+from deltaw.kernels import attention as flex
 from deltaw.kernels.attention import packed_attention, packed_attention_reference
 from deltaw.kernels.layout import Layout
 from tests.kernels.test_attention import random_inputs, trees
 
-flex_module = pytest.importorskip(
-    "torch.nn.attention.flex_attention", reason="no FlexAttention in this torch"
-)
+flex_module = pytest.importorskip("torch.nn.attention.flex_attention", reason="no FlexAttention in this torch")
 HOW = {"scaling": 0.3}
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 # A prompt with two answers, one of which goes on twice; rows of their own; out of depth-first order; empty.

@@ -13,8 +13,8 @@ from torch import Tensor
 from deltaw.kernels import head_gradient as heads
 from deltaw.kernels import loader
 from deltaw.kernels.quantize import scales_of_rows
-from deltaw.training.tasks import causal_head
-from deltaw.training.tasks.causal_head import frozen_head_log_probs
+from deltaw.training.tasks import causal_objective
+from deltaw.training.tasks.causal_objective import frozen_head_log_probs
 from tests.kernels.conftest import close, compiled_only
 from tests.kernels.test_linear import numbers
 
@@ -80,9 +80,7 @@ def sums(rows: Tensor) -> Tensor:
     return torch.stack([part.sum(0) for part in rows.split(heads.TOGETHER)])
 
 
-CHANGES = st.sampled_from(
-    [{}, {"scale": 0.5, "biased": True}, {"softcap": 8.0}, {"scale": 2.0, "softcap": 15.0}]
-)
+CHANGES = st.sampled_from([{}, {"scale": 0.5, "biased": True}, {"softcap": 8.0}, {"scale": 2.0, "softcap": 15.0}])
 
 
 @compiled_only
@@ -174,15 +172,15 @@ def test_the_same_bits_on_one_thread_and_on_two():
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 192), (50, 16), (330, 20), (330, 100), (600, 16)])
 def test_a_models_head_takes_it_in_parts(rows, at_once, int8, monkeypatch):
-    monkeypatch.setattr(causal_head, "FROZEN_CHUNK_ROWS", at_once)
-    monkeypatch.setattr(causal_head, "FROZEN_CHUNK_BYTES", 0)
-    calls, kept = [], causal_head.head_gradient_
+    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", at_once)
+    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 0)
+    calls, kept = [], causal_objective.head_gradient_
 
     def counted(logits, *rest, **parts):
         calls.append(len(logits))
         return kept(logits, *rest, **parts)
 
-    monkeypatch.setattr(causal_head, "head_gradient_", counted)
+    monkeypatch.setattr(causal_objective, "head_gradient_", counted)
     head = Head.of(rows, 8500, 64)
     hidden, weights = head.hidden.requires_grad_(), torch.rand(rows) + 0.1
     scales = scales_of_rows(head.weight) if int8 else None
@@ -206,7 +204,7 @@ def test_few_classes_are_all_counted(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the classes were split")
 
-    monkeypatch.setattr(causal_head, "head_gradient_", refuse)
+    monkeypatch.setattr(causal_objective, "head_gradient_", refuse)
     head = Head.of(5, heads.CLASSES - 1, 16)
     frozen_head_log_probs(head.hidden.requires_grad_(), head.targets, head.weight).sum().backward()
 
@@ -216,7 +214,7 @@ def test_exact_runs_count_all_classes(monkeypatch, computing):
     def refuse(*_, **__):
         raise AssertionError("the classes were split")
 
-    monkeypatch.setattr(causal_head, "head_gradient_", refuse)
+    monkeypatch.setattr(causal_objective, "head_gradient_", refuse)
     head = Head.of(5, heads.CLASSES, 16)
     with loader.computing(computing.approximating(())):
         frozen_head_log_probs(head.hidden.requires_grad_(), head.targets, head.weight).sum().backward()
@@ -224,7 +222,7 @@ def test_exact_runs_count_all_classes(monkeypatch, computing):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_wider_hidden_vectors_are_multiplied_in_their_own_type(softcap, monkeypatch):
-    monkeypatch.setattr(causal_head, "WIDENED_ROWS", 1000)
+    monkeypatch.setattr(causal_objective, "WIDENED_ROWS", 1000)
     head = Head.of(50, 8500, 64, biased=True, softcap=softcap, scale=0.5)
     hidden = head.hidden.float().requires_grad_()
     values = frozen_head_log_probs(hidden, head.targets, head.weight, head.bias, 0.5, softcap)

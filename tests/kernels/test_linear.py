@@ -9,18 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.kernels import class_gradient as head
+from deltaw.kernels import head_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
-from deltaw.kernels.decode_parts import DecoderLinear
+from deltaw.kernels.decode_reference import DecoderLinear
 from deltaw.lora import stored
 from deltaw.lora.layers_int8 import Int8Linear
 from tests.kernels.conftest import close, compiled_only
 
 DTYPES = [torch.float32, torch.bfloat16]
-sizes = st.tuples(
-    st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n)
-)
+sizes = st.tuples(st.integers(1, 70), st.integers(1, 40).map(lambda n: 4 * n), st.integers(1, 40).map(lambda n: 4 * n))
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,9 +48,7 @@ def test_forward_and_backward_equal_the_reference(size, dtype, rank, by_column):
     assert products.can_multiply(t["x"], weight, t["lora_A"])
     exact = {k: v.double() for k, v in t.items()}
     wide = weight.double()
-    y, h = products.linear(
-        t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"]
-    )
+    y, h = products.linear(t["x"], weight, by_column, None, None, t["bias"], t["lora_A"], t["lora_B"], 0.5, t["added"])
     y_exact, h_exact = products.linear_reference(
         exact["x"],
         wide,
@@ -184,9 +180,7 @@ def test_a_scale_for_each_block_keeps_an_outlier_from_the_other_blocks(dtype, th
 @compiled_only
 def test_runs_are_the_same_to_the_bit(threads):
     t = inputs(300, 192, 96, 16, torch.bfloat16)
-    one, other = (
-        products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])[0] for _ in range(2)
-    )
+    one, other = (products.linear(t["x"], t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"])[0] for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -217,9 +211,7 @@ def test_the_gradient_of_classes_in_int8_is_near_the_exact_one(threads):
     off = (found - exact).norm(dim=1) / exact.norm(dim=1)
     assert off.max() < 0.02
     again = grad.to(torch.bfloat16)
-    assert torch.equal(
-        head.class_gradient_(again, targets, weight, quantize.scales_of_rows(weight)).double(), found
-    )
+    assert torch.equal(head.class_gradient_(again, targets, weight, quantize.scales_of_rows(weight)).double(), found)
 
 
 @compiled_only

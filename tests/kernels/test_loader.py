@@ -88,9 +88,7 @@ def test_a_forced_variant_of_another_abi_is_refused(afresh, monkeypatch):
 
 
 @compiled_only
-@pytest.mark.skipif(
-    shutil.which("nm") is None or sys.platform != "linux", reason="no nm to list symbols with"
-)
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="no nm to list symbols with")
 def test_variants_have_only_the_c_interface_in_common():
     """A function of C++'s library that two of them have compiled could otherwise stand in for the other's."""
     for variant in loader.usable():
@@ -145,9 +143,7 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash(threads):
     """In the calling thread, and in those of a team."""
     number, target = torch.zeros(1), torch.zeros(1, dtype=torch.long)
     with pytest.raises(MemoryError, match="dw_class_gradient"):
-        loader.kernels().dw_class_gradient(
-            1, 4, 2**40, number.data_ptr(), target.data_ptr(), None, None, None, None
-        )
+        loader.kernels().dw_class_gradient(1, 4, 2**40, number.data_ptr(), target.data_ptr(), None, None, None, None)
     with pytest.raises(MemoryError, match="dw_factors_backward"):
         loader.kernels().dw_factors_backward(
             0, 1, 1, 1, 2**40, number.data_ptr(), None, number.data_ptr(), None, 1.0, None, None

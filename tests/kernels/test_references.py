@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deltaw.kernels import class_gradient as head
+from deltaw.kernels import head_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import quantize, rows
 from tests.kernels.test_linear import numbers
@@ -106,10 +106,7 @@ def test_a_product_with_its_update_and_its_gradients():
 def test_int8_products_are_near_the_exact_ones():
     x, weight = numbers(20, 64), numbers(30, 64, seed=1)
     int8, scale = quantize.quantized_rows(weight.float())
-    assert (
-        int8.dtype == torch.int8
-        and (int8.double() * scale[:, None] - weight).abs().max() <= 0.51 * scale.max()
-    )
+    assert int8.dtype == torch.int8 and (int8.double() * scale[:, None] - weight).abs().max() <= 0.51 * scale.max()
     y, _ = products.linear_reference(x, int8, scale=scale.double())
     exact = x @ weight.t()
     assert (y - exact).norm() < 0.02 * exact.norm()

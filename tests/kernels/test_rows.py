@@ -112,9 +112,7 @@ def test_rotary_positions_and_their_transpose(count, heads, half, rest, dtype):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)])
-)
+@given(st.integers(1, 12), st.integers(2, 90), st.sampled_from(DTYPES), st.sampled_from([(1.0, 0.0), (0.5, 3.0)]))
 def test_cross_entropy_and_its_gradient(count, classes, dtype, change):
     scale, softcap = change
     logits = (4 * numbers(count, classes)).to(dtype)

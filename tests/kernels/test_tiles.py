@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.kernels import class_gradient as head
+from deltaw.kernels import head_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, variants
 from deltaw.kernels.processor import processor_flags

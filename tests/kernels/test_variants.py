@@ -141,7 +141,5 @@ def test_the_size_of_a_cores_second_level_cache(tmp_path):
 
 def test_the_words_of_the_first_processor_count(tmp_path):
     (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/cpuinfo").write_text(
-        "model name: fast\nflags: avx2 fma\n\nmodel name: slow\nflags: sse2\n"
-    )
+    (tmp_path / "proc/cpuinfo").write_text("model name: fast\nflags: avx2 fma\n\nmodel name: slow\nflags: sse2\n")
     assert processor_flags(tmp_path) == {"avx2", "fma"}

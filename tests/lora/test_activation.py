@@ -13,7 +13,7 @@ from torch import nn
 from deltaw.errors import UserError
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach, detach, disabled, load_adapter, merge, save_adapter
-from deltaw.lora.activation import invocation_starts
+from deltaw.lora.adapted import invocation_starts
 from deltaw.runtime.packed import packed_rows
 from tests.tiny_models import causal_model
 

@@ -62,11 +62,7 @@ def test_a_holds_the_top_right_singular_vectors_of_all_batches(sizes):
         torch.testing.assert_close(factor.t() @ factor, torch.eye(4), atol=1e-5, rtol=0)
         assert _same_space(factor, _top(seen, 4)) > 0.999
     assert torch.equal(model(x), before) and not model[0].lora_B.any()
-    assert (
-        initialized.initialized == 2
-        and initialized.tokens == (len(rows), len(rows))
-        and not initialized.short
-    )
+    assert initialized.initialized == 2 and initialized.tokens == (len(rows), len(rows)) and not initialized.short
     share = torch.linalg.svdvals((rows - rows.mean(0)).double()).square()
     assert 0 < initialized.explained <= 1 and float(share[:4].sum() / share.sum()) > 0.5
     assert "2 layers" in str(initialized)
@@ -86,9 +82,7 @@ def test_the_directions_are_those_that_peft_finds():
     ours = copy.deepcopy(base)
     attach(ours, LoRAConfig(rank=4, init="eva"))
     initialize_from_activations(ours, lambda: ours(rows))
-    config = LoraConfig(
-        r=4, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=0.999)
-    )
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=0.999))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = get_peft_model(copy.deepcopy(base), config)
@@ -196,11 +190,7 @@ def test_layers_that_are_not_run_keep_their_uniform_start():
     model = _model()
     before = model[2].lora_A.detach().clone()
     initialized = initialize_from_activations(model, lambda: model[0](_rows(50, 24, 0)))
-    assert (
-        initialized.unseen == ("2",)
-        and torch.equal(model[2].lora_A, before)
-        and "not run" in str(initialized)
-    )
+    assert initialized.unseen == ("2",) and torch.equal(model[2].lora_A, before) and "not run" in str(initialized)
 
 
 def test_hooks_are_taken_off_again_whatever_happens():

@@ -104,9 +104,7 @@ def test_frozen_weights_keep_every_bit_through_training():
 def test_only_the_adapter_asks_for_gradients():
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4))
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, _ in adapter_parameters(model)
-    }
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in adapter_parameters(model)}
 
 
 def test_attaching_twice_is_refused():

@@ -65,9 +65,7 @@ def test_a_step_runs(settings):
 def test_a_start_from_data_runs():
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4, init="eva"), seed=0)
-    initialized = initialize_from_activations(
-        model, lambda: model(input_ids=torch.zeros(2, 9, dtype=torch.long))
-    )
+    initialized = initialize_from_activations(model, lambda: model(input_ids=torch.zeros(2, 9, dtype=torch.long)))
     assert initialized.initialized == 14 and initialized.tokens == (18, 18)
 
 

@@ -27,8 +27,7 @@ from deltaw.lora import (
     read_adapter,
     save_adapter,
 )
-from deltaw.lora.peft_format import DEFAULTS, target_entries
-from deltaw.lora.peft_paths import PREFIX
+from deltaw.lora.peft_format import DEFAULTS, PREFIX, target_entries
 from tests.lora.models import FAMILIES, inputs, peft_factors, randomise, tiny, with_peft
 
 
@@ -44,9 +43,7 @@ def _trained(family: str, seed: int = 0, **settings: object) -> nn.Module:
     with torch.no_grad():
         for name, parameter in adapter_parameters(model):
             if "lora_" not in name:
-                parameter.add_(
-                    0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-                )
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return model
 
 
@@ -208,9 +205,7 @@ def test_the_settings_file_is_pefts_own(tmp_path):
     read = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
     assert read[0] == {**read[1], "peft_version": read[0]["peft_version"]}
     assert set(read[0]) == set(DEFAULTS)
-    tensors = [
-        safetensors.torch.load_file(tmp_path / w / "adapter_model.safetensors") for w in ("ours", "theirs")
-    ]
+    tensors = [safetensors.torch.load_file(tmp_path / w / "adapter_model.safetensors") for w in ("ours", "theirs")]
     assert {k: (t.shape, t.dtype) for k, t in tensors[0].items()} == {
         k: (t.shape, t.dtype) for k, t in tensors[1].items()
     }

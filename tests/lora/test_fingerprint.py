@@ -98,9 +98,7 @@ def test_a_model_rounded_to_bf16_is_the_same_and_one_rounded_elsewhere_is_not(fa
 @pytest.mark.parametrize("added", [0.0, 2.0**-12, 2.0**-40])
 def test_each_type_adds_what_the_one_before_cannot_hold(added):
     exact = nn.ParameterDict({"scale": nn.Parameter(torch.tensor([1.0 + added], dtype=torch.float64))})
-    found = [
-        base_fingerprint(copy.deepcopy(exact).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
-    ]
+    found = [base_fingerprint(copy.deepcopy(exact).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)]
     assert all(same_base(one, other) for one in found for other in found)
     plain = nn.ParameterDict({"scale": nn.Parameter(torch.ones(1, dtype=torch.float64))})
     assert same_base(base_fingerprint(plain), found[0]) is (added == 0.0)

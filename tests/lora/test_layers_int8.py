@@ -18,7 +18,7 @@ from deltaw.lora.attachment import adapted_layers
 from deltaw.lora.kinds import is_conv1d, refusal
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
 from deltaw.lora.layers_int8 import Int8Conv1D, Int8Linear
-from deltaw.runtime.int8_weights import quantize_int8
+from deltaw.runtime.quantized_weights import quantize_int8
 from tests.lora.models import inputs, randomise, tiny
 
 
@@ -39,9 +39,7 @@ def adapted_pair(columns: bool) -> tuple[LoRAConv1D, LoRALinear]:
     conv, linear = pair(columns)
     layers = LoRAConv1D.from_conv1d(conv, 4, 8.0), LoRALinear.from_linear(linear, 4, 8.0)
     generator = torch.Generator().manual_seed(1)
-    for one, other in zip(
-        (layers[0].lora_A, layers[0].lora_B), (layers[1].lora_A, layers[1].lora_B), strict=True
-    ):
+    for one, other in zip((layers[0].lora_A, layers[0].lora_B), (layers[1].lora_A, layers[1].lora_B), strict=True):
         one.data.normal_(generator=generator)
         other.data.copy_(one.data)
     return layers

@@ -14,9 +14,7 @@ from deltaw.lora import LoRAEmbedding, LoRALinear
 from deltaw.lora.math import embedding, embedding_reference, linear, linear_reference
 
 
-def _operands(
-    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0
-) -> dict[str, Tensor]:
+def _operands(shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     sizes = {"x": shape, "weight": (out, shape[-1]), "bias": (out,)}
     made = {k: torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for k, s in sizes.items()}

@@ -11,9 +11,7 @@ from torch import Tensor
 from deltaw.lora.math_dora import base_squares, dora_linear, dora_linear_reference, weight_norm
 
 
-def _operands(
-    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0
-) -> dict[str, Tensor]:
+def _operands(shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, kind: torch.dtype) -> Tensor:

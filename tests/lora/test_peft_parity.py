@@ -44,9 +44,7 @@ def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 )
 def test_outputs_gradients_and_ten_steps_equal_pefts(family, variant):
     base = tiny(family)
-    targets = (
-        "all-linear" if family not in ("bert", "albert", "vit") else ["query", "value", "q_proj", "v_proj"]
-    )
+    targets = "all-linear" if family not in ("bert", "albert", "vit") else ["query", "value", "q_proj", "v_proj"]
     if family in ("bert", "albert"):
         targets = ["query", "value"]
     if family == "vit":

@@ -126,9 +126,7 @@ _CASES = {
         {"target_modules": [], "target_parameters": ["1.mlp.experts.gate_up_proj"], "init": "gaussian"},
         {"init_lora_weights": "gaussian"},
     ),
-    "gpt oss": _Case(
-        lambda: mixture("gpt_oss"), {"target_modules": ["o_proj"], "target_parameters": _GPT_OSS}
-    ),
+    "gpt oss": _Case(lambda: mixture("gpt_oss"), {"target_modules": ["o_proj"], "target_parameters": _GPT_OSS}),
     "a linear layer's weight": _Case(
         lambda: tiny("llama"), {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}
     ),
@@ -145,12 +143,8 @@ _CASES = {
     "experts in-out": _Case(
         lambda: _Mixed(True), {"target_modules": ["nobias"], "target_parameters": ["first", "second"]}
     ),
-    "tokens": _Case(
-        lambda: tiny("llama"), {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 40]}
-    ),
-    "tokens tied": _Case(
-        lambda: tiny("gemma3"), {"target_modules": ["q_proj"], "trainable_token_indices": [7, 4, 11]}
-    ),
+    "tokens": _Case(lambda: tiny("llama"), {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 40]}),
+    "tokens tied": _Case(lambda: tiny("gemma3"), {"target_modules": ["q_proj"], "trainable_token_indices": [7, 4, 11]}),
     "tokens by name": _Case(
         lambda: tiny("gpt2"),
         {"target_modules": ["c_fc"], "trainable_token_indices": {"wte": [3, 8], "wpe": [2]}},
@@ -164,9 +158,7 @@ _CASES = {
         },
     ),
     "bias on B": _Case(lambda: tiny("vit"), {"target_modules": ["q_proj", "fc1"], "lora_bias": True}),
-    "bias on B of all kinds": _Case(
-        _Mixed, {"target_modules": ["inner", "wide", "conv", "nobias"], "lora_bias": True}
-    ),
+    "bias on B of all kinds": _Case(_Mixed, {"target_modules": ["inner", "wide", "conv", "nobias"], "lora_bias": True}),
     "bias on B of Conv1D": _Case(
         lambda: tiny("gpt2"), {"target_modules": ["c_attn"], "lora_bias": True, "bias": "lora_only"}
     ),
@@ -178,9 +170,7 @@ _CASES = {
     "attention gaussian": _Case(
         _Attention, {"target_modules": ["attn"], "init": "gaussian"}, {"init_lora_weights": "gaussian"}
     ),
-    "attention sequence first": _Case(
-        lambda: _Attention(False), {"target_modules": ["attn"], "bias": "lora_only"}
-    ),
+    "attention sequence first": _Case(lambda: _Attention(False), {"target_modules": ["attn"], "bias": "lora_only"}),
 }
 _EACH = pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
 _RENAMED = ("rslora", "init", "train_modules")

@@ -194,9 +194,7 @@ def test_a_model_that_is_one_layer_says_what_to_do():
 def _linear_layers(count: int) -> nn.Module:
     """A model of ``count`` bias-free linear layers, each next to a module that is none."""
     layer = [nn.Linear(2, 2, bias=False) for _ in range(count)]
-    return nn.ModuleDict(
-        {"layers": nn.ModuleList(nn.ModuleDict({"a": x, "b": nn.Identity()}) for x in layer)}
-    )
+    return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"a": x, "b": nn.Identity()}) for x in layer)})
 
 
 def _lines_and_calls(work: Callable[[], object]) -> int:
@@ -234,10 +232,7 @@ def test_an_attention_of_torch_counts_as_one_linear_module():
     summary = attach(model, LoRAConfig(rank=2))
     assert summary.matches["target_modules 'all-linear'"] == ("self_attn", "linear1", "linear2")
     assert summary.adapted == 4  # two projections in the attention
-    assert (
-        attach(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(rank=2, target_modules="attention")).adapted
-        == 2
-    )
+    assert attach(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(rank=2, target_modules="attention")).adapted == 2
     with pytest.raises(UserError, match=r"nn\.MultiheadAttention has no dora"):
         attach(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(rank=2, dora=True))
 

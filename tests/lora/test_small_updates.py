@@ -15,11 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import Arithmetic
-from deltaw.kernels.block_formats import quantize_nf4
-from deltaw.kernels.block_linear import block_linear, block_linear_backward
+from deltaw.kernels.block_linear import block_linear, block_linear_backward, quantize_nf4
 from deltaw.kernels.quantize import quantized_rows
 from deltaw.lora import LoRAConv1D, LoRALinear
-from deltaw.lora.activation import Activation
+from deltaw.lora.adapted import Activation
 from deltaw.lora.math_dora import dora_linear
 from deltaw.lora.stored import Scales, multiply, multiply_backward
 

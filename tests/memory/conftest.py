@@ -78,9 +78,7 @@ def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callab
 
     def run() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
-        master_weights = [
-            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained
-        ]
+        master_weights = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained]
         optimizer = torch.optim.AdamW(master_weights, lr=1e-3, fused=True)
         generator = np.random.default_rng(0)
         for _ in range(2):

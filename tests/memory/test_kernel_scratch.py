@@ -7,13 +7,12 @@ import torch
 
 from deltaw.kernels import head_gradient, loader
 from deltaw.kernels.arithmetic import Arithmetic
-from deltaw.kernels.block_formats import quantize_nf4
+from deltaw.kernels.block_linear import quantize_nf4
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.quantize import quantized_rows
-from deltaw.memory.kernel_scratch import arena_bytes
 from deltaw.memory.measure import peak_tensor_bytes
-from deltaw.memory.scratch import scratch_bytes
+from deltaw.memory.scratch import arena_bytes, scratch_bytes
 from tests.kernels.conftest import compiled_only, threads  # noqa: F401
 
 pytestmark = [compiled_only, pytest.mark.usefixtures("threads")]

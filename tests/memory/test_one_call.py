@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deltaw.memory.measure import peak_tensor_bytes
-from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.packed import fused_blocks
+from deltaw.runtime.quantized_weights import quantize_int8
 from tests.kernels.conftest import compiled_only
 from tests.runtime.families import adapted, model_of
 from tests.runtime.test_fused import counted_calls, outputs_and_gradients

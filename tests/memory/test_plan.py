@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from deltaw.memory.footprint import KINDS, Footprint
-from deltaw.memory.plan import Fitting, Plan, resident_parts
+from deltaw.memory.plan import KINDS, Fitting, Footprint, Plan, resident_parts
 
 MB = 10**6
 
@@ -81,9 +80,7 @@ def test_a_mapped_file_counts_for_the_process_and_not_for_its_tensors() -> None:
 
 def test_an_allocator_holds_of_what_comes_and_goes_not_of_what_stays() -> None:
     assert resident(footprint(weights=MB, trained=MB, optimizer=MB, gradients=MB))["allocator"] == 0
-    less, more = (
-        resident(footprint(weights=MB, activations=size))["allocator"] for size in (10 * MB, 20 * MB)
-    )
+    less, more = (resident(footprint(weights=MB, activations=size))["allocator"] for size in (10 * MB, 20 * MB))
     assert 0 < less < 5 * MB and more == pytest.approx(2 * less)
 
 

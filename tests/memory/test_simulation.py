@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deltaw.memory.footprint import KINDS
 from deltaw.memory.measure import peak_tensor_bytes
+from deltaw.memory.plan import KINDS
 from deltaw.memory.simulation import fake_tensors, simulate
 from tests.memory.conftest import CONFIGS, VOCABULARY, prepared, two_steps
 
@@ -29,9 +29,7 @@ def _alive(model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("family", "dtype", "method", "checkpointing"), CASES)
-def test_the_predicted_peak_is_the_allocators(
-    family: str, dtype: str, method: str, checkpointing: bool
-) -> None:
+def test_the_predicted_peak_is_the_allocators(family: str, dtype: str, method: str, checkpointing: bool) -> None:
     with fake_tensors():
         model = prepared(family, dtype, method, checkpointing)
     footprint = simulate(two_steps(model), models=[model], vocabularies=[VOCABULARY])

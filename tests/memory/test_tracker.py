@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deltaw.memory.measure import peak_resident_bytes_of, peak_tensor_bytes, storage_bytes
-from deltaw.memory.tracker import MemoryTracker
+from deltaw.memory.simulation import MemoryTracker
 from deltaw.memory.work import WorkCounter
 from tests.memory.conftest import prepared, two_steps
 

@@ -112,9 +112,7 @@ def test_kernels_grow_with_numbers_of_tokens_up_to_as_many_as_are_kept() -> None
 @pytest.mark.usefixtures("_sizes_of_kernels")
 def test_products_over_rows_come_in_as_many_shapes_as_there_are_numbers_of_rows() -> None:
     def product(rows: int) -> WorkCounter:
-        return counted(
-            lambda: torch.ones(rows, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16)
-        )
+        return counted(lambda: torch.ones(rows, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16))
 
     varying = [({2}, 10.0), ({3}, 7.0)]
     tokens, rows, others = (kernel_bytes(product(n), varying=varying) for n in (2, 3, 9))
@@ -124,9 +122,7 @@ def test_products_over_rows_come_in_as_many_shapes_as_there_are_numbers_of_rows(
 @pytest.mark.usefixtures("_sizes_of_kernels")
 def test_batched_products_come_in_as_many_shapes_as_attentions_tiles() -> None:
     work = counted(
-        lambda: torch.bmm(
-            torch.ones(3, 2, 4, dtype=torch.bfloat16), torch.ones(3, 4, 5, dtype=torch.bfloat16)
-        )
+        lambda: torch.bmm(torch.ones(3, 2, 4, dtype=torch.bfloat16), torch.ones(3, 4, 5, dtype=torch.bfloat16))
     )
     assert work.products[0].batched
     one, six = (kernel_bytes(work, varying=[({9}, 4)], tiles=tiles) for tiles in (1.0, 6.0))

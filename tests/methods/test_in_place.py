@@ -16,13 +16,8 @@ from deltaw.data.packing import pad
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning
 from deltaw.methods.base import Method
-from deltaw.methods.bias import Bias
-from deltaw.methods.choose import method_of_folder
-from deltaw.methods.full import Full
-from deltaw.methods.head import Head
-from deltaw.methods.input import Input
-from deltaw.methods.last import Last
-from deltaw.methods.random import Random
+from deltaw.methods.files import method_of_folder
+from deltaw.methods.in_place import Bias, Full, Head, Input, Last, Random
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.training.loop import train
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
@@ -108,11 +103,7 @@ def test_random_keeps_gradients_and_state_for_the_chosen_weights_alone() -> None
     gc.collect()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None and p.grad.shape == p.shape for p in values)
-    left = [
-        t
-        for t in gc.get_objects()
-        if type(t) is torch.Tensor and tuple(t.shape) in dense and id(t) not in alive
-    ]
+    left = [t for t in gc.get_objects() if type(t) is torch.Tensor and tuple(t.shape) in dense and id(t) not in alive]
     assert left == []
 
 

@@ -27,7 +27,7 @@ from deltaw.methods.prompt import Prompt, PromptSettings
 from deltaw.runtime.generation import generate, stream
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.virtual_tokens import attached
-from deltaw.training.evaluation.causal import answers
+from deltaw.training.tasks.causal import answers
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.tiny_models import VOCABULARY, causal_model
@@ -128,9 +128,7 @@ def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
     model, method, theirs = ours_and_pefts("llama", tmp_path)
     method.save(model, tmp_path / "ours", base_model="a-base", metadata={"deltaw.classes": "[]"})
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, reference = (
-        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")
-    )
+    ours, reference = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
     differing = {key for key in ours.keys() | reference.keys() if ours.get(key) != reference.get(key)}
     assert ours.keys() == reference.keys()
     assert differing == {"base_model_name_or_path", "prompt_tuning_init"}
@@ -180,9 +178,7 @@ def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike(tmp_path):
     tokens[1, 6:], mask[1, 6:] = 0, 0
     longer = torch.cat([torch.ones(2, K, dtype=torch.long), mask], 1)
     labels = torch.tensor([0, 2])
-    ours_loss = model(
-        input_ids=with_virtual_tokens(method, tokens), attention_mask=longer, labels=labels
-    ).loss
+    ours_loss = model(input_ids=with_virtual_tokens(method, tokens), attention_mask=longer, labels=labels).loss
     their_loss = theirs(input_ids=tokens, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(ours_loss, their_loss, atol=1e-6, rtol=1e-6)
     ours_loss.backward()
@@ -246,10 +242,7 @@ def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
     model, tokenizer = tiny_llama(), byte_tokenizer()
     method = Prompt(PromptSettings(length=K), tokenizer)
     method.prepare(model, seed=0)
-    prompts = [
-        method.with_virtual_tokens(np.array(row, np.int32))
-        for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])
-    ]
+    prompts = [method.with_virtual_tokens(np.array(row, np.int32)) for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])]
     together = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
     for prompt, answer in zip(prompts, together, strict=True):
         row = torch.from_numpy(prompt).long()[None]

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 from deltaw.cli.options import settings_flags
-from deltaw.config import RunConfig
-from deltaw.config import settings as all_settings
 from deltaw.errors import UserError
 from deltaw.experiments.compare import check_methods
 from deltaw.experiments.folder import settings_of
-from deltaw.experiments.space import Range, Values, default_space
+from deltaw.experiments.tune import Range, Values, default_space
 from deltaw.methods import registry
 from deltaw.methods.registry import MethodEntry
-from deltaw.training.inference import open_run, score_run
-from deltaw.training.planning.asked import chosen_methods
+from deltaw.settings import RunConfig
+from deltaw.settings import settings as all_settings
+from deltaw.training.origin import open_run, score_run
+from deltaw.training.planning.plan_run import chosen_methods
 from tests.methods.toy_method import ENTRY, Norms
 
 ADAPTER = "adapter_model.safetensors"
@@ -122,7 +122,7 @@ def test_built_in_methods_carry_the_name_that_they_are_registered_by(entry):
 def test_settings_are_read_without_the_code_of_any_method(tmp_path: Path):
     """What a method trains is imported when the method is chosen."""
     code = (
-        "import sys; import deltaw.config; "
+        "import sys; import deltaw.settings; "
         "loaded = [m for m in sys.modules if m.startswith('deltaw.methods.')]; "
         "sys.exit(str(loaded) if set(loaded) - {'deltaw.methods.settings', 'deltaw.methods.registry'} else 0)"
     )

@@ -12,15 +12,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from deltaw.data.label_batches import LabelMicroBatcher
+from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.methods.base import Method
-from deltaw.methods.choose import method_of_folder
-from deltaw.runtime.padded import padded_rows
+from deltaw.methods.files import method_of_folder
+from deltaw.runtime.packed import padded_rows
 from deltaw.training.guarantee import may_skip
 from deltaw.training.loop import train
 from deltaw.training.seen import as_seen
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.training.tasks.labels import LabelObjective
 from tests.methods.test_trained_exactly import METHODS, Named, changed, check_moved, values_of
 
 HEADS = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"], "llama": ["score"]}
@@ -75,9 +75,7 @@ def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", HEADS)
-def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(
-    family: str, name: str, tmp_path: Path
-) -> None:
+def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: str, name: str, tmp_path: Path) -> None:
     base = classifier(family)
     make: Callable[[], Method] = METHODS[name]
     model, before, method = copy.deepcopy(base), values_of(base), make()

@@ -16,17 +16,12 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.base import Method
-from deltaw.methods.bias import Bias
-from deltaw.methods.full import Full
-from deltaw.methods.head import Head
-from deltaw.methods.input import Input
-from deltaw.methods.last import Last
+from deltaw.methods.in_place import Bias, Full, Head, Input, Last, Random
 from deltaw.methods.lora import LoRA
 from deltaw.methods.prompt import Prompt
-from deltaw.methods.random import Random
 from deltaw.methods.settings import LastSettings, PromptSettings, RandomSettings
-from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.packed import packed_rows
+from deltaw.runtime.recognition import blocks_of
 from deltaw.training.guarantee import may_skip
 from deltaw.training.loop import train
 from deltaw.training.seen import as_seen

@@ -150,9 +150,7 @@ def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> di
                 "median": 26.0,
                 "labels_median": 4.0,
             },
-            "examples": [
-                {"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}
-            ],
+            "examples": [{"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}],
         },
         "chosen": {
             "device": {"value": "cpu", "why": "as asked"},

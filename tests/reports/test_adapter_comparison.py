@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from deltaw.reports.adapter_comparison import _shared_prefix, compare_adapters
+from deltaw.reports.inspect import _shared_prefix, compare_adapters
 from tests.export.merge_cases import adapter_folder, base_folder
 from tests.export.test_merge_combine import deltas
 
@@ -78,9 +78,7 @@ def test_modules_can_be_told_apart_on_a_narrow_terminal(folders: tuple[Path, Pat
     console.print(compare_adapters(folders[0], folders[0]).render())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "module, in model.layers" in shown
-    assert all(
-        f"{layer}.{name} " in shown for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
-    )
+    assert all(f"{layer}.{name} " in shown for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj"))
 
 
 def test_what_all_names_lie_in() -> None:

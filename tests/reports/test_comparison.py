@@ -10,10 +10,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from deltaw.experiments.comparison import Comparison, MethodResult, SeedResult, duration, size
-from deltaw.experiments.findings import as_json, comparison_markdown, findings
-from deltaw.reports.comparison import comparison_tables
-from deltaw.reports.comparison_figure import draw_comparison
+from deltaw.experiments.comparison import (
+    Comparison,
+    MethodResult,
+    SeedResult,
+    as_json,
+    comparison_markdown,
+    duration,
+    findings,
+    size,
+)
+from deltaw.reports.comparison import comparison_tables, draw_comparison
 
 
 def result(method, score, *, away=(-0.5, -0.1), trained=1000, **other):
@@ -34,9 +41,7 @@ def result(method, score, *, away=(-0.5, -0.1), trained=1000, **other):
 
 def seeds(*scores, flattened=True, one_answer=()):
     return tuple(
-        SeedResult(
-            n, score, 40, 30, flattened, 9.0, 0.5, ((10, 0.6), (30, 0.5)), "0" if n in one_answer else None
-        )
+        SeedResult(n, score, 40, 30, flattened, 9.0, 0.5, ((10, 0.6), (30, 0.5)), "0" if n in one_answer else None)
         for n, score in enumerate(scores)
     )
 
@@ -44,9 +49,7 @@ def seeds(*scores, flattened=True, one_answer=()):
 def comparison(*results, reference=None, **other):
     best = next((r.method for r in results if r.ranked), None)
     named = {"reference": reference or best, "asked_reference": reference, "seeds": (0, 1, 2)}
-    return Comparison(
-        "out", "model", "causal-lm", "exact_match", True, 50, tuple(results), **{**named, **other}
-    )
+    return Comparison("out", "model", "causal-lm", "exact_match", True, 50, tuple(results), **{**named, **other})
 
 
 BEST = result("lora", 0.8, away=(0.0, 0.0))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.reports.page.curves import (
+from deltaw.reports.page.svg import (
     evenly,
     is_logarithmic,
     linear_ticks,

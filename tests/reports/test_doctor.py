@@ -17,9 +17,20 @@ from deltaw.host.installed import Package
 from deltaw.host.kernel_choice import KernelChoice
 from deltaw.host.product_rates import GENERIC, Measured
 from deltaw.kernels.arithmetic import Arithmetic
-from deltaw.reports.diagnosis import VARIABLES, Finding, diagnose, worst
-from deltaw.reports.doctor import Examination
-from deltaw.reports.machine import Disk, Facts, Gpu, Kernels, ModelFacts, gather, held_bytes
+from deltaw.reports.doctor import (
+    VARIABLES,
+    Disk,
+    Examination,
+    Facts,
+    Finding,
+    Gpu,
+    Kernels,
+    ModelFacts,
+    diagnose,
+    gather,
+    held_bytes,
+    worst,
+)
 
 ROOT = Path(__file__).parents[2]
 RATES = {

@@ -18,8 +18,14 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig, LoRAParameter, attach, load_adapter, save_adapter
-from deltaw.reports.adapter_math import effective_rank, frobenius_norm, singular_values, stable_rank
-from deltaw.reports.inspect import AdapterReport, inspect_adapter
+from deltaw.reports.inspect import (
+    AdapterReport,
+    effective_rank,
+    frobenius_norm,
+    inspect_adapter,
+    singular_values,
+    stable_rank,
+)
 from tests.lora.models import mixture, tiny
 
 
@@ -166,9 +172,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 @pytest.mark.parametrize("rslora", [False, True])
 def test_experts_have_the_rank_and_the_norm_of_their_own_matrices(tmp_path, kind, rslora):
     base = mixture(kind)
-    config = LoraConfig(
-        r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj"], target_parameters=EXPERTS
-    )
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj"], target_parameters=EXPERTS)
     model = get_peft_model(mixture(kind), config)
     randomize(model)
     model.save_pretrained(tmp_path)
@@ -247,9 +251,7 @@ def test_an_attentions_output_projection_counts_as_often_as_peft_adds_it(tmp_pat
 
 
 def test_biases_on_b_and_token_rows_are_counted_and_shown(tmp_path):
-    model = get_peft_model(
-        tiny("vit"), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], lora_bias=True)
-    )
+    model = get_peft_model(tiny("vit"), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], lora_bias=True))
     randomize(model)
     model.save_pretrained(tmp_path / "bias")
     report = inspect_adapter(tmp_path / "bias")
@@ -261,9 +263,7 @@ def test_biases_on_b_and_token_rows_are_counted_and_shown(tmp_path):
     model = tiny("gpt2")
     attach(
         model,
-        LoRAConfig(
-            rank=4, target_modules=["c_fc"], trainable_token_indices={"wte": [3, 8], "wpe": [2]}, bias="none"
-        ),
+        LoRAConfig(rank=4, target_modules=["c_fc"], trainable_token_indices={"wte": [3, 8], "wpe": [2]}, bias="none"),
     )
     save_adapter(model, tmp_path / "tokens")
     report = inspect_adapter(tmp_path / "tokens")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaw.reports.page.learned import kinds_of, layer_of, what_was_learned
-from deltaw.reports.page.learned_figures import learned_figures
+from deltaw.reports.page.learned import kinds_of, layer_of, learned_figures, what_was_learned
 from tests.reports.run_folders import write_factors, write_run
 
 

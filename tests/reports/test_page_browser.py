@@ -21,9 +21,7 @@ from deltaw.reports.page.write import comparison_page, run_page
 from deltaw.reports.recorded import read_run
 from tests.reports.run_folders import write_factors, write_run
 
-BROWSER = next(
-    (p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None
-)
+BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)
 FLAGS = (
     "--headless",
     "--no-sandbox",

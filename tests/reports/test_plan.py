@@ -11,8 +11,7 @@ from PIL import Image
 from rich.console import Console, RenderableType
 
 from deltaw.errors import UserError
-from deltaw.memory.footprint import KINDS
-from deltaw.memory.plan import Fitting, Plan
+from deltaw.memory.plan import KINDS, Fitting, Plan
 from deltaw.reports.plan import (
     BAR,
     PARTS,

@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deltaw.config import RunConfig
 from deltaw.host.choices import Choice
-from deltaw.reports.closing import show_end
-from deltaw.reports.header import run_header
-from deltaw.reports.live import LiveLine, clock
-from deltaw.reports.progress import TerminalCallback
+from deltaw.reports.progress import LiveLine, TerminalCallback, clock, run_header, show_end
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import RunStart
+from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.drift import Drift
 from deltaw.training.fit import Result
 from deltaw.training.state import Outcome, Step
 from tests.reports.test_plan import plan
@@ -124,12 +121,7 @@ def test_a_terminal_sees_one_header_and_a_live_line_and_no_line_for_each_choice(
     callback.on_step(step(1, loss=2.0))
     callback.on_step(step(2, loss=1.0))
     shown = callback._line.text(80).plain
-    assert (
-        "step 2/125" in shown
-        and "mean 1.9000" in shown
-        and "1,800 tokens/s" in shown
-        and "1:02 left" in shown
-    )
+    assert "step 2/125" in shown and "mean 1.9000" in shown and "1,800 tokens/s" in shown and "1:02 left" in shown
     callback.on_evaluation(2, Evaluation({"loss": 0.7}))
     callback.on_end(None)
     told = "\n".join(lines_of(out))
@@ -159,9 +151,7 @@ def result(folder, **changes):
     outcome = Outcome(steps=125, rows=2000, tokens=110_000, label_tokens=8000, loss_sum=3200.0, seconds=44.1)
     evaluation = Evaluation({"loss": 0.42, "exact_match": 0.76}, "exact_match", True, None, (0.7, 0.82))
     drift = Drift(0.67, 1.8, 1.2, 0.6, 40, 1300)
-    return Result(
-        folder, outcome, evaluation, 1_480_000_000, plan("lora", 1), 4_884_480, drift=drift, **changes
-    )
+    return Result(folder, outcome, evaluation, 1_480_000_000, plan("lora", 1), 4_884_480, drift=drift, **changes)
 
 
 def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path):

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from deltaw.reports.rate_figure import FIGURE, HEIGHT, WIDTH, rate_figure, write_rate_figure
-from deltaw.training.monitoring.rate_curve import read_curve
+from deltaw.reports.comparison import FIGURE, HEIGHT, WIDTH, rate_figure, write_rate_figure
+from deltaw.training.monitoring.rates import read_curve
 
 SVG = "{http://www.w3.org/2000/svg}"
 

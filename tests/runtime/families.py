@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
-from deltaw.runtime.blocks import blocks_of
+from deltaw.runtime.recognition import blocks_of
 
 VOCABULARY = 120
 SIZES = {

@@ -19,8 +19,8 @@ from deltaw.lora import adapter_parameters
 from deltaw.memory.simulation import fake_tensors
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import _own_code_instead
-from deltaw.runtime.int8_weights import quantize_int8
 from deltaw.runtime.packed import fused_blocks, outputs_at, packed_rows
+from deltaw.runtime.quantized_weights import quantize_int8
 from tests.runtime.families import PACKED, SIZES, adapted, layers_of, model_of, off
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -351,16 +351,14 @@ def test_columns_of_a_conv1d_move_outliers_into_its_weight():
                 block.attn.c_attn.weight[5] = 1e-4
         tokens = torch.randint(0, 120, (2, 40), generator=torch.Generator().manual_seed(0))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deltaw.runtime.int8_weights.MOVED", moved)
-            patch.setattr("deltaw.runtime.int8_weights.LARGEST_ERROR", 1.0)
+            patch.setattr("deltaw.runtime.quantized_weights.MOVED", moved)
+            patch.setattr("deltaw.runtime.quantized_weights.LARGEST_ERROR", 1.0)
             report = quantize_int8(model.base_model, lambda model=model, tokens=tokens: model(tokens))
         errors.append(max(report.errors[f"h.{n}.attn.c_attn"] for n in range(3)))
     assert errors[1] < 0.04 < errors[0]
 
 
-@pytest.mark.parametrize(
-    ("family", "down"), [("Llama", "layers.{}.mlp.down_proj"), ("GPT2", "h.{}.mlp.c_proj")]
-)
+@pytest.mark.parametrize(("family", "down"), [("Llama", "layers.{}.mlp.down_proj"), ("GPT2", "h.{}.mlp.c_proj")])
 def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
     """A few units of an MLP that are far larger than all others, and no column that could take that."""
     size = {"intermediate_size": 512} if family == "Llama" else {"n_inner": 512}
@@ -374,9 +372,9 @@ def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
     for worth in (0.0, 0.85):
         copied = copy.deepcopy(model)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deltaw.runtime.int8_weights.MOVED", (0.0,))
-            patch.setattr("deltaw.runtime.int8_weights.LARGEST_ERROR", 1.0)
-            patch.setattr("deltaw.runtime.int8_weights.WORTH_BLOCKS", worth)
+            patch.setattr("deltaw.runtime.quantized_weights.MOVED", (0.0,))
+            patch.setattr("deltaw.runtime.quantized_weights.LARGEST_ERROR", 1.0)
+            patch.setattr("deltaw.runtime.quantized_weights.WORTH_BLOCKS", worth)
             report = quantize_int8(copied.base_model, lambda copied=copied: copied(tokens))
         layers = [copied.base_model.get_submodule(down.format(n)) for n in range(3)]
         assert [layer.in_blocks for layer in layers] == [worth > 0] * 3
@@ -389,7 +387,7 @@ def test_inputs_with_outliers_get_a_scale_for_each_block(family, down):
 
 
 def test_a_layer_that_loses_too_much_keeps_its_weights(monkeypatch):
-    monkeypatch.setattr("deltaw.runtime.int8_weights.MOVED", (0.0,))
+    monkeypatch.setattr("deltaw.runtime.quantized_weights.MOVED", (0.0,))
     model = model_of("Llama")
     with torch.no_grad():
         block = model.base_model.layers[1]

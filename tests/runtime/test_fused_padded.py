@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.kernels import loader
 from deltaw.lora import adapter_parameters
 from deltaw.memory.simulation import fake_tensors
-from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.runtime.packed import can_pack
-from deltaw.runtime.padded import fused_padded_blocks, padded_rows
+from deltaw.runtime.packed import can_pack, fused_padded_blocks, padded_rows
+from deltaw.runtime.quantized_weights import quantize_int8
 from tests.runtime.families import ENCODERS, FALCON, VOCABULARY, adapted, encoder_of, layers_of, model_of, off
 from tests.runtime.test_fused import count_runs, counted_calls
 
@@ -39,9 +38,7 @@ def inputs_of(model: nn.Module, lengths: list[int]) -> tuple[dict[str, torch.Ten
     return inputs if model.base_model is model else {**inputs, "use_cache": False}, real
 
 
-def outputs_and_gradients(
-    model: nn.Module, lengths: list[int], fused: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def outputs_and_gradients(model: nn.Module, lengths: list[int], fused: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     inputs, real = inputs_of(model, lengths)
     factors = [factor for _, factor in adapter_parameters(model)]
     with padded_rows(model, fused=fused):
@@ -151,7 +148,7 @@ def test_a_block_in_one_call_is_the_same_to_the_bit(family, dtype, int8, lengths
     if int8:
         inputs, _ = inputs_of(model, LENGTHS[0])
         worth = math.inf if "in blocks" in int8 else 0.0
-        monkeypatch.setattr("deltaw.runtime.int8_weights.WORTH_BLOCKS", worth)
+        monkeypatch.setattr("deltaw.runtime.quantized_weights.WORTH_BLOCKS", worth)
         assert quantize_int8(model.base_model, lambda: model.base_model(**inputs)).layers
     adapted(model)
     assert fused_padded_blocks(model).choice.value  # recognition makes calls of its own

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltaw.kernels import large_pages, loader
-from deltaw.runtime import large_weights
-from deltaw.runtime.large_weights import use_large_pages
+from deltaw.runtime import quantized_weights
+from deltaw.runtime.quantized_weights import use_large_pages
 from tests.mapped_files import resident_of
 
 SIZE = 1024  # of a weight of 4 MiB in fp32
@@ -101,17 +101,15 @@ def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: 
     model.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
     assert float(model.weight[-1, -1]) == 8 * SIZE * SIZE - 1
     assert model.weight.sum() > 0 and resident_of(file) > 30 << 20
-    monkeypatch.setattr(large_weights, "AT_ONCE", 1 << 20)
+    monkeypatch.setattr(quantized_weights, "AT_ONCE", 1 << 20)
     other = model.weight.detach()  # keeps the file mapped
     assert use_large_pages(model) == 32 << 20
     assert resident_of(file) < 2 << 20
     assert torch.equal(model.weight, other)
 
 
-def test_where_memory_is_scarce_weights_stay_in_their_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(large_weights, "free_memory_bytes", lambda: 12 * SIZE * SIZE)
+def test_where_memory_is_scarce_weights_stay_in_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_weights, "free_memory_bytes", lambda: 12 * SIZE * SIZE)
     model = _read(tmp_path / "weights.safetensors", tied=False)
     before = _places(model)
     assert use_large_pages(model) == 0 and _places(model) == before

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from deltaw.kernels import loader
-from deltaw.runtime import padded
-from deltaw.runtime.padded import padded_rows
+from deltaw.runtime import packed
+from deltaw.runtime.packed import padded_rows
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 
@@ -50,8 +50,8 @@ def test_an_image_model_gives_the_same():
 @pytest.mark.skipif(loader.library() is None, reason="no compiled kernels: torch's own attention runs")
 def test_the_kernel_is_taken_for_padding_at_the_end_and_no_other_mask(monkeypatch):
     taken = []
-    own = padded.packed_attention
-    monkeypatch.setattr(padded, "packed_attention", lambda *a, **k: taken.append(1) or own(*a, **k))
+    own = packed.packed_attention
+    monkeypatch.setattr(packed, "packed_attention", lambda *a, **k: taken.append(1) or own(*a, **k))
     model = encoder()
     tokens = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(0))
     masks = {"end": [[1] * 6, [1, 1, 1, 0, 0, 0]], "start": [[1] * 6, [0, 0, 1, 1, 1, 1]]}

@@ -53,9 +53,7 @@ def test_only_virtual_tokens_that_are_used_get_gradients():
     layer = attach(model, _prompt())
     ids = torch.tensor([[VOCABULARY + 1, 5, 6]])
     model(input_ids=ids).logits.square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        "model.embed_tokens.prompt"
-    ]
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.embed_tokens.prompt"]
     rows = layer.prompt.grad.norm(dim=1)
     assert rows[1] > 0 and rows[0] == rows[2] == 0
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
-from deltaw.methods.prompt_file import PromptFile, write_prompt
+from deltaw.methods.prompt import PromptFile, write_prompt
 
 
 def write_lora(model: nn.Module, folder: Path, *, seed: int = 0, size: float = 0.2, **settings) -> Path:

@@ -50,9 +50,7 @@ def over(
 
 def prompts(count: int, longest: int = 40, vocabulary: int = 259, seed: int = 0) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [
-        random.integers(3, min(vocabulary, 90), int(random.integers(1, longest + 1))) for _ in range(count)
-    ]
+    return [random.integers(3, min(vocabulary, 90), int(random.integers(1, longest + 1))) for _ in range(count)]
 
 
 def greedy(model: PreTrainedModel, prompt: np.ndarray, count: int, ends: tuple[int, ...] = ()) -> list[int]:

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning, load_adapter
 from deltaw.methods.files import write_trained
-from deltaw.methods.prompt import Prompt
-from deltaw.methods.prompt_file import PromptFile, write_prompt
+from deltaw.methods.prompt import Prompt, PromptFile, write_prompt
 from deltaw.methods.settings import PromptSettings
-from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.serving.adapter_folder import FolderReader, state_of
+from deltaw.runtime.quantized_weights import quantize_int8
+from deltaw.serving.adapters import FolderReader, state_of
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.serving import adapter_room
+from deltaw.serving import adapters
 from deltaw.serving.bank import AdapterBank
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
@@ -179,7 +179,7 @@ def test_two_that_are_asked_for_do_not_drive_each_other_out(bank_of, folders, si
 
 
 def test_a_demand_that_nobody_follows_up_gives_way(bank_of, folders, size, monkeypatch):
-    monkeypatch.setattr(adapter_room, "STAYS", 0.2)
+    monkeypatch.setattr(adapters, "STAYS", 0.2)
     bank = bank_of(size)
     bank.add("a", folders["a"])
     bank.add("b", folders["b"])

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.methods.choose import method_of_folder
-from deltaw.serving.bank import AdapterBank
-from deltaw.serving.factor_places import FactorPlaces, packing
+from deltaw.methods.files import method_of_folder
+from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
 from deltaw.serving.request import Request
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 from tests.serving.engines import greedy, llama, over, prompts, tokenizer
@@ -63,9 +62,7 @@ def asked(seed: int = 0) -> list[np.ndarray]:
 def test_together_they_write_what_each_writes_alone(folders):
     bank = bank_over(folders)
     engine = over(llama()[1], 64, adapters=bank)
-    requests = [
-        Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked() for name in (None, *folders)
-    ]
+    requests = [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked() for name in (None, *folders)]
     texts = [text.tokens.tolist() for text in engine.write_all(requests)]
     for request, text in zip(requests, texts, strict=True):
         folder = None if request.adapter is None else folders[request.adapter]

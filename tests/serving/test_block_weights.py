@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from deltaw.kernels import loader
-from deltaw.kernels.block_formats import FORMATS, BlockWeight
+from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.lora import load_adapter
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
-from deltaw.runtime.nf4_weights import quantize_nf4
-from deltaw.serving.bank import AdapterBank
+from deltaw.runtime.quantized_weights import quantize_nf4
+from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
 from deltaw.serving.decodable import decodable, tolerance
-from deltaw.serving.factor_places import FactorPlaces, packing
 from deltaw.serving.request import Request
 from tests.byte_models import tiny_llama
 from tests.kernels.test_decode_blocks import drawn

@@ -20,9 +20,7 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
 from deltaw.errors import UserError
-from deltaw.serving.constraint_process import ProcessLimits
-from deltaw.serving.constraints import ConstraintLimits, Grammars
-from deltaw.serving.matcher import Matcher, masks
+from deltaw.serving.constraints import ConstraintLimits, Grammars, Matcher, ProcessLimits, masks
 from deltaw.serving.request import BusyError, Constraint, Sampling, UnsupportedError
 from deltaw.serving.sampling import SamplingState, choose
 from tests.byte_models import byte_tokenizer
@@ -57,9 +55,7 @@ def schema(value: object) -> Constraint:
 
 def drawn(matchers: list[Matcher], ends: list[int], *, most: int = 400, seed: int = 0) -> list[str]:
     """Texts drawn from logits that know nothing: only the constraint gives them form."""
-    states = [
-        SamplingState(Sampling(temperature=1.0, seed=n), np.array([5]), V) for n in range(len(matchers))
-    ]
+    states = [SamplingState(Sampling(temperature=1.0, seed=n), np.array([5]), V) for n in range(len(matchers))]
     random = np.random.default_rng(seed)
     texts: list[list[int]] = [[] for _ in matchers]
     for _ in range(most):
@@ -67,9 +63,7 @@ def drawn(matchers: list[Matcher], ends: list[int], *, most: int = 400, seed: in
         if not going:
             break
         logits = random.normal(size=(len(going), V)).astype(np.float32)
-        chosen = choose(
-            logits, [states[n] for n in going], masks({p: matchers[n] for p, n in enumerate(going)})
-        )
+        chosen = choose(logits, [states[n] for n in going], masks({p: matchers[n] for p, n in enumerate(going)}))
         for n, token in zip(going, chosen.tokens.tolist(), strict=True):
             texts[n].append(token)
             if token in ends:
@@ -435,7 +429,7 @@ def test_a_tokenizer_that_cannot_be_read_is_said() -> None:
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltaw.serving.matcher.find_spec", lambda name: None)
+    monkeypatch.setattr("deltaw.serving.constraints.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="llguidance") as error:
         Grammars(TOKENIZER, V).compile(Constraint("regex", "a"), [END])
     assert "serve" in str(error.value.hint)

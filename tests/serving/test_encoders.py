@@ -11,10 +11,8 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from deltaw.errors import UserError
-from deltaw.serving.encoders import Encoders
-from deltaw.serving.open_encoders import open_classifiers, open_embedder, what_it_serves
-from deltaw.serving.pooling import pooled, sees_both_ways
-from deltaw.training.inference import open_run
+from deltaw.serving.encoders import Encoders, open_classifiers, open_embedder, pooled, sees_both_ways, what_it_serves
+from deltaw.training.origin import open_run
 from tests.byte_models import byte_tokenizer
 from tests.serving.encoder_models import (
     TEXTS,
@@ -36,9 +34,7 @@ def runs(bert, tmp_path_factory):
     return {
         "mood": train_classifier(bert, folder / "mood", ("bad", "fine", "good")),
         "topic": train_classifier(bert, folder / "topic", ("art", "law"), lora={"rank": 4}),
-        "prefix": train_classifier(
-            bert, folder / "prefix", ("no", "yes"), method="prompt", prompt={"length": 3}
-        ),
+        "prefix": train_classifier(bert, folder / "prefix", ("no", "yes"), method="prompt", prompt={"length": 3}),
     }
 
 
@@ -58,9 +54,7 @@ def alone(model: torch.nn.Module, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("pooling", ["auto", "mean", "first", "last"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_are_those_of_each_text_alone(bert, pooling, normalize):
-    encoders = open_embedder(
-        str(bert), "bert", pooling=pooling, normalize=normalize, precision="fp32", device="cpu"
-    )
+    encoders = open_embedder(str(bert), "bert", pooling=pooling, normalize=normalize, precision="fp32", device="cpu")
     found = opened(encoders, "bert", TEXTS)
     encoders.close()
     model = AutoModel.from_pretrained(bert).eval()
@@ -78,8 +72,7 @@ def test_a_folder_of_sentence_transformers_says_how_it_pools(bert, tmp_path):
     pooling.mkdir()
     names = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
     modules = [
-        {"idx": n, "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for n, (kind, path) in enumerate(names)
+        {"idx": n, "path": path, "type": f"sentence_transformers.models.{kind}"} for n, (kind, path) in enumerate(names)
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (pooling / "config.json").write_text(
@@ -169,9 +162,7 @@ def test_a_base_with_its_own_head_is_served_beside_its_adapters(tmp_path):
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     run = train_classifier(tmp_path / "base", tmp_path / "run", ("bad", "good"))
-    encoders = open_classifiers(
-        str(tmp_path / "base"), "base", {"tuned": str(run)}, precision="fp32", device="cpu"
-    )
+    encoders = open_classifiers(str(tmp_path / "base"), "base", {"tuned": str(run)}, precision="fp32", device="cpu")
     base, tuned = (opened(encoders, name, TEXTS) for name in ("base", "tuned"))
     encoders.close()
     with torch.no_grad():

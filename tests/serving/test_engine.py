@@ -11,8 +11,7 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.serving.batch import BatchLimits
-from deltaw.serving.constraint_process import ProcessLimits
-from deltaw.serving.constraints import ConstraintLimits
+from deltaw.serving.constraints import ConstraintLimits, ProcessLimits
 from deltaw.serving.request import Constraint, Request, Sampling
 from tests.serving.engines import SMALL_STEPS, engine, engine_of, greedy, llama, prompts, tokenizer
 from tests.serving.http.hostile import explodes_later
@@ -143,9 +142,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(monkeypatch:
 def test_log_probabilities_of_text_and_prompt_are_the_models_own() -> None:
     model, _ = llama()
     prompt = prompts(1, seed=9)[0]
-    asked = Request(
-        prompt, max_new_tokens=4, stop_ids=(), sampling=Sampling(logprobs=2), prompt_logprobs=True
-    )
+    asked = Request(prompt, max_new_tokens=4, stop_ids=(), sampling=Sampling(logprobs=2), prompt_logprobs=True)
     reading = engine().submit(asked)
     pieces = list(reading)
     tokens = [t for piece in pieces for t in piece.tokens]
@@ -185,9 +182,7 @@ def test_a_constraint_that_takes_its_time_holds_up_nobody() -> None:
     (x,) = tokenizer()("x")["input_ids"]
     prompt = np.arange(3, 30)
     steered = Sampling(logit_bias={x: 100.0})
-    stuck = ours.submit(
-        Request(prompt, None, steered, Constraint("grammar", explodes_later(0)), max_new_tokens=50)
-    )
+    stuck = ours.submit(Request(prompt, None, steered, Constraint("grammar", explodes_later(0)), max_new_tokens=50))
     pieces = iter(stuck)
     assert "".join(next(pieces).text for _ in range(5)) == "xxxxx"  # what may follow is computed for minutes
     free = Request(prompt, max_new_tokens=12, stop_ids=())

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach
 from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
+from deltaw.serving.bank import FactorPlaces, packed_from_model
 from deltaw.serving.decodable import Decodable, decodable
-from deltaw.serving.factor_places import FactorPlaces, packed_from_model
 from deltaw.serving.request import Request
 from tests.byte_models import tiny_gpt2, tiny_llama
 from tests.serving.engines import SMALL_STEPS, greedy, over, prompts

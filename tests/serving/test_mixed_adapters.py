@@ -11,10 +11,9 @@ import torch
 
 from deltaw.kernels import loader
 from deltaw.lora import load_adapter
-from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.serving.bank import AdapterBank
+from deltaw.runtime.quantized_weights import quantize_int8
+from deltaw.serving.bank import AdapterBank, FactorPlaces, packed_from_model, packing
 from deltaw.serving.decodable import decodable, tolerance
-from deltaw.serving.factor_places import FactorPlaces, packed_from_model, packing
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
 from tests.serving.mixed_rows import Rows, drawn_prompts, written

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.config import RunConfig
 from deltaw.data import encode_prompt
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
-from deltaw.methods.choose import choose_method
+from deltaw.methods.files import choose_method
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.generation import generate
 from deltaw.serving.opening import OWN, SessionWriter, open_engine
 from deltaw.serving.request import Constraint, Request, Sampling
-from deltaw.training.inference import InferenceSession, open_run
+from deltaw.settings import RunConfig
+from deltaw.training.origin import InferenceSession, open_run
 from tests.byte_models import byte_tokenizer
 from tests.conftest import laid_over
 from tests.tiny_models import causal_model
@@ -63,9 +63,7 @@ def prompts() -> list[np.ndarray]:
 
 
 def own_texts(session: InferenceSession, asked: list[np.ndarray], count: int = 16) -> list[list[int]]:
-    written = generate(
-        session.model, session.tokenizer, [session.prompt(p) for p in asked], max_new_tokens=count
-    )
+    written = generate(session.model, session.tokenizer, [session.prompt(p) for p in asked], max_new_tokens=count)
     return [completion.tokens.tolist() for completion in written]
 
 
@@ -186,9 +184,7 @@ def test_texts_by_transformers_stream_stop_and_match_as_others_do(bloom: Inferen
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])
-def test_a_writer_answers_as_the_session_is_at_the_moment(
-    method: str, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_writer_answers_as_the_session_is_at_the_moment(method: str, model_folder: Path, tmp_path: Path) -> None:
     folder = trained(model_folder, tmp_path / "run", method, **CHANGES.get(method, {}))
     session = open_run(str(folder), precision="fp32", device="cpu", say=quiet)
     writer = SessionWriter(session, quiet)
@@ -196,9 +192,7 @@ def test_a_writer_answers_as_the_session_is_at_the_moment(
     for turn in range(2):
         with session.base():
             bare.append(writer(asked, 8, None))
-            expected = [
-                text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)
-            ]
+            expected = [text.text for text in generate(session.model, session.tokenizer, asked, max_new_tokens=8)]
         assert bare[turn] == expected
         seen = [session.prompt(p) for p in asked]
         own = [text.text for text in generate(session.model, session.tokenizer, seen, max_new_tokens=8)]

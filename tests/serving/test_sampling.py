@@ -148,9 +148,7 @@ def test_every_place_of_a_large_vocabulary_is_drawn_by_its_weight() -> None:
     top_p=st.floats(1e-6, 1.0, exclude_max=True),
 )
 @settings(deadline=None, max_examples=300)
-def test_nucleus_is_the_fewest_heaviest_tokens_that_have_the_share(
-    weights: list[float], top_p: float
-) -> None:
+def test_nucleus_is_the_fewest_heaviest_tokens_that_have_the_share(weights: list[float], top_p: float) -> None:
     given_weights = np.array([*weights, 1.0], dtype=np.float32)
     kept = nucleus(given_weights, top_p)
     order = np.argsort(-given_weights, kind="stable")
@@ -257,9 +255,7 @@ def test_rows_without_a_choice_say_so_and_the_others_go_on() -> None:
     logits[0, 5] = np.nan
     logits[1, 6] = np.nan
     before = logits.copy()
-    tokens = choose(
-        logits, [state(), state(temperature=1.0, top_p=0.5), state(), state()], {2: words([])}
-    ).tokens
+    tokens = choose(logits, [state(), state(temperature=1.0, top_p=0.5), state(), state()], {2: words([])}).tokens
     assert tokens.tolist() == [NONE, NONE, NONE, int(logits[3].argmax())]
     np.testing.assert_array_equal(logits, before)
 
@@ -286,9 +282,7 @@ def test_log_probabilities_are_the_models_own() -> None:
         assert found.token == choices.tokens[n]
         assert found.logprob == pytest.approx(expected[n, found.token], abs=1e-5)
         assert [token for token, _ in found.top] == np.argsort(-expected[n])[:count].tolist()
-        assert [value for _, value in found.top] == pytest.approx(
-            sorted(expected[n], reverse=True)[:count], abs=1e-5
-        )
+        assert [value for _, value in found.top] == pytest.approx(sorted(expected[n], reverse=True)[:count], abs=1e-5)
     assert choose(logits, [state(), state()]).logprobs == (None, None)
 
 

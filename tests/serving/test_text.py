@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
-from deltaw.runtime.text_pieces import TextPieces
-from deltaw.serving.text import WrittenText, validate_stops
+from deltaw.runtime.generation import TextPieces
+from deltaw.serving.running import WrittenText, validate_stops
 from tests.byte_models import byte_tokenizer
 
 TEXTS = [
@@ -44,9 +44,7 @@ def fallback_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
 
 
 TOKENIZERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from deltaw.training import checkpoint_files as files
+from deltaw.training import checkpoints as files
 
 ATTEMPTS = 20
 

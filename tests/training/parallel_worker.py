@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from deltaw.cli import main
 from deltaw.training.loop import _Loop
-from deltaw.training.parallel import gradient_sum
+from deltaw.training.parallel import group
 
 
 def count_sums(into: Path) -> None:
@@ -50,8 +50,8 @@ def die_at(step: int) -> None:
 
 def note_held(into: Path) -> None:
     """Note, before each step, what is held of the blocks' frozen weights."""
-    from deltaw.runtime.blocks import blocks_of
     from deltaw.runtime.fused_blocks import known_in_mode
+    from deltaw.runtime.recognition import blocks_of
 
     inner = _Loop.own_gradients
 
@@ -83,7 +83,7 @@ def break_at(step: int) -> None:
 
 
 if __name__ == "__main__":
-    gradient_sum.PART_BYTES = 64
+    group.PART_BYTES = 64
     if "COUNTED" in os.environ:
         count_sums(Path(os.environ["COUNTED"]))
     if "DIES_AT" in os.environ:

@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from deltaw.config import RunConfig
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.invocation import activated
 from deltaw.errors import UserError
@@ -22,16 +21,17 @@ from deltaw.host.choices import Choice
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.runtime import partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
-from deltaw.training.activation_checkpointing import checkpoint_blocks
-from deltaw.training.evaluation.causal import evaluate_causal
-from deltaw.training.features import prompt_store, store
-from deltaw.training.features.prompt_store import stored_prompts
-from deltaw.training.features.prompts import PromptIndex, StoredPrompts
+from deltaw.settings import RunConfig
+from deltaw.training.features import prompts as prompt_store
+from deltaw.training.features import store
+from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
 from deltaw.training.fit import fit, load_for
-from deltaw.training.inference import open_run, score_run
 from deltaw.training.losses import RowLogProbs
+from deltaw.training.origin import open_run, score_run
+from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.seen import resolve_invocation
 from deltaw.training.session import assemble, read_data
+from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
@@ -72,9 +72,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float32, **changes: object) 
 def prompts_of(model: nn.Module, examples: list, folder: Path, **how: object) -> Iterator[StoredPrompts]:
     batcher, _ = choose_causal_batcher(model, examples, device="cpu", tokens_per_pass=40)
     with packed_rows(model):
-        prompts, choice = stored_prompts(
-            model, CausalObjective(model), batcher, examples, folder=folder, **how
-        )
+        prompts, choice = stored_prompts(model, CausalObjective(model), batcher, examples, folder=folder, **how)
         assert prompts is not None, choice.why
         prompts.choice = choice
         try:
@@ -138,8 +136,7 @@ def test_loss_and_gradients_are_those_of_masked_rows(family, tmp_path):
         whole = loss_and_gradients(model, prompts.objective.inner, prompts.batcher.inner, examples)
         assert relative(whole[1], grads) < 5e-5
     everywhere = [
-        Example(row.row, row.tokens, row.is_label, row.prompt_length, row.answer, active_from=0)
-        for row in examples
+        Example(row.row, row.tokens, row.is_label, row.prompt_length, row.answer, active_from=0) for row in examples
     ]
     batcher, _ = choose_causal_batcher(model, everywhere, device="cpu")
     with packed_rows(model):
@@ -200,9 +197,7 @@ def test_a_store_is_found_again_by_the_next_run(tmp_path):
         before = loss_and_gradients(model, prompts.objective, prompts.batcher, examples)
     again = adapted("llama")
     with prompts_of(again, rows()[::-1], tmp_path) as prompts, tokens_run(again) as seen:
-        assert (
-            f"{prompts.index.units:,} of {prompts.index.units:,} tokens there already" in prompts.choice.why
-        )
+        assert f"{prompts.index.units:,} of {prompts.index.units:,} tokens there already" in prompts.choice.why
         examples = rows()[::-1]  # their identity is another; what they hold is the same
         after = loss_and_gradients(again, prompts.objective, prompts.batcher, examples)
         assert sum(seen) == sum(len(row.tokens) - row.active_from for row in examples)
@@ -391,9 +386,7 @@ def test_a_run_trains_saves_and_evaluates_an_activated_adapter(settings, tmp_pat
         at = np.flatnonzero(row.is_label)
         labels += len(at)
         with torch.no_grad():
-            ours, peft, bare = (
-                m(input_ids=ids).logits[0] for m in (opened.model, theirs.eval(), base.eval())
-            )
+            ours, peft, bare = (m(input_ids=ids).logits[0] for m in (opened.model, theirs.eval(), base.eval()))
         torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
         for number, logits in enumerate((peft, bare)):
             losses[number] -= float(logits.log_softmax(-1)[at - 1, ids[0, at]].sum())
@@ -428,9 +421,7 @@ def test_one_epoch_keeps_nothing_on_the_disk(settings, tmp_path, monkeypatch):
 
 
 def test_text_and_ids_and_endings_of_plain_prompts_invoke(settings, tmp_path):
-    file = write_rows(
-        tmp_path / "plain.jsonl", ({"prompt": f"{c}? Answer:", "completion": f" {c[0]}"} for c in COLORS)
-    )
+    file = write_rows(tmp_path / "plain.jsonl", ({"prompt": f"{c}? Answer:", "completion": f" {c[0]}"} for c in COLORS))
     tokenizer = byte_tokenizer()
     answer, colon = (tokenizer(text)["input_ids"] for text in ("Answer:", ":"))
     for given, expected in ((None, "? Answer:"), ("Answer:", "Answer:"), (colon, ":")):

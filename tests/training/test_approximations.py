@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from deltaw.config import RunConfig
 from deltaw.host.kernel_choice import KernelChoice
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
@@ -24,6 +23,7 @@ from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.base import ADAPTER_WEIGHTS
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.widened import widened
+from deltaw.settings import RunConfig
 from deltaw.training import approximations
 from deltaw.training.approximations import (
     Approximations,
@@ -88,8 +88,7 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def long_rows(tmp_path_factory):
     rows = [
-        {"prompt": f"say {n} times {n % 7}", "completion": f"{n} times {n % 7} is {n * (n % 7)}"}
-        for n in range(40)
+        {"prompt": f"say {n} times {n % 7}", "completion": f"{n} times {n % 7} is {n * (n % 7)}"} for n in range(40)
     ]
     return write_rows(tmp_path_factory.mktemp("rows") / "long.jsonl", rows)
 
@@ -339,9 +338,7 @@ def test_a_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
 @compiled_only
 @pytest.mark.parametrize("loss", ["dpo", "kto", "simpo"])
 def test_pairs_are_looked_at_with_their_own_loss(loss, bf16_run, tmp_path):
-    rows = [
-        {"prompt": f"say {n}", "chosen": f"{n} it is", "rejected": f"no {n * 7}, never"} for n in range(20)
-    ]
+    rows = [{"prompt": f"say {n}", "chosen": f"{n} it is", "rejected": f"no {n * 7}, never"} for n in range(20)]
     if loss == "kto":
         rows = [
             {"prompt": row["prompt"], "completion": row[answer], "label": answer == "chosen"}

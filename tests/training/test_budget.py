@@ -8,13 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.memory.footprint import KINDS
-from deltaw.memory.plan import Fitting, Plan
+from deltaw.memory.plan import KINDS, Fitting, Plan
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.planning.asked import parse_bytes
 from deltaw.training.planning.budget import TOKENS, fitting_settings
+from deltaw.training.planning.plan_run import parse_bytes
 from deltaw.training.session import read_data
 
 RANKS = (16, 8, 4)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deltaw.tensor_files import CODES
-from deltaw.training import checkpoint_files as files
-from deltaw.training.checkpoint_files import DamagedCheckpoint
+from deltaw.training import checkpoints as files
+from deltaw.training.checkpoints import DamagedCheckpoint
 
 TENSORS = {
     "a scalar": torch.tensor(3.5),
@@ -170,7 +170,5 @@ def test_values_that_json_does_not_have_are_refused(tmp_path):
 
 def test_names_tell_steps():
     assert files.step_of(files.name_of(12)) == 12 and files.step_of(files.name_of(12_345_678)) == 12_345_678
-    assert [files.step_of(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [
-        None
-    ] * 5
+    assert [files.step_of(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [None] * 5
     json.dumps(files.name_of(1))

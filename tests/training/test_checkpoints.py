@@ -15,14 +15,14 @@ import pytest
 import torch
 
 import deltaw
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.training import checkpoint_files as files
+from deltaw.settings import RunConfig
+from deltaw.training import checkpoints as files
 from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import Checkpoints, listed, newest
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.resuming import dumped, with_choices
-from deltaw.training.run_state import RunLock, read_status
+from deltaw.training.run_folder import RunLock, read_status
 from deltaw.training.state import ArithmeticChangedWarning
 from tests.conftest import laid_over, write_rows
 from tests.training.copies import copied
@@ -140,9 +140,7 @@ def test_a_run_that_is_killed_goes_on_equal_to_the_bit(settings, tmp_path, monke
 
 
 @pytest.mark.parametrize("method", ["lora, upper block", "head"])
-def test_features_that_were_only_partly_stored_are_computed_as_they_were(
-    settings, tmp_path, monkeypatch, method
-):
+def test_features_that_were_only_partly_stored_are_computed_as_they_were(settings, tmp_path, monkeypatch, method):
     """In the first epoch features come into being: a process that is killed there leaves some of them."""
     changes = laid_over({"train": {**TRAIN, "epochs": 3}, "precision": "bf16"}, METHODS[method])
 
@@ -290,7 +288,7 @@ def test_choices_are_those_that_the_run_began_with(settings, tmp_path, monkeypat
     whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN, threads="auto")).output
     run = tmp_path / "run"
     stopped_run(settings, run, 3, threads="auto")
-    monkeypatch.setattr("deltaw.training.tasks.token_budget.TOKENS_PER_PASS", {"cpu": 64})
+    monkeypatch.setattr("deltaw.training.tasks.causal_batcher.TOKENS_PER_PASS", {"cpu": 64})
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     result = deltaw.fit(settings(run, train=TRAIN, threads="auto"))
     assert result.resumed_from_step == 3
@@ -323,9 +321,7 @@ def test_products_are_computed_as_they_were(settings, tmp_path, monkeypatch):
     whole = deltaw.fit(settings(tmp_path / "whole", train=TRAIN))
     run = tmp_path / "run"
     stopped_run(settings, run, 3)
-    slow = {
-        stored: {"dot": 1.0, "tiles": 1.0, "wide": 1.0, "torch": 100.0} for stored in ("fp32", "bf16", "int8")
-    }
+    slow = {stored: {"dot": 1.0, "tiles": 1.0, "wide": 1.0, "torch": 100.0} for stored in ("fp32", "bf16", "int8")}
     monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": slow}))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArithmeticChangedWarning)

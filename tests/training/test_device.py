@@ -22,11 +22,10 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
 from deltaw.training import loop
-from deltaw.training.features import device_store
-from deltaw.training.features.device_store import DeviceStore, on_device
+from deltaw.training.features import prefix_cache
+from deltaw.training.features.prefix_cache import DeviceStore, on_device
 from deltaw.training.features.store import MemoryStore, Shape, open_store
-from deltaw.training.keep_general import KeepGeneral
-from deltaw.training.loop import train
+from deltaw.training.loop import KeepGeneral, train
 from deltaw.training.optimizer import adamw, skipping
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
@@ -170,9 +169,7 @@ def test_a_late_step_that_is_not_finite_changes_neither_parameters_nor_moments()
 
 @pytest.mark.parametrize("skipped", [True, False])
 def test_a_step_of_the_optimizer_is_left_out_where_a_tensor_says_so(skipped):
-    parameters = [
-        torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(n))) for n in (0, 1)
-    ]
+    parameters = [torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(n))) for n in (0, 1)]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     ours, theirs = adamw(parameters, 1e-2), adamw(twins, 1e-2)
     for step in range(4):
@@ -230,7 +227,7 @@ def test_vectors_of_an_earlier_run_are_brought_over_once(monkeypatch):
 def test_only_a_device_with_room_of_its_own_keeps_a_copy(monkeypatch):
     inner = MemoryStore(SHAPE)
     assert on_device(inner, torch.device("cpu")) is inner
-    monkeypatch.setattr(device_store, "DeviceStore", lambda store, device: "a copy")
+    monkeypatch.setattr(prefix_cache, "DeviceStore", lambda store, device: "a copy")
     for free, expected in ((1000, "a copy"), (100, inner)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert on_device(inner, torch.device("cuda")) is expected

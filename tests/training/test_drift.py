@@ -18,8 +18,8 @@ from deltaw.lora import LoRAConfig, attach, disabled
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Callback
+from deltaw.training.drift import LARGE, Drift, answers_side_by_side, drift_of, measure_drift
 from deltaw.training.evaluation import general
-from deltaw.training.evaluation.drift import LARGE, Drift, measure_drift
 from deltaw.training.evaluation.general import (
     ANSWER_TOKENS,
     NoGeneralAnswers,
@@ -28,8 +28,7 @@ from deltaw.training.evaluation.general import (
 )
 from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run
-from deltaw.training.inference_drift import answers_side_by_side, drift_of
+from deltaw.training.origin import open_run
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.caches import other_text, other_version
@@ -299,7 +298,7 @@ def test_general_answers_cannot_be_kept_by_a_classifier(settings, tmp_path, room
 
 
 def test_gradients_of_kept_answers_are_those_of_their_weighted_mean_loss():
-    from deltaw.training.keep_general import KeepGeneral
+    from deltaw.training.loop import KeepGeneral
     from deltaw.training.tasks.causal_objective import CausalObjective
 
     model = moved(causal_model("llama"), 0.3)

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import deltaw
 from deltaw.errors import UserError
-from deltaw.training import checkpoint_files
+from deltaw.training import checkpoints
 from deltaw.training.callbacks import Callback
 from deltaw.training.checkpoints import listed
-from deltaw.training.not_finite import MOST_IN_ROW
-from deltaw.training.run_folder import RunFolder
-from deltaw.training.run_state import read_status
+from deltaw.training.loop import MOST_IN_ROW
+from deltaw.training.run_folder import RunFolder, read_status
 from tests.training.test_checkpoints import ADAPTER, TRAIN, Told, assert_same_run, outcome_of
 
 # So that it goes on as if nothing had been.
@@ -92,11 +91,11 @@ def test_a_disk_that_fills_up(settings, tmp_path, monkeypatch, part):
 
     with monkeypatch.context() as patch:
         if part == "the tensors":
-            real = checkpoint_files._write_tensors
-            patch.setattr(checkpoint_files, "_write_tensors", filling(real, lambda n, *_: n > 2))
+            real = checkpoints._write_tensors
+            patch.setattr(checkpoints, "_write_tensors", filling(real, lambda n, *_: n > 2))
         elif part == "flushing":
-            real = checkpoint_files.Draft.publish
-            patch.setattr(checkpoint_files.Draft, "publish", filling(real, lambda n, *_: n > 2))
+            real = checkpoints.Draft.publish
+            patch.setattr(checkpoints.Draft, "publish", filling(real, lambda n, *_: n > 2))
         else:
             real = RunFolder.write_metrics
             full = lambda n, folder, line: line["step"] > 5  # noqa: E731
@@ -108,11 +107,11 @@ def test_a_disk_that_fills_up(settings, tmp_path, monkeypatch, part):
         assert "step-000004" in said and "room" in said
     assert listed(run / "checkpoints")[-1].name == "step-000004"
     if part != "flushing":  # there the unpublished one stays hidden, and is cleared by the next run
-        assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoint_files.PARTIAL)]
+        assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoints.PARTIAL)]
     result = deltaw.fit(settings(run, **SETTINGS))
     assert result.resumed_from_step == 4
     assert_same_run(run, whole)
-    assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoint_files.PARTIAL)]
+    assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(checkpoints.PARTIAL)]
 
 
 class Breaking(Callback):
@@ -190,9 +189,7 @@ def test_a_run_that_skips_only_ends(settings, tmp_path):
 def test_skipping_in_the_first_steps_keeps_the_check_of_trained_parameters(settings, tmp_path, model_folder):
     model = broken_model(model_folder, tmp_path / "broken")
     with pytest.raises(UserError, match="steps in a row"):
-        deltaw.fit(
-            settings(tmp_path / "run", model=model, train={**TRAIN, "not_finite": "skip", "eval_every": None})
-        )
+        deltaw.fit(settings(tmp_path / "run", model=model, train={**TRAIN, "not_finite": "skip", "eval_every": None}))
 
 
 def test_a_run_that_diverged_goes_on_when_told_to_skip_and_is_moved_for_other_settings(settings, tmp_path):

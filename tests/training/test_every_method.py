@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from deltaw.errors import UserError
 from deltaw.reports.progress import TerminalCallback
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run, score_run
+from deltaw.training.origin import open_run, score_run
 from tests.byte_models import byte_tokenizer
 from tests.conftest import laid_over, write_rows
 
@@ -245,9 +245,7 @@ def test_peft_loads_the_adapter_with_its_head(
     ids=str,
 )
 def test_every_kind_of_lora(lora, settings, tmp_path):
-    result, _, said = trains_and_opens_again(
-        settings(tmp_path / "run", lora=lora, train={"epochs": 2, "b_rate": 4.0})
-    )
+    result, _, said = trains_and_opens_again(settings(tmp_path / "run", lora=lora, train={"epochs": 2, "b_rate": 4.0}))
     assert "planned memory" in said
     assert result.outcome.steps == 6
 

@@ -15,21 +15,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltaw.data.example import Example
-from deltaw.data.label_batches import LabelMicroBatcher
+from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.parameters import train_places
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.evaluation.causal import evaluate_causal
-from deltaw.training.evaluation.labels import evaluate_labels
 from deltaw.training.features import store as feature_store
 from deltaw.training.features.prefix_cache import cached_prefix
 from deltaw.training.loop import train
+from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.caches import other_text, other_version
 from tests.tiny_models import VOCABULARY, causal_model
 
@@ -73,9 +72,7 @@ def labeled_model(family, **more):
 def train_head(model, *modules):
     """Train the named modules whole, as the method head does."""
     prefixes = tuple(f"{m}." for m in modules)
-    train_places(
-        model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n.startswith(prefixes)]
-    )
+    train_places(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n.startswith(prefixes)])
     return model
 
 
@@ -160,7 +157,7 @@ def test_models_that_run_padded_rows_only_train_the_same(family, tmp_path):
 
 
 def test_recomputed_blocks_start_from_the_stored_values_too(tmp_path):
-    from deltaw.training.activation_checkpointing import checkpoint_blocks
+    from deltaw.training.preparation import checkpoint_blocks
 
     model = lora_above(causal_model("llama"))
     checkpoint_blocks(model)
@@ -191,12 +188,8 @@ def test_classifiers_train_the_same(family, modules, tmp_path):
     model = train_head(labeled_model(family), *modules)
     batcher = LabelMicroBatcher(64, "cpu", segments=False)
     rows = labeled_rows()
-    cached, _ = both_ways(
-        model, lambda m: LabelObjective(m, "sequence-classification"), batcher, rows, tmp_path
-    )
-    assert cached.store.shape.units == (
-        12 if len(modules) == 1 or family == "distilbert" else sum(map(len, rows))
-    )
+    cached, _ = both_ways(model, lambda m: LabelObjective(m, "sequence-classification"), batcher, rows, tmp_path)
+    assert cached.store.shape.units == (12 if len(modules) == 1 or family == "distilbert" else sum(map(len, rows)))
 
 
 def test_a_regression_trains_the_same(tmp_path):
@@ -234,9 +227,7 @@ def test_bf16_features_keep_their_bits(tmp_path):
     with packed_rows(model):
         cached, _ = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path)
         assert cached.store.shape.dtype == "bfloat16"
-        losses = [
-            [cached.objective(batch).item() for batch in cached.batcher.batches(rows)] for _ in range(2)
-        ]
+        losses = [[cached.objective(batch).item() for batch in cached.batcher.batches(rows)] for _ in range(2)]
         usual = [cached.objective(batch).item() for batch in batcher.batches(rows)]
         cached.close()
     assert losses[0] == losses[1] == usual
@@ -394,14 +385,10 @@ def test_without_room_small_features_stay_in_memory_and_large_ones_are_not_kept(
     model, rows = lora_above(causal_model("llama")), causal_rows()
     batcher = CausalMicroBatcher(64, True, False, "cpu")
     with packed_rows(model):
-        cached, choice = cached_prefix(
-            model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100
-        )
+        cached, choice = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100)
         assert cached is not None and "in memory" in choice.why
         monkeypatch.setattr("deltaw.training.features.prefix_cache.MEMORY_BYTES", 100)
-        cached, choice = cached_prefix(
-            model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100
-        )
+        cached, choice = cached_prefix(model, CausalObjective(model), batcher, rows, folder=tmp_path, limit=100)
         assert cached is None and "KB" in choice.why
 
 

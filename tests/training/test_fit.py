@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import deltaw
-from deltaw.config import RunConfig
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.reports.progress import TerminalCallback
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.activation_checkpointing import checkpoint_blocks
+from deltaw.settings import RunConfig
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
+from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_gpt2
@@ -201,9 +201,7 @@ def test_recomputing_blocks_gives_the_same_gradients(family):
 
 
 def test_a_run_that_recomputes_blocks_is_the_same_run(settings, tmp_path):
-    plain, recomputed = (
-        fit(settings(tmp_path / str(on), train={"checkpointing": on})) for on in (False, True)
-    )
+    plain, recomputed = (fit(settings(tmp_path / str(on), train={"checkpointing": on})) for on in (False, True))
     assert recomputed.outcome.loss == pytest.approx(plain.outcome.loss, abs=1e-5)
     assert recomputed.evaluation.metrics["loss"] == pytest.approx(plain.evaluation.metrics["loss"], abs=1e-5)
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.training.master_weights import MasterWeights
-from deltaw.training.parallel import gradient_sum
-from deltaw.training.parallel.gradient_sum import GradientSum, _ranges
+from deltaw.training.parallel import group as gradient_sum
+from deltaw.training.parallel.group import GradientSum, _ranges
+from deltaw.training.state import MasterWeights
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -157,9 +157,7 @@ def test_gradients_that_come_in_parts_are_summed_after_the_backward():
         def wait(self):
             return None
 
-    one = GradientSum(
-        [*layer.parameters()], [*layer.parameters()], lambda flat: sent.append(flat) or Done(), size=1
-    )
+    one = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: sent.append(flat) or Done(), size=1)
     for _ in range(3):
         layer.zero_grad()
         for batch in one.microbatches([torch.ones(2, 4, requires_grad=True)]):

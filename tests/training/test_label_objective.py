@@ -11,15 +11,12 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from deltaw.data.images import ImageEncoder
-from deltaw.data.label_batches import LabelBatch, LabelMicroBatcher
+from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
 from deltaw.memory.simulation import fake_tensors, simulate
-from deltaw.training.evaluation.labels import evaluate_labels
-from deltaw.training.tasks.label_batcher import choose_label_batcher
-from deltaw.training.tasks.label_objective import LabelObjective, start_at_mean
+from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, evaluate_labels, start_at_mean
 from tests.tiny_models import CAUSAL
 
 _SHAPE = {
@@ -33,9 +30,7 @@ _SHAPE = {
 ENCODERS = {
     "bert": lambda: transformers.BertConfig(**_SHAPE),
     "roberta": lambda: transformers.RobertaConfig(**_SHAPE, pad_token_id=1),
-    "distilbert": lambda: transformers.DistilBertConfig(
-        vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48
-    ),
+    "distilbert": lambda: transformers.DistilBertConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48),
 }
 DECODERS = {name: CAUSAL[name] for name in ("llama", "qwen3", "gpt2", "gemma3")}
 LENGTHS = (5, 9, 14, 3, 9)
@@ -54,9 +49,7 @@ def model_of(family: str, outputs: int = 3, dtype: torch.dtype = torch.float32, 
 def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabeledExample]:
     generator = np.random.default_rng(0)
     return [
-        LabeledExample(
-            i + 1, generator.integers(3, 97, length).astype(np.int32), float(i) if number else i % 3
-        )
+        LabeledExample(i + 1, generator.integers(3, 97, length).astype(np.int32), float(i) if number else i % 3)
         for i, length in enumerate(lengths)
     ]
 
@@ -116,9 +109,7 @@ def test_a_bf16_model_gives_an_fp32_loss_near_the_fp32_models(family: str):
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         objective = LabelObjective(model_of(family, dtype=dtype), "sequence-classification")
-        (batch,) = (
-            LabelMicroBatcher(1000, "cpu", segments=False).batches(rows) if family == "x" else [whole(rows)]
-        )
+        (batch,) = LabelMicroBatcher(1000, "cpu", segments=False).batches(rows) if family == "x" else [whole(rows)]
         losses.append(objective(batch))
     assert losses[1].dtype == torch.float32
     losses[1].backward()
@@ -131,9 +122,7 @@ def whole(rows: list[LabeledExample]) -> LabelBatch:
 
 
 def test_a_model_that_sees_its_padding_is_refused():
-    config = transformers.XLNetConfig(
-        vocab_size=97, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=3
-    )
+    config = transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=3)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with pytest.raises(UserError, match="change when padding follows"):
         LabelObjective(model, "sequence-classification")
@@ -191,9 +180,7 @@ def images_of(count: int) -> list[ImageExample]:
 def test_images_go_through_in_microbatches_of_the_budget(tmp_path, dtype):
     model = image_model(tmp_path).to(dtype)
     rows = images_of(7)
-    batcher, _ = choose_label_batcher(
-        model, rows, device="cpu", tokens_per_pass=16, encoder=ImageEncoder(tmp_path)
-    )
+    batcher, _ = choose_label_batcher(model, rows, device="cpu", tokens_per_pass=16, encoder=ImageEncoder(tmp_path))
     batches = list(batcher.batches(rows))
     assert [batch.rows for batch in batches] == [3, 2, 2]
     objective = LabelObjective(model, "image-classification")

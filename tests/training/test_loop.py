@@ -165,8 +165,7 @@ def test_both_factors_move_and_the_frozen_weights_keep_every_bit():
 
 def test_the_loss_of_rows_that_can_be_learned_goes_down():
     echo = [
-        Example(n, np.asarray([3, 4, 10 * n, 5, 10 * n, 6], np.int32), np.arange(6) >= 4, 4, None)
-        for n in range(1, 6)
+        Example(n, np.asarray([3, 4, 10 * n, 5, 10 * n, 6], np.int32), np.arange(6) >= 4, 4, None) for n in range(1, 6)
     ]
     run = Run(rows=echo, total_steps=60, batch_size=5, learning_rate=1e-2)
     with torch.no_grad():

@@ -14,14 +14,13 @@ import deltaw
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.packing import batches, pack, pad
 from deltaw.lora import LoRAConfig
-from deltaw.methods.full import Full
+from deltaw.methods.in_place import Full
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.losses import CrossEntropy, RowLogProbs
-from deltaw.training.tasks import causal_head
+from deltaw.training.tasks import causal_objective
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_head import frozen_head_log_probs, head_log_probs
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.causal_objective import CausalObjective, frozen_head_log_probs, head_log_probs
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.toy_preference import BETA, Preference
 
@@ -219,8 +218,8 @@ def head_and_inputs(seed=0):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_a_frozen_heads_log_probs_are_those_of_log_softmax(monkeypatch, softcap, rows_at_once):
-    monkeypatch.setattr(causal_head, "FROZEN_CHUNK_BYTES", 8 * 11 * rows_at_once)
-    monkeypatch.setattr(causal_head, "FROZEN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 8 * 11 * rows_at_once)
+    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", 1)
     head, hidden, targets = head_and_inputs()
     weight, bias = head.weight.detach(), head.bias.detach()
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.training.evaluation.metrics import (
+from deltaw.training.evaluation.base import (
     bootstrap_interval,
     classification_metrics,
     confusion,

@@ -10,8 +10,7 @@ from deltaw.data.example import Example
 from deltaw.data.packing import batches
 from deltaw.runtime.packed import can_pack, packed_rows
 from deltaw.training.tasks import causal_objective as objective_module
-from deltaw.training.tasks.causal_head import chunked_cross_entropy
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.tasks.causal_objective import CausalObjective, chunked_cross_entropy
 from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
 
 
@@ -48,9 +47,7 @@ def row_by_row(model, examples):
         tokens = torch.from_numpy(example.tokens.astype(np.int64))
         logits = model(input_ids=tokens[None], use_cache=False).logits[0].float()
         labeled = torch.from_numpy(np.flatnonzero(example.is_label))
-        total = total + torch.nn.functional.cross_entropy(
-            logits[labeled - 1], tokens[labeled], reduction="sum"
-        )
+        total = total + torch.nn.functional.cross_entropy(logits[labeled - 1], tokens[labeled], reduction="sum")
     return total
 
 

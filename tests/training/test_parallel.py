@@ -23,7 +23,7 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.parallel.dealing import deal
+from deltaw.training.parallel.group import deal
 from deltaw.training.parallel.joining import told
 from tests.conftest import write_rows
 from tests.kernels.conftest import compiled_only
@@ -88,9 +88,7 @@ def train(path: Path, size: int, **extra: str) -> list[tuple[int, str, str]]:
 def uneven(tmp_path_factory):
     """Eleven rows of 8 to 70 tokens, most of which begin alike, and four others to evaluate on."""
     folder = tmp_path_factory.mktemp("uneven")
-    rows = [
-        {"prompt": f"say {'very ' * (n % 4)}{n}", "completion": "word " * (1 + 5 * n % 9)} for n in range(15)
-    ]
+    rows = [{"prompt": f"say {'very ' * (n % 4)}{n}", "completion": "word " * (1 + 5 * n % 9)} for n in range(15)]
     return write_rows(folder / "train.jsonl", rows[:11]), write_rows(folder / "eval.jsonl", rows[11:])
 
 
@@ -284,9 +282,7 @@ def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_pa
     made = settings(tmp_path / "run") | {"data": {"train": "rows.jsonl"}}
     path = write_settings(tmp_path / "run.yaml", made)
     port = free_port()
-    zero, one = ended(
-        [start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)]
-    )
+    zero, one = ended([start(rank, 2, port, ["train", path], folder=tmp_path / str(rank)) for rank in range(2)])
     assert one[0] == 2 and "process 1 of 2: it does not have the same rows as process 0" in one[2], (
         zero,
         one,
@@ -298,9 +294,7 @@ def test_rows_that_differ_between_processes_are_refused(settings, uneven, tmp_pa
 def test_a_process_that_is_told_to_compute_otherwise_is_refused(settings, uneven, tmp_path):
     path = write_settings(tmp_path / "run.yaml", of(settings, uneven, tmp_path / "run"))
     port = free_port()
-    zero, one = ended(
-        [start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DELTAW_KERNELS="none")]
-    )
+    zero, one = ended([start(0, 2, port, ["train", path]), start(1, 2, port, ["train", path], DELTAW_KERNELS="none")])
     assert one[0] == 2 and "process 1 of 2: it computes with no kernels" in one[2], (zero, one)
     assert "DELTAW_KERNELS=none is set there" in one[2] and "Traceback" not in one[2]
     assert zero[0] == 2 and not (tmp_path / "run").exists()
@@ -322,10 +316,7 @@ def test_all_processes_compute_as_the_first_from_the_start_and_later(settings, u
         made = of(settings, uneven, tmp_path / name, precision="bf16")
         path = write_settings(tmp_path / f"{name}.yaml", made)
         port = free_port()
-        pair = [
-            start(rank, 2, port, ["train", path, "--json"], **env, **extra)
-            for rank, env in enumerate(measured)
-        ]
+        pair = [start(rank, 2, port, ["train", path, "--json"], **env, **extra) for rank, env in enumerate(measured)]
         zero, one = ended(pair)
         return {"status": (zero[0], one[0]), "said": zero[2] + one[2], "result": zero[1]}
 

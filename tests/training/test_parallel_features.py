@@ -7,7 +7,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.training.features import store as stores
-from deltaw.training.features.sharing import Sharing
+from deltaw.training.features.prefix_cache import Sharing
 from deltaw.training.features.store import Shape, open_store
 from deltaw.training.fit import fit
 from deltaw.training.parallel.group import Group
@@ -31,9 +31,7 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_share_the_features_of_a_machine_and_train_as_one(
-    settings, uneven, tmp_path, kind, monkeypatch
-):
+def test_two_processes_share_the_features_of_a_machine_and_train_as_one(settings, uneven, tmp_path, kind, monkeypatch):
     made = laid_over(of(settings, uneven, tmp_path / "one"), KINDS[kind])
     made["train"] |= {"keep_features": True, "samples": 0}
     if kind == "head":

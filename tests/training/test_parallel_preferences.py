@@ -13,15 +13,13 @@ import pytest
 import torch
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.preference_settings import PreferenceSettings
 from deltaw.runtime.packed import packed_rows
+from deltaw.settings import PreferenceSettings
 from deltaw.training.fit import fit
-from deltaw.training.parallel.dealing import deal
-from deltaw.training.parallel.group import Group
+from deltaw.training.parallel.group import Group, deal
 from deltaw.training.resuming import digest_of_rows
+from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.preference import PreferenceTask
-from deltaw.training.tasks.unpaired import UnpairedMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import write_rows
 from tests.training.test_parallel import (
@@ -270,9 +268,7 @@ def test_answers_that_are_judged_otherwise_are_other_rows():
 def test_pairs_that_differ_between_processes_are_refused_before_they_compute_together(settings, tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        rows = [
-            {"prompt": f"say {n}", "chosen": "a" * (n + rank + 1), "rejected": "b"} for n in range(9 + rank)
-        ]
+        rows = [{"prompt": f"say {n}", "chosen": "a" * (n + rank + 1), "rejected": "b"} for n in range(9 + rank)]
         write_rows(tmp_path / str(rank) / "rows.jsonl", rows)
     made = settings(tmp_path / "run", task="preference") | {"data": {"train": "rows.jsonl"}}
     path = write_settings(tmp_path / "run.yaml", made)

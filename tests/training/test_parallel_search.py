@@ -34,9 +34,7 @@ def test_two_processes_find_the_rate_of_one_and_train_with_it(settings, uneven, 
     path = write_settings(tmp_path / "run.yaml", searching(settings, uneven, tmp_path / "two"))
     zero, one = train(path, 2)
     assert zero[0] == 0 and one == (0, "", ""), (zero, one)
-    ours, theirs = (
-        json.loads((tmp_path / name / "learning_rate.json").read_text()) for name in ("two", "one")
-    )
+    ours, theirs = (json.loads((tmp_path / name / "learning_rate.json").read_text()) for name in ("two", "one"))
     assert ours["rates"] == theirs["rates"] and ours["chosen"] == theirs["chosen"] != theirs["usual"]
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
     assert_same_run(tmp_path / "two", tmp_path / "one")

@@ -29,15 +29,14 @@ from transformers import (
     ViTModel,
 )
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.lora.stored import weight_scales
-from deltaw.memory.footprint import KINDS, PHASES
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
-from deltaw.memory.plan import Plan
+from deltaw.memory.plan import KINDS, PHASES, Plan
 from deltaw.reports.progress import TerminalCallback
+from deltaw.settings import RunConfig
 from deltaw.training.fit import Result, fit, load_for, read_data
 from deltaw.training.loop import rows_of_step
 from deltaw.training.planning.plan_run import plan_each, plan_run
@@ -108,9 +107,7 @@ def folders(tmp_path_factory):
         byte_tokenizer().save_pretrained(root / family)
     marks = [chr(ord("a") + n) * 30 for n in range(26)]
     write_rows(root / "llama.jsonl", ({"prompt": f"say {m}", "completion": m} for m in marks))
-    write_rows(
-        root / "bert.jsonl", ({"text": m, "label": "even" if n % 2 else "odd"} for n, m in enumerate(marks))
-    )
+    write_rows(root / "bert.jsonl", ({"text": m, "label": "even" if n % 2 else "odd"} for n, m in enumerate(marks)))
     lines = (",".join([*(str((n * place) % 251) for place in range(256)), str(n % 2)]) for n in range(26))
     (root / "vit.csv").write_text("\n".join(lines) + "\n")
     return root
@@ -167,9 +164,7 @@ def compare(config: RunConfig) -> Compared:
 def test_a_plan_is_what_the_run_takes(family, method, precision, checkpointing, config_of):
     config = config_of(family, method, precision, train={"checkpointing": checkpointing})
     plan, peak, total, trained = compare(config)
-    assert plan.peak_bytes == pytest.approx(
-        peak, rel=0.03, abs=HALF_PRODUCTS if precision == "bf16" else None
-    )
+    assert plan.peak_bytes == pytest.approx(peak, rel=0.03, abs=HALF_PRODUCTS if precision == "bf16" else None)
     assert (plan.total_parameters, plan.trained_parameters) == (total, trained)
     assert (plan.method, plan.precision) == (method, precision)
     assert plan.parts.keys() == set(KINDS) and plan.phase in PHASES
@@ -185,9 +180,7 @@ def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_o
     with loader.computing():
         plan, peak, *_ = compare(config_of("llama", "lora", precision))
     assert plan.arithmetic[precision] == "torch"
-    assert plan.peak_bytes == pytest.approx(
-        peak, rel=0.03, abs=HALF_PRODUCTS if precision == "bf16" else None
-    )
+    assert plan.peak_bytes == pytest.approx(peak, rel=0.03, abs=HALF_PRODUCTS if precision == "bf16" else None)
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,16 @@ from torch.nn.functional import logsigmoid
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
-from deltaw.preference_settings import PreferenceSettings
 from deltaw.runtime.packed import packed_rows
+from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run, score_run
-from deltaw.training.preference_losses import PreferenceLoss, log1mexp
+from deltaw.training.losses import PreferenceLoss, log1mexp
+from deltaw.training.origin import open_run, score_run
 from deltaw.training.session import Session
+from deltaw.training.tasks.causal import PreferenceTask
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.preference import PreferenceTask
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.training.test_checkpoints import assert_same_run
@@ -124,11 +124,7 @@ def with_references(model, groups):
     random = np.random.default_rng(1)
     with torch.no_grad():
         return [
-            RowGroup(
-                tuple(
-                    replace(row, reference=float(log_prob(model, row)) + random.normal()) for row in pair.rows
-                )
-            )
+            RowGroup(tuple(replace(row, reference=float(log_prob(model, row)) + random.normal()) for row in pair.rows))
             for pair in groups
         ]
 
@@ -144,9 +140,7 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    texts = [
-        {"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)
-    ]
+    texts = [{"prompt": f"paint {c} ", "chosen": c[0] * (2 + n), "rejected": c[1:]} for n, c in enumerate(COLORS)]
     trainer = DPOTrainer(
         model=policy,
         ref_model=copy.deepcopy(base),
@@ -168,9 +162,7 @@ def test_losses_and_gradients_of_a_model_are_those_of_trls_trainer(name, tmp_pat
     theirs = trainer.compute_loss(policy, batch)
     expected = gradients(policy, theirs)
     rows = []
-    for ids, mask, seen in zip(
-        batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True
-    ):
+    for ids, mask, seen in zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"], strict=True):
         tokens, is_label = ids[seen.bool()].numpy().astype(np.int32), mask[seen.bool()].bool().numpy()
         rows.append(Example(len(rows), tokens, is_label, int((~is_label).sum()), None))
     groups = [RowGroup(pair) for pair in zip(rows[: len(texts)], rows[len(texts) :], strict=True)]

@@ -13,17 +13,17 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.export.merged import merged_model
-from deltaw.hub.gguf_blocks import fill
+from deltaw.hub.gguf import fill
 from deltaw.hub.loading import load
-from deltaw.kernels import block_formats
+from deltaw.kernels import block_linear
 from deltaw.lora import LoRAConfig, attach, detach, merge
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
 from deltaw.lora.layers_foreign import LoRAForeignLinear
 from deltaw.lora.stored import block_weight, count_numbers
-from deltaw.runtime.nf4_weights import quantize_nf4
+from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
 from deltaw.training.planning.plan_run import plan
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.hub.test_gguf import write_gguf
@@ -107,20 +107,18 @@ def test_the_plan_counts_blocks_as_they_are(gguf_file, settings, tmp_path):
     made = {p: plan(short(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16")}
     loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1).model
     assert made["gguf"].total_parameters == made["bf16"].total_parameters
-    assert made["gguf"].parts["weights"] == pytest.approx(
-        sum(p.nbytes for p in loaded.parameters()), rel=0.02
-    )
+    assert made["gguf"].parts["weights"] == pytest.approx(sum(p.nbytes for p in loaded.parameters()), rel=0.02)
     assert made["gguf"].parts["weights"] < 0.6 * made["bf16"].parts["weights"]
 
 
 def test_nf4_is_planned_before_anything_was_rounded(wide_folder, settings, tmp_path):
     # What the formats keep is made by whoever asks first: a dry run must not leave fake tensors behind.
-    block_formats.nf4_values.cache_clear()
-    block_formats.dynamic_codes.cache_clear()
+    block_linear.nf4_values.cache_clear()
+    block_linear.dynamic_codes.cache_clear()
     made = {p: plan(short(settings, tmp_path / p, wide_folder, p)) for p in ("nf4", "bf16")}
     assert made["nf4"].total_parameters == made["bf16"].total_parameters
     assert made["nf4"].parts["weights"] < made["bf16"].parts["weights"]
-    assert type(block_formats.nf4_values()) is type(block_formats.dynamic_codes()) is torch.Tensor
+    assert type(block_linear.nf4_values()) is type(block_linear.dynamic_codes()) is torch.Tensor
 
 
 def test_an_nf4_run_is_one_on_the_rounded_weights(wide_folder, settings, tmp_path):
@@ -162,8 +160,7 @@ def test_other_trainings_of_blocks_are_refused_by_name(gguf_file, settings, tmp_
 
 def test_a_soft_prompt_trains_over_blocks(gguf_file, settings, tmp_path):
     ours, own = (
-        losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output)
-        for p in ("gguf", "bf16")
+        losses(fit(short(settings, tmp_path / p, gguf_file, p, method="prompt")).output) for p in ("gguf", "bf16")
     )
     assert ours == pytest.approx(own, rel=1e-2) and ours[0] != ours[-1]
 

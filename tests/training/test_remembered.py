@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from deltaw.cache import recall, remember
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.host import measurements, product_rates
+from deltaw.host import product_rates
+from deltaw.host import product_rates as measurements
 from deltaw.host.product_rates import Measured
+from deltaw.settings import RunConfig
 from deltaw.training.planning import plan_run as planning
-from deltaw.training.planning.asked import refuse_memory
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
+from deltaw.training.planning.plan_run import refuse_memory
 from deltaw.training.planning.remembered import Remembered, digest_of, recalled
 from deltaw.training.session import read_data
 from tests.caches import other_text, other_version
@@ -131,9 +132,7 @@ def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_
     assert recalled(head, ["head", "bias"]) is None
 
 
-def test_rows_of_a_hub_and_a_damaged_file_are_as_if_nothing_had_been_remembered(
-    settings, tmp_path, own_cache
-):
+def test_rows_of_a_hub_and_a_damaged_file_are_as_if_nothing_had_been_remembered(settings, tmp_path, own_cache):
     config = RunConfig.read(settings(tmp_path / "run"))
     hub = config.model_copy(update={"model": "owner/name"})
     assert Remembered.of(hub) is None and recalled(hub, ["lora"]) is None

@@ -11,15 +11,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from deltaw.data import DataSettings
-from deltaw.data.label_batches import LabelMicroBatcher
+from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.labels import LabeledExample
 from deltaw.data.reward_pairs import RewardPair, prepare_reward_file, prepare_rewards
 from deltaw.errors import UserError
-from deltaw.runtime.padded import padded_rows
-from deltaw.training.evaluation.labels import evaluate_labels
+from deltaw.runtime.packed import padded_rows
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run, score_run
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.training.origin import open_run, score_run
+from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
 from tests.training.test_label_objective import model_of
@@ -50,8 +49,7 @@ def test_losses_gradients_and_scores_are_those_of_rows_alone(family, budget):
     losses, rewards = [], []
     for pair in groups:
         chosen, rejected = (
-            exact(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0, 0]
-            for row in pair.rows
+            exact(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits[0, 0] for row in pair.rows
         )
         losses.append(-torch.log(torch.sigmoid(chosen - rejected - pair.margin)))
         rewards.append([float(chosen), float(rejected)])
@@ -146,9 +144,7 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_a_run_learns_which_answer_is_better_and_is_read_again(
-    kind, settings, tmp_path, encoder_folder, model_folder
-):
+def test_a_run_learns_which_answer_is_better_and_is_read_again(kind, settings, tmp_path, encoder_folder, model_folder):
     path = write_rows(tmp_path / "pairs.jsonl", rows_with())
     base = encoder_folder if kind == "encoder" else model_folder
     result = fit(
@@ -187,10 +183,7 @@ def test_peft_reads_the_adapter_with_its_head(settings, tmp_path, model_folder):
     theirs = peft.PeftModel.from_pretrained(base, str(run)).eval()
     with torch.no_grad():
         found = [
-            [
-                float(theirs(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits)
-                for row in pair.rows
-            ]
+            [float(theirs(input_ids=torch.from_numpy(row.tokens.astype(np.int64))[None]).logits) for row in pair.rows]
             for pair in held_out
         ]
     assert np.array(found) == pytest.approx(ours, rel=1e-4, abs=1e-5)

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from deltaw.kernels import loader
 from deltaw.kernels.head_gradient import CLASSES
-from deltaw.training.tasks import causal_head, rough_logits
-from deltaw.training.tasks.causal_head import frozen_head_log_probs
-from deltaw.training.tasks.rough_logits import APART, ROWS_FOR_APART, RoughHead, RoughLogits
+from deltaw.training.tasks import causal_objective
+from deltaw.training.tasks.causal_objective import APART, ROWS_FOR_APART, RoughHead, RoughLogits, frozen_head_log_probs
 
-compiled_only = pytest.mark.skipif(
-    loader.library() is None, reason="heads are computed in parts by compiled kernels"
-)
+compiled_only = pytest.mark.skipif(loader.library() is None, reason="heads are computed in parts by compiled kernels")
 ROWS, WIDTH, HEAD = 160, 192, CLASSES + 300
 
 
@@ -101,7 +98,7 @@ def test_a_head_takes_them_where_they_are_accurate(monkeypatch):
             made.append(part)
             return super().of(part)
 
-    monkeypatch.setattr(causal_head, "RoughLogits", Counted)
+    monkeypatch.setattr(causal_objective, "RoughLogits", Counted)
     for count, taken in ((APART, True), (3 * APART, False)):
         hidden, weight = rows_with_outliers(count)
         hidden = (hidden.float() / 3).bfloat16().requires_grad_()
@@ -135,6 +132,6 @@ def test_few_rows_of_a_bf16_head_are_not_rounded(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("few rows were rounded")
 
-    monkeypatch.setattr(causal_head, "RoughLogits", refuse)
-    hidden, weight = rows_with_outliers(1, rows=rough_logits.ROWS_FOR_APART - 1)
+    monkeypatch.setattr(causal_objective, "RoughLogits", refuse)
+    hidden, weight = rows_with_outliers(1, rows=causal_objective.ROWS_FOR_APART - 1)
     frozen_head_log_probs(hidden, torch.arange(len(hidden)), weight, rough=RoughHead.of(weight))

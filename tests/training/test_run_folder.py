@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from deltaw.training.run_folder import METRICS, SETTINGS, RunFolder, check_output, settings_text
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
@@ -48,9 +48,7 @@ def test_the_settings_read_back_as_the_same_configuration(model, output, lora, t
 
 def test_what_the_run_chose_stands_behind_the_setting():
     config = RunConfig.read({"model": "m", "data": "d"})
-    lines = settings_text(
-        config, {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked")}
-    ).splitlines()
+    lines = settings_text(config, {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked")}).splitlines()
     assert "  tokens_per_pass: auto  # 64: fits" in lines
     assert "device: auto  # cpu: asked" in lines
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.hub.stored_weights import StoredWeights, fill, unfilled
 from deltaw.kernels import loader
 from deltaw.lora.fingerprint import base_fingerprint
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.parallel.sharding import as_sharded
+from deltaw.training.parallel.joining import as_sharded
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
 from tests.conftest import write_rows

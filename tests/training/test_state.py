@@ -15,10 +15,8 @@ from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig
-from deltaw.methods.bias import Bias
-from deltaw.methods.full import Full
+from deltaw.methods.in_place import Bias, Full, Random
 from deltaw.methods.lora import LoRA
-from deltaw.methods.random import Random
 from deltaw.methods.settings import RandomSettings
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.loop import train

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from deltaw.data import encode_prompt
-from deltaw.data.bad_rows import SKIPPED_ROWS
+from deltaw.data.report import SKIPPED_ROWS
 from deltaw.errors import UserError
 from deltaw.runtime.generation import generate
 from deltaw.training.data_view import shown_rows
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run
-from deltaw.training.origin import settings_in
+from deltaw.training.origin import open_run, settings_in
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of
@@ -63,9 +62,7 @@ def run(folder: Path, model: str, rows: Path, **data: object) -> Path:
     ],
 )
 def test_a_trained_model_ends_its_turn_by_itself(tmp_path: Path, family: str, end: str) -> None:
-    rows = write_rows(
-        tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLORS)
-    )
+    rows = write_rows(tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLORS))
     trained = run(tmp_path, model_in(tmp_path / "model", family), rows)
     opened = open_run(str(trained), say=lambda line: None)
     prompts = [encode_prompt(f"paint it {c}: ", opened.data or "auto", opened.tokenizer) for c in COLORS]
@@ -124,9 +121,7 @@ def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings
     assert not (clean / SKIPPED_ROWS).exists()
 
 
-def test_the_date_that_a_template_writes_is_told_with_the_settings(
-    tmp_path: Path, settings, model_folder
-) -> None:
+def test_the_date_that_a_template_writes_is_told_with_the_settings(tmp_path: Path, settings, model_folder) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("{{ strftime_now('%d %b %Y') }}\n" + tokenizer_of("chatml").chat_template)
     data = {"chat_template": str(own)}

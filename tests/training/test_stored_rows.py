@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from deltaw.config import RunConfig
-from deltaw.data import row_cache
+from deltaw.data import stored_rows
+from deltaw.data.packing import lengths_of
 from deltaw.data.row_store import DiskRows, MemoryRows
-from deltaw.data.sequences import lengths_of
-from deltaw.experiments.trial import split_off
+from deltaw.experiments.worker import split_off
+from deltaw.settings import RunConfig
 from deltaw.training.fit import fit
 from deltaw.training.planning.remembered import digest_of
 from deltaw.training.session import read_data
@@ -42,7 +42,7 @@ def outcome(result):
 def test_rows_on_the_disk_train_alike(settings, tmp_path, kind, monkeypatch):
     told = {**kind, "train": {"epochs": 2, **kind.get("train", {})}}
     small = fit(settings(tmp_path / "small", **told))
-    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
+    monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
     monkeypatch.setattr(causal_batcher, "ROWS_AT_ONCE", 10**9)
     large = fit(settings(tmp_path / "large", **told))
     found = [load_file(run.output / ADAPTER) for run in (small, large)]
@@ -55,7 +55,7 @@ def test_an_evaluation_in_parts_gives_the_same_metrics(settings, tmp_path, monke
     told = {"data": {"eval": 5}, "train": {"max_steps": 1}}
     whole = fit(settings(tmp_path / "whole", **told)).evaluation
     monkeypatch.setattr(causal_batcher, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr("deltaw.training.evaluation.causal.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("deltaw.training.tasks.causal.ROWS_AT_ONCE", 2)
     parts = fit(settings(tmp_path / "parts", **told)).evaluation
     assert len(parts.per_row) == 5
     np.testing.assert_array_equal(parts.per_row, whole.per_row)
@@ -64,7 +64,7 @@ def test_an_evaluation_in_parts_gives_the_same_metrics(settings, tmp_path, monke
 
 def test_what_a_run_asks_of_all_rows_needs_no_row(settings, tmp_path, monkeypatch):
     """Lengths, the order of an epoch, a plan's key and validation rows come without an example made."""
-    monkeypatch.setattr(row_cache, "SPILL_BYTES", 0)
+    monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
     config = RunConfig.read(settings(tmp_path / "run"))
     _, data = read_data(config)
     assert isinstance(data.train.store, DiskRows)

@@ -13,9 +13,17 @@ import pytest
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.training.callbacks import Callback
-from deltaw.training.example_rows import TEXT, example_rows, length_counts
 from deltaw.training.fit import fit
-from deltaw.training.summary import NAME, is_alive, next_commands, plain, this_process
+from deltaw.training.summary import (
+    NAME,
+    TEXT,
+    example_rows,
+    is_alive,
+    length_counts,
+    next_commands,
+    plain,
+    this_process,
+)
 from tests.byte_models import byte_tokenizer
 
 
@@ -145,9 +153,7 @@ def test_values_become_plain_and_bounded():
 
 
 def test_a_process_that_has_ended_is_known():
-    script = (
-        "import json; from deltaw.training.summary import this_process; print(json.dumps(this_process()))"
-    )
+    script = "import json; from deltaw.training.summary import this_process; print(json.dumps(this_process()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert is_alive(json.loads(done.stdout)) is False
     own = this_process()
@@ -173,9 +179,7 @@ def test_commands_quote_the_folder(tmp_path):
     told = [entry["command"] for entry in next_commands(tmp_path / "a b", "finished", "lora", True)]
     assert f"deltaw chat '{tmp_path}/a b'" in told and f"deltaw serve '{tmp_path}/a b'" in told
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in told
-    assert not any(
-        "chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)]
-    )
+    assert not any("chat" in c for c in [e["command"] for e in next_commands(tmp_path, "failed", "lora", True)])
     assert not any("chat" in e["command"] for e in next_commands(tmp_path, "finished", "head", False))
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     for state, resume in (("finished", " --train.epochs N"), ("failed", "")):

@@ -8,10 +8,10 @@ import pytest
 
 import deltaw
 from deltaw import tasks
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Lines
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
 from tests.conftest import write_rows
 from tests.training.toy_task import ENTRY, PreferenceTask
 

@@ -127,9 +127,7 @@ def test_a_run_that_fails_lets_its_tracker_finish(settings, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", tracking.PACKAGES)
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(
-    settings, tmp_path, monkeypatch, name
-):
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(settings, tmp_path, monkeypatch, name):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=f"needs the package {name}") as refused:
         fit(settings(tmp_path / "run", track=name, model=str(tmp_path / "no model is there")))
@@ -140,7 +138,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(
 def test_every_tracker_of_the_settings_is_there():
     from typing import get_args
 
-    from deltaw.config import RunConfig
+    from deltaw.settings import RunConfig
 
     named = {name for kind in get_args(RunConfig.model_fields["track"].annotation) for name in get_args(kind)}
     assert named == set(tracking.TRACKERS) == set(tracking.PACKAGES)

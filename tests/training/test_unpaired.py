@@ -12,15 +12,13 @@ import torch
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
-from deltaw.preference_settings import PreferenceSettings
 from deltaw.runtime.packed import packed_rows
+from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run, score_run
-from deltaw.training.losses import RowLogProbs
-from deltaw.training.tasks.preference import PreferenceTask
-from deltaw.training.tasks.unpaired import UnpairedMicroBatcher
-from deltaw.training.unpaired_loss import UnpairedLoss
+from deltaw.training.losses import RowLogProbs, UnpairedLoss
+from deltaw.training.origin import open_run, score_run
+from deltaw.training.tasks.causal import PreferenceTask, UnpairedMicroBatcher
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.training.test_checkpoints import assert_same_run
@@ -57,10 +55,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(moved, tmp_path
         for parameter in policy.parameters():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
             parameter.add_(moved * noise)
-    texts = [
-        {"prompt": f"paint {c} ", "completion": c[: 2 + n % 3], "label": n % 3 != 0}
-        for n, c in enumerate(COLORS)
-    ]
+    texts = [{"prompt": f"paint {c} ", "completion": c[: 2 + n % 3], "label": n % 3 != 0} for n, c in enumerate(COLORS)]
     trainer = KTOTrainer(
         model=policy,
         ref_model=copy.deepcopy(base),
@@ -104,9 +99,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_trls_trainer(moved, tmp_path
 def test_the_divergence_is_no_less_than_zero_and_has_no_gradient():
     values = torch.tensor([-1.0, -2.0], requires_grad=True)
     rows = tuple(
-        Example(
-            n, np.arange(3, dtype=np.int32), np.array([False, False, True]), 2, None, reference=r, desired=d
-        )
+        Example(n, np.arange(3, dtype=np.int32), np.array([False, False, True]), 2, None, reference=r, desired=d)
         for n, (r, d) in enumerate([(-1.5, True), (-1.0, False)])
     )
     logs = RowLogProbs(values, torch.tensor([0, 1]), torch.tensor([0, 1]), rows)
@@ -167,10 +160,7 @@ def test_the_reference_is_the_base_model_and_an_evaluation_counts_all_rows(judgi
     exact = open_run(str(model_folder), precision="fp32", device="cpu", say=lambda line: None).model
     with torch.no_grad():
         ratios = np.array(
-            [
-                [float(log_prob(opened.model, row) - log_prob(exact, row)) for row in group.rows]
-                for group in held_out
-            ]
+            [[float(log_prob(opened.model, row) - log_prob(exact, row)) for row in group.rows] for group in held_out]
         )
     divergence = max(0.0, ratios[:, 1].mean())
     signs = np.array([1 if group.rows[0].desired else -1 for group in held_out])
@@ -189,8 +179,7 @@ def test_microbatches_change_no_run_and_a_stopped_run_goes_on_equal_to_the_bit(j
     fit(judging(tmp_path / "whole", **given))
     small = fit(judging(tmp_path / "small", train={**given["train"], "tokens_per_pass": 80})).output
     one, other = (
-        [line["loss"] for line in metrics(run) if "learning_rate" in line]
-        for run in (tmp_path / "whole", small)
+        [line["loss"] for line in metrics(run) if "learning_rate" in line] for run in (tmp_path / "whole", small)
     )
     assert other == pytest.approx(one, rel=1e-4)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.config import RunConfig
-from deltaw.training.planning.plan_run import plan
-from deltaw.training.planning.unread import REGION
+from deltaw.settings import RunConfig
+from deltaw.training.planning.plan_run import REGION, plan
 from tests.byte_models import byte_tokenizer, tiny_llama
 
 ENTRIES, WIDTH = 40_000, 32
@@ -39,7 +38,7 @@ def unread(folder, name: str, *, method: str = "lora", precision: str = "fp32", 
 
 
 def test_rows_of_a_mapped_embedding_that_do_not_occur_are_not_counted(folder, monkeypatch):
-    monkeypatch.setattr("deltaw.training.planning.unread.mapped_around", lambda stored: REGION)
+    monkeypatch.setattr("deltaw.training.planning.plan_run.mapped_around", lambda stored: REGION)
     weight = ENTRIES * WIDTH * 4
     # Byte tokens and the few special ones all lie in the first 64 KiB, or the next.
     assert weight - 2 * REGION <= unread(folder, "untied") <= weight - REGION

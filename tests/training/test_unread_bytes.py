@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.tensor_files import read_header, save_tensors
-from deltaw.training.planning.unread import APART, REGION, TOUCHED, mapped_around
+from deltaw.training.planning.plan_run import APART, REGION, TOUCHED, mapped_around
 from tests.mapped_files import resident_of
 
 ROW = 1024  # fp32 numbers: a page of 4 KiB

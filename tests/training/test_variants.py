@@ -13,9 +13,9 @@ from deltaw.data import prepare
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.callbacks import Callback
-from deltaw.training.evaluation.causal import evaluate_causal
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run
+from deltaw.training.origin import open_run
+from deltaw.training.tasks.causal import evaluate_causal
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama

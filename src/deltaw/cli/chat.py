@@ -16,7 +16,7 @@ from deltaw.working import working
 
 if TYPE_CHECKING:
     from deltaw.serving.engine import Engine
-    from deltaw.training.inference import InferenceSession
+    from deltaw.training.origin import InferenceSession
 
 
 @click.command("chat")
@@ -42,7 +42,7 @@ def command(
         import numpy as np
 
         from deltaw.serving.opening import base_engine
-        from deltaw.training.inference import open_run
+        from deltaw.training.origin import open_run
     opened = open_run(
         run,
         model=model,

@@ -17,9 +17,7 @@ from deltaw.cli.options import (
 
 @click.command("compare")
 @click.argument("settings", required=False, type=click.Path())
-@click.option(
-    "--methods", default=None, help="names of methods  [default: lora,head,prompt,bias,random,full]"
-)
+@click.option("--methods", default=None, help="names of methods  [default: lora,head,prompt,bias,random,full]")
 @click.option(
     "--rates",
     multiple=True,
@@ -74,15 +72,14 @@ def command(
     -compare behind it, or to exactly the folder that --output names; the same command goes on with one that
     was interrupted.
     """
-    from deltaw.config import RunConfig
     from deltaw.experiments.compare import SHARE, check_methods, compare
-    from deltaw.experiments.findings import as_json as as_plain
-    from deltaw.experiments.findings import failures, findings
-    from deltaw.experiments.rates import parse_rates
+    from deltaw.experiments.comparison import as_json as as_plain
+    from deltaw.experiments.comparison import failures, findings
+    from deltaw.experiments.entry import parse_rates
     from deltaw.methods import registry
-    from deltaw.reports.comparison import comparison_tables
-    from deltaw.reports.comparison_figure import draw_comparison
+    from deltaw.reports.comparison import comparison_tables, draw_comparison
     from deltaw.reports.page.write import write_pages
+    from deltaw.settings import RunConfig
 
     out = console(as_json)
     flags = nested(given)

@@ -11,7 +11,7 @@ from deltaw.cli.options import console, json_flag, nested, print_json, settings_
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
-    from deltaw.config import RunConfig
+    from deltaw.settings import RunConfig
 
 
 @click.group("data")
@@ -22,9 +22,7 @@ def command() -> None:
 @command.command("show")
 @click.argument("file", required=False, type=click.Path())
 @click.option("--row", default=None, type=click.IntRange(1), help="the row of this number, as in messages")
-@click.option(
-    "--rows", "count", default=None, type=click.IntRange(1), help="so many rows  [default: 3, or 1]"
-)
+@click.option("--rows", "count", default=None, type=click.IntRange(1), help="so many rows  [default: 3, or 1]")
 @click.option("--settings", default=None, type=click.Path(), help="a YAML file with the run's settings")
 @settings_flags
 @json_flag
@@ -40,7 +38,7 @@ def show(
 
     FILE is data, a run's YAML file, or a run's folder. --model names the model whose tokenizer reads it.
     """
-    from deltaw.reports.data_row import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
+    from deltaw.reports.data import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
     from deltaw.training.data_view import shown_rows
 
     out = console(as_json)
@@ -67,7 +65,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
     FILE is data, a run's YAML file, or a run's folder. --model names the model whose tokenizer reads it. Ends
     with status 2 if training would fail or be pointless.
     """
-    from deltaw.reports.data_check import check_lines
+    from deltaw.reports.data import check_lines
     from deltaw.training.data_view import check_data
 
     out = console(as_json)
@@ -81,7 +79,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **given: str | 
 
 def _config(file: str | None, settings: str | None, given: dict[str, str | None]) -> RunConfig:
     """The settings of a run on ``file``, which may itself be settings or a run's folder."""
-    from deltaw.config import RunConfig
+    from deltaw.settings import RunConfig
     from deltaw.training.origin import settings_in
     from deltaw.training.run_folder import SETTINGS
 

@@ -14,9 +14,7 @@ from deltaw.cli.options import completing, console, json_flag, print_json
     help="measure products of this model's sizes, and say what its weights take",
     shell_complete=completing("model"),
 )
-@click.option(
-    "--output", default="runs", show_default=True, type=click.Path(), help="folder that runs are written to"
-)
+@click.option("--output", default="runs", show_default=True, type=click.Path(), help="folder that runs are written to")
 @json_flag
 def command(model: str | None, output: str, as_json: bool) -> int:
     """Look at this machine: processor, kernels and their measured rates, memory, disks, versions, GPU, and

@@ -15,25 +15,21 @@ from deltaw.working import working
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deltaw.training.evaluation.causal import Score
-    from deltaw.training.evaluation.drift import Drift
-    from deltaw.training.inference import InferenceSession
+    from deltaw.training.drift import Drift
+    from deltaw.training.origin import InferenceSession
+    from deltaw.training.tasks.causal import Score
 
 
 @click.command("eval")
 @click.argument("run")
-@click.option(
-    "--data", default=None, help="a file, hub id or package member; by default the run's held-out rows"
-)
+@click.option("--data", default=None, help="a file, hub id or package member; by default the run's held-out rows")
 @click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
 @click.option("--base", "with_base", is_flag=True, help="score the base model too")
 @click.option("--rows", default=None, type=click.IntRange(1), help="only the first so many rows of a set")
 @click.option("--max-new-tokens", default=None, type=click.IntRange(1), help="longest answer to write")
 @click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
-@click.option(
-    "--general", default=0, type=click.IntRange(0), help="show so many general answers of both models"
-)
+@click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
 @click.option(
     "--task",
     default=None,
@@ -63,11 +59,9 @@ def command(
     out = console(as_json)
     with working("starting"):
         from deltaw.serving.opening import SessionWriter
-        from deltaw.training.inference import open_run, score_run
+        from deltaw.training.origin import open_run, score_run
     if data is not None and names:
-        raise UserError(
-            "--set chooses among the run's own sets", where="--data", hint="leave out one of the two"
-        )
+        raise UserError("--set chooses among the run's own sets", where="--data", hint="leave out one of the two")
     opened = open_run(
         run,
         model=model,
@@ -124,9 +118,7 @@ def _rows_by_set(
 
     sets: dict[str, Sequence[Any]]
     if data is not None:
-        examples, report = opened.task.read_file(
-            data, opened.data or DataSettings(train=data), opened.classes
-        )
+        examples, report = opened.task.read_file(data, opened.data or DataSettings(train=data), opened.classes)
         sets, lines = {"": examples}, report.lines()
     elif opened.config is not None and opened.found is not None:
         opened.found.require_rows()
@@ -152,9 +144,7 @@ def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]]
     from deltaw.data.example import Example
 
     rows = [row for examples in sets.values() for row in examples]
-    prompts = [
-        row.tokens[: row.prompt_length] for row in rows if isinstance(row, Example) and row.prompt_length
-    ]
+    prompts = [row.tokens[: row.prompt_length] for row in rows if isinstance(row, Example) and row.prompt_length]
     if (lacking := opened.not_invoked(prompts)) is not None:
         out.print(lacking, highlight=False, markup=False)
 
@@ -198,8 +188,8 @@ def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int
 def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None:
     """How far general answers moved, shown; with ``general`` of them side by side."""
     from deltaw.reports.scores import general_table
+    from deltaw.training.drift import answers_side_by_side, drift_of
     from deltaw.training.evaluation.general import NoGeneralAnswers
-    from deltaw.training.inference_drift import answers_side_by_side, drift_of
 
     try:
         drift = drift_of(opened)
@@ -213,9 +203,7 @@ def _drift(opened: InferenceSession, out: Console, general: int) -> Drift | None
     return drift
 
 
-def _side_by_side(
-    scores: Mapping[str, Score], count: int
-) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
+def _side_by_side(scores: Mapping[str, Score], count: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
     """The first ``count`` questions with every model's answer."""
     together = zip(*(s.answers[:count] for s in scores.values()), strict=True)
     return [

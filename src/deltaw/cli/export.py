@@ -12,12 +12,8 @@ FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
 
 @click.command("export")
 @click.argument("run", type=click.Path())
-@click.option(
-    "--format", "format_name", required=True, type=click.Choice(FORMATS), help="the program's format"
-)
-@click.option(
-    "--output", required=True, type=click.Path(), help="the folder to make, or a file that ends in .gguf"
-)
+@click.option("--format", "format_name", required=True, type=click.Choice(FORMATS), help="the program's format")
+@click.option("--output", required=True, type=click.Path(), help="the folder to make, or a file that ends in .gguf")
 @click.option(
     "--type",
     "kind",

@@ -55,7 +55,7 @@ def command(
     with working("starting"):
         from deltaw.data import encode_prompt
         from deltaw.serving.opening import base_engine
-        from deltaw.training.inference import open_run
+        from deltaw.training.origin import open_run
     asked = list(prompts) or [line for line in sys.stdin.read().splitlines() if line.strip()]
     asked = [as_text(prompt, "the prompt") for prompt in asked]
     if not asked:
@@ -73,9 +73,7 @@ def command(
         say(line)
 
     def completed(by: Engine, adapter: str | None) -> list[Written]:
-        requests = [
-            how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)
-        ]
+        requests = [how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
         with working("writing", len(requests)) as advance:
             return by.write_all(requests, lambda done, _: advance(done))
 

@@ -65,9 +65,7 @@ def _data(data: str | None, model: str | None, task: str | None, ask: bool) -> t
     found = data_here(Path.cwd())
     if not ask:
         if found is None:
-            raise UserError(
-                "there is no data file in this folder", where=str(Path.cwd()), hint="name one with --data"
-            )
+            raise UserError("there is no data file in this folder", where=str(Path.cwd()), hint="name one with --data")
         return found, _look(found, model, task)
     while True:
         data = str(click.prompt("Which rows? A file, a folder, a hub id", default=found)).strip()

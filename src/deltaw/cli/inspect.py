@@ -13,8 +13,7 @@ from deltaw.cli.options import console, json_flag, print_json
 @json_flag
 def command(adapter: str, other: str | None, as_json: bool) -> None:
     """Rank, size, targets, norms and effective ranks of ADAPTER, a folder; or how it differs from OTHER."""
-    from deltaw.reports.adapter_comparison import AdapterComparison, compare_adapters
-    from deltaw.reports.inspect import AdapterReport, inspect_adapter
+    from deltaw.reports.inspect import AdapterComparison, AdapterReport, compare_adapters, inspect_adapter
 
     report: AdapterReport | AdapterComparison
     report = inspect_adapter(adapter) if other is None else compare_adapters(adapter, other)

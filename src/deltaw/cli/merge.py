@@ -40,13 +40,9 @@ METHODS = ("concat", "svd", "linear", "ties", "dare")
 @click.option("--keep", is_flag=True, help="keep the folder also where verifying refuses it")
 @click.option("--with", "others", multiple=True, metavar="RUN=WEIGHT", help="a further adapter; repeatable")
 @click.option("--weight", default=1.0, type=float, help="of RUN's own update")
-@click.option(
-    "--method", default="concat", type=click.Choice(METHODS), help="how several adapters are combined"
-)
+@click.option("--method", default="concat", type=click.Choice(METHODS), help="how several adapters are combined")
 @click.option("--rank", default=None, type=click.IntRange(1), help="of method svd, or of the adapter written")
-@click.option(
-    "--density", default=0.5, type=float, help="share of each update that ties and dare keep [default: 0.5]"
-)
+@click.option("--density", default=0.5, type=float, help="share of each update that ties and dare keep [default: 0.5]")
 @click.option("--seed", default=0, type=click.IntRange(0), help="of dare")
 @click.option("--as-adapter", is_flag=True, help="write one adapter in PEFT's format, not a model")
 @json_flag
@@ -76,7 +72,7 @@ def command(
         from deltaw.export.as_adapter import write_adapter
         from deltaw.export.combine import Recipe
         from deltaw.export.merge import MergeOptions, merge_run
-        from deltaw.export.model_files import parse_size
+        from deltaw.export.merged import parse_size
         from deltaw.export.verify import Verify
         from deltaw.reports.merging import adapter_lines, as_dict, merge_lines
     several = [_weighted(text) for text in others]

@@ -11,13 +11,13 @@ import yaml
 from click.shell_completion import CompletionItem
 from rich.console import Console
 
-from deltaw.config import parse_yaml, settings
 from deltaw.errors import UserError
-from deltaw.reports.working import WorkingDisplay
+from deltaw.reports.progress import WorkingDisplay
+from deltaw.settings import parse_yaml, settings
 from deltaw.working import listen
 
 if TYPE_CHECKING:
-    from deltaw.experiments.cluster import Cluster
+    from deltaw.experiments.jobs import Cluster
 
 Command = TypeVar("Command", bound=Callable)
 # Settings whose values are files or folders, for a shell that completes them.
@@ -128,7 +128,7 @@ def cluster_of(ray: str | None, cpus: int | None) -> Cluster | None:
         if cpus is not None:
             raise UserError("there is no cluster", where=f"--ray-cpus {cpus}", hint="give --ray too")
         return None
-    from deltaw.experiments.cluster import Cluster
+    from deltaw.experiments.jobs import Cluster
 
     return Cluster(ray, cpus)
 

@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("settings", required=False, type=click.Path())
-@click.option(
-    "--methods", default="all", show_default=True, help="methods to plan besides the run's own: a,b,c"
-)
-@click.option(
-    "--picture", default=None, type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file"
-)
+@click.option("--methods", default="all", show_default=True, help="methods to plan besides the run's own: a,b,c")
+@click.option("--picture", default=None, type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
 @click.option("--budget", default=None, help="search for settings that fit into so much memory, such as 6GB")
 @click.option(
     "--processes",
@@ -46,9 +42,9 @@ def command(
 ) -> None:
     """The memory that a run needs, part by part, for every method on the same model. Reads the
     model's configuration and the rows, no weights."""
-    from deltaw.config import RunConfig
     from deltaw.reports.plan import budget_table, picture_kind
-    from deltaw.training.planning.asked import chosen_methods, of_each, parse_bytes
+    from deltaw.settings import RunConfig
+    from deltaw.training.planning.plan_run import chosen_methods, of_each, parse_bytes
     from deltaw.training.planning.remembered import recalled
 
     out = console(as_json)

@@ -12,9 +12,7 @@ from deltaw.cli.options import console, json_flag, print_json
 @click.option(
     "--output", default=None, type=click.Path(), help="with two or more runs: write a page that compares them"
 )
-@click.option(
-    "--report", is_flag=True, help="write report.html of each run again, from the files in its folder"
-)
+@click.option("--report", is_flag=True, help="write report.html of each run again, from the files in its folder")
 @json_flag
 def command(names: tuple[str, ...], output: str | None, report: bool, as_json: bool) -> None:
     """List the runs below a folder, by default the folder `runs`; compare the runs that NAMES lists.
@@ -22,10 +20,8 @@ def command(names: tuple[str, ...], output: str | None, report: bool, as_json: b
     A name is the path of a run, or its name in the folder `runs`.
     """
     from deltaw.errors import UserError
-    from deltaw.reports.choose_runs import choose_runs
-    from deltaw.reports.comparing import as_values
     from deltaw.reports.page.write import comparison_page, write_page
-    from deltaw.reports.runs_table import comparison_tables, runs_table
+    from deltaw.reports.runs import as_values, choose_runs, comparison_tables, runs_table
 
     out = console(as_json)
     chosen = choose_runs(names)

@@ -47,9 +47,7 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=FOLDER", help="an adapter; several times")
 @click.option("--name", default=None, help="the base model's name in requests  [default: BASE as given]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
-@click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one"
-)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one")
 @click.option(
     "--api-key",
     "keys",
@@ -57,9 +55,7 @@ def _limit_flags(command: Command) -> Command:
     help="a key that requests must bring; others on this machine see it: DELTAW_API_KEY or a file is better",
 )
 @click.option("--api-key-file", default=None, type=FILE, help="a file of keys, one a line")
-@click.option(
-    "--without-key", is_flag=True, help="let anybody ask who reaches an address that is not loopback"
-)
+@click.option("--without-key", is_flag=True, help="let anybody ask who reaches an address that is not loopback")
 @click.option(
     "--adapters-from",
     default=None,
@@ -80,13 +76,9 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--cors-origin", "origins", multiple=True, help="an origin whose web pages may ask")
 @click.option("--certificate", default=None, type=FILE, help="a certificate for TLS (PEM)")
 @click.option("--certificate-key", default=None, type=FILE, help="the certificate's key (PEM)")
-@click.option(
-    "--log", default="json", show_default=True, type=click.Choice(["json", "off"]), help="on standard error"
-)
+@click.option("--log", default="json", show_default=True, type=click.Choice(["json", "off"]), help="on standard error")
 @click.option("--log-prompts", is_flag=True, help="log what was asked too")
-@click.option(
-    "--running", default=64, show_default=True, type=click.IntRange(1), help="texts written at once"
-)
+@click.option("--running", default=64, show_default=True, type=click.IntRange(1), help="texts written at once")
 @click.option(
     "--cache-memory",
     default=None,
@@ -126,7 +118,7 @@ def command(
     requests, `model` names the base or an adapter. Encoders serve embeddings, classifiers
     classes. Ctrl-C or SIGTERM lets texts in hand end."""
     from deltaw.serving.http import require_packages
-    from deltaw.training.planning.asked import parse_bytes
+    from deltaw.training.planning.plan_run import parse_bytes
 
     require_packages()
     settings = _settings(given)
@@ -138,7 +130,7 @@ def command(
     with working("starting"):
         from deltaw.serving.http import server
         from deltaw.serving.http.app import create_app
-        from deltaw.serving.http.logs import RequestLog
+        from deltaw.serving.http.guard import RequestLog
         from deltaw.serving.http.opening import Opening, open_any
     bound = server.listening_socket(settings)  # before the model, which takes its time
     opening = Opening(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from deltaw.serving.engine import Engine
     from deltaw.serving.request import Constraint, Request
-    from deltaw.training.inference import InferenceSession
+    from deltaw.training.origin import InferenceSession
 
 Command = TypeVar("Command", bound=Callable)
 
@@ -52,9 +52,7 @@ class TextSettings:
             if not as_text(stop, "--stop"):
                 raise UserError("a stop string is empty", where="--stop", hint="leave it out")
         if self.constraint() is not None and find_spec("llguidance") is None:
-            raise UserError(
-                "constrained texts need the package llguidance", hint="pip install 'deltaw[serve]'"
-            )
+            raise UserError("constrained texts need the package llguidance", hint="pip install 'deltaw[serve]'")
         return self
 
     def constraint(self) -> Constraint | None:
@@ -130,9 +128,7 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
             type=click.FloatRange(0, 100),
             help="0: the likeliest token",
         ),
-        click.option(
-            "--top-k", default=0, type=click.IntRange(0), help="draw from so many likeliest tokens; 0: all"
-        ),
+        click.option("--top-k", default=0, type=click.IntRange(0), help="draw from so many likeliest tokens; 0: all"),
         click.option(
             "--top-p",
             default=1.0,
@@ -164,9 +160,7 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
             help="the same, for each time that the text has them",
         ),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(-(2**63), 2**63 - 1)),
-        click.option(
-            "--stop", multiple=True, help="end texts before this string; may be given several times"
-        ),
+        click.option("--stop", multiple=True, help="end texts before this string; may be given several times"),
         click.option(
             "--json-schema",
             default=None,

@@ -55,11 +55,10 @@ def _train(
     """As process 0, or alone."""
     out = console(as_json)
     with working("starting"):
-        from deltaw.config import RunConfig
         from deltaw.host.memory import keep_freed_memory
-        from deltaw.reports.closing import show_end
-        from deltaw.reports.progress import TerminalCallback
+        from deltaw.reports.progress import TerminalCallback, show_end
         from deltaw.reports.run import fit
+        from deltaw.settings import RunConfig
     if resume is not None and settings is not None:
         raise UserError(
             "a run that goes on has its own settings",

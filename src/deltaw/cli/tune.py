@@ -53,10 +53,9 @@ def command(
     Trials are evaluated on rows taken out of the training rows. They are written to `output` with -tune
     behind it, or to exactly the folder that --output names. The same command resumes a search.
     """
-    from deltaw.config import RunConfig
-    from deltaw.experiments.tune import tune
-    from deltaw.experiments.tuning import best_yaml, lessons
-    from deltaw.reports.tuning import tuning_table
+    from deltaw.experiments.tune import best_yaml, lessons, tune
+    from deltaw.reports.comparison import tuning_table
+    from deltaw.settings import RunConfig
 
     out = console(as_json)
     flags = nested(given)

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltaw.data.bad_rows import BadRowError
 from deltaw.data.formats import check_columns
+from deltaw.data.report import BadRowError
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import Rows
 from deltaw.errors import UserError, did_you_mean
@@ -195,8 +195,7 @@ def check_classes(num_labels: int, classes: Sequence[str], where: str) -> None:
     """
     if num_labels != len(classes):
         raise UserError(
-            f"the model's head has {num_labels} outputs, but there are {len(classes)} classes: "
-            f"{listed(classes)}",
+            f"the model's head has {num_labels} outputs, but there are {len(classes)} classes: {listed(classes)}",
             where=where,
             hint="list the head's classes in its order in data.classes, or use a model without a head",
         )
@@ -231,9 +230,7 @@ def _sorted(names: set[str]) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
-def _named(
-    rows: Rows, there: Sequence[str], ours: str, usual: Sequence[str], *, required: bool = True
-) -> str | None:
+def _named(rows: Rows, there: Sequence[str], ours: str, usual: Sequence[str], *, required: bool = True) -> str | None:
     """The column of the first usual name, or of the only one among the others."""
     if usual[0] in there:
         return usual[0]

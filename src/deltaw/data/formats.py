@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deltaw.data.bad_rows import BadRowError, Refuse, refuse
 from deltaw.data.messages import (
     MALFORMED,
     WRONG_TYPE,
@@ -21,6 +20,7 @@ from deltaw.data.messages import (
     text_of,
     without_nulls,
 )
+from deltaw.data.report import BadRowError, Refuse, refuse
 from deltaw.data.rows import Row, Rows
 from deltaw.errors import UserError, did_you_mean
 
@@ -29,7 +29,7 @@ FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "s
 LABELED_COLUMNS = ("label", "text_pair", "image")
 # Columns of pairs of answers besides 'prompt' (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
-# Columns of single answers that are desired or not (see deltaw.data.unpaired).
+# Columns of single answers that are desired or not (see deltaw.data.preferences).
 ANSWER_COLUMNS = ("prompt", "completion", "label")
 
 
@@ -267,9 +267,7 @@ def _read_evals(row: Row, where: str) -> Record:
     answer = text_of(ideal, "ideal", where)
     if not isinstance(row["input"], list):
         return Pair(text_of(row["input"], "input", where), answer)
-    return conversation(
-        read_messages(row["input"], "input", where), [{"role": "assistant", "content": answer}], where
-    )
+    return conversation(read_messages(row["input"], "input", where), [{"role": "assistant", "content": answer}], where)
 
 
 def _read_messages(row: Row, where: str) -> Conversation:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltaw.data.example import Example
-from deltaw.data.prefix_tree import common_prefix
+from deltaw.data.packing import common_prefix
 from deltaw.data.rendering import FAULTS, rendered_by
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         for question in _QUESTIONS:
             message = [{"role": "user", "content": question}]
-            asked, bare = (
-                rendered_by(tokenizer, message, generation=generation) for generation in (True, False)
-            )
+            asked, bare = (rendered_by(tokenizer, message, generation=generation) for generation in (True, False))
             if not asked.startswith(bare) or asked == bare:
                 return []
             text = asked[len(bare) :]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.bad_rows import BadRowError, BadRows
 from deltaw.data.chunk import LongRows
 from deltaw.data.classes import (
     LabelColumns,
@@ -27,11 +26,10 @@ from deltaw.data.classes import (
 from deltaw.data.messages import text_of
 from deltaw.data.mixture import Train, shown, sources_of
 from deltaw.data.pixels import ImageExample, image_rows, read_images
-from deltaw.data.report import Report
+from deltaw.data.report import BadRowError, BadRows, Report
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import read_rows
-from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
+from deltaw.data.sources import check_group, choose, divide, evaluated, groups_of, read_rows
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -273,9 +271,7 @@ class _Reader:
         if self.task == "regression":
             return kept, numbers
         places = [rows.place(index) for index in kept]
-        self.classes, classes = class_numbers(
-            names, places, self.settings, source=rows.name, trained=self.classes
-        )
+        self.classes, classes = class_numbers(names, places, self.settings, source=rows.name, trained=self.classes)
         return kept, list(classes)
 
     def _skip(self, rows: Rows, index: int, error: BadRowError) -> None:
@@ -297,9 +293,7 @@ class _Reader:
         cut = tokens_cut = 0
         for start in range(0, len(usable), _CHUNK):
             texts: list[tuple[int, int | float, tuple[str, ...]]] = []
-            for index, label in zip(
-                usable[start : start + _CHUNK], labels[start : start + _CHUNK], strict=True
-            ):
+            for index, label in zip(usable[start : start + _CHUNK], labels[start : start + _CHUNK], strict=True):
                 try:
                     texts.append((index, label, tokenize.texts(rows, index)))
                 except BadRowError as error:
@@ -314,9 +308,7 @@ class _Reader:
                     ids, segments = tokenize([text], cut=True)[0]
                 if not len(ids):
                     where = rows.place(index)
-                    empty = BadRowError(
-                        "the text is empty", reason="an empty text", where=where, hint="remove the row"
-                    )
+                    empty = BadRowError("the text is empty", reason="an empty text", where=where, hint="remove the row")
                     self._skip(rows, index, empty)
                     continue
                 examples.append(LabeledExample(rows.number(index), ids, label, segments))
@@ -400,8 +392,7 @@ def _check_variety(train: Sequence[AnyExample], classes: tuple[str, ...] | None,
 
 def _nothing_left(rows: Rows, dropped: int) -> UserError:
     return UserError(
-        f"no row is left to train on: {dropped:,} are too long, and the others are of other classes or "
-        "cannot be used",
+        f"no row is left to train on: {dropped:,} are too long, and the others are of other classes or cannot be used",
         where=rows.name,
         hint="raise data.max_length, or check data.classes",
     )

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deltaw.data.bad_rows import BadRowError
-from deltaw.data.json_text import parse
+from deltaw.data.report import BadRowError
+from deltaw.data.row_files import parse
 from deltaw.errors import UserError, did_you_mean
 
 Message = dict[str, object]
@@ -176,9 +176,7 @@ def conversation(
             hint="end the conversation with a message of the role 'assistant'",
         )
     weights = [_weight(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
-    learned = tuple(
-        turn["role"] == "assistant" and i >= len(before) and weights[i] for i, turn in enumerate(turns)
-    )
+    learned = tuple(turn["role"] == "assistant" and i >= len(before) and weights[i] for i, turn in enumerate(turns))
     messages = tuple({key: part for key, part in turn.items() if key != "weight"} for turn in turns)
     return Conversation(messages[: last + 1], learned[: last + 1], len(turns) - last - 1, tools)
 
@@ -219,9 +217,7 @@ def read_prompt(value: object, where: str) -> list[Message]:
 
 def without_blank_answers(found: Conversation) -> Conversation:
     """The same, with empty answers of the assistant marked as no labels."""
-    learned = tuple(
-        may and not _is_blank(message) for may, message in zip(found.learned, found.messages, strict=True)
-    )
+    learned = tuple(may and not _is_blank(message) for may, message in zip(found.learned, found.messages, strict=True))
     return replace(found, learned=learned)
 
 

@@ -144,9 +144,7 @@ def _source(entry: object, where: str) -> Source:
             )
         columns_are_known(columns, f"{where}, columns")
     if form is not None and form not in get_args(FormName):
-        raise UserError(
-            f"there is no format '{form}'", where=where, hint=did_you_mean(str(form), get_args(FormName))
-        )
+        raise UserError(f"there is no format '{form}'", where=where, hint=did_you_mean(str(form), get_args(FormName)))
     return Source(entry["from"], _weight(entry.get("weight", 1.0), where), columns, form)
 
 

@@ -11,20 +11,358 @@ Knows tokens and labels; not text, templates or models.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.padding import cut_by_length, side_by_side
-from deltaw.data.prefix_tree import PrefixTree, added_tokens, sort_key
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.transfer import to_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# ---- The tokens of a row as pieces of text, for a person to see what is trained on.
+#
+# Each special token is a piece of its own. It knows tokens and a tokenizer; not how text is shown.
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens that are all labels, or all none.
+
+    Attributes:
+        text: as decoded; of a special token, its name.
+        label: whether they are labels.
+        special: whether it is one special token.
+        tokens: how many.
+    """
+
+    text: str
+    label: bool
+    special: bool
+    tokens: int
+
+
+def pieces(
+    tokens: np.ndarray | Sequence[int],
+    is_label: np.ndarray | Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Piece]:
+    """The tokens as pieces, whose texts together are all of the text.
+
+    Args:
+        tokens: (length,). is_label: bool (length,).
+    """
+    ids = [int(token) for token in tokens]
+    special = special_tokens(tokenizer)
+    found: list[Piece] = []
+    begin, done = 0, ""
+    while begin < len(ids):
+        label, is_special = bool(is_label[begin]), ids[begin] in special
+        stop = begin + 1
+        while stop < len(ids) and not is_special and ids[stop] not in special and bool(is_label[stop]) is label:
+            stop += 1
+        # Decoded together with all before it: on its own, a piece may lose the space that it begins with.
+        whole = _decoded(ids[:stop], tokenizer)
+        text = whole[len(done) :] if whole.startswith(done) else _decoded(ids[begin:stop], tokenizer)
+        found.append(Piece(special.get(ids[begin], text) if is_special else text, label, is_special, stop - begin))
+        begin, done = stop, whole
+    return found
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokenizer's special tokens and their names."""
+    ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids |= set(tokenizer.all_special_ids)
+    ordered = sorted(ids)
+    return dict(zip(ordered, map(str, tokenizer.convert_ids_to_tokens(ordered)), strict=True))
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+# ---- Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
+#
+# Rows of language models that cannot run packed, and labeled texts, are padded by the same functions. Padding
+# is masked by length, whatever token id it has.
+
+
+# What one microbatch more costs, in tokens: rows are cut where that saves more padding.
+MICROBATCH_COST = {"cpu": 48, "cuda": 2048, "mps": 1024}
+
+
+def microbatch_cost(device: str) -> int:
+    """The entry of :data:`MICROBATCH_COST` for a device such as ``cuda:1``."""
+    return MICROBATCH_COST.get(device.partition(":")[0], MICROBATCH_COST["cpu"])
+
+
+def cut_by_length(
+    lengths: Sequence[int], budget: int, cost: int, counts: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """Cut items that are sorted by length into microbatches, so that padding and microbatches cost least.
+
+    A microbatch costs its rows times the longest of them, and ``cost``; the cheapest cut is found exactly, by
+    dynamic programming over where the last microbatch begins.
+
+    Args:
+        lengths: of each item's longest row, ascending. counts: rows of each item; one by default.
+        budget: the most that rows times longest may be, unless one item alone is more.
+
+    Returns:
+        half-open ranges that follow each other.
+    """
+    count = len(lengths)
+    rows = np.concatenate([[0], np.cumsum(np.ones(count, np.int64) if counts is None else counts)])
+    best = np.zeros(count + 1, np.int64)
+    begins = np.zeros(count + 1, np.int64)
+    for stop in range(1, count + 1):
+        longest = max(1, lengths[stop - 1])
+        most = budget // longest  # rows
+        first = min(stop - 1, int(np.searchsorted(rows, rows[stop] - most, side="left")))
+        costs = best[first:stop] + (rows[stop] - rows[first:stop]) * longest
+        begins[stop] = first + costs.argmin()
+        best[stop] = costs.min() + cost
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(int(begins[cuts[-1]]))
+    return [(start, stop) for stop, start in itertools.pairwise(cuts)][::-1]
+
+
+def side_by_side(
+    rows: Sequence[np.ndarray], longest: int | None = None, fill: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask, int64 (rows, longest): each row on the left, ``fill`` and zeros behind it.
+
+    Args:
+        longest: tokens of a padded row; by default those of the longest.
+    """
+    longest = max(len(row) for row in rows) if longest is None else longest
+    tokens = np.full((len(rows), longest), fill, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = row
+        mask[place, : len(row)] = 1
+    return tokens, mask
+
+
+# ---- Rows in sequences that may be too long to be made at once: joined, picked, and their lengths.
+#
+# Plain lists are treated alike. It knows that a row has a length; not where rows are.
+
+
+class Joined(Sequence[Any]):
+    """Sequences one after another, none of them copied."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return picked(self, np.arange(len(self))[index])
+        place = range(len(self))[index]
+        part = int(np.searchsorted(self._ends, place, side="right"))
+        return self._parts[part][place - int(self._ends[part]) + len(self._parts[part])]
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self._parts:
+            yield from part
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) the length of each row."""
+        return np.concatenate([lengths_of(part) for part in self._parts])
+
+    def used_tokens(self) -> np.ndarray:
+        """Different tokens, ascending: all that occur in the rows, and perhaps others."""
+        return np.unique(np.concatenate([used_tokens(part) for part in self._parts]))
+
+    def digest(self) -> bytes:
+        """A hash of the rows' content."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self._parts:
+            digest.update(part.digest() if hasattr(part, "digest") else repr(len(part)).encode())
+        return digest.digest()
+
+
+class Picked(Sequence[Any]):
+    """Rows of a sequence at given indices."""
+
+    def __init__(self, rows: Sequence[Any], indices: np.ndarray) -> None:
+        self._rows = rows
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return Picked(self._rows, self._indices[index])
+        return self._rows[int(self._indices[index])]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) the length of each row."""
+        return lengths_of(self._rows)[self._indices]
+
+
+def joined(*parts: Sequence[Any]) -> Sequence[Any]:
+    """The parts one after another: a list of lists' rows, a view of others."""
+    if all(isinstance(part, list) for part in parts):
+        return [row for part in parts for row in part]
+    return Joined([part for part in parts if len(part)] or parts[:1])
+
+
+def picked(rows: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
+    """The rows at these indices: a list of a list's rows, a view of others."""
+    if isinstance(rows, list):
+        return [rows[index] for index in indices.tolist()]
+    return rows.picked(indices) if hasattr(rows, "picked") else Picked(rows, indices)
+
+
+def lengths_of(rows: Sequence[Any]) -> np.ndarray:
+    """(n,) the length of each row, of rows that are stored without making one."""
+    known = getattr(rows, "lengths", None)
+    return np.fromiter(map(len, rows), np.int64, len(rows)) if known is None else known
+
+
+def used_tokens(rows: Sequence[Any]) -> np.ndarray:
+    """Different tokens of rows that have some, ascending."""
+    if hasattr(rows, "used_tokens"):
+        return rows.used_tokens()
+    found = [row.tokens for row in rows if hasattr(row, "tokens")]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int32)
+
+
+# ---- The prefix tree of rows: tokens that rows share at their beginning are one node, the rest hangs under it.
+#
+# Knows tokens alone.
+
+
+# Sharing fewer tokens than this saves less than the further segment costs.
+LEAST_SHARED = 4
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of tokens, ``start:stop`` in the rows that pass through it."""
+
+    tokens: np.ndarray
+    start: int
+    parent: Node | None
+    children: list[Node] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class PrefixTree:
+    """A compressed prefix tree, fed with rows in sorted order, so that only its last path ever grows.
+
+    Attributes:
+        ends: for each row, in the order fed, the node that it ends in.
+    """
+
+    def __init__(self) -> None:
+        self.root = Node(np.zeros(0, np.int32), 0, None)
+        self.ends: list[Node] = []
+        self._path = [self.root]
+        self._last = np.zeros(0, np.int32)
+
+    def insert(self, tokens: np.ndarray, share: bool, shareable: int | None = None) -> None:
+        """Add a row; without ``share`` as a branch of its own.
+
+        Args:
+            shareable: how many of its first tokens other rows may share; None for all.
+        """
+        common = common_prefix(self._last, tokens[:shareable]) if share else 0
+        while self._path[-1].start >= common and len(self._path) > 1:
+            self._path.pop()
+        node = self._path[-1]
+        if node is not self.root and common - node.start < LEAST_SHARED:
+            common = node.start
+            self._path.pop()
+        elif common < node.stop:
+            self._path[-1] = self._split(node, common)
+        if common < len(tokens):
+            leaf = Node(tokens[common:], common, self._path[-1])
+            self._path[-1].children.append(leaf)
+            self._path.append(leaf)
+        self.ends.append(self._path[-1])
+        self._last = tokens[:shareable]
+
+    @staticmethod
+    def _split(node: Node, at: int) -> Node:
+        """Put a new node above ``node`` for its tokens up to depth ``at``; return the new one."""
+        cut = at - node.start
+        upper = Node(node.tokens[:cut], node.start, node.parent, [node])
+        assert node.parent is not None
+        node.parent.children[-1] = upper
+        node.tokens, node.start, node.parent = node.tokens[cut:], at, upper
+        return upper
+
+    def depth_first(self) -> list[Node]:
+        """All nodes but the root, each after its parent."""
+        nodes: list[Node] = []
+        waiting = list(reversed(self.root.children))
+        while waiting:
+            node = waiting.pop()
+            nodes.append(node)
+            waiting.extend(reversed(node.children))
+        return nodes
+
+
+def sort_key(tokens: np.ndarray) -> bytes:
+    """Bytes that sort as the token ids do, a prefix before what continues it."""
+    return tokens.astype(">u4").tobytes()
+
+
+def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    length = min(len(left), len(right))
+    differing = np.flatnonzero(left[:length] != right[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+def added_tokens(ordered: Sequence[np.ndarray], share: bool, shareable: Sequence[int] | None = None) -> list[int]:
+    """Tokens that each of the rows, in sorted order, adds to a :class:`PrefixTree` of those before it."""
+    added = []
+    limits = [None] * len(ordered) if shareable is None else shareable
+    last = np.zeros(0, np.int32)
+    path = [(0, 0)]  # start and stop of the nodes of the last row, the root first
+    for tokens, limit in zip(ordered, limits, strict=True):
+        common = common_prefix(last, tokens[:limit]) if share else 0
+        while path[-1][0] >= common and len(path) > 1:
+            path.pop()
+        start, stop = path[-1]
+        if len(path) > 1 and common - start < LEAST_SHARED:
+            common = start
+            path.pop()
+        elif common < stop:
+            path[-1] = (start, common)
+        if common < len(tokens):
+            path.append((common, len(tokens)))
+        added.append(len(tokens) - common)
+        last = tokens[:limit]
+    return added
+
+
+# ---- packing
+
 
 # What a data set has: rows, or groups of rows that one loss sees together.
 Item: TypeAlias = Example | RowGroup
@@ -177,11 +515,7 @@ def pack(
     lengths = [n.stop - n.start for n in nodes]
     counted = sum(len(row.tokens) - row.shareable for row in rows) if fill_active else sum(lengths)
     filler = _filler(counted) if fill else 0
-    layout = (
-        Layout.of_lengths([*lengths, filler], [*parents, -1])
-        if filler
-        else Layout.of_lengths(lengths, parents)
-    )
+    layout = Layout.of_lengths([*lengths, filler], [*parents, -1]) if filler else Layout.of_lengths(lengths, parents)
     layout.device = torch.device(device)
     paths: list[np.ndarray] = []
     for n, parent in enumerate(parents):

@@ -18,16 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from deltaw.data.bad_rows import MAX_ROW_BYTES, BadRowError, Refuse, refuse
 from deltaw.data.classes import LabelColumns
+from deltaw.data.report import MAX_ROW_BYTES, BadRowError, Refuse, refuse
 from deltaw.data.row_files import OnBad
 from deltaw.data.sources import KINDS, Rows, read_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
 
-IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-)
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 _PARTS = frozenset(("train", "training", "test", "val", "valid", "validation", "dev", "eval"))
 # What images are decoded as; Pillow knows more formats, some of which run other programs.
 _FORMATS = frozenset(
@@ -76,9 +74,7 @@ class ImageExample:
         return decode(self.image, str(self.image) if isinstance(self.image, Path) else f"row {self.row}")
 
 
-def image_rows(
-    reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES
-) -> tuple[Rows, int]:
+def image_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> tuple[Rows, int]:
     """Read a folder with a subfolder for each class, or whatever :func:`read_rows` reads.
 
     Returns:
@@ -121,8 +117,7 @@ def image_rows(
             raise UserError(
                 f"the folder of the class '{folder.name}' has no image",
                 where=f"{reference.rstrip('/')}/{folder.name}",
-                hint="put its images there, or remove the folder; images end in "
-                + ", ".join(sorted(IMAGE_SUFFIXES)),
+                hint="put its images there, or remove the folder; images end in " + ", ".join(sorted(IMAGE_SUFFIXES)),
             )
         others += len(files) - len(images)
         rows += [{"image": file, "label": folder.name} for file in images]

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.bad_rows import BadRows
 from deltaw.data.messages import read_prompt
 from deltaw.data.mixture import Source, shown, sources_of, weighted
-from deltaw.data.progress import Say, silent
-from deltaw.data.report import Report
+from deltaw.data.report import BadRows, Report, Say, silent
 from deltaw.data.row_store import RowView
 from deltaw.data.settings import DataSettings, held_out_reference
-from deltaw.data.split import Division, count_duplicates, count_overlap, division, with_division
+from deltaw.data.sources import Division, count_duplicates, count_overlap, division, with_division
 from deltaw.data.stored_rows import Read, read_stored
 from deltaw.data.templates import Encoder, TemplateName
 
@@ -134,9 +132,7 @@ def encode_prompt(
     return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
 
 
-def _counted(
-    report: Report, read: Read, train: RowView, divided: Division, sources: Sequence[Source]
-) -> Report:
+def _counted(report: Report, read: Read, train: RowView, divided: Division, sources: Sequence[Source]) -> Report:
     """The report with the counts of an epoch, in all and by source."""
     source_of = read.source_of(train.places)
     once = np.unique(train.places)

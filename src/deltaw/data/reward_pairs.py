@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltaw.data.bad_rows import BadRowError, BadRows, Refuse
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import PAIR_COLUMNS, Pair, Record
 from deltaw.data.labels import LabeledExample
 from deltaw.data.messages import WRONG_TYPE, Conversation
 from deltaw.data.mixture import Train, sources_of
 from deltaw.data.preferences import PairReader, prompts_of
-from deltaw.data.progress import Say, silent
-from deltaw.data.report import Report
+from deltaw.data.report import BadRowError, BadRows, Refuse, Report, Say, silent
 from deltaw.data.rows import Row
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import open_source
-from deltaw.data.split import check_group, choose, divide, evaluated, groups_of
+from deltaw.data.sources import check_group, choose, divide, evaluated, groups_of, open_source
 from deltaw.data.templates import Encoded
 
 if TYPE_CHECKING:
@@ -155,9 +152,7 @@ class _RewardReader(PairReader):
 
     can_use = (*PairReader.can_use, "margin")
 
-    def encode(
-        self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse
-    ) -> list[list[Encoded]]:
+    def encode(self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse) -> list[list[Encoded]]:
         if self.encoder.chat or self.settings.template == "plain":
             return super().encode(records, places, on_bad)
         found: list[list[Encoded]] = [[] for _ in records]

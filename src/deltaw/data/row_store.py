@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, overload
 import numpy as np
 
 from deltaw.data.example import Example
-from deltaw.data.split import KEY_BYTES, as_keys
+from deltaw.data.sources import KEY_BYTES, as_keys
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class RowStore(Protocol):
         """(n, 2) uint64, equal for examples of the same tokens and labels."""
 
     def groups(self) -> np.ndarray | None:
-        """(n, 2) uint64, see :func:`deltaw.data.split.group_digest`; None without ``data.group``."""
+        """(n, 2) uint64, see :func:`deltaw.data.sources.group_digest`; None without ``data.group``."""
 
     def ordinals(self) -> np.ndarray:
         """(n,) the row that each comes from, counted from 0 over all sources."""

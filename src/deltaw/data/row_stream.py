@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deltaw.data.arrow_rows import ArrowRows, rows_of
-from deltaw.data.bad_rows import MAX_ROW_BYTES
-from deltaw.data.json_list import read_json
+from deltaw.data.report import MAX_ROW_BYTES
 from deltaw.data.row_files import (
     TYPED,
     OnBad,
@@ -25,6 +24,7 @@ from deltaw.data.row_files import (
     TableReader,
     delimiter_of,
     kind_of,
+    read_json,
     read_lines,
     reading,
 )

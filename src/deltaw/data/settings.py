@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
-from deltaw.data.bad_rows import MAX_ROW_BYTES
 from deltaw.data.chat_template import check_date
 from deltaw.data.formats import FormName, known_columns
 from deltaw.data.mixture import SOURCES_SCHEMA, Train, columns_are_known, sources_of
+from deltaw.data.report import MAX_ROW_BYTES
 from deltaw.data.templates import LabelsName, TemplateName
 from deltaw.errors import UserError
 
@@ -79,18 +79,12 @@ class DataSettings:
     )
     duplicates: Literal["drop", "keep"] = field(
         default="drop",
-        metadata={
-            "description": "rows with the same tokens and labels: drop all but the first, or keep them"
-        },
+        metadata={"description": "rows with the same tokens and labels: drop all but the first, or keep them"},
     )
-    form: FormName = field(
-        default="auto", metadata={"description": "the format of the rows; auto: by their columns"}
-    )
+    form: FormName = field(default="auto", metadata={"description": "the format of the rows; auto: by their columns"})
     template: TemplateName = field(
         default="auto",
-        metadata={
-            "description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"
-        },
+        metadata={"description": "chat: the tokenizer's chat template; plain: bare text; auto: chat if it has one"},
     )
     chat_template: str | None = field(
         default=None,
@@ -119,9 +113,7 @@ class DataSettings:
     )
     labels: LabelsName = field(
         default="all-turns",
-        metadata={
-            "description": "which answers of a conversation are labels: all-turns, or the last one only"
-        },
+        metadata={"description": "which answers of a conversation are labels: all-turns, or the last one only"},
     )
     seed: int | None = field(
         default=None,
@@ -242,9 +234,7 @@ def _check_sets(sets: dict[str, float | str]) -> None:
             )
     empty = [name for name in sets if not name.strip()]
     if empty:
-        raise UserError(
-            "a set of data.eval has no name", where="data.eval", hint="name it, as in held_out: 0.05"
-        )
+        raise UserError("a set of data.eval has no name", where="data.eval", hint="name it, as in held_out: 0.05")
 
 
 def _check_names(classes: list[str]) -> None:

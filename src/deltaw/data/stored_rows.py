@@ -6,35 +6,513 @@ It knows sources, chunks and the cache; not duplicates, splits or weights.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from deltaw.data.bad_rows import BadRowError, BadRows
+from deltaw.cache import Cache, versions
 from deltaw.data.chunk import Account, ChunkReader, LongRows
 from deltaw.data.example import Example
 from deltaw.data.formats import Form, choose_form, unused_columns
 from deltaw.data.mixture import Source
-from deltaw.data.progress import Progress, Say
-from deltaw.data.report import Report
-from deltaw.data.row_cache import RowCache, RowWriter, key_of
-from deltaw.data.row_key import facts_of
-from deltaw.data.row_store import RowStore
-from deltaw.data.row_stream import RowStream
+from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say
+from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
+from deltaw.data.row_stream import RowStream, sample
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import open_source
-from deltaw.data.split import check_group, choose, group_digest, groups_of
+from deltaw.data.sources import check_group, choose, group_digest, groups_of, open_source
 from deltaw.data.templates import Encoder
-from deltaw.data.workers import in_order, processes
+from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
+from deltaw.host.product_rates import usable_processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# ---- What stored rows depend on: files, tokenizer, template, settings, and the code that makes rows of them.
+#
+# It knows how to tell whether one of these changed; not what is stored.
+
+
+# Settings that change nothing about a row's tokens. All others count, also those to come.
+_WITHOUT = ("train", "eval", "duplicates", "cache", "rows", "columns", "form", "classes", "other_classes")
+MADE_BY = (
+    *("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy"),
+    *("deltaw.data", "deltaw.hub.gguf"),
+)
+
+
+def facts_of(
+    sources: Sequence[Source],
+    contents: Sequence[object],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: str,
+    seed: int,
+) -> dict[str, object] | None:
+    """Everything that the rows depend on, as JSON can hold it; None where the tokenizer does not say.
+
+    Args:
+        contents: of each source. encoder: how records are rendered, the template and its date included.
+        seed: decides which rows are chosen, where fewer are asked for.
+    """
+    identity = tokenizer_identity(tokenizer)
+    if identity is None:
+        return None
+    values = dataclasses.asdict(settings)
+    return {
+        "format": FORMAT,
+        "made by": versions(MADE_BY),
+        "sources": [
+            [
+                content,
+                settings.columns if source.columns is None else source.columns,
+                source.form or settings.form,
+            ]
+            for source, content in zip(sources, contents, strict=True)
+        ],
+        "settings": {key: value for key, value in values.items() if key not in _WITHOUT},
+        "chosen": None if settings.rows is None else [settings.rows, seed],
+        "tokenizer": identity,
+        "encoder": encoder,
+    }
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A hash of what a tokenizer does; None for one whose vocabulary is not at hand as text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    digest = hashlib.blake2b(backend.to_str().encode(), digest_size=16)
+    told = [
+        type(tokenizer).__name__,
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+# ---- Where rows' tokens are kept on the disk, and found again by all that they depend on.
+#
+# An entry is an Arrow file and a description. The description is written last, after the rows are on the disk:
+# a process that is killed on the way leaves nothing that is believed. An entry whose file is not what the
+# description says is removed and made anew. Entries that were not used for the longest time make room.
+#
+# It knows files and keys; not how rows are read or split.
+
+
+# All entries together; the one in use may be larger.
+LIMIT_BYTES = 64 * 2**30
+# Rows that take more than this in memory go to the disk.
+SPILL_BYTES = 96 * 2**20
+# Rows of a record batch of the file, at least.
+BATCH_ROWS = 4096
+# What an example takes in memory beside its tokens and its answer, roughly.
+_OBJECTS = 600
+_ROWS, _ABOUT, _SKIPPED = ".arrow", ".json", ".skipped.jsonl"
+
+T = TypeVar("T")
+
+
+def rows_folder() -> Path:
+    """``rows`` in deltaw's cache (``$DELTAW_CACHE``, else ``~/.cache/deltaw``)."""
+    return Cache("rows", LIMIT_BYTES).folder
+
+
+def key_of(facts: object) -> str:
+    """The name of an entry: a hash of everything that its rows depend on."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class RowCache:
+    """One entry, which this process alone works with while it is open.
+
+    Args:
+        key: of the entry. say: told when this process waits for another, or finds damage.
+        folder: where entries are. limit: bytes that all entries may take.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, key: str, say: Say, *, folder: Path | None = None, limit: int = LIMIT_BYTES) -> None:
+        self._cache = Cache("rows", limit, folder=folder)
+        self.folder = self._cache.folder
+        self._key = key
+        self._say = say
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> RowCache:
+        def waiting() -> None:
+            self._say("another process is preparing the same rows: waiting for it")
+
+        with _writing(self.folder):
+            self._opened.callback(self._cache.lock(self._key, waiting).release)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    @property
+    def path(self) -> Path:
+        """Of the rows."""
+        return self.folder / f"{self._key}{_ROWS}"
+
+    @property
+    def skipped(self) -> Path:
+        """Of the list of rows that were skipped."""
+        return self.folder / f"{self._key}{_SKIPPED}"
+
+    def find(self, read: Callable[[RowStore, dict[str, Any], Path], T]) -> T | None:
+        """What ``read`` makes of the rows, of what was told of them, and of the list of skipped ones; None
+        where they are not there, or not whole."""
+        about = self.path.with_suffix(_ABOUT)
+        try:
+            told = json.loads(about.read_text(encoding="utf-8"))
+            found = read(self._open(told), dict(told["facts"]), self.skipped)
+            self._cache.used(self._key)
+        except FileNotFoundError as error:
+            if error.filename != str(about):
+                self._discard()
+            return None
+        except (OSError, ValueError, KeyError, TypeError, DamagedRowsError):
+            self._discard()
+            return None
+        return found
+
+    def _discard(self) -> None:
+        self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
+        self._cache.remove(self._key)
+
+    def _open(self, told: dict[str, Any]) -> RowStore:
+        file = self.path.open("rb")
+        try:
+            if [told["format"], told["bytes"], told["sample"]] != [FORMAT, *_sample(file)]:
+                raise DamagedRowsError("not what was written")
+            rows = self._rows(file, bool(told["grouped"]))
+            if len(rows) != told["rows"]:
+                raise DamagedRowsError("another number of rows")
+            return rows
+        except BaseException:
+            file.close()
+            raise
+
+    def opened(self, grouped: bool) -> DiskRows:
+        """The rows of an entry that was just made."""
+        return self._rows(self.path.open("rb"), grouped)
+
+    def _rows(self, file: IO[bytes], grouped: bool) -> DiskRows:
+        cache, key = self._cache, self._key
+        return DiskRows(file, str(self.path), grouped=grouped, on_damage=lambda: cache.remove(key))
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[IO[bytes]]:
+        """A file for the rows, which becomes the entry's when the block ends without an error."""
+        with _writing(self.folder):
+            self._cache.make_room(but=self._key)
+            self._cache.remove(self._key)
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
+                yield file
+
+    def describe(self, count: int, grouped: bool, about: str, facts: Mapping[str, object]) -> None:
+        """Write the description: from here on the entry is there."""
+        with _writing(self.folder):
+            with self.path.open("rb") as file:
+                size, digest = _sample(file)
+            told = {
+                "about": about,
+                "format": FORMAT,
+                "rows": count,
+                "bytes": size,
+                "sample": digest,
+                "grouped": grouped,
+                "facts": dict(facts),
+            }
+            write_text(self.path.with_suffix(_ABOUT), json.dumps(told, indent=1) + "\n")
+
+
+class RowWriter:
+    """Collects examples: in memory, and once they are many in a file.
+
+    Args:
+        cache: where the file is to stay; without one it is gone when the rows are let go.
+        spill: bytes in memory from which on examples go to the file.
+    """
+
+    def __init__(self, cache: RowCache | None = None, *, spill: int | None = None) -> None:
+        self._cache = cache
+        self._spill = SPILL_BYTES if spill is None else spill
+        self._memory = MemoryRows()
+        self._bytes = self._count = 0
+        self._grouped = False
+        self._file: IO[bytes] | None = None
+        self._writer: Any = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def add(self, examples: Sequence[Example], ordinals: Sequence[int], groups: Sequence[bytes]) -> None:
+        """Add examples, each with the number of its row over all sources, and with its group if rows have."""
+        self._memory.add(examples, ordinals, groups)
+        self._count += len(examples)
+        self._grouped = self._grouped or bool(groups)
+        self._bytes += sum(5 * len(e) + len(e.answer or "") + _OBJECTS for e in examples)
+        if self._bytes > self._spill and (self._writer is None or len(self._memory) >= BATCH_ROWS):
+            self._write()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def finish(
+        self,
+        about: str,
+        facts: Mapping[str, object],
+        *,
+        keep: bool,
+        write_skipped: Callable[[Path], object] | None = None,
+    ) -> RowStore:
+        """All examples, to be called once.
+
+        Args:
+            about: a line for a person who reads the cache's folder. facts: kept with the rows.
+            keep: whether few rows, which are in memory, are to be kept in the cache too.
+            write_skipped: writes the list of rows that were skipped, if there are any.
+        """
+        memory, in_memory = self._memory, self._writer is None
+        if in_memory and (self._cache is None or not keep):
+            return memory
+        try:
+            self._write()
+            with _writing(rows_folder()):
+                self._writer.close()
+            assert self._file is not None
+            if self._cache is None:
+                self._file.flush()
+                return DiskRows(self._file, "a temporary file", grouped=self._grouped)
+            self._open.close()
+            if write_skipped is not None:
+                write_skipped(self._cache.skipped)
+            self._cache.describe(self._count, self._grouped, about, facts)
+        except UserError:
+            if not in_memory:
+                raise
+        return memory if in_memory else self._cache.opened(self._grouped)  # type: ignore[union-attr]
+
+    def _write(self) -> None:
+        import pyarrow
+        import pyarrow.ipc
+
+        with _writing(rows_folder() if self._cache is None else self._cache.folder):
+            if self._writer is None:
+                if self._cache is None:
+                    self._file = _temporary()
+                else:
+                    self._file = self._open.enter_context(self._cache.making())
+                self._writer = pyarrow.ipc.new_file(pyarrow.PythonFile(self._file, mode="w"), schema())
+            if len(self._memory):
+                self._writer.write_batch(self._memory.batch())
+                self._memory = MemoryRows()
+
+
+def _sample(file: IO[bytes]) -> tuple[int, str]:
+    """Size, and a hash of parts spread over the file."""
+    size = os.fstat(file.fileno()).st_size
+    digest = hashlib.blake2b(digest_size=16)
+    sample(file, size, digest)
+    return size, digest.hexdigest()
+
+
+def _temporary() -> IO[bytes]:
+    """A file without a name: it is gone when the process ends, however it ends."""
+    folder = rows_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError:
+        return tempfile.TemporaryFile()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the rows' tokens cannot be kept: {error.strerror or error}",
+            where=str(folder),
+            hint="free space there, or choose another cache folder in DELTAW_CACHE",
+        ) from error
+
+
+# ---- Work on many items by several processes, its results in the order of the items.
+#
+# Processes are forked, so they share what is in memory already and begin at once. They run Python alone: no
+# operator of torch, whose threads a forked process does not have. It knows neither rows nor tokens.
+
+
+# More processes than this are kept waiting by the one that reads and writes.
+MOST = 8
+# A process whose parent is gone notices after so many seconds.
+_ALONE_SECONDS = 2.0
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def processes() -> int:
+    """How many processes may work at once: one where processes cannot be forked safely, or where the variable
+    TOKENIZERS_PARALLELISM forbids it."""
+    asked = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
+    if sys.platform != "linux" or asked in ("0", "false", "no", "off", "f", "n"):
+        return 1
+    return max(1, min(MOST, len(usable_processors())))
+
+
+def in_order(items: Iterable[Item], work: Callable[[Item], Result], count: int) -> Iterator[Result]:
+    """``work`` of each item, in order, by ``count`` processes; by this one alone if that is 1.
+
+    Items are taken as they are needed, so that few of them are in memory.
+
+    Raises:
+        UserError: work raised it, or a process was ended from outside. Other errors come as RuntimeError with
+            the text of the process's traceback.
+    """
+    if count <= 1:
+        yield from map(work, items)
+        return
+    workers = [_Worker(work) for _ in range(count)]
+    try:
+        yield from _in_order(items, workers)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _in_order(items: Iterable[Item], workers: list[_Worker]) -> Iterator[Any]:
+    left = iter(items)
+    free = deque(workers)
+    done: dict[int, Any] = {}
+    numbers: dict[_Worker, int] = {}
+    given = taken = 0
+    ended = False
+    while True:
+        while free and not ended and given - taken < 2 * len(workers):
+            try:
+                item = next(left)
+            except StopIteration:
+                ended = True
+                break
+            worker = free.popleft()
+            worker.give(item)
+            numbers[worker] = given
+            given += 1
+        if ended and given == taken:
+            return
+        busy = {worker.connection: worker for worker in numbers}
+        for connection in wait(list(busy)) if taken not in done else []:
+            worker = busy[connection]  # type: ignore[index]
+            done[numbers.pop(worker)] = worker.take()
+            free.append(worker)
+        while taken in done:
+            result = done.pop(taken)
+            taken += 1
+            yield result
+
+
+class _Worker:
+    """One process, and the connection to it."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, work, os.getpid()), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # other threads: theirs are not used there
+            self._process.start()
+        theirs.close()
+
+    def give(self, item: object) -> None:
+        try:
+            self.connection.send(item)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._gone() from error
+
+    def take(self) -> Any:
+        try:
+            kind, result = self.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._gone() from error
+        if kind == "done":
+            return result
+        if kind == "user":
+            error_type, state = result
+            told: UserError = error_type.__new__(error_type)
+            told.args, told.__dict__ = state
+            raise told
+        raise RuntimeError(f"a process that reads rows failed:\n{result}")
+
+    def _gone(self) -> UserError:
+        self._process.join(5)
+        return UserError(
+            f"a process that reads rows was ended (status {self._process.exitcode})",
+            hint="if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less",
+        )
+
+    def close(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+        self._process.join(5)
+
+
+def _serve(connection: Connection, work: Callable[[Any], Any], parent: int) -> None:
+    """Work on items until there are no more, or nobody waits for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one thread
+    while True:
+        while not connection.poll(_ALONE_SECONDS):
+            if os.getppid() != parent:
+                os._exit(1)
+        try:
+            item = connection.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer: tuple[str, Any] = ("done", work(item))
+        except UserError as error:
+            answer = ("user", (type(error), (error.args, error.__dict__)))
+        except BaseException:
+            answer = ("failed", traceback.format_exc())
+        try:
+            connection.send(answer)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(1)
+
+
+# ---- stored rows
+
 
 # With ``data.cache: auto``, rows are kept where their files are larger, or where tokenizing took longer.
 LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 1.0
@@ -94,9 +572,7 @@ def read_stored(
     return read
 
 
-def _cache(
-    reading: _Reading, tokenizer: PreTrainedTokenizerBase, opened: contextlib.ExitStack
-) -> RowCache | None:
+def _cache(reading: _Reading, tokenizer: PreTrainedTokenizerBase, opened: contextlib.ExitStack) -> RowCache | None:
     """Where these rows are kept; None where they are not to be, or where it cannot be told what they are."""
     settings = reading.settings
     if settings.cache is False or (settings.cache == "auto" and reading.bytes <= TINY_BYTES):
@@ -145,9 +621,7 @@ class _Reading:
             bad.add(BadRowError(error.what, reason=reason, where=error.where, hint=error.hint), row)
 
         skip = on_bad if settings.bad_rows == "skip" else None
-        streams = [
-            open_source(source.reference, skip, max_bytes=settings.max_row_bytes) for source in sources
-        ]
+        streams = [open_source(source.reference, skip, max_bytes=settings.max_row_bytes) for source in sources]
         name = " + ".join(source.reference for source in sources)
         return cls(sources, streams, settings, encoder, bad, seed, say, name)
 
@@ -297,8 +771,7 @@ def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
 def _nothing_left(name: str, dropped: int, without_label: int, skipped: int) -> UserError:
     unusable = f", {skipped:,} cannot be used" if skipped else ""
     return UserError(
-        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label"
-        + unusable,
+        f"no row is left to train on: {dropped:,} are too long, and {without_label:,} have no label" + unusable,
         where=name,
         hint="raise data.max_length, or check the answers: empty and truncated ones have no label",
     )

@@ -9,26 +9,223 @@ from what is stored. The parent process loads no model.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deltaw import tasks
-from deltaw.config import RunConfig
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.child import Child, WorkerEnded
-from deltaw.experiments.cluster import Cluster, check_cluster, elsewhere
-from deltaw.experiments.compare_jobs import ComparisonJobs
-from deltaw.experiments.comparison import BASE, Comparison
+from deltaw.experiments.comparison import BASE, Comparison, as_json, comparison_markdown, gathered
 from deltaw.experiments.entry import Entry
-from deltaw.experiments.findings import as_json, comparison_markdown
 from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
-from deltaw.experiments.gathering import gathered
-from deltaw.experiments.pace import Pace
-from deltaw.experiments.stored import BASE_WORK, Stored
+from deltaw.experiments.jobs import Child, Cluster, Job, WorkerEnded, check_cluster, elsewhere
+from deltaw.experiments.until_flat import Pace
 from deltaw.methods import registry
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
+from deltaw.training.run_folder import remember_settings
+
+# ---- What becomes of the answers in a comparison: each is stored in its method's entry and told in a line.
+#
+# Whoever asked the worker, here or on another machine, brings its answers here.
+
+
+# Cost of evaluating the untrained model, in trainings; used for the remaining time only.
+BASE_WORK = 0.2
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a comparison's results go.
+
+    Attributes:
+        share: of the budget, for which a rate is tried. seeds: that each method is trained with.
+    """
+
+    place: ExperimentFolder
+    pace: Pace
+    share: float
+    seeds: Sequence[int]
+
+    def base(self, base: Entry, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
+        """The scores of the untrained model, or why there are none."""
+        if isinstance(found, UserError | WorkerEnded):
+            self.pace.did(f"{BASE}: {found}", BASE_WORK)
+            return
+        base.piece |= found
+        self.place.write_piece(BASE, base.piece)
+        self.pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
+
+    def rate(self, entry: Entry, rate: float, loss: object) -> None:
+        """The validation loss at a learning rate; None where training diverged.
+
+        Raises:
+            UserError: it did so at every rate.
+        """
+        if rate not in (entry.planned or ()):
+            self.pace.more(self.share)
+        tried = entry.losses | {rate: math.inf if loss is None else float(str(loss))}
+        entry.piece["rates"] = [[r, x if math.isfinite(x) else None] for r, x in sorted(tried.items())]
+        self.place.write_piece(entry.method, entry.piece)
+        said = "diverged" if loss is None else f"validation loss {float(str(loss)):.4f}"
+        self.pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self.share)
+        if entry.next_rate() is None and entry.chosen() is None:
+            raise UserError(
+                f"training diverged at every learning rate tried, down to {min(entry.losses):g}",
+                hint=f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}",
+            )
+
+    def no_rate(self, entry: Entry, error: UserError | WorkerEnded) -> None:
+        """No learning rate was found for a method."""
+        untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
+        self._failed(entry, error, len(self.seeds) + untried * self.share)
+
+    def run_begins(self, entry: Entry, seed: int, rate: float) -> RunConfig:
+        """The settings of a final training; what an interrupted one left is removed."""
+        folder = Path(entry.config.output) / f"seed-{seed}"
+        train = entry.config.train.model_copy(update={"learning_rate": rate, "seed": seed})
+        if str(seed) not in (entry.piece.get("runs") or {}):
+            self.place.remove(folder)
+        entry.store(seed, None)
+        self.place.write_piece(entry.method, entry.piece)
+        return entry.config.model_copy(update={"train": train, "output": str(folder)})
+
+    def run(self, entry: Entry, seed: int, rate: float, found: Mapping[str, object] | UserError | WorkerEnded) -> None:
+        """A final training's result, or why there is none."""
+        if isinstance(found, UserError | WorkerEnded):
+            left = [other for other in self.seeds if other >= seed]
+            which = "" if len(self.seeds) == 1 else f"seed {seed}: "
+            self._failed(entry, found, float(len(left)), which)
+            return
+        entry.store(seed, {"learning_rate": rate, **found})
+        remember_settings(entry.config)  # the run may have been made on another machine
+        self.place.write_piece(entry.method, entry.piece)
+        which = "" if len(self.seeds) == 1 else f", seed {seed}"
+        self.pace.did(f"{entry.method}: trained at {rate:g}{which}: {_run_text(found)}", 1.0)
+
+    def _failed(self, entry: Entry, error: UserError | WorkerEnded, work: float, which: str = "") -> None:
+        """Store why a method has no result; the other methods continue.
+
+        Args:
+            work: that need not be done now.
+            which: what it failed with.
+        """
+        where, hint = (error.where, error.hint) if isinstance(error, UserError) else (None, None)
+        what = error.what if isinstance(error, UserError) else str(error)
+        entry.error = UserError(f"{which}{what}", where=where, hint=hint)
+        self.pace.more(-work)
+        self.pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
+
+
+def _run_text(found: Mapping[str, object]) -> str:
+    """A final training in a few words."""
+    flat = f"{'flattened' if found['flattened'] else 'not flattened'} in {found['steps']} steps"
+    if found.get("one_answer") is not None:
+        return f"one answer to every row ('{found['one_answer']}'), {flat}"
+    return f"{_score_text(found)}, {flat}"
+
+
+def _score_text(found: Mapping[str, object]) -> str:
+    score = found.get("score")
+    return f"{score['metric']} {score['value']:.4f}" if isinstance(score, dict) else "no score"
+
+
+# ---- A comparison as jobs for several machines: the base model, learning rates, and final trainings.
+#
+# Methods are tuned side by side, each rate after the one that it follows from; a method's final trainings begin
+# once its rate is known. What is asked, and what becomes of the answers, is as on one machine.
+
+
+Found = Mapping[str, object] | UserError | WorkerEnded
+
+
+class ComparisonJobs:
+    """What is left to do of a comparison.
+
+    Args:
+        base: the untrained model; None where it is not scored.
+        written: called after each final training.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], base: Entry | None, stored: Stored, written: Callable[[], None]
+    ) -> None:
+        self._entries, self._stored, self._written = entries, stored, written
+        self._base = None if base is None or "score" in base.piece else base
+        self._ends: dict[str, Callable[[Found], None]] = {}
+
+    def know_rates(self, child: Child) -> None:
+        """Ask for the usual rates of the methods that are tuned, which follow from the model's shape."""
+        for entry in self._entries:
+            if entry.planned is not None:
+                continue
+            try:
+                found = child.ask("usual", config=entry.config.model_dump(mode="json"))
+                entry.piece["usual_rate"] = found["usual_rate"]
+            except (UserError, WorkerEnded) as error:
+                self._stored.no_rate(entry, error)
+
+    def next(self) -> Job | None:
+        if self._base is not None:
+            base, self._base = self._base, None
+            self._ends[BASE] = partial(self._stored.base, base)
+            return self._job(BASE, "base", BASE, config=base.config.model_dump(mode="json"))
+        for entry in self._entries:
+            rate = None if entry.error is not None else entry.next_rate()
+            if rate is not None and entry.method not in self._ends:
+                self._ends[entry.method] = partial(self._tried, entry, rate)
+                config = entry.config.model_dump(mode="json")
+                request = {"config": config, "rate": rate, "share": self._stored.share}
+                return self._job(entry.method, "rate", f"tuning-{entry.method}", **request)
+        for seed in self._stored.seeds:
+            for entry in self._entries:
+                job = self._run(entry, seed)
+                if job is not None:
+                    return job
+        return None
+
+    def report(self, key: str, report: Mapping[str, object]) -> bool:
+        """These jobs report nothing on the way."""
+        return True
+
+    def ended(self, key: str, found: Found) -> None:
+        self._ends.pop(key)(found)
+
+    def _run(self, entry: Entry, seed: int) -> Job | None:
+        """The final training with a seed, where it is left to do and can begin."""
+        key, rate = f"{entry.method}-seed-{seed}", entry.chosen()
+        if entry.error is not None or rate is None or key in self._ends:
+            return None
+        if entry.next_rate() is not None or entry.run(seed) is not None:
+            return None
+        config = self._stored.run_begins(entry, seed, rate).model_dump(mode="json")
+        self._ends[key] = partial(self._trained, entry, seed, rate)
+        # The plan is the same for every seed.
+        return self._job(key, "run", key, config=config, plan=seed == self._stored.seeds[0])
+
+    def _tried(self, entry: Entry, rate: float, found: Found) -> None:
+        if isinstance(found, UserError | WorkerEnded):
+            self._stored.no_rate(entry, found)
+            return
+        try:
+            self._stored.rate(entry, rate, found["loss"])
+        except UserError as error:
+            self._stored.no_rate(entry, error)
+
+    def _trained(self, entry: Entry, seed: int, rate: float, found: Found) -> None:
+        self._stored.run(entry, seed, rate, found)
+        self._written()
+
+    def _job(self, key: str, do: str, log: str, **request: object) -> Job:
+        return Job(key, do, self._stored.place.log(log), request)
+
+
+# ---- compare
+
 
 # The share of the budget for which a learning rate is tried.
 SHARE = 0.3
@@ -199,9 +396,7 @@ def _base_entry(config: RunConfig, place: ExperimentFolder) -> Entry | None:
     if tasks.entry_of(config.task).new_head:
         return None
     settings = {
-        key: value
-        for key, value in settings_of(config).items()
-        if not key.startswith(("train.", "method", "lora."))
+        key: value for key, value in settings_of(config).items() if not key.startswith(("train.", "method", "lora."))
     } | {"train.seed": config.train.seed, "procedure": PROCEDURE}
     piece = place.piece(BASE)
     if changed(piece.get("settings"), settings):

@@ -1,16 +1,95 @@
 """Methods side by side: what each trains, what it costs, how well it does: a table, Markdown, JSON.
 
 It knows numbers alone: not how they were made, and not how a terminal or a figure shows them.
-:mod:`deltaw.experiments.findings` puts them into sentences.
+:mod:`deltaw.experiments.comparison` puts them into sentences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from deltaw.training.evaluation.metrics import Interval
+import numpy as np
+
+from deltaw.experiments.entry import Entry
+from deltaw.settings import RunConfig
+from deltaw.training.evaluation.base import Interval, bootstrap_interval
+
+# ---- Intervals of scores over seeds and rows together.
+#
+# Every method is scored on the same rows with each of a few seeds, so seeds and rows are crossed, and both are
+# samples: of other trainings, and of other rows. The model is the two-way random-effects one,
+#
+# score of seed s on row r = mean + a_s + b_r + e_sr,
+#
+# in which the variance of the mean over S seeds and R rows is σ²_a/S + σ²_b/R + σ²_e/(S·R). Each part is
+# estimated from the mean squares; a negative estimate counts as zero. The interval is the mean ± t·(standard
+# error), with Satterthwaite's degrees of freedom (Satterthwaite 1946, "An approximate distribution of estimates
+# of variance components"). This is how studies in which several readers read the same cases are evaluated
+# (Hillis 2007, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis").
+# With three seeds that differ much, the degrees of freedom are near 2 and t is near 4.3: few seeds give a wide
+# interval, which a bootstrap of three seeds would not (it takes two thirds of their variance, and no t).
+#
+# The interval of a difference between two methods is that of the row-by-row, seed-by-seed differences.
+#
+# It knows numbers alone.
+
+
+LEVEL = 0.95
+# Beyond so many degrees of freedom, t is the normal distribution for every purpose here.
+MANY = 1000.0
+
+
+def interval_of(scores: np.ndarray, level: float = LEVEL) -> Interval:
+    """The interval of the mean of ``scores``, (seeds, rows).
+
+    With one seed it covers the choice of rows alone, by a bootstrap of rows.
+    """
+    seeds, rows = scores.shape
+    if seeds == 1:
+        return bootstrap_interval(scores[0], level=level)
+    mean = float(scores.mean())
+    of_seeds, of_rows, of_rest = mean_squares(scores)
+    if rows == 1:
+        total, freedom = of_seeds, seeds - 1.0
+    else:
+        total = max(of_seeds, of_rest) + max(of_rows - of_rest, 0.0)
+        spread = of_seeds**2 / (seeds - 1) + of_rows**2 / (rows - 1) + of_rest**2 / ((seeds - 1) * (rows - 1))
+        freedom = max(1.0, total**2 / spread) if spread else MANY
+    half = t_quantile(level, freedom) * math.sqrt(total / (seeds * rows))
+    return mean - half, mean + half
+
+
+def mean_squares(scores: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares of seeds, of rows, and of what is left, of (seeds, rows); 0 where there is only one."""
+    seeds, rows = scores.shape
+    mean = scores.mean()
+    by_seed = scores.mean(axis=1, keepdims=True) - mean
+    by_row = scores.mean(axis=0, keepdims=True) - mean
+    rest = scores - mean - by_seed - by_row
+    return (
+        float(rows * (by_seed**2).sum() / max(1, seeds - 1)),
+        float(seeds * (by_row**2).sum() / max(1, rows - 1)),
+        float((rest**2).sum() / max(1, (seeds - 1) * (rows - 1))),
+    )
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """The bound t with P(|T| < t) = ``level`` for Student's T; the degrees of freedom may be a fraction.
+
+    With T = √ν·tan θ the density becomes cos^(ν−1) θ, which is summed over a grid of angles.
+    """
+    freedom = min(freedom, MANY)
+    angles = np.linspace(0.0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
+
+
+# ---- comparison
+
 
 # Metrics between 0 and 1 that are read as a percentage.
 SHARES = ("accuracy", "exact_match")
@@ -190,11 +269,7 @@ def cells(comparison: Comparison, result: MethodResult) -> list[str]:
         result.method,
         "" if result.learning_rate is None else f"{result.learning_rate:g}",
         "" if trained is None else f"{trained:,}",
-        ""
-        if trained is None or not total
-        else f"{100 * trained / total:.2g} %"
-        if trained < total
-        else "100 %",
+        "" if trained is None or not total else f"{100 * trained / total:.2g} %" if trained < total else "100 %",
         "" if result.adapter_bytes is None else size(result.adapter_bytes),
         "" if result.planned_bytes is None else size(result.planned_bytes),
         "" if result.peak_bytes is None else size(result.peak_bytes),
@@ -299,3 +374,394 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return value
+
+
+# ---- From what is stored of each method to the comparison: scores over seeds, differences, intervals, ranks.
+#
+# It knows what is stored, and starts no training.
+
+
+Found = Mapping[str, Any]
+
+
+def gathered(
+    config: RunConfig,
+    entries: Sequence[Entry],
+    base: Entry | None,
+    *,
+    seeds: Sequence[int],
+    reference: str | None,
+    folder: str,
+) -> Comparison:
+    """Everything known so far. The best comes first; methods that learned nothing come after all others, and
+    those without a result last.
+
+    Args:
+        seeds: that are asked for; a method counts once it has a result for each.
+        reference: the method that the others are compared with; None for the best.
+    """
+    runs = {entry.method: entry.runs(seeds) for entry in entries}
+    results = [_result(entry, runs[entry.method], seeds) for entry in entries]
+    scored = next((runs[r.method][0] for r in results if r.score is not None), None)
+    metric = "" if scored is None else str(scored["score"]["metric"])
+    higher = scored is None or bool(scored["higher_is_better"])
+    results.sort(key=lambda result: _order(result, higher))
+    ranked = [result.method for result in results if result.ranked]
+    chosen = reference if reference in ranked else next(iter(ranked), None)
+    constant = None if scored is None else scored.get("constant")
+    against = matrix(runs[chosen]) if chosen is not None else None
+    baseline = None if constant is None else np.asarray(constant["per_row"])[None]
+    results = [_compared(r, matrix(runs[r.method]), against, baseline, chosen) for r in results]
+    untrained = None
+    if base is not None and "score" in base.piece:
+        untrained = _compared(_result(base, [base.piece], [0]), matrix([base.piece]), against, None, chosen)
+    return Comparison(
+        folder=folder,
+        model=config.model,
+        task=config.task,
+        metric=metric,
+        higher_is_better=higher,
+        held_out_rows=0 if scored is None or scored["per_row"] is None else len(scored["per_row"]),
+        training_rows=None if scored is None else scored.get("training_rows"),
+        seeds=tuple(seeds),
+        reference=chosen,
+        asked_reference=reference,
+        constant_answer=None if constant is None else constant["answer"],
+        constant_score=None if baseline is None else float(baseline.mean()),
+        results=tuple(results),
+        base=untrained,
+    )
+
+
+def matrix(runs: Sequence[Found]) -> np.ndarray | None:
+    """(seeds, rows): what each held-out row scores; None where the metric has no such form."""
+    rows = [run.get("per_row") for run in runs]
+    lengths = {len(row) if isinstance(row, list) else None for row in rows}
+    if len(lengths) != 1 or None in lengths:
+        return None
+    return np.asarray(rows, dtype=np.float64)
+
+
+def _order(result: MethodResult, higher: bool) -> tuple[int, float]:
+    if result.score is None:
+        return 2, 0.0
+    return 0 if result.ranked else 1, -result.score if higher else result.score
+
+
+def _result(entry: Entry, runs: Sequence[Found], seeds: Sequence[int]) -> MethodResult:
+    """A method's numbers over its seeds."""
+    tried = entry.counted() if not entry.fixed else {}
+    rates = tuple((rate, loss if math.isfinite(loss) else None) for rate, loss in sorted(tried.items()))
+    if entry.error is not None or len(runs) < len(seeds):
+        error = entry.error
+        why = f"{len(runs)} of {len(seeds)} seeds trained" if runs else "not yet trained"
+        if error is not None:
+            why = f"{error.what}{f' ({error.where})' if error.where else ''}"
+        return MethodResult(entry.method, error=why, rates=rates)
+    first, is_run = runs[0], entry.method != BASE
+    values = [run["score"]["value"] for run in runs if run["score"] is not None]
+    score = float(np.mean(values)) if len(values) == len(runs) and None not in values else None
+    return MethodResult(
+        entry.method,
+        learning_rate=entry.chosen() if is_run else None,
+        rates=rates,
+        trained_parameters=_number(first, "trained_parameters") if is_run else 0,
+        total_parameters=_number(first, "total_parameters"),
+        adapter_bytes=_number(first, "adapter_bytes"),
+        planned_bytes=next((n for run in runs if (n := _number(run, "planned_memory_bytes"))), None),
+        peak_bytes=max((_number(run, "peak_memory_bytes") or 0 for run in runs), default=0) or None,
+        seconds=float(np.mean([run["seconds"] for run in runs])) if is_run else None,
+        steps=round(float(np.mean([run["steps"] for run in runs]))) if is_run else None,
+        score=score,
+        interval=_interval(runs, score, str(first["score"]["metric"])) if score is not None else None,
+        seeds=tuple(_seed(seed, run) for seed, run in zip(seeds, runs, strict=True)) if is_run else (),
+        one_answer=None if is_run else first.get("one_answer"),
+    )
+
+
+def _seed(seed: int, run: Found) -> SeedResult:
+    return SeedResult(
+        seed,
+        score=run["score"]["value"] if run["score"] is not None else None,
+        steps=run["steps"],
+        best_step=run["best_step"],
+        flattened=bool(run["flattened"]),
+        seconds=float(run["seconds"]),
+        validation_loss=run["validation_loss"],
+        validation=tuple((int(step), float(loss)) for step, loss in run["validation"]),
+        one_answer=run.get("one_answer"),
+    )
+
+
+def _interval(runs: Sequence[Found], score: float, metric: str) -> Interval | None:
+    """Of the score over seeds and rows; around the score, which of a loss is not the mean over rows."""
+    scores = matrix(runs)
+    if scores is None:
+        stored = runs[0]["score"].get("interval") if len(runs) == 1 else None
+        return (stored[0], stored[1]) if stored else None
+    if len(runs) == 1 and runs[0]["score"].get("interval"):
+        low, high = runs[0]["score"]["interval"]
+        return low, high
+    low, high = (bound + score - float(scores.mean()) for bound in interval_of(scores))
+    return (max(0.0, low), min(1.0, high)) if metric in SHARES else (low, high)
+
+
+def _compared(
+    result: MethodResult,
+    ours: np.ndarray | None,
+    theirs: np.ndarray | None,
+    baseline: np.ndarray | None,
+    reference: str | None,
+) -> MethodResult:
+    """Add the difference from the reference, seed by seed and row by row, and that from the best constant
+    answer."""
+    if result.score is None or ours is None:
+        return result
+    if baseline is not None and baseline.shape[1] == ours.shape[1]:
+        result = replace(
+            result,
+            over_constant=float((ours - baseline).mean()),
+            over_constant_interval=interval_of(ours - baseline),
+        )
+    if theirs is None or theirs.shape[1] != ours.shape[1]:
+        return result
+    if result.method == reference:
+        return replace(result, difference=0.0, difference_interval=(0.0, 0.0))
+    if len(ours) not in (1, len(theirs)):
+        return result
+    difference = ours - theirs
+    return replace(result, difference=float(difference.mean()), difference_interval=interval_of(difference))
+
+
+def _number(found: Found, key: str) -> int | None:
+    value = found.get(key)
+    return None if value is None else int(str(value))
+
+
+# ---- What a comparison's numbers say, in sentences, and its page.
+#
+# It knows numbers alone. It says no more than the intervals allow: which differences hold, what had not
+# flattened, and what learned nothing.
+
+
+def as_json(comparison: Comparison) -> dict[str, object]:
+    """All numbers and what they say, as plain values."""
+    return {**comparison.as_dict(), "findings": findings(comparison)}
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """What the numbers say."""
+    if not comparison.scored:
+        return []
+    lines = [
+        *_ranking(comparison),
+        *_against_reference(comparison),
+        *_untrained(comparison),
+        *[line for result in comparison.scored for line in _learned(comparison, result)],
+        *_flattening(comparison),
+        *[line for result in comparison.scored for line in _edge(result)],
+    ]
+    if len(comparison.seeds) == 1:
+        lines.append(
+            "One seed is weak evidence: the intervals do not cover what another initialization and order of "
+            "rows would change (--seeds 3)."
+        )
+    return lines
+
+
+def _ranking(comparison: Comparison) -> list[str]:
+    """Which method is best, and where no reference was named, which ones cannot be told from it."""
+    if not comparison.ranked:
+        return []
+    best, *others = comparison.ranked
+    equal = [r for r in comparison.ranked if r.score == best.score]
+    are = f"{best.method} is best" if len(equal) == 1 else f"{listed(equal)} share the best score"
+    lines = [f"{are}: {comparison.metric} {score_text(comparison, best)} {_on(comparison)}."]
+    if best.method != comparison.reference:
+        return lines
+    near = [r for r in others if r.difference_interval is not None and not r.clearly_other]
+    far = [r for r in others if r.clearly_other]
+    if near:
+        lines.append(f"{_they(comparison)} {listed(near)} from it: the interval of the difference holds 0.")
+        lines += _cheapest([best, *near])
+    if far:
+        lines.append(f"Clearly worse: {listed(far)}.")
+    return lines
+
+
+def _against_reference(comparison: Comparison) -> list[str]:
+    """How the methods stand to a named reference that is not the best."""
+    best = comparison.ranked[:1]
+    if comparison.asked_reference and comparison.reference != comparison.asked_reference:
+        return [f"{comparison.asked_reference} cannot be the reference: it has no score that is ranked."]
+    if not best or best[0].method == comparison.reference:
+        return []
+    sign = 1 if comparison.higher_is_better else -1
+    others = [r for r in comparison.ranked if r.method != comparison.reference and r.difference is not None]
+    better = [r for r in others if r.clearly_other and sign * (r.difference or 0) > 0]
+    worse = [r for r in others if r.clearly_other and sign * (r.difference or 0) < 0]
+    near = [r for r in others if not r.clearly_other]
+    parts = [
+        f"clearly better: {listed(better)}" if better else "",
+        f"clearly worse: {listed(worse)}" if worse else "",
+        f"not told apart: {listed(near)}" if near else "",
+    ]
+    return [f"Compared with {comparison.reference}, {'; '.join(part for part in parts if part)}."]
+
+
+def _untrained(comparison: Comparison) -> list[str]:
+    base = comparison.base
+    if base is None or base.difference_interval is None or comparison.reference is None:
+        return []
+    sign = 1 if comparison.higher_is_better else -1
+    holds = base.clearly_other and sign * (base.difference or 0) < 0
+    better = "is clearly better than" if holds else "is not clearly better than"
+    return [f"{comparison.reference} {better} the untrained model."]
+
+
+def _learned(comparison: Comparison, result: MethodResult) -> list[str]:
+    """Whether a method gives one answer to every row, or does no better than such an answer."""
+    same = [seed for seed in result.seeds if seed.one_answer is not None]
+    if result.learned_nothing:
+        answers = joined(sorted({f"'{seed.one_answer}'" for seed in same}))
+        every = "" if len(result.seeds) == 1 else " with every seed"
+        return [
+            f"{result.method} learned nothing{every}: it gives every row the same answer ({answers}). It is not ranked."
+        ]
+    lines = []
+    if same:
+        lines.append(f"{result.method} gives one answer to every row with {len(same)} of {len(result.seeds)} seeds.")
+    bounds = result.over_constant_interval
+    if bounds is not None and comparison.constant_score is not None:
+        better = bounds[0] > 0 if comparison.higher_is_better else bounds[1] < 0
+        score = number_text(comparison, comparison.constant_score) + unit(comparison)
+        if not better:
+            lines.append(
+                f"{result.method} is not clearly better than the answer '{comparison.constant_answer}' to "
+                f"every row ({score})."
+            )
+    return lines
+
+
+def _flattening(comparison: Comparison) -> list[str]:
+    """Methods that the budget stopped while they were still learning."""
+    unfinished = [r for r in comparison.scored if r.seeds and r.flattened < len(r.seeds)]
+    if not unfinished:
+        return []
+    names = [
+        r.method if not r.flattened else f"{r.method} ({len(r.seeds) - r.flattened} of {len(r.seeds)} seeds)"
+        for r in unfinished
+    ]
+    return [
+        f"Not flattened when the budget ended: {joined(names)}. With more training the order may change "
+        "(--train.epochs, --budget)."
+    ]
+
+
+def _on(comparison: Comparison) -> str:
+    rows = f"on {comparison.held_out_rows} held-out row{'s' if comparison.held_out_rows != 1 else ''}"
+    return rows if len(comparison.seeds) == 1 else f"{rows}, mean of {len(comparison.seeds)} seeds"
+
+
+def _they(comparison: Comparison) -> str:
+    return "These rows do not tell" if len(comparison.seeds) == 1 else "These seeds and rows do not tell"
+
+
+def _cheapest(equals: Sequence[MethodResult]) -> list[str]:
+    """Of methods that are not told apart, which asks for least."""
+    said: dict[str, list[str]] = {}
+    small = min(equals, key=lambda r: r.trained_parameters or math.inf)
+    if small.trained_parameters:
+        said.setdefault(small.method, []).append(f"the fewest parameters ({small.trained_parameters:,})")
+    lean = min(equals, key=lambda r: r.peak_bytes or math.inf)
+    if lean.peak_bytes:
+        said.setdefault(lean.method, []).append(f"the least memory ({size(lean.peak_bytes)})")
+    quick = min(equals, key=lambda r: r.seconds or math.inf)
+    if quick.seconds:
+        said.setdefault(quick.method, []).append(f"the least time ({duration(quick.seconds)})")
+    parts = [f"{method} takes {joined(what)}" for method, what in said.items()]
+    return [f"Of these, {', '.join(parts)}."] if parts else []
+
+
+def _edge(result: MethodResult) -> list[str]:
+    """Whether a better learning rate may lie beyond those that were tried."""
+    rates = sorted(rate for rate, _ in result.rates)
+    if len(rates) < 2 or result.learning_rate not in (rates[0], rates[-1]):
+        return []
+    way = "lower" if result.learning_rate == rates[0] else "higher"
+    return [
+        f"{result.method}: its best learning rate, {result.learning_rate:g}, is the {way[:-2]}est tried; "
+        f"a {way} one may do better (--rates)."
+    ]
+
+
+def comparison_markdown(comparison: Comparison, figure: str | None = None) -> str:
+    """The table, what it says, and what was tried, as a page.
+
+    Args:
+        figure: the name of an image file beside the page.
+    """
+    seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) != 1 else ''}"
+    trained = "" if comparison.training_rows is None else f"trained on {comparison.training_rows:,} rows, "
+    lines = [
+        "# Methods compared",
+        "",
+        f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; "
+        f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that no choice was made by. "
+        "Each training went on until its validation loss flattened or the budget ended.",
+        "",
+        f"| {' | '.join(titles(comparison))} |",
+        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
+        *[f"| {' | '.join(cells(comparison, r))} |" for r in comparison.lines if r.error is None],
+        "",
+        *[f"- {line}" for line in findings(comparison)],
+        *[f"- {line}" for line in failures(comparison)],
+        "",
+    ]
+    if figure is not None:
+        lines += [f"![score over trained parameters, and peak memory]({figure})", ""]
+    return "\n".join([*lines, *_seed_table(comparison), *_rate_table(comparison)])
+
+
+def _seed_table(comparison: Comparison) -> list[str]:
+    """Each training on a line of its own, if there are several seeds."""
+    if len(comparison.seeds) == 1 or not any(result.seeds for result in comparison.results):
+        return []
+    metric = comparison.metric.replace("_", " ")
+    lines = [
+        "## Seed by seed",
+        "",
+        f"| method | seed | {metric} | steps | best step | flattened | validation loss |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for result in comparison.results:
+        for seed in result.seeds:
+            score = "" if seed.score is None else number_text(comparison, seed.score) + unit(comparison)
+            flat = "yes" if seed.flattened else "no"
+            lines.append(
+                f"| {result.method} | {seed.seed} | {score} | {seed.steps:,} | {seed.best_step:,} | {flat} | "
+                f"{seed.validation_loss:.4f} |"
+            )
+    return [*lines, ""]
+
+
+def _rate_table(comparison: Comparison) -> list[str]:
+    tried = [result for result in comparison.results if len(result.rates) > 1]
+    if not tried:
+        return []
+    return [
+        "## Learning rates tried",
+        "",
+        "| method | rate: validation loss |",
+        "| --- | --- |",
+        *[f"| {result.method} | {_rates(result)} |" for result in tried],
+        "",
+        "The loss is the lowest on rows taken out of the training rows, with the first seed and a share of the budget.",
+        "",
+    ]
+
+
+def _rates(result: MethodResult) -> str:
+    return ", ".join(
+        f"{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in sorted(result.rates)
+    )

@@ -6,13 +6,98 @@ It knows what is stored and starts nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaw.config import RunConfig
-from deltaw.errors import UserError
-from deltaw.experiments.rates import best_rate, grid, next_rate
+from deltaw.errors import UserError, did_you_mean
+from deltaw.settings import RunConfig
+
+# ---- Which learning rates are tried for a method, and which of them is best.
+#
+# The grid is the method's usual rate and one step to each side of it. If the best rate lies at an end of the
+# grid, one more rate is tried beyond that end, once. This module works on numbers and knows no models.
+
+
+# Ratio of neighboring rates in the grid: half an order of magnitude.
+STEP = 3.0
+
+
+def grid(usual: float) -> list[float]:
+    """The rates tried around a method's usual one, in ascending order."""
+    return [_rounded(usual / STEP), _rounded(usual), _rounded(usual * STEP)]
+
+
+def next_rate(planned: Sequence[float], losses: Mapping[float, float], *, extend: bool) -> float | None:
+    """The rate to try next; None if none is left.
+
+    Args:
+        planned: the grid.
+        losses: validation loss by rate tried, infinite where training diverged. Rates above a diverging one
+            are not tried.
+        extend: whether to try one more rate beyond the grid if the best rate lies at its end.
+    """
+    broken = min((rate for rate, loss in losses.items() if math.isinf(loss)), default=math.inf)
+    for rate in sorted(planned):
+        if rate not in losses and rate < broken:
+            return rate
+    if not extend or set(losses) - set(planned):
+        return None
+    best = best_rate(losses)
+    lowest, highest = min(planned), max(planned)
+    if best is None or best == lowest:
+        return _rounded(lowest / STEP)
+    return _rounded(highest * STEP) if best == highest else None
+
+
+def best_rate(losses: Mapping[float, float]) -> float | None:
+    """The rate with the lowest loss; None if training diverged at all of them."""
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda rate: (finite[rate], rate)) if finite else None
+
+
+def parse_rates(given: Iterable[str], methods: Sequence[str]) -> dict[str, list[float]]:
+    """Parse ``lora=1e-4,3e-4`` into rates by method.
+
+    Raises:
+        UserError: the form is wrong, the method is not compared, or a rate is not above zero.
+    """
+    rates: dict[str, list[float]] = {}
+    for text in given:
+        method, equals, numbers = text.partition("=")
+        method = method.strip()
+        if not equals or not numbers.strip():
+            raise UserError(
+                f"'{text}' does not name a method and its rates",
+                where="--rates",
+                hint="write METHOD=RATE,RATE, for example --rates lora=1e-4,3e-4",
+            )
+        if method not in methods:
+            raise UserError(
+                f"'{method}' is not one of the methods that are compared",
+                where="--rates",
+                hint=did_you_mean(method, methods),
+            )
+        rates[method] = sorted({_rate(part.strip(), text) for part in numbers.split(",") if part.strip()})
+    return rates
+
+
+def _rate(text: str, whole: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate <= 1e6:
+        raise UserError(f"'{text}' in '{whole}' is not a learning rate", where="--rates", hint="give numbers above 0")
+    return rate
+
+
+def _rounded(rate: float) -> float:
+    """Round to two significant digits."""
+    return float(f"{rate:.2g}")
+
+
+# ---- entry
 
 
 @dataclass

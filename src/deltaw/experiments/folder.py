@@ -11,18 +11,58 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from deltaw.cache import file_digest
-from deltaw.config import RunConfig
 from deltaw.contained import lies_in
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
 from deltaw.durable import write_text
 from deltaw.errors import UserError
 from deltaw.methods import registry
+from deltaw.settings import RunConfig, TrainSettings, duration_seconds
+from deltaw.training.loop import count_steps
+
+# ---- How long a training of a comparison may take at most: in steps, in time, or both.
+#
+# It knows settings and numbers, and no training.
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that one training may take; at least one of the two is given.
+
+    Attributes:
+        steps: optimizer steps. seconds: on the clock, evaluations included.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def times(self, share: float) -> Budget:
+        """A share of it, at least one step."""
+        return Budget(
+            None if self.steps is None else max(1, round(share * self.steps)),
+            None if self.seconds is None else share * self.seconds,
+        )
+
+
+def budget_of(settings: TrainSettings, rows: int) -> Budget:
+    """The budget that the settings give: ``train.time``, if it is set, in place of ``train.epochs``.
+
+    Args:
+        rows: that are trained on.
+    """
+    if settings.time is not None:
+        return Budget(settings.max_steps, duration_seconds(settings.time))
+    return Budget(count_steps(rows, settings.batch_size, settings.epochs, settings.max_steps))
+
+
+# ---- folder
+
 
 MARK = "study.json"  # the name is part of the file format
 PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
@@ -143,9 +183,7 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
     for name, value in config.model_dump(mode="json").items():
         if name in _IRRELEVANT or (name in sections and name != config.method):
             continue
-        entries = (
-            {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-        )
+        entries = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {key: v for key, v in entries.items() if key not in without}
     trained_on = references(config.data.train)
     several = trained_on if len(trained_on) > 1 else []

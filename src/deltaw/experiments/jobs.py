@@ -1,18 +1,140 @@
 """What an experiment lets workers do: one request after another here, or several at once elsewhere.
 
 An experiment knows what is to be done next and what an answer means; who does it, and where, is told apart
-from it (:mod:`deltaw.experiments.cluster` is the other way). So both ways lead through the same code.
+from it (:mod:`deltaw.experiments.jobs` is the other way). So both ways lead through the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol
 
 from deltaw.errors import UserError
-from deltaw.experiments.child import WorkerEnded
+from deltaw.host import product_rates
+from deltaw.host.product_rates import for_children, learn
+
+# ---- The parent side of an experiment: starts a worker process, sends it requests and reads its answers.
+
+
+SECONDS_TO_END = 10.0
+
+
+class WorkerEnded(Exception):
+    """The worker process ended before it answered; the message says how."""
+
+
+class Child:
+    """A worker process (:mod:`deltaw.experiments.worker`), started by the first request.
+
+    The worker ends when this process ends, for any reason. Ctrl-C reaches this process alone.
+
+    Args:
+        log: file to which the worker's output is appended.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ask(
+        self, do: str, on_report: Callable[[Mapping[str, object]], bool] | None = None, **request: object
+    ) -> dict[str, object]:
+        """Send a request and return the worker's answer.
+
+        Args:
+            do: name of the request; ``request`` holds its arguments.
+            on_report: called with each intermediate report; returns whether the worker should continue.
+
+        Raises:
+            UserError: the worker refused the request.
+            WorkerEnded: the worker process is gone; the next request starts another.
+        """
+        process = self._started()
+        self._write({"do": do, **request})
+        assert process.stdout is not None
+        for line in process.stdout:
+            message = json.loads(line)
+            if "report" in message:
+                self._write(on_report is None or on_report(message["report"]))
+            elif "error" in message:
+                raise UserError(
+                    message["error"]["what"], where=message["error"]["where"], hint=message["error"]["hint"]
+                )
+            else:
+                learn(message.get("measured"))
+                return dict(message["done"])
+        status = self.close()
+        raise WorkerEnded(self._ended(status))
+
+    def close(self) -> int | None:
+        """End the process. Returns its exit status, or None if no process was running."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the worker has exited with a request unread
+            process.stdin.close()
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        return process.returncode
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "deltaw.experiments.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, **for_children()},
+                    text=True,
+                    encoding="utf-8",
+                    start_new_session=os.name == "posix",
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                )
+        return self._process
+
+    def _write(self, message: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its output ends too, and `ask` reports how it ended
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def _ended(self, status: int | None) -> str:
+        if status is not None and status < 0:
+            name = signal.Signals(-status).name
+            why = ": memory may have run out" if name == "SIGKILL" else ""
+            return f"its process was ended by {name}{why} (see {self._log})"
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = f": {lines[-1][:200]}" if lines else ""
+        return f"its process ended with status {status}{last} (see {self._log})"
+
+
+# ---- jobs
 
 
 @dataclass(frozen=True)
@@ -21,7 +143,7 @@ class Job:
 
     Attributes:
         key: tells it from the other jobs of its experiment. do, request: of
-            :meth:`deltaw.experiments.child.Child.ask`. log: file to which the worker's output is appended.
+            :meth:`deltaw.experiments.jobs.Child.ask`. log: file to which the worker's output is appended.
     """
 
     key: str
@@ -51,7 +173,7 @@ class Jobs(Protocol):
 
 
 class Asked(Protocol):
-    """A worker: :class:`deltaw.experiments.child.Child`."""
+    """A worker: :class:`deltaw.experiments.jobs.Child`."""
 
     def ask(
         self, do: str, on_report: Callable[[Mapping[str, object]], bool] | None = None, **request: object
@@ -72,3 +194,249 @@ def here(jobs: Jobs, worker: Asked) -> None:
         except (UserError, WorkerEnded) as error:
             found = error
         jobs.ended(job.key, found)
+
+
+# ---- Jobs of an experiment on the machines of a Ray cluster, through Ray Tune: each worker does one at a time.
+#
+# Ray Tune places the jobs and notices lost machines. What is to be tried, what is pruned and what is stored
+# stays with the experiment, which also runs without Ray: its jobs are what Ray Tune calls a search, and its
+# answers to reports a scheduler. On each machine a job is a process of its own, as it is here.
+#
+# Ray is imported where it is used.
+
+
+# What a job reports to Ray Tune, each as JSON, since Ray Tune takes dictionaries apart: an intermediate
+# result, its answer, or why there is none.
+REPORT, DONE, ERROR, ENDED = "report", "answer", "refused", "process_ended"
+_THREADS = "OMP_NUM_THREADS"
+# Ray's own behavior: no statistics sent home, no files of loggers, Ctrl-C as everywhere, no change of folder.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where jobs are done.
+
+    Attributes:
+        address: of a running cluster that this machine belongs to (``auto``, or ``host:port``), or ``local``,
+            which starts one of this machine alone.
+        cpus: cores of a job; None: all of the machine with the fewest.
+    """
+
+    address: str
+    cpus: int | None = None
+
+
+def check_cluster(cluster: Cluster) -> None:
+    """Refuse what cannot work, before anything is written.
+
+    Raises:
+        UserError: Ray is not installed, or its client is asked for.
+    """
+    _tune()
+    if "://" in cluster.address:
+        raise UserError(
+            "an experiment runs on a machine of the cluster, not through Ray's client",
+            where=f"--ray {cluster.address}",
+            hint="start the command on one of its machines, with --ray auto",
+        )
+
+
+def elsewhere(jobs: Jobs, cluster: Cluster, storage: Path, *, gpu: bool = True) -> None:
+    """Do all jobs on the machines of a cluster, as many at once as it has room for.
+
+    Args:
+        storage: a folder that all machines see; Ray Tune keeps its own files in it.
+        gpu: whether a job takes a GPU, where the cluster has any.
+
+    Raises:
+        UserError: the cluster cannot be reached or has no room, or the experiment ends with it.
+    """
+    tune = _tune()
+    with _connected(cluster) as (cpus, gpus, at_once):
+        search, scheduler = _sides(jobs)
+        needs = {"cpu": float(cpus), "gpu": float(min(1, gpus)) if gpu else 0.0}
+        told = {"folder": os.getcwd(), "threads": _threads(cluster), "measured": product_rates.for_children()}
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(work, told=told), needs),
+            tune_config=tune.TuneConfig(
+                num_samples=-1, search_alg=search, scheduler=scheduler, max_concurrent_trials=at_once
+            ),
+            run_config=tune.RunConfig(name="ray", storage_path=str(storage.resolve()), verbose=0, callbacks=[]),
+        )
+        tuner.fit()
+        if search.error is not None:
+            raise search.error
+
+
+def work(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """On a machine of the cluster: let a worker of its own do one job, and report to Ray Tune."""
+    tune = _tune()
+    os.environ.pop(_THREADS, None)  # Ray's own choice
+    os.environ.update(told["measured"])
+    if told["threads"] is not None:
+        os.environ[_THREADS] = str(told["threads"])
+    job = Job(**{**config["job"], "log": Path(config["job"]["log"])})
+
+    def report(found: Mapping[str, object]) -> bool:
+        tune.report({REPORT: json.dumps(dict(found))})
+        return True  # Ray Tune ends this process otherwise
+
+    try:
+        os.chdir(told["folder"])
+        with Child(job.log) as child:
+            answer = child.ask(job.do, report, **job.request)
+        measured = [json.loads(text) for text in product_rates.for_children().values()]
+        tune.report({DONE: json.dumps({"answer": answer, "measured": measured})})
+    except UserError as error:
+        tune.report({ERROR: json.dumps({"what": error.what, "where": error.where, "hint": error.hint})})
+    except (WorkerEnded, OSError) as error:
+        tune.report({ENDED: json.dumps(str(error))})
+
+
+def _sides(jobs: Jobs) -> tuple[Any, Any]:
+    """The jobs as Ray Tune sees them: what suggests configurations, and what stops them."""
+    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.search import Searcher
+
+    keys: dict[str, str] = {}
+
+    class Search(Searcher):  # type: ignore[misc]
+        """Suggests the jobs; an error of the experiment waits until those under way are done."""
+
+        error: UserError | None = None
+
+        def __init__(self) -> None:
+            super().__init__(metric=None, mode=None)
+
+        def set_search_properties(self, *given: object, **named: object) -> bool:
+            return True
+
+        def suggest(self, trial_id: str) -> Any:
+            job = None if self.error is not None else jobs.next()
+            if job is None:  # a job that is under way may lead to others, unless the experiment is to end
+                return Searcher.FINISHED if self.error is not None or not keys else None
+            keys[trial_id] = job.key
+            return {"job": {**dataclasses.asdict(job), "log": str(job.log)}}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            try:
+                jobs.ended(keys.pop(trial_id), _answer(result, error))
+            except UserError as found:
+                self.error = self.error or found
+
+        def save(self, checkpoint_path: str) -> None:
+            """The experiment stores its own results."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """As it does not go on from Ray Tune's files."""
+
+        def __reduce__(self) -> Any:
+            return _not_kept, ()  # Ray Tune pickles its settings; the experiment cannot be, and need not be
+
+    class Scheduler(FIFOScheduler):  # type: ignore[misc]
+        """Ends the jobs that the experiment does not let go on."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
+            if REPORT in result and not jobs.report(keys[trial.trial_id], json.loads(result[REPORT])):
+                return str(FIFOScheduler.STOP)
+            return str(FIFOScheduler.CONTINUE)
+
+        def __reduce__(self) -> Any:
+            return _not_kept, ()
+
+    return Search(), Scheduler()
+
+
+def _not_kept() -> None:
+    """What Ray Tune's files hold in the place of the experiment."""
+
+
+def _answer(result: Any, failed: bool) -> Mapping[str, object] | UserError | WorkerEnded:
+    """What the last thing that a job reported means."""
+    result = result or {}
+    if not failed and DONE in result:
+        found = json.loads(result[DONE])
+        for measured in found["measured"]:
+            product_rates.learn(measured)
+        return dict(found["answer"])
+    if not failed and ERROR in result:
+        return UserError(**json.loads(result[ERROR]))
+    if not failed and ENDED in result:
+        return WorkerEnded(json.loads(result[ENDED]))
+    if not failed and REPORT in result:
+        return {"stopped": True}
+    return WorkerEnded("its machine was lost, or Ray could not start it there")
+
+
+@contextlib.contextmanager
+def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
+    """While open, this process belongs to the cluster: cores of a job, its GPUs, and how many fit at once."""
+    before = {name: os.environ.get(name) for name in _QUIET}
+    os.environ.update(_QUIET)
+    import ray
+
+    own = cluster.address == "local"
+    try:
+        ray.init(
+            address=cluster.address,
+            include_dashboard=False if own else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"there is no Ray cluster: {str(error).strip().splitlines()[0][:200]}",
+            where=f"--ray {cluster.address}",
+            hint="start one with 'ray start --head' here and 'ray start --address HOST:6379' on the others, "
+            "or use --ray local",
+        ) from error
+    try:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = [int(machine.get("CPU", 0)) for machine in machines]
+        cpus = cluster.cpus or min((count for count in cores if count), default=0)
+        at_once = sum(count // cpus for count in cores) if cpus else 0
+        if not at_once:
+            raise UserError(
+                f"no machine of the cluster has {cluster.cpus or 1} cores (they have {cores})",
+                where="--ray-cpus",
+                hint="ask for fewer cores a trial",
+            )
+        gpus = [int(machine.get("GPU", 0)) for machine in machines]
+        yield cpus, sum(gpus), min(at_once, sum(gpus)) if sum(gpus) else at_once
+    finally:
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _threads(cluster: Cluster) -> str | int | None:
+    """Threads of a job: its cores, or what this process was told where a job has a machine for itself."""
+    return os.environ.get(_THREADS) if cluster.cpus is None else cluster.cpus
+
+
+def _tune() -> Any:
+    """Ray Tune.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from ray import tune
+    except ImportError as error:
+        raise UserError(
+            "trials on several machines need Ray Tune, which is not installed",
+            where="--ray",
+            hint="pip install 'deltaw[ray]', here and on the other machines",
+        ) from error
+    return tune

@@ -9,39 +9,450 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 
-from deltaw.config import RunConfig
 from deltaw.durable import write_text
-from deltaw.errors import UserError
-from deltaw.experiments.child import Child, WorkerEnded
-from deltaw.experiments.cluster import Cluster, check_cluster, elsewhere
+from deltaw.errors import UserError, did_you_mean
+from deltaw.experiments.comparison import duration
 from deltaw.experiments.folder import ExperimentFolder, changed, settings_of
-from deltaw.experiments.jobs import Job, here
-from deltaw.experiments.pace import Pace
-from deltaw.experiments.space import (
-    Range,
-    Space,
-    Values,
-    applied,
-    check_space,
-    default_space,
-    nested_values,
-    parse_space,
-    present,
-)
-from deltaw.experiments.tuning import TrialResult, Tuning, tuning_markdown
-from deltaw.experiments.weight import weight
+from deltaw.experiments.jobs import Child, Cluster, Job, WorkerEnded, check_cluster, elsewhere, here
+from deltaw.experiments.until_flat import Pace
+from deltaw.methods import registry
+from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.planning.asked import refuse_memory
+from deltaw.training.evaluation.base import ranks
+from deltaw.training.planning.plan_run import refuse_memory
 
 if TYPE_CHECKING:
     import optuna
+
+
+# ---- How much each setting matters: the share of the variation between trials that it explains alone.
+#
+# This module works on numbers and knows no settings.
+
+
+# With fewer trials no estimate is made.
+FEWEST = 6
+
+
+def weight(values: Sequence[object], losses: Sequence[float]) -> float | None:
+    """Adjusted R² of a regression of the losses' ranks on one setting.
+
+    Ranks are used so that one bad trial does not dominate. A numeric setting enters with its square, since
+    the best value is often in the middle, and on a logarithmic scale if all values are positive. Any other
+    setting enters as the mean rank of each value. For n trials and p terms the adjusted R² is
+    R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
+
+    Args:
+        values: the setting's value in each trial.
+        losses: the loss of each trial, in the same order.
+
+    Returns:
+        A share between 0 (explains nothing) and 1; None if there are too few trials to tell.
+    """
+    count = len(losses)
+    if count < FEWEST or len(set(map(str, values))) < 2:
+        return None
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) == count and len(set(numbers)) > 2:
+        x = np.asarray(numbers)
+        x = np.log(x) if (x > 0).all() else x
+        x = (x - x.mean()) / x.std()
+        design = np.stack([np.ones(count), x, x * x], axis=1)
+    else:
+        names = sorted(set(map(str, values)))
+        design = np.array([[float(str(v) == name) for name in names] for v in values])
+    terms = design.shape[1] - 1
+    if count - terms - 1 < 2:
+        return None
+    y = ranks(np.asarray(losses))
+    spread = float(((y - y.mean()) ** 2).sum())
+    if spread == 0:
+        return None
+    left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    r_square = 1 - float((left**2).sum()) / spread
+    return max(0.0, r_square - (1 - r_square) * terms / (count - terms - 1))
+
+
+# ---- What a search may change: settings by dotted key, each with a range or a list of values.
+#
+# ``train.learning_rate=1e-5..1e-2:log`` is a range on a logarithmic scale, ``lora.rank=[4,8,16]`` a list. It
+# knows the settings and nothing of how the search goes.
+
+
+# Alpha as a multiple of the rank: the strength of the update in one number.
+ALPHA_PER_RANK = "lora.alpha/rank"
+# Trials that differ in one of these do not have comparable losses.
+_FIXED = ("model", "task", "output", "force", "train.seed", "device", "threads", "trust_remote_code")
+_EXAMPLE = "write KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=[VALUE, VALUE], as in lora.rank=[4,8,16]"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included; evenly on a logarithmic scale if ``log``."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
+
+    def ends(self) -> tuple[object, object]:
+        kind = int if self.whole else float
+        return kind(self.low), kind(self.high)
+
+    def holds(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def at_end(self, value: object) -> str:
+        """``low`` or ``high`` if the value is within a twentieth of that end, else empty."""
+        scale = math.log if self.log else float
+        low, high, at = scale(self.low), scale(self.high), scale(float(str(value)))
+        place = (at - low) / (high - low)
+        return "low" if place < 0.05 else "high" if place > 0.95 else ""
+
+
+@dataclass(frozen=True)
+class Values:
+    """One of these."""
+
+    values: tuple[object, ...]
+
+    def __str__(self) -> str:
+        return f"[{', '.join(str(value) for value in self.values)}]"
+
+    def ends(self) -> tuple[object, ...]:
+        return self.values
+
+    def holds(self, value: object) -> bool:
+        return value in self.values
+
+    def at_end(self, value: object) -> str:
+        """As for a range, if all values are numbers; other values have no end."""
+        numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) < 2 or len(numbers) < len(self.values) or not isinstance(value, int | float):
+            return ""
+        return "low" if value == min(numbers) else "high" if value == max(numbers) else ""
+
+
+Space = Mapping[str, Range | Values]
+
+
+def default_space(config: RunConfig, usual_rate: float) -> dict[str, Range | Values]:
+    """What is searched by default: the learning rate, and the settings that the method registered.
+
+    Args:
+        usual_rate: the method's usual learning rate, the middle of the range.
+    """
+    rate = Range(float(f"{usual_rate / 10:.2g}"), float(f"{usual_rate * 10:.2g}"), log=True)
+    return {"train.learning_rate": rate, **parse_space(registry.entry_of(config.method).search)}
+
+
+def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
+    """``--search`` flags as a space.
+
+    Raises:
+        UserError: no such form, an unknown key, or one that trials cannot differ in.
+    """
+    known = [setting.key for setting in settings()] + [ALPHA_PER_RANK]
+    space: dict[str, Range | Values] = {}
+    for text in given:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not value:
+            raise UserError(f"'{text}' names no setting to search", where="--search", hint=_EXAMPLE)
+        if key not in known:
+            raise UserError(f"there is no setting '{key}'", where="--search", hint=did_you_mean(key, known))
+        if key in _FIXED or key.startswith("data."):
+            raise UserError(
+                f"'{key}' cannot be searched: trials are compared on the same rows, model and machine",
+                where="--search",
+                hint="set it in the settings",
+            )
+        space[key] = _domain(key, value, text)
+    if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
+        raise UserError(
+            f"lora.alpha and {ALPHA_PER_RANK} exclude each other",
+            where="--search",
+            hint="leave one of them out",
+        )
+    return space
+
+
+def _domain(key: str, value: str, text: str) -> Range | Values:
+    if value.startswith("["):
+        try:
+            values = parse_yaml(value)
+        except yaml.YAMLError:
+            values = None
+        if not isinstance(values, list) or not values:
+            raise UserError(f"'{text}' is not a list of values", where="--search", hint=_EXAMPLE)
+        if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
+            raise UserError(
+                f"'{text}' holds a list, or a value twice",
+                where="--search",
+                hint="list plain values, once each",
+            )
+        return Values(tuple(values))
+    log = value.endswith(":log")
+    lower, dots, higher = value.removesuffix(":log").partition("..")
+    low, high = _number(lower), _number(higher)
+    if not dots or low is None or high is None:
+        raise UserError(f"'{text}' is neither a range nor a list", where="--search", hint=_EXAMPLE)
+    if not low < high or (log and low <= 0):
+        raise UserError(
+            f"'{text}' is an empty range" if low >= high else f"'{text}' has no logarithm at its low end",
+            where="--search",
+            hint="give the lower end first, above 0 where :log",
+        )
+    whole = isinstance(low, int) and isinstance(high, int) and not _takes_fractions(key)
+    return Range(low, high, log, whole)
+
+
+def _number(text: str) -> float | int | None:
+    try:
+        value = parse_yaml(text.strip())
+    except yaml.YAMLError:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None  # type: ignore[return-value]
+
+
+def _takes_fractions(key: str) -> bool:
+    if key == ALPHA_PER_RANK:
+        return True
+    return any("float" in str(setting.annotation) for setting in settings() if setting.key == key)
+
+
+def check_space(config: RunConfig, space: Space) -> None:
+    """Put the ends of each range and all values of a list into the settings.
+
+    Raises:
+        UserError: a value does not fit its setting.
+    """
+    for key, domain in space.items():
+        for value in domain.ends():
+            applied(config, {key: value})
+
+
+def applied(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """The settings with these values, by dotted key, in them.
+
+    Raises:
+        UserError: a value does not fit.
+    """
+    return RunConfig.read(config.model_dump(mode="json"), nested_values(config, values))
+
+
+def nested_values(config: RunConfig, values: Mapping[str, object]) -> dict[str, object]:
+    """Values by dotted key as nested settings; alpha per rank becomes alpha."""
+    result: dict[str, object] = {}
+    for key, value in values.items():
+        if key == ALPHA_PER_RANK:
+            rank = float(str(values.get("lora.rank", config.lora.rank)))
+            key, value = "lora.alpha", float(str(value)) * rank
+        section, dot, leaf = key.partition(".")
+        if not dot:
+            result[key] = value
+            continue
+        inner = result.setdefault(section, {})
+        if isinstance(inner, dict):
+            inner[leaf] = value
+    return result
+
+
+def present(config: RunConfig, space: Space, usual_rate: float) -> dict[str, object] | None:
+    """The values that the settings have now; None if one of them is outside the space."""
+    dumped = config.model_dump(mode="json")
+    values: dict[str, object] = {}
+    for key, domain in space.items():
+        if key == ALPHA_PER_RANK:
+            ratio = config.lora.alpha / config.lora.rank
+            value: object = int(ratio) if ratio == int(ratio) else ratio
+        else:
+            section, dot, leaf = key.partition(".")
+            value = dumped[section][leaf] if dot else dumped[section]
+        if key == "train.learning_rate" and isinstance(value, str):
+            value = usual_rate
+        if not domain.holds(value):
+            return None
+        values[key] = value
+    return values
+
+
+# ---- What a search for settings came to: its best trials, what matters, and what to do next.
+#
+# It knows numbers alone, and nothing of how trials are made or chosen.
+
+
+# Trials whose loss is within this part of the best are about as good.
+ALIKE = 0.01
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial.
+
+    Attributes:
+        number: from 0. values: by dotted key.
+        loss: on the validation rows; None where there is none.
+        end: ``done``, ``ended early``, ``diverged`` or ``failed``. note: why it failed.
+        seconds: that it took.
+    """
+
+    number: int
+    values: Mapping[str, object]
+    loss: float | None
+    end: str
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A whole search.
+
+    Attributes:
+        folder: where it is written. method: that was tuned.
+        space: what was searched, by dotted key, as text.
+        trials: in the order they were made.
+        first: the number of the trial with the settings as they were, if there is one.
+        weights: by key, the part of the differences that it accounts for; None where it cannot be told.
+        edges: by key, ``low`` or ``high`` where the best lies at that end of what was searched.
+        best_settings: the best trial's values as nested settings.
+        training_rows, validation_rows, steps: of a trial.
+    """
+
+    folder: str
+    method: str
+    space: Mapping[str, str]
+    trials: Sequence[TrialResult]
+    first: int | None
+    weights: Mapping[str, float | None]
+    edges: Mapping[str, str]
+    best_settings: Mapping[str, object] = field(default_factory=dict)
+    training_rows: int = 0
+    validation_rows: int = 0
+    steps: int = 0
+
+    @property
+    def ranked(self) -> list[TrialResult]:
+        """The trials that came to their end, the best first."""
+        done = [trial for trial in self.trials if trial.end == "done"]
+        return sorted(done, key=lambda trial: (trial.loss or 0.0, trial.number))
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        best = self.ranked[0].number if self.ranked else None
+        return {**asdict(self), "best": best, "lessons": lessons(self)}
+
+
+def best_yaml(tuning: Tuning) -> str:
+    """The best settings, to be laid into a file of settings."""
+    return yaml.safe_dump(dict(tuning.best_settings), sort_keys=False).rstrip()
+
+
+def lessons(tuning: Tuning) -> list[str]:
+    """What the search says, in sentences."""
+    ranked = tuning.ranked
+    if not ranked:
+        return []
+    best = ranked[0]
+    assert best.loss is not None
+    said = ", ".join(f"{key} {_value(value)}" for key, value in best.values.items())
+    lines = [f"Trial {best.number} is best: loss {best.loss:.4f} with {said}."]
+    before = next((t for t in ranked if t.number == tuning.first and t.loss is not None), None)
+    if before is best:
+        lines.append("These are the settings as they were: nothing that was tried is better.")
+    elif before is not None and before.loss:
+        less = 1 - best.loss / before.loss
+        lines.append(f"The settings as they were gave {before.loss:.4f}: the best has {less:.1%} less.")
+    alike = [t for t in ranked[1:] if t.loss is not None and t.loss <= best.loss * (1 + ALIKE)]
+    if alike:
+        lines.append(
+            f"{len(alike)} of the other {len(ranked) - 1} finished trials come within {ALIKE:.0%} of it; "
+            "do not read much into their order."
+        )
+    lines += _of_weights(tuning)
+    for key, end in tuning.edges.items():
+        lines.append(
+            f"The best {key}, {_value(best.values[key])}, lies at the {end} end of what was searched "
+            f"({tuning.space[key]}): widen it with --search."
+        )
+    return lines + _ends(tuning) + [_rows(tuning)]
+
+
+def _of_weights(tuning: Tuning) -> list[str]:
+    known = {key: weight for key, weight in tuning.weights.items() if weight is not None}
+    if not known:
+        return ["There are too few finished trials to say which setting matters."]
+    ordered = sorted(known, key=lambda key: -known[key])
+    said = ", ".join(f"{key} {known[key]:.0%}" for key in ordered)
+    return [f"Of the differences between trials, each setting accounts alone for: {said}."]
+
+
+def _ends(tuning: Tuning) -> list[str]:
+    counts = {end: sum(t.end == end for t in tuning.trials) for end in ("ended early", "diverged", "failed")}
+    said = [f"{count} {end}" for end, count in counts.items() if count]
+    lines = [f"Of {len(tuning.trials)} trials, {', '.join(said)}."] if said else []
+    notes = dict.fromkeys(t.note for t in tuning.trials if t.end == "failed" and t.note)
+    return lines + [f"Failed: {note}" for note in list(notes)[:3]]
+
+
+def _rows(tuning: Tuning) -> str:
+    return (
+        f"The loss is that of {tuning.validation_rows} rows taken out of the training rows; the held-out "
+        "rows took no part, and score the best settings when they are trained."
+    )
+
+
+def tuning_markdown(tuning: Tuning) -> str:
+    """The search as a page."""
+    titles = ["trial", "loss", *tuning.space, "time", "end"]
+    lines = [
+        f"# Settings searched: {tuning.method}",
+        "",
+        *[f"- {line}" for line in lessons(tuning)],
+        "",
+        "```yaml",
+        best_yaml(tuning),
+        "```",
+        "",
+        f"| {' | '.join(titles)} |",
+        "|" + " ---: |" * len(titles),
+    ]
+    others = [trial for trial in tuning.trials if trial.end != "done"]
+    for trial in [*tuning.ranked, *others]:
+        lines.append(f"| {' | '.join([*trial_cells(tuning, trial), trial.end])} |")
+    return "\n".join([*lines, ""])
+
+
+def trial_cells(tuning: Tuning, trial: TrialResult) -> list[str]:
+    """A trial's texts: number, loss, a value for each setting, time."""
+    mark = " (as it was)" if trial.number == tuning.first else ""
+    return [
+        f"{trial.number}{mark}",
+        "" if trial.loss is None else f"{trial.loss:.4f}",
+        *[_value(trial.values.get(key, "")) for key in tuning.space],
+        duration(trial.seconds),
+    ]
+
+
+def _value(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# ---- tune
+
 
 # Evaluations in a trial. The last is at its end; at the others the trial may be pruned.
 EVALUATIONS = 5
@@ -124,9 +535,7 @@ def _require_optuna() -> None:
     try:
         import optuna
     except ImportError as error:
-        raise UserError(
-            "the search needs Optuna, which is not installed", hint="pip install 'deltaw[tune]'"
-        ) from error
+        raise UserError("the search needs Optuna, which is not installed", hint="pip install 'deltaw[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 

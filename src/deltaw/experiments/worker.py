@@ -6,39 +6,425 @@ standard error. The process ends when its input ends, so no training outlives th
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import numpy as np
 import torch
+from torch import nn
 
 from deltaw import tasks
-from deltaw.config import RunConfig
+from deltaw.data.packing import picked, rows_of
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
-from deltaw.experiments.budget import budget_of
-from deltaw.experiments.final import final_run, scores
-from deltaw.experiments.trial import Stopped, Trial
-from deltaw.host import measurements
+from deltaw.experiments.folder import Budget, budget_of
+from deltaw.experiments.until_flat import Curve, until_flat
+from deltaw.host import product_rates
 from deltaw.host.choices import choose_device, choose_precision
-from deltaw.host.memory import keep_freed_memory
+from deltaw.host.memory import keep_freed_memory, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import check_architecture
-from deltaw.hub.skeleton import skeleton
+from deltaw.hub.loading import check_architecture, skeleton
 from deltaw.kernels.torch_private import LACKS
+from deltaw.memory.plan import Plan
 from deltaw.memory.simulation import fake_tensors
-from deltaw.methods.choose import choose_method
-from deltaw.methods.files import classes_of
-from deltaw.training.callbacks import Say
-from deltaw.training.fit import load_for
-from deltaw.training.session import read_data, usual_rate_of
+from deltaw.methods.files import choose_method, classes_of
+from deltaw.settings import RunConfig
+from deltaw.training.callbacks import Lines, Say, silent
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.fit import load_for, planned, save_adapter
+from deltaw.training.process import guest
+from deltaw.training.run_folder import RunFolder, check_output
+from deltaw.training.session import Session, assemble, read_data, usual_rate_of
+from deltaw.training.state import Step
+from deltaw.training.summary import write_card
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tasks.labels import LabelEvaluation
+
+# ---- Whether a model learned to tell rows apart: one answer to every row, and what such an answer would score.
+#
+# It knows evaluations and their rows, no models.
+
+
+# Numbers that are predicted with less than this share of the labels' spread count as one answer.
+SPREAD = 0.01
+# The share of rows that must have the same answer for it to be something to compare with.
+FREQUENT = 0.1
+
+
+def one_answer(
+    evaluation: Evaluation, examples: Sequence[Any], decode: Callable[[np.ndarray], str] = str
+) -> str | None:
+    """The answer that the model gives to every row; None where answers differ, or where all rows have the
+    same answer anyway.
+
+    A language model's answer is what is likeliest at each label. Answers of several lengths are compared as
+    far as the shortest goes.
+
+    Args:
+        decode: text of tokens.
+    """
+    if isinstance(evaluation, LabelEvaluation):
+        truth = np.array([example.label for example in examples])
+        if evaluation.confusion is None:
+            close = np.ptp(evaluation.predictions) <= SPREAD * np.std(truth)
+            return f"{evaluation.predictions.mean():.4g}" if close and np.ptp(truth) > 0 else None
+        chosen = evaluation.predictions.argmax(1)
+        if len(set(chosen.tolist())) > 1 or len(set(truth.tolist())) == 1:
+            return None
+        return str(evaluation.classes[chosen[0]])
+    if not evaluation.predicted:
+        return None
+    shortest = min(len(predicted) for predicted, _ in evaluation.predicted)
+    given = {predicted[:shortest].tobytes() for predicted, _ in evaluation.predicted}
+    expected = {truth[:shortest].tobytes() for _, truth in evaluation.predicted}
+    if len(given) > 1 or len(expected) == 1:
+        return None
+    return decode(evaluation.predicted[0][0]).strip()
+
+
+def constant_scores(evaluation: Evaluation, examples: Sequence[Any]) -> tuple[str, np.ndarray] | None:
+    """The best answer to give to every row, and what it scores row by row; None where there is none.
+
+    It is the most frequent class or answer of these very rows, or the mean of their numbers, so it knows more
+    than a model could.
+    """
+    if isinstance(evaluation, LabelEvaluation):
+        truth = np.array([example.label for example in examples])
+        if evaluation.confusion is None:
+            return f"{truth.mean():.4g}", (truth - truth.mean()) ** 2
+        most = int(np.bincount(truth).argmax())
+        return str(evaluation.classes[most]), (truth == most).astype(np.float64)
+    if not evaluation.predicted:
+        return None
+    texts = [example.answer for example in examples if getattr(example, "answer", None) is not None]
+    answer, count = Counter(texts).most_common(1)[0]
+    if len(texts) != len(evaluation.predicted) or count < FREQUENT * len(texts):
+        return None
+    return answer.strip(), np.array([float(text == answer) for text in texts])
+
+
+# ---- A trial: a training that can be repeated from the same initialization and is evaluated on validation rows.
+#
+# Learning rates and other settings are chosen by its validation loss. The validation rows are taken from the
+# training rows. The run's held-out rows are not used, so the final score is on rows that no choice depended on.
+
+
+VALIDATION_SHARE = 0.1
+VALIDATION_ROWS = 256
+_SPLITTING = 4  # selects a random stream of its own for the seed
+
+
+class Stopped(Exception):
+    """A training was stopped early, by its caller or by a signal."""
+
+
+class Trial:
+    """One run's model and rows, trained as often as needed.
+
+    Args:
+        config: the run's settings.
+        say: told lines that a person may want to read.
+        known: task and rows, if they have been read already.
+        once: whether it is trained only once, so that no copy of the initialization is kept.
+
+    Attributes:
+        session: the training.
+        task, data: what was read; another trial on the same rows can reuse them.
+        training, validation: rows to train on, and rows to evaluate on.
+        chosen: by dotted key, what was chosen without being told, and why.
+
+    Raises:
+        UserError: as for a run, or there are too few rows for a validation set.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        say: Say = silent,
+        known: tuple[Task, RunData] | None = None,
+        *,
+        once: bool = False,
+    ) -> None:
+        # Features of frozen layers are computed once for all repetitions.
+        self.config = with_features(config)
+        self._say = say
+        self._once = once
+        self.task, self.data = known or read_data(self.config, say)
+        self._spoilt = False
+        self._open()
+
+    def _open(self) -> None:
+        loaded = load_for(self.config, self.task, self.data, self._say)
+        self.session: Session = assemble(
+            self.config,
+            self.task,
+            self.data,
+            loaded.model,
+            device=str(loaded.choices["device"].value),
+            new_modules=loaded.new_modules,
+            offered=() if loaded.kernels is None else loaded.kernels.approximations,
+        )
+        self.chosen = {**loaded.choices, **self.session.chosen}
+        for line in [*self.session.said, *self.session.lines()]:
+            self._say(line)
+        self.training, self.validation = split_off(self.session.data.train, self.config.data_seed)
+        self._start = [] if self._once else [p.detach().clone() for _, p in self._parameters()]
+
+    def steps(self, share: float) -> int:
+        """Number of steps that make up a share of the run's."""
+        return max(1, math.ceil(share * self.session.total_steps))
+
+    def loss(
+        self,
+        rate: float,
+        steps: int,
+        *,
+        every: int | None = None,
+        on_evaluation: Callable[[int, float], bool] | None = None,
+    ) -> float:
+        """The validation loss after a training from the initialization; infinite if it diverges.
+
+        Args:
+            rate: peak learning rate.
+            steps: number of optimizer steps.
+            every: also evaluate after every so many steps, and call ``on_evaluation`` with the number of
+                the evaluation (from 1) and its loss.
+            on_evaluation: returns whether to continue.
+
+        Raises:
+            Stopped: ``on_evaluation`` returned false, or a signal arrived.
+        """
+        if self._spoilt:
+            self.close()
+            self._open()
+        self._spoilt = True
+        self._restore()
+        with self.session.running():
+
+            def on_step(step: Step) -> None:
+                if every is None or on_evaluation is None or step.step % every or step.step == steps:
+                    return
+                if not on_evaluation(step.step // every, self._validated()):
+                    raise Stopped
+
+            try:
+                outcome = self.session.train(on_step=on_step, total_steps=steps, learning_rate=rate, rows=self.training)
+                if outcome.interrupted:
+                    raise Stopped
+                loss = self._validated()
+            except UserError as error:
+                self._say(f"learning rate {rate:g}: {error.what}")
+                return math.inf
+        self._spoilt = False
+        return loss
+
+    def until_flat(
+        self,
+        rate: float,
+        budget: Budget,
+        *,
+        on_step: Callable[[Step], None] = lambda step: None,
+        on_validation: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> Curve:
+        """Train from the initialization until the validation loss flattens or the budget ends.
+
+        Raises:
+            UserError: training diverged.
+            Stopped: a signal arrived.
+        """
+        if self._spoilt:
+            self.close()
+            self._open()
+        self._spoilt = True
+        self._restore()
+        with self.session.running():
+            curve = until_flat(
+                self.session,
+                self.training,
+                self.validation,
+                rate=rate,
+                budget=budget,
+                on_step=on_step,
+                on_validation=on_validation,
+            )
+        if curve.outcome.interrupted:
+            raise Stopped
+        self._spoilt = False
+        return curve
+
+    def _validated(self) -> float:
+        metrics = self.session.evaluate(self.validation).metrics
+        return metrics["loss"] if "loss" in metrics else metrics["mse"]
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Reset the trained parameters to those before the first step; the loop seeds itself."""
+        if self._once:
+            return
+        for (_, parameter), start in zip(self._parameters(), self._start, strict=True):
+            parameter.copy_(start)
+            parameter.grad = None
+        self.session.method.after_step(self.session.model)
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.session.method.parameters(self.session.model))
+
+    def close(self) -> None:
+        """Release the model and the feature files."""
+        if hasattr(self, "session"):
+            self.session.close()
+            del self.session, self._start
+            gc.collect()
+
+
+def with_features(config: RunConfig) -> RunConfig:
+    """The settings with what frozen layers give kept, since every row is seen again."""
+    train = config.train.model_copy(update={"keep_features": True})
+    return config.model_copy(update={"train": train})
+
+
+def split_off(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Rows to train on and validation rows: a tenth of the rows and at most 256, drawn by the seed.
+
+    Raises:
+        UserError: there are fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise UserError(
+            f"{len(rows)} training row leaves none to validate settings on",
+            where="data.train",
+            hint="give more rows, or fix train.learning_rate so that nothing is tuned",
+        )
+    count = min(VALIDATION_ROWS, max(1, round(VALIDATION_SHARE * len(rows))))
+    drawn = np.zeros(len(rows), bool)
+    drawn[np.random.default_rng([seed % 2**64, _SPLITTING]).permutation(len(rows))[:count]] = True
+    return picked(rows, np.flatnonzero(~drawn)), picked(rows, np.flatnonzero(drawn))
+
+
+# ---- One final training of a comparison: one method with one seed, scored on the held-out rows.
+#
+# It writes a run's folder as ``deltaw train`` does. What differs: the validation rows are not trained on, and
+# the training ends by itself (:mod:`deltaw.experiments.until_flat`).
+
+
+ADAPTER_FILES = "adapter_*"
+
+
+def final_run(config: RunConfig, say: Say, *, plan: bool) -> dict[str, object]:
+    """Train until the validation loss flattens, write the run's folder, and score the held-out rows.
+
+    Args:
+        plan: whether to plan the memory first; other seeds of a method need what the first one needs.
+
+    Returns:
+        What a comparison stores of the training, ready for JSON.
+
+    Raises:
+        UserError: the input cannot be used, training diverged, or a signal stopped it.
+    """
+    with guest():
+        return _final_run(config, say, plan)
+
+
+def _final_run(config: RunConfig, say: Say, plan: bool) -> dict[str, object]:
+    check_output(Path(os.path.expanduser(config.output)))
+    config = with_features(config)
+    task, data = read_data(config, say)
+    made: Plan | None = None
+    if plan:
+        config, made = planned(config, task, data, Lines(say))
+    trial = Trial(config, say, (task, data), once=True)
+    session = trial.session
+    folder = RunFolder(Path(os.path.expanduser(config.output)))
+    try:
+        folder.write_settings(trial.config, {key: (c.value, c.why) for key, c in trial.chosen.items()})
+        if task.tokenizer is not None:
+            folder.write_tokenizer(task.tokenizer)
+        curve = _trained(trial, folder)
+        save_adapter(session, folder.path)
+        with session.running():
+            evaluation = session.evaluate()
+        folder.write_metrics({"step": curve.best_step, "eval": evaluation.as_dict()})
+        trained = sum(p.numel() for _, p in session.method.parameters(session.model))
+        write_card(folder.path, session, curve.outcome, evaluation, trained)
+    finally:
+        folder.close()
+        trial.close()
+    outcome = curve.outcome
+    return {
+        "output": str(folder.path),
+        "steps": outcome.steps,
+        "best_step": curve.best_step,
+        "flattened": curve.flattened,
+        "validation": [[step, loss] for step, loss in curve.points],
+        "validation_loss": curve.best_loss,
+        "training_rows": len(trial.training),
+        "rows": outcome.rows,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "train_loss": outcome.loss,
+        "trained_parameters": trained,
+        "adapter_bytes": sum(file.stat().st_size for file in folder.path.glob(ADAPTER_FILES)),
+        "planned_memory_bytes": None if made is None else made.peak_resident_bytes,
+        "peak_memory_bytes": _peak_bytes(choose_device(config.device).value),
+        **scores(task, session.data.held_out, evaluation),
+    }
+
+
+def _trained(trial: Trial, folder: RunFolder) -> Curve:
+    release_free_memory()
+
+    def on_step(step: Step) -> None:
+        folder.write_metrics(step.as_dict())
+
+    def on_validation(step: int, loss: float) -> None:
+        folder.write_metrics({"step": step, "validation": {"loss": loss}})
+
+    budget = budget_of(trial.config.train, len(trial.training))
+    try:
+        return trial.until_flat(trial.session.learning_rate, budget, on_step=on_step, on_validation=on_validation)
+    except Stopped as error:
+        raise UserError("the training was stopped by a signal", hint="start the comparison again") from error
+
+
+def scores(task: Task, held_out: Sequence[Any], evaluation: Evaluation) -> dict[str, object]:
+    """An evaluation of the held-out rows, ready for JSON: with what each row scores, the answer that every
+    row was given, if there was only one, and what the best such answer would score."""
+    per_row = evaluation.per_row
+    tokenizer = task.tokenizer
+    rows = [row for item in held_out for row in rows_of(item)]
+
+    def decode(tokens: np.ndarray) -> str:
+        return "" if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    constant = constant_scores(evaluation, rows)
+    return {
+        "eval": evaluation.as_dict() or None,
+        "score": evaluation.score(),
+        "higher_is_better": evaluation.higher_is_better,
+        "per_row": None if per_row is None else [float(value) for value in per_row],
+        "one_answer": one_answer(evaluation, rows, decode),
+        "constant": None if constant is None else {"answer": constant[0], "per_row": constant[1].tolist()},
+    }
+
+
+def _peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return peak_resident_bytes()
+
+
+# ---- worker
+
 
 Message = Mapping[str, object]
 
@@ -211,7 +597,7 @@ def main() -> None:
 
     def send(kind: str, content: object) -> None:
         # With what was measured, so that the next worker chooses the same arithmetic.
-        answers.write(json.dumps({kind: content, "measured": measurements.used()}, allow_nan=False) + "\n")
+        answers.write(json.dumps({kind: content, "measured": product_rates.used()}, allow_nan=False) + "\n")
 
     def report(content: Message) -> bool:
         send("report", content)

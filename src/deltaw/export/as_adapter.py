@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import Trained, factors_of
+from deltaw.export.adapters import Factors, LowRank, Trained, factors_of
 from deltaw.export.base import Say
-from deltaw.export.changes import Factors, LowRank
-from deltaw.export.combine import Combined, reduced, side_by_side
-from deltaw.export.low_rank import truncated_dense
+from deltaw.export.combine import Combined, reduced, side_by_side, truncated_dense
 from deltaw.export.merge import MergeOptions, Merging, prepared
-from deltaw.export.model_files import OF_TOKENIZER
+from deltaw.export.merged import OF_TOKENIZER
 from deltaw.export.output_folder import appearing, check_target
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
 from deltaw.lora.adapt import attach_selected
@@ -241,9 +239,7 @@ def _of_dense(one: Trained, joined: Factors, rank: int) -> _Made:
     assert isinstance(change, Combined)
     change.lost = change.total = 0.0
     parts = [(0, one.shape[0])] if change.whole else row_blocks(one.shape)
-    delta = torch.cat(
-        [change.delta(torch.zeros(stop - start, *one.shape[1:]), start) for start, stop in parts]
-    )
+    delta = torch.cat([change.delta(torch.zeros(stop - start, *one.shape[1:]), start) for start, stop in parts])
     stacked = joined.left.dim() == 3
     matrices = list(delta) if stacked else [delta.flatten(1)]
     cut = [truncated_dense(matrix, rank) for matrix in matrices]
@@ -264,9 +260,7 @@ def _fill(layer: LoRALayer, factors: Factors, rank: int) -> None:
         kernel = layer.lora_A.shape[2:]
         factor_A = right.view(rank, -1, *kernel)
         factor_B = left.view(-1, rank, *(1 for _ in kernel))
-    elif isinstance(layer, LoRAConv1D | LoRAEmbedding) or (
-        isinstance(layer, LoRAParameter) and layer.is_in_out
-    ):
+    elif isinstance(layer, LoRAConv1D | LoRAEmbedding) or (isinstance(layer, LoRAParameter) and layer.is_in_out):
         factor_A, factor_B = left, right
     else:
         factor_A, factor_B = right.transpose(-1, -2), left.transpose(-1, -2)

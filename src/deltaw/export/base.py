@@ -13,17 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaw import tasks
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.export.adapters import AdapterChanges
-from deltaw.hub.checkpoint import Checkpoint, Names
-from deltaw.hub.folders import local_folder
-from deltaw.hub.references import resolve
-from deltaw.hub.skeleton import skeleton
-from deltaw.hub.weight_values import note_stored, values_in_folder
+from deltaw.hub.checkpoint import Checkpoint, Names, note_stored, values_in_folder
+from deltaw.hub.folders import local_folder, resolve
+from deltaw.hub.loading import skeleton
 from deltaw.lora.fingerprint import base_fingerprint, same_base
 from deltaw.methods.files import classes_of, outputs_of
 from deltaw.methods.parameters import names_of
+from deltaw.settings import RunConfig
 from deltaw.tensor_files import row_blocks
 from deltaw.training.origin import read_folder
 
@@ -102,8 +100,7 @@ def check_base(
         )
         if not same:
             raise UserError(
-                f"the adapter's file has its own copy of the base weight '{name}', which is not that of the "
-                "model",
+                f"the adapter's file has its own copy of the base weight '{name}', which is not that of the model",
                 where=str(adapter.folder),
                 hint="merge it into the base model that it was trained on",
             )

@@ -79,9 +79,7 @@ def _check_gemma3(config: PretrainedConfig) -> None:
 def _check_smollm3(config: PretrainedConfig) -> None:
     turned = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
     if list(config.no_rope_layers) != turned:
-        raise _lost(
-            config, f"other layers without rotary positions than each fourth ({config.no_rope_layers})"
-        )
+        raise _lost(config, f"other layers without rotary positions than each fourth ({config.no_rope_layers})")
 
 
 def _check_qwen(config: PretrainedConfig) -> None:
@@ -109,9 +107,7 @@ _FAMILIES: dict[str, Architecture] = {
     "qwen2": Architecture(MODEL_ARCH.QWEN2, check=_check_qwen),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, check=_check_qwen),
     "gemma": Architecture(MODEL_ARCH.GEMMA, (*_GELU_TANH, "gelu"), norm_offset=1.0, always_tied=True),
-    "gemma2": Architecture(
-        MODEL_ARCH.GEMMA2, _GELU_TANH, norm_offset=1.0, always_tied=True, check=_check_gemma2
-    ),
+    "gemma2": Architecture(MODEL_ARCH.GEMMA2, _GELU_TANH, norm_offset=1.0, always_tied=True, check=_check_gemma2),
     "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, _GELU_TANH, norm_offset=1.0, check=_check_gemma3),
     "phi3": Architecture(MODEL_ARCH.PHI3, window_ignored=True),
     "gpt2": Architecture(MODEL_ARCH.GPT2, _GELU_TANH, conv1d=True, check=_check_gpt2),

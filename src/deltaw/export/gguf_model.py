@@ -6,25 +6,185 @@ where it is one; else it is made from the configuration and the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFType, GGUFWriter
-from transformers import PreTrainedTokenizerBase
+from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, RopeScalingType
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltaw.errors import UserError
-from deltaw.export.described_base import DescribedBase, describe_base
+from deltaw.errors import UserError, did_you_mean
 from deltaw.export.gguf_architectures import Architecture, TensorNames, architecture_of
-from deltaw.export.gguf_file import Shapes, copy_metadata, open_gguf, write_gguf
-from deltaw.export.gguf_hyperparameters import add_hyperparameters, rope_tensors
+from deltaw.export.gguf_file import (
+    ADAPTER_KINDS,
+    KINDS,
+    Shapes,
+    copy_metadata,
+    open_gguf,
+    require_kind,
+    type_of,
+    write_gguf,
+)
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, vocabulary_of
-from deltaw.export.gguf_types import KINDS, require_kind, type_of
 from deltaw.export.merged import MergedModel, NotByName, Output, merged_model
-from deltaw.export.plain import plain_adapter
-from deltaw.hub.terminators import terminators_in
+from deltaw.export.plain_adapter import PlainUpdate, plain_adapter, require_lora
+from deltaw.export.portable import DescribedBase, describe_base, read_updates, require_same_base
+from deltaw.hub.gguf import terminators_in
+from deltaw.lora.fingerprint import FINGERPRINT_KEY
+
+# ---- A model's sizes, norms, positions and windows as GGUF metadata, from its configuration.
+#
+# Knows configurations of transformers and the writer of the ``gguf`` package; no tensors and no tokenizer.
+
+
+Rope = Mapping[str, Any]
+
+
+def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> list[str]:
+    """Write the metadata that llama.cpp builds the model from.
+
+    Returns:
+        Lines about what the file's reader computes otherwise, for a person.
+
+    Raises:
+        UserError: the model's rotary positions are scaled in a way that llama.cpp does not know.
+    """
+    notes = []
+    context = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    if architecture.window_ignored and window and window < context:
+        notes.append(f"note: llama.cpp ignores this model's sliding window, so its context is set to {window} tokens")
+        context = int(window)
+    heads = int(config.num_attention_heads)
+    out.add_context_length(context)
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_head_count(heads)
+    out.add_vocab_size(config.vocab_size)
+    if architecture.arch == MODEL_ARCH.GPT2:
+        out.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        out.add_layer_norm_eps(config.layer_norm_epsilon)
+        return notes
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count_kv(int(getattr(config, "num_key_value_heads", None) or heads))
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    out.add_key_length(size)
+    out.add_value_length(size)
+    _add_positions(out, architecture, config, size)
+    if architecture.arch == MODEL_ARCH.PHI3:
+        out.add_sliding_window(0)  # which llama.cpp takes for a model without windows
+    elif architecture.arch in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
+        out.add_sliding_window(config.sliding_window)
+        for add, cap in (
+            (out.add_attn_logit_softcapping, config.attn_logit_softcapping),
+            (out.add_final_logit_softcapping, config.final_logit_softcapping),
+        ):
+            if cap is not None:
+                add(cap)
+    return notes
+
+
+def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
+    """Divisors of the rotary frequencies that are stored as tensors: Llama 3's, and Phi-3's long contexts."""
+    rope = _rope(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return {"rope_freqs.weight": llama3_divisors(rope, size)}
+    if kind == "longrope":
+        return {
+            f"rope_factors_{name}.weight": np.asarray(rope[f"{name}_factor"], np.float32) for name in ("long", "short")
+        }
+    return {}
+
+
+def llama3_divisors(rope: Rope, size: int) -> np.ndarray:
+    """By what Llama 3 divides each of a head's size / 2 frequencies.
+
+    Wavelengths above ``context / low_freq_factor`` are stretched by ``factor``, those below
+    ``context / high_freq_factor`` not at all; in between, the two frequencies are mixed linearly in
+    ``context / wavelength``.
+    """
+    frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2) / size)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
+
+
+def _add_positions(out: GGUFWriter, architecture: Architecture, config: PretrainedConfig, head_size: int) -> None:
+    rope = _rope(config)
+    turned = int(head_size * rope.get("partial_rotary_factor", 1.0))
+    out.add_rope_dimension_count(turned)
+    out.add_rope_freq_base(float(rope["rope_theta"]))
+    nested = config.rope_parameters
+    if "sliding_attention" in nested:
+        local = nested["sliding_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise _unknown(f"{local['rope_type']} in windowed layers")
+        out.add_rope_freq_base_swa(float(local["rope_theta"]))
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        out.add_rope_scaling_type(RopeScalingType.LINEAR)
+        out.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        _add_yarn(out, rope)
+    elif kind == "longrope" and architecture.arch == MODEL_ARCH.PHI3:
+        out.add_rope_scaling_attn_factors(_long_attention(rope, config))
+    elif kind not in ("default", "llama3") or (kind == "llama3" and architecture.arch != MODEL_ARCH.LLAMA):
+        raise _unknown(kind)
+    if architecture.arch == MODEL_ARCH.PHI3:
+        out.add_rope_scaling_orig_ctx_len(
+            int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        )
+
+
+def _add_yarn(out: GGUFWriter, rope: Rope) -> None:
+    out.add_rope_scaling_type(RopeScalingType.YARN)
+    out.add_rope_scaling_factor(rope["factor"])
+    out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    for key, add in (
+        ("attention_factor", out.add_rope_scaling_yarn_attn_factor),
+        ("beta_fast", out.add_rope_scaling_yarn_beta_fast),
+        ("beta_slow", out.add_rope_scaling_yarn_beta_slow),
+    ):
+        if rope.get(key) is not None:
+            add(rope[key])
+
+
+def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
+    """The factor of attention scores' sine and cosine in LongRoPE: √(1 + ln s / ln original context)."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = rope["original_max_position_embeddings"]
+    stretch = config.max_position_embeddings / original
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def _rope(config: PretrainedConfig) -> Rope:
+    """The rotary settings of the layers that attend to everything."""
+    nested: Rope = getattr(config, "rope_parameters", None) or {}
+    found: Rope = nested.get("full_attention", nested)
+    return found
+
+
+def _unknown(kind: str) -> UserError:
+    return UserError(
+        f"rotary positions of kind '{kind}' are not exported to GGUF here",
+        where="model: rope_parameters",
+        hint="merge the adapter (deltaw merge) and use llama.cpp's own convert_hf_to_gguf.py",
+    )
+
+
+# ---- gguf model
+
 
 FORMAT = "gguf"
 _HEAD = "output.weight"
@@ -66,7 +226,7 @@ def export_gguf(
     Args:
         run: a run's folder, or an adapter's in PEFT's format.
         path: of the file; it appears when it is complete.
-        kind: how matrices are stored, a key of :data:`~deltaw.export.gguf_types.KINDS`.
+        kind: how matrices are stored, a key of :data:`~deltaw.export.gguf_file.KINDS`.
         model: the base model, where it is not the one that the folder names.
         trust_remote_code: run the Python files that came with the base model.
         say: told a line where something should be known.
@@ -198,3 +358,152 @@ def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBas
     copy_metadata(source, out, keep=keep)
     if own:
         add_chat_template(out, own)
+
+
+# ---- A LoRA adapter as a GGUF file, which llama.cpp applies to a GGUF base model.
+#
+# llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the tensor's own rank and alpha the file's
+# one number. So what a scaling has beyond that (rsLoRA, patterns) goes into B. Rows of B are in the order in
+# which the base model's file has the rows of W. Updates of the token embedding are refused: llama.cpp reads
+# them, and adds them twice.
+
+
+ADAPTER_FORMAT = "gguf-adapter"
+_MERGE = "merge it instead: --format gguf"
+
+
+@dataclass(frozen=True)
+class WrittenAdapter:
+    """What was written.
+
+    Attributes:
+        path: of the file. size: its bytes. tensors: pairs of A and B.
+        alpha: the file's. folded: how many B took a part of their scaling in.
+        architecture: llama.cpp's name of the base's.
+    """
+
+    path: Path
+    size: int
+    tensors: int
+    alpha: float
+    folded: int
+    architecture: str
+
+
+def export_gguf_adapter(
+    run: Path,
+    path: Path,
+    *,
+    kind: str = "f32",
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> WrittenAdapter:
+    """Write the adapter in ``run`` to the GGUF file ``path``.
+
+    Args:
+        run: a run's folder, or an adapter's in PEFT's format.
+        path: of the file; it appears when it is complete.
+        kind: how A and B are stored: ``f32``, ``f16`` or ``bf16``.
+        model: the base model, where it is not the one that the folder names.
+        trust_remote_code: run the Python files that came with the base model.
+        say: told a line where something should be known.
+
+    Raises:
+        UserError: the adapter holds more than the format can, the base is another one or of a family that is
+            not known, or the file cannot be written. Nothing is written then.
+    """
+    if kind not in ADAPTER_KINDS:
+        raise UserError(
+            f"an adapter's factors are not stored as '{kind}'",
+            where="--type",
+            hint=did_you_mean(kind, ADAPTER_KINDS),
+        )
+    require_lora(run, ADAPTER_FORMAT)
+    base = describe_base(run, model, say=say, precision="bf16", trust_remote_code=trust_remote_code)
+    adapter = read_updates(run, base, ADAPTER_FORMAT, say=say)
+    architecture = architecture_of(base.config)
+    names = TensorNames(architecture, base.config)
+    fingerprint = require_same_base(base, adapter.fingerprint, run, say)
+    tied = bool(base.config.tie_word_embeddings) or architecture.always_tied
+    named = [(_name(update, names, tied, run), update) for update in adapter.updates]
+    alpha, factors = with_one_alpha(adapter.updates)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for (name, update), factor in zip(named, factors, strict=True):
+            factor_B = update.factor_B if factor == 1 else update.factor_B * factor
+            yield f"{name}.lora_a", _array(update.factor_A)
+            yield f"{name}.lora_b", _array(names.outputs(update.module, factor_B))
+
+    def metadata(out: GGUFWriter) -> None:
+        out.add_type(GGUFType.ADAPTER)
+        out.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        out.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if adapter.invocation is not None:
+            out.add_key_value(
+                gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS,
+                list(adapter.invocation),
+                GGUFValueType.ARRAY,
+                GGUFValueType.UINT32,
+            )
+        out.add_name(run.resolve().name)
+        out.add_base_model_count(1)
+        out.add_base_model_name(0, base.name)
+        out.add_file_type(int(KINDS[kind][2]))
+        if fingerprint is not None:
+            out.add_string(FINGERPRINT_KEY, fingerprint)
+
+    stored = KINDS[kind][0]
+    shapes = {
+        f"{name}.lora_{letter}": (shape, stored)
+        for name, update in named
+        for letter, shape in zip("ab", _shapes(update), strict=True)
+    }
+    size = write_gguf(path, architecture.name, metadata, shapes, tensors())
+    folded = sum(factor != 1 for factor in factors)
+    return WrittenAdapter(path, size, len(named), alpha, folded, architecture.name)
+
+
+def with_one_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
+    """One alpha for all, and for each update the factor that its B needs beyond alpha / r.
+
+    The alpha is that of most updates, whose factors stay as they are, to the bit.
+    """
+    own = [update.scaling * update.rank for update in updates]
+    rounded = [float(np.float32(alpha)) for alpha in own]
+    alpha = Counter(rounded).most_common(1)[0][0]
+    return alpha, [1.0 if one == alpha else exact / alpha for one, exact in zip(rounded, own, strict=True)]
+
+
+def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str:
+    """The base tensor's name in llama.cpp, which an update must have to be applied."""
+    found = names.of_module(update.module)
+    if found is None:
+        raise UserError(
+            f"the adapted module '{update.module}' is no tensor of such a model in llama.cpp",
+            where=str(run),
+            hint="export it with the base model that it was trained on, named with --model",
+        )
+    if update.embedding:
+        raise UserError(
+            f"the adapter changes the embedding '{update.module}', and llama.cpp adds such an update twice",
+            where=str(run),
+            hint=_MERGE,
+        )
+    if tied and found == "output":
+        raise UserError(
+            f"the adapter changes the head '{update.module}', which is tied to the embedding: llama.cpp has "
+            "one tensor for both",
+            where=str(run),
+            hint=_MERGE,
+        )
+    return f"{found}.weight"
+
+
+def _shapes(update: PlainUpdate) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(update.factor_A.shape), tuple(update.factor_B.shape)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    numbers: np.ndarray = tensor.contiguous().numpy()
+    return numbers

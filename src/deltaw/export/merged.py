@@ -7,22 +7,217 @@ cannot be done by names alone raises :class:`NotByName`, and is done in memory b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import AdapterChanges, Trained, changes_of
+from deltaw.export.adapters import AdapterChanges, Added, Change, Replaced, Trained, changes_of
 from deltaw.export.base import Base, Say, base_of, check_base
-from deltaw.export.changes import Added, Change, Replaced
-from deltaw.export.merged_config import merged_config, read_settings
-from deltaw.hub.checkpoint import Checkpoint, Names, name_for, names_on_disk, read_checkpoint
+from deltaw.hub.checkpoint import INDEX, WEIGHTS, Checkpoint, Names, name_for, names_on_disk, read_checkpoint
+from deltaw.hub.gguf import terminators_in
+from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
+from deltaw.hub.transformers_private import FOLLOWS_MODEL
 from deltaw.methods.parameters import names_of
-from deltaw.tensor_files import StoredTensor, row_blocks
+from deltaw.tasks import entry_of
+from deltaw.tensor_files import Entry, StoredTensor, TensorWriter, row_blocks
+from deltaw.version import __version__
+from deltaw.working import working
+
+# ---- The config.json of a merged model: the base's own, with no more changed than the merge needs.
+#
+# Weights that are tied no more, biases that the base has none of, a classifier's head and its classes, the type
+# of the weights. Whether a model of that configuration takes exactly the merged tensors is checked by building
+# one on the meta device.
+
+
+_MOST_FLAGS = 6
+CONFIG = "config.json"
+
+
+class Shaped(Protocol):
+    """A tensor to be written."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """What :func:`merged_config` made.
+
+    Attributes:
+        settings: the content of config.json.
+        other_class: whether the model is of another class than the base's files were written by.
+        zeros: biases that the configuration brings along and that nobody trained, and their shapes.
+    """
+
+    base: Base
+    settings: dict[str, object]
+    other_class: bool
+    untied: tuple[str, ...]
+    zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def check(self, tensors: Iterable[Shaped]) -> None:
+        """Refuse tensors that are not exactly those of a model of this configuration.
+
+        Raises:
+            UserError: one is missing or has another shape, or a weight is still tied.
+        """
+        shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors}
+        model = _built(self.base, self.settings)
+        names = names_on_disk(model, shapes)
+        groups: dict[int, list[str]] = {}
+        own = names_of(model)
+        for name, parameter in own.items():
+            groups.setdefault(id(parameter), []).append(name)
+        for group in groups.values():
+            stored = [name for name in group if name in names.stored]
+            wrong = [n for n in stored if shapes[names.stored[n]] != tuple(own[n].shape)]
+            there = bool(stored) or any(name in names.converted for name in group)
+            optional = any(".pooler." in name or name.startswith("pooler.") for name in group)
+            if wrong or not (there or optional):
+                raise UserError(
+                    f"the merged model would lack '{group[0]}'",
+                    where=str(self.base.folder),
+                    hint="fetch or copy the base model again",
+                )
+            if len(group) > 1 and any(name in self.untied for name in group):
+                raise UserError(
+                    f"'{group[0]}' is tied to '{group[1]}', the adapter changes only one of the two, and a "
+                    f"{type(model).__name__} cannot have them apart",
+                    where=group[0],
+                    hint="keep the adapter separate",
+                )
+
+
+def read_settings(folder: Path) -> dict[str, object]:
+    """The base model's config.json.
+
+    Raises:
+        UserError: it cannot be read, or the weights are quantized.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model's config.json cannot be read: {error}",
+            where=str(folder),
+            hint="fetch or copy the model again",
+        ) from error
+    quantized = settings.get("quantization_config")
+    if quantized:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise UserError(
+            f"the base model's weights are quantized ({kind or 'quantization_config'}), and a sum with ΔW "
+            "would have to be quantized again",
+            where=str(folder / CONFIG),
+            hint="name the unquantized model with --model",
+        )
+    return settings
+
+
+def merged_config(
+    base: Base,
+    skeleton: PreTrainedModel,
+    settings: Mapping[str, object],
+    untied: Sequence[str],
+    added: Mapping[str, object],
+    dtype: torch.dtype | None,
+) -> MergedConfig:
+    """The configuration of the merged model.
+
+    Args:
+        skeleton: the base model as the adapter's task loads it, on the meta device.
+        settings: the base's config.json.
+        untied: names of weights that are tied no more.
+        added: names of trained biases that the base model does not have.
+        dtype: of all weights; None where they keep theirs.
+
+    Raises:
+        UserError: the architecture has no place for a bias.
+    """
+    made = copy.deepcopy(dict(settings))
+    name = type(skeleton).__name__
+    written_by = made.get("architectures") or [name]
+    other_class = name not in (written_by if isinstance(written_by, list) else [written_by])
+    if other_class or not made.get("architectures"):
+        made["architectures"] = [name]
+    if base.outputs is not None:
+        labels = base.classes or tuple(f"LABEL_{number}" for number in range(base.outputs))
+        made.pop("num_labels", None)
+        made["id2label"] = {str(number): label for number, label in enumerate(labels)}
+        made["label2id"] = {label: number for number, label in enumerate(labels)}
+        if base.task == "regression":
+            made["problem_type"] = "regression"
+    for section in _sections(made):
+        if untied and (section is made or "tie_word_embeddings" in section):
+            section["tie_word_embeddings"] = False
+        for key in ("dtype", "torch_dtype"):
+            if dtype is not None and (key in section or (section is made and key == "dtype")):
+                section[key] = str(dtype).removeprefix("torch.")
+    zeros: dict[str, tuple[int, ...]] = {}
+    if added:
+        zeros = _with_biases(base, skeleton, made, list(added))
+    return MergedConfig(base, made, other_class, tuple(untied), zeros)
+
+
+def _sections(settings: dict[str, object]) -> Iterator[dict[str, object]]:
+    """The configuration itself, and that of the text model inside one of several models."""
+    yield settings
+    inner = settings.get("text_config")
+    if isinstance(inner, dict):
+        yield inner
+
+
+def _with_biases(
+    base: Base, skeleton: PreTrainedModel, settings: dict[str, object], wanted: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Turn on the fewest flags of ``settings`` that give the model the biases ``wanted``; returns those that
+    come with them. What a flag does is found by building a model on the meta device."""
+    before = set(names_of(skeleton))
+    config = skeleton.config
+    flags = [k for k in vars(config) if "bias" in k and getattr(config, k) is False][:_MOST_FLAGS]
+    for count in range(1, len(flags) + 1):
+        for chosen in itertools.combinations(flags, count):
+            own = names_of(_built(base, {**settings, **dict.fromkeys(chosen, True)}))
+            if set(wanted) <= set(own) and before <= set(own):
+                settings.update(dict.fromkeys(chosen, True))
+                new = set(own) - before - set(wanted)
+                return {name: tuple(own[name].shape) for name in sorted(new)}
+    raise UserError(
+        f"the adapter adds a bias '{wanted[0]}', for which a {type(skeleton).__name__} has no place",
+        where=wanted[0],
+        hint="keep the adapter separate",
+    )
+
+
+def _built(base: Base, settings: Mapping[str, object]) -> PreTrainedModel:
+    """A model of a configuration, on the meta device."""
+    with tempfile.TemporaryDirectory() as folder:
+        for code in base.folder.glob("*.py") if base.trust_remote_code else ():
+            (Path(folder) / code.name).write_bytes(code.read_bytes())
+        (Path(folder) / CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+        return base.skeleton(Path(folder))
+
+
+# ---- merged
+
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -292,9 +487,7 @@ def _refuse_converted(names: Names, tying: _Tying) -> None:
             raise NotByName(f"the files hold '{name}' in parts that are put together while it is loaded")
         stored = any(other in names.stored for other in tying.group[name])
         if not stored and not tying.wanted[name].new:
-            raise UserError(
-                f"the base model's files lack '{name}'", where=name, hint="fetch or copy the model again"
-            )
+            raise UserError(f"the base model's files lack '{name}'", where=name, hint="fetch or copy the model again")
 
 
 @dataclass(frozen=True)
@@ -336,9 +529,7 @@ class _Outputs:
                         hint="merge one of them",
                     )
                 changes = (one.change,)
-                outputs.append(
-                    Output(self._name(parameter), self.dtype or usual, one.shape, None, changes, last)
-                )
+                outputs.append(Output(self._name(parameter), self.dtype or usual, one.shape, None, changes, last))
         for parameter, shape in zeros.items():
             outputs.append(Output(self._name(parameter), self.dtype or usual, shape, None, (), last))
         return outputs
@@ -395,3 +586,165 @@ class _Outputs:
         if weight is None:
             raise NotByName(f"how a file would name '{parameter}' cannot be told")
         return f"{weight.removesuffix('weight')}bias"
+
+
+# ---- The files of a merged model: weights in shards with their index, and all else that a model's folder has.
+#
+# Weights are written block by block. Configuration, tokenizer, chat template and terminators come from the base
+# model, and from the run where that has its own.
+
+
+GENERATION = "generation_config.json"
+# Of the base model: what describes it, and no other weights.
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+_NOT_COPIED = (CONFIG, "*.index.json", "adapter_config.json", "run.yaml", "summary.json")
+OF_TOKENIZER = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1.0}
+
+
+def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> list[str]:
+    """Write the merged weights into ``folder``; returns the files' names.
+
+    Args:
+        shard_size: the most bytes of tensors in a file (a larger tensor has a file of its own); None divides
+            them as the base model's files do.
+    """
+    shards = shards_of(model.tensors, shard_size)
+    count = len(shards)
+    names = [WEIGHTS] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    total = sum(output.bytes for output in model.tensors)
+    done = 0
+    with working("merging", total) as advance:
+        for name, shard in zip(names, shards, strict=True):
+            # Wider types first, so that each tensor lies aligned to its type.
+            ordered = sorted(shard, key=lambda output: -output.dtype.itemsize)
+            entries = [Entry(output.name, output.dtype, output.shape) for output in ordered]
+            with (
+                (folder / name).open("wb") as file,
+                TensorWriter(file, entries, {"format": "pt"}) as writer,
+            ):
+                for output in ordered:
+                    for rows in output.blocks():
+                        writer.write(rows)
+                        done += rows.numel() * rows.element_size()
+                        advance(done)
+    if count > 1:
+        weights = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+        _write_json(folder / INDEX, index)
+    return names
+
+
+def shards_of(outputs: Sequence[Output], size: int | None) -> list[list[Output]]:
+    """The tensors by the file that they will be in."""
+    if size is None:
+        files: dict[str, list[Output]] = {}
+        for output in outputs:
+            files.setdefault(output.file, []).append(output)
+        return list(files.values())
+    shards: list[list[Output]] = [[]]
+    room = size
+    for output in outputs:
+        if output.bytes > room and shards[-1]:
+            shards.append([])
+            room = size
+        shards[-1].append(output)
+        room -= output.bytes
+    return shards
+
+
+def write_beside(model: MergedModel, run: Path, folder: Path, facts: Mapping[str, str]) -> None:
+    """Write all but the weights: configuration, tokenizer, terminators, a card.
+
+    Args:
+        run: the adapter's folder, whose tokenizer and chat template come before the base model's.
+        facts: lines of the card.
+    """
+    base = model.base
+    own_tokenizer = any((run / name).is_file() for name in TOKENIZER_FILES)
+    for source in _described_by(base, own_tokenizer):
+        shutil.copyfile(source, folder / source.name)
+    if own_tokenizer:
+        for name in OF_TOKENIZER:
+            if (run / name).is_file():
+                shutil.copyfile(run / name, folder / name)
+    elif (run / "chat_template.jinja").is_file():
+        shutil.copyfile(run / "chat_template.jinja", folder / "chat_template.jinja")
+    _write_json(folder / CONFIG, model.config)
+    if entry_of(base.task).writes_text:
+        _write_terminators(base, folder)
+    write_card(folder, base, model.adapters[0].method, facts)
+
+
+def write_card(folder: Path, base: Base, method: str, facts: Mapping[str, str]) -> None:
+    """``README.md`` of a merged model."""
+    lines = [
+        "---",
+        f"base_model: {base.reference!r}",
+        "library_name: transformers",
+        f"tags: [{method}, {base.task}, merged, deltaw]",
+        "---",
+        "",
+        f"`{base.reference}` with an adapter merged into its weights by deltaw {__version__}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB`` or ``200MB``.
+
+    Raises:
+        UserError: it is none.
+    """
+    stripped = text.strip().upper()
+    for unit, factor in sorted(_UNITS.items(), key=lambda entry: -len(entry[0])):
+        if stripped.endswith(unit):
+            try:
+                size = int(float(stripped.removesuffix(unit)) * factor)
+            except (ValueError, OverflowError):
+                break
+            if size >= 1:
+                return size
+            break
+    raise UserError(f"'{text}' is no size", where="--shard-size", hint="write it as 5GB or 200MB")
+
+
+def _described_by(base: Base, own_tokenizer: bool) -> list[Path]:
+    """The base model's files that the merged model needs too."""
+    patterns = [*_COPIED, "*.py"] if base.trust_remote_code else list(_COPIED)
+    found = {path for pattern in patterns for path in base.folder.glob(pattern) if path.is_file()}
+    left = {path for pattern in _NOT_COPIED for path in found if path.match(pattern)}
+    if own_tokenizer:
+        left |= {path for path in found if path.name in OF_TOKENIZER}
+    return sorted(found - left)
+
+
+def _write_terminators(base: Base, folder: Path) -> None:
+    """Let every token that ends a text of this model be in its generation configuration."""
+    tokenizer = tokenizer_in(folder, base.trust_remote_code)
+    if tokenizer is None:
+        return
+    ends = terminators_in(folder, tokenizer)
+    path = folder / GENERATION
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if ends and isinstance(settings, dict):
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        settings.pop(FOLLOWS_MODEL, None)  # it would be made anew from config.json, with one end
+        _write_json(path, settings)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

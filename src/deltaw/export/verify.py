@@ -2,7 +2,7 @@
 rounding alone would move them.
 
 Merging rounds weights, which moves logits; how far depends on the model. So the bound is measured on the
-model itself: the adapter is merged in memory, by other code (:mod:`deltaw.lora.merging`), its weights are
+model itself: the adapter is merged in memory, by other code (:mod:`deltaw.lora.attachment`), its weights are
 rounded to the type of the merged ones and multiplied by 1 + u·ε, with ε drawn evenly from [−1, 1] and u the
 type's unit roundoff, and the logits move by what rounding does. Random factors alone would be too little: of
 an update that is small beside the steps of bf16, rounding takes the same share everywhere.
@@ -28,19 +28,18 @@ from transformers import PreTrainedModel
 
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
-from deltaw.export.apply import apply_changes
 from deltaw.export.base import Say
-from deltaw.export.merge import Merging
+from deltaw.export.merge import Merging, apply_changes
 from deltaw.host.memory import free_memory_bytes, release_free_memory
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import load
 from deltaw.hub.quiet import quiet
 from deltaw.lora import merge
 from deltaw.methods.parameters import names_of
-from deltaw.runtime.nf4_weights import round_to_nf4
+from deltaw.runtime.quantized_weights import round_to_nf4
 from deltaw.tensor_files import CODES, FLOATS
 from deltaw.training.evaluation.general_prompts import MEASURED
-from deltaw.training.inference import InferenceSession, open_run
+from deltaw.training.origin import InferenceSession, open_run
 from deltaw.training.process import own_random_numbers
 from deltaw.training.tasks.eval_sets import read_run_data
 from deltaw.working import working
@@ -130,8 +129,7 @@ class Verification:
         """For a person."""
         merged, rounding = self.merged, self.rounding
         said = [
-            f"verified on {self.rows}: {self.count} rows, {self.positions:,} positions, computed in "
-            f"{self.computed_in}",
+            f"verified on {self.rows}: {self.count} rows, {self.positions:,} positions, computed in {self.computed_in}",
             f"  merging moved logits by {merged.mean:.2g} (largest {merged.largest:.2g}), KL "
             f"{merged.divergence:.2g} nats, and changed {merged.changed:.2%} of the choices",
             f"  rounding to {self.stored_in} alone moves them by {rounding.mean:.2g} (largest "
@@ -184,8 +182,7 @@ class Verify:
                 f"{found.merged.mean:.2g} (largest {found.merged.largest:.2g}), and rounding to "
                 f"{found.stored_in} explains at most {found.allowed_mean:.2g} ({found.allowed_largest:.2g})",
                 where=str(job.run),
-                hint="look at it with --keep, merge with --precision fp32, or report the model as not merged "
-                "correctly",
+                hint="look at it with --keep, merge with --precision fp32, or report the model as not merged correctly",
             )
         return found
 
@@ -240,9 +237,7 @@ def _compared(job: Merging, folder: Path, say: Say) -> Verification:
     )
 
 
-def _moved_by_nf4(
-    job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str
-) -> Movement | None:
+def _moved_by_nf4(job: Merging, kept: Sequence[Tensor], questions: _Questions, precision: str) -> Movement | None:
     """How far NF4 moves the logits of base and adapter; None where it was not trained over NF4."""
     run = job.base.run
     if run is None or run.precision != "nf4":
@@ -325,15 +320,11 @@ def _moved(kept: Sequence[Tensor], others: Iterator[Tensor]) -> Movement:
             changed += int((logits.argmax(-1) != other.argmax(-1)).sum())
         squares += float(difference.double().square().sum())
         largest = (
-            max(largest, float(difference.abs().max()))
-            if bool(torch.isfinite(difference).all())
-            else (float("inf"))
+            max(largest, float(difference.abs().max())) if bool(torch.isfinite(difference).all()) else (float("inf"))
         )
         numbers += difference.numel()
         positions += len(logits)
-    return Movement(
-        (squares / numbers) ** 0.5, largest, max(divergence, 0.0) / positions, changed / positions
-    )
+    return Movement((squares / numbers) ** 0.5, largest, max(divergence, 0.0) / positions, changed / positions)
 
 
 class _Questions:

@@ -11,17 +11,126 @@ describes a machine in a folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.host import cgroup
-from deltaw.host.processor import native_bf16, physical_cores, usable_processors
+from deltaw.host.product_rates import native_bf16, physical_cores, usable_processors
 
 if TYPE_CHECKING:
     import torch
+
+
+# ---- The limits a control group puts on this process: how many processors, how much memory.
+#
+# A container or a batch system limits a process through control groups; neither torch nor ``/proc/meminfo``
+# sees that. A limit may sit on the process's own group or on any group above it, so the whole path up to the
+# root is read and the tightest value holds. Versions 1 and 2, and both mounted side by side, are understood.
+#
+# It knows nothing of models. Every function takes the root of the file system, so that a test can build one.
+
+
+# Where the two versions are mounted, relative to the root: version 2 alone, and beside version 1.
+_UNIFIED_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+_CONTROLLER_MOUNT = "sys/fs/cgroup"
+
+
+def processor_quota(root: Path = Path("/")) -> float | None:
+    """The processors' worth of time that the process may use, or None where nothing limits it.
+
+    Version 2 writes ``quota period`` in ``cpu.max``; version 1 has ``cpu.cfs_quota_us`` (−1: no limit) and
+    ``cpu.cfs_period_us``. Both are in microseconds; the quotient is a number of processors.
+    """
+    quotas = []
+    for folder in _group_folders(root, "cpu"):
+        unified = _words(folder / "cpu.max")
+        if len(unified) == 2 and unified[0].isdigit() and int(unified[1]) > 0:
+            quotas.append(int(unified[0]) / int(unified[1]))
+        quota = _positive(folder / "cpu.cfs_quota_us")
+        period = _positive(folder / "cpu.cfs_period_us")
+        if quota and period:
+            quotas.append(quota / period)
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """The bytes that the process's groups may hold together, or None where nothing limits them.
+
+    ``memory.high`` counts as a limit too: above it the kernel reclaims so hard that a run crawls. Version 1
+    writes a number near 2⁶³ for "no limit"; comparing with the physical memory is the caller's part.
+    """
+    limits = []
+    for folder in _group_folders(root, "memory"):
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _positive(folder / name)
+            if limit:
+                limits.append(limit)
+    return min(limits, default=None)
+
+
+def memory_free(root: Path = Path("/")) -> int | None:
+    """The bytes that the process's groups may still take, or None where nothing limits them.
+
+    What the kernel holds of files and can drop at once counts as free.
+    """
+    free = []
+    for folder in _group_folders(root, "memory"):
+        names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+        limits = [limit for name in names if (limit := _positive(folder / name))]
+        used = _positive(folder / "memory.current") or _positive(folder / "memory.usage_in_bytes")
+        if limits and used is not None:
+            stat = dict(line.split()[:2] for line in _lines(folder / "memory.stat") if " " in line)
+            droppable = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
+            free.append(max(0, min(limits) - used + int(droppable)))
+    return min(free, default=None)
+
+
+def _group_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of the process's group and of every group above it, for one controller."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if not controllers:
+            mounts = [root / mount for mount in _UNIFIED_MOUNTS]
+        elif controller in controllers.split(","):
+            names = dict.fromkeys((controllers, controller))
+            mounts = [root / _CONTROLLER_MOUNT / name for name in names]
+        else:
+            continue
+        parts = PurePosixPath(group).parts[1:]
+        if ".." in parts:  # the group lies outside this namespace; its mount shows what applies here
+            parts = ()
+        for mount in mounts:
+            # Inside a container the path may be the host's: the folders that do not exist here are skipped.
+            for depth in range(len(parts), -1, -1):
+                folder = mount.joinpath(*parts[:depth])
+                if folder.is_dir():
+                    yield folder
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a small kernel file; none where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _words(path: Path) -> list[str]:
+    lines = _lines(path)
+    return lines[0].split() if lines else []
+
+
+def _positive(path: Path) -> int | None:
+    """A file's whole number if it is above zero; None for ``max``, −1 and files that are not there."""
+    words = _words(path)
+    return int(words[0]) if words and words[0].isdigit() and int(words[0]) > 0 else None
+
+
+# ---- choices
+
 
 T = TypeVar("T")
 
@@ -90,15 +199,11 @@ def choose_device(asked: str = "auto") -> Choice[str]:
             hint="devices are counted from 0",
         )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(
-            "the mps device is asked for, and this torch has none", where="device", hint="use device: cpu"
-        )
+        raise UserError("the mps device is asked for, and this torch has none", where="device", hint="use device: cpu")
     return Choice(asked, "as asked")
 
 
-def choose_precision(
-    device: str, asked: str = "auto", rates: Mapping[str, float] | None = None
-) -> Choice[str]:
+def choose_precision(device: str, asked: str = "auto", rates: Mapping[str, float] | None = None) -> Choice[str]:
     """The type of the frozen weights: a key of :data:`PRECISIONS`.
 
     ``auto`` on a processor is bf16, which takes half the memory, where the fastest way to compute products of
@@ -138,9 +243,7 @@ def choose_precision(
         return Choice("bf16" if rates["bf16"] >= AS_FAST * rates["fp32"] else "fp32", shown)
     if rates[asked] < SLOW * best:
         slow = f"{asked} products reach {rates[asked]:.0f} G operations a second on this machine"
-        return Choice(
-            asked, f"as asked, though {slow}, and {best:.0f} in another precision: expect it to be slow"
-        )
+        return Choice(asked, f"as asked, though {slow}, and {best:.0f} in another precision: expect it to be slow")
     return Choice(asked, "as asked")
 
 
@@ -178,16 +281,14 @@ def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]
     """
     if asked != "auto":
         if not str(asked).isdigit() or int(asked) < 1:
-            raise UserError(
-                f"'{asked}' is no number of threads", where="threads", hint="use auto or a number from 1"
-            )
+            raise UserError(f"'{asked}' is no number of threads", where="threads", hint="use auto or a number from 1")
         return Choice(int(asked), "as asked")
     set_by_user = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if set_by_user.isdigit() and int(set_by_user) > 0:
         return Choice(int(set_by_user), "OMP_NUM_THREADS")
     usable = usable_processors()
     bounds = [(len(usable), "processors this process may use"), (physical_cores(usable, root), "cores")]
-    quota = cgroup.processor_quota(root)
+    quota = processor_quota(root)
     if quota is not None:
         bounds.append((max(1, int(quota)), f"control group quota of {quota:g} processors"))
     # Of equal bounds the later is named: it says more about why there are not more threads.

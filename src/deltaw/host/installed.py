@@ -7,7 +7,9 @@ imported, and no index is asked.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
@@ -34,9 +36,7 @@ class Package:
         if self.installed is None:
             return False
         try:
-            return Requirement(f"{self.name}{self.wanted}").specifier.contains(
-                self.installed, prereleases=True
-            )
+            return Requirement(f"{self.name}{self.wanted}").specifier.contains(self.installed, prereleases=True)
         except (InvalidRequirement, InvalidVersion):
             return True  # a version that cannot be read is not known to be wrong
 
@@ -90,3 +90,19 @@ def _extra_of(read: Requirement) -> str | None:
     marker = "" if read.marker is None else str(read.marker)
     _, named, rest = marker.partition('extra == "')
     return rest.partition('"')[0] if named else None
+
+
+# ---- Which OpenMP libraries this process has loaded: a second one brings a second pool of threads.
+
+
+_LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
+
+
+def openmp_libraries(root: Path = Path("/")) -> list[str]:
+    """The files' names, in alphabetical order; empty where the system does not say."""
+    try:
+        maps = (root / "proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = (_LIBRARY.search(line.rstrip()) for line in maps.splitlines())
+    return sorted({match[1] for match in found if match})

@@ -13,13 +13,15 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from deltaw.cache import versions
-from deltaw.host import measurements, product_rates
+from deltaw.cache import recall, remember, versions
+from deltaw.host import product_rates
+from deltaw.host import product_rates as measurements
 from deltaw.host.product_rates import (
     GENERIC,
     Candidate,
@@ -28,11 +30,13 @@ from deltaw.host.product_rates import (
     Sizes,
     as_values,
     believable,
+    processor_flags,
+    processor_name,
     sizes_of,
 )
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import APPROXIMATIONS, STORED, TORCH, Arithmetic
-from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
+from deltaw.kernels.processor import second_level_cache
 
 # Torch's product must be so much faster, since what surrounds it is not computed in one call then; and a
 # variant of lower rank so much faster than one that has all of its instructions.
@@ -230,9 +234,7 @@ def _read(values: object, candidates: Sequence[Candidate]) -> Measured | None:
 
 def _of_any(values: object, candidates: Sequence[Candidate]) -> Measured | None:
     """Rates by stored type and arithmetic, as those of candidates; None where they are not that."""
-    if not isinstance(values, Mapping) or not all(
-        isinstance(values.get(stored), Mapping) for stored in STORED
-    ):
+    if not isinstance(values, Mapping) or not all(isinstance(values.get(stored), Mapping) for stored in STORED):
         return None
     rates: dict[str, dict[str, object]] = {stored: {} for stored in STORED}
     for candidate in candidates:
@@ -250,3 +252,54 @@ def _overall(rates: Rates, kernels: str) -> float:
     """The geometric mean of a variant's best rates over the stored types."""
     best = [max(_of_variant(rates[stored], kernels).values(), default=1e-3) for stored in STORED]
     return math.exp(sum(map(math.log, best)) / len(best))
+
+
+# ---- How fast this processor computes: matrix products as they are computed here, and an operator that hardly
+# computes.
+#
+# Good for the order of settings by their time, and no promise of seconds. Knows no models.
+
+
+MADE_BY = ("torch", "deltaw.host.kernel_choice")
+_REPEATS, _TRIALS = 20, 5
+
+
+@dataclass(frozen=True)
+class PlanningRates:
+    """Floating-point operations a second in matrix products, and seconds that any operator takes."""
+
+    operations_per_second: float
+    seconds_per_operator: float
+
+
+def measured_rates(precision: str) -> PlanningRates:
+    """The rates of this machine with torch's present number of threads, and the arithmetic chosen for it.
+
+    Args:
+        precision: one of :data:`deltaw.host.choices.PRECISIONS`; its weights are those of most products.
+    """
+    stored = STORED_BY_PRECISION.get(precision, "fp32")
+    return PlanningRates(choose_kernels().rate(stored) * 1e9, _seconds_per_operator())
+
+
+def _seconds_per_operator() -> float:
+    key = [processor_name(), sorted(processor_flags()), torch.get_num_threads()]
+    known = recall("rates", key, MADE_BY)
+    if isinstance(known, float) and known > 0:
+        return known
+    few = torch.ones(16)
+    seconds = _fastest(lambda: few.add(1.0))
+    remember("rates", key, seconds, MADE_BY)
+    return seconds
+
+
+def _fastest(use: Callable[[], object]) -> float:
+    """Seconds of one use, in the fastest of some trials: what else the machine does only slows it down."""
+    use()
+    seconds = []
+    for _ in range(_TRIALS):
+        began = time.perf_counter()
+        for _ in range(_REPEATS):
+            use()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) / _REPEATS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from deltaw.host import cgroup
+from deltaw.host import choices
 from deltaw.host.choices import Choice
 
 _ROOT = Path("/")
@@ -27,7 +27,7 @@ LARGEST_KEPT = 2**25
 def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
     """The bytes of main memory that this process may hold: control group or physical, the smaller."""
     physical = _physical_memory(root)
-    limit = cgroup.memory_limit(root)
+    limit = choices.memory_limit(root)
     if limit is not None and limit < physical:
         return Choice(limit, "control group limit")
     return Choice(physical, "physical memory")
@@ -39,7 +39,7 @@ def free_memory_bytes(root: Path = _ROOT) -> int:
     for line in _read(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    in_group = cgroup.memory_free(root)
+    in_group = choices.memory_free(root)
     return available if in_group is None else min(available, in_group)
 
 

@@ -13,18 +13,157 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
+from deltaw.cache import recall, remember, stamp
 from deltaw.kernels import linear, loader, quantize
 from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, offered
-from deltaw.kernels.processor import second_level_cache
+from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
 from deltaw.kernels.torch_private import without_dispatch
-from deltaw.kernels.variants import asked
+from deltaw.kernels.variants import MEASURED, asked
+
+# ---- Facts about the processor: its name and its cores, and whether another device multiplies bf16 natively.
+#
+# Knows nothing of what is chosen from them. Imports no torch but where a GPU is asked about.
+
+
+__all__ = ["native_bf16", "physical_cores", "processor_flags", "processor_name", "usable_processors"]
+
+_ROOT = Path("/")
+
+
+def native_bf16(device: str) -> str | None:
+    """Why bf16 is fast on a device that is no processor; None where it is not."""
+    if device.partition(":")[0] != "cuda":
+        return None
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"compute capability {major}.{minor}" if major >= 8 else None
+
+
+def usable_processors() -> set[int]:
+    """Numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def physical_cores(usable: set[int], root: Path) -> int:
+    """The physical cores behind the processors in ``usable``: hyperthreads of one core count once."""
+    cores = set()
+    for number in usable:
+        topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
+        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        cores.add(siblings.strip() or f"processor {number}")
+    if any(not core.startswith("processor ") for core in cores) or root != _ROOT:
+        return len(cores)
+    return min(len(usable), psutil.cpu_count(logical=False) or len(usable))
+
+
+def _read(path: Path) -> str:
+    """A small kernel file's text; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+# ---- What was measured of this machine: remembered in the cache folder, and handed from process to process.
+#
+# A process that starts others tells them what it knows, and learns from them, so that all of an experiment
+# choose alike, also where the cache folder cannot be written to. Knows keys and JSON; not what is measured.
+# Imports no torch.
+
+
+KIND = "products"
+# Among what a process is told, an entry that stands for every key.
+ANY = "*"
+
+# By a hash of the key: the key and what this process uses of it; and what other processes measured.
+_used: dict[str, tuple[object, object]] = {}
+_learned: dict[str, object] = {}
+
+
+def for_any() -> object:
+    """What the process was told to use for every key; None where it was told nothing of the kind."""
+    return _told().get(ANY)
+
+
+def known(key: object, usable: Callable[[object], bool]) -> object | None:
+    """What is known for ``key``: used before in this process, told, learned, or remembered; None where
+    nothing of it is ``usable``."""
+    name = _name(key)
+    places = (
+        lambda: _used[name][1] if name in _used else None,
+        lambda: _told().get(name),
+        lambda: _learned.get(name),
+        lambda: recall(KIND, key),
+    )
+    for place in places:
+        value = place()
+        if value is not None and usable(value):
+            _used[name] = (key, value)
+            return value
+    return None
+
+
+def keep(key: object, value: object, lasting: bool) -> None:
+    """Use ``value``, which JSON can hold, for ``key`` in this process and its children; where ``lasting``, in
+    later ones too."""
+    _used[_name(key)] = (key, value)
+    if lasting:
+        remember(KIND, key, value)
+
+
+def used() -> dict[str, object]:
+    """What this process uses, ready for JSON; :func:`learn` takes it in another process."""
+    return {name: value for name, (_, value) in _used.items()}
+
+
+def learn(told: object) -> None:
+    """Take what another process uses: what it starts later is told of it."""
+    if isinstance(told, Mapping):
+        _learned.update(told)
+
+
+def for_children() -> dict[str, str]:
+    """Variables of the environment with which a new process makes the same choices as this one."""
+    told = {**_told(), **_learned, **used()}
+    return {MEASURED: json.dumps(told)} if told else {}
+
+
+def basis() -> list[list[object]]:
+    """What the choices of this process rest on: kind and key of each remembered result, and its state."""
+    return [[KIND, key, stamp(KIND, key)] for key, _ in _used.values()]
+
+
+def _told() -> Mapping[str, object]:
+    """What the process was started with."""
+    text = os.environ.get(MEASURED, "")
+    try:
+        told = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return told if isinstance(told, Mapping) else {}
+
+
+def _name(key: object) -> str:
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+
+
+# ---- product rates
+
 
 # Of a low-rank update, a microbatch of rows, and the few rows that show which candidates are hopeless.
 RANK, ROWS, FEW_ROWS = 16, 512, 16
@@ -194,9 +333,7 @@ class _Operands:
         copies = max(2, -(-2 * cache // (weight.numel() * weight.element_size())))
         self.weights = weight.repeat(copies, 1, 1)
         self.lora_A, self.lora_B = torch.zeros(inputs, RANK), torch.zeros(RANK, outputs)
-        self.left = {
-            width: torch.rand(ROWS, width, generator=generator).to(dtype) for width in (inputs, outputs)
-        }
+        self.left = {width: torch.rand(ROWS, width, generator=generator).to(dtype) for width in (inputs, outputs)}
         self._next = 0
 
     def weight(self) -> Tensor:

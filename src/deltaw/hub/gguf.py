@@ -22,45 +22,464 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 import transformers
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor, dequantize
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from deltaw.cache import Cache, file_digest, key
+from deltaw.cache import Cache, file_digest, key, of_files
 from deltaw.errors import UserError
 from deltaw.host.choices import dtype_of
 from deltaw.hub import packages
-from deltaw.hub.gguf_index import INDEX, ORDERS, indexed
 from deltaw.hub.quiet import quiet
-from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import forget_origin, settle
+from deltaw.kernels.block_linear import FORMATS, BlockWeight
+from deltaw.kernels.torch_private import own_parameters
+from deltaw.lora.fingerprint import Values, note_values, values_of_blocks
+from deltaw.lora.layers_blocks import BlockEmbedding, BlockLinear
 from deltaw.tensor_files import save_tensors
 from deltaw.working import working
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# ---- Which token ids end a text: the end of the document, and the end of a turn of a conversation.
+#
+# A chat model is trained to close its turn with a token of its own (``<|im_end|>``, ``<|eot_id|>``), which is
+# often not the tokenizer's ``eos``. A generation that watches only one of them does not stop.
+
+
+# The tokens with which published chat models end a turn or a document.
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|end|>",
+    "<|return|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|END_OF_TURN_TOKEN|>",
+)
+
+
+def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """The token ids that end a text, ascending.
+
+    They come from the model's generation configuration, the tokenizer's ``eos``, and those end-of-turn
+    tokens that the tokenizer knows as one added token. Either argument may be None.
+    """
+    found: set[int] = set()
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        declared = getattr(config, "eos_token_id", None)
+        if declared is not None:
+            found.update([declared] if isinstance(declared, int) else declared)
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is not None:
+            found.add(int(tokenizer.eos_token_id))
+        # Only tokens that are matched whole in a text: an ordinary vocabulary entry is no terminator.
+        found.update(turn_ends(tokenizer))
+    return sorted(found)
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of published end-of-turn and end-of-document tokens that the tokenizer knows as one added
+    token."""
+    added = tokenizer.get_added_vocab()
+    return sorted(added[end] for end in _ENDS if end in added)
+
+
+def terminators_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As :func:`terminators`, for a model whose weights are not loaded, by the files in its folder."""
+    found = set(terminators(None, tokenizer))
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        declared = settings.get("eos_token_id")
+        if declared is not None:
+            found.update([declared] if isinstance(declared, int) else declared)
+    return sorted(found)
+
+
+# ---- Where each parameter's numbers lie in a ``.gguf`` file, told without reading them all.
+#
+# A parameter whose rows are stored in blocks that are kept as they are (``kernels/block_linear.py``) is an
+# entry: its place in the file, its format, and the order of its rows, since some families store heads' rows in
+# another order. What a family does to its tensors is transformers' own knowledge (its tensor processors). It is
+# asked about numbered rows: where these come back whole, each somewhere, the order of the rows is known. All
+# other tensors are few and small, or are processed otherwise, and become plain numbers.
+#
+# Runs in the process that converts a file; knows files and names, not layers.
+
+
+INDEX = "blocks.json"
+ORDERS = "row_orders.safetensors"
+KEPT = frozenset(name for name in FORMATS if name != "NF4")
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """A parameter (rows, columns) of the model that stays in the file's blocks.
+
+    Attributes:
+        offset: of its first byte in the file.
+        order: the name of a tensor in ``ORDERS``: the stored row of each of its rows; None where they stand
+            in the file as they are.
+    """
+
+    name: str
+    format: str
+    rows: int
+    columns: int
+    offset: int
+    order: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return asdict(self)
+
+
+@dataclass
+class Indexed:
+    """What a file holds: entries, orders of rows by name, and plain tensors by parameter."""
+
+    entries: list[BlockEntry]
+    orders: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+
+def indexed(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> Indexed:
+    """The parameters of ``model`` in the file; the model's own values are not used.
+
+    Raises:
+        UserError: the file is stored in no format that can be kept, or lacks a part of the model.
+    """
+    reader = GGUFReader(path)
+    field = reader.get_field("general.architecture")
+    architecture = "" if field is None else str(field.contents())
+    config = model.config.to_dict()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+    names = get_gguf_hf_weights_map(model, processor)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    kept = {f"{name}.weight" for name, module in model.named_modules() if _keeps(module)}
+    found = Indexed([], {}, {})
+    formats: set[str] = set()
+    orders: dict[bytes, str] = {}
+    for tensor in reader.tensors:
+        name = names.get(tensor.name)
+        if len(tensor.shape) > 1:
+            formats.add(tensor.tensor_type.name)
+        if name in kept and tensor.tensor_type.name in KEPT:
+            order = _order_of_rows(tensor, processor, names, config)
+            if order is not None and tuple(parameters[name].shape) == _shape(tensor):
+                key = orders.setdefault(order.tobytes(), f"order{len(orders)}")
+                whole = bool((order == np.arange(len(order))).all())
+                if not whole:
+                    found.orders[key] = torch.from_numpy(order)
+                rows, columns = _shape(tensor)
+                found.entries.append(
+                    BlockEntry(
+                        name,
+                        tensor.tensor_type.name,
+                        rows,
+                        columns,
+                        int(tensor.data_offset),
+                        None if whole else key,
+                    )
+                )
+                continue
+        _add_plain(found.plain, tensor, processor, names, config, parameters, dtype)
+    if not found.entries:
+        raise UserError(
+            f"none of the file's matrices is in a format that is kept in blocks; they are "
+            f"{', '.join(sorted(formats)) or 'not there'}",
+            where=str(path),
+            hint=f"kept are {', '.join(sorted(KEPT))}; use precision: auto, which converts the file",
+        )
+    return found
+
+
+def _keeps(module: nn.Module) -> bool:
+    """Whether a module's weight can stay in blocks: a plain linear layer or a plain embedding."""
+    return type(module) is nn.Linear or type(module) is nn.Embedding
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """A tensor's shape, rows first; the file has columns first."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _order_of_rows(
+    tensor: ReaderTensor, processor: TensorProcessor, names: dict[str, str], config: dict[str, Any]
+) -> np.ndarray | None:
+    """int64 (rows): which stored row each row of the parameter is; None where rows do not stay whole."""
+    rows, _ = _shape(tensor)
+    # Numbers below 2^24 are exact in fp32. Two different columns tell a row from a column of a transpose.
+    probe = np.stack([np.arange(rows), np.arange(rows) + rows], 1).astype(np.float32)
+    try:
+        result = processor.process(
+            weights=probe,
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters={"config": config, "tensors": {}},
+        )
+    except Exception:  # a processor that expects the tensor's own width does more than move rows
+        return None
+    made = result.weights
+    if result.name != tensor.name or not isinstance(made, np.ndarray) or made.shape != probe.shape:
+        return None
+    order = made[:, 0].astype(np.int64)
+    moved = (np.sort(order) == np.arange(rows)).all() and (made == probe[order.clip(0, rows - 1)]).all()
+    return order if moved else None
+
+
+def _add_plain(
+    plain: dict[str, Tensor],
+    tensor: ReaderTensor,
+    processor: TensorProcessor,
+    names: dict[str, str],
+    config: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> None:
+    """De-quantize a tensor as transformers' reader does; one that the model does not have is left out."""
+    parsed: dict[str, Any] = {"config": config, "tensors": {}}
+    result = processor.process(
+        weights=dequantize(tensor.data, tensor.tensor_type),
+        name=tensor.name,
+        tensor_key_mapping=names,
+        parsed_parameters=parsed,
+    )
+    if parsed["tensors"]:
+        raise UserError(
+            f"'{tensor.name}' holds several parameters of the model, as experts do",
+            where="precision",
+            hint="precision: gguf is for models without experts; use precision: auto",
+        )
+    name = names.get(result.name or "")
+    if name is None or result.weights is None or name not in parameters:
+        return
+    plain[name] = torch.from_numpy(np.array(result.weights)).to(dtype).view(parameters[name].shape)
+
+
+# ---- A model whose weights stay in the blocks of its ``.gguf`` file, read from there into memory as they are.
+#
+# The folder that belongs to the file (``hub/gguf.py``) has the configuration, the index of the blocks and the
+# plain tensors. Layers take the places of the linear layers and embeddings whose weights are in the index, one
+# after another: bytes go from the file into the tensor that is kept, and no other form of them exists.
+#
+# Knows folders, files and layers; not what a model is used for.
+
+
+# What the values of a file's blocks depend on, besides the file.
+MADE_BY = ("transformers", "gguf", "deltaw.hub.gguf", "deltaw.hub.gguf", "deltaw.kernels")
+# Bytes that are read at a time where rows are put into another order.
+READ_AT_ONCE = 1 << 22
+
+
+def entries_of(folder: Path) -> list[BlockEntry]:
+    """The index of a folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["parameters"]
+        entries = [BlockEntry(**entry) for entry in listed]
+        assert all(entry.format in FORMATS and entry.rows > 0 and entry.offset > 0 for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            "the index of the file's blocks cannot be read",
+            where=str(folder / INDEX),
+            hint="remove the folder; it is made anew",
+        ) from error
+    return entries
+
+
+def fill(model: PreTrainedModel, folder: Path, file: Path) -> list[str]:
+    """Give a model its values: blocks from the file, plain tensors from the folder.
+
+    Returns:
+        names of the parameters that neither holds.
+
+    Raises:
+        UserError: the file is shorter than its index says, or was replaced.
+    """
+    orders = load_file(folder / ORDERS) if (folder / ORDERS).is_file() else {}
+    known = set()
+    try:
+        with file.open("rb") as source:
+            length = os.fstat(source.fileno()).st_size
+
+            def read(entry: BlockEntry) -> Tensor:
+                size = entry.rows * FORMATS[entry.format].bytes_of_row(entry.columns)
+                if entry.offset + size > length:
+                    raise UserError(
+                        "the .gguf file is shorter than its own header says",
+                        where=str(file),
+                        hint="fetch the file again",
+                    )
+                return _read(source, entry, orders.get(entry.order or ""))
+
+            entries = entries_of(folder)
+            known |= put_blocks(model, entries, read)
+    except OSError as error:
+        raise UserError(
+            f"the file cannot be read: {error.strerror or error}", where=str(file), hint="fetch it again"
+        ) from error
+    named = dict(model.named_parameters(remove_duplicate=False))
+    told_by = [path for path in (file, folder / INDEX, folder / ORDERS) if path.is_file()]
+    _note_values(model, told_by, {e.name: full for e in entries for full in _names_in(model, e.name, named)})
+    with safe_open(folder / "model.safetensors", framework="pt") as plain, torch.no_grad():
+        for name in plain.keys():  # noqa: SIM118 - it is no dictionary
+            for full in _names_in(model, name, named):
+                named[full].copy_(plain.get_tensor(name))
+                known.add(full)
+    tied = {id(named[name]) for name in known if name in named}
+    return sorted(name for name, p in named.items() if name not in known and id(p) not in tied)
+
+
+def _note_values(model: nn.Module, files: Sequence[Path], names: Mapping[str, str]) -> None:
+    """Note on a model's weights the values that their blocks stand for, remembered until a file changes.
+
+    Args:
+        files: that the blocks and their order come from. names: of the weights in the model, by the entries'
+            names.
+    """
+
+    def read() -> dict[str, Values]:
+        layers = {entry: model.get_submodule(name.removesuffix(".weight")) for entry, name in names.items()}
+        return {entry: values_of_blocks(layer) for entry, layer in layers.items()}
+
+    for entry, (shape, digests) in of_files("blocks", files, read, MADE_BY).items():
+        if entry in names:  # a model for another task may lack some
+            note_values(model.get_parameter(names[entry]), Values(tuple(shape), tuple(digests)))
+
+
+def put_blocks(
+    model: PreTrainedModel, entries: Iterable[BlockEntry], read: Callable[[BlockEntry], Tensor] | None = None
+) -> set[str]:
+    """Put layers that keep their weights in blocks in the places that the index names.
+
+    Args:
+        read: gives an entry's bytes; without it, they are empty tensors, as a dry run has them.
+
+    Returns:
+        names of the parameters that are there now.
+    """
+    known: set[str] = set()
+    modules = dict(model.named_modules())
+    weights = {f"{name}.weight" for name in modules}
+    for entry in entries:
+        for name in _names_in(model, entry.name, weights):
+            path = name.removesuffix(".weight")
+            module = modules[path]
+            width = FORMATS[entry.format].bytes_of_row(entry.columns)
+            data = read(entry) if read is not None else torch.empty(entry.rows, width, dtype=torch.uint8)
+            stored = BlockWeight(data, entry.format, entry.columns)
+            tied = _tied_to(modules, module)
+            layer = _layer(module, stored, None)
+            _put(model, path, layer)
+            known.add(name)
+            for other, head in tied:
+                shared = layer.get_parameter("weight")
+                _put(model, other, _layer(head, stored, shared))
+                known.add(f"{other}.weight")
+    return known
+
+
+def block_bytes(folder: Path) -> int:
+    """Bytes of the blocks in a folder's index."""
+    return sum(e.rows * FORMATS[e.format].bytes_of_row(e.columns) for e in entries_of(folder))
+
+
+def _layer(module: nn.Module, stored: BlockWeight, parameter: nn.Parameter | None) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        return BlockEmbedding.of(module, stored)
+    assert isinstance(module, nn.Linear)
+    return BlockLinear.of(module, stored, parameter)
+
+
+def _tied_to(modules: dict[str, nn.Module], module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Other linear layers that have the same weight."""
+    weight = own_parameters(module)["weight"]
+    return [
+        (name, other)
+        for name, other in modules.items()
+        if other is not module and isinstance(other, nn.Linear) and own_parameters(other).get("weight") is weight
+    ]
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _names_in(model: PreTrainedModel, name: str, known: Container[str]) -> list[str]:
+    """A causal language model's name in a model for another task, which has the same base model."""
+    if name in known:
+        return [name]
+    bare = name.partition(".")[2]
+    full = f"{model.base_model_prefix}.{bare}"
+    return [full] if full in known else [bare] if bare in known else []
+
+
+def _read(source: BinaryIO, entry: BlockEntry, order: Tensor | None) -> Tensor:
+    """An entry's bytes (rows, bytes of a row), its rows in the model's order."""
+    width = FORMATS[entry.format].bytes_of_row(entry.columns)
+    data = torch.empty(entry.rows, width, dtype=torch.uint8)
+    source.seek(entry.offset)
+    if order is None:
+        _read_into(source, data)
+        return data
+    places = torch.empty_like(order)
+    places[order] = torch.arange(entry.rows)
+    step = max(1, READ_AT_ONCE // width)
+    for first in range(0, entry.rows, step):
+        part = torch.empty(min(step, entry.rows - first), width, dtype=torch.uint8)
+        _read_into(source, part)
+        data[places[first : first + len(part)]] = part
+    return data
+
+
+def _read_into(source: BinaryIO, data: Tensor) -> None:
+    """Fill a tensor from a file, whose pages the system need not keep."""
+    view = data.numpy().data.cast("B")
+    done = 0
+    while done < len(view):
+        count = source.readinto(view[done : done + READ_AT_ONCE])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError("it ends early")
+        done += count
+
+
+# ---- gguf
+
+
 # All converted models together; a larger one is kept until the next is converted.
 LIMIT_BYTES = 256 * 2**30
-MADE_BY = (
+CONVERTED_BY = (
     *("transformers", "gguf", "tokenizers", "torch", "safetensors", "numpy"),
-    *("deltaw.hub.gguf", "deltaw.hub.gguf_index", "deltaw.hub.terminators", "deltaw.tensor_files"),
-    "deltaw.kernels.block_formats",
+    *("deltaw.hub.gguf", "deltaw.hub.gguf", "deltaw.hub.gguf", "deltaw.tensor_files"),
+    "deltaw.kernels.block_linear",
 )
 
 # Vocabularies learned with every digit on its own, under the names that llama.cpp gives them.
-_SINGLE_DIGITS = frozenset(
-    {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-)
+_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 # Vocabularies split the way GPT-2's is, which is what transformers falls back to.
 _LIKE_GPT2 = frozenset({"gpt-2", "phi-2", "olmo", "mpt", "default", "jina-es", "jina-de", "roberta-bpe"})
 
@@ -92,7 +511,7 @@ def converted(gguf_path: Path, dtype: str, say: Callable[[str], None] = print) -
         dtype = "bf16"  # they are made from bf16 once it is loaded
     with working(f"checking {gguf_path.name}"):
         digest = file_digest(gguf_path)
-    name = f"{digest[:16]}-{dtype}-{key('gguf', [digest, dtype], MADE_BY)[:16]}"
+    name = f"{digest[:16]}-{dtype}-{key('gguf', [digest, dtype], CONVERTED_BY)[:16]}"
     target = cache.folder / name
     if not target.is_dir():
         try:
@@ -339,9 +758,7 @@ def _require_gguf(path: Path) -> None:
             hint="check its path and that you may read it",
         ) from error
     if magic != b"GGUF":
-        raise UserError(
-            "the file does not begin as a .gguf file does", where=str(path), hint="fetch the file again"
-        )
+        raise UserError("the file does not begin as a .gguf file does", where=str(path), hint="fetch the file again")
 
 
 def _first_line(error: Exception) -> str:

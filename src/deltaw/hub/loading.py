@@ -10,6 +10,8 @@ It does not know which parameters will be trained, nor on what.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,26 +22,77 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from deltaw import tasks
 from deltaw.errors import UserError
 from deltaw.host.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.kernel_choice import KernelChoice, settle_kernels
-from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
+from deltaw.hub.checkpoint import reading_values
+from deltaw.hub.folders import Source, asks_for_code, config_folder, first_line, local_folder, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
-from deltaw.hub.references import Source, resolve
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
-from deltaw.hub.unfilled import does_not_fit, unfilled
-from deltaw.hub.weight_values import reading_values
+from deltaw.lora import fingerprint
 from deltaw.working import working
+
+# ---- A model of the right shape whose values are whatever stood in memory, from a configuration alone.
+#
+# Memory that nothing was written to takes no room, so a large model can stand here before its weights do.
+# Knows configurations and transformers' classes; reads no weights.
+
+
+def unfilled(
+    folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, str]:
+    """The model, tied as its configuration says, and the attention that it ended up with.
+
+    Raises:
+        UserError: the architecture does not fit the task, or its configuration makes no model.
+    """
+    auto = getattr(transformers, tasks.entry_of(task).auto_model)
+    while True:
+        try:
+            with no_init_weights():
+                model = auto.from_config(
+                    config,
+                    dtype=dtype_of(dtype),
+                    attn_implementation=attention,
+                    trust_remote_code=trust_remote_code,
+                )
+            break
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            if "Unrecognized configuration class" in str(error):
+                raise does_not_fit(config, task, folder) from error
+            if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                attention = "eager"
+                continue
+            raise UserError(
+                f"the model cannot be made: {first_line(error)}",
+                where=str(folder),
+                hint="check that config.json is whole",
+            ) from error
+    model.tie_weights()  # is left out together with the first values
+    return model, attention
+
+
+def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
+    """The refusal of a model that is not made for ``task``; it names what it is made for."""
+    does = tasks.entry_of(task).does
+    fits = [
+        other.name
+        for other in tasks.entries()
+        if other.name != task and type(config) in (configurations_of(other.auto_model) or ())
+    ]
+    return UserError(
+        f"a {config.model_type} model does not {does}",
+        where=str(folder),
+        hint=f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model",
+    )
+
+
+# ---- loading
 
 
 @dataclass
@@ -154,9 +207,7 @@ def load(
         # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
         nn.Module.to(model, placed.value)
     tokenizer = tokenizer_in(folder, trust_remote_code)
-    return LoadedModel(
-        model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels
-    )
+    return LoadedModel(model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels)
 
 
 @contextlib.contextmanager
@@ -208,9 +259,7 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
         extra["num_labels"] = num_labels
     extra |= entry.config
     try:
-        return AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra
-        )
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **extra)
     except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
         if "trust_remote_code" in str(error):
             raise asks_for_code(folder) from error
@@ -266,12 +315,12 @@ def _blocks(
     file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str], Choice[str]]:
     """As :func:`_weights`, with the weights in the blocks of a ``.gguf`` file."""
-    from deltaw.hub import gguf_blocks  # the file's readers are imported where there is such a file
+    from deltaw.hub import gguf
 
     model, used = unfilled(folder, config, task, "gguf", attention, trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    missing = gguf_blocks.fill(model, folder, file)
+    missing = gguf.fill(model, folder, file)
     new = {name.rpartition(".")[0] for name in missing}
     for name in new:
         initialize(model, model.get_submodule(name))
@@ -318,3 +367,83 @@ def _reason(error: Exception) -> BaseException:
     """What a strict dataclass found, behind its report of where it searched; any other error itself."""
     cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
     return error if cause is None else cause
+
+
+# ---- A model of the right shape without its weights: made from config.json alone, in no time and no memory.
+#
+# Within :func:`deltaw.memory.simulation.fake_tensors` its tensors are fake, and a dry run shows what a run
+# would take. Knows configurations and transformers' classes; reads no weights.
+
+
+def skeleton(
+    reference: str | os.PathLike[str],
+    *,
+    dtype: str,
+    task: str = "causal-lm",
+    num_labels: int | None = None,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model that :func:`deltaw.hub.loading.load` would load, in evaluation mode and frozen; its
+    weights are whatever stood in memory; in a dry run there are none.
+
+    Args:
+        reference: as for ``load``; a hub id is fetched whole.
+        dtype: a key of :data:`deltaw.host.choices.PRECISIONS`.
+        task, num_labels, attention, trust_remote_code: as for ``load``.
+
+    Raises:
+        UserError: the reference leads nowhere, or the architecture does not fit the task.
+    """
+    folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
+    with quiet():
+        config = read_config(folder, task, num_labels, trust_remote_code)
+        model, _ = unfilled(folder, config, task, dtype, attention, trust_remote_code)
+    if dtype == "gguf":
+        from deltaw.hub import gguf
+
+        gguf.put_blocks(model, gguf.entries_of(folder))
+    return model.requires_grad_(False).eval()
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether the model's parameters hold numbers; in a dry run they do not, and none can be compared."""
+    return all(fingerprint.has_values(p) for p in model.parameters())
+
+
+def new_modules(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
+    """Names of modules whose weights the model's files do not hold, told by the files' headers alone.
+
+    Empty where the files are not there. The base model's part of a name may be missing in a
+    file, or stand there alone, as it does in files of other tasks.
+    """
+    folder = config_folder(reference, dtype, trust_remote_code)
+    known: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            known.update(file.keys())
+    if not known:
+        return []
+    prefix = f"{model.base_model_prefix}."
+    missing = [
+        name for name, _ in model.named_parameters() if not {name, name.removeprefix(prefix), prefix + name} & known
+    ]
+    new = [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
+    return sorted({name.rpartition(".")[0] for name in new})
+
+
+def converted_bytes(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> int:
+    """Bytes of the model's files that hold weights of another type than they are loaded as: they are mapped
+    while they are read, beside the weights made of them."""
+    folder = config_folder(reference, dtype, trust_remote_code)
+    if dtype == "gguf":
+        return 0  # its blocks are read, not mapped
+    wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
+    mapped = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:  # a safetensors file begins with the length of its header, in JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        if any(entry["dtype"] not in (wanted, "I64") for entry in header.values()):
+            mapped += path.stat().st_size
+    return mapped

@@ -175,9 +175,7 @@ def _cached(wanted: PackageReference) -> Path | None:
     if place.is_file() or _mark(wanted, wanted.path).is_file():
         return place
     if everything.is_file():
-        _select(
-            [name for name in _Tree(root).names() if not name.startswith(".complete/")], wanted.path, wanted
-        )
+        _select([name for name in _Tree(root).names() if not name.startswith(".complete/")], wanted.path, wanted)
         return place
     return None
 
@@ -294,9 +292,7 @@ def _download_with_pip(wanted: PackageReference, folder: Path) -> _Wheel:
     _run(command, wanted)
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        raise UserError(
-            "the package has no wheel", where=f"{SCHEME}{wanted.pin}", hint="give a version that has one"
-        )
+        raise UserError("the package has no wheel", where=f"{SCHEME}{wanted.pin}", hint="give a version that has one")
     known = KNOWN_SHA256.get(wanted.pin)
     found = _sha256(wheels[0])
     if known and found != known:
@@ -338,12 +334,9 @@ def _run(command: list[str], wanted: PackageReference) -> None:
     said = [line.strip() for line in output.splitlines() if line.strip() and "[notice]" not in line]
     versions = re.search(r"from versions: ([^)]+)\)", output)
     there = [version for version in versions[1].split(", ") if version != "none"] if versions else []
-    hint = (
-        "the versions there are " + ", ".join(there[-8:]) if there else "check the package's name and version"
-    )
+    hint = "the versions there are " + ", ".join(there[-8:]) if there else "check the package's name and version"
     raise UserError(
-        "the package could not be fetched: "
-        + (said[-1].removeprefix("ERROR: ") if said else "no reason given"),
+        "the package could not be fetched: " + (said[-1].removeprefix("ERROR: ") if said else "no reason given"),
         where=f"{SCHEME}{wanted.pin}",
         hint=hint,
     )

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.hub.skeleton import skeleton
-from deltaw.hub.tensor_names import names_on_disk
-from deltaw.hub.weight_values import note_stored, values_in_folder
+from deltaw.hub.checkpoint import names_on_disk, note_stored, values_in_folder
+from deltaw.hub.loading import skeleton
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import note_base
 
@@ -107,18 +106,14 @@ class StoredWeights:
         return found
 
 
-def unfilled(
-    folder: Path, *, dtype: str, task: str, attention: str, trust_remote_code: bool
-) -> PreTrainedModel:
+def unfilled(folder: Path, *, dtype: str, task: str, attention: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model in ``folder`` with its parameters on the meta device, in evaluation mode and frozen.
 
     Raises:
-        UserError: as :func:`deltaw.hub.skeleton.skeleton`.
+        UserError: as :func:`deltaw.hub.loading.skeleton`.
     """
     with _parameters_on_meta():
-        model = skeleton(
-            folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code
-        )
+        model = skeleton(folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code)
     if (folder / "generation_config.json").is_file():
         with contextlib.suppress(OSError, ValueError):  # as transformers does where it cannot be read
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -17,10 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_precision
 from deltaw.host.memory import trim_memory
-from deltaw.hub.folders import asks_for_code, first_line, local_folder, say_on_stderr
-from deltaw.hub.model_folder import require_own_files
+from deltaw.hub.folders import asks_for_code, first_line, local_folder, require_own_files, resolve, say_on_stderr
 from deltaw.hub.quiet import quiet
-from deltaw.hub.references import resolve
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,9 +36,7 @@ _BESIDE = (
     "added_tokens.json",
     "merges.txt",
 )
-_BUILT: weakref.WeakValueDictionary[tuple[object, ...], PreTrainedTokenizerBase] = (
-    weakref.WeakValueDictionary()
-)
+_BUILT: weakref.WeakValueDictionary[tuple[object, ...], PreTrainedTokenizerBase] = weakref.WeakValueDictionary()
 
 
 def load_tokenizer(

@@ -85,9 +85,7 @@ class Arithmetic:
             ValueError: the values are no arithmetic.
         """
         found = {name: values.get(name) for name in ("kernels", *STORED)}
-        if any(found[stored] not in ARITHMETICS for stored in STORED) or not isinstance(
-            found["kernels"], str
-        ):
+        if any(found[stored] not in ARITHMETICS for stored in STORED) or not isinstance(found["kernels"], str):
             raise ValueError(f"no arithmetic: {dict(values)}")
         kernels = None if found["kernels"] == "none" else str(found["kernels"])
         said = UNSAID | dict(values)

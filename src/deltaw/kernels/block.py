@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import block_linear, loader
-from deltaw.kernels.block_formats import BlockWeight
+from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.bounds import check_places
 from deltaw.kernels.linear import can_multiply
 from deltaw.kernels.rows import ACTIVATIONS

@@ -11,23 +11,24 @@ Knows tensors, pages and adapters; not models, tokens, or which request a row be
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels import decode_compiled as compiled
 from deltaw.kernels import loader
+from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.bounds import check_shape
-from deltaw.kernels.decode_parts import (
+from deltaw.kernels.decode_reference import (
     HEAD,
+    LAYERS,
     DecoderBlock,
     DecoderLinear,
     DecoderNorm,
     DecoderNorms,
-)
-from deltaw.kernels.decode_reference import (
     Tokens,
     block_reference,
     cached,
@@ -36,6 +37,148 @@ from deltaw.kernels.decode_reference import (
     numbers_of_head,
 )
 from deltaw.kernels.large_pages import in_one_piece, large_empty
+from deltaw.kernels.rows import ACTIVATIONS
+from deltaw.kernels.structs import (
+    BlockData,
+    DecodeBlock,
+    DecodeFactors,
+    DecodeLinear,
+    DecodeModel,
+    DecodeStep,
+    HalfNorms,
+    RowNorm,
+)
+
+# ---- A decoder as the compiled kernels see it: its parts by address, and the call of a step.
+#
+# The structs are made once. A step hands over addresses of its rows alone. Knows tensors and addresses; not
+# whether the kernels may be used, nor what a step means: see :mod:`deltaw.kernels.decode`.
+
+
+_SPLITS = ("apart", "stacked", "grouped")  # by the numbers of csrc/block.h
+# Of an adapter: LAYERS of each block, and the head's.
+Table: TypeAlias = "ctypes.Array[DecodeFactors]"
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a :class:`deltaw.kernels.decode.Decoder` consists of; ``offsets`` are of its blocks in a page."""
+
+    blocks: Sequence[DecoderBlock]
+    final_norm: DecoderNorm | None
+    head: DecoderLinear
+    tables: Sequence[tuple[Tensor, Tensor]]
+    cache_dtype: torch.dtype
+    page_tokens: int
+    offsets: Sequence[int]
+    logits_scale: float
+    logits_softcap: float
+
+
+class CompiledDecoder:
+    """The structs of a decoder, and all that they point to."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._sums: list[Tensor] = []
+        self._described: list[BlockData] = []
+        pairs = zip(parts.blocks, parts.offsets, strict=False)
+        self._blocks = (DecodeBlock * len(parts.blocks))(*(self._block(*pair) for pair in pairs))
+        addresses = ctypes.c_void_p * max(1, len(parts.tables))
+        self._cosines = addresses(*(cosine.data_ptr() for cosine, _ in parts.tables))
+        self._sines = addresses(*(sine.data_ptr() for _, sine in parts.tables))
+        self._model = DecodeModel(
+            *(ctypes.addressof(of) for of in (self._blocks, self._cosines, self._sines)),
+            *(len(parts.blocks), len(parts.tables), self._positions(), parts.head.inputs),
+            *(loader.number(parts.cache_dtype), parts.page_tokens, parts.offsets[-1]),
+            *(parts.logits_scale, parts.logits_softcap),
+            _norm(parts.final_norm),
+            self._linear(parts.head),
+        )
+
+    def _positions(self) -> int:
+        """How many positions there are."""
+        used = {block.table for block in self._parts.blocks if block.turned}
+        return min((len(self._parts.tables[table][0]) for table in used), default=2**31 - 1)
+
+    def step(
+        self,
+        pages: Tensor,
+        hidden: Tensor,
+        adapters: Sequence[Table],
+        positions: Tensor,
+        sequence: Tensor,
+        page_table: Tensor,
+        adapter: Tensor,
+        wanted: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`deltaw.kernels.decode.Decoder.step`; all tensors are contiguous.
+
+        Raises:
+            IndexError: a position, page, sequence, adapter or wanted row is out of bounds.
+        """
+        out = torch.empty(len(wanted), hidden.shape[1])
+        logits = torch.empty(len(wanted), self._parts.head.outputs)
+        tables = (ctypes.c_void_p * len(adapters))(*map(ctypes.addressof, adapters))
+        step = DecodeStep(
+            *(t.data_ptr() for t in (hidden, positions, sequence, adapter, page_table, wanted)),
+            ctypes.addressof(tables),
+            *(t.data_ptr() for t in (pages, out, logits)),
+            *(len(hidden), *page_table.shape, len(wanted), len(adapters), len(pages)),
+        )
+        loader.kernels().dw_decode(ctypes.addressof(self._model), ctypes.addressof(step))
+        return out, logits
+
+    def _block(self, block: DecoderBlock, offset: int) -> DecodeBlock:
+        layers = dict(block.layers())
+        return DecodeBlock(
+            *(block.heads, block.key_heads, block.head_size, ACTIVATIONS.index(block.activation)),
+            *(block.window or 0, block.turned, block.table, _SPLITS.index(block.split)),
+            *(block.gated, block.parallel, offset, block.scaling, block.softcap or 0.0),
+            *(_half(norms) for norms in (block.first, block.second)),
+            *(_norm(norm) for norm in (block.query_norm, block.key_norm)),
+            *(self._linear(layers[name]) if name in layers else DecodeLinear() for name in LAYERS),
+        )
+
+    def _linear(self, layer: DecoderLinear) -> DecodeLinear:
+        weight, sums = layer.weight, None
+        if isinstance(weight, BlockWeight):
+            described = weight.described()
+            self._described.append(described)
+            address, kind = ctypes.addressof(described), weight.number
+        else:
+            address, kind = weight.data_ptr(), loader.number(weight.dtype)
+            if layer.scale is not None:
+                sums = weight.sum(1, dtype=torch.int32)
+                self._sums.append(sums)
+        return DecodeLinear(
+            address,
+            *map(loader.address, (layer.scale, layer.columns, layer.bias, sums)),
+            *(layer.inputs, layer.outputs, kind),
+        )
+
+
+def adapter_table(factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]], blocks: int) -> Table:
+    """Where an adapter's factors lie; the caller keeps them alive."""
+    table: Table = (DecodeFactors * (blocks * len(LAYERS) + 1))()
+    for (number, name), (A, B) in factors.items():
+        at = blocks * len(LAYERS) if name == HEAD else number * len(LAYERS) + LAYERS.index(name)
+        table[at] = DecodeFactors(A.data_ptr(), B.data_ptr(), len(A))
+    return table
+
+
+def _half(norms: DecoderNorms) -> HalfNorms:
+    return HalfNorms(*(_norm(norm) for norm in (norms.before, norms.after, norms.post)))
+
+
+def _norm(of: DecoderNorm | None) -> RowNorm:
+    if of is None:
+        return RowNorm()
+    return RowNorm(*map(loader.address, (of.weight, of.bias)), of.eps, of.offset, of.centered, True)
+
+
+# ---- decode
+
 
 __all__ = [
     "Decoder",
@@ -87,7 +230,7 @@ class PackedAdapter:
     """
 
     factors: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
-    table: compiled.Table
+    table: Table
 
     @property
     def bytes(self) -> int:
@@ -140,8 +283,8 @@ class Decoder:
         for block in self.blocks:
             numbers = block.key_heads * numbers_of_head(block.head_size, cache_dtype) * PAGE_TOKENS
             self.offsets.append(self.offsets[-1] + numbers)
-        self._compiled = compiled.CompiledDecoder(
-            compiled.Parts(
+        self._compiled = CompiledDecoder(
+            Parts(
                 *(self.blocks, self.final_norm, self.head, self.tables, cache_dtype, PAGE_TOKENS),
                 *(self.offsets, logits_scale, logits_softcap or 0.0),
             )
@@ -187,7 +330,7 @@ class Decoder:
                 place = (-1, HEAD) if name == HEAD else (number, name)
                 packed[place] = own[0], in_panels(own[1])
         together = _in_one_piece(packed)
-        return PackedAdapter(together, compiled.adapter_table(together, len(self.blocks)))
+        return PackedAdapter(together, adapter_table(together, len(self.blocks)))
 
     def _layer(self, number: int, name: str) -> DecoderLinear:
         if name == HEAD and number in (-1, len(self.blocks)):
@@ -244,9 +387,7 @@ class Decoder:
         if pages.data.dtype != self.cache_dtype:
             raise TypeError(f"the pages are {pages.data.dtype}, not {self.cache_dtype}")
         if loader.library() is None or hidden.device.type != "cpu":
-            return reference_step(
-                self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted
-            )
+            return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
         tables = [packed.table for packed in adapters]
         indices = (positions, sequence, page_table, adapter, wanted)
         whole = (t.contiguous() for t in indices)

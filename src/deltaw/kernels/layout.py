@@ -108,7 +108,7 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
     _segments: Tensor | None = field(default=None, repr=False)
-    # FlexAttention's block masks of this row, by window (:mod:`deltaw.kernels.flex`).
+    # FlexAttention's block masks of this row, by window (:mod:`deltaw.kernels.attention`).
     masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
     # What others have made for this row once, by the id of what they made it from.
     made_of: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)

@@ -33,9 +33,7 @@ from deltaw.kernels.quantize import (
 )
 
 
-def can_multiply(
-    x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True, int8: bool = False
-) -> bool:
+def can_multiply(x: Tensor, weight: Tensor, lora_A: Tensor | None, by_column: bool = True, int8: bool = False) -> bool:
     """Whether the compiled kernel serves: types, layout, sizes that fill its groups of numbers, and that it
     is the kernels that compute such products at present."""
     if not loader.serves(x) or not loader.multiplies(loader.number(INT8 if int8 else x.dtype)):
@@ -248,9 +246,7 @@ def _check_weight(
         first, second: (in, r) and (r, out), or with ``across`` the transposed.
     """
     if left.dim() != 2 or weight.dim() != 2:
-        raise ValueError(
-            f"a product is of two matrices, not of {tuple(left.shape)} and {tuple(weight.shape)}"
-        )
+        raise ValueError(f"a product is of two matrices, not of {tuple(left.shape)} and {tuple(weight.shape)}")
     n_in, n_out = (weight.shape[1], weight.shape[0]) if by_column else tuple(weight.shape)
     check_shape("the left side", left, left.shape[0], n_in)
     check_shape("the scales of a side", out_scales, n_out)
@@ -263,9 +259,7 @@ def _check_weight(
         check_shape("a factor", second, *((n_out, rank) if across else (rank, n_out)))
 
 
-def factors_backward(
-    x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """∂L/∂A = xᵀ·g (in, r) and ∂L/∂B = s·hᵀ·grad (r, out), both in fp32."""
     rows, rank = h.shape
     check_shape("x", x, rows, x.shape[-1])
@@ -309,19 +303,13 @@ def _compute_linear(
     compiled = can_multiply(x, weight, lora_A, by_column, scale is not None) and _are(x.dtype, added)
     compiled = compiled and _are(torch.float32, scale, smooth_scales, lora_B, x_scales)
     compiled = compiled and (scale is None or in_blocks or x.shape[1] <= LONGEST_SUM)
-    if (
-        not compiled
-        or not (_are(x.dtype, bias) or _are(torch.float32, bias))
-        or not _are(torch.uint8, x_int8)
-    ):
+    if not compiled or not (_are(x.dtype, bias) or _are(torch.float32, bias)) or not _are(torch.uint8, x_int8):
         return linear_reference(
             x, weight, by_column, scale, smooth_scales, bias, lora_A, lora_B, scaling, added, x_int8,
             x_scales, in_blocks,
         )  # fmt: skip
     x = x.contiguous()
-    scale, smooth_scales, bias, added, x_int8, x_scales = _laid_out(
-        scale, smooth_scales, bias, added, x_int8, x_scales
-    )
+    scale, smooth_scales, bias, added, x_int8, x_scales = _laid_out(scale, smooth_scales, bias, added, x_int8, x_scales)
     rows, width = x.shape
     out, rank = weight.shape[0] if by_column else weight.shape[1], 0
     y, h = torch.empty(rows, out, dtype=x.dtype), torch.empty(0, dtype=x.dtype)
@@ -424,8 +412,7 @@ _linear_backward = define(
         _no_update(grad, lora_A),
     ),
     lambda grad, weight, by_column, scale, smooth_scales, lora_A, lora_B, scaling, added, need_x, _: (
-        2 * grad.shape[0] * weight.numel() * need_x
-        + _low_operations(grad.shape[0], lora_A if need_x else None, lora_B)
+        2 * grad.shape[0] * weight.numel() * need_x + _low_operations(grad.shape[0], lora_A if need_x else None, lora_B)
     ),
 )
 _factors_backward = define(
@@ -435,7 +422,5 @@ _factors_backward = define(
         x.new_empty(x.shape[1], narrow.shape[1], dtype=torch.float32),
         x.new_empty(h.shape[1], grad.shape[1], dtype=torch.float32),
     ),
-    lambda x, h, grad, narrow, scaling: (
-        2 * x.shape[0] * (narrow.shape[1] * x.shape[1] + h.shape[1] * grad.shape[1])
-    ),
+    lambda x, h, grad, narrow, scaling: 2 * x.shape[0] * (narrow.shape[1] * x.shape[1] + h.shape[1] * grad.shape[1]),
 )

@@ -61,7 +61,4 @@ def unwatched(*tensors: Tensor) -> bool:
     """Whether these are real CPU tensors, and no dispatch mode, profiler or compiler observes the call."""
     if watched():
         return False
-    return (
-        all(type(t) in ORDINARY and t.device.type == "cpu" for t in tensors)
-        and not torch.compiler.is_compiling()
-    )
+    return all(type(t) in ORDINARY and t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()

@@ -36,9 +36,7 @@ def quantized(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool = False) 
     return _quantized(x, smooth_scales, in_blocks)
 
 
-def quantized_reference(
-    x: Tensor, smooth_scales: Tensor | None, in_blocks: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantized_reference(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool = False) -> tuple[Tensor, Tensor]:
     """The reference implementation of :func:`quantized`."""
     wide = x.float() if smooth_scales is None else x.float() * smooth_scales
     top = wide.abs()

@@ -105,9 +105,7 @@ def activation_reference(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     return (f if up is None else f * _wide(up)).to(gate.dtype)
 
 
-def activation_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def activation_backward(grad: Tensor, gate: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂gate, ∂L/∂up (empty without ``up``), and the activation's own output, computed again."""
     check_shape("the gradient", grad, *gate.shape)
     check_shape("up", up, *gate.shape)
@@ -279,8 +277,7 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 
 _norm = define(
-    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centered) "
-    "-> (Tensor, Tensor)",
+    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centered) -> (Tensor, Tensor)",
     _compute_norm,
     lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=_stats_dtype(x))),
 )

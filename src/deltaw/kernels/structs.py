@@ -89,9 +89,7 @@ class DecodeModel(ctypes.Structure):
         *((name, _P) for name in ("blocks", "cosines", "sines")),
         *(
             (name, _L)
-            for name in (
-                *("count", "tables", "positions", "hidden", "cache_type", "page_tokens", "page_numbers"),
-            )
+            for name in (*("count", "tables", "positions", "hidden", "cache_type", "page_tokens", "page_numbers"),)
         ),
         *((name, _F) for name in ("logits_scale", "logits_softcap")),
         ("final_norm", RowNorm),
@@ -116,10 +114,7 @@ class DecodeStep(ctypes.Structure):
                 *("pages", "out", "logits"),
             )
         ),
-        *(
-            (name, _L)
-            for name in ("rows", "sequences", "most", "wanted_count", "adapter_count", "page_count")
-        ),
+        *((name, _L) for name in ("rows", "sequences", "most", "wanted_count", "adapter_count", "page_count")),
     ]
 
 

@@ -58,9 +58,7 @@ without_dispatch: Callable[[], contextlib.AbstractContextManager[Any]] = (
 """Within, no dispatch mode sees operators, and new tensors have values. Only dry runs have modes of ours, and
 there are none without this name."""
 
-functorch_is_active: Callable[[], bool] = look_up(torch, "_C._are_functorch_transforms_active") or (
-    lambda: True
-)
+functorch_is_active: Callable[[], bool] = look_up(torch, "_C._are_functorch_transforms_active") or (lambda: True)
 """Whether a torch.func transform is active; without the name, the reference is taken that serves all."""
 
 # Dry runs
@@ -286,10 +284,7 @@ def are_hooked(tables: Iterable[Mapping[str, Any]]) -> bool:
     """Whether one of some modules, given by their ``vars``, has a hook; without the names, one may have."""
     if not _HAS_HOOKS:
         return True
-    for table in tables:
-        if table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"]:
-            return True
-    return False
+    return any(table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"] for table in tables)
 
 
 def remove_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:

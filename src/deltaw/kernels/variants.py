@@ -181,9 +181,7 @@ def named(name: str, flags: Iterable[str], of_machine: str | None = None) -> Var
         hint = did_you_mean(name, [v.name for v in for_machine(of_machine)])
         raise UserError(f"there are no kernels '{name}'", where=VARIABLE, hint=hint)
     built = [v.name for v in allowed(flags, of_machine) if file_of(v).is_file()]
-    hint = (
-        f"this machine runs {', '.join(built)}" if built else "no kernels that run on this machine were built"
-    )
+    hint = f"this machine runs {', '.join(built)}" if built else "no kernels that run on this machine were built"
     lacking = found.lacking(flags, of_machine)
     if lacking:
         raise UserError(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deltaw.lora.activations import ActivationInit, initialize_from_activations
     from deltaw.lora.adapt import Summary, attach, detach, disabled
+    from deltaw.lora.attachment import ParameterCount, adapter_parameters, count_parameters, is_factor_B, merge, unmerge
     from deltaw.lora.config import LoRAConfig
-    from deltaw.lora.count import ParameterCount, adapter_parameters, count_parameters, is_factor_B
     from deltaw.lora.files import load_adapter, read_adapter, save_adapter
     from deltaw.lora.fingerprint import OtherBaseModelWarning
     from deltaw.lora.layers import LoRAConv1D, LoRAEmbedding, LoRALayer, LoRALinear
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     )
     from deltaw.lora.layers_parameter import LoRAParameter
     from deltaw.lora.layers_tokens import TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
-    from deltaw.lora.merging import merge, unmerge
 
 __all__ = [
     "ActivationInit",
@@ -93,17 +92,15 @@ _MODULES = {
     "activations": "ActivationInit initialize_from_activations",
     "adapt": "Summary attach detach disabled",
     "config": "LoRAConfig",
-    "count": "ParameterCount adapter_parameters count_parameters is_factor_B",
+    "attachment": "ParameterCount adapter_parameters count_parameters is_factor_B merge unmerge",
     "files": "load_adapter read_adapter save_adapter",
     "fingerprint": "OtherBaseModelWarning",
     "layers": "LoRAConv1D LoRAEmbedding LoRALayer LoRALinear",
-    "layers_bias": "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d "
-    "LoRABiasLinear",
+    "layers_bias": "LoRABias LoRABiasConv LoRABiasConv1D LoRABiasConv1d LoRABiasConv2d LoRABiasConv3d LoRABiasLinear",
     "layers_conv": "LoRAConv LoRAConv1d LoRAConv2d LoRAConv3d",
     "layers_dora": "DoRAConv DoRAConv1D DoRAConv1d DoRAConv2d DoRAConv3d DoRAEmbedding DoRALayer DoRALinear",
     "layers_parameter": "LoRAParameter",
     "layers_tokens": "TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
-    "merging": "merge unmerge",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -66,9 +66,7 @@ class ActivationInit:
         return "\n".join(lines)
 
 
-def initialize_from_activations(
-    model: nn.Module, run_batches: Callable[[], None], *, seed: int = 0
-) -> ActivationInit:
+def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None], *, seed: int = 0) -> ActivationInit:
     """Fill A of every adapted layer from the inputs that it sees while ``run_batches`` runs.
 
     Args:
@@ -109,9 +107,7 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationIni
     """Copy what ``watch`` found into the layers."""
     seen = [(name, layer, watch.inputs[id(layer)]) for name, layer in layers if id(layer) in watch.inputs]
     if not seen:
-        raise UserError(
-            "run_batches ran none of the adapted layers", hint="let it call the model that was given"
-        )
+        raise UserError("run_batches ran none of the adapted layers", hint="let it call the model that was given")
     explained: list[Tensor] = []
     for name, _, found in seen:
         if not torch.isfinite(found.total):
@@ -130,9 +126,7 @@ def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationIni
         initialized=len(seen),
         tokens=(min(tokens), max(tokens)),
         explained=float(torch.stack([share.cpu() for share in explained]).mean()),
-        short=tuple(
-            n for n, layer, found in seen if layer.rank > min(found.tokens - 1, layer.lora_A.shape[0])
-        ),
+        short=tuple(n for n, layer, found in seen if layer.rank > min(found.tokens - 1, layer.lora_A.shape[0])),
         unseen=tuple(name for name, layer in layers if id(layer) not in watch.inputs),
     )
 

@@ -18,8 +18,7 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import own_buffers, own_parameters
-from deltaw.lora.activation import Activation
-from deltaw.lora.adapted import AdaptedLayer
+from deltaw.lora.adapted import Activation, AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
     ParameterUpdate,
@@ -27,20 +26,19 @@ from deltaw.lora.attachment import (
     attached,
     attachment,
     base_in_place,
+    count_parameters,
     set_attachment,
+    shared_weights,
     unwrapped,
 )
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
-from deltaw.lora.count import count_parameters
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for, is_linear
 from deltaw.lora.layers_parameter import ATTENTION_KEYS, LoRAParameter, adapt_attention
 from deltaw.lora.layers_tokens import trained_tokens_of
-from deltaw.lora.merging import shared_weights
 from deltaw.lora.places import Replacement, spots_of
-from deltaw.lora.select import ParameterTarget, Selection, Target, select
-from deltaw.lora.select_parts import TokenTarget
+from deltaw.lora.select import ParameterTarget, Selection, Target, TokenTarget, select
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.adapted} adapted layers; {self.trained:,} of {self.total:,} parameters trained "
-            f"({self.share:.2%})"
+            f"{self.adapted} adapted layers; {self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
         ]
         for entry, names in self.matches.items():
             example = f", such as {names[0]}" if len(names) > 1 else f": {names[0]}" if names else ""
@@ -299,9 +296,7 @@ def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> 
         record.tokens.append(_replacement(model, other.names, other.module, layer))
 
 
-def _replacement(
-    model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module
-) -> Replacement:
+def _replacement(model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module) -> Replacement:
     return Replacement(names, spots_of(model, names), original, current)
 
 
@@ -336,9 +331,7 @@ def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachme
     copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
     for whole in selection.extra_modules:
         for parameter in whole.module.parameters():
-            others = [
-                name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied
-            ]
+            others = [name for name in shared.get(id(parameter), ()) if id(model.get_submodule(name)) not in copied]
             if others:
                 notes.append(
                     f"the weight of '{whole.names[0]}' was tied to that of '{others[0]}'; "

@@ -6,19 +6,22 @@ The record hangs on the model as a plain attribute, so that it is copied with it
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import inside_compiled, own_modules
-from deltaw.lora.activation import Activation
-from deltaw.lora.adapted import AdaptedLayer
+from deltaw.kernels.torch_private import inside_compiled, own_modules, own_parameters
+from deltaw.lora.adapted import Activation, AdaptedLayer
 from deltaw.lora.config import LoRAConfig
+from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.layers_parameter import LoRAParameter
 from deltaw.lora.places import Replacement
+from deltaw.lora.stored import weight_shape
 
 _ATTRIBUTE = "_deltaw_attachment"
 
@@ -190,3 +193,187 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             stack.callback(whole.put, whole.current)
             whole.put_original(model)
         yield
+
+
+# ---- How many parameters a model has and how many of them are trained.
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Distinct parameters: one that is used in two places counts once.
+
+    Attributes:
+        total: N, the base model's own parameters; the adapter's are not among them.
+        trained: M, the parameters that ask for a gradient.
+        per_module: M by module, without those that have none.
+    """
+
+    total: int
+    trained: int
+    per_module: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """M / N; 0 for a model without parameters."""
+        return self.trained / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count ``model``'s parameters, adapted or not."""
+    model = unwrapped(model)
+    record = attachment(model)
+    base: dict[int, int] = {}
+    for whole in record.extra_modules if record else ():
+        base.update({id(p): p.numel() for p in whole.original.parameters()})
+    copies = {id(p) for whole in (record.extra_modules if record else ()) for p in whole.current.parameters()}
+    per_module: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = module.trained if isinstance(module, AdaptedLayer) else ()
+        trained = 0
+        for key, parameter in own_parameters(module).items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            trained += parameter.numel() if parameter.requires_grad else 0
+            if key not in own and id(parameter) not in copies:
+                shape = weight_shape(module) if key == "weight" else parameter.shape
+                base[id(parameter)] = math.prod(shape)
+        if trained:
+            per_module[name] = trained
+    return ParameterCount(sum(base.values()), sum(per_module.values()), per_module)
+
+
+def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, trained tokens,
+    extra trainable modules.
+
+    Raises:
+        UserError: no adapter is attached.
+    """
+    model = unwrapped(model)
+    adapted_layers(model)
+    record = attachment(model)
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    added = {id(own_parameters(layer)[key]) for layer in layers for key in layer.trained}
+    if record is not None:
+        added |= {id(bias.parameter) for bias in record.biases}
+        added |= {id(p) for whole in record.extra_modules for p in whole.current.parameters()}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in added]
+
+
+def is_factor_B(name: str) -> bool:
+    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that is zero at first.
+
+    LoRA+ (arXiv 2402.12354) gives B a higher learning rate than all else. PEFT's LoRA+ gives it also to what
+    has one dimension (trained biases, magnitudes), and both factors of an embedding a rate of their own.
+    Here an embedding's B is zero at first, like every other B; in PEFT its A is.
+    """
+    return name.rpartition(".")[2] == "lora_B"
+
+
+# ---- Add ΔW to the weights and take it out again.
+#
+# The sum is formed in fp32 and rounded once; taking ΔW out again gives back the very weights from before, not
+# W + ΔW − ΔW. All refusals come before the first change.
+
+
+def merge(model: nn.Module, keep_original: bool = True) -> None:
+    """Put W + ΔW into the weight of every adapted layer; outputs stay the same up to rounding.
+
+    Args:
+        model: has an adapter attached.
+        keep_original: keep the weights from before, for :func:`unmerge` and ``disabled``, at the price of a
+            second copy of the adapted weights.
+
+    Raises:
+        UserError: the adapter is merged already; a weight is used by another module as well (a tied head),
+            whose outputs would change too; a kernel is grouped; or a sum is not finite. The model is then
+            unchanged.
+    """
+    model = unwrapped(model)
+    layers = adapted_layers(model)
+    shared = shared_weights(model)
+    for name, layer in layers:
+        if layer.merged:
+            raise UserError("the adapter is merged already", where=name, hint="call unmerge first")
+        if others := _other_users(model, layer, shared):
+            raise UserError(
+                f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change",
+                where=name,
+                hint="untie the two, or keep the adapter separate",
+            )
+        if reason := layer.merge_refusal():
+            raise UserError(f"'{name}' cannot be merged: {reason}", where=name, hint="keep the adapter separate")
+    # Without room for all sums at once, they are computed twice: to check them, and to store them.
+    sums: dict[str, Tensor] = {}
+    for name, layer in layers:
+        total = layer.merged_weight()
+        if not torch.isfinite(total).all():
+            raise UserError(
+                f"the merged weight of '{name}' is not finite",
+                where=name,
+                hint="the adapter's factors are broken, or its values too large for the weight's type",
+            )
+        if keep_original:
+            sums[name] = total
+    for name, layer in layers:
+        layer.set_merged(sums[name] if keep_original else layer.merged_weight(), keep_original)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every adapted layer the weight it had before :func:`merge`, to the bit.
+
+    Raises:
+        UserError: nothing is merged, or the weights from before were not kept.
+    """
+    layers = adapted_layers(unwrapped(model))
+    merged = [(name, layer) for name, layer in layers if layer.merged]
+    if not merged:
+        raise UserError("the adapter is not merged", hint="call merge first")
+    for name, layer in merged:
+        if layer._unmerged_weight is None:
+            raise UserError(
+                "the weights from before the merge were not kept",
+                where=name,
+                hint="merge with keep_original=True",
+            )
+    for _, layer in merged:
+        layer.unset_merged()
+
+
+def _other_users(model: nn.Module, layer: AdaptedLayer, shared: dict[int, list[str]]) -> list[str]:
+    """The modules with the same weight that would not expect the merged one."""
+    users = [(name, model.get_submodule(name)) for name in shared.get(id(layer.weight), ())]
+    return [
+        name
+        for name, user in users
+        if user is not layer.holder and not (isinstance(user, AdaptedLayer) and user.follows is layer)
+    ]
+
+
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """For every parameter that more than one module uses: its id, and those modules' names."""
+    users: dict[object, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in own_parameters(module).values():
+            if parameter is not None:
+                names = users.setdefault(_place(parameter), [])
+                if name not in names:
+                    names.append(name)
+    return {
+        id(parameter): users[_place(parameter)]
+        for module in model.modules()
+        for parameter in own_parameters(module).values()
+        if parameter is not None and len(users[_place(parameter)]) > 1
+    }
+
+
+def _place(parameter: Tensor) -> object:
+    """Where a parameter's numbers lie: two Parameters over the same memory are one weight."""
+    if not has_values(parameter) or parameter.data_ptr() == 0:
+        return id(parameter)
+    return (parameter.device, parameter.data_ptr())

@@ -109,9 +109,7 @@ class LoRAConfig:
             "json_schema_extra": {"enum": list(INITS)},
         },
     )
-    rslora: bool = field(
-        default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"}
-    )
+    rslora: bool = field(default=False, metadata={"description": "scale by alpha / √rank instead of alpha / rank"})
     dora: bool = field(
         default=False,
         metadata={"description": "train the norm of every output's weights apart from their direction"},
@@ -138,8 +136,7 @@ class LoRAConfig:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata={
-            "description": "ids of tokens whose embeddings are trained, or such lists by the ending of a "
-            "module's name"
+            "description": "ids of tokens whose embeddings are trained, or such lists by the ending of a module's name"
         },
     )
     train_modules: list[str] = field(
@@ -170,9 +167,7 @@ class LoRAConfig:
         self.alpha = _positive("alpha", self.alpha)
         self.dropout = _number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(
-                f"dropout cannot be {self.dropout}", where="dropout", hint="give a share from 0 to below 1"
-            )
+            raise UserError(f"dropout cannot be {self.dropout}", where="dropout", hint="give a share from 0 to below 1")
         self.target_modules = _names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _names("exclude_modules", self.exclude_modules) or None
@@ -198,9 +193,7 @@ class LoRAConfig:
         _one_of("bias", self.bias, BIASES)
         for key in ("rslora", "dora", "lora_bias"):
             if not isinstance(getattr(self, key), bool):
-                raise UserError(
-                    f"{key} cannot be {getattr(self, key)!r}", where=key, hint="give true or false"
-                )
+                raise UserError(f"{key} cannot be {getattr(self, key)!r}", where=key, hint="give true or false")
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
         if self.init == "orthogonal" and odd:
             raise UserError(

@@ -127,9 +127,7 @@ def _of_choice(expression: str, by_length: Mapping[int, list[tuple[str, str]]]) 
     return frozenset(found)
 
 
-def _elsewhere(
-    key: str, expressions: Sequence[str], names: Sequence[str], endings: bool
-) -> list[frozenset[str]]:
+def _elsewhere(key: str, expressions: Sequence[str], names: Sequence[str], endings: bool) -> list[frozenset[str]]:
     """The names that each expression matches, from a process of its own."""
     full = [rf"(.*\.)?({expression})$" if endings else expression for expression in expressions]
     try:

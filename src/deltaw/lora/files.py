@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,21 +18,59 @@ import torch
 from torch import Tensor, nn
 
 from deltaw import durable
-from deltaw.contained import require_contained
+from deltaw.contained import remember_named, require_contained
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, refuse_adapted
-from deltaw.lora.attachment import Attachment, attached, unwrapped
+from deltaw.lora.adapted import AdaptedLayer
+from deltaw.lora.attachment import Attachment, adapter_parameters, attached, count_parameters, unwrapped
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
-from deltaw.lora.count import adapter_parameters, count_parameters
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_of_base
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.matching import Named, modules_once, values_by_pattern
-from deltaw.lora.peft_paths import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.saved_tensors import SavedTensors
+from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import ExtraModule, Selection, Target, select
-from deltaw.named import remember_named
 from deltaw.tensor_files import TensorFile, save_tensors
+
+# ---- The tensors of an adapter's file as a model has them, made one by one while the file is written.
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """All that an adapter's file holds, by its names, each made when it is asked for.
+
+    Some do not lie in the model as in the file; copies of all of them would be as much as is trained.
+    """
+
+    def __init__(self, record: Attachment) -> None:
+        paths = FilePaths(record)
+        self._made: dict[str, Callable[[], Tensor]] = {}
+        for name, layer in record.updated():
+            path, twice = paths.of_layer(name), paths.counts_twice(name)
+            for key, _ in peft_format.file_tensors(path, layer):
+                self._made[key] = partial(_of_layer, path, layer, key, twice)
+        for bias in record.biases:
+            self._made[paths.of_parameter(bias.name)] = bias.parameter.detach
+        for whole in record.extra_modules:
+            for key, value in whole.current.state_dict().items():
+                self._made[f"{paths.of_module(whole.names[0])}.{key}"] = value.detach
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._made[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def _of_layer(path: str, layer: AdaptedLayer, key: str, counts_twice: bool) -> Tensor:
+    tensor = next(tensor for name, tensor in peft_format.file_tensors(path, layer) if name == key)
+    return tensor / 2 if counts_twice and key.endswith("lora_B.weight") else tensor
+
+
+# ---- files
+
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -219,9 +258,7 @@ def _read_settings(path: Path) -> Mapping[str, object]:
         hint = "name the folder that an adapter was saved in"
         raise UserError(f"the folder has no {CONFIG_NAME}", where=str(path.parent), hint=hint) from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{CONFIG_NAME} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN
-        ) from error
+        raise UserError(f"{CONFIG_NAME} cannot be read: {error}", where=str(path), hint=_COPY_AGAIN) from error
     if not isinstance(settings, dict):
         raise UserError(f"{CONFIG_NAME} holds no settings", where=str(path), hint=_COPY_AGAIN)
     return settings
@@ -305,9 +342,7 @@ def _selection(model: nn.Module, adapter: AdapterFile, where: str) -> Selection:
     return Selection(chosen, extra, selection.parameters, selection.tokens, selection.matches)
 
 
-def _extra_modules(
-    config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]
-) -> list[ExtraModule]:
+def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: list[Named]) -> list[ExtraModule]:
     """The extra trainable modules that the file has tensors for; PEFT matches them by how the name ends."""
     if not config.train_modules:
         return []

@@ -164,9 +164,7 @@ def same_base(first: str | None, second: str | None) -> bool | None:
     return all(one == other for one, other in zip(*levels, strict=False))
 
 
-def warn_of_base(
-    what: str, metadata: Mapping[str, str], own: str | None, folder: object, named: object
-) -> None:
+def warn_of_base(what: str, metadata: Mapping[str, str], own: str | None, folder: object, named: object) -> None:
     """Warn if an adapter was trained on another base model than the one at hand, or if that is not verified.
 
     Args:

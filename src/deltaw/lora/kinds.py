@@ -92,9 +92,7 @@ def _kind_refusal(module: nn.Module) -> str | None:
     if is_conv1d(module):
         return None
     if isinstance(module, BlockEmbedding):
-        return (
-            f"its rows stay in blocks of {module.block_format}, which an update of an embedding cannot add to"
-        )
+        return f"its rows stay in blocks of {module.block_format}, which an update of an embedding cannot add to"
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return "an embedding with max_norm rewrites its weight while it is read"

@@ -222,9 +222,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
 def _quantized_refusal(layer: nn.Module) -> str | None:
     kept = quantized_as(layer)
-    return (
-        None if kept is None else f"its weight is {kept}; load the model with precision bf16 or fp32 to merge"
-    )
+    return None if kept is None else f"its weight is {kept}; load the model with precision bf16 or fp32 to merge"
 
 
 class LoRAConv1D(LoRALayer):
@@ -285,9 +283,7 @@ class LoRAConv1D(LoRALayer):
                 y = flat.view(*x.shape[:-1], self.out_features)
             return y if update is None else y + update
         bias = self.output_bias()
-        return closed_form.linear(
-            x, self.weight, bias, *factors, self.scaling, dropout, self.weight_is_in_out, scales
-        )
+        return closed_form.linear(x, self.weight, bias, *factors, self.scaling, dropout, self.weight_is_in_out, scales)
 
     def merge_refusal(self) -> str | None:
         """As of a linear layer."""
@@ -366,9 +362,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         """(...) of token ids to (..., embedding_dim)."""
         scale: float | Tensor | None = getattr(self, "embed_scale", None) if self.multiplies else None
         if not self.adapting:
-            return closed_form.embedding_rows(
-                input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq
-            )
+            return closed_form.embedding_rows(input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq)
         return closed_form.embedding(
             input,
             self.weight,

@@ -1,4 +1,4 @@
-"""Frozen layers whose weight stays in blocks of few bits (``kernels/block_formats.py``).
+"""Frozen layers whose weight stays in blocks of few bits (``kernels/block_linear.py``).
 
 The parameter ``weight`` holds the blocks' bytes, uint8 (rows, bytes of a row), so that the model's state, its
 size and its device follow. A linear layer multiplies with the blocks as they are; an embedding de-quantizes
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deltaw.kernels.block_formats import NF4_BLOCK, BlockWeight, quantize_nf4
+from deltaw.kernels.block_linear import NF4_BLOCK, BlockWeight, quantize_nf4
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.fingerprint import note_base
 from deltaw.lora.stored import block_weight, frozen_linear

@@ -29,9 +29,7 @@ class Int8Linear(nn.Linear):
     in_blocks: bool
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, columns: Tensor | None = None, in_blocks: bool = False
-    ) -> Int8Linear:
+    def from_linear(cls, linear: nn.Linear, columns: Tensor | None = None, in_blocks: bool = False) -> Int8Linear:
         """The layer with ``linear``'s weight quantized to int8 and its own bias.
 
         Args:
@@ -66,9 +64,7 @@ class Int8Conv1D(nn.Module):
     in_blocks: bool
 
     @classmethod
-    def from_conv1d(
-        cls, module: nn.Module, columns: Tensor | None = None, in_blocks: bool = False
-    ) -> Int8Conv1D:
+    def from_conv1d(cls, module: nn.Module, columns: Tensor | None = None, in_blocks: bool = False) -> Int8Conv1D:
         """The layer with the weight of ``module`` transposed and quantized to int8, and its own bias.
 
         Args:
@@ -93,9 +89,7 @@ class Int8Conv1D(nn.Module):
         return f"nf={self.nf}, nx={self.nx}"
 
 
-def _quantize(
-    layer: nn.Module, of: nn.Module, weight: Tensor, columns: Tensor | None, in_blocks: bool
-) -> None:
+def _quantize(layer: nn.Module, of: nn.Module, weight: Tensor, columns: Tensor | None, in_blocks: bool) -> None:
     """Give a new layer the weight (out, in) in int8, its scales, and the bias of the layer it stands for."""
     nn.Module.__init__(layer)
     with torch.no_grad():

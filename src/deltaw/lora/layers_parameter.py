@@ -173,15 +173,9 @@ def adapt_attention(
     generator: torch.Generator | None,
 ) -> tuple[LoRAParameter, LoRAParameter]:
     """The updates of ``in_proj_weight`` (3·dim, dim), and of ``out_proj``'s weight (dim, dim)."""
-    out = LoRAParameter(
-        attention.out_proj, "weight", rank, alpha, rslora=rslora, init=init, generator=generator
-    )
-    into = LoRAParameter(
-        attention, "in_proj_weight", rank, alpha, rslora=rslora, init=init, generator=generator
-    )
+    out = LoRAParameter(attention.out_proj, "weight", rank, alpha, rslora=rslora, init=init, generator=generator)
+    into = LoRAParameter(attention, "in_proj_weight", rank, alpha, rslora=rslora, init=init, generator=generator)
     if init is not None:
         # PEFT draws the output projection's factors a second time; so one seed gives the same ones.
-        out = LoRAParameter(
-            attention.out_proj, "weight", rank, alpha, rslora=rslora, init=init, generator=generator
-        )
+        out = LoRAParameter(attention.out_proj, "weight", rank, alpha, rslora=rslora, init=init, generator=generator)
     return into, out

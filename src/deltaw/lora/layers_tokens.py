@@ -43,9 +43,7 @@ class TrainedTokens(AdaptedLayer):
         vars(self).update(enabled=True, merged=False, _unmerged_weight=None)
         # On the meta device too, it is known which rows are trained.
         device = "cpu" if weight.is_meta else weight.device
-        self.register_buffer(
-            "tokens", torch.tensor(list(tokens), dtype=torch.long, device=device), persistent=False
-        )
+        self.register_buffer("tokens", torch.tensor(list(tokens), dtype=torch.long, device=device), persistent=False)
         with torch.no_grad():
             rows = weight.detach().index_select(0, self.tokens.to(weight.device)).to(factor_dtype(weight))
         self.trained_tokens = nn.Parameter(rows)
@@ -92,9 +90,7 @@ class TrainedTokensEmbedding(TrainedTokens, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """(...) of token ids to (..., dim)."""
         scale: float | Tensor | None = getattr(self, "embed_scale", None) if self.multiplies else None
-        rows = closed_form.embedding_rows(
-            input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq
-        )
+        rows = closed_form.embedding_rows(input, self.weight, scale, self.padding_idx, self.scale_grad_by_freq)
         if not self.adapting:
             return rows
         # (..., k): at most one of a token's entries is set.
@@ -127,9 +123,7 @@ class TrainedTokensLinear(TrainedTokens, nn.Linear):
         return y.index_copy(-1, self.tokens, own.to(y.dtype))
 
 
-def trained_tokens_of(
-    module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None
-) -> TrainedTokens:
+def trained_tokens_of(module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None) -> TrainedTokens:
     """The layer over an embedding or a linear layer; with ``follows`` it takes that layer's rows."""
     if isinstance(module, nn.Embedding):
         return TrainedTokensEmbedding.from_embedding(module, tokens, follows)

@@ -145,9 +145,7 @@ class _Linear(torch.autograd.Function):
         fused = mask is None and not torch.compiler.is_compiling()
         fused = fused and (stored is not None or kernels.can_multiply(flat, base_weight, lora_A))
         if fused:
-            y, h = multiply(
-                flat, base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling
-            )
+            y, h = multiply(flat, base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
         else:
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
             # The scaling goes into the small (r, out) factor, so that no wide tensor is skipped for it.
@@ -248,12 +246,8 @@ def embedding(
         (..., dim) in the type of ``weight``.
     """
     if needs_reference(weight):
-        return embedding_reference(
-            ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq
-        )
-    return _Embedding.apply(
-        ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq
-    )
+        return embedding_reference(ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq)
+    return _Embedding.apply(ids, weight, lora_A, lora_B, scaling, embed_scale, padding_idx, scale_grad_by_freq)
 
 
 def embedding_reference(

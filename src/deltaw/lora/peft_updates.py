@@ -21,10 +21,9 @@ from torch import Tensor
 from deltaw.lora.config import LoRAConfig, scaling
 from deltaw.lora.expressions import matches
 from deltaw.lora.files import AdapterFile
-from deltaw.lora.layout import from_peft
+from deltaw.lora.initialize import from_peft
 from deltaw.lora.matching import endings, values_by_pattern
-from deltaw.lora.peft_format import attention_counts_twice
-from deltaw.lora.peft_paths import without_wrappers
+from deltaw.lora.peft_format import attention_counts_twice, without_wrappers
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
 _INNER = ".base_layer"

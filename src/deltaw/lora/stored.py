@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels import linear as plain
-from deltaw.kernels.block_formats import BlockWeight
-from deltaw.kernels.block_linear import block_linear, block_linear_backward
+from deltaw.kernels.block_linear import BlockWeight, block_linear, block_linear_backward
 from deltaw.kernels.torch_private import own_buffers, own_parameters
 
 

@@ -10,14 +10,280 @@ Knows kernels and shapes; not models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaw.kernels import attention, block_linear, head_gradient, linear, loader, quantize, rows
+from deltaw.kernels import head_gradient as class_gradient
+from deltaw.kernels.block_linear import FORMATS
+from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
-from deltaw.memory import kernel_scratch
+
+# ---- Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
+#
+# The kernels themselves say what they take, since that differs between processors: each thread takes what it
+# needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the
+# process holds it between calls. The tensors that an operator makes for itself in Python are listed apart.
+# Without the kernels there is neither.
+#
+# Knows operators and shapes; not models.
+
+
+# Importing them defines the operators.
+
+assert attention and block_linear and class_gradient and head_gradient and linear and rows
+
+_ops = torch.ops.deltaw
+
+
+def _up(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    x, weight, by_column, scale, _, _, lora_A = args[:7]
+    if not _multiplied(x, scale):
+        return 0
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    return _room_of_linear(x, weight, by_column, scale is not None, args[12], rank, False, False)
+
+
+def _room_of_linear(
+    x: Tensor,
+    weight: Tensor,
+    by_column: bool,
+    int8: bool,
+    in_blocks: bool,
+    rank: int,
+    backward: bool,
+    need_x: bool,
+) -> int:
+    out, inputs = weight.shape if by_column else weight.shape[::-1]
+    return loader.kernels().dw_linear_room(
+        loader.number(x.dtype), x.shape[0], out, inputs, loader.number(weight.dtype), by_column,
+        int8, in_blocks, rank, backward, need_x,
+    )  # fmt: skip
+
+
+def _rounded_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The input in int8 with its scales, made where the caller has none."""
+    return _int8_bytes(args[0], args[12]) if args[3] is not None and args[10] is None else 0
+
+
+def _int8_bytes(x: Tensor, in_blocks: bool) -> int:
+    return x.numel() + 4 * math.prod(quantize.scales_shape(x, in_blocks))
+
+
+def _linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    grad, weight, by_column, scale, _, lora_A = args[:6]
+    if not _multiplied(grad, scale):
+        return 0
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    return _room_of_linear(grad, weight, by_column, scale is not None or args[10], True, rank, True, args[9])
+
+
+def _block_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_blocks(args, args[8], False, False)
+
+
+def _block_linear_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_blocks(args, args[7], True, args[11])
+
+
+def _room_of_blocks(args: tuple[Any, ...], lora_A: Tensor | None, backward: bool, need_x: bool) -> int:
+    left, data, _, _, _, name, columns = args[:7]
+    if not _multiplied(left, None):
+        return 0
+    return loader.kernels().dw_linear_room(
+        loader.number(left.dtype), left.shape[0], data.shape[0], columns, FORMATS[name].number, True, False,
+        False, 0 if lora_A is None else lora_A.shape[1], backward, need_x,
+    )  # fmt: skip
+
+
+def _rounded_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The gradient in int8 with a scale for each block of a row."""
+    return _int8_bytes(args[0], True) if (args[3] is not None or args[10]) and args[9] else 0
+
+
+def _factors_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    x, h = args[:2]
+    return loader.kernels().dw_factors_room(loader.number(x.dtype), *h.shape)
+
+
+def _class_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    grad, _, weight = args[:3]
+    return loader.kernels().dw_class_gradient_room(*grad.shape, weight.shape[1])
+
+
+def _class_scales(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """A scale for each block of classes."""
+    rows, classes = args[0].shape
+    return rows * -(-classes // INT8_BLOCK) * 4
+
+
+def _head_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return loader.kernels().dw_head_gradient_room(*args[2].shape)
+
+
+def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    logits, with_gradient = args[0], args[5]
+    return torch.get_num_threads() * _up(logits.shape[1], 16) * 4 if with_gradient else 0
+
+
+def _attention_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    query, _, value = args[:3]
+    return _room_of_attention("dw_attention_room", query, value)
+
+
+def _attention_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return _room_of_attention("dw_attention_backward_room", args[1], args[3])
+
+
+def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:
+    _, heads, depth = query.shape
+    length, key_heads, width = value.shape
+    room = getattr(loader.kernels(), function)
+    return room(loader.number(query.dtype), length, heads, key_heads, depth, width)
+
+
+def _cross_entropy_reference(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Without the kernel: the scaled logits and their log-softmax, with a soft cap the logits before it, of a
+    half type a wide copy, and for a gradient the slopes of two of them."""
+    logits, softcap, with_gradient = args[0], args[4], args[5]
+    if _compiled(logits):
+        return 0
+    copies = 2 + (softcap > 0) + (logits.dtype.itemsize == 2) + 2 * bool(with_gradient)
+    return copies * logits.numel() * max(4, logits.dtype.itemsize)
+
+
+def _linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product: the rounded input, or what the reference makes where torch computes products."""
+    x, weight, by_column, scale, _, bias, lora_A, lora_B, _, added = args[:10]
+    if _multiplied(x, scale):
+        return _rounded_input(args, kwargs)
+    outputs = weight.shape[0 if by_column else 1]
+    return _reference_bytes(x, weight, scale, outputs, (lora_A, lora_B), bias is not None or added is not None)
+
+
+def _linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product's gradient: the rounded gradient, or what the reference makes."""
+    grad, weight, by_column, scale, _, lora_A, lora_B, _, added, need_x = args[:10]
+    if _multiplied(grad, scale):
+        return _rounded_gradient(args, kwargs)
+    inputs = weight.shape[1 if by_column else 0] if need_x else 0
+    inside = _reference_bytes(grad, weight, scale, inputs, (lora_A, lora_B), added is not None)
+    if scale is None or not inputs:
+        return inside
+    # A gradient that is rounded in blocks is there in fp32 five times.
+    return max(inside, 20 * grad.numel() - grad.shape[0] * inputs * grad.dtype.itemsize)
+
+
+def _block_linear_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of a product with a weight in blocks where torch computes it: some rows as numbers, and theirs of the
+    result."""
+    x, data, _, _, _, _, columns, bias, lora_A, lora_B, _, added = args[:12]
+    if _multiplied(x, None):
+        return 0
+    size, most = x.dtype.itemsize, _rows_at_once(data, columns)
+    later = _reference_bytes(x, data, None, data.shape[0], (lora_A, lora_B), bias is not None or added is not None)
+    return max(later, most * columns * (2 + size * (size != 2)) + x.shape[0] * most * size)
+
+
+def _block_linear_backward_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of its gradient: sums in fp32, what is added to them, and some rows of the weight as numbers."""
+    grad, data, _, _, _, _, columns, lora_A, lora_B, _, added, need_x = args[:12]
+    if _multiplied(grad, None):
+        return 0
+    rows, size, most = grad.shape[0], grad.dtype.itemsize, _rows_at_once(data, columns)
+    inputs = columns if need_x else 0
+    later = _reference_bytes(grad, data, None, inputs, (lora_A, lora_B), added is not None)
+    parts = rows * most * size + most * columns * (2 + size * (size != 2))
+    # The result is not there yet while they are.
+    return max(later + 4 * rows * inputs, parts + 4 * rows * inputs) if need_x else later
+
+
+def _rows_at_once(data: Tensor, columns: int) -> int:
+    return min(data.shape[0], max(1, block_linear.REFERENCE_BYTES // (4 * columns)))
+
+
+def _reference_bytes(
+    left: Tensor, weight: Tensor, scale: Tensor | None, columns: int, factors: tuple[Any, Any], adds: bool
+) -> int:
+    """What a product composed of torch's operators holds at its peak beside its result, of ``columns``."""
+    rows, depth = left.shape
+    size = left.dtype.itemsize
+    # A sum is made while what it is added to is still there.
+    sums = rows * columns * size if adds or factors[0] is not None else 0
+    if factors[1] is not None:
+        sums += factors[1].numel() * (4 + size) if size == 2 else factors[1].numel() * 4
+    if scale is None or not columns:
+        return sums
+    # The left side in int8 and in fp32, the weight and the sums in fp32; the result is not there yet.
+    return max(sums, rows * depth * 5 + weight.numel() * 4 + rows * columns * (4 - size))
+
+
+def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
+    """Whether the kernels compute products of rows like these, with weights in int8 where there is a
+    scale."""
+    return _compiled(left) and loader.multiplies(loader.number(left.dtype if scale is None else torch.int8))
+
+
+def _compiled(first: Tensor) -> bool:
+    """Whether the kernels run on tensors like this one."""
+    served = first.dtype in (torch.bfloat16, torch.float32) and first.device.type == "cpu"
+    return served and loader.library() is not None
+
+
+def _where_compiled(
+    rule: Callable[[tuple[Any, ...], Mapping[str, Any]], int],
+) -> Callable[[tuple[Any, ...], Mapping[str, Any]], int]:
+    """The rule where the kernels run: tensors on the processor, in a type that they take."""
+
+    def scratch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return rule(args, kwargs) if _compiled(args[0]) else 0
+
+    return scratch
+
+
+# Bytes that an operator's arenas hold at its peak.
+ARENAS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+    operator.default: _where_compiled(rule)
+    for operator, rule in (
+        (_ops.linear, _linear),
+        (_ops.linear_backward, _linear_backward),
+        (_ops.block_linear, _block_linear),
+        (_ops.block_linear_backward, _block_linear_backward),
+        (_ops.factors_backward, _factors_backward),
+        (_ops.class_gradient_, _class_gradient),
+        (_ops.head_gradient_, _head_gradient),
+        (_ops.cross_entropy_, _cross_entropy),
+        (_ops.attention, _attention_forward),
+        (_ops.attention_backward, _attention_backward),
+    )
+}
+# Bytes of the tensors that an operator makes for itself.
+TENSORS: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
+    _ops.cross_entropy_.default: _cross_entropy_reference,
+    _ops.linear.default: _linear_tensors,
+    _ops.linear_backward.default: _linear_backward_tensors,
+    _ops.block_linear.default: _block_linear_tensors,
+    _ops.block_linear_backward.default: _block_linear_backward_tensors,
+    _ops.class_gradient_.default: _where_compiled(_class_scales),
+}
+
+
+def arena_bytes(func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """What the kernels' arenas hold at the peak of ``func``, over all threads; 0 for other operators."""
+    rule = ARENAS.get(func)
+    return 0 if rule is None else rule(args, kwargs)
+
+
+# ---- scratch
+
 
 _aten = torch.ops.aten
 
@@ -79,7 +345,7 @@ def _in_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 _SCRATCH: dict[object, Callable[[tuple[Any, ...], Mapping[str, Any]], int]] = {
-    **kernel_scratch.TENSORS,
+    **TENSORS,
     **({FLASH_FORWARD.default: _flash_forward} if FLASH_FORWARD else {}),
     **({FLASH_BACKWARD.default: _flash_backward} if FLASH_BACKWARD else {}),
     _aten.mean.dim: _mean,

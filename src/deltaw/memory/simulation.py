@@ -11,26 +11,521 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from deltaw.kernels.torch_private import (
+    ENGINE,
     GROUPED_PRODUCT,
     LOCAL_SCALAR,
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    as_fake,
+    in_backward,
     require_dry_runs,
+    tree_leaves,
     tree_map_only,
     without_dispatch,
 )
-from deltaw.memory.footprint import Footprint
-from deltaw.memory.shapes import Answers, tensors_in
-from deltaw.memory.tracker import MemoryTracker
+from deltaw.memory.plan import KINDS, PHASES, Footprint, coarse
+from deltaw.memory.scratch import arena_bytes, scratch_bytes
+
+# ---- What an operator returns for inputs of given shapes, remembered: models repeat themselves layer by layer.
+#
+# The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new,
+# which are views of an input and which are an input changed in place. Whenever the same operator comes with
+# inputs of the same shapes, strides and types, such tensors are made at once, in a fraction of the time.
+
+
+_CPU = torch.device("cpu")
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Over lists of tensors, which an optimizer hands over by the hundreds.
+_LISTS = ("aten::_foreach_", "aten::_fused_")
+# Change what a tensor is, not only what it holds.
+_RESHAPING = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "as_strided_", "swap")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    of: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    number: int
+
+
+_Output = _Fresh | _View | _Argument | None
+
+
+class Answers:
+    """Operators on fake tensors, with a memory."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        self._fake = fake
+        self._attributes: dict[str, Any] | None = None
+        self._known: dict[Hashable, tuple[type, list[_Output]] | None] = {}
+
+    def __call__(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The answer of ``func``; at least one argument is a fake tensor."""
+        name = _name(func)
+        if name.startswith(_LISTS):
+            if name.endswith("_"):
+                return None  # it changes values alone, and there are none
+            if name == "aten::_foreach_norm":
+                return self._norms(args, kwargs)
+        parts: list[Hashable] = [func]
+        tensors: list[Tensor] = []
+        if not _describe(args, parts, tensors) or not _describe_named(kwargs, parts, tensors):
+            return func(*args, **kwargs)
+        key = tuple(parts)
+        if key not in self._known:
+            self._known[key] = self._asked(func, args, kwargs, tensors)
+        known = self._known[key]
+        if known is None:
+            return func(*args, **kwargs)
+        kind, outputs = known
+        if kind is Tensor:
+            return self._made(outputs[0], tensors)
+        made = [self._made(output, tensors) for output in outputs]
+        return made if kind is list else tuple(made)
+
+    def _norms(self, args: tuple, kwargs: dict) -> list[Tensor]:
+        """A list's norms, one by one: tensors of one shape have answers of one shape."""
+        dtype = kwargs.get("dtype")
+        order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+        norm = torch.ops.aten.linalg_vector_norm.default
+        return [self(norm, (tensor, order), {"dtype": dtype} if dtype else {}) for tensor in args[0]]
+
+    def _asked(
+        self, func: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]
+    ) -> tuple[type, list[_Output]] | None:
+        """Work an answer out on copies of the fake tensors: torch leaves weak references on what it
+        inspects, and a parameter that has one can no longer be exchanged (``Module.to``)."""
+        doubles = {id(t): self._double(t) if isinstance(t, FakeTensor) else t for t in tensors}
+        args, kwargs = tree_map_only(Tensor, lambda t: doubles[id(t)], (args, kwargs))
+        return _outputs(func, func(*args, **kwargs), [doubles[id(t)] for t in tensors])
+
+    def _double(self, tensor: Tensor) -> Tensor:
+        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        count = tensor.storage_offset() + reach + 1
+        with without_dispatch():
+            base = torch.empty(count, dtype=tensor.dtype, device="meta")
+            meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return self._as_fake(meta.detach())
+
+    def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
+        if output is None:
+            return None
+        if type(output) is _Argument:
+            return tensors[output.number]
+        with without_dispatch():
+            if type(output) is _Fresh:
+                meta = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+            else:
+                assert type(output) is _View
+                meta = torch.empty(0, dtype=output.dtype, device="meta")
+                storage = tensors[output.of].untyped_storage()
+                meta.set_(storage, output.offset, output.shape, output.stride)  # type: ignore[call-overload]
+            return self._as_fake(meta)
+
+    def _as_fake(self, meta: Tensor) -> Tensor:
+        """``meta`` as a fake tensor: what its own constructor does, without its checks of every call."""
+        if self._attributes is None:
+            self._attributes = dict(vars(FakeTensor(self._fake, meta, _CPU)))
+        return as_fake(self._fake, self._attributes, meta, _CPU)
+
+
+def _name(func: Any) -> str:
+    """An operator's name without that of its overload, as in ``aten::add``."""
+    return str(func.name()).partition(".")[0]
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments, also those in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool:
+    """Append what an answer depends on; False where it depends on more than shapes."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if isinstance(value, FakeTensor):
+                if value.constant is not None:
+                    return False
+            elif value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
+                return False
+            parts += (value.dtype, value.shape, value.stride(), value.storage_offset())
+            tensors.append(value)
+        elif isinstance(value, _PLAIN):
+            # 1, 1.0 and True are equal, and lead to different types.
+            parts.append((type(value), value))
+        elif isinstance(value, (list, tuple)):
+            parts.append(len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        else:
+            return False
+    return True
+
+
+def _describe_named(values: dict[str, Any], parts: list[Hashable], tensors: list[Tensor]) -> bool:
+    parts.extend(values)
+    return _describe(values.values(), parts, tensors)
+
+
+def _outputs(func: Callable[..., Any], result: Any, tensors: list[Tensor]) -> tuple[type, list[_Output]] | None:
+    """How to make ``result`` again from ``tensors``; None where that is not possible."""
+    if _name(func).rpartition("::")[2] in _RESHAPING:
+        return None
+    single = isinstance(result, Tensor) or result is None
+    if not single and not isinstance(result, (list, tuple)):
+        return None
+    outputs: list[_Output] = []
+    for value in [result] if single else result:
+        if value is None:
+            outputs.append(None)
+        elif isinstance(value, FakeTensor) and value.constant is None and value.layout == torch.strided:
+            outputs.append(_output(value, tensors))
+        else:
+            return None
+    return (Tensor if single else type(result)), outputs
+
+
+def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
+    for number, tensor in enumerate(tensors):
+        if tensor is value:
+            return _Argument(number)
+    storage = value.untyped_storage()
+    for number, tensor in enumerate(tensors):
+        if tensor.untyped_storage() is storage:
+            return _View(number, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
+    return _Fresh(value.shape, value.stride(), value.dtype)
+
+
+# ---- Every storage of tensors from birth to end: how many bytes are alive, of what kind, and when the peak is.
+#
+# A dispatch mode sees what each operator returns; a weak reference to the storage tells of its end. It is the
+# same on real tensors and on fake tensors. What operators allocate inside and give back before they
+# return is added by :mod:`deltaw.memory.scratch`.
+#
+# Nothing is decided while the program runs: all births and deaths are kept, and :meth:`MemoryTracker.footprint`
+# reads them afterwards, when it is known which tensors turned out to be gradients or were kept for a backward.
+# It knows modules, optimizers and storages; not training, methods or data.
+
+
+_FORWARD, _BACKWARD, _OPTIMIZER = range(3)
+
+
+@dataclass(slots=True, eq=False)
+class _Life:
+    """One storage: its bytes, when it was made and gone (numbers of operators), and where.
+
+    Attributes:
+        recomputed: made by a module's forward during a backward (activation checkpointing).
+        kept: alive when a backward began after the forward that made it.
+    """
+
+    bytes: int
+    born: int
+    phase: int
+    module: str
+    kind: str
+    recomputed: bool
+    died: int | None = None
+    kept: bool = False
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While open, follow every storage that an operator returns or that was made known by :meth:`track`.
+
+    Open it above any other dispatch mode. Not for use from several threads.
+    """
+
+    def __init__(self, *, vocabularies: Iterable[int] = ()) -> None:
+        """``vocabularies``: floating tensors whose last size is one of these count as logits."""
+        super().__init__()
+        self._lives: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Life]] = {}
+        self._all: list[_Life] = []
+        self._vocabularies = set(vocabularies)
+        self._names: dict[int, str] = {}
+        self._trained: list[weakref.ref[Tensor]] = []
+        self._now = self._peak = self._peak_at = self._scratch_at_peak = self._arenas = 0
+        self._at = 0
+        self._phase = _FORWARD
+        self._peak_phase, self._peak_module = _FORWARD, ""
+        self._stack: list[str] = []
+        self._backward_module = ""
+        self._forward_from = 0
+        self._optimizing = False
+        self._line: list[tuple[int, int]] = []
+        self._pending: tuple[_Life | None, int] | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    # --- what is known beforehand -------------------------------------------------------------------------
+
+    def track(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count ``tensors``, and let their storages be of this ``kind``, one of :data:`KINDS`."""
+        if kind not in KINDS:
+            raise ValueError(f"'{kind}' is no kind of tensor: {', '.join(KINDS)}")
+        for tensor in tensors:
+            life = self._life(tensor) or self._born(tensor)
+            life.kind = kind
+            if kind == "trained":
+                self._trained.append(weakref.ref(tensor))
+
+    def track_model(self, model: nn.Module) -> None:
+        """Count the parameters and buffers of ``model`` by whether they are trained, and learn its names."""
+        parameters = list(model.parameters())
+        self.track((p for p in parameters if not p.requires_grad), "weights")
+        self.track(model.buffers(), "weights")
+        self.track((p for p in parameters if p.requires_grad), "trained")
+        for name, module in model.named_modules():
+            self._names[id(module)] = name
+
+    # --- while the program runs ---------------------------------------------------------------------------
+
+    def __enter__(self) -> MemoryTracker:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+            register_optimizer_step_pre_hook(self._begin_step),
+            register_optimizer_step_post_hook(self._end_step),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)  # type: ignore[arg-type]
+        for hook in self._hooks:
+            hook.remove()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and guarding every call costs time
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # a fake tensor's device is asked for more often than anything else
+        phase = self._current_phase()
+        if phase != self._phase:
+            self._change_phase(phase)
+        self._resolve()
+        for value in args:
+            if type(value) is Tensor and self._life(value) is None and not value.is_floating_point():
+                # Whole numbers that no operator made: token ids, places and masks that came from NumPy.
+                self._born(value).kind = "batch"
+        result = func(*args, **kwargs)
+        self._at += 1
+        for tensor in _tensors(result):
+            if self._life(tensor) is None:
+                self._born(tensor)
+        if func is torch.ops.aten.add.Tensor and phase == _BACKWARD and _called_by_engine(sys._getframe(1)):
+            self._pending = (self._life(args[0]), self._now)
+        else:
+            self._note_peak(scratch_bytes(func, args, kwargs))
+        self._arenas = max(self._arenas, arena_bytes(func, args, kwargs))
+        self._line.append((phase, self._now))
+        return result
+
+    def _life(self, tensor: Tensor) -> _Life | None:
+        """What is known of the storage of ``tensor``, brought up to date; None for a new one."""
+        storage = tensor.untyped_storage()
+        known = self._lives.get(id(storage))
+        if known is None or known[0]() is not storage:
+            return None
+        life = known[1]
+        size = storage.nbytes()
+        if size != life.bytes:
+            self._now += size - life.bytes
+            life.bytes = size
+        return life
+
+    def _born(self, tensor: Tensor) -> _Life:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        kind = "workspace"
+        if self._vocabularies and tensor.dim() and tensor.shape[-1] in self._vocabularies:
+            kind = "logits" if tensor.is_floating_point() else kind
+        recomputed = bool(self._stack) and self._phase == _BACKWARD
+        if self._phase == _BACKWARD and not self._stack:
+            module = self._backward_module
+        else:
+            module = self._stack[-1] if self._stack else ""
+        life = _Life(storage.nbytes(), self._at, self._phase, module, kind, recomputed)
+
+        def end(gone: weakref.ref[torch.UntypedStorage]) -> None:
+            life.died = self._at
+            self._now -= life.bytes
+            known = self._lives.get(key)
+            if known is not None and known[0] is gone:
+                del self._lives[key]
+
+        self._lives[key] = (weakref.ref(storage, end), life)
+        self._all.append(life)
+        self._now += life.bytes
+        return life
+
+    def _resolve(self) -> None:
+        """Whether the engine's last sum of two gradients of one tensor took memory of its own.
+
+        The engine adds in place where nobody else holds the first, but never while a dispatch mode looks on.
+        So if the first is gone by the next operator, it would not have been beside the sum.
+        """
+        if self._pending is not None:
+            first, size = self._pending
+            self._pending = None
+            if first is None or first.died is None:
+                self._note_peak(size - self._now)
+
+    def _note_peak(self, scratch: int) -> None:
+        if self._now + scratch > self._peak:
+            self._peak, self._peak_at, self._scratch_at_peak = self._now + scratch, self._at, scratch
+            self._peak_phase = self._phase
+            in_backward = self._phase == _BACKWARD and not self._stack
+            self._peak_module = self._backward_module if in_backward else "".join(self._stack[-1:])
+
+    # --- phases and modules -------------------------------------------------------------------------------
+
+    def _current_phase(self) -> int:
+        if self._optimizing:
+            return _OPTIMIZER
+        return _BACKWARD if in_backward() else _FORWARD
+
+    def _change_phase(self, phase: int) -> None:
+        if self._phase == _FORWARD and phase == _BACKWARD:
+            for _, life in self._lives.values():
+                if life.born > self._forward_from and life.phase == _FORWARD:
+                    life.kept = True
+        if self._phase == _BACKWARD:
+            self._mark_gradients(p for p in (ref() for ref in self._trained) if p is not None)
+            self._forward_from = self._at
+        self._phase = phase
+
+    def _mark_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                (self._life(parameter.grad) or self._born(parameter.grad)).kind = "gradients"
+
+    def _begin_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._phase == _BACKWARD:
+            self._change_phase(_FORWARD)
+        self._optimizing = True
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.track(parameters, "trained")
+        self._mark_gradients(parameters)
+
+    def _end_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._optimizing = False
+        for state in optimizer.state.values():
+            self.track((value for value in state.values() if isinstance(value, Tensor)), "optimizer")
+
+    def _enter_module(self, module: nn.Module, inputs: object) -> None:
+        self._stack.append(self._names.get(id(module), type(module).__name__))
+
+    def _leave_module(self, module: nn.Module, inputs: object, output: object) -> None:
+        if not self._stack:
+            return
+        name = self._stack.pop()
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(self._backward_enters(name))
+
+    def _backward_enters(self, name: str) -> Callable[[Sequence[Tensor]], None]:
+        def enter(gradients: Sequence[Tensor]) -> None:
+            self._backward_module = name
+
+        return enter
+
+    # --- afterwards ---------------------------------------------------------------------------------------
+
+    @property
+    def current_bytes(self) -> int:
+        """What lives now."""
+        return self._now
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that lived at one time so far."""
+        return self._peak
+
+    def footprint(self) -> Footprint:
+        """What was seen so far, at the moment of the peak."""
+        parts = dict.fromkeys(KINDS, 0)
+        saved: dict[str, int] = {}
+        for life in self._all:
+            if life.born > self._peak_at or (life.died is not None and life.died < self._peak_at):
+                continue
+            kind = life.kind
+            if kind == "workspace" and (life.kept or life.recomputed):
+                kind = "activations"
+                saved[life.module] = saved.get(life.module, 0) + life.bytes
+            parts[kind] += life.bytes
+        parts["workspace"] += self._scratch_at_peak
+        return Footprint(
+            peak_bytes=self._peak,
+            parts=parts,
+            phase=PHASES[self._peak_phase],
+            module=self._peak_module,
+            activations_by_module=dict(sorted(saved.items(), key=lambda item: -item[1])),
+            timeline=coarse(self._line),
+            steady_bytes=self._now,
+            arena_bytes=self._arenas,
+        )
+
+
+def _tensors(result: object) -> Iterable[Tensor]:
+    if isinstance(result, Tensor):
+        return (result,)
+    if isinstance(result, (tuple, list)) and all(isinstance(r, Tensor) for r in result):
+        return result
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _called_by_engine(frame: FrameType | None) -> bool:
+    """Whether an operator comes out of the autograd engine itself and not out of Python code it called.
+
+    Between the two may stand other dispatch modes that look on.
+    """
+    while frame is not None and (
+        frame.f_code.co_name == "__torch_dispatch__"
+        or frame.f_code.co_filename.endswith(("_python_dispatch.py", "_ops.py"))
+    ):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == ENGINE
+
+
+# ---- simulation
+
 
 _aten = torch.ops.aten
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
@@ -149,9 +644,7 @@ class _FakeTensors(TorchDispatchMode):
             return self._grouped(args, kwargs)
         result = self.answers(func, args, kwargs)
         if func in _ANSWERED:
-            return self._real(
-                _aten.full.default, (list(result.shape), _ANSWERED[func]), {"dtype": torch.bool}
-            )
+            return self._real(_aten.full.default, (list(result.shape), _ANSWERED[func]), {"dtype": torch.bool})
         if func in _PLACES:
             return tree_map_only(FakeTensor, lambda t: _places(func, args, kwargs, t), result)
         if isinstance(result, FakeTensor) and result.dtype not in _NO_PLACES and _is_whole(result.dtype):
@@ -266,8 +759,8 @@ def simulate(
 
     Args:
         run: is called once, under :func:`fake_tensors`. What it needs of models was made there as well
-            (:func:`deltaw.hub.skeleton.skeleton`).
-        known: tensors from before ``run`` by kind (:data:`deltaw.memory.footprint.KINDS`); a later kind wins.
+            (:func:`deltaw.hub.loading.skeleton`).
+        known: tensors from before ``run`` by kind (:data:`deltaw.memory.plan.KINDS`); a later kind wins.
         models: models from before ``run``: their parameters and buffers count as weights or trained, and
             modules are called by their names in them.
         vocabularies: floating tensors whose last size is one of these count as logits.

@@ -10,18 +10,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from deltaw import durable
-from deltaw.contained import require_contained
+from deltaw.contained import remember_named, require_contained
 from deltaw.errors import UserError
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY
-from deltaw.named import remember_named
+from deltaw.methods import registry
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY, Method
 from deltaw.tensor_files import save_tensors
 from deltaw.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _PICKLED = "adapter_model.bin"
 # Names of the last layers of classifiers.
@@ -101,9 +106,7 @@ def read_config(folder: Path) -> dict[str, object]:
             f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(folder), hint="save the adapter again"
         ) from error
     if not isinstance(settings, dict):
-        raise UserError(
-            f"{ADAPTER_CONFIG} is not a JSON object", where=str(folder), hint="save the adapter again"
-        )
+        raise UserError(f"{ADAPTER_CONFIG} is not a JSON object", where=str(folder), hint="save the adapter again")
     return settings
 
 
@@ -212,3 +215,41 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
+
+
+# ---- The method that settings ask for, or that made an adapter's folder.
+
+
+class Settings(Protocol):
+    """What is read of a run's settings; with them an attribute for each method's section."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def train(self) -> registry.TrainOptions: ...
+
+
+def choose_method(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Method:
+    """The method that ``settings.method`` names, with its section."""
+    entry = registry.entry_of(settings.method)
+    section = None if entry.settings is None else getattr(settings, entry.name)
+    return entry.load().from_run(section, train=settings.train, tokenizer=tokenizer)
+
+
+def method_of_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Method:
+    """The method that made an adapter's folder, with default settings, to load the folder.
+
+    Raises:
+        UserError: the folder's config cannot be read, or names an unknown method.
+    """
+    config = read_config(folder)
+    kind = config.get("peft_type") or config.get("method")
+    entry = registry.entry_of_adapter(kind)
+    if entry is None:
+        raise UserError(
+            f"the adapter is of the unknown kind {kind!r}",
+            where=str(folder / ADAPTER_CONFIG),
+            hint="give a LoRA, a prompt-tuning or one of deltaw's own adapters",
+        )
+    return entry.load().from_run(None, train=None, tokenizer=tokenizer)

@@ -10,19 +10,158 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_of_base
+from deltaw.lora.kinds import is_linear
 from deltaw.lora.places import ParameterPlace
 from deltaw.lora.stored import count_numbers
 from deltaw.methods.base import REPLACED_KEY, MethodBase
 from deltaw.methods.files import metadata_of, read_trained, write_trained
-from deltaw.methods.parameters import as_base, inside, keep_base, names_of, put_loaded, train_places
-from deltaw.methods.subset import Subset
+from deltaw.methods.parameters import (
+    add_biases,
+    as_base,
+    inside,
+    keep_base,
+    modules_named,
+    names_of,
+    put_loaded,
+    train_places,
+)
+from deltaw.methods.registry import TrainOptions
+from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
+from deltaw.runtime.recognition import blocks_of
+
+# ---- Single weights of the model's parameters, trained: optimizer state exists for the chosen ones alone.
+#
+# A weight matrix stays dense and in the model's precision. The optimizer trains the values (fp32) at the chosen
+# positions (int32). The backward pass computes each matrix's gradient, takes the chosen entries out of it, and
+# frees it before it computes the next one.
+
+
+INDICES, VALUES = ".indices", ".values"
+
+
+@dataclass
+class _Part:
+    """Chosen positions of one parameter, their trained values, and the values there before."""
+
+    name: str
+    weight: nn.Parameter
+    indices: Tensor
+    values: nn.Parameter
+    before: Tensor
+
+
+class Subset:
+    """The chosen weights of a model; empty at first."""
+
+    def __init__(self) -> None:
+        self._parts: list[_Part] = []
+
+    def __len__(self) -> int:
+        return sum(part.indices.numel() for part in self._parts)
+
+    def begin(self, place: ParameterPlace, indices: Tensor) -> None:
+        """Train the entries of ``place``'s parameter at ``indices``, ascending flat positions (k,)."""
+        weight = place.current
+        at = indices.to(device=weight.device, dtype=torch.int32)
+        with torch.no_grad():
+            before = weight.data.view(-1).index_select(0, at)
+        values = nn.Parameter(before.to(_value_type(weight), copy=True))
+        self._parts.append(_Part(place.name, weight, at, values, before))
+
+        def take(parameter: Tensor) -> None:
+            grad = parameter.grad
+            assert grad is not None
+            parameter.grad = None
+            chosen = grad.reshape(-1).index_select(0, at).to(values.dtype)
+            values.grad = chosen if values.grad is None else values.grad.add_(chosen)
+
+        weight.register_post_accumulate_grad_hook(take)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained values, by name."""
+        return [(part.name + VALUES, part.values) for part in self._parts]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the values into the weights, rounded to their dtype."""
+        for part in self._parts:
+            _write(part.weight, part.indices, part.values)
+
+    @contextlib.contextmanager
+    def without(self, others: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        """Within the block the weights are the base model's; so are those of ``others``."""
+        with others:
+            for part in self._parts:
+                _write(part.weight, part.indices, part.before)
+            try:
+                yield
+            finally:
+                self.write()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Positions and values of each parameter, as stored in a file."""
+        kept: dict[str, Tensor] = {}
+        for part in self._parts:
+            kept[part.name + INDICES] = part.indices
+            kept[part.name + VALUES] = part.values.detach()
+        return kept
+
+    def put(self, model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """Write a file's values into the weights, and return the tensors that are not of this kind.
+
+        Raises:
+            UserError: a position is outside its parameter, or the model has no such parameter.
+        """
+        parameters = names_of(model)
+        others = {k: t for k, t in tensors.items() if not k.endswith((INDICES, VALUES))}
+        parts = []
+        for key in (k for k in tensors if k.endswith(INDICES)):
+            name = key.removesuffix(INDICES)
+            weight, indices, values = parameters.get(name), tensors[key], tensors.get(name + VALUES)
+            fits = (
+                weight is not None
+                and values is not None
+                and indices.dim() == 1
+                and indices.shape == values.shape
+                and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < weight.numel())
+            )
+            if not fits or weight is None or values is None:
+                raise UserError(
+                    f"the adapter trains weights of '{name}' that the model does not have",
+                    where=where,
+                    hint="load it onto the base model that it was trained on",
+                )
+            indices = indices.to(device=weight.device, dtype=torch.int32)
+            before = weight.data.view(-1).index_select(0, indices)
+            trained = nn.Parameter(values.to(device=weight.device), requires_grad=False)
+            parts.append(_Part(name, weight, indices, trained, before))
+        self._parts = parts
+        self.write()
+        return others
+
+
+@torch.no_grad()
+def _write(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    """weight.flatten()[indices] = values, rounded to the weight's dtype."""
+    weight.data.view(-1).index_copy_(0, indices.long(), values.detach().to(weight.dtype))
+
+
+def _value_type(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+# ---- in place
 
 
 class InPlace(MethodBase):
@@ -80,9 +219,7 @@ class InPlace(MethodBase):
         lines = [f"{self.name}: {trained:,} of {total:,} parameters trained ({trained / total:.2%}): {shown}"]
         for place in self._places:
             if place.current is not place.original and place.original is not None:
-                lines.append(
-                    f"  note: '{place.name}' was tied; its copy is trained, the other weight stays as it is"
-                )
+                lines.append(f"  note: '{place.name}' was tied; its copy is trained, the other weight stays as it is")
         return "\n".join(lines)
 
     def keeps_base(self, model: nn.Module) -> bool:
@@ -163,3 +300,261 @@ class SubsetInPlace(InPlace):
     ) -> list[ParameterPlace]:
         model.requires_grad_(False)
         return super().put(model, self._subset.put(model, tensors, where), tied, where)
+
+
+# ---- Train the biases alone (BitFit, arXiv 2106.10199).
+#
+# Newer models have none. There, each linear layer but the head gets a bias of zeros first, which changes
+# nothing until it is trained.
+
+
+class Bias(InPlace):
+    """Train every parameter named ``bias``."""
+
+    name = "bias"
+    usual_rate = 5e-4
+
+    def __init__(self, settings: object = None) -> None:
+        super().__init__(settings)
+        self._added = 0
+
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        extra = set(inside(extra_modules, names_of(model)))
+        return [n for n in names_of(model) if n.rpartition(".")[2] == "bias" and n not in extra]
+
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
+        if self.chosen(model, extra_modules):
+            return super().start(model, extra_modules, seed)
+        places = train_places(model, inside(extra_modules, names_of(model)))
+        added = add_biases(model, _linear_layers(model, extra_modules))
+        self._added = len(added)
+        return [*places, *added]
+
+    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+        text = super().summary(model, total, extra_modules)
+        if not self._added:
+            return text
+        return f"{text}\n  note: the model has no biases; {self._added} linear layers were given one of zeros"
+
+
+def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The linear layers below the output head."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    excluded = tuple(extra_modules)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not head
+        and not any(name == other or name.startswith(f"{other}.") for other in excluded)
+    ]
+
+
+# ---- Train every parameter: the baseline that the other methods are measured against.
+
+
+class Full(InPlace):
+    """Train everything. A bf16 model has fp32 master weights, since small updates vanish in bf16."""
+
+    name = "full"
+    usual_rate = 2e-5
+
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        return list(names_of(model))
+
+
+# ---- Train the output layer alone, everything below it frozen.
+#
+# No gradient flows through the backbone, and none of its activations are kept: it is a frozen prefix.
+
+
+class Head(InPlace):
+    """Train ``head.modules``, by default the model's output layer."""
+
+    name = "head"
+    usual_rate = 1e-3
+
+    def __init__(self, settings: HeadSettings | None = None) -> None:
+        super().__init__(settings or HeadSettings())
+        self.modules = (settings or HeadSettings()).modules
+
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        if self.modules:
+            return inside(modules_named(model, self.modules, "head.modules"), names_of(model))
+        if extra_modules:
+            return []  # a classifier, which every method trains, is the head itself
+        getter = getattr(model, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if head is None:
+            return []
+        return inside([name for name, module in model.named_modules() if module is head], names_of(model))
+
+
+# ---- Train the last blocks, everything below them frozen: the backward pass ends at the lowest of them.
+
+
+class Last(InPlace):
+    """Train ``last.blocks`` blocks, counted from the top."""
+
+    name = "last"
+    usual_rate = 5e-5
+
+    def __init__(self, settings: LastSettings | None = None) -> None:
+        super().__init__(settings or LastSettings())
+        self.blocks = (settings or LastSettings()).blocks
+
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        found = blocks_of(model)
+        if found is None:
+            raise UserError(
+                f"a {type(model).__name__} has no list of blocks",
+                where="method",
+                hint="choose another method",
+            )
+        name, blocks = found
+        if self.blocks > len(blocks):
+            raise UserError(
+                f"last.blocks asks for {self.blocks} blocks, and the model has {len(blocks)}",
+                where="last.blocks",
+                hint=f"give at most {len(blocks)}",
+            )
+        return inside([f"{name}.{i}" for i in range(len(blocks) - self.blocks, len(blocks))], names_of(model))
+
+
+# ---- Train a random subset of the weights, as many as asked for, spread evenly over all parameters.
+#
+# Gradients, optimizer state and the saved file exist for the chosen weights alone (see ``subset``).
+
+
+class Random(SubsetInPlace):
+    """Train ``random.weights`` of the model's weights."""
+
+    name = "random"
+    usual_rate = 5e-4
+
+    def __init__(self, settings: RandomSettings | None = None) -> None:
+        super().__init__(settings or RandomSettings())
+        self.weights = (settings or RandomSettings()).weights
+
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        extra = set(inside(extra_modules, names_of(model)))
+        return [name for name in names_of(model) if name not in extra]
+
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
+        extra = inside(extra_modules, names_of(model))
+        places = train_places(model, [*self.chosen(model, extra_modules), *extra])
+        spread = [place for place in places if place.name not in extra]
+        counts = self._counts([place.current.numel() for place in spread])
+        rng = np.random.default_rng([seed, 3])
+        for place, count in zip(spread, counts, strict=True):
+            if count:
+                drawn = rng.choice(place.current.numel(), size=count, replace=False, shuffle=False)
+                self._subset.begin(place, torch.from_numpy(np.sort(drawn).astype(np.int32)))
+            else:
+                place.current.requires_grad_(False)
+        return [place for place in places if place.name in extra]
+
+    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+        count = len(self._subset)
+        extra = sum(place.current.numel() for place in self._places)
+        text = f"random: {count:,} of {total:,} weights trained ({count / total:.2%})"
+        return text + (f", and {extra:,} of {', '.join(extra_modules)}" if extra else "")
+
+    def _counts(self, sizes: list[int]) -> list[int]:
+        """How many weights of each parameter: proportional to its size, and exactly as many as asked."""
+        total = sum(sizes)
+        wanted = round(self.weights * total) if self.weights < 1 else int(self.weights)
+        if not 1 <= wanted <= total:
+            raise UserError(
+                f"random.weights asks for {wanted:,} weights, and there are {total:,}",
+                where="random.weights",
+                hint="give a share below 1, or a smaller number",
+            )
+        ends = [wanted * end // total for end in np.cumsum(np.asarray(sizes, dtype=object))]
+        return [int(end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+# ---- Train the input layer, or another early part, with everything above it frozen.
+#
+# The gradient runs through the whole network to get there, so every block keeps its activations. The blocks'
+# own gradients and their optimizer state are saved.
+
+
+class Input(SubsetInPlace):
+    """Train ``input.modules``, by default the input layer; or only the rows of ``input.tokens`` in it."""
+
+    name = "input"
+    usual_rate = 5e-4
+
+    def __init__(self, settings: InputSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        settings = settings or InputSettings()
+        super().__init__(settings)
+        self.modules = settings.modules
+        self.tokens = settings.tokens
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_run(
+        cls, section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Input:
+        return cls(section if isinstance(section, InputSettings) else None, tokenizer)
+
+    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+        if self.tokens:
+            return []
+        if self.modules:
+            return inside(modules_named(model, self.modules, "input.modules"), names_of(model))
+        return inside([_input_layer(model)], names_of(model))
+
+    def start(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ParameterPlace]:
+        if not self.tokens:
+            return super().start(model, extra_modules, seed)
+        rows = torch.tensor(sorted({self._token_id(token) for token in self.tokens}), dtype=torch.int32)
+        name = f"{_input_layer(model)}.weight"
+        # The rows are trained in the embedding; a tied output layer stays as it is.
+        places = train_places(model, [name, *inside(extra_modules, names_of(model))])
+        embedding = next(place for place in places if place.name == name)
+        width = embedding.current.shape[1]
+        self._subset.begin(embedding, (rows[:, None] * width + torch.arange(width)).flatten())
+        return [place for place in places if place is not embedding]
+
+    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+        if not self.tokens:
+            return super().summary(model, total, extra_modules)
+        count = len(set(self.tokens))
+        trained = sum(p.numel() for _, p in self.parameters(model))
+        return f"input: the embeddings of {count} token{'s' if count != 1 else ''} trained, {trained:,} parameters"
+
+    def _token_id(self, token: str) -> int:
+        vocabulary = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
+        if token not in vocabulary:
+            raise UserError(
+                f"'{token}' is no token of the model's vocabulary",
+                where="input.tokens",
+                hint=did_you_mean(token, list(vocabulary)[-2000:])
+                + "; add a new token to the tokenizer, and its row to the embedding, first",
+            )
+        return int(vocabulary[token])
+
+    def put(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], where: str
+    ) -> list[ParameterPlace]:
+        names = {key.removesuffix(INDICES) for key in tensors if key.endswith(INDICES)}
+        # As in training: rows of an embedding that is tied to the output layer change in a copy of it.
+        train_places(model, [name for name in names_of(model) if name in names])
+        return super().put(model, tensors, tied, where)
+
+
+def _input_layer(model: nn.Module) -> str:
+    """The name of the module that reads the input."""
+    getter = getattr(model, "get_input_embeddings", None)
+    layer = getter() if callable(getter) else None
+    for name, module in model.named_modules():
+        if module is layer and name:
+            return name
+    raise UserError(
+        f"a {type(model).__name__} does not say which module is its input layer",
+        where="input.modules",
+        hint="name the modules to train",
+    )

@@ -86,9 +86,7 @@ class LoRA(MethodBase):
         said = str(attach(model, config, seed=seed))
         if config.init == "eva":
             if calibrate is None:
-                raise UserError(
-                    "init 'eva' needs calibration rows", where="lora.init", hint="use init 'uniform'"
-                )
+                raise UserError("init 'eva' needs calibration rows", where="lora.init", hint="use init 'uniform'")
             said += f"\n{initialize_from_activations(model, calibrate, seed=seed)}"
         # Only the adapter's dropout is on. The model's own is no part of the method and stays off.
         _draw(model, True)

@@ -39,9 +39,7 @@ def modules_named(model: nn.Module, entries: Iterable[str], where: str) -> list[
     for entry in entries:
         hits = [name for name in names if name == entry or name.endswith(f".{entry}")]
         if not hits:
-            raise UserError(
-                f"'{entry}' is no module of the model", where=where, hint=did_you_mean(entry, names)
-            )
+            raise UserError(f"'{entry}' is no module of the model", where=where, hint=did_you_mean(entry, names))
         found.update(dict.fromkeys(hits))
     return list(found)
 
@@ -106,9 +104,7 @@ def keep_base(places: Iterable[ParameterPlace]) -> bool:
     return all(place.current is not place.original for place in places)
 
 
-def as_base(
-    model: nn.Module, places: Sequence[ParameterPlace], method: str
-) -> contextlib.AbstractContextManager[None]:
+def as_base(model: nn.Module, places: Sequence[ParameterPlace], method: str) -> contextlib.AbstractContextManager[None]:
     """Within the block every place has the base model's own parameter.
 
     Raises:
@@ -146,9 +142,7 @@ def put_loaded(
         except AttributeError:
             spots = []
         if not spots or any(attribute not in own_parameters(module) for module, attribute in spots):
-            raise UserError(
-                f"the adapter trains '{name}', which the model does not have", where=where, hint=hint
-            )
+            raise UserError(f"the adapter trains '{name}', which the model does not have", where=where, hint=hint)
         module, attribute = spots[0]
         before = own_parameters(module)[attribute]
         weight = own_parameters(module).get("weight")

@@ -34,9 +34,7 @@ class HeadSettings:
     )
 
 
-register(
-    MethodEntry("head", "deltaw.methods.head:Head", HeadSettings, "the output layer alone", compared=True)
-)
+register(MethodEntry("head", "deltaw.methods.in_place:Head", HeadSettings, "the output layer alone", compared=True))
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,10 @@ class InputSettings:
 
     def __post_init__(self) -> None:
         if self.modules and self.tokens:
-            raise UserError(
-                "input.modules and input.tokens exclude each other", hint="leave one of the two out"
-            )
+            raise UserError("input.modules and input.tokens exclude each other", hint="leave one of the two out")
 
 
-register(MethodEntry("input", "deltaw.methods.input:Input", InputSettings, "the input layer"))
+register(MethodEntry("input", "deltaw.methods.in_place:Input", InputSettings, "the input layer"))
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,7 @@ class PromptSettings:
     init: Literal["random", "text"] = field(
         default="random",
         metadata={
-            "description": "the vectors are initialized with token embeddings: of random tokens, or of "
-            "prompt.text"
+            "description": "the vectors are initialized with token embeddings: of random tokens, or of prompt.text"
         },
     )
     text: str | None = field(
@@ -118,7 +113,7 @@ register(
     )
 )
 
-register(MethodEntry("bias", "deltaw.methods.bias:Bias", compared=True))
+register(MethodEntry("bias", "deltaw.methods.in_place:Bias", compared=True))
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ class RandomSettings:
 register(
     MethodEntry(
         "random",
-        "deltaw.methods.random:Random",
+        "deltaw.methods.in_place:Random",
         RandomSettings,
         "a random subset of weights",
         search=("random.weights=0.001..0.05:log",),
@@ -176,11 +171,11 @@ class LastSettings:
 register(
     MethodEntry(
         "last",
-        "deltaw.methods.last:Last",
+        "deltaw.methods.in_place:Last",
         LastSettings,
         "the last blocks",
         search=("last.blocks=[1, 2, 4]",),
     )
 )
 
-register(MethodEntry("full", "deltaw.methods.full:Full", compared=True))
+register(MethodEntry("full", "deltaw.methods.in_place:Full", compared=True))

@@ -13,8 +13,28 @@ from rich.text import Text
 from deltaw import durable
 from deltaw.errors import UserError
 from deltaw.memory.plan import Fitting, Plan
-from deltaw.reports.plan_parts import PARTS
 from deltaw.reports.wording import gigabytes
+
+# ---- The parts of a plan as they are shown: names, words and colors. Knows no terminal and no picture.
+
+
+# In the order in which they are stacked, with a color for the terminal and one for the picture (both from a
+# palette that color-blind readers can tell apart).
+PARTS = (
+    ("weights", "the model's weights", "blue", "#0072b2"),
+    ("trained", "trained parameters", "cyan", "#56b4e9"),
+    ("gradients", "gradients", "yellow", "#f0e442"),
+    ("optimizer", "optimizer state", "bright_red", "#d55e00"),
+    ("activations", "activations kept", "green", "#009e73"),
+    ("logits", "logits", "magenta", "#cc79a7"),
+    ("batch", "batch", "bright_black", "#999999"),
+    ("workspace", "workspace", "bright_yellow", "#e69f00"),
+    ("process", "process, rows, kernels", "white", "#dddddd"),
+)
+
+
+# ---- plan
+
 
 BAR = 56
 # A line of what is printed; a terminal has so many columns at least.
@@ -67,9 +87,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("process in all", gigabytes(plan.peak_resident_bytes), style="bold")
     if plan.disk_bytes:
         table.add_row("features on the disk", gigabytes(plan.disk_bytes))
-    where = (
-        f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
-    )
+    where = f"the peak falls in the {plan.phase}, {f'at {plan.module}' if plan.module else 'outside all modules'}"
     table.caption = f"{where};\nmicrobatches of {plan.tokens:,} tokens"
     table.caption_justify = "left"
     return table

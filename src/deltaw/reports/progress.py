@@ -2,25 +2,357 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.errors import LiveError
 from rich.live import Live
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
 
 from deltaw.host.choices import Choice
 from deltaw.host.memory import resident_bytes
 from deltaw.memory.plan import Plan
-from deltaw.reports.header import run_header
-from deltaw.reports.live import LiveLine, clock
+from deltaw.reports.comparison import write_rate_figure
+from deltaw.reports.page.write import NAME as REPORT
 from deltaw.reports.plan import plan_lines
-from deltaw.reports.rate_figure import write_rate_figure
+from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, shown
 from deltaw.training.callbacks import Callback, RunStart
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.monitoring.rate_curve import RateSearch
-from deltaw.training.monitoring.written_answers import Sample
+from deltaw.training.fit import Result
+from deltaw.training.monitoring.monitor import Sample
+from deltaw.training.monitoring.rates import RateSearch
 from deltaw.training.state import Outcome, Step, TrainState
+from deltaw.training.summary import FINISHED, INTERRUPTED, next_commands
+from deltaw.version import __version__
+
+# ---- What a person sees of long work: a spinner with the time on a terminal, a line now and then elsewhere.
+#
+# Short work shows nothing. It listens to :mod:`deltaw.working`, and knows nothing of the work itself. The steps
+# of a run have a display of their own (:mod:`deltaw.reports.progress`).
+
+
+# Seconds before a spinner appears, and between its changes.
+PATIENCE, REDRAW = 0.6, 0.2
+# Without a terminal: seconds before the first line, and how many times longer until each next one.
+FIRST_LINE, NEXT_LINE = 5.0, 3.0
+
+
+@dataclass
+class _Work:
+    what: str
+    total: float | None
+    began: float = field(default_factory=time.monotonic)
+    done: float = 0.0
+
+    def shown(self) -> str:
+        """The work, how far it is, and for how long it has been going on."""
+        share = f" {100 * min(self.done / self.total, 1):.0f} %" if self.total else ""
+        return f"{self.what}{share}  {time.monotonic() - self.began:.0f} s"
+
+
+class WorkingDisplay:
+    """Shows the innermost work that goes on; a thread draws while there is any.
+
+    Args:
+        console: where to. Where another display is live on it already, that one stays alone.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._works: list[_Work] = []
+        self._lock = threading.Lock()
+        self._idle: threading.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    def began(self, what: str, total: float | None) -> None:
+        with self._lock:
+            self._works.append(_Work(what, total))
+            if len(self._works) > 1:
+                return
+            self._idle = threading.Event()
+            self._thread = threading.Thread(target=self._draw, args=(self._idle,), name="deltaw-progress", daemon=True)
+            self._thread.start()
+
+    def advanced(self, done: float) -> None:
+        with self._lock:
+            if self._works:
+                self._works[-1].done = done
+
+    def ended(self) -> None:
+        with self._lock:
+            self._works.pop()
+            if self._works:
+                return
+            idle, thread = self._idle, self._thread
+        if idle is not None and thread is not None:
+            idle.set()
+            thread.join()
+
+    def _draw(self, idle: threading.Event) -> None:
+        (self._spin if self._console.is_terminal else self._lines)(idle)
+
+    def _shown(self) -> str | None:
+        with self._lock:
+            return self._works[-1].shown() if self._works else None
+
+    def _spin(self, idle: threading.Event) -> None:
+        if idle.wait(PATIENCE):
+            return
+        # As text, since a name of the user's may hold brackets.
+        status = Status(Text(self._shown() or ""), console=self._console, refresh_per_second=1 / REDRAW)
+        try:
+            status.start()
+        except LiveError:
+            return
+        try:
+            while not idle.wait(REDRAW):
+                shown = self._shown()
+                if shown is not None:
+                    status.update(Text(shown))
+        finally:
+            status.stop()
+
+    def _lines(self, idle: threading.Event) -> None:
+        wait = FIRST_LINE
+        while not idle.wait(wait):
+            shown = self._shown()
+            if shown is not None:
+                self._console.print(f"still {shown}", markup=False, highlight=False)
+            wait *= NEXT_LINE
+
+
+# ---- How a run ended, for a terminal: its results, and the commands that go on from there.
+
+
+def show_end(console: Console, result: Result) -> None:
+    """A table on a terminal, lines elsewhere; below it the next commands, each on a line of its own, so that
+    it can be copied."""
+    if console.is_terminal:
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), width=min(100, console.width))
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold", ratio=1)
+        for name, text in closing_rows(result):
+            table.add_row(Text(name), Text(text))
+        console.print()
+        console.print(table, soft_wrap=False)
+        console.print()
+    else:
+        for line in closing_lines(result):
+            console.print(line)
+    state = INTERRUPTED if result.interrupted else FINISHED
+    commands = next_commands(result.output, state, result.method, result.writes_text)
+    if (result.output / REPORT).is_file():
+        console.print(f"report: {result.output / REPORT}")
+    for entry in commands:
+        console.print(f"next: {entry['command']}  # {entry['what']}")
+
+
+def closing_rows(result: Result) -> Iterator[tuple[str, str]]:
+    """Name and text of each line of the table."""
+    done = result.outcome
+    if result.interrupted:
+        yield "interrupted", f"after {done.steps:,} steps; the adapter of the last whole step is saved"
+    if done.seconds:
+        yield (
+            "training",
+            f"{done.rows:,} rows, {done.steps:,} steps in {duration(done.seconds)}: "
+            f"{rate(done.rows / done.seconds)} rows/s, {done.tokens / done.seconds:,.0f} tokens/s",
+        )
+    if done.steps:
+        yield "training loss", f"{done.loss:.4f}, the mean over all steps"
+    if result.stopped_early is not None:
+        yield "stopped early", result.stopped_early
+    evaluation = result.evaluation
+    main = f"{evaluation.name} {evaluation.main}".strip()
+    for name, value in evaluation.named_metrics().items():
+        bounds = evaluation.interval if name == main else None
+        interval = ""
+        if bounds is not None:
+            low, high = (metric_value(name, bound) for bound in bounds)
+            interval = f" (95 % interval {low} to {high})"
+        yield f"held-out {metric_name(name)}", metric_value(name, value) + interval
+    planned = result.planned_memory_bytes
+    told = "" if planned is None else f", {gigabytes(planned)} planned"
+    yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{told}"
+    if result.drift is not None:
+        first, *more = result.drift.lines()
+        yield "drift", first.removeprefix("drift: ")
+        for line in more:
+            yield "", line.strip()
+    yield "adapter", os.fspath(result.output)
+
+
+def closing_lines(result: Result) -> Iterator[str]:
+    """The same as lines, each of which says what it is."""
+    done = result.outcome
+    if result.interrupted:
+        steps = "1 step" if done.steps == 1 else f"{done.steps:,} steps"
+        yield f"interrupted after {steps}: the adapter is saved in {result.output}"
+        return
+    if done.seconds:
+        planned = result.planned_memory_bytes
+        plan_note = "" if planned is None else f" (planned {gigabytes(planned)})"
+        yield (
+            f"{done.rows:,} rows in {done.seconds:.1f} s ({done.rows / done.seconds:.1f} rows/s, "
+            f"{done.tokens / done.seconds:,.0f} tokens/s), "
+            f"peak memory {gigabytes(result.peak_memory_bytes)}{plan_note}"
+        )
+        held_out = "".join(f", held-out {k} {v:.4f}" for k, v in result.evaluation.named_metrics().items())
+        yield f"training loss {done.loss:.4f}{held_out}"
+    if result.drift is not None:
+        yield from result.drift.lines()
+    yield f"the adapter is in {result.output}"
+
+
+# ---- What a run is about to do, as one table for a terminal: each value, and why it was chosen.
+
+
+# Columns that the table takes at most: longer lines are hard to read.
+WIDTH = 100
+# Characters of a value; a longer one, such as a path, is shortened at its beginning.
+VALUE = 22
+
+
+def run_header(start: RunStart, plan: Plan | None, limit_bytes: int | None, width: int) -> RenderableType:
+    """The table, no wider than ``width``.
+
+    Args:
+        plan: of the run's memory; None where there is none. limit_bytes: that the machine gives.
+    """
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), width=min(width, WIDTH))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold", max_width=VALUE, style="bold")
+    table.add_column(overflow="fold", ratio=1)
+    for name, value, why in header_rows(start, plan, limit_bytes):
+        table.add_row(Text(name), Text(_end_of(value)), Text(why))
+    title = Text(os.fspath(start.folder), style="bold").append(f"  deltaw {__version__}", style="dim")
+    return Group(Text(), title, table, Text())
+
+
+def header_rows(start: RunStart, plan: Plan | None, limit_bytes: int | None) -> Iterator[tuple[str, str, str]]:
+    """Name, value and reason of each line."""
+    config, train = start.config, start.config.train
+    share = start.trained_parameters / start.total_parameters if start.total_parameters else 0.0
+    yield "model", config.model, f"{count(start.total_parameters)} parameters"
+    trained = f"{count(start.trained_parameters)} parameters trained ({share:.2%})"
+    if config.method == "lora":
+        targets = shown(config.lora.target_modules)
+        trained += f"; rank {config.lora.rank}, alpha {config.lora.alpha:g}, {targets}"
+    yield "method", config.method, trained
+    yield "data", _name(config.data.train), "" if config.data.eval is None else f"eval: {config.data.eval}"
+    length = f"{train.epochs:g} epochs" if train.max_steps is None else f"max_steps: {train.max_steps}"
+    yield "steps", f"{start.total_steps:,}", f"of {train.batch_size} rows; {length}"
+    told = dict(start.chosen)
+    rate = told.pop("train.learning_rate", None)
+    schedule = f"{train.schedule}, warm-up {train.warmup:g}"
+    if rate is None:
+        yield "learning rate", shown(train.learning_rate), f"as set; {schedule}"
+    else:
+        yield "learning rate", shown(rate.value), f"{rate.why}; {schedule}"
+    for name, choice in told.items():
+        yield name.rpartition(".")[2].replace("_", " "), shown(choice.value), choice.why
+    if plan is not None:
+        of = "" if limit_bytes is None else f"of {gigabytes(limit_bytes)}; "
+        yield "memory", gigabytes(plan.peak_resident_bytes), f"{of}planned, at its peak in the {plan.phase}"
+    if config.track is not None:
+        yield "track", config.track, "as set"
+
+
+def _name(reference: object) -> str:
+    return reference if isinstance(reference, str) else shown(reference)
+
+
+def _end_of(value: str) -> str:
+    """The end of a long value says the most."""
+    return value if len(value) <= 2 * VALUE else "…" + value[-(2 * VALUE - 1) :]
+
+
+# ---- The line that a terminal shows while a run trains: it fits the width; what matters least goes first.
+
+
+# Characters of the bar, where there is room.
+BAR_LEAST, BAR_MOST = 8, 30
+
+
+@dataclass
+class LiveLine:
+    """What the line shows; it is drawn anew from these values.
+
+    Attributes:
+        step, total: done and planned. loss: of the last step. mean: its running mean.
+        tokens_per_second: of training. memory, planned: bytes that the process holds, and at its planned
+            peak. left: seconds, None where nothing is known yet.
+    """
+
+    total: int
+    step: int = 0
+    loss: float | None = None
+    mean: float | None = None
+    tokens_per_second: float | None = None
+    memory: int = 0
+    planned: int | None = None
+    left: float | None = None
+
+    def pieces(self) -> list[tuple[int, str]]:
+        """The parts from left to right, each with its importance: 0 always stays."""
+        memory = f"{self.memory / 1e9:.2f}"
+        of = "" if self.planned is None else f"/{self.planned / 1e9:.2f}"
+        found = [(0, f"step {self.step:,}/{self.total:,}")]
+        if self.loss is not None and self.mean is not None:
+            found += [(4, f"loss {self.loss:.4f}"), (0, f"mean {self.mean:.4f}")]
+        if self.tokens_per_second is not None:
+            found.append((2, f"{self.tokens_per_second:,.0f} tokens/s"))
+        if self.memory:
+            found.append((3, f"{memory}{of} GB"))
+        if self.left is not None:
+            found.append((1, f"{clock(self.left)} left"))
+        return found
+
+    def text(self, width: int) -> Text:
+        """The line in at most ``width`` characters."""
+        pieces = self.pieces()
+        while _length(pieces) > width and any(importance for importance, _ in pieces):
+            least = max(importance for importance, _ in pieces)
+            pieces = [piece for piece in pieces if piece[0] != least]
+        room = width - _length(pieces) - 2
+        words = [word for _, word in pieces]
+        line = Text(words[0], style="bold")
+        if room >= BAR_LEAST:
+            line.append("  ").append_text(self._bar(min(room, BAR_MOST)))
+        for word in words[1:]:
+            line.append(f"  {word}", style="not bold")
+        line.truncate(width)
+        return line
+
+    def _bar(self, length: int) -> Text:
+        filled = round(length * min(1.0, self.step / self.total)) if self.total else 0
+        return Text().append("━" * filled, "cyan").append("━" * (length - filled), "bright_black")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.text(options.max_width)
+
+
+def clock(seconds: float) -> str:
+    """``0:07``, ``12:05``, ``3:02:10``."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _length(pieces: list[tuple[int, str]]) -> int:
+    return sum(len(word) + 2 for _, word in pieces) - 2
+
+
+# ---- progress
+
 
 # Seconds between lines where there is no terminal to redraw.
 PLAIN_INTERVAL = 10.0

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deltaw.training.inference_drift import GeneralAnswer
+from deltaw.training.drift import GeneralAnswer
 
 # Characters of a question and of an answer that a table shows; the end of a question says the most.
 QUESTION, ANSWER = 72, 40
@@ -73,10 +73,7 @@ def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]
     for name in rows[0][2] if rows else ():
         table.add_column(name)
     for question, expected, written in rows:
-        cells = [
-            Text(_shortened(text, ANSWER), style="green" if right else "red")
-            for text, right in written.values()
-        ]
+        cells = [Text(_shortened(text, ANSWER), style="green" if right else "red") for text, right in written.values()]
         table.add_row(Text(_tail(question, QUESTION)), Text(_shortened(expected, ANSWER)), *cells)
     return table
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import yaml
 
-from deltaw.config import DEFAULT_TASK, RunConfig, parse_yaml
 from deltaw.data.classes import find_columns
 from deltaw.data.formats import ANSWER_COLUMNS, PAIR_COLUMNS, choose_form
 from deltaw.data.pixels import image_rows
@@ -23,6 +22,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.data.sources import KINDS, Rows, read_rows
 from deltaw.errors import UserError
 from deltaw.hub.packages import is_package_reference
+from deltaw.settings import DEFAULT_TASK, RunConfig, parse_yaml
 from deltaw.working import working
 
 # A model to begin with, by task; others need one of the user's.
@@ -238,9 +238,8 @@ def _longest(rows: Rows, reference: str, model: str | None, task: str) -> tuple[
 def _counted(reference: str, folder: Path, task: str) -> int | None:
     """The longest row in the tokens of the model in ``folder``; None where it has no tokenizer."""
     from deltaw.data.labels import prepare_label_file
-    from deltaw.data.preferences import prepare_pair_file
+    from deltaw.data.preferences import prepare_pair_file, prepare_unpaired_file
     from deltaw.data.prepare import prepare_file
-    from deltaw.data.unpaired import prepare_unpaired_file
     from deltaw.hub.tokenizers import tokenizer_in
 
     tokenizer = tokenizer_in(folder)

@@ -26,11 +26,19 @@ from transformers import PreTrainedModel
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.torch_private import own_modules
-from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
-from deltaw.runtime.recognition import Call, Signature, Told, signature, verified
-from deltaw.runtime.roles import BlockRoles, norm_form, real_tensors
-from deltaw.runtime.small_copy import small_copy
+from deltaw.runtime.recognition import (
+    BlockRoles,
+    Call,
+    Signature,
+    Told,
+    blocks_of,
+    norm_form,
+    real_tensors,
+    signature,
+    small_copy,
+    verified,
+)
 
 # What was told to attention while it is noted: the module that called, and what it told.
 _NOTED: list[list[tuple[nn.Module, Told]]] = []

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from deltaw.runtime.blocks import blocks_of
+from deltaw.runtime.recognition import blocks_of
 
 # Bytes of a weight that are hashed, and copied from a device, at a time.
 HASHED_AT_ONCE = 64 * 2**20
@@ -89,9 +89,7 @@ def lowest_trained(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> L
             place = count if passed else -1
         places[id(parameter)] = min(place, places.get(id(parameter), place))
     above = count + 1
-    heights = {
-        places.get(id(p), above) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted
-    }
+    heights = {places.get(id(p), above) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
     if not heights or len(wanted - {id(p) for p in model.parameters()}):
         return None
     lowest = min(heights)

@@ -10,26 +10,236 @@ Knows transformers' models and layouts; not data, losses or training.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from deltaw.host.choices import Choice
-from deltaw.hub.transformers_private import attention_name
+from deltaw.hub.quiet import quiet
+from deltaw.hub.transformers_private import attention_name, dispatches_attention, set_attention_name
 from deltaw.kernels import loader
-from deltaw.kernels.attention import packed_attention
+from deltaw.kernels.attention import is_compiled, packed_attention
 from deltaw.kernels.layout import Layout
-from deltaw.lora.activation import PLACES, Activation
-from deltaw.runtime.attention_choice import attending_by
+from deltaw.lora.adapted import PLACES, Activation
 from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
 from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
-from deltaw.runtime.recognition import TOLERANCE
-from deltaw.runtime.roles import real_tensors
-from deltaw.runtime.small_copy import small_copy
+from deltaw.runtime.recognition import TOLERANCE, real_tensors, small_copy
+
+# ---- Switching a model to another attention function for a while, wherever its modules look that up.
+#
+# Each module reads the name of its attention from the configuration object that it holds. These are all one,
+# unless a module was copied: a copy that is trained whole brings its own, which transformers does not know of.
+#
+# Knows transformers' models; not what the attention computes.
+
+
+def set_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> None:
+    """Switch to another attention implementation, and check with ``must`` that the whole model followed.
+
+    Raises:
+        RuntimeError: the model's own code does not take it.
+    """
+    with quiet():
+        model.set_attn_implementation(name)
+    if must and attention_name(model.config.get_text_config()) != name:
+        raise RuntimeError(f"{type(model).__name__} does not take another attention implementation")
+    for config in _copied(model):
+        set_attention_name(config, name)
+
+
+@contextlib.contextmanager
+def attending_by(model: PreTrainedModel, name: str, *, must: bool = True) -> Iterator[None]:
+    """While open, the model attends by the function of this name; afterwards as before.
+
+    Raises:
+        RuntimeError: with ``must``, where the model does not take it.
+    """
+    before = attention_name(model.config)
+    if before is None:
+        if must:
+            raise RuntimeError(f"{type(model).__name__} does not tell by which function it attends")
+        yield
+        return
+    try:
+        set_attention(model, name, must=must)
+        yield
+    finally:
+        with quiet():
+            model.set_attn_implementation(before)
+        for config in _copied(model):
+            set_attention_name(config, before)
+
+
+def _copied(model: nn.Module) -> list[PretrainedConfig]:
+    """Configurations within the model that are copies of those that transformers switches."""
+    known: set[int] = set()
+    found: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if not isinstance(config, PretrainedConfig):
+            continue
+        found[id(config)] = config
+        if isinstance(module, PreTrainedModel):
+            parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+            known |= {id(config), *(id(part) for part in parts)}
+    return [config for key, config in found.items() if key not in known]
+
+
+# ---- Padded rows of tokens or of an image's patches: encoders, and decoders that cannot run packed rows.
+#
+# Attention that sees both ways goes through the compiled kernel. Each row becomes two segments, its tokens and
+# its padding, so that nothing is computed across. It reaches a model as transformers' own attention does and
+# leaves to torch's whatever is asked beyond that: other masks, causal attention, dropout, processors without
+# the kernel. So its results are the model's own. Blocks that are recognized run fused (``fused_blocks``), those
+# of decoders too.
+#
+# Knows transformers' models; not data, losses or training.
+
+
+PADDED_ATTENTION = "deltaw_padded"
+# Rows and tokens a row of the sample on which blocks are verified, the last row shorter by some.
+SAMPLE = (3, 14)
+
+
+def _attend_padded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query (rows, heads, length, d) in, (rows, length, heads, d) out."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    told = query.shape[-1] ** -0.5 if scaling is None else scaling
+    note(module, told, sliding_window, softcap)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    plain = query.shape[2] == key.shape[2] and sliding_window is None and softcap is None
+    layout = None
+    if plain and not causal and dropout == 0.0 and is_compiled(q, k, v):
+        layout = layout_of_mask(attention_mask, query.shape[0], query.shape[2], causal=False)
+    if layout is None:
+        options = {"sliding_window": sliding_window, "softcap": softcap, **others}
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
+        )
+    out = packed_attention(
+        q.transpose(0, 1),
+        k.transpose(0, 1),
+        v.transpose(0, 1),
+        layout,
+        scaling=told,
+        causal=False,
+    )
+    return out.transpose(0, 1).unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+AttentionInterface.register(PADDED_ATTENTION, _attend_padded)
+AttentionMaskInterface.register(PADDED_ATTENTION, sdpa_mask)
+
+# The layout of the last mask, and whether it is causal: all layers of a forward are given the same one.
+_LAST: list[tuple[weakref.ref[Tensor], bool, Layout | None]] = []
+
+
+def layout_of_mask(mask: Tensor | None, rows: int, length: int, *, causal: bool) -> Layout | None:
+    """The segments that a mask stands for; None where it is more than padding at the end of rows.
+
+    Args:
+        mask: True where a query sees a key, (rows, 1, length or 1, length); None where nothing is padded.
+        causal: whether queries see no later keys.
+    """
+    if mask is None:
+        return _whole_rows(rows, length)
+    if _LAST and _LAST[0][0]() is mask and _LAST[0][1] is causal:
+        return _LAST[0][2]
+    layout = None
+    if mask.dtype == torch.bool and mask.shape in ((rows, 1, length, length), (rows, 1, 1, length)):
+        seen = mask[:, 0, -1]  # by the last query, which a causal mask lets see every key
+        counts = seen.sum(-1)
+        places = torch.arange(length)
+        expected = seen[:, None, None]
+        if causal:
+            expected = expected & (places[:, None] >= places)
+        padded_at_end = seen == (places < counts[:, None])
+        same = (mask == expected).all() if mask.shape[2] == length or not causal else torch.tensor(False)
+        if bool(padded_at_end.all() & same & (counts > 0).all()):
+            lengths = [part for n in counts.tolist() for part in (n, length - n) if part]
+            layout = Layout.of_lengths(lengths)
+    _LAST[:] = [(weakref.ref(mask), causal, layout)]
+    return layout
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_rows(rows: int, length: int) -> Layout:
+    return Layout.of_lengths([length] * rows)
+
+
+@contextlib.contextmanager
+def padded_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]:
+    """While open, attention both ways goes through the compiled kernel where it can, and with ``fused``
+    recognized blocks run fused."""
+    if attention_name(model.config) != "sdpa" or model.device.type != "cpu" or loader.library() is None:
+        yield
+        return
+    # Falcon and its like compute attention in their own code: blocks alone stand in for it.
+    dispatched = dispatches_attention(model)
+    with contextlib.ExitStack() as stack:
+        if dispatched:
+            stack.enter_context(attending_by(model, PADDED_ATTENTION, must=False))
+        if fused:
+            stack.enter_context(fused_padded_blocks(model).installed())
+        yield
+
+
+def fused_padded_blocks(model: PreTrainedModel) -> FusedBlocks:
+    """The model's fused blocks for padded rows, recognized and verified once."""
+    return fused_in_mode(model, PADDED)
+
+
+def _padded_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None:
+    if named.get("packed_layout") is not None:
+        return None
+    return layout_of_mask(named.get("attention_mask"), hidden.shape[0], hidden.shape[1], causal=causal)
+
+
+def _sample(model: PreTrainedModel) -> dict[str, Any]:
+    """Padded rows of random tokens, or random images, as a backbone's inputs."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        shape = (SAMPLE[0], config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    tokens = torch.randint(3, config.get_text_config().vocab_size, SAMPLE, generator=generator)
+    lengths = torch.tensor([SAMPLE[1]] * (SAMPLE[0] - 1) + [SAMPLE[1] - 5])
+    inputs = {"input_ids": tokens, "attention_mask": (torch.arange(SAMPLE[1]) < lengths[:, None]).long()}
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return {**inputs, "use_cache": False} if cached else inputs
+
+
+@contextlib.contextmanager
+def _padded_attention_of(model: PreTrainedModel) -> Iterator[None]:
+    with padded_rows(model, fused=False):
+        yield
+
+
+PADDED = Mode("padded", _padded_layout_of_call, _padded_attention_of, _sample)
+
+
+# ---- packed
+
 
 ATTENTION = "deltaw_packed"
 # Ways of attending that are told apart only far from each other, where a few tokens cannot show them.
@@ -40,7 +250,7 @@ SAMPLE_VOCABULARY = 1024
 TREE = (-1, 0, 0, -1)
 
 
-def _attend(
+def _attend_packed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -73,7 +283,7 @@ def _attend(
 
 # No mask function is registered under this name, so that transformers makes no mask: the layout says who sees
 # whom. With one it would look among the positions for packed rows, and wait for the device to answer.
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(ATTENTION, _attend_packed)
 
 
 def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
@@ -145,9 +355,7 @@ def can_pack(model: PreTrainedModel) -> Choice:
     name = type(model).__name__
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     if types - PLAIN_LAYER_TYPES:
-        return Choice(
-            False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}"
-        )
+        return Choice(False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
     try:
         reached = _reached(model)
     except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
@@ -162,12 +370,8 @@ def can_pack(model: PreTrainedModel) -> Choice:
     except Exception as error:
         return Choice(False, f"{name} cannot be compared ({type(error).__name__}: {str(error)[:100]})")
     if not difference < TOLERANCE:
-        return Choice(
-            False, f"{name} gives other outputs on packed rows (relative difference {difference:.1e})"
-        )
-    return Choice(
-        True, f"{name} gives the same outputs on packed rows (relative difference {difference:.1e})"
-    )
+        return Choice(False, f"{name} gives other outputs on packed rows (relative difference {difference:.1e})")
+    return Choice(True, f"{name} gives the same outputs on packed rows (relative difference {difference:.1e})")
 
 
 def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
@@ -220,7 +424,7 @@ def _packed_against_apart(small: PreTrainedModel) -> float:
     return float((packed - expected).norm() / expected.norm())
 
 
-def _layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
+def _packed_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
     layout: Layout | PartialLayout | None = named.get("packed_layout")
     if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1]:
         return None
@@ -233,4 +437,4 @@ def _packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-PACKED = Mode("packed", _layout_of_call, _packed_attention_of, lambda model: sample_rows(model, TREE)[1])
+PACKED = Mode("packed", _packed_layout_of_call, _packed_attention_of, lambda model: sample_rows(model, TREE)[1])

@@ -18,12 +18,10 @@ from transformers import PreTrainedModel
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
-from deltaw.lora.activation import PLACES
+from deltaw.lora.adapted import PLACES
 from deltaw.runtime.packed import TREE, backbone_of, packed_rows, sample_rows
 from deltaw.runtime.partial import PartialLayout
-from deltaw.runtime.recognition import TOLERANCE
-from deltaw.runtime.roles import real_tensors
-from deltaw.runtime.small_copy import small_copy
+from deltaw.runtime.recognition import TOLERANCE, real_tensors, small_copy
 
 # Tokens at the end of a row that the adapter of the sample acts on.
 ACTIVE = 3

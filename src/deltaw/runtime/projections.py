@@ -18,7 +18,7 @@ from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
 from deltaw.lora.stored import Scales, Stored, multiply, multiply_backward, stored_form
-from deltaw.runtime.roles import by_column, norm_form
+from deltaw.runtime.recognition import by_column, norm_form
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class Norm:
 
     def backward(self, grad: Tensor, x: Tensor, stats: Tensor, added: Tensor | None = None) -> Tensor:
         """∂L/∂x (M, D), plus ``added``."""
-        return rows.norm_backward(
-            grad, x, self.weight, stats, offset=self.offset, centered=self.centered, added=added
-        )
+        return rows.norm_backward(grad, x, self.weight, stats, offset=self.offset, centered=self.centered, added=added)
 
     def over_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of each head of x (M, heads, d)."""
@@ -169,10 +167,7 @@ def can_project(layer: nn.Module) -> bool:
         if isinstance(layer, LoRALayer) and layer.acts_in_part:
             return False
     elif not (
-        kind is nn.Linear
-        or kind.__name__ in PLAIN_LINEAR_CLASSES
-        or is_conv1d(layer)
-        or stored_form(layer) is not None
+        kind is nn.Linear or kind.__name__ in PLAIN_LINEAR_CLASSES or is_conv1d(layer) or stored_form(layer) is not None
     ):
         return False
     weight, bias = own_parameters(layer).get("weight"), own_parameters(layer).get("bias")
@@ -195,7 +190,7 @@ def spread(rows: Tensor, places: Tensor | None, length: int) -> Tensor:
 
 def head_views(y: Tensor, heads: int, key_heads: int, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (M, heads, d), keys and values (M, key heads, d) of one layer's outputs y (M, n); views where
-    the layout allows it. See :data:`deltaw.runtime.roles.Split`."""
+    the layout allows it. See :data:`deltaw.runtime.recognition.Split`."""
     length = y.shape[0]
     if not grouped:
         by_head = y.view(length, heads + 2 * key_heads, -1)

@@ -33,7 +33,7 @@ from deltaw.hub.transformers_private import attention_name
 from deltaw.kernels.torch_private import is_view, own_parameters, share_parameters, sized_tensor
 from deltaw.lora.fingerprint import Values, note_base, note_values, noted_values
 from deltaw.lora.stored import weight_scales
-from deltaw.runtime.blocks import blocks_of
+from deltaw.runtime.recognition import blocks_of
 
 # Rows of fewer bytes, as a norm's, travel together: a message costs as much as sending so many bytes does.
 SMALL = 2**16
@@ -75,9 +75,7 @@ class ShardedLoader:
         Raises:
             UserError: it has no list of blocks, or its files cannot be read by rows.
         """
-        model = unfilled(
-            folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code
-        )
+        model = unfilled(folder, dtype=dtype, task=task, attention=attention, trust_remote_code=trust_remote_code)
         weights = StoredWeights(folder, model)
         used = attention_name(model.config) or attention
         choice = Choice(used, "torch's fused attention" if used == "sdpa" else "as the model has it")
@@ -168,8 +166,7 @@ class ShardedBlocks:
         self._wire(0, lambda: dist.all_gather(every, own, group=self._group))
         if any(not torch.equal(other, own) for other in every):
             raise UserError(
-                "the processes rounded the weights to int8 differently, so that their rows do not belong "
-                "together",
+                "the processes rounded the weights to int8 differently, so that their rows do not belong together",
                 where="precision",
                 hint="use machines with one kind of processor, or precision bf16",
             )
@@ -232,9 +229,7 @@ class ShardedBlocks:
 
         block = self._blocks[number]
         own = type(block)
-        self._tables[number] = {
-            path: own_parameters(m) for path, m in block.named_modules() if own_parameters(m)
-        }
+        self._tables[number] = {path: own_parameters(m) for path, m in block.named_modules() if own_parameters(m)}
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
         block.register_forward_hook(_no_view, prepend=True)
         self._classes[number] = type(block)
@@ -321,9 +316,7 @@ class _Gather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         assert isinstance(output_tensor, _Arriving)
-        output_tensor.receive = lambda rows, out: self._wire(
-            self._number, lambda: gather_rows(rows, out, group)
-        )
+        output_tensor.receive = lambda rows, out: self._wire(self._number, lambda: gather_rows(rows, out, group))
 
 
 class _Arriving(Tensor):

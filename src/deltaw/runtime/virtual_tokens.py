@@ -69,9 +69,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
     embedding = getter() if callable(getter) else None
     weight = getattr(embedding, "weight", None)
     if not isinstance(embedding, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise UserError(
-            f"a {name} does not say which module is its token embedding", where="method", hint=hint
-        )
+        raise UserError(f"a {name} does not say which module is its token embedding", where="method", hint=hint)
     for other, module in model.named_modules():
         if isinstance(module, nn.Embedding) and other.rpartition(".")[2].startswith(_SECOND_TABLES):
             raise UserError(
@@ -99,9 +97,7 @@ def attach(model: nn.Module, prompt: Tensor) -> VirtualTokens:
         UserError: as :func:`input_embedding`, the widths differ, or there are virtual tokens already.
     """
     if attached(model) is not None:
-        raise UserError(
-            "the model has a soft prompt already", hint="take it off first, or load the model anew"
-        )
+        raise UserError("the model has a soft prompt already", hint="take it off first, or load the model anew")
     embedding = input_embedding(model)
     weight = weight_of(embedding)
     width = weight_shape(embedding)[1]

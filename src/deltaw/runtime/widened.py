@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaw.kernels.torch_private import own_parameters
 from deltaw.lora.stored import library_of_tensor
-from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
+from deltaw.runtime.recognition import blocks_of
 
 HALF = (torch.bfloat16, torch.float16)
 # How transformers calls what a block is given first.

@@ -5,13 +5,38 @@ Knows packed adapters; not files, nor how a step computes.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deltaw import tasks
+from deltaw.contained import require_contained
+from deltaw.data.chat_template import read_chat_template
+from deltaw.errors import UserError
+from deltaw.hub.gguf import terminators
 from deltaw.kernels.decode import PackedAdapter
+from deltaw.lora.attachment import attachment
+from deltaw.lora.factors import AdapterFactors, Factors, read_factors
+from deltaw.lora.files import PICKLED_NAME
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, same_base
+from deltaw.lora.stored import weight_shape
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from deltaw.methods.files import metadata_of, method_of_folder, text_or_none
+from deltaw.methods.prompt import read_prompt
+from deltaw.runtime.virtual_tokens import input_embedding
 from deltaw.serving.request import UnknownAdapterError
+from deltaw.settings import RunConfig
+from deltaw.training.origin import CHAT_TEMPLATE, read_folder
 
 
 @dataclass(frozen=True)
@@ -97,3 +122,447 @@ def no_adapter(name: str, names: tuple[str, ...]) -> UnknownAdapterError:
     """The error of a name that no adapter has."""
     known = f"one of {', '.join(names)}" if names else "none: there are no adapters"
     return UnknownAdapterError(f"there is no adapter '{name}'", where="adapter", hint=f"give {known}")
+
+
+# ---- An adapter's folder as a server reads it: what acts on a row, how it is talked to, and what is refused.
+#
+# What can be served on a base that others use as well leaves the base's weights alone: low-rank factors of
+# linear layers, with or without an invocation sequence, and soft prompts. Everything else is refused, and the
+# refusal names it. The chat template, the terminators and the settings that were saved with the adapter come
+# along.
+#
+# Knows folders and one base model, which it does not change; not memory, names or requests.
+
+
+_OF_ITS_OWN = "merge it into a model of its own: deltaw merge"
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """The two files of an adapter at one moment.
+
+    Attributes:
+        stat: what the file system says of each: size, time of the last change, inode.
+        digest: of their content.
+    """
+
+    stat: tuple[tuple[int, ...], ...]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderFacts(AdapterFacts):
+    """What is known of an adapter without its weights, by its folder.
+
+    Attributes:
+        folder: where it was read. state: of its files then.
+        method: that made it. base_model: the reference that it names; None where it names none.
+        layers: adapted layers. ranks: the least and the greatest.
+        tokenizer: the base's, with the chat template that was saved with the adapter; None without one.
+        config: the run's settings; None where no run of deltaw's made it.
+    """
+
+    folder: Path
+    state: FolderState
+    method: str
+    base_model: str | None
+    layers: int
+    ranks: tuple[int, int]
+    tokenizer: PreTrainedTokenizerBase | None
+    config: RunConfig | None
+
+
+@dataclass(frozen=True)
+class AdapterParts:
+    """An adapter as it was read.
+
+    Attributes:
+        layers: factors by the names of the base's layers.
+        prompt: (k, D) fp32, rows put before each prompt, as the embedding's outputs; None without a soft
+            prompt.
+    """
+
+    facts: FolderFacts
+    layers: Mapping[str, Factors]
+    prompt: Tensor | None
+
+
+class FolderReader:
+    """Reads adapters for one base model.
+
+    Args:
+        model: the base; it is looked at and never changed.
+        tokenizer: of the base; None for a model without one.
+
+    Raises:
+        UserError: an adapter is on the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if attachment(model) is not None:
+            raise UserError("the base model has an adapter on it", hint="detach it, and add its folder to the bank")
+        self._model, self._tokenizer = model, tokenizer
+        self._fingerprint = base_fingerprint(model)
+        self._terminators = terminators(model, tokenizer)
+
+    def read(self, folder: Path, known: FolderState | None = None) -> AdapterParts:
+        """The adapter in ``folder``.
+
+        Args:
+            known: the state of its files when they were read before. Where the file system says that they are
+                the same, their content is not gone through for a digest again.
+
+        Raises:
+            UserError: it is no adapter of this base, or more than what can be put on a row.
+        """
+        refuse_missing(folder)
+        before = known if known is not None and known.stat == stat_of(folder) else state_of(folder)
+        found = read_folder(folder, trust_remote_code=None)
+        config, settings = found.run, found.adapter
+        self._refuse_task(folder, settings, config)
+        name = method_of_folder(folder, self._tokenizer).name
+        if name == "lora":
+            factors, prompt = self._factors(folder), None
+        elif name == "prompt":
+            factors, prompt = None, self._prompt(folder)
+        else:
+            raise UserError(
+                f"its method '{name}' trains the base model's own weights, which other requests use as well",
+                where=str(folder),
+                hint="serve it as a model of its own: deltaw serve " + str(folder),
+            )
+        if stat_of(folder) != before.stat:
+            raise UserError(
+                "the adapter's files change while they are read",
+                where=str(folder),
+                hint="wait until they are written, and add it again",
+            )
+        layers = {} if factors is None else factors.layers
+        ranks = [layer.rank for layer in layers.values()] or [0]
+        invoked = None if factors is None else factors.config.invocation_tokens
+        tokenizer = self._own_tokenizer(folder, config)
+        facts = FolderFacts(
+            virtual_tokens=0 if prompt is None else len(prompt),
+            invocation=tuple(invoked) if isinstance(invoked, list) else None,
+            terminators=self._ends(folder, tokenizer),
+            folder=folder,
+            state=before,
+            method=name,
+            base_model=text_or_none(settings.get("base_model_name_or_path")),
+            layers=len(layers),
+            ranks=(min(ranks), max(ranks)),
+            tokenizer=tokenizer,
+            config=config,
+        )
+        return AdapterParts(facts, layers, prompt)
+
+    def _refuse_task(self, folder: Path, settings: Mapping[str, object], config: RunConfig | None) -> None:
+        told = tasks.name_of_adapter(settings.get("task_type"))
+        task = config.task if config is not None else told
+        if task is not None and not tasks.entry_of(task).writes_text:
+            raise UserError(
+                f"it is an adapter for {task}, and the base here writes text",
+                where=str(folder),
+                hint="serve it as a model of its own: deltaw serve " + str(folder),
+            )
+
+    def _factors(self, folder: Path) -> AdapterFactors:
+        factors = read_factors(self._model, folder)
+        self._refuse_base(folder, factors.metadata, factors.metadata.get("base_model_name_or_path"))
+        return factors
+
+    def _refuse_base(self, folder: Path, metadata: Mapping[str, str], named: str | None) -> None:
+        if same_base(metadata.get(FINGERPRINT_KEY), self._fingerprint) is False:
+            raise UserError(
+                "it was trained on another base model" + (f": {named}" if named else ""),
+                where=str(folder),
+                hint="serve it on the base model that it was trained on",
+            )
+
+    def _prompt(self, folder: Path) -> Tensor:
+        file = read_prompt(folder)
+        if file.whole:
+            raise UserError(
+                f"it has modules trained in full: {', '.join(sorted(file.whole_modules or file.whole))}",
+                where=str(folder),
+                hint=_OF_ITS_OWN,
+            )
+        width = weight_shape(input_embedding(self._model))[1]
+        if file.prompt.dim() != 2 or file.prompt.shape[1] != width:
+            raise UserError(
+                f"the soft prompt is {tuple(file.prompt.shape)}, and the model's embedding is {width} wide",
+                where=str(folder),
+                hint="serve it on the base model that it was trained on",
+            )
+        prompt = file.prompt.to(torch.float32, copy=True).contiguous()
+        if not bool(torch.isfinite(prompt).all()):
+            raise UserError(
+                "the soft prompt has values that are not finite",
+                where=str(folder),
+                hint="take an earlier checkpoint of it",
+            )
+        self._refuse_base(folder, metadata_of(folder), file.base_model)
+        return prompt
+
+    def _own_tokenizer(self, folder: Path, config: RunConfig | None) -> PreTrainedTokenizerBase | None:
+        """The base's tokenizer with the chat template in the folder, where there is one."""
+        if self._tokenizer is None:
+            return None
+        template = _template_in(folder)
+        if template is None or template == self._tokenizer.chat_template:
+            return self._tokenizer
+        changed = copy.copy(self._tokenizer)
+        changed.chat_template = template
+        return changed
+
+    def _ends(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+        """The terminators that a generation configuration in the folder declares, else the base's."""
+        declared = _json(folder / "generation_config.json").get("eos_token_id")
+        if declared is None:
+            return tuple(self._terminators)
+        ids = declared if isinstance(declared, list) else [declared]
+        rows = weight_shape(input_embedding(self._model))[0]
+        if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
+            raise UserError(
+                f"its terminators {ids} are no tokens of the base model",
+                where=str(folder / "generation_config.json"),
+                hint="correct eos_token_id",
+            )
+        return tuple(sorted({*ids, *terminators(None, tokenizer)}))
+
+
+def refuse_missing(folder: Path) -> None:
+    """Raise a UserError where a folder is no adapter's: what is missing, pickled, or a link out of it."""
+    if not folder.is_dir():
+        raise UserError(f"there is no adapter folder '{folder}'", hint="name a folder on this machine")
+    require_contained(folder)
+    config, weights = _files(folder)
+    if not config.is_file():
+        raise UserError(
+            f"the folder has no {ADAPTER_CONFIG}",
+            where=str(folder),
+            hint="name the folder that an adapter was saved in",
+        )
+    if not weights.is_file():
+        if (folder / PICKLED_NAME).exists():
+            raise UserError(
+                f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read",
+                where=str(folder / PICKLED_NAME),
+                hint=f"ask its author to save it again as {ADAPTER_WEIGHTS}",
+            )
+        raise UserError(f"the folder has no {ADAPTER_WEIGHTS}", where=str(folder), hint="copy or download it again")
+
+
+def state_of(folder: Path) -> FolderState:
+    """The state of an adapter's files.
+
+    Raises:
+        UserError: the folder or a file is missing.
+    """
+    digest = hashlib.sha256()
+    for path in _files(folder):
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(
+                f"{path.name} cannot be read: {error.strerror or error}",
+                where=str(folder),
+                hint="save or copy the adapter again",
+            ) from error
+        digest.update(b"\0")
+    return FolderState(stat_of(folder), digest.hexdigest())
+
+
+def stat_of(folder: Path) -> tuple[tuple[int, ...], ...]:
+    """What the file system says of an adapter's files; nothing of a file that is not there."""
+    found = []
+    for path in _files(folder):
+        try:
+            stat = path.stat()
+        except OSError:
+            continue
+        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return tuple(found)
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    return folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+
+
+def _template_in(folder: Path) -> str | None:
+    """The chat template that stands in a folder, in a file of its own or among the tokenizer's settings."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return read_chat_template(str(folder / CHAT_TEMPLATE))
+    template = _json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return text_or_none(template)
+
+
+def _json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; empty where there is no such file.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path.name} cannot be read: {error}", where=str(path), hint="save or copy the adapter again"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path.name} is not a JSON object", where=str(path), hint="copy the adapter again")
+    return value
+
+
+# ---- The versions of adapters that there are, and which of them have room in memory.
+#
+# The least recently used version that no request uses gives way first. Knows sizes and uses; not threads or
+# folders.
+
+
+# Seconds after which a request that asked for a version, and did not ask again, is believed to be gone; and
+# after which a version that was loaded for it gives way to others.
+PATIENCE, STAYS = 10.0, 3.0
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of an adapter is in memory.
+
+    Attributes:
+        packed: its factors; None where it has none. prompt: (k, D) fp32, see :class:`AdapterParts`.
+    """
+
+    packed: PackedAdapter | None
+    prompt: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        factors = 0 if self.packed is None else self.packed.bytes
+        return factors + (0 if self.prompt is None else self.prompt.nbytes)
+
+
+@dataclass(eq=False)
+class Version:
+    """One content of a name.
+
+    Attributes:
+        number: that no other version has. bytes: of the weights.
+        current: whether its name still stands for it. loading: whether it has room that is not filled yet.
+        users: requests that use it. used: when one did last, by the room's count.
+        asked: when a request last asked for it while it was not in memory, in seconds. came: when it was
+            loaded for a request that has not come yet.
+        error: why it could not be loaded, until somebody is told.
+    """
+
+    name: str
+    number: int
+    facts: FolderFacts
+    bytes: int
+    pinned: bool
+    weights: Weights | None
+    current: bool = True
+    loading: bool = False
+    users: int = 0
+    used: int = 0
+    asked: float = NEVER
+    came: float = NEVER
+    error: UserError | None = field(default=None, repr=False)
+
+
+class Room:
+    """The versions that are current or held, within a number of bytes.
+
+    Args:
+        budget_bytes: the most that their weights take.
+
+    Attributes:
+        versions: all of them. dropped: how many left memory to make room.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.versions: set[Version] = set()
+        self.dropped = 0
+        self._clock = itertools.count(1)
+
+    def touch(self, version: Version) -> None:
+        """A request uses it now."""
+        version.used, version.asked, version.came = next(self._clock), NEVER, NEVER
+
+    def ask(self, version: Version) -> None:
+        """A request waits for it."""
+        version.asked = time.monotonic()
+
+    def is_asked_for(self, version: Version) -> bool:
+        """Whether a request waits for it, as far as one can tell."""
+        return time.monotonic() - version.asked < PATIENCE
+
+    def fill(self, version: Version, weights: Weights | None) -> None:
+        """Its weights are loaded; None where they cannot be."""
+        version.loading = False
+        if version in self.versions:
+            version.weights, version.came = weights, time.monotonic()
+
+    def stays(self, version: Version) -> bool:
+        """Whether its weights must not go. What was loaded for a request stays until the request comes, or
+        two adapters that are asked for would drive each other out for ever."""
+        pinned = version.pinned and version.current
+        return version.users > 0 or pinned or (version.current and time.monotonic() - version.came < STAYS)
+
+    def taken(self) -> int:
+        """The bytes of weights in memory, and of those that are being loaded."""
+        return sum(v.bytes for v in self.versions if v.weights is not None or v.loading)
+
+    def loaded(self) -> int:
+        """How many versions have their weights in memory."""
+        return sum(v.weights is not None for v in self.versions)
+
+    def make(self, wanted: int) -> bool:
+        """Let weights go that nobody uses, until so many bytes are free. None goes where all of them would
+        not be enough."""
+        free = self.budget_bytes - self.taken()
+        going = []
+        idle = [v for v in self.versions if v.weights is not None and not self.stays(v)]
+        for version in sorted(idle, key=lambda v: v.used):
+            if free >= wanted:
+                break
+            free += version.bytes
+            going.append(version)
+        if free < wanted:
+            return False
+        for version in going:
+            version.weights = None
+        self.dropped += len(going)
+        return True
+
+    def leave_if_done(self, version: Version) -> None:
+        """A version without a name ends with its last request."""
+        if not version.current and not version.users:
+            version.weights = None
+            self.versions.discard(version)
+
+    def refuse(self, version: Version, others: Iterable[Version]) -> None:
+        """Raise a UserError where, beside ``others``, some version would have no room even when nothing but
+        the pinned ones is in memory."""
+        after = [*others, version]
+        pinned = sum(v.bytes for v in after if v.pinned)
+        if pinned + max((v.bytes for v in after if not v.pinned), default=0) > self.budget_bytes:
+            raise too_large(version.name, self.budget_bytes)
+
+
+def too_large(name: str, budget: int) -> UserError:
+    """The error for an adapter that cannot be in memory."""
+    return UserError(
+        f"adapter '{name}' has no room in the {budget / 1e6:,.1f} MB for adapters",
+        where=name,
+        hint="give adapters more memory, or pin fewer of them",
+    )

@@ -1,7 +1,7 @@
 """Texts that must match a JSON schema, a regular expression or a grammar.
 
 Each constraint is compiled and followed in a process of its own, which can be ended
-(:mod:`deltaw.serving.constraint_process`). Here are the bounds on all of them together: how many there are,
+(:mod:`deltaw.serving.constraints`). Here are the bounds on all of them together: how many there are,
 how many are compiled at once, and when one that nobody uses goes.
 
 It knows neither the model nor how a token is chosen.
@@ -9,18 +9,666 @@ It knows neither the model nor how a token is chosen.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
-from deltaw.serving.constraint_process import ProcessLimits
-from deltaw.serving.matcher import ConstraintProcess, Launcher, Matcher
 from deltaw.serving.request import BusyError, Constraint, UnsupportedError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+
+# ---- The processes in which constraints are compiled and followed: code that runs there, and what is said there.
+#
+# llguidance counts its work and bounds it, and a hostile grammar or schema has steps that no count sees: they
+# take minutes and gigabytes, while compiling or at the thousandth token. So each constraint has a process of
+# its own, which the kernel ends when an operation takes too much processor time or memory. A launcher reads
+# the tokenizer once, and forks a process for each connection that it is sent; what they have in common is in
+# memory once.
+#
+# This module runs in an interpreter that has imported neither torch nor transformers. It knows llguidance; not
+# models, requests, or which process is on the other side.
+
+
+# To a constraint's process: a text, and a token of it; or instead of the token, that the text begins or ends.
+REQUEST = struct.Struct("<QI")
+BEGIN, END = (1 << 32) - 1, (1 << 32) - 2
+# From it: the text (0 for the constraint itself), what holds of it, and the KiB of memory that the process
+# has taken. Then the tokens that may come next, as words of int32, lowest bit first; or why it failed.
+ANSWER = struct.Struct("<QBI")
+STOPPED, ACCEPTING, FAILED = 1, 2, 4
+
+# The work for an object grows with the square of its properties: the sum of the squares, over all objects of
+# a schema, is at most that of one with so many.
+MOST_PROPERTIES = 1000
+_LONGEST_REASON = 300  # characters; a whole regular expression may stand in it
+# Of JSON: that exactly one of several schemas matches cannot be followed a token at a time, so that any may.
+# White space is short, since small models would otherwise write it without end.
+_JSON: JsonCompileOptions = {"coerce_one_of": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
+# An operation of so many seconds lowers the priority of its process: those that cost little come first.
+_EXPENSIVE = 0.1
+_NICER = 10
+
+
+@dataclass(frozen=True)
+class ProcessLimits:
+    """What a constraint's process may take.
+
+    Args:
+        seconds: of processor time for compiling the constraint, and for each token of a text.
+        text_seconds: of processor time for all tokens of a text.
+        memory: bytes besides what all processes share; enforced on Linux.
+        states: of the constraint's lexer, which its texts share.
+        idle_seconds: for which it stays after its last text.
+    """
+
+    seconds: float = 1.0
+    text_seconds: float = 30.0
+    memory: int = 128 << 20
+    states: int = 20_000
+    idle_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a launcher is told.
+
+    Args:
+        tokenizer: the JSON of a fast tokenizer. vocabulary: how many logits the model gives.
+        eos: its own terminator.
+    """
+
+    tokenizer: str
+    vocabulary: int
+    eos: int | None
+    limits: ProcessLimits
+
+    def written(self) -> bytes:
+        """As the launcher reads it."""
+        return json.dumps(asdict(self)).encode()
+
+
+def launch(control: int) -> None:
+    """The launcher's life: read settings from standard input, say on standard output whether the tokenizer
+    can be used, then fork a process for each connection that comes through the socket ``control``."""
+    told = json.loads(sys.stdin.buffer.read())
+    settings = Settings(**told | {"limits": ProcessLimits(**told["limits"])})
+    with contextlib.suppress(OSError):  # where memory runs out, these processes go before their server
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        from llguidance import LLTokenizer
+
+        tokenizer = LLTokenizer(settings.tokenizer, n_vocab=settings.vocabulary, eos_token=settings.eos)
+    except BaseException as error:  # a panic of Rust is no Exception
+        _say({"error": _first_line(str(error)) or type(error).__name__})
+        return
+    _say({"ends": list(tokenizer.eos_tokens)})
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends a process whose time is up
+    gc.collect()
+    gc.freeze()  # so that what is shared stays shared
+    with socket.socket(fileno=control) as connections:
+        while True:
+            _, received, _, _ = socket.recv_fds(connections, 1, 1)
+            if not received:
+                return
+            if not os.fork():
+                try:
+                    connections.close()
+                    _serve(Connection(received[0]), tokenizer, settings.limits)
+                finally:
+                    os._exit(0)
+            os.close(received[0])
+
+
+def _say(told: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
+
+
+def _serve(connection: Connection, tokenizer: LLTokenizer, limits: ProcessLimits) -> None:
+    """The life of a constraint's process: compile what comes first, then follow its texts to their ends."""
+    _limit_memory(limits.memory)
+    own = _memory()
+    with contextlib.suppress(EOFError, OSError):  # nobody asks any more
+        kind, value = json.loads(connection.recv_bytes())
+        texts = _Texts(tokenizer, limits)
+        flags, rest = texts.compile(kind, value)
+        connection.send_bytes(ANSWER.pack(0, flags, max(0, _memory() - own)) + rest)
+        while True:
+            for text, token in REQUEST.iter_unpack(connection.recv_bytes()):
+                if token == END:
+                    texts.end(text)
+                    continue
+                flags, rest = texts.begin(text) if token == BEGIN else texts.accept(text, token)
+                connection.send_bytes(ANSWER.pack(text, flags, max(0, _memory() - own)) + rest)
+
+
+def _limit_memory(most: int) -> None:
+    """Let this process take ``most`` bytes more, where the system keeps to that: an allocation beyond it ends
+    the process."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if sys.platform == "linux":
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + most
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _memory() -> int:
+    """KiB of memory that this process has had at most."""
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most // 1024 if sys.platform == "darwin" else most
+
+
+@dataclass
+class _Text:
+    matcher: LLMatcher
+    seconds: float = 0.0
+
+
+class _Texts:
+    """The texts of one constraint. Each operation gives flags, and what follows them in an answer."""
+
+    def __init__(self, tokenizer: LLTokenizer, limits: ProcessLimits) -> None:
+        self._tokenizer, self._limits = tokenizer, limits
+        self._texts: dict[int, _Text] = {}
+        self._grammar = ""
+        self._compiled: LLMatcher | None = None
+        self._nice = False
+
+    def compile(self, kind: str, value: str) -> tuple[int, bytes]:
+        with self._limited():
+            try:
+                self._grammar = grammar_of(kind, value)
+            except (UserError, ValueError) as error:
+                return FAILED, _first_line(str(error)).encode()
+            self._compiled = self._anew()
+            return self._state(self._compiled.deep_copy())
+
+    def begin(self, number: int) -> tuple[int, bytes]:
+        assert self._compiled is not None
+        with self._limited():
+            matcher = self._compiled.deep_copy()
+            flags, rest = self._state(matcher)
+            if flags & FAILED:
+                # Copies share what they have learned; where that has passed a limit, it is learned anew.
+                self._compiled = self._anew()
+                matcher = self._compiled.deep_copy()
+                flags, rest = self._state(matcher)
+        self._texts[number] = _Text(matcher)
+        return flags, rest
+
+    def accept(self, number: int, token: int) -> tuple[int, bytes]:
+        text = self._texts[number]
+        began = time.process_time()
+        with self._limited():
+            text.matcher.consume_token(token)
+            flags, rest = self._state(text.matcher)
+        text.seconds += time.process_time() - began
+        if text.seconds > self._limits.text_seconds:
+            return FAILED, f"its text takes more than {self._limits.text_seconds:g} s of work".encode()
+        return flags, rest
+
+    def end(self, number: int) -> None:
+        self._texts.pop(number, None)
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Within, this process ends when it has computed for too long."""
+        signal.setitimer(signal.ITIMER_PROF, self._limits.seconds)
+        try:
+            yield
+        finally:
+            left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+        if self._limits.seconds - left > _EXPENSIVE and not self._nice:
+            self._nice = True
+            os.nice(_NICER)
+
+    def _anew(self) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        # Past these a constraint is refused, or its text ends, with a reason that a person can read; the
+        # limits of the process are for what they do not count.
+        limits = LLParserLimits(
+            initial_lexer_fuel=300_000,
+            step_lexer_fuel=100_000,
+            max_lexer_states=self._limits.states,
+            max_grammar_size=100_000,
+            verbose_errors=False,
+        )
+        return LLMatcher(self._tokenizer, self._grammar, log_level=0, limits=limits)
+
+    def _state(self, matcher: LLMatcher) -> tuple[int, bytes]:
+        if matcher.is_error():
+            return FAILED, _reason(matcher).encode()
+        mask = matcher.compute_bitmask()  # may pass a limit
+        if matcher.is_error():
+            return FAILED, _reason(matcher).encode()
+        flags = STOPPED if matcher.is_stopped() else 0
+        return flags | (ACCEPTING if matcher.is_accepting() else 0), mask
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What is wrong, in a line: what follows in llguidance's messages is the state of its parser."""
+    message = _first_line(matcher.get_error())
+    return "no text matches it" if not message or message.startswith("NoExtension") else message
+
+
+def _first_line(message: str) -> str:
+    line = (message.splitlines() or [""])[0].strip()
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+
+
+def grammar_of(kind: str, value: str) -> str:
+    """A constraint in llguidance's own form.
+
+    Args:
+        kind, value: as in :class:`deltaw.serving.request.Constraint`.
+
+    Raises:
+        UserError: it is a JSON schema that cannot be used.
+    """
+    from llguidance import LLMatcher
+
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(value)
+    if kind == "grammar":
+        return LLMatcher.grammar_from_lark(value)
+    if kind == "json_object":
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON)
+    try:
+        schema = json.loads(value)
+        cost = _property_squares(schema)
+        text = json.dumps({} if schema is True else schema)
+    except ValueError as error:
+        raise UserError(f"it is not JSON: {_first_line(str(error))}") from error
+    except RecursionError as error:
+        raise UserError("it is nested too deeply") from error
+    if cost > MOST_PROPERTIES**2:
+        raise UserError(f"it has too many properties: at most {MOST_PROPERTIES} in one object, fewer in several")
+    if not isinstance(schema, dict) and schema is not True:
+        raise UserError('it is no object, such as {"type": "object"}')
+    return LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
+
+
+def _property_squares(schema: object) -> int:
+    """The squares of the numbers of properties of all objects in a schema, summed."""
+    if isinstance(schema, list):
+        return sum(map(_property_squares, schema))
+    if not isinstance(schema, dict):
+        return 0
+    return len(schema) ** 2 + sum(map(_property_squares, schema.values()))
+
+
+# ---- Handles of texts that are followed in other processes, and of those processes.
+#
+# The other side is :mod:`deltaw.serving.constraints`. Nobody has to wait for a handle: a thread of each
+# process takes its answers. A process ends with its connection, and with this process.
+#
+# It knows tokenizers, sockets and tokens; not which constraints there are, nor how many processes there may be.
+
+
+# Seconds for a tokenizer to be read; for an answer on a machine that has much else to do.
+_START_SECONDS = 120.0
+_ANSWER_SECONDS = 60.0
+# Messages that a process is sent before it answers: so few have room in a socket that nobody reads.
+_MOST_ASKED = 64
+# Run by the interpreter of a launcher, which finds modules where this one does.
+_LAUNCH = (
+    "import sys; control, *sys.path = sys.argv[1:]; from deltaw.serving.constraints import launch; launch(int(control))"
+)
+
+
+class Launcher:
+    """The process that forks the others, seen from here.
+
+    Attributes:
+        ends: what llguidance takes for terminators of the tokenizer.
+
+    Raises:
+        UnsupportedError: there can be none on this system, or for this tokenizer.
+        BusyError: it has ended before it was ready.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, limits: ProcessLimits) -> None:
+        if not hasattr(os, "fork"):
+            raise UnsupportedError("constrained texts need Linux or macOS")
+        if find_spec("llguidance") is None:
+            raise UnsupportedError("constrained texts need the package llguidance", hint="pip install 'deltaw[serve]'")
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise _unreadable(f"it is a {type(tokenizer).__name__}, not a fast one")
+        backend = copy(tokenizer.backend_tokenizer)  # a copy, since batches of rows are padded by it
+        backend.no_padding()
+        backend.no_truncation()
+        settings = Settings(backend.to_str(), vocabulary, tokenizer.eos_token_id, limits)
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _LAUNCH, str(theirs.fileno()), *map(str, sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if not name.startswith("DELTAW_")},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # it is ended with all that it forked, and not by Ctrl-C
+            )
+        told = self._told(settings)
+        if "error" in told:
+            self.kill()
+            raise _unreadable(str(told["error"]))
+        self.ends: Sequence[int] = told["ends"]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still fork."""
+        return self._process.poll() is None
+
+    def connection(self) -> Connection:
+        """A connection to a process of its own.
+
+        Raises:
+            BusyError: the launcher has just ended.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            except OSError as error:
+                ours.close()
+                raise _ended() from error
+        return Connection(ours.detach())
+
+    def kill(self) -> None:
+        """End it with all processes that it forked."""
+        if self.alive:  # so that nobody else has its number
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._control.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _told(self, settings: Settings) -> dict:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        patience = threading.Timer(_START_SECONDS, self._process.kill)
+        patience.start()
+        try:
+            with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+                stdin.write(settings.written())
+            line = self._process.stdout.readline()
+        finally:
+            patience.cancel()
+        if not line:
+            self.kill()
+            raise _ended()
+        return dict(json.loads(line))
+
+
+class ConstraintProcess:
+    """A constraint's process, seen from here. A thread takes its answers.
+
+    Args:
+        changed: called from that thread when the process takes more memory, when it has been silent for a
+            while, and when it has ended.
+
+    Attributes:
+        compiled: whether texts can begin. memory: bytes that it takes, as far as is known.
+        gone: why it has ended; None while it has not.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        vocabulary: int,
+        own_ends: Sequence[int],
+        limits: ProcessLimits,
+        changed: Callable[[ConstraintProcess], None],
+    ) -> None:
+        self.compiled, self.memory = False, 0
+        self.gone: str | None = None
+        self._connection, self._limits, self._changed = connection, limits, changed
+        self._vocabulary, self._own_ends = vocabulary, own_ends
+        self._lock = threading.Lock()
+        self._heard = time.monotonic()
+        self._numbers = itertools.count(1)
+        self._texts: weakref.WeakValueDictionary[int, Matcher] = weakref.WeakValueDictionary()
+        self.ended: deque[int] = deque()  # texts that nobody holds any more
+        self._unsent: deque[bytes] = deque()
+        self._asked = 0  # messages that wait for their answers
+        threading.Thread(target=self._listen, name="deltaw-constraint", daemon=True).start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is compiled, and has no text."""
+        return self.compiled and not len(self._texts)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has been quiet for as long as an unused one stays."""
+        return time.monotonic() - self._heard >= self._limits.idle_seconds
+
+    def compile(self, constraint: Constraint) -> str | None:
+        """Compile its constraint; why that is not possible, or None."""
+        whole = self._matcher(0, ())
+        self._send(whole, json.dumps([constraint.kind, constraint.value]).encode())
+        failed = whole.failed
+        self.compiled = failed is None
+        return failed
+
+    def begin(self, ends: Sequence[int]) -> Matcher:
+        """A new text; see :meth:`Grammars.compile`."""
+        matcher = self._matcher(next(self._numbers), ends)
+        self.ask(matcher, BEGIN)
+        return matcher
+
+    def ask(self, matcher: Matcher, token: int) -> None:
+        """Let a text take a token; the answer comes to the matcher."""
+        self._send(matcher, REQUEST.pack(matcher.number, token))
+
+    def end(self, reason: str) -> None:
+        """End the process, as soon as it has done what it is doing."""
+        with self._lock:
+            self.gone = self.gone or reason
+            with contextlib.suppress(OSError), self._socket() as connected:
+                connected.shutdown(socket.SHUT_RDWR)  # wakes whoever reads, on both sides
+
+    def _matcher(self, number: int, ends: Sequence[int]) -> Matcher:
+        matcher = self._texts[number] = Matcher(self, number, self._vocabulary, ends, self._own_ends)
+        return matcher
+
+    def _socket(self) -> socket.socket:
+        return socket.fromfd(self._connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def _send(self, matcher: Matcher, message: bytes) -> None:
+        with self._lock:
+            if self.gone is None:
+                self._unsent.append(message)
+                self._send_some()
+                return
+        matcher.answer(FAILED, self.gone.encode())
+
+    def _send_some(self) -> None:
+        """Send what waits, as far as nobody has to wait for its being read."""
+        with contextlib.suppress(OSError):  # then the process has ended; who listens says so
+            while self._unsent and self._asked < _MOST_ASKED:
+                ended = [REQUEST.pack(self.ended.popleft(), END) for _ in range(len(self.ended))]
+                self._connection.send_bytes(b"".join(ended) + self._unsent.popleft())
+                self._asked += 1
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                if not self._connection.poll(self._limits.idle_seconds):
+                    self._changed(self)
+                    continue
+                answer = self._connection.recv_bytes()
+                number, flags, memory = ANSWER.unpack_from(answer)
+                self._heard = time.monotonic()
+                with self._lock:
+                    self._asked -= 1
+                    self._send_some()
+                matcher = self._texts.get(number)
+                if matcher is not None:
+                    matcher.answer(flags, answer[ANSWER.size :])
+                del matcher  # or its text would not end while nothing comes
+                if memory << 10 > self.memory:
+                    self.memory = memory << 10
+                    self._changed(self)
+        self.end(self._overrun)
+        for matcher in list(self._texts.values()):
+            matcher.answer(FAILED, str(self.gone).encode())
+        with self._lock:
+            self._connection.close()
+        self._changed(self)
+
+    @property
+    def _overrun(self) -> str:
+        limits = self._limits
+        return f"it takes more than {limits.seconds:g} s of work at once, or {limits.memory >> 20} MiB of memory"
+
+
+class Matcher:
+    """Where one text stands in its grammar. It belongs to one request.
+
+    A token's consequences are computed in another process: whatever is asked before it is ``ready`` waits.
+
+    Args:
+        process: of its constraint. number: by which that knows the text.
+        ends: the request's terminators. own_ends: those that llguidance takes for terminators.
+
+    Attributes:
+        late: whether somebody has waited for what comes now, in vain.
+    """
+
+    def __init__(
+        self,
+        process: ConstraintProcess,
+        number: int,
+        vocabulary: int,
+        ends: Sequence[int],
+        own_ends: Sequence[int],
+    ) -> None:
+        self.number, self.late = number, False
+        self.process = process
+        self._ends = _words(vocabulary, ends)
+        self._no_ends = ~_words(vocabulary, [*ends, *own_ends])
+        self._state = 0, b""  # one value, since it comes from another thread
+        self._asked = time.monotonic()
+        self._answered = threading.Event()
+
+    def __del__(self) -> None:
+        self.process.ended.append(self.number)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known which tokens may come next."""
+        return self._answered.is_set()
+
+    @property
+    def pending(self) -> float:
+        """For how many seconds it has not been ``ready``."""
+        return 0.0 if self.ready else time.monotonic() - self._asked
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is ``ready``, or for so long; whether it is."""
+        self.late = not self._answered.wait(_ANSWER_SECONDS if seconds is None else max(0.0, seconds))
+        if self.late and seconds is None:
+            self.process.end("its process does not answer")
+            self._answered.wait()
+        return self.ready
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is whole and nothing but a terminator may follow."""
+        self.wait()
+        return self._state[0] & (STOPPED | FAILED) == STOPPED
+
+    @property
+    def failed(self) -> str | None:
+        """Why the text cannot go on, where a limit was passed or a token taken that is not allowed; None
+        otherwise."""
+        self.wait()
+        flags, rest = self._state
+        return rest.decode() if flags & FAILED else None
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next, as int32 words (ceil(vocabulary / 32)), lowest bit first; none where
+        it has ``failed``, and terminators alone where it has ``ended``."""
+        self.wait()
+        flags, rest = self._state
+        if flags & FAILED:
+            return np.zeros_like(self._ends)
+        words: np.ndarray = np.frombuffer(rest, dtype=np.int32)[: len(self._ends)] & self._no_ends
+        return words | self._ends if flags & ACCEPTING else words
+
+    def accept(self, token: int) -> None:
+        """Take a token of the text, no terminator; it fails where the grammar does not allow it."""
+        self.wait()
+        if not self._state[0] & FAILED:
+            self._asked = time.monotonic()
+            self._answered.clear()
+            self.process.ask(self, token)
+
+    def answer(self, flags: int, rest: bytes) -> None:
+        """What follows from the last token; told by the process."""
+        self._state, self.late = (flags, rest), False
+        self._answered.set()
+
+
+def _words(vocabulary: int, tokens: Sequence[int]) -> np.ndarray:
+    """Tokens as a mask: int32 words (ceil(vocabulary / 32)), lowest bit first."""
+    bits = np.zeros((vocabulary + 31) // 32 * 32, dtype=np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def masks(matchers: Mapping[int, Matcher]) -> dict[int, np.ndarray]:
+    """What each row's matcher allows, as :func:`deltaw.serving.sampling.choose` takes it."""
+    return {row: matcher.allowed() for row, matcher in matchers.items()}
+
+
+def _unreadable(reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"texts cannot be constrained with this model's tokenizer: {reason}",
+        where="tokenizer",
+        hint="leave the constraint out",
+    )
+
+
+def _ended() -> BusyError:
+    return BusyError("the process that compiles constraints has ended", hint="ask again later")
+
+
+# ---- constraints
+
 
 LONGEST_CONSTRAINT = 256 * 1024  # characters
 _MOST_REFUSED = 32  # constraints that are known to be unusable

@@ -24,19 +24,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.hub.loading import attention_of, ordinary_attention
-from deltaw.kernels.block_formats import BlockWeight
+from deltaw.kernels.block_linear import BlockWeight
 from deltaw.kernels.decode import Decoder, PackedAdapter
-from deltaw.kernels.decode_parts import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
+from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear, DecoderNorm, DecoderNorms
 from deltaw.kernels.quantize import quantized_rows
 from deltaw.kernels.torch_private import own_parameters
-from deltaw.runtime.blocks import blocks_of
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.fused_blocks import last_norm, recognize
-from deltaw.runtime.packed import PACKED
-from deltaw.runtime.padded import PADDED
+from deltaw.runtime.packed import PACKED, PADDED
 from deltaw.runtime.projections import Projection
-from deltaw.runtime.roles import BlockRoles, Norms, activation_kind, norm_form, part
-from deltaw.runtime.small_copy import small_copy
+from deltaw.runtime.recognition import BlockRoles, Norms, activation_kind, blocks_of, norm_form, part, small_copy
 from deltaw.serving.adapters import ActiveAdapter
 from deltaw.serving.probes import Entry, NotDecodable, Prober
 
@@ -236,10 +233,7 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
 
 
 def _norms(block: nn.Module, places: Norms) -> DecoderNorms:
-    made = (
-        None if path is None else _norm(part(block, path))
-        for path in (places.before, places.after, places.post)
-    )
+    made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
     return DecoderNorms(*made)
 
 
@@ -272,9 +266,7 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
 
 def _bytes_per_token(fused: Sequence[FusedBlock], dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values."""
-    heads = sum(
-        block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused
-    )
+    heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
     return 2 * heads * dtype.itemsize
 
 

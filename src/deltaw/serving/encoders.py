@@ -7,26 +7,134 @@ Knows tokens and models; not HTTP.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.data.label_batches import LabelBatch
+from deltaw import tasks
+from deltaw.data.images import LabelBatch
 from deltaw.data.labels import LabeledExample
 from deltaw.errors import UserError, did_you_mean
-from deltaw.runtime.padded import padded_rows
-from deltaw.serving.pooling import Pooling, pooled
-from deltaw.training.inference import InferenceSession
-from deltaw.training.tasks.label_batcher import choose_label_batcher, text_positions
-from deltaw.training.tasks.label_objective import LabelObjective
+from deltaw.host.choices import choose_device, choose_precision
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import load, read_config
+from deltaw.runtime.packed import padded_rows
+from deltaw.settings import DEFAULT_TASK
+from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
+from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, own_outputs, text_positions
+
+# ---- How the vectors of a row's tokens become one, and what a model's folder says of it.
+#
+# Sentence-transformers writes the way into ``modules.json`` and the folder of its pooling module. Without them
+# an encoder's real tokens are averaged. A model whose tokens see only those before them, a decoder, is not made
+# for that and is refused unless a way is asked for.
+
+
+Pooling = Literal["mean", "first", "last"]
+_KEYS: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a row.
+
+    Args:
+        hidden: (rows, length, width), of rows padded at their end. mask: (rows, length), 1 for real tokens.
+
+    Returns:
+        (rows, width).
+    """
+    if pooling == "first":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    real = mask[..., None].to(hidden.dtype)
+    # Zeros times what padding left there would be NaN where that is not finite.
+    return hidden.masked_fill(real == 0, 0).sum(1) / real.sum(1)
+
+
+def pooling_of(model: PreTrainedModel, folder: Path, asked: str = "auto") -> tuple[Pooling, str]:
+    """The pooling of a model and why.
+
+    Raises:
+        UserError: the folder says something that is not possible here, or the model is a decoder and nobody
+            asked for a way.
+    """
+    if asked != "auto":
+        if asked not in get_args(Pooling):
+            raise UserError(f"there is no pooling '{asked}'", hint=f"use one of {', '.join(get_args(Pooling))}")
+        return asked, "as asked"  # type: ignore[return-value]
+    told = _of_folder(folder)
+    if told is not None:
+        return told, "as the model's folder says"
+    if not sees_both_ways(model):
+        raise UserError(
+            f"{type(model).__name__} is a decoder: its tokens see only those before them, and nothing says "
+            "how it embeds a text",
+            where=str(folder),
+            hint="take an encoder, or ask for pooling 'last' or 'mean' if the model was trained for it",
+        )
+    return "mean", "an encoder"
+
+
+def sees_both_ways(model: PreTrainedModel) -> bool:
+    """Whether a token's vector depends on tokens behind it, tried on two rows that differ in the last one."""
+    core = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    ids = torch.arange(5, 13, device=model.device).repeat(2, 1) % core.config.get_text_config().vocab_size
+    ids[1, -1] = ids[0, 0]
+    with torch.no_grad():
+        hidden = core(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
+    change = (hidden[0, 0] - hidden[1, 0]).norm()
+    return bool(change > 1e-6 * hidden[0, 0].norm())
+
+
+def _of_folder(folder: Path) -> Pooling | None:
+    modules = _json(folder / "modules.json")
+    if modules is None:
+        return None
+    kinds = [(str(m.get("type", "")).rpartition(".")[2], str(m.get("path", ""))) for m in modules]
+    others = [kind for kind, _ in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if others:
+        raise UserError(
+            f"the model's vectors go through a layer '{others[0]}', which is not supported",
+            where=str(folder / "modules.json"),
+        )
+    path = next((path for kind, path in kinds if kind == "Pooling"), None)
+    if path is None:
+        return None
+    # The path comes from the folder's file, and must not lead out of it.
+    place = (folder / path / "config.json").resolve()
+    settings = _json(place) if place.is_relative_to(folder.resolve()) else None
+    on = [key for key, value in (settings or {}).items() if key.startswith("pooling_mode_") and value is True]
+    if len(on) != 1 or on[0] not in _KEYS:
+        raise UserError(f"the model's pooling is not supported: {', '.join(on) or 'none is named'}", where=str(place))
+    return _KEYS[on[0]]
+
+
+def _json(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"this is not JSON: {error}", where=str(file)) from error
+
+
+# ---- encoders
+
 
 # Rows that are taken together; more wait for the next round, so that a long request does not hold up others.
 ROWS_AT_ONCE = 256
@@ -196,9 +304,7 @@ class Encoders:
         for place, row in enumerate(rows):
             if not len(row) or (model.limit is not None and len(row) > model.limit):
                 most = "at least one" if not len(row) else f"at most {model.limit:,}"
-                raise UserError(
-                    f"a text has {len(row):,} tokens, and must have {most}", where=f"input {place}"
-                )
+                raise UserError(f"a text has {len(row):,} tokens, and must have {most}", where=f"input {place}")
             if int(row.max()) >= model.vocabulary:
                 raise UserError(f"there is no token {int(row.max())}", where=f"input {place}")
         one = _Waiting(name, list(rows))
@@ -275,3 +381,113 @@ def share_weights(models: Sequence[PreTrainedModel]) -> int:
                 saved += tensor.untyped_storage().nbytes()
                 tensor.data = kept.data
     return saved
+
+
+# ---- From references to encoders and classifiers by name: what is loaded, and how it is called in requests.
+
+
+Serves = Literal["text", "vectors", "classes"]
+Say = Callable[[str], None]
+
+
+def what_it_serves(
+    reference: str, *, precision: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Serves:
+    """What a run or a model gives: text, vectors of texts, or classes of texts.
+
+    A run and an adapter say it by their task, a model by the name of its architecture: what has no head, or a
+    head for filling in masked words, gives vectors.
+    """
+    folder = Path(reference)
+    if is_adapter(folder):
+        task = read_folder(folder, trust_remote_code=trust_remote_code).task
+        return "text" if tasks.entry_of(task).writes_text else "classes"
+    config = _config(reference, precision, device, trust_remote_code)
+    named = str((getattr(config, "architectures", None) or [""])[0])
+    if named.endswith("ForSequenceClassification"):
+        return "classes"
+    return "vectors" if named.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
+
+
+def open_embedder(
+    reference: str,
+    name: str,
+    *,
+    pooling: str = "auto",
+    normalize: bool = True,
+    precision: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    say: Say = lambda line: None,
+) -> Encoders:
+    """An encoder under its name.
+
+    Raises:
+        UserError: it has no tokenizer, or is a decoder and no pooling is asked for.
+    """
+    loaded = load(
+        reference,
+        task="features",
+        precision=precision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
+    if loaded.tokenizer is None:
+        raise UserError("the model's folder holds no tokenizer", where=reference)
+    way, why = pooling_of(loaded.model, loaded.folder, pooling)
+    say(f"vectors: {way} of a row's tokens ({why}), {'of length 1' if normalize else 'not normalized'}")
+    return Encoders({name: Embedder(loaded.model, loaded.tokenizer, way, normalize)})
+
+
+def open_classifiers(
+    base: str,
+    name: str,
+    adapters: Mapping[str, str],
+    *,
+    model: str | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    say: Say = lambda line: None,
+) -> Encoders:
+    """A classifier and its adapters, each under its name.
+
+    Args:
+        base: a model or a run; a run's adapter is called ``name``, or as in ``adapters``.
+        adapters: folders by name, all for this base model.
+        model: the base model, where a run's folder does not name it.
+
+    Raises:
+        UserError: nothing of it classifies texts: a model without a head needs an adapter that brings one.
+    """
+    is_run = is_adapter(Path(base))
+    folders = {name: base, **adapters} if is_run else dict(adapters)
+    model = model if is_run else base
+    how = {"precision": precision, "device": device}
+    models: dict[str, RowModel] = {}
+    opened = []
+    for adapter, folder in folders.items():
+        session = open_run(folder, model=model, trust_remote_code=trust_remote_code, say=say, **how)
+        opened.append(session)
+        models[adapter] = Classifier(session)
+        say(f"{adapter}: {', '.join(session.classes or ())}")
+    if not is_run and own_outputs(_config(base, precision, device, trust_remote_code)) is not None:
+        task = "sequence-classification"
+        bare = open_run(base, task=task, trust_remote_code=trust_remote_code, say=say, **how)
+        opened.append(bare)
+        models[name] = Classifier(bare)
+    if not models:
+        raise UserError(
+            "the model has no head for classes", where=base, hint="name an adapter with --adapter name=folder"
+        )
+    saved = share_weights([session.model for session in opened])
+    if saved:
+        say(f"{len(opened)} classifiers share {saved / 2**20:,.0f} MB of weights")
+    return Encoders(models)
+
+
+def _config(reference: str, precision: str, device: str, trust_remote_code: bool) -> PretrainedConfig:
+    dtype = choose_precision(choose_device(device).value, precision).value
+    folder = config_folder(reference, dtype, trust_remote_code)
+    return read_config(folder, DEFAULT_TASK, None, trust_remote_code)

@@ -23,10 +23,8 @@ from deltaw.serving.adapters import Adapters, FixedAdapters
 from deltaw.serving.batch import EngineLoad
 from deltaw.serving.constraints import ConstraintLimits, Grammars
 from deltaw.serving.request import Request, Written
-from deltaw.serving.running import Run
+from deltaw.serving.running import QueuedWriting, Run, validate_stops
 from deltaw.serving.sampling import SamplingState, validate
-from deltaw.serving.text import validate_stops
-from deltaw.serving.writing import QueuedWriting
 
 # How long to wait where all that is in hand waits for an adapter that somebody else holds.
 _NOTHING_STARTS = 0.005
@@ -228,9 +226,7 @@ class Engine:
                 hint="shorten the prompt",
             )
         if request.max_new_tokens < 0:
-            raise UserError(
-                f"max_new_tokens is {request.max_new_tokens}", where="max_new_tokens", hint="0 or more"
-            )
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}", where="max_new_tokens", hint="0 or more")
         self.work.refuse(request)
         validate(request.sampling, self.work.vocabulary)
         validate_stops(request.stop)

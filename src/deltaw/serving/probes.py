@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltaw.kernels.block_formats import BlockWeight
+from deltaw.kernels.block_linear import BlockWeight
 from deltaw.lora.stored import block_weight
 from deltaw.runtime.generation import position_limit
 
@@ -133,9 +133,7 @@ class Prober:
         NotDecodable: from every function, where the code is not of the form above.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, blocks: Sequence[nn.Module], extra: Sequence[int | None]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], extra: Sequence[int | None]) -> None:
         self.model = model
         self.backbone: PreTrainedModel = model.base_model  # type: ignore[assignment]
         self.seen = _Recorders(blocks, extra)

@@ -63,9 +63,7 @@ def validate(sampling: Sampling, vocabulary: int) -> None:
     if sampling.top_p == 0:
         raise UserError("top_p is 0", where="top_p", hint=_RANGES["top_p"][2])
     if sampling.repetition_penalty == 0:
-        raise UserError(
-            "repetition_penalty is 0", where="repetition_penalty", hint="above 0; 1 changes nothing"
-        )
+        raise UserError("repetition_penalty is 0", where="repetition_penalty", hint="above 0; 1 changes nothing")
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= min(MOST_LOGPROBS, vocabulary):
         raise UserError(
             f"logprobs is {sampling.logprobs}",
@@ -78,9 +76,7 @@ def validate(sampling: Sampling, vocabulary: int) -> None:
                 f"there is no token {token}", where="logit_bias", hint=f"token ids are 0 to {vocabulary - 1}"
             )
         if not -100 <= bias <= 100:
-            raise UserError(
-                f"the bias of token {token} is {bias}", where="logit_bias", hint="between -100 and 100"
-            )
+            raise UserError(f"the bias of token {token} is {bias}", where="logit_bias", hint="between -100 and 100")
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -141,9 +137,7 @@ class SamplingState:
         sampling = self.sampling
         if sampling.repetition_penalty != 1:
             seen = row[self._seen]
-            row[self._seen] = np.where(
-                seen < 0, seen * sampling.repetition_penalty, seen / sampling.repetition_penalty
-            )
+            row[self._seen] = np.where(seen < 0, seen * sampling.repetition_penalty, seen / sampling.repetition_penalty)
         if self._counts:
             tokens = np.fromiter(self._counts.keys(), dtype=np.int64)
             times = np.fromiter(self._counts.values(), dtype=np.float32)

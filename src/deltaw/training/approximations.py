@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from deltaw.host.choices import Choice
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import APPROXIMATIONS
-from deltaw.runtime.blocks import blocks_of
+from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.widened import widened
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.parallel.reducer import ALONE, Reducer
@@ -105,9 +105,7 @@ class Measured:
             return f"the gradient is off from fp32 by {self.whole.error:.1%} and not {self.whole.own:.1%}"
         for name, errors in self.blocks.items():
             if not errors.within(margin, of_block=True):
-                return (
-                    f"the gradient of {name} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
-                )
+                return f"the gradient of {name} is off from fp32 by {errors.error:.1%} and not {errors.own:.1%}"
         return None
 
     def __str__(self) -> str:
@@ -185,9 +183,7 @@ class GradientCheck:
         exact = dict(self._gradients(()))
         return self._errors(names, exact, exact)
 
-    def _gradients(
-        self, approximations: Sequence[str], *, wide: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _gradients(self, approximations: Sequence[str], *, wide: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The gradient of each parameter by its name, or some of its numbers."""
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         apart = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []

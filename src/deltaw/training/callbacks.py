@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltaw.config import RunConfig
     from deltaw.host.choices import Choice
     from deltaw.memory.plan import Plan
+    from deltaw.settings import RunConfig
     from deltaw.training.evaluation.base import Evaluation
-    from deltaw.training.monitoring.rate_curve import RateSearch
-    from deltaw.training.monitoring.written_answers import Sample
+    from deltaw.training.monitoring.monitor import Sample
+    from deltaw.training.monitoring.rates import RateSearch
     from deltaw.training.state import Outcome, Step, TrainState
 
 # Told one line of text that a person may want to read.

@@ -10,36 +10,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltaw.config import RunConfig
-from deltaw.data.bad_rows import BadRows
 from deltaw.data.chat_template import with_chat_template
-from deltaw.data.check import Check, check_facts
-from deltaw.data.check_labels import check_labeled
-from deltaw.data.check_pairs import check_pairs
-from deltaw.data.check_unpaired import check_unpaired
+from deltaw.data.check import Check, check_facts, collect
+from deltaw.data.check_tasks import check_labeled, check_pairs, check_unpaired
 from deltaw.data.chunk import Account, ChunkReader
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.facts import collect
 from deltaw.data.formats import choose_form
 from deltaw.data.labels import AnyExample, LabeledExample, prepare_label_file
 from deltaw.data.mixture import shown, sources_of
-from deltaw.data.pieces import Piece, pieces
-from deltaw.data.preferences import prepare_pair_file
-from deltaw.data.report import Report
+from deltaw.data.packing import Piece, pieces
+from deltaw.data.preferences import prepare_pair_file, prepare_unpaired_file
+from deltaw.data.report import BadRows, Report
 from deltaw.data.reward_pairs import reward_examples
 from deltaw.data.rows import Rows
 from deltaw.data.settings import DataSettings, held_out_reference
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
-from deltaw.data.unpaired import prepare_unpaired_file
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision
 from deltaw.hub.folders import config_folder
-from deltaw.hub.terminators import terminators_in
+from deltaw.hub.gguf import terminators_in
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.tasks.base import Task, task_of
+from deltaw.training.tasks.causal import PreferenceTask
 from deltaw.training.tasks.labels import LabelTask
-from deltaw.training.tasks.preference import PreferenceTask
 
 # Longer than any row.
 _UNLIMITED = 2**30
@@ -170,9 +165,7 @@ def _shown_texts(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
     assert tokenizer is not None  # a task without labels reads text
     encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
     for source in sources_of(settings.train):
-        stream = open_source(
-            source.reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes
-        )
+        stream = open_source(source.reference, BadRows("skip").add_unreadable, max_bytes=settings.max_row_bytes)
         stream.scan()
         own = replace(settings, columns=settings.columns if source.columns is None else source.columns)
         for chunk in stream.chunks():
@@ -247,9 +240,7 @@ def _check_unpaired(task: PreferenceTask, settings: DataSettings, source: str, a
     return check_unpaired(answers, replace(report, source=source), bad, settings, held_out, weights)
 
 
-def _read_pairs(
-    task: Task, settings: DataSettings, train: object, bad: BadRows
-) -> tuple[list[RowGroup], Report]:
+def _read_pairs(task: Task, settings: DataSettings, train: object, bad: BadRows) -> tuple[list[RowGroup], Report]:
     """Groups of rows as their task reads them, of any length."""
     assert task.tokenizer is not None
     whole = replace(settings, bad_rows="skip", long_rows="cut", max_length=_UNLIMITED)
@@ -275,9 +266,7 @@ def _shown_pairs(task: Task, settings: DataSettings) -> Iterator[ShownRow]:
         if unpaired is not None:
             notes = ["desired" if unpaired else "not desired"]
         if long:
-            notes.append(
-                f"longer than data.max_length ({settings.max_length:,} tokens): {settings.long_rows}"
-            )
+            notes.append(f"longer than data.max_length ({settings.max_length:,} tokens): {settings.long_rows}")
         where = f"{shown(settings.train)}, row {pair.row}"
         yield ShownRow(pair.row, where, tuple(found), tuple(notes))
 

@@ -16,51 +16,45 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.kernels import loader
-from deltaw.lora.count import count_parameters
+from deltaw.lora.attachment import count_parameters
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, RunStart, Say, silent
-from deltaw.training.card import write_card
 from deltaw.training.checkpoints import listed
-from deltaw.training.drift_meter import DriftMeter
-from deltaw.training.endings import clear_end
+from deltaw.training.drift import Drift, DriftMeter
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.drift import Drift
 from deltaw.training.evaluation.general import NoGeneralAnswers
 from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.loop import NotFinite, WhenNotFinite
+from deltaw.training.monitoring.best import now
 from deltaw.training.monitoring.monitor import Monitor, check_monitored
-from deltaw.training.monitoring.rate_search import choose_rate
-from deltaw.training.monitoring.time_budget import now
-from deltaw.training.not_finite import NotFinite, WhenNotFinite
-from deltaw.training.parallel.agreement import assemble_alike, send_settings
-from deltaw.training.parallel.joining import refuse_alone
+from deltaw.training.monitoring.rates import choose_rate
+from deltaw.training.parallel.joining import as_parallel, divided, refuse_alone, threads_of
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.parallel.settings import as_parallel, threads_of
-from deltaw.training.parallel.sharding import divided
 from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.process import guest
-from deltaw.training.record import RunRecord
+from deltaw.training.record import RunRecord, Start, begin, settings_to_resume
 from deltaw.training.resuming import (
+    assemble_alike,
     choices_of,
     compute_as,
     require_same_model,
     require_same_rows,
     rows_facts,
+    send_settings,
 )
-from deltaw.training.run_folder import RunFolder, check_output, is_unfinished
-from deltaw.training.run_state import FOLDER
+from deltaw.training.run_folder import FOLDER, RunFolder, check_output, clear_end, is_unfinished
 from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.start import Start, begin, settings_to_resume
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.training.summary import RunSummary
+from deltaw.training.summary import RunSummary, write_card
 from deltaw.training.tasks.base import RunData, Task
 from deltaw.training.tracking import Tracking
 

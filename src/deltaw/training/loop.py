@@ -10,21 +10,155 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.data.example import Example
+from deltaw.data.packing import epoch_order
+from deltaw.errors import UserError
 from deltaw.host.memory import trim_memory
 from deltaw.training.guarantee import TrainedCheck
-from deltaw.training.losses import Watched
+from deltaw.training.losses import Watched, unrounded
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Row
-from deltaw.training.not_finite import MOST_IN_ROW, NotFinite, NotFiniteError, WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.parallel.reducer import ALONE, Reducer, Spare, StepSums
 from deltaw.training.process import frozen_heap, own_random_numbers, stop_signals
 from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
+
+# ---- A step whose loss or gradient is not a finite number: what is known of it, and the error for it.
+#
+# Knows numbers and rows by their place; where the numbers broke is found by
+# :mod:`deltaw.training.record`.
+
+
+# With ``train.not_finite: skip`` a training ends once so many steps in a row had to be skipped: it has
+# diverged, and would skip all others too.
+MOST_IN_ROW = 10
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A step that changed nothing, since its loss or its gradient is infinite or not a number.
+
+    Attributes:
+        step: its number, from 1. total_steps: of the training.
+        rows: (n,) its rows by their place in the data.
+        loss, gradient_norm, learning_rate: as of :class:`deltaw.training.state.Step`.
+    """
+
+    step: int
+    total_steps: int
+    rows: np.ndarray
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Its line of ``metrics.jsonl``; JSON has no infinite numbers, so they are texts."""
+        return {
+            "step": self.step,
+            "skipped": {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"},
+            "learning_rate": self.learning_rate,
+        }
+
+
+# Asked what is wrong with a step's rows, while the model is as it was before the step; answers in lines.
+Diagnose: TypeAlias = Callable[[NotFinite], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class WhenNotFinite:
+    """What a training does with such steps.
+
+    Attributes:
+        skip: leave them out, up to ``MOST_IN_ROW`` in a row; else the first ends the training.
+        on_skip: told of one that is left out. diagnose: asked about one that ends the training.
+    """
+
+    skip: bool = False
+    on_skip: Callable[[NotFinite], None] = lambda found: None
+    diagnose: Diagnose = lambda found: ()
+
+
+class NotFiniteError(UserError):
+    """A training has diverged. The trained parameters are those before the step.
+
+    Args:
+        found: the step. lines: of the diagnosis. in_row: steps that were skipped just before.
+    """
+
+    def __init__(self, found: NotFinite, lines: Sequence[str] = (), in_row: int = 0) -> None:
+        self.found = found
+        again = f", after {in_row} steps in a row that were skipped" if in_row else ""
+        what = f"training diverged: loss {found.loss:.3g}, gradient norm {found.gradient_norm:.3g}{again}"
+        super().__init__(
+            "\n".join([what, *(f"  {line}" for line in lines)]),
+            where=f"step {found.step} of {found.total_steps}",
+            hint="lower train.learning_rate, or lengthen train.warmup"
+            + ("" if in_row else "; train.not_finite: skip leaves such steps out"),
+        )
+
+
+# ---- Keeping general answers: each step also learns one of the base model's own answers to general prompts.
+#
+# Self-distillation by rehearsal: the base model writes answers before training
+# (:mod:`deltaw.training.evaluation.general`), and their cross-entropy is added to a step's loss. So the factors
+# are pushed away from changes that general answers would pay for. The prompts are others than those that drift
+# is measured on.
+
+
+class KeepGeneral:
+    """Adds the gradients of weight · (mean cross-entropy of general answers) to those of a step.
+
+    Args:
+        objective: the sum of a microbatch's losses. batcher: cuts rows into microbatches.
+        rows: general answers, as the model is to see them.
+        weight: what their mean loss is multiplied with; the data's mean loss has weight 1.
+        seed: of their order. per_step: how many of them a step takes.
+    """
+
+    def __init__(
+        self,
+        objective: AnyObjective,
+        batcher: AnyBatcher,
+        rows: Sequence[Example],
+        *,
+        weight: float,
+        seed: int,
+        per_step: int = 1,
+    ) -> None:
+        self._objective = objective
+        self._batcher = batcher
+        self._rows = rows
+        self._weight = weight
+        self._seed = seed
+        self._per_step = per_step
+
+    def rows_of(self, step: int) -> list[Example]:
+        """The answers of step ``step`` (from 0), a function of its number: each once before any twice."""
+        count = len(self._rows)
+        places = np.arange(step * self._per_step, (step + 1) * self._per_step)
+        orders = {epoch: epoch_order(count, epoch, self._seed) for epoch in set((places // count).tolist())}
+        return [self._rows[orders[place // count][place % count]] for place in places.tolist()]
+
+    def __call__(self, step: int) -> Tensor:
+        """Add the gradients for step ``step``; the mean loss of its answers in nats a token, unweighted: a
+        scalar on the model's device, which is not waited for."""
+        rows = self.rows_of(step)
+        units = self._objective.units(rows)
+        total = torch.zeros(())
+        for batch in self._batcher.batches(rows):
+            loss = self._objective(batch)
+            (self._weight * loss / units).backward()
+            total = total + unrounded(loss)
+        return total / units
+
+
+# ---- loop
+
 
 # The command line's allocator keeps what is freed from step to step. So many steps apart it is given back to
 # the system, or the holes that rows of all lengths leave would add up over a long run.
@@ -91,7 +225,7 @@ def train(
         before_step, after_step: called with the state and a step's rows before it begins, and once the
             optimizer has changed the parameters.
         add_gradients: called with each step's number from 0 once its rows' gradients are there; adds those of
-            another loss and returns it (:class:`deltaw.training.keep_general.KeepGeneral`).
+            another loss and returns it (:class:`deltaw.training.loop.KeepGeneral`).
         batch_size: rows per step. seed: of the order of rows, and of dropout.
         schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`; a whole schedule takes the place of
             ``learning_rate``, ``total_steps`` and ``warmup``.
@@ -115,9 +249,7 @@ def train(
     if isinstance(schedule, str):
         schedule = Schedule(schedule, learning_rate, total_steps, warmup)
     named, order = dict(zip(names, parameters, strict=True)), RowOrder(len(examples), batch_size, seed)
-    state = TrainState(
-        named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas
-    )
+    state = TrainState(named, schedule, order, rate_factors=rate_factors, weight_decay=weight_decay, betas=betas)
     begins, changed = before_step or (lambda state, rows: None), after_step or (lambda: None)
     how = (begins, changed, should_stop, ended, add_gradients, not_finite or WhenNotFinite(), reducer)
     loop = _Loop(state, objective, examples, batcher, max_grad_norm, *how)

@@ -8,6 +8,7 @@ model's side changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -15,10 +16,13 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from deltaw.data.example import Example
 from deltaw.data.packing import Batch
+from deltaw.errors import UserError
 from deltaw.kernels.transfer import to_device
+from deltaw.settings import PreferenceSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,3 +167,259 @@ def label_places(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     # Targets stand in the order of their tokens in the batch.
     index = np.searchsorted(np.unique(every), every)
     return index, np.repeat(np.arange(len(places)), [len(own) for own in places])
+
+
+# ---- Losses of pairs of answers, DPO, IPO, ORPO and SimPO, of log-probabilities of a chosen and a rejected one.
+#
+# A group of rows is a pair: the chosen answer with its prompt, then the rejected one with the same prompt. What
+# a reference model gives them is a number that each row brings along. Knows no model and no data.
+#
+# With s the sum of an answer's log-probabilities, n its number of label tokens, s° the sum of the reference
+# model, and Δ the difference of chosen and rejected:
+#
+# - DPO (arXiv 2305.18290, eq. 7), with label smoothing ε (conservative DPO, 2023):
+# −(1−ε) log σ(β Δ(s−s°)) − ε log σ(−β Δ(s−s°)).
+# - IPO (arXiv 2310.12036, eq. 17), over means, as its authors computed it: (Δ((s−s°)/n) − 1/(2β))².
+# - ORPO (arXiv 2403.07691, eqs. 6 and 7): −s/n of the chosen − β log σ(Δ log odds), log odds = s/n − log(1 −
+# exp(s/n)).
+# - SimPO (arXiv 2405.14734, eq. 6): DPO's form of β Δ(s/n) − γ.
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """What a loss makes of pairs.
+
+    Attributes:
+        losses: (pairs,) differentiable. rewards: (pairs, 2) of chosen and rejected, without a graph.
+    """
+
+    losses: Tensor
+    rewards: Tensor
+
+    @property
+    def accuracies(self) -> Tensor:
+        """(pairs,) 1 where the chosen answer has the higher reward, 0.5 where both have the same."""
+        return (self.rewards[:, 0] - self.rewards[:, 1]).sign() / 2 + 0.5
+
+
+class StepMetrics(WatchedSums):
+    """Of pairs: their accuracies, both rewards, and how many there are."""
+
+    size = 4
+
+    def add(self, found: PairLosses) -> None:
+        """Add a microbatch."""
+        pairs = found.rewards.new_tensor(float(len(found.losses)))
+        self._plus([found.accuracies.sum(), *found.rewards.sum(0), pairs])
+
+    def means(self) -> dict[str, float]:
+        """By name; empty where there was no pair."""
+        *sums, pairs = self.totals().tolist()
+        return named(*(value / pairs for value in sums)) if pairs else {}
+
+
+class PreferenceLoss:
+    """The loss of pairs that the settings name; its unit is a pair.
+
+    Attributes:
+        watched: rewards of the pairs since it was last cleared.
+    """
+
+    def __init__(self, settings: PreferenceSettings) -> None:
+        self.settings = settings
+        self.watched = StepMetrics()
+
+    def __call__(self, rows: RowLogProbs) -> Tensor:
+        found = self.of_rows(rows)
+        self.watched.add(found)
+        return found.losses.sum()
+
+    def units(self, rows: Sequence[Any]) -> int:
+        return len(rows)
+
+    def of_rows(self, rows: RowLogProbs) -> PairLosses:
+        """The losses and rewards of a microbatch's pairs, in the order of ``rows.groups``."""
+        sums, counts = rows.grouped(rows.sums()), rows.grouped(rows.counts())
+        if not self.settings.has_reference:
+            return self.of_pairs(sums, counts)
+        return self.of_pairs(sums, counts, rows.grouped(references_of(rows, sums)))
+
+    def of_pairs(self, sums: Tensor, counts: Tensor, references: Tensor | None = None) -> PairLosses:
+        """Losses and rewards.
+
+        Args:
+            sums, counts, references: (pairs, 2) of chosen and rejected: the sum of log-probabilities, the
+                number of labels, and the reference model's sum.
+        """
+        settings, beta = self.settings, self.settings.strength
+        if settings.has_reference:
+            assert references is not None
+            ratios = sums - references
+            scores = ratios if settings.loss == "dpo" else ratios / counts
+        else:
+            scores = sums / counts
+        margins = scores[:, 0] - scores[:, 1]
+        rewards = (beta * scores).detach()
+        if settings.loss == "ipo":
+            return PairLosses((margins - 1 / (2 * beta)).square(), rewards)
+        if settings.loss == "orpo":
+            odds = scores - log1mexp(scores)
+            return PairLosses(-scores[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1]), rewards)
+        logits = beta * margins
+        if settings.loss == "simpo":
+            logits = logits - settings.target_margin
+        smoothing = settings.label_smoothing
+        return PairLosses(-(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits), rewards)
+
+
+def named(accuracy: float, chosen: float, rejected: float) -> dict[str, float]:
+    """Metrics of rewards by their names."""
+    return {
+        "accuracy": accuracy,
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+    }
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 − eˣ) of x < 0, without cancellation at either end; x nearer to 0 than rounding can tell counts
+    as that near."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = x > -math.log(2)
+    # Each branch is given values that are in its range, so that the other's gradient is no nan.
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(x.clamp(min=-math.log(2)))),
+        torch.log1p(-torch.exp(x.clamp(max=-math.log(2)))),
+    )
+
+
+def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
+    """(rows,) the sums of the reference model.
+
+    Raises:
+        UserError: a row has none.
+    """
+    values = [row.reference for row in rows.rows]
+    if any(value is None for value in values):
+        raise UserError(
+            "the rows have no log-probabilities of the reference model",
+            where="preference.loss",
+            hint="give rows to the task's referenced() first",
+        )
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+# ---- KTO (arXiv 2402.01306, eqs. 7 and 8): a loss of single answers, desired or not, against a reference.
+#
+# With r = s − s°, an answer's log-probability less the reference model's, and z the mean of r over prompts with
+# other rows' answers, no less than 0 and taken as a constant, the loss is w (1 − σ(β (r − z))) of a desired
+# answer and w (1 − σ(β (z − r))) of another. z estimates how far the model is from the reference. As TRL's
+# KTOTrainer has it; z is one number for all rows of an optimizer step, however they are cut.
+#
+# Knows no model and no data.
+
+
+@dataclass(frozen=True)
+class AnswerLosses:
+    """What the loss makes of answers.
+
+    Attributes:
+        losses: (rows,) differentiable. rewards: (rows,) β r, without a graph. desired: (rows,) bool.
+        accuracies: (rows,) 1 where the reward is on the right side of β z, 0.5 where it is on neither.
+    """
+
+    losses: Tensor
+    rewards: Tensor
+    desired: Tensor
+    accuracies: Tensor
+
+
+class AnswerMetrics(WatchedSums):
+    """Of answers: their accuracies, rewards of either kind, how many of either, and divergences."""
+
+    size = 6
+
+    def add(self, found: AnswerLosses, divergence: Tensor) -> None:
+        """Add a microbatch, whose answers count with the same divergence as the step's others."""
+        rewards, desired = found.rewards, found.desired.to(found.rewards.dtype)
+        self._plus(
+            [
+                found.accuracies.sum(),
+                (rewards * desired).sum(),
+                (rewards * (1 - desired)).sum(),
+                desired.sum(),
+                (1 - desired).sum(),
+                divergence.to(rewards.dtype) * len(rewards),
+            ]
+        )
+
+    def means(self) -> dict[str, float]:
+        """By name; empty where there was no answer."""
+        sums = self.totals().tolist()
+        return named_answers(*sums) if sums[3] + sums[4] else {}
+
+
+class UnpairedLoss:
+    """KTO's loss; its unit is an answer.
+
+    Attributes:
+        divergence: z, a scalar tensor, which :meth:`estimate` sets for the rows that come next.
+        watched: rewards of the answers since it was last cleared.
+    """
+
+    def __init__(self, settings: PreferenceSettings) -> None:
+        self.settings = settings
+        self.divergence = torch.zeros(())
+        self.watched = AnswerMetrics()
+
+    def estimate(self, sums: Tensor) -> None:
+        """Set z from (2,) the sum of r over prompts with other rows' answers, and their number."""
+        self.divergence = (sums[0] / sums[1]).clamp(min=0)
+
+    def distance(self, rows: RowLogProbs) -> Tensor:
+        """(2,) the sum of r over rows, and their number, without a graph: what :meth:`estimate` takes,
+        summed."""
+        ratios = unrounded(self.ratios(rows))
+        return torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))])
+
+    def ratios(self, rows: RowLogProbs) -> Tensor:
+        """(rows,) r, differentiable."""
+        sums = rows.sums()
+        return sums - references_of(rows, sums)
+
+    def __call__(self, rows: RowLogProbs) -> Tensor:
+        found = self.of_rows(rows)
+        self.watched.add(found, self.divergence)
+        return found.losses.sum()
+
+    def units(self, rows: Sequence[Any]) -> int:
+        return len(rows)
+
+    def of_rows(self, rows: RowLogProbs) -> AnswerLosses:
+        """The losses and rewards of a microbatch's answers, in the order of ``rows.rows``."""
+        settings, ratios = self.settings, self.ratios(rows)
+        desired = torch.tensor([bool(row.desired) for row in rows.rows], device=ratios.device)
+        # How far an answer is on the side of z that its label asks for.
+        signs = desired.to(ratios.dtype) * 2 - 1
+        sides = signs * (ratios - self.divergence.to(ratios.device, ratios.dtype))
+        weights = torch.where(desired, settings.desirable_weight, settings.undesirable_weight)
+        losses = weights.to(ratios.dtype) * torch.sigmoid(-settings.strength * sides)
+        rewards = settings.strength * ratios.detach()
+        return AnswerLosses(losses, rewards, desired, sides.detach().sign() / 2 + 0.5)
+
+
+def named_answers(
+    accuracies: float, desired: float, undesired: float, desired_count: float, others: float, kl: float
+) -> dict[str, float]:
+    """Metrics by their names, from sums over answers; a kind of answers that is not there has none."""
+    count = desired_count + others
+    found = {"accuracy": accuracies / count, "kl": kl / count}
+    if desired_count:
+        found["chosen_reward"] = desired / desired_count
+    if others:
+        found["rejected_reward"] = undesired / others
+    if desired_count and others:
+        found["margin"] = found["chosen_reward"] - found["rejected_reward"]
+    return found

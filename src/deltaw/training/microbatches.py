@@ -1,7 +1,7 @@
 """How rows meet a model: microbatches, and the objective that turns one into a loss.
 
 These protocols are all that the loop knows of data and models. Implementations: ``tasks/causal_batcher.py``
-and ``data/label_batches.py``; ``features/cached.py`` wraps either.
+and ``data/images.py``; ``features/cached.py`` wraps either.
 """
 
 from __future__ import annotations

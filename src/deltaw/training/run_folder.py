@@ -5,26 +5,212 @@ An earlier run in the same folder is renamed, never overwritten. A run that goes
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from deltaw.config import RunConfig
-from deltaw.data.bad_rows import SKIPPED_ROWS, BadRows
+from deltaw.contained import remember_named
+from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
-from deltaw.named import remember_named
-from deltaw.training.run_state import FOLDER, RunLock, read_status
+from deltaw.settings import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# ---- Whether a run's folder is in use, and how far the run in it came.
+#
+# Both are in the run's ``checkpoints`` folder: a lock that the system releases when its process ends, however
+# it ends, and a small file with the run's settings. Knows no checkpoints.
+
+
+FOLDER, STATUS, LOCK = "checkpoints", "status.json", ".lock"
+VERSION = 1
+# What a run may be: being trained (or killed while it was), stopped by a signal or a callback, ended by an
+# error that lies outside of it, diverged, or done.
+STATES = ("running", "interrupted", "failed", "diverged", "finished")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run came.
+
+    Attributes:
+        state: of :data:`STATES`. steps: done when this was written.
+        total_steps: of the run. settings: as :func:`deltaw.training.resuming.dumped`.
+        features: of :class:`deltaw.training.features.store.FeatureRecord` before the first step.
+        finished: ``steps`` at which the run was done once, ``lines`` of its metrics then, and what
+            :meth:`deltaw.training.checkpoints.Checkpoints.beside` gave; None where it never was.
+        process: the id of the process that wrote this.
+    """
+
+    state: str
+    steps: int
+    total_steps: int
+    settings: Mapping[str, Any]
+    features: Mapping[str, Any] = field(default_factory=dict)
+    finished: Mapping[str, Any] | None = None
+    process: int = field(default_factory=os.getpid)
+
+    def write(self, run: Path) -> None:
+        """Write it into a run's folder.
+
+        Raises:
+            UserError, OSError: it cannot be written.
+        """
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
+        write_text(run / FOLDER / STATUS, text + "\n")
+
+
+def read_status(run: Path) -> Status | None:
+    """How far the run in a folder came; None where no run is there, or none that says so."""
+    try:
+        values = json.loads((run / FOLDER / STATUS).read_text(encoding="utf-8"))
+        if values.pop("version") != VERSION:
+            return None
+        status = Status(**values)
+        fits = status.state in STATES and isinstance(status.settings, dict)
+        whole = fits and type(status.steps) is int and type(status.process) is int
+        return status if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+class RunLock:
+    """A run's folder, taken by this process until it is released or the process ends.
+
+    Raises:
+        UserError: another process has it, or the folder cannot be written.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        try:
+            (run / FOLDER).mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(run / FOLDER / LOCK, timeout=0, thread_local=False)
+            self._lock.acquire()
+        except Timeout as error:
+            raise self._in_use() from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write into the output folder: {error.strerror or error}",
+                where=str(run),
+                hint="set 'output' to a folder that you may write to",
+            ) from error
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
+    def _in_use(self) -> UserError:
+        status = read_status(self._run)
+        who = "another process" if status is None else f"process {status.process}"
+        return UserError(
+            f"{who} is training into this folder",
+            where=str(self._run),
+            hint="wait until it is done, stop it, or set 'output' to another folder",
+        )
+
+
+# ---- How a run ends that cannot go on: with what happened, what to do, and where it goes on from.
+#
+# Errors of the machine (memory, disk) become errors with a hint; anything else stays what it is. Knows errors;
+# not what was being done.
+
+
+_OF_THE_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would become larger than allowed",
+    errno.EROFS: "the file system has become read-only",
+    errno.EIO: "the disk fails to read or write",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOENT: "a file or folder has disappeared",
+    errno.ENODEV: "a device has disappeared",
+    errno.ESTALE: "a network folder has disappeared",
+}
+# How torch's allocator of main memory says that there is none, on Linux and on Windows.
+_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+
+
+@contextlib.contextmanager
+def clear_end(run: Path, *, where: Callable[[], str], last: Callable[[], Path | None]) -> Iterator[None]:
+    """While open, errors of the machine become errors that say what to do.
+
+    Args:
+        run: the folder that is written to.
+        where: the place in the training, asked when something happens.
+        last: the newest checkpoint; None where there is none.
+
+    Raises:
+        UserError: the machine has no memory or no room on the disk, or a file is gone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the machine has no memory left: {_first_line(error)}",
+            where=where(),
+            hint="lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters; "
+            + _goes_on(last()),
+        ) from error
+    except (OSError, SafetensorError) as error:
+        what = _disk_error(error)
+        if what is None:
+            raise
+        file = getattr(error, "filename", None)
+        raise UserError(
+            f"{what}, and the run cannot go on",
+            where=str(file or run),
+            hint=f"make it writable again, with room to spare; {_goes_on(last())}",
+        ) from error
+
+
+def _goes_on(last: Path | None) -> str:
+    if last is None:
+        return "the run has no checkpoint yet, and begins again with its first step"
+    return f"the same command goes on from {last.name}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What an error of the disk means; None where it is none of these."""
+    if isinstance(error, OSError):
+        return _OF_THE_DISK.get(error.errno or 0)
+    number = str(error).rpartition("os error ")[2].partition(")")[0]  # as safetensors writes it
+    return _OF_THE_DISK.get(int(number)) if number.isdigit() else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# ---- run folder
+
 
 SETTINGS = "run.yaml"
 METRICS = "metrics.jsonl"

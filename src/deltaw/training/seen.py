@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.invocation import activated, ending_of_prompts, learns, opening_of_answer
-from deltaw.data.packing import rows_of
-from deltaw.data.sequences import lengths_of, picked
+from deltaw.data.packing import lengths_of, picked, rows_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.methods.base import Method
@@ -135,8 +134,7 @@ def resolve_invocation(
         )
     if before:
         raise UserError(
-            f"{len(before):,} of {count:,} rows have labels before the last {text!r}, where the adapter "
-            "does not act",
+            f"{len(before):,} of {count:,} rows have labels before the last {text!r}, where the adapter does not act",
             where=f"row {before[0]}",
             hint="set data.labels: last, or lora.activation: always",
         )

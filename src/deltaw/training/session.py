@@ -16,20 +16,19 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltaw.config import RunConfig
 from deltaw.data.chat_template import read_chat_template
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice, choose_device, choose_precision
 from deltaw.host.memory import PeakWatch
-from deltaw.hub.skeleton import has_values
-from deltaw.kernels import flex, loader
+from deltaw.hub.loading import has_values
+from deltaw.kernels import attention, loader
 from deltaw.methods.base import Method
-from deltaw.methods.choose import choose_method
-from deltaw.runtime.large_weights import use_large_pages
+from deltaw.methods.files import choose_method
 from deltaw.runtime.packed import fused_blocks, packed_rows
+from deltaw.runtime.quantized_weights import use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
-from deltaw.training.activation_checkpointing import checkpoint_blocks
+from deltaw.settings import RunConfig
 from deltaw.training.approximations import (
     CANDIDATES,
     Approximations,
@@ -48,19 +47,15 @@ from deltaw.training.evaluation.general import (
 )
 from deltaw.training.evaluation.general_prompts import KEPT
 from deltaw.training.features.cached import CachedPrefix
-from deltaw.training.features.prefix_cache import cached_prefix
-from deltaw.training.features.prompt_store import stored_prompts
-from deltaw.training.features.prompts import StoredPrompts
-from deltaw.training.features.sharing import Sharing
+from deltaw.training.features.prefix_cache import Sharing, cached_prefix
+from deltaw.training.features.prompts import StoredPrompts, stored_prompts
 from deltaw.training.guarantee import may_skip
-from deltaw.training.keep_general import KeepGeneral
-from deltaw.training.loop import count_steps, train
+from deltaw.training.loop import KeepGeneral, WhenNotFinite, count_steps, train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.not_finite import WhenNotFinite
 from deltaw.training.optimizer import Schedule
 from deltaw.training.parallel.evaluation import shared_objective
 from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.quantizing import quantized
+from deltaw.training.preparation import checkpoint_blocks, quantized
 from deltaw.training.seen import KEY as INVOCATION
 from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, Step, TrainState
@@ -148,7 +143,7 @@ class Session:
 
     def _blocks(self) -> list[str]:
         """Which code the model's blocks run, for a person."""
-        lines = [*loader.notes(), *flex.notes()]
+        lines = [*loader.notes(), *attention.notes()]
         if self.task.has_labels or getattr(self.batcher, "padded", False):
             return lines
         with packed_rows(self.model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -21,9 +21,70 @@ from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import UNSAID
-from deltaw.training.master_weights import MasterWeights
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
 from deltaw.training.process import random_state, set_random_state
+
+# ---- Trained parameters of low precision, and the fp32 copies that the optimizer works on.
+#
+# In bf16 a step of AdamW is mostly smaller than the distance to the next number and would vanish. The copy
+# takes the gradient as soon as it is there, in fp32, so that gradients of several microbatches add up without
+# loss and none is kept twice; after the optimizer's step the parameter is the copy, rounded.
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class MasterWeights:
+    """The parameters as an optimizer sees them, while open.
+
+    Attributes:
+        trained: for each parameter itself, or its fp32 copy where it is of lower precision.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.trained: list[nn.Parameter] = []
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._hooks = []
+        for parameter in parameters:
+            if parameter.dtype not in HALF:
+                self.trained.append(parameter)
+                continue
+            master = nn.Parameter(parameter.detach().float())
+            self.trained.append(master)
+            self._pairs.append((parameter, master))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(master)))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the copies into the parameters."""
+        for parameter, master in self._pairs:
+            parameter.copy_(master)
+
+    def __enter__(self) -> MasterWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the parameters have their own gradients again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def take(parameter: Tensor) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        parameter.grad = None
+        if master.grad is None:
+            master.grad = grad.to(master.dtype)
+        else:
+            master.grad.add_(grad)
+
+    return take
+
+
+# ---- state
+
 
 # Of the layout of a saved state; another number where an older one could not be read.
 VERSION = 1
@@ -303,9 +364,7 @@ class TrainState:
         self.sums = Outcome(**saved.values["sums"])
         self.skipped_in_row = saved.values["skipped_in_row"]
         prefix = "random/"
-        self._random = {
-            key.removeprefix(prefix): saved.tensors[key] for key in saved.tensors if key.startswith(prefix)
-        }
+        self._random = {key.removeprefix(prefix): saved.tensors[key] for key in saved.tensors if key.startswith(prefix)}
 
     def _require_same(self, saved: SavedState) -> None:
         if saved.values["version"] != VERSION:

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Step, TrainState
@@ -70,9 +70,7 @@ class Trackio:
     def __init__(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         self._trackio: Any = importlib.import_module("trackio")
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        self._trackio.init(
-            project=project, name=folder.name, config=_plain(settings), resume="allow", **self._quiet()
-        )
+        self._trackio.init(project=project, name=folder.name, config=_plain(settings), resume="allow", **self._quiet())
 
     def _quiet(self) -> dict[str, object]:
         """Arguments, where this version has them, against what it would print and measure beside the run."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deltaw.errors import UserError
-from deltaw.serving.http.prompts import TokenizerPrompts
+from deltaw.serving.http.preparing import TokenizerPrompts
 from deltaw.serving.http.served import Load, Served
 from deltaw.serving.request import FinishReason, Piece, Request, TokenLogprob, UnknownAdapterError, Written
 from tests.byte_models import TEMPLATE, byte_tokenizer

@@ -98,8 +98,7 @@ class Hostile:
     def deep_schema(self, number: int) -> int:
         pattern = "^[a-z]*a[a-z]{%d}$"
         branches = {
-            f"a{n}": {key: [{"$ref": f"#/$defs/a{n + 1}"}] * 10 for key in ("anyOf", "allOf")}
-            for n in range(8)
+            f"a{n}": {key: [{"$ref": f"#/$defs/a{n + 1}"}] * 10 for key in ("anyOf", "allOf")} for n in range(8)
         }
         schemas: tuple[dict[str, Any], ...] = (
             nested(25),

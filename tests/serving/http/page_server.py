@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from deltaw.serving.http.page.routes import page_router
+from deltaw.serving.http.page.document import page_router
 
 COMMON = ["A", " low", "-rank", " update", " changes", " few", " numbers", ".", "\n\n", "It", " is"]
 SNOWMAN = "☃".encode()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import httpx
 
 from deltaw.serving.http.app import create_app
+from deltaw.serving.http.preparing import Desk
 from deltaw.serving.http.served import Served
 from deltaw.serving.http.server import Server, listening_socket, url_of
 from deltaw.serving.http.settings import ServerSettings
-from deltaw.serving.http.texts import Desk
 from tests.serving.http.fake_engine import FakeEngine
 
 

@@ -128,9 +128,7 @@ def test_a_kept_connection_serves_again_within_its_time(start: Callable[..., Run
 
 
 def test_a_client_that_does_not_read_is_let_go(start: Callable[..., Running]) -> None:
-    server = start(
-        ServerSettings(port=0, limits=Limits(write_seconds=0.3, new_tokens=1 << 20)), positions=None
-    )
+    server = start(ServerSettings(port=0, limits=Limits(write_seconds=0.3, new_tokens=1 << 20)), positions=None)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(SECONDS)

@@ -14,12 +14,15 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the official client is not installed: it is in 'dev'")
 import httpx  # noqa: E402
 
-from deltaw.serving.encoders import Encoders  # noqa: E402
+from deltaw.serving.encoders import (  # noqa: E402
+    Encoders,
+    open_classifiers,
+    open_embedder,
+)
 from deltaw.serving.http.app import create_app  # noqa: E402
 from deltaw.serving.http.encoders import encoders_served  # noqa: E402
 from deltaw.serving.http.server import Server, listening_socket, url_of  # noqa: E402
 from deltaw.serving.http.settings import ServerSettings  # noqa: E402
-from deltaw.serving.open_encoders import open_classifiers, open_embedder  # noqa: E402
 from tests.byte_models import byte_tokenizer  # noqa: E402
 from tests.serving.encoder_models import TEXTS, train_classifier, write_bert  # noqa: E402
 

@@ -158,9 +158,7 @@ def test_adapters_are_loaded_and_unloaded(start: Callable[..., Running], adapter
         "a" * 1024,
     ],
 )
-def test_nothing_outside_the_folder_is_reached(
-    start: Callable[..., Running], adapters: Path, path: str
-) -> None:
+def test_nothing_outside_the_folder_is_reached(start: Callable[..., Running], adapters: Path, path: str) -> None:
     server = start(ServerSettings(port=0, adapters_from=adapters))
     with server.client() as client:
         error = refusal(load(client, "a", path), 404)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from deltaw.serving.http.prompts import TokenizerPrompts
+from deltaw.serving.http.preparing import TokenizerPrompts
 from deltaw.serving.http.settings import Limits, ServerSettings
 from deltaw.serving.request import BusyError, UnsupportedError
 from tests.serving.http.waiting import until
@@ -255,7 +255,7 @@ def test_a_million_mistakes_cost_what_few_do(
         found.append(error.error_count())
         return errors.wrong_field(error, known)
 
-    monkeypatch.setattr("deltaw.serving.http.body.wrong_field", counted)
+    monkeypatch.setattr("deltaw.serving.http.requests.wrong_field", counted)
     with shared.client() as client:
         refusal(client.post(path, content=body, headers=JSON), 400)
     assert sum(found) < 100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from deltaw.serving.http.logprobs import chat_logprobs, completion_logprobs
+from deltaw.serving.http.answers import chat_logprobs, completion_logprobs
 from deltaw.serving.request import TokenLogprob
 
 TEXTS = {1: b"a", 2: b"\xc3", 3: b"\xa9", 4: " é".encode()}

@@ -89,9 +89,7 @@ def test_several_choices_have_seeds_of_their_own(client: Any, shared: Running) -
 
 
 def test_without_a_seed_texts_are_drawn_anew(client: Any) -> None:
-    texts = {
-        client.chat.completions.create(model="base", messages=HELLO).choices[0].message.content for _ in "ab"
-    }
+    texts = {client.chat.completions.create(model="base", messages=HELLO).choices[0].message.content for _ in "ab"}
     assert len(texts) == 2
 
 
@@ -157,9 +155,7 @@ def test_many_logprobs_come_whole(client: Any) -> None:
 
 
 def test_a_response_format_becomes_a_constraint(client: Any, shared: Running) -> None:
-    answer = client.chat.completions.create(
-        model="base", messages=HELLO, response_format={"type": "json_object"}
-    )
+    answer = client.chat.completions.create(model="base", messages=HELLO, response_format={"type": "json_object"})
     assert answer.choices[0].message.content == "{}"
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
     answer = client.chat.completions.create(
@@ -214,18 +210,14 @@ def test_echo_scores_a_prompt(client: Any) -> None:
     assert told.tokens == ["a", "b", "c"] and told.token_logprobs == [None, -0.5, -0.5]
     assert told.text_offset == [0, 1, 2] and told.top_logprobs[0] is None
     assert told.top_logprobs[1] == {"b": -0.5}
-    answer = client.completions.create(
-        model="base", prompt="ab", echo=True, logprobs=0, max_tokens=2, temperature=0
-    )
+    answer = client.completions.create(model="base", prompt="ab", echo=True, logprobs=0, max_tokens=2, temperature=0)
     told = answer.choices[0].logprobs
     assert told.tokens == ["a", "b", "A", "B"] and told.token_logprobs == [None, -0.5, -0.5, -0.5]
 
 
 def test_a_forced_tool_call_follows_its_schema(client: Any, shared: Running) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-        answer = client.chat.completions.create(
-            model="tools", messages=HELLO, tools=[WEATHER], tool_choice=choice
-        )
+        answer = client.chat.completions.create(model="tools", messages=HELLO, tools=[WEATHER], tool_choice=choice)
         [call] = answer.choices[0].message.tool_calls
         assert call.function.name == "weather" and answer.choices[0].finish_reason == "tool_calls"
         assert json.loads(call.function.arguments)["city"] == "text"

@@ -121,10 +121,8 @@ def test_hostile_adapters_are_refused_while_others_are_answered(
     server: Running, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltaw.lora.expressions.SECONDS", 0.5)
-    monkeypatch.setattr("deltaw.data.template_limits.STEPS", 1 << 16)
-    expression, template = (
-        shutil.copytree(folders / "adapters" / "poet", folders / "adapters" / n) for n in "et"
-    )
+    monkeypatch.setattr("deltaw.data.rendering.STEPS", 1 << 16)
+    expression, template = (shutil.copytree(folders / "adapters" / "poet", folders / "adapters" / n) for n in "et")
     settings = json.loads((expression / "adapter_config.json").read_text())
     settings["target_modules"] = "(([a-z_0-9]+)[.]?)+!"
     (expression / "adapter_config.json").write_text(json.dumps(settings))
@@ -278,7 +276,5 @@ def text_of(body: str) -> str:
         choices = json.loads(body).get("choices") or [{"message": {"content": body}}]
         return str(choices[0]["message"]["content"])
     events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
-    choices = [
-        event["choices"][0] if "choices" in event else {"delta": {"content": body}} for event in events
-    ]
+    choices = [event["choices"][0] if "choices" in event else {"delta": {"content": body}} for event in events]
     return "".join(choice["delta"].get("content") or "" for choice in choices)

@@ -76,7 +76,7 @@ def test_readiness_follows_the_engine(start: Callable[..., Running]) -> None:
 
 def logged(server_settings: ServerSettings, start: Callable[..., Running], work: Any) -> list[dict[str, Any]]:
     """The lines of the log while ``work`` asks a server."""
-    from deltaw.serving.http.logs import RequestLog
+    from deltaw.serving.http.guard import RequestLog
 
     stream = io.StringIO()
     with RequestLog(stream):

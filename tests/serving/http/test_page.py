@@ -12,8 +12,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from deltaw.serving.http.page.document import SCRIPTS, chat_page
-from deltaw.serving.http.page.routes import page_router
+from deltaw.serving.http.page.document import SCRIPTS, chat_page, page_router
 
 
 @pytest.fixture

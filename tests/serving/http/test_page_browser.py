@@ -302,7 +302,7 @@ def test_a_screen_reader_hears_what_happens_politely(page, server):
 
 
 def test_the_page_works_with_the_server_of_the_project(browser, packages):
-    from deltaw.serving.http.page.routes import page_router
+    from deltaw.serving.http.page.document import page_router
     from deltaw.serving.http.settings import ServerSettings
     from tests.serving.http.fake_engine import fake_served
     from tests.serving.http.running import running

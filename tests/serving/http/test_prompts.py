@@ -14,7 +14,7 @@ from tests.byte_models import byte_tokenizer
 
 pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
 
-from deltaw.serving.http.prompts import TokenizerPrompts, bytes_of_token, surely_longer
+from deltaw.serving.http.preparing import TokenizerPrompts, bytes_of_token, surely_longer
 
 HELLO: list[dict[str, object]] = [{"role": "user", "content": "Grüße"}]
 TOOL: dict[str, object] = {"type": "function", "function": {"name": "weather", "parameters": {}}}
@@ -46,9 +46,7 @@ def test_a_text_far_too_long_is_known_from_its_beginning() -> None:
 def test_turns_may_come_in_any_order_that_the_template_takes() -> None:
     """Unlike rows, chats of clients have several messages of the user in a row."""
     prompts = TokenizerPrompts(byte_tokenizer())
-    turns: list[dict[str, object]] = [
-        {"role": r, "content": "x"} for r in ("assistant", "user", "user", "system")
-    ]
+    turns: list[dict[str, object]] = [{"role": r, "content": "x"} for r in ("assistant", "user", "user", "system")]
     assert len(prompts.chat(turns, []))
 
 

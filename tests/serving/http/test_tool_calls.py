@@ -76,18 +76,14 @@ def test_parts_of_any_length_say_the_same_as_the_whole(form: CallForm, text: str
 
 def test_text_that_cannot_become_a_call_is_not_held_back() -> None:
     scan = CallScan(HERMES, ["f"])
-    assert (
-        scan.feed("a < b") == "a < b" and scan.feed(" and <tool") == " and " and scan.feed("s>") == "<tools>"
-    )
+    assert scan.feed("a < b") == "a < b" and scan.feed(" and <tool") == " and " and scan.feed("s>") == "<tools>"
     scan = CallScan(LLAMA, ["f"])
     assert scan.feed("Let") == "Let" and scan.feed(" {") == " {"
 
 
 def test_a_mark_that_texts_do_not_show_is_seen_by_its_token() -> None:
     scan = CallScan(CallForm("[TOOL_CALLS]", mark=9), ["f"])
-    assert (
-        scan.feed("So. ", (4, 5)) == "So. " and scan.feed("", (9,)) == "" and scan.feed(f"[{F}]", (7,)) == ""
-    )
+    assert scan.feed("So. ", (4, 5)) == "So. " and scan.feed("", (9,)) == "" and scan.feed(f"[{F}]", (7,)) == ""
     assert [call.name for call in scan.end()[1]] == ["f"]
 
 

@@ -49,13 +49,9 @@ def test_answers_under_load_are_those_written_alone(packages):
     # Less than the eight adapters need, so that they leave memory and come back.
     command += ["--adapter-memory", "500KB", "--rival", "off"]
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    done = subprocess.run(
-        command, env=os.environ | paths, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    counts = {
-        name: int(number) for number, name in re.findall(r"(\d+) (right|given up|wrong|lost)", done.stdout)
-    }
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (right|given up|wrong|lost)", done.stdout)}
     assert counts["right"] > 250 and counts["given up"] > 20
     assert counts["wrong"] == counts["lost"] == 0
     assert "guests loaded" in done.stdout and "99th percentile" in done.stdout

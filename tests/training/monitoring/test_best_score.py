@@ -8,7 +8,7 @@ import math
 import pytest
 
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.monitoring.best_score import BestScore, deciding_metric, usual_eval_every
+from deltaw.training.monitoring.best import BestScore, deciding_metric, usual_eval_every
 
 
 def of_text(loss, exact=0.0):
@@ -20,9 +20,7 @@ def of_classes(accuracy, loss=1.0):
 
 
 def seen(best, losses):
-    return [
-        best.see(10 * n, of_text(loss), writes_text=True) for n, loss in enumerate(losses, best.waited + 1)
-    ]
+    return [best.see(10 * n, of_text(loss), writes_text=True) for n, loss in enumerate(losses, best.waited + 1)]
 
 
 def test_language_models_are_judged_by_their_loss_and_classifiers_by_their_metric():

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltaw.config import RunConfig
 from deltaw.data.settings import DataSettings, drawn_set, eval_sets
 from deltaw.errors import UserError
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.inference import open_run, score_run
-from deltaw.training.monitoring import best_score
+from deltaw.training.monitoring import best as best_score
+from deltaw.training.origin import open_run, score_run
 from tests.conftest import COLORS, write_rows
 
 ADAPTER = "adapter_model.safetensors"
@@ -61,9 +61,7 @@ def worst(monkeypatch):
 
 def test_a_run_stops_once_it_has_not_improved_for_long(settings, tmp_path, contrary):
     told = Told()
-    result = fit(
-        settings(tmp_path / "run", data=contrary, train={**RUINED, "early_stopping": 2}), callback=told
-    )
+    result = fit(settings(tmp_path / "run", data=contrary, train={**RUINED, "early_stopping": 2}), callback=told)
     losses = losses_by_step(result.output)
     best = min(losses, key=losses.get)
     steps = sorted(losses)
@@ -182,26 +180,20 @@ def test_several_sets_are_evaluated_by_name_and_the_first_one_decides(settings, 
     answer = result.as_dict()
     assert answer["eval"] == metrics(result.output, "eval")[-1]["eval"]
     assert answer["score"]["value"] == answer["eval"]["others"]["exact_match"]
-    assert result.best["value"] == min(
-        line["eval"]["others"]["loss"] for line in metrics(result.output, "eval")
-    )
+    assert result.best["value"] == min(line["eval"]["others"]["loss"] for line in metrics(result.output, "eval"))
     assert any("evaluation set 'others': 4 rows" in line for line in told.lines)
     assert "held-out held_out loss" in (result.output / "README.md").read_text()
     assert RunConfig.read(result.output / "run.yaml").data.eval == data["eval"]
 
 
 def test_a_set_is_evaluated_as_it_would_be_alone(settings, tmp_path):
-    other = write_rows(
-        tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLORS[:5]]
-    )
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"draw {c}", "completion": c} for c in COLORS[:5]])
     several = fit(settings(tmp_path / "several", data={"eval": {"drawn": 3, "other": str(other)}})).as_dict()
     drawn = fit(settings(tmp_path / "drawn", data={"eval": 3})).as_dict()
     assert several["eval"]["drawn"] == pytest.approx(drawn["eval"])
     opened = open_run(str(tmp_path / "several"), precision="fp32", device="cpu", say=lambda line: None)
     rows, _ = opened.task.read_file(str(other), DataSettings(train="unused"), None)
-    assert several["eval"]["other"]["loss"] == pytest.approx(
-        score_run(opened, rows).metrics["loss"], rel=1e-4
-    )
+    assert several["eval"]["other"]["loss"] == pytest.approx(score_run(opened, rows).metrics["loss"], rel=1e-4)
 
 
 def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_file):
@@ -226,10 +218,7 @@ def test_rows_of_a_set_that_are_trained_on_are_said(settings, tmp_path, rows_fil
 )
 def test_sets_that_cannot_be_are_refused(settings, tmp_path, sets, problem):
     with pytest.raises(UserError) as error:
-        fit(
-            settings(tmp_path / "run")
-            | {"data": {"train": settings(tmp_path)["data"]["train"], "eval": sets}}
-        )
+        fit(settings(tmp_path / "run") | {"data": {"train": settings(tmp_path)["data"]["train"], "eval": sets}})
     assert problem in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -265,10 +254,7 @@ def test_answers_and_samples_do_not_disturb_the_training(settings, tmp_path):
 
     assert losses(plain) == losses(watched)
     last = watched.output / "last" / ADAPTER
-    assert all(
-        torch.equal(tensor, load_file(last)[name])
-        for name, tensor in load_file(plain.output / ADAPTER).items()
-    )
+    assert all(torch.equal(tensor, load_file(last)[name]) for name, tensor in load_file(plain.output / ADAPTER).items())
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])

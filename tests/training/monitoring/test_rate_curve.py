@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from deltaw.training.monitoring.rate_curve import RateSearch, read_curve, smooth
+from deltaw.training.monitoring.rates import RateSearch, read_curve, smooth
 
 RATES = np.geomspace(1e-5, 1e-1, 41).tolist()
 
@@ -45,9 +45,7 @@ def test_on_a_level_curve_the_end_of_the_level_counts_not_its_lowest_point(seed)
     logs = np.log10(np.asarray(RATES))
     losses = 3.0 - 2.5 * np.clip(logs + 4.5, 0, 1) + 4 * np.clip(logs + 2.0, 0, None)
     losses += 0.05 * np.random.default_rng(seed).standard_normal(len(RATES))
-    assert (
-        1e-2 / 5 / 1.6 < read_curve(RATES, losses.tolist(), usual=5e-4, diverged=True).chosen < 1e-2 / 5 * 1.6
-    )
+    assert 1e-2 / 5 / 1.6 < read_curve(RATES, losses.tolist(), usual=5e-4, diverged=True).chosen < 1e-2 / 5 * 1.6
 
 
 def test_a_loss_that_falls_to_the_last_rate_says_so():

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltaw.config import RunConfig
+from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit, load_for
-from deltaw.training.monitoring import rate_search
-from deltaw.training.monitoring.rate_search import search_rate
+from deltaw.training.monitoring import rates
+from deltaw.training.monitoring.rates import search_rate
 from deltaw.training.optimizer import Schedule
 from deltaw.training.session import assemble, read_data
 from tests.byte_models import byte_tokenizer, tiny_gpt2
@@ -96,8 +96,8 @@ def test_a_run_that_searches_is_the_run_with_the_rate_that_it_found(settings, tm
 
 
 def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(rate_search, "ABOVE", 1e6)
-    monkeypatch.setattr(rate_search, "RUN_AWAY", 1.2)
+    monkeypatch.setattr(rates, "ABOVE", 1e6)
+    monkeypatch.setattr(rates, "RUN_AWAY", 1.2)
     session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
     with session.running():
         # Before any training, a tiny model's loss is near its worst.
@@ -110,11 +110,11 @@ def test_a_loss_that_runs_away_ends_the_test(settings, tmp_path, monkeypatch):
 def test_a_run_that_goes_on_takes_the_rate_that_was_found_before(settings, tmp_path, monkeypatch):
     session = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
     (tmp_path / "run").mkdir()
-    assert rate_search.choose_rate(session, tmp_path / "run", Callback())
+    assert rates.choose_rate(session, tmp_path / "run", Callback())
     rate = session.learning_rate
     again = session_of(settings(tmp_path / "run", train={"learning_rate": "search"}))
-    monkeypatch.setattr(rate_search, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
-    assert rate_search.choose_rate(again, tmp_path / "run", Callback())
+    monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
+    assert rates.choose_rate(again, tmp_path / "run", Callback())
     assert again.learning_rate == rate != again.config.train.learning_rate
 
 

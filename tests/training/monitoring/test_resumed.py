@@ -14,7 +14,8 @@ import pytest
 import deltaw
 from deltaw.training.callbacks import Callback
 from deltaw.training.fit import fit
-from deltaw.training.monitoring import best_score, rate_search
+from deltaw.training.monitoring import best as best_score
+from deltaw.training.monitoring import rates
 from tests.training.copies import copied
 
 ADAPTER = "adapter_model.safetensors"
@@ -104,7 +105,7 @@ def test_a_killed_run_does_not_search_its_rate_again(settings, tmp_path, monkeyp
     told = settings(run, train={**TRAIN, "learning_rate": "search"})
     fit(told, callback=Killed(run, tmp_path, [("step", 2), ("step", 6)]))
     expected, rate = outcome_of(run), json.loads((run / "learning_rate.json").read_text())["chosen"]
-    monkeypatch.setattr(rate_search, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
+    monkeypatch.setattr(rates, "search_rate", lambda *args, **kwargs: pytest.fail("searched again"))
     for step in (2, 6):
         goes_on(tmp_path / f"step-{step}", run)
         fit(told)
@@ -143,9 +144,7 @@ def test_a_best_step_whose_file_is_gone_is_sought_anew_and_that_is_said(settings
     assert result.best["step"] > 8
 
 
-def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(
-    settings, tmp_path, monkeypatch
-):
+def test_a_killed_run_with_a_time_budget_goes_on_with_its_plan_and_what_is_left(settings, tmp_path, monkeypatch):
     looks = itertools.count()
 
     def clock():

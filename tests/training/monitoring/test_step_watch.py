@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from deltaw.training.monitoring.step_watch import RISE_WINDOW, WINDOW, StepWatch
+from deltaw.training.monitoring.monitor import RISE_WINDOW, WINDOW, StepWatch
 from deltaw.training.state import Step
 
 
@@ -43,9 +43,7 @@ def test_normal_noise_gives_no_warning(seed, noise):
 
 
 def test_norms_that_grow_slowly_as_in_a_warm_up_give_no_warning():
-    rising = (
-        0.1 * np.exp(np.linspace(0, 4, 300)) * np.exp(0.2 * np.random.default_rng(0).standard_normal(300))
-    )
+    rising = 0.1 * np.exp(np.linspace(0, 4, 300)) * np.exp(0.2 * np.random.default_rng(0).standard_normal(300))
     assert warnings(np.ones(300) + 0.1 * np.sin(np.arange(300)), rising, limit=None) == []
 
 

@@ -8,10 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from deltaw.config import RunConfig
 from deltaw.errors import UserError
-from deltaw.train_settings import duration_seconds
-from deltaw.training.monitoring.time_budget import MARGIN, Ending, TimeBudget
+from deltaw.settings import RunConfig, duration_seconds
+from deltaw.training.monitoring.best import MARGIN, Ending, TimeBudget
 from deltaw.training.optimizer import Schedule
 
 

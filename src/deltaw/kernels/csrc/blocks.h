@@ -1,4 +1,4 @@
-// Weights in blocks of a few bits, 32 numbers at a time; kernels/block_formats.py says what the formats are and has the same
+// Weights in blocks of a few bits, 32 numbers at a time; kernels/block_linear.py says what the formats are and has the same
 // in torch, equal to the bit. A scale times a code is exact in fp32, so it makes no difference whether a compiler rounds
 // between a product and a sum; where it would (NF4's scales), it is kept from choosing.
 #pragma once

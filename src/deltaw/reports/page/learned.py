@@ -1,7 +1,7 @@
 """Where a run learned: the size of what it saved, by layer and kind of module, from the adapter's files.
 
 For factors A and B that is the norm of ΔW and its singular values, computed from the factors alone
-(:mod:`deltaw.reports.adapter_math`). Other methods save tensors, of which it gives the norms. It knows no
+(:mod:`deltaw.reports.inspect`). Other methods save tensors, of which it gives the norms. It knows no
 page.
 """
 
@@ -16,15 +16,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from deltaw.errors import UserError
 from deltaw.lora.files import open_adapter
-from deltaw.lora.peft_paths import without_wrappers
+from deltaw.lora.peft_format import without_wrappers
 from deltaw.lora.peft_updates import FileUpdate, content_of
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.reports.adapter_math import effective_rank, singular_values
+from deltaw.reports.inspect import effective_rank, singular_values
+from deltaw.reports.page.svg import Curve, Figure, Numbers, Strip, evenly, heat_map, line_chart, swatch
+from deltaw.reports.wording import short
 from deltaw.tensor_files import TensorFile
 
 # Bytes of weights above which their norms are not computed for a page.
@@ -94,9 +97,7 @@ class Learned:
         squares: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
         for part in self.parts:
             squares[part.kind][part.layer].append(part.norm)
-        return {
-            kind: {layer: _together(norms) for layer, norms in row.items()} for kind, row in squares.items()
-        }
+        return {kind: {layer: _together(norms) for layer, norms in row.items()} for kind, row in squares.items()}
 
     def by_layer(self) -> list[tuple[int, float, list[float], Part]]:
         """Each layer's norm, its three largest singular values, and the part that changed most."""
@@ -196,8 +197,7 @@ def _meaning(folder: Path) -> str:
         method = None
     named = f"The method {method}" if method else "This method"
     return (
-        f"{named} saves values, not the factors of a change: these are the norms of what it saved, not of "
-        "what changed."
+        f"{named} saves values, not the factors of a change: these are the norms of what it saved, not of what changed."
     )
 
 
@@ -227,3 +227,123 @@ def _in_order(parts: list[Part]) -> list[Part]:
 
 def _together(norms: Iterable[float]) -> float:
     return math.sqrt(sum(norm * norm for norm in norms))
+
+
+# ---- Figures of where a run learned: norms by layer and kind of module, and the singular values of ΔW.
+
+
+# The most kinds, layers and modules that are drawn one by one.
+KINDS, LAYERS, SPECTRA, ROWS = 24, 200, 240, 60
+
+
+def learned_figures(learned: Learned) -> list[Figure]:
+    """None where nothing was measured."""
+    if not learned.parts:
+        return []
+    figures = [norm_figure(learned)]
+    if any(len(part.values) > 1 for part in learned.parts):
+        figures.append(spectrum_figure(learned))
+    return figures
+
+
+def norm_figure(learned: Learned) -> Figure:
+    """A strip for each kind of module, a cell for each layer."""
+    grid, layers = learned.grid(), learned.layers()[:LAYERS]
+    columns = [f"layer {layer}" for layer in layers] or ["all"]
+    strips = []
+    ranked = learned.kinds()
+    shown = sorted(ranked, key=lambda kind: -sum(v * v for v in grid[kind].values()))[:KINDS]
+    for kind in (kind for kind in ranked if kind in shown):
+        row = grid[kind]
+        inside = any(layer is not None for layer in row)
+        values = [row.get(layer) for layer in layers] if inside else [row[None]] + [None] * (len(columns) - 1)
+        note = f"up to {short(max(v for v in values if v is not None))}"
+        strips.append(Strip(kind if inside else f"{kind} (outside of layers)", note, values))
+    what = "‖ΔW‖, the size of the change of each weight" if learned.is_update else "the norm of what was saved"
+    top = max(learned.parts, key=lambda part: part.norm)
+    text = f"The stronger the color, the larger is {what}. Largest: {top.name} ({short(top.norm)})."
+    rows = [
+        (
+            str(layer),
+            short(norm),
+            *([", ".join(short(value) for value in values)] if learned.is_update else []),
+            part.name,
+        )
+        for layer, norm, values, part in learned.by_layer()
+    ] or [(part.name, short(part.norm), part.name) for part in learned.parts]
+    head = ("layer", "norm", *(["largest singular values"] if learned.is_update else []), "most in")
+    if not learned.layers():
+        head = ("part", "norm", "name")
+    places = evenly(len(rows), ROWS)
+    note = f"{len(places)} of {len(rows)} layers" if len(places) < len(rows) else ""
+    return Figure(
+        "learned",
+        "Where it learned" if learned.is_update else "Where the saved values are large",
+        text,
+        heat_map("learned", "Norm by layer and kind of module", text, strips, columns, short),
+        Numbers("Norms by layer", head, [rows[i] for i in places], note),
+    )
+
+
+def spectrum_figure(learned: Learned) -> Figure:
+    """The singular values of each ΔW, in relation to its largest: a thin line a module, and their median."""
+    parts = [part for part in learned.parts if len(part.values) > 1 and part.values[0] > 0]
+    if not parts:
+        return _no_spectrum()
+    drawn = [parts[i] for i in evenly(len(parts), SPECTRA)]
+    floor = 1e-4
+    curves = [
+        Curve([(n, max(floor, v / part.values[0])) for n, v in enumerate(part.values, 1)], "c1 thin") for part in drawn
+    ]
+    longest = max(len(part.values) for part in parts)
+    shares = np.full((len(parts), longest), np.nan)
+    for row, part in enumerate(parts):
+        shares[row, : len(part.values)] = np.maximum(floor, np.array(part.values) / part.values[0])
+    median = np.nanmedian(shares, axis=0)
+    curves.append(Curve([(n, float(v)) for n, v in enumerate(median, 1)], "c2"))
+    ranks = [part.effective_rank for part in parts if part.effective_rank is not None]
+    text = (
+        f"Singular values of each ΔW as shares of its largest. A line that falls early means that few of the "
+        f"{longest} directions carry the change: in the median module, an effective rank of "
+        f"{np.median(ranks):.1f} out of {longest}."
+    )
+    by_kind = [
+        (
+            kind,
+            short(max(part.values[0] for part in parts if part.kind == kind)),
+            f"{np.median([p.effective_rank for p in parts if p.kind == kind and p.effective_rank]):.1f}",
+        )
+        for kind in learned.kinds()
+        if any(part.kind == kind for part in parts)
+    ]
+    return Figure(
+        "spectrum",
+        "How many directions it uses",
+        text,
+        line_chart(
+            "spectrum",
+            "Singular values of ΔW",
+            text,
+            curves,
+            x_format=lambda value: f"σ{value:.0f}",
+            y_format=lambda value: f"{value:.0%}" if value >= 0.01 else f"{value:.2%}",
+            log=True,
+        ),
+        Numbers(
+            "Singular values by kind of module",
+            ("kind", "largest singular value", "effective rank, median"),
+            by_kind,
+        ),
+        [(swatch("c2"), "median of the modules"), (swatch("c1 thin"), "one module")],
+    )
+
+
+def _no_spectrum() -> Figure:
+    text = "B is zero in all modules: the adapter changes nothing."
+    return Figure(
+        "spectrum",
+        "How many directions it uses",
+        text,
+        line_chart("spectrum", "Singular values of ΔW", text, [], x_format=short, y_format=short),
+        Numbers("Singular values", ("kind", "largest singular value"), []),
+    )

@@ -7,10 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from deltaw.reports.page.curves import evenly, smoothed, thinned
-from deltaw.reports.page.figure import Figure, Numbers
-from deltaw.reports.page.svg import Bar, Curve, bars, histogram, line_chart, swatch
-from deltaw.reports.plan_parts import PARTS
+from deltaw.reports.page.svg import (
+    Bar,
+    Curve,
+    Figure,
+    Numbers,
+    bars,
+    evenly,
+    histogram,
+    line_chart,
+    smoothed,
+    swatch,
+    thinned,
+)
+from deltaw.reports.plan import PARTS
 from deltaw.reports.recorded import RecordedRun, number, numbers
 from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
 
@@ -76,9 +86,7 @@ def loss_figure(record: RecordedRun) -> Figure | None:
         "loss",
         "Loss",
         said + ".",
-        line_chart(
-            "loss", "Loss over steps", said, curves, x_format=_step, y_format=tick, x_from=0, height=280
-        ),
+        line_chart("loss", "Loss over steps", said, curves, x_format=_step, y_format=tick, x_from=0, height=280),
         Numbers("Loss by step", head, rows, _selected(len(steps), len(rows))),
         legend,
     )
@@ -111,9 +119,7 @@ def metric_figures(record: RecordedRun) -> list[Figure]:
             log=False,
         )
         rows = [(f"{found[i][0]:,}", metric_value(name, found[i][1])) for i in evenly(len(found), ROWS)]
-        numbers = Numbers(
-            f"{title.capitalize()} by step", ("step", title), rows, _selected(len(found), len(rows))
-        )
+        numbers = Numbers(f"{title.capitalize()} by step", ("step", title), rows, _selected(len(found), len(rows)))
         figures.append(Figure(identity, title.capitalize(), said + ".", drawn, numbers))
     return figures
 
@@ -140,9 +146,7 @@ def speed_figure(record: RecordedRun) -> Figure | None:
     overall = tokens[there].sum() / seconds[there].sum()
     text = f"Tokens of the data that went through each second; {count(overall)} over the whole run."
     rates = tokens[there] / seconds[there]
-    return _figure_of(
-        "speed", "Speed", text, "tokens per second", steps[there], rates, smooth=True, from_zero=True
-    )
+    return _figure_of("speed", "Speed", text, "tokens per second", steps[there], rates, smooth=True, from_zero=True)
 
 
 def _figure_of(
@@ -162,9 +166,7 @@ def _figure_of(
     if smooth:
         curves.insert(0, Curve(_points(steps, values), "c1 raw"))
         legend = [(swatch("c1"), "running mean"), (swatch("c1 raw"), "each step")]
-    said = (
-        f"{unit} from {short(values[0])} at step {steps[0]:,.0f} to {short(values[-1])} at {steps[-1]:,.0f}"
-    )
+    said = f"{unit} from {short(values[0])} at step {steps[0]:,.0f} to {short(values[-1])} at {steps[-1]:,.0f}"
     drawn = line_chart(
         identity,
         f"{title} over steps",

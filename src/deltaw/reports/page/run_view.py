@@ -11,14 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.config import settings as all_settings
-from deltaw.reports.metrics_file import SampleAnswer
-from deltaw.reports.page.curves import smoothed
-from deltaw.reports.page.figure import Numbers
-from deltaw.reports.page.learned import what_was_learned
-from deltaw.reports.page.learned_figures import learned_figures
+from deltaw.reports.page.learned import learned_figures, what_was_learned
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
-from deltaw.reports.recorded import KILLED, RecordedRun, number, numbers
+from deltaw.reports.page.svg import Numbers, smoothed
+from deltaw.reports.recorded import KILLED, RecordedRun, SampleAnswer, number, numbers
 from deltaw.reports.wording import (
     count,
     duration,
@@ -30,7 +26,8 @@ from deltaw.reports.wording import (
     shown,
     when,
 )
-from deltaw.training.evaluation.drift import LARGE
+from deltaw.settings import settings as all_settings
+from deltaw.training.drift import LARGE
 from deltaw.training.summary import FAILED, FINISHED, INTERRUPTED, RUNNING, next_commands
 
 # The most prompts whose answers are shown, answers in between of one, and characters of a text.
@@ -101,9 +98,7 @@ def run_view(record: RecordedRun) -> dict[str, Any]:
         "settings_text": record.settings_text[:SETTINGS_TEXT],
         "commands": commands_of(record),
         "machine": machine_text(record),
-        "versions": ", ".join(
-            f"{name} {value}" for name, value in _map(record.summary.get("versions")).items()
-        ),
+        "versions": ", ".join(f"{name} {value}" for name, value in _map(record.summary.get("versions")).items()),
         "written": when(time.time()),
     }
     sections = (
@@ -130,9 +125,7 @@ def headline(record: RecordedRun) -> list[Fact]:
             Fact(
                 "held-out loss",
                 f"{short(losses[0][1])} → {short(losses[-1][1])}",
-                "before and after training"
-                if losses[0][0] == 0
-                else f"from step {losses[0][0]:,} to the end",
+                "before and after training" if losses[0][0] == 0 else f"from step {losses[0][0]:,} to the end",
             )
         )
     elif losses:
@@ -146,9 +139,7 @@ def headline(record: RecordedRun) -> list[Fact]:
     _, steps = record.metrics.column("loss")
     if len(steps) and len(losses) < 2:
         mean = smoothed(steps)
-        facts.append(
-            Fact("training loss", f"{short(mean[0])} → {short(mean[-1])}", "first step, and mean of the last")
-        )
+        facts.append(Fact("training loss", f"{short(mean[0])} → {short(mean[-1])}", "first step, and mean of the last"))
     if record.rows_per_second:
         more = f"{count(record.tokens_per_second)} tokens a second"
         facts.append(Fact("speed", f"{rate(record.rows_per_second)} rows/s", more))
@@ -285,9 +276,7 @@ def settings_table(record: RecordedRun) -> Numbers:
         for key, choice in chosen.items()
         if key not in known
     ]
-    return Numbers(
-        "Settings that are not the default, and what was chosen", ("setting", "value", "why"), rows
-    )
+    return Numbers("Settings that are not the default, and what was chosen", ("setting", "value", "why"), rows)
 
 
 def _differs(value: object, default: object) -> bool:

@@ -8,13 +8,130 @@ run.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
 
-from deltaw.reports.page.curves import is_logarithmic, linear_ticks, log_ticks
+# ---- A figure of the page: a drawing, what it shows in words, a legend, and the numbers behind it as a table.
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table: the first cell of each row names the row.
+
+    Attributes:
+        caption: what it holds. head: of each column. rows: cells as texts.
+        note: below the table, such as which rows are left out.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Attributes:
+        identity: unique on the page; an anchor. title: its heading. text: what it shows, in a sentence.
+        drawing: the SVG. numbers: behind it.
+        legend: sign and name of what is drawn, where it is more than one thing.
+    """
+
+    identity: str
+    title: str
+    text: str
+    drawing: Markup
+    numbers: Numbers
+    legend: Sequence[tuple[Markup, str]] = ()
+
+
+# ---- Curves made ready to be drawn: smoothed, thinned without losing a peak, with ticks at round numbers.
+#
+# Knows numbers only.
+
+
+# Places along a curve; each keeps its lowest and its highest value.
+PLACES = 360
+# Largest over smallest value from which a logarithmic scale is easier to read.
+LOG_FROM = 25.0
+
+
+def thinned(x: np.ndarray, y: np.ndarray, places: int = PLACES) -> tuple[np.ndarray, np.ndarray]:
+    """At most two points for each place along the curve, its lowest and its highest, in their order; the
+    first and the last point stay."""
+    if len(x) <= 2 * places:
+        return x, y
+    cuts = np.linspace(0, len(x), places + 1).astype(int)
+    kept = {0, len(x) - 1}
+    for start, end in itertools.pairwise(cuts.tolist()):
+        kept.add(start + int(np.argmin(y[start:end])))
+        kept.add(start + int(np.argmax(y[start:end])))
+    at = np.array(sorted(kept))
+    return x[at], y[at]
+
+
+def smoothed(y: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """A running mean whose memory is a share of the curve, at least four steps or an eighth of it, whichever
+    is less; unbiased at its beginning."""
+    if not len(y):
+        return y
+    keep = 1 - 1 / max(1.0, min(4.0, len(y) / 8), share * len(y))
+    found = np.empty(len(y))
+    mean = weight = 0.0
+    for place, value in enumerate(y.tolist()):
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        found[place] = mean / weight
+    return found
+
+
+def is_logarithmic(values: Sequence[float] | np.ndarray) -> bool:
+    """Whether all values are positive and spread over more than :data:`LOG_FROM`."""
+    found = np.asarray(values, dtype=float)
+    found = found[np.isfinite(found)]
+    return bool(len(found) and found.min() > 0 and found.max() / found.min() > LOG_FROM)
+
+
+def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from ``low`` to ``high``: at most ``most``, at least one where the range is not empty."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Powers of ten between two positive numbers; where they are few, also their double and fivefold."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p * (1 + 1e-9) <= high * 1.001]
+        if len(ticks) <= most:
+            break
+    else:
+        ticks = ticks[:: math.ceil(len(ticks) / most)]
+    return ticks or [low]
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` places out of ``count``, with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(place) for place in np.linspace(0, count - 1, most)})
+
+
+# ---- svg
+
 
 WIDTH = 1000  # of the stretched inner drawing
 TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
@@ -95,9 +212,7 @@ def line_chart(
         ).format(TOP, plot, WIDTH, plot, Markup("").join(inner))
     )
     for tick in log_ticks(low, high) if log else linear_ticks(low, high):
-        pieces.append(
-            Markup('<text class="halo" x="0" y="{:.1f}">{}</text>').format(down(tick) - 4, y_format(tick))
-        )
+        pieces.append(Markup('<text class="halo" x="0" y="{:.1f}">{}</text>').format(down(tick) - 4, y_format(tick)))
     pieces.append(_x_axis(left, right, along, x_format, height, log_x))
     return drawing(identity, title, description, height, Markup("").join(pieces))
 
@@ -180,14 +295,12 @@ def heat_map(
         y = number * line
         pieces.append(Markup('<text x="0" y="{}">{}</text>').format(y + 13, strip.name))
         pieces.append(
-            Markup('<text class="quiet" x="100%" y="{}" text-anchor="end">{}</text>').format(
-                y + 13, strip.note
-            )
+            Markup('<text class="quiet" x="100%" y="{}" text-anchor="end">{}</text>').format(y + 13, strip.note)
         )
         cells = [
-            Markup(
-                '<rect class="cell" x="{}" y="0" width="1" height="1" fill-opacity="{:.3f}">{}</rect>'
-            ).format(place, 0.06 + 0.94 * value / top, _hover(f"{columns[place]}: {value_format(value)}"))
+            Markup('<rect class="cell" x="{}" y="0" width="1" height="1" fill-opacity="{:.3f}">{}</rect>').format(
+                place, 0.06 + 0.94 * value / top, _hover(f"{columns[place]}: {value_format(value)}")
+            )
             for place, value in enumerate(strip.values)
             if value is not None
         ]
@@ -231,9 +344,9 @@ def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> M
             if size <= 0:
                 continue
             pieces.append(
-                Markup(
-                    '<rect class="part {}" x="{:.3f}%" y="{}" width="{:.3f}%" height="{}">{}</rect>'
-                ).format(kind, 100 * sofar / most, y + 19, 100 * size / most, thick, _hover(name))
+                Markup('<rect class="part {}" x="{:.3f}%" y="{}" width="{:.3f}%" height="{}">{}</rect>').format(
+                    kind, 100 * sofar / most, y + 19, 100 * size / most, thick, _hover(name)
+                )
             )
             sofar += size
     height = line * len(given) + 2
@@ -251,9 +364,7 @@ def histogram(
     for start, end, number in zip(edges, edges[1:], counts, strict=False):
         tall = plot * number / most
         pieces.append(
-            Markup(
-                '<rect class="column" x="{:.3f}%" y="{:.1f}" width="{:.3f}%" height="{:.1f}">{}</rect>'
-            ).format(
+            Markup('<rect class="column" x="{:.3f}%" y="{:.1f}" width="{:.3f}%" height="{:.1f}">{}</rect>').format(
                 100 * (start - low) / span,
                 10 + plot - tall,
                 max(0.4, 100 * (end - start) / span - 0.5),

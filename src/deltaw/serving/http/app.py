@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from deltaw.errors import UserError
-from deltaw.serving.http.chat import chat_router
-from deltaw.serving.http.completions import completions_router
-from deltaw.serving.http.errors import ApiError, on_api_error, on_http_error, on_user_error
-from deltaw.serving.http.guard import Guard, Observed
-from deltaw.serving.http.metrics import Metrics
-from deltaw.serving.http.models import adapters_router, models_router
-from deltaw.serving.http.operations import OPEN, operations_router
-from deltaw.serving.http.served import Served
+from deltaw.serving.http.answers import chat_router, completions_router
+from deltaw.serving.http.errors import (
+    TOLD,
+    ApiError,
+    answer,
+    json_response,
+    on_api_error,
+    on_http_error,
+    on_user_error,
+    refusals,
+)
+from deltaw.serving.http.guard import CONTENT_TYPE, Guard, Metrics, Observed
+from deltaw.serving.http.preparing import Desk
+from deltaw.serving.http.served import Served, adapters_router, models_router
 from deltaw.serving.http.settings import ServerSettings
-from deltaw.serving.http.texts import Desk
 from deltaw.version import __version__
+
+# ---- For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`.
+
+
+# They answer without a key: probes have none, and learn nothing.
+OPEN = frozenset({"/health", "/ready"})
+
+
+def operations_router(served: Served, desk: Desk | None, metrics: Metrics) -> APIRouter:
+    """The three routes."""
+    router = APIRouter()
+
+    @router.get("/health", summary="Whether the process answers", responses=answer("It does"))
+    async def health() -> Response:
+        return json_response({"status": "ok"})
+
+    @router.get("/ready", summary="Whether requests are taken", responses=answer("They are") | refusals(403, 503))
+    async def ready() -> Response:
+        if desk is not None and desk.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if not served.alive():
+            raise ApiError(503, "the engine has failed", code="engine_failed")
+        return json_response({"status": "ready"})
+
+    @router.get("/metrics", summary="Metrics for Prometheus", responses=answer("Metrics", "text/plain") | TOLD)
+    async def shown() -> Response:
+        return Response(metrics.shown(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+# ---- app
 
 
 def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk | None]:

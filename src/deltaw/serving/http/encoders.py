@@ -20,12 +20,9 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.serving.encoders import Classifier, Embedder, Encoders
-from deltaw.serving.http.body import described, read_json
-from deltaw.serving.http.documented import answer, refusals
-from deltaw.serving.http.errors import ApiError, json_response, refused
-from deltaw.serving.http.fields import Fields, ModelName, Tokens
-from deltaw.serving.http.prompts import surely_longer
-from deltaw.serving.http.record import Record, record_of
+from deltaw.serving.http.errors import ApiError, answer, json_response, refusals, refused
+from deltaw.serving.http.preparing import surely_longer
+from deltaw.serving.http.requests import Fields, ModelName, Record, Tokens, described, read_json, record_of
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
 
@@ -208,9 +205,7 @@ def _width(model: Embedder, asked: int | None) -> int:
     if asked in model.nested:
         return asked
     possible = ", ".join(str(width) for width in sorted({*model.nested, model.width}))
-    raise ApiError(
-        400, f"the model's vectors have {possible} dimensions", param="dimensions", code="invalid_value"
-    )
+    raise ApiError(400, f"the model's vectors have {possible} dimensions", param="dimensions", code="invalid_value")
 
 
 def _form(vector: np.ndarray, form: str) -> list[float] | str:

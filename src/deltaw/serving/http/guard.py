@@ -6,22 +6,207 @@ Plain ASGI, so that streams pass through without being held up.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hashlib
 import hmac
+import json
 import logging
+import logging.handlers
+import queue
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from typing import TextIO
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaw.host.memory import trim_memory
-from deltaw.serving.http.body import LARGE
 from deltaw.serving.http.errors import GONE, ApiError, error_response
-from deltaw.serving.http.logs import LOGGER
-from deltaw.serving.http.metrics import Metrics
-from deltaw.serving.http.record import FAILURE, KEY, Bodies, Record, record_of
+from deltaw.serving.http.requests import FAILURE, KEY, LARGE, Bodies, Record, record_of
+from deltaw.serving.http.served import Load
 from deltaw.serving.http.settings import ServerSettings, is_loopback
+
+# ---- Numbers for Prometheus, in a registry of the application's own.
+#
+# Labels are bounded: routes are those of the application, models those that it serves.
+
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+# Seconds: from a token of a small model to an answer of a large one.
+_TOKEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_FIRST = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_WHOLE = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_GAUGES = {
+    "running": "Texts that are being written",
+    "waiting": "Texts that are not yet begun",
+    "pages_used": "Pages of keys and values in use",
+    "pages": "Pages of keys and values there are",
+    "adapters_loaded": "Adapters in memory",
+}
+
+
+class _Gauges(Collector):
+    """What an engine is doing, asked for when somebody looks."""
+
+    def __init__(self, load: Callable[[], Load], in_hand: Callable[[], int]) -> None:
+        self._load = load
+        self._in_hand = in_hand
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        load = self._load()
+        for name, told in _GAUGES.items():
+            yield GaugeMetricFamily(f"deltaw_{name}", told, getattr(load, name))
+        yield GaugeMetricFamily("deltaw_in_hand", "Texts in hand, waiting or running", self._in_hand())
+
+
+class Metrics:
+    """Counts requests and tokens, and how long they take.
+
+    Args:
+        load: what the engine is doing. in_hand: texts that the server has taken in.
+    """
+
+    def __init__(self, load: Callable[[], Load], in_hand: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry(auto_describe=True)
+        registry = self._registry
+        self._requests = Counter("deltaw_requests", "Requests", ("route", "status", "model"), registry=registry)
+        self._prompt = Counter("deltaw_prompt_tokens", "Tokens of prompts", ("model",), registry=registry)
+        self._cached = Counter(
+            "deltaw_cached_prompt_tokens", "Tokens of prompts that were reused", ("model",), registry=registry
+        )
+        self._written = Counter("deltaw_completion_tokens", "Tokens that were written", ("model",), registry=registry)
+        self._finished = Counter("deltaw_texts", "Texts by why they ended", ("model", "finish"), registry=registry)
+        self._seconds = Histogram(
+            "deltaw_request_seconds", "Time of a request", ("route",), buckets=_WHOLE, registry=registry
+        )
+        self._first = Histogram(
+            "deltaw_first_token_seconds",
+            "Time from a request's arrival to its first token",
+            buckets=_FIRST,
+            registry=registry,
+        )
+        self._token = Histogram(
+            "deltaw_token_seconds",
+            "Time per token of a request after its first, over its texts",
+            buckets=_TOKEN,
+            registry=registry,
+        )
+        registry.register(_Gauges(load, in_hand))
+
+    def count(self, record: Record, route: str, status: int, seconds: float) -> None:
+        """Count a request that has been answered."""
+        self._requests.labels(route, str(status), record.model).inc()
+        self._seconds.labels(route).observe(seconds)
+        if record.prompt_tokens and record.finishes:
+            self._prompt.labels(record.model).inc(record.prompt_tokens)
+            self._cached.labels(record.model).inc(record.cached_tokens)
+        if record.completion_tokens:
+            self._written.labels(record.model).inc(record.completion_tokens)
+        for finish in record.finishes:
+            self._finished.labels(record.model, finish).inc()
+        if record.first_token is None or record.last_token is None:
+            return
+        self._first.observe(record.first_token - record.began)
+        if record.completion_tokens > 1:
+            self._token.observe((record.last_token - record.first_token) / (record.completion_tokens - 1))
+
+    def shown(self) -> bytes:
+        """All of them in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+# ---- Logs as lines of JSON: one for each request, and one for each thing that goes wrong.
+#
+# Lines are written by a thread of their own; where their reader does not keep up, they are dropped and counted,
+# rather than to wait for him. Prompts are left out unless asked for; keys never appear.
+
+
+LOGGER = logging.getLogger("deltaw.serve")
+# Lines that wait for the writer.
+MOST_WAITING = 10_000
+# Of uvicorn, told in the same way.
+_OTHERS = ("uvicorn", "uvicorn.error")
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        line: dict[str, object] = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+        }
+        fields = getattr(record, "fields", None)
+        line |= fields if isinstance(fields, dict) else {"event": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+class _Dropping(logging.handlers.QueueHandler):
+    """Puts lines into a queue while there is room."""
+
+    dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+
+class RequestLog:
+    """Writes the log of a server to a stream while it is open.
+
+    Args:
+        stream: such as standard error; None for no lines at all.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        waiting: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
+        self._handler: logging.Handler = logging.NullHandler() if stream is None else _Dropping(waiting)
+        self._listener: logging.handlers.QueueListener | None = None
+        if stream is not None:
+            shown = logging.StreamHandler(stream)
+            shown.setFormatter(_Lines())
+            self._listener = logging.handlers.QueueListener(waiting, shown)
+        self._before: list[tuple[logging.Logger, int, bool]] = []
+
+    def __enter__(self) -> RequestLog:
+        levels = {LOGGER.name: logging.INFO} | dict.fromkeys(_OTHERS, logging.WARNING)
+        for name, level in levels.items():
+            logger = logging.getLogger(name)
+            self._before.append((logger, logger.level, logger.propagate))
+            logger.setLevel(level)
+            # Children of uvicorn's logger pass their lines up to it.
+            logger.propagate = name == "uvicorn.error"
+            if name != "uvicorn.error":
+                logger.addHandler(self._handler)
+        if self._listener is not None:
+            self._listener.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level, propagate in self._before:
+            logger.removeHandler(self._handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+        if self._listener is not None:
+            self._listener.stop()
+
+    @property
+    def dropped(self) -> int:
+        """Lines that were not written."""
+        return getattr(self._handler, "dropped", 0)
+
+
+# ---- guard
+
 
 # After a large request; others that end within this time need no trimming of their own.
 TRIM_SECONDS = 2.0

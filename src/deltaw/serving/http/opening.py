@@ -13,25 +13,21 @@ from pathlib import Path
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.memory import free_memory_bytes
-from deltaw.hub.terminators import terminators
-from deltaw.serving.adapter_folder import FolderFacts
-from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
-from deltaw.serving.bank import AdapterBank
+from deltaw.hub.gguf import terminators
+from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters, FolderFacts
+from deltaw.serving.bank import AdapterBank, FactorPlaces, packing
 from deltaw.serving.batch import BatchLimits
 from deltaw.serving.decodable import Decodable, decodable
+from deltaw.serving.encoders import open_classifiers, open_embedder, what_it_serves
 from deltaw.serving.engine import Engine
-from deltaw.serving.factor_places import FactorPlaces, packing
-from deltaw.serving.fallback import FallbackWork
 from deltaw.serving.http.encoders import encoders_served
-from deltaw.serving.http.page.routes import page_router
-from deltaw.serving.http.prompts import TokenizerPrompts
+from deltaw.serving.http.page.document import page_router
+from deltaw.serving.http.preparing import TokenizerPrompts
 from deltaw.serving.http.served import Load, Prompts, Served
 from deltaw.serving.http.settings import Limits, check_name
-from deltaw.serving.open_encoders import open_classifiers, open_embedder, what_it_serves
-from deltaw.serving.opening import CACHE_SHARE, engine_over
+from deltaw.serving.opening import CACHE_SHARE, FallbackWork, engine_over
 from deltaw.serving.probes import NotDecodable
-from deltaw.training.inference import InferenceSession, open_run
-from deltaw.training.origin import is_adapter, read_folder
+from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
 from deltaw.working import working
 
 # Renderings that are kept, of adapters that were asked for; each holds little, but adapters come and go.
@@ -113,9 +109,7 @@ def open_any(
     return replace(encoders_served(encoders, name, base, limits), closed=encoders.close)
 
 
-def open_served(
-    base: str, folders: Mapping[str, Path], opening: Opening, *, say: Callable[[str], None]
-) -> Served:
+def open_served(base: str, folders: Mapping[str, Path], opening: Opening, *, say: Callable[[str], None]) -> Served:
     """A base model and its adapters, ready to serve.
 
     Args:
@@ -139,9 +133,7 @@ def open_served(
     name = opening.name or named
     if name in folders:
         raise UserError(f"'{name}' is the base model's name", where="--adapter", hint="give --name")
-    session = open_run(
-        base, precision=opening.precision, device=opening.device, trust_remote_code=trust, say=say
-    )
+    session = open_run(base, precision=opening.precision, device=opening.device, trust_remote_code=trust, say=say)
     session.require_generation()
     room = opening.cache_bytes
     room = int(free_memory_bytes() * CACHE_SHARE) if room is None else room

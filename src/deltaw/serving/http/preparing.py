@@ -5,22 +5,359 @@ Knows the fields of requests and the limits; not how answers are written.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deltaw.data.chat_template import todays_date
+from deltaw.data.messages import read_messages
+from deltaw.data.settings import DataSettings
+from deltaw.data.templates import Encoder, TemplateName
 from deltaw.errors import UserError
-from deltaw.serving.http.chat_request import ChatRequest
-from deltaw.serving.http.completion_request import CompletionRequest
 from deltaw.serving.http.errors import ApiError, refused
-from deltaw.serving.http.fields import TextFields, json_constraint
-from deltaw.serving.http.prompts import surely_longer
+from deltaw.serving.http.requests import ChatRequest, CompletionRequest, TextFields, json_constraint
 from deltaw.serving.http.served import Prompts, Served
 from deltaw.serving.http.settings import Limits
-from deltaw.serving.http.tool_calls import forced_schema
-from deltaw.serving.request import Constraint, Request, Sampling, UnknownAdapterError
+from deltaw.serving.http.tool_calls import CallForm, forced_schema, form_of
+from deltaw.serving.request import Constraint, Piece, Request, Sampling, TextEngine, UnknownAdapterError, Writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# ---- The texts of requests, between an engine's threads and the event loop: taken in, followed, and let go.
+#
+# Each text is followed by a thread that waits for its pieces; the event loop only looks at what came, and never
+# waits for the engine. Knows neither HTTP nor what the texts are about.
+
+
+# Seconds after a request's own time, in which the engine must have ended its texts.
+GRACE = 10.0
+
+
+class Texts:
+    """The texts of one request, as they are written.
+
+    Args:
+        writings: of the engine. follow: runs a function in another thread. ended: told, from that thread,
+            each time that a text has ended.
+        seconds: after which they are given up.
+    """
+
+    def __init__(
+        self,
+        writings: Sequence[Writing],
+        follow: Callable[[Callable[[], None]], object],
+        ended: Callable[[], None],
+        seconds: float,
+    ) -> None:
+        self._writings = writings
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._came: deque[tuple[int, Piece | Exception]] = deque()
+        self._news = asyncio.Event()
+        self._timer = self._loop.call_later(seconds + GRACE, self._give_up)
+        for index, writing in enumerate(writings):
+            follow(lambda index=index, writing=writing: self._follow(index, writing))  # type: ignore[misc]
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all texts as they come, each with its text's place; ends with the last text.
+
+        Raises:
+            Exception: what the engine failed with.
+        """
+        open_texts = len(self._writings)
+        try:
+            while open_texts:
+                await self._news.wait()
+                self._news.clear()
+                while self._came:
+                    index, piece = self._came.popleft()
+                    if isinstance(piece, Exception):
+                        raise piece
+                    open_texts -= piece.finish is not None
+                    yield index, piece
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Let go of what is not yet written."""
+        self._timer.cancel()
+        for writing in self._writings:
+            writing.cancel()
+
+    def _give_up(self) -> None:
+        self.cancel()
+        self._tell(0, ApiError(504, "the engine did not end the text in time", code="timeout"))
+
+    def _follow(self, index: int, writing: Writing) -> None:
+        """In a thread of its own."""
+        finished = False
+        try:
+            for piece in writing:
+                if piece.finish == "error":
+                    writing.result()  # raises what the engine failed with
+                finished = finished or piece.finish is not None
+                self._tell(index, piece)
+            if not finished:
+                self._tell(index, Piece("", finish="error"))
+        except Exception as error:
+            self._tell(index, error)
+        finally:
+            self._ended()
+
+    def _tell(self, index: int, piece: Piece | Exception) -> None:
+        self._came.append((index, piece))
+        # One call into the loop is enough for all that comes until it looks.
+        if not self._news.is_set():
+            # A loop that is closed has nobody left who waits.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._news.set)
+
+
+class Desk:
+    """Takes requests in, as many as there may be at once.
+
+    Args:
+        engine: that writes. most: texts in hand at once. seconds: for each.
+    """
+
+    def __init__(self, engine: TextEngine, *, most: int, seconds: float) -> None:
+        self._engine = engine
+        self._most = most
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._in_hand = 0
+        self._open: set[Texts] = set()
+        self.closing = False
+        self._preparing = ThreadPoolExecutor(4, "deltaw-prepare")
+        # A thread for each text in hand, which waits for its constraint, then for its pieces.
+        self._following = ThreadPoolExecutor(most, "deltaw-follow")
+        self._submitted: set[asyncio.Future[list[Writing]]] = set()
+
+    @property
+    def in_hand(self) -> int:
+        """Texts that are waiting or being written."""
+        return self._in_hand
+
+    async def elsewhere(self, work: Callable[[], list[Request]]) -> list[Request]:
+        """The requests that ``work`` makes, in another thread: rendering and tokenizing takes time."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
+    def check_room(self, count: int) -> None:
+        """Refuse what would not be taken in, before work is spent on it.
+
+        Raises:
+            ApiError: 429 or 503.
+        """
+        if self.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        if self._in_hand + count > self._most:
+            raise ApiError(
+                429,
+                f"{self._in_hand} texts are in hand, and {self._most} may be: ask again later",
+                code="queue_full",
+                retry_after=1,
+            )
+
+    async def write(self, requests: Sequence[Request]) -> Texts:
+        """Let the engine write these texts.
+
+        Raises:
+            ApiError: 429 the queue is full; 503 the server is shutting down.
+            UserError: the engine refuses a request; then none of them is written.
+        """
+        with self._lock:
+            self.check_room(len(requests))
+            self._in_hand += len(requests)
+        submitted = asyncio.get_running_loop().run_in_executor(self._following, self._submit, requests)
+        self._submitted.add(submitted)
+        try:
+            writings = await submitted
+        except BaseException:
+            self._release(len(requests))
+            if self.closing:
+                self.check_room(0)
+            raise
+        finally:
+            self._submitted.discard(submitted)
+        texts = Texts(writings, self._following.submit, self._release, self._seconds)
+        self._open.add(texts)
+        return texts
+
+    def done(self, texts: Texts) -> None:
+        """Nobody waits for these texts any more."""
+        texts.cancel()
+        self._open.discard(texts)
+
+    def turn_away(self) -> None:
+        """Take in no more, and let nobody wait for a constraint any longer."""
+        self.closing = True
+        self._engine.hurry()
+        for submitted in self._submitted:
+            submitted.cancel()
+
+    def cancel_all(self) -> None:
+        """Let go of all texts in hand; those who wait for them are told."""
+        for texts in list(self._open):
+            texts.cancel()
+
+    def close(self) -> None:
+        """End the threads; the engine must have been closed."""
+        self._preparing.shutdown(wait=True, cancel_futures=True)
+        self._following.shutdown(wait=True)
+
+    def _submit(self, requests: Sequence[Request]) -> list[Writing]:
+        writings: list[Writing] = []
+        try:
+            for request in requests:
+                writings.append(self._engine.submit(request))
+        except BaseException:
+            for writing in writings:
+                writing.cancel()
+            raise
+        return writings
+
+    def _release(self, count: int = 1) -> None:
+        with self._lock:
+            self._in_hand -= count
+
+
+# ---- Prompts through a tokenizer and its chat template, rendered as the rows of an adapter's training were.
+#
+# Knows tokenizers and the settings of a run's data; not HTTP.
+
+
+# Texts of so many times the characters that there may be tokens are tokenized without a second look; those of
+# so many times the tokens are too long, however a template may shorten them.
+_FEW = 4
+
+
+class TokenizerPrompts:
+    """Renders prompts with one tokenizer.
+
+    Args:
+        tokenizer: of the adapter or the base model, with its chat template.
+        data: how the adapter's rows were read; None where that is not known.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template: TemplateName = "auto"
+        self._date: str | None = None
+        if data is not None:
+            self._template = "plain" if data.form == "text" else data.template
+            self._date = data.date
+        # Tokenizers are not made for several threads at once.
+        self._lock = threading.Lock()
+        self._plain = Encoder(tokenizer, "plain")
+        self._day = todays_date()
+        self._chat = self._encoder(self._day)
+        self._form = self._form_of_template() if self._chat.chat else None
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """How the chat template lets a model write calls of tools."""
+        return self._form
+
+    def chat(self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]]) -> np.ndarray:
+        """A conversation through what opens the assistant's turn: int32 (length,).
+
+        Raises:
+            UserError: the template does not take it, or has no place for tools.
+        """
+        turns = read_messages(list(messages), "messages", "messages")
+        with self._lock:
+            if (today := todays_date()) != self._day:
+                # A server outlives the date that a template writes.
+                self._day, self._chat = today, self._encoder(today)
+            if tools and not (self._chat.chat and "tools" in self._template_text()):
+                raise UserError("the model's chat template has no place for tools", where="tools")
+            return np.asarray(self._chat.prompt(turns, list(tools)), dtype=np.int32)
+
+    def text(self, text: str) -> np.ndarray:
+        """Plain text with the tokens that open every text, such as BOS: int32 (length,)."""
+        with self._lock:
+            return np.asarray(self._plain.prompt(text), dtype=np.int32)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for in a text; for a special token, its name."""
+        known = self._bytes.get(token)
+        if known is None:
+            # Without the lock, since an event loop asks, and a long prompt may be under way: this only reads.
+            known = self._bytes[token] = bytes_of_token(self._tokenizer, token)
+        return known
+
+    def _encoder(self, today: str) -> Encoder:
+        return Encoder(self._tokenizer, self._template, date=self._date or today)
+
+    def _form_of_template(self) -> CallForm | None:
+        form = form_of(self._template_text())
+        if form is None or not form.opening:
+            return form
+        for token, known in self._tokenizer.added_tokens_decoder.items():
+            if known.special and known.content == form.opening:
+                return replace(form, mark=token)
+        return form
+
+    def _template_text(self) -> str:
+        template = self._tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template or "")
+
+
+def surely_longer(text: str, most: int, tokens: Callable[[str], Sized]) -> bool:
+    """Whether a text has many more than ``most`` tokens, told from no more of it than that takes.
+
+    Args:
+        tokens: of a text.
+    """
+    size, found = _FEW * most, 0
+    for start in range(0, len(text), size) if len(text) > size else ():
+        found += len(tokens(text[start : start + size]))
+        if found > _FEW * most:
+            return True
+    return False
+
+
+def bytes_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """What a token stands for: bytes, since a character may be spread over several tokens.
+
+    Byte-level vocabularies write each byte as a character (GPT-2); others have tokens named ``<0x0A>``.
+    """
+    name = tokenizer.convert_ids_to_tokens(int(token))
+    if not isinstance(name, str):
+        return b""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:5], 16)])
+    text = str(tokenizer.decode([int(token)], clean_up_tokenization_spaces=False))
+    if "\ufffd" in text and all(letter in _BYTE_OF for letter in name):
+        return bytes(_BYTE_OF[letter] for letter in name)
+    if name.startswith("\u2581") and not text.startswith(" "):
+        text = " " + text  # a decoder drops the space that begins a text
+    return text.encode("utf-8", "replace")
+
+
+def _byte_letters() -> dict[str, int]:
+    """The character that byte-level vocabularies write for each byte, and the byte: the printable ones stand
+    for themselves, the others for those from 256 on, in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
+
+
+# ---- preparing
 
 
 def adapter_named(served: Served, model: str) -> str | None:
@@ -140,9 +477,7 @@ def _choices(
     if served.positions is not None:
         room = served.positions - len(tokens)
         if room < min(1, most):
-            raise _too_long(
-                f"the prompt has {len(tokens):,} tokens, and the model has {served.positions:,} positions"
-            )
+            raise _too_long(f"the prompt has {len(tokens):,} tokens, and the model has {served.positions:,} positions")
         most = min(most, room)
     request = Request(
         tokens=tokens,

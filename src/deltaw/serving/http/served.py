@@ -5,14 +5,23 @@ It is the seam to the rest of deltaw: a test makes it of a toy, the command line
 
 from __future__ import annotations
 
+import asyncio
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import Field
 
+from deltaw.errors import UserError
+from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, refusals, refused
+from deltaw.serving.http.requests import Fields, described, read_json, record_of
+from deltaw.serving.http.settings import NAME, ServerSettings, check_name
 from deltaw.serving.http.tool_calls import CallForm
 from deltaw.serving.request import TextEngine
 
@@ -116,3 +125,138 @@ class Served:
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may give besides the base model's."""
         return self.others if self.engine is None else self.engine.adapters()
+
+
+# ---- `/v1/models`: the base model and its adapters; and vLLM's routes that load and unload adapters.
+#
+# Adapters are loaded from below one folder only: links are followed first, and what leads out of it is refused
+# like what does not exist, so that nobody learns what lies elsewhere.
+
+
+class LoadAdapter(Fields):
+    """The body of ``/v1/load_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
+    lora_path: str = Field(min_length=1, max_length=1024)
+    load_inplace: bool = Field(default=False, description="take the place of the adapter of this name")
+
+
+class UnloadAdapter(Fields):
+    """The body of ``/v1/unload_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, max_length=128, pattern=NAME.pattern)
+
+
+def models_router(served: Served) -> APIRouter:
+    """The routes that list models."""
+    router = APIRouter()
+    started = int(time.time())
+
+    def entry(name: str) -> dict[str, object]:
+        told = {"id": name, "object": "model", "created": started, "owned_by": "deltaw"}
+        if name == served.name:
+            return {**told, "root": served.reference or name, "parent": None}
+        return {**told, "root": name, "parent": served.name}
+
+    @router.get("/v1/models", summary="List the base model and its adapters", responses=answer("Models") | TOLD)
+    async def models() -> Response:
+        names = [served.name, *sorted(served.adapters())]
+        return json_response({"object": "list", "data": [entry(name) for name in names]})
+
+    @router.get(
+        "/v1/models/{model:path}",
+        summary="One model",
+        responses=answer("The model") | TOLD | refusals(404),
+    )
+    async def model(model: str) -> Response:
+        if model != served.name and model not in served.adapters():
+            raise ApiError(404, f"there is no model '{model[:128]}'", param="model", code="model_not_found")
+        return json_response(entry(model))
+
+    return router
+
+
+def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> APIRouter:
+    """The routes that load and unload adapters from below ``settings.adapters_from``."""
+    assert settings.adapters_from is not None
+    router = APIRouter()
+    root, limits = settings.adapters_from, settings.limits
+    told = answer("What was done", "text/plain") | TOLD | refusals(404, 408, 413, 415, 500)
+    changing = asyncio.Lock()
+
+    @router.post(
+        "/v1/load_lora_adapter",
+        summary="Load an adapter",
+        openapi_extra=described(LoadAdapter),
+        responses=told,
+        response_class=PlainTextResponse,
+    )
+    async def load(request: Request) -> Response:
+        asked = await read_json(request, LoadAdapter, limits)
+        name = _name(asked.lora_name, served)
+        folder = folder_below(root, asked.lora_path)
+        async with changing:
+            try:
+                known = served.adapters()
+                if name not in known and len(known) >= settings.max_adapters:
+                    raise UserError(
+                        f"{len(known)} adapters are loaded, and {settings.max_adapters} may be",
+                        hint="unload one first",
+                    )
+                put = shelf.swap if asked.load_inplace and name in known else shelf.add
+                await asyncio.get_running_loop().run_in_executor(None, put, name, folder)
+            except UserError as error:
+                # Where it lies on this machine is not for everybody.
+                raise refused(UserError(error.what, hint=error.hint), param="lora_path") from error
+        record_of(request.scope).model = name
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    @router.post(
+        "/v1/unload_lora_adapter",
+        summary="Unload an adapter",
+        openapi_extra=described(UnloadAdapter),
+        responses=told,
+        response_class=PlainTextResponse,
+    )
+    async def unload(request: Request) -> Response:
+        asked = await read_json(request, UnloadAdapter, limits)
+        name = _name(asked.lora_name, served)
+        async with changing:
+            if name not in served.adapters():
+                raise ApiError(404, f"there is no adapter '{name}'", param="lora_name", code="model_not_found")
+            await asyncio.get_running_loop().run_in_executor(None, shelf.remove, name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    return router
+
+
+def folder_below(root: Path, path: str) -> Path:
+    """The folder that a request names, which lies below ``root`` when all links are followed.
+
+    Args:
+        path: relative to ``root``, or absolute.
+
+    Raises:
+        ApiError: 404, there is no such folder there.
+    """
+    missing = ApiError(404, "there is no such folder below the one for adapters", param="lora_path", code="not_found")
+    if not path.isprintable():
+        raise missing
+    top = os.path.realpath(root)
+    try:
+        found = os.path.realpath(os.path.join(top, path), strict=True)
+    except (OSError, ValueError):
+        raise missing from None
+    if found == top or os.path.commonpath([top, found]) != top or not os.path.isdir(found):
+        raise missing
+    return Path(found)
+
+
+def _name(name: str, served: Served) -> str:
+    try:
+        check_name(name, "lora_name")
+    except UserError as error:
+        raise refused(error, param="lora_name") from error
+    if name == served.name:
+        raise ApiError(400, f"'{name}' is the base model", param="lora_name", code="invalid_value")
+    return name

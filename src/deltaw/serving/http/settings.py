@@ -116,9 +116,7 @@ class ServerSettings:
         if self.adapters_from is not None and not self.adapters_from.is_dir():
             raise UserError("there is no such folder", where=f"--adapters-from {self.adapters_from}")
         if (self.certificate is None) != (self.certificate_key is None):
-            raise UserError(
-                "TLS needs a certificate and its key", hint="give --certificate and --certificate-key"
-            )
+            raise UserError("TLS needs a certificate and its key", hint="give --certificate and --certificate-key")
         for path in (self.certificate, self.certificate_key):
             if path is not None and not path.is_file():
                 raise UserError("there is no such file", where=str(path))

@@ -3,12 +3,136 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from deltaw.training.evaluation.metrics import bootstrap_interval
+# ---- How good predictions are: accuracy, F1, errors, correlations, and confidence intervals of them.
+#
+# Arrays in, numbers out. A metric that is not defined for what it is given, such as a correlation with a
+# constant, is nan. It knows no models.
+
+
+Interval = tuple[float, float]
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """int64 (classes, classes): how many rows of class i were taken for class j."""
+    pairs = np.asarray(truth, np.int64) * classes + np.asarray(predicted, np.int64)
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def accuracy(counts: np.ndarray) -> float:
+    """The share of rows whose class was told, from a confusion matrix."""
+    return _ratio(np.trace(counts), counts.sum())
+
+
+def f1_of(counts: np.ndarray, index: int) -> float:
+    """F1 = 2·TP / (2·TP + FP + FN) of one class; nan where it neither occurs nor is predicted."""
+    return _ratio(2 * counts[index, index], counts[index].sum() + counts[:, index].sum())
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """The mean of all classes' F1; without classes that neither occur nor are predicted."""
+    scores = np.array([f1_of(counts, index) for index in range(len(counts))])
+    return float(np.nanmean(scores)) if not np.isnan(scores).all() else float("nan")
+
+
+def matthews(counts: np.ndarray) -> float:
+    """Matthews' correlation of true and predicted classes; nan where either is always the same.
+
+    For K classes by Gorodkin (2004, "Comparing two K-category assignments by a K-category correlation
+    coefficient", eq. 8): (c·s − Σ pₖ·tₖ) / √((s² − Σ pₖ²)·(s² − Σ tₖ²)) with s rows, c of them right, tₖ of
+    class k and pₖ taken for it.
+    """
+    counts = counts.astype(np.float64)
+    s, c, t, p = counts.sum(), np.trace(counts), counts.sum(1), counts.sum(0)
+    return _ratio(c * s - t @ p, np.sqrt((s * s - p @ p) * (s * s - t @ t)))
+
+
+def classification_metrics(counts: np.ndarray) -> dict[str, float]:
+    """``accuracy``, ``macro_f1``, ``matthews`` and, of two classes, ``f1`` of the second."""
+    metrics = {"accuracy": accuracy(counts), "macro_f1": macro_f1(counts), "matthews": matthews(counts)}
+    if len(counts) == 2:
+        metrics["f1"] = f1_of(counts, 1)
+    return metrics
+
+
+def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """``mse``; ``rmse`` and ``mae`` in the labels' unit, ``pearson`` and ``spearman``."""
+    errors = np.asarray(predicted, np.float64) - np.asarray(truth, np.float64)
+    return {
+        "mse": float(np.mean(errors**2)),
+        "rmse": float(np.sqrt(np.mean(errors**2))),
+        "mae": float(np.mean(np.abs(errors))),
+        "pearson": pearson(truth, predicted),
+        "spearman": spearman(truth, predicted),
+    }
+
+
+def pearson(left: np.ndarray, right: np.ndarray) -> float:
+    """The linear correlation; nan where one side is constant or there are fewer than two rows."""
+    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    if len(left) < 2 or (left == left[0]).all() or (right == right[0]).all():
+        return float("nan")  # their rounded variance may be a little above zero
+    left, right = left - left.mean(), right - right.mean()
+    value = _ratio(left @ right, np.sqrt(left @ left) * np.sqrt(right @ right))
+    return float(np.clip(value, -1.0, 1.0))
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """The correlation of ranks, equal values sharing the mean of theirs; nan as for :func:`pearson`."""
+    return pearson(ranks(left), ranks(right))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """fp64 (n,): 1 for the smallest; equal values share the mean of the ranks that they take up."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse.reshape(-1)]
+
+
+def bootstrap_interval(
+    rows: np.ndarray,
+    statistic: Callable[[np.ndarray], float] | None = None,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    draws: int = 1000,
+) -> Interval:
+    """Where a statistic of the rows lies if other rows of the kind had been drawn: percentile bootstrap.
+
+    Rows are drawn with replacement (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13).
+
+    Args:
+        rows: (n,) or (n, …), a row's part in the first dimension.
+        statistic: of rows, such as a correlation of two columns; by default the mean.
+        seed: of the draws. level: the share between the bounds. draws: how many samples.
+
+    Returns:
+        lower and upper bound; samples of which the statistic is nan do not count, and both are nan where it
+        is nan for all.
+    """
+    rows = np.asarray(rows)
+    generator = np.random.default_rng(seed)
+    values = np.empty(draws)
+    for draw in range(draws):
+        sample = rows[generator.integers(0, len(rows), len(rows))]
+        values[draw] = sample.mean() if statistic is None else statistic(sample)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part) / float(whole) if whole else float("nan")
+
+
+# ---- base
+
 
 LEVEL = 0.95
 
@@ -42,9 +166,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, object]:
         """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
-        own: dict[str, object] = {
-            name: value if math.isfinite(value) else None for name, value in self.metrics.items()
-        }
+        own: dict[str, object] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
         if not self.name:
             return own
         return {self.name: own, **{name: other.as_dict() for name, other in self.others.items()}}

@@ -21,7 +21,7 @@ from deltaw.data.templates import TemplateName
 from deltaw.errors import UserError
 from deltaw.host.choices import QUANTIZED
 from deltaw.host.kernel_choice import computed_on
-from deltaw.hub.skeleton import has_values
+from deltaw.hub.loading import has_values
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.stored import count_numbers
 from deltaw.runtime.generation import generate, position_limit
@@ -135,15 +135,10 @@ def _written(
             batch_tokens=batch_tokens,
             on_progress=lambda done, _: advance(done),
         )
-    return [
-        [*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])]
-        for done in completions
-    ]
+    return [[*map(int, done.tokens), *([] if done.terminator is None else [done.terminator])] for done in completions]
 
 
-def _example(
-    number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Example:
+def _example(number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     tokens = np.concatenate([prompt, np.asarray(answer, np.int32)]).astype(np.int32)
     is_label = np.zeros(len(tokens), dtype=bool)
     is_label[len(prompt) :] = True

@@ -7,51 +7,239 @@ must agree, or there is no cache and the run says why. Features of an earlier ru
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.cache import key
 from deltaw.data.example import RowGroup
+from deltaw.data.packing import lengths_of
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.host.kernel_choice import computed_on
-from deltaw.hub.skeleton import has_values
+from deltaw.hub.loading import has_values
 from deltaw.hub.transformers_private import READ_FROM
-from deltaw.runtime.layer_entry import (
-    BackboneEntry,
-    BlockEntry,
-    HeadEntry,
-    Level,
-    frozen_digest,
-    lowest_trained,
-)
-from deltaw.training.features.cached import CachedPrefix, Feed, RowIndex
-from deltaw.training.features.device_store import on_device
-from deltaw.training.features.feeds import EveryToken, LabelTokens, WholeRows
-from deltaw.training.features.sharing import Sharing
+from deltaw.kernels.transfer import to_device
+from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, lowest_trained
+from deltaw.training.features.cached import CachedPrefix, EveryToken, Feed, LabelTokens, RowIndex, WholeRows
 from deltaw.training.features.store import (
     LIMIT_BYTES,
+    DiskStore,
     FeatureStore,
     MemoryStore,
     Shape,
     ShapeStore,
+    is_whole,
     open_store,
     size_text,
 )
-from deltaw.training.features.trial import (
-    TRIED_ROWS,
-    few_rows,
-    loss_and_gradients,
-    near,
-    tolerance_of,
-)
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.tasks.causal_objective import CausalObjective
+
+# ---- Comparing two ways to run the same rows: a few of them, their loss and gradients, and whether they agree.
+#
+# Knows objectives and batchers; not what differs between the two ways.
+
+
+TRIED_ROWS = 3
+# Numbers of a gradient that are compared at a time.
+_AT_ONCE = 1 << 20
+
+
+def few_rows(examples: Sequence[Any]) -> list[Any]:
+    """A few rows of different lengths, none of them long."""
+    ordered = np.argsort(lengths_of(examples), kind="stable").tolist()
+    places = sorted({0, len(ordered) // 4, len(ordered) // 2})
+    return [examples[ordered[place]] for place in places][:TRIED_ROWS]
+
+
+def loss_and_gradients(
+    objective: AnyObjective, batcher: AnyBatcher, few: Sequence[Any], trained: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    """The sum of losses, and its gradient for each trained parameter, None where it has none."""
+    total: list[Tensor | None] = [None] * (1 + len(trained))
+    for batch in batcher.batches(few):
+        loss = objective(batch)
+        parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
+        for n, part in enumerate(parts):
+            before = total[n]
+            total[n] = part if before is None or part is None else before + part
+    return total
+
+
+def near(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], tolerance: float) -> bool:
+    """Whether all together differ by no more than ``tolerance`` of their norm."""
+    if [e is None for e in expected] != [f is None for f in found]:
+        return False
+    difference = norm = 0.0
+    for e, f in zip(expected, found, strict=True):
+        if e is None or f is None:
+            continue
+        # A part at a time: a gradient may be as large as the model's largest weight.
+        for mine, other in zip(e.flatten().split(_AT_ONCE), f.flatten().split(_AT_ONCE), strict=True):
+            difference += float((mine.float() - other.float()).square().sum())
+            norm += float(mine.float().square().sum())
+    return math.sqrt(difference) <= tolerance * math.sqrt(norm)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The relative difference of norms that rounding in this type may make."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
+
+
+# ---- One store for all processes of a machine that train together: the first opens it, the others join.
+#
+# Values and marks are mapped files, so what one process writes is there for the others. Which rows have their
+# values is told by a mapped file of its own, which lasts as long as the run: marks for later runs are written
+# once values are on the disk. Processes of a step have different rows; two that write the same row write equal
+# values up to rounding.
+#
+# Knows stores and processes; not models, batches or what the values mean.
+
+
+_SEEN = "seen-"
+
+
+class Sharing:
+    """How a process comes by its store.
+
+    Args:
+        processes: that train together, each of which asks the same.
+
+    Attributes:
+        leads: whether this process opens the store of its machine.
+    """
+
+    def __init__(self, processes: Reducer = ALONE) -> None:
+        self._processes = processes
+        self._place: tuple[Path, str] | None = None
+        self.leads = processes.local_rank == 0
+
+    def opened(self, store: DiskStore) -> None:
+        """Let the others join a store that this process opened."""
+        if self._processes.local_size == 1:
+            return
+        for old in store.folder.glob(f"{_SEEN}*"):  # of runs that were killed
+            old.unlink(missing_ok=True)
+        name = f"{_SEEN}{os.getpid()}.bin"
+        (store.folder / name).write_bytes(store.done.astype(np.uint8).tobytes())
+        _use_seen(store, name)
+        store.of_run = store.folder / name
+        self._place = store.folder, name
+
+    def tell(self, *, keeps: bool) -> bool:
+        """Once by each process, the first of each machine after it opened its store: whether features are
+        kept on this machine."""
+        processes = self._processes
+        if processes.size == 1:
+            return keeps
+        place = None if self._place is None else [str(self._place[0]), self._place[1]]
+        told = processes.texts(json.dumps([keeps, place]))
+        keeps, place = json.loads(told[processes.rank - processes.local_rank])
+        if place is not None:
+            self._place = Path(place[0]), place[1]
+        return keeps
+
+    def join(self, shape: Shape) -> DiskStore | None:
+        """The store that the first process of this machine opened; None where it has none on the disk.
+
+        Raises:
+            UserError: it is another one than this process would make.
+        """
+        if self._place is None:
+            return None
+        folder, name = self._place
+        if not is_whole(folder, shape):
+            raise UserError(
+                "the features that the first process of this machine keeps are not those of this one",
+                where=str(folder),
+                hint="let all processes of a machine see the same folder, or set train.keep_features: false",
+            )
+        store = DiskStore(folder, shape, None)
+        _use_seen(store, name)
+        return store
+
+
+def _use_seen(store: DiskStore, name: str) -> None:
+    mapped = np.memmap(store.folder / name, np.uint8, "r+", shape=(store.shape.rows,))
+    store.done = np.asarray(mapped).view(bool)
+
+
+# ---- A store's vectors on the device that uses them, besides where they are kept.
+#
+# The first epoch writes them to both. Later epochs gather them on the device, so that a step neither copies
+# vectors nor waits for one. Vectors of an earlier run are brought over as they are asked for.
+#
+# Knows stores and devices; not what the vectors mean.
+
+
+# Share of the device's free memory that vectors may take; the rest is for training.
+SHARE = 0.25
+
+
+class DeviceStore:
+    """``inner`` with a copy of its vectors on ``device``."""
+
+    def __init__(self, inner: FeatureStore, device: torch.device) -> None:
+        self.inner = inner
+        self.device = device
+        self.shape = shape = inner.shape
+        self.done = inner.done  # one array for both: what is done is done in both
+        self.resident_bytes = inner.resident_bytes
+        self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
+        self._there = np.zeros(shape.units, bool)
+
+    def read(self, places: np.ndarray) -> Tensor:
+        """(n,) places to (n, width) on the device."""
+        missing = np.unique(places[~self._there[places]])
+        if len(missing):
+            self._put(missing, to_device(self.inner.read(missing), self.device))
+        return self._values.index_select(0, to_device(torch.from_numpy(places), self.device))
+
+    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
+        """As the inner store does."""
+        self._put(places, values.detach().to(self.device))
+        self.inner.write(rows, places, values)
+
+    def _put(self, places: np.ndarray, values: Tensor) -> None:
+        self._values.index_copy_(0, to_device(torch.from_numpy(places), self.device), values)
+        self._there[places] = True
+
+    def forget(self) -> None:
+        """No row has its values any longer."""
+        self._there[:] = False
+        self.inner.forget()
+
+    def mark(self) -> None:
+        """Bring everything to the disk."""
+        self.inner.mark()
+
+    def close(self) -> None:
+        """Let others have the inner store, and the device its memory."""
+        self._values = self._values[:0].clone()
+        self._there[:] = False
+        self.inner.close()
+
+
+def on_device(store: FeatureStore, device: torch.device) -> FeatureStore:
+    """The store with its vectors on the device too, where that has memory of its own and room for them."""
+    if device.type != "cuda":
+        return store
+    free, _ = torch.cuda.mem_get_info(device)
+    return DeviceStore(store, device) if store.shape.bytes <= SHARE * free else store
+
+
+# ---- prefix cache
+
 
 # Below this share of the blocks, reading features saves less than keeping them costs.
 LEAST_FROZEN = 1 / 8
@@ -221,9 +409,7 @@ def _open_store(
     return cached, Choice(str(level), f"frozen below, so run once for each row: {kept}{found}")
 
 
-def _key(
-    model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: AnyBatcher
-) -> str:
+def _key(model: PreTrainedModel, level: Level, feed: Feed, rows: RowIndex, shape: Shape, batcher: AnyBatcher) -> str:
     """A name for everything that stored values depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT}
     facts = [

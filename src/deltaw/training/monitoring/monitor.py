@@ -8,28 +8,336 @@ which a run that goes on restores it.
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltaw.config import RunConfig
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from deltaw.data.example import Example, RowGroup
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
-from deltaw.train_settings import duration_seconds
+from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
-from deltaw.training.monitoring.best_parameters import BestParameters
-from deltaw.training.monitoring.best_score import BestScore, decided, usual_eval_every
-from deltaw.training.monitoring.ending import Costs
-from deltaw.training.monitoring.step_watch import StepWatch
-from deltaw.training.monitoring.time_budget import TimeBudget, now
-from deltaw.training.monitoring.written_answers import Sample, Samples, WrittenAnswers
+from deltaw.training.monitoring.best import BestParameters, BestScore, Costs, TimeBudget, decided, now, usual_eval_every
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tasks.causal import Answer, answers, exact_match
+
+# ---- Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
+#
+# Every rule compares a run with itself: with the median and the spread of its own last steps. So none depends
+# on a model, a loss or a batch size. Knows steps; not who is told.
+
+
+# Steps that a rule looks back on, and that it needs before it says anything.
+WINDOW, FEWEST = 100, 20
+# A gradient norm is a jump where its logarithm is so many standard deviations above the median of the window
+# (estimated by the median absolute deviation, which the jumps themselves do not move), and where it is so
+# many times the largest norm of the window.
+DEVIATIONS, TIMES_LARGEST = 8.0, 2.0
+# 1 / the 75 % quantile of a normal distribution: makes the median absolute deviation a standard deviation.
+OF_NORMAL = 1.4826
+# The share of the window's steps that were clipped.
+CLIPPED = 0.95
+# The loss rises where the mean of the last steps is so many standard errors above the lowest mean of as many
+# steps before, for as many steps in a row. The lowest of many means is low by chance alone, by up to three
+# standard errors; this is twice that.
+RISE_WINDOW, RISE_ERRORS = 50, 6.0
+
+
+@dataclass(frozen=True)
+class StepWarning:
+    """Something about a run's steps that a person should know.
+
+    Attributes:
+        kind: ``gradient_norm``, ``clipped`` or ``rising_loss``. text: it in words.
+        facts: the numbers behind it.
+    """
+
+    kind: str
+    text: str
+    facts: dict[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return {"kind": self.kind, **self.facts}
+
+
+@dataclass
+class StepWatch:
+    """Looks at each step once it is done. Each kind of warning comes once in a run.
+
+    Attributes:
+        max_grad_norm: the norm that gradients are clipped to; None for never.
+    """
+
+    max_grad_norm: float | None
+    _seen: int = 0
+    _norms: list[float] = field(default_factory=list)
+    _losses: list[float] = field(default_factory=list)
+    _lowest: tuple[float, float] | None = None  # mean of the losses, and the squared error of that mean
+    _risen: int = 0
+    _said: list[str] = field(default_factory=list)
+
+    def see(self, step: Step) -> list[StepWarning]:
+        """The warnings after this step, which are mostly none."""
+        found = []
+        self._seen += 1
+        if math.isfinite(step.gradient_norm) and step.gradient_norm > 0:
+            found += [self._jump(step), self._clipped(step)]
+        if math.isfinite(step.loss):
+            found.append(self._rising(step))
+        new = [warning for warning in found if warning is not None and warning.kind not in self._said]
+        self._said += [warning.kind for warning in new]
+        return new
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "seen": self._seen,
+            "norms": list(self._norms),
+            "losses": list(self._losses),
+            "lowest": self._lowest,
+            "risen": self._risen,
+            "said": list(self._said),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._seen = state["seen"]
+        self._norms, self._losses = list(state["norms"]), list(state["losses"])
+        self._lowest = None if state["lowest"] is None else (state["lowest"][0], state["lowest"][1])
+        self._risen, self._said = state["risen"], list(state["said"])
+
+    def _jump(self, step: Step) -> StepWarning | None:
+        """A norm far above those of the steps before."""
+        before, norm = self._norms[-WINDOW:], step.gradient_norm
+        self._norms = [*before, norm][-WINDOW:]
+        if len(before) < FEWEST or norm < TIMES_LARGEST * max(before):
+            return None
+        median, spread = _median_and_spread([math.log(other) for other in before])
+        if math.log(norm) < median + DEVIATIONS * spread:
+            return None
+        usual = math.exp(median)
+        return StepWarning(
+            "gradient_norm",
+            f"step {step.step}: the gradient norm is {norm:.3g}, {norm / usual:.0f} times its median of the "
+            f"last {len(before)} steps. Where that comes again, look at the rows of such a step, or lower "
+            "train.learning_rate",
+            {"value": norm, "median": usual},
+        )
+
+    def _clipped(self, step: Step) -> StepWarning | None:
+        """Nearly all of the last steps were clipped, so that the limit sets the length of each."""
+        limit, norms = self.max_grad_norm, self._norms
+        if limit is None or self._seen < 2 * WINDOW:  # gradients are large at first in many trainings
+            return None
+        share = sum(norm > limit for norm in norms) / len(norms)
+        if share < CLIPPED:
+            return None
+        median = statistics.median(norms)
+        return StepWarning(
+            "clipped",
+            f"step {step.step}: {share:.0%} of the last {len(norms)} gradients were clipped to "
+            f"train.max_grad_norm {limit:g}; their median norm is {median:.3g}. Steps with large gradients "
+            f"weigh no more than others then; a limit of {_round_up(2 * median):g} clips only outliers",
+            {"share": share, "median": median, "limit": limit},
+        )
+
+    def _rising(self, step: Step) -> StepWarning | None:
+        """The mean of the last losses stays above the lowest mean before."""
+        self._losses = [*self._losses, step.loss][-2 * RISE_WINDOW :]
+        if len(self._losses) < 2 * RISE_WINDOW:
+            return None
+        earlier = _mean_and_error(self._losses[:RISE_WINDOW])
+        if self._lowest is None or earlier[0] < self._lowest[0]:
+            self._lowest = earlier
+        now = _mean_and_error(self._losses[RISE_WINDOW:])
+        error = math.sqrt(self._lowest[1] + now[1])
+        rise = now[0] - self._lowest[0]
+        self._risen = self._risen + 1 if rise > RISE_ERRORS * error and rise > 0 else 0
+        if self._risen < RISE_WINDOW:
+            return None
+        return StepWarning(
+            "rising_loss",
+            f"step {step.step}: the training loss is rising: its mean of the last {RISE_WINDOW} steps is "
+            f"{now[0]:.4f}, and was {self._lowest[0]:.4f} before. Lower train.learning_rate",
+            {"value": now[0], "lowest": self._lowest[0]},
+        )
+
+
+def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and the standard deviation that the median absolute deviation from it stands for."""
+    median = statistics.median(values)
+    return median, OF_NORMAL * statistics.median(abs(value - median) for value in values)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and the squared standard error of it."""
+    return statistics.fmean(values), statistics.variance(values) / len(values)
+
+
+def _round_up(value: float) -> float:
+    """To one digit, upwards."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return round(math.ceil(value / power) * power, 10)
+
+
+# ---- What the model itself writes to held-out prompts while it trains: scored at evaluations, or shown.
+#
+# Decoding is greedy, draws no random numbers and leaves the model as it was found, so a training goes on as if
+# nothing had happened. Knows no folders and shows nothing.
+
+
+# A sample's answer has at most so many tokens; where the rows' own answers are short, fewer.
+SAMPLE_TOKENS = 48
+FEWEST_TOKENS = 16
+# Of the seed's random numbers, those that choose rows: for scores, and for samples.
+_SCORED, _SHOWN = 11, 12
+_BATCH_TOKENS = 1024
+# The metric that answers give: the share that the model wrote exactly as the data says.
+WRITTEN = "written_exact_match"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt with its answer.
+
+    Attributes:
+        row: its number in the file. prompt: its last turn. expected: the answer that the data has.
+        answer: what the model wrote.
+    """
+
+    row: int
+    prompt: str
+    expected: str
+    answer: str
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def choose_rows(rows: Sequence[Any], count: int, *, seed: int, stream: int) -> list[Example]:
+    """``count`` of the rows that have a prompt and an answer, drawn by the seed, in the order of the rows; of
+    a pair the chosen answer."""
+    alone = (row.rows[0] if isinstance(row, RowGroup) else row for row in rows)
+    asked = [row for row in alone if isinstance(row, Example) and row.answer is not None and row.prompt_length]
+    if count >= len(asked):
+        return asked
+    places = np.random.default_rng([seed % 2**64, stream]).choice(len(asked), size=count, replace=False)
+    return [asked[place] for place in sorted(places.tolist())]
+
+
+class WrittenAnswers:
+    """Scores what the model writes to some held-out rows (``train.eval_answers``).
+
+    Args:
+        session: whose model answers.
+        sets: the sets of held-out rows by name.
+    """
+
+    def __init__(self, session: Session, sets: Mapping[str, Sequence[Any]]) -> None:
+        train = session.config.train
+        self._session = session
+        self._rows = {
+            name: choose_rows(rows, train.eval_answers, seed=train.seed, stream=_SCORED)
+            for name, rows in sets.items()
+            if train.eval_answers
+        }
+
+    @property
+    def count(self) -> int:
+        """Answers that one evaluation writes."""
+        return sum(len(rows) for rows in self._rows.values())
+
+    def scored(self, name: str, evaluation: Evaluation) -> Evaluation:
+        """The evaluation of a set, with the share of answers that were written exactly."""
+        rows = self._rows.get(name, [])
+        if not rows:
+            return evaluation
+        share = exact_match(write(self._session, rows, max_new_tokens=None))
+        return replace(evaluation, metrics={**evaluation.metrics, WRITTEN: share})
+
+
+class Samples:
+    """Answers to a few held-out prompts, of the base model and of the adapter as it trains
+    (``train.samples``).
+
+    Args:
+        session: whose model answers; nothing where it writes no text.
+        rows: held-out rows as the model sees them. count: how many of them.
+    """
+
+    def __init__(self, session: Session, rows: Sequence[Any], count: int) -> None:
+        seed = session.config.train.seed
+        self._session = session
+        wanted = session.task.tokenizer is not None and session.task.writes_text and count > 0
+        self._rows = choose_rows(rows, count, seed=seed, stream=_SHOWN) if wanted else []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """As many as the longest expected answer has twice over, within bounds."""
+        longest = max((len(row) - row.prompt_length for row in self._rows), default=0)
+        return min(SAMPLE_TOKENS, max(FEWEST_TOKENS, 2 * longest))
+
+    def of_base(self) -> list[Sample]:
+        """The base model's answers. Where the method keeps no base model, call it before the first step."""
+        method, model = self._session.method, self._session.model
+        kept = method.keeps_base(model)
+        rows = [_without_virtual_tokens(row, method.virtual_tokens) for row in self._rows] if kept else None
+        with method.without(model) if kept else contextlib.nullcontext():
+            return self._written(rows or self._rows)
+
+    def of_adapter(self) -> list[Sample]:
+        """The model's answers as it is now."""
+        return self._written(self._rows)
+
+    def _written(self, rows: Sequence[Example]) -> list[Sample]:
+        given = write(self._session, rows, max_new_tokens=self.max_new_tokens)
+        return [Sample(a.row, a.question, a.expected, a.written) for a in given]
+
+
+def write(session: Session, rows: Sequence[Example], *, max_new_tokens: int | None) -> list[Answer]:
+    """The model's greedy answers to rows as it sees them; also within ``session.running()``.
+
+    A microbatch of answers holds no more tokens than one of a training step, and keeps keys and values alone,
+    so it takes less memory than a step.
+    """
+    tokenizer = session.task.tokenizer
+    if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return []
+    with session.method.evaluating(session.model):
+        return answers(
+            session.model,
+            tokenizer,
+            rows,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=getattr(session.batcher, "tokens_per_pass", _BATCH_TOKENS),
+        )
+
+
+def _without_virtual_tokens(row: Example, count: int) -> Example:
+    return replace(
+        row,
+        tokens=row.tokens[count:],
+        is_label=row.is_label[count:],
+        prompt_length=row.prompt_length - count,
+        active_from=None,
+    )
+
+
+# ---- monitor
+
 
 # Beside the best adapter: that of the last step.
 LAST = "last"
@@ -246,9 +554,7 @@ class Monitor:
             self.budget.restore(state["budget"])
         step = self.best.step
         if self._kept is not None and step is not None and not self._kept.has(step):
-            self._callback.on_line(
-                f"the parameters of the best step, {step}, are gone: the best is sought anew"
-            )
+            self._callback.on_line(f"the parameters of the best step, {step}, are gone: the best is sought anew")
             self.best = BestScore(self.best.patience)
 
     def _sample_count(self) -> int:
@@ -282,10 +588,7 @@ class Monitor:
     def _measured(self) -> Evaluation:
         """The evaluations of all sets; the first one decides."""
         session = self._session
-        found = {
-            name: self._answers.scored(name, session.evaluate(rows))
-            for name, rows in session.data.sets.items()
-        }
+        found = {name: self._answers.scored(name, session.evaluate(rows)) for name, rows in session.data.sets.items()}
         if not session.data.eval_sets:
             return next(iter(found.values()), Evaluation())
         name, *others = found

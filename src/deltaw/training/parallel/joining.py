@@ -19,8 +19,172 @@ import torch
 import torch.distributed as dist
 
 from deltaw.errors import UserError
+from deltaw.host.choices import choose_device, choose_threads
+from deltaw.host.memory import give_large_blocks_back
+from deltaw.hub.loading import Weights
+from deltaw.settings import RunConfig
+from deltaw.training.callbacks import Say
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.reducer import ALONE, Reducer
+
+# ---- A base model divided among the processes of a run: with which settings it can be, and how it is loaded.
+#
+# Knows settings and processes; how blocks are divided is in :mod:`deltaw.runtime.sharded`.
+
+
+_WHOLE = "set train.sharding: none, or "
+
+
+def as_sharded(config: RunConfig, say: Say) -> RunConfig:
+    """The settings of a run whose base model is divided; what reads text of its own is off unless asked for.
+
+    Raises:
+        UserError: they ask for what a divided base model cannot do.
+    """
+    train, lora = config.train, config.lora
+    refused = {
+        "method": (config.method != "lora", f"method {config.method}", "method: lora"),
+        "task": (config.task != "causal-lm", f"task {config.task}", "task: causal-lm"),
+        "lora.dora": (lora.dora, "DoRA, which needs the norms of whole weights", "lora.dora: false"),
+        "lora.init": (
+            lora.init not in ("uniform", "gaussian", "orthogonal"),
+            f"init {lora.init}, which needs whole weights or many rows of inputs",
+            "lora.init: uniform",
+        ),
+        "lora.bias": (lora.bias != "none", "trained biases of the base model", "lora.bias: none"),
+        "lora.target_parameters": (
+            bool(lora.target_parameters),
+            "adapted parameters of modules",
+            "adapt linear layers",
+        ),
+        "lora.train_modules": (bool(lora.train_modules), "copies of modules", "lora.train_modules: []"),
+        "lora.trainable_token_indices": (
+            bool(lora.trainable_token_indices),
+            "trained rows of embeddings",
+            "lora.trainable_token_indices: null",
+        ),
+        "lora.activation": (
+            lora.activation != "always",
+            "an adapter that acts from an invocation sequence on",
+            "lora.activation: always",
+        ),
+        "train.keep_features": (
+            train.keep_features is True,
+            "kept features, with which processes would run different blocks",
+            "train.keep_features: false",
+        ),
+        "train.keep_general": (train.keep_general > 0, "general answers", "train.keep_general: 0"),
+        "precision": (
+            config.precision in ("gguf", "nf4"),
+            f"precision {config.precision}, whose blocks are not divided",
+            "precision: bf16 or int8",
+        ),
+        "device": (choose_device(config.device).value != "cpu", f"device {config.device}", "device: cpu"),
+    }
+    for key, (wrong, what, instead) in refused.items():
+        if wrong:
+            raise UserError(
+                f"a base model that is divided among processes cannot be used with {what}",
+                where=f"{key} (train.sharding: base)",
+                hint=_WHOLE + instead,
+            )
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "set_custom_all_gather"):
+        raise UserError(
+            f"dividing a base model needs a newer torch than {torch.__version__}",
+            where="train.sharding",
+            hint="pip install --upgrade torch, or set train.sharding: none",
+        )
+    off: dict[str, object] = {}
+    if train.drift == "auto":
+        off["drift"] = False
+    if train.samples == "auto":
+        off["samples"] = 0
+    if off:
+        said = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in off.items())
+        say(f"{said}: each token of an answer would gather every block of the divided model")
+    return config.model_copy(update={"train": train.model_copy(update={**off, "keep_features": False})})
+
+
+def divided(config: RunConfig, processes: Reducer) -> Weights | None:
+    """What loads the run's model with its blocks divided; None where each process holds it whole."""
+    if config.train.sharding != "base" or not isinstance(processes, Group):
+        return None
+    from deltaw.runtime.sharded import ShardedLoader
+
+    give_large_blocks_back()
+    return ShardedLoader(processes.divide(), processes.gathering, rounded=config.precision == "int8")
+
+
+# ---- What settings mean where several processes train together: refused, or as each process has them.
+#
+# Knows settings and how many processes there are.
+
+
+_ONE_PROCESS = "train in one process, without torchrun, or "
+
+
+def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
+    """The settings that all processes train with; those given where one trains alone.
+
+    Raises:
+        UserError: they ask for what several processes cannot do.
+    """
+    sharded = config.train.sharding == "base"
+    if processes.size == 1:
+        if sharded:
+            say("train.sharding: base: one process alone holds the whole base model")
+        return config
+    if sharded:
+        config = as_sharded(config, say)
+    train = config.train
+    whole = sharded or config.lora.activation == "always"
+    if train.keep_features is True and not whole:
+        raise _refused("kept keys and values of prompts", "train.keep_features", "set it to false")
+    check_device(config, processes)
+    say(f"{processes.size} processes, {processes.local_size} of them here: they share the rows of a step")
+    if train.keep_features == "auto" and not whole:
+        say("train.keep_features: false: several processes keep no keys and values of prompts")
+        return config.model_copy(update={"train": train.model_copy(update={"keep_features": False})})
+    return config
+
+
+def check_device(config: RunConfig, processes: Reducer) -> None:
+    """Refuse more processes on this machine than it has CUDA devices, where they compute on these.
+
+    Raises:
+        UserError: there are too few, or one device is named for all.
+    """
+    kind, _, index = choose_device(config.device).value.partition(":")
+    if kind == "cpu":
+        return
+    if index:
+        raise _refused(f"the one device {config.device}", "device", "set device: cuda")
+    import torch
+
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    if processes.local_size > there:
+        raise UserError(
+            f"{processes.local_size} processes are to train on {there} {kind} devices of this machine",
+            where="device",
+            hint="start as many processes on a node as it has devices, or set device: cpu",
+        )
+
+
+def threads_of(config: RunConfig, processes: Reducer) -> str | int:
+    """Threads of a process: its part of those that the machine gives, where the settings name no number."""
+    if processes.local_size == 1 or config.threads != "auto" or os.environ.get("OMP_NUM_THREADS"):
+        return config.threads
+    return max(1, choose_threads("auto").value // processes.local_size)
+
+
+def _refused(what: str, where: str, instead: str) -> UserError:
+    return UserError(f"several processes cannot use {what}", where=where, hint=_ONE_PROCESS + instead)
+
+
+# ---- joining
+
 
 # Seconds that a process waits for the others: to come, and to answer in a step.
 VARIABLE, SECONDS = "DELTAW_PEER_SECONDS", 300.0
@@ -224,8 +388,7 @@ def _agree(store: dist.Store, who: Told) -> None:
     raise UserError(
         verdict,
         where=f"process {who.rank}: WORLD_SIZE={who.size}",
-        hint="start all nodes with the same --nnodes and --nproc-per-node; "
-        f"{VARIABLE} is the time limit in seconds",
+        hint=f"start all nodes with the same --nnodes and --nproc-per-node; {VARIABLE} is the time limit in seconds",
     )
 
 
@@ -238,9 +401,7 @@ def _verdict(store: dist.Store, who: Told) -> str:
             if store.check([f"size/{rank}"]):
                 size = int(store.get(f"size/{rank}"))
                 if size != who.size:
-                    return (
-                        f"process {rank} was told that there are {size} processes, and process 0 {who.size}"
-                    )
+                    return f"process {rank} was told that there are {size} processes, and process 0 {who.size}"
                 missing.discard(rank)
         if missing and time.monotonic() > until:
             shown = ", ".join(str(rank) for rank in sorted(missing)[:8])
@@ -293,9 +454,7 @@ def _seconds(found: Mapping[str, str]) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= ORDERS_SECONDS:
-        raise UserError(
-            f"{VARIABLE}={text} is no number of seconds", where="the environment", hint="such as 300"
-        )
+        raise UserError(f"{VARIABLE}={text} is no number of seconds", where="the environment", hint="such as 300")
     return seconds
 
 

@@ -8,51 +8,427 @@ settings, files, rows, versions and machine, is remembered (:mod:`deltaw.trainin
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.config import RunConfig
+from deltaw.data.packing import joined, lengths_of, used_tokens
 from deltaw.errors import UserError
 from deltaw.host.choices import choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.host.kernel_choice import settle_kernels
-from deltaw.host.measurements import basis
 from deltaw.host.memory import resident_bytes, trim_memory
+from deltaw.host.product_rates import basis
 from deltaw.hub.folders import config_folder
-from deltaw.hub.skeleton import converted_bytes, new_modules, skeleton
+from deltaw.hub.loading import converted_bytes, new_modules, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
+from deltaw.kernels.layout import Layout
+from deltaw.lora.layers_blocks import BlockEmbedding
 from deltaw.lora.stored import count_numbers
-from deltaw.memory.libraries import warm_up
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
-from deltaw.memory.work import WorkCounter, kernel_bytes
-from deltaw.runtime.blocks import blocks_of
-from deltaw.runtime.int8_weights import quantize_int8
-from deltaw.runtime.nf4_weights import quantize_nf4
+from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
+from deltaw.methods import registry
+from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
+from deltaw.runtime.recognition import blocks_of
+from deltaw.settings import RunConfig
+from deltaw.tensor_files import StoredTensor, read_header
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.drift_meter import DriftMeter
+from deltaw.training.drift import DriftMeter
 from deltaw.training.evaluation.general import NoGeneralAnswers
-from deltaw.training.monitoring.rate_search import as_it_was
-from deltaw.training.planning.asked import of_each
-from deltaw.training.planning.heaviest import (
-    DRY_RUN_STEPS,
-    Heaviest,
-    TellingBatcher,
-    heaviest_step,
-    longest_rows,
-    token_counts,
-)
+from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.loop import rows_of_step
+from deltaw.training.monitoring.rates import as_it_was
+from deltaw.training.parallel.group import deal
 from deltaw.training.planning.remembered import Remembered
-from deltaw.training.planning.unread import unread_bytes
 from deltaw.training.process import guest
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher
 from deltaw.working import listening, working
+
+# ---- What a person asks of a plan, in text: a size in bytes, a list of methods. Imports no torch.
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str, where: str = "--budget") -> int:
+    """``6GB``, ``512 MiB`` or a plain number of bytes.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"'{text}' is no size", where=where, hint="write 6GB, 512MB or 8GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def of_each(plan: Plan, sharding: str, processes: int) -> Plan:
+    """The plan of each of several processes, from that of one with its rows (``train.sharding``)."""
+    if processes == 1:
+        return plan
+    return plan.of_process(processes, divided=sharding == "base" and plan.method == "lora")
+
+
+def refuse_memory(memory: str | None, verb: str) -> None:
+    """Refuse the setting ``memory`` where a verb does not keep it.
+
+    Raises:
+        UserError: it is set.
+    """
+    if memory is not None:
+        raise UserError(
+            f"memory is kept by 'deltaw train', and not by 'deltaw {verb}'",
+            where="memory",
+            hint="leave memory out and set train.checkpointing or train.tokens_per_pass",
+        )
+
+
+def chosen_methods(text: str, own: str) -> list[str]:
+    """The methods of a list such as ``lora,head``, or ``all`` of them; the run's ``own`` comes first.
+
+    Raises:
+        UserError: a name is no method.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all":
+        names = list(registry.names())
+    for name in names:
+        registry.entry_of(name, where="--methods")
+    return list(dict.fromkeys([own, *names]))
+
+
+# ---- Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
+#
+# Weights of the type that they are stored in are mapped from their file, and the system brings in what is
+# touched. Of a large vocabulary that is often little. Knows a session and its rows; not how much a run needs.
+
+
+# What Linux maps around a touched page of a file that it holds in memory, at least: 16 pages of 4 KiB.
+REGION = 64 * 1024
+# Pages that are touched to see what comes with them, and how far they lie apart: twice the largest page.
+TOUCHED, APART = 8, 4 << 20
+# Tokens of general prompts and their answers, which drift is measured on: an upper bound.
+GENERAL_TOKENS = 2048
+
+
+def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
+    """Bytes of the input embedding that stay on the disk.
+
+    Args:
+        session: put together on fake tensors.
+        dtype: what the weights are loaded as.
+        converted: bytes of files whose weights have another type; these are read as a whole.
+
+    Returns:
+        0 where the embedding is read as a whole: it is trained, tied to another layer, or not mapped.
+    """
+    embedding = session.model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding) or embedding.weight.requires_grad or converted:
+        return 0
+    if isinstance(embedding, BlockEmbedding):
+        return 0  # it is read, not mapped
+    weight = embedding.weight
+    names = session.model.named_parameters(remove_duplicate=False)
+    folder = config_folder(session.config.model, dtype, session.config.trust_remote_code)
+    if sum(parameter is weight for _, parameter in names) != 1 or not any(folder.glob("*.safetensors")):
+        return 0
+    tokens = used_tokens(session.data.every).astype(np.int64)
+    if not len(tokens):
+        return 0
+    row_bytes = weight.shape[1] * weight.element_size()
+    region = _region(folder, weight)
+    first, last = tokens * row_bytes // region, ((tokens + 1) * row_bytes - 1) // region
+    touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
+    if not session.task.has_labels and session.config.train.drift is not False:
+        touched += GENERAL_TOKENS * max(region, row_bytes)
+    return max(0, weight.numel() * weight.element_size() - touched)
+
+
+def _region(folder: Path, weight: torch.Tensor) -> int:
+    """Bytes that come into memory with a page of the file that holds a weight like this one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for stored in read_header(path).values():
+            if stored.shape == tuple(weight.shape) and stored.is_float:
+                return mapped_around(stored)
+    return REGION
+
+
+def mapped_around(stored: StoredTensor) -> int:
+    """Bytes that the system maps, on average, for one page of a stored tensor that is touched.
+
+    A system that holds files in pages of several sizes maps all of the one that it finds, up to 2 MiB; which
+    they are depends on the file system, and on how the file was read before. So a few pages are touched.
+    """
+    begin, end = stored.start, stored.start + stored.bytes
+    touches = min(TOUCHED, (end - begin) // APART)
+    if sys.platform != "linux" or not touches:
+        return REGION
+    with (
+        stored.file.open("rb") as file,
+        mmap.mmap(file.fileno(), end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped,
+    ):
+        view = torch.frombuffer(mapped, dtype=torch.uint8)
+        address = view.data_ptr()
+        del view
+        for place in np.linspace(begin, end - 1, touches + 2, dtype=np.int64)[1:-1]:
+            mapped[int(place)]
+        return max(REGION, _resident_at(address) // touches)
+
+
+def _resident_at(address: int) -> int:
+    """Bytes in memory of the mapping that begins at an address; 0 where the system does not tell."""
+    try:
+        maps = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(rf"(?m)^{address:x}-[0-9a-f]+ (?:.*\n)(?:[A-Z].*\n)*?Rss:\s+(\d+) kB", maps)
+    return 1024 * int(found[1]) if found else 0
+
+
+# ---- Which step of a run is its heaviest, and which of its microbatches show its peak.
+#
+# Found by the batcher's own arithmetic, without running the model. Knows batchers and layouts; no memory.
+
+
+# Tiles of one shape: how many, queries, keys.
+TileShape: TypeAlias = tuple[int, int, int]
+# Steps that are searched for the largest microbatch; of a longer run, so many of them, spread evenly.
+STEPS_SEARCHED = 400
+# Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
+DRY_RUN_STEPS = 2
+# Steps whose microbatches are laid out, to see in how many shapes attention comes.
+STEPS_LAID_OUT = 100
+# Vectors of the model's width that a token keeps in each block, roughly; one with activation checkpointing.
+# Bytes for each entry of the logits beside the entry itself: two fp32 copies. Both only choose a step.
+KEPT_VECTORS, LOGIT_COPIES = 20, 8
+
+
+@dataclass(frozen=True)
+class Heaviest:
+    """The step with the largest microbatch.
+
+    Attributes:
+        rows: of that step, or of one process in it. shapes: (rows, length) of its microbatches.
+        every: the shapes of all steps that were searched. evaluated: those of evaluations.
+        labeled: rows of another step, which has a shorter microbatch with so many labels that it may take
+            more; empty where there is no such step.
+        tiles, evaluated_tiles: as ``every`` and ``evaluated``, of attention's tiles.
+    """
+
+    rows: Sequence[Any]
+    shapes: list[tuple[int, int]]
+    every: set[tuple[int, int]]
+    evaluated: set[tuple[int, int]]
+    labeled: Sequence[Any] = ()
+    tiles: set[TileShape] = field(default_factory=set)
+    evaluated_tiles: set[TileShape] = field(default_factory=set)
+
+    @property
+    def token_counts(self) -> float:
+        """Different numbers of tokens that kernels are built for; an evaluation's, which has no backward,
+        counts a third."""
+        return _kinds(token_counts(self.every), token_counts(self.evaluated))
+
+    @property
+    def row_counts(self) -> float:
+        """The same of numbers of rows, which a classifier's head is applied to."""
+        return _kinds({rows for rows, _ in self.every}, {rows for rows, _ in self.evaluated})
+
+    @property
+    def tile_shapes(self) -> float:
+        """The same of the shapes of attention's tiles."""
+        return _kinds(self.tiles, self.evaluated_tiles)
+
+
+def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
+    """Find the step with the largest microbatch, among equals the one with the most labels; and another step
+    where labels may outweigh tokens.
+
+    Args:
+        processes: that share the rows of a step; its rows are then those of one of them.
+    """
+    settings, batcher = session.config.train, session.batcher
+    if isinstance(session.prefix, StoredPrompts):
+        batcher = session.prefix.batcher
+    total = session.total_steps
+    if session.prefix is not None:
+        # What is kept is computed in the first epoch alone.
+        total = min(total, -(-len(session.data.train) // settings.batch_size))
+    steps = range(0, total, max(1, -(-total // STEPS_SEARCHED)))
+    laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
+    every: set[tuple[int, int]] = set()
+    tiles: set[TileShape] = set()
+    found: list[tuple[int, int, tuple[int, int]]] = []
+
+    def shares_of(step: int) -> list[Sequence[Any]]:
+        rows = rows_of_step(session.data.train, step, settings.batch_size, settings.seed)
+        if processes == 1:
+            return [rows]
+        dealt = deal(rows, processes, share=bool(getattr(batcher, "share", False)))
+        return [[rows[place] for place in places] for places in dealt]
+
+    def rows_of(place: tuple[int, int]) -> Sequence[Any]:
+        return shares_of(place[0])[place[1]]
+
+    for step in steps:
+        for process, rows in enumerate(shares_of(step)):
+            if not rows:
+                continue
+            shapes = batcher.shapes(rows)
+            every.update(shapes)
+            labels = batcher.labels(rows) if isinstance(batcher, CausalMicroBatcher) else [0] * len(shapes)
+            found += [(c * n, many, (step, process)) for (c, n), many in zip(shapes, labels, strict=True)]
+            if step in laid_out:
+                tiles |= _tile_shapes(session, rows)
+    largest = max(found)
+    labeled: Sequence[Any] = ()
+    if isinstance(batcher, CausalMicroBatcher) and session.prefix is None:
+        weigh = _weigher(session)
+        heavy = max(found, key=weigh)
+        if weigh(heavy) > 1.01 * weigh(largest):
+            labeled = rows_of(heavy[2])
+    # Of a large evaluation, the first rows show what shapes there are.
+    held_out = [row for rows in session.data.sets.values() for row in rows[:ROWS_AT_ONCE]]
+    return Heaviest(
+        rows_of(largest[2]),
+        batcher.shapes(rows_of(largest[2])),
+        every,
+        set(batcher.shapes(held_out)) if held_out else set(),
+        labeled,
+        tiles,
+        _tile_shapes(session, held_out) if held_out else set(),
+    )
+
+
+def _weigher(session: Session) -> Callable[[tuple[int, int, Any]], float]:
+    """Roughly the bytes that come with the tokens and the labels of a microbatch."""
+    config = session.model.config.get_text_config()
+    size = session.model.dtype.itemsize
+    vectors = 1 if session.config.train.checkpointing else KEPT_VECTORS
+    blocks, width = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "hidden_size"))
+    token, label = vectors * blocks * width * size, config.vocab_size * (LOGIT_COPIES + size)
+    most = getattr(session.objective, "chunk", 1)
+
+    def weigh(one: tuple[int, int, Any]) -> float:
+        return one[0] * token + min(one[1], most) * label
+
+    return weigh
+
+
+def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
+    """Shapes of attention's tiles in the microbatches of these rows."""
+    if not isinstance(session.batcher, CausalMicroBatcher):
+        return set()
+    return {shape for layout in session.batcher.layouts(rows) for shape in _tiles_of(session, layout)}
+
+
+def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
+    window = getattr(session.model.config.get_text_config(), "sliding_window", None)
+    return {
+        (batch.count, batch.queries, batch.keys.shape[1])
+        for width in {None, window}
+        for batch in layout.tiles(width).batches
+    }
+
+
+class TellingBatcher:
+    """Of a step's microbatches those that show its peak: the smallest, which leaves gradients behind, and
+    then the largest. The first step, which is there for the optimizer's state alone, has the smallest only; a
+    third is made of the microbatches of ``labeled`` rows, its largest being the one with the most labels.
+
+    Attributes:
+        tokens: of the microbatches of the second step.
+        sizes, rows, tiles: different numbers of tokens, of rows, and shapes of attention's tiles in all of
+            them.
+        made: how many microbatches there were.
+    """
+
+    def __init__(self, session: Session, labeled: Sequence[Any] = ()) -> None:
+        self._session = session
+        self._inner = (session.prefix or session).batcher
+        self._labeled = labeled
+        self._steps = 0
+        self.tokens = self.made = 0
+        self.sizes: set[int] = set()
+        self.rows: set[int] = set()
+        self.tiles: set[TileShape] = set()
+
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
+        return self._inner.shapes(rows)
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        self._steps += 1
+        rows = self._labeled if self._steps > DRY_RUN_STEPS else rows
+        shapes = self._inner.shapes(rows)
+        sizes = [count * length for count, length in shapes]
+        weights = sizes
+        if self._steps > DRY_RUN_STEPS and isinstance(self._inner, CausalMicroBatcher):
+            weigh = _weigher(self._session)
+            weights = [
+                int(weigh((size, labels, 0))) for size, labels in zip(sizes, self._inner.labels(rows), strict=True)
+            ]
+        smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
+        if self._steps == 1:
+            largest = smallest
+        if self._steps <= DRY_RUN_STEPS:
+            self.tokens = sum(sizes[number] for number in {smallest, largest})
+        self.sizes.update(sizes[number] for number in (smallest, largest))
+        self.rows.update(shapes[number][0] for number in (smallest, largest))
+        self.made += len({smallest, largest})
+        kept = None
+        for number, batch in enumerate(self._inner.batches(rows)):
+            if number == largest and number != smallest and smallest > largest:
+                kept = batch  # it comes last, when gradients are there
+            elif number in (smallest, largest) or number >= len(sizes):
+                yield self._seen(batch)
+        if kept is not None:
+            yield self._seen(kept)
+
+    def _seen(self, batch: Any) -> Any:
+        layout = getattr(batch, "inputs", {}).get("packed_layout")
+        if isinstance(layout, Layout):
+            self.tiles |= _tiles_of(self._session, layout)
+        return batch
+
+
+def longest_rows(session: Session) -> Sequence[Any]:
+    """Held-out rows that make up the largest microbatch of an evaluation."""
+    held_out = joined(*session.data.sets.values())
+    ordered = np.argsort(-lengths_of(held_out), kind="stable")
+    most = getattr(session.batcher, "tokens_per_pass", 0)
+    total, rows = 0, []
+    for place in ordered.tolist():
+        rows.append(held_out[place])
+        total += sum(token_counts(session.batcher.shapes(rows[-1:])))
+        if total >= 2 * most:
+            break
+    return rows
+
+
+def _kinds(trained: set[Any], evaluated: set[Any]) -> float:
+    return len(trained) + len(evaluated - trained) / 3
+
+
+def token_counts(shapes: Iterable[tuple[int, int]]) -> set[int]:
+    """Tokens of each microbatch: the one size of matrix products that changes."""
+    return {rows * length for rows, length in shapes}
+
+
+# ---- plan run
 
 
 def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
@@ -125,9 +501,7 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
     made: list[_DryRun] = []
 
     def run() -> None:
-        session = assemble(
-            config, task, data, model, device="cpu", new_modules=new, offered=kernels.approximations
-        )
+        session = assemble(config, task, data, model, device="cpu", new_modules=new, offered=kernels.approximations)
         made.append(_dry_run(session, processes))
 
     footprint = simulate(run, models=[model], vocabularies=vocabularies)

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.cache import file_state, recall, remember, stamp
-from deltaw.config import RunConfig
 from deltaw.data.mixture import references
 from deltaw.data.settings import eval_sets
 from deltaw.errors import UserError
-from deltaw.host import cgroup
-from deltaw.host.processor import processor_flags, processor_name, usable_processors
+from deltaw.host import choices
+from deltaw.host.product_rates import processor_flags, processor_name, usable_processors
 from deltaw.hub import packages
-from deltaw.hub.references import resolve
+from deltaw.hub.folders import resolve
 from deltaw.kernels.variants import MEASURED
 from deltaw.memory.plan import Plan
+from deltaw.settings import RunConfig
 
 KIND = "plans"
 MADE_BY = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
@@ -54,9 +54,7 @@ class Remembered:
     found: dict[str, Any]
 
     @classmethod
-    def of(
-        cls, config: RunConfig, files: list[object] | None = None, processes: int = 1
-    ) -> Remembered | None:
+    def of(cls, config: RunConfig, files: list[object] | None = None, processes: int = 1) -> Remembered | None:
         """None where it cannot be told whether a model or rows changed.
 
         Args:
@@ -223,5 +221,5 @@ def _machine() -> list[object]:
     }
     cards = sorted(str(card) for card in Path("/dev").glob("nvidia[0-9]*"))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    used = [sorted(usable_processors()), cgroup.processor_quota()]
+    used = [sorted(usable_processors()), choices.processor_quota()]
     return [processor_name(), sorted(processor_flags()), used, cards, hidden, told]

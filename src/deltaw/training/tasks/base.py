@@ -17,15 +17,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
-from deltaw.data.bad_rows import BadRows
-from deltaw.data.report import Report
-from deltaw.data.sequences import joined
+from deltaw.data.packing import joined
+from deltaw.data.report import BadRows, Report
 from deltaw.data.settings import DataSettings
 from deltaw.host.choices import Choice
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
 from deltaw.hub.tokenizers import load_tokenizer
-from deltaw.preference_settings import PreferenceSettings
+from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import AnyBatcher, AnyObjective

@@ -2,26 +2,214 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data import prepare, prepare_file
 from deltaw.data.chat_template import with_chat_template
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.packing import Item, rows_of
+from deltaw.data.preferences import prepare_pair_file, prepare_pairs, prepare_unpaired, prepare_unpaired_file
 from deltaw.data.report import Report
 from deltaw.data.settings import DataSettings
+from deltaw.errors import UserError
 from deltaw.host.choices import Choice
-from deltaw.runtime.packed import packed_rows
-from deltaw.runtime.padded import padded_rows
+from deltaw.hub.loading import has_values
+from deltaw.kernels.layout import Layout
+from deltaw.runtime.generation import generate
+from deltaw.runtime.packed import packed_rows, padded_rows
+from deltaw.settings import PreferenceSettings
 from deltaw.training.callbacks import Say, silent
-from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.causal import evaluate_causal
+from deltaw.training.evaluation.base import Evaluation, mean_interval
+from deltaw.training.losses import PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named, named_answers
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.parallel.reducer import ALONE, Reducer
 from deltaw.training.tasks.base import ModelFiles, RunData, Task
-from deltaw.training.tasks.causal_batcher import choose_causal_batcher
+from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.working import working
+
+# ---- How well a model does on examples: loss and perplexity, and exact match of what it writes itself.
+
+
+class Writer(Protocol):
+    """Writes greedy completions; what an evaluation is given instead of transformers' decoding."""
+
+    def __call__(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[str]:
+        """The texts behind prompts of token ids, virtual ones among them, in their order."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote where ``expected`` stands in the data."""
+
+    row: int
+    question: str
+    expected: str
+    written: str
+
+    @property
+    def exact(self) -> bool:
+        """Equal but for white space at both ends."""
+        return self.written.strip() == self.expected.strip()
+
+
+def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: AnyBatcher) -> Evaluation:
+    """Loss and perplexity over all label tokens, and, where rows have answers, the share of exact ones.
+
+    A row's answer counts as exact where every label of it, its end mark too, is the likeliest token after
+    the ones before: greedy decoding would then write it, and no other. That takes one forward pass and no
+    decoding.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    total, labels = 0.0, 0
+    losses: list[float] = []
+    predicted: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, len(examples), ROWS_AT_ONCE):
+        part = list(examples[start : start + ROWS_AT_ONCE])
+        found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
+        for batch in batcher.batches(part):
+            each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+            targets = batch.targets.cpu().numpy()
+            index, owner = label_places(batch)
+            for number, member in enumerate(batch.members):
+                at = index[owner == number]
+                found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
+                total += float(each[at].sum())
+                labels += len(at)
+        rows_alone = [row for item in part for row in rows_of(item)]
+        losses += [found[id(row)][0] for row in rows_alone]
+        predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
+    metrics = _loss_metrics(total / labels)
+    if predicted:
+        rows = np.array([np.array_equal(*pair) for pair in predicted], dtype=np.float64)
+        metrics["exact_match"] = float(rows.mean())
+        return Evaluation(metrics, "exact_match", True, rows, mean_interval(rows), predicted=predicted)
+    rows = np.array(losses)
+    return Evaluation(metrics, "loss", False, rows, mean_interval(rows))
+
+
+def _loss_metrics(loss: float) -> dict[str, float]:
+    """Mean cross-entropy in nats, and e to its power."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of the evaluated rows is {loss}",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int | None = None,
+    batch_tokens: int = 4096,
+    on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
+) -> list[Answer]:
+    """Greedy completions of the examples that have an answer, in their order.
+
+    Args:
+        max_new_tokens: by default as many as the longest answer has, and a few more.
+        batch_tokens: the most tokens that are decoded together.
+        writer: writes them; None for transformers.
+    """
+    asked = [e for e in examples if e.answer is not None]
+    if not asked:
+        return []
+    longest = max(len(e.tokens) - e.prompt_length for e in asked)
+    prompts = [e.tokens[: e.prompt_length] for e in asked]
+    count = max_new_tokens or longest + 4
+    if writer is not None:
+        written = writer(prompts, count, on_progress)
+    else:
+        how = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **how)  # type: ignore[arg-type]
+        written = [completion.text for completion in completions]
+    return [
+        Answer(
+            row=e.row,
+            question=_question(tokenizer, e),
+            expected=e.answer or "",
+            written=text,
+        )
+        for e, text in zip(asked, written, strict=True)
+    ]
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The last turn of the prompt as a person would read it: templates put each speaker's name on a line."""
+    prompt = example.tokens[: example.prompt_length]
+    prompt = prompt[prompt < len(tokenizer)]  # a soft prompt has no text
+    text = str(tokenizer.decode(prompt, skip_special_tokens=True)).rstrip()
+    lines = text.removesuffix("assistant").rstrip().splitlines()
+    speaker = max((n for n, line in enumerate(lines) if line.strip().lower() == "user"), default=-1)
+    return "\n".join(lines[speaker + 1 :])
+
+
+def exact_match(given: Sequence[Answer]) -> float:
+    """Share of answers equal to what the data says."""
+    return sum(a.exact for a in given) / len(given)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model came to on examples, and, where it writes text, the answers that it wrote.
+
+    ``metrics`` are the evaluation's; where rows have answers, ``exact_match`` is that of the written ones.
+    """
+
+    evaluation: Evaluation
+    answers: list[Answer]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.evaluation.metrics
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batcher: AnyBatcher,
+    *,
+    max_new_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    writer: Writer | None = None,
+) -> Score:
+    """Everything that ``deltaw eval`` says of a causal language model."""
+    objective = CausalObjective(model)
+    padded = getattr(batcher, "padded", False)
+    with contextlib.nullcontext() if padded else packed_rows(model):
+        evaluation = evaluate_causal(objective, examples, batcher)
+    how = {"max_new_tokens": max_new_tokens, "on_progress": on_progress, "writer": writer}
+    given = answers(model, tokenizer, examples, **how)  # type: ignore[arg-type]
+    if given:
+        exact = np.array([answer.exact for answer in given], dtype=np.float64)
+        metrics = {**evaluation.metrics, "exact_match": exact_match(given)}
+        evaluation = replace(evaluation, metrics=metrics, per_row=exact, interval=mean_interval(exact))
+    return Score(evaluation, given)
+
+
+# ---- causal
 
 
 class CausalTask(Task):
@@ -84,3 +272,254 @@ class CausalTask(Task):
         classes: Sequence[str] | None = None,
     ) -> Evaluation:
         return evaluate_causal(objective, examples, batcher)  # type: ignore[arg-type]
+
+
+# ---- How single answers are trained: their own rows with gradients, and before each step those of mismatched
+# answers without, which tell how far the model has moved.
+#
+# An item of the data is a group of two rows (:mod:`deltaw.data.preferences`); microbatches hold the first of each.
+
+
+@dataclass(frozen=True)
+class UnpairedMicroBatcher(CausalMicroBatcher):
+    """Lays out the first row of each group; rows that come alone as they are."""
+
+    def costing(self, rows: Sequence[Any]) -> list[Any]:
+        """What a microbatch holds of each row."""
+        return _firsts(rows)
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        return super().batches(_firsts(rows))
+
+    def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
+        return super().shapes(_firsts(rows))
+
+    def labels(self, rows: Sequence[Any]) -> list[int]:
+        return super().labels(_firsts(rows))
+
+    def layouts(self, rows: Sequence[Any]) -> Iterator[Layout]:
+        return super().layouts(_firsts(rows))
+
+    def whole(self, rows: Sequence[Any]) -> Iterator[Any]:
+        """The microbatches of both rows of each group, their prompt computed once."""
+        return super().batches(rows)
+
+
+class UnpairedObjective(CausalObjective):
+    """The loss of single answers."""
+
+    def __init__(self, model: PreTrainedModel, settings: PreferenceSettings) -> None:
+        self.unpaired = UnpairedLoss(settings)
+        super().__init__(model, self.unpaired)
+
+    @torch.no_grad()
+    def begin(self, rows: Sequence[RowGroup], batcher: AnyBatcher, processes: Reducer = ALONE) -> None:
+        """Run the model on the mismatched answers of a step, without gradients, and estimate its distance
+        from the reference: each process on its own part of them, the estimate of all."""
+        if not has_values(self.model):
+            return  # a dry run sees what a step needs at most: the microbatches with gradients
+        own = processes.deal(mismatched(rows), batcher)
+        self.unpaired.estimate(processes.add(distance(self, batcher.batches(own))))
+
+
+def distance(objective: UnpairedObjective, batches: Iterable[Any]) -> Tensor:
+    """(2,) the sum of r over the rows of microbatches, and their number
+    (:meth:`deltaw.training.losses.UnpairedLoss.distance`)."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        found += objective.unpaired.distance(RowLogProbs.of(batch, objective.token_log_probs(batch))).cpu()
+    return found
+
+
+def mismatched(rows: Sequence[RowGroup]) -> list[Any]:
+    """The second row of each group."""
+    return [group.rows[1] for group in rows]
+
+
+def _firsts(rows: Sequence[Any]) -> list[Any]:
+    return [row.rows[0] if isinstance(row, RowGroup) else row for row in rows]
+
+
+# ---- How well a model tells chosen answers from rejected ones, or desired ones from others: loss, accuracy,
+# margin and rewards.
+
+
+@torch.no_grad()
+def evaluate_preferences(objective: CausalObjective, pairs: Sequence[RowGroup], batcher: AnyBatcher) -> Evaluation:
+    """The mean loss of the pairs, the share whose chosen answer has the higher reward (pairs with equal
+    rewards count half), the mean difference of rewards, and the mean rewards.
+
+    Raises:
+        UserError: the loss is not finite, or rows lack what their loss needs of the reference model.
+    """
+    loss = objective.loss
+    assert isinstance(loss, PreferenceLoss)
+    # Of each pair: loss, accuracy, rewards of chosen and rejected.
+    table = np.empty((len(pairs), 4))
+    for start in range(0, len(pairs), ROWS_AT_ONCE):
+        part = pairs[start : start + ROWS_AT_ONCE]
+        place = {id(pair.rows[0]): start + number for number, pair in enumerate(part)}
+        for batch in batcher.batches(part):
+            rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
+            found = loss.of_rows(rows)
+            columns = [found.losses[:, None], found.accuracies[:, None], found.rewards]
+            values = torch.cat(columns, 1).cpu().double().numpy()
+            table[[place[id(rows.rows[group[0]])] for group in rows.groups]] = values
+    mean_loss, accuracy, chosen, rejected = table.mean(0).tolist()
+    _check_finite(mean_loss)
+    metrics = {"loss": mean_loss, **named(accuracy, chosen, rejected)}
+    accuracies = table[:, 1]
+    return Evaluation(metrics, "accuracy", True, accuracies, mean_interval(accuracies))
+
+
+@torch.no_grad()
+def evaluate_unpaired(objective: UnpairedObjective, answers: Sequence[RowGroup], batcher: AnyBatcher) -> Evaluation:
+    """The mean loss of single answers, the share whose reward is on the right side of the model's distance
+    from the reference (half where it is on neither), that distance, and the mean rewards of either kind.
+
+    The distance is one number of all these answers.
+
+    Raises:
+        UserError: the loss is not finite, or rows lack what their loss needs of the reference model.
+    """
+    loss = objective.unpaired
+    parts = [answers[start : start + ROWS_AT_ONCE] for start in range(0, len(answers), ROWS_AT_ONCE)]
+    loss.estimate(distance(objective, batcher.batches(mismatched(answers))))
+    # Of each answer: loss, accuracy, reward, whether it is desired.
+    table = np.empty((len(answers), 4))
+    for number, part in enumerate(parts):
+        place = {id(answer.rows[0]): number * ROWS_AT_ONCE + n for n, answer in enumerate(part)}
+        for batch in batcher.batches(part):
+            rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
+            found = loss.of_rows(rows)
+            columns = [found.losses, found.accuracies, found.rewards, found.desired.to(found.rewards.dtype)]
+            table[[place[id(row)] for row in rows.rows]] = torch.stack(columns, 1).cpu().double().numpy()
+    losses, accuracies, rewards, desired = table.T
+    mean_loss = float(losses.mean())
+    _check_finite(mean_loss)
+    metrics = {
+        "loss": mean_loss,
+        **named_answers(
+            float(accuracies.sum()),
+            float((rewards * desired).sum()),
+            float((rewards * (1 - desired)).sum()),
+            float(desired.sum()),
+            float((1 - desired).sum()),
+            float(loss.divergence) * len(answers),
+        ),
+    }
+    return Evaluation(metrics, "accuracy", True, accuracies.copy(), mean_interval(accuracies))
+
+
+def _check_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of the evaluated answers is {loss}",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
+
+
+# ---- The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one; or
+# of single answers, make those likelier that are desired.
+#
+# The reference of losses that have one is the base model itself: its log-probabilities are computed once,
+# before an adapter is put on it or with the adapter disabled, in microbatches of the size that training uses,
+# and each row carries its own.
+
+
+class PreferenceTask(CausalTask):
+    """Prefer chosen answers to rejected ones.
+
+    Args:
+        settings: the ``preference:`` section.
+    """
+
+    name = "preference"
+    has_pairs = True
+    evaluation_asks = "token_log_probs"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Say = silent,
+        settings: PreferenceSettings | None = None,
+    ) -> None:
+        super().__init__(tokenizer, say)
+        self.settings = settings or PreferenceSettings.model_validate({})
+
+    @classmethod
+    def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
+        return cls(files.tokenizer(), files.say, files.preference)
+
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        self.tokenizer = with_chat_template(self.tokenizer, settings.chat_template)
+        prepare = prepare_unpaired if self.settings.is_unpaired else prepare_pairs
+        prepared = prepare(settings, self.tokenizer, seed=seed, say=self._say)
+        return RunData(prepared.train, prepared.held_out, prepared.report, skipped=prepared.skipped)
+
+    def read_file(
+        self, reference: str, settings: DataSettings, classes: Sequence[str] | None
+    ) -> tuple[Sequence[Any], Report]:
+        prepare = prepare_unpaired_file if self.settings.is_unpaired else prepare_pair_file
+        return prepare(reference, settings, self.tokenizer, say=self._say)
+
+    def batcher(self, model: PreTrainedModel, *args: Any, **named: Any) -> tuple[Any, dict[str, Choice]]:
+        batcher, chosen = super().batcher(model, *args, **named)
+        if self.settings.is_unpaired:
+            assert isinstance(batcher, CausalMicroBatcher)
+            batcher = UnpairedMicroBatcher(**{f.name: getattr(batcher, f.name) for f in fields(batcher)})
+        if self.settings.beta == "auto":
+            beta = Choice(self.settings.strength, f"usual for {self.settings.loss}")
+            chosen = {**chosen, "preference.beta": beta}
+        return batcher, chosen
+
+    def referenced(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Any],
+        batcher: AnyBatcher,
+        processes: Reducer = ALONE,
+    ) -> Sequence[RowGroup]:
+        if not self.settings.has_reference or not len(rows):
+            return rows
+        if not has_values(model):  # a dry run: no value is known, and none is needed
+            return [RowGroup(tuple(replace(row, reference=0.0) for row in pair.rows)) for pair in rows]
+        objective = CausalObjective(model)
+        place = {id(row): n for n, row in enumerate(row for pair in rows for row in pair.rows)}
+        found = torch.zeros(len(place), dtype=torch.float64)
+        batches = batcher.whole if isinstance(batcher, UnpairedMicroBatcher) else batcher.batches
+        told = working("computing the base model's log-probabilities", len(rows))
+        with told as advance, torch.no_grad(), self.running(model, batcher):
+            done = 0
+            # All lay out the same microbatches and compute them in turn, so that each value is the one that
+            # a process alone gives it.
+            for number, batch in enumerate(batches(rows)):
+                if number % processes.size == processes.rank:
+                    of_batch = RowLogProbs.of(batch, objective.token_log_probs(batch))
+                    sums = of_batch.sums().cpu().double()
+                    found[[place[id(row)] for row in of_batch.rows]] = sums
+                done += len(batch.groups)
+                advance(done)
+            values = iter(processes.add(found, patient=True).tolist())
+        return [RowGroup(tuple(replace(row, reference=next(values)) for row in pair.rows)) for pair in rows]
+
+    def evaluation_batches(self, examples: Sequence[Any], batcher: AnyBatcher) -> Iterator[Any]:
+        if self.settings.is_unpaired:
+            yield from batcher.batches(mismatched(examples))
+        yield from batcher.batches(examples)
+
+    def objective(self, model: PreTrainedModel) -> CausalObjective:
+        if self.settings.is_unpaired:
+            return UnpairedObjective(model, self.settings)
+        return CausalObjective(model, PreferenceLoss(self.settings))
+
+    def evaluate(
+        self,
+        objective: AnyObjective,
+        examples: Sequence[Any],
+        batcher: AnyBatcher,
+        classes: Sequence[str] | None = None,
+    ) -> Evaluation:
+        if self.settings.is_unpaired:
+            return evaluate_unpaired(objective, examples, batcher)  # type: ignore[arg-type]
+        return evaluate_preferences(objective, examples, batcher)  # type: ignore[arg-type]

@@ -2,30 +2,397 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.classes import check_classes
-from deltaw.data.images import ImageEncoder, prepare_image_file, prepare_images
-from deltaw.data.labels import PreparedLabels, prepare_label_file, prepare_labeled
+from deltaw.data.example import RowGroup
+from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher, prepare_image_file, prepare_images
+from deltaw.data.labels import AnyExample, PreparedLabels, prepare_label_file, prepare_labeled
+from deltaw.data.pixels import ImageExample
 from deltaw.data.report import Report
 from deltaw.data.reward_pairs import RewardPair, are_pairs, prepare_reward_file, prepare_rewards
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.host.choices import Choice
 from deltaw.hub.loading import read_config
-from deltaw.runtime.padded import padded_rows
-from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.labels import evaluate_labels
+from deltaw.runtime.generation import position_limit
+from deltaw.runtime.packed import padded_rows
+from deltaw.training.evaluation.base import (
+    Evaluation,
+    classification_metrics,
+    confusion,
+    mean_interval,
+    regression_metrics,
+)
+from deltaw.training.losses import PairLosses, StepMetrics, named
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
 from deltaw.training.tasks.base import ModelFiles, RunData, Task
-from deltaw.training.tasks.label_batcher import choose_label_batcher
-from deltaw.training.tasks.label_objective import LabelObjective, start_at_mean
+from deltaw.training.tasks.causal_batcher import choose_tokens_per_pass, longest_row
+
+# ---- How labeled rows become microbatches: how many tokens, what pads them, and why.
+
+
+def choose_label_batcher(
+    model: PreTrainedModel,
+    examples: Sequence[AnyExample],
+    *,
+    device: str,
+    tokens_per_pass: int | str = "auto",
+    virtual_tokens: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    encoder: ImageEncoder | None = None,
+) -> tuple[LabelMicroBatcher, dict[str, Choice]]:
+    """Resolve the settings that the user left at ``auto``.
+
+    Args:
+        virtual_tokens: positions that the method will prepend to each text.
+        tokenizer: of texts. encoder: of images.
+
+    Returns:
+        the batcher, and by setting the value chosen with its reason.
+
+    Raises:
+        UserError: a row is longer than the model has positions, or images are not what the model takes.
+    """
+    images = [example for example in examples if isinstance(example, ImageExample)]
+    limit = None if images else text_positions(model)
+    if images and encoder is not None:
+        longest = encoder.tokens(images[0])
+        _try(model, encoder, images[0])
+    else:
+        longest = longest_row(examples, virtual_tokens, limit)
+    tokens = choose_tokens_per_pass(tokens_per_pass, longest, device)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    batcher = LabelMicroBatcher(
+        tokens.value,
+        device,
+        pad_id=pad if isinstance(pad, int) else 0,
+        segments="token_type_ids" in inspect.signature(model.forward).parameters,
+        encoder=encoder,
+        tokens_per_image=longest if images else 1,
+        limit=limit,
+    )
+    return batcher, {"train.tokens_per_pass": tokens}
+
+
+def _try(model: PreTrainedModel, encoder: ImageEncoder, example: ImageExample) -> None:
+    """Let the model see one image, so that one of another size than its own is refused in words."""
+    pixels = encoder.encode([example]).to(device=model.device, dtype=model.dtype)
+    try:
+        with torch.no_grad():
+            model(pixel_values=pixels)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"the model does not take its images as prepared: {str(error).splitlines()[0]}",
+            where=f"images of {pixels.shape[2]}×{pixels.shape[3]} pixels in {pixels.shape[1]} channels",
+            hint="check that preprocessor_config.json belongs to the model; without it, images are resized "
+            "to the model's image_size",
+        ) from error
+
+
+def text_positions(model: PreTrainedModel) -> int | None:
+    """The most tokens that a row may have; RoBERTa and its kin count positions from the pad id's on."""
+    limit = position_limit(model)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            rows = getattr(module, "num_embeddings", limit)
+            return int(rows) - int(module.padding_idx) - 1  # type: ignore[arg-type]
+    return limit
+
+
+# ---- The objective of labeled rows: cross-entropy of classes, the squared error of numbers, or of pairs the
+# likelihood that the preferred one wins.
+#
+# A decoder's output is read at each row's last token, found by the row's length. Transformers finds it by the
+# id of the padding token, which fails where that is also the end token, or where there is none.
+#
+# Knows models with a head; not data files, optimizers or schedules.
+
+
+class LabelObjective:
+    """Sum of a batch's losses, with gradients for whatever is trained.
+
+    Args:
+        model: of transformers with a head for the task, with or without an adapter.
+        task: ``regression`` takes the squared error of one output; the others the cross-entropy of classes.
+
+    Attributes:
+        pooled: whether the head is applied here to each row's last token, as is right for a decoder.
+
+    Raises:
+        UserError: the model's output for a row depends on the padding behind it, or a regression's head has
+            more than one output.
+    """
+
+    watched: StepMetrics
+
+    def __init__(self, model: PreTrainedModel, task: str) -> None:
+        self.model = model
+        self.task = task
+        self.watched = StepMetrics()
+        if task == "regression" and model.config.num_labels != 1:
+            raise UserError(
+                f"the model's head has {model.config.num_labels} outputs, and a regression has one",
+                where="model",
+                hint="load the model for task: regression, or set task: sequence-classification",
+            )
+        self.head = None if task == "image-classification" else _head_of_last_token(model)
+        self.pooled = self.head is not None
+        if not self.pooled and task != "image-classification":
+            _check_padding(model)
+
+    def __call__(self, batch: LabelBatch) -> Tensor:
+        """Sum over rows of the cross-entropy (nats), or of the squared error; a scalar in fp32."""
+        predictions = self.predictions(batch)
+        if batch.pairs:
+            found = losses_of_pairs(predictions, batch.targets)
+            self.watched.add(found)
+            return found.losses.sum()
+        if self.task == "regression":
+            return (predictions - batch.targets.to(predictions.dtype)).square().sum()
+        return nn.functional.cross_entropy(predictions, batch.targets, reduction="sum")
+
+    def units(self, rows: Sequence[AnyExample]) -> int:
+        """Labels of the rows: one each, or one a pair."""
+        return sum(row.label_count for row in rows)
+
+    def predictions(self, batch: LabelBatch) -> Tensor:
+        """Logits (rows, classes), or numbers (rows,) of a regression; in fp32 (fp64 for an fp64 model)."""
+        inputs = {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value
+            for name, value in batch.inputs.items()
+        }
+        if self.head is not None:
+            logits = _at_last_token(self.model, self.head, inputs)
+        else:
+            logits = self.model(**inputs).logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.squeeze(-1) if self.task == "regression" else logits
+
+
+def losses_of_pairs(rewards: Tensor, margins: Tensor) -> PairLosses:
+    """Bradley-Terry losses and the rewards of pairs.
+
+    With r the head's one output, −log σ(r of the chosen − r of the rejected − margin) (arXiv 2307.09288, eq.
+    2; without a margin, arXiv 2203.02155, eq. 1).
+
+    Args:
+        rewards: (2 pairs, 1), a pair's rows one after the other. margins: (2 pairs,), the same for both.
+
+    Raises:
+        UserError: the head has another number of outputs.
+    """
+    if rewards.shape[-1] != 1:
+        raise UserError(
+            f"the model's head has {rewards.shape[-1]} outputs, and a reward is one number",
+            where="model",
+            hint="take a model without a head",
+        )
+    rewards = rewards.view(-1, 2)
+    margins = margins.view(-1, 2)[:, 0].to(rewards.dtype)
+    losses = -nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
+    return PairLosses(losses, rewards.detach())
+
+
+def start_at_mean(model: nn.Module, new_modules: Sequence[str], labels: Sequence[float]) -> bool:
+    """Set the bias of a regression's new head to the mean of the training labels.
+
+    Labels stay as they are, so that predictions and errors are in the user's unit. A new head says about 0
+    whatever it sees; were labels around 80, say, the first steps would go into moving all outputs there, by
+    way of whatever is trained. With the mean as bias, training begins at the best constant answer.
+
+    Args:
+        new_modules: names of the modules that were not in the model's files.
+        labels: of the rows to train on.
+
+    Returns:
+        whether there was a bias to set; decoders' heads have none.
+    """
+    for name in reversed(list(new_modules)):
+        module = model.get_submodule(name)
+        bias = getattr(module, "bias", None)
+        if getattr(module, "out_features", None) == 1 and isinstance(bias, Tensor):
+            with torch.no_grad():
+                bias.fill_(sum(labels) / len(labels))
+            return True
+    return False
+
+
+def _head_of_last_token(model: PreTrainedModel) -> nn.Module | None:
+    """The head of a decoder for classification, where applying it to the last token gives the model's logits.
+
+    That is tried on one row without padding, on which both must agree.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module) or model.base_model is model:
+        return None
+    ids = _trial_ids(model, 8)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        own = model(**inputs).logits
+        ours = _at_last_token(model, head, inputs)
+        agree = own.shape == ours.shape and bool(_close(own, ours))
+    return head if agree else None
+
+
+def _at_last_token(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The head's outputs (rows, classes) at each row's last token, before the padding."""
+    extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    hidden = model.base_model(**inputs, **extra).last_hidden_state
+    last = inputs["attention_mask"].sum(1) - 1
+    return head(hidden[torch.arange(len(last), device=hidden.device), last])
+
+
+def _check_padding(model: PreTrainedModel) -> None:
+    """Refuse a model whose output for a row depends on the padding behind it."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return  # these answer at the end token, which the tokenizer puts at the end of each row
+    ids = _trial_ids(model, 8)
+    short = ids[:, :5]
+    padded = torch.ones_like(ids)
+    padded[:, 5:] = 0
+    with torch.no_grad():
+        alone = model(input_ids=short, attention_mask=torch.ones_like(short)).logits
+        behind = model(input_ids=ids, attention_mask=padded).logits
+        agree = alone.shape == behind.shape and bool(_close(alone, behind))
+    if not agree:
+        raise UserError(
+            f"the outputs of {type(model).__name__} change when padding follows a row",
+            where="model",
+            hint="choose another model: rows of different lengths could not go through it together",
+        )
+
+
+def _trial_ids(model: PreTrainedModel, count: int) -> Tensor:
+    """(1, count) token ids, none of them that of padding."""
+    config = model.config.get_text_config()
+    ids = torch.arange(count, device=model.device)[None] + 3
+    ids = ids % config.vocab_size
+    pad = getattr(config, "pad_token_id", None)
+    return ids if pad is None else torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
+
+
+def _close(left: Tensor, right: Tensor) -> Tensor:
+    tolerance = 1e-4 if left.dtype in (torch.float32, torch.float64) else 4e-2
+    left, right = left.float(), right.float()
+    return (left - right).norm() <= tolerance * left.norm() + 1e-6
+
+
+# ---- How well a model predicts classes, numbers, or which of two texts is preferred: metrics, predictions row by
+# row, and their interval.
+
+
+@dataclass(frozen=True)
+class LabelEvaluation(Evaluation):
+    """With ``predictions`` in the order of the examples: (rows, classes) logits, or (rows,) numbers.
+
+    ``per_row`` is 1.0 where the class is right and 0.0 elsewhere, or the squared error.
+    """
+
+    predictions: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+def evaluate_labels(
+    objective: LabelObjective,
+    examples: Sequence[AnyExample],
+    batcher: LabelMicroBatcher,
+    classes: Sequence[str] = (),
+) -> LabelEvaluation:
+    """Evaluate a model on labeled rows.
+
+    Raises:
+        UserError: the model's predictions are not finite.
+    """
+    if isinstance(examples[0], RowGroup):
+        return _of_pairs(objective, examples, batcher)  # type: ignore[arg-type]
+    parts, order = [], []
+    place = {id(example): index for index, example in enumerate(examples)}
+    with torch.no_grad():
+        for batch in batcher.batches(examples):
+            parts.append(objective.predictions(batch).cpu().numpy())
+            order += [place[id(example)] for example in batch.examples]
+    gathered = np.concatenate(parts)
+    predictions = np.empty_like(gathered)
+    predictions[order] = gathered
+    if not np.isfinite(predictions).all():
+        raise UserError(
+            "the model's predictions are not finite",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
+    truth = np.array([example.label for example in examples])
+    if objective.task == "regression":
+        return _of_numbers(truth, predictions)
+    return _of_classes(truth, predictions, tuple(classes))
+
+
+@torch.no_grad()
+def _of_pairs(objective: LabelObjective, pairs: Sequence[RowGroup], batcher: LabelMicroBatcher) -> LabelEvaluation:
+    """Rewards of pairs: the loss, the share whose preferred text has the higher one, and both rewards."""
+    place = {id(pair.rows[0]): index for index, pair in enumerate(pairs)}
+    # Of each pair: loss, accuracy, rewards of the preferred text and the other.
+    table = np.empty((len(pairs), 4))
+    for batch in batcher.batches(pairs):  # type: ignore[arg-type]
+        found = losses_of_pairs(objective.predictions(batch), batch.targets)
+        values = torch.cat([found.losses[:, None], found.accuracies[:, None], found.rewards], 1)
+        table[[place[id(row)] for row in batch.examples[::2]]] = values.cpu().double().numpy()
+    if not np.isfinite(table).all():
+        raise UserError(
+            "the model's rewards are not finite",
+            hint="if the adapter was trained, train it again with a lower train.learning_rate",
+        )
+    loss, accuracy, chosen, rejected = table.mean(0).tolist()
+    return LabelEvaluation(
+        metrics={"loss": loss, **named(accuracy, chosen, rejected)},
+        main="accuracy",
+        higher_is_better=True,
+        per_row=table[:, 1].copy(),
+        interval=mean_interval(table[:, 1]),
+        predictions=table[:, 2:].copy(),
+    )
+
+
+def _of_numbers(truth: np.ndarray, predictions: np.ndarray) -> LabelEvaluation:
+    squared = (predictions.astype(np.float64) - truth) ** 2
+    return LabelEvaluation(
+        metrics=regression_metrics(truth, predictions),
+        main="mse",
+        higher_is_better=False,
+        per_row=squared,
+        interval=mean_interval(squared),
+        predictions=predictions,
+    )
+
+
+def _of_classes(truth: np.ndarray, logits: np.ndarray, classes: tuple[str, ...]) -> LabelEvaluation:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(truth)), truth]
+    chosen = logits.argmax(1)
+    counts = confusion(truth, chosen, logits.shape[1])
+    right = (chosen == truth).astype(np.float64)
+    return LabelEvaluation(
+        metrics={"loss": float(losses.mean()), **classification_metrics(counts)},
+        main="accuracy",
+        higher_is_better=True,
+        per_row=right,
+        interval=mean_interval(right),
+        classes=classes,
+        confusion=counts,
+        predictions=logits,
+    )
+
+
+# ---- labels
+
 
 # What the names of architectures end in whose files hold a classifier's head.
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
@@ -162,9 +529,7 @@ class LabelTask(Task):
             encoder=self.encoder,
         )
 
-    def initialize_head(
-        self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]
-    ) -> None:
+    def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Sequence[Any]) -> None:
         """A regression begins at the mean of the labels."""
         if self.name == "regression":
             start_at_mean(model, new_modules, [row.label for row in rows])

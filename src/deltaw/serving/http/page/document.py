@@ -12,6 +12,8 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 
+from fastapi import APIRouter, Request, Response
+
 # In this order: each uses what those before it define.
 SCRIPTS = ("stream.js", "difference.js", "tokens.js", "answers.js", "chat.js")
 # What only a header can say; browsers pass over it in a document.
@@ -63,3 +65,28 @@ def chat_page() -> Document:
         page = page.replace("{{ " + name + " }}", text, 1)
     content = page.encode()
     return Document(content, f"{policy}; {FRAMES}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+
+
+# ---- The route of the chat page; an application includes the router. Knows nothing of engines.
+
+
+def page_router() -> APIRouter:
+    """``GET /``: the page. It needs no API key: it asks for one where the server wants it."""
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    def page(request: Request) -> Response:
+        document = chat_page()
+        headers = {
+            "Content-Security-Policy": document.policy,
+            "Cache-Control": "no-cache",
+            "ETag": document.tag,
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+            "Cross-Origin-Opener-Policy": "same-origin",
+        }
+        if request.headers.get("if-none-match") == document.tag:
+            return Response(status_code=304, headers=headers)
+        return Response(document.content, media_type="text/html; charset=utf-8", headers=headers)
+
+    return router

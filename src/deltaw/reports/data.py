@@ -1,0 +1,145 @@
+"""The outcome of a check of the data, for a person: a histogram of lengths, the findings, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from deltaw.data.check import Check, Finding, Lengths
+from deltaw.data.packing import Piece
+from deltaw.training.data_view import ShownExample, ShownRow
+
+# Characters of the longest bar, and what a bar may end in, by eighths.
+_WIDTH = 36
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_STYLES = {"error": "red", "warning": "yellow", "note": "default"}
+_VERDICTS = {
+    "fine": "no problem was found in this data",
+    "warnings": "it can be trained on; look at the warnings first",
+    "unusable": "training would fail or be pointless",
+}
+
+
+def check_lines(check: Check) -> Iterator[Text]:
+    """All of it, at most 80 columns wide but for the user's own text."""
+    template = f" ({check.template} template)" if check.template else ""
+    yield Text(f"{check.source}: {check.rows:,} rows read as {check.form}{template}")
+    if check.label_tokens is not None and check.tokens:
+        share = check.label_tokens / check.tokens
+        yield Text(
+            f"{check.examples:,} examples: {check.tokens:,} tokens, {check.label_tokens:,} of them labels ({share:.1%})"
+        )
+    if check.class_counts:
+        shown = [f"{name} {count:,}" for name, count in list(check.class_counts.items())[:12]]
+        more = f", and {len(check.class_counts) - 12:,} more" if len(check.class_counts) > 12 else ""
+        yield Text(f"{len(check.class_counts)} classes, rows of each: {', '.join(shown)}{more}")
+    if check.ends:
+        shown = [f"{name} in {count:,} examples" for name, count in check.ends.items()]
+        yield Text(f"trained to end with {', '.join(shown)}")
+    if check.lengths is not None:
+        yield from _length_lines(check.lengths)
+    if check.findings:
+        yield Text("")
+    for finding in check.findings:
+        yield from _finding_lines(finding)
+    yield Text("")
+    yield Text(
+        f"{check.verdict}: {_VERDICTS[check.verdict]}",
+        style={"fine": "green", "warnings": "yellow", "unusable": "red"}[check.verdict],
+    )
+
+
+def _length_lines(lengths: Lengths) -> Iterator[Text]:
+    yield Text(
+        f"tokens: {lengths.shortest:,} to {lengths.longest:,}, median {lengths.median:,}, "
+        f"mean {lengths.mean:,}, 95 % up to {lengths.p95:,}"
+    )
+    most = max(count for _, _, count in lengths.bins)
+    labels = [f"{low:,} – {high:,}" if high > low else f"{low:,}" for low, high, _ in lengths.bins]
+    width = max(map(len, labels))
+    for label, (_, _, count) in zip(labels, lengths.bins, strict=True):
+        yield Text(f"  {label:>{width}}  {_bar(count / most)} {count:,}")
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * _WIDTH * 8)
+    if share > 0:
+        eighths = max(1, eighths)
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + (_EIGHTHS[rest] if rest else "")
+
+
+def _finding_lines(finding: Finding) -> Iterator[Text]:
+    line = Text(f"{finding.level}: ", style=_STYLES[finding.level])
+    line.append(finding.text, style="default")
+    yield line
+    if finding.hint:
+        yield Text(f"  hint:  {finding.hint}")
+    for row in finding.rows:
+        yield Text(f"  {row}", style="dim")
+
+
+# ---- What a row becomes, for a person: its text with what is trained on in color, or between marks without.
+
+
+# Around what is trained on where there is no color.
+MARKS = ("«", "»")
+LEGEND = "what is trained on is green, special tokens are inverted"
+PLAIN_LEGEND = f"what is trained on is between {MARKS[0]} and {MARKS[1]}"
+
+
+def row_lines(row: ShownRow, *, color: bool) -> Iterator[Text]:
+    """A heading for each example of a row, and its text."""
+    yield Text(f"{row.where}", style="bold")
+    for note in row.notes:
+        yield Text(f"  {note}", style="yellow" if color else "")
+    for number, example in enumerate(row.examples, start=1):
+        yield Text(f"  {_heading(example, number, len(row.examples))}", style="dim" if color else "")
+        yield _colored(example) if color else Text(_marked(example.pieces))
+    yield Text("")
+
+
+def row_as_dict(row: ShownRow) -> dict[str, object]:
+    """For JSON."""
+    return {
+        "row": row.row,
+        "where": row.where,
+        "notes": list(row.notes),
+        "examples": [
+            {
+                "tokens": example.tokens,
+                "label_tokens": None if example.label is not None else example.labels,
+                "label": example.label,
+                "pieces": [vars(piece) for piece in example.pieces],
+            }
+            for example in row.examples
+        ],
+    }
+
+
+def _heading(example: ShownExample, number: int, count: int) -> str:
+    which = f"example {number} of {count}: " if count > 1 else ""
+    tokens = f"{example.tokens:,} token{'s' if example.tokens != 1 else ''}"
+    if example.label is not None:
+        return f"{which}{tokens}, label '{example.label}'"
+    share = example.labels / max(1, example.tokens)
+    return f"{which}{tokens}, {example.labels:,} of them labels ({share:.0%})"
+
+
+def _colored(example: ShownExample) -> Text:
+    text = Text()
+    for piece in example.pieces:
+        style = "green" if piece.label else "default"
+        text.append(piece.text, style=f"{style} reverse" if piece.special else style)
+    return text
+
+
+def _marked(pieces: tuple[Piece, ...]) -> str:
+    shown, open_ = "", False
+    for piece in pieces:
+        if piece.label is not open_:
+            shown += MARKS[0] if piece.label else MARKS[1]
+            open_ = piece.label
+        shown += piece.text
+    return shown + (MARKS[1] if open_ else "")

@@ -1,0 +1,326 @@
+"""Runs side by side: their results, the settings that differ, and their answers to the same prompts.
+
+Shared by the terminal and the page; it draws nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deltaw.errors import UserError, did_you_mean
+from deltaw.reports.page.svg import Numbers
+from deltaw.reports.recorded import RecordedRun, find_runs, is_run, read_run
+from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, rate, short, shown, when
+from deltaw.training.summary import FINISHED, INTERRUPTED, RUNNING
+
+# ---- Which runs somebody means: a folder of runs, the path of a run, or its name in the folder ``runs``.
+
+
+# Where runs are by default.
+FOLDER = "runs"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Runs, and whether they are to be compared rather than listed. where: the folder, for a message."""
+
+    records: list[RecordedRun]
+    compared: bool
+    where: str
+
+
+def choose_runs(names: Sequence[str]) -> Chosen:
+    """The runs that ``names`` means.
+
+    Nothing: all below ``runs``. Folders of runs are listed; two or more runs are compared.
+
+    Raises:
+        UserError: a name is neither a run nor a folder.
+    """
+    if not names:
+        folder = Path(FOLDER)
+        if not folder.exists():
+            return Chosen([], False, FOLDER)
+        return Chosen([read_run(path) for path in find_runs(folder)], False, FOLDER)
+    found: list[Path] = []
+    listed = False
+    for name in names:
+        path = _place(name)
+        if is_run(path):
+            found.append(path)
+        else:
+            listed = True
+            found += find_runs(path)
+    distinct = list({path.resolve(): path for path in found}.values())
+    return Chosen([read_run(path) for path in distinct], not listed and len(distinct) > 1, ", ".join(names))
+
+
+def _place(name: str) -> Path:
+    """The folder that a name means."""
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return path
+    below = Path(FOLDER) / name
+    if below.is_dir():
+        return below
+    there = Path(FOLDER)
+    known = [os.path.relpath(run, there) for run in find_runs(there)] if there.is_dir() else []
+    raise UserError(
+        f"'{name}' is neither a run nor a folder of runs",
+        where="the runs to list",
+        hint=did_you_mean(name, known) if known else "give the path of a run's folder",
+    )
+
+
+# ---- runs
+
+
+# Settings that differ between any two runs and say nothing.
+UNTOLD = ("output",)
+
+
+def names_of(records: Sequence[RecordedRun]) -> list[str]:
+    """A short name for each run, unique among them: as much of its path as it takes."""
+    paths = [record.folder.resolve().parts for record in records]
+    names = []
+    for path in paths:
+        for length in range(1, len(path) + 1):
+            if sum(other[-length:] == path[-length:] for other in paths) == 1:
+                break
+        names.append(os.path.join(*path[-length:]))
+    return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
+
+
+def result_rows(records: Sequence[RecordedRun]) -> Numbers:
+    """One row a result, one column a run; rows that no run has are left out."""
+    rows: list[tuple[str, list[str]]] = [
+        ("state", [record.state for record in records]),
+        ("model", [record.model for record in records]),
+        ("method", [record.method for record in records]),
+        ("steps", [f"{record.steps:,}" for record in records]),
+    ]
+    metrics = list(dict.fromkeys(name for record in records for name in record.metrics.metric_names()))
+    for name in metrics[:20]:
+        last = [record.metrics.evaluated(name)[-1:] for record in records]
+        rows.append((f"held-out {metric_name(name)}", [metric_value(name, v[0][1]) if v else "" for v in last]))
+    drift = [record.result.get("drift") for record in records]
+    changes = [d.get("change") if isinstance(d, dict) else None for d in drift]
+    rows += [
+        ("drift, nats per token", ["" if c is None else f"{c:+.2f}" for c in changes]),
+        ("training loss, mean", [_or_empty(record.result.get("train_loss"), short) for record in records]),
+        ("training time", [duration(record.seconds) if record.seconds else "" for record in records]),
+        ("rows a second", [_or_empty(record.rows_per_second, rate) for record in records]),
+        ("tokens a second", [_or_empty(record.tokens_per_second, count) for record in records]),
+        ("peak memory", [_or_empty(record.peak_bytes, gigabytes) for record in records]),
+        ("planned memory", [_or_empty(record.planned_bytes, gigabytes) for record in records]),
+        (
+            "trained parameters",
+            [_or_empty(record.result.get("trained_parameters"), count) for record in records],
+        ),
+        ("began", [when(record.started) for record in records]),
+    ]
+    kept = [(name, *cells) for name, cells in rows if any(cells)]
+    return Numbers("Results of each run", ("result", *names_of(records)), kept)
+
+
+def differing_settings(records: Sequence[RecordedRun]) -> Numbers:
+    """The settings that are not the same in all runs, as they were set or chosen."""
+    keys = dict.fromkeys(key for record in records for key in record.flat_settings)
+    rows = []
+    for key in keys:
+        if key in UNTOLD:
+            continue
+        values = [shown(record.setting(key)) if key in record.flat_settings else "" for record in records]
+        if len(set(values)) > 1:
+            rows.append((key, *values))
+    return Numbers("Values by run", ("setting", *names_of(records)), rows)
+
+
+def same_prompts(records: Sequence[RecordedRun], most: int = 8) -> list[dict[str, Any]]:
+    """Prompts that at least two runs answered, with the last answer of each."""
+    names = names_of(records)
+    answers: dict[str, dict[str, Any]] = {}
+    for name, record in zip(names, records, strict=True):
+        for sample in sorted(record.metrics.samples, key=lambda sample: sample.step):
+            entry = answers.setdefault(sample.prompt, {"expected": sample.expected, "row": sample.row, "of": {}})
+            entry["of"][name] = sample.answer
+    found: list[dict[str, Any]] = []
+    for prompt, entry in answers.items():
+        if len(entry["of"]) > 1 and len(found) < most:
+            name = f"Row {entry['row']}" if entry["row"] is not None else f"Prompt {len(found) + 1}"
+            found.append(
+                {
+                    "name": name,
+                    "prompt": prompt[:2000],
+                    "expected": entry["expected"],
+                    "answers": [(run, text[:2000] or "(nothing)") for run, text in entry["of"].items()],
+                }
+            )
+    return found
+
+
+def as_values(records: Sequence[RecordedRun]) -> list[dict[str, Any]]:
+    """Each run as plain values, ready for JSON."""
+    return [
+        {
+            "name": name,
+            "folder": os.fspath(record.folder),
+            "state": record.state,
+            "model": record.model,
+            "task": record.task,
+            "method": record.method,
+            "rows": int(record.metrics.total("rows")),
+            "steps": record.steps,
+            "total_steps": record.total_steps,
+            "held_out_loss": record.held_out_loss,
+            "score": None if record.score is None else {"metric": record.score[0], "value": record.score[1]},
+            "eval": {
+                metric: found[-1][1]
+                for metric in record.metrics.metric_names()
+                if (found := record.metrics.evaluated(metric))
+            },
+            "seconds": record.seconds,
+            "rows_per_second": record.rows_per_second,
+            "peak_memory_bytes": record.peak_bytes,
+            "planned_memory_bytes": record.planned_bytes,
+            "started": record.started,
+            "changed": record.changed,
+        }
+        for name, record in zip(names_of(records), records, strict=True)
+    ]
+
+
+def _or_empty(value: Any, wording: Any) -> str:
+    return "" if value is None else str(wording(value))
+
+
+# ---- Runs on a terminal: one line a run, or a few runs side by side. Columns that do not fit are left out.
+
+
+STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
+# The longest cell of a column of names.
+NAME, MODEL = 34, 26
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the list.
+
+    Attributes:
+        title: its head. text: of a run. importance: 0 always stays; the highest goes first.
+        right: numbers stand at the right.
+    """
+
+    title: str
+    text: Callable[[RecordedRun], str]
+    importance: int
+    right: bool = True
+
+
+def _steps(record: RecordedRun) -> str:
+    total = record.total_steps
+    return f"{record.steps:,}" if total in (None, record.steps) else f"{record.steps:,}/{total:,}"
+
+
+def _score(record: RecordedRun) -> str:
+    score = record.score
+    if score is None or score[0] == record.loss_metric:
+        return ""
+    return f"{metric_name(score[0])} {metric_value(*score)}"
+
+
+def _memory(record: RecordedRun) -> str:
+    return "" if record.peak_bytes is None else f"{record.peak_bytes / 1e9:.2f} GB"
+
+
+def _model(record: RecordedRun) -> str:
+    reference = record.model.rstrip("/")
+    last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
+    return _shortened(last.removeprefix("pypi:"), MODEL)
+
+
+COLUMNS = (
+    Column("model", _model, 8, right=False),
+    Column("method", lambda record: record.method, 3, right=False),
+    Column("rows", lambda record: count(record.metrics.total("rows")), 7),
+    Column("steps", _steps, 5),
+    Column("state", lambda record: record.state, 0, right=False),
+    Column("held-out", lambda record: "" if (v := record.held_out_loss) is None else short(v), 1),
+    Column("score", _score, 2),
+    Column("time", lambda record: duration(record.seconds) if record.seconds else "", 4),
+    Column("memory", _memory, 6),
+    Column("when", lambda record: when(record.started, short=True), 9),
+)
+
+
+def runs_table(records: Sequence[RecordedRun], width: int) -> RenderableType:
+    """One line a run, the latest last, in at most ``width`` characters where that can be."""
+    records = sorted(records, key=lambda record: record.started)
+    names = [_shortened(name, NAME) for name in names_of(records)]
+    cells = {column.title: [column.text(record) for record in records] for column in COLUMNS}
+    columns = [column for column in COLUMNS if any(cells[column.title])]
+    while True:
+        needed = _width("run", names) + sum(_width(c.title, cells[c.title]) for c in columns)
+        if needed <= width or all(column.importance == 0 for column in columns):
+            break
+        last = max(column.importance for column in columns)
+        columns = [column for column in columns if column.importance != last]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("run", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+    for place, (name, record) in enumerate(zip(names, records, strict=True)):
+        row = [Text(name)]
+        for column in columns:
+            style = STYLES.get(record.state, "red") if column.title == "state" else ""
+            row.append(Text(cells[column.title][place], style=style))
+        table.add_row(*row)
+    left_out = [column.title for column in COLUMNS if any(cells[column.title]) and column not in columns]
+    if not left_out:
+        return table
+    note = Text(f"a wider terminal also shows {', '.join(left_out)}; --json has everything", style="dim")
+    return Group(table, note)
+
+
+def comparison_tables(records: Sequence[RecordedRun], width: int) -> list[RenderableType]:
+    """Results and differing settings, one run a column; runs that do not fit are in further tables."""
+    names = [_shortened(name, NAME) for name in names_of(records)]
+    longest = max(len(name) for name in names) + 2
+    at_once = max(1, (width - 26) // max(14, longest))
+    parts: list[RenderableType] = []
+    results, differences = result_rows(records), differing_settings(records)
+    for start in range(0, len(records), at_once):
+        part = slice(start, start + at_once)
+        parts.append(_numbers(results, names, part))
+        if differences.rows:
+            parts.append(_numbers(differences, names, part, title="settings that differ"))
+    if not differences.rows:
+        parts.append(Text("no setting differs, apart from the folder"))
+    return parts
+
+
+def _numbers(numbers: Numbers, names: Sequence[str], part: slice, title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(title or numbers.head[0], overflow="fold")
+    for name in names[part]:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for first, *cells in numbers.rows:
+        table.add_row(Text(first), *(Text(cell) for cell in cells[part]))
+    return table
+
+
+def _width(title: str, cells: Sequence[str]) -> int:
+    return max(len(title), *(len(cell) for cell in cells)) + 2
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else "…" + text[-(most - 1) :]

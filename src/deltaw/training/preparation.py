@@ -1,0 +1,124 @@
+"""Weights of a run in int8, calibrated on a few of its rows, with what that costs; or in NF4.
+
+Knows models and rows; not methods, and not how products in int8 are computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deltaw.data.example import Example, RowGroup
+from deltaw.errors import UserError
+from deltaw.host.memory import release_free_memory
+from deltaw.hub.quiet import quiet
+from deltaw.runtime.generation import position_limit
+from deltaw.runtime.layer_entry import lowest_trained
+from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
+from deltaw.runtime.sharded import sharded_blocks
+from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.working import working
+
+# Tokens that int8 quantization is calibrated on.
+CALIBRATION_TOKENS = 512
+
+
+def quantized(model: PreTrainedModel, precision: str, examples: Sequence[Any]) -> list[str]:
+    """Quantize a freshly loaded model's weights where its precision asks for it, and say what was done."""
+    if precision == "nf4":
+        return quantized_nf4(model)
+    return quantized_int8(model, examples) if precision == "int8" else []
+
+
+@working("quantizing the weights to int8")
+def quantized_int8(model: PreTrainedModel, examples: Sequence[Any]) -> list[str]:
+    """Quantize the blocks' weights to int8, calibrated on a few rows; what it did and what it costs.
+
+    Comes before anything else runs the model: each block's weights are read once, and given back.
+    """
+    examples = _single(examples)
+    with torch.no_grad():
+        if not all(hasattr(example, "tokens") for example in examples[:1]):
+            return [f"precision int8: {quantize_int8(model.base_model)}"]
+        length = min(CALIBRATION_TOKENS, position_limit(model) or CALIBRATION_TOKENS)
+        rows = examples[:CALIBRATION_TOKENS]
+        tokens = torch.cat([torch.from_numpy(row.tokens) for row in rows])[:length].long()
+        labels = None
+        if all(isinstance(row, Example) for row in rows):
+            labels = torch.cat([torch.from_numpy(row.is_label) for row in rows])[:length].nonzero()[:, 0]
+        found: list[Tensor] = []
+        inputs: dict[str, Any] = {"input_ids": tokens[None]}
+        if "use_cache" in inspect.signature(model.base_model.forward).parameters:
+            inputs["use_cache"] = False  # keys and values of all blocks can be more than a block's weights
+        report = quantize_int8(model.base_model, lambda: found.append(model.base_model(**inputs)[0][0]))
+        sharded = sharded_blocks(model)
+        if sharded is not None:
+            sharded.finish()
+        said = [f"precision int8: {report}"]
+        head = model.get_output_embeddings()
+        if report.layers and labels is not None and len(labels) and isinstance(head, nn.Module):
+            found.append(model.base_model(**inputs)[0][0])
+            before, after = (
+                loss_of_outputs(model, hidden[labels - 1], tokens[labels], int8=int8)
+                for hidden, int8 in zip(found, (False, True), strict=True)
+            )
+            said.append(f"  the loss on the first {length} tokens of the rows goes from {before:.4f} to {after:.4f}")
+    release_free_memory()
+    return said
+
+
+@working("rounding the weights to NF4")
+def quantized_nf4(model: PreTrainedModel) -> list[str]:
+    """Round the blocks' weights to NF4, and say what was done."""
+    with torch.no_grad():
+        said = [f"precision nf4: {quantize_nf4(model.base_model)}"]
+    release_free_memory()
+    return said
+
+
+def _single(items: Sequence[Any]) -> Sequence[Any]:
+    """The rows of the first groups, as many as a calibration takes; rows that come alone as they are."""
+    if not any(isinstance(item, RowGroup) for item in items[:1]):
+        return items
+    return [row for item in items[:CALIBRATION_TOKENS] for row in item.rows]
+
+
+# ---- Activation checkpointing of a model's blocks: a block keeps its input, and its backward runs it again.
+#
+# Knows models and what is trained of them; not rows or settings.
+
+
+def checkpoint_blocks(model: PreTrainedModel, blocks: bool | int = True, trained: Sequence[nn.Parameter] = ()) -> None:
+    """Turn activation checkpointing on: a block keeps its input alone, and its backward runs it again.
+
+    The model stays in eval mode, so that its own dropout stays off; the checkpointed blocks alone are told
+    that they train.
+
+    Args:
+        blocks: True for all of them, or how many: the lowest that a backward reaches, since by the time they
+            run again, the activations of the upper ones are gone.
+        trained: the trained parameters; below the lowest of them no backward goes.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} has no activation checkpointing",
+            where="train.checkpointing",
+            hint="set train.checkpointing to false, or lower train.tokens_per_pass",
+        )
+    with quiet():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Only reentrant checkpointing needs it; the backward would run through all that is frozen.
+        model.disable_input_require_grads()
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if blocks is not True:
+        level = lowest_trained(model, trained) if trained else None
+        begin = level.index if level is not None and level.kind == "block" else 0
+        found = found[begin : begin + int(blocks)]
+    for module in found:
+        module.training = True
